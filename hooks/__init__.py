@@ -1,0 +1,1 @@
+"""Hooks that resume a changed model."""

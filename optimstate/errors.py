@@ -1,0 +1,157 @@
+"""Every exception and warning of optimstate.
+
+    OptimStateError
+    ├── CheckpointError (ValueError)            a checkpoint cannot be read; carries the file and the place in it
+    │   ├── CheckpointNotFoundError (FileNotFoundError)
+    │   ├── UnrecognizedFormatError             no container format claims the file
+    │   ├── CorruptCheckpointError              truncated, out of range, contradictory, or a checksum that differs
+    │   ├── LimitExceededError                  a declared size is beyond what this library will process
+    │   └── UnsupportedCheckpointError          well-formed, but uses a feature that is not supported
+    ├── RepresentationError (TypeError)         an object cannot be stored in the requested container
+    ├── DestinationError (OSError)              the output cannot be written where it was asked for
+    │   └── DestinationExistsError (FileExistsError)
+    ├── PlanError (ValueError)                  a plan cannot be applied as written
+    │   ├── PlanSyntaxError                     a template, a rule or a plan file cannot be parsed
+    │   └── MigrationError                      the plan does not fit this checkpoint; carries every problem found
+    └── StateMismatchError (ValueError)         state does not fit the optimizer or scheduler it is loaded into
+
+    OptimStateWarning (UserWarning)
+    ├── ParameterNameWarning                    positional loading would give state to a parameter of another name
+    └── SchedulerStateWarning                   a scheduler state is incomplete or contradicts its optimizer
+
+Each error also inherits the builtin a caller would catch who does not know this library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "CorruptCheckpointError",
+    "DestinationError",
+    "DestinationExistsError",
+    "LimitExceededError",
+    "MigrationError",
+    "OptimStateError",
+    "OptimStateWarning",
+    "ParameterNameWarning",
+    "PlanError",
+    "PlanSyntaxError",
+    "RepresentationError",
+    "SchedulerStateWarning",
+    "StateMismatchError",
+    "UnrecognizedFormatError",
+    "UnsupportedCheckpointError",
+]
+
+
+class OptimStateError(Exception):
+    """Base of every error raised on purpose by optimstate.
+
+    Args:
+        message: What is wrong, naming both sides where two things disagree.
+        hint: What to do next, or an empty string.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class CheckpointError(OptimStateError, ValueError):
+    """A checkpoint cannot be read.
+
+    Args:
+        message: What is wrong.
+        path: The file.
+        place: Where in the file: a byte offset, a record or a key; may be empty.
+        hint: What to do next.
+    """
+
+    def __init__(self, message: str, *, path: str | Path = "", place: str = "", hint: str = "") -> None:
+        self.path = str(path)
+        self.place = place
+        where = f"{self.path}: " if self.path else ""
+        at = f" ({place})" if place else ""
+        super().__init__(f"{where}{message}{at}", hint=hint)
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """The path does not exist."""
+
+    __str__ = OptimStateError.__str__
+
+
+class UnrecognizedFormatError(CheckpointError):
+    """No container format claims the file, or a folder holds no checkpoint."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """The bytes contradict themselves: truncated, overlapping, out of range, or a wrong checksum."""
+
+
+class LimitExceededError(CheckpointError):
+    """A declared size or depth is beyond the limit; nothing was allocated."""
+
+
+class UnsupportedCheckpointError(CheckpointError):
+    """The file is well-formed but uses something this library does not handle."""
+
+
+class RepresentationError(OptimStateError, TypeError):
+    """An object cannot be stored in the requested container without loss."""
+
+
+class DestinationError(OptimStateError, OSError):
+    """The output cannot be written where it was asked for."""
+
+    __str__ = OptimStateError.__str__
+
+
+class DestinationExistsError(DestinationError, FileExistsError):
+    """The destination exists and overwriting was not asked for."""
+
+    __str__ = OptimStateError.__str__
+
+
+class PlanError(OptimStateError, ValueError):
+    """A plan cannot be applied as written."""
+
+
+class PlanSyntaxError(PlanError):
+    """A template, a rule or a plan file cannot be parsed."""
+
+
+class MigrationError(PlanError):
+    """A plan does not fit the checkpoint it is applied to.
+
+    Args:
+        problems: Every problem found, each naming the rule or parameter, both sides and the remedy.
+    """
+
+    def __init__(self, problems: Sequence[str], *, hint: str = "") -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems), hint=hint)
+
+
+class StateMismatchError(OptimStateError, ValueError):
+    """State does not fit the optimizer, scheduler or model it is loaded into."""
+
+
+class OptimStateWarning(UserWarning):
+    """Base of every warning issued by optimstate."""
+
+
+class ParameterNameWarning(OptimStateWarning):
+    """Positional loading gives state to a parameter of another name."""
+
+
+class SchedulerStateWarning(OptimStateWarning):
+    """A scheduler state is incomplete or contradicts its optimizer."""

@@ -1,0 +1,1 @@
+"""Container formats: one reader and writer a file, registered by name."""

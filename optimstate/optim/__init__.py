@@ -1,0 +1,1 @@
+"""Drop-in torch.optim whose state carries parameter names."""

@@ -1,0 +1,1 @@
+"""The migration language: rules that say which state goes to which parameter."""

@@ -1,0 +1,1 @@
+"""What optimizer state means: groups, parameters, slots, and where they are in a checkpoint."""
