@@ -1,0 +1,373 @@
+"""Byte ranges of files, copying them without passing through Python, and outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+from optimstate.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    DestinationError,
+    DestinationExistsError,
+)
+
+__all__ = [
+    "AtomicDirectory",
+    "AtomicFile",
+    "ByteSource",
+    "Extent",
+    "FileSource",
+    "Progress",
+    "check_destination",
+    "copy_extents",
+]
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes written since the last call."""
+
+CHUNK = 1 << 20  # one read or write through user space
+KERNEL_CHUNK = 1 << 26  # one copy_file_range call, so that progress and Ctrl-C are served
+SMALL_PIECE = 1 << 16  # below this a joined read/write is cheaper than a system call per piece
+
+_CANNOT_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ETXTBSY}
+
+
+class FileSource:
+    """A file opened for reading at any offset; several threads may read at once.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointNotFoundError: The path does not exist.
+        CheckpointError: It exists but cannot be opened as a file.
+    """
+
+    __slots__ = ("_fd", "inode", "path", "size")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._fd = -1
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            status = os.fstat(self._fd)
+        except FileNotFoundError:
+            raise CheckpointNotFoundError("no such file or folder", path=self.path) from None
+        except OSError as error:
+            raise CheckpointError(f"cannot be opened: {error.strerror}", path=self.path) from error
+        self.size = status.st_size
+        self.inode = (status.st_dev, status.st_ino)
+
+    def fileno(self) -> int:
+        """The file descriptor."""
+        return self._fd
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`.
+
+        Raises:
+            CorruptCheckpointError: The file ends before that.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CorruptCheckpointError(
+                f"needs {length} bytes at offset {offset}, but the file has {self.size} bytes",
+                path=self.path,
+                place=f"offset {offset}",
+                hint="The file is truncated or damaged; copy it again from its source.",
+            )
+        try:
+            parts = []
+            while length:
+                part = os.pread(self._fd, min(length, 1 << 30), offset)
+                if not part:
+                    raise CorruptCheckpointError("the file shrank while it was read", path=self.path)
+                parts.append(part)
+                offset += len(part)
+                length -= len(part)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot be read: {error.strerror}", path=self.path, place=f"offset {offset}"
+            ) from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """Release the descriptor; reading afterwards is an error of the caller."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"FileSource({str(self.path)!r}, {self.size} bytes)"
+
+
+class ByteSource(Protocol):
+    """Anything that yields bytes by position: a file, or a computation that produces them on demand."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`."""
+
+
+class Extent(NamedTuple):
+    """`length` bytes of `source` from `offset`; a source of None stands for zeros."""
+
+    source: ByteSource | None
+    offset: int
+    length: int
+
+    def cut(self, start: int, stop: int) -> Extent:
+        """The bytes [start, stop) of this extent."""
+        return Extent(self.source, self.offset + start, stop - start)
+
+    def read(self) -> bytes:
+        """The bytes themselves."""
+        return self.source.read(self.offset, self.length) if self.source is not None else bytes(self.length)
+
+
+def chunks(extents: Iterable[Extent], size: int = CHUNK) -> Iterator[bytes]:
+    """The bytes of `extents` in order in blocks of exactly `size`, the last one shorter."""
+    pending: list[bytes] = []
+    room = size
+    for extent in extents:
+        at = 0
+        while at < extent.length:
+            block = extent.cut(at, min(at + room, extent.length)).read()
+            at += len(block)
+            room -= len(block)
+            pending.append(block)
+            if not room:
+                yield pending[0] if len(pending) == 1 else b"".join(pending)
+                pending, room = [], size
+    if pending:
+        yield b"".join(pending)
+
+
+def _write_all(fd: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _copy_in_kernel(source: FileSource, offset: int, length: int, fd: int, progress: Progress | None) -> int:
+    """Copy without user space as far as the system allows; returns how many bytes were copied."""
+    done = 0
+    if not hasattr(os, "copy_file_range"):
+        return done
+    while done < length:
+        try:
+            n = os.copy_file_range(source.fileno(), fd, min(length - done, KERNEL_CHUNK), offset + done)
+        except OSError as error:
+            if error.errno in _CANNOT_COPY_IN_KERNEL:
+                return done
+            raise
+        if n == 0:  # some file systems answer 0 instead of an error
+            return done
+        done += n
+        if progress:
+            progress(n)
+    return done
+
+
+def copy_extents(
+    extents: Iterable[Extent],
+    fd: int,
+    *,
+    progress: Progress | None = None,
+    checksum: Callable[[bytes], None] | None = None,
+) -> int:
+    """Append the bytes of `extents` to the open file `fd` at its current position.
+
+    Large pieces are copied inside the kernel, small ones are joined before they are written. With `checksum` every
+    byte passes through user space and is given to it.
+
+    Returns:
+        The number of bytes written.
+    """
+    written = 0
+    pending: list[bytes] = []
+    pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        if pending:
+            _write_all(fd, b"".join(pending) if len(pending) > 1 else pending[0])
+            if progress:
+                progress(pending_bytes)
+            pending.clear()
+            pending_bytes = 0
+
+    for extent in extents:
+        written += extent.length
+        start = 0
+        if isinstance(extent.source, FileSource) and checksum is None and extent.length >= SMALL_PIECE:
+            flush()
+            start = _copy_in_kernel(extent.source, extent.offset, extent.length, fd, progress)
+        for at in range(start, extent.length, CHUNK):
+            data = extent.cut(at, min(at + CHUNK, extent.length)).read()
+            if checksum is not None:
+                checksum(data)
+            pending.append(data)
+            pending_bytes += len(data)
+            if pending_bytes >= CHUNK:
+                flush()
+    flush()
+    return written
+
+
+def check_destination(destination: Path, sources: Sequence[Path], *, force: bool) -> None:
+    """Refuse a destination that exists, is one of the inputs, or has no parent folder.
+
+    Raises:
+        DestinationExistsError: It exists and `force` is false.
+        DestinationError: It is (or holds, or lies in) an input, or its folder does not exist.
+    """
+    for source in sources:
+        if destination.exists() and source.exists() and destination.samefile(source):
+            raise DestinationError(
+                f"{destination}: source and destination are the same",
+                hint="Give another destination; `remap --in-place` changes a file where it is.",
+            )
+        resolved, inside = destination.resolve(), source.resolve()
+        if source.is_dir() and inside in resolved.parents:
+            raise DestinationError(f"{destination}: lies inside the source {source}", hint="Give a path outside of it.")
+        if destination.is_dir() and resolved in inside.parents:
+            raise DestinationError(f"{destination}: holds the source {source}", hint="Give another destination.")
+    if destination.exists() and not force:
+        raise DestinationExistsError(f"{destination}: exists already", hint="Give --force to replace it.")
+    if not destination.parent.is_dir():
+        raise DestinationError(
+            f"{destination}: the folder {destination.parent} does not exist", hint="Create it first."
+        )
+
+
+def _sync_directory(path: Path) -> None:
+    with suppress(OSError):  # not every system can sync a folder
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.part")
+
+
+class AtomicFile:
+    """A new file that takes its name only when it is complete and on disk.
+
+    Used as a context manager; an exception removes what was written and leaves any older file as it was.
+
+    Args:
+        path: The final name.
+        expected_size: A hint that lets the file system allocate at once.
+
+    Raises:
+        DestinationError: The file cannot be created, written or renamed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, expected_size: int = 0) -> None:
+        self.path = Path(path)
+        self._temporary = _temporary_sibling(self.path)
+        self._expected_size = expected_size
+        self.fd = -1
+
+    def __enter__(self) -> AtomicFile:
+        try:
+            self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            if self._expected_size and hasattr(os, "posix_fallocate"):
+                try:
+                    os.posix_fallocate(self.fd, 0, self._expected_size)
+                except OSError as error:
+                    if error.errno == errno.ENOSPC:
+                        raise
+        except OSError as error:
+            self._discard()
+            raise DestinationError(f"{self.path}: cannot be written: {error.strerror}") from error
+        return self
+
+    def tell(self) -> int:
+        """The current position."""
+        return os.lseek(self.fd, 0, os.SEEK_CUR)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes."""
+        _write_all(self.fd, data)
+        return len(data)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            self._discard()
+            if isinstance(error, OSError) and not isinstance(error, DestinationError | CheckpointError):
+                raise DestinationError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+            return
+        try:
+            os.ftruncate(self.fd, self.tell())
+            os.fsync(self.fd)
+            os.close(self.fd)
+            self.fd = -1
+            if self.path.exists():
+                shutil.copymode(self.path, self._temporary)
+            self._temporary.replace(self.path)
+            _sync_directory(self.path.parent)
+        except OSError as failure:
+            self._discard()
+            raise DestinationError(f"{self.path}: cannot be written: {failure.strerror}") from failure
+
+    def _discard(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        with suppress(OSError):
+            self._temporary.unlink()
+
+
+class AtomicDirectory:
+    """A new folder that takes its name only when it is complete; see `AtomicFile`.
+
+    The context manager's value is the temporary folder to fill.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._temporary = _temporary_sibling(self.path)
+
+    def __enter__(self) -> Path:
+        try:
+            self._temporary.mkdir()
+        except OSError as error:
+            raise DestinationError(f"{self.path}: cannot be written: {error.strerror}") from error
+        return self._temporary
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            return
+        replaced = _temporary_sibling(self.path)
+        try:
+            _sync_directory(self._temporary)
+            if self.path.exists():
+                self.path.replace(replaced)
+            self._temporary.replace(self.path)
+            _sync_directory(self.path.parent)
+        except OSError as failure:
+            if replaced.exists() and not self.path.exists():
+                replaced.replace(self.path)
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            raise DestinationError(f"{self.path}: cannot be written: {failure.strerror}") from failure
+        if replaced.is_dir():
+            shutil.rmtree(replaced, ignore_errors=True)
+        elif replaced.exists():
+            replaced.unlink()

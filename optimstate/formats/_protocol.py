@@ -1,0 +1,73 @@
+"""What a container format provides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from optimstate.files import Progress
+
+__all__ = ["Document", "Format", "WriteOptions"]
+
+
+@dataclass
+class Document:
+    """A checkpoint that was opened.
+
+    Attributes:
+        path: The file or folder.
+        format: The name of its container format.
+        tree: Its contents; tensors are lazy and stay readable while this object lives.
+        globals: Every `(module, name)` its pickles mention.
+        notes: Oddities met while reading, for people.
+        parts: For folders: the documents of the files inside, by name.
+        handle: What the format needs to write a variant of this file cheaply; private to the format.
+    """
+
+    path: Path
+    format: str
+    tree: Any
+    globals: Sequence[tuple[str, str]] = ()
+    notes: list[str] = field(default_factory=list)
+    parts: dict[str, Document] = field(default_factory=dict)
+    handle: Any = None
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How to write.
+
+    Attributes:
+        checksums: Compute checksums the container asks for where none is known; False leaves them out.
+        drop_opaque: Leave out objects the container cannot represent, instead of refusing.
+        clone_views: Store tensors that share memory each on its own where the container cannot express the sharing.
+        shard_size: Largest number of bytes per file where the container can be split, or None.
+        progress: Called with the bytes written since the last call.
+    """
+
+    checksums: bool = True
+    drop_opaque: bool = False
+    clone_views: bool = False
+    shard_size: int | None = None
+    progress: Progress | None = None
+
+
+class Format(Protocol):
+    """A container format: one module under `optimstate.formats` whose functions have these signatures."""
+
+    NAME: str
+    SUFFIXES: tuple[str, ...]
+
+    def sniff(self, path: Path, head: bytes) -> bool:
+        """Whether the file (its first 64 bytes are `head`) or folder (`head` is empty) is of this format."""
+
+    def read(self, path: Path) -> Document:
+        """Open it."""
+
+    def write(self, tree: Any, path: Path, *, like: Document | None, options: WriteOptions) -> list[str]:
+        """Write `tree` to `path`, all or nothing, and return notes on what was left out or changed.
+
+        `like` is the document the tree was made from, when there is one.
+        """

@@ -1,0 +1,125 @@
+"""A folder as a tree: a dict whose keys are the names of its files, recursively.
+
+Files of known container formats are entered; any other file is an `OpaqueFile` and is copied as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import CheckpointError, RepresentationError, UnrecognizedFormatError
+from optimstate.files import AtomicDirectory, AtomicFile, Extent, FileSource, copy_extents
+from optimstate.formats._protocol import Document, WriteOptions
+from optimstate.formats.registry import detect, get_format
+from optimstate.formats.safetensors import read_index
+from optimstate.tree import OpaqueFile
+
+NAME = "folder"
+SUFFIXES: tuple[str, ...] = ()
+MAX_FILES = 10_000
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """Whether it is a folder that no other format claims."""
+    return path.is_dir() and not head
+
+
+def read(path: Path) -> Document:
+    """Open every checkpoint of a folder.
+
+    Raises:
+        UnrecognizedFormatError: There is none in it.
+        CheckpointError: One that looks like a checkpoint cannot be read.
+    """
+    document = _read_folder(path, path)
+    if not document.parts:
+        raise UnrecognizedFormatError(
+            "a folder without a checkpoint", path=path, hint="Known are torch.save files and safetensors."
+        )
+    return document
+
+
+def _read_folder(path: Path, root: Path) -> Document:
+    document = Document(path, NAME, {})
+    files = sorted(path.iterdir())
+    if len(files) > MAX_FILES:
+        raise CheckpointError(f"{len(files)} files in one folder, over the limit of {MAX_FILES}", path=path)
+    shards: set[str] = set()
+    for file in files:
+        if file.name.endswith(".safetensors.index.json"):
+            shards.update(read_index(file)[0].values())
+    for file in files:
+        if file.name in shards or (file.is_symlink() and root.resolve() not in file.resolve().parents):
+            continue
+        part = _read_entry(file, root)
+        if part is None:
+            document.tree[file.name] = OpaqueFile(str(file), file.stat().st_size)
+            continue
+        document.tree[file.name] = part.tree
+        if part.parts or part.format != NAME:
+            document.parts[file.name] = part
+        document.notes.extend(f"{file.name}: {note}" for note in part.notes)
+        document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
+    return document
+
+
+def _read_entry(file: Path, root: Path) -> Document | None:
+    if file.is_dir():
+        return _read_folder(file, root)
+    if not file.is_file():
+        return None
+    found = detect(file)
+    try:
+        return found.read(file) if found is not None else None
+    except UnrecognizedFormatError:
+        return None
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+    """Write a folder: each entry in the format it was read from, all other files copied.
+
+    Raises:
+        RepresentationError: The tree did not come from a folder.
+    """
+    options = options or WriteOptions()
+    if like is None or like.format != NAME:
+        raise RepresentationError("only what was read from a folder can be written as one", hint="Give a file name.")
+    notes: list[str] = []
+    with AtomicDirectory(path) as folder:
+        _write_entries(tree, folder, like, options, notes)
+    return notes
+
+
+def _write_entries(tree: dict[str, Any], folder: Path, like: Document, options: WriteOptions, notes: list[str]) -> None:
+    for name, node in tree.items():
+        part = like.parts.get(name)
+        target = folder / name
+        if isinstance(node, OpaqueFile):
+            _copy(Path(node.path), target, options)
+        elif part is None:  # a folder without a checkpoint in it
+            target.mkdir()
+            _write_entries(node, target, Document(like.path / name, NAME, node), options, notes)
+        elif part.format == NAME:
+            target.mkdir()
+            _write_entries(node, target, part, options, notes)
+        elif node is part.tree and part.path.is_file():
+            for file in _files_of(part):
+                _copy(file, folder / file.name, options)
+        else:
+            made = get_format(part.format).write(node, target, like=part, options=options)
+            notes.extend(f"{name}: {note}" for note in made)
+
+
+def _files_of(part: Document) -> list[Path]:
+    """The file of a document, and its shards."""
+    if not part.path.name.endswith(".safetensors.index.json"):
+        return [part.path]
+    return [part.path, *(part.path.parent / file for file in dict.fromkeys(read_index(part.path)[0].values()))]
+
+
+def _copy(source: Path, target: Path, options: WriteOptions) -> None:
+    file = FileSource(source)
+    with AtomicFile(target, expected_size=file.size) as out:
+        copy_extents([Extent(file, 0, file.size)], out.fd, progress=options.progress)
+    target.chmod(source.stat().st_mode & 0o7777)

@@ -1,0 +1,82 @@
+"""The container formats by name; each module is imported when a file asks for it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import cast
+
+from optimstate.errors import CheckpointError, CheckpointNotFoundError, RepresentationError, UnrecognizedFormatError
+from optimstate.formats._protocol import Document, Format
+
+__all__ = ["FORMATS", "format_for_destination", "get_format", "open_document"]
+
+# Name -> module, in the order they are asked whether a file is theirs.
+FORMATS: dict[str, str] = {
+    "torch": "optimstate.formats.torch_zip",
+    "safetensors": "optimstate.formats.safetensors",
+    "folder": "optimstate.formats.folder",
+}
+
+
+def get_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        RepresentationError: There is none.
+    """
+    if name not in FORMATS:
+        raise RepresentationError(f"no container format is called {name!r}", hint=f"Known: {', '.join(FORMATS)}.")
+    return cast("Format", import_module(FORMATS[name]))
+
+
+def detect(path: Path) -> Format | None:
+    """The format a file or folder is of, or None.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at `path`.
+    """
+    if not path.exists():
+        raise CheckpointNotFoundError("no such file or folder", path=path, hint="Check the path for a typing mistake.")
+    head = b""
+    if path.is_file():
+        try:
+            with path.open("rb") as file:
+                head = file.read(64)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from error
+    return next((found for found in map(get_format, FORMATS) if found.sniff(path, head)), None)
+
+
+def open_document(path: str | Path) -> Document:
+    """Open a checkpoint of any known container format.
+
+    Raises:
+        CheckpointError: It does not exist, is of no known format, or is damaged.
+    """
+    path = Path(path)
+    found = detect(path)
+    if found is None:
+        what = "an empty file" if path.is_file() and not path.stat().st_size else "not a checkpoint of a known format"
+        raise UnrecognizedFormatError(
+            what, path=path, hint="Known are torch.save files, safetensors (single or sharded) and folders of these."
+        )
+    return found.read(path)
+
+
+def format_for_destination(path: Path, name: str | None) -> Format:
+    """The format to write: by name, else by the suffix of the destination.
+
+    Raises:
+        RepresentationError: Neither says which.
+    """
+    if name is not None:
+        return get_format(name)
+    for key in FORMATS:
+        found = get_format(key)
+        if path.name.endswith(found.SUFFIXES):
+            return found
+    raise RepresentationError(
+        f"{path.name!r}: the suffix does not say which container to write",
+        hint="Use .pt, .pth, .bin, .ckpt or .safetensors, or give --to.",
+    )

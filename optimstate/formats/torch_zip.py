@@ -1,0 +1,532 @@
+"""The zip archives of `torch.save`: read, written anew in torch's own layout, or re-described without moving a tensor.
+
+The archive stores every storage as its own record and the tree as a pickle in `data.pkl`. Sizes and checksums stand in
+the directory at the end, so a new pickle and directory behind the old records make a complete new checkpoint: that is
+how renames are written, to a new file (the rest is copied by the kernel) and in place (the rest is not touched).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optimstate.errors import (
+    CorruptCheckpointError,
+    DestinationError,
+    LimitExceededError,
+    UnrecognizedFormatError,
+    UnsupportedCheckpointError,
+)
+from optimstate.files import AtomicFile, Extent, FileSource, Progress, copy_extents
+from optimstate.formats._pickle import dump
+from optimstate.formats._protocol import Document, WriteOptions
+from optimstate.formats._unpickle import MAX_PICKLE_BYTES, load
+from optimstate.tensors import DTYPES, Storage
+from optimstate.tree import no_garbage_collection, tensors
+
+NAME = "torch"
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
+
+_LOCAL = struct.Struct("<4s5H3L2H")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR64 = struct.Struct("<4sLQL")
+_MAX32 = 0xFFFFFFFF
+_ALIGNMENT = 64
+_FLAGS = 0x0808  # sizes follow the data; names are UTF-8
+_ITEMSIZE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
+
+
+class Record(NamedTuple):
+    """An entry of the archive's directory.
+
+    Attributes:
+        name: Without the root folder.
+        header: Offset of its local header.
+        size: Bytes of its contents.
+        crc: CRC-32 of its contents; 0 also where the writer computed none.
+        entry: Its bytes in the directory.
+    """
+
+    name: str
+    header: int
+    size: int
+    crc: int
+    entry: bytes
+
+
+class Archive:
+    """The directory of a zip file whose records are stored without compression.
+
+    Attributes:
+        source: The file.
+        root: The folder all records are in, with its slash.
+        records: By name without the root, in directory order.
+        directory_offset: Where the directory begins.
+    """
+
+    def __init__(self, source: FileSource) -> None:
+        self.source = source
+        self.directory_offset, size, count = _find_directory(source)
+        with no_garbage_collection():
+            self.root, self.records = _parse_directory(source, self.directory_offset, size, count)
+
+    def data_offset(self, record: Record) -> int:
+        """Where a record's contents begin; the local header has a padding of its own."""
+        header = self.source.read(record.header, _LOCAL.size)
+        fields = _LOCAL.unpack(header)
+        if fields[0] != b"PK\x03\x04":
+            raise self.corrupt(f"record {record.name!r} has no local header", record.header)
+        start = record.header + _LOCAL.size + int(fields[9]) + int(fields[10])
+        if start + record.size > self.directory_offset:
+            raise self.corrupt(f"record {record.name!r} reaches into the directory", record.header)
+        return start
+
+    def extent(self, record: Record) -> Extent:
+        """The contents of a record."""
+        return Extent(self.source, self.data_offset(record), record.size)
+
+    def read(self, record: Record, limit: int) -> bytes:
+        """The contents of a small record, checked against its checksum."""
+        if record.size > limit:
+            raise LimitExceededError(
+                f"record {record.name!r} has {record.size} bytes, over the limit of {limit}", path=self.source.path
+            )
+        data = self.extent(record).read()
+        if record.crc and zlib.crc32(data) != record.crc:
+            raise self.corrupt(f"record {record.name!r} does not match its checksum", record.header)
+        return data
+
+    def corrupt(self, message: str, offset: int) -> CorruptCheckpointError:
+        """An error at an offset of this file."""
+        return CorruptCheckpointError(
+            message,
+            path=self.source.path,
+            place=f"offset {offset}",
+            hint="The file is truncated or damaged; copy it again from its source.",
+        )
+
+
+def _find_directory(source: FileSource) -> tuple[int, int, int]:
+    """Offset, size and number of entries of the central directory."""
+    tail_size = min(source.size, _END.size + 0xFFFF + _LOCATOR64.size)
+    tail = source.read(source.size - tail_size, tail_size)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or at + _END.size > len(tail):
+        raise CorruptCheckpointError(
+            "the zip directory at the end is missing",
+            path=source.path,
+            place=f"offset {source.size}",
+            hint=_restore_hint(source),
+        )
+    end_offset = source.size - tail_size + at
+    _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, at)
+    expected_end = end_offset
+    if at >= _LOCATOR64.size and tail[at - _LOCATOR64.size : at - _LOCATOR64.size + 4] == b"PK\x06\x07":
+        _, _, end64_offset, _ = _LOCATOR64.unpack_from(tail, at - _LOCATOR64.size)
+        end64 = source.read(end64_offset, _END64.size)
+        if end64[:4] != b"PK\x06\x06":
+            raise CorruptCheckpointError(
+                "the zip64 directory is damaged", path=source.path, place=f"offset {end64_offset}"
+            )
+        *_, count, size, offset = _END64.unpack(end64)
+        expected_end = end64_offset
+    if offset + size != expected_end:
+        raise CorruptCheckpointError(
+            f"the zip directory says it ends at {offset + size}, but it ends at {expected_end}",
+            path=source.path,
+            place=f"offset {end_offset}",
+        )
+    return offset, size, count
+
+
+def _restore_hint(source: FileSource) -> str:
+    """An interrupted in-place edit leaves the old end inside the file: say how to return to it."""
+    block = 1 << 24
+    for low in range(max(source.size - block, 0), max(source.size - 16 * block, -1), -block):
+        data = source.read(low, min(block + _END.size, source.size - low))
+        at = data.rfind(b"PK\x05\x06")
+        if at >= 0 and data[max(at - _LOCATOR64.size, 0) :][:4] == b"PK\x06\x07":
+            size = low + at + _END.size
+            return f"An edit in place was interrupted; `truncate -s {size} {source.path}` restores the file as it was."
+        if low == 0:
+            break
+    return "The file is truncated or no checkpoint of torch.save; copy it again from its source."
+
+
+def _parse_directory(source: FileSource, offset: int, size: int, count: int) -> tuple[str, dict[str, Record]]:
+    if count * _CENTRAL.size > size:
+        raise CorruptCheckpointError(f"the zip directory cannot hold {count} entries in {size} bytes", path=source.path)
+    data = source.read(offset, size)
+    records: dict[str, Record] = {}
+    unpack = _CENTRAL.unpack_from
+    root: str | None = None
+    at = 0
+    for _ in range(count):
+        if at + _CENTRAL.size > size:
+            raise CorruptCheckpointError(
+                "the zip directory is cut off", path=source.path, place=f"offset {offset + at}"
+            )
+        sig, _, _, flags, method, _, _, crc, packed, unpacked, n, extra, comment, _, _, _, header = unpack(data, at)
+        stop = at + _CENTRAL.size + n + extra + comment
+        if sig != b"PK\x01\x02" or stop > size:
+            raise CorruptCheckpointError(
+                "the zip directory is damaged", path=source.path, place=f"offset {offset + at}"
+            )
+        full_name = data[at + _CENTRAL.size : at + _CENTRAL.size + n].decode("utf-8", "replace")
+        if _MAX32 in (packed, unpacked, header):
+            extra_at = at + _CENTRAL.size + n
+            unpacked, packed, header = _zip64(data[extra_at : extra_at + extra], unpacked, packed, header)
+        if method or flags & 1:
+            raise UnsupportedCheckpointError(
+                f"record {full_name!r} is {'encrypted' if flags & 1 else 'compressed'}",
+                path=source.path,
+                hint="torch.save stores records as they are; load the file with torch and save it again.",
+            )
+        if packed != unpacked or header + _LOCAL.size + packed > offset:
+            raise CorruptCheckpointError(
+                f"record {full_name!r} of {packed} bytes reaches past the data",
+                path=source.path,
+                place=f"offset {header}",
+            )
+        if root is None:
+            root = full_name[: full_name.find("/") + 1]
+        if not full_name.startswith(root):
+            raise UnrecognizedFormatError("a zip file, but not one of torch.save: no common folder", path=source.path)
+        name = full_name[len(root) :]
+        if name in records:
+            raise CorruptCheckpointError(f"record {full_name!r} is there twice", path=source.path)
+        records[name] = Record(name, header, packed, crc, data[at:stop])
+        at = stop
+    _refuse_overlaps(source, records)
+    return root or "", records
+
+
+def _refuse_overlaps(source: FileSource, records: dict[str, Record]) -> None:
+    end = 0
+    for header, size, name in sorted((record.header, record.size, record.name) for record in records.values()):
+        if header < end:
+            raise CorruptCheckpointError(
+                f"record {name!r} overlaps another", path=source.path, place=f"offset {header}"
+            )
+        end = header + _LOCAL.size + size
+
+
+def _zip64(extra: bytes, unpacked: int, packed: int, header: int) -> tuple[int, int, int]:
+    at = 0
+    values: list[int] = []
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        if kind == 1:
+            values = (
+                list(struct.unpack_from(f"<{length // 8}Q", extra, at + 4)) if at + 4 + length <= len(extra) else []
+            )
+            break
+        at += 4 + length
+    fields = [unpacked, packed, header]
+    for index, value in enumerate(fields):
+        if value == _MAX32 and values:
+            fields[index] = values.pop(0)
+    return fields[0], fields[1], fields[2]
+
+
+class RecordStorage(Storage):
+    """A storage that is one record of an archive; where its bytes begin is looked up when they are needed."""
+
+    __slots__ = ("_pieces", "archive", "record")
+
+    def __init__(self, archive: Archive, record: Record, kind: str, location: str, key: str) -> None:
+        self.archive = archive
+        self.record = record
+        self._pieces: tuple[Extent, ...] | None = None
+        self.nbytes = record.size
+        self.kind = kind
+        self.location = location
+        self.key = key
+        self.crc = record.crc or None
+
+    @property
+    def pieces(self) -> tuple[Extent, ...]:  # type: ignore[override]
+        """The record's contents."""
+        if self._pieces is None:
+            self._pieces = (self.archive.extent(self.record),) if self.nbytes else ()
+        return self._pieces
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """Whether a file begins like a zip archive."""
+    return head[:4] in (b"PK\x03\x04", b"PK\x05\x06") and path.is_file()
+
+
+def read(path: Path) -> Document:
+    """Open a checkpoint of `torch.save`.
+
+    Raises:
+        CheckpointError: It is damaged, hostile, compressed, big-endian or TorchScript.
+    """
+    archive = Archive(FileSource(path))
+    records = archive.records
+    if "constants.pkl" in records:
+        raise UnsupportedCheckpointError(
+            "a TorchScript archive, not a checkpoint", path=path, hint="Save the module's state_dict() with torch.save."
+        )
+    if "data.pkl" not in records:
+        raise UnrecognizedFormatError("a zip file, but not one of torch.save: no data.pkl", path=path)
+    if "byteorder" in records and archive.read(records["byteorder"], 16).strip() == b"big":
+        raise UnsupportedCheckpointError(
+            "written on a big-endian machine", path=path, hint="Load it with torch, which swaps the bytes, and save it."
+        )
+
+    def storage(kind: str, key: str, location: str, numel: int) -> Storage:
+        record = records.get("data/" + key)
+        if record is None:
+            raise CorruptCheckpointError(f"storage {key!r} has no record", path=path)
+        if kind != "UntypedStorage" and kind not in _ITEMSIZE:
+            raise UnsupportedCheckpointError(f"storage {key!r} is of unknown class {kind!r}", path=path)
+        nbytes = numel * _ITEMSIZE.get(kind, 1)
+        if record.size != nbytes:
+            raise CorruptCheckpointError(
+                f"storage {key!r} is declared with {nbytes} bytes, its record has {record.size}",
+                path=path,
+                place=f"offset {record.header}",
+            )
+        return RecordStorage(archive, record, kind, location, key)
+
+    pickled = archive.read(records["data.pkl"], MAX_PICKLE_BYTES)
+    try:
+        tree, names = load(pickled, storage)
+    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
+        if error.path:
+            raise
+        raise type(error)(error.message, path=path, place=f"data.pkl {error.place}".strip(), hint=error.hint) from error
+    notes = [] if "version" in records else ["the record 'version' is missing: torch.load refuses this file"]
+    return Document(path, NAME, tree, names, notes, handle=archive)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions = WriteOptions()) -> list[str]:
+    """Write a tree as `torch.save` would.
+
+    When the tree holds exactly the storages of `like`, they are copied in one piece and only the pickle and the
+    directory are new; otherwise every record is written in torch's own order and alignment.
+    """
+    if like is not None and isinstance(like.handle, Archive) and _same_storages(tree, like.handle):
+        _write_redescribed(tree, path, like.handle, options)
+    else:
+        _write_new(tree, path, like, options)
+    return []
+
+
+def _same_storages(tree: Any, archive: Archive) -> bool:
+    used = {id(tensor.storage): tensor.storage for _, tensor in tensors(tree)}.values()
+    if not all(isinstance(storage, RecordStorage) and storage.archive is archive for storage in used):
+        return False
+    kept = {"data/" + storage.key for storage in used}
+    return kept == {name for name in archive.records if name.startswith("data/")}
+
+
+class _Directory:
+    """Writes records at the current end of a file and remembers their directory entries."""
+
+    def __init__(self, fd: int, root: str, position: int, progress: Progress | None) -> None:
+        self.fd = fd
+        self.root = root
+        self.position = position
+        self.progress = progress
+        self.entries: list[bytes] = []
+
+    def _emit(self, data: bytes) -> None:
+        self.position += write_bytes(self.fd, data)
+
+    def add(self, name: str, extents: Sequence[Extent] | bytes, crc: int | None = None) -> int:
+        """Write a record; its CRC-32 is computed on the way unless given. Returns the CRC."""
+        size = len(extents) if isinstance(extents, bytes) else sum(extent.length for extent in extents)
+        header = self.position
+        encoded = (self.root + name).encode()
+        extra = _zip64_extra(size, header)
+        start = header + _LOCAL.size + len(encoded) + len(extra) + 4
+        padding = -start % _ALIGNMENT
+        extra_length = len(extra) + 4 + padding
+        self._emit(
+            _LOCAL.pack(b"PK\x03\x04", 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(encoded), extra_length)
+            + encoded
+            + extra
+            + struct.pack("<2sH", b"FB", padding)
+            + b"Z" * padding
+        )
+        if isinstance(extents, bytes):
+            crc = zlib.crc32(extents)
+            self._emit(extents)
+        else:
+            running = _RunningCrc() if crc is None else None
+            self.position += copy_extents(extents, self.fd, progress=self.progress, checksum=running)
+            crc = running.value if running else crc
+        assert crc is not None
+        if size:
+            shape = "<4sL2Q" if extra else "<4s3L"
+            self._emit(struct.pack(shape, b"PK\x07\x08", crc, size, size))
+        small, offset = min(size, _MAX32), min(header, _MAX32)
+        fields = (b"PK\x01\x02", 0, 0, _FLAGS, 0, 0, 0, crc, small, small, len(encoded), len(extra), 0, 0, 0, 0, offset)
+        self.entries.append(_CENTRAL.pack(*fields) + encoded + extra)
+        return crc
+
+    def directory(self) -> tuple[bytes, bytes]:
+        """The directory, and the end records that make it valid."""
+        body = b"".join(self.entries)
+        count, start, stop = len(self.entries), self.position, self.position + len(body)
+        end64 = _END64.pack(b"PK\x06\x06", _END64.size - 12, 0x031E, 45, 0, 0, count, count, len(body), start)
+        locator = _LOCATOR64.pack(b"PK\x06\x07", 0, stop, 1)
+        short = min(count, 0xFFFF)
+        end = _END.pack(b"PK\x05\x06", 0, 0, short, short, min(len(body), _MAX32), min(start, _MAX32), 0)
+        return body, end64 + locator + end
+
+
+def write_bytes(fd: int, data: bytes) -> int:
+    """Append bytes to an open file."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    return len(data)
+
+
+class _RunningCrc:
+    def __init__(self) -> None:
+        self.value = 0
+
+    def __call__(self, data: bytes) -> None:
+        self.value = zlib.crc32(data, self.value)
+
+
+def _zip64_extra(size: int, header: int) -> bytes:
+    """Miniz adds the fields that do not fit, and torch counts on the exact length."""
+    if size < _MAX32 and header < _MAX32:
+        return b""
+    values = ([size, size] if size >= _MAX32 else []) + ([header] if header >= _MAX32 else [])
+    return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values)
+
+
+def _write_new(tree: Any, path: Path, like: Document | None, options: WriteOptions) -> None:
+    order: dict[int, tuple[str, Storage]] = {}
+
+    def key_of(storage: Storage) -> str:
+        return order.setdefault(id(storage), (str(len(order)), storage))[0]
+
+    pickled = dump(tree, key_of)
+    root = (path.stem if path.stem.isascii() and path.stem else "archive") + "/"
+    expected = len(pickled) + sum(storage.nbytes + 256 for _, storage in order.values())
+    with AtomicFile(path, expected_size=expected) as out:
+        directory = _Directory(out.fd, root, 0, options.progress)
+        checks = [directory.add("data.pkl", pickled)]
+        directory.add(".format_version", b"1")
+        directory.add(".storage_alignment", str(_ALIGNMENT).encode())
+        directory.add("byteorder", b"little")
+        for key, storage in order.values():
+            crc = storage.crc if storage.crc is not None or options.checksums else 0
+            checks.append(directory.add("data/" + key, storage.pieces, crc))
+        for name, record in _other_records(like):
+            directory.add(name, (record,) if record.length else ())
+        directory.add("version", b"3\n")
+        directory.add(".data/serialization_id", _serialization_id([root, *map(str, checks)]))
+        for part in directory.directory():
+            out.write(part)
+
+
+_OWN_RECORDS = {"data.pkl", ".format_version", ".storage_alignment", "byteorder", "version", ".data/serialization_id"}
+
+
+def _other_records(like: Document | None) -> list[tuple[str, Extent]]:
+    """Records that are neither torch's own nor storages: kept as they are."""
+    if like is None or not isinstance(like.handle, Archive):
+        return []
+    archive = like.handle
+    return [
+        (name, archive.extent(record))
+        for name, record in archive.records.items()
+        if name not in _OWN_RECORDS and not name.startswith("data/")
+    ]
+
+
+def _serialization_id(parts: Sequence[str]) -> bytes:
+    digest = int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest(), "big")
+    return b"%040d" % (digest % 10**40)
+
+
+def _kept_entries(archive: Archive) -> list[bytes]:
+    return [record.entry for name, record in archive.records.items() if name != "data.pkl"]
+
+
+def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOptions) -> None:
+    """Everything but the pickle stays at its offset: torch can then still predict where each storage is."""
+    pickled = dump(tree)
+    old = archive.records["data.pkl"]
+    start = archive.data_offset(old)
+    others = [record for name, record in archive.records.items() if name != "data.pkl"]
+    stop = archive.directory_offset if any(other.header > old.header for other in others) else old.header
+    pieces = [Extent(archive.source, 0, min(start, stop))]
+    if stop > start:  # the old names must not stay behind
+        pieces += [Extent(None, 0, old.size), Extent(archive.source, start + old.size, stop - start - old.size)]
+    with AtomicFile(path, expected_size=stop + len(pickled) + sum(map(len, _kept_entries(archive)))) as out:
+        position = copy_extents(pieces, out.fd, progress=options.progress)
+        for part in _redescription(out.fd, archive, pickled, position):
+            out.write(part)
+
+
+def _redescription(fd: int, archive: Archive, pickled: bytes, position: int) -> tuple[bytes, bytes]:
+    """Append the new pickle; returns the directory to write behind it and the end that makes it valid."""
+    directory = _Directory(fd, archive.root, position, None)
+    directory.add("data.pkl", pickled)
+    directory.entries.extend(_kept_entries(archive))
+    return directory.directory()
+
+
+def rewrite_in_place(document: Document, tree: Any) -> None:
+    """Give the file a new tree over the same storages by appending to it.
+
+    Nothing that was there is overwritten: until the last few bytes are written the file reads as before, or, for a
+    directory of more than 64 KB, can be cut back to what it was. The new bytes are flushed before the end that makes
+    them valid. On an error the file is cut back.
+
+    Raises:
+        DestinationError: The tree does not hold exactly the file's storages, or the file cannot be written.
+    """
+    archive = document.handle
+    if not isinstance(archive, Archive) or not _same_storages(tree, archive):
+        raise DestinationError(
+            f"{document.path}: only changes that keep every tensor can be made in place",
+            hint="Write to a new file instead.",
+        )
+    size = archive.source.size
+    pickled = dump(tree)
+    try:
+        fd = os.open(document.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise DestinationError(f"{document.path}: cannot be written: {error.strerror}") from error
+    try:
+        if os.lseek(fd, 0, os.SEEK_END) != size:
+            raise DestinationError(f"{document.path}: changed while it was read")
+        try:
+            body, end = _redescription(fd, archive, pickled, size)
+            write_bytes(fd, body)
+            os.fsync(fd)
+            write_bytes(fd, end)
+            os.fsync(fd)
+        except BaseException:
+            os.ftruncate(fd, size)
+            raise
+    except OSError as error:
+        if isinstance(error, DestinationError):
+            raise
+        raise DestinationError(f"{document.path}: cannot be written: {error.strerror}") from error
+    finally:
+        os.close(fd)

@@ -1,0 +1,188 @@
+"""Name templates: patterns over dotted parameter names, and the names they produce.
+
+    {i}        one component                    {i:int}     one component of digits
+    {rest**}   one or more components           {x=q|k|v}   one of the words
+    {e=0..7}   an integer of the range          {2*i+1}     (producing only) an affine function of an integer capture
+    *  **      like {i} and {rest**}, without a name: only where nothing is produced from the match
+
+A template matches a whole name or not at all. Everything else stands for itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from optimstate.errors import PlanSyntaxError
+
+__all__ = ["Template"]
+
+_TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*?)|([^{}*]+)|(.)", re.DOTALL)
+_CAPTURE = re.compile(r"(?P<name>[A-Za-z_]\w*)(?P<kind>\*\*|:int|=(?P<choices>[^=]+))?")
+_AFFINE = re.compile(r"(?:(?P<scale>-?\d+)\s*\*\s*)?(?P<name>[A-Za-z_]\w*)\s*(?P<shift>[+-]\s*\d+)?")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_ONE, _MANY = r"[^.]+", r"[^.]+(?:\.[^.]+)*"
+MAX_CHOICES = 100_000
+
+
+@dataclass(frozen=True)
+class _Capture:
+    """`{name...}`; `choices` are the values it enumerates, None where it takes what it finds."""
+
+    name: str
+    pattern: str
+    choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """`{scale*name+shift}`."""
+
+    name: str
+    scale: int
+    shift: int
+
+
+@dataclass(frozen=True)
+class _Wildcard:
+    pattern: str
+
+
+_Part = str | _Capture | _Affine | _Wildcard
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template.
+
+    Attributes:
+        text: As written.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise PlanSyntaxError("an empty template matches nothing")
+        self.parts  # noqa: B018 - parse now, so that a mistake is reported where it was made
+
+    @cached_property
+    def parts(self) -> tuple[_Part, ...]:
+        """Literals, captures and wildcards in order."""
+        return tuple(self._part(*match.groups()) for match in _TOKEN.finditer(self.text))
+
+    def _part(self, braces: str | None, wildcard: str | None, literal: str | None, stray: str | None) -> _Part:
+        if literal is not None:
+            return literal
+        if wildcard is not None:
+            return _Wildcard(_ONE if wildcard == "*" else _MANY)
+        if braces is None:
+            raise PlanSyntaxError(f"template {self.text!r}: unbalanced {stray!r}", hint="Write {name} for a capture.")
+        if match := _CAPTURE.fullmatch(braces.strip()):
+            return self._capture(match["name"], match["kind"] or "", match["choices"])
+        if match := _AFFINE.fullmatch(braces.strip()):
+            return _Affine(match["name"], int(match["scale"] or 1), int((match["shift"] or "0").replace(" ", "")))
+        raise PlanSyntaxError(
+            f"template {self.text!r}: {{{braces}}} is no capture",
+            hint="Captures are {i}, {i:int}, {rest**}, {x=a|b}, {e=0..7} and, on the producing side, {2*i+1}.",
+        )
+
+    def _capture(self, name: str, kind: str, choices: str | None) -> _Capture:
+        if choices is None:
+            return _Capture(name, {"": _ONE, "**": _MANY, ":int": r"\d+"}[kind])
+        if match := _RANGE.fullmatch(choices):
+            low, high = int(match[1]), int(match[2])
+            if not 0 <= high - low < MAX_CHOICES:
+                raise PlanSyntaxError(f"template {self.text!r}: the range {choices} is empty or too long")
+            return _Capture(name, r"-?\d+", tuple(map(str, range(low, high + 1))))
+        words = tuple(choices.split("|"))
+        if len(set(words)) != len(words) or not all(words):
+            raise PlanSyntaxError(f"template {self.text!r}: the choices {choices!r} repeat or are empty")
+        return _Capture(name, "|".join(map(re.escape, sorted(words, key=len, reverse=True))), words)
+
+    @cached_property
+    def captures(self) -> dict[str, tuple[str, ...] | None]:
+        """The named captures in order, with the values of those that enumerate."""
+        found: dict[str, tuple[str, ...] | None] = {}
+        for part in self.parts:
+            if isinstance(part, _Capture):
+                found[part.name] = part.choices or found.get(part.name)
+            elif isinstance(part, _Affine):
+                found.setdefault(part.name, None)
+        return found
+
+    @cached_property
+    def has_wildcard(self) -> bool:
+        """Whether a part of the match has no name."""
+        return any(isinstance(part, _Wildcard) for part in self.parts)
+
+    @cached_property
+    def has_affine(self) -> bool:
+        """Whether it computes an index, which only a producing template can."""
+        return any(isinstance(part, _Affine) for part in self.parts)
+
+    @cached_property
+    def _regex(self) -> re.Pattern[str]:
+        pieces: list[str] = []
+        seen: set[str] = set()
+        for part in self.parts:
+            if isinstance(part, str):
+                pieces.append(re.escape(part))
+            elif isinstance(part, _Wildcard):
+                pieces.append(part.pattern)
+            elif isinstance(part, _Affine):
+                raise PlanSyntaxError(f"template {self.text!r}: {{{part.name}}} with arithmetic cannot be matched")
+            elif part.name in seen:
+                pieces.append(f"(?P={part.name})")
+            else:
+                seen.add(part.name)
+                pieces.append(f"(?P<{part.name}>{part.pattern})")
+        return re.compile("".join(pieces))
+
+    def match(self, name: str) -> dict[str, str] | None:
+        """The captures of a whole name, or None."""
+        found = self._regex.fullmatch(name)
+        if found is None:
+            return None
+        captures = found.groupdict()
+        for key, choices in self.captures.items():
+            if choices is not None and captures[key] not in choices:
+                return None
+        return captures
+
+    def produce(self, captures: Mapping[str, str]) -> Iterator[str]:
+        """The names it spells: one, or one per combination of the enumerations that `captures` leave open.
+
+        Raises:
+            PlanSyntaxError: A capture is open and enumerates nothing, or arithmetic meets a word.
+        """
+        free = {key: choices for key, choices in self.captures.items() if key not in captures}
+        for key, choices in free.items():
+            if choices is None:
+                raise PlanSyntaxError(f"template {self.text!r}: nothing gives {{{key}}} a value")
+        for values in itertools.product(*(choices or () for choices in free.values())):
+            yield self._spell({**captures, **dict(zip(free, values, strict=True))})
+
+    def _spell(self, captures: Mapping[str, str]) -> str:
+        pieces: list[str] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                pieces.append(part)
+            elif isinstance(part, _Capture):
+                pieces.append(captures[part.name])
+            elif isinstance(part, _Affine):
+                value = captures[part.name]
+                if not value.isdigit():
+                    raise PlanSyntaxError(
+                        f"template {self.text!r}: {{{part.name}}} is {value!r}, no integer to compute with",
+                        hint=f"Write {{{part.name}:int}} where it is matched.",
+                    )
+                pieces.append(str(part.scale * int(value) + part.shift))
+            else:
+                raise PlanSyntaxError(
+                    f"template {self.text!r}: * has no name to produce from", hint="Name it: {rest**}."
+                )
+        return "".join(pieces)

@@ -1,0 +1,66 @@
+"""Parameter names: wrapper prefixes, and the order in which modules list their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["WRAPPERS", "in_module_order", "renamed_modules", "wrapper_prefix"]
+
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
+"""What DataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed put before a module's name."""
+
+
+def wrapper_prefix(names: Iterable[str]) -> str:
+    """The wrapper prefixes, possibly several, that every name begins with."""
+    names = list(names)
+    prefix = ""
+    while names:
+        for wrapper in WRAPPERS:
+            if all(name.startswith(prefix + wrapper) and len(name) > len(prefix + wrapper) for name in names):
+                prefix += wrapper
+                break
+        else:
+            break
+    return prefix
+
+
+def in_module_order(names: Sequence[str]) -> list[int]:
+    """Indices that put names in the order of a walk over the module tree they spell.
+
+    Modules and leaves keep the order of their first appearance: `a.w, b.w, a.b, b.b` becomes `a.w, a.b, b.w, b.b`.
+    """
+    root: dict[str, Any] = {}
+    for index, name in enumerate(names):
+        node = root
+        *modules, leaf = name.split(".")
+        for module in modules:
+            node = node.setdefault(module + ".", {})
+        node.setdefault(leaf, []).append(index)
+    order: list[int] = []
+    stack = [iter(root.values())]
+    while stack:
+        for entry in stack[-1]:
+            if isinstance(entry, dict):
+                stack.append(iter(entry.values()))
+                break
+            order.extend(entry)
+        else:
+            stack.pop()
+    return order
+
+
+def renamed_modules(moves: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Which modules were renamed to what, concluded from parameters' old and new names.
+
+    `blocks.0.attn.q.weight -> layers.0.attn.q.weight` says that blocks.0.attn.q, blocks.0.attn, blocks.0 and blocks
+    became layers.0.attn.q, layers.0.attn, layers.0 and layers.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for old, new in moves:
+        old_parts, new_parts = old.split("."), new.split(".")
+        while len(old_parts) > 1 and len(new_parts) > 1 and old_parts[-1] == new_parts[-1]:
+            old_parts.pop()
+            new_parts.pop()
+            found.setdefault(".".join(old_parts), {})[".".join(new_parts)] = None
+    return {old: list(new) for old, new in found.items()}

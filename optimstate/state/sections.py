@@ -1,0 +1,185 @@
+"""Find what a checkpoint consists of: optimizers, models, schedulers, averaged models. By structure, not by framework."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from optimstate.state.model import OptimizerState, as_mapping
+from optimstate.tensors import LazyTensor
+from optimstate.tree import Opaque, OpaqueFile, Path, children, format_path
+
+__all__ = ["Kind", "Section", "find_sections", "parameter_labels"]
+
+Kind = Literal["optimizer", "model", "scheduler", "ema"]
+
+_FLOATING = ("float", "bfloat", "complex", "double", "half")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a checkpoint whose meaning is known.
+
+    Attributes:
+        kind: What it is. An `ema` is a `torch.optim.swa_utils.AveragedModel` state: `n_averaged` and `module.*`.
+        path: Where it stands in the tree.
+        node: The mapping, or the pickled object, itself.
+    """
+
+    kind: Kind
+    path: Path
+    node: Any
+
+    @property
+    def label(self) -> str:
+        """The path as people read it."""
+        return format_path(self.path)
+
+    def optimizer(self) -> OptimizerState:
+        """The section's state; only for optimizers."""
+        fields = _fields(self.node)
+        assert self.kind == "optimizer"
+        assert fields is not None
+        return OptimizerState.from_node(fields)
+
+    def tensors(self) -> dict[str, Any]:
+        """Name to tensor, in order; only for models and EMAs. Entries that are no tensors are left out."""
+        if isinstance(self.node, Opaque):
+            return dict(_module_tensors(self.node))
+        return {name: value for name, value in self.node.items() if is_tensor(value)}
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a leaf is a tensor: in a file, or a record of a tensor subclass."""
+    return isinstance(value, LazyTensor) or (
+        isinstance(value, Opaque) and value.type.qualname.startswith(("_rebuild_", "DTensor", "ShardedTensor"))
+    )
+
+
+def find_sections(tree: Any) -> list[Section]:
+    """Every section of a checkpoint, in order. Sections do not nest; a node met twice is listed once."""
+    return list(_find(tree))
+
+
+def _find(tree: Any) -> Iterator[Section]:
+    seen: set[int] = set()
+    stack: list[tuple[Path, Any]] = [((), tree)]
+    while stack:
+        path, node = stack.pop()
+        if not isinstance(node, Mapping | list | tuple | Opaque) or isinstance(node, OpaqueFile) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        kind = _kind(node)
+        if kind is not None:
+            yield Section(kind, path, node)
+        else:
+            inner = [((*path, key), child) for key, child in children(node)]
+            stack.extend(reversed(inner))
+
+
+def _fields(node: Any) -> Mapping[Any, Any] | None:
+    """The entries of a mapping, or the attributes of a pickled object."""
+    if isinstance(node, Mapping):
+        return node
+    if isinstance(node, Opaque) and isinstance(node.state, Mapping):
+        return node.state
+    return None
+
+
+def _kind(node: Any) -> Kind | None:
+    fields = _fields(node)
+    if not fields:
+        return None
+    if _is_optimizer(fields):
+        return "optimizer"
+    if _is_scheduler(fields):
+        return "scheduler"
+    if isinstance(node, Opaque):
+        return "model" if "_parameters" in fields and "_modules" in fields else None
+    if "n_averaged" in fields and _is_model({key: value for key, value in fields.items() if key != "n_averaged"}):
+        return "ema"
+    return "model" if _is_model(fields) else None
+
+
+def _is_optimizer(fields: Mapping[Any, Any]) -> bool:
+    groups = fields.get("param_groups")
+    return (
+        as_mapping(fields.get("state")) is not None
+        and isinstance(groups, list | tuple)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in groups)
+    )
+
+
+def _is_scheduler(fields: Mapping[Any, Any]) -> bool:
+    if "_schedulers" in fields:
+        return True
+    if "last_epoch" not in fields:
+        return False
+    return bool(fields.keys() & {"base_lrs", "_last_lr", "_step_count", "num_bad_epochs"})
+
+
+def _is_model(fields: Mapping[Any, Any]) -> bool:
+    """Names to tensors, at least one of them a floating one under a name a parameter could have."""
+    found = False
+    for name, value in fields.items():
+        if not isinstance(name, str):
+            return False
+        if is_tensor(value):
+            found = found or not isinstance(value, LazyTensor) or value.dtype.startswith(_FLOATING)
+        elif not (value is None or name.endswith("_extra_state")):
+            return False
+    return found
+
+
+def _module_tensors(module: Opaque, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """The parameters and buffers of a pickled `nn.Module`, named as `named_parameters` names them."""
+    fields = _fields(module) or {}
+    for attribute in ("_parameters", "_buffers"):
+        for name, value in (as_mapping(fields.get(attribute)) or {}).items():
+            if is_tensor(value):
+                yield prefix + str(name), value
+    for name, child in (as_mapping(fields.get("_modules")) or {}).items():
+        if isinstance(child, Opaque) and depth < 100:
+            yield from _module_tensors(child, f"{prefix}{name}.", depth + 1)
+
+
+def parameter_labels(tree: Any) -> dict[Path, str]:
+    """For optimizers with names: the path of each parameter's entry in `state` to that name."""
+    labels: dict[Path, str] = {}
+    for section in find_sections(tree):
+        if section.kind == "optimizer" and isinstance(section.node, Mapping):
+            for key, name, _ in section.optimizer().parameters():
+                if name is not None and isinstance(key, int):
+                    labels[(*section.path, "state", key)] = name
+    return labels
+
+
+def scheduler_name(node: Any) -> str:
+    """The class of a pickled scheduler, or a guess from the entries of its state."""
+    if isinstance(node, Opaque):
+        return node.type.qualname
+    for name, marks in _SCHEDULER_MARKS:
+        if marks <= node.keys():
+            return name
+    return "LRScheduler"
+
+
+_SCHEDULER_MARKS: Sequence[tuple[str, set[str]]] = (
+    ("SequentialLR", {"_schedulers", "_milestones"}),
+    ("ChainedScheduler", {"_schedulers"}),
+    ("ReduceLROnPlateau", {"num_bad_epochs", "best"}),
+    ("OneCycleLR", {"total_steps", "_schedule_phases"}),
+    ("CyclicLR", {"max_lrs", "total_size"}),
+    ("CosineAnnealingWarmRestarts", {"T_0", "T_mult"}),
+    ("CosineAnnealingLR", {"T_max", "eta_min"}),
+    ("SWALR", {"anneal_epochs", "swa_lrs"}),
+    ("SWALR", {"anneal_epochs"}),
+    ("MultiStepLR", {"milestones", "gamma"}),
+    ("StepLR", {"step_size", "gamma"}),
+    ("PolynomialLR", {"total_iters", "power"}),
+    ("LinearLR", {"start_factor", "end_factor"}),
+    ("ConstantLR", {"factor", "total_iters"}),
+    ("ExponentialLR", {"gamma"}),
+    ("LambdaLR or MultiplicativeLR", {"lr_lambdas"}),
+)

@@ -1,0 +1,330 @@
+"""Checkpoints as trees: nested dicts, lists and tuples whose leaves are tensors, scalars and opaque records.
+
+An object of a class this library does not know is kept as an `Opaque` record of how its pickle built it. Nothing is
+imported or called for it; it can be shown, compared and written back.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+from optimstate.tensors import LazyTensor, Storage
+
+__all__ = ["GlobalName", "Opaque", "OpaqueFile", "Path", "difference", "format_path", "opaques", "tensors", "walk"]
+
+Path = tuple[str | int, ...]
+"""Keys from the root to a node. Keys that are neither str nor int appear as their repr."""
+
+
+class GlobalName(type):
+    """A class or function a pickle mentions, known by name only: never imported.
+
+    It is a class itself because pickles create objects from classes; calling or instantiating it only takes notes.
+
+    Attributes:
+        module: As written in the pickle.
+        qualname: As written; dotted for nested classes.
+    """
+
+    module: str
+    qualname: str
+
+    def __new__(mcs, module: str, qualname: str) -> GlobalName:
+        """A fresh class for the name."""
+        made = super().__new__(mcs, "Opaque", (Opaque,), {"__slots__": ()})
+        made.module = module
+        made.qualname = qualname
+        return made
+
+    def __init__(cls, _module: str, _qualname: str) -> None:
+        super().__init__("Opaque", (Opaque,), {})
+
+    def __call__(cls, *arguments: Any) -> Opaque:
+        """A record of a call."""
+        record = cls.record(*arguments)
+        record.called = True
+        return record
+
+    def record(cls, *arguments: Any, **keywords: Any) -> Opaque:
+        """A record of an instance created without a call."""
+        return cast("Opaque", cast("Any", cls).__new__(cls, *arguments, **keywords))
+
+    def __repr__(cls) -> str:
+        return f"<{cls.path}>"
+
+    @property
+    def path(cls) -> str:
+        """`module.qualname`."""
+        return f"{cls.module}.{cls.qualname}"
+
+
+class Opaque:
+    """How a pickle built an object: the callable, its arguments, and what was put into the result.
+
+    Attributes:
+        arguments: Positional arguments.
+        keywords: Keyword arguments (only from `NEWOBJ_EX`).
+        called: True when the callable was called, False when a bare instance was created (`cls.__new__`).
+        state: What `BUILD` gave it, or `Opaque.NOTHING`.
+        items: What was appended to it.
+        entries: What was set on it by key.
+    """
+
+    NOTHING: Any = ...
+    __slots__ = ("arguments", "called", "entries", "items", "keywords", "state")
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Opaque:
+        """What an unpickler does to create an instance."""
+        self = object.__new__(cls)
+        self.arguments = arguments
+        self.keywords = keywords
+        self.called = False
+        self.state = Opaque.NOTHING
+        self.items = []
+        self.entries = []
+        return self
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        pass
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    called: bool
+    state: Any
+    items: list[Any]
+    entries: list[tuple[Any, Any]]
+
+    # The names below are what an unpickler uses to fill an object.
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries.append((key, value))
+
+    def append(self, item: Any) -> None:
+        """Note an appended item."""
+        self.items.append(item)
+
+    def extend(self, items: list[Any]) -> None:
+        """Note appended items."""
+        self.items.extend(items)
+
+    def add(self, item: Any) -> None:
+        """Note an added element."""
+        self.items.append(item)
+
+    @property
+    def type(self) -> GlobalName:
+        """The callable that made it."""
+        return cast("GlobalName", type(self))
+
+    def parts(self) -> Iterator[tuple[str | int, Any]]:
+        """Everything inside, labelled."""
+        yield from enumerate(self.arguments)
+        yield from self.keywords.items()
+        yield from enumerate(self.items, len(self.arguments))
+        for key, value in self.entries:
+            yield path_key(key), value
+        if isinstance(self.state, Mapping):
+            for key, value in self.state.items():
+                yield path_key(key), value
+        elif self.state is not Opaque.NOTHING:
+            yield "state", self.state
+
+    def __repr__(self) -> str:
+        return f"<{self.type.path} object>"
+
+
+class OpaqueFile(NamedTuple):
+    """A file of a folder that is no checkpoint: copied as it is."""
+
+    path: str
+    nbytes: int
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Building a tree allocates only live objects; collecting meanwhile costs more than the building."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def path_key(key: Any) -> str | int:
+    """A mapping key as it appears in a path."""
+    return key if isinstance(key, str | int) and not isinstance(key, bool) else repr(key)
+
+
+def format_path(path: Path) -> str:
+    """A path as it is shown to people: `optimizer['state'][0]['exp_avg']`, or `(root)`."""
+    if not path:
+        return "(root)"
+    first, *rest = path
+    head = str(first) if isinstance(first, str) else f"[{first!r}]"
+    return head + "".join(f"[{key!r}]" for key in rest)
+
+
+def children(node: Any) -> Iterator[tuple[str | int, Any]]:
+    """The nodes directly inside `node`."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield path_key(key), value
+        attributes = vars(node) if isinstance(node, OrderedDict) else None
+        if attributes:
+            for name, value in attributes.items():
+                yield f".{name}", value
+    elif isinstance(node, list | tuple) and not isinstance(node, OpaqueFile):
+        yield from enumerate(node)
+    elif isinstance(node, Opaque):
+        yield from node.parts()
+
+
+def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every container and leaf, parents first, in order. A container met twice is entered once, so cycles end."""
+    seen: set[int] = set()
+    stack: list[Iterator[tuple[Path, Any]]] = [iter([(path, node)])]
+    while stack:
+        for place, found in stack[-1]:
+            yield place, found
+            if isinstance(found, dict | list | tuple | Opaque) and id(found) not in seen:
+                seen.add(id(found))
+                stack.append(iter([((*place, key), child) for key, child in children(found)]))
+                break
+        else:
+            stack.pop()
+
+
+def tensors(node: Any) -> Iterator[tuple[Path, LazyTensor]]:
+    """Every tensor with its path."""
+    return ((path, found) for path, found in walk(node) if isinstance(found, LazyTensor))
+
+
+def opaques(node: Any) -> Iterator[tuple[Path, Opaque | GlobalName]]:
+    """Every object or class known by name only, with its path."""
+    return ((path, found) for path, found in walk(node) if isinstance(found, Opaque | GlobalName))
+
+
+def transform(node: Any, replace: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """A copy of the tree in which `replace(path, node)` stands for each node; return the node itself to enter it.
+
+    Containers nothing was replaced in are shared with the original, which is never changed.
+    """
+    new = replace(path, node)
+    if new is not node:
+        return new
+    if isinstance(node, dict):
+        changed = {key: transform(value, replace, (*path, path_key(key))) for key, value in node.items()}
+        if all(changed[key] is value for key, value in node.items()):
+            return node
+        return rebuilt_mapping(node, changed)
+    if isinstance(node, list | tuple) and not isinstance(node, OpaqueFile):
+        items = [transform(item, replace, (*path, index)) for index, item in enumerate(node)]
+        if all(new is old for new, old in zip(items, node, strict=True)):
+            return node
+        return items if isinstance(node, list) else tuple(items)
+    return node
+
+
+def cloned(node: Any) -> Any:
+    """A copy whose tensors share memory with nothing else; plain values and names are shared."""
+    if isinstance(node, LazyTensor):
+        return node.clone()
+    if isinstance(node, Mapping):
+        return rebuilt_mapping(node, {key: cloned(value) for key, value in node.items()})
+    if isinstance(node, list | tuple):
+        items = [cloned(item) for item in node]
+        return items if isinstance(node, list) else tuple(items)
+    if isinstance(node, Opaque):
+        made = node.type.record(*cloned(node.arguments), **cloned(node.keywords))
+        made.called = node.called
+        made.items = cloned(node.items)
+        made.entries = [(key, cloned(value)) for key, value in node.entries]
+        made.state = cloned(node.state)
+        return made
+    if isinstance(node, Storage):
+        return Storage(node.pieces, node.nbytes, node.kind, node.location)
+    return node
+
+
+def rebuilt_mapping(like: Mapping[Any, Any], items: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`items` as a mapping of the same type and with the same attributes as `like`."""
+    if isinstance(like, OrderedDict):
+        made: dict[Any, Any] = OrderedDict(items)
+        vars(made).update(vars(like))
+        return made
+    return dict(items)
+
+
+def difference(a: Any, b: Any, *, strides: bool = True, aliases: bool = True) -> str | None:
+    """The first place where two trees differ, or None when they are equal in types, keys, order, values and sharing.
+
+    Tensors are compared by dtype, shape, bytes and, unless told otherwise, strides and which of them share storage.
+    """
+    return _Comparison(strides, aliases).differ((), a, b)
+
+
+class _Comparison:
+    def __init__(self, strides: bool, aliases: bool) -> None:
+        self.strides = strides
+        self.aliases = aliases
+        self.storage_of: dict[int, int] = {}
+        self.visited: set[tuple[int, int]] = set()
+        self.keep: list[Any] = []
+
+    def differ(self, path: Path, a: Any, b: Any) -> str | None:
+        where = format_path(path)
+        if isinstance(a, LazyTensor) and isinstance(b, LazyTensor):
+            return self._differ_tensor(where, a, b)
+        if isinstance(a, GlobalName) and isinstance(b, GlobalName):
+            return None if a.path == b.path else f"{where}: {a!r} != {b!r}"
+        if isinstance(a, Opaque) and isinstance(b, Opaque):
+            if a.type.path != b.type.path or a.called != b.called:
+                return f"{where}: {a!r} != {b!r}"
+        elif type(a) is not type(b):
+            return f"{where}: {type(a).__name__} != {type(b).__name__}"
+        if not isinstance(a, dict | list | tuple | Opaque):
+            same = a == b or (a != a and b != b)
+            return None if same else f"{where}: {a!r} != {b!r}"
+        if (id(a), id(b)) in self.visited:
+            return None
+        self.visited.add((id(a), id(b)))
+        left, right = list(children(a)), list(children(b))
+        self.keep.append((left, right))
+        if isinstance(a, dict):  # keys that look alike in a path may differ in type
+            left_keys, right_keys = list(a), list(b)
+            if left_keys != right_keys or list(map(type, left_keys)) != list(map(type, right_keys)):
+                return f"{where}: keys differ: {_first_difference(left_keys, right_keys)}"
+        if [key for key, _ in left] != [key for key, _ in right]:
+            return f"{where}: parts differ: {_first_difference([k for k, _ in left], [k for k, _ in right])}"
+        for (key, x), (_, y) in zip(left, right, strict=True):
+            found = self.differ((*path, key), x, y)
+            if found:
+                return found
+        return None
+
+    def _differ_tensor(self, where: str, a: LazyTensor, b: LazyTensor) -> str | None:
+        kinds = ("dtype", "shape", "requires_grad", "is_parameter") + (("stride",) if self.strides else ())
+        for name in kinds:
+            x, y = getattr(a, name), getattr(b, name)
+            if x != y:
+                return f"{where}: {name} {x} != {y}"
+        if self.aliases and self.storage_of.setdefault(id(a.storage), id(b.storage)) != id(b.storage):
+            return f"{where}: shares its storage with another tensor on one side only"
+        if any(x != y for x, y in zip(a.chunks(), b.chunks(), strict=True)):
+            return f"{where}: contents differ"
+        return None
+
+
+def _first_difference(a: list[Any], b: list[Any]) -> str:
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y or type(x) is not type(y):
+            return f"{x!r} != {y!r} at position {index}"
+    return f"{len(a)} != {len(b)} entries"
