@@ -264,7 +264,7 @@ class RecordStorage(Storage):
 
 def sniff(path: Path, head: bytes) -> bool:
     """Whether a file begins like a zip archive."""
-    return head[:4] in (b"PK\x03\x04", b"PK\x05\x06") and path.is_file()
+    return head[:4] in (b"PK\x03\x04", b"PK\x05\x06") and path.suffix != ".distcp" and path.is_file()
 
 
 def read(path: Path) -> Document:
@@ -315,12 +315,13 @@ def read(path: Path) -> Document:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions = WriteOptions()) -> list[str]:
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
     """Write a tree as `torch.save` would.
 
     When the tree holds exactly the storages of `like`, they are copied in one piece and only the pickle and the
     directory are new; otherwise every record is written in torch's own order and alignment.
     """
+    options = options or WriteOptions()
     if like is not None and isinstance(like.handle, Archive) and _same_storages(tree, like.handle):
         _write_redescribed(tree, path, like.handle, options)
     else:
@@ -409,7 +410,7 @@ class _RunningCrc:
 
 
 def _zip64_extra(size: int, header: int) -> bytes:
-    """Miniz adds the fields that do not fit, and torch counts on the exact length."""
+    """The zip64 field as miniz writes it: only the values that do not fit. Torch counts on its exact length."""
     if size < _MAX32 and header < _MAX32:
         return b""
     values = ([size, size] if size >= _MAX32 else []) + ([header] if header >= _MAX32 else [])

@@ -41,7 +41,7 @@ class Rule:
             lost = known.keys() - target.captures.keys()
             if lost:
                 raise PlanSyntaxError(
-                    f"{self}: {{{sorted(lost)[0]}}} is captured, but {target.text!r} does not use it: "
+                    f"{self}: {{{min(lost)}}} is captured, but {target.text!r} does not use it: "
                     "several parameters would become one",
                     hint="Use the capture on both sides, or write out its value.",
                 )

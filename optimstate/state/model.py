@@ -154,7 +154,5 @@ class OptimizerState:
         orphans = {key: self.state[key] for key in self.orphans()}
         clash = orphans.keys() & state.keys()
         if clash:
-            raise CorruptCheckpointError(
-                f"state of {sorted(map(str, clash))[0]!r} belongs to no parameter of any group"
-            )
+            raise CorruptCheckpointError(f"state of {min(map(str, clash))!r} belongs to no parameter of any group")
         return replace(self, groups=tuple(made), state={**state, **orphans})

@@ -1,4 +1,4 @@
-"""Find what a checkpoint consists of: optimizers, models, schedulers, averaged models. By structure, not by framework."""
+"""Find what a checkpoint consists of, by structure: optimizers, models, schedulers, averaged models."""
 
 from __future__ import annotations
 

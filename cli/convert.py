@@ -1,0 +1,59 @@
+"""`optimstate convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optimstate.cli.app import Force, Json, app
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `500MB`, `2GiB`, `1000000`."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.strip().rstrip("BKMGIbkmgi ")
+    unit = text.strip()[len(number) :].strip().upper()
+    if unit not in units or not number.replace(".", "", 1).isdigit() or not float(number):
+        raise typer.BadParameter(f"{text!r} is no size; write 500MB or 2GiB", param_hint="--shard-size")
+    return int(float(number) * units[unit])
+
+
+@app.command(epilog="Example: optimstate convert checkpoint.pt checkpoint.safetensors")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
+    destination: Annotated[Path, typer.Argument(help="Where to write; the suffix says what.", show_default=False)],
+    to: Annotated[str | None, typer.Option(metavar="FORMAT", help="torch or safetensors.", show_default=False)] = None,
+    shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Write a folder of shards of at most this size.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the source's checksums first.")] = False,
+    no_checksums: Annotated[
+        bool, typer.Option("--no-checksums", help="Write zip records without CRC-32, as torch can too.")
+    ] = False,
+    drop_opaque: Annotated[
+        bool, typer.Option("--drop-opaque", help="Leave out objects that safetensors cannot hold.")
+    ] = False,
+    clone_views: Annotated[
+        bool, typer.Option("--clone-views", help="Store tensors that share memory each on its own.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that it can be done and write nothing.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a whole checkpoint in another container: torch or safetensors, without loss and in constant memory."""
+    from optimstate import surgery
+    from optimstate.cli import _render
+    from optimstate.formats._protocol import WriteOptions
+
+    size = None if shard_size is None else parse_size(shard_size)
+    with _render.progress(source, "converting") as advance:
+        options = WriteOptions(not no_checksums, drop_opaque, clone_views, size, advance)
+        report = surgery.convert(
+            source, destination, to=to, verify=verify, dry_run=dry_run, force=force, options=options
+        )
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        _render.converted(report)
