@@ -162,8 +162,8 @@ def _model(out: Console, info: ModelInfo, *, params: bool) -> None:
     for name in info.tensors:
         collapsed.setdefault(_INDEX.sub("*", name), []).append(name)
     shown = list(collapsed.items())
-    for pattern, names in shown[:12]:
-        out.print(f"  {pattern}" + (f"  x {len(names)}" if len(names) > 1 else f"  {info.tensors[names[0]]}"))
+    for pattern, members in shown[:12]:
+        out.print(f"  {pattern}  " + (f"x {len(members)}" if len(members) > 1 else info.tensors[members[0]]))
     if len(shown) > 12:
         out.print(f"  ... and {len(shown) - 12} more kinds of names (--params lists all)")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
+from optimstate.files import chunks
 from optimstate.tensors import LazyTensor, Storage
 
 __all__ = ["GlobalName", "Opaque", "OpaqueFile", "Path", "difference", "format_path", "opaques", "tensors", "walk"]
@@ -288,6 +289,8 @@ class _Comparison:
         if isinstance(a, Opaque) and isinstance(b, Opaque):
             if a.type.path != b.type.path or a.called != b.called:
                 return f"{where}: {a!r} != {b!r}"
+        elif isinstance(a, Storage) and isinstance(b, Storage):
+            return self._differ_storage(where, a, b)
         elif type(a) is not type(b):
             return f"{where}: {type(a).__name__} != {type(b).__name__}"
         if not isinstance(a, dict | list | tuple | Opaque):
@@ -316,10 +319,20 @@ class _Comparison:
             x, y = getattr(a, name), getattr(b, name)
             if x != y:
                 return f"{where}: {name} {x} != {y}"
-        if self.aliases and self.storage_of.setdefault(id(a.storage), id(b.storage)) != id(b.storage):
-            return f"{where}: shares its storage with another tensor on one side only"
         if any(x != y for x, y in zip(a.chunks(), b.chunks(), strict=True)):
             return f"{where}: contents differ"
+        return self._differ_sharing(where, a.storage, b.storage)
+
+    def _differ_storage(self, where: str, a: Storage, b: Storage) -> str | None:
+        if (a.kind, a.nbytes) != (b.kind, b.nbytes):
+            return f"{where}: storage {a.kind} of {a.nbytes} bytes != {b.kind} of {b.nbytes}"
+        if any(x != y for x, y in zip(chunks(a.pieces), chunks(b.pieces), strict=True)):
+            return f"{where}: contents differ"
+        return self._differ_sharing(where, a, b)
+
+    def _differ_sharing(self, where: str, a: Storage, b: Storage) -> str | None:
+        if self.aliases and self.storage_of.setdefault(id(a), id(b)) != id(b):
+            return f"{where}: shares its storage with another tensor on one side only"
         return None
 
 

@@ -318,8 +318,6 @@ class _Layout:
         self.shared = _shared_storages(tree, clone=options.clone_views)
         self.storages: dict[str, dict[str, Any]] = {}
         self.entries: list[_Entry] = []
-        if isinstance(tree, LazyTensor):
-            tree = {"tensor": tree}
         encoded = _json_tree.encode(tree, self._tensor, self._dropped if options.drop_opaque else None)
         in_order = [entry.name for entry in self.entries]
         # Larger items first: every tensor is then aligned to its item size, whatever stands before it.
@@ -371,7 +369,7 @@ class _Layout:
 
     def _name(self, path: TreePath) -> str:
         parts = [self.labels.get(path[: i + 1], str(key)) for i, key in enumerate(path)]
-        name = base = ".".join(parts)
+        name = base = ".".join(parts) or "tensor"
         count = 1
         while name in self.used or name == "__metadata__":
             count += 1
