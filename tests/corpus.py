@@ -39,7 +39,8 @@ class Case:
         """What the live objects held; an error where the case has no truth file."""
         if self.truth_path is None:
             raise LookupError(f"{self.name} has no truth file")
-        return json.loads(self.truth_path.read_text(encoding="utf-8"))
+        truth: dict[str, Any] = json.loads(self.truth_path.read_text(encoding="utf-8"))
+        return truth
 
 
 def _case(entry: dict[str, Any]) -> Case:

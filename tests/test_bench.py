@@ -198,6 +198,7 @@ def test_every_part_prints_its_table(setting: cli.Setting, capsys: pytest.Captur
     for part in cli.PARTS:
         assert f"optimstate {part}\n" in printed
     assert "tiny / cp: wall " in printed
+    assert "tiny / cp and sync: wall " in printed
     assert "tiny safetensors to pt --no-checksums / cp: peak memory" in printed
     assert list(setting.folder.iterdir()) == []
 

@@ -161,6 +161,12 @@ def copy_job(source: Path, target: Path) -> Job:
     return Job("cp", ["cp", "--reflink=never", str(source), str(target)], outputs=[target])
 
 
+def durable_copy_job(source: Path, target: Path) -> Job:
+    """The same, and the copy is on the disk before it ends, as it is when the tool reports success."""
+    script = 'cp --reflink=never "$1" "$2" && sync "$2"'
+    return Job("cp and sync", ["sh", "-c", script, "sh", str(source), str(target)], outputs=[target])
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of a table: what was measured, how it came out, and what it should be at most (None: no target)."""

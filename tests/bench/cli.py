@@ -11,11 +11,11 @@ from pathlib import Path
 from tests.bench import _data
 from tests.bench._harness import (
     CommandError,
-    Comparison,
     Job,
     Row,
     compare,
     copy_job,
+    durable_copy_job,
     print_table,
     run_job,
     standard_rows,
@@ -94,6 +94,15 @@ def listed_slots(said: str) -> None:
         raise CommandError(f"the listing names no slot exp_avg_sq: {said[:200]!r}")
 
 
+def against_copies(setting: Setting, title: str, ours: Job, source: Path, *, wall: float) -> list[Row]:
+    """A job that streams a file against `cp`, which the goals are set by, and against one that reaches the disk."""
+    target = setting.folder / "copy"
+    measured = compare(ours, copy_job(source, target), pairs=setting.pairs, settle=True)
+    durable = compare(ours, durable_copy_job(source, target), pairs=setting.pairs, warm_up=0, settle=True)
+    rows = standard_rows(f"{title} / cp", measured, wall=wall, peak=STREAM_PEAK)
+    return [*rows, Row(f"{title} / cp and sync: wall", durable.wall)]
+
+
 def inspect(setting: Setting) -> list[Row]:
     """Listing a checkpoint against loading it lazily."""
     rows = []
@@ -120,8 +129,7 @@ def remap(setting: Setting) -> list[Row]:
     for name, source in setting.streamed.items():
         command = [*setting.tool, "remap", str(source), str(target), "--rename", RENAME]
         ours = Job("remap", command, outputs=[target], check=wrote(target, source, mentions=NEW_NAME))
-        measured = compare(ours, copy_job(source, setting.folder / "copy"), pairs=setting.pairs, settle=True)
-        rows += standard_rows(f"{name} / cp", measured, wall=1.15, peak=STREAM_PEAK)
+        rows += against_copies(setting, name, ours, source, wall=1.15)
     command = [*setting.tool, "remap", str(setting.many), str(target), "--rename", RENAME]
     ours = Job("remap", command, outputs=[target], check=wrote(target, setting.many, mentions=NEW_NAME))
     peer = torch_rename(setting.many, setting.folder / "peer.pt")
@@ -168,18 +176,13 @@ def convert(setting: Setting) -> list[Row]:
             for start, suffix in ((source, ".safetensors"), (other, ".pt")):
                 target = setting.folder / f"converted{suffix}"
                 for options, wall in (([], 2.2), (["--no-checksums"], 1.3)):
-                    measured = _conversion(setting, start, target, options)
-                    title = f"{name} {start.suffix[1:]} to {suffix[1:]} {' '.join(options)}".strip()
-                    rows += standard_rows(f"{title} / cp", measured, wall=wall, peak=STREAM_PEAK)
+                    command = [*setting.tool, "convert", str(start), str(target), *options]
+                    ours = Job("convert", command, outputs=[target], check=wrote(target, start, mentions=OLD_NAME))
+                    title = " ".join([name, start.suffix[1:], "to", suffix[1:], *options])
+                    rows += against_copies(setting, title, ours, start, wall=wall)
         finally:
             other.unlink(missing_ok=True)
     return rows
-
-
-def _conversion(setting: Setting, source: Path, target: Path, options: list[str]) -> Comparison:
-    command = [*setting.tool, "convert", str(source), str(target), *options]
-    ours = Job("convert", command, outputs=[target], check=wrote(target, source, mentions=OLD_NAME))
-    return compare(ours, copy_job(source, setting.folder / "copy"), pairs=setting.pairs, settle=True)
 
 
 PARTS: dict[str, Callable[[Setting], list[Row]]] = {
