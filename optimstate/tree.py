@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
+from optimstate.errors import UnsupportedCheckpointError
 from optimstate.files import chunks
 from optimstate.tensors import LazyTensor, Storage
 
@@ -213,25 +214,48 @@ def opaques(node: Any) -> Iterator[tuple[Path, Opaque | GlobalName]]:
     return ((path, found) for path, found in walk(node) if isinstance(found, Opaque | GlobalName))
 
 
-def transform(node: Any, replace: Callable[[Path, Any], Any], path: Path = ()) -> Any:
-    """A copy of the tree in which `replace(path, node)` stands for each node; return the node itself to enter it.
+def replaced(tree: Any, nodes: Mapping[int, Any]) -> Any:
+    """The tree with some containers exchanged.
 
-    Containers nothing was replaced in are shared with the original, which is never changed.
+    Args:
+        tree: Never changed; whatever holds nothing exchanged is shared with the result.
+        nodes: What stands for the container of each `id`.
+
+    Raises:
+        UnsupportedCheckpointError: Something exchanged is inside a container that contains itself.
     """
-    new = replace(path, node)
-    if new is not node:
-        return new
+    done: dict[int, Any] = dict(nodes)
+    entered: set[int] = set()
+    recursive: set[int] = set()
+
+    def visit(node: Any) -> Any:
+        key = id(node)
+        if key in done:
+            return done[key]
+        if not isinstance(node, dict | list | tuple) or isinstance(node, OpaqueFile):
+            return node
+        if key in entered:
+            recursive.add(key)
+            return node
+        entered.add(key)
+        made = _with_children(node, visit)
+        if made is not node and key in recursive:
+            raise UnsupportedCheckpointError("a container that contains itself would have to change")
+        done[key] = made
+        return made
+
+    return visit(tree)
+
+
+def _with_children(node: Any, visit: Callable[[Any], Any]) -> Any:
+    """The container with each child visited, or the container itself where none changes."""
     if isinstance(node, dict):
-        changed = {key: transform(value, replace, (*path, path_key(key))) for key, value in node.items()}
-        if all(changed[key] is value for key, value in node.items()):
-            return node
-        return rebuilt_mapping(node, changed)
-    if isinstance(node, list | tuple) and not isinstance(node, OpaqueFile):
-        items = [transform(item, replace, (*path, index)) for index, item in enumerate(node)]
-        if all(new is old for new, old in zip(items, node, strict=True)):
-            return node
-        return items if isinstance(node, list) else tuple(items)
-    return node
+        items = {key: visit(value) for key, value in node.items()}
+        return node if all(items[key] is value for key, value in node.items()) else rebuilt_mapping(node, items)
+    children = [visit(item) for item in node]
+    if all(new is old for new, old in zip(children, node, strict=True)):
+        return node
+    return children if isinstance(node, list) else tuple(children)
 
 
 def cloned(node: Any) -> Any:

@@ -273,6 +273,10 @@ def _bytearray(data: Any = b"", encoding: Any = "latin-1") -> bytearray:
     return bytearray(data if isinstance(data, bytes) else _encode(data, encoding))
 
 
+def _bytes(data: Any = "", encoding: Any = "latin-1") -> bytes:
+    return bytes(data) if isinstance(data, bytes) else _encode(data, encoding)
+
+
 def _from_list(kind: Callable[[Iterable[Any]], Any]) -> Callable[..., Any]:
     def build(items: Any = ()) -> Any:
         if not isinstance(items, list | tuple):
@@ -289,6 +293,7 @@ def _complex(real: Any, imaginary: Any) -> complex:
 _BUILTINS: dict[str, Any] = {
     "set": _from_list(set),
     "frozenset": _from_list(frozenset),
+    "bytes": _bytes,
     "bytearray": _bytearray,
     "complex": _complex,
 }

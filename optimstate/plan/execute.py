@@ -12,7 +12,7 @@ from optimstate.plan.rules import Plan
 from optimstate.state.model import ParameterKey, Slots
 from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
 from optimstate.state.sections import Section, find_sections
-from optimstate.tree import Opaque, cloned, rebuilt_mapping, transform
+from optimstate.tree import Opaque, cloned, rebuilt_mapping, replaced
 
 __all__ = ["apply_plan"]
 
@@ -54,7 +54,7 @@ def apply_plan(plan: Plan, tree: Any) -> tuple[Any, Migration, list[str]]:
         if migration.sections[key].changes
     }
     notes = [f"{_key(section)}: no parameter names, left as it is" for section in anonymous]
-    return transform(tree, lambda _, node: rebuilt.get(id(node), node)), migration, notes
+    return replaced(tree, rebuilt), migration, notes
 
 
 def _key(section: Section) -> str:
