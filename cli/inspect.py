@@ -13,7 +13,9 @@ from optimstate.cli.app import Json, app
 @app.command(epilog="Example: optimstate inspect checkpoint-1000/ --params")
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
-    params: Annotated[bool, typer.Option("--params", help="List every parameter with its slots.")] = False,
+    params: Annotated[
+        bool, typer.Option("--params", help="List every parameter with its slots (in --json too).")
+    ] = False,
     groups: Annotated[bool, typer.Option("--groups", help="List every group with its options.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -23,7 +25,7 @@ def inspect(
     """
     from optimstate import surgery
 
-    found = surgery.inspect(path)
+    found = surgery.inspect(path, parameters=params)
     if as_json:
         typer.echo(found.to_json())
         return

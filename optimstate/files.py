@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -262,7 +261,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _temporary_sibling(path: Path) -> Path:
-    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.part")
+    return path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.part")
 
 
 class AtomicFile:

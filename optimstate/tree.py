@@ -204,6 +204,21 @@ def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             stack.pop()
 
 
+def nodes(node: Any) -> Iterator[Any]:
+    """Every container and leaf, without paths, in no particular order."""
+    seen: set[int] = set()
+    stack = [node]
+    while stack:
+        found = stack.pop()
+        yield found
+        if isinstance(found, dict | list | tuple | Opaque) and id(found) not in seen:
+            seen.add(id(found))
+            if type(found) is dict:
+                stack.extend(found.values())
+            else:
+                stack.extend(child for _, child in children(found))
+
+
 def tensors(node: Any) -> Iterator[tuple[Path, LazyTensor]]:
     """Every tensor with its path."""
     return ((path, found) for path, found in walk(node) if isinstance(found, LazyTensor))

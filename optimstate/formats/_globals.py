@@ -5,12 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from optimstate.formats._json_tree import PLAIN_CLASSES
 from optimstate.tensors import DTYPES
 
-__all__ = ["Verdict", "classify", "dangerous"]
+__all__ = ["PLAIN_CLASSES", "Verdict", "classify", "dangerous"]
 
 Verdict = Literal["data", "unknown", "dangerous"]
+
+PLAIN_CLASSES = frozenset(
+    {
+        "_codecs.encode",
+        "argparse.Namespace",
+        "collections.Counter",
+        "collections.defaultdict",
+        "collections.deque",
+        "datetime.datetime",
+        "datetime.timedelta",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "pathlib.PosixPath",
+        "pathlib.PurePosixPath",
+        "pathlib.WindowsPath",
+        "torch.Size",
+        "torch.device",
+        "torch._utils._rebuild_meta_tensor_no_storage",
+        "torch.serialization._get_layout",
+    }
+)
+"""Calls that only make data: a record of one is stored; a record of anything else is opaque and is refused."""
 
 _DANGEROUS_MODULES = frozenset(
     """

@@ -22,36 +22,11 @@ from collections.abc import Callable
 from typing import Any
 
 from optimstate.errors import CorruptCheckpointError, RepresentationError
+from optimstate.formats._globals import PLAIN_CLASSES
 from optimstate.tensors import LazyTensor
 from optimstate.tree import GlobalName, Opaque, Path, format_path, path_key
 
-__all__ = ["PLAIN_CLASSES", "decode", "encode"]
-
-PLAIN_CLASSES = frozenset(
-    {
-        "_codecs.encode",
-        "argparse.Namespace",
-        "collections.Counter",
-        "collections.defaultdict",
-        "collections.deque",
-        "datetime.datetime",
-        "datetime.timedelta",
-        "numpy._core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy.core.multiarray._reconstruct",
-        "numpy.core.multiarray.scalar",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "pathlib.PosixPath",
-        "pathlib.PurePosixPath",
-        "pathlib.WindowsPath",
-        "torch.Size",
-        "torch.device",
-        "torch._utils._rebuild_meta_tensor_no_storage",
-        "torch.serialization._get_layout",
-    }
-)
-"""Calls that only make data: a record of one is stored; a record of anything else is opaque and is refused."""
+__all__ = ["decode", "encode"]
 
 Drop = Callable[[Path, str], None]
 

@@ -161,6 +161,7 @@ class InertUnpickler(pickle.Unpickler):
         self._storage = storage
         self._stand_ins: dict[tuple[str, str], Any] = {}
         self._storages: dict[str, Storage] = {}
+        self._spans: dict[tuple[Any, Any], int] = {}  # checkpoints have few shapes and many tensors
 
     @property
     def globals(self) -> list[tuple[str, str]]:
@@ -194,10 +195,11 @@ class InertUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any, /) -> Storage:
         """The storage a persistent id names: ('storage', class, key, location, number of elements, ...)."""
-        if self._storage is None or not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+        known = type(pid) is tuple and len(pid) >= 5
+        tag, kind, key, location, numel = pid[:5] if known else (None, None, None, None, None)
+        if self._storage is None or tag != "storage":
             raise CorruptCheckpointError(f"an unknown persistent id {pid!r}"[:200])
-        _, kind, key, location, numel = pid[:5]
-        if not (isinstance(kind, GlobalName) and isinstance(key, str) and isinstance(location, str)):
+        if not (type(kind) is GlobalName and type(key) is str and type(location) is str):
             raise CorruptCheckpointError(f"a malformed storage id {pid!r}"[:200])
         if type(numel) is not int or numel < 0:
             raise CorruptCheckpointError(f"storage {key!r} declares {numel!r} elements")
@@ -215,7 +217,9 @@ class InertUnpickler(pickle.Unpickler):
     ) -> LazyTensor:
         if not isinstance(storage, Storage) or storage.kind not in _DTYPE_OF_STORAGE:
             raise CorruptCheckpointError(f"a tensor over {storage!r}"[:200])
-        return _checked_tensor(storage, _DTYPE_OF_STORAGE[storage.kind], offset, size, stride, grad, hooks, metadata)
+        return self._checked_tensor(
+            storage, _DTYPE_OF_STORAGE[storage.kind], offset, size, stride, grad, hooks, metadata
+        )
 
     def _tensor_v3(
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
@@ -223,7 +227,32 @@ class InertUnpickler(pickle.Unpickler):
         name = dtype.qualname if isinstance(dtype, GlobalName) and dtype.module == "torch" else None
         if not isinstance(storage, Storage) or name not in DTYPES:
             raise UnsupportedCheckpointError(f"a tensor of dtype {dtype!r} over {storage!r}"[:200])
-        return _checked_tensor(storage, name, offset, size, stride, grad, hooks, metadata)
+        return self._checked_tensor(storage, name, offset, size, stride, grad, hooks, metadata)
+
+    def _checked_tensor(
+        self,
+        storage: Storage,
+        dtype: str,
+        offset: Any,
+        size: Any,
+        stride: Any,
+        grad: Any,
+        hooks: Any,
+        metadata: Any,
+    ) -> LazyTensor:
+        if type(size) is not tuple or type(stride) is not tuple or type(offset) is not int or offset < 0:
+            raise CorruptCheckpointError(f"a tensor with size {size!r}, stride {stride!r}, offset {offset!r}"[:200])
+        if hooks:
+            raise UnsupportedCheckpointError("a tensor with backward hooks")
+        span = self._spans.get((size, stride))
+        if span is None:
+            span = self._spans[size, stride] = _span(size, stride)
+        if span and (offset + span) * DTYPES[dtype].itemsize > storage.nbytes:
+            raise CorruptCheckpointError(
+                f"a tensor of size {size!r}, stride {stride!r}, offset {offset} reaches past its storage of "
+                f"{storage.nbytes} bytes"[:300]
+            )
+        return LazyTensor(storage, dtype, size, stride, offset, bool(grad), False, metadata)
 
     def _parameter(self, data: Any, grad: Any, hooks: Any) -> Any:
         if not isinstance(data, LazyTensor) or hooks or data.is_parameter:
@@ -233,6 +262,13 @@ class InertUnpickler(pickle.Unpickler):
         )
 
 
+def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
+    """Elements from the first to behind the last one of a view."""
+    if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (*size, *stride)):
+        raise CorruptCheckpointError(f"a tensor with size {size!r} and stride {stride!r}"[:200])
+    return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+
+
 _REBUILDERS = {
     "torch._utils._rebuild_tensor_v2": "_tensor_v2",
     "torch._utils._rebuild_tensor_v3": "_tensor_v3",
@@ -240,26 +276,6 @@ _REBUILDERS = {
 }
 _DTYPE_OF_STORAGE = {row.storage: row.name for row in DTYPES.values() if row.storage}
 _ITEMSIZE_OF_STORAGE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
-
-
-def _checked_tensor(
-    storage: Storage, dtype: str, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any
-) -> LazyTensor:
-    if not (type(size) is tuple and type(stride) is tuple and len(size) == len(stride) and type(offset) is int):
-        raise CorruptCheckpointError(f"a tensor with size {size!r} and stride {stride!r}"[:200])
-    if hooks:
-        raise UnsupportedCheckpointError("a tensor with backward hooks")
-    last = offset
-    for n, step in zip(size, stride, strict=True):
-        if type(n) is not int or type(step) is not int or n < 0 or step < 0:
-            raise CorruptCheckpointError(f"a tensor with size {size!r} and stride {stride!r}"[:200])
-        last += (n - 1) * step
-    if offset < 0 or (0 not in size and (last + 1) * DTYPES[dtype].itemsize > storage.nbytes):
-        raise CorruptCheckpointError(
-            f"a tensor of size {size!r}, stride {stride!r}, offset {offset} reaches past its storage of "
-            f"{storage.nbytes} bytes"[:300]
-        )
-    return LazyTensor(storage, dtype, size, stride, offset, bool(grad), False, metadata)
 
 
 def _encode(text: Any, encoding: Any = "utf-8") -> bytes:

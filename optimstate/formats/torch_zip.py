@@ -7,7 +7,6 @@ how renames are written, to a new file (the rest is copied by the kernel) and in
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import zlib
@@ -34,6 +33,7 @@ SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
+_CENTRAL_READ = struct.Struct("<4s4xHH4x3L3H8xL")  # signature, flags, method, CRC, sizes, lengths, offset
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
@@ -51,14 +51,14 @@ class Record(NamedTuple):
         header: Offset of its local header.
         size: Bytes of its contents.
         crc: CRC-32 of its contents; 0 also where the writer computed none.
-        entry: Its bytes in the directory.
+        entry: Where its bytes in the directory begin and end.
     """
 
     name: str
     header: int
     size: int
     crc: int
-    entry: bytes
+    entry: tuple[int, int]
 
 
 class Archive:
@@ -68,14 +68,16 @@ class Archive:
         source: The file.
         root: The folder all records are in, with its slash.
         records: By name without the root, in directory order.
-        directory_offset: Where the directory begins.
+        directory: Its bytes.
+        directory_offset: Where it begins.
     """
 
     def __init__(self, source: FileSource) -> None:
         self.source = source
         self.directory_offset, size, count = _find_directory(source)
+        self.directory = source.read(self.directory_offset, size)
         with no_garbage_collection():
-            self.root, self.records = _parse_directory(source, self.directory_offset, size, count)
+            self.root, self.records = _parse_directory(source, self.directory, self.directory_offset, count)
 
     def data_offset(self, record: Record) -> int:
         """Where a record's contents begin; the local header has a padding of its own."""
@@ -160,12 +162,12 @@ def _restore_hint(source: FileSource) -> str:
     return "The file is truncated or no checkpoint of torch.save; copy it again from its source."
 
 
-def _parse_directory(source: FileSource, offset: int, size: int, count: int) -> tuple[str, dict[str, Record]]:
+def _parse_directory(source: FileSource, data: bytes, offset: int, count: int) -> tuple[str, dict[str, Record]]:
+    size = len(data)
     if count * _CENTRAL.size > size:
         raise CorruptCheckpointError(f"the zip directory cannot hold {count} entries in {size} bytes", path=source.path)
-    data = source.read(offset, size)
     records: dict[str, Record] = {}
-    unpack = _CENTRAL.unpack_from
+    unpack = _CENTRAL_READ.unpack_from
     root: str | None = None
     at = 0
     for _ in range(count):
@@ -173,7 +175,7 @@ def _parse_directory(source: FileSource, offset: int, size: int, count: int) -> 
             raise CorruptCheckpointError(
                 "the zip directory is cut off", path=source.path, place=f"offset {offset + at}"
             )
-        sig, _, _, flags, method, _, _, crc, packed, unpacked, n, extra, comment, _, _, _, header = unpack(data, at)
+        sig, flags, method, crc, packed, unpacked, n, extra, comment, header = unpack(data, at)
         stop = at + _CENTRAL.size + n + extra + comment
         if sig != b"PK\x01\x02" or stop > size:
             raise CorruptCheckpointError(
@@ -202,7 +204,7 @@ def _parse_directory(source: FileSource, offset: int, size: int, count: int) -> 
         name = full_name[len(root) :]
         if name in records:
             raise CorruptCheckpointError(f"record {full_name!r} is there twice", path=source.path)
-        records[name] = Record(name, header, packed, crc, data[at:stop])
+        records[name] = Record(name, header, packed, crc, (at, stop))
         at = stop
     _refuse_overlaps(source, records)
     return root or "", records
@@ -459,12 +461,14 @@ def _other_records(like: Document | None) -> list[tuple[str, Extent]]:
 
 
 def _serialization_id(parts: Sequence[str]) -> bytes:
+    import hashlib  # costs more than the rest of this module to import, and only writing needs it
+
     digest = int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest(), "big")
     return b"%040d" % (digest % 10**40)
 
 
 def _kept_entries(archive: Archive) -> list[bytes]:
-    return [record.entry for name, record in archive.records.items() if name != "data.pkl"]
+    return [archive.directory[slice(*r.entry)] for name, r in archive.records.items() if name != "data.pkl"]
 
 
 def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOptions) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -136,6 +135,8 @@ def _unmatched(rule: Rule, names: Mapping[str, Sequence[str]]) -> str:
     known = list(dict.fromkeys(name for found in names.values() for name in found))
     if not known:
         return f"rule {rule}: the checkpoint names no parameters"
+    import difflib
+
     close = difflib.get_close_matches(rule.source.text, known[:5000], n=3, cutoff=0.3) or known[:3]
     return (
         f"rule {rule}: {rule.source.text!r} matches none of {len(known)} names; there are {', '.join(map(repr, close))}"
