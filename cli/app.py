@@ -13,7 +13,7 @@ import typer
 
 from optimstate import __version__, errors
 
-__all__ = ["EXIT_CODES", "Force", "Json", "app", "run"]
+__all__ = ["EXIT_CODES", "Force", "Json", "NoSync", "app", "run"]
 
 EXIT_CODES: tuple[tuple[type[errors.OptimStateError], int], ...] = (
     (errors.CheckpointError, 3),
@@ -25,6 +25,11 @@ INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing destination.")]
+
+NoSync = Annotated[
+    bool,
+    typer.Option("--no-sync", help="Leave flushing to the disk to the system, as cp does: faster, not power-safe."),
+]
 
 app = typer.Typer(
     name="optimstate",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Force, Json, app
+from optimstate.cli.app import Force, Json, NoSync, app
 
 
 def parse_size(text: str) -> int:
@@ -40,6 +40,7 @@ def convert(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that it can be done and write nothing.")] = False,
     force: Force = False,
+    no_sync: NoSync = False,
     as_json: Json = False,
 ) -> None:
     """Write a whole checkpoint in another container: torch or safetensors, without loss and in constant memory."""
@@ -49,7 +50,7 @@ def convert(
 
     size = None if shard_size is None else parse_size(shard_size)
     with _render.progress(source, "converting") as advance:
-        options = WriteOptions(not no_checksums, drop_opaque, clone_views, size, advance)
+        options = WriteOptions(not no_checksums, drop_opaque, clone_views, size, not no_sync, advance)
         report = surgery.convert(
             source, destination, to=to, verify=verify, dry_run=dry_run, force=force, options=options
         )

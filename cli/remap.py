@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Force, Json, app
+from optimstate.cli.app import Force, Json, NoSync, app
 
 
 @app.command(
@@ -26,6 +26,7 @@ def remap(
     in_place: Annotated[bool, typer.Option("--in-place", help="Rename inside the file by appending to it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be done and write nothing.")] = False,
     force: Force = False,
+    no_sync: NoSync = False,
     as_json: Json = False,
 ) -> None:
     """Rename, duplicate or drop parameters: weights, every optimizer slot, groups and averages together.
@@ -46,7 +47,14 @@ def remap(
         raise typer.BadParameter("--in-place takes no destination")
     with _render.progress(source, "remapping") as advance:
         report = surgery.remap(
-            source, destination, rules, in_place=in_place, dry_run=dry_run, force=force, progress=advance
+            source,
+            destination,
+            rules,
+            in_place=in_place,
+            dry_run=dry_run,
+            force=force,
+            sync=not no_sync,
+            progress=advance,
         )
     if as_json:
         typer.echo(report.to_json())

@@ -35,6 +35,7 @@ Progress = Callable[[int], None]
 
 CHUNK = 1 << 20  # one read or write through user space
 KERNEL_CHUNK = 1 << 26  # one copy_file_range call, so that progress and Ctrl-C are served
+FLUSH_FROM = 1 << 26  # files from this size on are flushed while they are written
 SMALL_PIECE = 1 << 16  # below this a joined read/write is cheaper than a system call per piece
 
 _CANNOT_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ETXTBSY}
@@ -264,6 +265,34 @@ def _temporary_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name[:200]}.{os.urandom(6).hex()}.part")
 
 
+class _Flusher:
+    """Writes a growing file back to the disk while it is still being written, so that little is left at the end."""
+
+    def __init__(self, fd: int) -> None:
+        from threading import Event, Thread
+
+        self._fd = fd
+        self._stopped = Event()
+        self._error: OSError | None = None
+        self._thread = Thread(target=self._run, name="optimstate-flusher", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.wait(0.02):
+                os.fdatasync(self._fd)
+        except OSError as error:  # the system reports a failed write once: it must not be lost here
+            self._error = error
+
+    def stop(self) -> None:
+        """Wait for the thread; raises what it met."""
+        self._stopped.set()
+        self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
 class AtomicFile:
     """A new file that takes its name only when it is complete and on disk.
 
@@ -272,15 +301,18 @@ class AtomicFile:
     Args:
         path: The final name.
         expected_size: A hint that lets the file system allocate at once.
+        sync: Flush to the disk before the file takes its name; without it a power cut can lose what was written.
 
     Raises:
         DestinationError: The file cannot be created, written or renamed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, expected_size: int = 0) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, expected_size: int = 0, sync: bool = True) -> None:
         self.path = Path(path)
         self._temporary = _temporary_sibling(self.path)
         self._expected_size = expected_size
+        self._sync = sync
+        self._flusher: _Flusher | None = None
         self.fd = -1
 
     def __enter__(self) -> AtomicFile:
@@ -295,6 +327,8 @@ class AtomicFile:
         except OSError as error:
             self._discard()
             raise DestinationError(f"{self.path}: cannot be written: {error.strerror}") from error
+        if self._sync and self._expected_size >= FLUSH_FROM:
+            self._flusher = _Flusher(self.fd)
         return self
 
     def tell(self) -> int:
@@ -314,18 +348,25 @@ class AtomicFile:
             return
         try:
             os.ftruncate(self.fd, self.tell())
-            os.fsync(self.fd)
+            if self._flusher is not None:
+                self._flusher.stop()
+            if self._sync:
+                os.fsync(self.fd)
             os.close(self.fd)
             self.fd = -1
             if self.path.exists():
                 shutil.copymode(self.path, self._temporary)
             self._temporary.replace(self.path)
-            _sync_directory(self.path.parent)
+            if self._sync:
+                _sync_directory(self.path.parent)
         except OSError as failure:
             self._discard()
             raise DestinationError(f"{self.path}: cannot be written: {failure.strerror}") from failure
 
     def _discard(self) -> None:
+        if self._flusher is not None:
+            with suppress(OSError):
+                self._flusher.stop()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

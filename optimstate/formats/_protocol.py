@@ -44,6 +44,7 @@ class WriteOptions:
         drop_opaque: Leave out objects the container cannot represent, instead of refusing.
         clone_views: Store tensors that share memory each on its own where the container cannot express the sharing.
         shard_size: Largest number of bytes per file where the container can be split, or None.
+        sync: Flush what is written to the disk before it takes its name.
         progress: Called with the bytes written since the last call.
     """
 
@@ -51,6 +52,7 @@ class WriteOptions:
     drop_opaque: bool = False
     clone_views: bool = False
     shard_size: int | None = None
+    sync: bool = True
     progress: Progress | None = None
 
 

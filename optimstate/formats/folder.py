@@ -120,6 +120,6 @@ def _files_of(part: Document) -> list[Path]:
 
 def _copy(source: Path, target: Path, options: WriteOptions) -> None:
     file = FileSource(source)
-    with AtomicFile(target, expected_size=file.size) as out:
+    with AtomicFile(target, expected_size=file.size, sync=options.sync) as out:
         copy_extents([Extent(file, 0, file.size)], out.fd, progress=options.progress)
     target.chmod(source.stat().st_mode & 0o7777)

@@ -420,7 +420,12 @@ def _header(entries: list[_Entry], metadata: dict[str, str]) -> bytes:
 
 def _write_file(entries: list[_Entry], metadata: dict[str, str], path: Path, options: WriteOptions) -> None:
     header = _header(entries, metadata)
-    with AtomicFile(path, expected_size=len(header) + sum(entry.tensor.nbytes for entry in entries)) as out:
+    with AtomicFile(
+        path,
+        expected_size=len(header) + sum(entry.tensor.nbytes for entry in entries),
+        sync=options.sync,
+        sync=options.sync,
+    ) as out:
         out.write(header)
         pieces: Iterator[Extent] = (extent for entry in entries for extent in entry.tensor.extents())
         copy_extents(pieces, out.fd, progress=options.progress)
@@ -457,6 +462,6 @@ def _write_shards(
         _write_file(entries, {"format": "pt"}, index.parent / file, options)
     weight_map = {entry.name: file for file, entries in shards.items() for entry in entries}
     total = sum(entry.tensor.nbytes for entries in shards.values() for entry in entries)
-    with AtomicFile(index) as out:
+    with AtomicFile(index, sync=options.sync) as out:
         document = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
         out.write(json.dumps(document, indent=1).encode())

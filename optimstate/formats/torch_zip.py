@@ -428,7 +428,7 @@ def _write_new(tree: Any, path: Path, like: Document | None, options: WriteOptio
     pickled = dump(tree, key_of)
     root = (path.stem if path.stem.isascii() and path.stem else "archive") + "/"
     expected = len(pickled) + sum(storage.nbytes + 256 for _, storage in order.values())
-    with AtomicFile(path, expected_size=expected) as out:
+    with AtomicFile(path, expected_size=expected, sync=options.sync) as out:
         directory = _Directory(out.fd, root, 0, options.progress)
         checks = [directory.add("data.pkl", pickled)]
         directory.add(".format_version", b"1")
@@ -481,7 +481,12 @@ def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOp
     pieces = [Extent(archive.source, 0, min(start, stop))]
     if stop > start:  # the old names must not stay behind
         pieces += [Extent(None, 0, old.size), Extent(archive.source, start + old.size, stop - start - old.size)]
-    with AtomicFile(path, expected_size=stop + len(pickled) + sum(map(len, _kept_entries(archive)))) as out:
+    with AtomicFile(
+        path,
+        expected_size=stop + len(pickled) + sum(map(len, _kept_entries(archive))),
+        sync=options.sync,
+        sync=options.sync,
+    ) as out:
         position = copy_extents(pieces, out.fd, progress=options.progress)
         for part in _redescription(out.fd, archive, pickled, position):
             out.write(part)

@@ -54,6 +54,7 @@ def remap(
     in_place: bool = False,
     dry_run: bool = False,
     force: bool = False,
+    sync: bool = True,
     progress: Progress | None = None,
 ) -> RemapReport:
     """Write a checkpoint whose parameters are renamed, duplicated or dropped by a plan: model and optimizer together.
@@ -65,6 +66,7 @@ def remap(
         in_place: Rename inside the file, by appending to it.
         dry_run: Only report.
         force: Replace an existing destination.
+        sync: Flush the result to the disk before it takes its name.
         progress: Called with the bytes written since the last call.
 
     Raises:
@@ -86,7 +88,7 @@ def remap(
             else:
                 target = _check_suffix(document, Path(destination))
                 notes += get_format(document.format).write(
-                    tree, target, like=document, options=WriteOptions(progress=progress)
+                    tree, target, like=document, options=WriteOptions(sync=sync, progress=progress)
                 )
         return _remap_report(source, source if in_place else destination, not dry_run, migration, notes)
 
