@@ -424,7 +424,6 @@ def _write_file(entries: list[_Entry], metadata: dict[str, str], path: Path, opt
         path,
         expected_size=len(header) + sum(entry.tensor.nbytes for entry in entries),
         sync=options.sync,
-        sync=options.sync,
     ) as out:
         out.write(header)
         pieces: Iterator[Extent] = (extent for entry in entries for extent in entry.tensor.extents())

@@ -485,7 +485,6 @@ def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOp
         path,
         expected_size=stop + len(pickled) + sum(map(len, _kept_entries(archive))),
         sync=options.sync,
-        sync=options.sync,
     ) as out:
         position = copy_extents(pieces, out.fd, progress=options.progress)
         for part in _redescription(out.fd, archive, pickled, position):
