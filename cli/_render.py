@@ -76,7 +76,7 @@ def inspection(found: Inspection, *, params: bool, groups: bool) -> None:
         if section.kind == "optimizer":
             _optimizer(section, params=params, groups=groups)  # type: ignore[arg-type]
         elif section.kind == "scheduler":
-            typer.echo(f"scheduler {section.path}: {section.algorithm}")  # type: ignore[union-attr]
+            typer.echo(f"scheduler at {section.path}: {section.algorithm}")  # type: ignore[union-attr]
             typer.echo(f"  last_epoch {section.last_epoch}, last lr {_value(section.last_lr)}")  # type: ignore[union-attr]
         else:
             _model(section, params=params)  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def inspection(found: Inspection, *, params: bool, groups: bool) -> None:
 def _optimizer(info: OptimizerInfo, *, params: bool, groups: bool) -> None:
     names = "named parameters" if info.named else "no parameter names (by position)"
     algorithm = info.algorithm or "unrecognised algorithm"
-    typer.echo(f"optimizer {info.path}: {algorithm}, {plural(len(info.groups), 'group')}, {names}")
+    typer.echo(f"optimizer at {info.path}: {algorithm}, {plural(len(info.groups), 'group')}, {names}")
     count = sum(group.parameters for group in info.groups)
     steps = ", ".join(f"{step} (x{n})" if len(info.steps) > 1 else step for step, n in info.steps.items()) or "none"
     typer.echo(f"  {plural(count, 'parameter')}, {size(info.nbytes)} of state, step {steps}")
@@ -143,7 +143,7 @@ def _model(info: ModelInfo, *, params: bool) -> None:
     dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in info.dtypes.items())
     what = "averaged model" if info.kind == "ema" else "model"
     typer.echo(
-        f"{what} {info.path}: {plural(info.parameters, 'tensor')}, {info.elements:,} elements, {size(info.nbytes)}"
+        f"{what} at {info.path}: {plural(info.parameters, 'tensor')}, {info.elements:,} elements, {size(info.nbytes)}"
     )
     typer.echo(f"  {dtypes}")
     for names in info.tied:
