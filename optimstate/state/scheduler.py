@@ -1,7 +1,8 @@
 """Scheduler state when param groups change: every list with one entry per group is rebuilt from a group map.
 
-A group map has, for each new group, the old groups it came from: `[[0], [0]]` splits one group in two, `[[0, 1]]` merges
-two, `[[1], [0]]` swaps them. Values are opaque (floats, tensors, dicts): they are compared and moved, never computed with.
+A group map has, for each new group, the old groups it came from: `[[0], [0]]` splits one group in two, `[[0, 1]]`
+merges two, `[[1], [0]]` swaps them; an old group that it does not name is dropped. Values are opaque (floats, tensors,
+dicts): they are compared and moved, never computed with.
 
 The lists in the state are half of what a schedule depends on. The other half is in the optimizer's param groups, which
 the caller moves along the same map: `lr` and `initial_lr` for all schedulers; `max_lr`, `min_lr`, `max_momentum` and
@@ -59,13 +60,12 @@ def regroup_scheduler_state(
             lists, a new group without values, a list that may or may not be per group.
     """
     keys = PER_GROUP_KEYS.union(per_group).difference(shared)
-    problems = _misfits(state, keys, group_map, set(shared))
-    if problems:
-        raise MigrationError(problems)
     sources = representatives(state, group_map, merge=merge, per_group=per_group, shared=shared)
     problems = list(_unfilled(state, keys, sources, fresh or {}))
     if problems:
-        raise MigrationError(problems, hint='Give the new group its values: fresh={2: {"base_lrs": 0.1, ...}}.')
+        raise MigrationError(
+            problems, hint='`fresh` gives values to new groups, and to no others: fresh={2: {"base_lrs": 0.1, ...}}.'
+        )
     return _rebuilt(state, keys, sources, fresh or {})
 
 
@@ -87,12 +87,15 @@ def representatives(
         shared: As for `regroup_scheduler_state`.
 
     Raises:
-        MigrationError: Old groups with different values become one and `merge` is `refuse`.
+        MigrationError: Old groups with different values become one and `merge` is `refuse`, the group map does not fit
+            the lists, or a list may or may not be per group.
         ValueError: `merge` is no policy.
     """
     if merge not in get_args(Merge):
         raise ValueError(f"merge must be one of {', '.join(get_args(Merge))}, got {merge!r}")
     keys = PER_GROUP_KEYS.union(per_group).difference(shared)
+    if problems := _misfits(state, keys, group_map, set(shared)):
+        raise MigrationError(problems)
     if merge == "refuse":
         problems = list(_ambiguities(state, keys, group_map))
         if problems:
@@ -191,6 +194,9 @@ def _unfilled(
     sources: Sequence[int | None],
     fresh: Mapping[int, Mapping[str, Any]],
 ) -> Iterator[str]:
+    for new in fresh:
+        if not 0 <= new < len(sources) or sources[new] is not None:
+            yield f"`fresh` has values for new group {new}, which is not a group that came from no old one"
     for path, _ in _lists(state, keys):
         key = path.rpartition(".")[2]
         for new, old in enumerate(sources):
