@@ -68,19 +68,17 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
 
 def get_swa_multi_avg_fn() -> MultiAvgFn:
     """The equal average of all values so far, in place, for lists of tensors of one device and dtype."""
+    average = get_swa_avg_fn()
 
     @torch.no_grad()
     def update(averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int) -> None:
-        means, values = list(averaged), list(current)
-        if _is_continuous(means[0]):
+        if _is_continuous(averaged[0]):
             weight: Any = 1 / (num_averaged + 1)
-            torch._foreach_lerp_(means, values, weight)
-            return
-        differences = torch._foreach_sub(values, means)
-        if isinstance(num_averaged, Tensor):
-            torch._foreach_addcdiv_(means, differences, [num_averaged + 1] * len(means))
+            torch._foreach_lerp_(list(averaged), list(current), weight)
         else:
-            torch._foreach_add_(means, differences, alpha=1.0 / (num_averaged + 1))
+            # Integers: torch's list ops all refuse the fractions that are needed here.
+            for mean, value in zip(averaged, current, strict=True):
+                mean.copy_(average(mean, value, num_averaged))
 
     return update
 
