@@ -29,15 +29,15 @@ OPTIMIZERS: list[ModuleType] = [torch.optim, *([optimstate.optim] if hasattr(opt
 
 
 class Halving:
-    """A callable object: its attributes are its state."""
+    """A callable object with a memory: its attributes are its state."""
 
     def __init__(self, period: int = 7) -> None:
         self.period = period
-        self.calls = 0
+        self.furthest = 0.0
 
     def __call__(self, epoch: float) -> float:
-        self.calls += 1
-        return 0.5 ** (epoch / self.period) + 0.001 * (self.calls % 3)
+        self.furthest = max(self.furthest, epoch)
+        return 0.5 ** (epoch / self.period) + 0.001 * (self.furthest % 3)
 
 
 def warmup(epoch: int, length: int = 9) -> float:
@@ -58,25 +58,27 @@ class Case:
     composed: bool = False
 
 
-def one(name: str, **options: Any) -> Callable[..., Any]:
-    """A scheduler of class `name`; options that are callables make their value from the number of groups."""
-
-    def build(classes: SimpleNamespace, optimizer: torch.optim.Optimizer, **more: Any) -> Any:
-        groups = len(optimizer.param_groups)
-        made = {key: value(groups) if isinstance(value, PerGroup) else value for key, value in options.items()}
-        return getattr(classes, name)(optimizer, **made, **more)
-
-    return build
-
-
 class PerGroup:
-    """An option made for the number of groups at hand."""
+    """An option made for the groups at hand: alike for groups that all have the same learning rate."""
 
     def __init__(self, make: Callable[[int], Any]) -> None:
         self.make = make
 
-    def __call__(self, groups: int) -> Any:
-        return self.make(groups)
+    def __call__(self, optimizer: torch.optim.Optimizer) -> Any:
+        groups = optimizer.param_groups
+        if len({float(group["lr"]) for group in groups}) == 1 and isinstance(self.make(1), list):
+            return [self.make(1)[0] for _ in groups]
+        return self.make(len(groups))
+
+
+def one(name: str, **options: Any) -> Callable[..., Any]:
+    """A scheduler of class `name`."""
+
+    def build(classes: SimpleNamespace, optimizer: torch.optim.Optimizer, **more: Any) -> Any:
+        made = {key: value(optimizer) if isinstance(value, PerGroup) else value for key, value in options.items()}
+        return getattr(classes, name)(optimizer, **made, **more)
+
+    return build
 
 
 def spread(value: float) -> PerGroup:

@@ -179,12 +179,14 @@ def test_a_function_is_named_once_at_save_and_at_every_load(cls: Any, function: 
 def test_a_callable_object_is_saved_and_restored_quietly() -> None:
     saved = trained(LambdaLR(optimizer_of(), Halving(4)))
     other = resumed(LambdaLR(optimizer_of(), Halving(99)), saved)
-    assert vars(other.lr_lambdas[0]) == {"period": 4, "calls": 6}
+    assert vars(other.lr_lambdas[0]) == {"period": 4, "furthest": 5}
 
 
 def test_an_objects_attributes_find_no_home_in_a_function() -> None:
     saved = LambdaLR(optimizer_of(), Halving())
-    with pytest.warns(SchedulerStateWarning, match=r"attributes of an object \(calls, period\), which .*warmup cannot"):
+    with pytest.warns(
+        SchedulerStateWarning, match=r"attributes of an object \(furthest, period\), which .*warmup cannot"
+    ):
         resumed(LambdaLR(optimizer_of(), warmup), saved)
     assert not vars(warmup)
 
