@@ -411,7 +411,7 @@ def test_states_of_other_programs_can_be_split(files: Any, make: Any, lossy: boo
     optimizer_state, state = files()
     groups = optimizer_state["param_groups"]
     group_map = [[old] for old in range(len(groups)) for _ in range(2)]
-    split = {"param_groups": [groups[old] for (old,) in group_map]}
+    split = {"param_groups": [dict(groups[old]) for (old,) in group_map]}
     whole, _ = on_an_optimizer_like(optimizer_state, make)
     ours, theirs = on_an_optimizer_like(split, make)
     with state_loss_allowed(Case("", make, lossy=lossy)):
