@@ -112,6 +112,33 @@ def test_a_run_resumed_from_either_librarys_state_goes_on_the_same(case: Case, d
         assert exact(second.get_last_lr()) == exact(whole.get_last_lr())
 
 
+def test_a_cosine_whose_steps_are_counted_anew_starts_from_the_closed_form() -> None:
+    ours, theirs = pair(Case("cosine", one("CosineAnnealingLR", T_max=20, eta_min=1e-3)), groups=2)
+    for scheduler in (ours, theirs):
+        for epoch in range(7):
+            advance(scheduler, epoch)
+        scheduler.optimizer.param_groups[0]["lr"] = 5.0  # the recursive form would go on from here
+        scheduler._step_count = 0
+    for epoch in range(5):
+        advance(ours, epoch)
+        advance(theirs, epoch)
+        assert shown(ours.optimizer) == shown(theirs.optimizer)
+    assert ours.get_last_lr()[0] < 0.1
+
+
+@pytest.mark.parametrize(**by_name(CASES))
+def test_what_a_scheduler_remembers_is_not_the_optimizers_own_tensor(case: Case) -> None:
+    optimizer = make_optimizer(case, 2, tensor_lr=True)
+    scheduler = case.build(OURS, optimizer)
+    own = [group["lr"] for group in optimizer.param_groups]
+    for epoch in range(3):
+        remembered = [*scheduler.get_last_lr(), *getattr(scheduler, "base_lrs", ()), *getattr(scheduler, "max_lrs", ())]
+        assert not [lr for lr in remembered if any(lr is live for live in own)]
+        advance(scheduler, epoch)
+        # Compiled optimizers hold on to the tensor, so it is filled and never replaced.
+        assert all(group["lr"] is tensor for group, tensor in zip(optimizer.param_groups, own, strict=True))
+
+
 RESUMABLE = [case for case in SIMPLE if not case.name.startswith("ReduceLROnPlateau")]
 
 

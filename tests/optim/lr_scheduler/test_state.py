@@ -348,6 +348,17 @@ def test_a_scheduler_loaded_without_its_optimizer_is_named(make: Any) -> None:
     resumed(make(optimizer_of()), saved)  # quiet
 
 
+def test_a_nested_scheduler_whose_turn_has_not_come_excuses_nothing() -> None:
+    def sequence() -> SequentialLR:
+        optimizer = optimizer_of()
+        return SequentialLR(optimizer, [ExponentialLR(optimizer, 0.5), StepLR(optimizer, 2)], [20])
+
+    saved = trained(sequence())
+    assert saved._schedulers[1].get_last_lr() == [0.1]
+    with pytest.warns(SchedulerStateWarning, match=f"SequentialLR: .*{DIFFERS}"):
+        sequence().load_state_dict(saved.state_dict())
+
+
 def test_only_the_groups_that_differ_are_named() -> None:
     saved = trained(ExponentialLR(optimizer_of(3), 0.5), 1)
     other = ExponentialLR(optimizer_of(3), 0.5)
