@@ -64,7 +64,7 @@ def regroup_scheduler_state(
     problems = list(_unfilled(state, keys, sources, fresh or {}))
     if problems:
         raise MigrationError(
-            problems, hint='`fresh` gives values to new groups, and to no others: fresh={2: {"base_lrs": 0.1, ...}}.'
+            problems, hint='Give values to every group that comes from no old one: fresh={2: {"base_lrs": 0.1, ...}}.'
         )
     return _rebuilt(state, keys, sources, fresh or {})
 
@@ -125,7 +125,10 @@ def _misfits(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMa
     lengths = {path: len(values) for path, values in _lists(state, keys) if not _refills(state, path)}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{path}: {length}" for path, length in lengths.items())
-        return [f"the scheduler state's lists disagree on the number of param groups ({found})"]
+        return [
+            f"the scheduler state's lists disagree on the number of param groups ({found}), as after a group was added "
+            "to a running optimizer: complete the shorter ones first"
+        ]
     groups = next(iter(lengths.values()), None)
     problems = [
         f"new group {new} comes from old group {old}, but the scheduler state has {groups} groups"
@@ -195,8 +198,10 @@ def _unfilled(
     fresh: Mapping[int, Mapping[str, Any]],
 ) -> Iterator[str]:
     for new in fresh:
-        if not 0 <= new < len(sources) or sources[new] is not None:
-            yield f"`fresh` has values for new group {new}, which is not a group that came from no old one"
+        if not 0 <= new < len(sources):
+            yield f"`fresh` gives values to new group {new}, but there are {len(sources)} new groups"
+        elif sources[new] is not None:
+            yield f"`fresh` gives values to new group {new}, which takes them from old group {sources[new]}"
     for path, _ in _lists(state, keys):
         key = path.rpartition(".")[2]
         for new, old in enumerate(sources):

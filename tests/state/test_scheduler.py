@@ -224,9 +224,10 @@ def test_one_min_lr_for_all_is_remade() -> None:
 def test_a_new_group_needs_values() -> None:
     state = {"_last_lr": [0.1], "_schedulers": [state_of(base_lrs=[0.2], lr_lambdas=[None])]}
     with pytest.raises(MigrationError) as error:
-        regroup_scheduler_state(state, [[0], []], fresh={1: {"_last_lr": 0.5}, 0: {"_last_lr": 0.7}})
+        regroup_scheduler_state(state, [[0], []], fresh={1: {"_last_lr": 0.5}, 0: {"_last_lr": 0.7}, 2: {}})
     assert error.value.problems == (
-        "`fresh` has values for new group 0, which is not a group that came from no old one",
+        "`fresh` gives values to new group 0, which takes them from old group 0",
+        "`fresh` gives values to new group 2, but there are 2 new groups",
         "_schedulers[0].base_lrs: new group 1 comes from no old group and has no value",
         "_schedulers[0].lr_lambdas: new group 1 comes from no old group and has no value",
     )

@@ -266,8 +266,9 @@ def make_optimizer(
 
 
 def advance(scheduler: Any, epoch: int) -> None:
-    """One optimizer step and one scheduler step; a metric for the plateau scheduler comes from the epoch."""
-    scheduler.optimizer.step()
+    """One scheduler step, after an optimizer step if it is the first; the plateau's metric comes from the epoch."""
+    if not getattr(scheduler.optimizer, "_opt_called", False):
+        scheduler.optimizer.step()
     if hasattr(scheduler, "num_bad_epochs"):
         scheduler.step(metric(epoch))
     else:

@@ -112,6 +112,19 @@ def test_a_run_resumed_from_either_librarys_state_goes_on_the_same(case: Case, d
         assert exact(second.get_last_lr()) == exact(whole.get_last_lr())
 
 
+def test_a_sequence_constructed_at_a_later_epoch() -> None:
+    made = []
+    for classes in (OURS, TORCH):
+        optimizer = make_optimizer(CASES[0], 2)
+        parts = [classes.LinearLR(optimizer, 0.1, total_iters=9), classes.ExponentialLR(optimizer, 0.9)]
+        made.append(classes.SequentialLR(optimizer, parts, [9], last_epoch=4))
+    for epoch in range(30):
+        assert exact(made[0].state_dict()) == exact(made[1].state_dict())
+        for scheduler in made:
+            advance(scheduler, epoch)
+        assert shown(made[0].optimizer) == shown(made[1].optimizer)
+
+
 def test_a_cosine_whose_steps_are_counted_anew_starts_from_the_closed_form() -> None:
     ours, theirs = pair(Case("cosine", one("CosineAnnealingLR", T_max=20, eta_min=1e-3)), groups=2)
     for scheduler in (ours, theirs):
