@@ -250,6 +250,9 @@ class SWALR(LRScheduler):
         """How much of `swa_lr` is in the learning rate when the fraction `t` of the epochs is over."""
         return t if self._anneal_strategy == "linear" else (1 - math.cos(math.pi * t)) / 2
 
+    def _group_options(self) -> set[str]:
+        return {"swa_lr"}
+
     def _next_lrs(self) -> list[float | Tensor]:
         step = self._step_count - 1
         if self.anneal_epochs == 0:

@@ -144,7 +144,8 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             state_dict: What `state_dict()` returned. Load the optimizer's state first.
 
         Raises:
-            StateMismatchError: The state was written for another number of param groups or nested schedulers.
+            StateMismatchError: The state was written for another number of param groups or nested schedulers, or the
+                optimizer's param groups lack what this scheduler keeps in them.
 
         Warns:
             SchedulerStateWarning: The state cannot restore everything, or the optimizer shows other learning rates.
@@ -157,6 +158,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             self._check_groups(state)
             self._check_keys(state)
             self._import(dict(state))
+            self._check_group_options()
             if "_last_lr" in state:
                 self._check_learning_rates()
         self._runtime.loaded = True
@@ -172,6 +174,10 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
     def _functions(self) -> list[Callable[..., Any] | None]:
         """The callables whose attributes are part of the state."""
         return []
+
+    def _group_options(self) -> set[str]:
+        """The options of its own that this scheduler keeps in the optimizer's param groups."""
+        return set()
 
     def _say_once(self, message: str) -> None:
         if message not in self._runtime.warned:
@@ -195,6 +201,15 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             warn(f"{message} ({groups}): it was saved after groups had been added to the optimizer.\n{hint}")
             return
         raise StateMismatchError(f"{message} ({groups}).", hint=hint)
+
+    def _check_group_options(self) -> None:
+        for index, group in enumerate(self.optimizer.param_groups):
+            if missing := sorted(self._group_options() - group.keys()):
+                raise StateMismatchError(
+                    f"{type(self).__name__}: param group {index} of the optimizer has no {', '.join(missing)}, where "
+                    "this scheduler keeps its bounds.",
+                    hint="Load the optimizer's state of the same checkpoint; new groups need these options too.",
+                )
 
     def _check_keys(self, state: StateDict) -> None:
         """Name what this scheduler has and the state lacks, as when it was written by another class."""

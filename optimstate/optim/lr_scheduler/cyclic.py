@@ -262,6 +262,11 @@ class OneCycleLR(_MomentumCycle):
                 )
         return lrs
 
+    def _group_options(self) -> set[str]:
+        lrs = {phase[key] for phase in self._schedule_phases for key in ("start_lr", "end_lr")}
+        momenta = {phase[key] for phase in self._schedule_phases for key in ("start_momentum", "end_momentum")}
+        return lrs | momenta if self.cycle_momentum else lrs
+
     def _phase(self) -> tuple[dict[str, Any], float]:
         """The phase that `last_epoch` is in, and the fraction of it that is done."""
         start = 0.0

@@ -304,6 +304,28 @@ def test_a_nest_that_fails_half_way_is_put_back_whole() -> None:
     assert exact(state) == given
 
 
+@pytest.mark.parametrize(
+    ("make", "lost", "named"),
+    [
+        (lambda o: OneCycleLR(o, 0.4, 30), ["max_lr", "min_lr"], "max_lr, min_lr"),
+        (lambda o: OneCycleLR(o, 0.4, 30), ["base_momentum"], "base_momentum"),
+        (lambda o: swa_utils.SWALR(o, 0.1), ["swa_lr"], "swa_lr"),
+    ],
+)
+def test_options_that_are_lost_from_the_groups_are_named(make: Any, lost: list[str], named: str) -> None:
+    case = Case("", make, momentum=True)
+    saved, other = trained(make(make_optimizer(case, 2))), make(make_optimizer(case, 2))
+    before = exact(other.state_dict())
+    other.optimizer.load_state_dict(saved.optimizer.state_dict())
+    for option in lost:
+        del other.optimizer.param_groups[1][option]
+    with pytest.raises(StateMismatchError, match=f"param group 1 of the optimizer has no {named}, where"):
+        other.load_state_dict(saved.state_dict())
+    assert exact(other.state_dict()) == before
+    with pytest.raises(KeyError, match=lost[0]):  # as without the check
+        advance(other, 0)
+
+
 def test_the_state_of_another_class_is_named() -> None:
     saved = trained(StepLR(optimizer_of(), 3), 2)
     other = CosineAnnealingLR(optimizer_of(), 10)
