@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from optimstate.surgery import ConvertReport, Inspection, RemapReport
+    from optimstate.surgery import ConvertReport, Inspection, RemapReport, ScanReport
     from optimstate.surgery._inspect import ModelInfo, OptimizerInfo
 
-__all__ = ["converted", "inspection", "progress", "remapped", "size", "table"]
+__all__ = ["converted", "inspection", "progress", "remapped", "scanned", "size", "table"]
 
 PROGRESS_FROM = 1 << 28  # bytes below which nobody waits long enough to need a bar
 
@@ -174,6 +174,20 @@ def remapped(report: RemapReport) -> None:
     for note in report.notes:
         typer.echo(f"note: {note}")
     typer.echo(f"wrote {report.destination}" if report.written else "dry run: nothing was written")
+
+
+def scanned(report: ScanReport) -> None:
+    """Print what pickles name beyond plain data, the worst first."""
+    order = {"dangerous": 0, "unknown": 1, "data": 2}
+    found = sorted(report.findings, key=lambda finding: order[finding.verdict])
+    rows = [(f.verdict, f.name, str(f.times), f.file, f.record, str(f.offset)) for f in found if f.verdict != "data"]
+    if rows:
+        typer.echo(table(("verdict", "name", "times", "file", "pickle", "at byte"), rows))
+    for line in report.unreadable:
+        typer.echo(f"  unreadable: {line}")
+    names = {verdict: len({f.name for f in found if f.verdict == verdict}) for verdict in order}
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in names.items())
+    typer.echo(f"{report.path}: {plural(report.pickles, 'pickle')} scanned, nothing run; names: {counts}")
 
 
 def converted(report: ConvertReport) -> None:
