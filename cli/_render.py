@@ -7,6 +7,7 @@ inspecting a checkpoint.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from optimstate.surgery import ConvertReport, Inspection, RemapReport, ScanReport
+    from optimstate.surgery import ConvertReport, DiffReport, Inspection, RemapReport, ScanReport
     from optimstate.surgery._inspect import ModelInfo, OptimizerInfo
 
-__all__ = ["converted", "inspection", "progress", "remapped", "scanned", "size", "table"]
+__all__ = ["compared", "converted", "inspection", "progress", "remapped", "scanned", "size", "table"]
 
 PROGRESS_FROM = 1 << 28  # bytes below which nobody waits long enough to need a bar
 
@@ -188,6 +189,26 @@ def scanned(report: ScanReport) -> None:
     names = {verdict: len({f.name for f in found if f.verdict == verdict}) for verdict in order}
     counts = ", ".join(f"{count} {verdict}" for verdict, count in names.items())
     typer.echo(f"{report.path}: {plural(report.pickles, 'pickle')} scanned, nothing run; names: {counts}")
+
+
+def compared(report: DiffReport) -> None:
+    """Print the differences, part by part."""
+    section = ""
+    for change in report.changes:
+        if change.section != section:
+            section = change.section
+            typer.echo(section)
+        relative = "" if change.relative is None else f", relative difference {change.relative:.3g}"
+        sides = {
+            "added": f"+ {change.name}  {change.right}",
+            "removed": f"- {change.name}  {change.left}",
+            "renamed": f"> {change.left} -> {change.right}  (equal content)",
+        }
+        other = f"~ {change.name}  {change.kind}: {_value(change.left)} -> {_value(change.right)}{relative}"
+        typer.echo(f"  {sides.get(change.kind, other)}")
+    kinds = Counter(change.kind for change in report.changes)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no differences"
+    typer.echo(f"{plural(report.equal, 'tensor')} {'equal' if report.compared_contents else 'alike'}, {counts}")
 
 
 def converted(report: ConvertReport) -> None:

@@ -11,16 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimstate.surgery._convert import ConvertReport, convert
+    from optimstate.surgery._diff import DiffReport, diff
     from optimstate.surgery._inspect import Inspection, inspect
     from optimstate.surgery._remap import RemapReport, remap
     from optimstate.surgery._scan import ScanReport, scan
 
-__all__ = ["ConvertReport", "Inspection", "RemapReport", "ScanReport", "convert", "inspect", "remap", "scan"]
+_HOMES = {
+    "ConvertReport": "_convert",
+    "DiffReport": "_diff",
+    "Inspection": "_inspect",
+    "RemapReport": "_remap",
+    "ScanReport": "_scan",
+    "convert": "_convert",
+    "diff": "_diff",
+    "inspect": "_inspect",
+    "remap": "_remap",
+    "scan": "_scan",
+}
 
-_REPORTS = {"ConvertReport": "convert", "Inspection": "inspect", "RemapReport": "remap", "ScanReport": "scan"}
+__all__ = ["ConvertReport", "DiffReport", "Inspection", "RemapReport", "ScanReport", "convert", "diff", "inspect"]
+__all__ += ["remap", "scan"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}._{_REPORTS.get(name, name)}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
