@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from optimstate.surgery import ConvertReport, DiffReport, Inspection, RemapReport, ScanReport
+    from optimstate.surgery import ConvertReport, DiffReport, Inspection, RemapReport, ScanReport, VerifyReport
     from optimstate.surgery._inspect import ModelInfo, OptimizerInfo
 
-__all__ = ["compared", "converted", "inspection", "progress", "remapped", "scanned", "size", "table"]
+__all__ = ["compared", "converted", "inspection", "progress", "remapped", "scanned", "size", "table", "verified"]
 
 PROGRESS_FROM = 1 << 28  # bytes below which nobody waits long enough to need a bar
 
@@ -209,6 +209,20 @@ def compared(report: DiffReport) -> None:
     kinds = Counter(change.kind for change in report.changes)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no differences"
     typer.echo(f"{plural(report.equal, 'tensor')} {'equal' if report.compared_contents else 'alike'}, {counts}")
+
+
+def verified(report: VerifyReport) -> None:
+    """Print faults first, then what is worth knowing, then what was looked at."""
+    for level in ("fault", "note"):
+        for finding in report.findings:
+            if finding.level == level:
+                typer.echo(f"{level}: {finding.where}: {finding.message} [{finding.check}]")
+    for line in report.blind:
+        typer.echo(f"not visible: {line}")
+    faults = sum(finding.level == "fault" for finding in report.findings)
+    typer.echo(
+        f"{report.path}: {plural(faults, 'fault') if faults else 'healthy'}; checked {', '.join(report.checked)}"
+    )
 
 
 def converted(report: ConvertReport) -> None:

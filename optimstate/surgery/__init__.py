@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optimstate.surgery._inspect import Inspection, inspect
     from optimstate.surgery._remap import RemapReport, remap
     from optimstate.surgery._scan import ScanReport, scan
+    from optimstate.surgery._verify import VerifyReport, verify, verify_against
 
 _HOMES = {
     "ConvertReport": "_convert",
@@ -22,15 +23,18 @@ _HOMES = {
     "Inspection": "_inspect",
     "RemapReport": "_remap",
     "ScanReport": "_scan",
+    "VerifyReport": "_verify",
     "convert": "_convert",
     "diff": "_diff",
     "inspect": "_inspect",
     "remap": "_remap",
     "scan": "_scan",
+    "verify": "_verify",
+    "verify_against": "_verify",
 }
 
-__all__ = ["ConvertReport", "DiffReport", "Inspection", "RemapReport", "ScanReport", "convert", "diff", "inspect"]
-__all__ += ["remap", "scan"]
+__all__ = ["ConvertReport", "DiffReport", "Inspection", "RemapReport", "ScanReport", "VerifyReport", "convert"]
+__all__ += ["diff", "inspect", "remap", "scan", "verify", "verify_against"]
 
 
 def __getattr__(name: str) -> Any:
