@@ -6,12 +6,12 @@ import gc
 import os
 import sys
 
-from optimstate.cli import convert, demo, diff, inspect, remap, scan, verify
+from optimstate.cli import convert, demo, diff, inspect, name, remap, scan, verify
 from optimstate.cli.app import run
 
 __all__ = ["main"]
 
-_COMMANDS = (inspect, diff, remap, convert, verify, scan, demo)  # imported for their registration
+_COMMANDS = (inspect, diff, remap, convert, name, verify, scan, demo)  # imported for their registration
 
 
 def main() -> None:

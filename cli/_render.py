@@ -16,10 +16,29 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from optimstate.surgery import ConvertReport, DiffReport, Inspection, RemapReport, ScanReport, VerifyReport
+    from optimstate.surgery import (
+        ConvertReport,
+        DiffReport,
+        Inspection,
+        NameReport,
+        RemapReport,
+        ScanReport,
+        VerifyReport,
+    )
     from optimstate.surgery._inspect import ModelInfo, OptimizerInfo
 
-__all__ = ["compared", "converted", "inspection", "progress", "remapped", "scanned", "size", "table", "verified"]
+__all__ = [
+    "compared",
+    "converted",
+    "inspection",
+    "named",
+    "progress",
+    "remapped",
+    "scanned",
+    "size",
+    "table",
+    "verified",
+]
 
 PROGRESS_FROM = 1 << 28  # bytes below which nobody waits long enough to need a bar
 
@@ -223,6 +242,15 @@ def verified(report: VerifyReport) -> None:
     typer.echo(
         f"{report.path}: {plural(faults, 'fault') if faults else 'healthy'}; checked {', '.join(report.checked)}"
     )
+
+
+def named(report: NameReport) -> None:
+    """Print every name with how it is known."""
+    for path, found in report.optimizers.items():
+        typer.echo(f"optimizer at {path}")
+        rows = [(str(index), given, evidence) for index, (given, evidence) in enumerate(found)]
+        typer.echo(table(("", "parameter", "evidence"), rows))
+    typer.echo(f"wrote {report.destination}" if report.written else "dry run: nothing was written")
 
 
 def converted(report: ConvertReport) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from optimstate.surgery._convert import ConvertReport, convert
     from optimstate.surgery._diff import DiffReport, diff
     from optimstate.surgery._inspect import Inspection, inspect
+    from optimstate.surgery._name import NameReport, name
     from optimstate.surgery._remap import RemapReport, remap
     from optimstate.surgery._scan import ScanReport, scan
     from optimstate.surgery._verify import VerifyReport, verify, verify_against
@@ -21,23 +22,34 @@ _HOMES = {
     "ConvertReport": "_convert",
     "DiffReport": "_diff",
     "Inspection": "_inspect",
+    "NameReport": "_name",
     "RemapReport": "_remap",
     "ScanReport": "_scan",
     "VerifyReport": "_verify",
     "convert": "_convert",
     "diff": "_diff",
     "inspect": "_inspect",
+    "name": "_name",
     "remap": "_remap",
     "scan": "_scan",
     "verify": "_verify",
     "verify_against": "_verify",
 }
 
-__all__ = ["ConvertReport", "DiffReport", "Inspection", "RemapReport", "ScanReport", "VerifyReport", "convert"]
-__all__ += ["diff", "inspect", "remap", "scan", "verify", "verify_against"]
+__all__ = [
+    "ConvertReport",
+    "DiffReport",
+    "Inspection",
+    "NameReport",
+    "RemapReport",
+    "ScanReport",
+    "VerifyReport",
+    "convert",
+]
+__all__ += ["diff", "inspect", "name", "remap", "scan", "verify", "verify_against"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+def __getattr__(attribute: str) -> Any:
+    if attribute not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[attribute]}"), attribute)
