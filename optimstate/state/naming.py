@@ -108,13 +108,16 @@ def name_parameters(state: OptimizerState, candidates: Sequence[Candidate], *, o
     """
     if state.is_named:
         names = tuple(name for _, name, _ in state.parameters())
-        known: tuple[Evidence, ...] = ("confirmed",) * len(names)
-        return Naming(names, known, ())
+        return Naming(names, _all("confirmed", names), ())
     shapes = parameter_shapes(state)
     if ordered and len(state.groups) == 1 and len(shapes) == len(candidates):
         return _by_position(shapes, candidates)
     group_of = [index for index, group in enumerate(state.groups) for _ in group.params]
     return _by_shape(shapes, group_of, candidates, ordered=ordered)
+
+
+def _all(evidence: Evidence, items: Sequence[Any]) -> tuple[Evidence, ...]:
+    return tuple(evidence for _ in items)
 
 
 def _by_position(shapes: Sequence[Shape | None], candidates: Sequence[Candidate]) -> Naming:
@@ -125,8 +128,8 @@ def _by_position(shapes: Sequence[Shape | None], candidates: Sequence[Candidate]
         if shape is not None and candidate.shape is not None and shape != candidate.shape
     ]
     if problems:
-        return Naming((None,) * len(shapes), ("unknown",) * len(shapes), tuple(problems))
-    return Naming(tuple(candidate.name for candidate in candidates), ("inferred",) * len(shapes), ())
+        return Naming((None,) * len(shapes), _all("unknown", shapes), tuple(problems))
+    return Naming(tuple(candidate.name for candidate in candidates), _all("inferred", shapes), ())
 
 
 def _by_shape(
