@@ -131,19 +131,29 @@ def _archive_pickles(archive: IO[bytes], prefix: str) -> Iterator[tuple[str, byt
             for entry in opened.infolist():
                 if entry.is_dir() or _RAW_STORAGE.fullmatch(entry.filename):
                     continue
-                with opened.open(entry) as record:
-                    head = record.read(4)
+                head = _contents(opened, archive, entry, 4)
                 if not (entry.filename.endswith((".pkl", ".pickle")) or _is_pickle(head) or head == b"PK\x03\x04"):
                     continue
                 if entry.file_size > MAX_PICKLE_BYTES:
                     raise LimitExceededError(f"{prefix}{entry.filename} has {entry.file_size} bytes")
-                data = opened.read(entry)
+                data = _contents(opened, archive, entry, entry.file_size)
                 if head == b"PK\x03\x04":
                     yield from _archive_pickles(io.BytesIO(data), f"{prefix}{entry.filename}/")
                 else:
                     yield prefix + entry.filename, data
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, zlib.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, struct.error, zlib.error) as error:
         raise CorruptCheckpointError(f"the archive cannot be read: {error}") from error
+
+
+def _contents(opened: zipfile.ZipFile, archive: IO[bytes], entry: zipfile.ZipInfo, length: int) -> bytes:
+    """The first bytes of an entry. Checksums are not looked at: torch does not either, and some files have none."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        with opened.open(entry) as record:
+            return record.read(length)
+    archive.seek(entry.header_offset + 26)
+    name, extra = struct.unpack("<HH", archive.read(4))
+    archive.seek(entry.header_offset + 30 + name + extra)
+    return archive.read(min(length, entry.file_size))
 
 
 def _pickles_of_items(handle: IO[bytes]) -> Iterator[tuple[str, bytes]]:

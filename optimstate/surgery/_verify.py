@@ -156,7 +156,7 @@ def _check_optimizer(section: Section, models: list[Section], numbers: bool) -> 
         yield Finding("note", "coverage", where, "no parameter has state: the run would start afresh")
     yield from _coverage(where, state)
     yield from _steps(where, state)
-    yield from _dtypes(where, state)
+    yield from _dtypes(where, state, models)
     yield from _aliases(where, state)
     yield from _names(where, state, models)
     yield from _shapes(where, state, algorithm, models)
@@ -207,19 +207,24 @@ def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
                 )
 
 
-def _dtypes(where: str, state: OptimizerState) -> Iterator[Finding]:
-    kinds: dict[str, dict[str, list[str]]] = {}
+def _dtypes(where: str, state: OptimizerState, models: list[Section]) -> Iterator[Finding]:
+    """Weights of one dtype have state of one dtype; where the weights are not known, differences are only noted."""
+    weights = {name: tensor for model in _model_tensors(models) for name, tensor in model.items()}
+    prefix = wrapper_prefix([name for _, name, _ in state.parameters() if name is not None])
+    kinds: dict[tuple[str, str], dict[str, list[str]]] = {}
     for label, slots in _labelled(state):
+        weight = weights.get(label.removeprefix(prefix))
+        of = weight.dtype if isinstance(weight, LazyTensor) else ""
         for slot, value in (slots or {}).items():
             if isinstance(value, LazyTensor):
-                kinds.setdefault(slot, {}).setdefault(value.dtype, []).append(label)
-    for slot, dtypes in kinds.items():
-        if len(dtypes) > 1:
-            usual = max(dtypes, key=lambda dtype: len(dtypes[dtype]))
-            for dtype, labels in dtypes.items():
-                if dtype != usual:
-                    others = f"{len(dtypes[usual])} others are {usual}"
-                    yield Finding("fault", "dtypes", f"{where}, {labels[0]}", f"{slot} is {dtype}, {others}")
+                kinds.setdefault((slot, of), {}).setdefault(value.dtype, []).append(label)
+    for (slot, of), dtypes in kinds.items():
+        usual = max(dtypes, key=lambda dtype: len(dtypes[dtype]))
+        for dtype, labels in dtypes.items():
+            if dtype != usual:
+                others = f"{len(dtypes[usual])} others{f' of {of} weights' if of else ''} are {usual}"
+                level: Level = "fault" if of else "note"
+                yield Finding(level, "dtypes", f"{where}, {labels[0]}", f"{slot} is {dtype}, {others}")
 
 
 def _aliases(where: str, state: OptimizerState) -> Iterator[Finding]:
