@@ -167,7 +167,7 @@ def _parse_directory(source: FileSource, data: bytes, offset: int, count: int) -
     if count * _CENTRAL.size > size:
         raise CorruptCheckpointError(f"the zip directory cannot hold {count} entries in {size} bytes", path=source.path)
     records: dict[str, Record] = {}
-    unpack, fixed = _CENTRAL_READ.unpack_from, _CENTRAL.size
+    unpack, fixed, new = _CENTRAL_READ.unpack_from, _CENTRAL.size, tuple.__new__  # what is called per record
     first_name = data[fixed : fixed + int.from_bytes(data[28:30], "little")]
     root = first_name[: first_name.find(b"/") + 1]
     skip = fixed + len(root)
@@ -192,7 +192,7 @@ def _parse_directory(source: FileSource, data: bytes, offset: int, count: int) -
         if not data.startswith(root, at + fixed):
             raise UnrecognizedFormatError("a zip file, but not one of torch.save: no common folder", path=source.path)
         name = data[at + skip : at + fixed + n].decode("utf-8", "replace")
-        records[name] = Record(name, header, packed, crc, (at, stop))
+        records[name] = new(Record, (name, header, packed, crc, (at, stop)))
         in_order = in_order and header >= end
         end = header + _LOCAL.size + packed
         at = stop
