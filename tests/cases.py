@@ -21,6 +21,7 @@ COMPLEX = ("complex64",)
 # "mixed" puts several dtypes in one group, so that foreach and fused must sort them.
 EVERY_DTYPE = (*REAL, *COMPLEX, "mixed")
 REAL_ONLY = (*REAL, "mixed_real")
+FUSED_DTYPES = (*REAL, "mixed_wide")
 
 LOOPS = ("default", "forloop", "foreach")
 FLAGS: Mapping[str, Options] = {
@@ -40,7 +41,7 @@ class Row:
         product: Options of which every combination is tried.
         extras: Option sets tried besides, each alone.
         implementations: Keys of `FLAGS` that torch's class has.
-        dtypes: Dtypes torch accepts in the loops; fused kernels take `REAL_ONLY` of them.
+        dtypes: Dtypes torch accepts in the loops; fused kernels take `FUSED_DTYPES`.
         problem: Which parameters and gradients suit it; see `tests.oracle.Problem`.
         second_group: Options of the second param group, or None where only one group is allowed.
     """
@@ -135,6 +136,7 @@ TABLE: Mapping[str, Row] = {
         extras=({"lr": 0.5}, {"beta2_decay": -0.3}, {"eps": (1e-3, 1e-2)}, {"d": 1.5}, *TENSOR_LRS),
         implementations=LOOPS,
         dtypes=REAL_ONLY,
+        problem="nonempty",  # torch divides by the length
     ),
     "Adagrad": Row(
         product={"weight_decay": DECAY, "maximize": BOTH, "lr_decay": (0, 0.5)},
@@ -254,7 +256,7 @@ OPTIMIZERS = tuple(TABLE)
 def dtypes_of(row: Row, implementation: str) -> tuple[str, ...]:
     """The dtypes of a row that an implementation takes: fused kernels know real numbers only."""
     if implementation == "fused":
-        return REAL_ONLY
+        return FUSED_DTYPES
     # A differentiable step is the for-loop with gradients on: one real and one complex dtype tell.
     return ("float32", "complex64") if implementation == "differentiable" else tuple(row.dtypes)
 

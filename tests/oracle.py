@@ -21,7 +21,7 @@ from tests.cases import Case
 STEPS = 15
 MIXED_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*MIXED_REAL, torch.complex64)}
-MIXED_DTYPES = {"mixed": (*MIXED_REAL, torch.complex64), "mixed_real": MIXED_REAL}
+MIXED_DTYPES = {"mixed": (*MIXED_REAL, torch.complex64), "mixed_real": MIXED_REAL, "mixed_wide": MIXED_REAL[:2]}
 LEAST_FINITE = 0.9  # of all elements, or a comparison of NaN with NaN would prove nothing
 
 Shape = tuple[int, ...]
@@ -62,6 +62,7 @@ DENSE: Sequence[tuple[Shape, Callable[[Tensor], Tensor], Callable[[Tensor], Tens
     ((1,), as_is, as_is),
     ((7,), strided, as_is),
     ((2, 3, 4, 5), channels_last, channels_last),
+    ((0, 3), as_is, as_is),
     ((3,), as_is, as_is),
 )
 # Fused kernels walk raw memory, in torch too: their parameters are dense and gradients are laid out alike.
@@ -84,7 +85,8 @@ class Problem:
     """Parameters and a stream of gradients, the same for whoever asks.
 
     Args:
-        name: "dense"; "steady", dense with the same parameters having gradients in every step; "matrices"; "sparse";
+        name: "dense"; "nonempty", dense without the empty parameter; "alike", dense with gradients laid out as their
+            parameters; "steady", alike with the same parameters having gradients in every step; "matrices"; "sparse";
             "closure"; or "large", one tensor of a million elements beside a small one.
         dtype: A dtype's name, or a key of `MIXED_DTYPES`.
         implementation: A key of `tests.cases.FLAGS`; differentiable steps need parameters that require no gradient.
@@ -106,7 +108,9 @@ class Problem:
             return VIEWABLE
         if self.name == "large":
             return [((1031, 1009), as_is, as_is), ((5,), as_is, as_is)]
-        if self.implementation == "fused":
+        if self.name == "nonempty":
+            return [layout for layout in DENSE if 0 not in layout[0]]
+        if self.name in {"alike", "steady"} or self.implementation == "fused":
             return DENSE_ALIKE
         return DENSE
 
@@ -132,7 +136,7 @@ class Problem:
         """Whether a parameter has no gradient: the last dense one never, others now and then."""
         if self.name == "large":
             return False
-        if self.name in {"dense", "steady"} and index == len(self.layouts) - 1:
+        if self.name in {"dense", "nonempty", "alike", "steady"} and index == len(self.layouts) - 1:
             return True
         return self.name != "steady" and (index + step) % 5 == 4
 
