@@ -63,6 +63,15 @@ def _each(function: Op, *operands: Any) -> list[Any]:
     return [function(*row) for row in zip(*operands, strict=True)]
 
 
+def _valued(kernel: Op) -> Op:
+    """List kernels take one value by name and a list of them only by position."""
+
+    def call(x: Any, a: Any, b: Any, value: Any = 1) -> Any:
+        return kernel(x, a, b, value) if isinstance(value, list) else kernel(x, a, b, value=value)
+
+    return call
+
+
 one = Ops(
     abs=Tensor.abs,
     add=Tensor.add,
@@ -92,14 +101,13 @@ one = Ops(
 
 traced = replace(one, keep=Tensor.clone, maximum_=lambda x, y: x.copy_(torch.maximum(x.clone(), y)))
 
-# The list kernels take per-tensor numbers only by position, hence the lambdas.
 many = Ops(
     abs=torch._foreach_abs,
     add=torch._foreach_add,
     add_=torch._foreach_add_,
-    addcdiv_=lambda x, a, b, value=1: torch._foreach_addcdiv_(x, a, b, value),
-    addcmul=lambda x, a, b, value=1: torch._foreach_addcmul(x, a, b, value),
-    addcmul_=lambda x, a, b, value=1: torch._foreach_addcmul_(x, a, b, value),
+    addcdiv_=_valued(torch._foreach_addcdiv_),
+    addcmul=_valued(torch._foreach_addcmul),
+    addcmul_=_valued(torch._foreach_addcmul_),
     copy_=torch._foreach_copy_,
     div=torch._foreach_div,
     div_=torch._foreach_div_,

@@ -216,7 +216,7 @@ class RuleOptimizer(Optimizer):
         times = steps if live else [step.item() for step in steps]
         others = [columns[name] for name in self._scalars if name != "step"]
         if k.is_list and (live or not rule.rowwise):
-            return rule, rule.numbers(times if live else steps, *others)
+            return rule, rule.numbers(steps, *others)
         if others or live:
             rows = list(map(rule.numbers, times, *others))
         else:
@@ -345,12 +345,16 @@ def split(tensors: Sequence[Tensor | None], size: int) -> list[Any] | None:
     # Half-precision kernels compute a vector's leftovers differently, so blocks must end where torch's threads would.
     if p.dtype not in (torch.float32, torch.float64) and (size != BLOCK or not p.is_floating_point()):
         return None
-    layout = p.stride()
-    if any(t is not None and (t.stride() != layout or t.shape != p.shape or t.dtype != p.dtype) for t in tensors):
+    if not all(t is None or fits(t, p) for t in tensors):
         return None
-    if not p.is_contiguous() and torch.empty_like(p, device="meta").stride() != layout:
+    if not p.is_contiguous() and torch.empty_like(p, device="meta").stride() != p.stride():
         return None
     return [repeat(None) if t is None else t.as_strided((t.numel(),), (1,)).split(size) for t in tensors]
+
+
+def fits(t: Tensor, p: Tensor) -> bool:
+    """Whether a tensor has its elements where the parameter has them."""
+    return t.layout is torch.strided and t.dtype is p.dtype and t.shape == p.shape and t.stride() == p.stride()
 
 
 PLAIN = (Tensor, torch.nn.Parameter)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from optimstate.optim._ops import Ops
 from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, fused_batches
-from optimstate.optim.optimizer import ParamsT, check_betas, require, to_scalar
+from optimstate.optim.optimizer import ParamsT, check_betas, require, to_scalar, zeros
 
 __all__ = ["Adam"]
 
@@ -118,7 +118,7 @@ class Adam(RuleOptimizer):
             _device_dtype_check_for_fused(p)
         state = {"step": self._scalar(0.0, p, group)}
         for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
-            state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state[name] = zeros(p)
         return state
 
     def _init_group(

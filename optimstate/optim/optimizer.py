@@ -45,6 +45,11 @@ class Optimizer(torch.optim.Optimizer):
         return torch.tensor(value, dtype=torch.float32 if fused else scalar_dtype(), device=p.device if on_device else None)
 
 
+def zeros(p: Tensor) -> Tensor:
+    """Zeros with the parameter's shape, dtype, device and strides."""
+    return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
 def scalar_dtype() -> torch.dtype:
     """The dtype of step counts: float64 only where that is the default dtype."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
@@ -53,6 +58,11 @@ def scalar_dtype() -> torch.dtype:
 def to_scalar(x: Any) -> Any:
     """A one-element tensor as a 0-d one; anything else as it is."""
     return x.squeeze() if isinstance(x, Tensor) and x.dim() != 0 else x
+
+
+def to_number(x: Any) -> Any:
+    """A tensor hyperparameter as a number, except while compiling."""
+    return x.item() if isinstance(x, Tensor) and not torch.compiler.is_compiling() else x
 
 
 def require(condition: bool, message: str) -> None:

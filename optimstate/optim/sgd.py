@@ -149,16 +149,28 @@ class SGD(RuleOptimizer):
         if any(grad.is_sparse for grad in grads):
             raise RuntimeError("`_fused_sgd` does not support sparse gradients")
         buffers = columns["momentum_buffer"] or repeat(None)
-        rows: dict[bool, list[tuple[Any, ...]]] = {}
-        for row in zip(params, grads, buffers, strict=False):
-            rows.setdefault(row[2] is None, []).append(row)
-        for first, batch in rows.items():
+        rows: dict[tuple[bool, bool], list[tuple[Any, ...]]] = {}
+        for p, grad, buffer in zip(params, grads, buffers, strict=False):
+            spoilt = p.is_cpu and p.dtype in (torch.bfloat16, torch.float16)
+            rows.setdefault((spoilt, buffer is None), []).append((p, grad, buffer))
+        for (spoilt, first), batch in rows.items():
             some_params, some_grads, some_buffers = map(list, zip(*batch, strict=True))
+            if spoilt:
+                self._unfused(group, some_params, some_grads, some_buffers)
+                continue
             if group["momentum"] != 0 and first:
                 for i, (p, grad) in enumerate(zip(some_params, some_grads, strict=True)):
                     some_buffers[i] = self.state[p]["momentum_buffer"] = torch.zeros_like(grad)
             self._fused_batches(group, some_params, some_grads, some_buffers, first=first)
         return True
+
+    def _unfused(self, group: Group, params: list[Any], grads: list[Any], buffers: list[Any]) -> None:
+        """What the kernel should do with half precision on the CPU, where it skips whole vectors instead."""
+        if (found_inf := getattr(self, "found_inf", None)) is not None and found_inf.item():
+            return
+        if (grad_scale := getattr(self, "grad_scale", None)) is not None:
+            torch._foreach_div_(grads, grad_scale.item())
+        self._run_each(group, params, grads, {"momentum_buffer": buffers if group["momentum"] != 0 else []}, False)
 
     def _fused_batches(
         self, group: Group, params: list[Any], grads: list[Any], buffers: list[Any], *, first: bool

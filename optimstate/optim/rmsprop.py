@@ -1,0 +1,137 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from optimstate.optim._ops import Ops
+from optimstate.optim._step import Group, Rule, RuleOptimizer
+from optimstate.optim.optimizer import ParamsT, check_lr, require, zeros
+
+__all__ = ["RMSprop"]
+
+
+class RMSprop(RuleOptimizer):
+    r"""RMSprop: steps scaled by the root of a running mean of squared gradients.
+
+    With :math:`g` the gradient plus ``weight_decay`` times the parameter and momentum :math:`\mu`:
+
+    .. math::
+        v &\leftarrow \alpha v + (1 - \alpha) g^2 \qquad
+        a \leftarrow a + (1 - \alpha)(g - a) \quad\text{(centered)} \\
+        d &= \sqrt{v - a^2 \text{ if centered}} + \epsilon \qquad b \leftarrow \mu b + g / d \\
+        \theta &\leftarrow \theta - \gamma b
+
+    Source: Tieleman and Hinton, "Lecture 6.5: rmsprop", Coursera, 2012,
+    https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf; centered: Graves, https://arxiv.org/abs/1308.0850.
+
+    State of a parameter:
+        step: 0-d float32 (float64 where that is the default dtype); on the CPU unless ``capturable``.
+        square_avg: :math:`v`, like the parameter.
+        momentum_buffer: :math:`b`, like the parameter; only with momentum.
+        grad_avg: :math:`a`, like the parameter; only if centered.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs, or dicts of either with options of their own.
+        lr: Learning rate :math:`\gamma \ge 0`, or a 1-element tensor.
+        alpha: :math:`\alpha \ge 0`.
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: L2 penalty, at least 0.
+        momentum: :math:`\mu \ge 0`.
+        centered: Divide by the estimated deviation instead of the root mean square.
+        capturable: Whether the step may be captured in an accelerator graph.
+        foreach: Whether to update lists of tensors at a time; None lets the device decide.
+        maximize: Ascend instead of descend.
+        differentiable: Whether autograd records the step.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+        RuntimeError: A gradient is sparse.
+    """
+
+    _columns = ("square_avg", "momentum_buffer", "grad_avg", "step")
+    _scalars = ("step",)
+    _later_options = {
+        "momentum": 0,
+        "centered": False,
+        "foreach": None,
+        "maximize": False,
+        "differentiable": False,
+        "capturable": False,
+    }
+    _sparse_error = "RMSprop does not support sparse gradients"
+    _capturable_on_xla = (True, True)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        check_lr(lr)
+        require(0.0 <= eps, f"Invalid epsilon value: {eps}")
+        require(0.0 <= momentum, f"Invalid momentum value: {momentum}")
+        require(0.0 <= weight_decay, f"Invalid weight_decay value: {weight_decay}")
+        require(0.0 <= alpha, f"Invalid alpha value: {alpha}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "alpha": alpha,
+            "eps": eps,
+            "centered": centered,
+            "weight_decay": weight_decay,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+        }
+        super().__init__(params, defaults)
+
+    def _active(self, group: Group) -> tuple[str, ...]:
+        unused = {"momentum_buffer": group["momentum"] <= 0, "grad_avg": not group["centered"]}
+        return tuple(name for name in self._columns if not unused.get(name))
+
+    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+        slots = [name for name in self._active(group) if name != "step"]
+        return {"step": self._scalar(0.0, p, group)} | {name: zeros(p) for name in slots}
+
+    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+        alpha, eps, momentum, centered = group["alpha"], group["eps"], group["momentum"], group["centered"]
+        share = 1 - alpha
+        tensor_rate = k.is_list and live and isinstance(lr, Tensor)  # which kernels would read once, while capturing
+
+        def update(p: Any, g: Any, square_avg: Any, buffer: Any, grad_avg: Any) -> None:
+            k.mul_(square_avg, alpha)
+            k.addcmul_(square_avg, g, g, value=share)
+            if centered:
+                k.lerp_(grad_avg, g, share)
+                avg = k.addcmul(square_avg, grad_avg, grad_avg, value=-1)
+                k.sqrt_(avg)
+            else:
+                avg = k.sqrt(square_avg)
+            avg = k.keep(avg)
+            k.add_(avg, eps)
+            if momentum > 0:
+                k.mul_(buffer, momentum)
+                k.addcdiv_(buffer, g, avg)
+                if tensor_rate:
+                    k.add_(p, k.mul(buffer, -lr))
+                else:
+                    k.add_(p, buffer, alpha=-lr)
+            elif tensor_rate:
+                k.div_(avg, -lr)
+                k.addcdiv_(p, g, avg)
+            else:
+                k.addcdiv_(p, g, avg, value=-lr)
+
+        return Rule(update)

@@ -1,0 +1,105 @@
+"""Resilient backpropagation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimstate.optim._ops import Ops
+from optimstate.optim._step import Group, Rule, RuleOptimizer
+from optimstate.optim.optimizer import ParamsT, check_lr, require, to_scalar, zeros
+
+__all__ = ["Rprop"]
+
+
+class Rprop(RuleOptimizer):
+    r"""Resilient backpropagation: each element has its own step size and follows only the gradient's sign.
+
+    The step size of an element grows by :math:`\eta^+` where the gradient kept its sign since the last step, and shrinks by
+    :math:`\eta^-` where the sign changed; there the element also pauses, as if its gradient were 0:
+
+    .. math::
+        s \leftarrow \mathrm{clip}\left(s \cdot
+            \begin{cases} \eta^+ & g g' > 0 \\ \eta^- & g g' < 0 \\ 1 & \text{else} \end{cases}\right) \qquad
+        g' \leftarrow \begin{cases} 0 & g g' < 0 \\ g & \text{else} \end{cases} \qquad
+        \theta \leftarrow \theta - s\, \mathrm{sign}(g')
+
+    Source: Riedmiller and Braun, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm",
+    https://doi.org/10.1109/ICNN.1993.298623.
+
+    State of a parameter:
+        step: 0-d float32 (float64 where that is the default dtype); on the CPU unless ``capturable``.
+        prev: The last gradient :math:`g'`, like the parameter.
+        step_size: :math:`s`, like the gradient; starts as ``lr`` everywhere.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs, or dicts of either with options of their own.
+        lr: First step size, at least 0, or a 1-element tensor.
+        etas: :math:`\eta^-, \eta^+` with :math:`0 < \eta^- < 1 < \eta^+`.
+        step_sizes: Smallest and largest step size.
+        capturable: Whether the step may be captured in an accelerator graph.
+        foreach: Whether to update lists of tensors at a time; None lets the device decide.
+        maximize: Ascend instead of descend.
+        differentiable: Whether autograd records the step.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+        RuntimeError: A gradient is sparse.
+    """
+
+    _columns = ("prev", "step_size", "step")
+    _scalars = ("step",)
+    _later_options = {"foreach": None, "maximize": False, "differentiable": False, "capturable": False}
+    _sparse_error = "Rprop does not support sparse gradients"
+    _capturable_on_xla = (True, True)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        check_lr(lr)
+        require(0.0 < etas[0] < 1.0 < etas[1], f"Invalid eta values: {etas[0]}, {etas[1]}")
+        defaults = {
+            "lr": lr,
+            "etas": etas,
+            "step_sizes": step_sizes,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+        lr = group["lr"]
+        # The two parts of a complex number are independent, so both need a step size.
+        start = complex(lr, lr) if p.dtype.is_complex else to_scalar(lr)
+        return {"step": self._scalar(0.0, p, group), "prev": zeros(p), "step_size": torch.full_like(grad, start)}
+
+    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+        shrink, grow = group["etas"]
+        smallest, largest = group["step_sizes"]
+
+        def factors(sign: Tensor) -> None:
+            sign.masked_fill_(sign.gt(0), grow).masked_fill_(sign.lt(0), shrink).masked_fill_(sign.eq(0), 1)
+
+        def update(p: Any, g: Any, prev: Any, step_size: Any) -> None:
+            factor = k.sign(k.mul(g, k.keep(prev)))
+            k.map(factors, factor)
+            k.mul_(step_size, factor)
+            k.map(lambda s: s.clamp_(smallest, largest), step_size)
+            k.copy_(prev, g)
+            k.map(lambda g, factor: g.masked_fill_(factor.eq(shrink), 0), prev, factor)
+            k.addcmul_(p, k.sign(prev), step_size, value=-1)
+
+        return Rule(update)
