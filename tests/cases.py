@@ -283,3 +283,14 @@ def cases(optimizer: str, implementation: str, dtype: str, problem: str | None =
         yield Case(
             optimizer, options, dtype, implementation, problem_of(optimizer, row, implementation), row.second_group
         )
+
+
+def telling(optimizer: str, implementation: str, dtype: str) -> list[Case]:
+    """A few cases where all would take too long: the first, the one with the most options acting, and the last."""
+    found = list(cases(optimizer, implementation, dtype))
+
+    def acting(case: Case) -> int:
+        values = case.options.values()
+        return -1 if case.capturable else sum(isinstance(value, torch.Tensor) or bool(value) for value in values)
+
+    return [found[0], max(found, key=acting), found[-1]]

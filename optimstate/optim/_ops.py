@@ -1,9 +1,9 @@
 """The vocabulary of update rules, in two dialects: one tensor, or a list of tensors at a time.
 
 A rule is written once over an `Ops`. With `one` its operands are tensors and numbers; with `many` they are lists of
-tensors, and a number is one number for all or a list with a number for each tensor. A trailing underscore means that the
-first operand is overwritten; because the in-place list kernels round scalars to the tensors' dtype and the others do not,
-which of the two a rule uses is part of its definition. `traced` is `one` with autograd watching.
+tensors, and a number is one number for all or a list with a number for each tensor. A trailing underscore means that
+the first operand is overwritten; because the in-place list kernels round scalars to the tensors' dtype and the others
+do not, which of the two a rule uses is part of its definition. `traced` is `one` with autograd watching.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Op = Callable[..., Any]
 class Ops:
     """One dialect.
 
-    `keep(x)` gives what may be modified although autograd remembers x; `map(f, *xs)` applies a function of tensors for which
-    no list kernel exists; `as_complex(x, p)` undoes the real view of x where p is still complex.
+    `keep(x)` gives what may be modified although autograd remembers x; `map(f, *xs)` applies a function of tensors for
+    which no list kernel exists; `as_complex(x, p)` undoes the real view of x where p is still complex.
     """
 
     abs: Op

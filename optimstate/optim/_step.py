@@ -7,8 +7,8 @@
      (cache blocks)       │                │
           └──── rule ─────┘             kernel
 
-What all algorithms share happens here once: counting steps, maximize, weight decay, complex views, sorting by device and
-dtype, and checks. A `Rule` is what is left: which numbers a step needs, and how they change the tensors.
+What all algorithms share happens here once: counting steps, maximize, weight decay, complex views, sorting by device
+and dtype, and checks. A `Rule` is what is left: which numbers a step needs, and how they change the tensors.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from torch import Tensor
 from torch.optim import optimizer as torch_machinery
 
 from optimstate.optim._ops import Ops, many, one, traced
-from optimstate.optim.optimizer import Optimizer, ParamsT, scalar_dtype, to_scalar
+from optimstate.optim.optimizer import Optimizer, to_scalar
 
-__all__ = ["Rule", "RuleOptimizer", "fused_batches"]
+__all__ = ["Columns", "Condition", "Group", "Rule", "RuleOptimizer", "Setting", "fused_batches"]
 
 Group = dict[str, Any]
 Columns = Mapping[str, list[Any]]
+Condition = Callable[[Group], bool]
 
-# On CPU a rule is several passes over memory. Run block by block, each block stays in a core's cache between passes; the
-# bits are the same, because every operation is elementwise and block boundaries are multiples of any vector width.
+# On CPU a rule is several passes over memory. Run block by block, each block stays in a core's cache between passes;
+# the bits are the same, because every operation is elementwise and block boundaries are multiples of any vector width.
 BLOCK = 1 << 16  # elements per thread: 5 float32 operands fill about 1.3 MB of L2
 WORTH_BLOCKING = 4 * BLOCK
 
@@ -40,8 +41,8 @@ class Rule(NamedTuple):
     """One algorithm's arithmetic with its hyperparameters bound.
 
     Args:
-        update: Called with parameter, gradient, the tensor slots in the order of the class's `_columns` (None for a slot
-            that the options do not use; no slots at all where they use none) and the numbers.
+        update: Called with parameter, gradient, the tensor slots in the order of the class's `_columns` (None for a
+            slot that the options do not use; no slots at all where they use none) and the numbers.
         numbers: Called with the step count and the other scalar slots, in the order of `_columns`; gives the numbers.
             Without it there are none.
         rowwise: Whether `numbers` speaks of one tensor at a time; else, in the list dialect, of the whole columns.
@@ -52,14 +53,34 @@ class Rule(NamedTuple):
     rowwise: bool = True
 
 
+class Setting(NamedTuple):
+    """What a rule is asked for.
+
+    Args:
+        k: The dialect.
+        group: The param group's options.
+        lr: Its learning rate, a number or a 0-d tensor.
+        live: Whether step counts stay tensors, because a graph is captured or traced.
+        owned: Whether the gradients are temporaries that may be overwritten (list dialect only).
+    """
+
+    k: Ops
+    group: Group
+    lr: Any
+    live: bool
+    owned: bool
+
+
 class RuleOptimizer(Optimizer):
     """An optimizer whose step is a rule over each parameter's tensors.
 
-    Subclasses say what state they keep and give the rule; `_columns` is in the order in which torch's `_init_group` of the
-    same class fills its lists, which `torch.compile` relies on.
+    Subclasses say what state they keep and give the rule; `_columns` is in the order in which torch's `_init_group` of
+    the same class fills its lists, which `torch.compile` relies on.
     """
 
     _columns: ClassVar[tuple[str, ...]]
+    _optional: ClassVar[Mapping[str, Condition]] = {}  # slots that only groups with certain options keep
+    _has_kernel: ClassVar[bool] = False  # whether there is a fused implementation
     _sparse_error: ClassVar[str] = ""  # how torch refuses sparse gradients; empty where they are accepted
     _complex: ClassVar[str] = "decay first"  # when complex tensors become real views: "view first" or "never" else
     _complex_parameter: ClassVar[bool] = False  # whether the rule wants the parameter still complex, tensor by tensor
@@ -67,29 +88,22 @@ class RuleOptimizer(Optimizer):
     _capturable_subjects: ClassVar[tuple[str, str]] = ("params and state_steps", "params and state_steps")
     _capturable_on_xla: ClassVar[tuple[bool, bool]] = (True, False)  # for loop, foreach
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
-        """The update rule for a group.
-
-        Args:
-            k: The dialect.
-            group: Its options.
-            lr: Its learning rate, a number or a 0-d tensor.
-            live: Whether step counts stay tensors, because a graph is captured or traced.
-            owned: Whether the gradients are temporaries that may be overwritten (list dialect only).
-        """
+    def _rule(self, s: Setting) -> Rule:
+        """The update rule."""
         raise NotImplementedError
 
-    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         """A parameter's state before its first step."""
         raise NotImplementedError
 
-    def _active(self, group: Group) -> tuple[str, ...]:
-        """The slots that a group with these options keeps, in the order of `_columns`."""
-        return self._columns
-
     def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
         """Run the fused kernel; False where it does not apply and the rule must be run instead."""
-        return False
+        raise NotImplementedError
+
+    def _active(self, group: Group) -> list[str]:
+        """The slots that a group with these options keeps, in the order of `_columns`."""
+        optional = self._optional
+        return [name for name in self._columns if name not in optional or optional[name](group)]
 
     @torch_machinery._use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -140,7 +154,7 @@ class RuleOptimizer(Optimizer):
                 has_complex = True
             state = every_state[p]
             if not state:
-                state.update(self._new_state(p, grad, group))
+                state.update(self._new_state(p, group))
             states.append(state)
         active = self._active(group)
         for name, column in zip(self._columns, lists, strict=True):
@@ -159,7 +173,7 @@ class RuleOptimizer(Optimizer):
         has_complex: bool,
     ) -> None:
         fused, foreach = choose(group, params)
-        if fused and self._fused(group, params, grads, columns):
+        if fused and self._has_kernel and self._fused(group, params, grads, columns):
             return
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             raise AssertionError("Expected grad_scale and found_inf to be None")
@@ -171,9 +185,10 @@ class RuleOptimizer(Optimizer):
             self._run_each(group, params, grads, columns, has_complex)
             return
         names = [name for name in self._columns if columns[name]]
-        sorted_lists = self._group_tensors_by_device_and_dtype([params, grads, *(columns[name] for name in names)])
-        for (batch_params, batch_grads, *lists), _ in sorted_lists.values():
-            batch = dict.fromkeys(self._columns, []) | dict(zip(names, lists, strict=True))
+        for _, (batch_params, batch_grads, *lists) in batches(
+            self, [params, grads, *(columns[name] for name in names)]
+        ):
+            batch: Columns = {name: [] for name in self._columns} | dict(zip(names, lists, strict=True))
             if has_sparse and any(grad.is_sparse for grad in batch_grads):
                 self._run_each(group, batch_params, batch_grads, batch, has_complex)
             else:
@@ -208,7 +223,7 @@ class RuleOptimizer(Optimizer):
             or torch.compiler.is_compiling()
             or (self._live_when_differentiable and group.get("differentiable"))
         )
-        rule = self._rule(k, group, to_scalar(group["lr"]), live=live, owned=owned)
+        rule = self._rule(Setting(k, group, to_scalar(group["lr"]), live, owned))
         steps = columns.get("step", [])
         count_steps(steps)
         if rule.numbers is None:
@@ -349,7 +364,7 @@ def split(tensors: Sequence[Tensor | None], size: int) -> list[Any] | None:
         return None
     if not p.is_contiguous() and torch.empty_like(p, device="meta").stride() != p.stride():
         return None
-    return [repeat(None) if t is None else t.as_strided((t.numel(),), (1,)).split(size) for t in tensors]
+    return [repeat(None) if t is None else torch.split(t.as_strided((t.numel(),), (1,)), size) for t in tensors]
 
 
 def fits(t: Tensor, p: Tensor) -> bool:
@@ -360,16 +375,22 @@ def fits(t: Tensor, p: Tensor) -> bool:
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def batches(optimizer: Optimizer, lists: list[list[Any]]) -> Iterator[tuple[Any, list[Any]]]:
+    """The lists once more for each device and dtype (of the first list), with the device."""
+    for (device, _), (batch, _) in optimizer._group_tensors_by_device_and_dtype(lists).items():
+        yield device, batch
+
+
 def fused_batches(
     optimizer: Optimizer, group: Group, params: list[Tensor], grads: list[Tensor], lists: list[list[Any]]
-) -> Iterator[tuple[list[Any], Any, dict[str, Tensor | None]]]:
+) -> Iterator[tuple[list[Any], Any, dict[str, Any]]]:
     """Batches of one device and dtype for a fused kernel: the lists, the learning rate there, and AMP's tensors there.
 
     A tensor learning rate on an accelerator is copied to the batch's device; on the CPU kernels read it as a number.
     """
     scaling = {name: getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")}
     lr = group["lr"]
-    for (device, _), (batch, _) in optimizer._group_tensors_by_device_and_dtype([params, grads, *lists]).items():
+    for device, batch in batches(optimizer, [params, grads, *lists]):
         there = {name: None if t is None else t.to(device, non_blocking=True) for name, t in scaling.items()}
         moved = isinstance(lr, Tensor) and lr.device.type != "cpu" and device is not None
         yield batch, lr.to(device, non_blocking=True) if moved else lr, there

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optimstate.optim._ops import Ops
-from optimstate.optim._step import Group, Rule, RuleOptimizer
-from optimstate.optim.optimizer import ParamsT, check_lr, require, zeros
+from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
+from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, zeros
 
 __all__ = ["Adadelta"]
 
@@ -48,7 +47,12 @@ class Adadelta(RuleOptimizer):
 
     _columns = ("square_avg", "acc_delta", "step")
     _scalars = ("step",)
-    _later_options = {"foreach": None, "maximize": False, "differentiable": False, "capturable": False}
+    _later_options: ClassVar[Options] = {
+        "foreach": None,
+        "maximize": False,
+        "differentiable": False,
+        "capturable": False,
+    }
     _sparse_error = "Adadelta does not support sparse gradients"
     _complex_parameter = True
     _capturable_on_xla = (False, False)
@@ -68,8 +72,8 @@ class Adadelta(RuleOptimizer):
     ) -> None:
         check_lr(lr)
         require(0.0 <= rho <= 1.0, f"Invalid rho value: {rho}")
-        require(0.0 <= eps, f"Invalid epsilon value: {eps}")
-        require(0.0 <= weight_decay, f"Invalid weight_decay value: {weight_decay}")
+        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
+        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
         defaults = {
             "lr": lr,
             "rho": rho,
@@ -82,10 +86,11 @@ class Adadelta(RuleOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         return {"step": self._scalar(0.0, p, group), "square_avg": zeros(p), "acc_delta": zeros(p)}
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+    def _rule(self, s: Setting) -> Rule:
+        k, group, lr, live = s.k, s.group, s.lr, s.live
         rho, eps = group["rho"], group["eps"]
         share = 1 - rho
 

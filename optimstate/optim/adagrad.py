@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from optimstate.optim._ops import Ops
-from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, fused_batches
-from optimstate.optim.optimizer import ParamsT, check_lr, require
+from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, fused_batches
+from optimstate.optim.optimizer import Options, ParamsT, check_lr, require
 
 __all__ = ["Adagrad"]
 
@@ -24,8 +23,9 @@ class Adagrad(RuleOptimizer):
         s \leftarrow s + g^2 \qquad
         \theta \leftarrow \theta - \frac{\gamma}{1 + (t - 1) \eta} \cdot \frac{g}{\sqrt{s} + \epsilon}
 
-    A sparse gradient touches only the elements it has, and excludes weight decay. Source: Duchi, Hazan and Singer, "Adaptive
-    Subgradient Methods for Online Learning and Stochastic Optimization", http://jmlr.org/papers/v12/duchi11a.html.
+    A sparse gradient touches only the elements it has, and excludes weight decay. Source: Duchi, Hazan and Singer,
+    "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization",
+    http://jmlr.org/papers/v12/duchi11a.html.
 
     State of a parameter, from construction on:
         step: 0-d float32 (float64 where that is the default dtype); on the CPU unless ``fused``.
@@ -48,9 +48,10 @@ class Adagrad(RuleOptimizer):
         RuntimeError: Options exclude each other, or a sparse gradient meets weight decay.
     """
 
+    _has_kernel = True
     _columns = ("sum", "step")
     _scalars = ("step",)
-    _later_options = {"foreach": None, "maximize": False, "differentiable": False, "fused": None}
+    _later_options: ClassVar[Options] = {"foreach": None, "maximize": False, "differentiable": False, "fused": None}
 
     def __init__(
         self,
@@ -67,11 +68,11 @@ class Adagrad(RuleOptimizer):
         fused: bool | None = None,
     ) -> None:
         check_lr(lr)
-        require(0.0 <= lr_decay, f"Invalid lr_decay value: {lr_decay}")
-        require(0.0 <= weight_decay, f"Invalid weight_decay value: {weight_decay}")
+        require(lr_decay >= 0.0, f"Invalid lr_decay value: {lr_decay}")
+        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
         invalid = f"Invalid initial_accumulator_value value: {initial_accumulator_value}"
-        require(0.0 <= initial_accumulator_value, invalid)
-        require(0.0 <= eps, f"Invalid epsilon value: {eps}")
+        require(initial_accumulator_value >= 0.0, invalid)
+        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
         defaults = {
             "lr": lr,
             "lr_decay": lr_decay,
@@ -89,7 +90,7 @@ class Adagrad(RuleOptimizer):
             self._need_device_dtype_check_for_fused = True
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p].update(self._new_state(p, p, group))
+                self.state[p].update(self._new_state(p, group))
 
     def share_memory(self) -> None:
         """Move every ``sum`` to shared memory, for training in several processes."""
@@ -97,7 +98,7 @@ class Adagrad(RuleOptimizer):
             for p in group["params"]:
                 self.state[p]["sum"].share_memory_()
 
-    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         start = self.defaults["initial_accumulator_value"]
         value = complex(start, start) if p.is_complex() else start
         total = torch.full_like(p, value, memory_format=torch.preserve_format)
@@ -117,7 +118,8 @@ class Adagrad(RuleOptimizer):
             raise RuntimeError("weight_decay option is not compatible with sparse gradients")
         return has_sparse, has_complex
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+    def _rule(self, s: Setting) -> Rule:
+        k, group, lr, owned = s.k, s.group, s.lr, s.owned
         lr_decay, eps = group["lr_decay"], group["eps"]
 
         def numbers(t: Any) -> tuple[Any]:
@@ -152,7 +154,8 @@ class Adagrad(RuleOptimizer):
         for batch, lr, scaling in fused_batches(self, group, params, grads, [columns["sum"], columns["step"]]):
             steps = batch[-1]
             torch._foreach_add_(steps, 1)
-            torch._fused_adagrad_(
+            kernel: Any = torch._fused_adagrad_
+            kernel(
                 *batch,
                 lr=lr,
                 lr_decay=group["lr_decay"],

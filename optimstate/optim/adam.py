@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from optimstate.optim._ops import Ops
-from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, fused_batches
-from optimstate.optim.optimizer import ParamsT, check_betas, require, to_scalar, zeros
+from optimstate.optim._step import Columns, Condition, Group, Rule, RuleOptimizer, Setting, fused_batches
+from optimstate.optim.optimizer import Options, ParamsT, check_betas, require, to_scalar, zeros
 
 __all__ = ["Adam"]
 
@@ -25,7 +26,8 @@ class Adam(RuleOptimizer):
         \theta &\leftarrow \theta - \frac{\gamma}{1 - \beta_1^t} \cdot
             \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", https://arxiv.org/abs/1412.6980; amsgrad: Reddi, Kale
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", https://arxiv.org/abs/1412.6980; amsgrad:
+        Reddi, Kale
     and Kumar, "On the Convergence of Adam and Beyond", https://openreview.net/forum?id=ryQu7f-RZ.
 
     State of a parameter:
@@ -53,9 +55,10 @@ class Adam(RuleOptimizer):
         RuntimeError: Options exclude each other, or a gradient is sparse.
     """
 
+    _has_kernel = True
     _columns = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
     _scalars = ("step",)
-    _later_options = {
+    _later_options: ClassVar[Options] = {
         "amsgrad": False,
         "maximize": False,
         "foreach": None,
@@ -64,6 +67,7 @@ class Adam(RuleOptimizer):
         "decoupled_weight_decay": False,
         "fused": None,
     }
+    _optional: ClassVar[Mapping[str, Condition]] = {"max_exp_avg_sq": lambda group: bool(group["amsgrad"])}
     _sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
     _live_when_differentiable = True
 
@@ -85,10 +89,10 @@ class Adam(RuleOptimizer):
     ) -> None:
         lists_only = bool(foreach) and not capturable
         check_tensor("lr", lr, lists_only)
-        require(bool(0.0 <= lr), f"Invalid learning rate: {lr}")
-        require(0.0 <= eps, f"Invalid epsilon value: {eps}")
+        require(bool(lr >= 0.0), f"Invalid learning rate: {lr}")
+        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
         check_betas(betas)
-        require(0.0 <= weight_decay, f"Invalid weight_decay value: {weight_decay}")
+        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
         alike = all(isinstance(b, float) for b in betas) or all(isinstance(b, Tensor) for b in betas)
         require(alike, "betas must be either both floats or both Tensors")
         check_tensor("betas[0]", betas[0], lists_only)
@@ -110,16 +114,11 @@ class Adam(RuleOptimizer):
         if fused:
             self._allow_fused(differentiable, foreach)
 
-    def _active(self, group: Group) -> tuple[str, ...]:
-        return self._columns if group["amsgrad"] else ("exp_avg", "exp_avg_sq", "step")
-
-    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         if group["fused"]:
             _device_dtype_check_for_fused(p)
-        state = {"step": self._scalar(0.0, p, group)}
-        for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
-            state[name] = zeros(p)
-        return state
+        slots = [name for name in self._active(group) if name != "step"]
+        return {"step": self._scalar(0.0, p, group)} | {name: zeros(p) for name in slots}
 
     def _init_group(
         self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Any]
@@ -132,7 +131,8 @@ class Adam(RuleOptimizer):
             raise RuntimeError("lr as a Tensor is not supported for capturable=False and foreach=True")
         return found
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+    def _rule(self, s: Setting) -> Rule:
+        k, group, lr, live = s.k, s.group, s.lr, s.live
         beta1, beta2 = map(to_scalar, group["betas"])
         eps, amsgrad = group["eps"], group["amsgrad"]
         lerp_, mul_, addcmul_, sqrt, div_, add_ = k.lerp_, k.mul_, k.addcmul_, k.sqrt, k.div_, k.add_
@@ -166,7 +166,8 @@ class Adam(RuleOptimizer):
         if not live:
             return Rule(update, numbers)
 
-        # With step counts as tensors, torch folds the step size into the denominator, and its loop and its lists differ in
+        # With step counts as tensors, torch folds the step size into the denominator, and its loop and its lists differ
+        # in
         # how: so do these two.
         def numbers_each(step: Any) -> tuple[Any, Any]:
             own = step.clone() if group["differentiable"] and tensor_betas else step
@@ -203,7 +204,7 @@ class Adam(RuleOptimizer):
     def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
         if group["differentiable"]:
             raise RuntimeError("Adam with fused=True does not support differentiable=True")
-        kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        kernel: Any = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
         beta1, beta2 = map(to_scalar, group["betas"])
         lists = [columns[name] for name in self._columns]
         for batch, lr, scaling in fused_batches(self, group, params, grads, lists):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optimstate.optim._ops import Ops
-from optimstate.optim._step import Group, Rule, RuleOptimizer
-from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require, to_number, zeros
+from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
+from optimstate.optim.optimizer import Options, ParamsT, check_betas, check_lr, require, to_number, zeros
 
 __all__ = ["Adamax"]
 
@@ -47,7 +46,12 @@ class Adamax(RuleOptimizer):
 
     _columns = ("exp_avg", "exp_inf", "step")
     _scalars = ("step",)
-    _later_options = {"foreach": None, "maximize": False, "differentiable": False, "capturable": False}
+    _later_options: ClassVar[Options] = {
+        "foreach": None,
+        "maximize": False,
+        "differentiable": False,
+        "capturable": False,
+    }
     _sparse_error = "Adamax does not support sparse gradients"
 
     def __init__(
@@ -64,9 +68,9 @@ class Adamax(RuleOptimizer):
         capturable: bool = False,
     ) -> None:
         check_lr(lr)
-        require(0.0 <= eps, f"Invalid epsilon value: {eps}")
+        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
         check_betas(betas)
-        require(0.0 <= weight_decay, f"Invalid weight_decay value: {weight_decay}")
+        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -79,10 +83,11 @@ class Adamax(RuleOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         return {"step": self._scalar(0.0, p, group), "exp_avg": zeros(p), "exp_inf": zeros(p)}
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+    def _rule(self, s: Setting) -> Rule:
+        k, group, lr, live = s.k, s.group, s.lr, s.live
         (beta1, beta2), eps = group["betas"], group["eps"]
         share = 1 - beta1
         if k.is_list and not live:

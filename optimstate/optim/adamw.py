@@ -18,8 +18,8 @@ class AdamW(Adam):
     .. math::
         \theta \leftarrow (1 - \gamma \lambda)\, \theta
 
-    before Adam's update with the plain gradient. Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
-    https://arxiv.org/abs/1711.05101.
+    before Adam's update with the plain gradient. Source: Loshchilov and Hutter, "Decoupled Weight Decay
+    Regularization", https://arxiv.org/abs/1711.05101.
 
     State of a parameter: as for :class:`~optimstate.optim.Adam`.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from optimstate.optim._ops import Ops
-from optimstate.optim._step import Group, Rule, RuleOptimizer
-from optimstate.optim.optimizer import ParamsT, check_lr, require, scalar_dtype, to_scalar, zeros
+from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
+from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, scalar_dtype, to_scalar, zeros
 
 __all__ = ["ASGD"]
 
@@ -23,7 +22,8 @@ class ASGD(RuleOptimizer):
         \theta &\leftarrow (1 - \lambda \eta)\,\theta - \eta g \qquad a \leftarrow a + \mu (\theta - a) \\
         \eta &\leftarrow \gamma / (1 + \lambda \gamma t)^\alpha \qquad \mu \leftarrow 1 / \max(1, t - t_0)
 
-    Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", https://doi.org/10.1137/0330046.
+    Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging",
+        https://doi.org/10.1137/0330046.
 
     State of a parameter, all scalars 0-d float32 (float64 where that is the default dtype) on the parameter's device:
         step: Number of steps.
@@ -50,7 +50,12 @@ class ASGD(RuleOptimizer):
 
     _columns = ("mu", "ax", "eta", "step")
     _scalars = ("step", "eta", "mu")
-    _later_options = {"foreach": None, "maximize": False, "differentiable": False, "capturable": False}
+    _later_options: ClassVar[Options] = {
+        "foreach": None,
+        "maximize": False,
+        "differentiable": False,
+        "capturable": False,
+    }
     _sparse_error = "ASGD does not support sparse gradients"
     _complex = "view first"
     _capturable_subjects = ("params, mus, etas, and state_steps", "params, mus, etas, and state_steps")
@@ -69,7 +74,7 @@ class ASGD(RuleOptimizer):
         capturable: bool = False,
     ) -> None:
         check_lr(lr)
-        require(0.0 <= weight_decay, f"Invalid weight_decay value: {weight_decay}")
+        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
         defaults = {
             "lr": lr,
             "lambd": lambd,
@@ -86,15 +91,16 @@ class ASGD(RuleOptimizer):
     def _scalar(self, value: Any, p: Tensor, group: Group) -> Tensor:
         return torch.as_tensor(value, device=p.device, dtype=scalar_dtype()).clone().detach()
 
-    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         starts = {"step": 0.0, "eta": to_scalar(group["lr"]), "mu": 1.0}
         return {name: self._scalar(value, p, group) for name, value in starts.items()} | {"ax": zeros(p)}
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
-        # torch's lists merge decay and step into one term and keep eta and mu as tensors: other formulas, so other functions.
-        if k.is_list:
-            return self._rule_lists(k, group, lr, live)
-        return self._rule_live(group, lr) if live else self._rule_each(group, lr)
+    def _rule(self, s: Setting) -> Rule:
+        # torch's lists merge decay and step into one term and keep eta and mu as tensors: other formulas, so other
+        # functions.
+        if s.k.is_list:
+            return self._rule_lists(s)
+        return self._rule_live(s.group, s.lr) if s.live else self._rule_each(s.group, s.lr)
 
     def _rule_each(self, group: Group, lr: Any) -> Rule:
         lambd, alpha, t0 = group["lambd"], group["alpha"], group["t0"]
@@ -133,13 +139,14 @@ class ASGD(RuleOptimizer):
 
         return Rule(update, numbers)
 
-    def _rule_lists(self, k: Ops, group: Group, lr: Any, live: bool) -> Rule:
+    def _rule_lists(self, s: Setting) -> Rule:
+        k, group, lr = s.k, s.group, s.lr
         lambd, alpha, t0 = group["lambd"], group["alpha"], group["t0"]
 
         def update(p: Any, g: Any, ax: Any, steps: Any, etas: Any, mus: Any) -> None:
             k.addcmul_(p, k.add(g, p, alpha=lambd), etas, value=-1)
             k.addcmul_(ax, k.sub(p, ax), mus)
-            (advance_live if live else advance)(steps, etas, mus)
+            (advance_live if s.live else advance)(steps, etas, mus)
 
         def advance(steps: Any, etas: Any, mus: Any) -> None:
             device = etas[0].device

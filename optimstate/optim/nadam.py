@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from optimstate.optim._ops import Ops
-from optimstate.optim._step import Group, Rule, RuleOptimizer
-from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require, to_number, zeros
+from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
+from optimstate.optim.optimizer import Options, ParamsT, check_betas, check_lr, require, to_number, zeros
 
 __all__ = ["NAdam"]
 
@@ -53,7 +53,7 @@ class NAdam(RuleOptimizer):
 
     _columns = ("exp_avg", "exp_avg_sq", "mu_product", "step")
     _scalars = ("step", "mu_product")
-    _later_options = {
+    _later_options: ClassVar[Options] = {
         "maximize": False,
         "foreach": None,
         "capturable": False,
@@ -80,10 +80,10 @@ class NAdam(RuleOptimizer):
         differentiable: bool = False,
     ) -> None:
         check_lr(lr)
-        require(0.0 <= eps, f"Invalid epsilon value: {eps}")
+        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
         check_betas(betas)
-        require(0.0 <= weight_decay, f"Invalid weight_decay value: {weight_decay}")
-        require(0.0 <= momentum_decay, f"Invalid momentum_decay value: {momentum_decay}")
+        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
+        require(momentum_decay >= 0.0, f"Invalid momentum_decay value: {momentum_decay}")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -98,11 +98,12 @@ class NAdam(RuleOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         scalars = {"step": self._scalar(0.0, p, group), "mu_product": self._scalar(1.0, p, group)}
         return scalars | {"exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+    def _rule(self, s: Setting) -> Rule:
+        k, group, lr, live = s.k, s.group, s.lr, s.live
         (beta1, beta2), eps = group["betas"], group["eps"]
         share1, share2 = 1 - beta1, 1 - beta2
         mu_at = mu_schedule(beta1, group["momentum_decay"])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
-from itertools import chain
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +12,14 @@ from torch.optim.optimizer import ParamsT, register_optimizer_step_post_hook, re
 __all__ = ["Optimizer", "ParamsT", "register_optimizer_step_post_hook", "register_optimizer_step_pre_hook"]
 
 
+Options = Mapping[str, Any]
+
+
 class Optimizer(torch.optim.Optimizer):
     """Base class of all optimizers."""
 
     _scalars: ClassVar[tuple[str, ...]] = ()
-    _later_options: ClassVar[Mapping[str, Any]] = {}
+    _later_options: ClassVar[Options] = {}  # what older checkpoints' groups lack
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -39,10 +39,12 @@ class Optimizer(torch.optim.Optimizer):
                 state[name] = self._scalar(value, p, group)
 
     def _scalar(self, value: float, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """A scalar slot: on the parameter's device where kernels read it there, else on the CPU, whose launches are free."""
-        fused = group.get("fused") and "fused" in self._later_options
+        """A scalar slot: on the parameter's device where kernels read it there, else on the CPU, whose launches are
+        free.""" fused = group.get("fused") and "fused" in self._later_options
         on_device = fused or group.get("capturable")
-        return torch.tensor(value, dtype=torch.float32 if fused else scalar_dtype(), device=p.device if on_device else None)
+        return torch.tensor(
+            value, dtype=torch.float32 if fused else scalar_dtype(), device=p.device if on_device else None
+        )
 
 
 def zeros(p: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ def require(condition: bool, message: str) -> None:
 def check_lr(lr: Any, message: str = "Invalid learning rate: ") -> None:
     """A learning rate must be one number, not negative (and not NaN)."""
     require(not isinstance(lr, Tensor) or lr.numel() == 1, "Tensor lr must be 1-element")
-    require(bool(0.0 <= lr), f"{message}{lr}")
+    require(bool(lr >= 0.0), f"{message}{lr}")
 
 
 def check_betas(betas: Any) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from optimstate.optim._ops import Ops, traced
-from optimstate.optim._step import Group, Rule, RuleOptimizer
-from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require, zeros
+from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
+from optimstate.optim.optimizer import Options, ParamsT, check_betas, check_lr, require, zeros
 
 __all__ = ["RAdam"]
 
@@ -53,7 +53,7 @@ class RAdam(RuleOptimizer):
 
     _columns = ("exp_avg", "exp_avg_sq", "step")
     _scalars = ("step",)
-    _later_options = {
+    _later_options: ClassVar[Options] = {
         "foreach": None,
         "maximize": False,
         "differentiable": False,
@@ -78,9 +78,9 @@ class RAdam(RuleOptimizer):
         differentiable: bool = False,
     ) -> None:
         check_lr(lr)
-        require(0.0 <= eps, f"Invalid epsilon value: {eps}")
+        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
         check_betas(betas)
-        require(0.0 <= weight_decay, f"Invalid weight_decay value: {weight_decay}")
+        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -94,10 +94,11 @@ class RAdam(RuleOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         return {"step": self._scalar(0.0, p, group), "exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+    def _rule(self, s: Setting) -> Rule:
+        k, group, lr, live = s.k, s.group, s.lr, s.live
         (beta1, beta2), eps = group["betas"], group["eps"]
         share1, share2 = 1 - beta1, 1 - beta2
 
@@ -111,8 +112,8 @@ class RAdam(RuleOptimizer):
             k.add_(denom, eps)
             return denom
 
-        # Tensor by tensor, torch branches on the rectification and multiplies the step up; its lists blend both branches into
-        # one factor. Nothing after the moments is shared.
+        # Tensor by tensor, torch branches on the rectification and multiplies the step up; its lists blend both
+        # branches into one factor. Nothing after the moments is shared.
         times = Tensor.mul if k is traced else Tensor.mul_
         inverse = Tensor.reciprocal if k is traced else Tensor.reciprocal_
 
@@ -120,7 +121,9 @@ class RAdam(RuleOptimizer):
             rho, rect = rectification(beta2, t)
             return 1 - beta1**t, (1 - beta2**t) ** 0.5, rect if rho > 5.0 else None
 
-        def update(p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, correction1: Any, root2: Any, rect: Any) -> None:
+        def update(
+            p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, correction1: Any, root2: Any, rect: Any
+        ) -> None:
             moments(g, exp_avg, exp_avg_sq)
             change = times(exp_avg / correction1, lr)
             if rect is not None:
@@ -132,7 +135,14 @@ class RAdam(RuleOptimizer):
             return 1 - beta1**step, (1 - beta2**step) ** 0.5, rho > 5.0, rect
 
         def live_update(
-            p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, correction1: Any, root2: Any, trusted: Any, rect: Any
+            p: Tensor,
+            g: Tensor,
+            exp_avg: Tensor,
+            exp_avg_sq: Tensor,
+            correction1: Any,
+            root2: Any,
+            trusted: Any,
+            rect: Any,
         ) -> None:
             moments(g, exp_avg, exp_avg_sq)
             factor = torch.where(trusted, rect * (root2 / root(exp_avg_sq)), 1.0)

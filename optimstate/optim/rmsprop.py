@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optimstate.optim._ops import Ops
-from optimstate.optim._step import Group, Rule, RuleOptimizer
-from optimstate.optim.optimizer import ParamsT, check_lr, require, zeros
+from optimstate.optim._step import Condition, Group, Rule, RuleOptimizer, Setting
+from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, zeros
 
 __all__ = ["RMSprop"]
 
@@ -25,7 +25,8 @@ class RMSprop(RuleOptimizer):
         \theta &\leftarrow \theta - \gamma b
 
     Source: Tieleman and Hinton, "Lecture 6.5: rmsprop", Coursera, 2012,
-    https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf; centered: Graves, https://arxiv.org/abs/1308.0850.
+    https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf; centered: Graves,
+    https://arxiv.org/abs/1308.0850.
 
     State of a parameter:
         step: 0-d float32 (float64 where that is the default dtype); on the CPU unless ``capturable``.
@@ -53,13 +54,17 @@ class RMSprop(RuleOptimizer):
 
     _columns = ("square_avg", "momentum_buffer", "grad_avg", "step")
     _scalars = ("step",)
-    _later_options = {
+    _later_options: ClassVar[Options] = {
         "momentum": 0,
         "centered": False,
         "foreach": None,
         "maximize": False,
         "differentiable": False,
         "capturable": False,
+    }
+    _optional: ClassVar[Mapping[str, Condition]] = {
+        "momentum_buffer": lambda group: bool(group["momentum"] > 0),
+        "grad_avg": lambda group: bool(group["centered"]),
     }
     _sparse_error = "RMSprop does not support sparse gradients"
     _capturable_on_xla = (True, True)
@@ -79,10 +84,10 @@ class RMSprop(RuleOptimizer):
         differentiable: bool = False,
     ) -> None:
         check_lr(lr)
-        require(0.0 <= eps, f"Invalid epsilon value: {eps}")
-        require(0.0 <= momentum, f"Invalid momentum value: {momentum}")
-        require(0.0 <= weight_decay, f"Invalid weight_decay value: {weight_decay}")
-        require(0.0 <= alpha, f"Invalid alpha value: {alpha}")
+        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
+        require(momentum >= 0.0, f"Invalid momentum value: {momentum}")
+        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
+        require(alpha >= 0.0, f"Invalid alpha value: {alpha}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -97,15 +102,12 @@ class RMSprop(RuleOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _active(self, group: Group) -> tuple[str, ...]:
-        unused = {"momentum_buffer": group["momentum"] <= 0, "grad_avg": not group["centered"]}
-        return tuple(name for name in self._columns if not unused.get(name))
-
-    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         slots = [name for name in self._active(group) if name != "step"]
         return {"step": self._scalar(0.0, p, group)} | {name: zeros(p) for name in slots}
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+    def _rule(self, s: Setting) -> Rule:
+        k, group, lr, live = s.k, s.group, s.lr, s.live
         alpha, eps, momentum, centered = group["alpha"], group["eps"], group["momentum"], group["centered"]
         share = 1 - alpha
         tensor_rate = k.is_list and live and isinstance(lr, Tensor)  # which kernels would read once, while capturing

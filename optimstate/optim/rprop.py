@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from optimstate.optim._ops import Ops
-from optimstate.optim._step import Group, Rule, RuleOptimizer
-from optimstate.optim.optimizer import ParamsT, check_lr, require, to_scalar, zeros
+from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
+from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, to_scalar, zeros
 
 __all__ = ["Rprop"]
 
@@ -17,7 +16,8 @@ __all__ = ["Rprop"]
 class Rprop(RuleOptimizer):
     r"""Resilient backpropagation: each element has its own step size and follows only the gradient's sign.
 
-    The step size of an element grows by :math:`\eta^+` where the gradient kept its sign since the last step, and shrinks by
+    The step size of an element grows by :math:`\eta^+` where the gradient kept its sign since the last step, and
+    shrinks by
     :math:`\eta^-` where the sign changed; there the element also pauses, as if its gradient were 0:
 
     .. math::
@@ -51,7 +51,12 @@ class Rprop(RuleOptimizer):
 
     _columns = ("prev", "step_size", "step")
     _scalars = ("step",)
-    _later_options = {"foreach": None, "maximize": False, "differentiable": False, "capturable": False}
+    _later_options: ClassVar[Options] = {
+        "foreach": None,
+        "maximize": False,
+        "differentiable": False,
+        "capturable": False,
+    }
     _sparse_error = "Rprop does not support sparse gradients"
     _capturable_on_xla = (True, True)
 
@@ -80,13 +85,15 @@ class Rprop(RuleOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _new_state(self, p: Tensor, grad: Tensor, group: Group) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         lr = group["lr"]
         # The two parts of a complex number are independent, so both need a step size.
         start = complex(lr, lr) if p.dtype.is_complex else to_scalar(lr)
-        return {"step": self._scalar(0.0, p, group), "prev": zeros(p), "step_size": torch.full_like(grad, start)}
+        assert p.grad is not None
+        return {"step": self._scalar(0.0, p, group), "prev": zeros(p), "step_size": torch.full_like(p.grad, start)}
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+    def _rule(self, s: Setting) -> Rule:
+        k, group = s.k, s.group
         shrink, grow = group["etas"]
         smallest, largest = group["step_sizes"]
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from optimstate.optim._ops import Ops
-from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, fused_batches
-from optimstate.optim.optimizer import ParamsT, require
+from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, fused_batches
+from optimstate.optim.optimizer import Options, ParamsT, require
 
 __all__ = ["SGD"]
 
@@ -21,7 +21,8 @@ __all__ = ["SGD"]
 class SGD(RuleOptimizer):
     r"""Stochastic gradient descent, with momentum if asked.
 
-    With :math:`g` the gradient plus ``weight_decay`` times the parameter, momentum :math:`\mu` and dampening :math:`\tau`:
+    With :math:`g` the gradient plus ``weight_decay`` times the parameter, momentum :math:`\mu` and dampening
+    :math:`\tau`:
 
     .. math::
         b &\leftarrow \mu b + (1 - \tau) g \quad \text{(at first } b = g \text{)} \\
@@ -44,16 +45,23 @@ class SGD(RuleOptimizer):
         maximize: Ascend instead of descend.
         foreach: Whether to update lists of tensors at a time; None lets the device decide.
         differentiable: Whether autograd records the step.
-        fused: Whether to use torch's fused kernel (floating-point parameters only). torch's CPU kernel corrupts momentum in
-            bfloat16 and float16; such parameters are updated tensor by tensor instead.
+        fused: Whether to use torch's fused kernel (floating-point parameters only). torch's CPU kernel corrupts
+            momentum in bfloat16 and float16; such parameters are updated tensor by tensor instead.
 
     Raises:
         ValueError: A hyperparameter is out of range.
         RuntimeError: Options exclude each other.
     """
 
+    _has_kernel = True
     _columns = ("momentum_buffer",)
-    _later_options = {"nesterov": False, "maximize": False, "foreach": None, "differentiable": False, "fused": False}
+    _later_options: ClassVar[Options] = {
+        "nesterov": False,
+        "maximize": False,
+        "foreach": None,
+        "differentiable": False,
+        "fused": False,
+    }
     _complex = "never"
 
     def __init__(
@@ -111,9 +119,10 @@ class SGD(RuleOptimizer):
             lists[0].extend([self.state[p].get("momentum_buffer") for p in params])
         return has_sparse, False
 
-    def _rule(self, k: Ops, group: Group, lr: Any, *, live: bool, owned: bool) -> Rule:
+    def _rule(self, s: Setting) -> Rule:
+        k, group = s.k, s.group
         momentum, nesterov = group["momentum"], group["nesterov"]
-        descend = self._descent(k, lr)
+        descend = self._descent(k, s.lr)
         if momentum == 0:
             return Rule(descend)
         share = 1 - group["dampening"]
