@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_machinery
 
+from optimstate.optim._load import Slots
 from optimstate.optim._ops import Ops, many, one, traced
 from optimstate.optim.optimizer import Optimizer, to_scalar
 
@@ -104,6 +105,9 @@ class RuleOptimizer(Optimizer):
         """The slots that a group with these options keeps, in the order of `_columns`."""
         optional = self._optional
         return [name for name in self._columns if name not in optional or optional[name](group)]
+
+    def _slot_shapes(self, p: Tensor, group: Group) -> Slots:
+        return {name: None if name in self._scalars else tuple(p.shape) for name in self._active(group)}, {}
 
     @torch_machinery._use_grad_for_differentiable
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
 from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, scalar_dtype, to_scalar, zeros
@@ -88,6 +89,7 @@ class ASGD(RuleOptimizer):
         }
         super().__init__(params, defaults)
 
+    @override
     def _scalar(self, value: Any, p: Tensor, group: Group) -> Tensor:
         return torch.as_tensor(value, device=p.device, dtype=scalar_dtype()).clone().detach()
 

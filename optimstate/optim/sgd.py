@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
+from typing_extensions import override
 
+from optimstate.optim._load import Slots
 from optimstate.optim._ops import Ops
 from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, fused_batches
 from optimstate.optim.optimizer import Options, ParamsT, require
@@ -99,6 +101,10 @@ class SGD(RuleOptimizer):
         if fused:
             self._need_device_dtype_check_for_fused = True
             self._allow_fused(differentiable, foreach)
+
+    @override
+    def _slot_shapes(self, p: Tensor, group: Group) -> Slots:
+        return {}, {"momentum_buffer": tuple(p.shape)}
 
     def _init_group(
         self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Any]
