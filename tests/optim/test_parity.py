@@ -144,7 +144,7 @@ def test_a_step_leaves_gradients_as_they_were(name: str) -> None:
                 assert not told, f"{case}: {told}"
 
 
-# --- what is left out, and whether the oracle can tell -----------------------------------------------------------
+# --- what is left out, and whether the oracle can tell ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids="-".join)
@@ -278,7 +278,7 @@ def test_the_oracle_sees_no_difference_where_there_is_none() -> None:
         assert oracle.compare(torch.optim.Adam, torch.optim.Adam, case) == []
 
 
-# --- gradients through the step --------------------------------------------------------------------------------------
+# --- gradients through the step ---------------------------------------------------------------------------------------
 
 
 def through_steps(
