@@ -51,7 +51,7 @@ def test_a_run_that_changes_hands_goes_on_with_the_same_bits(name: str, implemen
         if (name, implementation, dtype) == ("SGD", "fused", "bfloat16"):
             continue  # torch's kernel is no oracle there: see DEFECTS in test_parity.py
         for number, case in enumerate(cases.telling(name, implementation, dtype)):
-            # What loading itself changes (strides, say) torch changes too, so torch alone makes the same journey.
+            # What loading itself changes, torch changes too: so torch alone makes the same journey.
             expected = handed_over(torchs, torchs, case, through_file=number == 0)
             for first, second in ((torchs, ours), (ours, torchs)):
                 found = handed_over(first, second, case, through_file=number == 0)
