@@ -176,8 +176,8 @@ class RuleOptimizer(Optimizer):
         has_sparse: bool,
         has_complex: bool,
     ) -> None:
-        fused, foreach = choose(group, params)
-        if fused and self._has_kernel and self._fused(group, params, grads, columns):
+        fused, foreach = choose(group, params, self._has_kernel)
+        if fused and self._fused(group, params, grads, columns):
             return
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             raise AssertionError("Expected grad_scale and found_inf to be None")
@@ -316,9 +316,9 @@ class RuleOptimizer(Optimizer):
             pass
 
 
-def choose(group: Group, params: list[Tensor]) -> tuple[bool, bool]:
+def choose(group: Group, params: list[Tensor], has_kernel: bool) -> tuple[bool, bool]:
     """(fused, foreach), by torch's rules: as asked; else foreach where every parameter's device has native kernels."""
-    fused, foreach = group.get("fused"), group.get("foreach")
+    fused, foreach = group.get("fused") if has_kernel else None, group.get("foreach")
     if fused is None and foreach is None:
         _, foreach = torch_machinery._default_to_fused_or_foreach(params, group.get("differentiable", False), False)
         if foreach and isinstance(group["lr"], Tensor) and "amsgrad" in group and not group["capturable"]:

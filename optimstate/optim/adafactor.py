@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from optimstate.optim._load import Group, Slots
+from optimstate.optim._load import Slots
 from optimstate.optim._step import batches, count_steps
 from optimstate.optim.optimizer import Optimizer, Options, ParamsT, check_lr, require, to_scalar
 
@@ -88,7 +88,7 @@ class Adafactor(Optimizer):
         super().__init__(params, defaults)
 
     @override
-    def _slot_shapes(self, p: Tensor, group: Group) -> Slots:
+    def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:
         slots = factor_shapes(p) if p.dim() > 1 else {"variance": tuple(p.shape)}
         return {"step": None, **slots}, {}
 
@@ -236,4 +236,5 @@ def step_size(p: Tensor, t: float, lr: Any, eps2: float) -> Any:
 
 def clipping(update: Tensor, d: float) -> float:
     """What to divide an update by so that its root mean square is at most d."""
-    return max(1.0, float(update.norm(2).item()) / ((update.numel() ** 0.5) * d))
+    size: float = update.norm(2).item() / ((update.numel() ** 0.5) * d)
+    return max(1.0, size)

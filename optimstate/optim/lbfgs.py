@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from optimstate.optim._line_search import strong_wolfe
-from optimstate.optim._load import Group, Slots
+from optimstate.optim._load import Slots
 from optimstate.optim.optimizer import Optimizer, ParamsT, check_lr, require, to_scalar
 
 __all__ = ["LBFGS"]
@@ -90,7 +90,7 @@ class LBFGS(Optimizer):
         return params
 
     @override
-    def _slot_shapes(self, p: Tensor, group: Group) -> Slots:
+    def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:
         flat = (sum(2 * q.numel() if q.is_complex() else q.numel() for q in self._params),)
         return {"func_evals": None, "n_iter": None}, {"d": flat, "prev_flat_grad": flat}
 

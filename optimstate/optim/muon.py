@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from optimstate.optim._load import Group, Slots
+from optimstate.optim._load import Slots
 from optimstate.optim.optimizer import Optimizer, ParamsT, check_lr, require, to_scalar
 
 __all__ = ["Muon"]
@@ -85,7 +85,7 @@ class Muon(Optimizer):
                 require(p.ndim == 2, found)
 
     @override
-    def _slot_shapes(self, p: Tensor, group: Group) -> Slots:
+    def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:
         return {"momentum_buffer": tuple(p.shape)}, {}
 
     @torch.no_grad()

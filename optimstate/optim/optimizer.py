@@ -46,7 +46,7 @@ class Optimizer(torch.optim.Optimizer):
     _scalars: ClassVar[tuple[str, ...]] = ()  # slots of one element
     _later_options: ClassVar[Options] = {}  # what older checkpoints' groups lack
 
-    def _slot_shapes(self, p: Tensor, group: Group) -> Slots:  # noqa: ARG002
+    def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:  # noqa: ARG002
         """The slots that a state of this parameter must have and may have, with their shapes."""
         return {}, {}  # nothing is known of an algorithm defined elsewhere
 

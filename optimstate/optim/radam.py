@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from optimstate.optim._adam_kernel import AdamKernelOptimizer, adam_kernel, bodies
 from optimstate.optim._ops import Ops, traced
-from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
+from optimstate.optim._step import Columns, Group, Rule, Setting, count_steps
 from optimstate.optim.optimizer import Options, ParamsT, check_betas, check_lr, require, zeros
 
 __all__ = ["RAdam"]
 
 
-class RAdam(RuleOptimizer):
+class RAdam(AdamKernelOptimizer):
     r"""RAdam: Adam that trusts its mean square only once enough gradients have been seen.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, at step :math:`t`:
@@ -45,6 +46,10 @@ class RAdam(RuleOptimizer):
         maximize: Ascend instead of descend.
         capturable: Whether the step may be captured in an accelerator graph.
         differentiable: Whether autograd records the step.
+        fused: Whether to use torch's fused Adam kernel, for dense float32 and float64 parameters of some size on the CPU
+            from the first rectified step on. 5 times as fast or more; from the same gradients (weight decay included)
+            state comes out bit for bit the same, and parameters within 1e-6 relative to the largest. What the kernel
+            cannot take is updated as without. torch's class has no such argument.
 
     Raises:
         ValueError: A hyperparameter is out of range.
@@ -76,6 +81,7 @@ class RAdam(RuleOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         check_lr(lr)
         require(eps >= 0.0, f"Invalid epsilon value: {eps}")
@@ -91,6 +97,7 @@ class RAdam(RuleOptimizer):
             "capturable": capturable,
             "decoupled_weight_decay": decoupled_weight_decay,
             "differentiable": differentiable,
+            **self._check_fused(fused, differentiable, foreach),
         }
         super().__init__(params, defaults)
 
@@ -166,6 +173,40 @@ class RAdam(RuleOptimizer):
         if k.is_list:
             return Rule(update_lists, (lambda steps: live_factors(k, group, lr, steps)) if live else list_numbers)
         return Rule(live_update, live_numbers) if live else Rule(update, numbers)
+
+    def _kernel_suits(self, group: Group) -> bool:
+        return all(beta > 0 for beta in group["betas"])
+
+    def _through_kernel(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> None:
+        (beta1, beta2), lr, decay = group["betas"], float(group["lr"]), group["weight_decay"]
+        at: dict[float, list[int]] = {}
+        for index, step in enumerate(columns["step"]):
+            at.setdefault(step.item() + 1, []).append(index)
+        for t, indices in at.items():
+            p, g = [params[i] for i in indices], [grads[i] for i in indices]
+            some = {name: [column[i] for i in indices] for name, column in columns.items()}
+            rho, rect = rectification(beta2, t)
+            if not rho > 5.0 or lr == 0:
+                self._run_each(group, p, g, some, False)
+                continue
+            count_steps(some["step"])
+            decoupled = group["decoupled_weight_decay"]
+            adam_kernel(
+                bodies(p),
+                bodies(g),
+                bodies(some["exp_avg"]),
+                bodies(some["exp_avg_sq"]),
+                step=t,
+                lr=lr * rect,
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"] / (1 - beta2**t) ** 0.5,  # Adam adds it after dividing by this, RAdam before
+                weight_decay=decay / rect if decoupled else decay,
+                decoupled=decoupled,
+                maximize=group["maximize"],
+            )
+            numbers = 1 - beta1**t, (1 - beta2**t) ** 0.5, rect
+            self._run_tails(group, p, g, [some["exp_avg"], some["exp_avg_sq"]], numbers)
 
 
 def rectification(beta2: float, t: Any) -> tuple[Any, Any]:

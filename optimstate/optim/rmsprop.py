@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optimstate.optim._step import Condition, Group, Rule, RuleOptimizer, Setting
+from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies, effective
+from optimstate.optim._step import Columns, Condition, Group, Rule, Setting, count_steps
 from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, zeros
 
 __all__ = ["RMSprop"]
 
 
-class RMSprop(RuleOptimizer):
+class RMSprop(AdamKernelOptimizer):
     r"""RMSprop: steps scaled by the root of a running mean of squared gradients.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter and momentum :math:`\mu`:
@@ -46,6 +47,10 @@ class RMSprop(RuleOptimizer):
         foreach: Whether to update lists of tensors at a time; None lets the device decide.
         maximize: Ascend instead of descend.
         differentiable: Whether autograd records the step.
+        fused: Whether to use torch's fused Adam kernel, for dense float32 and float64 parameters of some size on the CPU
+            if neither centered nor with momentum. 3 to 4 times as fast; from the same gradients (weight decay included)
+            state comes out bit for bit the same, and parameters within 1e-6 relative to the largest. What the kernel
+            cannot take is updated as without. torch's class has no such argument.
 
     Raises:
         ValueError: A hyperparameter is out of range.
@@ -82,6 +87,8 @@ class RMSprop(RuleOptimizer):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        *,
+        fused: bool | None = None,
     ) -> None:
         check_lr(lr)
         require(eps >= 0.0, f"Invalid epsilon value: {eps}")
@@ -99,6 +106,7 @@ class RMSprop(RuleOptimizer):
             "foreach": foreach,
             "maximize": maximize,
             "differentiable": differentiable,
+            **self._check_fused(fused, differentiable, foreach),
         }
         super().__init__(params, defaults)
 
@@ -137,3 +145,25 @@ class RMSprop(RuleOptimizer):
                 k.addcdiv_(p, g, avg, value=-lr)
 
         return Rule(update)
+
+    def _kernel_suits(self, group: Group) -> bool:
+        return not group["centered"] and group["momentum"] <= 0 and bool(0.0 <= group["alpha"] ** ENDLESS < 1e-16)
+
+    def _through_kernel(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> None:
+        count_steps(columns["step"])
+        options = {
+            "step": ENDLESS,
+            "lr": float(group["lr"]),
+            "beta1": 0.0,
+            "beta2": group["alpha"],
+            "eps": group["eps"],
+        }
+        everything = bodies(params), bodies(grads), bodies(columns["square_avg"])
+        if not group["maximize"] and group["weight_decay"] == 0:
+            p, g, square_avg = everything
+            adam_kernel(p, g, g, square_avg, **options)
+        else:  # the kernel writes what it takes for a first moment: not into p.grad
+            for body, grad, average in zip(*everything, strict=True):
+                changed = [effective(group, body, grad)]
+                adam_kernel([body], changed, changed, [average], **options)
+        self._run_tails(group, params, grads, [columns["square_avg"], [], []], ())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from optimstate.optim._load import Group, Slots
+from optimstate.optim._load import Slots
 from optimstate.optim.optimizer import Optimizer, ParamsT, check_betas, check_lr, require, to_scalar, zeros
 
 __all__ = ["SparseAdam"]
@@ -65,7 +65,7 @@ class SparseAdam(Optimizer):
         require(not wrong, f"Complex params at indices {wrong}: SparseAdam does not support complex parameters")
 
     @override
-    def _slot_shapes(self, p: Tensor, group: Group) -> Slots:
+    def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:
         return {"step": None, "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}, {}
 
     @torch.no_grad()
