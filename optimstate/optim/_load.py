@@ -6,6 +6,7 @@ right.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def check_fit(optimizer: Any, saved: Sequence[Group], states: Mapping[Any, Any],
         raise StateMismatchError("\n".join([told, *lines[:SHOWN], *more]), hint=REMEDY)
 
 
-def check_names(live: Sequence[Group], saved: Sequence[Group], states: Mapping[Any, Any], stacklevel: int) -> None:
+def check_names(live: Sequence[Group], saved: Sequence[Group], states: Mapping[Any, Any]) -> None:
     """Warn where the position gives state to a parameter of another name."""
     swaps = [
         f"{old_name!r} to {name!r}"
@@ -125,7 +126,15 @@ def check_names(live: Sequence[Group], saved: Sequence[Group], states: Mapping[A
     ]
     if swaps:
         told = f"the order of parameters gives the state of {listed(swaps)}. {REMEDY}"
-        warnings.warn(told, ParameterNameWarning, stacklevel=stacklevel + 1)
+        warnings.warn(told, ParameterNameWarning, stacklevel=caller_level())
+
+
+def caller_level() -> int:
+    """The stacklevel, for the function that asks, of the first caller outside this library and torch's wrappers."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in {"optimstate", "torch"}:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def bare(name: str) -> str:

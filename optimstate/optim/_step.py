@@ -13,9 +13,10 @@ and dtype, and checks. A `Rule` is what is left: which numbers a step needs, and
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -60,16 +61,19 @@ class Setting(NamedTuple):
     Args:
         k: The dialect.
         group: The param group's options.
-        lr: Its learning rate, a number or a 0-d tensor.
         live: Whether step counts stay tensors, because a graph is captured or traced.
         owned: Whether the gradients are temporaries that may be overwritten (list dialect only).
     """
 
     k: Ops
     group: Group
-    lr: Any
     live: bool
     owned: bool
+
+    @property
+    def lr(self) -> Any:
+        """The learning rate, a number or a 0-d tensor."""
+        return to_scalar(self.group["lr"])
 
 
 class RuleOptimizer(Optimizer):
@@ -177,6 +181,8 @@ class RuleOptimizer(Optimizer):
         has_complex: bool,
     ) -> None:
         fused, foreach = choose(group, params, self._has_kernel)
+        if fused:
+            self._align(group, params, columns)
         if fused and self._fused(group, params, grads, columns):
             return
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
@@ -197,6 +203,27 @@ class RuleOptimizer(Optimizer):
                 self._run_each(group, batch_params, batch_grads, batch, has_complex)
             else:
                 self._run_lists(group, batch_params, batch_grads, batch, has_complex)
+
+    def _align(self, group: Group, params: list[Tensor], columns: Columns) -> None:
+        """Lay state out as its parameters, once for every state that has come in."""
+        tensors = [columns[name] for name in self._columns if name not in self._scalars]
+        seen = self.__dict__.setdefault("_aligned", {})
+        now = list(chain(*tensors))
+        before = seen.get(id(group), ())
+        if len(now) == len(before) and all(map(operator.is_, now, before)):
+            return
+        for name, column in columns.items():
+            if column and name not in self._scalars:
+                for index, (p, value) in enumerate(zip(params, column, strict=True)):
+                    if value is not None and type(value) in PLAIN and type(p) in PLAIN:
+                        own = aligned(value, p)
+                        if own is not value:
+                            column[index] = self.state[p][name] = own
+        seen[id(group)] = list(chain(*tensors))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.pop("_aligned", None)  # lest it keep replaced state alive
+        super().__setstate__(state)
 
     def _slots(self, columns: Columns, absent: Any) -> list[Any]:
         names = [name for name in self._columns if name not in self._scalars]
@@ -227,7 +254,7 @@ class RuleOptimizer(Optimizer):
             or torch.compiler.is_compiling()
             or (self._live_when_differentiable and group.get("differentiable"))
         )
-        rule = self._rule(Setting(k, group, to_scalar(group["lr"]), live, owned))
+        rule = self._rule(Setting(k, group, live, owned))
         steps = columns.get("step", [])
         count_steps(steps)
         if rule.numbers is None:
@@ -369,6 +396,14 @@ def split(tensors: Sequence[Tensor | None], size: int) -> list[Any] | None:
     if not p.is_contiguous() and torch.empty_like(p, device="meta").stride() != p.stride():
         return None
     return [repeat(None) if t is None else torch.split(t.as_strided((t.numel(),), (1,)), size) for t in tensors]
+
+
+def aligned(value: Tensor, p: Tensor) -> Tensor:
+    """State with the parameter's strides: fused kernels walk both memories in parallel and look at no strides."""
+    if value.layout is not torch.strided or value.shape != p.shape or value.stride() == p.stride():
+        return value
+    own = torch.empty_like(p, dtype=value.dtype, device=value.device, requires_grad=False)
+    return value if own.stride() == value.stride() else own.copy_(value.detach())
 
 
 def fits(t: Tensor, p: Tensor) -> bool:

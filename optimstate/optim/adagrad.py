@@ -114,7 +114,7 @@ class Adagrad(RuleOptimizer):
                     self._need_device_dtype_check_for_fused = False
                     break
         has_sparse, has_complex = super()._init_group(group, params, grads, *lists)
-        if has_sparse and group["weight_decay"] != 0:
+        if has_sparse and group["weight_decay"] != 0 and not group["fused"]:
             raise RuntimeError("weight_decay option is not compatible with sparse gradients")
         return has_sparse, has_complex
 

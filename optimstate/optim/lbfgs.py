@@ -122,7 +122,9 @@ class LBFGS(Optimizer):
         if grad.abs().max() <= group["tolerance_grad"]:
             return first_loss
         now = {name: state.get(name) for name in KEPT}
-        for iteration in range(1, group["max_iter"] + 1):
+        iteration = 0
+        while iteration < group["max_iter"]:
+            iteration += 1
             state["n_iter"] += 1
             now["d"] = self._direction(state, now, grad, group["history_size"])
             if now["prev_flat_grad"] is None:

@@ -48,7 +48,7 @@ class NAdam(AdamKernelOptimizer):
         maximize: Ascend instead of descend.
         capturable: Whether the step may be captured in an accelerator graph.
         differentiable: Whether autograd records the step.
-        fused: Whether to use torch's fused Adam kernel, for dense float32 parameters of some size on the CPU. 3 times as
+        fused: Whether to use torch's fused Adam kernel for dense float32 parameters of some size on the CPU. 3 times as
             fast; from the same gradients (weight decay included) state comes out bit for bit the same, and parameters
             within 1e-6 relative to the largest. What the kernel cannot take is updated as without. torch's class has no
             such argument.
@@ -182,7 +182,7 @@ class NAdam(AdamKernelOptimizer):
 
     def _through_kernel(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> None:
         lr, decay = float(group["lr"]), group["weight_decay"]
-        rule = self._rule(Setting(one, group, lr, False, False))
+        rule = self._rule(Setting(one, group, live=False, owned=False))
         assert rule.numbers is not None
         count_steps(columns["step"])
         alike: dict[tuple[float, ...], list[int]] = {}

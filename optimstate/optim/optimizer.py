@@ -75,7 +75,7 @@ class Optimizer(torch.optim.Optimizer):
         check_groups(self.param_groups, saved)
         check_options(self, self._later_options, saved)
         check_fit(self, saved, states, self._slot_shapes)
-        check_names(self.param_groups, saved, states, stacklevel=3)
+        check_names(self.param_groups, saved, states)
         loaded: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         places = {key: (p, old) for key, p, _, old in pairs(self.param_groups, saved)}
         for key, value in states.items():
@@ -90,13 +90,12 @@ class Optimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def _converted(self, p: Tensor, key: Any, old: Group, value: Any) -> Any:
-        """A parameter's state on its device, in its dtype, and laid out as it is."""
+        """A parameter's state on its device and in its dtype."""
         # torch's policy looks for the parameter in all groups, for each tensor; told of one, it need not.
         place = [{"params": (key,), "fused": old.get("fused", False), "capturable": old.get("capturable", False)}]
 
         def convert(tensor: Tensor, slot: Any) -> Tensor:
-            tensor = self._process_value_according_to_param_policy(p, tensor, key, place, slot)
-            return aligned(tensor, p)
+            return self._process_value_according_to_param_policy(p, tensor, key, place, slot)
 
         return map_tensors(value, convert)
 
@@ -135,17 +134,6 @@ class Optimizer(torch.optim.Optimizer):
         return torch.tensor(
             value, dtype=torch.float32 if fused else scalar_dtype(), device=p.device if on_device else None
         )
-
-
-def aligned(value: Tensor, p: Tensor) -> Tensor:
-    """State with the parameter's strides: fused kernels walk both memories in parallel and look at no strides."""
-    plain = (Tensor, torch.nn.Parameter)
-    if type(value) not in plain or type(p) not in plain or value.layout != torch.strided or p.layout != torch.strided:
-        return value
-    if value.shape != p.shape or value.stride() == p.stride():
-        return value
-    own = torch.empty_like(p, dtype=value.dtype, device=value.device, requires_grad=False)
-    return value if own.stride() == value.stride() else own.copy_(value.detach())
 
 
 def zeros(p: Tensor) -> Tensor:

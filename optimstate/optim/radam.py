@@ -46,7 +46,7 @@ class RAdam(AdamKernelOptimizer):
         maximize: Ascend instead of descend.
         capturable: Whether the step may be captured in an accelerator graph.
         differentiable: Whether autograd records the step.
-        fused: Whether to use torch's fused Adam kernel, for dense float32 and float64 parameters of some size on the CPU
+        fused: Whether to use torch's fused Adam kernel for dense float32 and float64 parameters of some size on the CPU
             from the first rectified step on. 5 times as fast or more; from the same gradients (weight decay included)
             state comes out bit for bit the same, and parameters within 1e-6 relative to the largest. What the kernel
             cannot take is updated as without. torch's class has no such argument.

@@ -47,7 +47,7 @@ class RMSprop(AdamKernelOptimizer):
         foreach: Whether to update lists of tensors at a time; None lets the device decide.
         maximize: Ascend instead of descend.
         differentiable: Whether autograd records the step.
-        fused: Whether to use torch's fused Adam kernel, for dense float32 and float64 parameters of some size on the CPU
+        fused: Whether to use torch's fused Adam kernel for dense float32 and float64 parameters of some size on the CPU
             if neither centered nor with momentum. 3 to 4 times as fast; from the same gradients (weight decay included)
             state comes out bit for bit the same, and parameters within 1e-6 relative to the largest. What the kernel
             cannot take is updated as without. torch's class has no such argument.
