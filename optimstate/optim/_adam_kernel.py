@@ -61,6 +61,8 @@ class AdamKernelOptimizer(RuleOptimizer):
             dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
             plain = p.is_cpu and p.dtype in self._kernel_dtypes and dense and p.numel() >= SMALLEST
             chosen[plain and all(fits(t, p) for t in (grad, *state))].append(index)
+        if not chosen[True]:
+            return False
         for suits, indices in chosen.items():
             if not indices:
                 continue

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Ops", "many", "one", "traced"]
+__all__ = ["Ops", "Scratch", "many", "one", "traced"]
 
 # An operand is a tensor in one dialect and a list of tensors in the other, so operators can only be typed loosely.
 Op = Callable[..., Any]
@@ -127,3 +127,40 @@ many = Ops(
     as_complex=_same,
     is_list=True,
 )
+
+
+class Scratch:
+    """A pool of temporaries, and `one` with its results in them: memory that stays in the cache from block to block.
+
+    Args:
+        like: A tensor of the blocks' dtype and device.
+        size: The elements of a block, at most.
+    """
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self._like = like
+        self._size = size
+        self._buffers: list[Tensor] = []
+        self._used = 0
+        functions = {"abs": torch.abs, "add": torch.add, "addcmul": torch.addcmul, "div": torch.div, "mul": torch.mul}
+        functions |= {"neg": torch.neg, "sign": torch.sign, "sqrt": torch.sqrt, "sub": torch.sub}
+        self.ops = replace(one, **{name: self._writing(function) for name, function in functions.items()})
+
+    def _writing(self, function: Op) -> Op:
+        def call(x: Tensor, *operands: Any, **named: Any) -> Any:
+            if self._used == len(self._buffers):
+                self._buffers.append(self._like.new_empty(self._size))
+            buffer = self._buffers[self._used]
+            self._used += 1
+            return function(x, *operands, **named, out=buffer if x.numel() == self._size else buffer[: x.numel()])
+
+        return call
+
+    def fresh(self, update: Op) -> Op:
+        """The update, with all temporaries free again at each call."""
+
+        def call(*operands: Any) -> None:
+            self._used = 0
+            update(*operands)
+
+        return call

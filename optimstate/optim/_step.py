@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.optim import optimizer as torch_machinery
 
 from optimstate.optim._load import Slots
-from optimstate.optim._ops import Ops, many, one, traced
-from optimstate.optim.optimizer import Optimizer, to_scalar
+from optimstate.optim._ops import Ops, Scratch, many, one, traced
+from optimstate.optim.optimizer import PLAIN, Optimizer, aligned, to_scalar
 
 __all__ = ["Columns", "Condition", "Group", "Rule", "RuleOptimizer", "Setting", "fused_batches"]
 
@@ -35,8 +35,8 @@ Condition = Callable[[Group], bool]
 
 # On CPU a rule is several passes over memory. Run block by block, each block stays in a core's cache between passes;
 # the bits are the same, because every operation is elementwise and block boundaries are multiples of any vector width.
-BLOCK = 1 << 16  # elements per thread: 5 float32 operands fill about 1.3 MB of L2
-WORTH_BLOCKING = 4 * BLOCK
+BLOCK = 1 << 17  # elements per thread
+WORTH_BLOCKING = 1 << 18
 
 
 class Rule(NamedTuple):
@@ -89,6 +89,7 @@ class RuleOptimizer(Optimizer):
     _sparse_error: ClassVar[str] = ""  # how torch refuses sparse gradients; empty where they are accepted
     _complex: ClassVar[str] = "decay first"  # when complex tensors become real views: "view first" or "never" else
     _complex_parameter: ClassVar[bool] = False  # whether the rule wants the parameter still complex, tensor by tensor
+    _gains_from_blocks: ClassVar[bool] = True  # whether a rule has enough passes over memory to run it in cache blocks
     _live_when_differentiable: ClassVar[bool] = False  # whether autograd is to see the step count
     _capturable_subjects: ClassVar[tuple[str, str]] = ("params and state_steps", "params and state_steps")
     _capturable_on_xla: ClassVar[tuple[bool, bool]] = (True, False)  # for loop, foreach
@@ -180,11 +181,12 @@ class RuleOptimizer(Optimizer):
         has_sparse: bool,
         has_complex: bool,
     ) -> None:
-        fused, foreach = choose(group, params, self._has_kernel)
+        fused, foreach = choose(group, params, has_kernel=self._has_kernel)
         if fused:
             self._align(group, params, columns)
-        if fused and self._fused(group, params, grads, columns):
-            return
+            if self._fused(group, params, grads, columns):
+                return
+            _, foreach = choose(group, params, has_kernel=False)
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             raise AssertionError("Expected grad_scale and found_inf to be None")
         if foreach and group.get("differentiable"):
@@ -215,10 +217,9 @@ class RuleOptimizer(Optimizer):
         for name, column in columns.items():
             if column and name not in self._scalars:
                 for index, (p, value) in enumerate(zip(params, column, strict=True)):
-                    if value is not None and type(value) in PLAIN and type(p) in PLAIN:
-                        own = aligned(value, p)
-                        if own is not value:
-                            column[index] = self.state[p][name] = own
+                    own = None if value is None else aligned(value, p)
+                    if own is not value:
+                        column[index] = self.state[p][name] = own
         seen[id(group)] = list(chain(*tensors))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -297,17 +298,28 @@ class RuleOptimizer(Optimizer):
         differentiable = group.get("differentiable", False)
         rule, numbers = self._prepared(traced if differentiable else one, group, columns, owned=False)
         slots = self._slots(columns, repeat(None))
-        run = partial(self._run_column, rule.update, group, has_complex=has_complex)
-        blocks_of = None if differentiable or has_complex or torch.compiler.is_compiling() else block_size(params)
-        if blocks_of is None:
-            run(params, grads, slots, numbers)
+        size = None if differentiable or has_complex or torch.compiler.is_compiling() else self._block_size(params)
+        if size is None:
+            self._run_column(rule.update, group, params, grads, slots, numbers, has_complex=has_complex)
             return
         for p, g, *rest in zip(params, grads, *slots, *numbers, strict=False):
             tensors, own_numbers = rest[: len(slots)], [repeat(number) for number in rest[len(slots) :]]
             fresh = any(t is None and isinstance(c, list) for t, c in zip(tensors, slots, strict=True))
-            pieces = None if fresh else split((p, g, *tensors), blocks_of)
-            p_pieces, g_pieces, *slot_pieces = pieces if pieces is not None else [[t] for t in (p, g, *tensors)]
-            run(p_pieces, g_pieces, slot_pieces, own_numbers)
+            pieces = None if fresh else split((p, g, *tensors), size)
+            if pieces is None:
+                whole: list[Any] = [[t] for t in tensors]
+                self._run_column(rule.update, group, [p], [g], whole, own_numbers, has_complex=has_complex)
+            else:
+                scratch = Scratch(p, size)
+                update = scratch.fresh(self._rule(Setting(scratch.ops, group, live=False, owned=False)).update)
+                p_pieces, g_pieces, *slot_pieces = pieces
+                self._run_column(update, group, p_pieces, g_pieces, slot_pieces, own_numbers, has_complex=False)
+
+    def _block_size(self, params: list[Tensor]) -> int | None:
+        """How many elements to update at a time, or None where no parameter gains."""
+        if not self._gains_from_blocks or not any(p.numel() >= WORTH_BLOCKING for p in params):
+            return None
+        return BLOCK * torch.get_num_threads()
 
     def _run_column(
         self,
@@ -343,7 +355,7 @@ class RuleOptimizer(Optimizer):
             pass
 
 
-def choose(group: Group, params: list[Tensor], has_kernel: bool) -> tuple[bool, bool]:
+def choose(group: Group, params: list[Tensor], *, has_kernel: bool) -> tuple[bool, bool]:
     """(fused, foreach), by torch's rules: as asked; else foreach where every parameter's device has native kernels."""
     fused, foreach = group.get("fused") if has_kernel else None, group.get("foreach")
     if fused is None and foreach is None:
@@ -375,13 +387,6 @@ def l2(decay: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return partial(torch.add, alpha=decay)
 
 
-def block_size(params: list[Tensor]) -> int | None:
-    """How many elements to update at a time, or None where no parameter gains."""
-    if not any(p.numel() >= WORTH_BLOCKING for p in params):
-        return None
-    return BLOCK * torch.get_num_threads()
-
-
 def split(tensors: Sequence[Tensor | None], size: int) -> list[Any] | None:
     """Each tensor in flat blocks over the same elements, or None where it has to be updated whole."""
     p = tensors[0]
@@ -398,20 +403,9 @@ def split(tensors: Sequence[Tensor | None], size: int) -> list[Any] | None:
     return [repeat(None) if t is None else torch.split(t.as_strided((t.numel(),), (1,)), size) for t in tensors]
 
 
-def aligned(value: Tensor, p: Tensor) -> Tensor:
-    """State with the parameter's strides: fused kernels walk both memories in parallel and look at no strides."""
-    if value.layout is not torch.strided or value.shape != p.shape or value.stride() == p.stride():
-        return value
-    own = torch.empty_like(p, dtype=value.dtype, device=value.device, requires_grad=False)
-    return value if own.stride() == value.stride() else own.copy_(value.detach())
-
-
 def fits(t: Tensor, p: Tensor) -> bool:
     """Whether a tensor has its elements where the parameter has them."""
     return t.layout is torch.strided and t.dtype is p.dtype and t.shape == p.shape and t.stride() == p.stride()
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def batches(optimizer: Optimizer, lists: list[list[Any]]) -> Iterator[tuple[Any, list[Any]]]:

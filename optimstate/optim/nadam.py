@@ -188,7 +188,7 @@ class NAdam(AdamKernelOptimizer):
         alike: dict[tuple[float, ...], list[int]] = {}
         for index, (step, product) in enumerate(zip(columns["step"], columns["mu_product"], strict=True)):
             t = step.item()
-            alike.setdefault((t, *rule.numbers(t, product)), []).append(index)
+            alike.setdefault((t, *map(float, rule.numbers(t, product))), []).append(index)
         decoupled = decay != 0 and group["decoupled_weight_decay"]
         changed = group["maximize"] or (decay != 0 and not decoupled)
         held = params, grads, columns["exp_avg"], columns["exp_avg_sq"]

@@ -27,6 +27,7 @@ __all__ = ["Optimizer", "ParamsT", "register_optimizer_step_post_hook", "registe
 
 
 Options = Mapping[str, Any]
+PLAIN = (Tensor, torch.nn.Parameter)  # tensors whose memory is what it seems, unlike a subclass's
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -90,12 +91,13 @@ class Optimizer(torch.optim.Optimizer):
             post_hook(self)
 
     def _converted(self, p: Tensor, key: Any, old: Group, value: Any) -> Any:
-        """A parameter's state on its device and in its dtype."""
+        """A parameter's state on its device and in its dtype; for fused kernels, also laid out as the parameter."""
         # torch's policy looks for the parameter in all groups, for each tensor; told of one, it need not.
         place = [{"params": (key,), "fused": old.get("fused", False), "capturable": old.get("capturable", False)}]
 
         def convert(tensor: Tensor, slot: Any) -> Tensor:
-            return self._process_value_according_to_param_policy(p, tensor, key, place, slot)
+            tensor = self._process_value_according_to_param_policy(p, tensor, key, place, slot)
+            return aligned(tensor, p) if old.get("fused") else tensor
 
         return map_tensors(value, convert)
 
@@ -134,6 +136,16 @@ class Optimizer(torch.optim.Optimizer):
         return torch.tensor(
             value, dtype=torch.float32 if fused else scalar_dtype(), device=p.device if on_device else None
         )
+
+
+def aligned(value: Tensor, p: Tensor) -> Tensor:
+    """State with the parameter's strides: fused kernels walk both memories in parallel and look at no strides."""
+    if type(value) not in PLAIN or type(p) not in PLAIN:
+        return value
+    if value.layout is not torch.strided or value.shape != p.shape or value.stride() == p.stride():
+        return value
+    own = torch.empty_like(p, dtype=value.dtype, device=value.device, requires_grad=False)
+    return value if own.stride() == value.stride() else own.copy_(value.detach())
 
 
 def zeros(p: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ class SGD(RuleOptimizer):
         "fused": False,
     }
     _complex = "never"
+    _gains_from_blocks = False
 
     def __init__(
         self,
