@@ -142,9 +142,16 @@ class Scratch:
         self._size = size
         self._buffers: list[Tensor] = []
         self._used = 0
-        functions = {"abs": torch.abs, "add": torch.add, "addcmul": torch.addcmul, "div": torch.div, "mul": torch.mul}
+        functions: dict[str, Op] = {
+            "abs": torch.abs,
+            "add": torch.add,
+            "addcmul": torch.addcmul,
+            "div": torch.div,
+            "mul": torch.mul,
+        }
         functions |= {"neg": torch.neg, "sign": torch.sign, "sqrt": torch.sqrt, "sub": torch.sub}
-        self.ops = replace(one, **{name: self._writing(function) for name, function in functions.items()})
+        written: dict[str, Any] = {name: self._writing(function) for name, function in functions.items()}
+        self.ops = replace(one, **written)
 
     def _writing(self, function: Op) -> Op:
         def call(x: Tensor, *operands: Any, **named: Any) -> Any:
