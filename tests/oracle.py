@@ -69,6 +69,15 @@ DENSE: Sequence[tuple[Shape, Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 DENSE_ALIKE = tuple(
     (shape, layout, layout) for shape, layout in ((s, as_is if m is strided else m) for s, m, _ in DENSE)
 )
+# Large enough for the kernel that fused RMSprop, NAdam and RAdam borrow, with and without full vectors; the first two
+# are taken by it, the others (a gradient laid out otherwise, a small tensor, one with gaps) must not be.
+BULKY: Sequence[tuple[Shape, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = (
+    ((130, 131), as_is, as_is),
+    ((2, 8, 33, 33), channels_last, channels_last),
+    ((128, 128), as_is, transposed),
+    ((7,), as_is, as_is),
+    ((128, 129), strided, as_is),
+)
 MATRICES: Sequence[tuple[Shape, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = (
     ((9, 4), as_is, as_is),
     ((4, 9), transposed, as_is),
@@ -87,7 +96,7 @@ class Problem:
     Args:
         name: "dense"; "nonempty", dense without the empty parameter; "alike", dense with gradients laid out as their
             parameters; "steady", alike with the same parameters having gradients in every step; "matrices"; "sparse";
-            "closure"; or "large", one tensor of a million elements beside a small one.
+            "closure"; "bulky"; or "large", one tensor of a million elements beside a small one.
         dtype: A dtype's name, or a key of `MIXED_DTYPES`.
         implementation: A key of `tests.cases.FLAGS`; differentiable steps need parameters that require no gradient.
     """
@@ -106,6 +115,8 @@ class Problem:
             return [(shape, as_is, as_is) for shape in SPARSE_SHAPES]
         if self.name == "closure":
             return VIEWABLE
+        if self.name == "bulky":
+            return BULKY
         if self.name == "large":
             return [((1031, 1009), as_is, as_is), ((5,), as_is, as_is)]
         if self.name == "nonempty":
@@ -201,7 +212,7 @@ class Run:
 
     def step(self, number: int) -> None:
         if self.case.problem == "closure":
-            self.results.append(self.optimizer.step(self.closure))
+            self.results.append(self.optimizer.step(self.closure).detach())
             return
         for parameter, gradient in zip(self.parameters, self.problem.gradients(number), strict=True):
             parameter.grad = gradient
