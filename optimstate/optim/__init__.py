@@ -1,5 +1,7 @@
 """Every optimizer of torch.optim, one definition each, with state that carries names."""
 
+from torch.optim import swap_in_optimizer_params_and_state
+
 from optimstate.optim.adadelta import Adadelta
 from optimstate.optim.adafactor import Adafactor
 from optimstate.optim.adagrad import Adagrad
@@ -34,4 +36,5 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "SparseAdam",
+    "swap_in_optimizer_params_and_state",
 ]

@@ -114,7 +114,9 @@ class Adagrad(RuleOptimizer):
                     self._need_device_dtype_check_for_fused = False
                     break
         has_sparse, has_complex = super()._init_group(group, params, grads, *lists)
-        if has_sparse and group["weight_decay"] != 0 and not group["fused"]:
+        if group["fused"] and (has_sparse or has_complex):
+            raise RuntimeError("`fused` does not support sparse grad or complex param")
+        if has_sparse and group["weight_decay"] != 0:
             raise RuntimeError("weight_decay option is not compatible with sparse gradients")
         return has_sparse, has_complex
 
@@ -147,8 +149,6 @@ class Adagrad(RuleOptimizer):
         return Rule(update_lists if k.is_list else update_each, numbers, rowwise=True)
 
     def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
-        if any(grad.is_sparse for grad in grads) or any(p.is_complex() for p in params):
-            raise RuntimeError("`fused` does not support sparse grad or complex param")
         if group["differentiable"]:
             raise RuntimeError("adagrad with fused=True does not support differentiable=True")
         for batch, lr, scaling in fused_batches(self, group, params, grads, [columns["sum"], columns["step"]]):

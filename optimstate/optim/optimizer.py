@@ -49,7 +49,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:  # noqa: ARG002
         """The slots that a state of this parameter must have and may have, with their shapes."""
-        return {}, {}  # nothing is known of an algorithm defined elsewhere
+        return {}, {}
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,7 +74,8 @@ class Optimizer(torch.optim.Optimizer):
                 state_dict = result
         saved, states = state_dict["param_groups"], state_dict["state"]
         check_groups(self.param_groups, saved)
-        check_options(self, self._later_options, saved)
+        if type(self)._slot_shapes is not Optimizer._slot_shapes:  # of an algorithm defined elsewhere nothing is known
+            check_options(self, self._later_options, saved)
         check_fit(self, saved, states, self._slot_shapes)
         check_names(self.param_groups, saved, states)
         loaded: defaultdict[Any, dict[str, Any]] = defaultdict(dict)

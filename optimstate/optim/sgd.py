@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -111,17 +110,20 @@ class SGD(RuleOptimizer):
         self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Any]
     ) -> tuple[bool, bool]:
         has_sparse = False
+        unchecked = group["fused"] and getattr(self, "_need_device_dtype_check_for_fused", True)
         for p in group["params"]:
             grad = p.grad
             if grad is None:
                 continue
-            if group["fused"] and getattr(self, "_need_device_dtype_check_for_fused", True):
+            if unchecked:
                 _device_dtype_check_for_fused(p)
-                self._need_device_dtype_check_for_fused = False
+                self._need_device_dtype_check_for_fused = unchecked = False
             params.append(p)
             grads.append(grad)
             if grad.is_sparse:
                 has_sparse = True
+        if has_sparse and group["fused"]:
+            raise RuntimeError("`_fused_sgd` does not support sparse gradients")
         if group["momentum"] != 0:
             lists[0].extend([self.state[p].get("momentum_buffer") for p in params])
         return has_sparse, False
@@ -162,23 +164,46 @@ class SGD(RuleOptimizer):
         return partial(k.add_, alpha=-lr)
 
     def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
-        if any(grad.is_sparse for grad in grads):
-            raise RuntimeError("`_fused_sgd` does not support sparse gradients")
-        buffers = columns["momentum_buffer"] or repeat(None)
-        rows: dict[tuple[bool, bool], list[tuple[Any, ...]]] = {}
-        for p, grad, buffer in zip(params, grads, buffers, strict=False):
-            spoilt = p.is_cpu and p.dtype in (torch.bfloat16, torch.float16)
-            rows.setdefault((spoilt, buffer is None), []).append((p, grad, buffer))
-        for (spoilt, first), batch in rows.items():
-            some_params, some_grads, some_buffers = map(list, zip(*batch, strict=True))
-            if spoilt:
-                self._unfused(group, some_params, some_grads, some_buffers)
-                continue
-            if group["momentum"] != 0 and first:
-                for i, (p, grad) in enumerate(zip(some_params, some_grads, strict=True)):
-                    some_buffers[i] = self.state[p]["momentum_buffer"] = torch.zeros_like(grad)
-            self._fused_batches(group, some_params, some_grads, some_buffers, first=first)
+        buffers = columns["momentum_buffer"]
+        fresh = [buffer is None for buffer in buffers]
+        if not any(fresh):
+            self._run_kernel(group, params, grads, buffers, first=False)
+            return True
+        for first in set(fresh):
+            some = [
+                row for row, new in zip(zip(params, grads, buffers, strict=True), fresh, strict=True) if new == first
+            ]
+            some_params, some_grads, some_buffers = map(list, zip(*some, strict=True))
+            if first:  # zeros, not whatever memory holds: the kernel writes nothing where AMP found an infinity
+                some_buffers = [torch.zeros_like(grad) for grad in some_grads]
+                for p, buffer in zip(some_params, some_buffers, strict=True):
+                    self.state[p]["momentum_buffer"] = buffer
+            self._run_kernel(group, some_params, some_grads, some_buffers, first=first)
         return True
+
+    def _run_kernel(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], buffers: list[Any], *, first: bool
+    ) -> None:
+        lists = [buffers] if buffers else []
+        for (some_params, some_grads, *held), _, scaling in fused_batches(self, group, params, grads, lists):
+            some_buffers = held[0] if held else []
+            if some_params[0].is_cpu and some_params[0].dtype in (torch.bfloat16, torch.float16):
+                self._unfused(group, some_params, some_grads, [None] * len(some_params) if first else some_buffers)
+                continue
+            kernel: Any = torch._fused_sgd_
+            kernel(
+                some_params,
+                some_grads,
+                some_buffers,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                is_first_step=first,
+                **scaling,
+            )
 
     def _unfused(self, group: Group, params: list[Any], grads: list[Any], buffers: list[Any]) -> None:
         """What the kernel should do with half precision on the CPU, where it skips whole vectors instead."""
@@ -186,25 +211,4 @@ class SGD(RuleOptimizer):
             return
         if (grad_scale := getattr(self, "grad_scale", None)) is not None:
             torch._foreach_div_(grads, grad_scale.item())
-        self._run_each(group, params, grads, {"momentum_buffer": buffers if group["momentum"] != 0 else []}, False)
-
-    def _fused_batches(
-        self, group: Group, params: list[Any], grads: list[Any], buffers: list[Any], *, first: bool
-    ) -> None:
-        momentum = group["momentum"]
-        lists = [buffers] if momentum != 0 else []
-        for (some_params, some_grads, *held), _, scaling in fused_batches(self, group, params, grads, lists):
-            kernel = partial(
-                torch._fused_sgd_,
-                some_params,
-                some_grads,
-                held[0] if held else [],
-                weight_decay=group["weight_decay"],
-                momentum=momentum,
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                is_first_step=first and momentum != 0,
-            )
-            kernel(**scaling)
+        self._run_each(group, params, grads, {"momentum_buffer": buffers}, False)
