@@ -1,7 +1,7 @@
 """`fused=True` where torch has none: RMSprop, NAdam and RAdam through the fused Adam kernel.
 
 State must come out bit for bit as from torch's for-loop, parameters within 1e-6 of their largest value, and bit for bit
-wherever the kernel does not apply. Under an L2 penalty state is made of parameters, so there it is as close as they are.
+wherever the kernel does not apply. Under an L2 penalty parameters flow into state, so there it is as close as they are.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def off(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "complex64"])
 @pytest.mark.parametrize("name", NAMES)
 def test_state_has_torchs_bits_and_parameters_are_within_a_millionth(name: str, dtype: str) -> None:
-    for options in cases.TABLE[name].option_sets():
+    every = [case.options for case in cases.cases(name, "default", "float32")]
+    few = [case.options for case in cases.telling(name, "default", "float32")]
+    for options in every if dtype == "float32" else few:
         theirs, ours = pair(name, options, dtype)
         for run in (theirs, ours):
             run.steps(0, oracle.STEPS)
