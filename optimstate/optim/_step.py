@@ -250,11 +250,7 @@ class RuleOptimizer(Optimizer):
 
     def _prepared(self, k: Ops, group: Group, columns: Columns, *, owned: bool) -> tuple[Rule, Sequence[Any]]:
         """The rule, and the numbers it needs as columns, counting the step on the way."""
-        live = bool(
-            group.get("capturable")
-            or torch.compiler.is_compiling()
-            or (self._live_when_differentiable and group.get("differentiable"))
-        )
+        live = self._live(group)
         rule = self._rule(Setting(k, group, live, owned))
         steps = columns.get("step", [])
         count_steps(steps)
@@ -270,6 +266,11 @@ class RuleOptimizer(Optimizer):
             known: dict[float, tuple[Any, ...]] = {}
             rows = [known[t] if t in known else known.setdefault(t, rule.numbers(t)) for t in times]
         return rule, [list(column) for column in zip(*rows, strict=True)]
+
+    def _live(self, group: Group) -> bool:
+        """Whether step counts stay tensors."""
+        traced_step = self._live_when_differentiable and group.get("differentiable")
+        return bool(group.get("capturable") or traced_step or torch.compiler.is_compiling())
 
     def _run_lists(
         self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns, has_complex: bool
@@ -311,7 +312,9 @@ class RuleOptimizer(Optimizer):
                 self._run_column(rule.update, group, [p], [g], whole, own_numbers, has_complex=has_complex)
             else:
                 scratch = Scratch(p, size)
-                update = scratch.fresh(self._rule(Setting(scratch.ops, group, live=False, owned=False)).update)
+                update = scratch.fresh(
+                    self._rule(Setting(scratch.ops, group, live=self._live(group), owned=False)).update
+                )
                 p_pieces, g_pieces, *slot_pieces = pieces
                 self._run_column(update, group, p_pieces, g_pieces, slot_pieces, own_numbers, has_complex=False)
 
