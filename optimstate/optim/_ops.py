@@ -133,12 +133,12 @@ class Scratch:
     """A pool of temporaries, and `one` with its results in them: memory that stays in the cache from block to block.
 
     Args:
-        like: A tensor of the blocks' dtype and device.
+        dtype: The blocks' dtype; they are on the CPU.
         size: The elements of a block, at most.
     """
 
-    def __init__(self, like: Tensor, size: int) -> None:
-        self._like = like
+    def __init__(self, dtype: torch.dtype, size: int) -> None:
+        self._dtype = dtype
         self._size = size
         self._buffers: list[Tensor] = []
         self._used = 0
@@ -156,7 +156,7 @@ class Scratch:
     def _writing(self, function: Op) -> Op:
         def call(x: Tensor, *operands: Any, **named: Any) -> Any:
             if self._used == len(self._buffers):
-                self._buffers.append(self._like.new_empty(self._size))
+                self._buffers.append(torch.empty(self._size, dtype=self._dtype, device="cpu"))
             buffer = self._buffers[self._used]
             self._used += 1
             return function(x, *operands, **named, out=buffer if x.numel() == self._size else buffer[: x.numel()])
