@@ -142,15 +142,8 @@ class Scratch:
         self._size = size
         self._buffers: list[Tensor] = []
         self._used = 0
-        functions: dict[str, Op] = {
-            "abs": torch.abs,
-            "add": torch.add,
-            "addcmul": torch.addcmul,
-            "div": torch.div,
-            "mul": torch.mul,
-        }
-        functions |= {"neg": torch.neg, "sign": torch.sign, "sqrt": torch.sqrt, "sub": torch.sub}
-        written: dict[str, Any] = {name: self._writing(function) for name, function in functions.items()}
+        names = ("abs", "add", "addcmul", "div", "mul", "neg", "sign", "sqrt", "sub")
+        written: dict[str, Any] = {name: self._writing(getattr(torch, name)) for name in names}
         self.ops = replace(one, **written)
 
     def _writing(self, function: Op) -> Op:

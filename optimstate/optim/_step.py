@@ -311,7 +311,7 @@ class RuleOptimizer(Optimizer):
                 whole: list[Any] = [[t] for t in tensors]
                 self._run_column(rule.update, group, [p], [g], whole, own_numbers, has_complex=has_complex)
             else:
-                scratch = Scratch(p, size)
+                scratch = Scratch(p.dtype, size)
                 update = scratch.fresh(
                     self._rule(Setting(scratch.ops, group, live=self._live(group), owned=False)).update
                 )
