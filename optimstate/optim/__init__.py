@@ -2,6 +2,7 @@
 
 from torch.optim import swap_in_optimizer_params_and_state
 
+from optimstate.optim import lr_scheduler, swa_utils
 from optimstate.optim.adadelta import Adadelta
 from optimstate.optim.adafactor import Adafactor
 from optimstate.optim.adagrad import Adagrad
@@ -36,5 +37,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "SparseAdam",
+    "lr_scheduler",
+    "swa_utils",
     "swap_in_optimizer_params_and_state",
 ]

@@ -26,9 +26,9 @@ class Adam(RuleOptimizer):
         \theta &\leftarrow \theta - \frac{\gamma}{1 - \beta_1^t} \cdot
             \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
 
-    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", https://arxiv.org/abs/1412.6980; amsgrad:
-        Reddi, Kale
-    and Kumar, "On the Convergence of Adam and Beyond", https://openreview.net/forum?id=ryQu7f-RZ.
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", https://arxiv.org/abs/1412.6980;
+        amsgrad: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond",
+        https://openreview.net/forum?id=ryQu7f-RZ.
 
     State of a parameter:
         step: 0-d float32 (float64 where that is the default dtype), on the CPU unless ``capturable`` or ``fused``.
