@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optimstate.cli.app import app
+from optimstate.cli.app import app, register
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,6 +45,7 @@ EXPERTS = 4
 
 
 def _run() -> None:
+    register([])
     dense, renamed, upcycled = Path("dense.pt"), Path("renamed.pt"), Path("upcycled.pt")
     container, returned = Path("upcycled.safetensors"), Path("returned.pt")
     layers = "layers.{i}.mlp.{fc=fc1|fc2}.{p}"
