@@ -285,9 +285,9 @@ def cases(optimizer: str, implementation: str, dtype: str, problem: str | None =
         )
 
 
-def telling(optimizer: str, implementation: str, dtype: str) -> list[Case]:
+def telling(optimizer: str, implementation: str, dtype: str, problem: str | None = None) -> list[Case]:
     """A few cases where all would take too long: the first, the one with the most options acting, and the last."""
-    found = list(cases(optimizer, implementation, dtype))
+    found = list(cases(optimizer, implementation, dtype, problem))
 
     def acting(case: Case) -> int:
         values = case.options.values()

@@ -51,7 +51,12 @@ def compare_all(found: Iterator[Case], steps: int = oracle.STEPS) -> None:
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
 def test_every_option_gives_torchs_bits(combination: tuple[str, str, str, str]) -> None:
-    compare_all(cases.cases(*combination))
+    name, implementation, dtype, problem = combination
+    if implementation == "default" and dtype != "float32" and "forloop" in cases.TABLE[name].implementations:
+        # By default small CPU tensors take the for-loop, whose every option runs in every dtype under its own name.
+        compare_all(iter(cases.telling(name, implementation, dtype, problem)))
+    else:
+        compare_all(cases.cases(*combination))
 
 
 @pytest.mark.parametrize("name", cases.OPTIMIZERS)
