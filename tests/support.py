@@ -126,4 +126,19 @@ def unlike(a: Any, b: Any, where: str = "tree") -> str | None:
             return f"{where}: {len(a)} != {len(b)} items"
         pairs = zip(a, b, strict=True)
         return next((d for i, (x, y) in enumerate(pairs) if (d := unlike(x, y, f"{where}[{i}]"))), None)
+    if " object at 0x" in repr(a):
+        return unlike(vars(a), vars(b), f"vars({where})")
     return None if repr(a) == repr(b) else f"{where}: {a!r} != {b!r}"
+
+
+def load_torch(path: Path) -> Any:
+    """What torch makes of one of our own files; only where it must, and never of a hostile one, beyond plain data."""
+    import pickle
+
+    import torch
+
+    assert "hostile" not in str(path)
+    try:
+        return torch.load(path, weights_only=True)
+    except pickle.UnpicklingError:
+        return torch.load(path, weights_only=False)
