@@ -208,9 +208,12 @@ def test_old_names_do_not_stay_behind(tmp_path: Path) -> None:
 def huge(tmp_path: Path) -> Path:
     """A file of torch whose storages stand before, across and behind 4 GiB; almost all of it is a hole."""
     sizes = [5, 2**32 - 3000, 1000, 7, 0, 900, 2**32 + 1, 64, 2**32 - 1, 3]
-    path = tmp_path / "huge.pt"
+    path, hole = tmp_path / "huge.pt", tmp_path / "hole"
+    hole.touch()
+    os.truncate(hole, max(sizes))
+    live = [torch.from_file(str(hole), size=n, dtype=torch.uint8) if n else torch.empty(0) for n in sizes]
     with torch.serialization.skip_data():
-        torch.save({f"t{i}": torch.empty(size, dtype=torch.uint8) for i, size in enumerate(sizes)}, path)
+        torch.save({f"t{i}": tensor for i, tensor in enumerate(live)}, path)
     assert path.stat().st_blocks * 512 < 1 << 20, "this file system has no sparse files"
     with path.open("r+b") as file:  # something to recognise each storage by
         for storage in (tensor.storage for tensor in open_document(path).tree.values() if tensor.nbytes):
@@ -329,11 +332,11 @@ def test_a_long_interrupted_edit_says_how_to_return(tmp_path: Path) -> None:
     for length in (*range(len(old), len(new), 5003), len(new) - 1, len(new) - 22, len(new) - 23):
         cut.write_bytes(new[:length])
         try:
-            assert difference(open_document(cut).tree, before) is None, length
-            outcomes["old"] += 1
+            tree, hint = open_document(cut).tree, ""
         except CheckpointError as error:
-            assert f"truncate -s {len(old)} {cut}" in error.hint
-            outcomes["refused"] += 1
+            tree, hint = None, error.hint
+        outcomes["refused" if hint else "old"] += 1
+        assert f"truncate -s {len(old)} {cut}" in hint if hint else difference(tree, before) is None, length
     assert min(outcomes["old"], outcomes["refused"]) > 10
     os.truncate(cut, len(old))
     assert cut.read_bytes() == old
@@ -455,8 +458,9 @@ def test_a_directory_that_lies_is_refused(fields: dict[str, int], message: str, 
 
 def test_a_record_there_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.pt"
-    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "w") as archive:
-        for _ in range(2):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", PLAIN["a/data.pkl"])
+        with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("a/data.pkl", PLAIN["a/data.pkl"])
     with pytest.raises(CorruptCheckpointError, match="twice"):
         open_document(path)
