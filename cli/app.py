@@ -6,7 +6,6 @@ cannot hold it, 130 interrupted.
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -69,12 +68,10 @@ def run() -> int:
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
-    except BrokenPipeError:  # the reader of our output went away, which is its right
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was left behind", err=True)
-        return INTERRUPTED
-    except SystemExit as stop:
+    except SystemExit as stop:  # typer's own endings
+        if isinstance(stop.__context__, BrokenPipeError):  # the reader of our output went away, which is its right
+            return 0
+        if stop.code == INTERRUPTED:
+            typer.echo("interrupted; nothing was left behind", err=True)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
