@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 
-from optimstate.cli.app import register, run
+from optimstate.cli.app import run
 
 __all__ = ["main"]
 
@@ -14,7 +14,6 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line and leave at once: freeing a large tree object by object would take longer than the work."""
     gc.disable()
-    register(sys.argv[1:])
     code = run()
     try:
         sys.stdout.flush()

@@ -73,6 +73,7 @@ def register(arguments: list[str]) -> None:
 
 def run() -> int:
     """Run the application; every known error becomes a message on stderr and an exit code."""
+    register(sys.argv[1:])
     try:
         app(standalone_mode=True)
     except errors.OptimStateError as error:
@@ -81,12 +82,10 @@ def run() -> int:
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
-    except BrokenPipeError:  # the reader of our output went away, which is its right
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was left behind", err=True)
-        return INTERRUPTED
-    except SystemExit as stop:
+    except SystemExit as stop:  # typer's own endings
+        if isinstance(stop.__context__, BrokenPipeError):  # the reader of our output went away, which is its right
+            return 0
+        if stop.code == INTERRUPTED:
+            typer.echo("interrupted; nothing was left behind", err=True)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0

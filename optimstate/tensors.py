@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from optimstate.errors import UnsupportedCheckpointError
+from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.files import Extent, FileSource, chunks
 
 __all__ = ["DTYPES", "DType", "LazyTensor", "Storage", "contiguous_strides"]
@@ -78,7 +78,16 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-class Storage:
+class _Sealed:
+    """What an unpickler cannot put state into once it was made and checked."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise CorruptCheckpointError(f"a pickle that sets attributes of a {type(self).__name__}")
+
+
+class Storage(_Sealed):
     """A run of bytes that one or more tensors look into; two tensors share memory when they share a Storage.
 
     Attributes:
@@ -124,7 +133,7 @@ class Storage:
         return tuple(found)
 
 
-class LazyTensor:
+class LazyTensor(_Sealed):
     """A tensor in a file.
 
     Attributes:

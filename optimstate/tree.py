@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
-from optimstate.errors import UnsupportedCheckpointError
+from optimstate.errors import LimitExceededError, UnsupportedCheckpointError
 from optimstate.files import chunks
 from optimstate.tensors import LazyTensor, Storage
 
 __all__ = ["GlobalName", "Opaque", "OpaqueFile", "Path", "difference", "format_path", "opaques", "tensors", "walk"]
+
+MAX_DEPTH = 1000
+"""Containers within one another that are walked with their paths; no honest checkpoint has a twentieth of it."""
 
 Path = tuple[str | int, ...]
 """Keys from the root to a node. Keys that are neither str nor int appear as their repr."""
@@ -190,13 +193,19 @@ def children(node: Any) -> Iterator[tuple[str | int, Any]]:
 
 
 def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every container and leaf, parents first, in order. A container met twice is entered once, so cycles end."""
+    """Every container and leaf, parents first, in order. A container met twice is entered once, so cycles end.
+
+    Raises:
+        LimitExceededError: Containers are nested more than `MAX_DEPTH` deep.
+    """
     seen: set[int] = set()
     stack: list[Iterator[tuple[Path, Any]]] = [iter([(path, node)])]
     while stack:
         for place, found in stack[-1]:
             yield place, found
             if isinstance(found, dict | list | tuple | Opaque) and id(found) not in seen:
+                if len(stack) > MAX_DEPTH:
+                    raise LimitExceededError(f"containers nested more than {MAX_DEPTH} deep")
                 seen.add(id(found))
                 stack.append(iter([((*place, key), child) for key, child in children(found)]))
                 break
@@ -298,24 +307,37 @@ def _with_children(node: Any, visit: Callable[[Any], Any]) -> Any:
 
 
 def cloned(node: Any) -> Any:
-    """A copy whose tensors share memory with nothing else; plain values and names are shared."""
+    """A copy whose tensors share memory with nothing else; plain values and names are shared.
+
+    A container that stands in several places is copied once, with all that is in it.
+    """
+    return _cloned(node, {})
+
+
+def _cloned(node: Any, done: dict[int, Any]) -> Any:
     if isinstance(node, LazyTensor):
         return node.clone()
-    if isinstance(node, Mapping):
-        return rebuilt_mapping(node, {key: cloned(value) for key, value in node.items()})
-    if isinstance(node, list | tuple):
-        items = [cloned(item) for item in node]
-        return items if isinstance(node, list) else tuple(items)
-    if isinstance(node, Opaque):
-        made = node.type.record(*cloned(node.arguments), **cloned(node.keywords))
-        made.called = node.called
-        made.items = cloned(node.items)
-        made.entries = [(key, cloned(value)) for key, value in node.entries]
-        made.state = cloned(node.state)
-        return made
     if isinstance(node, Storage):
         return Storage(node.pieces, node.nbytes, node.kind, node.location)
-    return node
+    if not isinstance(node, Mapping | list | tuple | Opaque):
+        return node
+    if id(node) not in done:
+        done[id(node)] = _cloned_container(node, done)
+    return done[id(node)]
+
+
+def _cloned_container(node: Any, done: dict[int, Any]) -> Any:
+    if isinstance(node, Mapping):
+        return rebuilt_mapping(node, {key: _cloned(value, done) for key, value in node.items()})
+    if isinstance(node, list | tuple):
+        items = [_cloned(item, done) for item in node]
+        return items if isinstance(node, list) else tuple(items)
+    made = node.type.record(*_cloned(node.arguments, done), **_cloned(node.keywords, done))
+    made.called = node.called
+    made.items = _cloned(node.items, done)
+    made.entries = [(key, _cloned(value, done)) for key, value in node.entries]
+    made.state = _cloned(node.state, done)
+    return made
 
 
 def rebuilt_mapping(like: Mapping[Any, Any], items: Mapping[Any, Any]) -> dict[Any, Any]:

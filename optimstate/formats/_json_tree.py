@@ -21,12 +21,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from optimstate.errors import CorruptCheckpointError, RepresentationError
+from optimstate.errors import CorruptCheckpointError, LimitExceededError, RepresentationError
 from optimstate.formats._globals import PLAIN_CLASSES
 from optimstate.tensors import LazyTensor
 from optimstate.tree import GlobalName, Opaque, Path, format_path, path_key
 
 __all__ = ["decode", "encode"]
+
+MAX_NODES = 2_000_000
+"""Written containers: one that stands in several places is written in each, so a small tree can have a huge text."""
 
 Drop = Callable[[Path, str], None]
 
@@ -48,6 +51,7 @@ def encode(tree: Any, tensor: Callable[[Path, LazyTensor], Any], drop: Drop | No
             Without it such an object is an error.
 
     Raises:
+        LimitExceededError: The text would be beyond any honest checkpoint's.
         RepresentationError: An object has no representation; the message names it.
     """
     return _Encoder(tensor, drop).encode((), tree)
@@ -58,6 +62,7 @@ class _Encoder:
         self.tensor = tensor
         self.drop = drop
         self.open: set[int] = set()
+        self.count = 0
 
     def encode(self, path: Path, node: Any) -> Any:
         kind = type(node)
@@ -77,6 +82,9 @@ class _Encoder:
             return {"$global": "collections.OrderedDict"}
         if id(node) in self.open:
             raise RepresentationError(f"{format_path(path)} contains itself")
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise LimitExceededError(f"more than {MAX_NODES} containers, counting each place where one stands")
         self.open.add(id(node))
         try:
             return self.encode_container(path, node)

@@ -29,6 +29,7 @@ class _Pickler:
         self.out: list[bytes] = []
         self.memo: dict[int, bytes] = {}
         self.global_memo: dict[tuple[str, str], bytes] = {}
+        self.key_memo: dict[str, bytes] = {}
         self.alive: list[Any] = []  # ids in the memo must not be reused while we write
         self.count = 0
 
@@ -91,7 +92,7 @@ class _Pickler:
         self.memoize(data)
 
     def save_bytearray(self, data: bytearray) -> None:
-        self.reduce("__builtin__", "bytearray", (data.decode("latin1"), "latin-1") if data else (), data)
+        self.reduce("__builtin__", "bytearray", (bytes(data),) if data else (), data)
 
     def save_complex(self, value: complex) -> None:
         self.reduce("__builtin__", "complex", (value.real, value.imag), value)
@@ -202,12 +203,21 @@ class _Pickler:
         self.out.append(b"(")
         self.save("storage")
         self.save_global("torch.storage" if untyped else "torch", storage.kind)
-        self.save(self.key_of(storage))
+        self.save_key(self.key_of(storage))
         self.save(storage.location)
         self.save(storage.nbytes if untyped else storage.nbytes // _ITEMSIZE_OF_STORAGE[storage.kind])
         self.out.append(b"t")
         self.put()
         self.out.append(b"Q")
+
+    def save_key(self, key: str) -> None:
+        # Python has one object for every "0"; to torch's pickler a storage's key is an object of its own.
+        if key in self.key_memo:
+            self.out.append(self.key_memo[key])
+            return
+        data = key.encode()
+        self.out.append(b"X" + len(data).to_bytes(4, "little") + data)
+        self.key_memo[key] = self.put()
 
     def save_hooks(self) -> None:
         """The empty OrderedDict that stands for backward hooks."""

@@ -20,7 +20,7 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.tensors import DTYPES, LazyTensor, Storage
-from optimstate.tree import GlobalName, no_garbage_collection
+from optimstate.tree import GlobalName, Opaque, no_garbage_collection
 
 __all__ = ["MAX_PICKLE_BYTES", "InertUnpickler", "load"]
 
@@ -314,6 +314,36 @@ _BUILTINS: dict[str, Any] = {
 }
 
 
+_METHODS = frozenset(dir(OrderedDict))
+_LEAVES = frozenset({LazyTensor, str, int, float, bool, bytes, type(None)})
+
+
+def _refuse_disguises(tree: Any) -> None:
+    """Refuse an OrderedDict with an attribute named like a method: who calls the method would meet the attribute."""
+    seen: set[int] = set()
+    stack = [tree]
+    while stack:
+        node = stack.pop()
+        kind = type(node)
+        if kind is dict:
+            inner = node.values()
+        elif kind is OrderedDict:
+            attributes = vars(node)
+            if not _METHODS.isdisjoint(attributes):
+                raise CorruptCheckpointError("a pickle that hides a method of an OrderedDict")
+            inner = [*dict.values(node), *attributes.values()]
+        elif kind in (list, tuple, set, frozenset):
+            inner = node
+        elif isinstance(node, Opaque):
+            pairs = [part for pair in node.entries for part in pair]
+            inner = [*node.arguments, *node.keywords.values(), *node.items, *pairs, node.state]
+        else:
+            continue
+        if id(node) not in seen:
+            seen.add(id(node))
+            stack.extend([child for child in inner if type(child) not in _LEAVES])
+
+
 def load(data: bytes, storage: StorageLoader | None = None) -> tuple[Any, list[tuple[str, str]]]:
     """Unpickle `data` inertly.
 
@@ -333,6 +363,7 @@ def load(data: bytes, storage: StorageLoader | None = None) -> tuple[Any, list[t
     try:
         with no_garbage_collection():
             tree = unpickler.load()
+            _refuse_disguises(tree)
     except CheckpointError:
         raise
     except RecursionError:

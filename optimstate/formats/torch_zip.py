@@ -25,8 +25,8 @@ from optimstate.files import AtomicFile, Extent, FileSource, Progress, copy_exte
 from optimstate.formats._pickle import dump
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats._unpickle import MAX_PICKLE_BYTES, load
-from optimstate.tensors import DTYPES, Storage
-from optimstate.tree import no_garbage_collection, tensors
+from optimstate.tensors import DTYPES, LazyTensor, Storage
+from optimstate.tree import no_garbage_collection, walk
 
 NAME = "torch"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
@@ -40,6 +40,7 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _MAX32 = 0xFFFFFFFF
 _ALIGNMENT = 64
 _FLAGS = 0x0808  # sizes follow the data; names are UTF-8
+_FLAGS_EMPTY = 0x0800  # nothing follows
 _ITEMSIZE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
 
 
@@ -119,8 +120,8 @@ def _find_directory(source: FileSource) -> tuple[int, int, int]:
     """Offset, size and number of entries of the central directory."""
     tail_size = min(source.size, _END.size + 0xFFFF + _LOCATOR64.size)
     tail = source.read(source.size - tail_size, tail_size)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + _END.size > len(tail):
+    at = _rfind_end(tail)
+    if at < 0:
         raise CorruptCheckpointError(
             "the zip directory at the end is missing",
             path=source.path,
@@ -148,12 +149,17 @@ def _find_directory(source: FileSource) -> tuple[int, int, int]:
     return offset, size, count
 
 
+def _rfind_end(data: bytes) -> int:
+    """Where the last end record that is there in full begins; behind it may be the first bytes of another."""
+    return data.rfind(b"PK\x05\x06", 0, max(len(data) - _END.size + 4, 0))
+
+
 def _restore_hint(source: FileSource) -> str:
     """An interrupted in-place edit leaves the old end inside the file: say how to return to it."""
     block = 1 << 24
     for low in range(max(source.size - block, 0), max(source.size - 16 * block, -1), -block):
         data = source.read(low, min(block + _END.size, source.size - low))
-        at = data.rfind(b"PK\x05\x06")
+        at = _rfind_end(data)
         if at >= 0 and data[max(at - _LOCATOR64.size, 0) :][:4] == b"PK\x06\x07":
             size = low + at + _END.size
             return f"An edit in place was interrupted; `truncate -s {size} {source.path}` restores the file as it was."
@@ -339,11 +345,13 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
 
 
 def _same_storages(tree: Any, archive: Archive) -> bool:
-    used = {id(tensor.storage): tensor.storage for _, tensor in tensors(tree)}.values()
+    """Whether the tree holds the archive's storages and no others, in its order: torch computes places from that."""
+    found = (node.storage if isinstance(node, LazyTensor) else node for _, node in walk(tree))
+    used = {id(storage): storage for storage in found if isinstance(storage, Storage)}.values()
     if not all(isinstance(storage, RecordStorage) and storage.archive is archive for storage in used):
         return False
-    kept = {"data/" + storage.key for storage in used}
-    return kept == {name for name in archive.records if name.startswith("data/")}
+    kept = ["data/" + storage.key for storage in used]
+    return kept == [name for name in archive.records if name.startswith("data/")]
 
 
 class _Directory:
@@ -364,14 +372,15 @@ class _Directory:
         size = len(extents) if isinstance(extents, bytes) else sum(extent.length for extent in extents)
         header = self.position
         encoded = (self.root + name).encode()
-        extra = _zip64_extra(size, header)
+        extra = _zip64_extra(size, size, header)
         start = header + _LOCAL.size + len(encoded) + len(extra) + 4
         padding = -start % _ALIGNMENT
         extra_length = len(extra) + 4 + padding
+        flags = _FLAGS if size else _FLAGS_EMPTY
         self._emit(
-            _LOCAL.pack(b"PK\x03\x04", 0, _FLAGS, 0, 0, 0, 0, 0, 0, len(encoded), extra_length)
+            _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, len(encoded), extra_length)
             + encoded
-            + extra
+            + _zip64_extra(size, 0, header)  # the stored size follows the data
             + struct.pack("<2sH", b"FB", padding)
             + b"Z" * padding
         )
@@ -387,7 +396,7 @@ class _Directory:
             shape = "<4sL2Q" if extra else "<4s3L"
             self._emit(struct.pack(shape, b"PK\x07\x08", crc, size, size))
         small, offset = min(size, _MAX32), min(header, _MAX32)
-        fields = (b"PK\x01\x02", 0, 0, _FLAGS, 0, 0, 0, crc, small, small, len(encoded), len(extra), 0, 0, 0, 0, offset)
+        fields = (b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc, small, small, len(encoded), len(extra), 0, 0, 0, 0, offset)
         self.entries.append(_CENTRAL.pack(*fields) + encoded + extra)
         return crc
 
@@ -418,11 +427,11 @@ class _RunningCrc:
         self.value = zlib.crc32(data, self.value)
 
 
-def _zip64_extra(size: int, header: int) -> bytes:
+def _zip64_extra(size: int, stored: int, header: int) -> bytes:
     """The zip64 field as miniz writes it: only the values that do not fit. Torch counts on its exact length."""
     if size < _MAX32 and header < _MAX32:
         return b""
-    values = ([size, size] if size >= _MAX32 else []) + ([header] if header >= _MAX32 else [])
+    values = ([size, stored] if size >= _MAX32 else []) + ([header] if header >= _MAX32 else [])
     return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values)
 
 

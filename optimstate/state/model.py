@@ -91,7 +91,11 @@ class OptimizerState:
         groups = tuple(Group.from_node(group) for group in node["param_groups"])
         state = as_mapping(node["state"]) or {}
         keys = [key for group in groups for key in group.params]
-        if len(set(keys)) != len(keys):
+        try:
+            distinct = len(set(keys))
+        except TypeError:  # a key that cannot be one: a list, a dict
+            raise CorruptCheckpointError("param_groups has a parameter that cannot be a key of state") from None
+        if distinct != len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
             raise CorruptCheckpointError(f"parameter {twice!r} is twice in param_groups")
         return cls(groups, {key: as_mapping(slots) or {} for key, slots in state.items()}, node)

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from optimstate.errors import LimitExceededError
 from optimstate.state.model import OptimizerState, as_mapping
 from optimstate.tensors import LazyTensor
-from optimstate.tree import Opaque, OpaqueFile, Path, children, format_path
+from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile, Path, children, format_path
 
 __all__ = ["Kind", "Section", "find_sections", "parameter_labels"]
 
@@ -69,6 +70,8 @@ def _find(tree: Any) -> Iterator[Section]:
         path, node = stack.pop()
         if not isinstance(node, Mapping | list | tuple | Opaque) or isinstance(node, OpaqueFile) or id(node) in seen:
             continue
+        if len(path) > MAX_DEPTH:
+            raise LimitExceededError(f"containers nested more than {MAX_DEPTH} deep")
         seen.add(id(node))
         kind = _kind(node)
         if kind is not None:

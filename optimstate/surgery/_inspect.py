@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -173,7 +174,7 @@ def _section_info(section: Section, *, listed: bool) -> OptimizerInfo | ModelInf
     if section.kind == "scheduler":
         fields = section.node if isinstance(section.node, Mapping) else section.node.state
         return SchedulerInfo(
-            section.label, scheduler_name(section.node), fields.get("last_epoch"), plain(fields.get("_last_lr"))
+            section.label, scheduler_name(section.node), plain(fields.get("last_epoch")), plain(fields.get("_last_lr"))
         )
     return _model_info(section, listed=listed)
 
@@ -217,17 +218,31 @@ def describe(value: Any) -> str:
     return str(plain(value))
 
 
+MAX_SHOWN = 4096
+"""Items of one value that are shown; of what is larger, the size. Shared lists can make a small file endless."""
+
+
 def plain(value: Any) -> Any:
     """A leaf as JSON can hold it; tensors of one element become numbers."""
+    return _plain(value, [MAX_SHOWN])
+
+
+def _plain(value: Any, room: list[int]) -> Any:
     if isinstance(value, LazyTensor):
-        return value.item() if value.numel == 1 and value.dtype in _SHOWN_AS_NUMBER else describe(value)
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, Opaque | GlobalName):
-        return repr(value)
-    return value
+        shown = value.numel == 1 and value.dtype in _SHOWN_AS_NUMBER
+        return _plain(value.item(), room) if shown else describe(value)
+    if isinstance(value, list | tuple | Mapping):
+        room[0] -= len(value)
+        if room[0] < 0:
+            return f"{type(value).__name__} of {len(value)}"
+        if isinstance(value, Mapping):
+            return {str(key): _plain(item, room) for key, item in value.items()}
+        return [_plain(item, room) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return repr(value) if isinstance(value, Opaque | GlobalName) else str(value)
 
 
 _SHOWN_AS_NUMBER = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
@@ -284,7 +299,7 @@ def _parameter_infos(state: OptimizerState) -> Iterator[ParameterInfo]:
     group_of = [index for index, group in enumerate(state.groups) for _ in group.params]
     for position, ((key, name, found), group) in enumerate(zip(state.parameters(), group_of, strict=True)):
         shown = str(key) if isinstance(key, int | str) else f"#{position}"
-        yield ParameterInfo(name, shown, group, {slot: plain(value) for slot, value in (found or {}).items()})
+        yield ParameterInfo(name, shown, group, {str(slot): plain(value) for slot, value in (found or {}).items()})
 
 
 class _ScalarReader:

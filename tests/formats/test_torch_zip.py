@@ -1,0 +1,496 @@
+"""The archives of torch.save: the same bytes as torch's, read by torch in every way it can read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import zipfile
+import zlib
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.serialization import config
+
+from optimstate.errors import CheckpointError, CorruptCheckpointError, UnrecognizedFormatError
+from optimstate.errors import UnsupportedCheckpointError as Unsupported
+from optimstate.files import FileSource
+from optimstate.formats import torch_zip
+from optimstate.formats._pickle import dump
+from optimstate.formats._protocol import WriteOptions
+from optimstate.formats.registry import open_document
+from optimstate.tree import difference
+from tests import corpus
+from tests.support import digest, load_torch, unlike
+
+ZIPS = corpus.files_in("torch_zip")
+QUICK = WriteOptions(sync=False)
+
+
+def identify(path: Path) -> str:
+    return str(path.relative_to(corpus.FILES))
+
+
+def record(path: Path, name: str) -> bytes:
+    archive = torch_zip.Archive(FileSource(path))
+    return archive.extent(archive.records[name]).read()
+
+
+def without_identity(path: Path) -> bytes:
+    """The file's bytes with zeros for its serialization id, and for the checksum of that."""
+    identity = record(path, ".data/serialization_id")
+    data = path.read_bytes().replace(identity, bytes(40))
+    return data.replace(zlib.crc32(identity).to_bytes(4, "little"), bytes(4))
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------
+
+# Pickled with protocol 4: written back with protocol 2, which every torch reads.
+OTHER_PROTOCOL = {"optimstate/protocol_4/checkpoint.pt"}
+
+
+@pytest.mark.parametrize("path", ZIPS, ids=identify)
+def test_reading_and_writing_gives_the_same_pickle(path: Path) -> None:
+    tree = open_document(path).tree
+    again = dump(tree)
+    if identify(path) in OTHER_PROTOCOL:
+        assert again[:2] == b"\x80\x02"
+        return
+    assert again == record(path, "data.pkl")
+
+
+def live_objects() -> dict[str, Any]:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU())
+    optimizer = torch.optim.AdamW(model.named_parameters(), amsgrad=True)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    base = torch.arange(12.0)
+    shared = [1, "x"]
+    return {
+        "checkpoint": {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "best": None},
+        "empty": {},
+        "tensor": torch.ones(2),
+        "views": [base, base[2:8].view(2, 3), base.view(3, 4).t(), torch.empty(0), torch.tensor(1.5)],
+        "dtypes": [torch.zeros(3).to(t) for t in (torch.bfloat16, torch.float8_e4m3fn, torch.uint16, torch.bool)],
+        "parameter": torch.nn.Parameter(torch.ones(2, 2)),
+        "containers": {(1, 2): {3}, "t": (), "n": ((1,), (1, 2, 3, 4)), "twice": [shared, shared], "c": Counter("ab")},
+        "numbers": [0, 255, 256, 65536, -1, 2**31, 2**63, -(2**63), 2**2050, 1.5, float("inf"), 1j, True],
+        "text": {"ä": "\u2603", "": b"\0\xff", "b": bytearray(b"x"), "long": "x" * 70_000},
+        "many": OrderedDict((str(i), i) for i in range(2001)),
+        "long list": list(range(1001)),
+        "size": torch.Size([2, 3]),
+        "dtype": [torch.float32, torch.device("cpu"), torch.strided],
+    }
+
+
+@pytest.mark.parametrize("name", live_objects())
+def test_a_fresh_write_is_what_torch_writes(name: str, tmp_path: Path) -> None:
+    live = live_objects()[name]
+    theirs, ours = tmp_path / "theirs" / "a.b.pt", tmp_path / "ours" / "a.b.pt"
+    theirs.parent.mkdir()
+    ours.parent.mkdir()
+    torch.save(live, theirs)
+    torch_zip.write(open_document(theirs).tree, ours, options=QUICK)
+    assert without_identity(ours) == without_identity(theirs)
+    assert record(ours, ".data/serialization_id") != bytes(40)
+    assert unlike(load_torch(ours), load_torch(theirs)) is None
+
+
+def test_a_write_without_checksums_leaves_them_out_where_none_are_known(tmp_path: Path) -> None:
+    source = corpus.case("optimstate/tensors_without_checksums").entry
+    for checksums in (True, False):
+        target = tmp_path / f"{checksums}.pt"
+        torch_zip.write(open_document(source).tree, target, options=WriteOptions(checksums=checksums, sync=False))
+        with zipfile.ZipFile(target) as archive:
+            storages = [info for info in archive.infolist() if "/data/" in info.filename and info.file_size]
+        assert all(bool(info.CRC) is checksums for info in storages)
+        if checksums:
+            with zipfile.ZipFile(target) as archive:
+                assert archive.testzip() is None
+
+
+# --- every way torch loads ------------------------------------------------------------------------------------------
+
+
+def rewritten(source: Path, folder: Path) -> dict[str, Path]:
+    """The file as we write it: described anew behind its data, written from scratch, and changed in place."""
+    document = open_document(source)
+    tail, fresh, inside = folder / "tail.pt", folder / "fresh.pt", folder / "inside.pt"
+    torch_zip.write(document.tree, tail, like=document, options=QUICK)
+    torch_zip.write(document.tree, fresh, options=QUICK)
+    shutil.copy(source, inside)
+    copied = open_document(inside)
+    torch_zip.rewrite_in_place(copied, copied.tree)
+    return {"tail": tail, "fresh": fresh, "in place": inside}
+
+
+LOADABLE = [
+    corpus.case(name).entry
+    for name in (
+        "torch/adamw_named_layerwise_sequentiallr",
+        "torch/tied_adam_named",
+        "lightning/adamw_onecycle",
+        "optimstate/tensors_aliases",
+        "optimstate/tensors_dtypes",
+        "optimstate/tensors_strides",
+        "optimstate/tensors_extremes",
+        "optimstate/lbfgs_named",
+    )
+]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("source", LOADABLE, ids=identify)
+def test_torch_loads_what_we_write_mapped_unmapped_and_without_data(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Torch then compares each storage's place with its prediction, wherever it predicts.
+    monkeypatch.setenv("TORCH_SERIALIZATION_DEBUG", "1")
+    expected = torch.load(source)
+    meta = torch.load(source, map_location="meta")
+    for layout, path in rewritten(source, tmp_path).items():
+        for mapped in (False, True):
+            assert unlike(torch.load(path, mmap=mapped), expected) is None, layout
+        assert unlike(torch.load(path, map_location="meta"), meta) is None, layout
+        with config.patch("load.calculate_storage_offsets", True):
+            assert unlike(torch.load(path, mmap=True), expected) is None, layout
+        check_predictions(path)
+
+
+def check_predictions(path: Path) -> None:
+    """Where torch believes a storage to be, loading to the meta device, are its bytes."""
+    loaded = torch.load(path)
+    meta = torch.load(path, map_location="meta")
+    data = path.read_bytes()
+    for real, ghost in zip(tensors_of(loaded), tensors_of(meta), strict=True):
+        storage = real.untyped_storage()
+        at = ghost.untyped_storage()._checkpoint_offset
+        assert data[at : at + storage.nbytes()] == bytes(storage.tolist())
+
+
+def tensors_of(node: Any) -> list[torch.Tensor]:
+    if isinstance(node, torch.Tensor):
+        return [node]
+    items = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]
+
+
+def test_another_order_of_the_same_storages_is_no_reason_to_mispredict_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = tmp_path / "source.pt", tmp_path / "target.pt"
+    torch.save({"a": torch.ones(3), "b": torch.zeros(5), "c": torch.full((7,), 2.0)}, source)
+    document = open_document(source)
+    torch_zip.write(dict(reversed(document.tree.items())), target, like=document, options=QUICK)
+    monkeypatch.setenv("TORCH_SERIALIZATION_DEBUG", "1")
+    with config.patch("load.calculate_storage_offsets", True):
+        loaded = torch.load(target, mmap=True)
+    assert unlike(loaded, dict(reversed(torch.load(source).items()))) is None
+    check_predictions(target)
+
+
+def test_old_names_do_not_stay_behind(tmp_path: Path) -> None:
+    source, target = tmp_path / "source.pt", tmp_path / "target.pt"
+    torch.save({"very_secret_name": torch.ones(3)}, source)
+    document = open_document(source)
+    torch_zip.write({"x": document.tree["very_secret_name"]}, target, like=document, options=QUICK)
+    assert b"very_secret_name" in source.read_bytes()
+    assert b"very_secret_name" not in target.read_bytes()
+
+
+# --- beyond 4 GiB ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def huge(tmp_path: Path) -> Path:
+    """A file of torch whose storages stand before, across and behind 4 GiB; almost all of it is a hole."""
+    sizes = [5, 2**32 - 3000, 1000, 7, 0, 900, 2**32 + 1, 64, 2**32 - 1, 3]
+    path, hole = tmp_path / "huge.pt", tmp_path / "hole"
+    hole.touch()
+    os.truncate(hole, max(sizes))
+    live = [torch.from_file(str(hole), size=n, dtype=torch.uint8) if n else torch.empty(0) for n in sizes]
+    with torch.serialization.skip_data():
+        torch.save({f"t{i}": tensor for i, tensor in enumerate(live)}, path)
+    assert path.stat().st_blocks * 512 < 1 << 20, "this file system has no sparse files"
+    with path.open("r+b") as file:  # something to recognise each storage by
+        for storage in (tensor.storage for tensor in open_document(path).tree.values() if tensor.nbytes):
+            file.seek(storage.pieces[0].offset)
+            file.write(bytes([len(storage.key) * 16 + int(storage.key) + 1]))
+    return path
+
+
+def sparse_copy(extents: Any, fd: int, *, progress: Any = None, checksum: Any = None) -> int:
+    """`copy_extents` that leaves holes as holes."""
+    written = 0
+    for extent in extents:
+        written += extent.length
+        start = os.lseek(fd, 0, os.SEEK_CUR)
+        at, stop = extent.offset, extent.offset + extent.length
+        while isinstance(extent.source, FileSource) and at < stop:
+            try:
+                at = os.lseek(extent.source.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            end = min(os.lseek(extent.source.fileno(), at, os.SEEK_HOLE), stop)
+            if at < stop:
+                os.pwrite(fd, extent.source.read(at, end - at), start + at - extent.offset)
+            at = end
+        os.lseek(fd, start + extent.length, os.SEEK_SET)
+    return written
+
+
+def data_segments(path: Path) -> list[tuple[int, bytes]]:
+    found = []
+    with path.open("rb") as file:
+        at, size = 0, path.stat().st_size
+        while at < size:
+            try:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            end = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            found.append((at, os.pread(file.fileno(), end - at, at)))
+            at = end
+    return found
+
+
+def first_bytes(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The first byte of each tensor as torch finds it, with every prediction compared."""
+    monkeypatch.setenv("TORCH_SERIALIZATION_DEBUG", "1")
+    with config.patch("load.calculate_storage_offsets", True):
+        loaded = torch.load(path, mmap=True)
+    ghosts = torch.load(path, map_location="meta")
+    with path.open("rb") as file:
+        for name, tensor in loaded.items():
+            if tensor.numel():
+                file.seek(ghosts[name].untyped_storage()._checkpoint_offset)
+                assert file.read(1)[0] == tensor[0].item()
+    return {name: int(tensor[0]) for name, tensor in loaded.items() if tensor.numel()}
+
+
+@pytest.mark.skipif(not hasattr(os, "SEEK_DATA"), reason="this system cannot tell holes")
+def test_files_across_4_gib_are_what_torch_writes_and_reads(
+    huge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_zip, "copy_extents", sparse_copy)
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    expected = first_bytes(huge, monkeypatch)
+    assert len(set(expected.values())) == len(expected) == 9
+    document = open_document(huge)
+
+    fresh = tmp_path / "fresh" / "huge.pt"
+    fresh.parent.mkdir()
+    torch_zip.write(document.tree, fresh, options=WriteOptions(checksums=False, sync=False))
+    assert fresh.stat().st_size == huge.stat().st_size
+    assert first_bytes(fresh, monkeypatch) == expected
+    ours, theirs = data_segments(fresh), data_segments(huge)
+    assert [at for at, _ in ours] == [at for at, _ in theirs]
+    for (at, one), (_, other) in zip(ours[:-1], theirs[:-1], strict=True):
+        assert one == other, f"headers near {at} differ"
+
+    renamed = {f"renamed.{name}": tensor for name, tensor in document.tree.items()}
+    tail = tmp_path / "tail.pt"
+    torch_zip.write(renamed, tail, like=document, options=QUICK)
+    again = {f"renamed.{name}": value for name, value in expected.items()}
+    assert first_bytes(tail, monkeypatch) == again
+
+    torch_zip.rewrite_in_place(document, renamed)
+    assert first_bytes(huge, monkeypatch) == again
+    inside = open_document(huge)
+    torch_zip.rewrite_in_place(inside, {name.removeprefix("renamed."): t for name, t in inside.tree.items()})
+    assert first_bytes(huge, monkeypatch) == expected
+
+
+# --- in place, interrupted ------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_edit_in_place_reads_as_before(tmp_path: Path) -> None:
+    source = corpus.case("torch/adam_named_wd").entry
+    old, new = interrupted(source, tmp_path)
+    cut = tmp_path / "cut.pt"
+    before = open_document(source).tree
+    points = {*range(len(old), len(old) + 40), *range(len(old), len(new), 97), *range(len(new) - 60, len(new))}
+    for length in sorted(points):
+        cut.write_bytes(new[:length])
+        assert difference(open_document(cut).tree, before) is None, length
+        if length % 7 == 0:
+            assert unlike(torch.load(cut), torch.load(source)) is None
+    assert difference(open_document(tmp_path / "inside.pt").tree, before) is not None
+
+
+def test_a_long_interrupted_edit_says_how_to_return(tmp_path: Path) -> None:
+    source = tmp_path / "source.pt"
+    torch.save({f"tensor.{i}": torch.tensor(i) for i in range(1500)}, source)
+    old, new = interrupted(source, tmp_path)
+    assert len(new) - len(old) > 1 << 17
+    cut = tmp_path / "cut.pt"
+    before = open_document(source).tree
+    outcomes = Counter[str]()
+    for length in (*range(len(old), len(new), 5003), len(new) - 1, len(new) - 22, len(new) - 23):
+        cut.write_bytes(new[:length])
+        try:
+            tree, hint = open_document(cut).tree, ""
+        except CheckpointError as error:
+            tree, hint = None, error.hint
+        outcomes["refused" if hint else "old"] += 1
+        assert f"truncate -s {len(old)} {cut}" in hint if hint else difference(tree, before) is None, length
+    assert min(outcomes["old"], outcomes["refused"]) > 10
+    os.truncate(cut, len(old))
+    assert cut.read_bytes() == old
+
+
+def interrupted(source: Path, folder: Path) -> tuple[bytes, bytes]:
+    """The bytes before and after every name was changed in place."""
+    inside = folder / "inside.pt"
+    shutil.copy(source, inside)
+    document = open_document(inside)
+    torch_zip.rewrite_in_place(document, {"wrapped": document.tree})
+    old, new = source.read_bytes(), inside.read_bytes()
+    assert new.startswith(old)
+    return old, new
+
+
+def test_an_edit_in_place_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.pt"
+    shutil.copy(corpus.case("torch/adam_named_wd").entry, path)
+    before = digest(path)
+    document = open_document(path)
+    calls = Counter[str]()
+
+    def failing(fd: int, data: bytes) -> int:
+        calls["write"] += 1
+        if calls["write"] == 4:
+            os.write(fd, data[:3])
+            raise OSError(28, "No space left on device")
+        return os.write(fd, data)
+
+    monkeypatch.setattr(torch_zip, "write_bytes", failing)
+    with pytest.raises(OSError, match="No space left"):
+        torch_zip.rewrite_in_place(document, document.tree)
+    assert calls["write"] == 4
+    assert digest(path) == before
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_pickle_checksum_is_noticed(tmp_path: Path) -> None:
+    source = corpus.case("torch/adam_named_wd").entry
+    data = bytearray(source.read_bytes())
+    at = data.index(b"param_groups")
+    data[at] ^= 1
+    path = tmp_path / "flipped.pt"
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpointError, match="checksum"):
+        open_document(path)
+
+
+def zip_of(path: Path, records: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    return path
+
+
+PLAIN = {"a/data.pkl": dump({"x": 1}), "a/version": b"3\n"}
+
+
+def test_zips_that_are_no_checkpoints_are_told_apart(tmp_path: Path) -> None:
+    cases = {
+        "no data.pkl": ({"a/other": b"x"}, UnrecognizedFormatError, "data.pkl"),
+        "no folder": ({"a/data.pkl": PLAIN["a/data.pkl"], "b.txt": b"x"}, UnrecognizedFormatError, "common folder"),
+        "script": ({**PLAIN, "a/constants.pkl": b"x"}, Unsupported, "TorchScript"),
+        "big endian": ({**PLAIN, "a/byteorder": b"big"}, Unsupported, "big-endian"),
+        "cut": ({**PLAIN, "a/data.pkl": PLAIN["a/data.pkl"][:-1]}, CorruptCheckpointError, "STOP"),
+    }
+    for name, (records, kind, message) in cases.items():
+        path = zip_of(tmp_path / f"{name}.pt", records)
+        with pytest.raises(kind, match=message) as caught:
+            open_document(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(Unsupported, match="compressed"):
+        open_document(zip_of(tmp_path / "deflated.pt", PLAIN, zipfile.ZIP_DEFLATED))
+    with pytest.raises(UnrecognizedFormatError):
+        open_document(zip_of(tmp_path / "empty.zip", {}))
+    assert open_document(zip_of(tmp_path / "good.pt", PLAIN)).tree == {"x": 1}
+
+
+def test_a_missing_version_is_read_and_noted(tmp_path: Path) -> None:
+    path = zip_of(tmp_path / "old.pt", {"a/data.pkl": PLAIN["a/data.pkl"]})
+    document = open_document(path)
+    assert document.tree == {"x": 1}
+    assert "version" in document.notes[0]
+
+
+def edited_directory(path: Path, name: str, **fields: int) -> None:
+    """Change fields of one entry of the zip directory."""
+    data = bytearray(path.read_bytes())
+    at = data.rfind(name.encode()) - 46
+    assert data[at : at + 4] == b"PK\x01\x02"
+    places = {"method": (10, "<H"), "packed": (20, "<L"), "unpacked": (24, "<L"), "offset": (42, "<L")}
+    for field, value in fields.items():
+        place, code = places[field]
+        struct.pack_into(code, data, at + place, value)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"packed": 3, "unpacked": 3}, "declared with|data.pkl"),
+        ({"packed": 3}, "reaches past|bytes"),
+        ({"packed": 1 << 30, "unpacked": 1 << 30}, "reaches past"),
+        ({"offset": 1 << 30}, "reaches past"),
+        ({"offset": 0}, "overlaps|header"),
+        ({"packed": 0xFFFFFFFF, "unpacked": 0xFFFFFFFF}, "reaches past"),
+    ],
+)
+def test_a_directory_that_lies_is_refused(fields: dict[str, int], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "lying.pt"
+    torch.save({"a": torch.ones(100), "b": torch.zeros(100)}, path)
+    edited_directory(path, "lying/data/1", **fields)
+    with pytest.raises(CorruptCheckpointError, match=message):
+        open_document(path)
+
+
+def test_a_record_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", PLAIN["a/data.pkl"])
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("a/data.pkl", PLAIN["a/data.pkl"])
+    with pytest.raises(CorruptCheckpointError, match="twice"):
+        open_document(path)
+
+
+def test_storages_that_do_not_fit_their_records_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "storage.pt"
+    torch.save({"a": torch.ones(4)}, path)
+    pickled = record(path, "data.pkl")
+    contents = record(path, "data/0")
+    good = {"a/data.pkl": pickled, "a/data/0": contents, "a/version": b"3\n"}
+    assert open_document(zip_of(tmp_path / "good.pt", good)).tree["a"].tobytes() == contents
+    for name, records in {
+        "missing": {"a/data.pkl": pickled},
+        "short": {**good, "a/data/0": contents[:-1]},
+        "kind": {**good, "a/data.pkl": pickled.replace(b"FloatStorage", b"BluntStorage")},
+        "view": {**good, "a/data.pkl": pickled.replace(b"K\x04\x85", b"K\x05\x85")},
+        "stride": {**good, "a/data.pkl": pickled.replace(b"K\x01\x85", b"K\x09\x85")},
+    }.items():
+        with pytest.raises(CheckpointError):
+            open_document(zip_of(tmp_path / f"{name}.pt", records)).tree["a"].tobytes()
+
+
+def test_a_hostile_archive_runs_nothing_and_is_written_back_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = corpus.case("optimstate/hostile_zip").entry
+    document = open_document(source)
+    target = tmp_path / "again.pt"
+    torch_zip.write(document.tree, target, like=document, options=QUICK)
+    assert record(target, "data.pkl") == record(source, "data.pkl")
+    assert [path.name for path in tmp_path.iterdir()] == ["again.pt"]
