@@ -15,6 +15,8 @@ __all__ = ["FORMATS", "format_for_destination", "get_format", "open_document"]
 FORMATS: dict[str, str] = {
     "torch": "optimstate.formats.torch_zip",
     "safetensors": "optimstate.formats.safetensors",
+    "torch-legacy": "optimstate.formats.torch_legacy",
+    "pickle": "optimstate.formats.pickle_file",
     "folder": "optimstate.formats.folder",
 }
 
