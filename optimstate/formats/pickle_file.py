@@ -1,6 +1,6 @@
 """Plain pickles (`pickle.dump(model.state_dict(), file)`): read only.
 
-A pickled tensor names its storage by a call of `torch.storage._load_from_bytes` with a whole legacy container inside the
+A pickled tensor names its storage by a call of `torch.storage._load_from_bytes` with a whole legacy container in the
 pickle. That container is read as inertly as the pickle around it; its bytes stay in memory, as the pickle holds them.
 """
 
@@ -30,6 +30,8 @@ _TEXT_SUFFIXES = (".pkl", ".pickle")  # protocols 0 and 1 have no mark of their 
 
 def sniff(path: Path, head: bytes) -> bool:
     """Whether a file begins as pickles of protocol 2 and later do, or is called one."""
+    if path.name.endswith(".metadata"):  # a part of a distributed checkpoint
+        return False
     binary = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     return binary or (path.suffix in _TEXT_SUFFIXES and head[:1] in (b"(", b"c", b"}", b"]"))
 

@@ -15,6 +15,7 @@ __all__ = ["FORMATS", "format_for_destination", "get_format", "open_document"]
 FORMATS: dict[str, str] = {
     "torch": "optimstate.formats.torch_zip",
     "safetensors": "optimstate.formats.safetensors",
+    "dcp": "optimstate.formats.dcp",
     "torch-legacy": "optimstate.formats.torch_legacy",
     "pickle": "optimstate.formats.pickle_file",
     "folder": "optimstate.formats.folder",

@@ -127,7 +127,7 @@ def _is_model(fields: Mapping[Any, Any]) -> bool:
             return False
         if is_tensor(value):
             found = found or not isinstance(value, LazyTensor) or value.dtype.startswith(_FLOATING)
-        elif not (value is None or name.endswith("_extra_state")):
+        elif not (value is None or name.rpartition(".")[2].startswith("_extra_state")):
             return False
     return found
 
