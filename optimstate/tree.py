@@ -16,7 +16,18 @@ from optimstate.errors import UnsupportedCheckpointError
 from optimstate.files import chunks
 from optimstate.tensors import LazyTensor, Storage
 
-__all__ = ["GlobalName", "Opaque", "OpaqueFile", "Path", "difference", "format_path", "opaques", "tensors", "walk"]
+__all__ = [
+    "AttributedTensor",
+    "GlobalName",
+    "Opaque",
+    "OpaqueFile",
+    "Path",
+    "difference",
+    "format_path",
+    "opaques",
+    "tensors",
+    "walk",
+]
 
 Path = tuple[str | int, ...]
 """Keys from the root to a node. Keys that are neither str nor int appear as their repr."""
@@ -139,6 +150,38 @@ class Opaque:
 
     def __repr__(self) -> str:
         return f"<{self.type.path} object>"
+
+
+class AttributedTensor(LazyTensor):
+    """A tensor on which a program had set plain attributes: a persistent buffer, a parameter marked for its optimizer.
+
+    Attributes:
+        attributes: What was set, by name: numbers, text, None.
+    """
+
+    __slots__ = ("attributes",)
+
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, tensor: LazyTensor, attributes: Mapping[str, Any]) -> AttributedTensor:
+        """The same view of the same storage, with attributes."""
+        made = cls(
+            tensor.storage,
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride,
+            tensor.offset,
+            tensor.requires_grad,
+            tensor.is_parameter,
+            tensor.metadata,
+        )
+        made.attributes = attributes
+        return made
+
+    def clone(self) -> LazyTensor:
+        """As for a plain tensor; the attributes are those of the clone too."""
+        return AttributedTensor.of(super().clone(), self.attributes)
 
 
 class OpaqueFile(NamedTuple):
@@ -358,6 +401,9 @@ class _Comparison:
             x, y = getattr(a, name), getattr(b, name)
             if x != y:
                 return f"{where}: {name} {x} != {y}"
+        one, other = getattr(a, "attributes", {}), getattr(b, "attributes", {})
+        if one != other:
+            return f"{where}: attributes {one!r} != {other!r}"
         if any(x != y for x, y in zip(a.chunks(), b.chunks(), strict=True)):
             return f"{where}: contents differ"
         return self._differ_sharing(where, a.storage, b.storage)

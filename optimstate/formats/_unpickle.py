@@ -20,7 +20,7 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.tensors import DTYPES, LazyTensor, Storage
-from optimstate.tree import GlobalName, no_garbage_collection
+from optimstate.tree import AttributedTensor, GlobalName, no_garbage_collection
 
 __all__ = ["MAX_PICKLE_BYTES", "InertUnpickler", "load"]
 
@@ -269,6 +269,26 @@ class InertUnpickler(pickle.Unpickler):
             data.storage, data.dtype, data.shape, data.stride, data.offset, bool(grad), True, data.metadata
         )
 
+    def _parameter_with_state(self, data: Any, grad: Any, hooks: Any, state: Any) -> Any:
+        made = self._parameter(data, grad, hooks)
+        if isinstance(made, LazyTensor) and _are_plain(state):
+            return AttributedTensor.of(made, state)
+        return GlobalName("torch._utils", "_rebuild_parameter_with_state")(data, grad, hooks, state)
+
+    def _from_type_v2(self, build: Any, kind: Any, arguments: Any, state: Any) -> Any:
+        """A tensor with attributes; tensors of other classes stay records."""
+        known = isinstance(build, GlobalName) and build.path in _PLAIN_REBUILDERS and type(arguments) is tuple
+        if known and isinstance(kind, GlobalName) and kind.path == "torch.Tensor" and _are_plain(state):
+            return AttributedTensor.of(build(*arguments), state)
+        return GlobalName("torch._tensor", "_rebuild_from_type_v2")(build, kind, arguments, state)
+
+
+def _are_plain(attributes: Any) -> bool:
+    return type(attributes) is dict and all(
+        type(key) is str and (value is None or type(value) in (bool, int, float, str))
+        for key, value in attributes.items()
+    )
+
 
 def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
     """Elements from the first to behind the last one of a view."""
@@ -281,7 +301,10 @@ _REBUILDERS = {
     "torch._utils._rebuild_tensor_v2": "_tensor_v2",
     "torch._utils._rebuild_tensor_v3": "_tensor_v3",
     "torch._utils._rebuild_parameter": "_parameter",
+    "torch._utils._rebuild_parameter_with_state": "_parameter_with_state",
+    "torch._tensor._rebuild_from_type_v2": "_from_type_v2",
 }
+_PLAIN_REBUILDERS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _DTYPE_OF_STORAGE = {row.storage: row.name for row in DTYPES.values() if row.storage}
 _ITEMSIZE_OF_STORAGE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
 

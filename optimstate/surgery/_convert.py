@@ -77,7 +77,7 @@ def convert(
             options = replace(options, progress=None)
         else:
             notes += written.write(tree, destination, like=document, options=options)
-        found = [node for _, node in walk(tree) if type(node) is LazyTensor]
+        found = [node for _, node in walk(tree) if isinstance(node, LazyTensor)]
         nbytes = sum(tensor.nbytes for tensor in found)
         return ConvertReport(
             str(source), str(destination), document.format, target, not dry_run, len(found), nbytes, tuple(notes)
@@ -121,7 +121,7 @@ def verify_checksums(document: Document) -> int:
     seen: set[int] = set()
     compared = 0
     for path, node in walk(document.tree):
-        if type(node) is not LazyTensor or node.storage.crc is None or id(node.storage) in seen:
+        if not isinstance(node, LazyTensor) or node.storage.crc is None or id(node.storage) in seen:
             continue
         seen.add(id(node.storage))
         value = 0

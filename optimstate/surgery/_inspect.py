@@ -147,7 +147,7 @@ def inspect(path: str | Path, *, parameters: bool = False) -> Inspection:
         opaque: Counter[str] = Counter()
         known = {id(section.node) for section in sections}
         for node in nodes(document.tree):
-            if type(node) is LazyTensor:
+            if isinstance(node, LazyTensor):
                 tensors += 1
             elif isinstance(node, Opaque) and id(node) not in known:
                 opaque[node.type.path] += 1
@@ -246,7 +246,7 @@ def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> Optimi
         fresh += not found
         for slot, value in (found or {}).items():
             count, dtypes, nbytes = slots.get(slot) or (0, set(), 0)
-            if type(value) is LazyTensor:
+            if isinstance(value, LazyTensor):
                 dtypes.add(value.dtype)
                 nbytes += value.nbytes
             else:
@@ -285,7 +285,7 @@ class _ScalarReader:
         self._known: dict[Any, str] = {}
 
     def text(self, value: Any) -> str:
-        if type(value) is not LazyTensor:
+        if not isinstance(value, LazyTensor):
             return _step_text(plain(value))
         storage = value.storage
         # CRC-32 tells any two messages of up to four bytes apart, so equal checksums are equal numbers.
