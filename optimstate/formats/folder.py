@@ -35,7 +35,9 @@ def read(path: Path) -> Document:
     document = _read_folder(path, path)
     if not document.parts:
         raise UnrecognizedFormatError(
-            "a folder without a checkpoint", path=path, hint="Known are torch.save files and safetensors."
+            "a folder without a checkpoint",
+            path=path,
+            hint="`optimstate convert --help` lists the containers that are known.",
         )
     return document
 

@@ -90,9 +90,12 @@ def _target_format(destination: Path, to: str | None, options: WriteOptions) -> 
     return format_for_destination(destination, to).NAME
 
 
+_FOLDERS = ("folder", "zip")
+
+
 def _without_files(document: Document) -> tuple[Any, list[str]]:
     """A folder's tree without the files that are no checkpoints, which a single container cannot hold."""
-    if document.format != "folder":
+    if document.format not in _FOLDERS:
         return document.tree, []
     notes: list[str] = []
 
@@ -103,7 +106,7 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
             if part is None:
                 notes.append(f"left out: {prefix}{name} is no checkpoint")
             else:
-                made[name] = strip(value, part, f"{prefix}{name}/") if part.format == "folder" else value
+                made[name] = strip(value, part, f"{prefix}{name}/") if part.format in _FOLDERS else value
         return made
 
     return strip(document.tree, document, ""), notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from optimstate.formats._globals import dangerous
 from optimstate.formats.registry import open_document
 from optimstate.state.model import Group, OptimizerState
+from optimstate.state.records import tensor_record
 from optimstate.state.schema import recognise
 from optimstate.state.sections import Section, find_sections, scheduler_name
 from optimstate.surgery._common import opening, to_json
@@ -159,8 +160,17 @@ def inspect(path: str | Path, *, parameters: bool = False) -> Inspection:
             tuple(_section_info(section, listed=parameters) for section in sections),
             dict(opaque.most_common()),
             tuple(dangerous(document.globals)),
-            tuple(document.notes),
+            (*document.notes, *_notes(sections)),
         )
+
+
+def _notes(sections: Sequence[Section]) -> Iterator[str]:
+    for section in sections:
+        if section.kind == "optimizer" and _is_flat(section.optimizer()):
+            yield (
+                f"optimizer {section.label}: all state is vectors; if these are FSDP1's flat parameters, they cannot "
+                "be named without the model: save FSDP.optim_state_dict() instead"
+            )
 
 
 def _size(path: Path) -> int:
@@ -218,7 +228,8 @@ def describe(value: Any) -> str:
     """A leaf in few words: `float32[12, 8]`, a number, or the class of a record."""
     if isinstance(value, LazyTensor):
         return f"{value.dtype}{list(value.shape)}"
-    return str(plain(value))
+    record = tensor_record(value)
+    return str(record) if record is not None else str(plain(value))
 
 
 def plain(value: Any) -> Any:
@@ -230,7 +241,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Opaque | GlobalName):
-        return repr(value)
+        record = tensor_record(value)
+        return repr(value) if record is None else str(record)
     return value
 
 
@@ -244,15 +256,19 @@ def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> Optimi
     fresh = 0
     for _, _, found in state.parameters():
         fresh += not found
-        for slot, value in (found or {}).items():
+        for slot, value in _slots(found or {}):
             count, dtypes, nbytes = slots.get(slot) or (0, set(), 0)
+            record = tensor_record(value)
             if isinstance(value, LazyTensor):
                 dtypes.add(value.dtype)
                 nbytes += value.nbytes
+            elif record is not None:
+                dtypes.add(f"{record.kind} {record.dtype}")
+                nbytes += sum(part.nbytes for part in record.parts.values())
             else:
                 dtypes.add(value.type.qualname if isinstance(value, Opaque) else type(value).__name__)
             slots[slot] = (count + 1, dtypes, nbytes)
-            if slot == "step":
+            if slot.rpartition(".")[2] == "step":
                 steps[scalars.text(value)] += 1
     if not steps:  # some algorithms count per group
         steps.update(scalars.text(group.options["step"]) for group in state.groups if "step" in group.options)
@@ -269,6 +285,26 @@ def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> Optimi
         sum(nbytes for _, _, nbytes in slots.values()),
         tuple(_parameter_infos(state)) if listed else (),
     )
+
+
+def _slots(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every slot; of slots that an optimizer nests (bitsandbytes, heavyball, Shampoo) each by its dotted path."""
+    for slot, value in found.items():
+        if isinstance(value, Mapping) and value and len(prefix) < 100:
+            yield from _slots(value, f"{prefix}{slot}.")
+        else:
+            yield f"{prefix}{slot}", value
+
+
+def _is_flat(state: OptimizerState) -> bool:
+    """Whether every tensor of an anonymous optimizer is a vector, as FSDP1's flat parameters are."""
+    vectors = [
+        len(value.shape)
+        for _, _, found in state.parameters()
+        for _, value in _slots(found or {})
+        if isinstance(value, LazyTensor) and value.shape
+    ]
+    return bool(vectors) and max(vectors) == 1 and not state.is_named
 
 
 def _parameter_infos(state: OptimizerState) -> Iterator[ParameterInfo]:

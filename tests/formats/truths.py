@@ -62,6 +62,8 @@ def _judge_best(states: list[OptimizerState], truth: Mapping[str, Any], verdict:
 
 def _judge_optimizer(state: OptimizerState, truth: Mapping[str, Any], verdict: Verdict) -> None:
     names = [name for group in truth.get("groups", []) for name in group["params"]]
+    if truth.get("groups_names"):
+        names = [name for group in truth["groups_names"] for name in group if name is not None]
     listed = list(state.parameters())
     if state.is_named:
         prefix = wrapper_prefix([str(name) for _, name, _ in listed])
@@ -77,7 +79,7 @@ def _judge_optimizer(state: OptimizerState, truth: Mapping[str, Any], verdict: V
             _judge_option(option, group.options[option], expected[option], verdict)
     for name, expected in truth["state"].items():
         verdict.parameters += 1
-        slots = by_name.get(name)
+        slots = _merged(by_name.get(name))
         for slot, value in expected.items():
             if slot == "__param__":
                 continue
@@ -86,6 +88,14 @@ def _judge_optimizer(state: OptimizerState, truth: Mapping[str, Any], verdict: V
                 verdict.wrong.append(f"{name}: no {slot}, only {list(slots or ())}")
             else:
                 verdict.wrong += [f"{name} {slot}: {what}" for what in differences(slots[slot], value)]
+
+
+def _merged(slots: Mapping[Any, Any] | None) -> dict[str, Any] | None:
+    """Slots by name, those that bitsandbytes nests among the others."""
+    if slots is None:
+        return None
+    made = {str(slot): value for slot, value in slots.items()}
+    return {**made, **made.pop("__bnb_optimizer_quant_state__", {})}
 
 
 def _judge_option(option: str, value: Any, expected: Any, verdict: Verdict) -> None:
@@ -115,11 +125,11 @@ def differences(value: Any, expected: Mapping[str, Any]) -> list[str]:
             if key in items
             for what in differences(items[key], inner)
         ]
-    if kind in ("list", "tuple", "set") and isinstance(value, list | tuple | set):
+    if kind.removeprefix("builtins.") in ("list", "tuple", "set") and isinstance(value, list | tuple | set):
         items = expected.get("items")
         if not isinstance(items, list) or len(items) != len(value):
             return [] if items is None else [f"{len(value)} items != {len(items)}"]
-        if kind == "set":
+        if isinstance(value, set):
             return []
         return [what for a, b in zip(value, items, strict=True) if isinstance(b, Mapping) for what in differences(a, b)]
     return [f"{type(value).__name__} {value!r} cannot be compared with {kind}"[:200]]
