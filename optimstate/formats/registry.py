@@ -67,7 +67,7 @@ def open_document(path: str | Path) -> Document:
         raise UnrecognizedFormatError(
             what,
             path=path,
-            hint="Known are files of torch.save (also old ones), pickles of state dicts, safetensors (single or sharded), "
+            hint="Known are files of torch.save, old and new, pickles of state dicts, safetensors, single or sharded, "
             "folders of torch.distributed.checkpoint and of DeepSpeed, zip archives and folders of these.",
         )
     return found.read(path)
