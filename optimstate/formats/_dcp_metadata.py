@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats._pickle import dump
 from optimstate.formats._unpickle import load
 from optimstate.tensors import DTYPES
@@ -72,6 +72,8 @@ def load_metadata(data: bytes) -> tuple[Metadata, list[tuple[str, str]]]:
     tree, names = load(data)
     try:
         return _metadata(tree), names
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CorruptCheckpointError(f"the metadata is malformed: {error!r}"[:300]) from error
 

@@ -18,7 +18,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optimstate.errors import CorruptCheckpointError, RepresentationError, UnsupportedCheckpointError
+from optimstate.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    RepresentationError,
+    UnsupportedCheckpointError,
+)
 from optimstate.files import Extent
 from optimstate.formats import torch_zip
 from optimstate.formats._protocol import Document, WriteOptions
@@ -79,9 +84,9 @@ def read(path: Path) -> Document:
         else:
             state, param_groups = _stage_1_or_2(states, groups)
             model = main["module"]
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        if isinstance(error, CorruptCheckpointError | UnsupportedCheckpointError):
-            raise
         raise CorruptCheckpointError(f"the optimizer states are malformed: {error!r}"[:300], path=path) from error
     rest = {key: value for key, value in states[0].items() if key not in _PARTITIONING}
     document.tree = {"model": model, "optimizer": {"state": state, "param_groups": param_groups, "zero": rest}}
