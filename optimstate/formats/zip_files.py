@@ -37,6 +37,9 @@ def sniff(path: Path, head: bytes) -> bool:
     if head[:4] != b"PK\x03\x04" or not path.is_file() or len(head) < _LOCAL.size:
         return False
     length = int(_LOCAL.unpack_from(head)[9])
+    if _LOCAL.size + length > len(head):
+        with path.open("rb") as file:
+            head = file.read(_LOCAL.size + length)
     return b"/" not in head[_LOCAL.size : _LOCAL.size + length] and path.suffix != ".distcp"
 
 
