@@ -20,6 +20,8 @@ from optimstate.files import AtomicDirectory
 from optimstate.formats import torch_zip
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.deepspeed import MASTER, Shapes, shape_of
+from optimstate.state.model import OptimizerState
+from optimstate.state.sections import find_sections
 from optimstate.tensors import LazyTensor
 from optimstate.tree import GlobalName
 
@@ -101,7 +103,7 @@ def _shaped(tensor: LazyTensor, shape: tuple[int, ...], file: Path) -> LazyTenso
 
 
 def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
-    """Write a tree that has `model` and a named `optimizer`.
+    """Write a tree that has `model` and an `optimizer` with names, keyed by them or by position.
 
     The masters are the slot `fp32_param`, or the weights themselves where they are float32.
 
@@ -111,36 +113,49 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     options = options or WriteOptions()
     model, optimizer = _parts(tree, path)
     notes: list[str] = []
+    groups: list[tuple[Mapping[str, Any], tuple[str, ...]]] = [
+        (group.options, group.names or ()) for group in optimizer.groups
+    ]
     with AtomicDirectory(path) as folder:
         (folder / "zero").mkdir()
-        for group in optimizer["param_groups"]:
-            for name in group["params"]:
-                _write_slots(folder / "zero" / name, _with_master(name, model, optimizer["state"].get(name)), options)
-        torch_zip.write(_optimizer_state(optimizer), folder / "zero" / _OPTIMIZER_FILE, options=options)
-        torch_zip.write(_model_states(tree, model, optimizer), folder / _MODEL_FILE, options=options)
-    extra = sorted(map(str, optimizer["state"].keys() - {n for g in optimizer["param_groups"] for n in g["params"]}))
-    if extra:
-        notes.append(f"left out: state of {len(extra)} names that are in no param group, first {extra[0]}")
+        for _, name, slots in optimizer.parameters():
+            assert name is not None
+            _write_slots(folder / "zero" / name, _with_master(name, model, slots), options)
+        states = {
+            **optimizer.node.get("zero", {}),
+            "param_groups": [{**group, "params": [index]} for index, (group, _) in enumerate(groups)],
+        }
+        torch_zip.write(states, folder / "zero" / _OPTIMIZER_FILE, options=options)
+        counters = _model_states(tree, model, [names for _, names in groups], notes)
+        torch_zip.write(counters, folder / _MODEL_FILE, options=options)
+    orphans = optimizer.orphans()
+    if orphans:
+        notes.append(f"left out: state of {len(orphans)} parameters that are in no group, first {orphans[0]!r}")
     return notes
 
 
-def _parts(tree: Any, path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _parts(tree: Any, path: Path) -> tuple[Mapping[str, Any], OptimizerState]:
+    """The model and the optimizer, every parameter of which is a tensor of the model."""
     model = tree.get("model") if isinstance(tree, Mapping) else None
-    optimizer = tree.get("optimizer") if isinstance(tree, Mapping) else None
-    named = isinstance(optimizer, Mapping) and all(
-        isinstance(name, str) for group in optimizer.get("param_groups", [{"params": [0]}]) for name in group["params"]
+    sections = (
+        find_sections({"optimizer": tree["optimizer"]}) if isinstance(model, Mapping) and "optimizer" in tree else []
     )
-    if not isinstance(model, Mapping) or not named:
+    found = next((section.optimizer() for section in sections if section.path == ("optimizer",)), None)
+    if not isinstance(model, Mapping) or found is None or not found.is_named:
         raise RepresentationError(
-            f"{path.name}: a universal checkpoint needs `model` and an `optimizer` whose parameters are keyed by name",
+            f"{path.name}: a universal checkpoint needs `model` and an `optimizer` with parameter names",
             hint="`optimstate name` gives an optimizer its parameter names.",
         )
-    assert isinstance(optimizer, Mapping)
-    for group in optimizer["param_groups"]:
-        for name in group["params"]:
-            if not isinstance(model.get(name), LazyTensor) or Path(name).name != name:
-                raise RepresentationError(f"parameter {name!r} of the optimizer is no tensor of the model")
-    return model, optimizer
+    for _, name, _ in found.parameters():
+        assert name is not None
+        if not isinstance(model.get(name), LazyTensor):
+            raise RepresentationError(
+                f"parameter {name!r} of the optimizer is no tensor of the model",
+                hint="Take wrapper prefixes (module., _orig_mod.) off both with a plan first.",
+            )
+        if Path(name).name != name or name in (".", ".."):
+            raise RepresentationError(f"parameter {name!r} cannot be the name of a folder")
+    return model, found
 
 
 def _with_master(name: str, model: Mapping[str, Any], slots: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -164,24 +179,39 @@ def _write_slots(folder: Path, slots: Mapping[str, Any], options: WriteOptions) 
         torch_zip.write({"cat_dim": 0, "param": value} if like_param else value, file, options=options)
 
 
-def _optimizer_state(optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    groups = [{**group, "params": [index]} for index, group in enumerate(optimizer["param_groups"])]
-    return {**optimizer.get("zero", {}), "param_groups": groups}
+# What DeepSpeed's engine asks of model states beside the model, as it is before the first step.
+_COUNTERS: dict[str, Any] = {
+    "lr_scheduler": None,
+    "data_sampler": None,
+    "random_ltd": None,
+    "sparse_tensor_module_names": [],
+    "skipped_steps": 0,
+    "global_steps": 0,
+    "global_samples": 0,
+    "dp_world_size": 1,
+    "mp_world_size": 1,
+    "ds_config": {},
+    "ds_version": "",
+}
 
 
-def _model_states(tree: Mapping[str, Any], model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """What DeepSpeed reads beside the parameters; what a tree from elsewhere lacks gets DeepSpeed's initial values."""
+def _model_states(
+    tree: Mapping[str, Any], model: Mapping[str, Any], groups: list[tuple[str, ...]], notes: list[str]
+) -> dict[str, Any]:
     size = GlobalName("torch", "Size")
-    shapes = [
-        OrderedDict((name, size(tuple(model[name].shape))) for name in group["params"])
-        for group in optimizer["param_groups"]
-    ]
-    trained = {name for group in shapes for name in group}
+    shapes = [OrderedDict((name, size(tuple(model[name].shape))) for name in names) for names in groups]
+    trained = {name for names in groups for name in names}
     made: dict[str, Any] = {
         "module": model,
         "buffer_names": [name for name in model if name not in trained],
         "optimizer": None,
         "param_shapes": shapes,
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "frozen_param_fragments": None,
     }
-    made.update({key: value for key, value in tree.items() if key not in ("model", "optimizer", *made)})
+    made.update({key: value for key, value in tree.items() if key not in ("model", "optimizer", "param_shapes")})
+    if "global_steps" not in made:
+        notes.append("DeepSpeed's counters (global_steps, global_samples, skipped_steps) start at 0")
+        made.update({key: value for key, value in _COUNTERS.items() if key not in made})
     return made

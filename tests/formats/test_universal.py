@@ -112,6 +112,13 @@ def test_a_plain_fp32_checkpoint_needs_no_masters(tmp_path: Path) -> None:
     assert tree["optimizer"]["state"]["w"]["exp_avg"].tobytes() == raw(live["optimizer"]["state"]["w"]["exp_avg"])
 
 
+def test_names_beside_positions_are_enough(tmp_path: Path) -> None:
+    case = corpus.case("torch/adam_named_wd")
+    report = convert(case.files[0], tmp_path / "b", to="deepspeed-universal")
+    assert report.notes == ("DeepSpeed's counters (global_steps, global_samples, skipped_steps) start at 0",)
+    assert judge(open_document(tmp_path / "b").tree, case.truth()).wrong == []
+
+
 def plain() -> dict[str, Any]:
     return {
         "model": {"w": torch.randn(3, 2), "count": torch.ones(1)},
@@ -133,7 +140,7 @@ def test_a_half_weight_without_a_master_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["torch/adam_unnamed_wd", "torch/optimizer_alone"])
 def test_an_anonymous_optimizer_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(RepresentationError, match="keyed by name"):
+    with pytest.raises(RepresentationError, match="with parameter names"):
         convert(corpus.case(name).files[0], tmp_path / "b", to="deepspeed-universal")
 
 
