@@ -24,6 +24,7 @@ __all__ = [
     "AtomicFile",
     "ByteSource",
     "Extent",
+    "FileSlice",
     "FileSource",
     "Progress",
     "check_destination",
@@ -99,6 +100,10 @@ class FileSource:
             ) from error
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def extent(self, offset: int, length: int) -> Extent:
+        """The bytes [offset, offset + length) of the file."""
+        return Extent(self, offset, length)
+
     def close(self) -> None:
         """Release the descriptor; reading afterwards is an error of the caller."""
         if self._fd >= 0:
@@ -118,6 +123,56 @@ class ByteSource(Protocol):
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes at `offset`."""
+
+
+class FileSlice:
+    """A part of a file under offsets of its own: an archive inside a larger file.
+
+    Args:
+        file: The file.
+        start: Where the part begins.
+        size: Its number of bytes.
+
+    Raises:
+        CorruptCheckpointError: The file ends before that.
+    """
+
+    __slots__ = ("file", "path", "size", "start")
+
+    def __init__(self, file: FileSource, start: int, size: int) -> None:
+        if start < 0 or size < 0 or start + size > file.size:
+            raise CorruptCheckpointError(
+                f"a part of {size} bytes is said to be at offset {start}, but the file has {file.size} bytes",
+                path=file.path,
+                place=f"offset {start}",
+                hint="The file is truncated or damaged; copy it again from its source.",
+            )
+        self.file = file
+        self.path = file.path
+        self.start = start
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset` of the part.
+
+        Raises:
+            CorruptCheckpointError: The part ends before that.
+        """
+        self._check(offset, length)
+        return self.file.read(self.start + offset, length)
+
+    def extent(self, offset: int, length: int) -> Extent:
+        """The bytes [offset, offset + length) of the part, as bytes of the file."""
+        self._check(offset, length)
+        return Extent(self.file, self.start + offset, length)
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CorruptCheckpointError(
+                f"needs {length} bytes at {offset} of a part of {self.size} bytes",
+                path=self.path,
+                place=f"offset {self.start + offset}",
+            )
 
 
 class Extent(NamedTuple):

@@ -16,7 +16,18 @@ from optimstate.errors import LimitExceededError, UnsupportedCheckpointError
 from optimstate.files import chunks
 from optimstate.tensors import LazyTensor, Storage
 
-__all__ = ["GlobalName", "Opaque", "OpaqueFile", "Path", "difference", "format_path", "opaques", "tensors", "walk"]
+__all__ = [
+    "AttributedTensor",
+    "GlobalName",
+    "Opaque",
+    "OpaqueFile",
+    "Path",
+    "difference",
+    "format_path",
+    "opaques",
+    "tensors",
+    "walk",
+]
 
 MAX_DEPTH = 1000
 """Containers within one another that are walked with their paths; no honest checkpoint has a twentieth of it."""
@@ -144,6 +155,38 @@ class Opaque:
         return f"<{self.type.path} object>"
 
 
+class AttributedTensor(LazyTensor):
+    """A tensor on which a program had set plain attributes: a persistent buffer, a parameter marked for its optimizer.
+
+    Attributes:
+        attributes: What was set, by name: numbers, text, None.
+    """
+
+    __slots__ = ("attributes",)
+
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, tensor: LazyTensor, attributes: Mapping[str, Any]) -> AttributedTensor:
+        """The same view of the same storage, with attributes."""
+        made = cls(
+            tensor.storage,
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride,
+            tensor.offset,
+            tensor.requires_grad,
+            tensor.is_parameter,
+            tensor.metadata,
+        )
+        made.attributes = attributes
+        return made
+
+    def clone(self) -> LazyTensor:
+        """As for a plain tensor; the attributes are those of the clone too."""
+        return AttributedTensor.of(super().clone(), self.attributes)
+
+
 class OpaqueFile(NamedTuple):
     """A file of a folder that is no checkpoint: copied as it is."""
 
@@ -241,12 +284,12 @@ def census(node: Any) -> tuple[int, Counter[str]]:
         inner = found.values() if type(found) is dict else [child for _, child in children(found)]
         for child in inner:
             kind = type(child)
-            if kind is LazyTensor:
+            if kind is LazyTensor or kind is AttributedTensor:
                 tensor_count += 1
             elif kind not in _SCALARS and isinstance(child, dict | list | tuple | Opaque) and id(child) not in seen:
                 seen.add(id(child))
                 stack.append(child)
-    return tensor_count + (type(node) is LazyTensor), records
+    return tensor_count + isinstance(node, LazyTensor), records
 
 
 _SCALARS = frozenset({int, float, str, bool, type(None), bytes})
@@ -404,6 +447,9 @@ class _Comparison:
             x, y = getattr(a, name), getattr(b, name)
             if x != y:
                 return f"{where}: {name} {x} != {y}"
+        one, other = getattr(a, "attributes", {}), getattr(b, "attributes", {})
+        if one != other:
+            return f"{where}: attributes {one!r} != {other!r}"
         if any(x != y for x, y in zip(a.chunks(), b.chunks(), strict=True)):
             return f"{where}: contents differ"
         return self._differ_sharing(where, a.storage, b.storage)

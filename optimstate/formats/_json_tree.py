@@ -70,7 +70,7 @@ class _Encoder:
             return node
         if kind is float:
             return node if math.isfinite(node) else {"$float": repr(node)}
-        if kind is LazyTensor:
+        if isinstance(node, LazyTensor):
             return self.tensor(path, node)
         if kind is complex:
             return {"$complex": [self.encode(path, node.real), self.encode(path, node.imag)]}

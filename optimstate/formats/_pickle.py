@@ -61,7 +61,7 @@ class _Pickler:
             self.out.append(known)
         elif kind is str:
             self.save_str(obj)
-        elif kind is LazyTensor:
+        elif isinstance(obj, LazyTensor):
             self.save_tensor(obj)
         elif kind in _SAVERS:
             _SAVERS[kind](self, obj)
@@ -226,10 +226,45 @@ class _Pickler:
         self.put()
 
     def save_tensor(self, tensor: LazyTensor) -> None:
+        attributes = getattr(tensor, "attributes", None)
         if tensor.is_parameter:
-            self.save_global("torch._utils", "_rebuild_parameter")
-        untyped = tensor.storage.kind == "UntypedStorage"
-        self.save_global("torch._utils", "_rebuild_tensor_v3" if untyped else "_rebuild_tensor_v2")
+            stateful = attributes is not None
+            self.save_global("torch._utils", "_rebuild_parameter_with_state" if stateful else "_rebuild_parameter")
+            if stateful:
+                self.out.append(b"(")
+            self.save_plain_tensor(tensor)
+            self.put()
+            self.save(tensor.requires_grad)
+            self.save_hooks()
+            if stateful:
+                self.save(attributes)
+            self.out.append(b"t" if stateful else b"\x87")
+            self.put()
+            self.out.append(b"R")
+        elif attributes is not None:
+            self.save_global("torch._tensor", "_rebuild_from_type_v2")
+            self.out.append(b"(")
+            self.save_global("torch._utils", self.rebuilder(tensor))
+            self.save_global("torch", "Tensor")
+            self.save_tensor_arguments(tensor)
+            self.save(attributes)
+            self.out.append(b"t")
+            self.put()
+            self.out.append(b"R")
+        else:
+            self.save_plain_tensor(tensor)
+        self.memoize(tensor)
+
+    @staticmethod
+    def rebuilder(tensor: LazyTensor) -> str:
+        return "_rebuild_tensor_v3" if tensor.storage.kind == "UntypedStorage" else "_rebuild_tensor_v2"
+
+    def save_plain_tensor(self, tensor: LazyTensor) -> None:
+        self.save_global("torch._utils", self.rebuilder(tensor))
+        self.save_tensor_arguments(tensor)
+        self.out.append(b"R")
+
+    def save_tensor_arguments(self, tensor: LazyTensor) -> None:
         self.out.append(b"(")
         self.save_storage(tensor.storage)
         self.save(tensor.offset)
@@ -237,21 +272,12 @@ class _Pickler:
         self.save(tensor.stride)
         self.save(tensor.requires_grad and not tensor.is_parameter)
         self.save_hooks()
-        if untyped:
+        if tensor.storage.kind == "UntypedStorage":
             self.save_global("torch", tensor.dtype)
         if tensor.metadata is not None:
             self.save(tensor.metadata)
         self.out.append(b"t")
         self.put()
-        self.out.append(b"R")
-        if tensor.is_parameter:
-            self.put()
-            self.save(tensor.requires_grad)
-            self.save_hooks()
-            self.out.append(b"\x87")
-            self.put()
-            self.out.append(b"R")
-        self.memoize(tensor)
 
 
 _SAVERS: dict[type, Callable[[_Pickler, Any], None]] = {

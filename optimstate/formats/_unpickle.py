@@ -20,7 +20,7 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.tensors import DTYPES, LazyTensor, Storage
-from optimstate.tree import GlobalName, Opaque, no_garbage_collection
+from optimstate.tree import AttributedTensor, GlobalName, Opaque, no_garbage_collection
 
 __all__ = ["MAX_PICKLE_BYTES", "InertUnpickler", "load"]
 
@@ -49,7 +49,7 @@ def _opcode_pattern(memo_limit: int) -> re.Pattern[bytes]:
 
     high = min(memo_limit >> 16, 0xFF)
     rows = [
-        rb"[(.012NQRabdelostu})\]\x81\x85-\x89\x8f-\x94]",
+        rb"[(012NQRabdelostu})\]\x81\x85-\x89\x8f-\x94]",
         rb"r..[\x00-" + re.escape(bytes([high])) + rb"]\x00",
         rb"[hqK\x80\x82].",
         rb"[Jj\x84].{4}",
@@ -74,25 +74,29 @@ _ONE_LINE = frozenset(b"ILFSVgPp")
 _STOP = ord(".")
 
 
-def check_opcodes(data: bytes) -> None:
-    """Refuse pickles whose opcodes declare more than the pickle holds, before anything is unpickled.
+def check_opcodes(data: bytes, start: int = 0) -> int:
+    """Refuse a pickle whose opcodes declare more than `data` holds, before anything is unpickled.
+
+    Returns:
+        Where the pickle that begins at `start` ends.
 
     Raises:
         CorruptCheckpointError: An argument reaches past the end, or there is no end.
         LimitExceededError: A memo index or a size is beyond any honest pickle of this length.
     """
-    if len(data) > MAX_PICKLE_BYTES:
+    if len(data) - start > MAX_PICKLE_BYTES:
         raise LimitExceededError(f"a pickle of {len(data)} bytes is over the limit of {MAX_PICKLE_BYTES}")
     pattern = _opcode_pattern(len(data))
-    at = 0
+    at = start
     while at < len(data):
         match = pattern.match(data, at)
         assert match is not None
         at = match.end()
         if at < len(data):
+            if data[at] == _STOP:
+                return at + 1
             at = _step(data, at)
-    if not data or data[-1] != _STOP:
-        raise CorruptCheckpointError("the pickle does not end with STOP", place=f"byte {len(data)} of the pickle")
+    raise CorruptCheckpointError("the pickle does not end with STOP", place=f"byte {len(data)} of the pickle")
 
 
 def _step(data: bytes, at: int) -> int:
@@ -185,7 +189,11 @@ class InertUnpickler(pickle.Unpickler):
         else:
             key = _REBUILDERS.get(f"{module}.{name}")
             build = getattr(self, key) if key else None
-        return _Builder(module, name, build) if build else GlobalName(module, name)
+        return self.builder(module, name, build) if build else GlobalName(module, name)
+
+    def builder(self, module: str, name: str, build: Callable[..., Any]) -> GlobalName:
+        """The stand-in for a global whose calls give `build(...)`."""
+        return _Builder(module, name, build)
 
     def _nested_class(self, owner: Any, name: Any) -> Any:
         # Protocol 2 spells a nested class as getattr(Outer, "Inner"); this is only a longer name.
@@ -260,6 +268,26 @@ class InertUnpickler(pickle.Unpickler):
             data.storage, data.dtype, data.shape, data.stride, data.offset, bool(grad), True, data.metadata
         )
 
+    def _parameter_with_state(self, data: Any, grad: Any, hooks: Any, state: Any) -> Any:
+        made = self._parameter(data, grad, hooks)
+        if isinstance(made, LazyTensor) and _are_plain(state):
+            return AttributedTensor.of(made, state)
+        return GlobalName("torch._utils", "_rebuild_parameter_with_state")(data, grad, hooks, state)
+
+    def _from_type_v2(self, build: Any, kind: Any, arguments: Any, state: Any) -> Any:
+        """A tensor with attributes; tensors of other classes stay records."""
+        known = isinstance(build, GlobalName) and build.path in _PLAIN_REBUILDERS and type(arguments) is tuple
+        if known and isinstance(kind, GlobalName) and kind.path == "torch.Tensor" and _are_plain(state):
+            return AttributedTensor.of(build(*arguments), state)
+        return GlobalName("torch._tensor", "_rebuild_from_type_v2")(build, kind, arguments, state)
+
+
+def _are_plain(attributes: Any) -> bool:
+    return type(attributes) is dict and all(
+        type(key) is str and (value is None or type(value) in (bool, int, float, str))
+        for key, value in attributes.items()
+    )
+
 
 def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
     """Elements from the first to behind the last one of a view."""
@@ -272,7 +300,10 @@ _REBUILDERS = {
     "torch._utils._rebuild_tensor_v2": "_tensor_v2",
     "torch._utils._rebuild_tensor_v3": "_tensor_v3",
     "torch._utils._rebuild_parameter": "_parameter",
+    "torch._utils._rebuild_parameter_with_state": "_parameter_with_state",
+    "torch._tensor._rebuild_from_type_v2": "_from_type_v2",
 }
+_PLAIN_REBUILDERS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _DTYPE_OF_STORAGE = {row.storage: row.name for row in DTYPES.values() if row.storage}
 _ITEMSIZE_OF_STORAGE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
 
@@ -344,12 +375,15 @@ def _refuse_disguises(tree: Any) -> None:
             stack.extend([child for child in inner if type(child) not in _LEAVES])
 
 
-def load(data: bytes, storage: StorageLoader | None = None) -> tuple[Any, list[tuple[str, str]]]:
+def load(
+    data: bytes, storage: StorageLoader | None = None, *, unpickler: type[InertUnpickler] = InertUnpickler
+) -> tuple[Any, list[tuple[str, str]]]:
     """Unpickle `data` inertly.
 
     Args:
         data: One whole pickle, any protocol.
         storage: Resolves storages; without it a pickle that refers to one is an error.
+        unpickler: What reads it, where a container has persistent ids of its own.
 
     Returns:
         The tree, and every global mentioned.
@@ -357,12 +391,14 @@ def load(data: bytes, storage: StorageLoader | None = None) -> tuple[Any, list[t
     Raises:
         CheckpointError: The pickle is damaged, hostile or uses something unknown.
     """
-    check_opcodes(data)
+    end = check_opcodes(data)
+    if end != len(data):
+        raise CorruptCheckpointError(f"{len(data) - end} bytes follow the pickle", place=f"byte {end} of the pickle")
     # The C unpickler reads through `peek` of a buffered file without calling back into Python for each opcode.
-    unpickler = InertUnpickler(io.BufferedReader(io.BytesIO(data), 1 << 20), storage)
+    reader = unpickler(io.BufferedReader(io.BytesIO(data), 1 << 20), storage)
     try:
         with no_garbage_collection():
-            tree = unpickler.load()
+            tree = reader.load()
             _refuse_disguises(tree)
     except CheckpointError:
         raise
@@ -370,4 +406,4 @@ def load(data: bytes, storage: StorageLoader | None = None) -> tuple[Any, list[t
         raise LimitExceededError("the pickle is nested too deeply") from None
     except Exception as error:
         raise CorruptCheckpointError(f"the pickle cannot be read: {error}"[:300]) from error
-    return tree, unpickler.globals
+    return tree, reader.globals

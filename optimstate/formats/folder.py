@@ -35,7 +35,9 @@ def read(path: Path) -> Document:
     document = _read_folder(path, path)
     if not document.parts:
         raise UnrecognizedFormatError(
-            "a folder without a checkpoint", path=path, hint="Known are torch.save files and safetensors."
+            "a folder without a checkpoint",
+            path=path,
+            hint="`optimstate convert --help` lists the containers that are known.",
         )
     return document
 
@@ -65,11 +67,11 @@ def _read_folder(path: Path, root: Path) -> Document:
 
 
 def _read_entry(file: Path, root: Path) -> Document | None:
-    if file.is_dir():
-        return _read_folder(file, root)
-    if not file.is_file():
+    if not file.is_dir() and not file.is_file():
         return None
     found = detect(file)
+    if found is not None and found.NAME == NAME:
+        return _read_folder(file, root)
     try:
         return found.read(file) if found is not None else None
     except UnrecognizedFormatError:
@@ -106,6 +108,8 @@ def _write_entries(tree: dict[str, Any], folder: Path, like: Document, options: 
         elif node is part.tree and part.path.is_file():
             for file in _files_of(part):
                 _copy(file, folder / file.name, options)
+        elif node is part.tree:
+            _copy_folder(part.path, target, options)
         else:
             made = get_format(part.format).write(node, target, like=part, options=options)
             notes.extend(f"{name}: {note}" for note in made)
@@ -116,6 +120,16 @@ def _files_of(part: Document) -> list[Path]:
     if not part.path.name.endswith(".safetensors.index.json"):
         return [part.path]
     return [part.path, *(part.path.parent / file for file in dict.fromkeys(read_index(part.path)[0].values()))]
+
+
+def _copy_folder(source: Path, target: Path, options: WriteOptions) -> None:
+    """A checkpoint that is a folder of its own, unchanged."""
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        if file.is_dir():
+            _copy_folder(file, target / file.name, options)
+        else:
+            _copy(file, target / file.name, options)
 
 
 def _copy(source: Path, target: Path, options: WriteOptions) -> None:

@@ -13,8 +13,14 @@ __all__ = ["FORMATS", "format_for_destination", "get_format", "open_document"]
 
 # Name -> module, in the order they are asked whether a file is theirs.
 FORMATS: dict[str, str] = {
+    "zip": "optimstate.formats.zip_files",
     "torch": "optimstate.formats.torch_zip",
     "safetensors": "optimstate.formats.safetensors",
+    "dcp": "optimstate.formats.dcp",
+    "deepspeed": "optimstate.formats.deepspeed",
+    "deepspeed-universal": "optimstate.formats.deepspeed_universal",
+    "torch-legacy": "optimstate.formats.torch_legacy",
+    "pickle": "optimstate.formats.pickle_file",
     "folder": "optimstate.formats.folder",
 }
 
@@ -59,7 +65,10 @@ def open_document(path: str | Path) -> Document:
     if found is None:
         what = "an empty file" if path.is_file() and not path.stat().st_size else "not a checkpoint of a known format"
         raise UnrecognizedFormatError(
-            what, path=path, hint="Known are torch.save files, safetensors (single or sharded) and folders of these."
+            what,
+            path=path,
+            hint="Known are files of torch.save, old and new, pickles of state dicts, safetensors, single or sharded, "
+            "folders of torch.distributed.checkpoint and of DeepSpeed, zip archives and folders of these.",
         )
     return found.read(path)
 

@@ -6,8 +6,8 @@ A plain file becomes a tree of one level. A whole checkpoint has, in the metadat
 
 whose TREE (see `_json_tree`) refers to the file's tensors by name; any reader of safetensors still sees named tensors.
 `{"$tensor": NAME}` may carry "dtype" (where safetensors has no code for it and the bytes are stored as another type),
-"stride" and "offset" and "storage" (tensors of one storage share memory), "parameter", "requires_grad", "location" and
-"metadata", each only where it is not the default.
+"stride" and "offset" and "storage" (tensors of one storage share memory), "parameter", "requires_grad", "location",
+"metadata" and "attributes" (what a program had set on the tensor), each only where it is not the default.
 
 Format: https://huggingface.co/docs/safetensors (header of JSON, at most 100 MB; no holes, no overlaps).
 """
@@ -31,8 +31,8 @@ from optimstate.formats import _json_tree
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.state.sections import parameter_labels
 from optimstate.tensors import DTYPES, LazyTensor, Storage, contiguous_strides
+from optimstate.tree import AttributedTensor, format_path, tensors
 from optimstate.tree import Path as TreePath
-from optimstate.tree import format_path, tensors
 
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)
@@ -210,6 +210,8 @@ def _decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
             bool(node.get("parameter", False)),
             node.get("metadata"),
         )
+        if "attributes" in node:
+            made = AttributedTensor.of(made, _json_tree.decode(node["attributes"], tensor))
         if made.nbytes != stored.nbytes:
             raise CorruptCheckpointError(
                 f"tensor {node['$tensor']!r} has {stored.nbytes} bytes, described {made.nbytes}"
@@ -360,6 +362,8 @@ class _Layout:
             node["requires_grad"] = True
         if tensor.metadata:
             node["metadata"] = tensor.metadata
+        if isinstance(tensor, AttributedTensor):
+            node["attributes"] = _json_tree.encode(dict(tensor.attributes), self._tensor)
         return node
 
     def _storage(self, storage: Storage) -> str:

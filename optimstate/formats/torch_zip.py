@@ -21,7 +21,7 @@ from optimstate.errors import (
     UnrecognizedFormatError,
     UnsupportedCheckpointError,
 )
-from optimstate.files import AtomicFile, Extent, FileSource, Progress, copy_extents
+from optimstate.files import AtomicFile, Extent, FileSlice, FileSource, Progress, copy_extents
 from optimstate.formats._pickle import dump
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats._unpickle import MAX_PICKLE_BYTES, load
@@ -73,7 +73,7 @@ class Archive:
         directory_offset: Where it begins.
     """
 
-    def __init__(self, source: FileSource) -> None:
+    def __init__(self, source: FileSource | FileSlice) -> None:
         self.source = source
         self.directory_offset, size, count = _find_directory(source)
         self.directory = source.read(self.directory_offset, size)
@@ -93,7 +93,7 @@ class Archive:
 
     def extent(self, record: Record) -> Extent:
         """The contents of a record."""
-        return Extent(self.source, self.data_offset(record), record.size)
+        return self.source.extent(self.data_offset(record), record.size)
 
     def read(self, record: Record, limit: int) -> bytes:
         """The contents of a small record, checked against its checksum."""
@@ -116,7 +116,7 @@ class Archive:
         )
 
 
-def _find_directory(source: FileSource) -> tuple[int, int, int]:
+def _find_directory(source: FileSource | FileSlice) -> tuple[int, int, int]:
     """Offset, size and number of entries of the central directory."""
     tail_size = min(source.size, _END.size + 0xFFFF + _LOCATOR64.size)
     tail = source.read(source.size - tail_size, tail_size)
@@ -154,7 +154,7 @@ def _rfind_end(data: bytes) -> int:
     return data.rfind(b"PK\x05\x06", 0, max(len(data) - _END.size + 4, 0))
 
 
-def _restore_hint(source: FileSource) -> str:
+def _restore_hint(source: FileSource | FileSlice) -> str:
     """An interrupted in-place edit leaves the old end inside the file: say how to return to it."""
     block = 1 << 24
     for low in range(max(source.size - block, 0), max(source.size - 16 * block, -1), -block):
@@ -168,7 +168,9 @@ def _restore_hint(source: FileSource) -> str:
     return "The file is truncated or no checkpoint of torch.save; copy it again from its source."
 
 
-def _parse_directory(source: FileSource, data: bytes, offset: int, count: int) -> tuple[str, dict[str, Record]]:
+def _parse_directory(
+    source: FileSource | FileSlice, data: bytes, offset: int, count: int
+) -> tuple[str, dict[str, Record]]:
     size = len(data)
     if count * _CENTRAL.size > size:
         raise CorruptCheckpointError(f"the zip directory cannot hold {count} entries in {size} bytes", path=source.path)
@@ -209,7 +211,9 @@ def _parse_directory(source: FileSource, data: bytes, offset: int, count: int) -
     return root.decode("utf-8", "replace"), records
 
 
-def _refuse_entry(source: FileSource, name: bytes, method: int, flags: int, header: int, size: int) -> NoReturn:
+def _refuse_entry(
+    source: FileSource | FileSlice, name: bytes, method: int, flags: int, header: int, size: int
+) -> NoReturn:
     """Say why a directory entry cannot be read."""
     shown = name.decode("utf-8", "replace")
     if method or flags & 1:
@@ -223,7 +227,7 @@ def _refuse_entry(source: FileSource, name: bytes, method: int, flags: int, head
     )
 
 
-def _refuse_overlaps(source: FileSource, records: dict[str, Record]) -> None:
+def _refuse_overlaps(source: FileSource | FileSlice, records: dict[str, Record]) -> None:
     end = 0
     for header, size, name in sorted((record.header, record.size, record.name) for record in records.values()):
         if header < end:
@@ -288,7 +292,19 @@ def read(path: Path) -> Document:
     Raises:
         CheckpointError: It is damaged, hostile, compressed, big-endian or TorchScript.
     """
-    archive = Archive(FileSource(path))
+    tree, names, archive = read_archive(FileSource(path))
+    notes = [] if "version" in archive.records else ["the record 'version' is missing: torch.load refuses this file"]
+    return Document(path, NAME, tree, names, notes, handle=archive)
+
+
+def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, str]], Archive]:
+    """The tree of an archive, the globals its pickle mentions, and its directory.
+
+    Raises:
+        CheckpointError: As `read`.
+    """
+    path = source.path
+    archive = Archive(source)
     records = archive.records
     if "constants.pkl" in records:
         raise UnsupportedCheckpointError(
@@ -323,8 +339,7 @@ def read(path: Path) -> Document:
         if error.path:
             raise
         raise type(error)(error.message, path=path, place=f"data.pkl {error.place}".strip(), hint=error.hint) from error
-    notes = [] if "version" in records else ["the record 'version' is missing: torch.load refuses this file"]
-    return Document(path, NAME, tree, names, notes, handle=archive)
+    return tree, names, archive
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -436,29 +451,47 @@ def _zip64_extra(size: int, stored: int, header: int) -> bytes:
 
 
 def _write_new(tree: Any, path: Path, like: Document | None, options: WriteOptions) -> None:
-    order: dict[int, tuple[str, Storage]] = {}
-
-    def key_of(storage: Storage) -> str:
-        return order.setdefault(id(storage), (str(len(order)), storage))[0]
-
-    pickled = dump(tree, key_of)
+    pickled, storages = _pickled(tree)
     root = (path.stem if path.stem.isascii() and path.stem else "archive") + "/"
-    expected = len(pickled) + sum(storage.nbytes + 256 for _, storage in order.values())
+    expected = len(pickled) + sum(storage.nbytes + 256 for storage in storages)
     with AtomicFile(path, expected_size=expected, sync=options.sync) as out:
-        directory = _Directory(out.fd, root, 0, options.progress)
-        checks = [directory.add("data.pkl", pickled)]
-        directory.add(".format_version", b"1")
-        directory.add(".storage_alignment", str(_ALIGNMENT).encode())
-        directory.add("byteorder", b"little")
-        for key, storage in order.values():
-            crc = storage.crc if storage.crc is not None or options.checksums else 0
-            checks.append(directory.add("data/" + key, storage.pieces, crc))
-        for name, record in _other_records(like):
-            directory.add(name, (record,) if record.length else ())
-        directory.add("version", b"3\n")
-        directory.add(".data/serialization_id", _serialization_id([root, *map(str, checks)]))
-        for part in directory.directory():
-            out.write(part)
+        _write_records(out.fd, root, pickled, storages, _other_records(like), options)
+
+
+def write_archive(fd: int, tree: Any, options: WriteOptions) -> int:
+    """Append a whole archive to an open file, as `torch.save` writes it to a stream, and return its size."""
+    return _write_records(fd, "archive/", *_pickled(tree), [], options)
+
+
+def _pickled(tree: Any) -> tuple[bytes, list[Storage]]:
+    """The pickle of a tree, and the storages it refers to, in order of their keys."""
+    order: dict[int, tuple[str, Storage]] = {}
+    pickled = dump(tree, lambda storage: order.setdefault(id(storage), (str(len(order)), storage))[0])
+    return pickled, [storage for _, storage in order.values()]
+
+
+def _write_records(
+    fd: int,
+    root: str,
+    pickled: bytes,
+    storages: Sequence[Storage],
+    others: Sequence[tuple[str, Extent]],
+    options: WriteOptions,
+) -> int:
+    directory = _Directory(fd, root, 0, options.progress)
+    checks = [directory.add("data.pkl", pickled)]
+    directory.add(".format_version", b"1")
+    directory.add(".storage_alignment", str(_ALIGNMENT).encode())
+    directory.add("byteorder", b"little")
+    for key, storage in enumerate(storages):
+        crc = storage.crc if storage.crc is not None or options.checksums else 0
+        checks.append(directory.add(f"data/{key}", storage.pieces, crc))
+    for name, record in others:
+        directory.add(name, (record,) if record.length else ())
+    directory.add("version", b"3\n")
+    directory.add(".data/serialization_id", _serialization_id([root, *map(str, checks)]))
+    body, end = directory.directory()
+    return directory.position + write_bytes(fd, body) + write_bytes(fd, end)
 
 
 _OWN_RECORDS = {"data.pkl", ".format_version", ".storage_alignment", "byteorder", "version", ".data/serialization_id"}

@@ -11,7 +11,7 @@ from optimstate.state.model import OptimizerState, as_mapping
 from optimstate.tensors import LazyTensor
 from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile, Path, children, format_path
 
-__all__ = ["Kind", "Section", "find_sections", "parameter_labels"]
+__all__ = ["Kind", "Section", "find_sections", "parameter_labels", "tied_names"]
 
 Kind = Literal["optimizer", "model", "scheduler", "ema"]
 
@@ -23,7 +23,8 @@ class Section:
     """A part of a checkpoint whose meaning is known.
 
     Attributes:
-        kind: What it is. An `ema` is a `torch.optim.swa_utils.AveragedModel` state: `n_averaged` and `module.*`.
+        kind: What it is. An `ema` is a `torch.optim.swa_utils.AveragedModel` state: `n_averaged` and `module.*`, or
+            one that keeps `shadow_params` by position (torch_ema).
         path: Where it stands in the tree.
         node: The mapping, or the pickled object, itself.
     """
@@ -31,6 +32,12 @@ class Section:
     kind: Kind
     path: Path
     node: Any
+
+    @property
+    def positional(self) -> bool:
+        """Whether its parameters are a list in the order of the model, in a form that cannot hold names."""
+        fields = _fields(self.node) or {}
+        return _is_shadow_list(fields) if self.kind == "ema" else _is_listed_optimizer(fields)
 
     @property
     def label(self) -> str:
@@ -42,12 +49,14 @@ class Section:
         fields = _fields(self.node)
         assert self.kind == "optimizer"
         assert fields is not None
-        return OptimizerState.from_node(fields)
+        return OptimizerState.from_node(_keyed(fields) if _is_listed_optimizer(fields) else fields)
 
     def tensors(self) -> dict[str, Any]:
         """Name to tensor, in order; only for models and EMAs. Entries that are no tensors are left out."""
         if isinstance(self.node, Opaque):
             return dict(_module_tensors(self.node))
+        if self.positional:
+            return {str(index): value for index, value in enumerate(self.node["shadow_params"])}
         return {name: value for name, value in self.node.items() if is_tensor(value)}
 
 
@@ -56,6 +65,24 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, LazyTensor) or (
         isinstance(value, Opaque) and value.type.qualname.startswith(("_rebuild_", "DTensor", "ShardedTensor"))
     )
+
+
+def tied_names(tensors: Mapping[str, Any]) -> list[list[str]]:
+    """Names whose tensors show the same bytes. Tensors side by side in one storage are not tied."""
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, LazyTensor) and tensor.nbytes:
+            spans.setdefault(id(tensor.storage), []).append((*tensor.span(), name))
+    groups: list[list[str]] = []
+    for members in spans.values():
+        end = -1
+        for start, stop, name in sorted(members, key=lambda member: member[:2]):
+            if start < end:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+            end = max(end, stop)
+    return [names for names in groups if len(names) > 1]
 
 
 def find_sections(tree: Any) -> list[Section]:
@@ -94,12 +121,14 @@ def _kind(node: Any) -> Kind | None:
     fields = _fields(node)
     if not fields:
         return None
-    if _is_optimizer(fields):
+    if _is_optimizer(fields) or _is_listed_optimizer(fields):
         return "optimizer"
     if _is_scheduler(fields):
         return "scheduler"
     if isinstance(node, Opaque):
         return "model" if "_parameters" in fields and "_modules" in fields else None
+    if _is_shadow_list(fields):
+        return "ema"
     if "n_averaged" in fields and _is_model({key: value for key, value in fields.items() if key != "n_averaged"}):
         return "ema"
     return "model" if _is_model(fields) else None
@@ -112,6 +141,43 @@ def _is_optimizer(fields: Mapping[Any, Any]) -> bool:
         and isinstance(groups, list | tuple)
         and all(isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in groups)
     )
+
+
+def _is_listed_optimizer(fields: Mapping[Any, Any]) -> bool:
+    """Fastai's form: `state` lists the slots of each parameter, `hypers` the options of each group."""
+    state = fields.get("state")
+    return (
+        isinstance(state, list)
+        and all(isinstance(slots, Mapping) for slots in state)
+        and _options_of_groups(fields.get("hypers")) is not None
+    )
+
+
+def _options_of_groups(hypers: Any) -> list[Mapping[str, Any]] | None:
+    """A list of options, or what fastcore's list `L` holds."""
+    if isinstance(hypers, Opaque) and isinstance(hypers.state, Mapping):
+        hypers = hypers.state.get("items")
+    return hypers if isinstance(hypers, list) and all(isinstance(group, Mapping) for group in hypers) else None
+
+
+def _keyed(fields: Mapping[Any, Any]) -> dict[str, Any]:
+    """A listed optimizer in index form: one group, as the file does not say which parameter is in which.
+
+    The group has the options that all groups have alike.
+    """
+    groups = _options_of_groups(fields["hypers"]) or [{}]
+    alike = {key: value for key, value in groups[0].items() if all(_same(group.get(key), value) for group in groups)}
+    state = dict(enumerate(fields["state"]))
+    return {"state": state, "param_groups": [{**alike, "params": list(state)}]}
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and not isinstance(a, Opaque | LazyTensor) and bool(a == b)
+
+
+def _is_shadow_list(fields: Mapping[Any, Any]) -> bool:
+    shadow = fields.get("shadow_params")
+    return "decay" in fields and isinstance(shadow, list) and bool(shadow) and all(map(is_tensor, shadow))
 
 
 def _is_scheduler(fields: Mapping[Any, Any]) -> bool:
@@ -130,7 +196,7 @@ def _is_model(fields: Mapping[Any, Any]) -> bool:
             return False
         if is_tensor(value):
             found = found or not isinstance(value, LazyTensor) or value.dtype.startswith(_FLOATING)
-        elif not (value is None or name.endswith("_extra_state")):
+        elif not (value is None or name.rpartition(".")[2].startswith("_extra_state")):
             return False
     return found
 

@@ -77,7 +77,7 @@ def convert(
             options = replace(options, progress=None)
         else:
             notes += written.write(tree, destination, like=document, options=options)
-        found = [node for _, node in walk(tree) if type(node) is LazyTensor]
+        found = [node for _, node in walk(tree) if isinstance(node, LazyTensor)]
         nbytes = sum(tensor.nbytes for tensor in found)
         return ConvertReport(
             str(source), str(destination), document.format, target, not dry_run, len(found), nbytes, tuple(notes)
@@ -90,9 +90,12 @@ def _target_format(destination: Path, to: str | None, options: WriteOptions) -> 
     return format_for_destination(destination, to).NAME
 
 
+_FOLDERS = ("folder", "zip")
+
+
 def _without_files(document: Document) -> tuple[Any, list[str]]:
     """A folder's tree without the files that are no checkpoints, which a single container cannot hold."""
-    if document.format != "folder":
+    if document.format not in _FOLDERS:
         return document.tree, []
     notes: list[str] = []
 
@@ -103,7 +106,7 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
             if part is None:
                 notes.append(f"left out: {prefix}{name} is no checkpoint")
             else:
-                made[name] = strip(value, part, f"{prefix}{name}/") if part.format == "folder" else value
+                made[name] = strip(value, part, f"{prefix}{name}/") if part.format in _FOLDERS else value
         return made
 
     return strip(document.tree, document, ""), notes
@@ -121,7 +124,7 @@ def verify_checksums(document: Document) -> int:
     seen: set[int] = set()
     compared = 0
     for path, node in walk(document.tree):
-        if type(node) is not LazyTensor or node.storage.crc is None or id(node.storage) in seen:
+        if not isinstance(node, LazyTensor) or node.storage.crc is None or id(node.storage) in seen:
             continue
         seen.add(id(node.storage))
         value = 0

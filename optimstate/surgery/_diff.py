@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from optimstate.formats.registry import open_document
 from optimstate.state.names import wrapper_prefix
-from optimstate.state.sections import Section, find_sections
+from optimstate.state.sections import Section, find_sections, tied_names
 from optimstate.surgery._common import opening, to_json
 from optimstate.surgery._inspect import describe, plain
 from optimstate.tensors import LazyTensor
@@ -186,7 +186,7 @@ class _Comparison:
                 self.changes.append(Change(label, "option", name, left, right))
 
     def _compare_sharing(self, label: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-        for names, other in ((_shared(mine), theirs), (_shared(theirs), mine)):
+        for names, other in ((tied_names(mine), theirs), (tied_names(theirs), mine)):
             for first, *rest in names:
                 for name in rest:
                     if first in other and name in other and not _share(other[first], other[name]):
@@ -196,14 +196,6 @@ class _Comparison:
 
 def _share(a: Any, b: Any) -> bool:
     return isinstance(a, LazyTensor) and isinstance(b, LazyTensor) and a.storage is b.storage
-
-
-def _shared(tensors: dict[str, Any]) -> list[list[str]]:
-    users: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, LazyTensor) and tensor.nbytes:
-            users.setdefault(id(tensor.storage), []).append(name)
-    return [names for names in users.values() if len(names) > 1]
 
 
 def _renames(removed: dict[str, Any], added: dict[str, Any]) -> dict[str, str]:

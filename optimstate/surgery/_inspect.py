@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from optimstate.formats._globals import dangerous
 from optimstate.formats.registry import open_document
 from optimstate.state.model import Group, OptimizerState
+from optimstate.state.records import tensor_record
 from optimstate.state.schema import recognise
-from optimstate.state.sections import Section, find_sections, scheduler_name
+from optimstate.state.sections import Section, find_sections, scheduler_name, tied_names
 from optimstate.surgery._common import opening, to_json
 from optimstate.tensors import LazyTensor
 from optimstate.tree import GlobalName, Opaque, census
@@ -156,8 +157,17 @@ def inspect(path: str | Path, *, parameters: bool = False) -> Inspection:
             tuple(_section_info(section, listed=parameters) for section in sections),
             {name: count for name, count in opaque.most_common() if count > 0},
             tuple(dangerous(document.globals)),
-            tuple(document.notes),
+            (*document.notes, *_notes(sections)),
         )
+
+
+def _notes(sections: Sequence[Section]) -> Iterator[str]:
+    for section in sections:
+        if section.kind == "optimizer" and _is_flat(section.optimizer()):
+            yield (
+                f"optimizer {section.label}: all state is vectors; if these are FSDP1's flat parameters, they cannot "
+                "be named without the model: save FSDP.optim_state_dict() instead"
+            )
 
 
 def _size(path: Path) -> int:
@@ -182,10 +192,6 @@ def _section_info(section: Section, *, listed: bool) -> OptimizerInfo | ModelInf
 def _model_info(section: Section, *, listed: bool) -> ModelInfo:
     found = section.tensors()
     lazy = {name: tensor for name, tensor in found.items() if isinstance(tensor, LazyTensor)}
-    users: dict[int, list[str]] = {}
-    for name, tensor in lazy.items():
-        if tensor.nbytes:
-            users.setdefault(id(tensor.storage), []).append(name)
     return ModelInfo(
         section.kind,
         section.label,
@@ -193,7 +199,7 @@ def _model_info(section: Section, *, listed: bool) -> ModelInfo:
         sum(tensor.numel for tensor in lazy.values()),
         dict(Counter(tensor.dtype for tensor in lazy.values())),
         sum(tensor.nbytes for tensor in lazy.values()),
-        tuple(tuple(names) for names in users.values() if len(names) > 1),
+        tuple(tuple(names) for names in tied_names(lazy)),
         _kinds_of_names(found),
         {name: describe(tensor) for name, tensor in found.items()} if listed else {},
     )
@@ -215,7 +221,8 @@ def describe(value: Any) -> str:
     """A leaf in few words: `float32[12, 8]`, a number, or the class of a record."""
     if isinstance(value, LazyTensor):
         return f"{value.dtype}{list(value.shape)}"
-    return str(plain(value))
+    record = tensor_record(value)
+    return str(record) if record is not None else str(plain(value))
 
 
 MAX_SHOWN = 4096
@@ -242,7 +249,10 @@ def _plain(value: Any, room: list[int]) -> Any:
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return repr(value) if isinstance(value, Opaque | GlobalName) else str(value)
+    if isinstance(value, Opaque | GlobalName):
+        record = tensor_record(value)
+        return repr(value) if record is None else str(record)
+    return str(value)
 
 
 _SHOWN_AS_NUMBER = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
@@ -265,18 +275,21 @@ def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> Optimi
         if not found:
             fresh += 1
             continue
-        for slot, value in found.items():
+        for slot, value in _slots(found):
             count = slots.get(slot) or slots.setdefault(slot, _SlotCount())
             count.parameters += 1
-            if type(value) is LazyTensor:
+            if isinstance(value, LazyTensor):
                 kind = (value.dtype, value.shape)
                 if kind not in sizes:
                     sizes[kind] = value.nbytes
                 count.nbytes += sizes[kind]
                 count.dtypes.add(value.dtype)
+            elif (record := tensor_record(value)) is not None:
+                count.nbytes += sum(part.nbytes for part in record.parts.values())
+                count.dtypes.add(f"{record.kind} {record.dtype}")
             else:
                 count.dtypes.add(value.type.qualname if isinstance(value, Opaque) else type(value).__name__)
-            if slot == "step":
+            if slot.rpartition(".")[2] == "step":
                 steps[scalars.text(value)] += 1
     if not steps:  # some algorithms count per group
         steps.update(scalars.text(group.options["step"]) for group in state.groups if "step" in group.options)
@@ -295,6 +308,26 @@ def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> Optimi
     )
 
 
+def _slots(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every slot; of slots that an optimizer nests (bitsandbytes, heavyball, Shampoo) each by its dotted path."""
+    for slot, value in found.items():
+        if isinstance(value, Mapping) and value and len(prefix) < 100:
+            yield from _slots(value, f"{prefix}{slot}.")
+        else:
+            yield f"{prefix}{slot}", value
+
+
+def _is_flat(state: OptimizerState) -> bool:
+    """Whether every tensor of an anonymous optimizer is a vector, as FSDP1's flat parameters are."""
+    vectors = [
+        len(value.shape)
+        for _, _, found in state.parameters()
+        for _, value in _slots(found or {})
+        if isinstance(value, LazyTensor) and value.shape
+    ]
+    return bool(vectors) and max(vectors) == 1 and not state.is_named
+
+
 def _parameter_infos(state: OptimizerState) -> Iterator[ParameterInfo]:
     group_of = [index for index, group in enumerate(state.groups) for _ in group.params]
     for position, ((key, name, found), group) in enumerate(zip(state.parameters(), group_of, strict=True)):
@@ -309,7 +342,7 @@ class _ScalarReader:
         self._known: dict[Any, str] = {}
 
     def text(self, value: Any) -> str:
-        if type(value) is not LazyTensor:
+        if not isinstance(value, LazyTensor):
             return _step_text(plain(value))
         storage = value.storage
         # CRC-32 tells any two messages of up to four bytes apart, so equal checksums are equal numbers.

@@ -115,7 +115,7 @@ def verify_against(path: str | Path, source: str | Path, plan: Plan) -> VerifyRe
         findings = (
             (Finding("fault", "against", str(path), f"not what the plan makes of {source}: {found}"),) if found else ()
         )
-        tensors = [node for node in nodes(actual.tree) if type(node) is LazyTensor]
+        tensors = [node for node in nodes(actual.tree) if isinstance(node, LazyTensor)]
         nbytes = sum(tensor.nbytes for tensor in tensors)
         return VerifyReport(str(path), findings, (f"{len(tensors)} tensors, {nbytes} bytes against {source}",), ())
 

@@ -76,7 +76,7 @@ def test_inspect_prints_names_groups_slots_and_steps() -> None:
     out = run("inspect", str(corpus.case("torch/adamw_named_layerwise_sequentiallr").entry), "--params").out
     for mention in ("optimizer at optimizer: AdamW, 4 groups, named parameters", "step 5", "exp_avg_sq", "fc1.weight"):
         assert mention in out
-    assert "scheduler scheduler: SequentialLR" in out
+    assert "scheduler at scheduler: SequentialLR" in out
 
 
 def test_inspect_warns_of_what_would_run() -> None:

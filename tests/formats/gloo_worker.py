@@ -1,0 +1,81 @@
+"""One of two processes with real shards: `python -m tests.formats.gloo_worker VERB RANK FOLDER`.
+
+save    writes FOLDER/sharded with torch.distributed.checkpoint: tensors cut along dim 0, dim 1, and not at all
+load    loads FOLDER/written into an FSDP2 model and its optimizer, and writes what arrived to FOLDER/arrived.pt
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+SHAPES = {"rows": (7, 4), "columns": (6, 5), "deep": (3, 4, 6), "whole": (5,), "tiny": (1, 3)}
+
+
+def values(name: str) -> torch.Tensor:
+    """The tensor that every process agrees on."""
+    shape = SHAPES[name]
+    count = torch.Size(shape).numel()
+    return (torch.arange(count, dtype=torch.float32) + len(name)).view(shape)
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3, bias=False))
+
+
+def trained(net: torch.nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(net.named_parameters(), lr=1e-2)
+    torch.manual_seed(1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def save(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    placements = {"rows": Shard(0), "columns": Shard(1), "deep": Shard(2), "whole": Replicate(), "tiny": Shard(0)}
+    tensors = {name: distribute_tensor(values(name), mesh, [kind]) for name, kind in placements.items()}
+    dcp.save({"model": tensors, "epoch": 3, "betas": (0.9, 0.999)}, checkpoint_id=str(folder / "sharded"))
+
+
+def load(folder: Path) -> None:
+    net = model()
+    for layer in net:
+        if list(layer.parameters()):
+            fully_shard(layer)
+    fully_shard(net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0)
+    weights, state = get_state_dict(net, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=str(folder / "written"))
+    set_state_dict(net, optimizer, model_state_dict=weights, optim_state_dict=state)
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, state = get_state_dict(net, optimizer, options=full)
+    if dist.get_rank() == 0:
+        torch.save({"model": weights, "optimizer": state}, folder / "arrived.pt")
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    save(folder)
+    load(folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

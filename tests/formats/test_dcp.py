@@ -1,0 +1,388 @@
+"""Folders of torch.distributed.checkpoint: read as torch reads them, and written so that torch reads them."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as distributed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from optimstate.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    RepresentationError,
+    UnsupportedCheckpointError,
+)
+from optimstate.files import Extent, chunks
+from optimstate.formats import dcp
+from optimstate.formats._dcp_metadata import load_metadata
+from optimstate.formats._tiles import Tile, check_tiling, tiled
+from optimstate.formats.registry import open_document
+from optimstate.state.sections import find_sections
+from optimstate.tensors import LazyTensor, Storage
+from optimstate.tree import difference
+from tests import corpus
+from tests.formats import gloo_worker
+from tests.formats.live import differs, raw
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+NESTED = ("dcp/single_adamw_nested", "dcp/fsdp2_ws2_adamw_nested")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks saved, and what they got from a checkpoint of ours: see `gloo_worker`."""
+    folder = tmp_path_factory.mktemp("gloo")
+    net = gloo_worker.model()
+    state = gloo_worker.trained(net).state_dict()
+    names = [name for name, _ in net.named_parameters()]
+    (group,) = state["param_groups"]
+    named = {
+        "state": {names[key]: slots for key, slots in state["state"].items()},
+        "param_groups": [{**{k: v for k, v in group.items() if k != "param_names"}, "params": names}],
+    }
+    torch.save({"model": net.state_dict(), "optimizer": named}, folder / "a.pt")
+    dcp.write(open_document(folder / "a.pt").tree, folder / "written")
+    command = [sys.executable, "-m", "tests.formats.gloo_worker"]
+    root = Path(__file__).parents[2]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, cwd=root) for rank in range(2)
+    ]
+    for process in ranks:
+        _, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error.decode()
+    return folder
+
+
+def save(tree: dict[str, Any], path: Path, **options: Any) -> Path:
+    writer = distributed.FileSystemWriter(path, **options)
+    distributed.save(tree, storage_writer=writer, no_dist=True)
+    return path
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_the_tree_is_the_one_torch_restores(name: str, tmp_path: Path) -> None:
+    case = corpus.case(name)
+    dcp_to_torch_save(str(case.entry), str(tmp_path / "a.pt"))
+    document = open_document(case.entry)
+    assert document.format == "dcp"
+    assert differs(document.tree, torch.load(tmp_path / "a.pt", weights_only=True)) is None
+
+
+def test_a_flattened_optimizer_is_the_nested_one() -> None:
+    flat = open_document(corpus.case("dcp/fsdp2_ws2_adamw_flat").entry).tree
+    nested = open_document(corpus.case("dcp/fsdp2_ws2_adamw_nested").entry).tree
+    assert flat["optimizer"]["state"].keys() == nested["optimizer"]["state"].keys()
+    for name, slots in nested["optimizer"]["state"].items():
+        assert {slot: value.tobytes() for slot, value in slots.items()} == {
+            slot: value.tobytes() for slot, value in flat["optimizer"]["state"][name].items()
+        }
+    assert sorted(map(repr, map(sorted, (g["params"] for g in flat["optimizer"]["param_groups"])))) == sorted(
+        map(repr, map(sorted, (g["params"] for g in nested["optimizer"]["param_groups"])))
+    )
+
+
+def test_positions_are_numbers_again() -> None:
+    tree = open_document(corpus.case("dcp/fsdp2_ws2_adamw_raw_intkeys").entry).tree
+    assert sorted(tree["optimizer"]["state"]) == list(range(12))
+    (optimizer,) = (section.optimizer() for section in find_sections(tree) if section.kind == "optimizer")
+    assert optimizer.orphans() == []
+    assert all(slots for _, _, slots in optimizer.parameters())
+
+
+def test_an_optimizer_without_state_is_one(tmp_path: Path) -> None:
+    net = torch.nn.Linear(2, 3)
+    path = save({"optimizer": torch.optim.SGD(net.parameters(), lr=0.1).state_dict()}, tmp_path / "a")
+    (section,) = find_sections(open_document(path).tree)
+    assert section.kind == "optimizer"
+    assert [len(group.params) for group in section.optimizer().groups] == [2]
+
+
+def test_megatron_keeps_names_slots_and_the_file_beside() -> None:
+    document = open_document(corpus.case("megatron/distopt-fully_reshardable").entry)
+    (optimizer,) = (s.optimizer() for s in find_sections(document.tree) if s.kind == "optimizer")
+    (model,) = (s.tensors() for s in find_sections(document.tree) if s.kind == "model")
+    assert optimizer.is_named
+    assert set(optimizer.state) <= set(model)
+    for name, slots in optimizer.state.items():
+        assert set(slots) == {"param", "exp_avg", "exp_avg_sq"}
+        assert {slot.shape for slot in slots.values()} == {model[name].shape}
+        assert slots["param"].tobytes() == model[name].tobytes()  # trained in fp32: the master is the weight
+    assert document.tree["common.pt"]["iteration"] == 3
+    assert any("param groups" in note for note in document.notes)
+
+
+@pytest.mark.slow
+def test_shards_along_any_dimension(two_processes: Path) -> None:
+    tree = open_document(two_processes / "sharded").tree
+    assert {name: tensor.shape for name, tensor in tree["model"].items()} == gloo_worker.SHAPES
+    for name, tensor in tree["model"].items():
+        assert tensor.tobytes() == raw(gloo_worker.values(name)), name
+    assert (tree["epoch"], tree["betas"]) == (3, (0.9, 0.999))
+
+
+def test_safetensors_serialization(tmp_path: Path) -> None:
+    live = {
+        "model": {"a.weight": torch.randn(5, 3), "b": torch.arange(4), "h": torch.randn(3).bfloat16()},
+        "step": 7,
+    }
+    path = save(live, tmp_path / "a", serialization_format=SerializationFormat.SAFETENSORS)
+    assert differs(open_document(path).tree, live) is None
+
+
+def test_strided_items_are_read_in_order(tmp_path: Path) -> None:
+    live = {"w": torch.randn(4, 6).t(), "c": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
+    assert differs(open_document(save(live, tmp_path / "a")).tree, live) is None
+
+
+def test_lists_tuples_and_objects(tmp_path: Path) -> None:
+    live = {"list": [torch.ones(2), {"x": 1}, "t"], "tuple": (torch.zeros(1), 2), "plain": [1, None], "text": "é"}
+    assert differs(open_document(save(live, tmp_path / "a")).tree, live) is None
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(corpus.case("dcp/fsdp2_ws2_adamw_nested").entry, tmp_path / "a"))
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    (folder / "__1_0.distcp").unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"__1_0\.distcp"):
+        open_document(folder)
+
+
+def test_missing_metadata_is_explained(folder: Path) -> None:
+    (folder / ".metadata").unlink()
+    with pytest.raises(CorruptCheckpointError, match=r"without \.metadata.*\n.*did not finish"):
+        open_document(folder)
+
+
+def test_a_short_file_is_named_before_anything_is_read(folder: Path) -> None:
+    file = folder / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CorruptCheckpointError, match=r"__1_0\.distcp: a part of \d+ bytes"):
+        open_document(folder)
+
+
+def test_every_truncation_of_the_metadata_is_a_named_error(folder: Path) -> None:
+    data = (folder / ".metadata").read_bytes()
+    for length in range(0, len(data), 997):
+        (folder / ".metadata").write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match="metadata"):
+            open_document(folder)
+
+
+def test_a_piece_that_is_not_what_the_metadata_says(folder: Path) -> None:
+    data = (folder / ".metadata").read_bytes()
+    assert b"bfloat16" not in data
+    (folder / ".metadata").write_bytes(data.replace(b"\x8c\x07float32", b"\x8c\x07float64").replace(b"x", b"x"))
+    tree = open_document(folder).tree
+    with pytest.raises(CorruptCheckpointError, match=r"should be float64"):
+        tree["model"]["tok.weight"].tobytes()
+
+
+def test_metadata_cannot_run_anything_or_leave_the_folder(folder: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return exec, ("raise SystemExit",)
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile(), 4))
+    with pytest.raises(CorruptCheckpointError, match="metadata is"):
+        open_document(folder)
+    data = corpus.case("dcp/fsdp2_ws2_adamw_nested").entry.joinpath(".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(data.replace(b"__0_0.distcp", b"../x0.distcp"))
+    with pytest.raises(CorruptCheckpointError, match="outside the folder"):
+        open_document(folder)
+
+
+def test_compressed_items_are_refused_by_name(tmp_path: Path) -> None:
+    folder = save({"w": torch.ones(3)}, tmp_path / "a")
+    with (folder / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    for info in metadata.storage_data.values():
+        info.transform_descriptors = ["zstd"]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UnsupportedCheckpointError, match="'w' went through zstd"):
+        open_document(folder)
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+class Bytes:
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def read(self, offset: int, length: int) -> bytes:
+        assert offset + length <= len(self.data)
+        return self.data[offset : offset + length]
+
+
+def cut_into_boxes(shape: tuple[int, ...], data: st.DataObject) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut an index space by recursive bisection: grids and irregular tilings."""
+    boxes = [((0,) * len(shape), shape)]
+    for _ in range(data.draw(st.integers(0, 6))):
+        offsets, sizes = boxes.pop(data.draw(st.integers(0, len(boxes) - 1)))
+        axis = data.draw(st.integers(0, len(shape) - 1))
+        at = data.draw(st.integers(0, sizes[axis]))
+        low, high = list(sizes), list(sizes)
+        low[axis], high[axis] = at, sizes[axis] - at
+        moved = list(offsets)
+        moved[axis] += at
+        boxes += [(offsets, tuple(low)), (tuple(moved), tuple(high))]
+    return boxes
+
+
+@settings(max_examples=200, deadline=None)
+@given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple), data=st.data())
+def test_any_tiling_gives_the_tensor(shape: tuple[int, ...], data: st.DataObject) -> None:
+    whole = torch.arange(prod(shape), dtype=torch.int16).view(shape)
+    boxes = cut_into_boxes(shape, data)
+    check_tiling(shape, boxes)
+    tiles = []
+    for offsets, sizes in boxes:
+        part = raw(whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].clone())
+        tiles.append(Tile(offsets, sizes, Storage((Extent(Bytes(part), 0, len(part)),), len(part))))
+    pieces = tiled(shape, 2, tiles)
+    for block in (1, 3, 1 << 20):
+        assert b"".join(chunks(pieces, block)) == raw(whole)
+    full = [box for box in boxes if 0 not in box[1]]
+    if len(full) > 1:
+        with pytest.raises(CorruptCheckpointError, match="do not fill"):
+            check_tiling(shape, full[1:])
+        with pytest.raises(CorruptCheckpointError, match="do not fill"):
+            check_tiling(shape, [*full, full[0]])
+
+
+def test_overlaps_of_the_right_total_are_found() -> None:
+    boxes = [((0, 0), (2, 2)), ((1, 1), (2, 2)), ((0, 2), (1, 1))]
+    with pytest.raises(CorruptCheckpointError, match="do not fill"):
+        check_tiling((3, 3), boxes)
+    with pytest.raises(CorruptCheckpointError, match="outside"):
+        check_tiling((3,), [((2,), (2,))])
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def blank(node: Any) -> Any:
+    """The same state dict with other values, for torch to load into."""
+    if isinstance(node, torch.Tensor):
+        return torch.full_like(node, 77)
+    if isinstance(node, dict):
+        return type(node)((key, blank(value)) for key, value in node.items())
+    if isinstance(node, list):
+        return [blank(item) for item in node]
+    return None
+
+
+def same_values(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return raw(a) == raw(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_values(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same_values, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize(
+    "name", ["torch/adamw_named_layerwise_sequentiallr", "torch/sgd_plain_unnamed_1g", "optimstate/adamw_non_ascii"]
+)
+def test_torch_loads_what_is_written(name: str, tmp_path: Path) -> None:
+    case = corpus.case(name)
+    document = open_document(case.files[0])
+    dcp.write(document.tree, tmp_path / "a", like=document)
+    live = torch.load(case.files[0], weights_only=True)
+    loaded = blank(live)
+    distributed.load(loaded, checkpoint_id=str(tmp_path / "a"), no_dist=True)
+    assert same_values(loaded, live)
+
+
+def test_torch_accepts_every_field_of_the_metadata(tmp_path: Path) -> None:
+    live = {"w": torch.randn(3, 4), "none": None}
+    torch.save(live, tmp_path / "a.pt")
+    dcp.write(open_document(tmp_path / "a.pt").tree, tmp_path / "a")
+    ours = distributed.FileSystemReader(tmp_path / "a").read_metadata()
+    theirs = distributed.FileSystemReader(save(live, tmp_path / "b")).read_metadata()
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.planner_data == theirs.planner_data
+    assert ours.version == theirs.version
+    assert set(ours.storage_data) == set(theirs.storage_data)
+    indices = ({key.fqn: key.index for key in found.storage_data} for found in (ours, theirs))
+    assert next(indices) == next(indices)
+
+
+@pytest.mark.slow
+def test_two_processes_of_fsdp2_load_what_is_written(two_processes: Path) -> None:
+    saved = torch.load(two_processes / "a.pt", weights_only=True)
+    arrived = torch.load(two_processes / "arrived.pt", weights_only=True)
+    assert same_values(arrived["model"], dict(saved["model"]))
+    assert same_values(arrived["optimizer"]["state"], saved["optimizer"]["state"])
+    assert arrived["optimizer"]["param_groups"][0]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("name", [*NESTED, "dcp/fsdp2_ws2_adamw_flat", "dcp/fsdp2_ws2_adamw_raw_intkeys"])
+def test_written_again_it_reads_the_same(name: str, tmp_path: Path) -> None:
+    document = open_document(corpus.case(name).entry)
+    dcp.write(document.tree, tmp_path / "a", like=document)
+    again = open_document(tmp_path / "a")
+    assert difference(document.tree, again.tree) is None
+    old, new = (load_metadata((path / ".metadata").read_bytes())[0] for path in (document.path, again.path))
+    assert set(old.order) == set(new.order)  # flattened ones stay flattened: the names are those torch asks for
+    assert old.paths == new.paths
+
+
+def test_files_beside_it_are_written_too(tmp_path: Path) -> None:
+    document = open_document(corpus.case("megatron/distopt-fully_reshardable").entry)
+    dcp.write(document.tree, tmp_path / "a", like=document)
+    assert difference(document.tree["common.pt"], open_document(tmp_path / "a" / "common.pt").tree) is None
+
+
+def test_what_names_cannot_hold_is_named(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    live = {"a": {1: torch.ones(1)}, "empty": {}, "t": torch.ones(2, 3).t(), "x": shared[:3], "y": shared[3:]}
+    torch.save(live, tmp_path / "a.pt")
+    notes = dcp.write(open_document(tmp_path / "a.pt").tree, tmp_path / "a")
+    assert sorted(note.split(":")[0] for note in notes) == [
+        "an empty mapping is left out",
+        "keys that are no text become text",
+        "strides are not kept",
+        "tensors that share memory are stored each on its own",
+    ]
+    assert any("empty" in note for note in notes)
+    tree = open_document(tmp_path / "a").tree
+    assert sorted(tree) == ["a", "t", "x", "y"]
+    assert tree["t"].tobytes() == raw(live["t"])
+    assert isinstance(tree["a"]["1"], LazyTensor)
+
+
+def test_two_paths_of_one_name_are_refused(tmp_path: Path) -> None:
+    torch.save({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, tmp_path / "a.pt")
+    with pytest.raises(RepresentationError, match=r"would both be named 'a\.b'"):
+        dcp.write(open_document(tmp_path / "a.pt").tree, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_only_a_mapping_can_be_written(tmp_path: Path) -> None:
+    with pytest.raises(RepresentationError, match="root"):
+        dcp.write([1], tmp_path / "a")
