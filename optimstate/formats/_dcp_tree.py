@@ -24,6 +24,7 @@ Leaves = dict[str, tuple[Path, Any]]
 """Name -> its path and what it is."""
 
 _MEGATRON = "optimizer.state."
+_DEEP = 100  # lists of lists beyond this are one item
 
 
 # --- names to tree --------------------------------------------------------------------------------------------------
@@ -94,7 +95,9 @@ def _restored(node: Any) -> Any:
     made = {key: _restored(value) for key, value in node.items()}
     groups = made.get("param_groups")
     if isinstance(groups, list) and groups and all(isinstance(g, dict) and "params" in g for g in groups):
-        state = made.setdefault("state", {})  # an empty mapping has no items, and so no name
+        if "state" not in made:  # an empty mapping has no items, and so no name
+            made = {"state": {}, **made}
+        state = made["state"]
         keys = [key for group in groups for key in group["params"]]
         if isinstance(state, dict) and keys and all(type(key) is int for key in keys):
             made["state"] = {int(key) if str(key).isdecimal() else key: slots for key, slots in state.items()}
@@ -201,6 +204,7 @@ class _Leaves:
         self.found: Leaves = {}
         self.notes: dict[str, tuple[int, str]] = {}
         self.storages: dict[int, Path] = {}
+        self.open: set[int] = set()
 
     def note(self, what: str, path: Path) -> None:
         count, first = self.notes.get(what, (0, format_path(path)))
@@ -213,19 +217,22 @@ class _Leaves:
             self.note("keys that are no text become text", path)
 
     def visit(self, path: Path, node: Any) -> None:
+        if not (isinstance(node, Mapping) and node) and not _is_entered(node):
+            self.add(path, node)  # an empty mapping too: torch leaves it out, and reads past it
+            return
+        if id(node) in self.open:
+            raise RepresentationError(f"{format_path(path)} contains itself")
+        self.open.add(id(node))
         if isinstance(node, Mapping):
             self.note_keys(path, node)
-            if not node and path[-1:] != ("state",):
-                self.note("an empty mapping is left out", path)
             if self.flattened and _is_named_optimizer(node):
                 node = dict(_flattened(node))
             for key, value in node.items():
                 self.visit((*path, str(key)), value)
-        elif _is_entered(node):
+        else:
             for index, value in enumerate(node):
                 self.visit((*path, index), value)
-        else:
-            self.add(path, node)
+        self.open.discard(id(node))
 
     def add(self, path: Path, leaf: Any) -> None:
         name = ".".join(map(str, path))

@@ -181,7 +181,7 @@ def _is_shadow_list(fields: Mapping[Any, Any]) -> bool:
 
 
 def _is_scheduler(fields: Mapping[Any, Any]) -> bool:
-    if "_schedulers" in fields:
+    if "_schedulers" in fields or {"last_step", "base_values"} <= fields.keys():  # the latter is mmengine's
         return True
     if "last_epoch" not in fields:
         return False

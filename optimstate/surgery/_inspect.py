@@ -184,7 +184,10 @@ def _section_info(section: Section, *, listed: bool) -> OptimizerInfo | ModelInf
     if section.kind == "scheduler":
         fields = section.node if isinstance(section.node, Mapping) else section.node.state
         return SchedulerInfo(
-            section.label, scheduler_name(section.node), plain(fields.get("last_epoch")), plain(fields.get("_last_lr"))
+            section.label,
+            scheduler_name(section.node),
+            plain(fields.get("last_epoch", fields.get("last_step"))),
+            plain(fields.get("_last_lr")),
         )
     return _model_info(section, listed=listed)
 

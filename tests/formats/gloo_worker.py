@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._shard import sharded_tensor
+from torch.distributed._shard.sharded_tensor import Shard as OldShard
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -48,6 +50,11 @@ def save(folder: Path) -> None:
     placements = {"rows": Shard(0), "columns": Shard(1), "deep": Shard(2), "whole": Replicate(), "tiny": Shard(0)}
     tensors = {name: distribute_tensor(values(name), mesh, [kind]) for name, kind in placements.items()}
     dcp.save({"model": tensors, "epoch": 3, "betas": (0.9, 0.999)}, checkpoint_id=str(folder / "sharded"))
+    rank = dist.get_rank()
+    local = tensors["columns"].to_local()
+    shards = [OldShard.from_tensor_and_offsets(local, [0, 3 * rank], rank)]
+    whole = sharded_tensor.init_from_local_shards(shards, *SHAPES["columns"])
+    torch.save({"d": tensors["rows"], "s": whole}, folder / f"rank{rank}.pt")
 
 
 def load(folder: Path) -> None:
