@@ -130,23 +130,14 @@ def _step(data: bytes, at: int) -> int:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-class _Builder(GlobalName):
-    """A global whose calls give plain data or a `LazyTensor`; mentioned without a call it is a name like any other."""
+def _builder(module: str, qualname: str, build: Callable[..., Any]) -> GlobalName:
+    """A global whose calls give plain data or a `LazyTensor`; mentioned without a call it is a name like any other.
 
-    build: Callable[..., Any]
-
-    def __new__(mcs, module: str, qualname: str, build: Callable[..., Any]) -> _Builder:
-        made = super().__new__(mcs, module, qualname)
-        assert isinstance(made, _Builder)
-        made.build = build
-        return made
-
-    def __init__(cls, module: str, qualname: str, _build: Callable[..., Any]) -> None:  # noqa: N805 - a metaclass
-        super().__init__(module, qualname)
-
-    def __call__(cls, *arguments: Any) -> Any:  # noqa: N805
-        """Build what the call would give."""
-        return cls.build(*arguments)
+    `build` stands in the metaclass as it is: a call by the C unpickler, of which there is one per tensor, goes straight
+    to it.
+    """
+    kind: type[GlobalName] = type("Builder", (GlobalName,), {"__call__": build})
+    return kind(module, qualname)
 
 
 class InertUnpickler(pickle.Unpickler):
@@ -193,7 +184,7 @@ class InertUnpickler(pickle.Unpickler):
 
     def builder(self, module: str, name: str, build: Callable[..., Any]) -> GlobalName:
         """The stand-in for a global whose calls give `build(...)`."""
-        return _Builder(module, name, build)
+        return _builder(module, name, build)
 
     def _nested_class(self, owner: Any, name: Any) -> Any:
         # Protocol 2 spells a nested class as getattr(Outer, "Inner"); this is only a longer name.

@@ -17,7 +17,7 @@ from optimstate.state.records import tensor_record
 from optimstate.state.schema import recognise
 from optimstate.state.sections import Section, find_sections, scheduler_name, tied_names
 from optimstate.surgery._common import opening, to_json
-from optimstate.tensors import LazyTensor
+from optimstate.tensors import DTYPES, LazyTensor
 from optimstate.tree import GlobalName, Opaque, census
 
 __all__ = ["Inspection", "inspect"]
@@ -263,37 +263,58 @@ _SHOWN_AS_NUMBER = {"float64", "float32", "float16", "bfloat16", "int64", "int32
 
 @dataclass
 class _SlotCount:
+    """What is counted of one slot."""
+
     parameters: int = 0
     dtypes: set[str] = field(default_factory=set)
     nbytes: int = 0
 
+    def add(self, value: Any) -> None:
+        """Count one value."""
+        self.parameters += 1
+        record = tensor_record(value)
+        if isinstance(value, LazyTensor):
+            self.nbytes += value.nbytes
+            self.dtypes.add(value.dtype)
+        elif record is not None:
+            self.nbytes += sum(part.nbytes for part in record.parts.values())
+            self.dtypes.add(f"{record.kind} {record.dtype}")
+        else:
+            self.dtypes.add(value.type.qualname if isinstance(value, Opaque) else type(value).__name__)
+
+    def add_tensors(self, dtype: str, shape: tuple[int, ...], times: int) -> None:
+        """Count equal tensors."""
+        self.parameters += times
+        self.dtypes.add(dtype)
+        self.nbytes += times * DTYPES[dtype].itemsize * math.prod(shape)
+
+
+def _is_plain(found: Mapping[Any, Any]) -> bool:
+    """Whether no slot holds others."""
+    return not any(type(value) is not LazyTensor and isinstance(value, Mapping) for value in found.values())
+
 
 def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> OptimizerInfo:
+    # Checkpoints have few kinds of slots and many tensors: what costs something is done once for each kind.
+    tensors: dict[tuple[str, str, tuple[int, ...]], int] = {}
     slots: dict[str, _SlotCount] = {}
     steps: Counter[str] = Counter()
     scalars = _ScalarReader()
-    sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # checkpoints have few shapes and many tensors
     fresh = 0
     for _, _, found in state.parameters():
         if not found:
             fresh += 1
             continue
-        for slot, value in _slots(found):
-            count = slots.get(slot) or slots.setdefault(slot, _SlotCount())
-            count.parameters += 1
-            if isinstance(value, LazyTensor):
-                kind = (value.dtype, value.shape)
-                if kind not in sizes:
-                    sizes[kind] = value.nbytes
-                count.nbytes += sizes[kind]
-                count.dtypes.add(value.dtype)
-            elif (record := tensor_record(value)) is not None:
-                count.nbytes += sum(part.nbytes for part in record.parts.values())
-                count.dtypes.add(f"{record.kind} {record.dtype}")
+        for slot, value in found.items() if _is_plain(found) else _slots(found):
+            if type(value) is LazyTensor:
+                kind = (slot, value.dtype, value.shape)
+                tensors[kind] = tensors.get(kind, 0) + 1
             else:
-                count.dtypes.add(value.type.qualname if isinstance(value, Opaque) else type(value).__name__)
-            if slot.rpartition(".")[2] == "step":
+                slots.setdefault(slot, _SlotCount()).add(value)
+            if slot == "step" or (type(slot) is str and slot.endswith(".step")):
                 steps[scalars.text(value)] += 1
+    for (slot, dtype, shape), times in tensors.items():
+        slots.setdefault(slot, _SlotCount()).add_tensors(dtype, shape, times)
     if not steps:  # some algorithms count per group
         steps.update(scalars.text(group.options["step"]) for group in state.groups if "step" in group.options)
     algorithm = recognise(slots, state.groups[0].options) if state.groups else None
