@@ -253,7 +253,8 @@ class LazyTensor(_Sealed):
     def scattered(self, row_major: Storage, kind: str, location: str) -> Storage:
         """A storage of this view's span with the elements of `row_major` where the strides put them."""
         length = self.span()[1]
-        return Storage((Extent(ScatteredSource(self, row_major), 0, length),), length, kind, location)
+        view = self.with_storage(row_major)  # this tensor will hold the result, which must not hold this tensor
+        return Storage((Extent(ScatteredSource(view, row_major), 0, length),), length, kind, location)
 
     def __repr__(self) -> str:
         return f"LazyTensor({self.dtype}, {list(self.shape)})"
