@@ -253,7 +253,8 @@ class LazyTensor(_Sealed):
     def scattered(self, row_major: Storage, kind: str, location: str) -> Storage:
         """A storage of this view's span with the elements of `row_major` where the strides put them."""
         length = self.span()[1]
-        return Storage((Extent(ScatteredSource(self, row_major), 0, length),), length, kind, location)
+        view = self.with_storage(row_major)  # this tensor will hold the result, which must not hold this tensor
+        return Storage((Extent(ScatteredSource(view, row_major), 0, length),), length, kind, location)
 
     def __repr__(self) -> str:
         return f"LazyTensor({self.dtype}, {list(self.shape)})"
@@ -347,9 +348,25 @@ class ScatteredSource:
             buffer = bytearray(view.span()[1])
             width = _moving_dtype(view.itemsize)
             elements = torch.frombuffer(_readable(self._row_major.pieces), dtype=width).view(view.shape)
-            torch.frombuffer(buffer, dtype=width).as_strided(view.shape, view.stride, view.offset).copy_(elements)
+            target = torch.frombuffer(buffer, dtype=width)
+            if _may_overlap(view):  # torch refuses to copy into such a view
+                places = torch.arange(len(target)).as_strided(view.shape, view.stride, view.offset)
+                target[places.reshape(-1)] = elements.reshape(-1)
+            else:
+                target.as_strided(view.shape, view.stride, view.offset).copy_(elements)
             self._built = bytes(buffer)
         return self._built[offset : offset + length]
+
+
+def _may_overlap(view: LazyTensor) -> bool:
+    """Whether two elements of a view could be in one place, as in an expanded tensor."""
+    reach = 0
+    for step, size in sorted(zip(view.stride, view.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return True
+            reach += (size - 1) * step
+    return False
 
 
 def _moving_dtype(itemsize: int) -> Any:

@@ -134,11 +134,14 @@ def unlike(a: Any, b: Any, where: str = "tree") -> str | None:
 def load_torch(path: Path) -> Any:
     """What torch makes of one of our own files; only where it must, and never of a hostile one, beyond plain data."""
     import pickle
+    import warnings
 
     import torch
 
     assert "hostile" not in str(path)
-    try:
-        return torch.load(path, weights_only=True)
-    except pickle.UnpicklingError:
-        return torch.load(path, weights_only=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")
+        try:
+            return torch.load(path, weights_only=True)
+        except pickle.UnpicklingError:
+            return torch.load(path, weights_only=False)

@@ -9,7 +9,7 @@ themselves. Everything else is an object with one key that begins with `$`:
     {"$ordered": [[KEY, VALUE], ...]}      an OrderedDict; "attributes" holds what was set on it (`_metadata`)
     {"$float": "inf" | "-inf" | "nan"}  {"$complex": [REAL, IMAGINARY]}
     {"$bytes": BASE64}  {"$bytearray": BASE64}
-    {"$global": "module.name"}             a torch dtype, a class: by name only
+    {"$global": "module.name"}             a torch dtype, a class: by name only; "module" where the name has dots
     {"$object": {...}}                     a call or an instance of a class known to hold data only (`PLAIN_CLASSES`)
 """
 
@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from optimstate.errors import CorruptCheckpointError, LimitExceededError, RepresentationError
+from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, RepresentationError
 from optimstate.formats._globals import PLAIN_CLASSES
 from optimstate.tensors import LazyTensor
 from optimstate.tree import GlobalName, Opaque, Path, format_path, path_key
@@ -77,7 +77,7 @@ class _Encoder:
         if kind is bytes or kind is bytearray:
             return {f"${kind.__name__}": base64.b64encode(node).decode()}
         if isinstance(node, GlobalName):
-            return {"$global": node.path}
+            return {"$global": node.path} | ({"module": node.module} if "." in node.qualname else {})
         if node is OrderedDict:
             return {"$global": "collections.OrderedDict"}
         if id(node) in self.open:
@@ -155,10 +155,13 @@ def decode(value: Any, tensor: Callable[[dict[str, Any]], LazyTensor]) -> Any:
     """
     try:
         return _Decoder(tensor).decode(value)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, CorruptCheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CorruptCheckpointError(f"the description of the tree is malformed: {error!r}") from error
+
+
+_METHODS = frozenset(dir(OrderedDict))
 
 
 class _Decoder:
@@ -179,7 +182,10 @@ class _Decoder:
         content = value[tag]
         if tag == "$ordered":
             ordered = OrderedDict(self.pairs(content))
-            vars(ordered).update(self.decode(value.get("attributes", {})))
+            attributes = self.decode(value.get("attributes", {}))
+            if not _METHODS.isdisjoint(attributes):
+                raise CorruptCheckpointError("attributes that hide a method of an OrderedDict")
+            vars(ordered).update(attributes)
             return ordered
         if tag == "$dict":
             return dict(self.pairs(content))
@@ -193,7 +199,7 @@ class _Decoder:
             data = base64.b64decode(content, validate=True)
             return data if tag == "$bytes" else bytearray(data)
         if tag == "$global":
-            return self.name(content)
+            return self.name(content, value.get("module"))
         if tag == "$object":
             return self.object(content)
         raise CorruptCheckpointError(f"unknown kind of node {tag!r}")
@@ -201,12 +207,12 @@ class _Decoder:
     def pairs(self, content: list[list[Any]]) -> list[tuple[Any, Any]]:
         return [(self.decode(key), self.decode(value)) for key, value in content]
 
-    def name(self, path: str) -> Any:
+    def name(self, path: str, module: str | None = None) -> Any:
         if path == "collections.OrderedDict":
             return OrderedDict
         if path not in self.names:
-            module, _, qualname = path.rpartition(".")
-            self.names[path] = GlobalName(module, qualname)
+            module = path.rpartition(".")[0] if module is None else module
+            self.names[path] = GlobalName(module, path.removeprefix(f"{module}."))
         return self.names[path]
 
     def object(self, content: dict[str, Any]) -> Opaque:

@@ -163,6 +163,12 @@ class InertUnpickler(pickle.Unpickler):
         """Every class or function mentioned."""
         return list(self._stand_ins)
 
+    def release(self) -> None:
+        """Let go of the file: stand-ins and unpickler hold each other, and would keep it open until collected."""
+        for stand_in in self._stand_ins.values():
+            if isinstance(stand_in, _Builder):
+                stand_in.build = stand_in.record
+
     def find_class(self, module: str, name: str, /) -> Any:
         """The stand-in for a global; never the thing itself, except for a few builtin containers."""
         key = (module, name)
@@ -397,4 +403,6 @@ def load(
         raise LimitExceededError("the pickle is nested too deeply") from None
     except Exception as error:
         raise CorruptCheckpointError(f"the pickle cannot be read: {error}"[:300]) from error
+    finally:
+        reader.release()
     return tree, reader.globals

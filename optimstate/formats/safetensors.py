@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from optimstate.errors import (
+    CheckpointError,
     CorruptCheckpointError,
     LimitExceededError,
     RepresentationError,
@@ -39,6 +40,8 @@ SUFFIXES = (".safetensors",)
 
 MAX_HEADER = 100_000_000
 _BY_CODE = {row.safetensors: row for row in DTYPES.values() if row.safetensors}
+MAX_GAPS = 1 << 30
+_STORAGE_KINDS = {"UntypedStorage"} | {row.storage for row in DTYPES.values() if row.storage}
 _SUB_BYTE = {"F4", "F6_E2M3", "F6_E3M2"}
 _INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -86,8 +89,8 @@ def _read_header(source: FileSource) -> tuple[dict[str, Any], int]:
 def _read_tensor(source: FileSource, base: int, name: str, entry: Any) -> LazyTensor:
     try:
         code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-            raise ValueError("a size or offset is no natural number")
+        if not _are_natural((*shape, start, stop)) or not isinstance(code, str):
+            raise ValueError("a size or offset is no natural number, or the dtype no text")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(f"the entry of {name!r} is malformed: {error!r}", path=source.path) from None
     if code not in _BY_CODE:
@@ -145,8 +148,10 @@ def _document(path: Path, found: dict[str, LazyTensor], metadata: dict[str, str]
         return Document(path, NAME, found, handle=rest)
     try:
         tree = _decode_checkpoint(json.loads(metadata["optimstate"]), found)
-    except (ValueError, RecursionError) as error:
-        message = error.message if isinstance(error, CorruptCheckpointError) else str(error)
+    except CheckpointError as error:
+        raise type(error)(error.message, path=path, place="header entry 'optimstate'", hint=error.hint) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        message = f"the description of the tree is malformed: {error!r}"[:300]
         raise CorruptCheckpointError(message, path=path, place="header entry 'optimstate'") from error
     return Document(path, NAME, tree, handle=rest)
 
@@ -196,16 +201,18 @@ def _decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
         dtype = node.get("dtype", stored.dtype)
         shape = tuple(node["shape"]) if "shape" in node else stored.shape
         stride = tuple(node["stride"]) if "stride" in node else contiguous_strides(shape)
-        if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in (*shape, *stride)):
+        offset = node.get("offset", 0)
+        if dtype not in DTYPES or len(shape) != len(stride) or not _are_natural((*shape, *stride, offset)):
             raise CorruptCheckpointError(
-                f"tensor {node['$tensor']!r} is described with dtype {dtype!r}, shape {shape!r}"
+                f"tensor {node['$tensor']!r} is described with dtype {dtype!r}, shape {shape!r}, stride {stride!r} "
+                f"and offset {offset!r}"
             )
         made = LazyTensor(
             stored.storage,
             dtype,
             shape,
             stride,
-            int(node.get("offset", 0)),
+            offset,
             bool(node.get("requires_grad", False)),
             bool(node.get("parameter", False)),
             node.get("metadata"),
@@ -225,7 +232,8 @@ def _decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
         return made
 
     tree = _json_tree.decode(document["tree"], tensor)
-    shared = {key: _assembled(document["storages"][key], pieces) for key, pieces in members.items()}
+    storages = document["storages"] if members else {}
+    shared = {key: _assembled(storages[key], pieces) for key, pieces in members.items()}
     for made, key in views:
         made.storage = shared[key]
         if made.span()[1] > made.storage.nbytes:
@@ -233,8 +241,19 @@ def _decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
     return tree
 
 
+def _are_natural(numbers: Iterable[Any]) -> bool:
+    return all(type(n) is int and n >= 0 for n in numbers)
+
+
+def _check_gaps(total: int, stored: int) -> None:
+    """What no tensor shows is not in the file, so a small file could declare any amount of it."""
+    if total > max(MAX_GAPS, 100 * stored):
+        raise LimitExceededError(f"a storage of {total} bytes, of which the file holds {stored}")
+
+
 def _laid_out(made: LazyTensor, stored: LazyTensor, kind: str, location: str) -> Storage:
     """The storage of a tensor alone in it, its elements put where its strides say."""
+    _check_gaps(made.span()[1], made.nbytes)
     if made.is_contiguous() and made.offset == 0:
         return Storage(stored.storage.pieces, stored.nbytes, kind, location)
     return made.scattered(stored.storage, kind, location)
@@ -244,7 +263,10 @@ def _assembled(description: dict[str, Any], pieces: list[tuple[int, LazyTensor]]
     """One storage from the row-major tensors that look into it; what none of them shows is zero."""
     extents: list[Extent] = []
     at = 0
-    total = int(description["nbytes"])
+    total, kind, location = description["nbytes"], description["kind"], description["location"]
+    if not _are_natural([total]) or kind not in _STORAGE_KINDS or not isinstance(location, str):
+        raise CorruptCheckpointError(f"a storage described as {description!r}"[:200])
+    _check_gaps(total, sum(stored.nbytes for _, stored in pieces))
     for start, stored in sorted(pieces, key=lambda piece: (piece[0], -piece[1].nbytes)):
         if start > at:
             extents.append(Extent(None, 0, start - at))
@@ -256,7 +278,7 @@ def _assembled(description: dict[str, Any], pieces: list[tuple[int, LazyTensor]]
         raise CorruptCheckpointError(f"tensors of {at} bytes in a storage of {total}")
     if at < total:
         extents.append(Extent(None, 0, total - at))
-    return Storage(tuple(extents), total, str(description["kind"]), str(description["location"]))
+    return Storage(tuple(extents), total, kind, location)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
