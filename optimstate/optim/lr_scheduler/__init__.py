@@ -1,1 +1,38 @@
-"""Learning-rate schedulers of torch.optim.lr_scheduler."""
+"""The schedulers of torch.optim.lr_scheduler: the same floats, and a state that says what it lacks."""
+
+from __future__ import annotations
+
+from optimstate.optim.lr_scheduler._base import LRScheduler
+from optimstate.optim.lr_scheduler.compose import ChainedScheduler, SequentialLR
+from optimstate.optim.lr_scheduler.cyclic import CosineAnnealingWarmRestarts, CyclicLR, OneCycleLR
+from optimstate.optim.lr_scheduler.decay import (
+    ConstantLR,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    MultiplicativeLR,
+    MultiStepLR,
+    PolynomialLR,
+    StepLR,
+)
+from optimstate.optim.lr_scheduler.plateau import ReduceLROnPlateau
+
+__all__ = [
+    "ChainedScheduler",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "CyclicLR",
+    "ExponentialLR",
+    "LRScheduler",
+    "LambdaLR",
+    "LinearLR",
+    "MultiStepLR",
+    "MultiplicativeLR",
+    "OneCycleLR",
+    "PolynomialLR",
+    "ReduceLROnPlateau",
+    "SequentialLR",
+    "StepLR",
+]

@@ -1,0 +1,335 @@
+"""The base of every scheduler: torch's stepping, plus hooks and a state that says what it lacks."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from optimstate.errors import SchedulerStateWarning, StateMismatchError
+
+StateDict = dict[str, Any]
+StateHook = Callable[["LRScheduler", StateDict], StateDict | None]
+LoadedHook = Callable[["LRScheduler"], None]
+
+# The attribute that holds a scheduler's hooks: it belongs to the live object, not to its state.
+_RUNTIME = "_optimstate_runtime"
+# Keys that states of older torch versions lack and that the constructor knows as well.
+_BOOKKEEPING = {"_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr", "default_min_lr", "use_beta1"}
+
+
+@dataclass
+class _Runtime:
+    """What belongs to a live scheduler and never to its state."""
+
+    state_dict_post: OrderedDict[int, StateHook] = field(default_factory=OrderedDict)
+    load_pre: OrderedDict[int, StateHook] = field(default_factory=OrderedDict)
+    load_post: OrderedDict[int, LoadedHook] = field(default_factory=OrderedDict)
+    warned: set[str] = field(default_factory=set)
+    loaded: bool = False
+    nested: bool = False
+
+
+_ATTACHED: WeakKeyDictionary[Optimizer, WeakSet[LRScheduler]] = WeakKeyDictionary()
+
+
+class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
+    """Base of all schedulers: sets the learning rate of every param group, once per `step()`.
+
+    A subclass defines either `get_lr`, as with torch, or `_next_lrs`, which `get_lr` calls.
+
+    Args:
+        optimizer: The optimizer whose param groups are scheduled.
+        last_epoch: Index of the last epoch seen; -1 starts anew and records each group's `lr` as its `initial_lr`.
+
+    Raises:
+        TypeError: `optimizer` is not a torch optimizer.
+        KeyError: `last_epoch` is not -1 and a group has no `initial_lr`.
+    """
+
+    # Attributes with one entry per param group; `optimstate.state.scheduler` rebuilds them when groups change.
+    _per_group: ClassVar[tuple[str, ...]] = ("base_lrs", "_last_lr")
+
+    def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
+        super().__init__(optimizer, last_epoch)
+        attach(self)
+
+    @property
+    def _runtime(self) -> _Runtime:
+        runtime: _Runtime = self.__dict__.setdefault(_RUNTIME, _Runtime())
+        return runtime
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The next learning rate of each param group; called by `step()`. To look, use `get_last_lr()`.
+
+        Returns:
+            One value per group, of the type of the group's `lr`; tensors are new ones.
+        """
+        if not self._get_lr_called_within_step:
+            warnings.warn(
+                "To get the last learning rate computed by the scheduler, please use `get_last_lr()`.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self._next_lrs()
+
+    def _next_lrs(self) -> list[float | Tensor]:
+        raise NotImplementedError
+
+    def register_state_dict_post_hook(self, hook: StateHook, prepend: bool = False) -> RemovableHandle:
+        """Call `hook(scheduler, state_dict)` at the end of every `state_dict()`.
+
+        Args:
+            hook: May change the state in place, or return another one to be used instead.
+            prepend: Run before the hooks registered so far, not after them.
+
+        Returns:
+            A handle whose `remove()` unregisters the hook.
+        """
+        return _register(self._runtime.state_dict_post, hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: StateHook, prepend: bool = False) -> RemovableHandle:
+        """Call `hook(scheduler, state_dict)` at the start of every `load_state_dict()`.
+
+        Args:
+            hook: Receives a shallow copy of the caller's state, which it may change, or returns another one.
+            prepend: Run before the hooks registered so far, not after them.
+
+        Returns:
+            A handle whose `remove()` unregisters the hook.
+        """
+        return _register(self._runtime.load_pre, hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: LoadedHook, prepend: bool = False) -> RemovableHandle:
+        """Call `hook(scheduler)` at the end of every `load_state_dict()`.
+
+        Args:
+            hook: Sees the scheduler with its new state.
+            prepend: Run before the hooks registered so far, not after them.
+
+        Returns:
+            A handle whose `remove()` unregisters the hook.
+        """
+        return _register(self._runtime.load_post, hook, prepend)
+
+    def state_dict(self) -> StateDict:
+        """The state in torch's form: every attribute but the optimizer and the hooks.
+
+        Warns:
+            SchedulerStateWarning: A part of the state cannot be saved; said once for each scheduler.
+        """
+        state = self._export()
+        for hook in list(self._runtime.state_dict_post.values()):
+            replaced = hook(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state written by this class or by torch's class of the same name.
+
+        The caller's dict is never changed, and the scheduler stays as it was when an error is raised.
+
+        Args:
+            state_dict: What `state_dict()` returned. Load the optimizer's state first.
+
+        Raises:
+            StateMismatchError: The state was written for another number of param groups or nested schedulers, or the
+                optimizer's param groups lack what this scheduler keeps in them.
+
+        Warns:
+            SchedulerStateWarning: The state cannot restore everything, or the optimizer shows other learning rates.
+        """
+        state = dict(state_dict)
+        for hook in list(self._runtime.load_pre.values()):
+            replaced = hook(self, state)
+            state = state if replaced is None else replaced
+        with _untouched_on_error(self):
+            self._check_groups(state)
+            self._check_keys(state)
+            self._import(dict(state))
+            self._check_group_options()
+            if "_last_lr" in state:
+                self._check_learning_rates()
+        self._runtime.loaded = True
+        for loaded_hook in list(self._runtime.load_post.values()):
+            loaded_hook(self)
+
+    def _export(self) -> StateDict:
+        return {key: value for key, value in vars(self).items() if key not in ("optimizer", _RUNTIME)}
+
+    def _import(self, state: StateDict) -> None:
+        self.__dict__.update(state)
+
+    def _functions(self) -> list[Callable[..., Any] | None]:
+        """The callables whose attributes are part of the state."""
+        return []
+
+    def _group_options(self) -> set[str]:
+        """The options of its own that this scheduler keeps in the optimizer's param groups."""
+        return set()
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._runtime.warned:
+            self._runtime.warned.add(message)
+            warn(message)
+
+    def _check_groups(self, state: StateDict) -> None:
+        """Compare every per-group list with the optimizer's groups."""
+        groups = len(self.optimizer.param_groups)
+        counts = {key: len(state[key]) for key in self._per_group if isinstance(state.get(key), (list, tuple))}
+        if all(count == groups for count in counts.values()):
+            return
+        found = ", ".join(f"{key}: {count}" for key, count in counts.items())
+        message = f"{type(self).__name__}: the state has another number of param groups ({found}) than the optimizer"
+        hint = (
+            "Rebuild the state for the new groups before loading it: "
+            "optimstate.state.scheduler.regroup_scheduler_state(state, group_map)."
+        )
+        # A group added while the run went on reaches _last_lr and no other list: this state was written like that.
+        if counts.get("_last_lr") == groups:
+            warn(f"{message} ({groups}): it was saved after groups had been added to the optimizer.\n{hint}")
+            return
+        raise StateMismatchError(f"{message} ({groups}).", hint=hint)
+
+    def _check_group_options(self) -> None:
+        for index, group in enumerate(self.optimizer.param_groups):
+            if missing := sorted(self._group_options() - group.keys()):
+                raise StateMismatchError(
+                    f"{type(self).__name__}: param group {index} of the optimizer has no {', '.join(missing)}, where "
+                    "this scheduler keeps its bounds.",
+                    hint="Load the optimizer's state of the same checkpoint; new groups need these options too.",
+                )
+
+    def _check_keys(self, state: StateDict) -> None:
+        """Name what this scheduler has and the state lacks, as when it was written by another class."""
+        mine = set(self._export_keys())
+        missing = sorted(mine - state.keys() - _BOOKKEEPING)
+        if missing:
+            foreign = sorted(state.keys() - mine - _BOOKKEEPING)
+            also = f"; it has {', '.join(foreign)}, unknown to this class" if foreign else ""
+            warn(
+                f"{type(self).__name__}: the state lacks {', '.join(missing)}{also}. "
+                "What it lacks stays as this scheduler was constructed."
+            )
+
+    def _export_keys(self) -> Iterator[str]:
+        return (key for key in vars(self) if key not in ("optimizer", _RUNTIME))
+
+    def _check_learning_rates(self) -> None:
+        """Warn when no scheduler of this optimizer agrees with the learning rates it shows.
+
+        Schedulers that share an optimizer each remember the learning rate as it was after their own last step, so
+        only the last of them to be loaded can tell, and nested ones never can.
+        """
+        if self._runtime.nested:
+            return
+        others = {other for other in _ATTACHED.get(self.optimizer, ()) if not other._runtime.nested} - {self}
+        shown = group_values(self.optimizer, "lr")
+        if not all(other._runtime.loaded for other in others):
+            return
+        if any(_agree(scheduler._last_lr, shown) for scheduler in (self, *others)):
+            return
+        differences = "; ".join(
+            f"group {i}: {float(saved)} in the state, {float(live)} in the optimizer"
+            for i, (saved, live) in enumerate(zip(self._last_lr, shown, strict=False))
+            if not _agree([saved], [live])
+        )
+        warn(
+            f"{type(self).__name__}: the loaded state and the optimizer disagree on the learning rate ({differences}). "
+            "Load the optimizer's state of the same checkpoint, before the scheduler's."
+        )
+
+
+def attach(scheduler: LRScheduler) -> None:
+    """Remember which schedulers share an optimizer, for as long as they live."""
+    _ATTACHED.setdefault(scheduler.optimizer, WeakSet()).add(scheduler)
+
+
+def group_values(optimizer: Optimizer, key: str) -> list[Any]:
+    """`group[key]` of every param group; tensors are cloned, so that nothing aliases the optimizer."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in (g[key] for g in optimizer.param_groups)]
+
+
+def set_group_value(group: dict[str, Any], key: str, value: float | Tensor) -> None:
+    """Set `group[key]`; a tensor that is there is filled in place, because compiled steps hold on to it."""
+    held = group[key]
+    if isinstance(held, Tensor):
+        held.fill_(value.squeeze() if isinstance(value, Tensor) else value)
+    else:
+        group[key] = value
+
+
+def per_group(name: str, optimizer: Optimizer, value: Any) -> list[Any]:
+    """`value` as one entry for each param group; tensors are cloned.
+
+    Raises:
+        ValueError: `value` is a list or tuple of another length.
+    """
+    groups = len(optimizer.param_groups)
+    if isinstance(value, (list, tuple)):
+        if len(value) != groups:
+            raise ValueError(
+                f"{name} must have the same length as optimizer.param_groups. "
+                f"{name} has {len(value)} values, param_groups has {groups}."
+            )
+    else:
+        value = [value] * groups
+    return [entry.clone() if isinstance(entry, Tensor) else entry for entry in value]
+
+
+def warn(message: str) -> None:
+    """Issue a SchedulerStateWarning at the first caller outside this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("optimstate."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, SchedulerStateWarning, stacklevel=level)
+
+
+def _agree(some: list[Any], others: list[Any]) -> bool:
+    # Equal up to a float32 rounding: a learning rate may be a float on one side and a tensor on the other.
+    return len(some) == len(others) and all(
+        math.isclose(float(a), float(b), rel_tol=1e-6) for a, b in zip(some, others, strict=True)
+    )
+
+
+def _register(hooks: OrderedDict[int, Any], hook: Callable[..., Any], prepend: bool) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    if prepend:
+        hooks.move_to_end(handle.id, last=False)
+    return handle
+
+
+@contextmanager
+def _untouched_on_error(scheduler: LRScheduler) -> Iterator[None]:
+    """Put the scheduler, its nested schedulers and their callables back as they were when the body raises."""
+    before = [(live, dict(live)) for live in _live_dicts(scheduler)]
+    try:
+        yield
+    except BaseException:
+        for live, saved in before:
+            live.clear()
+            live.update(saved)
+        raise
+
+
+def _live_dicts(scheduler: torch.optim.lr_scheduler.LRScheduler) -> Iterator[dict[str, Any]]:
+    yield vars(scheduler)
+    functions = scheduler._functions() if isinstance(scheduler, LRScheduler) else []
+    for function in functions:
+        attributes: Mapping[str, Any] = getattr(function, "__dict__", {})
+        if isinstance(attributes, dict):
+            yield attributes
+    for nested in vars(scheduler).get("_schedulers", ()):
+        yield from _live_dicts(nested)

@@ -1,0 +1,241 @@
+"""Scheduler state when param groups change: every list with one entry per group is rebuilt from a group map.
+
+A group map has, for each new group, the old groups it came from: `[[0], [0]]` splits one group in two, `[[0, 1]]`
+merges two, `[[1], [0]]` swaps them; an old group that it does not name is dropped. Values are opaque (floats, tensors,
+dicts): they are compared and moved, never computed with.
+
+The lists in the state are half of what a schedule depends on. The other half is in the optimizer's param groups, which
+the caller moves along the same map: `lr` and `initial_lr` for all schedulers; `max_lr`, `min_lr`, `max_momentum` and
+`base_momentum` for OneCycleLR; `max_momentum` and `base_momentum` for CyclicLR; `swa_lr` for SWALR; `momentum` or
+`betas` where they are cycled. `representatives` says which old group stands for each new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from optimstate.errors import MigrationError
+
+__all__ = ["PER_GROUP_KEYS", "Merge", "regroup_scheduler_state", "representatives"]
+
+Merge = Literal["refuse", "first", "min", "max"]
+GroupMap = Sequence[Sequence[int]]
+
+# The lists of torch's schedulers, and of optimstate's, that have one entry per param group.
+PER_GROUP_KEYS = frozenset(
+    {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"}
+)
+# Their lists that have not.
+_SHARED_KEYS = frozenset({"milestones", "_milestones", "_schedule_phases", "_schedulers"})
+_NESTED = "_schedulers"
+
+
+def regroup_scheduler_state(
+    state: Mapping[str, Any],
+    group_map: GroupMap,
+    *,
+    merge: Merge = "refuse",
+    fresh: Mapping[int, Mapping[str, Any]] | None = None,
+    per_group: Collection[str] = (),
+    shared: Collection[str] = (),
+) -> dict[str, Any]:
+    """Rebuild a scheduler's state for other param groups.
+
+    Args:
+        state: The `state_dict()` of a scheduler, nested ones included; not changed.
+        group_map: For each new group, the indices of the old groups it came from; empty for a new one.
+        merge: What to do where old groups with different values become one. `refuse` raises; `first` lets the first of
+            them stand for all, `min` and `max` the one with the lowest or highest initial learning rate. The one chosen
+            gives all its values, so that they belong together.
+        fresh: For each new group that came from no old one, its values by key: `{2: {"base_lrs": 0.1, ...}}`.
+        per_group: Further keys with one entry per group, of schedulers that are not torch's.
+        shared: Further keys whose lists are not per group, of schedulers that are not torch's.
+
+    Returns:
+        A new state. Values that go to several groups are cloned; what is not per group is the same object as before.
+
+    Raises:
+        MigrationError: With every problem found: values that differ in a merge, a group map that does not fit the
+            lists, a new group without values, a list that may or may not be per group.
+    """
+    keys = PER_GROUP_KEYS.union(per_group).difference(shared)
+    sources = representatives(state, group_map, merge=merge, per_group=per_group, shared=shared)
+    problems = list(_unfilled(state, keys, sources, fresh or {}))
+    if problems:
+        raise MigrationError(
+            problems, hint='Give values to every group that comes from no old one: fresh={2: {"base_lrs": 0.1, ...}}.'
+        )
+    return _rebuilt(state, keys, sources, fresh or {})
+
+
+def representatives(
+    state: Mapping[str, Any],
+    group_map: GroupMap,
+    *,
+    merge: Merge = "refuse",
+    per_group: Collection[str] = (),
+    shared: Collection[str] = (),
+) -> list[int | None]:
+    """For each new group, the old group whose values it gets; None for a group that came from no old one.
+
+    Args:
+        state: The `state_dict()` of a scheduler.
+        group_map: For each new group, the indices of the old groups it came from.
+        merge: As for `regroup_scheduler_state`.
+        per_group: As for `regroup_scheduler_state`.
+        shared: As for `regroup_scheduler_state`.
+
+    Raises:
+        MigrationError: Old groups with different values become one and `merge` is `refuse`, the group map does not fit
+            the lists, or a list may or may not be per group.
+        ValueError: `merge` is no policy.
+    """
+    if merge not in get_args(Merge):
+        raise ValueError(f"merge must be one of {', '.join(get_args(Merge))}, got {merge!r}")
+    keys = PER_GROUP_KEYS.union(per_group).difference(shared)
+    if problems := _misfits(state, keys, group_map, set(shared)):
+        raise MigrationError(problems)
+    if merge == "refuse":
+        problems = list(_ambiguities(state, keys, group_map))
+        if problems:
+            raise MigrationError(
+                problems,
+                hint="Keep the groups apart, or choose: merge='first', or merge='min' or 'max' for the group with the "
+                "lowest or highest initial learning rate.",
+            )
+    if merge in ("refuse", "first"):
+        return [sources[0] if sources else None for sources in group_map]
+    lrs = _initial_lrs(state)
+    choose = min if merge == "min" else max
+    return [choose(sources, key=lambda old: lrs[old]) if sources else None for sources in group_map]
+
+
+def _lists(state: Mapping[str, Any], keys: Collection[str], path: str = "") -> Iterator[tuple[str, Sequence[Any]]]:
+    """Every per-group list with its path, those of nested schedulers included."""
+    for key, value in state.items():
+        if key in keys and isinstance(value, (list, tuple)):
+            yield f"{path}{key}", value
+    for index, nested in enumerate(state.get(_NESTED) or ()):
+        yield from _lists(nested, keys, f"{path}{_NESTED}[{index}].")
+
+
+def _misfits(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap, shared: set[str]) -> list[str]:
+    """What stands in the way of any regrouping: lengths that disagree, and lists of unknown meaning."""
+    lengths = {path: len(values) for path, values in _lists(state, keys) if not _refills(state, path)}
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{path}: {length}" for path, length in lengths.items())
+        return [
+            f"the scheduler state's lists disagree on the number of param groups ({found}), as after a group was added "
+            "to a running optimizer: complete the shorter ones first"
+        ]
+    groups = next(iter(lengths.values()), None)
+    problems = [
+        f"new group {new} comes from old group {old}, but the scheduler state has {groups} groups"
+        for new, sources in enumerate(group_map)
+        for old in sources
+        if groups is not None and not 0 <= old < groups
+    ]
+    for path, value in _unknown_lists(state, keys, _SHARED_KEYS | shared):
+        if len(value) == groups:
+            problems.append(
+                f"{path} has {groups} entries, as many as there are param groups, and is unknown: "
+                f"say per_group=[{path.rpartition('.')[2]!r}] or shared=[{path.rpartition('.')[2]!r}]"
+            )
+    return problems
+
+
+def _refills(state: Mapping[str, Any], path: str) -> bool:
+    # One min_lr for all: ReduceLROnPlateau itself remakes min_lrs for the groups it finds.
+    return path == "min_lrs" and state.get("default_min_lr") is not None
+
+
+def _unknown_lists(
+    state: Mapping[str, Any], keys: Collection[str], shared: Collection[str], path: str = ""
+) -> Iterator[tuple[str, Sequence[Any]]]:
+    for key, value in state.items():
+        if isinstance(value, (list, tuple)) and key not in keys and key not in shared:
+            yield f"{path}{key}", value
+    for index, nested in enumerate(state.get(_NESTED) or ()):
+        yield from _unknown_lists(nested, keys, shared, f"{path}{_NESTED}[{index}].")
+
+
+def _ambiguities(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap) -> Iterator[str]:
+    for path, values in _lists(state, keys):
+        if _refills(state, path):
+            continue
+        for new, sources in enumerate(group_map):
+            for old in sources[1:]:
+                if not _same(values[sources[0]], values[old]):
+                    yield (
+                        f"{path}: new group {new} merges old group {sources[0]} ({values[sources[0]]!r}) "
+                        f"and old group {old} ({values[old]!r})"
+                    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except (RuntimeError, TypeError, ValueError):  # arrays of several elements have no truth value
+        return False
+
+
+def _initial_lrs(state: Mapping[str, Any]) -> Sequence[Any]:
+    """The first list of initial learning rates in the state; without any, of the last ones."""
+    for key in ("base_lrs", "_last_lr"):
+        for _, values in _lists(state, {key}):
+            return values
+    raise MigrationError(
+        ["the scheduler state has neither base_lrs nor _last_lr, by which 'min' and 'max' choose between groups"],
+        hint="Use merge='first'.",
+    )
+
+
+def _unfilled(
+    state: Mapping[str, Any],
+    keys: Collection[str],
+    sources: Sequence[int | None],
+    fresh: Mapping[int, Mapping[str, Any]],
+) -> Iterator[str]:
+    for new in fresh:
+        if not 0 <= new < len(sources):
+            yield f"`fresh` gives values to new group {new}, but there are {len(sources)} new groups"
+        elif sources[new] is not None:
+            yield f"`fresh` gives values to new group {new}, which takes them from old group {sources[new]}"
+    for path, _ in _lists(state, keys):
+        key = path.rpartition(".")[2]
+        for new, old in enumerate(sources):
+            if old is None and not _refills(state, path) and key not in fresh.get(new, {}):
+                yield f"{path}: new group {new} comes from no old group and has no value"
+
+
+def _rebuilt(
+    state: Mapping[str, Any],
+    keys: Collection[str],
+    sources: Sequence[int | None],
+    fresh: Mapping[int, Mapping[str, Any]],
+) -> dict[str, Any]:
+    rebuilt = dict(state)
+    for key, value in state.items():
+        if key == _NESTED:
+            rebuilt[key] = [_rebuilt(nested, keys, sources, fresh) for nested in value]
+        elif key in keys and isinstance(value, (list, tuple)):
+            if _refills(state, key):
+                entries = [state["default_min_lr"]] * len(sources)
+            else:
+                entries = [
+                    fresh[new][key] if old is None else _clone(value[old]) if old in sources[:new] else value[old]
+                    for new, old in enumerate(sources)
+                ]
+            rebuilt[key] = type(value)(entries)
+    return rebuilt
+
+
+def _clone(value: Any) -> Any:
+    """A copy that shares nothing that could be changed in place."""
+    if isinstance(value, dict):
+        return {key: _clone(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_clone(entry) for entry in value)
+    clone = getattr(value, "clone", None)
+    return clone() if callable(clone) else value
