@@ -31,6 +31,8 @@ __all__ = [
     "Tile",
     "Unsized",
     "leaves",
+    "reshaped",
+    "simplified",
     "steps",
 ]
 
@@ -218,7 +220,7 @@ def reshaped(expression: Expr, shape: Shape) -> Expr:
 
 
 def simplified(expression: Expr) -> Expr:
-    """The expression without steps that undo one another: a part of a joining that is one of its inputs, and the like."""
+    """The expression without steps that undo one another: a part of what was joined that is one of the inputs, ..."""
     if isinstance(expression, Leaf):
         return expression
     inputs = tuple(map(simplified, expression.inputs))

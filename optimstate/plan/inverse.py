@@ -110,11 +110,11 @@ def _undoes(plan: Plan, made: Plan, names: Mapping[str, Shape | None]) -> bool:
     found = Resolver(passes, "", [0] * sum(map(len, passes)), problems).resolve(names)
     if problems or found.made.keys() != names.keys():
         return False
-    return all(
-        (item.expression.shape == names[name] and {leaf.name for leaf in ex.leaves(item.expression)} == {name})
-        or any(isinstance(step, ex.Unsized) for step in ex.steps(item.expression))
-        for name, item in found.made.items()
-    )
+    for name, item in found.made.items():
+        back = ex.simplified(item.expression)
+        if back.shape != names[name] or {leaf.name for leaf in ex.leaves(back)} != {name}:
+            return False
+    return True
 
 
 def _spelled_out(plan: Plan, names: Mapping[str, Shape | None]) -> Plan:
