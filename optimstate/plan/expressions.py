@@ -16,6 +16,7 @@ __all__ = [
     "Expr",
     "Fill",
     "Fresh",
+    "LAYOUT",
     "Leaf",
     "Mean",
     "Multiply",
@@ -161,6 +162,10 @@ class Product:
 
 
 Step = Cat | Narrow | Permute | Reshape | Pad | Tile | Scale | Cast | Fresh | Unsized | Multiply | Mean | Product
+
+
+LAYOUT = Cat | Narrow | Permute | Reshape | Tile
+"""The steps that only move elements, the same in a parameter and in every slot of its shape."""
 
 
 @dataclass(frozen=True, slots=True)
