@@ -35,7 +35,8 @@ def toml(text: str) -> str:
             '[[rule]]\nfrom = "layers.{i}.{x=query|key|value}.{p}"\nto = "layers.{i}.{x=q|k|v}.{p}"',
         ),
         (
-            '[[rule]]\nfrom = "head.weight"\nto = "out"\nops = [{ transpose = true }, { reshape = { dim = 0, to = [2, 4] } }]',
+            '[[rule]]\nfrom = "head.weight"\nto = "out"\n'
+            "ops = [{ transpose = true }, { reshape = { dim = 0, to = [2, 4] } }]",
             '[[rule]]\nfrom = "out"\nto = "head.weight"\n'
             "ops = [{ reshape = { dim = 0, from = [2, 4], to = [8] } }, { transpose = true }]",
         ),

@@ -35,7 +35,11 @@ INTERLEAVED = f"""
 [[rule]]
 from = "qkv.{{p}}"
 to = "{{x=q|k|v}}.{{p}}"
-ops = [{{ reshape = {{ dim = 0, to = [2, 3, {WIDTH // 2}] }} }}, {{ unstack = 1 }}, {{ reshape = {{ dim = 0, from = [2, {WIDTH // 2}], to = [{WIDTH}] }} }}]
+ops = [
+  {{ reshape = {{ dim = 0, to = [2, 3, {WIDTH // 2}] }} }},
+  {{ unstack = 1 }},
+  {{ reshape = {{ dim = 0, from = [2, {WIDTH // 2}], to = [{WIDTH}] }} }},
+]
 """
 SPLIT = '[[rule]]\nfrom = "qkv.{p}"\nto = "{x=q|k|v}.{p}"\nsplit = 0\n'
 FUSE = '[[rule]]\nfrom = "{x=q|k|v}.{p}"\nto = "qkv.{p}"\nconcat = 0\n'
@@ -175,7 +179,8 @@ def test_a_tied_vocabulary_grows_in_both_places() -> None:
     before, after = (torch.optim.AdamW(m.named_parameters(), lr=0.01) for m in (old, new))
     train(old, before, batches(10, WIDTH))
     plan = Plan.from_toml(
-        '[[rule]]\nfrom = "{m=embed|head}.weight"\nto = "{m}.weight"\nresize = { dim = 0, size = 16, fill = { param = "mean" } }\n'
+        '[[rule]]\nfrom = "{m=embed|head}.weight"\nto = "{m}.weight"\n'
+        'resize = { dim = 0, size = 16, fill = { param = "mean" } }\n'
     )
     migration = migrate(plan, old, before, new, after)
     assert new.head.weight is new.embed.weight
