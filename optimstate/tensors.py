@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.files import Extent, FileSource, chunks
 
-__all__ = ["DTYPES", "DType", "LazyTensor", "Storage", "contiguous_strides"]
+__all__ = [
+    "DTYPES",
+    "DType",
+    "LazyTensor",
+    "Storage",
+    "concatenated",
+    "contiguous_strides",
+    "filled",
+    "mapped",
+    "reduced",
+    "to_torch",
+]
 
 
 class DType(NamedTuple):
@@ -250,6 +261,37 @@ class LazyTensor(_Sealed):
             storage, self.dtype, self.shape, self.stride, 0, self.requires_grad, self.is_parameter, self.metadata
         )
 
+    def viewed(self, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> LazyTensor:
+        """Another view of the same storage."""
+        return LazyTensor(
+            self.storage, self.dtype, shape, stride, offset, self.requires_grad, self.is_parameter, self.metadata
+        )
+
+    def narrow(self, dim: int, start: int, length: int, step: int = 1) -> LazyTensor:
+        """The view of `length` places of one dimension, from `start`, each `step` apart."""
+        shape, stride = list(self.shape), list(self.stride)
+        shape[dim], stride[dim] = length, self.stride[dim] * step
+        return self.viewed(tuple(shape), tuple(stride), self.offset + start * self.stride[dim])
+
+    def permute(self, dims: Sequence[int]) -> LazyTensor:
+        """The view whose dimension `i` is this one's `dims[i]`."""
+        return self.viewed(tuple(self.shape[dim] for dim in dims), tuple(self.stride[dim] for dim in dims), self.offset)
+
+    def reshape(self, shape: tuple[int, ...]) -> LazyTensor:
+        """The same elements in row-major order in another shape: a view where this one is contiguous."""
+        tensor = self if self.is_contiguous() else self.contiguous()
+        return tensor.viewed(shape, contiguous_strides(shape), tensor.offset)
+
+    def expand(self, dim: int, size: int) -> LazyTensor:
+        """The view that repeats the only place of a dimension `size` times."""
+        shape, stride = list(self.shape), list(self.stride)
+        shape[dim], stride[dim] = size, 0
+        return self.viewed(tuple(shape), tuple(stride), self.offset)
+
+    def contiguous(self) -> LazyTensor:
+        """The same elements, row-major, in a storage that holds nothing else."""
+        return _with_pieces(self, self.extents(), self.dtype, self.shape)
+
     def scattered(self, row_major: Storage, kind: str, location: str) -> Storage:
         """A storage of this view's span with the elements of `row_major` where the strides put them."""
         length = self.span()[1]
@@ -307,14 +349,9 @@ class StridedSource:
 
         if self._view is None:
             tensor = self._tensor
-            # Elements are only moved, never computed with: an integer type of the same width stands for every dtype.
-            width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[
-                tensor.itemsize
-            ]
             start, stop = tensor.span()
-            self._view = torch.frombuffer(_readable(tensor.storage.cut(start, stop)), dtype=width).as_strided(
-                tensor.shape, tensor.stride, 0
-            )
+            flat = torch.frombuffer(_readable(tensor.storage.cut(start, stop)), dtype=_moving_dtype(tensor.itemsize))
+            self._view = flat.as_strided(tensor.shape, tensor.stride, 0)
         return self._view
 
     def read(self, offset: int, length: int) -> bytes:
@@ -388,6 +425,157 @@ def _readable(pieces: Sequence[Extent]) -> Any:
         )
         return memoryview(mapped)[piece.offset - base :]
     return bytearray(b"".join(chunks(pieces)))
+
+
+def to_torch(tensor: LazyTensor) -> Any:
+    """The tensor as a `torch.Tensor`: memory-mapped where the file allows, and never written back to it."""
+    import torch
+
+    dtype = getattr(torch, tensor.dtype)
+    if not tensor.numel:
+        return torch.empty(tensor.shape, dtype=dtype)
+    if tensor.metadata:
+        raise UnsupportedCheckpointError(f"a tensor saved with {tensor.metadata} cannot be computed with")
+    start, stop = tensor.span()
+    flat = torch.frombuffer(_readable(tensor.storage.cut(start, stop)), dtype=_moving_dtype(tensor.itemsize))
+    if flat.dtype != dtype:
+        flat = flat.view(dtype)
+    return flat.as_strided(tensor.shape, tensor.stride, 0)
+
+
+class _Rows:
+    """Bytes that are made on demand, some rows at a time.
+
+    Args:
+        row_bytes: Bytes per row.
+        make: The bytes of the rows [first, last).
+    """
+
+    def __init__(self, row_bytes: int, make: Callable[[int, int], bytes]) -> None:
+        self._row_bytes = row_bytes
+        self._make = make
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes [offset, offset + length)."""
+        first, last = offset // self._row_bytes, -(-(offset + length) // self._row_bytes)
+        skip = offset - first * self._row_bytes
+        return self._make(first, last)[skip : skip + length]
+
+
+def _with_pieces(like: LazyTensor, pieces: tuple[Extent, ...], dtype: str, shape: tuple[int, ...]) -> LazyTensor:
+    """A row-major tensor over a storage of its own."""
+    nbytes = prod(shape) * DTYPES[dtype].itemsize
+    kind = like.storage.kind if dtype == like.dtype else DTYPES[dtype].storage or "UntypedStorage"
+    storage = Storage(pieces, nbytes, kind, like.storage.location)
+    return LazyTensor(storage, dtype, shape, None, 0, like.requires_grad, like.is_parameter, like.metadata)
+
+
+def concatenated(tensors: Sequence[LazyTensor], dim: int) -> LazyTensor:
+    """Tensors of one dtype, alike in every other dimension, one after the other along `dim`.
+
+    Long runs of bytes stay references to where they are; short ones are interleaved when they are read.
+    """
+    first = tensors[0]
+    size = sum(tensor.shape[dim] for tensor in tensors)
+    shape = (*first.shape[:dim], size, *first.shape[dim + 1 :])
+    outer = prod(first.shape[:dim])
+    parts = [Storage(tensor.extents(), tensor.nbytes) for tensor in tensors if tensor.nbytes]
+    if not parts or not outer:
+        return _with_pieces(first, (), first.dtype, shape)
+    if outer == 1:
+        return _with_pieces(first, tuple(piece for part in parts for piece in part.pieces), first.dtype, shape)
+    widths = [part.nbytes // outer for part in parts]
+    if min(widths) >= _SHORT_RUN:
+        pieces = tuple(
+            piece
+            for row in range(outer)
+            for part, width in zip(parts, widths, strict=True)
+            for piece in part.cut(row * width, (row + 1) * width)
+        )
+        return _with_pieces(first, pieces, first.dtype, shape)
+    source = _Rows(sum(widths), lambda low, high: _interleaved(parts, widths, low, high))
+    return _with_pieces(first, (Extent(source, 0, sum(widths) * outer),), first.dtype, shape)
+
+
+_SHORT_RUN = 1 << 16
+
+
+def _interleaved(parts: Sequence[Storage], widths: Sequence[int], first: int, last: int) -> bytes:
+    import torch
+
+    blocks = [
+        torch.frombuffer(_joined(part.cut(first * width, last * width)), dtype=torch.uint8).view(-1, width)
+        for part, width in zip(parts, widths, strict=True)
+    ]
+    return _bytes_of(torch.cat(blocks, dim=1))
+
+
+def _joined(pieces: Sequence[Extent]) -> bytearray:
+    joined = bytearray()
+    for piece in pieces:
+        joined += piece.read()
+    return joined
+
+
+def _bytes_of(tensor: Any) -> bytes:
+    """The row-major bytes of a torch tensor of any dtype."""
+    tensor = tensor.contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def mapped(tensor: LazyTensor, dtype: str, function: Callable[[Any], Any]) -> LazyTensor:
+    """A function of each element by itself, computed by torch a block at a time when the result is read.
+
+    Args:
+        tensor: The elements.
+        dtype: Of the result.
+        function: Takes a torch tensor of one dimension, gives one of the same shape and of `dtype`.
+    """
+    source, itemsize = Storage(tensor.extents(), tensor.nbytes), tensor.itemsize
+    like = tensor.viewed((tensor.numel,), (1,), 0)
+
+    def make(first: int, last: int) -> bytes:
+        pieces = source.cut(first * itemsize, last * itemsize)
+        block = _with_pieces(like, pieces, tensor.dtype, (last - first,))
+        return _bytes_of(function(to_torch(block)))
+
+    width = DTYPES[dtype].itemsize
+    pieces = (Extent(_Rows(width, make), 0, tensor.numel * width),) if tensor.numel else ()
+    return _with_pieces(tensor, pieces, dtype, tensor.shape)
+
+
+def reduced(
+    tensors: Sequence[LazyTensor], shape: tuple[int, ...], function: Callable[[Sequence[Any]], Any]
+) -> LazyTensor:
+    """A function of whole tensors with a small result of their dtype: computed once, when it is first read.
+
+    Args:
+        tensors: What it is computed from.
+        shape: Of the result.
+        function: Takes torch tensors, gives one of `shape`.
+    """
+    made: list[bytes] = []
+    row_bytes = prod(shape) * tensors[0].itemsize
+
+    def make(_first: int, _last: int) -> bytes:
+        if not made:
+            made.append(_bytes_of(function([to_torch(tensor) for tensor in tensors])))
+        return made[0]
+
+    pieces = (Extent(_Rows(row_bytes, make), 0, row_bytes),) if row_bytes else ()
+    return _with_pieces(tensors[0], pieces, tensors[0].dtype, shape)
+
+
+def filled(like: LazyTensor, shape: tuple[int, ...], value: float) -> LazyTensor:
+    """A tensor of one value, with the dtype and place of another; zeros take neither torch nor memory."""
+    if not value:
+        nbytes = prod(shape) * like.itemsize
+        return _with_pieces(like, (Extent(None, 0, nbytes),) if nbytes else (), like.dtype, shape)
+
+    def function(block: Any) -> Any:
+        return block.fill_(value)
+
+    return mapped(filled(like, shape, 0.0), like.dtype, function)
 
 
 def storages(tensors: Iterable[LazyTensor]) -> list[Storage]:

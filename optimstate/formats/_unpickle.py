@@ -136,7 +136,7 @@ def _builder(module: str, qualname: str, build: Callable[..., Any]) -> GlobalNam
     `build` stands in the metaclass as it is: a call by the C unpickler, of which there is one per tensor, goes straight
     to it.
     """
-    kind: type[GlobalName] = type("Builder", (GlobalName,), {"__call__": build})
+    kind: type[GlobalName] = type("Builder", (GlobalName,), {"__call__": staticmethod(build)})
     return kind(module, qualname)
 
 
@@ -166,8 +166,8 @@ class InertUnpickler(pickle.Unpickler):
     def release(self) -> None:
         """Let go of the file: stand-ins and unpickler hold each other, and would keep it open until collected."""
         for stand_in in self._stand_ins.values():
-            if isinstance(stand_in, _Builder):
-                stand_in.build = stand_in.record
+            if isinstance(stand_in, GlobalName) and type(stand_in) is not GlobalName:
+                del type(stand_in).__call__  # a `_builder` is a mere name from now on
 
     def find_class(self, module: str, name: str, /) -> Any:
         """The stand-in for a global; never the thing itself, except for a few builtin containers."""

@@ -1,141 +1,173 @@
-"""Apply a plan to the sections of a checkpoint."""
+"""Carry a migration out: the same for tensors in files, which stay where they are, and for live ones.
+
+The first use of a source moves it, later ones copy it, and what is computed is computed once; nothing else is copied.
+The state that is read is never changed.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from optimstate.errors import MigrationError
-from optimstate.plan.planner import Migration, SectionMoves, plan_migration
-from optimstate.plan.rules import Plan
-from optimstate.state.model import ParameterKey, Slots
-from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
-from optimstate.state.sections import Section, find_sections
-from optimstate.tree import Opaque, cloned, rebuilt_mapping, replaced
+from optimstate.plan import expressions as ex
+from optimstate.plan.expressions import Expr, Leaf
+from optimstate.plan.migration import Move, SectionMoves
+from optimstate.plan.slots import Fate, SlotPath
+from optimstate.plan.values import LIVE, copied, evaluated, identity, kernel_of
+from optimstate.state.model import Group, Member, OptimizerState, ParameterKey, Slots
+from optimstate.tensors import LazyTensor
 
-__all__ = ["apply_plan"]
+__all__ = ["execute_model", "execute_optimizer"]
 
 
-def apply_plan(plan: Plan, tree: Any) -> tuple[Any, Migration, list[str]]:
-    """Move every model, optimizer and averaged model of a checkpoint by one plan.
+def execute_optimizer(section: SectionMoves, state: OptimizerState) -> OptimizerState:
+    """The state of the optimizer after a migration.
 
-    Wrapper prefixes that all names of a section share (`module.`, `_orig_mod.`) are transparent, unless a rule itself
-    begins with one.
+    Args:
+        section: What becomes of its parameters.
+        state: The state the migration was planned for; not changed.
 
     Returns:
-        The new tree, the migration, and notes on sections that have no names and were left as they are.
-
-    Raises:
-        MigrationError: The plan does not fit; nothing is changed.
+        A state whose tensors are those of `state` where they are only moved.
     """
-    see_wrappers = any(rule.source.text.startswith(WRAPPERS) for rule in plan.rules)
-    named: dict[str, tuple[Section, str]] = {}
-    names: dict[str, list[str]] = {}
-    anonymous: list[Section] = []
-    for section in find_sections(tree):
-        if section.kind == "scheduler":
-            continue
-        found = _names_of(section)
-        if found is None:
-            anonymous.append(section)
-            continue
-        prefix = "module." if section.kind == "ema" else ""
-        if not see_wrappers:
-            prefix += wrapper_prefix([name.removeprefix(prefix) for name in found])
-        names[_key(section)] = [name.removeprefix(prefix) for name in found]
-        named[_key(section)] = section, prefix
-    migration = plan_migration(plan, names)
-    for section in anonymous:
-        _refuse_other_parameters(section, migration)
-    rebuilt = {
-        id(section.node): _rebuilt(section, migration.sections[key], prefix)
-        for key, (section, prefix) in named.items()
-        if migration.sections[key].changes
-    }
-    notes = [f"{_key(section)}: no parameter names, left as it is" for section in anonymous]
-    return replaced(tree, rebuilt), migration, notes
+    if not section.changes:
+        return state
+    old = {str(name): (key, slots) for key, name, slots in state.parameters()}
+    builder = _Builder({name: slots for name, (_, slots) in old.items()})
+    slots = {move.target: builder.slots(move) for move in section.moves}
+    if section.flat is not None:
+        slots = _with_flat(section, old, slots)
+    keys = {move.target: _key(move, old) for move in section.moves}
+    named = section.groups and any(group.names is not None for group in state.groups)
+    groups = []
+    for group in section.groups:
+        like = state.groups[group.base] if group.base is not None else state.groups[0] if state.groups else None
+        order = like.keys if like is not None else ("params",)
+        if named and "param_names" not in order and not _keyed_by_name(state):
+            order = (*order, "param_names")
+        template = Group(group.options, (), (), order)
+        groups.append((template, [Member(name, keys[name], slots[name]) for name in group.members]))
+    return state.rebuilt(groups)
 
 
-def _key(section: Section) -> str:
-    return f"{section.kind} {section.label}"
+def _keyed_by_name(state: OptimizerState) -> bool:
+    return all(isinstance(key, str) for group in state.groups for key in group.params)
 
 
-def _names_of(section: Section) -> list[str] | None:
-    """The parameters' names in order; None where there are none, or where a pickled object holds them."""
-    if isinstance(section.node, Opaque):
-        return None
-    if section.kind == "optimizer":
-        state = section.optimizer()
-        return [str(name) for _, name, _ in state.parameters()] if state.is_named else None
-    return [name for name in section.tensors() if section.kind != "ema" or name != "n_averaged"]
+def _key(move: Move, old: Mapping[str, tuple[ParameterKey, Slots | None]]) -> ParameterKey | None:
+    sources = move.sources
+    return old[sources[0]][0] if len(sources) == 1 and not move.clone else None
 
 
-def _refuse_other_parameters(section: Section, migration: Migration) -> None:
-    """Names may change beside an optimizer that has none; which parameters there are may not."""
-    if section.kind != "optimizer" or not any(group.params for group in section.optimizer().groups):
-        return
-    for key, moves in migration.sections.items():
-        if moves.dropped or any(move.clone for move in moves.moves):
-            raise MigrationError(
-                [f"{_key(section)} has no parameter names: it cannot follow what is dropped or duplicated in {key}"],
-                hint="Save it with names (build the optimizer from model.named_parameters()), "
-                "or convert only the weights.",
-            )
+def _with_flat(
+    section: SectionMoves,
+    old: Mapping[str, tuple[ParameterKey, Slots | None]],
+    slots: dict[str, Slots | None],
+) -> dict[str, Slots | None]:
+    """The one state that is for all parameters, at the first of the new ones."""
+    flat = section.flat
+    assert flat is not None
+    whole = old[flat.holder][1] or {}
+    first = next(name for group in section.groups for name in group.members)
+    made: dict[str, Slots | None] = dict.fromkeys(slots)
+    made[first] = flat.rebuilt(whole) if flat.order else whole
+    return made
 
 
-def _rebuilt(section: Section, moves: SectionMoves, prefix: str) -> dict[Any, Any]:
-    if section.kind == "optimizer":
-        return _rebuilt_optimizer(section, moves, prefix)
-    return _rebuilt_model(section.node, moves, prefix)
+def execute_model(section: SectionMoves, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a model after a migration, in the order of the result; new parameters have none.
+
+    Names that share memory go on sharing it where the same is done to both.
+
+    Args:
+        section: What becomes of its parameters.
+        tensors: By name; not changed.
+    """
+    builder = _Builder({name: {None: value} for name, value in tensors.items()})
+    made = {}
+    for move in section.moves:
+        if move.expression is not None and move.value is not None:
+            made[move.target] = builder.value(move.value.made or move.expression)
+    return made
 
 
-def _rebuilt_optimizer(section: Section, moves: SectionMoves, prefix: str) -> dict[Any, Any]:
-    state = section.optimizer()
-    place = {
-        name.removeprefix(prefix): (index, group.params[position])
-        for index, group in enumerate(state.groups)
-        for position, name in enumerate(group.names or ())
-    }
-    groups: list[list[tuple[str, ParameterKey, Slots | None]]] = [[] for _ in state.groups]
-    for move in moves.moves:
-        index, key = place[move.source]
-        slots = state.state.get(key)
-        groups[index].append((prefix + move.target, key, cloned(slots) if move.clone else slots))
-    return state.rearranged(groups).to_node()
+class _Builder:
+    """Builds results one after the other, remembering what has been moved and computed."""
+
+    def __init__(self, sources: Mapping[str, Mapping[Any, Any] | None]) -> None:
+        self._sources = sources
+        self._moved: set[tuple[str, SlotPath]] = set()
+        self._taken: set[int] = set()
+        self._memo: dict[SlotPath, dict[int, Any]] = {}
+        self._tied: dict[Any, tuple[Any, frozenset[str]]] = {}
+
+    def slots(self, move: Move) -> Slots | None:
+        """The slots of a parameter of the result; None for a fresh one."""
+        if isinstance(move.expression, Leaf):
+            slots = self._sources.get(move.expression.name)
+            if slots is None:
+                return None
+            first = (move.expression.name, ()) not in self._moved
+            self._moved.add((move.expression.name, ()))
+            return slots if first else {key: copied(value) for key, value in slots.items()}
+        made: dict[Any, Any] = {}
+        for path, fate in move.slots.items():
+            if fate.made is not None and fate.outcome in ("exact", "approximate"):
+                node = made
+                for key in path[:-1]:
+                    node = node.setdefault(key, {})
+                node[path[-1]] = self.value(fate.made, path)
+        return made or None
+
+    def value(self, expression: Expr, path: SlotPath = ()) -> Any:
+        """The value of a translated expression; leaves that name no slot stand for the one at `path`."""
+        if isinstance(expression, Leaf):
+            return self._leaf(expression, expression.slot or path)
+        names = frozenset(leaf.name for leaf in ex.leaves(expression))
+        key = self._key(expression, path)
+        tied = self._tied.get(key)
+        if tied is not None and not tied[1] & names:  # the same made of other names for the same memory
+            return tied[0]
+        leaves = {}
+        for leaf in ex.leaves(expression):
+            value = self._raw(leaf, leaf.slot or path)
+            leaves[id(leaf)] = value.detach() if kernel_of(value) is LIVE else value
+        found = evaluated(expression, leaves, self._memo.setdefault(path, {}))
+        made = kernel_of(found).own(found, self._taken)
+        self._tied[key] = made, names | (tied[1] if tied else frozenset())
+        return made
+
+    def _leaf(self, leaf: Leaf, path: SlotPath) -> Any:
+        value = self._raw(leaf, path)
+        place = leaf.name, path
+        if place in self._moved or (path and (leaf.name, ()) in self._moved):
+            return copied(value)
+        self._moved.add(place)
+        return value
+
+    def _raw(self, leaf: Leaf, path: SlotPath) -> Any:
+        found: Any = self._sources[leaf.name]
+        for key in path or (None,):
+            found = found[key]
+        return found
+
+    def _key(self, expression: Expr, path: SlotPath) -> Any:
+        """Equal for expressions that do the same to the same memory."""
+        if isinstance(expression, Leaf):
+            value = self._raw(expression, expression.slot or path)
+            return identity(value) if isinstance(value, LazyTensor) or hasattr(value, "shape") else id(value)
+        step = expression.step
+        if isinstance(step, ex.Pad):
+            said: Any = ("pad", step.dim, step.count, step.fill.default)
+        elif isinstance(step, ex.Cast):
+            said = ("cast", step.dtypes[""])
+        else:
+            said = step
+        return said, tuple(self._key(item, path) for item in expression.inputs)
 
 
-def _rebuilt_model(node: Mapping[str, Any], moves: SectionMoves, prefix: str) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    results = iter(moves.moves)
-    fan_out: dict[str, int] = {prefix + source: 0 for source, _ in moves.dropped}
-    for move in moves.moves:
-        fan_out[prefix + move.source] = fan_out.get(prefix + move.source, 0) + 1
-    for key, value in node.items():
-        if key not in fan_out:
-            made[key] = value
-            continue
-        for _ in range(fan_out[key]):
-            move = next(results)
-            tensor = node[prefix + move.source]
-            made[prefix + move.target] = cloned(tensor) if move.clone else tensor
-    rebuilt: dict[str, Any] = rebuilt_mapping(node, made)
-    if isinstance(rebuilt, OrderedDict) and isinstance(vars(rebuilt).get("_metadata"), Mapping):
-        vars(rebuilt)["_metadata"] = _moved_metadata(vars(rebuilt)["_metadata"], moves, prefix)
-    return rebuilt
-
-
-def _moved_metadata(metadata: Mapping[str, Any], moves: SectionMoves, prefix: str) -> dict[str, Any]:
-    """The version numbers torch keeps per module, under the modules' new names."""
-    modules = renamed_modules((prefix + move.source, prefix + move.target) for move in moves.moves)
-    lost = renamed_modules((prefix + name, prefix + name) for name, _ in moves.dropped).keys() - modules.keys()
-    made: dict[str, Any] = {}
-    for name, value in metadata.items():
-        if name in lost:
-            continue
-        owner = name
-        while owner and owner not in modules:  # a module without parameters moves with the one around it
-            owner = owner.rpartition(".")[0]
-        for target in modules.get(owner, [owner]):
-            made[target + name[len(owner) :]] = value
-    return rebuilt_mapping(metadata, made)
+def outcome_of(move: Move) -> Fate:
+    """The least exact fate of a parameter and its slots."""
+    fates = [*([move.value] if move.value is not None else []), *move.slots.values()]
+    order = ("dropped", "fresh", "approximate", "exact")
+    return min(fates, key=lambda fate: order.index(fate.outcome), default=Fate("fresh"))

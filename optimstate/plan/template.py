@@ -2,8 +2,9 @@
 
     {i}        one component                    {i:int}     one component of digits
     {rest**}   one or more components           {x=q|k|v}   one of the words
-    {e=0..7}   an integer of the range          {2*i+1}     (producing only) an affine function of an integer capture
+    {e=0..7}   an integer of the range          {2*i+1}     an affine function of an integer capture
     *  **      like {i} and {rest**}, without a name: only where nothing is produced from the match
+    re:...     a regular expression with (?P<name>...) groups, for what the others cannot say; nothing undoes it
 
 A template matches a whole name or not at all. Everything else stands for itself.
 """
@@ -12,19 +13,20 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from optimstate.errors import PlanSyntaxError
 
-__all__ = ["Template"]
+__all__ = ["Template", "constrained"]
 
 _TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*?)|([^{}*]+)|(.)", re.DOTALL)
 _CAPTURE = re.compile(r"(?P<name>[A-Za-z_]\w*)(?P<kind>\*\*|:int|=(?P<choices>[^=]+))?")
 _AFFINE = re.compile(r"(?:(?P<scale>-?\d+)\s*\*\s*)?(?P<name>[A-Za-z_]\w*)\s*(?P<shift>[+-]\s*\d+)?")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
 _ONE, _MANY = r"[^.]+", r"[^.]+(?:\.[^.]+)*"
+_CANONICAL = re.compile(r"0|-?[1-9]\d*")
 MAX_CHOICES = 100_000
 
 
@@ -67,11 +69,28 @@ class Template:
     def __post_init__(self) -> None:
         if not self.text:
             raise PlanSyntaxError("an empty template matches nothing")
-        self.parts  # noqa: B018 - parse now, so that a mistake is reported where it was made
+        if self.is_regex:
+            self._regex  # noqa: B018 - parse now, so that a mistake is reported where it was made
+        self.parts  # noqa: B018
+
+    @classmethod
+    def literal(cls, name: str) -> Template:
+        """A template that matches and produces exactly this name, whatever characters it has."""
+        made = cls("x")
+        object.__setattr__(made, "text", name)
+        made.__dict__.update(parts=(name,), is_regex=False)
+        return made
+
+    @cached_property
+    def is_regex(self) -> bool:
+        """Whether it is a `re:` template."""
+        return self.text.startswith("re:")
 
     @cached_property
     def parts(self) -> tuple[_Part, ...]:
         """Literals, captures and wildcards in order."""
+        if self.is_regex:
+            return tuple(_Capture(name, "") for name in self._regex.groupindex)
         return tuple(self._part(*match.groups()) for match in _TOKEN.finditer(self.text))
 
     def _part(self, braces: str | None, wildcard: str | None, literal: str | None, stray: str | None) -> _Part:
@@ -84,10 +103,12 @@ class Template:
         if match := _CAPTURE.fullmatch(braces.strip()):
             return self._capture(match["name"], match["kind"] or "", match["choices"])
         if match := _AFFINE.fullmatch(braces.strip()):
-            return _Affine(match["name"], int(match["scale"] or 1), int((match["shift"] or "0").replace(" ", "")))
+            scale, shift = int(match["scale"] or 1), int((match["shift"] or "0").replace(" ", ""))
+            if scale:
+                return _Affine(match["name"], scale, shift)
         raise PlanSyntaxError(
             f"template {self.text!r}: {{{braces}}} is no capture",
-            hint="Captures are {i}, {i:int}, {rest**}, {x=a|b}, {e=0..7} and, on the producing side, {2*i+1}.",
+            hint="Captures are {i}, {i:int}, {rest**}, {x=a|b}, {e=0..7} and {2*i+1}.",
         )
 
     def _capture(self, name: str, kind: str, choices: str | None) -> _Capture:
@@ -115,26 +136,40 @@ class Template:
         return found
 
     @cached_property
+    def counting(self) -> frozenset[str]:
+        """The captures that hold nothing but integers."""
+        return frozenset(
+            part.name
+            for part in self.parts
+            if isinstance(part, _Affine) or (isinstance(part, _Capture) and part.pattern in (r"\d+", r"-?\d+"))
+        )
+
+    @cached_property
     def has_wildcard(self) -> bool:
         """Whether a part of the match has no name."""
         return any(isinstance(part, _Wildcard) for part in self.parts)
 
     @cached_property
-    def has_affine(self) -> bool:
-        """Whether it computes an index, which only a producing template can."""
-        return any(isinstance(part, _Affine) for part in self.parts)
+    def is_literal(self) -> bool:
+        """Whether it stands for exactly one name."""
+        return not self.is_regex and all(isinstance(part, str) for part in self.parts)
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
+        if self.is_regex:
+            try:
+                return re.compile(self.text.removeprefix("re:"))
+            except re.error as error:
+                raise PlanSyntaxError(f"template {self.text!r}: {error}") from None
         pieces: list[str] = []
         seen: set[str] = set()
-        for part in self.parts:
+        for index, part in enumerate(self.parts):
             if isinstance(part, str):
                 pieces.append(re.escape(part))
             elif isinstance(part, _Wildcard):
                 pieces.append(part.pattern)
             elif isinstance(part, _Affine):
-                raise PlanSyntaxError(f"template {self.text!r}: {{{part.name}}} with arithmetic cannot be matched")
+                pieces.append(rf"(?P<_{index}>-?\d+)")
             elif part.name in seen:
                 pieces.append(f"(?P={part.name})")
             else:
@@ -142,15 +177,50 @@ class Template:
                 pieces.append(f"(?P<{part.name}>{part.pattern})")
         return re.compile("".join(pieces))
 
+    @cached_property
+    def _ends(self) -> tuple[str, str]:
+        """What every match begins and ends with: comparing these first spares most of the matching."""
+        if self.is_regex or not self.parts:
+            return "", ""
+        first, last = self.parts[0], self.parts[-1]
+        return first if isinstance(first, str) else "", last if isinstance(last, str) else ""
+
     def match(self, name: str) -> dict[str, str] | None:
         """The captures of a whole name, or None."""
+        prefix, suffix = self._ends
+        if not (name.startswith(prefix) and name.endswith(suffix)):
+            return None
         found = self._regex.fullmatch(name)
         if found is None:
             return None
         captures = found.groupdict()
-        for key, choices in self.captures.items():
-            if choices is not None and captures[key] not in choices:
+        if None in captures.values():
+            captures = {key: value for key, value in captures.items() if value is not None}
+        for key, choices in self._choices:
+            if captures[key] not in choices:
                 return None
+        return self._solved(captures) if self.has_affine else captures
+
+    @cached_property
+    def _choices(self) -> list[tuple[str, frozenset[str]]]:
+        return [(name, frozenset(choices)) for name, choices in self.captures.items() if choices is not None]
+
+    @cached_property
+    def has_affine(self) -> bool:
+        """Whether an index is computed."""
+        return any(isinstance(part, _Affine) for part in self.parts)
+
+    def _solved(self, found: Mapping[str, str]) -> dict[str, str] | None:
+        """The captures behind the affine indices; None where no integer of at least 0 gives them."""
+        captures = {key: value for key, value in found.items() if not key.startswith("_")}
+        for index, part in enumerate(self.parts):
+            if isinstance(part, _Affine):
+                text = found[f"_{index}"]
+                value, rest = divmod(int(text) - part.shift, part.scale)
+                if rest or value < 0 or not _CANONICAL.fullmatch(text):
+                    return None
+                if captures.setdefault(part.name, str(value)) != str(value):
+                    return None
         return captures
 
     def produce(self, captures: Mapping[str, str]) -> Iterator[str]:
@@ -175,14 +245,37 @@ class Template:
                 pieces.append(captures[part.name])
             elif isinstance(part, _Affine):
                 value = captures[part.name]
-                if not value.isdigit():
+                if not value.isdigit() or not _CANONICAL.fullmatch(value):
                     raise PlanSyntaxError(
                         f"template {self.text!r}: {{{part.name}}} is {value!r}, no integer to compute with",
                         hint=f"Write {{{part.name}:int}} where it is matched.",
                     )
-                pieces.append(str(part.scale * int(value) + part.shift))
+                index = part.scale * int(value) + part.shift
+                if index < 0:
+                    raise PlanSyntaxError(f"template {self.text!r}: {{{part.name}}} = {value} gives the index {index}")
+                pieces.append(str(index))
             else:
                 raise PlanSyntaxError(
                     f"template {self.text!r}: * has no name to produce from", hint="Name it: {rest**}."
                 )
         return "".join(pieces)
+
+
+def constrained(template: Template, others: Iterable[Template]) -> Template:
+    """The template with what others say of the captures it leaves open: `{x}` and `{x=a|b}` make `{x=a|b}`."""
+    said: dict[str, str] = {}
+    for other in others:
+        for match in _TOKEN.finditer(other.text):
+            found = _CAPTURE.fullmatch((match[1] or "").strip())
+            if found is not None and found["kind"]:
+                said.setdefault(found["name"], found[0])
+    if template.is_literal:
+        return template
+
+    def spelled(match: re.Match[str]) -> str:
+        found = _CAPTURE.fullmatch((match[1] or "").strip())
+        if found is None or found["kind"] or found["name"] not in said:
+            return match[0]
+        return "{" + said[found["name"]] + "}"
+
+    return Template(_TOKEN.sub(spelled, template.text))

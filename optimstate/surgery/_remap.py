@@ -12,7 +12,7 @@ from optimstate.files import Progress, check_destination
 from optimstate.formats import torch_zip
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_document
-from optimstate.plan.execute import apply_plan
+from optimstate.plan.checkpoint import apply_plan
 from optimstate.plan.planner import Migration
 from optimstate.plan.rules import Plan
 from optimstate.surgery._common import opening, to_json
@@ -125,8 +125,8 @@ def _remap_report(
         str(destination or ""),
         written,
         tuple((str(rule), count) for rule, count in migration.counts),
-        {key: tuple((m.source, m.target) for m in found.moves if m.source != m.target) for key, found in sections},
+        {key: tuple((s, m.target) for m in found.moves for s in m.sources if m.changes) for key, found in sections},
         {key: tuple(name for name, _ in found.dropped) for key, found in sections},
-        {key: sum(m.source == m.target for m in found.moves) for key, found in sections},
+        {key: sum(not m.changes for m in found.moves) for key, found in sections},
         tuple(notes),
     )

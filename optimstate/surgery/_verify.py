@@ -106,7 +106,7 @@ def verify_against(path: str | Path, source: str | Path, plan: Plan) -> VerifyRe
         CheckpointError: One of them cannot be read.
         MigrationError: The plan does not fit the source.
     """
-    from optimstate.plan.execute import apply_plan
+    from optimstate.plan.checkpoint import apply_plan
 
     with opening(path):
         actual, origin = open_document(path), open_document(source)

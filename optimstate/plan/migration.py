@@ -1,0 +1,156 @@
+"""What the planner is told, and what it decides: frozen, without tensors of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optimstate.plan import expressions as ex
+from optimstate.plan.expressions import Expr, Leaf, Shape
+from optimstate.plan.flat import FlatPlan
+from optimstate.plan.groups import GroupPlan
+from optimstate.plan.resolve import Application
+from optimstate.plan.rules import Plan, Rule
+from optimstate.plan.slots import Fate, SlotPath
+from optimstate.state.model import OptimizerState
+from optimstate.state.schema import Algorithm
+
+__all__ = ["Inventory", "Migration", "Move", "SectionMoves", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the result must be: the parameters of a live optimizer or model.
+
+    Attributes:
+        groups: For each param group its parameters' names, in order; a model has one.
+        options: For each param group its options; empty where they are not known.
+        shapes: Of the parameters, where known.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    options: tuple[Mapping[str, Any], ...] = ()
+    shapes: Mapping[str, Shape | None] = field(default_factory=dict)
+
+    @classmethod
+    def of_names(cls, shapes: Mapping[str, Shape | None]) -> Target:
+        """Parameters by name, with their shapes where known, in one group."""
+        return cls((tuple(shapes),), (), shapes)
+
+    def names(self) -> Iterator[str]:
+        """All of them, in order."""
+        for group in self.groups:
+            yield from group
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What the planner is told of a section.
+
+    Attributes:
+        shapes: Its parameters, in order, with their shapes where known.
+        tensors: Their values, for a model; only dtypes and identities are looked at.
+        state: The optimizer's state, every parameter named as in `shapes`.
+        target: What the result must be.
+    """
+
+    shapes: Mapping[str, Shape | None]
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+    state: OptimizerState | None = None
+    target: Target | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One parameter of the result.
+
+    Attributes:
+        target: Its name.
+        expression: How it is made of the checkpoint's; None for a new one.
+        rules: The rules that say so, in order; empty where the name is kept because none matches it.
+        value: What becomes of the parameter itself; None in an optimizer.
+        slots: What becomes of each slot.
+        clone: Whether an earlier parameter takes the same source.
+    """
+
+    target: str
+    expression: Expr | None
+    rules: tuple[Rule, ...] = ()
+    value: Fate | None = None
+    slots: Mapping[SlotPath, Fate] = field(default_factory=dict)
+    clone: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where it comes from."""
+        found = () if self.expression is None else ex.leaves(self.expression)
+        return tuple(dict.fromkeys(leaf.name for leaf in found))
+
+    @property
+    def is_moved_whole(self) -> bool:
+        """Whether it is one parameter of the checkpoint, as it was."""
+        return isinstance(self.expression, Leaf)
+
+    @property
+    def changes(self) -> bool:
+        """Whether its name, value or state is another than before."""
+        return not isinstance(self.expression, Leaf) or self.expression.name != self.target
+
+
+@dataclass(frozen=True)
+class SectionMoves:
+    """What becomes of the parameters of one section.
+
+    Attributes:
+        moves: In the order of the result.
+        dropped: Sources that go nowhere, with the rule that drops them (None: the policy).
+        groups: The param groups of the result; empty for a model.
+        old_groups: How many there were.
+        algorithm: Whose state it is, where known.
+        flat: How vectors over all parameters are rebuilt.
+        notes: What deserves attention though nothing is wrong.
+        applications: Every use of a rule, pass by pass.
+        reordered: Whether the order is another than the checkpoint's.
+    """
+
+    moves: tuple[Move, ...]
+    dropped: tuple[tuple[str, Rule | None], ...]
+    groups: tuple[GroupPlan, ...] = ()
+    old_groups: int = 0
+    algorithm: Algorithm | None = None
+    flat: FlatPlan | None = None
+    notes: tuple[str, ...] = ()
+    applications: tuple[tuple[Application, ...], ...] = ()
+    reordered: bool = False
+    regrouped: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is another than before."""
+        return bool(self.dropped) or self.reordered or self.regrouped or any(move.changes for move in self.moves)
+
+    @property
+    def group_map(self) -> list[list[int]]:
+        """For each new param group the old ones its parameters come from."""
+        return [list(group.sources) for group in self.groups]
+
+
+@dataclass(frozen=True)
+class Migration:
+    """A plan resolved for one checkpoint.
+
+    Attributes:
+        plan: The plan.
+        sections: By the caller's key for each section.
+        counts: For each rule, how many parameters of all sections it matched.
+    """
+
+    plan: Plan
+    sections: Mapping[str, SectionMoves]
+    counts: tuple[tuple[Rule, int], ...]
+
+    @property
+    def notes(self) -> list[str]:
+        """What deserves attention, of every section."""
+        return [f"{key}: {note}" for key, section in self.sections.items() for note in section.notes]

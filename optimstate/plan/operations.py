@@ -1,0 +1,640 @@
+"""The closed set of operations a rule can name: how each is written, what it does to shapes, and what undoes it.
+
+An operation takes the tensors a rule has in hand (all that it gathered, then what the operation before gave) and gives
+tensors: `concat` and `stack` make one of many, `split` and `unstack` many of one, the others change each by itself.
+"""
+
+# ruff: noqa: ARG002 - all operations are called alike
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar
+
+from optimstate.errors import PlanSyntaxError
+from optimstate.plan import expressions as ex
+from optimstate.plan.expressions import Expr, Node, Shape
+from optimstate.tensors import DTYPES
+
+__all__ = ["OPERATIONS", "Irreversible", "Misfit", "Operation", "parse_operation"]
+
+
+class Misfit(Exception):
+    """An operation does not fit the shapes it meets; the planner says where."""
+
+
+class Irreversible(Exception):
+    """An operation loses something, so nothing undoes it; the message says what."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step of a rule."""
+
+    KEY: ClassVar[str]
+
+    def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
+        """The tensors that come out.
+
+        Args:
+            tensors: What the rule has in hand.
+            targets: How many names the rule produces, for operations that make many of one.
+
+        Raises:
+            Misfit: The shapes do not allow it.
+        """
+        return [self._each(tensor) for tensor in tensors]
+
+    def _each(self, tensor: Expr) -> Expr:
+        raise NotImplementedError
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        """The operations that undo it.
+
+        Args:
+            before: The shapes it was applied to; None where they are not known.
+
+        Raises:
+            Irreversible: Nothing does, or not without the shapes.
+        """
+        raise Irreversible(f"{self.KEY} loses what it leaves out")
+
+    def value(self) -> Any:
+        """What is written after the key in a plan file."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return f"{self.KEY} = {toml_value(self.value())}"
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it in one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c >= " " else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    raise PlanSyntaxError(f"{value!r} cannot be written in a plan file")
+
+
+def _key(key: str) -> str:
+    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else toml_value(key)
+
+
+def _known(tensor: Expr) -> Shape | None:
+    """The shape of a tensor, None when nobody knows it."""
+    if isinstance(tensor, Node) and isinstance(tensor.step, ex.Unsized):
+        return None
+    return tensor.shape
+
+
+def _unsized(key: str, *tensors: Expr) -> Expr:
+    return Node(ex.Unsized(key), tuple(tensors), None)
+
+
+def _dim(key: str, dim: int, shape: Shape, room: int = 0) -> int:
+    """A dimension counted from either end, as one counted from the front."""
+    rank = len(shape) + room
+    if not -rank <= dim < rank:
+        raise Misfit(f"{key}: there is no dimension {dim} in shape {list(shape)}")
+    return dim % rank
+
+
+@dataclass(frozen=True)
+class Concat(Operation):
+    """Many tensors one after the other along a dimension."""
+
+    KEY = "concat"
+    dim: int = 0
+
+    def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
+        shapes = [_known(tensor) for tensor in tensors]
+        known = [shape for shape in shapes if shape is not None]
+        if len(known) < len(shapes):
+            return [_unsized(self.KEY, *tensors)]
+        dim = _dim(self.KEY, self.dim, known[0])
+        rest = {(*shape[:dim], *shape[dim + 1 :]) if len(shape) > dim else None for shape in known}
+        if len(rest) > 1:
+            raise Misfit(f"concat along dimension {self.dim}: the shapes {_shapes(known)} differ elsewhere too")
+        size = sum(shape[dim] for shape in known)
+        return [Node(ex.Cat(dim), tuple(tensors), (*known[0][:dim], size, *known[0][dim + 1 :]))]
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        shapes = [shape for shape in before if shape is not None]
+        if len(shapes) < len(before) or not shapes:
+            return [Split(self.dim)]
+        sizes = tuple(shape[self.dim] for shape in shapes)
+        return [Split(self.dim, () if len(set(sizes)) == 1 else sizes)]
+
+    def value(self) -> Any:
+        return self.dim
+
+
+@dataclass(frozen=True)
+class Stack(Operation):
+    """Many tensors of one shape along a new dimension."""
+
+    KEY = "stack"
+    dim: int = 0
+
+    def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
+        shapes = [_known(tensor) for tensor in tensors]
+        known = [shape for shape in shapes if shape is not None]
+        if len(known) < len(shapes):
+            return [_unsized(self.KEY, *tensors)]
+        if len(set(known)) > 1:
+            raise Misfit(f"stack: the shapes {_shapes(known)} differ")
+        dim = _dim(self.KEY, self.dim, known[0], room=1)
+        single = (*known[0][:dim], 1, *known[0][dim:])
+        raised = tuple(ex.reshaped(tensor, single) for tensor in tensors)
+        return [Node(ex.Cat(dim), raised, (*single[:dim], len(raised), *single[dim + 1 :]))]
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        return [Unstack(self.dim)]
+
+    def value(self) -> Any:
+        return self.dim
+
+
+@dataclass(frozen=True)
+class Split(Operation):
+    """One tensor cut along a dimension into parts, equal ones unless `sizes` are given."""
+
+    KEY = "split"
+    dim: int = 0
+    sizes: tuple[int, ...] = ()
+
+    def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
+        count = len(self.sizes) or targets // len(tensors)
+        return [part for tensor in tensors for part in self._parts(tensor, count)]
+
+    def _parts(self, tensor: Expr, count: int) -> list[Expr]:
+        shape = _known(tensor)
+        if shape is None:
+            return [_unsized(self.KEY, tensor) for _ in range(count)]
+        dim = _dim(self.KEY, self.dim, shape)
+        sizes = self.sizes
+        if not sizes:
+            if count < 1 or shape[dim] % count:
+                raise Misfit(
+                    f"split: dimension {self.dim} of shape {list(shape)} is no multiple of {count}; "
+                    f"say the parts: split = {{ dim = {self.dim}, sizes = [...] }}"
+                )
+            sizes = (shape[dim] // count,) * count
+        if sum(sizes) != shape[dim]:
+            raise Misfit(
+                f"split: the sizes {list(sizes)} sum to {sum(sizes)}, "
+                f"but dimension {self.dim} of shape {list(shape)} has {shape[dim]}"
+            )
+        parts: list[Expr] = []
+        start = 0
+        for size in sizes:
+            parts.append(Node(ex.Narrow(dim, start, size), (tensor,), (*shape[:dim], size, *shape[dim + 1 :])))
+            start += size
+        return parts
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        return [Concat(self.dim)]
+
+    def value(self) -> Any:
+        return {"dim": self.dim, "sizes": list(self.sizes)} if self.sizes else self.dim
+
+
+@dataclass(frozen=True)
+class Unstack(Operation):
+    """One tensor cut into the places of a dimension, which disappears."""
+
+    KEY = "unstack"
+    dim: int = 0
+
+    def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
+        return [part for tensor in tensors for part in self._parts(tensor, targets // len(tensors))]
+
+    def _parts(self, tensor: Expr, count: int) -> list[Expr]:
+        shape = _known(tensor)
+        if shape is None:
+            return [_unsized(self.KEY, tensor) for _ in range(count)]
+        dim = _dim(self.KEY, self.dim, shape)
+        if shape[dim] != count:
+            raise Misfit(
+                f"unstack: dimension {self.dim} of shape {list(shape)} has {shape[dim]} places for {count} names"
+            )
+        one, without = (*shape[:dim], 1, *shape[dim + 1 :]), (*shape[:dim], *shape[dim + 1 :])
+        return [ex.reshaped(Node(ex.Narrow(dim, index, 1), (tensor,), one), without) for index in range(shape[dim])]
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        return [Stack(self.dim)]
+
+    def value(self) -> Any:
+        return self.dim
+
+
+@dataclass(frozen=True)
+class PermuteDims(Operation):
+    """Dimensions in another order; those beyond the ones listed stay where they are."""
+
+    KEY = "permute"
+    dims: tuple[int, ...] = ()
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = _known(tensor)
+        if shape is None:
+            return _unsized(self.KEY, tensor)
+        if len(self.dims) > len(shape):
+            raise Misfit(f"permute: {list(self.dims)} has more dimensions than shape {list(shape)}")
+        dims = (*self.dims, *range(len(self.dims), len(shape)))
+        return Node(ex.Permute(dims), (tensor,), tuple(shape[dim] for dim in dims))
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        return [PermuteDims(tuple(self.dims.index(place) for place in range(len(self.dims))))]
+
+    def value(self) -> Any:
+        return list(self.dims)
+
+
+@dataclass(frozen=True)
+class Transpose(Operation):
+    """Two dimensions exchanged: the last two unless others are named."""
+
+    KEY = "transpose"
+    dims: tuple[int, int] = (-2, -1)
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = _known(tensor)
+        if shape is None:
+            return _unsized(self.KEY, tensor)
+        one, other = (_dim(self.KEY, dim, shape) for dim in self.dims)
+        dims = list(range(len(shape)))
+        dims[one], dims[other] = other, one
+        return Node(ex.Permute(tuple(dims)), (tensor,), tuple(shape[dim] for dim in dims))
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        return [self]
+
+    def value(self) -> Any:
+        return True if self.dims == (-2, -1) else list(self.dims)
+
+
+@dataclass(frozen=True)
+class ReshapeDims(Operation):
+    """Neighbouring dimensions exchanged for others of as many elements; the whole shape without `dim`.
+
+    Attributes:
+        to: The new sizes; one may be -1.
+        dim: The first of the dimensions that are exchanged; None for all.
+        old: Their sizes; empty for the one at `dim`, whatever its size.
+    """
+
+    KEY = "reshape"
+    to: Shape = ()
+    dim: int | None = None
+    old: Shape = ()
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = _known(tensor)
+        if shape is None:
+            return _unsized(self.KEY, tensor)
+        first, old = self._exchanged(shape)
+        return ex.reshaped(tensor, (*shape[:first], *self._sizes(prod(old), shape), *shape[first + len(old) :]))
+
+    def _exchanged(self, shape: Shape) -> tuple[int, Shape]:
+        if self.dim is None:
+            return 0, shape
+        first = _dim(self.KEY, self.dim, shape)
+        old = self.old or (shape[first],)
+        if shape[first : first + len(old)] != old:
+            raise Misfit(f"reshape: shape {list(shape)} has not {list(old)} at dimension {self.dim}")
+        return first, old
+
+    def _sizes(self, count: int, shape: Shape) -> Shape:
+        known = prod(size for size in self.to if size != -1)
+        sizes = tuple(size if size != -1 else count // max(known, 1) for size in self.to)
+        if prod(sizes) != count:
+            raise Misfit(f"reshape: {list(self.to)} does not have the {count} places of shape {list(shape)}")
+        return sizes
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        shapes = set(before)
+        if self.dim is not None and self.old and -1 not in self.to:
+            return [ReshapeDims(self.old, self.dim, self.to)]
+        if self.dim is not None and -1 not in self.to:
+            return [ReshapeDims((prod(self.to),), self.dim, self.to)]
+        if len(shapes) == 1 and None not in shapes:
+            (shape,) = shapes
+            assert shape is not None
+            first, old = self._exchanged(shape)
+            new = self._sizes(prod(old), shape)
+            return [ReshapeDims(old, first, new) if self.dim is not None else ReshapeDims(shape)]
+        raise Irreversible("reshape does not say what the shape was; give names with shapes")
+
+    def value(self) -> Any:
+        if self.dim is None:
+            return list(self.to)
+        table: dict[str, Any] = {"dim": self.dim, "to": list(self.to)}
+        return {"dim": self.dim, "from": list(self.old), "to": list(self.to)} if self.old else table
+
+
+@dataclass(frozen=True)
+class Slice(Operation):
+    """The places [start, stop) of a dimension, `step` apart; the others are lost."""
+
+    KEY = "slice"
+    dim: int = 0
+    start: int = 0
+    stop: int | None = None
+    step: int = 1
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = _known(tensor)
+        if shape is None:
+            return _unsized(self.KEY, tensor)
+        dim = _dim(self.KEY, self.dim, shape)
+        places = range(shape[dim])[self.start : self.stop : self.step]
+        if not places or (self.stop is not None and self.stop > shape[dim]):
+            raise Misfit(f"slice: [{self.start}, {self.stop}) is not inside dimension {dim} of shape {list(shape)}")
+        step = ex.Narrow(dim, places.start, len(places), self.step)
+        return Node(step, (tensor,), (*shape[:dim], len(places), *shape[dim + 1 :]))
+
+    def value(self) -> Any:
+        table = {"dim": self.dim, "start": self.start, "stop": self.stop, "step": self.step}
+        defaults = {"start": 0, "stop": None, "step": 1}
+        return {key: value for key, value in table.items() if key == "dim" or value != defaults[key]}
+
+
+@dataclass(frozen=True)
+class Resize(Operation):
+    """A dimension cut, or grown at its end by places that `fill` describes."""
+
+    KEY = "resize"
+    dim: int = 0
+    size: int = 0
+    fill: ex.Fill = field(default_factory=ex.Fill)
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = _known(tensor)
+        if shape is None:
+            return _unsized(self.KEY, tensor)
+        dim = _dim(self.KEY, self.dim, shape)
+        new = (*shape[:dim], self.size, *shape[dim + 1 :])
+        if self.size == shape[dim]:
+            return tensor
+        if self.size < shape[dim]:
+            return Node(ex.Narrow(dim, 0, self.size), (tensor,), new)
+        return Node(ex.Pad(dim, self.size - shape[dim], self.fill), (tensor,), new)
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        sizes = {None if shape is None else shape[self.dim] for shape in before}
+        size = sizes.pop() if len(sizes) == 1 else None
+        if size is None:
+            raise Irreversible("resize does not say what the size was; give names with shapes")
+        if size > self.size:
+            raise Irreversible(f"resize cuts {size - self.size} places off")
+        return [Resize(self.dim, size)]
+
+    def value(self) -> Any:
+        table: dict[str, Any] = {"dim": self.dim, "size": self.size}
+        if self.fill.by_name:
+            default = {} if self.fill.default is None else {"default": self.fill.default}
+            table["fill"] = {**default, **self.fill.by_name}
+        elif self.fill.default is not None:
+            table["fill"] = self.fill.default
+        return table
+
+
+@dataclass(frozen=True)
+class Repeat(Operation):
+    """A dimension repeated as a whole, or every place of it."""
+
+    KEY = "repeat"
+    dim: int = 0
+    times: int = 1
+    each: bool = False
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = _known(tensor)
+        if shape is None:
+            return _unsized(self.KEY, tensor)
+        dim = _dim(self.KEY, self.dim, shape)
+        new = (*shape[:dim], shape[dim] * self.times, *shape[dim + 1 :])
+        return Node(ex.Tile(dim, self.times, self.each), (tensor,), new)
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        raise Irreversible("repeat makes copies, which would have to become one again")
+
+    def value(self) -> Any:
+        table: dict[str, Any] = {"dim": self.dim, "times": self.times}
+        return {**table, "each": True} if self.each else table
+
+
+@dataclass(frozen=True)
+class ScaleBy(Operation):
+    """The parameter times `param`, every slot of degree d times grad**d."""
+
+    KEY = "scale"
+    param: float = 1.0
+    grad: float = 1.0
+
+    def _each(self, tensor: Expr) -> Expr:
+        return Node(ex.Scale(self.param, self.grad), (tensor,), _known(tensor))
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        return [ScaleBy(1 / self.param, 1 / self.grad)]
+
+    def value(self) -> Any:
+        return {"param": self.param, "grad": self.grad}
+
+
+@dataclass(frozen=True)
+class CastTo(Operation):
+    """Other dtypes, by slot; `param` is the parameter, `slots` every floating slot."""
+
+    KEY = "cast"
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+
+    def _each(self, tensor: Expr) -> Expr:
+        return Node(ex.Cast(self.dtypes), (tensor,), _known(tensor))
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        raise Irreversible("cast does not keep what it rounds off")
+
+    def value(self) -> Any:
+        return self.dtypes["param"] if set(self.dtypes) == {"param"} else dict(self.dtypes)
+
+
+def _shapes(shapes: Sequence[Shape]) -> str:
+    return ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+
+
+OPERATIONS: dict[str, type[Operation]] = {
+    kind.KEY: kind
+    for kind in (
+        Concat,
+        Stack,
+        Split,
+        Unstack,
+        Transpose,
+        PermuteDims,
+        ReshapeDims,
+        Slice,
+        Resize,
+        Repeat,
+        ScaleBy,
+        CastTo,
+    )
+}
+
+
+def parse_operation(key: str, value: Any) -> list[Operation]:
+    """The operations that `key = value` of a plan file means.
+
+    Raises:
+        PlanSyntaxError: The value is not of the operation's form; the message shows one that is.
+    """
+    parsed = _PARSERS[key](value)
+    if parsed is None:
+        raise PlanSyntaxError(f"`{key}` cannot be {toml_value(value)}", hint=f"For example: {_EXAMPLES[key]}")
+    return parsed if isinstance(parsed, list) else [parsed]
+
+
+_EXAMPLES = {
+    "concat": "concat = 0",
+    "stack": "stack = 0",
+    "split": "split = 0, or split = { dim = 0, sizes = [512, 128, 128] }",
+    "unstack": "unstack = 0",
+    "transpose": "transpose = true, or transpose = [0, 2]",
+    "permute": "permute = [1, 0, 2]",
+    "reshape": "reshape = { dim = 0, to = [8, 3, 64] }, or reshape = [64, -1]",
+    "slice": "slice = { dim = 0, start = 0, stop = 1000 }",
+    "resize": 'resize = { dim = 0, size = 50304, fill = "mean" }, or resize = [50304, 768]',
+    "repeat": "repeat = { dim = 0, times = 2, each = true }",
+    "scale": "scale = { param = 0.5, grad = 2.0 }, or scale = 0.5",
+    "cast": 'cast = "bfloat16", or cast = { param = "bfloat16", exp_avg = "float32" }',
+}
+
+
+def _int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ints(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_int, value))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _table(value: Any, required: set[str], optional: set[str] = frozenset()) -> bool:  # type: ignore[assignment]
+    return isinstance(value, dict) and required <= value.keys() <= required | optional
+
+
+def _concat(value: Any) -> Operation | None:
+    return Concat(value) if _int(value) else None
+
+
+def _stack(value: Any) -> Operation | None:
+    return Stack(value) if _int(value) else None
+
+
+def _split(value: Any) -> Operation | None:
+    if _int(value):
+        return Split(value)
+    if _table(value, {"dim", "sizes"}) and _int(value["dim"]) and _ints(value["sizes"]) and min(value["sizes"]) >= 0:
+        return Split(value["dim"], tuple(value["sizes"]))
+    return None
+
+
+def _unstack(value: Any) -> Operation | None:
+    return Unstack(value) if _int(value) else None
+
+
+def _transpose(value: Any) -> Operation | None:
+    if value is True:
+        return Transpose()
+    return Transpose((value[0], value[1])) if _ints(value) and len(value) == 2 else None
+
+
+def _permute(value: Any) -> Operation | None:
+    return PermuteDims(tuple(value)) if _ints(value) and sorted(value) == list(range(len(value))) else None
+
+
+def _reshape(value: Any) -> Operation | None:
+    if isinstance(value, list) and all(map(_int, value)):
+        return ReshapeDims(tuple(value)) if value.count(-1) < 2 and min(value, default=0) >= -1 else None
+    if not _table(value, {"dim", "to"}, {"from"}) or not _int(value["dim"]):
+        return None
+    old, new = value.get("from", []), value["to"]
+    if not (isinstance(old, list) and isinstance(new, list) and all(map(_int, old + new)) and new.count(-1) < 2):
+        return None
+    return ReshapeDims(tuple(new), value["dim"], tuple(old)) if min(old + new, default=0) >= -1 else None
+
+
+def _slice(value: Any) -> Operation | None:
+    if not _table(value, {"dim"}, {"start", "stop", "step"}) or not all(map(_int, value.values())):
+        return None
+    start, stop, step = value.get("start", 0), value.get("stop"), value.get("step", 1)
+    return Slice(value["dim"], start, stop, step) if start >= 0 and step >= 1 and (stop is None or stop >= 0) else None
+
+
+def _fill(value: Any) -> ex.Fill | None:
+    policies = list(value.values()) if isinstance(value, dict) else [value]
+    if not policies or not all(_number(policy) or policy in ("zeros", "mean", "wrap") for policy in policies):
+        return None
+    if isinstance(value, dict):
+        return ex.Fill(value.get("default"), {key: item for key, item in value.items() if key != "default"})
+    return ex.Fill(value)
+
+
+def _resize(value: Any) -> list[Operation] | None:
+    if _ints(value) and min(value) >= 0:
+        return [Resize(dim, size) for dim, size in enumerate(value)]
+    if not _table(value, {"dim", "size"}, {"fill"}) or not _int(value["dim"]) or not _int(value["size"]):
+        return None
+    fill = _fill(value["fill"]) if "fill" in value else ex.Fill()
+    return [Resize(value["dim"], value["size"], fill)] if fill is not None and value["size"] >= 0 else None
+
+
+def _repeat(value: Any) -> Operation | None:
+    if not _table(value, {"dim", "times"}, {"each"}) or not _int(value["dim"]) or not _int(value["times"]):
+        return None
+    each = value.get("each", False)
+    return Repeat(value["dim"], value["times"], each) if value["times"] >= 1 and isinstance(each, bool) else None
+
+
+def _scale(value: Any) -> Operation | None:
+    if _number(value) and value:
+        return ScaleBy(float(value), 1 / value)
+    if not _table(value, set(), {"param", "grad"}) or not all(_number(item) and item for item in value.values()):
+        return None
+    return ScaleBy(float(value.get("param", 1)), float(value.get("grad", 1))) if value else None
+
+
+def _cast(value: Any) -> Operation | None:
+    dtypes = {"param": value} if isinstance(value, str) else value
+    if not isinstance(dtypes, dict) or not dtypes:
+        return None
+    return CastTo(dtypes) if all(dtype in DTYPES for dtype in dtypes.values()) else None
+
+
+_PARSERS: dict[str, Any] = {
+    "concat": _concat,
+    "stack": _stack,
+    "split": _split,
+    "unstack": _unstack,
+    "transpose": _transpose,
+    "permute": _permute,
+    "reshape": _reshape,
+    "slice": _slice,
+    "resize": _resize,
+    "repeat": _repeat,
+    "scale": _scale,
+    "cast": _cast,
+}

@@ -1,0 +1,452 @@
+"""What becomes of each slot when its parameter is moved, joined, cut or scaled, and how exactly.
+
+An expression of the parameter is translated for the slot: scaled by the slot's degree, filled by its policy, carried
+out on means where the slot holds means over rows or columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import frexp, prod
+from typing import Any, Literal
+
+from optimstate.plan import expressions as ex
+from optimstate.plan.expressions import Expr, Leaf, Node, Shape
+from optimstate.plan.rules import Policy
+from optimstate.plan.values import dtype_of, number_of, shape_of
+from optimstate.state.schema import RECOMPUTED, Algorithm, Slot, SlotKind, conventional, inferred_kind
+
+__all__ = ["Fate", "Parameter", "SlotPlanner", "SlotPath", "flat_slots", "translated"]
+
+SlotPath = tuple[str | int, ...]
+Outcome = Literal["exact", "approximate", "fresh", "dropped"]
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of a slot, or of a parameter itself.
+
+    Attributes:
+        outcome: How much of it arrives.
+        reason: Why, or an empty string where there is nothing to say.
+        kind: What the slot is.
+        inferred: Whether that was concluded from its shape.
+        made: How it is computed, each leaf standing for its own slot, or, where it names none, for the one in question.
+            A leaf alone is moved as it is.
+    """
+
+    outcome: Outcome
+    reason: str = ""
+    kind: SlotKind = "like_param"
+    inferred: bool = False
+    made: Expr | None = None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What is known of a parameter: its shape, and its slots by their path."""
+
+    shape: Shape | None
+    slots: Mapping[SlotPath, Any]
+
+
+class Refusal(Exception):
+    """A slot cannot follow its parameter; the message says why."""
+
+
+def flat_slots(slots: Mapping[Any, Any] | None, prefix: SlotPath = ()) -> Iterator[tuple[SlotPath, Any]]:
+    """Every slot with the keys that lead to it: some libraries nest them."""
+    for key, value in (slots or {}).items():
+        if isinstance(value, Mapping):
+            yield from flat_slots(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def slot_name(path: SlotPath) -> str:
+    """A slot as messages call it."""
+    return ".".join(map(str, path))
+
+
+def _power_of_two(factor: float) -> bool:
+    return abs(frexp(factor)[0]) == 0.5
+
+
+_MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
+
+
+def _rounds(old: str | None, new: str) -> bool:
+    if old not in _MANTISSA or new not in _MANTISSA:
+        return old != new
+    narrower = _MANTISSA[new] < _MANTISSA[old]
+    return narrower or (old, new) == ("bfloat16", "float16")
+
+
+@dataclass
+class Translation:
+    """An expression translated for one slot, and what it costs."""
+
+    made: Expr
+    approximate: list[str]
+    remarks: list[str]
+
+
+class Translator:
+    """Translates expressions for one elementwise slot; what several targets share is translated once.
+
+    Args:
+        name: Of the slot; `param` is the parameter itself.
+        path: Of the slot; empty for the parameter itself.
+        slot: Its meaning.
+        dtypes: By parameter, the dtype of the slot.
+    """
+
+    def __init__(self, name: str, path: SlotPath, slot: Slot, dtypes: Mapping[str, str | None]) -> None:
+        self.name, self.path, self.slot, self.dtypes = name, path, slot, dtypes
+        self._done: dict[int, tuple[Expr, Expr, str | None, list[str], list[str]]] = {}
+
+    def translate(self, expression: Expr) -> Translation:
+        """The expression for the slot.
+
+        Raises:
+            Refusal: It has no meaning for it.
+        """
+        made, _, approximate, remarks = self._visit(expression)
+        return Translation(made, list(dict.fromkeys(approximate)), list(dict.fromkeys(remarks)))
+
+    def _visit(self, expression: Expr) -> tuple[Expr, str | None, list[str], list[str]]:
+        found = self._done.get(id(expression))
+        if found is None:
+            found = self._done[id(expression)] = (expression, *self._fresh_visit(expression))
+        return found[1:]
+
+    def _fresh_visit(self, expression: Expr) -> tuple[Expr, str | None, list[str], list[str]]:
+        if isinstance(expression, Leaf):
+            return Leaf(expression.name, expression.shape, self.path), self.dtypes.get(expression.name), [], []
+        inputs = [self._visit(item) for item in expression.inputs]
+        dtypes = {dtype for _, dtype, _, _ in inputs}
+        approximate = [reason for _, _, reasons, _ in inputs for reason in reasons]
+        remarks = [remark for _, _, _, found in inputs for remark in found]
+        if len(dtypes) > 1:
+            raise Refusal(f"its parts have the dtypes {', '.join(sorted(map(str, dtypes)))}: cast them to one first")
+        step, dtype = expression.step, inputs[0][1]
+        made = tuple(item for item, _, _, _ in inputs)
+        if isinstance(step, ex.Scale):
+            factor = self._factor(step)
+            if factor == 1.0:
+                return made[0], dtype, approximate, remarks
+            if not _power_of_two(factor):
+                approximate.append(f"times {factor:g}, rounded")
+            return Node(ex.Multiply(factor), made, expression.shape), dtype, approximate, remarks
+        if isinstance(step, ex.Cast):
+            return self._cast(step, made, dtype, approximate, remarks, expression.shape)
+        if isinstance(step, ex.Fresh):
+            return made[0], dtype, approximate, remarks
+        if isinstance(step, ex.Pad):
+            step = self._filled(step)
+            reason = {"zeros": "zeros", "mean": "the mean of the old ones", "wrap": "the old ones again"}
+            said = reason.get(str(step.fill.default), str(step.fill.default))
+            approximate.append(f"{step.count} new places of dimension {step.dim} hold {said}")
+        if isinstance(step, ex.Narrow):
+            whole = inputs[0][0].shape
+            if whole is not None and step.length * step.step == whole[step.dim] == step.length:
+                return made[0], dtype, approximate, remarks
+        return Node(step, made, expression.shape), dtype, approximate, remarks
+
+    def _factor(self, step: ex.Scale) -> float:
+        if self.slot.degree is None:
+            raise Refusal(
+                f"nobody knows how it grows with the gradient; say so in the plan: [slots] {self.name} = "
+                '{ kind = "like_param", degree = ... }'
+            )
+        return step.grad**self.slot.degree * step.param**self.slot.power
+
+    def _cast(
+        self,
+        step: ex.Cast,
+        made: tuple[Expr, ...],
+        dtype: str | None,
+        approximate: list[str],
+        remarks: list[str],
+        shape: Shape | None,
+    ) -> tuple[Expr, str | None, list[str], list[str]]:
+        wanted = step.of(self.name)
+        floating = dtype is None or dtype.startswith(("float", "bfloat"))
+        if wanted is None or wanted == dtype or (not floating and self.name not in step.dtypes):
+            return made[0], dtype, approximate, remarks
+        if _rounds(dtype, wanted):
+            approximate.append(f"{dtype} rounded to {wanted}")
+        else:
+            remarks.append(f"{dtype} to {wanted}")
+        return Node(ex.Cast({"": wanted}), made, shape), wanted, approximate, remarks
+
+    def _filled(self, step: ex.Pad) -> ex.Pad:
+        fill = step.fill.of(self.name)
+        if fill is None:
+            # A zero second moment beside a large step count makes the first updates of the new places several times
+            # too large, so that the old places' mean stands for it.
+            degree = self.slot.degree
+            fill = "mean" if self.path and (degree is None or (degree > 0 and degree % 2 == 0)) else "zeros"
+        return ex.Pad(step.dim, step.count, ex.Fill(fill))
+
+
+def translated(expression: Expr, dtypes: Mapping[str, str | None]) -> Fate:
+    """What becomes of a parameter itself.
+
+    Raises:
+        Refusal: Its parts do not fit.
+    """
+    if isinstance(expression, Leaf):
+        return Fate("exact", made=expression)
+    found = Translator("param", (), Slot("like_param", 0, 1), dtypes).translate(expression)
+    return _fate(found, "like_param", inferred=False)
+
+
+def _fate(found: Translation, kind: SlotKind, *, inferred: bool) -> Fate:
+    said = "; ".join(found.approximate + found.remarks)
+    return Fate("approximate" if found.approximate else "exact", said, kind, inferred, found.made)
+
+
+class SlotPlanner:
+    """Decides for every slot of every target of one optimizer.
+
+    Args:
+        parameters: Of the checkpoint, by name.
+        algorithm: Whose state it is, where known.
+        declared: Slots the plan declares.
+        policy: The plan's.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        algorithm: Algorithm | None,
+        declared: Mapping[str, Slot],
+        policy: Policy,
+    ) -> None:
+        self._parameters, self._algorithm, self._declared, self._policy = parameters, algorithm, declared, policy
+        self._translators: dict[SlotPath, Translator] = {}
+        self._known: dict[SlotPath, tuple[Slot, bool]] = {}
+        self._moved: dict[tuple[SlotPath, ...], Mapping[SlotPath, Fate]] = {}
+
+    def meaning(self, path: SlotPath, value: Any, shape: Shape | None) -> tuple[Slot, bool]:
+        """What a slot is, and whether that was inferred."""
+        known = self._known.get(path)
+        if known is not None:
+            return known
+        name = str(path[-1])
+        slot = self._declared.get(name) or (self._algorithm.slot(name) if self._algorithm is not None else None)
+        if slot is not None:
+            return self._known.setdefault(path, (slot, False))
+        found = shape_of(value)
+        if self._algorithm is None and (slot := conventional(name, found, shape)) is not None:
+            return slot, True
+        kind = inferred_kind(found, shape)
+        return Slot(kind, 0 if kind == "scalar" else None), True
+
+    def fates(self, target: str, expression: Expr, problems: list[str]) -> Mapping[SlotPath, Fate]:
+        """What becomes of every slot; where one cannot follow, a problem is noted."""
+        if isinstance(expression, Leaf):
+            return self._moved_whole(expression.name)
+        live, fresh = _states(expression)
+        names = list(dict.fromkeys(live))
+        filled = [name for name in names if name in self._parameters and self._parameters[name].slots]
+        if not filled:
+            old = dict.fromkeys(fresh)
+            paths = dict.fromkeys(
+                path for name in old if name in self._parameters for path in self._parameters[name].slots
+            )
+            return {path: Fate("fresh", "made fresh by a rule") for path in paths}
+        if len(filled) < len(names) or fresh:
+            empty = next(iter([name for name in names if name not in filled] + fresh))
+            problems.append(
+                f"{target}: {filled[0]!r} has optimizer state and {empty!r} has none; they cannot become one: "
+                "add fresh = true to the rule, or leave one of them apart"
+            )
+            return {}
+        return self._joined(target, expression, filled, problems)
+
+    def _moved_whole(self, name: str) -> Mapping[SlotPath, Fate]:
+        parameter = self._parameters.get(name)
+        if parameter is None or not parameter.slots:
+            return {}
+        key = tuple(parameter.slots)
+        if self._algorithm is None:  # what a slot is depends on its shape
+            return self._exact(parameter)
+        if key not in self._moved:
+            self._moved[key] = self._exact(parameter)
+        return self._moved[key]
+
+    def _exact(self, parameter: Parameter) -> Mapping[SlotPath, Fate]:
+        made = {}
+        for path, value in parameter.slots.items():
+            slot, inferred = self.meaning(path, value, parameter.shape)
+            made[path] = Fate("exact", "", slot.kind, inferred)
+        return made
+
+    def _joined(
+        self, target: str, expression: Expr, names: Sequence[str], problems: list[str]
+    ) -> Mapping[SlotPath, Fate]:
+        made: dict[SlotPath, Fate] = {}
+        sources = [self._parameters[name].slots for name in names]
+        paths = dict.fromkeys(path for slots in sources for path in slots)
+        layout = all(isinstance(step, ex.LAYOUT) for step in ex.steps(expression))
+        factored: list[SlotPath] = []
+        for path in paths:
+            slot, inferred = self._common(path, names)
+            if slot.kind in ("row", "col"):
+                factored.append(path)
+                continue
+            try:
+                self._refuse_missing(path, names)
+                made[path] = self._fate_of(path, slot, inferred, expression, names, layout=layout)
+            except Refusal as refusal:
+                problems.append(_refused(target, path, refusal, names))
+        if factored or self._factors():
+            from optimstate.plan.factored import factored_fates
+
+            factored_fates(self, target, expression, names, factored, made, problems)
+        for path, fate in made.items():
+            if fate.outcome == "approximate" and self._policy.approximate == "refuse" and fate.kind != "scalar":
+                problems.append(
+                    f"{target}: {slot_name(path)} can only be approximated ({fate.reason}), "
+                    'which the policy refuses: say approximate = "allow", or make it fresh'
+                )
+        return made
+
+    def _common(self, path: SlotPath, names: Sequence[str]) -> tuple[Slot, bool]:
+        owner = next(name for name in names if path in self._parameters[name].slots)
+        parameter = self._parameters[owner]
+        return self.meaning(path, parameter.slots[path], parameter.shape)
+
+    def _factors(self) -> bool:
+        return self._algorithm is not None and any(slot.kind == "row" for slot in self._algorithm.slots.values())
+
+    def _refuse_missing(self, path: SlotPath, names: Sequence[str]) -> None:
+        missing = [name for name in names if path not in self._parameters[name].slots]
+        if missing:
+            owner = next(name for name in names if name not in missing)
+            raise Refusal(f"{owner!r} has it and {missing[0]!r} has not")
+
+    def _fate_of(
+        self, path: SlotPath, slot: Slot, inferred: bool, expression: Expr, names: Sequence[str], *, layout: bool
+    ) -> Fate:
+        if slot.kind == "scalar":
+            return self._agreed(path, names)
+        if slot.kind != "like_param":
+            raise Refusal(_OPAQUE[slot.kind])
+        for name in names:
+            parameter = self._parameters[name]
+            self._refuse_other_layout(path, parameter, name)
+        if layout and len({dtype_of(self._parameters[name].slots[path]) for name in names}) == 1:
+            return Fate("exact", "", "like_param", inferred, expression)
+        return _fate(self.translate(path, slot, expression), "like_param", inferred=inferred)
+
+    def translate(self, path: SlotPath, slot: Slot, expression: Expr) -> Translation:
+        """The expression for an elementwise slot.
+
+        Raises:
+            Refusal: It has no meaning for it.
+        """
+        if path not in self._translators:
+            dtypes = {
+                name: dtype_of(parameter.slots[path])
+                for name, parameter in self._parameters.items()
+                if path in parameter.slots
+            }
+            self._translators[path] = Translator(str(path[-1]), path, slot, dtypes)
+        return self._translators[path].translate(expression)
+
+    def parameter(self, name: str) -> Parameter:
+        """What is known of a source."""
+        return self._parameters[name]
+
+    def single(self, path: SlotPath, slot: Slot, step: Node) -> Translation:
+        """One step of an expression translated for a slot, on an input called ``."""
+        dtypes = (dtype_of(found.slots[path]) for found in self._parameters.values() if path in found.slots)
+        return Translator(str(path[-1]), path, slot, {"": next(dtypes, None)}).translate(step)
+
+    def vector_moment(self) -> str | None:
+        """The full second moment that a factoring algorithm keeps for vectors alone; None where it also has others."""
+        if self._algorithm is None or not self._algorithm.factors_every_matrix:
+            return None
+        return next(name for name, slot in self._algorithm.slots.items() if slot == Slot("like_param", 2))
+
+    def mean_slots(self) -> tuple[tuple[str, str], bool]:
+        """The slots of its means over rows and over columns, and whether they leave the averaged dimension out."""
+        assert self._algorithm is not None
+        row, col = (
+            next(name for name, slot in self._algorithm.slots.items() if slot == Slot(kind, 2))
+            for kind in ("row", "col")
+        )
+        return (row, col), row.startswith("exp_avg_sq")
+
+    def _refuse_other_layout(self, path: SlotPath, parameter: Parameter, name: str) -> None:
+        value = parameter.slots[path]
+        shape = shape_of(value)
+        if parameter.shape is None:
+            raise Refusal(f"the shape of {name!r} is not known, so it cannot be cut or joined: give the model too")
+        if shape is None:
+            raise Refusal(f"for {name!r} it is no plain tensor (quantized, sharded or of a subclass)")
+        if shape != parameter.shape:
+            raise Refusal(f"it has shape {list(shape)} where {name!r} has {list(parameter.shape)}")
+        if dtype_of(value) in _PACKED:
+            raise Refusal(
+                f"for {name!r} it is packed in {dtype_of(value)} blocks, which cutting or joining would break"
+            )
+
+    def _agreed(self, path: SlotPath, names: Sequence[str]) -> Fate:
+        """One number for all: they must agree, unless the policy chooses."""
+        first = Leaf(names[0], None, path)
+        if len(names) == 1:
+            return Fate("exact", "", "scalar", made=first)
+        values = [number_of(self._parameters[name].slots[path]) for name in names]
+        if all(value == values[0] for value in values):
+            return Fate("exact", "", "scalar", made=first)
+        if str(path[-1]) in RECOMPUTED:
+            return Fate("approximate", "computed anew at the next step", "scalar", made=first)
+        if self._policy.step == "error":
+            told = ", ".join(f"{value} for {name!r}" for name, value in zip(names[:4], values, strict=False))
+            raise Refusal(f'it differs ({told}): make them agree, or say step = "min", "max" or "keep" in [policy]')
+        if self._policy.step == "keep":
+            chosen = 0
+        else:
+            chosen = values.index((min if self._policy.step == "min" else max)(values))
+        reason = f"{values[chosen]} of {', '.join(map(str, dict.fromkeys(values)))}, by the policy {self._policy.step}"
+        return Fate("approximate", reason, "scalar", made=Leaf(names[chosen], None, path))
+
+
+_OPAQUE: dict[str, str] = {
+    "opaque": "it has a form of its own, which can be renamed, duplicated or dropped, but not cut, joined or scaled",
+    "flat": "it is one vector over all parameters",
+}
+_PACKED = {"uint8", "int8", "quint8", "qint8", "quint4x2", "quint2x4", "float4_e2m1fn_x2"}
+
+
+def _refused(target: str, path: SlotPath, refusal: Refusal, names: Sequence[str]) -> str:
+    sources = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    return (
+        f"{target}: {slot_name(path)} of {sources} cannot follow: {refusal}; "
+        "or give the parameter no state: fresh = true"
+    )
+
+
+def _states(expression: Expr) -> tuple[list[str], list[str]]:
+    """The sources whose state is used, and those whose state is left behind."""
+    live: list[str] = []
+    fresh: list[str] = []
+    stack: list[tuple[Expr, bool]] = [(expression, False)]
+    while stack:
+        found, left = stack.pop()
+        if isinstance(found, Leaf):
+            (fresh if left else live).append(found.name)
+        else:
+            left = left or isinstance(found.step, ex.Fresh)
+            stack.extend((item, left) for item in reversed(found.inputs))
+    return live, fresh
+
+
+def elements(shape: Shape | None) -> int:
+    """Their number; 0 where the shape is not known."""
+    return prod(shape) if shape is not None else 0
