@@ -16,12 +16,24 @@ from tests import corpus
 from tests.corpus import Case
 
 CONTAINERS = {"torch_zip", "safetensors", "other"}
+# Zips and safetensors too, but of a layout, or with a truth, of their own: tests/formats/test_layouts.py judges them.
+OTHER_LAYOUTS = (
+    "composer/",
+    "dcp/",
+    "deepspeed/",
+    "fsdp1/",
+    "heavyball/",
+    "mmengine/",
+    "stable_baselines3/",
+    "torchao/",
+)
 
 
 def readable(*prefixes: str, truth: str | None = None) -> list[Case]:
     """The cases whose every file is a torch zip, a safetensors file, or no checkpoint at all; hostile ones are not."""
     found = corpus.cases(*prefixes, truth=truth)
-    return [c for c in found if not c.is_hostile and {corpus.container_of(f) for f in c.files} <= CONTAINERS]
+    plain = [case for case in found if not case.is_hostile and not case.name.startswith(OTHER_LAYOUTS)]
+    return [case for case in plain if {corpus.container_of(file) for file in case.files} <= CONTAINERS]
 
 
 def optimizer_of(case: Case) -> str:

@@ -21,7 +21,7 @@ from optimstate.surgery._common import opening, to_json
 from optimstate.surgery._convert import verify_checksums
 from optimstate.surgery._inspect import describe, plain
 from optimstate.tensors import LazyTensor
-from optimstate.tree import difference, nodes
+from optimstate.tree import Opaque, difference, nodes
 
 __all__ = ["Finding", "VerifyReport", "verify", "verify_against"]
 
@@ -171,23 +171,27 @@ def _labelled(state: OptimizerState) -> list[tuple[str, Mapping[str, Any] | None
     ]
 
 
+def _tensor_slots(slots: Mapping[str, Any]) -> frozenset[str]:
+    """The slots that hold tensors; others are flags that a parameter may or may not have."""
+    return frozenset(str(slot) for slot, value in slots.items() if isinstance(value, LazyTensor | Opaque))
+
+
 def _coverage(where: str, state: OptimizerState) -> Iterator[Finding]:
-    kinds = Counter(frozenset(slots) for _, slots in _labelled(state) if slots)
+    tensors = {label: _tensor_slots(slots) for label, slots in _labelled(state) if slots}
+    kinds = Counter(tensors.values())
     full = [kind for kind, _ in kinds.most_common()]
     for label, slots in _labelled(state):
+        place = f"{where}, {label}"
         if not slots:
             if kinds:
-                yield Finding("note", "coverage", f"{where}, {label}", "no state: it starts afresh beside the others")
+                yield Finding("note", "coverage", place, "no state: it starts afresh beside the others")
             continue
         # Some algorithms keep other slots for matrices than for vectors: only a proper part of another's is suspicious.
-        larger = next(
-            (kind for kind in full if kind > frozenset(slots) and kinds[kind] >= kinds[frozenset(slots)]), None
-        )
+        mine = tensors[label]
+        larger = next((kind for kind in full if kind > mine and kinds[kind] >= kinds[mine]), None)
         if larger is not None:
-            missing = ", ".join(sorted(map(str, larger - slots.keys())))
-            yield Finding(
-                "fault", "coverage", f"{where}, {label}", f"has no {missing}, which {kinds[larger]} others have"
-            )
+            missing = ", ".join(sorted(larger - mine))
+            yield Finding("fault", "coverage", place, f"has no {missing}, which {kinds[larger]} others have")
     for key in state.orphans():
         yield Finding("fault", "coverage", where, f"state for {key!r}, which is in no param group")
 

@@ -70,7 +70,6 @@ def test_a_template_that_cannot_be_read_is_refused_when_it_is_written(text: str)
         {"rename": ["a.{i}=b.{j}"]},
         {"rename": ["a.{i}=b"]},
         {"rename": ["a.*=b.*"]},
-        {"rename": ["a.{2*i}=b.{i}"]},
         {"duplicate": ["a"]},
     ],
     ids=str,
