@@ -47,7 +47,8 @@ def execute_optimizer(section: SectionMoves, state: OptimizerState) -> Optimizer
             order = (*order, "param_names")
         template = Group(group.options, (), (), order)
         groups.append((template, [Member(name, keys[name], slots[name]) for name in group.members]))
-    return state.rebuilt(groups)
+    made = state.rebuilt(groups)
+    return made if section.conversion is None else section.conversion.apply(made)
 
 
 def _keyed_by_name(state: OptimizerState) -> bool:

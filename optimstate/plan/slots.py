@@ -332,7 +332,8 @@ class SlotPlanner:
     def _fate_of(
         self, path: SlotPath, slot: Slot, inferred: bool, expression: Expr, names: Sequence[str], *, layout: bool
     ) -> Fate:
-        if slot.kind == "scalar":
+        empty = all(self._parameters[name].slots[path] is None for name in names)
+        if slot.kind == "scalar" or empty:
             return self._agreed(path, names)
         if slot.kind != "like_param":
             raise Refusal(_OPAQUE[slot.kind])
@@ -385,10 +386,10 @@ class SlotPlanner:
     def _refuse_other_layout(self, path: SlotPath, parameter: Parameter, name: str) -> None:
         value = parameter.slots[path]
         shape = shape_of(value)
-        if parameter.shape is None:
-            raise Refusal(f"the shape of {name!r} is not known, so it cannot be cut or joined: give the model too")
         if shape is None:
             raise Refusal(f"for {name!r} it is no plain tensor (quantized, sharded or of a subclass)")
+        if parameter.shape is None:
+            raise Refusal(f"the shape of {name!r} is not known, so it cannot be cut or joined: give the model too")
         if shape != parameter.shape:
             raise Refusal(f"it has shape {list(shape)} where {name!r} has {list(parameter.shape)}")
         if dtype_of(value) in _PACKED:
