@@ -155,7 +155,10 @@ class _Records:
         self.constants: dict[tuple[str, str, Any], Opaque] = {}
 
     def named(self, module: str, name: str) -> GlobalName:
-        return self.classes.setdefault((module, name), GlobalName(module, name))
+        key = (module, name)
+        if key not in self.classes:
+            self.classes[key] = GlobalName(module, name)
+        return self.classes[key]
 
     def called(self, module: str, name: str, argument: Any) -> Opaque:
         key = (module, name, argument)

@@ -195,7 +195,11 @@ def leaves(tree: Mapping[Any, Any], *, flattened: bool = False) -> tuple[Leaves,
     for key, value in tree.items():
         walker.visit((str(key),), value)
     walker.note_keys((), tree)
-    return walker.found, [f"{what}: {count} times, first at {first}" for what, (count, first) in walker.notes.items()]
+    notes = [
+        f"{what}: {first}" + (f" and {count - 1} more" if count > 1 else "")
+        for what, (count, first) in walker.notes.items()
+    ]
+    return walker.found, notes
 
 
 class _Leaves:

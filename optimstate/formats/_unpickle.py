@@ -11,6 +11,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 from optimstate.errors import (
@@ -34,8 +35,9 @@ StorageLoader = Callable[[str, str, str, int], Storage]
 # --- the scan -------------------------------------------------------------------------------------------------------
 
 
-def _opcode_pattern(memo_limit: int) -> re.Pattern[bytes]:
-    """A run of opcodes whose arguments are short and whose memo indices are below about `memo_limit`.
+@cache
+def _opcode_pattern(high: int) -> re.Pattern[bytes]:
+    """A run of opcodes whose arguments are short and whose memo indices are below (high + 1) << 16, high at most 255.
 
     One anchored C-level match walks over most of a pickle; what it stops at is looked at by `_step`.
     """
@@ -47,7 +49,6 @@ def _opcode_pattern(memo_limit: int) -> re.Pattern[bytes]:
             rows.append(prefix + (b".{%d}" % n if n else b""))
         return rows
 
-    high = min(memo_limit >> 16, 0xFF)
     rows = [
         rb"[(012NQRabdelostu})\]\x81\x85-\x89\x8f-\x94]",
         rb"r..[\x00-" + re.escape(bytes([high])) + rb"]\x00",
@@ -86,7 +87,7 @@ def check_opcodes(data: bytes, start: int = 0) -> int:
     """
     if len(data) - start > MAX_PICKLE_BYTES:
         raise LimitExceededError(f"a pickle of {len(data)} bytes is over the limit of {MAX_PICKLE_BYTES}")
-    pattern = _opcode_pattern(len(data))
+    pattern = _opcode_pattern(min(len(data) >> 16, 0xFF))
     at = start
     while at < len(data):
         match = pattern.match(data, at)

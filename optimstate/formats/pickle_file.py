@@ -25,6 +25,7 @@ __all__ = ["NAME", "SUFFIXES", "read", "sniff", "write"]
 
 NAME = "pickle"
 SUFFIXES: tuple[str, ...] = ()
+_LOAD = ("torch.storage", "_load_from_bytes")
 _TEXT_SUFFIXES = (".pkl", ".pickle")  # protocols 0 and 1 have no mark of their own
 
 
@@ -54,7 +55,7 @@ def read(path: Path) -> Document:
             return storage
 
         def _stand_in(self, module: str, name: str) -> Any:
-            if (module, name) == ("torch.storage", "_load_from_bytes"):
+            if (module, name) == _LOAD:
                 return self.builder(module, name, self.storage_from_bytes)
             return super()._stand_in(module, name)
 
@@ -64,7 +65,8 @@ def read(path: Path) -> Document:
         if error.path:
             raise
         raise type(error)(error.message, path=path, place=error.place, hint=error.hint) from error
-    return Document(path, NAME, tree, list(dict.fromkeys([*names, *inner])))
+    outer = [name for name in names if name != _LOAD]  # what it would load was read, and is listed in its place
+    return Document(path, NAME, tree, list(dict.fromkeys([*outer, *inner])))
 
 
 def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001

@@ -39,6 +39,8 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
 _MAX32 = 0xFFFFFFFF
 _ALIGNMENT = 64
+_BUFFER = 1 << 20  # small records are joined up to this size before they are written
+_SMALL_RECORD = 1 << 14
 _FLAGS = 0x0808  # sizes follow the data; names are UTF-8
 _FLAGS_EMPTY = 0x0800  # nothing follows
 _ITEMSIZE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
@@ -378,9 +380,20 @@ class _Directory:
         self.position = position
         self.progress = progress
         self.entries: list[bytes] = []
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
 
     def _emit(self, data: bytes) -> None:
-        self.position += write_bytes(self.fd, data)
+        self.position += len(data)
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+        if self._pending_bytes >= _BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        write_bytes(self.fd, b"".join(self._pending))
+        self._pending.clear()
+        self._pending_bytes = 0
 
     def add(self, name: str, extents: Sequence[Extent] | bytes, crc: int | None = None) -> int:
         """Write a record; its CRC-32 is computed on the way unless given. Returns the CRC."""
@@ -402,7 +415,14 @@ class _Directory:
         if isinstance(extents, bytes):
             crc = zlib.crc32(extents)
             self._emit(extents)
+        elif size <= _SMALL_RECORD:
+            data = b"".join(extent.read() for extent in extents)
+            crc = zlib.crc32(data) if crc is None else crc
+            self._emit(data)
+            if self.progress:
+                self.progress(size)
         else:
+            self._flush()
             running = _RunningCrc() if crc is None else None
             self.position += copy_extents(extents, self.fd, progress=self.progress, checksum=running)
             crc = running.value if running else crc
@@ -416,7 +436,8 @@ class _Directory:
         return crc
 
     def directory(self) -> tuple[bytes, bytes]:
-        """The directory, and the end records that make it valid."""
+        """The directory, and the end records that make it valid; to be written behind the records."""
+        self._flush()
         body = b"".join(self.entries)
         count, start, stop = len(self.entries), self.position, self.position + len(body)
         end64 = _END64.pack(b"PK\x06\x06", _END64.size - 12, 0x031E, 45, 0, 0, count, count, len(body), start)
