@@ -57,7 +57,7 @@ class Refusal(Exception):
 def flat_slots(slots: Mapping[Any, Any] | None, prefix: SlotPath = ()) -> Iterator[tuple[SlotPath, Any]]:
     """Every slot with the keys that lead to it: some libraries nest them."""
     for key, value in (slots or {}).items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             yield from flat_slots(value, (*prefix, key))
         else:
             yield (*prefix, key), value
