@@ -6,17 +6,15 @@ import gc
 import os
 import sys
 
-from optimstate.cli import convert, demo, inspect, remap
-from optimstate.cli.app import run
+from optimstate.cli.app import register, run
 
 __all__ = ["main"]
-
-_COMMANDS = (inspect, remap, convert, demo)  # imported for their registration
 
 
 def main() -> None:
     """Run the command line and leave at once: freeing a large tree object by object would take longer than the work."""
     gc.disable()
+    register(sys.argv[1:])
     code = run()
     try:
         sys.stdout.flush()

@@ -7,6 +7,7 @@ inspecting a checkpoint.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,29 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from optimstate.surgery import ConvertReport, Inspection, RemapReport
+    from optimstate.surgery import (
+        ConvertReport,
+        DiffReport,
+        Inspection,
+        NameReport,
+        RemapReport,
+        ScanReport,
+        VerifyReport,
+    )
     from optimstate.surgery._inspect import ModelInfo, OptimizerInfo
 
-__all__ = ["converted", "inspection", "progress", "remapped", "size", "table"]
+__all__ = [
+    "compared",
+    "converted",
+    "inspection",
+    "named",
+    "progress",
+    "remapped",
+    "scanned",
+    "size",
+    "table",
+    "verified",
+]
 
 PROGRESS_FROM = 1 << 28  # bytes below which nobody waits long enough to need a bar
 
@@ -76,7 +96,7 @@ def inspection(found: Inspection, *, params: bool, groups: bool) -> None:
         if section.kind == "optimizer":
             _optimizer(section, params=params, groups=groups)  # type: ignore[arg-type]
         elif section.kind == "scheduler":
-            typer.echo(f"scheduler {section.path}: {section.algorithm}")  # type: ignore[union-attr]
+            typer.echo(f"scheduler at {section.path}: {section.algorithm}")  # type: ignore[union-attr]
             typer.echo(f"  last_epoch {section.last_epoch}, last lr {_value(section.last_lr)}")  # type: ignore[union-attr]
         else:
             _model(section, params=params)  # type: ignore[arg-type]
@@ -95,7 +115,7 @@ def inspection(found: Inspection, *, params: bool, groups: bool) -> None:
 def _optimizer(info: OptimizerInfo, *, params: bool, groups: bool) -> None:
     names = "named parameters" if info.named else "no parameter names (by position)"
     algorithm = info.algorithm or "unrecognised algorithm"
-    typer.echo(f"optimizer {info.path}: {algorithm}, {plural(len(info.groups), 'group')}, {names}")
+    typer.echo(f"optimizer at {info.path}: {algorithm}, {plural(len(info.groups), 'group')}, {names}")
     count = sum(group.parameters for group in info.groups)
     steps = ", ".join(f"{step} (x{n})" if len(info.steps) > 1 else step for step, n in info.steps.items()) or "none"
     typer.echo(f"  {plural(count, 'parameter')}, {size(info.nbytes)} of state, step {steps}")
@@ -143,7 +163,7 @@ def _model(info: ModelInfo, *, params: bool) -> None:
     dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in info.dtypes.items())
     what = "averaged model" if info.kind == "ema" else "model"
     typer.echo(
-        f"{what} {info.path}: {plural(info.parameters, 'tensor')}, {info.elements:,} elements, {size(info.nbytes)}"
+        f"{what} at {info.path}: {plural(info.parameters, 'tensor')}, {info.elements:,} elements, {size(info.nbytes)}"
     )
     typer.echo(f"  {dtypes}")
     for names in info.tied:
@@ -173,6 +193,63 @@ def remapped(report: RemapReport) -> None:
                 typer.echo(f"  {source} dropped")
     for note in report.notes:
         typer.echo(f"note: {note}")
+    typer.echo(f"wrote {report.destination}" if report.written else "dry run: nothing was written")
+
+
+def scanned(report: ScanReport) -> None:
+    """Print what pickles name beyond plain data, the worst first."""
+    order = {"dangerous": 0, "unknown": 1, "data": 2}
+    found = sorted(report.findings, key=lambda finding: order[finding.verdict])
+    rows = [(f.verdict, f.name, str(f.times), f.file, f.record, str(f.offset)) for f in found if f.verdict != "data"]
+    if rows:
+        typer.echo(table(("verdict", "name", "times", "file", "pickle", "at byte"), rows))
+    for line in report.unreadable:
+        typer.echo(f"  unreadable: {line}")
+    names = {verdict: len({f.name for f in found if f.verdict == verdict}) for verdict in order}
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in names.items())
+    typer.echo(f"{report.path}: {plural(report.pickles, 'pickle')} scanned, nothing run; names: {counts}")
+
+
+def compared(report: DiffReport) -> None:
+    """Print the differences, part by part."""
+    section = ""
+    for change in report.changes:
+        if change.section != section:
+            section = change.section
+            typer.echo(section)
+        relative = "" if change.relative is None else f", relative difference {change.relative:.3g}"
+        sides = {
+            "added": f"+ {change.name}  {change.right}",
+            "removed": f"- {change.name}  {change.left}",
+            "renamed": f"> {change.left} -> {change.right}  (equal content)",
+        }
+        other = f"~ {change.name}  {change.kind}: {_value(change.left)} -> {_value(change.right)}{relative}"
+        typer.echo(f"  {sides.get(change.kind, other)}")
+    kinds = Counter(change.kind for change in report.changes)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no differences"
+    typer.echo(f"{plural(report.equal, 'tensor')} {'equal' if report.compared_contents else 'alike'}, {counts}")
+
+
+def verified(report: VerifyReport) -> None:
+    """Print faults first, then what is worth knowing, then what was looked at."""
+    for level in ("fault", "note"):
+        for finding in report.findings:
+            if finding.level == level:
+                typer.echo(f"{level}: {finding.where}: {finding.message} [{finding.check}]")
+    for line in report.blind:
+        typer.echo(f"not visible: {line}")
+    faults = sum(finding.level == "fault" for finding in report.findings)
+    typer.echo(
+        f"{report.path}: {plural(faults, 'fault') if faults else 'healthy'}; checked {', '.join(report.checked)}"
+    )
+
+
+def named(report: NameReport) -> None:
+    """Print every name with how it is known."""
+    for path, found in report.optimizers.items():
+        typer.echo(f"optimizer at {path}")
+        rows = [(str(index), given, evidence) for index, (given, evidence) in enumerate(found)]
+        typer.echo(table(("", "parameter", "evidence"), rows))
     typer.echo(f"wrote {report.destination}" if report.written else "dry run: nothing was written")
 
 

@@ -7,13 +7,14 @@ cannot hold it, 130 interrupted.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from optimstate import __version__, errors
 
-__all__ = ["EXIT_CODES", "Force", "Json", "NoSync", "app", "run"]
+__all__ = ["COMMANDS", "EXIT_CODES", "Force", "Json", "NoSync", "app", "register", "run"]
 
 EXIT_CODES: tuple[tuple[type[errors.OptimStateError], int], ...] = (
     (errors.CheckpointError, 3),
@@ -57,6 +58,17 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+COMMANDS = ("inspect", "diff", "remap", "convert", "name", "verify", "scan", "demo")
+"""In the order of the help. Each is a module of this package that registers itself when it is imported."""
+
+
+def register(arguments: list[str]) -> None:
+    """Import the command that was asked for, or all of them where none was: importing takes longer than most work."""
+    asked = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    for command in (asked,) if asked else COMMANDS:
+        import_module(f"optimstate.cli.{command}")
 
 
 def run() -> int:

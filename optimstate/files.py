@@ -34,7 +34,7 @@ Progress = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
 
 CHUNK = 1 << 20  # one read or write through user space
-KERNEL_CHUNK = 1 << 26  # one copy_file_range call, so that progress and Ctrl-C are served
+KERNEL_CHUNK = 1 << 28  # one copy_file_range call, so that progress and Ctrl-C are served
 FLUSH_FROM = 1 << 26  # files from this size on are flushed while they are written
 SMALL_PIECE = 1 << 16  # below this a joined read/write is cheaper than a system call per piece
 

@@ -7,7 +7,7 @@ imported or called for it; it can be shown, compared and written back.
 from __future__ import annotations
 
 import gc
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -217,6 +217,30 @@ def nodes(node: Any) -> Iterator[Any]:
                 stack.extend(found.values())
             else:
                 stack.extend(child for _, child in children(found))
+
+
+def census(node: Any) -> tuple[int, Counter[str]]:
+    """How many tensors there are, and how many objects of each class known by name only."""
+    tensor_count = 0
+    records: Counter[str] = Counter()
+    seen: set[int] = {id(node)}
+    stack: list[Any] = [node]
+    while stack:
+        found = stack.pop()
+        if isinstance(found, Opaque):
+            records[found.type.path] += 1
+        inner = found.values() if type(found) is dict else [child for _, child in children(found)]
+        for child in inner:
+            kind = type(child)
+            if kind is LazyTensor:
+                tensor_count += 1
+            elif kind not in _SCALARS and isinstance(child, dict | list | tuple | Opaque) and id(child) not in seen:
+                seen.add(id(child))
+                stack.append(child)
+    return tensor_count + (type(node) is LazyTensor), records
+
+
+_SCALARS = frozenset({int, float, str, bool, type(None), bytes})
 
 
 def tensors(node: Any) -> Iterator[tuple[Path, LazyTensor]]:

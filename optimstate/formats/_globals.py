@@ -74,6 +74,20 @@ _DATA_NAMES = frozenset(
     | {"torch._utils._rebuild_parameter", "torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_qtensor"}
     | {"torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2", "torch.Tensor"}
     | {"torch.nn.parameter.Parameter", "torch.storage.UntypedStorage", "torch.storage.TypedStorage"}
+    | {"torch.distributed.checkpoint.filesystem._StorageInfo"}
+    | {
+        "torch.distributed.checkpoint.metadata." + name
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    }
     | {"torch." + name for name in DTYPES}
     | {"torch." + row.storage for row in DTYPES.values() if row.storage}
     | PLAIN_CLASSES

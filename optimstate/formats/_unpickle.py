@@ -50,10 +50,10 @@ def _opcode_pattern(memo_limit: int) -> re.Pattern[bytes]:
     high = min(memo_limit >> 16, 0xFF)
     rows = [
         rb"[(.012NQRabdelostu})\]\x81\x85-\x89\x8f-\x94]",
-        rb"[hqK\x80\x82].",
-        rb"[M\x83]..",
-        rb"[Jj\x84].{4}",
         rb"r..[\x00-" + re.escape(bytes([high])) + rb"]\x00",
+        rb"[hqK\x80\x82].",
+        rb"[Jj\x84].{4}",
+        rb"[M\x83]..",
         rb"G.{8}",
         rb"c[^\n]*\n[^\n]*\n",
         *counted(b"X", 4, 96),
@@ -215,11 +215,10 @@ class InertUnpickler(pickle.Unpickler):
     def _tensor_v2(
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
     ) -> LazyTensor:
-        if not isinstance(storage, Storage) or storage.kind not in _DTYPE_OF_STORAGE:
+        dtype = _DTYPE_OF_STORAGE.get(storage.kind) if isinstance(storage, Storage) else None
+        if dtype is None:
             raise CorruptCheckpointError(f"a tensor over {storage!r}"[:200])
-        return self._checked_tensor(
-            storage, _DTYPE_OF_STORAGE[storage.kind], offset, size, stride, grad, hooks, metadata
-        )
+        return self._checked_tensor(storage, dtype, offset, size, stride, grad, hooks, metadata)
 
     def _tensor_v3(
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None

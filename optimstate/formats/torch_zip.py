@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from optimstate.errors import (
     CorruptCheckpointError,
@@ -167,47 +167,54 @@ def _parse_directory(source: FileSource, data: bytes, offset: int, count: int) -
     if count * _CENTRAL.size > size:
         raise CorruptCheckpointError(f"the zip directory cannot hold {count} entries in {size} bytes", path=source.path)
     records: dict[str, Record] = {}
-    unpack = _CENTRAL_READ.unpack_from
-    root: str | None = None
-    at = 0
+    unpack, fixed, new = _CENTRAL_READ.unpack_from, _CENTRAL.size, tuple.__new__  # what is called per record
+    first_name = data[fixed : fixed + int.from_bytes(data[28:30], "little")]
+    root = first_name[: first_name.find(b"/") + 1]
+    skip = fixed + len(root)
+    at = end = 0
+    in_order = True
     for _ in range(count):
-        if at + _CENTRAL.size > size:
+        if at + fixed > size:
             raise CorruptCheckpointError(
                 "the zip directory is cut off", path=source.path, place=f"offset {offset + at}"
             )
         sig, flags, method, crc, packed, unpacked, n, extra, comment, header = unpack(data, at)
-        stop = at + _CENTRAL.size + n + extra + comment
+        stop = at + fixed + n + extra + comment
         if sig != b"PK\x01\x02" or stop > size:
             raise CorruptCheckpointError(
                 "the zip directory is damaged", path=source.path, place=f"offset {offset + at}"
             )
-        full_name = data[at + _CENTRAL.size : at + _CENTRAL.size + n].decode("utf-8", "replace")
-        if _MAX32 in (packed, unpacked, header):
-            extra_at = at + _CENTRAL.size + n
+        if packed == _MAX32 or header == _MAX32 or unpacked == _MAX32:
+            extra_at = at + fixed + n
             unpacked, packed, header = _zip64(data[extra_at : extra_at + extra], unpacked, packed, header)
-        if method or flags & 1:
-            raise UnsupportedCheckpointError(
-                f"record {full_name!r} is {'encrypted' if flags & 1 else 'compressed'}",
-                path=source.path,
-                hint="torch.save stores records as they are; load the file with torch and save it again.",
-            )
-        if packed != unpacked or header + _LOCAL.size + packed > offset:
-            raise CorruptCheckpointError(
-                f"record {full_name!r} of {packed} bytes reaches past the data",
-                path=source.path,
-                place=f"offset {header}",
-            )
-        if root is None:
-            root = full_name[: full_name.find("/") + 1]
-        if not full_name.startswith(root):
+        if method or flags & 1 or packed != unpacked or header + _LOCAL.size + packed > offset:
+            _refuse_entry(source, data[at + fixed : at + fixed + n], method, flags, header, packed)
+        if not data.startswith(root, at + fixed):
             raise UnrecognizedFormatError("a zip file, but not one of torch.save: no common folder", path=source.path)
-        name = full_name[len(root) :]
-        if name in records:
-            raise CorruptCheckpointError(f"record {full_name!r} is there twice", path=source.path)
-        records[name] = Record(name, header, packed, crc, (at, stop))
+        name = data[at + skip : at + fixed + n].decode("utf-8", "replace")
+        records[name] = new(Record, (name, header, packed, crc, (at, stop)))
+        in_order = in_order and header >= end
+        end = header + _LOCAL.size + packed
         at = stop
-    _refuse_overlaps(source, records)
-    return root or "", records
+    if len(records) != count:
+        raise CorruptCheckpointError("the zip directory lists a record twice", path=source.path)
+    if not in_order:
+        _refuse_overlaps(source, records)
+    return root.decode("utf-8", "replace"), records
+
+
+def _refuse_entry(source: FileSource, name: bytes, method: int, flags: int, header: int, size: int) -> NoReturn:
+    """Say why a directory entry cannot be read."""
+    shown = name.decode("utf-8", "replace")
+    if method or flags & 1:
+        raise UnsupportedCheckpointError(
+            f"record {shown!r} is {'encrypted' if flags & 1 else 'compressed'}",
+            path=source.path,
+            hint="torch.save stores records as they are; load the file with torch and save it again.",
+        )
+    raise CorruptCheckpointError(
+        f"record {shown!r} of {size} bytes reaches past the data", path=source.path, place=f"offset {header}"
+    )
 
 
 def _refuse_overlaps(source: FileSource, records: dict[str, Record]) -> None:

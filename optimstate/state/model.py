@@ -20,7 +20,7 @@ Slots = Mapping[str, Any]
 
 def as_mapping(node: Any) -> Mapping[Any, Any] | None:
     """A dict, or the entries of a pickled `defaultdict`, else None."""
-    if isinstance(node, Mapping):
+    if type(node) is dict or isinstance(node, Mapping):
         return node
     if isinstance(node, Opaque) and node.type.path == "collections.defaultdict":
         return dict(node.entries)

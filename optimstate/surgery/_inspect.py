@@ -16,7 +16,7 @@ from optimstate.state.schema import recognise
 from optimstate.state.sections import Section, find_sections, scheduler_name
 from optimstate.surgery._common import opening, to_json
 from optimstate.tensors import LazyTensor
-from optimstate.tree import GlobalName, Opaque, nodes
+from optimstate.tree import GlobalName, Opaque, census
 
 __all__ = ["Inspection", "inspect"]
 
@@ -143,21 +143,17 @@ def inspect(path: str | Path, *, parameters: bool = False) -> Inspection:
     with opening(path):
         document = open_document(path)
         sections = find_sections(document.tree)
-        tensors = 0
-        opaque: Counter[str] = Counter()
-        known = {id(section.node) for section in sections}
-        for node in nodes(document.tree):
-            if type(node) is LazyTensor:
-                tensors += 1
-            elif isinstance(node, Opaque) and id(node) not in known:
-                opaque[node.type.path] += 1
+        tensors, opaque = census(document.tree)
+        for section in sections:  # what is shown as a section is not counted as an unknown object
+            if isinstance(section.node, Opaque):
+                opaque[section.node.type.path] -= 1
         return Inspection(
             str(path),
             document.format,
             _size(Path(path)),
             tensors,
             tuple(_section_info(section, listed=parameters) for section in sections),
-            dict(opaque.most_common()),
+            {name: count for name, count in opaque.most_common() if count > 0},
             tuple(dangerous(document.globals)),
             tuple(document.notes),
         )
@@ -237,21 +233,34 @@ def plain(value: Any) -> Any:
 _SHOWN_AS_NUMBER = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
+@dataclass
+class _SlotCount:
+    parameters: int = 0
+    dtypes: set[str] = field(default_factory=set)
+    nbytes: int = 0
+
+
 def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> OptimizerInfo:
-    slots: dict[str, tuple[int, set[str], int]] = {}
+    slots: dict[str, _SlotCount] = {}
     steps: Counter[str] = Counter()
     scalars = _ScalarReader()
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}  # checkpoints have few shapes and many tensors
     fresh = 0
     for _, _, found in state.parameters():
-        fresh += not found
-        for slot, value in (found or {}).items():
-            count, dtypes, nbytes = slots.get(slot) or (0, set(), 0)
+        if not found:
+            fresh += 1
+            continue
+        for slot, value in found.items():
+            count = slots.get(slot) or slots.setdefault(slot, _SlotCount())
+            count.parameters += 1
             if type(value) is LazyTensor:
-                dtypes.add(value.dtype)
-                nbytes += value.nbytes
+                kind = (value.dtype, value.shape)
+                if kind not in sizes:
+                    sizes[kind] = value.nbytes
+                count.nbytes += sizes[kind]
+                count.dtypes.add(value.dtype)
             else:
-                dtypes.add(value.type.qualname if isinstance(value, Opaque) else type(value).__name__)
-            slots[slot] = (count + 1, dtypes, nbytes)
+                count.dtypes.add(value.type.qualname if isinstance(value, Opaque) else type(value).__name__)
             if slot == "step":
                 steps[scalars.text(value)] += 1
     if not steps:  # some algorithms count per group
@@ -262,11 +271,11 @@ def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> Optimi
         algorithm.name if algorithm else None,
         state.is_named,
         tuple(_group_info(group) for group in state.groups),
-        tuple(SlotInfo(str(n), c, tuple(sorted(d)), b) for n, (c, d, b) in slots.items()),
+        tuple(SlotInfo(str(n), c.parameters, tuple(sorted(c.dtypes)), c.nbytes) for n, c in slots.items()),
         dict(sorted(steps.items())),
         fresh,
         len(state.orphans()),
-        sum(nbytes for _, _, nbytes in slots.values()),
+        sum(count.nbytes for count in slots.values()),
         tuple(_parameter_infos(state)) if listed else (),
     )
 

@@ -127,9 +127,10 @@ def remap(setting: Setting) -> list[Row]:
     rows = []
     target = setting.folder / "remapped.pt"
     for name, source in setting.streamed.items():
-        command = [*setting.tool, "remap", str(source), str(target), "--rename", RENAME]
-        ours = Job("remap", command, outputs=[target], check=wrote(target, source, mentions=NEW_NAME))
-        rows += against_copies(setting, name, ours, source, wall=1.15)
+        for options in ([], ["--no-sync"]):
+            command = [*setting.tool, "remap", str(source), str(target), "--rename", RENAME, *options]
+            ours = Job("remap", command, outputs=[target], check=wrote(target, source, mentions=NEW_NAME))
+            rows += against_copies(setting, " ".join([name, *options]), ours, source, wall=1.15)
     command = [*setting.tool, "remap", str(setting.many), str(target), "--rename", RENAME]
     ours = Job("remap", command, outputs=[target], check=wrote(target, setting.many, mentions=NEW_NAME))
     peer = torch_rename(setting.many, setting.folder / "peer.pt")
@@ -175,7 +176,8 @@ def convert(setting: Setting) -> list[Row]:
             )
             for start, suffix in ((source, ".safetensors"), (other, ".pt")):
                 target = setting.folder / f"converted{suffix}"
-                for options, wall in (([], 2.2), (["--no-checksums"], 1.3)):
+                checks = ["--verify"] if start is source else []
+                for options, wall in ((checks, 2.2), (["--no-checksums"], 1.3)):
                     command = [*setting.tool, "convert", str(start), str(target), *options]
                     ours = Job("convert", command, outputs=[target], check=wrote(target, start, mentions=OLD_NAME))
                     title = " ".join([name, start.suffix[1:], "to", suffix[1:], *options])

@@ -1,0 +1,43 @@
+"""`optimstate name`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optimstate.cli.app import Force, Json, app
+
+
+@app.command(epilog="Example: optimstate name checkpoint-1000/ named/ --model mypackage.models:build")
+def name(
+    source: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
+    destination: Annotated[
+        Path | None, typer.Argument(help="Where to write; left out with --dry-run.", show_default=False)
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Names in the order of named_parameters().", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FACTORY", help="Builds the model; runs that module's code.", show_default=False),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report and write nothing.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Give an anonymous optimizer its parameter names, from the model beside it or a given one. Nothing is guessed."""
+    from optimstate import surgery
+    from optimstate.cli import _render
+    from optimstate.surgery._name import read_names
+
+    if destination is None and not dry_run:
+        raise typer.BadParameter("give a destination or --dry-run")
+    given = read_names(names) if names is not None else None
+    report = surgery.name(source, destination, names=given, model=model, dry_run=dry_run, force=force)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        _render.named(report)

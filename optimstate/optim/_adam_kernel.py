@@ -1,0 +1,140 @@
+"""Other algorithms through torch's fused Adam kernel, for the CPU.
+
+Adam's kernel reads and writes each tensor once, where a rule makes several passes. With well-chosen arguments it
+computes other algorithms too: `beta1 = 0` makes the first moment the gradient itself, so the gradient can stand in for
+it, and an endless step count turns bias corrections off. The kernel rounds the elements beyond the last full vector in
+its own way, so it is given whole vectors and the rule does the rest.
+"""
+
+from __future__ import annotations
+
+from itertools import repeat
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optimstate.optim._ops import one
+from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting, fits
+
+__all__ = ["ENDLESS", "AdamKernelOptimizer", "adam_kernel", "bodies", "effective"]
+
+LANES = 64  # a multiple of any CPU's vector of floats
+SMALLEST = 1 << 14  # elements; below, a call of the kernel and a few more for the tail gain nothing
+ENDLESS = 1e18  # steps: any beta below 1 to this power is 0 or very nearly
+
+
+class AdamKernelOptimizer(RuleOptimizer):
+    """An optimizer that with ``fused=True`` hands its dense float32 (or float64) CPU parameters to Adam's kernel.
+
+    State comes out bit for bit as without, parameters within 1e-6 relative to the largest, because the kernel rounds in
+    another order. Whatever the kernel cannot take (other dtypes and devices, gradients laid out unlike their parameter,
+    options that its formula lacks) is updated by the rule, and so are small tensors.
+    """
+
+    _has_kernel = True
+    _kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float64)
+
+    def _kernel_suits(self, group: Group) -> bool:
+        """Whether the kernel's formula covers these options."""
+        raise NotImplementedError
+
+    def _through_kernel(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> None:
+        """One step of parameters that suit the kernel."""
+        raise NotImplementedError
+
+    def _check_fused(self, fused: bool | None, differentiable: bool, foreach: bool | None) -> dict[str, Any]:
+        """The option as an entry of the defaults, where given: torch's class has none."""
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        return {} if fused is None else {"fused": fused}
+
+    def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
+        if group["capturable"] or group["differentiable"] or not self._kernel_suits(group):
+            return False
+        names = [name for name in self._columns if columns[name]]
+        slots = [columns[name] for name in names if name not in self._scalars]
+        chosen: dict[bool, list[int]] = {True: [], False: []}
+        for index, (p, grad, *state) in enumerate(zip(params, grads, *slots, strict=True)):
+            dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
+            plain = p.is_cpu and p.dtype in self._kernel_dtypes and dense and p.numel() >= SMALLEST
+            chosen[plain and all(fits(t, p) for t in (grad, *state))].append(index)
+        if not chosen[True]:
+            return False
+        for suits, indices in chosen.items():
+            if not indices:
+                continue
+            some: Columns = {name: [column[i] for i in indices] for name, column in columns.items() if column}
+            some = {name: some.get(name, []) for name in self._columns}
+            some_params, some_grads = [params[i] for i in indices], [grads[i] for i in indices]
+            if suits:
+                self._through_kernel(group, some_params, some_grads, some)
+            else:
+                self._run_each(group, some_params, some_grads, some, any(p.is_complex() for p in some_params))
+        return True
+
+    def _run_tails(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], slots: list[Any], numbers: Any
+    ) -> None:
+        """The rule for the elements beyond the last full vector, all tensors with the same numbers."""
+        rule = self._rule(Setting(one, group, live=False, owned=False))
+        kept = [i for i, p in enumerate(params) if p.numel() % LANES]
+        columns = [[tail(column[i]) for i in kept] if column else repeat(None) for column in slots]
+        p, g = [tail(params[i]) for i in kept], [tail(grads[i]) for i in kept]
+        self._run_column(rule.update, group, p, g, columns, list(map(repeat, numbers)), has_complex=False)
+
+
+def bodies(tensors: list[Tensor]) -> list[Tensor]:
+    """The full vectors of dense tensors, flat."""
+    return [t.as_strided((t.numel() // LANES * LANES,), (1,)) for t in tensors]
+
+
+def tail(t: Tensor) -> Tensor:
+    """What is beyond them, flat."""
+    rest = t.numel() % LANES
+    return t.as_strided((rest,), (1,), t.storage_offset() + t.numel() - rest)
+
+
+def effective(group: Group, p: Tensor, grad: Tensor) -> Tensor:
+    """The gradient after maximize and L2 penalty; the very same tensor where there is neither."""
+    if group["maximize"]:
+        grad = one.neg(grad)
+    if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False):
+        grad = one.add(grad, p, alpha=group["weight_decay"])
+    return grad
+
+
+def adam_kernel(
+    p: list[Tensor],
+    grad: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    *,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    maximize: bool = False,
+) -> None:
+    """One call of torch's fused Adam kernel, all parameters at the same step count."""
+    kernel: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    kernel(
+        p,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        [],
+        [torch.tensor(step, dtype=torch.float32)] * len(p),
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=maximize,
+    )

@@ -1,0 +1,162 @@
+"""What `load_state_dict` does beyond torch: it looks before it changes anything.
+
+Positions decide which state goes to which parameter, as in torch. Names, shapes and slots say whether that can be
+right.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from optimstate.errors import ParameterNameWarning, StateMismatchError
+
+__all__ = ["check_fit", "check_groups", "check_names", "check_options", "map_tensors", "pairs"]
+
+Group = Mapping[str, Any]
+# A shape; None for a scalar slot, which is a number or has one element.
+Shape = tuple[int, ...] | None
+Slots = tuple[dict[str, Shape], dict[str, Shape]]  # those a state must have, and those it may have
+
+REMEDY = (
+    "Match state to parameters by name with "
+    "optimizer.register_load_state_dict_pre_hook(optimstate.hooks.match_names()), state the change there with "
+    "optimstate.hooks.migrate(plan), or rewrite the checkpoint with `optimstate remap`."
+)
+SHOWN = 5  # parameters named in a message, before "and n more"
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def pairs(live: Sequence[Group], saved: Sequence[Group]) -> Iterator[tuple[Any, Tensor, str, Group]]:
+    """Every saved parameter id with the parameter of its position, what to call it, and its saved group."""
+    for number, (group, old) in enumerate(zip(live, saved, strict=True)):
+        names = group.get("param_names") or old.get("param_names") or ()
+        for index, (key, p) in enumerate(zip(old["params"], group["params"], strict=True)):
+            name = repr(names[index]) if index < len(names) else f"parameter {index} of group {number}"
+            yield key, p, name, old
+
+
+def check_groups(live: Sequence[Group], saved: Sequence[Group]) -> None:
+    """Refuse groups of other sizes, with torch's sentence and then with what differs."""
+    if len(live) != len(saved):
+        sizes = [[len(group["params"]) for group in groups] for groups in (saved, live)]
+        told = f"loaded state dict has a different number of parameter groups: {len(saved)} (of {sizes[0]} parameters)"
+        raise StateMismatchError(f"{told}, the optimizer has {len(live)} (of {sizes[1]})", hint=REMEDY)
+    lines = []
+    for number, (group, old) in enumerate(zip(live, saved, strict=True)):
+        if len(group["params"]) == len(old["params"]):
+            continue
+        counts = f"{len(old['params'])} parameters were saved, {len(group['params'])} are there now"
+        lines.append(f"  group {number}: {counts}{name_changes(group, old)}")
+    if lines:
+        told = "loaded state dict contains a parameter group that doesn't match the size of optimizer's group:"
+        raise StateMismatchError("\n".join([told, *lines]), hint=REMEDY)
+
+
+def name_changes(group: Group, old: Group) -> str:
+    """Which names are only on one side, where both sides have names."""
+    now, before = group.get("param_names"), old.get("param_names")
+    if not now or not before:
+        return ""
+    gone, new = [n for n in before if n not in set(now)], [n for n in now if n not in set(before)]
+    sides = (("saved only", gone), ("new", new))
+    return "".join(f"; {what}: {listed(map(repr, names))}" for what, names in sides if names)
+
+
+def check_options(optimizer: torch.optim.Optimizer, later: Iterable[str], saved: Sequence[Group]) -> None:
+    """Refuse the groups of another algorithm: options of this one are missing and foreign ones are there."""
+    needed = [name for name in optimizer.defaults if name not in {*later, "fused"}]
+    for number, (group, old) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
+        missing = [name for name in needed if name not in old]
+        foreign = [name for name in old if name not in group and name not in {"params", "param_names", "initial_lr"}]
+        if missing and foreign:
+            raise StateMismatchError(
+                f"group {number} was saved by another algorithm than {type(optimizer).__name__}: it has "
+                f"{listed(foreign)} and lacks {listed(missing)}",
+                hint="Load it into the optimizer that saved it, or start this optimizer without state.",
+            )
+
+
+def check_fit(optimizer: Any, saved: Sequence[Group], states: Mapping[Any, Any], shapes: Callable[..., Any]) -> None:
+    """Refuse state whose slots or shapes are not those of the parameters it would go to.
+
+    Args:
+        optimizer: Whose parameters.
+        saved: The groups to be loaded.
+        states: The state to be loaded, by parameter id.
+        shapes: Gives, for a parameter and its group, the required and the optional slots as dicts of shapes.
+    """
+    defaults = optimizer.defaults
+    lines = []
+    for key, p, name, old in pairs(optimizer.param_groups, saved):
+        state = states.get(key)
+        if not state or not isinstance(state, Mapping) or isinstance(p, UninitializedBuffer | UninitializedParameter):
+            continue
+        required, optional = shapes(p, {**defaults, **optimizer._later_options, **old})
+        missing = [slot for slot in required if slot not in state]
+        if missing:
+            lines.append(f"  {name}: the saved state has {listed(state)} and lacks {listed(missing)}")
+        for slot, shape in {**required, **optional}.items():
+            value = state.get(slot)
+            if isinstance(value, Tensor) and not (value.numel() == 1 if shape is None else value.shape == shape):
+                wanted = "one element" if shape is None else f"shape {shape}"
+                found = f"{slot} has shape {tuple(value.shape)}"
+                lines.append(f"  {name}: {found}, a parameter of shape {tuple(p.shape)} needs {wanted}")
+    if lines:
+        told = f"loaded state does not fit {type(optimizer).__name__}'s parameters:"
+        more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        raise StateMismatchError("\n".join([told, *lines[:SHOWN], *more]), hint=REMEDY)
+
+
+def check_names(live: Sequence[Group], saved: Sequence[Group], states: Mapping[Any, Any]) -> None:
+    """Warn where the position gives state to a parameter of another name."""
+    swaps = [
+        f"{old_name!r} to {name!r}"
+        for group, old in zip(live, saved, strict=True)
+        for key, name, old_name in zip(
+            old["params"], group.get("param_names") or (), old.get("param_names") or (), strict=False
+        )
+        if name != old_name and states.get(key) and bare(name) != bare(old_name)
+    ]
+    if swaps:
+        told = f"the order of parameters gives the state of {listed(swaps)}. {REMEDY}"
+        warnings.warn(told, ParameterNameWarning, stacklevel=caller_level())
+
+
+def caller_level() -> int:
+    """The stacklevel, for the function that asks, of the first caller outside this library and torch's wrappers."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in {"optimstate", "torch"}:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def bare(name: str) -> str:
+    """A name without the wrappers that DDP, FSDP, torch.compile and activation checkpointing add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def listed(items: Iterable[Any]) -> str:
+    """The first few, and how many more."""
+    every = list(items)
+    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
+    return ", ".join(map(str, every[:SHOWN])) + more
+
+
+def map_tensors(value: Any, convert: Callable[[Tensor, Any], Tensor], key: Any = None) -> Any:
+    """A nested value with its tensors converted; `convert` is told the key of the innermost dict it is in, as torch
+    does.
+    """
+    if isinstance(value, Tensor):
+        return convert(value, key)
+    if isinstance(value, dict):
+        return {k: map_tensors(v, convert, k) for k, v in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return type(value)(map_tensors(v, convert) for v in value)  # type: ignore[call-arg]
+    return value

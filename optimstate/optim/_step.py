@@ -1,0 +1,432 @@
+"""One optimizer step: gather, choose an implementation, prepare gradients and hand them to the algorithm's rule.
+
+    param group ──gather──▶ parameters, gradients, one column per slot
+                                  │
+          ┌───────────────┬───────┴────────┐
+       for loop        foreach           fused          chosen as torch chooses
+     (cache blocks)       │                │
+          └──── rule ─────┘             kernel
+
+What all algorithms share happens here once: counting steps, maximize, weight decay, complex views, sorting by device
+and dtype, and checks. A `Rule` is what is left: which numbers a step needs, and how they change the tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, repeat
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torch_machinery
+
+from optimstate.optim._load import Slots
+from optimstate.optim._ops import Ops, Scratch, many, one, traced
+from optimstate.optim.optimizer import PLAIN, Optimizer, aligned, to_scalar
+
+__all__ = ["Columns", "Condition", "Group", "Rule", "RuleOptimizer", "Setting", "fused_batches"]
+
+Group = dict[str, Any]
+Columns = Mapping[str, list[Any]]
+Condition = Callable[[Group], bool]
+
+# On CPU a rule is several passes over memory. Run block by block, each block stays in a core's cache between passes;
+# the bits are the same, because every operation is elementwise and block boundaries are multiples of any vector width.
+BLOCK = 1 << 17  # elements per thread
+WORTH_BLOCKING = 1 << 18
+
+
+class Rule(NamedTuple):
+    """One algorithm's arithmetic with its hyperparameters bound.
+
+    Args:
+        update: Called with parameter, gradient, the tensor slots in the order of the class's `_columns` (None for a
+            slot that the options do not use; no slots at all where they use none) and the numbers.
+        numbers: Called with the step count and the other scalar slots, in the order of `_columns`; gives the numbers.
+            Without it there are none.
+        rowwise: Whether `numbers` speaks of one tensor at a time; else, in the list dialect, of the whole columns.
+    """
+
+    update: Callable[..., Any]
+    numbers: Callable[..., tuple[Any, ...]] | None = None
+    rowwise: bool = True
+
+
+class Setting(NamedTuple):
+    """What a rule is asked for.
+
+    Args:
+        k: The dialect.
+        group: The param group's options.
+        live: Whether step counts stay tensors, because a graph is captured or traced.
+        owned: Whether the gradients are temporaries that may be overwritten (list dialect only).
+    """
+
+    k: Ops
+    group: Group
+    live: bool
+    owned: bool
+
+    @property
+    def lr(self) -> Any:
+        """The learning rate, a number or a 0-d tensor."""
+        return to_scalar(self.group["lr"])
+
+
+class RuleOptimizer(Optimizer):
+    """An optimizer whose step is a rule over each parameter's tensors.
+
+    Subclasses say what state they keep and give the rule; `_columns` is in the order in which torch's `_init_group` of
+    the same class fills its lists, which `torch.compile` relies on.
+    """
+
+    _columns: ClassVar[tuple[str, ...]]
+    _optional: ClassVar[Mapping[str, Condition]] = {}  # slots that only groups with certain options keep
+    _has_kernel: ClassVar[bool] = False  # whether there is a fused implementation
+    _sparse_error: ClassVar[str] = ""  # how torch refuses sparse gradients; empty where they are accepted
+    _complex: ClassVar[str] = "decay first"  # when complex tensors become real views: "view first" or "never" else
+    _complex_parameter: ClassVar[bool] = False  # whether the rule wants the parameter still complex, tensor by tensor
+    _gains_from_blocks: ClassVar[bool] = True  # whether a rule has enough passes over memory to run it in cache blocks
+    _live_when_differentiable: ClassVar[bool] = False  # whether autograd is to see the step count
+    _capturable_subjects: ClassVar[tuple[str, str]] = ("params and state_steps", "params and state_steps")
+    _capturable_on_xla: ClassVar[tuple[bool, bool]] = (True, False)  # for loop, foreach
+
+    def _rule(self, s: Setting) -> Rule:
+        """The update rule."""
+        raise NotImplementedError
+
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
+        """A parameter's state before its first step."""
+        raise NotImplementedError
+
+    def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
+        """Run the fused kernel; False where it does not apply and the rule must be run instead."""
+        raise NotImplementedError
+
+    def _active(self, group: Group) -> list[str]:
+        """The slots that a group with these options keeps, in the order of `_columns`."""
+        optional = self._optional
+        return [name for name in self._columns if name not in optional or optional[name](group)]
+
+    def _slot_shapes(self, p: Tensor, group: Group) -> Slots:
+        return {name: None if name in self._scalars else tuple(p.shape) for name in self._active(group)}, {}
+
+    @torch_machinery._use_grad_for_differentiable
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; optional.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: A gradient is sparse and the algorithm has no rule for it, or an option does not fit.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            lists: list[list[Any]] = [[] for _ in self._columns]
+            has_sparse, has_complex = self._init_group(group, params, grads, *lists)
+            if params:
+                columns = dict(zip(self._columns, lists, strict=True))
+                self._step_group(group, params, grads, columns, has_sparse=has_sparse, has_complex=has_complex)
+        return loss
+
+    def _init_group(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Any]
+    ) -> tuple[bool, bool]:
+        """Fill the lists from the parameters with gradients, starting their state where they have none."""
+        has_sparse = has_complex = False
+        states = []
+        every_state = self.state
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None:
+                continue
+            params.append(p)
+            if grad.is_sparse:
+                if self._sparse_error:
+                    raise RuntimeError(self._sparse_error)
+                has_sparse = True
+            grads.append(grad)
+            if p.is_complex():
+                has_complex = True
+            state = every_state[p]
+            if not state:
+                state.update(self._new_state(p, group))
+            states.append(state)
+        active = self._active(group)
+        for name, column in zip(self._columns, lists, strict=True):
+            if name in active:
+                column.extend([state[name] for state in states])
+        return has_sparse, has_complex
+
+    def _step_group(
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        columns: Columns,
+        *,
+        has_sparse: bool,
+        has_complex: bool,
+    ) -> None:
+        fused, foreach = choose(group, params, has_kernel=self._has_kernel)
+        if fused:
+            self._align(group, params, columns)
+            if self._fused(group, params, grads, columns):
+                return
+            _, foreach = choose(group, params, has_kernel=False)
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            raise AssertionError("Expected grad_scale and found_inf to be None")
+        if foreach and group.get("differentiable"):
+            raise AssertionError("_foreach ops don't support autograd")
+        if group.get("capturable") and not torch.compiler.is_compiling():
+            self._check_capturable(params, columns, foreach)
+        if not foreach:
+            self._run_each(group, params, grads, columns, has_complex)
+            return
+        names = [name for name in self._columns if columns[name]]
+        for _, (batch_params, batch_grads, *lists) in batches(
+            self, [params, grads, *(columns[name] for name in names)]
+        ):
+            batch: Columns = {name: [] for name in self._columns} | dict(zip(names, lists, strict=True))
+            if has_sparse and any(grad.is_sparse for grad in batch_grads):
+                self._run_each(group, batch_params, batch_grads, batch, has_complex)
+            else:
+                self._run_lists(group, batch_params, batch_grads, batch, has_complex)
+
+    def _align(self, group: Group, params: list[Tensor], columns: Columns) -> None:
+        """Lay state out as its parameters, once for every state that has come in."""
+        tensors = [columns[name] for name in self._columns if name not in self._scalars]
+        seen = self.__dict__.setdefault("_aligned", {})
+        now = list(chain(*tensors))
+        before = seen.get(id(group), ())
+        if len(now) == len(before) and all(map(operator.is_, now, before)):
+            return
+        for name, column in columns.items():
+            if column and name not in self._scalars:
+                for index, (p, value) in enumerate(zip(params, column, strict=True)):
+                    own = None if value is None else aligned(value, p)
+                    if own is not value:
+                        column[index] = self.state[p][name] = own
+        seen[id(group)] = list(chain(*tensors))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.pop("_aligned", None)  # lest it keep replaced state alive
+        super().__setstate__(state)
+
+    def _slots(self, columns: Columns, absent: Any) -> list[Any]:
+        names = [name for name in self._columns if name not in self._scalars]
+        return [columns[name] or absent for name in names] if any(columns[name] for name in names) else []
+
+    def _allow_fused(self, differentiable: bool, foreach: bool | None) -> None:
+        if differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        self._step_supports_amp_scaling = True
+        if foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+    def _check_capturable(self, params: list[Tensor], columns: Columns, foreach: bool) -> None:
+        supported = torch_machinery._get_capturable_supported_devices(supports_xla=self._capturable_on_xla[foreach])
+        scalars = [columns[name] for name in self._scalars]
+        if all(
+            p.device.type in supported and all(row.device.type == p.device.type for row in rows)
+            for p, *rows in zip(params, *scalars, strict=True)
+        ):
+            return
+        subjects = self._capturable_subjects[foreach]
+        raise AssertionError(f"If capturable=True, {subjects} must be on supported devices: {supported}.")
+
+    def _prepared(self, k: Ops, group: Group, columns: Columns, *, owned: bool) -> tuple[Rule, Sequence[Any]]:
+        """The rule, and the numbers it needs as columns, counting the step on the way."""
+        live = self._live(group)
+        rule = self._rule(Setting(k, group, live, owned))
+        steps = columns.get("step", [])
+        count_steps(steps)
+        if rule.numbers is None:
+            return rule, ()
+        times = steps if live else [step.item() for step in steps]
+        others = [columns[name] for name in self._scalars if name != "step"]
+        if k.is_list and (live or not rule.rowwise):
+            return rule, rule.numbers(steps, *others)
+        if others or live:
+            rows = list(map(rule.numbers, times, *others))
+        else:
+            known: dict[float, tuple[Any, ...]] = {}
+            rows = [known[t] if t in known else known.setdefault(t, rule.numbers(t)) for t in times]
+        return rule, [list(column) for column in zip(*rows, strict=True)]
+
+    def _live(self, group: Group) -> bool:
+        """Whether step counts stay tensors."""
+        traced_step = self._live_when_differentiable and group.get("differentiable")
+        return bool(group.get("capturable") or traced_step or torch.compiler.is_compiling())
+
+    def _run_lists(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns, has_complex: bool
+    ) -> None:
+        """The rule over all tensors of one device and dtype at once."""
+        slots = self._slots(columns, None)
+        if has_complex and self._complex != "never":
+            params, grads, *slots = ([real(t) for t in c] if c else None for c in (params, grads, *slots))  # type: ignore[assignment]
+        decay, decoupled = group.get("weight_decay", 0), group.get("decoupled_weight_decay", False)
+        maximize = group["maximize"]
+        owned = bool(maximize or (decay != 0 and not decoupled))
+        rule, numbers = self._prepared(many, group, columns, owned=owned)
+        if maximize:
+            grads = many.neg(grads)
+        if decay != 0 and decoupled:
+            many.mul_(params, 1 - to_scalar(group["lr"]) * decay)
+        elif decay != 0:
+            # In place only where torch reuses memory too: list kernels round alpha to the dtype in place.
+            grads = (many.add_ if maximize else many.add)(grads, params, alpha=decay)
+        rule.update(params, grads, *slots, *numbers)
+
+    def _run_each(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns, has_complex: bool
+    ) -> None:
+        """The rule tensor after tensor, large ones in cache blocks."""
+        differentiable = group.get("differentiable", False)
+        rule, numbers = self._prepared(traced if differentiable else one, group, columns, owned=False)
+        slots = self._slots(columns, repeat(None))
+        size = None if differentiable or has_complex or torch.compiler.is_compiling() else self._block_size(params)
+        if size is None:
+            self._run_column(rule.update, group, params, grads, slots, numbers, has_complex=has_complex)
+            return
+        for p, g, *rest in zip(params, grads, *slots, *numbers, strict=False):
+            tensors, own_numbers = rest[: len(slots)], [repeat(number) for number in rest[len(slots) :]]
+            fresh = any(t is None and isinstance(c, list) for t, c in zip(tensors, slots, strict=True))
+            pieces = None if fresh else split((p, g, *tensors), size)
+            if pieces is None:
+                whole: list[Any] = [[t] for t in tensors]
+                self._run_column(rule.update, group, [p], [g], whole, own_numbers, has_complex=has_complex)
+            else:
+                scratch = Scratch(p.dtype, size)
+                update = scratch.fresh(
+                    self._rule(Setting(scratch.ops, group, live=self._live(group), owned=False)).update
+                )
+                p_pieces, g_pieces, *slot_pieces = pieces
+                self._run_column(update, group, p_pieces, g_pieces, slot_pieces, own_numbers, has_complex=False)
+
+    def _block_size(self, params: list[Tensor]) -> int | None:
+        """How many elements to update at a time, or None where no parameter gains."""
+        if not self._gains_from_blocks or not any(p.numel() >= WORTH_BLOCKING for p in params):
+            return None
+        return BLOCK * torch.get_num_threads()
+
+    def _run_column(
+        self,
+        update: Callable[..., Any],
+        group: Group,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        slots: Sequence[Iterable[Any]],
+        numbers: Sequence[Iterable[Any]],
+        *,
+        has_complex: bool,
+    ) -> None:
+        """Prepare and update lazily, so that only one tensor's temporaries exist at a time."""
+        p_values: Iterable[Tensor] = params
+        g_values: Iterable[Tensor] = grads
+        decay = group.get("weight_decay", 0)
+        views = has_complex and self._complex != "never"
+        if group["maximize"]:
+            g_values = map(Tensor.neg, g_values)
+        if views and self._complex == "view first":
+            p_values, g_values = list(map(real, params)), map(real, g_values)
+        if decay != 0 and group.get("decoupled_weight_decay", False):
+            factor = 1 - to_scalar(group["lr"]) * decay
+            p_values = map(Tensor.mul_, p_values, repeat(factor))
+        elif decay != 0:
+            g_values = map(l2(decay), g_values, p_values)
+        if views:
+            if not self._complex_parameter:
+                p_values = map(real, p_values)
+            g_values = map(real, g_values)
+            slots = [map(real, column) for column in slots]
+        for _ in map(update, p_values, g_values, *slots, *numbers):
+            pass
+
+
+def choose(group: Group, params: list[Tensor], *, has_kernel: bool) -> tuple[bool, bool]:
+    """(fused, foreach), by torch's rules: as asked; else foreach where every parameter's device has native kernels."""
+    fused, foreach = group.get("fused") if has_kernel else None, group.get("foreach")
+    if fused is None and foreach is None:
+        _, foreach = torch_machinery._default_to_fused_or_foreach(params, group.get("differentiable", False), False)
+        if foreach and isinstance(group["lr"], Tensor) and "amsgrad" in group and not group["capturable"]:
+            foreach = False
+    return bool(fused), bool(foreach)
+
+
+def count_steps(steps: list[Tensor]) -> None:
+    """Add one to every step count, with one call and one wrapped number."""
+    if not steps:
+        return
+    if torch.compiler.is_compiling() or not steps[0].is_cpu or not all(s.is_floating_point() for s in steps):
+        torch._foreach_add_(steps, 1)
+    else:
+        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
+
+
+def real(t: Any) -> Any:
+    """A complex tensor as real numbers with a last dimension of 2; anything else as it is."""
+    return torch.view_as_real(t) if t is not None and t.is_complex() else t
+
+
+def l2(decay: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function that adds `decay * p` to a gradient."""
+    if isinstance(decay, Tensor) and decay.requires_grad:
+        return lambda g, p: g.addcmul_(p.clone(), decay)  # torch's way to differentiate by the decay
+    return partial(torch.add, alpha=decay)
+
+
+def split(tensors: Sequence[Tensor | None], size: int) -> list[Any] | None:
+    """Each tensor in flat blocks over the same elements, or None where it has to be updated whole."""
+    p = tensors[0]
+    assert p is not None
+    if p.numel() < max(WORTH_BLOCKING, 2 * size) or p.device.type != "cpu" or type(p) not in PLAIN:
+        return None
+    # Half-precision kernels compute a vector's leftovers differently, so blocks must end where torch's threads would.
+    if p.dtype not in (torch.float32, torch.float64) and (size != BLOCK or not p.is_floating_point()):
+        return None
+    if not all(t is None or fits(t, p) for t in tensors):
+        return None
+    if not p.is_contiguous() and torch.empty_like(p, device="meta").stride() != p.stride():
+        return None
+    return [repeat(None) if t is None else torch.split(t.as_strided((t.numel(),), (1,)), size) for t in tensors]
+
+
+def fits(t: Tensor, p: Tensor) -> bool:
+    """Whether a tensor has its elements where the parameter has them."""
+    return t.layout is torch.strided and t.dtype is p.dtype and t.shape == p.shape and t.stride() == p.stride()
+
+
+def batches(optimizer: Optimizer, lists: list[list[Any]]) -> Iterator[tuple[Any, list[Any]]]:
+    """The lists once more for each device and dtype (of the first list), with the device."""
+    for (device, _), (batch, _) in optimizer._group_tensors_by_device_and_dtype(lists).items():
+        yield device, batch
+
+
+def fused_batches(
+    optimizer: Optimizer, group: Group, params: list[Tensor], grads: list[Tensor], lists: list[list[Any]]
+) -> Iterator[tuple[list[Any], Any, dict[str, Any]]]:
+    """Batches of one device and dtype for a fused kernel: the lists, the learning rate there, and AMP's tensors there.
+
+    A tensor learning rate on an accelerator is copied to the batch's device; on the CPU kernels read it as a number.
+    """
+    scaling = {name: getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")}
+    lr = group["lr"]
+    for device, batch in batches(optimizer, [params, grads, *lists]):
+        there = {name: None if t is None else t.to(device, non_blocking=True) for name, t in scaling.items()}
+        moved = isinstance(lr, Tensor) and lr.device.type != "cpu" and device is not None
+        yield batch, lr.to(device, non_blocking=True) if moved else lr, there

@@ -1,0 +1,251 @@
+"""NAdam."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies, effective
+from optimstate.optim._ops import Ops, one
+from optimstate.optim._step import Columns, Group, Rule, Setting, count_steps
+from optimstate.optim.optimizer import Options, ParamsT, check_betas, check_lr, require, to_number, zeros
+
+__all__ = ["NAdam"]
+
+
+class NAdam(AdamKernelOptimizer):
+    r"""NAdam: Adam with Nesterov's look-ahead, whose momentum warms up.
+
+    With :math:`g` the gradient plus ``weight_decay`` times the parameter, at step :math:`t`:
+
+    .. math::
+        \mu_t &= \beta_1 \left(1 - \tfrac12 \cdot 0.96^{t \psi}\right) \qquad \Pi \leftarrow \Pi \mu_t \\
+        m &\leftarrow m + (1 - \beta_1)(g - m) \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        \theta &\leftarrow \theta - \frac{\gamma}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+            \left(\frac{1 - \mu_t}{1 - \Pi}\, g + \frac{\mu_{t+1}}{1 - \Pi \mu_{t+1}}\, m\right)
+
+    Source: Dozat, "Incorporating Nesterov Momentum into Adam", https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ.
+
+    State of a parameter:
+        step: 0-d float32 (float64 where that is the default dtype); on the CPU unless ``capturable``.
+        mu_product: :math:`\Pi`, a scalar like ``step``.
+        exp_avg: :math:`m`, like the parameter.
+        exp_avg_sq: :math:`v`, like the parameter.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs, or dicts of either with options of their own.
+        lr: Learning rate :math:`\gamma \ge 0`, or a 1-element tensor.
+        betas: :math:`\beta_1, \beta_2`, each in [0, 1).
+        eps: :math:`\epsilon \ge 0`.
+        weight_decay: L2 penalty, at least 0.
+        momentum_decay: :math:`\psi \ge 0`.
+        decoupled_weight_decay: Shrink the parameter by ``lr * weight_decay`` instead of changing the gradient.
+        foreach: Whether to update lists of tensors at a time; None lets the device decide.
+        maximize: Ascend instead of descend.
+        capturable: Whether the step may be captured in an accelerator graph.
+        differentiable: Whether autograd records the step.
+        fused: Whether to use torch's fused Adam kernel for dense float32 parameters of some size on the CPU. 3 times as
+            fast; from the same gradients (weight decay included) state comes out bit for bit the same, and parameters
+            within 1e-6 relative to the largest. What the kernel cannot take is updated as without. torch's class has no
+            such argument.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+        RuntimeError: A gradient is sparse.
+    """
+
+    _columns = ("exp_avg", "exp_avg_sq", "mu_product", "step")
+    _scalars = ("step", "mu_product")
+    _later_options: ClassVar[Options] = {
+        "maximize": False,
+        "foreach": None,
+        "capturable": False,
+        "differentiable": False,
+        "decoupled_weight_decay": False,
+    }
+    _kernel_dtypes = (torch.float32,)
+    _sparse_error = "NAdam does not support sparse gradients"
+    _complex = "view first"
+    _capturable_subjects = ("params, mu_products and state_steps", "params, mu_products, and state_steps")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        check_lr(lr)
+        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
+        check_betas(betas)
+        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
+        require(momentum_decay >= 0.0, f"Invalid momentum_decay value: {momentum_decay}")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum_decay": momentum_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            **self._check_fused(fused, differentiable, foreach),
+        }
+        super().__init__(params, defaults)
+
+    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
+        scalars = {"step": self._scalar(0.0, p, group), "mu_product": self._scalar(1.0, p, group)}
+        return scalars | {"exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
+
+    def _rule(self, s: Setting) -> Rule:
+        k, group, lr, live = s.k, s.group, s.lr, s.live
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        share1, share2 = 1 - beta1, 1 - beta2
+        mu_at = mu_schedule(beta1, group["momentum_decay"])
+        if k.is_list and not live:
+            lr = to_number(lr)
+
+        def denominator(g: Any, exp_avg: Any, exp_avg_sq: Any, correction2: Any) -> Any:
+            k.lerp_(exp_avg, g, share1)
+            k.mul_(exp_avg_sq, beta2)
+            k.addcmul_(exp_avg_sq, g, g, value=share2)
+            if k.is_list:  # torch's lists divide the root by a root, its loop takes the root of the quotient
+                denom = k.sqrt(exp_avg_sq)
+                k.div_(denom, correction2)
+            else:
+                denom = k.div(exp_avg_sq, correction2)
+                k.sqrt_(denom)
+            denom = k.keep(denom)
+            k.add_(denom, eps)
+            return denom
+
+        def numbers(t: float, mu_product: Tensor) -> tuple[Any, Any, Any]:
+            mu, mu_next = mu_at(t), mu_at(t + 1)
+            mu_product.mul_(mu)
+            product = mu_product.item()
+            correction2 = 1 - beta2**t
+            correction2 = correction2**0.5 if k.is_list else correction2
+            return correction2, -lr * (1.0 - mu) / (1.0 - product), (-lr * mu_next) / (1.0 - product * mu_next)
+
+        def update(p: Any, g: Any, exp_avg: Any, exp_avg_sq: Any, correction2: Any, for_g: Any, for_avg: Any) -> None:
+            denom = denominator(g, exp_avg, exp_avg_sq, correction2)
+            k.addcdiv_(p, g, denom, value=for_g)
+            k.addcdiv_(p, exp_avg, denom, value=for_avg)
+
+        # Factors that are tensors cannot be addcdiv's value; torch's loop and lists multiply them in differently.
+        def tensor_numbers(t: Any, mu_product: Tensor) -> tuple[Any, Any, Any]:
+            mu, mu_next = mu_at(t), mu_at(t + 1)
+            mu_product.mul_(mu)
+            return (
+                1 - beta2**t,
+                -lr * (1.0 - mu) / (1.0 - mu_product),
+                -lr * mu_next / (1.0 - mu_product * mu_next),
+            )
+
+        def tensor_update(
+            p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, correction2: Any, for_g: Any, for_avg: Any
+        ) -> None:
+            denom = denominator(g, exp_avg, exp_avg_sq, correction2)
+            p.addcdiv_(g * for_g, denom)
+            p.addcdiv_(exp_avg * for_avg, denom)
+
+        def live_update_lists(
+            p: Any, g: Any, exp_avg: Any, exp_avg_sq: Any, correction2: Any, for_g: Any, for_avg: Any
+        ) -> None:
+            denom = denominator(g, exp_avg, exp_avg_sq, correction2)
+            numerator = k.mul(for_g, g)
+            k.addcmul_(numerator, for_avg, exp_avg)
+            k.addcdiv_(p, numerator, denom)
+
+        if live and k.is_list:
+            return Rule(live_update_lists, lambda steps, products: live_factors(k, group, lr, steps, products))
+        return Rule(tensor_update, tensor_numbers) if live or group["differentiable"] else Rule(update, numbers)
+
+    def _kernel_suits(self, group: Group) -> bool:
+        beta1, beta2 = group["betas"]
+        return bool(beta1 > 0 and 0 < beta2 < 1 - 1e-7)
+
+    def _through_kernel(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> None:
+        lr, decay = float(group["lr"]), group["weight_decay"]
+        rule = self._rule(Setting(one, group, live=False, owned=False))
+        assert rule.numbers is not None
+        count_steps(columns["step"])
+        alike: dict[tuple[float, ...], list[int]] = {}
+        for index, (step, product) in enumerate(zip(columns["step"], columns["mu_product"], strict=True)):
+            t = step.item()
+            alike.setdefault((t, *map(float, rule.numbers(t, product))), []).append(index)
+        decoupled = decay != 0 and group["decoupled_weight_decay"]
+        changed = group["maximize"] or (decay != 0 and not decoupled)
+        held = params, grads, columns["exp_avg"], columns["exp_avg_sq"]
+        for numbers, indices in alike.items():
+            for chunk in [[i] for i in indices] if changed else [indices]:
+                p, g, *moments = (bodies([column[i] for i in chunk]) for column in held)
+                g = list(map(partial(effective, group), p, g))
+                if decoupled:
+                    torch._foreach_mul_(p, 1 - lr * decay)
+                kernel_twice(group, p, g, moments, numbers)
+            p, g, *slots = ([column[i] for i in indices] for column in held)
+            self._run_tails(group, p, g, slots, numbers[1:])
+
+
+def kernel_twice(group: Group, p: list[Tensor], g: list[Tensor], moments: list[list[Tensor]], numbers: Any) -> None:
+    """Adam's kernel once for the moments and the momentum's part of the step, and once more for the gradient's part."""
+    (beta1, beta2), eps = group["betas"], group["eps"]
+    t, correction2, for_g, for_avg = numbers
+    adam_kernel(p, g, *moments, step=t, lr=-for_avg * (1 - beta1**t), beta1=beta1, beta2=beta2, eps=eps)
+    # Now the gradient is its own first moment, and the second must stay: the coefficient next to 1 changes no float32.
+    root = correction2**0.5
+    options = {"step": ENDLESS, "beta1": 0.0, "beta2": math.nextafter(1.0, 0.0), "eps": eps * root}
+    adam_kernel(p, g, g, moments[1], lr=-for_g * root, **options)
+
+
+def mu_schedule(beta1: float, momentum_decay: float) -> Any:
+    """The momentum as a function of the step."""
+    return lambda t: beta1 * (1.0 - 0.5 * (0.96 ** (t * momentum_decay)))
+
+
+def live_factors(k: Ops, group: Group, lr: Any, steps: Any, mu_products: Any) -> tuple[Any, Any, Any]:
+    """The list dialect's numbers as tensors, in torch's order of operations."""
+    (beta1, beta2), decay = group["betas"], group["momentum_decay"]
+
+    def mus(exponent: Any) -> Any:
+        values = k.pow(0.96, exponent)
+        k.mul_(values, -0.5)
+        k.add_(values, 1.0)
+        k.mul_(values, beta1)
+        return values
+
+    exponent = k.mul(steps, decay)
+    now = mus(exponent)
+    k.add_(exponent, decay)
+    following = mus(exponent)
+    correction2 = k.pow(beta2, steps)
+    k.sub_(correction2, 1.0)
+    torch._foreach_neg_(correction2)
+    k.sqrt_(correction2)
+    k.mul_(mu_products, now)
+    k.sub_(now, 1.0)
+    k.mul_(now, lr)
+    denom = k.sub(mu_products, 1.0)
+    torch._foreach_neg_(denom)
+    k.div_(now, denom)
+    denom = k.mul(mu_products, following)
+    k.mul_(following, lr)
+    k.sub_(denom, 1.0)
+    k.div_(following, denom)
+    return correction2, now, following

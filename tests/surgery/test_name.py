@@ -1,0 +1,95 @@
+"""`name` gives right names or refuses, judged by the truth of every fixture and by what torch loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from optimstate.errors import CheckpointError, MigrationError
+from optimstate.state.names import wrapper_prefix
+from optimstate.surgery import name
+from tests.corpus import Case, cases
+
+
+def unwrapped(names: list[str]) -> list[str]:
+    prefix = wrapper_prefix(names)
+    return [found.removeprefix(prefix) for found in names]
+
+
+@pytest.mark.parametrize("found", [case for case in cases(truth="groups") if not case.is_hostile], ids=str)
+def test_names_are_right_or_refused(found: Case) -> None:
+    expected = [param for group in found.truth()["groups"] for param in group["params"]]
+    try:
+        report = name(found.entry, None, dry_run=True)
+    except (MigrationError, CheckpointError):
+        return
+    for given in report.optimizers.values():
+        assert unwrapped([parameter for parameter, _ in given]) == unwrapped(expected)
+
+
+def test_most_plain_torch_checkpoints_can_be_named() -> None:
+    unnamed = [case for case in cases("torch/") if "unnamed" in case.name]
+    named = 0
+    for found in unnamed:
+        try:
+            name(found.entry, None, dry_run=True)
+            named += 1
+        except MigrationError:
+            pass
+    assert named >= len(unnamed) // 2 > 0
+
+
+class Net(nn.Module):
+    """Two layers of one shape, so that shapes alone decide nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+
+
+def anonymous(folder: Path, model: nn.Module) -> Path:
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}])
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    path = folder / "optimizer.pt"
+    torch.save({"optimizer": optimizer.state_dict()}, path)
+    return path
+
+
+def test_names_from_a_list_are_matched_by_shape_and_order(tmp_path: Path) -> None:
+    model = Net()
+    source, target = anonymous(tmp_path, model), tmp_path / "named.pt"
+    with pytest.raises(MigrationError, match="no parameter of that shape"):
+        name(source, target)
+    assert not target.exists()
+
+
+def test_the_model_itself_settles_what_shapes_leave_open(tmp_path: Path) -> None:
+    source, target = anonymous(tmp_path, Net()), tmp_path / "named.pt"
+    name(source, target, model="tests.surgery.test_name:Net")
+    groups = torch.load(target, weights_only=True)["optimizer"]["param_groups"]
+    assert [group["param_names"] for group in groups] == [
+        ["first.weight", "second.weight"],
+        ["first.bias", "second.bias"],
+    ]
+    before = torch.load(source, weights_only=True)["optimizer"]["state"]
+    after = torch.load(target, weights_only=True)["optimizer"]["state"]
+    assert all(torch.equal(before[key][slot], after[key][slot]) for key in before for slot in before[key])
+
+
+def test_frozen_parameters_of_repeated_shapes_are_refused(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD([model.second.weight], lr=0.1, momentum=0.9)
+    model.second.weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    with pytest.raises(MigrationError, match=r"first\.weight, second\.weight.*not all are in the optimizer"):
+        name(path, None, dry_run=True)

@@ -1,0 +1,223 @@
+"""`verify` finds what was planted, and nothing in healthy files of real frameworks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optimstate.errors import CheckpointError
+from optimstate.plan.rules import Plan
+from optimstate.surgery import remap, verify, verify_against
+from tests.corpus import Case, all_cases
+
+Checkpoint = dict[str, Any]
+
+
+def trained(steps: int = 5) -> Checkpoint:
+    """A healthy run: model, named AdamW in two groups, scheduler."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [pair for pair in named if pair[1].ndim > 1], "weight_decay": 0.1},
+        {"params": [pair for pair in named if pair[1].ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+
+
+def slots(checkpoint: Checkpoint, key: int = 0) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = checkpoint["optimizer"]["state"][key]
+    return found
+
+
+def zero_moments(c: Checkpoint) -> None:
+    slots(c)["exp_avg"].zero_()
+    slots(c)["exp_avg_sq"].zero_()
+
+
+def empty_second_moment(c: Checkpoint) -> None:
+    slots(c)["exp_avg_sq"].zero_()
+
+
+def missing_slot(c: Checkpoint) -> None:
+    del slots(c)["exp_avg_sq"]
+
+
+def orphan_state(c: Checkpoint) -> None:
+    c["optimizer"]["state"][99] = slots(c)
+
+
+def step_mismatch(c: Checkpoint) -> None:
+    slots(c)["step"].fill_(3.0)
+
+
+def stale_learning_rate(c: Checkpoint) -> None:
+    c["optimizer"]["param_groups"][1]["lr"] = 1e-3
+
+
+def other_number_of_groups(c: Checkpoint) -> None:
+    c["scheduler"]["_last_lr"] = [1e-3]
+
+
+def not_a_number(c: Checkpoint) -> None:
+    slots(c)["exp_avg"][0, 0] = float("nan")
+
+
+def infinite(c: Checkpoint) -> None:
+    slots(c)["exp_avg_sq"][0, 0] = float("inf")
+
+
+def negative_second_moment(c: Checkpoint) -> None:
+    slots(c)["exp_avg_sq"][0, 0] = -1.0
+
+
+def wrong_dtype(c: Checkpoint) -> None:
+    slots(c)["exp_avg"] = slots(c)["exp_avg"].to(torch.bfloat16)
+
+
+def alias_between_parameters(c: Checkpoint) -> None:
+    slots(c, 4)["exp_avg"] = slots(c, 3)["exp_avg"]
+
+
+def alias_between_moments(c: Checkpoint) -> None:
+    slots(c)["exp_avg_sq"] = slots(c)["exp_avg"] = slots(c)["exp_avg"].abs()
+
+
+def equal_moments(c: Checkpoint) -> None:
+    slots(c)["exp_avg_sq"] = slots(c)["exp_avg"].abs_().clone()
+
+
+def wrong_shape(c: Checkpoint) -> None:
+    slots(c)["exp_avg"] = slots(c)["exp_avg"].t().contiguous()
+
+
+def reshaped_with_its_moments(c: Checkpoint) -> None:
+    for slot in ("exp_avg", "exp_avg_sq"):
+        slots(c)[slot] = slots(c)[slot].reshape(-1)
+
+
+def name_of_no_weight(c: Checkpoint) -> None:
+    c["optimizer"]["param_groups"][0]["param_names"][0] = "9.weight"
+
+
+def name_given_twice(c: Checkpoint) -> None:
+    c["optimizer"]["param_groups"][1]["param_names"][1] = c["optimizer"]["param_groups"][1]["param_names"][0]
+
+
+FAULTS: list[tuple[Callable[[Checkpoint], None], str]] = [
+    (zero_moments, "moments"),
+    (empty_second_moment, "moments"),
+    (missing_slot, "coverage"),
+    (orphan_state, "coverage"),
+    (step_mismatch, "steps"),
+    (stale_learning_rate, "learning rate"),
+    (other_number_of_groups, "groups"),
+    (not_a_number, "numbers"),
+    (infinite, "numbers"),
+    (negative_second_moment, "numbers"),
+    (wrong_dtype, "dtypes"),
+    (alias_between_parameters, "aliasing"),
+    (alias_between_moments, "aliasing"),
+    (equal_moments, "moments"),
+    (wrong_shape, "shapes"),
+    (reshaped_with_its_moments, "shapes"),
+    (name_of_no_weight, "names"),
+    (name_given_twice, "names"),
+]
+
+
+def saved(checkpoint: Checkpoint, folder: Path) -> Path:
+    path = folder / "checkpoint.pt"
+    torch.save(checkpoint, path)
+    return path
+
+
+def test_a_healthy_run_has_no_findings_and_the_report_says_what_cannot_be_seen(tmp_path: Path) -> None:
+    report = verify(saved(trained(), tmp_path))
+    assert report.healthy
+    assert not report.findings
+    assert "swapped" in report.blind[0]
+
+
+@pytest.mark.parametrize(("plant", "check"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_planted_fault_is_found_by_its_check(
+    plant: Callable[[Checkpoint], None], check: str, tmp_path: Path
+) -> None:
+    checkpoint = trained()
+    plant(checkpoint)
+    report = verify(saved(checkpoint, tmp_path))
+    assert check in {finding.check for finding in report.findings if finding.level == "fault"}
+    assert not report.healthy
+
+
+def test_one_flipped_byte_in_a_storage_is_found_although_torch_loads_it(tmp_path: Path) -> None:
+    path = saved(trained(), tmp_path)
+    data = bytearray(path.read_bytes())
+    moment = torch.load(path, weights_only=True)["optimizer"]["state"][0]["exp_avg"]
+    at = bytes(data).index(moment.numpy().tobytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+    findings = verify(path).findings
+    assert [finding.check for finding in findings] == ["checksum"]
+    assert "exp_avg" in findings[0].message
+
+
+def test_a_truncated_file_is_a_typed_error(tmp_path: Path) -> None:
+    path = saved(trained(), tmp_path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="directory"):
+        verify(path)
+
+
+def test_moments_at_the_first_steps_may_be_empty(tmp_path: Path) -> None:
+    checkpoint = trained(steps=1)
+    zero_moments(checkpoint)
+    assert verify(saved(checkpoint, tmp_path)).healthy
+
+
+def test_fresh_parameters_are_notes(tmp_path: Path) -> None:
+    checkpoint = trained()
+    del checkpoint["optimizer"]["state"][2]
+    report = verify(saved(checkpoint, tmp_path))
+    assert report.healthy
+    assert [finding.check for finding in report.findings] == ["coverage"]
+    assert "4.weight" in report.findings[0].where
+
+
+def readable() -> list[Case]:
+    return [case for case in all_cases() if not case.is_hostile and case.framework not in ("optimstate", "")]
+
+
+@pytest.mark.parametrize("case", readable(), ids=str)
+def test_healthy_files_of_real_frameworks_pass(case: Case) -> None:
+    try:
+        report = verify(case.entry)
+    except CheckpointError:
+        pytest.skip("a container that is not read yet")
+    assert [finding for finding in report.findings if finding.level == "fault"] == []
+
+
+def test_against_its_source_every_byte_is_accounted_for(tmp_path: Path) -> None:
+    source, target = saved(trained(), tmp_path), tmp_path / "renamed.pt"
+    plan = Plan.from_options(rename=["{i}.{p}=layers.{i}.{p}"])
+    remap(source, target, plan)
+    assert verify_against(target, source, plan).healthy
+    checkpoint = torch.load(target, weights_only=True)
+    state = checkpoint["optimizer"]["state"]
+    state[3]["exp_avg"], state[4]["exp_avg"] = state[4]["exp_avg"], state[3]["exp_avg"]  # equal shapes, swapped
+    torch.save(checkpoint, target)
+    assert verify(target).healthy
+    assert not verify_against(target, source, plan).healthy
