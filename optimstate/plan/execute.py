@@ -98,9 +98,7 @@ class _Builder:
         self._sources = sources
         self._moved: set[tuple[str, SlotPath]] = set()
         self._taken: set[int] = set()
-        self._memo: dict[int, Any] = {}
-        self._leaves: dict[int, Any] = {}
-        self._keep: list[Expr] = []
+        self._memo: dict[SlotPath, dict[int, Any]] = {}
         self._tied: dict[Any, tuple[Any, frozenset[str]]] = {}
 
     def slots(self, move: Move) -> Slots | None:
@@ -118,45 +116,45 @@ class _Builder:
                 node = made
                 for key in path[:-1]:
                     node = node.setdefault(key, {})
-                node[path[-1]] = self.value(fate.made)
+                node[path[-1]] = self.value(fate.made, path)
         return made or None
 
-    def value(self, expression: Expr) -> Any:
-        """The value of a translated expression."""
+    def value(self, expression: Expr, path: SlotPath = ()) -> Any:
+        """The value of a translated expression; leaves that name no slot stand for the one at `path`."""
         if isinstance(expression, Leaf):
-            return self._leaf(expression)
+            return self._leaf(expression, expression.slot or path)
         names = frozenset(leaf.name for leaf in ex.leaves(expression))
-        key = self._key(expression)
+        key = self._key(expression, path)
         tied = self._tied.get(key)
         if tied is not None and not tied[1] & names:  # the same made of other names for the same memory
             return tied[0]
+        leaves = {}
         for leaf in ex.leaves(expression):
-            value = self._raw(leaf)
-            self._leaves[id(leaf)] = value.detach() if kernel_of(value) is LIVE else value
-        self._keep.append(expression)
-        found = evaluated(expression, self._leaves, self._memo)
+            value = self._raw(leaf, leaf.slot or path)
+            leaves[id(leaf)] = value.detach() if kernel_of(value) is LIVE else value
+        found = evaluated(expression, leaves, self._memo.setdefault(path, {}))
         made = kernel_of(found).own(found, self._taken)
         self._tied[key] = made, names | (tied[1] if tied else frozenset())
         return made
 
-    def _leaf(self, leaf: Leaf) -> Any:
-        value = self._raw(leaf)
-        place = leaf.name, leaf.slot
-        if place in self._moved or ((leaf.name, ()) in self._moved and leaf.slot):
+    def _leaf(self, leaf: Leaf, path: SlotPath) -> Any:
+        value = self._raw(leaf, path)
+        place = leaf.name, path
+        if place in self._moved or (path and (leaf.name, ()) in self._moved):
             return copied(value)
         self._moved.add(place)
         return value
 
-    def _raw(self, leaf: Leaf) -> Any:
+    def _raw(self, leaf: Leaf, path: SlotPath) -> Any:
         found: Any = self._sources[leaf.name]
-        for key in leaf.slot or (None,):
+        for key in path or (None,):
             found = found[key]
         return found
 
-    def _key(self, expression: Expr) -> Any:
+    def _key(self, expression: Expr, path: SlotPath) -> Any:
         """Equal for expressions that do the same to the same memory."""
         if isinstance(expression, Leaf):
-            value = self._raw(expression)
+            value = self._raw(expression, expression.slot or path)
             return identity(value) if isinstance(value, LazyTensor) or hasattr(value, "shape") else id(value)
         step = expression.step
         if isinstance(step, ex.Pad):
@@ -165,7 +163,7 @@ class _Builder:
             said = ("cast", step.dtypes[""])
         else:
             said = step
-        return said, tuple(map(self._key, expression.inputs))
+        return said, tuple(self._key(item, path) for item in expression.inputs)
 
 
 def outcome_of(move: Move) -> Fate:

@@ -16,6 +16,7 @@ __all__ = [
     "Expr",
     "Fill",
     "Fresh",
+    "LAYOUT",
     "Leaf",
     "Mean",
     "Multiply",
@@ -31,6 +32,8 @@ __all__ = [
     "Tile",
     "Unsized",
     "leaves",
+    "reshaped",
+    "simplified",
     "steps",
 ]
 
@@ -161,6 +164,10 @@ class Product:
 Step = Cat | Narrow | Permute | Reshape | Pad | Tile | Scale | Cast | Fresh | Unsized | Multiply | Mean | Product
 
 
+LAYOUT = Cat | Narrow | Permute | Reshape | Tile
+"""The steps that only move elements, the same in a parameter and in every slot of its shape."""
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """A parameter of the checkpoint; with `slot`, that slot of it.
@@ -215,3 +222,65 @@ def reshaped(expression: Expr, shape: Shape) -> Expr:
         return expression
     assert expression.shape is None or prod(expression.shape) == prod(shape)
     return Node(Reshape(shape), (expression,), shape)
+
+
+def simplified(expression: Expr) -> Expr:
+    """The expression without steps that undo one another: a part of what was joined that is one of the inputs, ..."""
+    if isinstance(expression, Leaf):
+        return expression
+    inputs = tuple(map(simplified, expression.inputs))
+    step, first, shape = expression.step, inputs[0], expression.shape
+    if isinstance(step, Narrow):
+        whole = first.shape
+        if whole is not None and step.step == 1 and step.length == whole[step.dim]:
+            return first
+        if isinstance(first, Node) and first.step == Cat(step.dim) and step.step == 1:
+            start = 0
+            for part in first.inputs:
+                size = (part.shape or ())[step.dim] if part.shape else 0
+                if (start, size) == (step.start, step.length):
+                    return part
+                start += size
+    elif isinstance(step, Cat):
+        return _rejoined(step, inputs, shape)
+    elif isinstance(step, Reshape):
+        while isinstance(first, Node) and isinstance(first.step, Reshape):
+            first = first.inputs[0]
+        return first if first.shape == shape else Node(step, (first,), shape)
+    elif isinstance(step, Permute):
+        dims = step.dims
+        if isinstance(first, Node) and isinstance(first.step, Permute):
+            dims, first = tuple(first.step.dims[dim] for dim in dims), first.inputs[0]
+        return first if dims == tuple(range(len(dims))) else Node(Permute(dims), (first,), shape)
+    elif isinstance(step, Scale) and isinstance(first, Node) and isinstance(first.step, Scale):
+        both = Scale(first.step.param * step.param, first.step.grad * step.grad)
+        return first.inputs[0] if both == Scale(1.0, 1.0) else Node(both, first.inputs, shape)
+    return Node(step, inputs, shape)
+
+
+def _rejoined(step: Cat, inputs: tuple[Expr, ...], shape: Shape | None) -> Expr:
+    """What was cut into exactly these inputs, or the inputs joined."""
+    start = 0
+    whole: Expr | None = None
+    for item in inputs:
+        cut = item.step if isinstance(item, Node) else None
+        if not isinstance(item, Node) or not isinstance(cut, Narrow):
+            return Node(step, inputs, shape)
+        if (cut.dim, cut.start, cut.step) != (step.dim, start, 1) or not _same(item.inputs[0], whole):
+            return Node(step, inputs, shape)
+        whole, start = item.inputs[0], start + cut.length
+    return whole if whole is not None and whole.shape == shape else Node(step, inputs, shape)
+
+
+def _same(one: Expr, other: Expr | None) -> bool:
+    """Whether two expressions are the same step by step; anything is the same as None."""
+    if other is None or one is other:
+        return True
+    if isinstance(one, Leaf) or isinstance(other, Leaf):
+        return one == other
+    return (
+        one.step == other.step
+        and one.shape == other.shape
+        and all(map(_same, one.inputs, other.inputs))
+        and len(one.inputs) == len(other.inputs)
+    )

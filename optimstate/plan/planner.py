@@ -23,6 +23,7 @@ from optimstate.plan.template import Template
 from optimstate.plan.values import dtype_of, identity, shape_of
 from optimstate.state.model import OptimizerState
 from optimstate.state.schema import Algorithm, parameter_shape, recognise
+from optimstate.tree import no_garbage_collection
 
 __all__ = [
     "Inventory",
@@ -123,6 +124,11 @@ def plan_migration(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
         MigrationError: With every problem found: a rule that matches nothing, two producers of one target, shapes that
             do not fit, targets nobody fills, sources nobody takes, slots that cannot follow.
     """
+    with no_garbage_collection():
+        return _planned(plan, sections)
+
+
+def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
     problems: list[str] = []
     rules = list(plan.all_rules())
     counts = [0] * len(rules)

@@ -32,7 +32,8 @@ class Fate:
         reason: Why, or an empty string where there is nothing to say.
         kind: What the slot is.
         inferred: Whether that was concluded from its shape.
-        made: How it is computed; a leaf is moved as it is.
+        made: How it is computed, each leaf standing for its own slot, or, where it names none, for the one in question.
+            A leaf alone is moved as it is.
     """
 
     outcome: Outcome
@@ -226,15 +227,19 @@ class SlotPlanner:
     ) -> None:
         self._parameters, self._algorithm, self._declared, self._policy = parameters, algorithm, declared, policy
         self._translators: dict[SlotPath, Translator] = {}
+        self._known: dict[SlotPath, tuple[Slot, bool]] = {}
         self._moved: dict[tuple[SlotPath, ...], Mapping[SlotPath, Fate]] = {}
 
     def meaning(self, path: SlotPath, value: Any, shape: Shape | None) -> tuple[Slot, bool]:
         """What a slot is, and whether that was inferred."""
+        known = self._known.get(path)
+        if known is not None:
+            return known
         name = str(path[-1])
         slot = self._declared.get(name) or (self._algorithm.slot(name) if self._algorithm is not None else None)
-        found = shape_of(value)
         if slot is not None:
-            return slot, False
+            return self._known.setdefault(path, (slot, False))
+        found = shape_of(value)
         if self._algorithm is None and (slot := conventional(name, found, shape)) is not None:
             return slot, True
         kind = inferred_kind(found, shape)
@@ -284,7 +289,9 @@ class SlotPlanner:
         self, target: str, expression: Expr, names: Sequence[str], problems: list[str]
     ) -> Mapping[SlotPath, Fate]:
         made: dict[SlotPath, Fate] = {}
-        paths = dict.fromkeys(path for name in names for path in self._parameters[name].slots)
+        sources = [self._parameters[name].slots for name in names]
+        paths = dict.fromkeys(path for slots in sources for path in slots)
+        layout = all(isinstance(step, ex.LAYOUT) for step in ex.steps(expression))
         factored: list[SlotPath] = []
         for path in paths:
             slot, inferred = self._common(path, names)
@@ -293,7 +300,7 @@ class SlotPlanner:
                 continue
             try:
                 self._refuse_missing(path, names)
-                made[path] = self._fate_of(path, slot, inferred, expression, names)
+                made[path] = self._fate_of(path, slot, inferred, expression, names, layout=layout)
             except Refusal as refusal:
                 problems.append(_refused(target, path, refusal, names))
         if factored or self._factors():
@@ -322,7 +329,9 @@ class SlotPlanner:
             owner = next(name for name in names if name not in missing)
             raise Refusal(f"{owner!r} has it and {missing[0]!r} has not")
 
-    def _fate_of(self, path: SlotPath, slot: Slot, inferred: bool, expression: Expr, names: Sequence[str]) -> Fate:
+    def _fate_of(
+        self, path: SlotPath, slot: Slot, inferred: bool, expression: Expr, names: Sequence[str], *, layout: bool
+    ) -> Fate:
         if slot.kind == "scalar":
             return self._agreed(path, names)
         if slot.kind != "like_param":
@@ -330,6 +339,8 @@ class SlotPlanner:
         for name in names:
             parameter = self._parameters[name]
             self._refuse_other_layout(path, parameter, name)
+        if layout and len({dtype_of(self._parameters[name].slots[path]) for name in names}) == 1:
+            return Fate("exact", "", "like_param", inferred, expression)
         return _fate(self.translate(path, slot, expression), "like_param", inferred=inferred)
 
     def translate(self, path: SlotPath, slot: Slot, expression: Expr) -> Translation:
@@ -387,8 +398,10 @@ class SlotPlanner:
 
     def _agreed(self, path: SlotPath, names: Sequence[str]) -> Fate:
         """One number for all: they must agree, unless the policy chooses."""
-        values = [number_of(self._parameters[name].slots[path]) for name in names]
         first = Leaf(names[0], None, path)
+        if len(names) == 1:
+            return Fate("exact", "", "scalar", made=first)
+        values = [number_of(self._parameters[name].slots[path]) for name in names]
         if all(value == values[0] for value in values):
             return Fate("exact", "", "scalar", made=first)
         if str(path[-1]) in RECOMPUTED:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from optimstate.errors import PlanSyntaxError
 
-__all__ = ["Template"]
+__all__ = ["Template", "constrained"]
 
 _TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*?)|([^{}*]+)|(.)", re.DOTALL)
 _CAPTURE = re.compile(r"(?P<name>[A-Za-z_]\w*)(?P<kind>\*\*|:int|=(?P<choices>[^=]+))?")
@@ -259,3 +259,23 @@ class Template:
                     f"template {self.text!r}: * has no name to produce from", hint="Name it: {rest**}."
                 )
         return "".join(pieces)
+
+
+def constrained(template: Template, others: Iterable[Template]) -> Template:
+    """The template with what others say of the captures it leaves open: `{x}` and `{x=a|b}` make `{x=a|b}`."""
+    said: dict[str, str] = {}
+    for other in others:
+        for match in _TOKEN.finditer(other.text):
+            found = _CAPTURE.fullmatch((match[1] or "").strip())
+            if found is not None and found["kind"]:
+                said.setdefault(found["name"], found[0])
+    if template.is_literal:
+        return template
+
+    def spelled(match: re.Match[str]) -> str:
+        found = _CAPTURE.fullmatch((match[1] or "").strip())
+        if found is None or found["kind"] or found["name"] not in said:
+            return match[0]
+        return "{" + said[found["name"]] + "}"
+
+    return Template(_TOKEN.sub(spelled, template.text))

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 
-BENCHES = ("cli", "optim")
+BENCHES = ("cli", "optim", "plan")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,149 @@
+"""The plan that undoes a plan, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+from optimstate.errors import PlanError, PlanSyntaxError
+from optimstate.plan import expressions as ex
+from optimstate.plan.expressions import Expr, Leaf, Shape
+from optimstate.plan.operations import Irreversible, Misfit, Operation, Split, Unstack
+from optimstate.plan.resolve import Application, Resolver
+from optimstate.plan.rules import Guard, Plan, Rule, fan_out
+from optimstate.plan.template import Template, constrained
+
+__all__ = ["inverse"]
+
+
+def inverse(plan: Plan, names: Mapping[str, Shape | None] | None = None) -> Plan:
+    """The plan that undoes a plan.
+
+    Args:
+        plan: One that loses nothing.
+        names: Of the checkpoint it is for, with shapes where known. With them the inverse is tried on the names; where
+            one rule cannot undo a rule for all of them, it spells them out. Without them it is right for checkpoints
+            whose other names no rule of the inverse matches, and `split` is taken to be into equal parts.
+
+    Raises:
+        PlanError: It loses something; every rule that does is named, with what it loses.
+    """
+    problems = _losses(plan)
+    if problems:
+        raise PlanError("cannot invert: " + "; ".join(problems), hint="Keep the original checkpoint.")
+    reasons: list[str] = []
+    made = _by_templates(plan, reasons)
+    if names is None:
+        if made is None:
+            raise PlanError(
+                "cannot invert without names: " + "; ".join(reasons),
+                hint="Give the names and shapes of the checkpoint.",
+            )
+        return made
+    if made is not None and _undoes(plan, made, names):
+        return made
+    return _spelled_out(plan, names)
+
+
+def _losses(plan: Plan) -> list[str]:
+    problems = []
+    for number, rule in enumerate(plan.all_rules(), 1):
+        name = f"rule {number}"
+        if rule.drops:
+            problems.append(f"{name} drops {', '.join(repr(source.text) for source in rule.sources)}")
+        elif rule.fresh:
+            problems.append(f"{name} leaves the optimizer state of {rule.source.text!r} behind")
+        elif fan_out(rule) > 1 and not any(isinstance(operation, Split | Unstack) for operation in rule.operations):
+            problems.append(f"{name} makes copies of {rule.source.text!r}, which train apart")
+        else:
+            for operation in rule.operations:
+                try:
+                    operation.inverse([None])
+                except Irreversible as reason:
+                    if "give names" not in str(reason):
+                        problems.append(f"{name}: {reason}")
+    if plan.groups:
+        problems.append("the [[group]] tables do not say what the param groups were")
+    if plan.optimizer:
+        problems.append(f"the conversion to {plan.optimizer} does not keep what it started from")
+    return problems
+
+
+def _by_templates(plan: Plan, reasons: list[str]) -> Plan | None:
+    passes = []
+    for rules in reversed(plan.passes):
+        made = []
+        for rule in rules:
+            try:
+                made.append(_inverted(rule))
+            except (Irreversible, PlanSyntaxError) as reason:
+                reasons.append(f"{rule}: {reason}")
+        passes.append(tuple(made))
+    return None if reasons else _of_passes(plan, passes)
+
+
+def _of_passes(plan: Plan, passes: Sequence[tuple[Rule, ...]]) -> Plan:
+    kept = [rules for rules in passes if rules] or [()]
+    return replace(plan, rules=kept[0], stages=tuple(kept[1:]), guard=Guard())
+
+
+def _inverted(rule: Rule) -> Rule:
+    for source in rule.sources:
+        if source.is_regex:
+            raise Irreversible("a regular expression does not say what it replaced")
+        for name in source.captures.keys() - rule.shared:
+            if source.captures[name] is None:
+                raise Irreversible(f"{{{name}}} does not say how many there were")
+    operations: list[Operation] = []
+    for operation in reversed(rule.operations):
+        operations.extend(operation.inverse([None]))
+    sources = tuple(constrained(target, rule.sources) for target in rule.targets)
+    targets = tuple(constrained(source, rule.targets) for source in rule.sources)
+    return Rule(sources, targets, tuple(operations))
+
+
+def _undoes(plan: Plan, made: Plan, names: Mapping[str, Shape | None]) -> bool:
+    """Whether a plan and its supposed inverse, one after the other, give every name back with its shape."""
+    problems: list[str] = []
+    passes = (*plan.passes, *made.passes)
+    found = Resolver(passes, "", [0] * sum(map(len, passes)), problems).resolve(names)
+    if problems or found.made.keys() != names.keys():
+        return False
+    for name, item in found.made.items():
+        back = ex.simplified(item.expression)
+        if back.shape != names[name] or {leaf.name for leaf in ex.leaves(back)} != {name}:
+            return False
+    return True
+
+
+def _spelled_out(plan: Plan, names: Mapping[str, Shape | None]) -> Plan:
+    problems: list[str] = []
+    found = Resolver(plan.passes, "the checkpoint", [0] * len(list(plan.all_rules())), problems).resolve(names)
+    if problems:
+        raise PlanError("cannot invert: " + "; ".join(problems))
+    passes = [
+        tuple(_literal(use) for use in uses if use.sources != use.targets or cast("Rule", use.rule).operations)
+        for uses in reversed(found.applications)
+    ]
+    made = _of_passes(plan, passes)
+    if not _undoes(plan, made, names):
+        raise PlanError("cannot invert: what the rules do to these names is not undone by undoing each")
+    return made
+
+
+def _literal(use: Application) -> Rule:
+    """The rule that undoes one use of a rule, name by name."""
+    rule = use.rule
+    assert rule is not None
+    tensors: list[Expr] = [
+        Leaf(name, shape) for name, shape in zip(use.sources, use.shapes or [None] * len(use.sources), strict=True)
+    ]
+    undoing: list[Operation] = []
+    for operation in rule.operations:
+        try:
+            undoing = operation.inverse([tensor.shape for tensor in tensors]) + undoing
+            tensors = operation.apply(tensors, len(use.targets))
+        except (Irreversible, Misfit) as reason:
+            raise PlanError(f"cannot invert: {rule}: {reason}") from None
+    return Rule(tuple(map(Template.literal, use.targets)), tuple(map(Template.literal, use.sources)), tuple(undoing))

@@ -1,0 +1,103 @@
+"""Plans proposed from names, shapes and contents."""
+
+from __future__ import annotations
+
+from optimstate.plan.resolve import Resolver
+from optimstate.plan.suggest import Suggestion, suggest
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def layers(pattern: str, shape: tuple[int, ...], count: int = 3) -> Shapes:
+    return {pattern.format(i=i): shape for i in range(count)}
+
+
+def block(prefix: str, shift: int = 0) -> Shapes:
+    made: Shapes = {}
+    for i in range(3):
+        made |= {f"{prefix}.{i + shift}.up.weight": (16, 8), f"{prefix}.{i + shift}.up.bias": (16,)}
+        made |= {f"{prefix}.{i + shift}.down.weight": (8, 16), f"{prefix}.{i + shift}.down.bias": (8,)}
+    return made
+
+
+def applied(found: Suggestion, old: Shapes) -> Shapes:
+    problems: list[str] = []
+    resolved = Resolver(found.plan.passes, "", [0] * len(found.rules), problems).resolve(old)
+    assert not problems
+    return {name: item.expression.shape or () for name, item in resolved.made.items()}
+
+
+def test_nothing_is_proposed_where_nothing_changed() -> None:
+    assert suggest(block("layers"), block("layers")) == Suggestion((), (), ())
+
+
+def test_a_renamed_stack_is_two_rules() -> None:
+    old, new = block("encoder.layers"), block("blocks")
+    found = suggest(old, new)
+    assert {str(item.rule) for item in found.rules} == {
+        "encoder.layers.{i}.up.{p} -> blocks.{i}.up.{p}",
+        "encoder.layers.{i}.down.{p} -> blocks.{i}.down.{p}",
+    }
+    assert applied(found, old) == new
+    assert all(item.confidence > 0.7 for item in found.rules)
+
+
+def test_shifted_layers() -> None:
+    old = layers("h.{i}.w", (4, 4))
+    new = {f"h.{i + 2}.v": (4, 4) for i in range(3)}
+    found = suggest(old, new)
+    assert [str(item.rule) for item in found.rules] == ["h.{i:int}.w -> h.{i+2}.v"]
+    assert "moves by 2" in found.rules[0].reason
+
+
+def test_fused_and_cut() -> None:
+    separate = {
+        **layers("h.{i}.q.weight", (8, 8)),
+        **layers("h.{i}.k.weight", (2, 8)),
+        **layers("h.{i}.v.weight", (2, 8)),
+    }
+    fused = layers("h.{i}.qkv.weight", (12, 8))
+    join = suggest(separate, fused)
+    assert applied(join, separate) == fused
+    assert "concat = 0" in str(join.rules[0].rule)
+    cut = suggest(fused, separate)
+    assert applied(cut, fused) == separate
+    assert "sizes = [8, 2, 2]" in str(cut.rules[0].rule)
+    assert join.rules[0].confidence < 1
+
+
+def test_experts_resized_and_transposed() -> None:
+    old = {**layers("h.{i}.mlp.weight", (8, 8)), "embed.weight": (11, 8), "proj.weight": (8, 3)}
+    new = {f"h.{i}.experts.{e}.weight": (8, 8) for i in range(3) for e in range(2)}
+    new |= {"embed.weight": (16, 8), "proj.weight": (3, 8)}
+    found = suggest(old, new)
+    assert applied(found, old) == new
+    assert {str(item.rule) for item in found.rules} == {
+        "h.{i}.mlp.weight -> h.{i}.experts.{j=0..1}.weight",
+        "embed.weight -> embed.weight, resize = { dim = 0, size = 16 }",
+        "proj.weight -> proj.weight, transpose = true",
+    }
+
+
+def test_contents_decide_where_shapes_cannot() -> None:
+    names = {"a": (2, 2), "b": (2, 2)}
+    swapped = suggest(names, names, old_contents={"a": "1", "b": "2"}, new_contents={"a": "2", "b": "1"})
+    assert {(str(item.rule), item.confidence) for item in swapped.rules} == {("a -> b", 1.0), ("b -> a", 1.0)}
+    renamed = suggest(
+        {"x": (2,), "y": (2,)},
+        {"p": (2,), "q": (2,)},
+        old_contents={"x": "1", "y": "2"},
+        new_contents={"p": "2", "q": "1"},
+    )
+    assert {str(item.rule) for item in renamed.rules} == {"x -> q", "y -> p"}
+
+
+def test_what_nothing_explains_is_said() -> None:
+    found = suggest({"old.weight": (3, 5)}, {"new.weight": (7, 2)})
+    assert found == Suggestion((), ("new.weight",), ("old.weight",))
+
+
+def test_ambiguity_lowers_the_confidence() -> None:
+    found = suggest({"a.x": (4,), "a.y": (4,)}, {"b.u": (4,), "b.v": (4,)})
+    assert found.rules
+    assert all(item.confidence < 0.7 and "of 2 names" in item.reason for item in found.rules)
