@@ -18,11 +18,19 @@ from optimstate.hooks.load import (
     split,
     strip_prefix,
 )
+from optimstate.hooks.modules import ModelHook, migrate_model, migrate_scheduler
+from optimstate.hooks.save import SaveHook, add_metadata, cast_slots, drop_slots, name_params, to_cpu
+from optimstate.hooks.verify import report, resume_problems, verify_resume
 
 __all__ = [
     "LoadHook",
+    "ModelHook",
     "Report",
+    "SaveHook",
+    "add_metadata",
+    "cast_slots",
     "cast_state",
+    "drop_slots",
     "drop_unexpected",
     "duplicate",
     "fill_missing",
@@ -30,10 +38,17 @@ __all__ = [
     "hyperparameters",
     "match_names",
     "migrate",
+    "migrate_model",
+    "migrate_scheduler",
+    "name_params",
     "regroup",
     "rename",
+    "report",
     "reset",
     "resize",
+    "resume_problems",
     "split",
     "strip_prefix",
+    "to_cpu",
+    "verify_resume",
 ]

@@ -26,9 +26,12 @@ from optimstate.plan.values import shape_of
 from optimstate.state.model import Group, OptimizerState, Slots
 from optimstate.state.schema import parameter_shape, recognise
 
-__all__ = ["LOGGER", "Fill", "LoadHook", "Request", "Source", "in_sequence", "matched"]
+__all__ = ["LOGGER", "METADATA", "Fill", "LoadHook", "Request", "Source", "in_sequence", "matched"]
 
 LOGGER = logging.getLogger("optimstate")
+METADATA = "optimstate"
+"""The key of a state dict under which `add_metadata` writes."""
+
 
 Source = Literal["file", "live", "merge"]
 StateDict = dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from optimstate.errors import MigrationError, PlanError
-from optimstate.hooks._load import LoadHook, Request, Source
+from optimstate.hooks._load import METADATA, LoadHook, Request, Source
 from optimstate.hooks._slots import Casts, zeros_like_others
 from optimstate.plan.expressions import Fill
 from optimstate.plan.operations import Concat, Operation, Resize, Split
@@ -307,7 +307,17 @@ def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
             f"the plan makes {found.optimizer} state, and a hook loads into the optimizer that is there",
             hint="Convert the checkpoint first: optimstate convert --optimizer.",
         )
-    return _Wish("migrate", lambda request: request.add(found))
+
+    def prepare(request: Request) -> None:
+        applied = request.state.node.get(METADATA, {}).get("plans", ())
+        if found.guard.once and found.digest in applied:
+            raise MigrationError(
+                ["this plan made the state that is loaded: it is not applied a second time"],
+                hint="Resume without it, or take `once` out of the plan's [guard].",
+            )
+        request.add(found)
+
+    return _Wish("migrate", prepare)
 
 
 def _templates(*texts: str) -> tuple[Template, ...]:

@@ -15,14 +15,11 @@ import torch
 import optimstate
 from optimstate.errors import StateMismatchError
 from optimstate.hooks._live import names_in
-from optimstate.hooks._load import LOGGER
+from optimstate.hooks._load import LOGGER, METADATA
 from optimstate.hooks._slots import as_dtype
 from optimstate.plan.rules import Plan
 
-__all__ = ["METADATA", "SaveHook", "add_metadata", "cast_slots", "drop_slots", "name_params", "to_cpu"]
-
-METADATA = "optimstate"
-"""The key of a state dict under which `add_metadata` writes."""
+__all__ = ["SaveHook", "add_metadata", "cast_slots", "drop_slots", "name_params", "to_cpu"]
 
 StateDict = dict[str, Any]
 
