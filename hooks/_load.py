@@ -26,7 +26,7 @@ from optimstate.plan.values import shape_of
 from optimstate.state.model import Group, OptimizerState, Slots
 from optimstate.state.schema import parameter_shape, recognise
 
-__all__ = ["LOGGER", "METADATA", "Fill", "LoadHook", "Request", "Source", "in_sequence", "matched"]
+__all__ = ["LOGGER", "METADATA", "Fill", "LoadHook", "Request", "Source", "in_sequence", "matched", "named"]
 
 LOGGER = logging.getLogger("optimstate")
 METADATA = "optimstate"
@@ -59,6 +59,7 @@ class Request:
     options: dict[str, Source] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     fills: list[Fill] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
 
     def add(self, plan: Plan) -> None:
         """Let a plan follow those of the hooks before.
@@ -170,7 +171,7 @@ class LoadHook:
 def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequence[LoadHook]) -> StateDict:
     model, saved = _identities(hooks)
     live = Live.of(optimizer, model)
-    request = Request(_named(OptimizerState.from_node(state_dict), saved), live)
+    request = Request(named(OptimizerState.from_node(state_dict), saved), live)
     for hook in hooks:
         hook.prepare(request)
     made, report, moves = matched(request, tuple(map(str, hooks)), live.names)
@@ -193,7 +194,12 @@ def _identities(hooks: Sequence[LoadHook]) -> tuple[torch.nn.Module | None, Sequ
     return (given[0] if given else None), (saved[0] if saved else None)
 
 
-def _named(state: OptimizerState, saved: Sequence[str] | None) -> OptimizerState:
+def named(state: OptimizerState, saved: Sequence[str] | None = None) -> OptimizerState:
+    """A checkpoint's state with names.
+
+    Raises:
+        StateMismatchError: It has none and none are given, or their number is another.
+    """
     if saved is not None:
         return state.named(saved)
     if not state.is_named and any(group.params for group in state.groups):
@@ -219,6 +225,8 @@ def matched(
     Raises:
         MigrationError: It cannot be done.
     """
+    if request.plan.policy.hyperparameters == "live":
+        request.options.setdefault("*", "live")
     state, orphans = _without_orphans(request)
     old = [group.options for group in state.groups]
     state = replace(state, groups=tuple(_undecided(group, request) for group in state.groups))
@@ -303,6 +311,7 @@ def _planned(request: Request, state: OptimizerState) -> SectionMoves:
         migration = plan_optimizer(request.plan, state, target=Target(live.names, options, live.shapes()))
     except MigrationError as error:
         raise MigrationError(error.problems, hint=_remedies(error.problems)) from error
+    request.counts = [count for _, count in migration.counts]
     return migration.sections["optimizer"]
 
 

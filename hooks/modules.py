@@ -78,7 +78,7 @@ class ModelHook:
         state_dict: dict[str, Any],
         prefix: str,
         local_metadata: Mapping[str, Any],  # noqa: ARG002
-        strict: bool,
+        strict: bool,  # noqa: ARG002 - torch says True whatever it was told
         missing_keys: list[str],  # noqa: ARG002
         unexpected_keys: list[str],  # noqa: ARG002
         error_msgs: list[str],  # noqa: ARG002
@@ -89,8 +89,7 @@ class ModelHook:
             MigrationError: The plan does not fit; nothing was loaded.
         """
         load = ModelLoad(module, state_dict, prefix)
-        plan = self._plan if strict else self._plan.with_policy(missing="fresh", unexpected="drop")
-        moves = plan_migration(plan, {"model": load.inventory()}).sections["model"]
+        moves = plan_migration(self._plan, {"model": load.inventory()}).sections["model"]
         made = load.made(moves)
         for name in [name for name in state_dict if name.startswith(prefix)]:
             del state_dict[name]
@@ -107,8 +106,8 @@ def migrate_model(plan: Plan | str | PathLike[str]) -> ModelHook:
     """Move weights and buffers by a plan when a module loads: for any `nn.Module`, and for an `AveragedModel`.
 
     Tensors that are only moved are not copied. Wrapper prefixes (`module.`, `_orig_mod.`, ...) may differ between the
-    checkpoint and the module. A parameter that the plan calls new keeps its value. With `load_state_dict(strict=False)`
-    whatever is missing keeps its value, and whatever is unexpected is left behind.
+    checkpoint and the module. A parameter that the plan calls new keeps its value. Torch does not tell its hooks of
+    `strict=False`: what may be missing or left behind, the plan's policies say.
 
     Args:
         plan: A plan, or the path of a plan file: the same one that the optimizer's `migrate` has.
@@ -138,4 +137,9 @@ def migrate_scheduler(state_dict: Mapping[str, Any], moves: SectionMoves | None)
             fresh[number] = {"base_lrs": group.options.get("initial_lr", lr), "_last_lr": lr}
     # Where several old groups became one, the planner has chosen the one that stands for them.
     group_map = [[] if group.base is None else [group.base] for group in moves.groups]
-    return regroup_scheduler_state(state_dict, group_map, fresh=fresh)
+    made = regroup_scheduler_state(state_dict, group_map, fresh=fresh)
+    if isinstance(made.get("base_lrs"), list):  # a group that was given another initial learning rate starts from that
+        made["base_lrs"] = [
+            group.options.get("initial_lr", lr) for group, lr in zip(moves.groups, made["base_lrs"], strict=True)
+        ]
+    return made

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-import optimstate
+from optimstate import __version__
 from optimstate.errors import StateMismatchError
 from optimstate.hooks._live import names_in
 from optimstate.hooks._load import LOGGER, METADATA
@@ -97,7 +97,7 @@ def add_metadata(model: torch.nn.Module | None = None, *, plan: Plan | None = No
         found = {
             "algorithm": type(optimizer).__name__,
             "shapes": shapes,
-            "versions": {"torch": str(torch.__version__), "optimstate": optimstate.__version__},
+            "versions": {"torch": str(torch.__version__), "optimstate": __version__},
             "plans": [plan.digest] if plan is not None else [],
         }
         return {**state_dict, METADATA: found}, f"{len(shapes)} shapes of {found['algorithm']}"

@@ -159,7 +159,7 @@ def _zeros(optimizer: torch.optim.Optimizer) -> Iterator[str]:
     found = [
         f"{name}.{slot}"
         for name, _, slot, value, degree in _elementwise(optimizer)
-        if degree and steps[name] and value.numel() and not value.any()
+        if degree and steps[name] and value.numel() and not value.is_meta and not value.any()
     ]
     if found:
         yield f"all zero, though steps were made: {_some(found)}"
