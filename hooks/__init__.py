@@ -1,6 +1,6 @@
 """Hooks that resume a changed model: for any `torch.optim.Optimizer`, for modules, and for schedulers."""
 
-from optimstate.hooks._load import LoadHook
+from optimstate.hooks._load import LoadHook, adapt
 from optimstate.hooks._report import Report
 from optimstate.hooks.load import (
     cast_state,
@@ -27,6 +27,7 @@ __all__ = [
     "ModelHook",
     "Report",
     "SaveHook",
+    "adapt",
     "add_metadata",
     "cast_slots",
     "cast_state",

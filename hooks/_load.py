@@ -26,7 +26,7 @@ from optimstate.plan.values import shape_of
 from optimstate.state.model import Group, OptimizerState, Slots
 from optimstate.state.schema import parameter_shape, recognise
 
-__all__ = ["LOGGER", "METADATA", "Fill", "LoadHook", "Request", "Source", "in_sequence", "matched", "named"]
+__all__ = ["LOGGER", "METADATA", "Fill", "LoadHook", "Request", "Source", "adapt", "in_sequence", "matched", "named"]
 
 LOGGER = logging.getLogger("optimstate")
 METADATA = "optimstate"
@@ -166,6 +166,23 @@ class LoadHook:
         return type(self).__name__
 
     __repr__ = __str__
+
+
+def adapt(optimizer: torch.optim.Optimizer, state_dict: StateDict, *hooks: LoadHook) -> StateDict:
+    """The dict that load hooks would hand to an optimizer, for one whose own loading does not let them.
+
+    `optimizer.load_state_dict(hooks.adapt(optimizer, state_dict, hooks.match_names()))` also works where
+    `load_state_dict` runs no hooks (bitsandbytes), or goes back to the dict from before they ran (pytorch_optimizer).
+
+    Args:
+        optimizer: Not changed.
+        state_dict: Not changed.
+        *hooks: In order; without any, parameters are matched by name.
+
+    Raises:
+        OptimStateError: The state does not fit.
+    """
+    return _load(optimizer, state_dict, hooks or (LoadHook(),))
 
 
 def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequence[LoadHook]) -> StateDict:
