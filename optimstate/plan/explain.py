@@ -42,6 +42,9 @@ def explained(migration: Migration) -> Iterator[Row]:
     for key, section in migration.sections.items():
         for move in section.moves:
             yield from _rows(key, move, section)
+        for line in section.conversion.report if section.conversion is not None else ():
+            how = f"{section.conversion.source} to {section.conversion.target}" if section.conversion else ""
+            yield Row(key, "", line.slot, (), how, line.outcome, line.reason, "")
         for name, rule in section.dropped:
             said = str(rule) if rule is not None else 'the policy unexpected = "drop"'
             yield Row(key, "", "", (name,), "", "dropped", "", said)

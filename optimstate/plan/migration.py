@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optimstate.plan import expressions as ex
+from optimstate.plan.conversion import Conversion
 from optimstate.plan.expressions import Expr, Leaf, Shape
 from optimstate.plan.flat import FlatPlan
 from optimstate.plan.groups import GroupPlan
@@ -112,6 +113,8 @@ class SectionMoves:
         notes: What deserves attention though nothing is wrong.
         applications: Every use of a rule, pass by pass.
         reordered: Whether the order is another than the checkpoint's.
+        regrouped: Whether the param groups or their options are others.
+        conversion: How the state becomes that of another algorithm.
     """
 
     moves: tuple[Move, ...]
@@ -124,11 +127,13 @@ class SectionMoves:
     applications: tuple[tuple[Application, ...], ...] = ()
     reordered: bool = False
     regrouped: bool = False
+    conversion: Conversion | None = None
 
     @property
     def changes(self) -> bool:
         """Whether anything is another than before."""
-        return bool(self.dropped) or self.reordered or self.regrouped or any(move.changes for move in self.moves)
+        different = self.reordered or self.regrouped or self.conversion is not None
+        return bool(self.dropped) or different or any(move.changes for move in self.moves)
 
     @property
     def group_map(self) -> list[list[int]]:

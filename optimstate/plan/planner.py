@@ -11,6 +11,7 @@ from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan import expressions as ex
+from optimstate.plan.conversion import plan_conversion
 from optimstate.plan.expressions import Leaf, Shape
 from optimstate.plan.flat import plan_flat
 from optimstate.plan.groups import Candidate, GroupPlan, plan_groups
@@ -104,11 +105,10 @@ def optimizer_inventory(
     algorithm = _algorithm(state)
     found: dict[str, Shape | None] = {}
     for _, name, slots in state.parameters():
-        shape = None
-        if slots:
+        shape = shapes.get(str(name)) if shapes is not None else None
+        if shape is None and slots:
             shape = parameter_shape({str(path[-1]): shape_of(value) for path, value in flat_slots(slots)}, algorithm)
-        given = (shapes or {}).get(str(name))
-        found[str(name)] = given if given is not None else shape
+        found[str(name)] = shape
     return Inventory(found, state=state, target=target)
 
 
@@ -284,7 +284,7 @@ class _Section:
         return moves
 
     def _refuse_unsized(self, name: str, item: Made, parameters: Mapping[str, Parameter], problems: list[str]) -> None:
-        if isinstance(item.expression, Leaf):
+        if item.expression.shape is not None or isinstance(item.expression, Leaf):
             return
         if not any(isinstance(step, ex.Unsized) for step in ex.steps(item.expression)):
             return
@@ -371,6 +371,10 @@ class _Section:
         flat = None
         if algorithm is not None and algorithm.is_flat and not problems:
             flat = plan_flat(state, self.inventory.shapes, moves, groups, problems)
+        conversion = None
+        if self.plan_.optimizer:
+            new_shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
+            conversion = plan_conversion(algorithm, self.plan_.optimizer, new_shapes, problems)
         regrouped = [list(group.sources) for group in groups] != [[index] for index in range(len(state.groups))] or any(
             group.options != old.options for group, old in zip(groups, state.groups, strict=False)
         )
@@ -385,6 +389,7 @@ class _Section:
             applications,
             reordered,
             regrouped,
+            conversion,
         )
 
     def _groups(

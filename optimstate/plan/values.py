@@ -115,6 +115,9 @@ class Kernel(Protocol):
     def multiply(self, value: Any, factor: float) -> Any:
         """Every element times a factor."""
 
+    def power(self, value: Any, exponent: float) -> Any:
+        """Every element to a power."""
+
     def cast(self, value: Any, dtype: str) -> Any:
         """Another dtype."""
 
@@ -151,6 +154,9 @@ class _Lazy:
 
     def multiply(self, value: LazyTensor, factor: float) -> LazyTensor:
         return mapped(value, value.dtype, lambda block: block * factor)
+
+    def power(self, value: LazyTensor, exponent: float) -> LazyTensor:
+        return mapped(value, value.dtype, lambda block: block**exponent)
 
     def cast(self, value: LazyTensor, dtype: str) -> LazyTensor:
         def function(block: Any) -> Any:
@@ -197,6 +203,9 @@ class _Live:
 
     def multiply(self, value: Any, factor: float) -> Any:
         return value * factor
+
+    def power(self, value: Any, exponent: float) -> Any:
+        return value**exponent
 
     def cast(self, value: Any, dtype: str) -> Any:
         import torch

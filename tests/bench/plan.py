@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import time
 
 from optimstate.files import Extent
@@ -78,7 +77,7 @@ def main(quick: bool) -> None:
     time_5, _ = seconds(many, 5, repeats)
     growth = (time_50 / many) / (few / 1_000)
     print_table(
-        f"planning {many:,} parameters x 3 slots (CPU time, torch {'loaded' if 'torch' in sys.modules else 'not loaded'})",
+        f"planning {many:,} parameters x 3 slots (CPU time)",
         [
             Row("50 rules: plan", _spread(time_50), SECONDS, "s"),
             Row("50 rules: carry out", _spread(carried), None, "s"),

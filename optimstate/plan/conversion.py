@@ -1,0 +1,252 @@
+"""From the state of one optimizer to that of another: what has a meaning in both, and what is lost.
+
+The exponential averages of the gradient and of its square mean the same in the whole Adam family; Adafactor keeps means
+of the latter; a momentum buffer of SGD is the average that Muon keeps, but for a factor. What has no meaning is
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optimstate.plan.expressions import Shape
+from optimstate.plan.values import copied, kernel_of, number_of, shape_of
+from optimstate.state.model import Group, OptimizerState, Slots
+from optimstate.state.schema import Algorithm
+
+__all__ = ["Conversion", "Lost", "plan_conversion"]
+
+Convert = Callable[[Slots, Mapping[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """One line of the report: a slot of the old or new state, what becomes of it, and why.
+
+    Attributes:
+        slot: Its name.
+        outcome: `exact`, `approximate`, `fresh` or `dropped`.
+        reason: Why.
+    """
+
+    slot: str
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How the state of one algorithm becomes that of another.
+
+    Attributes:
+        source: The algorithm it is.
+        target: The one it becomes.
+        report: What becomes of each slot.
+        convert: Makes the new slots of a parameter from the old ones and its group's new options.
+    """
+
+    source: str
+    target: str
+    report: tuple[Lost, ...]
+    convert: Convert
+
+    def apply(self, state: OptimizerState) -> OptimizerState:
+        """The converted state; parameters without state have none afterwards either."""
+        made: dict[Any, Slots] = {}
+        groups = []
+        for group in state.groups:
+            options = _options(self.target, group.options)
+            for key in group.params:
+                slots = state.state.get(key)
+                if slots:
+                    made[key] = self.convert(slots, options)
+            order = tuple(options) + tuple(key for key in group.keys if key in ("params", "param_names"))
+            groups.append(Group(options, group.params, group.names, order))
+        ordered = {key: made[key] for key in state.state if key in made}
+        kept = {key: state.state[key] for key in state.orphans()}
+        return OptimizerState(tuple(groups), {**ordered, **kept}, state.node)
+
+
+_BASIC = {"lr": 1e-3, "weight_decay": 0.0, "maximize": False, "foreach": None}
+_TRACED = {"capturable": False, "differentiable": False}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "Adam": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, **_BASIC, **_TRACED, "fused": None}
+    | {"decoupled_weight_decay": False},
+    "NAdam": {"betas": (0.9, 0.999), "eps": 1e-8, "momentum_decay": 4e-3, **_BASIC, **_TRACED}
+    | {"decoupled_weight_decay": False},
+    "RAdam": {"betas": (0.9, 0.999), "eps": 1e-8, **_BASIC, **_TRACED, "decoupled_weight_decay": False},
+    "Adamax": {"betas": (0.9, 0.999), "eps": 1e-8, **_BASIC, **_TRACED},
+    "Lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
+    "Adafactor": {"beta2_decay": -0.8, "eps": (None, 1e-3), "d": 1.0, **_BASIC},
+    "SGD": {"momentum": 0.9, "dampening": 0.0, "nesterov": False, **_BASIC, "differentiable": False, "fused": None},
+    "Muon": {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, "eps": 1e-7, "ns_steps": 5}
+    | {"ns_coefficients": (3.4445, -4.775, 2.0315), "adjust_lr_fn": None},
+}
+_DEFAULTS["AdamW"] = {**_DEFAULTS["Adam"], "decoupled_weight_decay": True}
+# What a scheduler keeps in the groups is not the optimizer's and stays.
+_SCHEDULED = ("initial_lr", "max_lr", "min_lr", "swa_lr", "name")
+# The same word for other things: epsilons and decay rates do not carry over between these families.
+_OWN = {"Lion": {"betas"}, "Adafactor": {"eps"}, "Muon": {"eps"}}
+
+
+def _options(target: str, old: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group: those both have as they were, the others at the new algorithm's defaults."""
+    own = _OWN.get(target, set()) | ({"eps"} if isinstance(old.get("eps"), tuple | list) else set())
+    own |= {"decoupled_weight_decay"}
+    made = {key: old.get(key, value) if key not in own else value for key, value in _DEFAULTS[target].items()}
+    return {**made, **{key: old[key] for key in _SCHEDULED if key in old}}
+
+
+def plan_conversion(
+    source: Algorithm | None, target: str, shapes: Mapping[str, Shape | None], problems: list[str]
+) -> Conversion | None:
+    """How to convert; None, with a problem noted, where it has no meaning, and None where nothing changes.
+
+    Args:
+        source: The algorithm whose state it is; None where it was not recognised.
+        target: The name of the other.
+        shapes: Of the result's parameters, where known.
+        problems: Added to.
+    """
+    if target not in _DEFAULTS:
+        problems.append(f"optimizer = {target!r}: there is no conversion to it; there is to {', '.join(_DEFAULTS)}")
+        return None
+    if source is None:
+        problems.append(f"the optimizer was not recognised, so its state cannot become that of {target}")
+        return None
+    name = "Adam" if source.name == "Adam or AdamW" else source.name
+    if name == target:
+        return None
+    found = _conversion(name, target)
+    if found is None:
+        problems.append(
+            f"the state of {source.name} has no meaning in {target}: "
+            'rename and load the weights, and start the optimizer anew (fresh = "**")'
+        )
+        return None
+    if target == "Muon" and (other := [key for key, shape in shapes.items() if shape is not None and len(shape) != 2]):
+        problems.append(f"Muon takes matrices alone, and {other[0]!r} has the shape {list(shapes[other[0]] or ())}")
+    report, convert = found
+    return Conversion(source.name, target, tuple(Lost(*line) for line in report), convert)
+
+
+_ADAMS = ("Adam", "AdamW", "NAdam", "RAdam")
+_SAME = "it means the same in both"
+
+
+def _conversion(source: str, target: str) -> tuple[Sequence[tuple[str, str, str]], Convert] | None:
+    if source in _ADAMS and target in _ADAMS:
+        return _within_adam(source, target)
+    if source in _ADAMS and target == "Adamax":
+        report = [
+            ("step", "exact", ""),
+            ("exp_avg", "exact", _SAME),
+            ("exp_inf", "approximate", "the root of the average square stands for the decayed maximum"),
+        ]
+        return report, lambda old, _: {**_kept(old, "step", "exp_avg"), "exp_inf": _power(old["exp_avg_sq"], 0.5)}
+    if source == "Adamax" and target in _ADAMS:
+        report = [
+            ("step", "exact", ""),
+            ("exp_avg", "exact", _SAME),
+            ("exp_avg_sq", "approximate", "the square of the decayed maximum stands for the average square"),
+        ]
+        return report, lambda old, new: _with_product(
+            {**_kept(old, "step", "exp_avg"), "exp_avg_sq": _power(old["exp_inf"], 2.0)}, target, new
+        )
+    if source in _ADAMS and target == "Lion":
+        report = [
+            ("exp_avg", "approximate", "an average over the decay rate of Adam, which Lion continues with its own"),
+            ("exp_avg_sq", "dropped", "Lion has no second moment"),
+            ("step", "dropped", "Lion counts no steps"),
+        ]
+        return report, lambda old, _: _kept(old, "exp_avg")
+    if source in _ADAMS and target == "Adafactor":
+        report = [
+            ("row_var, col_var", "exact", "the means of the average square over columns and rows"),
+            ("variance", "exact", "the average square, for vectors"),
+            ("step", "exact", "Adafactor's decay rate follows it"),
+            ("exp_avg", "dropped", "Adafactor has no first moment"),
+        ]
+        return report, lambda old, _: _factored(old)
+    if source == "Adafactor" and target in _ADAMS:
+        report = [
+            ("exp_avg_sq", "approximate", "rebuilt from its means over rows and columns"),
+            ("exp_avg", "fresh", "Adafactor keeps none: zeros"),
+            ("step", "exact", ""),
+        ]
+        return report, lambda old, new: _with_product(_unfactored(old), target, new)
+    if (source, target) in (("SGD", "Muon"), ("Muon", "SGD")):
+        report = [("momentum_buffer", "exact", "a sum in SGD and an average in Muon: times 1 - momentum, or over it")]
+        return report, lambda old, new: _momentum(old, new, to_average=target == "Muon")
+    return None
+
+
+def _within_adam(source: str, target: str) -> tuple[Sequence[tuple[str, str, str]], Convert]:
+    report = [("step", "exact", ""), ("exp_avg", "exact", _SAME), ("exp_avg_sq", "exact", _SAME)]
+    if source == "NAdam":
+        report.append(("mu_product", "dropped", f"{target} has none"))
+    if target == "NAdam":
+        report.append(("mu_product", "exact", "computed from the step count, betas and momentum_decay"))
+    if target not in ("Adam", "AdamW"):
+        report.append(("max_exp_avg_sq", "dropped", f"{target} has none"))
+    keep = ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if target in ("Adam", "AdamW") else ()))
+    return report, lambda old, new: _with_product(_kept(old, *keep), target, new)
+
+
+def _kept(old: Slots, *slots: str) -> dict[str, Any]:
+    return {slot: old[slot] for slot in slots if slot in old}
+
+
+def _power(value: Any, exponent: float) -> Any:
+    return kernel_of(value).power(value, exponent)
+
+
+def _with_product(made: dict[str, Any], target: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """NAdam's running product of momentum coefficients, as its steps would have computed it."""
+    if target == "NAdam":
+        beta, decay = options["betas"][0], options["momentum_decay"]
+        product = 1.0
+        for step in range(1, int(number_of(made["step"])) + 1):
+            product *= beta * (1.0 - 0.5 * 0.96 ** (step * decay))
+        like = made["step"]
+        made = {"step": like, "mu_product": _scalar_like(like, product), **_kept(made, "exp_avg", "exp_avg_sq")}
+    return made
+
+
+def _scalar_like(like: Any, value: float) -> Any:
+    return kernel_of(like).full(like, (), value)
+
+
+def _factored(old: Slots) -> dict[str, Any]:
+    square = old["exp_avg_sq"]
+    kernel, shape = kernel_of(square), shape_of(square) or ()
+    if len(shape) < 2:
+        return {"step": old["step"], "variance": square}
+    means = {slot: kernel.mean([square], [dim], ()) for slot, dim in _means(len(shape))}
+    return {"step": old["step"], **means}
+
+
+def _means(rank: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    return ("row_var", rank - 1), ("col_var", rank - 2)
+
+
+def _unfactored(old: Slots) -> dict[str, Any]:
+    square = old.get("variance")
+    if square is None:
+        row, col = old["row_var"], old["col_var"]
+        rows, cols = shape_of(row) or (), shape_of(col) or ()
+        square = kernel_of(row).outer(row, col, (*rows[:-1], cols[-1]))
+    average = kernel_of(square).full(square, shape_of(square) or (), 0.0)
+    return {"step": old["step"], "exp_avg": average, "exp_avg_sq": square}
+
+
+def _momentum(old: Slots, options: Mapping[str, Any], *, to_average: bool) -> dict[str, Any]:
+    buffer = old.get("momentum_buffer")
+    if buffer is None:
+        return {}
+    factor = 1.0 - float(number_of(options["momentum"]))
+    if not factor:
+        return {"momentum_buffer": copied(buffer)}
+    return {"momentum_buffer": kernel_of(buffer).multiply(buffer, factor if to_average else 1.0 / factor)}

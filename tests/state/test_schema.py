@@ -1,0 +1,106 @@
+"""Which optimizer a state is of, and what its slots are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from optimstate.state.schema import ALGORITHMS, inferred_kind, parameter_shape, recognise
+
+TORCH: dict[str, dict[str, Any]] = {
+    "Adadelta": {},
+    "Adafactor": {},
+    "Adagrad": {},
+    "Adam": {"amsgrad": True},
+    "AdamW": {},
+    "Adamax": {},
+    "ASGD": {},
+    "LBFGS": {},
+    "Muon": {},
+    "NAdam": {},
+    "RAdam": {},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Rprop": {},
+    "SGD": {"momentum": 0.9},
+    "SparseAdam": {},
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_torchs_are_recognised_and_their_shapes_told(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.randn(4, 6))
+    optimizer = getattr(torch.optim, name)([parameter], **TORCH[name])
+    for _ in range(3):
+
+        def closure() -> torch.Tensor:
+            loss = parameter.square().sum()
+            parameter.grad = parameter.detach() * 2
+            if name == "SparseAdam":
+                parameter.grad = parameter.grad.to_sparse()
+            return loss.detach()
+
+        optimizer.step(closure)
+    saved = optimizer.state_dict()
+    slots = saved["state"][0]
+    algorithm = recognise(slots, saved["param_groups"][0])
+    assert algorithm is not None
+    assert algorithm.name == name
+    shapes = {slot: tuple(v.shape) if isinstance(v, torch.Tensor) else () for slot, v in slots.items()}
+    if name != "LBFGS":
+        assert parameter_shape(shapes, algorithm) == (4, 6)
+    for slot, shape in shapes.items():
+        kind = algorithm.slots[slot].kind
+        if kind in ("like_param", "row", "col"):
+            assert inferred_kind(shape, (4, 6)) == kind
+        if kind == "scalar":
+            assert shape == ()
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_degrees_are_what_a_scaled_gradient_does(name: str) -> None:
+    """Twice the gradient, and every slot grows by 2 to the power of its degree."""
+    if name in ("LBFGS", "SparseAdam"):
+        pytest.skip("flat, or sparse")
+    algorithm = next(a for a in ALGORITHMS if a.name == name)
+    options = {**TORCH[name], **({"eps": 1e-30} if name in ("Adadelta", "RMSprop") else {})}
+    if name != "Rprop":
+        options["weight_decay"] = 0.0
+    states = []
+    for factor in (1.0, 2.0):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(4, 6, dtype=torch.float64))
+        optimizer = getattr(torch.optim, name)([parameter], **options)
+        for _ in range(4):
+            parameter.grad = factor * torch.randn(4, 6, dtype=torch.float64)
+            optimizer.step()
+        states.append(optimizer.state_dict()["state"][0])
+    for slot, value in states[0].items():
+        meaning = algorithm.slots[slot]
+        if meaning.kind == "scalar" or slot == "ax":
+            continue
+        assert meaning.degree is not None
+        assert torch.allclose(states[1][slot], value * 2.0**meaning.degree, rtol=1e-6), slot
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameter", "kind"),
+    [
+        ((3, 4), (3, 4), "like_param"),
+        ((), (3, 4), "scalar"),
+        ((3, 1), (3, 4), "row"),
+        ((1, 4), (3, 4), "col"),
+        ((3, 3), (3, 4), "opaque"),
+        (None, (3, 4), "opaque"),
+        ((), (), "like_param"),
+        ((5,), None, "opaque"),
+    ],
+)
+def test_kinds_by_shape(shape: Any, parameter: Any, kind: str) -> None:
+    assert inferred_kind(shape, parameter) == kind
+
+
+def test_unknown_options_are_no_algorithm() -> None:
+    assert recognise(["mystery"], {"lr": 0.1}) is None
+    assert recognise(["exp_avg"], {}) is None
