@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from optimstate.plan.slots import flat_slots
 from optimstate.plan.values import shape_of
 from optimstate.state.model import Group, OptimizerState, Slots
 from optimstate.state.schema import parameter_shape, recognise
+from optimstate.tree import no_garbage_collection
 
 __all__ = ["LOGGER", "METADATA", "Fill", "LoadHook", "Request", "Source", "adapt", "in_sequence", "matched", "named"]
 
@@ -111,6 +113,32 @@ def in_sequence(first: Plan, second: Plan) -> Plan:
     return replace(joined, rules=passes[0] if passes else (), stages=tuple(passes[1:]))
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a report is made of, when somebody asks for it.
+
+    Attributes:
+        hooks: Which hooks did it.
+        kept: Parameters that were kept as they were, without a plan.
+        moves: The migration, where there was one.
+        filled: Parameters that got state from elsewhere, and how.
+        orphans: Keys of state that belonged to no parameter.
+    """
+
+    hooks: tuple[str, ...]
+    kept: tuple[str, ...]
+    moves: SectionMoves | None
+    filled: Mapping[str, str]
+    orphans: tuple[Any, ...]
+
+    @cached_property
+    def report(self) -> Report:
+        """The report."""
+        made = Report(self.hooks, self.kept) if self.moves is None else Report.of(self.hooks, self.moves, self.filled)
+        lost = {str(key): "belongs to no parameter" for key in self.orphans}
+        return replace(made, dropped={**made.dropped, **lost})
+
+
 class LoadHook:
     """A hook for `torch.optim.Optimizer.register_load_state_dict_pre_hook`.
 
@@ -120,12 +148,16 @@ class LoadHook:
     the optimizer is left as it is.
 
     Attributes:
-        report: What the last load did; None before.
-        moves: The migration behind it; None before, and where every parameter was kept as it was.
+        moves: The migration behind the last load; None before, and where every parameter was kept as it was.
     """
 
-    report: Report | None = None
     moves: SectionMoves | None = None
+    _told: Told | None = None
+
+    @property
+    def report(self) -> Report | None:
+        """What the last load did; None before."""
+        return self._told.report if self._told is not None else None
 
     def prepare(self, request: Request) -> None:
         """Say what is wanted."""
@@ -191,12 +223,13 @@ def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequen
     request = Request(named(OptimizerState.from_node(state_dict), saved), live)
     for hook in hooks:
         hook.prepare(request)
-    made, report, moves = matched(request, tuple(map(str, hooks)), live.names)
+    with no_garbage_collection():
+        made, told = matched(request, tuple(map(str, hooks)), live.names)
     for hook in hooks:
         hook.finish(optimizer, made)
-        hook.report, hook.moves = report, moves
+        hook._told, hook.moves = told, told.moves
     if LOGGER.isEnabledFor(logging.INFO):
-        LOGGER.info(report.summary())
+        LOGGER.info(told.report.summary())
     return made
 
 
@@ -229,9 +262,7 @@ def named(state: OptimizerState, saved: Sequence[str] | None = None) -> Optimize
     return state
 
 
-def matched(
-    request: Request, hooks: tuple[str, ...], names: Sequence[Sequence[str]]
-) -> tuple[StateDict, Report, SectionMoves | None]:
+def matched(request: Request, hooks: tuple[str, ...], names: Sequence[Sequence[str]]) -> tuple[StateDict, Told]:
     """The dict that the live optimizer can load by position.
 
     Args:
@@ -247,28 +278,23 @@ def matched(
     state, orphans = _without_orphans(request)
     old = [group.options for group in state.groups]
     state = replace(state, groups=tuple(_undecided(group, request) for group in state.groups))
+    moves, filled = None, dict[str, str]()
     kept = _kept(state, request)
     if kept is not None:
         slots: Mapping[str, Slots | None] = kept
         options = [dict(group.options) for group in state.groups]
         bases: list[int | None] = list(range(len(options)))
-        moves, report = None, Report(hooks, tuple(kept))
     else:
         moves = _planned(request, state)
         result = execute_optimizer(moves, state)
-        slots = {str(name): found for _, name, found in result.parameters()}
         options = [dict(group.options) for group in moves.groups]
         bases = [group.base for group in moves.groups]
-        slots, filled = _filled(request, slots, moves)
-        report = Report.of(hooks, moves, filled)
-    if orphans:
-        told = {str(key): "belongs to no parameter" for key in orphans}
-        report = replace(report, dropped={**report.dropped, **told})
+        slots, filled = _filled(request, {str(name): found for _, name, found in result.parameters()}, moves)
     chosen = [
         _options(request, made, old[base] if base is not None else {}, live)
         for made, base, live in zip(options, bases, request.live.options, strict=True)
     ]
-    return _as_dict(request, slots, chosen, names), report, moves
+    return _as_dict(request, slots, chosen, names), Told(hooks, tuple(kept or ()), moves, filled, tuple(orphans))
 
 
 def _without_orphans(request: Request) -> tuple[OptimizerState, list[Any]]:

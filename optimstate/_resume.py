@@ -267,7 +267,8 @@ class _Run:
             request.strip_prefixes()
         self._inventories["optimizer"] = optimizer_inventory(request.state)
         request.add(self._lenient)
-        made, report, self._moves = matched(request, ("optimizer",), live.names)
+        made, told = matched(request, ("optimizer",), live.names)
+        self._moves, report = told.moves, told.report
         self._count(request.counts)
         self.reports["optimizer"] = report
         self.notes += report.notes
