@@ -28,7 +28,19 @@ from optimstate.state.model import Group, OptimizerState, Slots
 from optimstate.state.schema import parameter_shape, recognise
 from optimstate.tree import no_garbage_collection
 
-__all__ = ["LOGGER", "METADATA", "Fill", "LoadHook", "Request", "Source", "adapt", "in_sequence", "matched", "named"]
+__all__ = [
+    "LOGGER",
+    "METADATA",
+    "Fill",
+    "LoadHook",
+    "Request",
+    "Source",
+    "adapt",
+    "in_sequence",
+    "is_settled",
+    "matched",
+    "named",
+]
 
 LOGGER = logging.getLogger("optimstate")
 METADATA = "optimstate"
@@ -195,9 +207,10 @@ class LoadHook:
         return registered[first : last + 1]
 
     def __str__(self) -> str:
-        return type(self).__name__
+        return "match_names"
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def adapt(optimizer: torch.optim.Optimizer, state_dict: StateDict, *hooks: LoadHook) -> StateDict:
@@ -218,6 +231,11 @@ def adapt(optimizer: torch.optim.Optimizer, state_dict: StateDict, *hooks: LoadH
 
 
 def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequence[LoadHook]) -> StateDict:
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise StateMismatchError(
+            f"this is no optimizer's state dict: it has {', '.join(map(repr, list(state_dict)[:5]))}",
+            hint="Give the part of the checkpoint that is the optimizer's, or the whole to optimstate.resume().",
+        )
     model, saved = _identities(hooks)
     live = Live.of(optimizer, model)
     request = Request(named(OptimizerState.from_node(state_dict), saved), live)
@@ -275,6 +293,8 @@ def matched(request: Request, hooks: tuple[str, ...], names: Sequence[Sequence[s
     """
     if request.plan.policy.hyperparameters == "live":
         request.options.setdefault("*", "live")
+    if is_settled(request):
+        request.plan = request.plan.with_policy(unused="ignore")
     state, orphans = _without_orphans(request)
     old = [group.options for group in state.groups]
     state = replace(state, groups=tuple(_undecided(group, request) for group in state.groups))
@@ -295,6 +315,16 @@ def matched(request: Request, hooks: tuple[str, ...], names: Sequence[Sequence[s
         for made, base, live in zip(options, bases, request.live.options, strict=True)
     ]
     return _as_dict(request, slots, chosen, names), Told(hooks, tuple(kept or ()), moves, filled, tuple(orphans))
+
+
+def is_settled(request: Request) -> bool:
+    """Whether the checkpoint has the live names already: then a rule that matches nothing has done its work before.
+
+    So a script that was resumed with a rule can be resumed with it again, and trainers that load an optimizer's own
+    state (Accelerate does) can.
+    """
+    saved = {name for group in request.state.groups for name in group.names or ()}
+    return saved == {name for group in request.live.names for name in group}
 
 
 def _without_orphans(request: Request) -> tuple[OptimizerState, list[Any]]:
@@ -325,12 +355,15 @@ def _kept(state: OptimizerState, request: Request) -> dict[str, Slots | None] | 
     Most resumptions are of this kind, and need no plan; one that does not fit gets a plan that says why.
     """
     plan = request.plan
-    if any(plan.all_rules()) or plan.groups or plan.guard.has or plan.guard.lacks:
+    if plan.groups or plan.guard.has or plan.guard.lacks:
         return None
     live, saved = request.live.names, [group.names or () for group in state.groups]
     if len(live) != len(saved) or any(set(a) != set(b) for a, b in zip(live, saved, strict=True)):
         return None
     found = {str(name): slots for _, name, slots in state.parameters()}
+    templates = [template for rule in plan.all_rules() for template in rule.sources]
+    if any(template.match(name) is not None for name in found for template in templates):
+        return None
     algorithm = recognise(
         dict.fromkeys(slot for slots in found.values() for slot in slots or ()), state.groups[0].options
     )
@@ -362,7 +395,7 @@ _REMEDIES = {
     "nothing fills": "rename({old: new}), duplicate({old: [new, ...]}), or fill_missing()",
     "is not in the target": "rename({old: new}) or drop_unexpected()",
     "param groups": 'hyperparameters("live"), hyperparameters(<option>=<value>), or regroup(...)',
-    "shape": 'resize("name"), split({...}), fuse({...}), or reset("name")',
+    "gives the shape": 'resize("name"), split({...}), fuse({...}), or reset("name")',
     "has no options": 'hyperparameters("live") or regroup(...)',
     "it differs": 'regroup(step="min"), or another plan policy with migrate(...)',
 }

@@ -63,9 +63,6 @@ class _Matching(LoadHook):
     def identify(self) -> tuple[torch.nn.Module | None, Sequence[str] | None]:
         return self._model, self._saved
 
-    def __str__(self) -> str:
-        return "match_names"
-
 
 class _Casting(LoadHook):
     """A hook that has something left to do after torch has loaded."""

@@ -48,6 +48,11 @@ class ModelLoad:
             if len(before) != len(after):
                 raise MigrationError(["two parameters have the same name when wrapper prefixes are taken off"])
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it has the module's names already, so that rules that match nothing have done their work before."""
+        return self._tensors.keys() == self._live.keys()
+
     def inventory(self) -> Inventory:
         """What the planner is told."""
         shapes = {name: tuple(value.shape) for name, (_, value) in self._live.items()}
@@ -89,7 +94,8 @@ class ModelHook:
             MigrationError: The plan does not fit; nothing was loaded.
         """
         load = ModelLoad(module, state_dict, prefix)
-        moves = plan_migration(self._plan, {"model": load.inventory()}).sections["model"]
+        plan = self._plan.with_policy(unused="ignore") if load.is_settled else self._plan
+        moves = plan_migration(plan, {"model": load.inventory()}).sections["model"]
         made = load.made(moves)
         for name in [name for name in state_dict if name.startswith(prefix)]:
             del state_dict[name]

@@ -217,6 +217,7 @@ class _Run:
     _steps: list[_Step] = field(default_factory=list)
     _inventories: dict[str, Inventory] = field(default_factory=dict)
     _counts: list[int] = field(default_factory=list)
+    _settled: list[bool] = field(default_factory=list)
     _moves: SectionMoves | None = None
 
     @property
@@ -236,6 +237,7 @@ class _Run:
 
         load = ModelLoad(module, self.parts.take(kind))
         self._inventories[kind] = load.inventory()
+        self._settled.append(load.is_settled)
         migration = plan_migration(self._lenient, {kind: load.inventory()})
         made = load.made(migration.sections[kind])
         absent = [name for name in module.state_dict() if name not in made and not name.endswith("_extra_state")]
@@ -256,7 +258,7 @@ class _Run:
     def plan_optimizer(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
         """Plan the state of an optimizer."""
         from optimstate.hooks._live import Live
-        from optimstate.hooks._load import Request, matched, named
+        from optimstate.hooks._load import Request, is_settled, matched, named
         from optimstate.plan.planner import optimizer_inventory
 
         state = named(OptimizerState.from_node(self.parts.take("optimizer")))
@@ -267,6 +269,7 @@ class _Run:
             request.strip_prefixes()
         self._inventories["optimizer"] = optimizer_inventory(request.state)
         request.add(self._lenient)
+        self._settled.append(is_settled(request))
         made, told = matched(request, ("optimizer",), live.names)
         self._moves, report = told.moves, told.report
         self._count(request.counts)
@@ -306,7 +309,7 @@ class _Run:
         from optimstate.plan.problems import guarded, unmatched
 
         problems = list(guarded(self.plan.guard, self._inventories))
-        if self.plan.policy.unused == "error":
+        if self.plan.policy.unused == "error" and not all(self._settled):
             rules = zip(self.plan.all_rules(), self._counts, strict=True)
             problems += [
                 unmatched(number, rule, self._inventories) for number, (rule, count) in enumerate(rules, 1) if not count

@@ -512,6 +512,33 @@ def test_shapes_that_differ_are_named_with_both(module: Any) -> None:
         hooks.resize("absent")(adam(module, other.named_parameters()), optimizer.state_dict())
 
 
+def test_a_script_can_be_resumed_again_with_the_hooks_it_was_resumed_with(module: Any) -> None:
+    model, optimizer = trained(module)
+    changed = renamed(model)
+    changed.side = nn.Linear(4, 4)
+    given = [hooks.rename(NEW_NAMES), hooks.fill_missing({"side": "attention.q"}), hooks.resize("wte.weight")]
+    first = adam(module, changed.named_parameters())
+    loaded(first, copy.deepcopy(optimizer.state_dict()), *given)
+    train(changed, first, 2)
+    second = adam(module, changed.named_parameters())
+    loaded(second, first.state_dict(), *given)
+    assert oracle.differences(first.state_dict(), second.state_dict()) == []
+    third = adam(module, changed.named_parameters())
+    loaded(third, third.state_dict(), *given)
+    assert not third.state
+    some = first.state_dict()
+    some["param_groups"][0]["param_names"][0] = "other"
+    assert "'embed.{rest**}' matches none" in refused(third, some, hooks.rename({"embed.{rest**}": "wte.{rest}"}))
+
+
+def test_a_whole_checkpoint_is_no_state_dict(module: Any) -> None:
+    _, optimizer = trained(module)
+    resumed = adam(module, seeded(Net).named_parameters())
+    told = refused(resumed, {"optimizer": optimizer.state_dict()}, hooks.match_names())
+    assert "it has 'optimizer'" in told
+    assert "optimstate.resume()" in told
+
+
 def test_once_is_held_by_the_metadata(module: Any) -> None:
     _model, optimizer = trained(module)
     plan = Plan.from_toml('[guard]\nonce = true\n[[rule]]\nfrom = "embed.weight"\nto = "embed.weight"\n')

@@ -199,8 +199,14 @@ def test_a_rule_need_only_match_somewhere_but_it_must() -> None:
     optimstate.resume({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}, plan=plan,
                       model=other.model, optimizer=other.optimizer)  # fmt: skip
     assert other.model.factor.tolist() == [1, 1]
-    with pytest.raises(MigrationError, match="scale"):
-        optimstate.resume(run.optimizer.state_dict(), plan=plan, optimizer=other.optimizer)
+    both = Plan.from_options(rename=["unused.{p}=spare.{p}", "scale=factor"])
+    changed = seeded(Net)
+    changed.spare, changed.unused = changed.unused, None
+    with pytest.raises(MigrationError, match="'scale' matches none"):
+        optimstate.resume(
+            run.optimizer.state_dict(), plan=both, optimizer=adam(torch.optim, changed.named_parameters())
+        )
+    optimstate.resume(run.optimizer.state_dict(), plan=plan, optimizer=other.optimizer)  # it has the names already
     guard = Plan.from_toml('[guard]\nlacks = ["block.q.weight"]\n')
     with pytest.raises(MigrationError, match="excludes"):
         optimstate.resume(run.optimizer.state_dict(), plan=guard, optimizer=other.optimizer)
