@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 
 from optimstate.errors import MigrationError, PlanError
-from optimstate.hooks._load import METADATA, LoadHook, Request, Source
+from optimstate.hooks._load import LoadHook
+from optimstate.hooks._request import METADATA, Request, Source
 from optimstate.hooks._slots import Casts, zeros_like_others
 from optimstate.plan.expressions import Fill
 from optimstate.plan.operations import Concat, Operation, Resize, Split

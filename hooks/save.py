@@ -15,7 +15,8 @@ import torch
 from optimstate import __version__
 from optimstate.errors import StateMismatchError
 from optimstate.hooks._live import names_in
-from optimstate.hooks._load import LOGGER, METADATA
+from optimstate.hooks._load import LOGGER
+from optimstate.hooks._request import METADATA
 from optimstate.hooks._slots import as_dtype
 from optimstate.plan.rules import Plan
 

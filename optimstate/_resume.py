@@ -258,7 +258,8 @@ class _Run:
     def plan_optimizer(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
         """Plan the state of an optimizer."""
         from optimstate.hooks._live import Live
-        from optimstate.hooks._load import Request, is_settled, matched, named
+        from optimstate.hooks._match import matched
+        from optimstate.hooks._request import Request, is_settled, named
         from optimstate.plan.planner import optimizer_inventory
 
         state = named(OptimizerState.from_node(self.parts.take("optimizer")))
