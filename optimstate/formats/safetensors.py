@@ -218,7 +218,7 @@ def _decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
             node.get("metadata"),
         )
         if "attributes" in node:
-            made = AttributedTensor.of(made, _json_tree.decode(node["attributes"], tensor))
+            made = AttributedTensor.of(made, _json_tree.decode(node["attributes"], _no_tensor))
         if made.nbytes != stored.nbytes:
             raise CorruptCheckpointError(
                 f"tensor {node['$tensor']!r} has {stored.nbytes} bytes, described {made.nbytes}"
@@ -249,6 +249,10 @@ def _check_gaps(total: int, stored: int) -> None:
     """What no tensor shows is not in the file, so a small file could declare any amount of it."""
     if total > max(MAX_GAPS, 100 * stored):
         raise LimitExceededError(f"a storage of {total} bytes, of which the file holds {stored}")
+
+
+def _no_tensor(node: dict[str, Any]) -> LazyTensor:
+    raise CorruptCheckpointError(f"an attribute is the tensor {node['$tensor']!r}")
 
 
 def _laid_out(made: LazyTensor, stored: LazyTensor, kind: str, location: str) -> Storage:

@@ -137,7 +137,6 @@ REFUSED = {
     "optimstate/tensors_strides": ("column.* shares with rows", "--clone-views"),
     "fastai/adam_discriminative": ("opt.*object of fastcore", "--drop-opaque"),
     "optimstate/tensors_other_layouts": ("object of", "--drop-opaque"),
-    "optimstate/tensors_parameters": ("object of", "--drop-opaque"),
 }
 
 
