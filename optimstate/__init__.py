@@ -12,9 +12,11 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "OptimStateError": "optimstate.errors",
+    "Resumed": "optimstate._resume",
+    "resume": "optimstate._resume",
 }
 
-__all__ = ["OptimStateError", "__version__"]
+__all__ = ["OptimStateError", "Resumed", "__version__", "resume"]
 
 
 def __getattr__(name: str) -> Any:

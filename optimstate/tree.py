@@ -430,8 +430,9 @@ class _Comparison:
         left, right = list(children(a)), list(children(b))
         self.keep.append((left, right))
         if isinstance(a, dict):  # keys that look alike in a path may differ in type
-            left_keys, right_keys = list(a), list(b)
-            if left_keys != right_keys or list(map(type, left_keys)) != list(map(type, right_keys)):
+            left_keys, right_keys = [list(map(path_key, side)) for side in (a, b)]
+            types = [list(map(type, side)) for side in (a, b)]
+            if left_keys != right_keys or types[0] != types[1]:
                 return f"{where}: keys differ: {_first_difference(left_keys, right_keys)}"
         if [key for key, _ in left] != [key for key, _ in right]:
             return f"{where}: parts differ: {_first_difference([k for k, _ in left], [k for k, _ in right])}"

@@ -25,6 +25,7 @@ ALLOWED = {
     "surgery": {"errors", "files", "tensors", "tree", "state", "formats", "plan"},
     "distributed": {"errors", "tensors", "tree", "state", "plan", "formats"},
     "hooks": {"errors", "tensors", "tree", "state", "plan"},
+    "_resume": {"errors", "tensors", "tree", "state", "plan", "formats", "hooks", "files"},
     "cli": {"errors", "files", "tensors", "tree", "state", "surgery", "formats", "plan"},
     "__init__": {"errors"},
 }

@@ -113,11 +113,12 @@ class _Builder:
             return slots if first else {key: copied(value) for key, value in slots.items()}
         made: dict[Any, Any] = {}
         for path, fate in move.slots.items():
-            if fate.made is not None and fate.outcome in ("exact", "approximate"):
+            expression = fate.made if fate.made is not None else move.expression
+            if expression is not None and fate.outcome in ("exact", "approximate"):
                 node = made
                 for key in path[:-1]:
                     node = node.setdefault(key, {})
-                node[path[-1]] = self.value(fate.made, path)
+                node[path[-1]] = self.value(expression, path)
         return made or None
 
     def value(self, expression: Expr, path: SlotPath = ()) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Node, Shape
 from optimstate.plan.values import shape_of
+from optimstate.state.schema import Slot
 
 if TYPE_CHECKING:
     from optimstate.plan.slots import Fate, Outcome, Parameter, SlotPath, SlotPlanner
@@ -73,7 +74,7 @@ def factored_fates(
         problems.append(f"{target}: its shape is not known, so its row and column means cannot follow")
         return
     if not paths:
-        _raise_vectors(planner, shape, made)
+        _raise_vectors(planner, expression, shape, made)
         return
     if len(shape) < 2:
         problems.append(
@@ -274,7 +275,7 @@ def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     return blocks
 
 
-def _raise_vectors(planner: SlotPlanner, shape: Shape, made: dict[SlotPath, Fate]) -> None:
+def _raise_vectors(planner: SlotPlanner, expression: Expr, shape: Shape, made: dict[SlotPath, Fate]) -> None:
     """Vectors that became a matrix: their full second moment becomes means over rows and columns."""
     from optimstate.plan.slots import Fate
 
@@ -283,11 +284,11 @@ def _raise_vectors(planner: SlotPlanner, shape: Shape, made: dict[SlotPath, Fate
     if len(shape) < 2 or path is None:
         return
     fate = made.pop(path)
-    assert fate.made is not None
+    value = fate.made or planner.translate(path, Slot("like_param", 2), expression).made
     names, squeezed = planner.mean_slots()
     for name, dim in zip(names, (len(shape) - 1, len(shape) - 2), strict=True):
         kept = tuple(1 if place == dim else size for place, size in enumerate(shape))
-        mean: Expr = Node(ex.Mean((dim,)), (fate.made,), kept)
+        mean: Expr = Node(ex.Mean((dim,)), (value,), kept)
         if squeezed:
             mean = ex.reshaped(mean, (*shape[:dim], *shape[dim + 1 :]))
         made[(*path[:-1], name)] = Fate(fate.outcome, fate.reason, "row" if name == names[0] else "col", False, mean)

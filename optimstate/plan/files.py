@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.operations import OPERATIONS, Operation, parse_operation, toml_value
+from optimstate.plan.operations import OPERATIONS, Operation, toml_value
 from optimstate.plan.rules import GroupRule, Guard, Plan, Policy, Rule, templates
+from optimstate.plan.spelling import parse_operation
 from optimstate.state.schema import Slot, SlotKind
 
 __all__ = ["parse_plan", "read_plan", "written_plan"]

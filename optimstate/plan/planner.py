@@ -105,11 +105,10 @@ def optimizer_inventory(
     algorithm = _algorithm(state)
     found: dict[str, Shape | None] = {}
     for _, name, slots in state.parameters():
-        shape = None
-        if slots:
+        shape = shapes.get(str(name)) if shapes is not None else None
+        if shape is None and slots:
             shape = parameter_shape({str(path[-1]): shape_of(value) for path, value in flat_slots(slots)}, algorithm)
-        given = (shapes or {}).get(str(name))
-        found[str(name)] = given if given is not None else shape
+        found[str(name)] = shape
     return Inventory(found, state=state, target=target)
 
 
@@ -285,7 +284,7 @@ class _Section:
         return moves
 
     def _refuse_unsized(self, name: str, item: Made, parameters: Mapping[str, Parameter], problems: list[str]) -> None:
-        if isinstance(item.expression, Leaf):
+        if item.expression.shape is not None or isinstance(item.expression, Leaf):
             return
         if not any(isinstance(step, ex.Unsized) for step in ex.steps(item.expression)):
             return

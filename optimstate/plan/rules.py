@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.operations import Concat, Operation, Stack, parse_operation
+from optimstate.plan.operations import OPERATIONS, Concat, Operation, Stack
+from optimstate.plan.spelling import parse_operation
 from optimstate.plan.template import Template
 from optimstate.state.schema import Slot
 
@@ -51,7 +52,7 @@ class Rule:
         Raises:
             PlanSyntaxError: A template or operation is wrong, or they do not belong together.
         """
-        unknown = sorted(set(named) - set(_operation_keys()))
+        unknown = sorted(set(named) - set(OPERATIONS))
         if unknown:
             raise PlanSyntaxError(f"no operation is called {unknown[0]!r}")
         made = [operation for key, value in named.items() for operation in parse_operation(key, value)]
@@ -177,12 +178,6 @@ class Rule:
 def templates(texts: str | Iterable[str]) -> tuple[Template, ...]:
     """One template or several."""
     return tuple(Template(text) for text in ([texts] if isinstance(texts, str) else texts))
-
-
-def _operation_keys() -> Iterable[str]:
-    from optimstate.plan.operations import OPERATIONS
-
-    return OPERATIONS
 
 
 @dataclass(frozen=True)

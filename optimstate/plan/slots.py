@@ -32,8 +32,7 @@ class Fate:
         reason: Why, or an empty string where there is nothing to say.
         kind: What the slot is.
         inferred: Whether that was concluded from its shape.
-        made: How it is computed, each leaf standing for its own slot, or, where it names none, for the one in question.
-            A leaf alone is moved as it is.
+        made: How it is computed, a leaf alone being moved as it is; None where it is made as its parameter is.
     """
 
     outcome: Outcome
@@ -58,7 +57,7 @@ class Refusal(Exception):
 def flat_slots(slots: Mapping[Any, Any] | None, prefix: SlotPath = ()) -> Iterator[tuple[SlotPath, Any]]:
     """Every slot with the keys that lead to it: some libraries nest them."""
     for key, value in (slots or {}).items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             yield from flat_slots(value, (*prefix, key))
         else:
             yield (*prefix, key), value
@@ -227,6 +226,8 @@ class SlotPlanner:
     ) -> None:
         self._parameters, self._algorithm, self._declared, self._policy = parameters, algorithm, declared, policy
         self._translators: dict[SlotPath, Translator] = {}
+        # What only moves elements does the same to the slots of all targets that the same sources make.
+        self._alike: dict[tuple[str, ...], Mapping[SlotPath, Fate]] = {}
         self._known: dict[SlotPath, tuple[Slot, bool]] = {}
         self._moved: dict[tuple[SlotPath, ...], Mapping[SlotPath, Fate]] = {}
 
@@ -288,10 +289,14 @@ class SlotPlanner:
     def _joined(
         self, target: str, expression: Expr, names: Sequence[str], problems: list[str]
     ) -> Mapping[SlotPath, Fate]:
+        layout = all(isinstance(step, ex.LAYOUT) for step in ex.steps(expression))
+        key = tuple(names)
+        if layout and key in self._alike:
+            return self._alike[key]
+        before = len(problems)
         made: dict[SlotPath, Fate] = {}
         sources = [self._parameters[name].slots for name in names]
         paths = dict.fromkeys(path for slots in sources for path in slots)
-        layout = all(isinstance(step, ex.LAYOUT) for step in ex.steps(expression))
         factored: list[SlotPath] = []
         for path in paths:
             slot, inferred = self._common(path, names)
@@ -303,6 +308,8 @@ class SlotPlanner:
                 made[path] = self._fate_of(path, slot, inferred, expression, names, layout=layout)
             except Refusal as refusal:
                 problems.append(_refused(target, path, refusal, names))
+        if layout and not factored and not self._factors() and len(problems) == before:
+            self._alike[key] = made
         if factored or self._factors():
             from optimstate.plan.factored import factored_fates
 
@@ -341,7 +348,7 @@ class SlotPlanner:
             parameter = self._parameters[name]
             self._refuse_other_layout(path, parameter, name)
         if layout and len({dtype_of(self._parameters[name].slots[path]) for name in names}) == 1:
-            return Fate("exact", "", "like_param", inferred, expression)
+            return _INFERRED if inferred else _ALIKE
         return _fate(self.translate(path, slot, expression), "like_param", inferred=inferred)
 
     def translate(self, path: SlotPath, slot: Slot, expression: Expr) -> Translation:
@@ -418,6 +425,7 @@ class SlotPlanner:
         return Fate("approximate", reason, "scalar", made=Leaf(names[chosen], None, path))
 
 
+_ALIKE, _INFERRED = Fate("exact"), Fate("exact", inferred=True)
 _OPAQUE: dict[str, str] = {
     "opaque": "it has a form of its own, which can be renamed, duplicated or dropped, but not cut, joined or scaled",
     "flat": "it is one vector over all parameters",

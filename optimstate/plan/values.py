@@ -79,19 +79,31 @@ def identity(value: Any) -> tuple[Any, ...]:
 
 
 def copied(value: Any) -> Any:
-    """A copy that shares no memory with the original."""
+    """A copy that shares no memory with the original. A container that stands in several places is copied once."""
+    return _copied(value, {})
+
+
+def _copied(value: Any, done: dict[int, Any]) -> Any:
     if _is_live(value):
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, LazyTensor | Opaque):
         return cloned(value)
+    if isinstance(value, bool | int | float | complex | str | None):
+        return value
+    if id(value) not in done:
+        done[id(value)] = _copied_container(value, done)
+    return done[id(value)]
+
+
+def _copied_container(value: Any, done: dict[int, Any]) -> Any:
     if isinstance(value, Mapping):
         made = copy.copy(value)
         for key, item in value.items():
-            made[key] = copied(item)  # type: ignore[index]
+            made[key] = _copied(item, done)  # type: ignore[index]
         return made
-    if isinstance(value, list | tuple):
-        return type(value)(copied(item) for item in value) if type(value) in (list, tuple) else copy.deepcopy(value)
-    return copy.deepcopy(value) if not isinstance(value, bool | int | float | complex | str | None) else value
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, done) for item in value)
+    return copy.deepcopy(value)
 
 
 class Kernel(Protocol):

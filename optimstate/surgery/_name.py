@@ -152,9 +152,9 @@ def _refuse_open_questions(found: list[tuple[Section, Naming]]) -> None:
 
 
 def _with_names(section: Section, naming: Naming) -> Any:
-    if isinstance(section.node, Opaque):
+    if isinstance(section.node, Opaque) or "param_groups" not in section.node:
         raise MigrationError(
-            [f"optimizer at {section.label} is a pickled object: names can only be added to a state_dict"]
+            [f"optimizer at {section.label} is no state_dict of torch's form: it has no place for parameter names"]
         )
     state: OptimizerState = section.optimizer()
     rest = iter(naming.names)

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 
-BENCHES = ("cli", "optim", "plan")
+BENCHES = ("cli", "optim", "plan", "hooks")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from optimstate.errors import PlanSyntaxError
@@ -79,12 +81,12 @@ def test_one_liners_that_make_no_sense_are_refused(options: dict[str, list[str]]
         Plan.from_options(**options)
 
 
-def test_options_become_rules_in_their_order_and_survive_a_file() -> None:
+def test_options_become_rules_in_their_order_and_survive_a_file(tmp_path: Path) -> None:
     plan = Plan.from_options(
         rename=["a.{p}=b.{p}", "c=d"], duplicate=["fc.{p}=fc1.{p},fc2.{p}", "m.{p}=e.{e=0..3}.{p}"], drop=["head.**"]
     )
     assert len(plan.rules) == 5
-    import tomllib
-
-    again = Plan.from_mapping(tomllib.loads(plan.to_toml()))
+    path = tmp_path / "plan.toml"
+    path.write_text(plan.to_toml())
+    again = Plan.from_file(path)
     assert [str(rule) for rule in again.rules] == [str(rule) for rule in plan.rules]

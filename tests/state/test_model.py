@@ -43,7 +43,8 @@ def test_every_optimizer_of_the_corpus_is_written_back_as_it_was() -> None:
             if container_of(path) != "torch_zip" or "hostile" in case.name:
                 continue
             for section in find_sections(open_document(path).tree):
-                if section.kind == "optimizer" and isinstance(section.node, dict):
+                # fastai's lists by position are read as an optimizer, but have a form of their own.
+                if section.kind == "optimizer" and isinstance(section.node, dict) and "param_groups" in section.node:
                     found += 1
                     assert difference(section.node, section.optimizer().to_node()) is None
     assert found > 30

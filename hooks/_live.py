@@ -1,0 +1,154 @@
+"""What a hook knows of the live optimizer, and the groups it hands back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+
+from optimstate.errors import StateMismatchError
+from optimstate.state.names import WRAPPERS
+
+__all__ = ["Consecutive", "Live", "names_in", "stripped"]
+
+_INNER = tuple(wrapper for wrapper in WRAPPERS if wrapper != "module.")
+
+
+class Consecutive(list[int]):
+    """The keys of one param group's parameters: consecutive integers, of which membership is asked in O(1).
+
+    For every tensor that it loads, torch looks for the parameter's key in the groups' lists one element after the
+    other, which makes its loading quadratic.
+    """
+
+    def __init__(self, keys: range) -> None:
+        super().__init__(keys)
+        self._keys = keys
+
+    def __contains__(self, key: object) -> bool:
+        if type(key) is int and len(self) == len(self._keys):
+            return key in self._keys
+        return super().__contains__(key)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[int]:
+        return list(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+@dataclass(frozen=True)
+class Live:
+    """The parameters of a live optimizer.
+
+    Attributes:
+        names: For each param group its parameters' names, in order.
+        parameters: The parameters, in the same order.
+        options: For each param group everything else.
+        keys: For each param group all its keys, in order.
+        keeps_names: Whether the optimizer itself has the names.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    parameters: tuple[tuple[torch.Tensor, ...], ...]
+    options: tuple[Mapping[str, Any], ...]
+    keys: tuple[tuple[str, ...], ...]
+    keeps_names: bool
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None = None) -> Self:
+        """Read a live optimizer, which is not changed.
+
+        Args:
+            optimizer: Any.
+            model: Whose parameters it has, for one that was built without names.
+
+        Raises:
+            StateMismatchError: A parameter has no name, or two have the same.
+        """
+        groups = optimizer.param_groups
+        keeps_names = all("param_names" in group for group in groups)
+        if model is not None:
+            names = names_in(optimizer, model)
+        elif keeps_names:
+            names = [list(group["param_names"]) for group in groups]
+        else:
+            raise StateMismatchError(
+                f"the parameters of this {type(optimizer).__name__} have no names, so no state can be given to them "
+                "by name",
+                hint="Build it from model.named_parameters(), or tell the hook the model: "
+                "hooks.match_names(model=model).",
+            )
+        made = cls(
+            tuple(map(tuple, names)),
+            tuple(tuple(group["params"]) for group in groups),
+            tuple({key: group[key] for key in group if key not in ("params", "param_names")} for group in groups),
+            tuple(tuple(key for key in group if key != "params") for group in groups),
+            keeps_names,
+        )
+        made.refuse_twins(lambda name: name)
+        return made
+
+    def refuse_twins(self, rename: Callable[[str], str]) -> None:
+        """Raise StateMismatchError if two parameters would have one name."""
+        seen: dict[str, str] = {}
+        for group in self.names:
+            for name in group:
+                new = rename(name)
+                if new in seen:
+                    raise StateMismatchError(
+                        f"two parameters of the live optimizer, {seen[new]!r} and {name!r}, would be called {new!r}"
+                    )
+                seen[new] = name
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The same parameters by other names."""
+        self.refuse_twins(rename)
+        return replace(self, names=tuple(tuple(map(rename, group)) for group in self.names))
+
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """The parameters' shapes by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.pairs()}
+
+    def pairs(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Every name with its parameter."""
+        for names, tensors in zip(self.names, self.parameters, strict=True):
+            yield from zip(names, tensors, strict=True)
+
+
+def names_in(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
+    """The names of an optimizer's parameters in a model, group by group; the first name of a tied one.
+
+    Raises:
+        StateMismatchError: The model does not have a parameter.
+    """
+    found = {id(parameter): name for name, parameter in model.named_parameters()}
+    made = []
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in found:
+                raise StateMismatchError(
+                    f"parameter {index} of param group {number}, of shape {list(parameter.shape)}, "
+                    f"is not one of the model's ({type(model).__name__})",
+                    hint="Give the model that the optimizer was built from, after it was wrapped or moved.",
+                )
+        made.append([found[id(parameter)] for parameter in group["params"]])
+    return made
+
+
+def stripped(names: Iterable[str]) -> Callable[[str], str]:
+    """How names lose what wrappers put into them, at any depth.
+
+    `module.` is also an honest name of a submodule, so that it counts only where all names begin with it.
+    """
+
+    def inner(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part + "." not in _INNER)
+
+    plain = [inner(name) for name in names]
+    prefix = ""
+    while plain and all(name.startswith(prefix + "module.") for name in plain):
+        prefix += "module."
+    return lambda name: inner(name).removeprefix(prefix)

@@ -1,0 +1,405 @@
+"""The hooks that run before an optimizer loads, each a few lines over the plan engine.
+
+Names are templates of whole parameter names, as in plan files (`blocks.{i}.{rest**}`). A name without captures also
+stands for a module: `"fc"` is `fc` if there is a parameter of that name, else everything below `fc.`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from optimstate.errors import MigrationError, PlanError
+from optimstate.hooks._load import LoadHook
+from optimstate.hooks._request import METADATA, Request, Source
+from optimstate.hooks._slots import Casts, zeros_like_others
+from optimstate.plan.expressions import Fill
+from optimstate.plan.operations import Concat, Operation, Resize, Split
+from optimstate.plan.rules import GroupRule, Plan, Policy, Rule
+from optimstate.plan.template import Template
+from optimstate.plan.values import copied
+from optimstate.state.model import Slots
+
+__all__ = [
+    "cast_state",
+    "drop_unexpected",
+    "duplicate",
+    "fill_missing",
+    "fuse",
+    "hyperparameters",
+    "match_names",
+    "migrate",
+    "regroup",
+    "rename",
+    "reset",
+    "resize",
+    "split",
+    "strip_prefix",
+]
+
+
+class _Wish(LoadHook):
+    """A hook that is what it asks for."""
+
+    def __init__(self, name: str, prepare: Callable[[Request], None]) -> None:
+        self._name, self._prepare = name, prepare
+
+    def prepare(self, request: Request) -> None:
+        self._prepare(request)
+
+    def __str__(self) -> str:
+        return self._name
+
+
+class _Matching(LoadHook):
+    """A hook that adds nothing to matching by name."""
+
+    def __init__(self, model: torch.nn.Module | None, saved: Sequence[str] | None) -> None:
+        self._model, self._saved = model, saved
+
+    def identify(self) -> tuple[torch.nn.Module | None, Sequence[str] | None]:
+        return self._model, self._saved
+
+
+class _Casting(LoadHook):
+    """A hook that has something left to do after torch has loaded."""
+
+    def __init__(self, casts: Casts) -> None:
+        self._casts = casts
+
+    def finish(self, optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> None:
+        self._casts.expect(optimizer, made)
+
+    def __str__(self) -> str:
+        return "cast_state"
+
+
+def match_names(model: torch.nn.Module | None = None, *, saved: Sequence[str] | None = None) -> LoadHook:
+    """Give every parameter the state of the parameter of its name, whatever the order and the groups.
+
+    Args:
+        model: Names the live parameters, for an optimizer that was built without names.
+        saved: The checkpoint's names in the order of its groups, for one that has none.
+    """
+    return _Matching(model, saved)
+
+
+def rename(names: Mapping[str, str]) -> LoadHook:
+    """Parameters or modules that have another name now, old to new; all at once, so that two can be swapped."""
+    return _ruled("rename", names, lambda old, new: Rule(_templates(old), _templates(new)))
+
+
+def strip_prefix() -> LoadHook:
+    """Take off what wrappers put into names (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, ...), on both sides.
+
+    The live optimizer keeps its own names. Hooks with rules that follow see the names without prefixes.
+    """
+    return _Wish("strip_prefix", Request.strip_prefixes)
+
+
+def duplicate(names: Mapping[str, Iterable[str]]) -> LoadHook:
+    """Give several parameters or modules a copy of the state of one, old to new ones."""
+    return _ruled("duplicate", names, lambda old, new: Rule(_templates(old), _templates(*new)))
+
+
+def split(names: Mapping[str, Iterable[str]], *, dim: int = 0, sizes: Sequence[int] = ()) -> LoadHook:
+    """Cut the state of one parameter into that of several, old to new ones.
+
+    Args:
+        names: Old to new ones, in the order of the parts.
+        dim: The dimension that is cut.
+        sizes: Of the parts; equal ones without.
+    """
+    cut = Split(dim, tuple(sizes))
+    return _ruled("split", names, lambda old, new: Rule(_templates(old), _templates(*new), (cut,)))
+
+
+def fuse(names: Mapping[str, Iterable[str]], *, dim: int = 0) -> LoadHook:
+    """Join the state of several parameters into that of one, which has them one after the other.
+
+    Args:
+        names: The new one to the old ones, in order.
+        dim: The dimension along which they are joined.
+    """
+
+    def rule(new: str, old: Iterable[str]) -> Rule:
+        return Rule(_templates(*old), _templates(new), (Concat(dim),))
+
+    return _ruled("fuse", names, rule, flip=True)
+
+
+def resize(
+    *names: str, fill: Literal["zeros", "mean", "wrap"] | float | Mapping[str, str | float] | None = None
+) -> LoadHook:
+    """Cut or grow the state of parameters to the shape that they have in the live optimizer, at the end of dimensions.
+
+    Args:
+        *names: Which, by the names they have after the hooks before.
+        fill: What new places hold, for all slots or by slot: `zeros`, `mean` (of the old places), `wrap` (the old
+            places again), or a number. Without: zeros for first moments, the mean for second ones, because a zero
+            second moment beside a large step count makes the first updates of new places several times too large.
+    """
+    filling = Fill(None, dict(fill)) if isinstance(fill, Mapping) else Fill(fill)
+
+    def prepare(request: Request) -> None:
+        shapes = request.live.shapes()
+        found = _matching(names, request.names(), "resize")
+        rules = []
+        for name in found:
+            if name not in shapes:
+                raise MigrationError([f"resize: the live optimizer has no parameter {name!r} to take the shape of"])
+            steps: tuple[Operation, ...] = tuple(
+                Resize(dim, size, filling) for dim, size in enumerate(shapes[name] or ())
+            )
+            rules.append(_literal(name, name, *steps))
+        request.add(Plan(tuple(rules)))
+
+    return _Wish("resize", prepare)
+
+
+def fill_missing(with_: Literal["fresh", "zeros"] | Mapping[str, str] = "fresh") -> LoadHook:
+    """Allow the live optimizer parameters that nothing in the checkpoint fills.
+
+    Args:
+        with_: `fresh` leaves them without state, as every optimizer starts a parameter. `zeros` gives them the slots
+            of the others with zeros and the others' step count, as if they had been there with zero gradients. A
+            mapping gives the parameters or modules it names a copy of the state of others (by the new names), and
+            allows no more than these.
+    """
+    if isinstance(with_, Mapping):
+        return _Wish("fill_missing", lambda request: _fill_like(request, with_))
+    if with_ not in ("fresh", "zeros"):
+        raise PlanError(f"fill_missing({with_!r}): expected 'fresh', 'zeros', or a mapping of new names to others")
+
+    def prepare(request: Request) -> None:
+        request.add(Plan(policy=Policy(missing="fresh")))
+        if with_ == "zeros":
+            options = request.state.groups[0].options if request.state.groups else {}
+            request.fills.append(lambda name, tensor, slots: zeros_like_others(name, tensor, slots, options))
+
+    return _Wish("fill_missing", prepare)
+
+
+def drop_unexpected(*names: str) -> LoadHook:
+    """Leave behind the state of parameters that the live optimizer does not have.
+
+    Args:
+        *names: Only these parameters or modules, each of which must be there; without any, all.
+    """
+    if not names:
+        return _Wish("drop_unexpected", lambda request: request.add(Plan(policy=Policy(unexpected="drop"))))
+
+    def prepare(request: Request) -> None:
+        known = request.names()
+        request.add(Plan(tuple(Rule(_templates(_below(name, known))) for name in names)))
+
+    return _Wish("drop_unexpected", prepare)
+
+
+def regroup(
+    groups: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    merge: Literal["refuse", "first", "min", "max"] = "refuse",
+    step: Literal["error", "min", "max", "keep"] = "error",
+) -> LoadHook:
+    """Say what becomes of options and step counts where parameters meet that were apart, or part that were together.
+
+    Which group a parameter is in, the live optimizer decides; the options come from where its parameters were.
+
+    Args:
+        groups: For each live group a template that all its parameters match, and the options it is to have.
+        merge: Which of several old groups with different options gives them: the first, or the one with the lowest or
+            highest initial learning rate.
+        step: Which step count a parameter gets that several become.
+    """
+    tables = tuple(GroupRule(_templates(match), dict(options)) for match, options in (groups or {}).items())
+    plan = Plan(groups=tables, policy=Policy(merge=merge, step=step))
+    return _Wish("regroup", lambda request: request.add(plan))
+
+
+def hyperparameters(
+    default: Source = "file", /, *, sources: Mapping[str, Source] | None = None, **values: Any
+) -> LoadHook:
+    """Say where the options of the param groups come from.
+
+    Args:
+        default: For options that nothing else decides. `file`: all from the checkpoint, as torch does. `live`: all as
+            the live optimizer has them. `merge`: from the checkpoint, and what it lacks from the live optimizer.
+        sources: The same for single options, by name.
+        **values: Options with the value that they are to have in every group.
+
+    Raises:
+        PlanError: An option is decided twice.
+    """
+    given: dict[str, Source] = {**dict(sources or {}), "*": default}
+    for key, source in given.items():
+        if source not in ("file", "live", "merge"):
+            raise PlanError(f"hyperparameters: {key} = {source!r}, expected 'file', 'live' or 'merge'")
+    if twice := sorted(given.keys() & values.keys()):
+        raise PlanError(f"hyperparameters: {twice[0]} has both a source and a value")
+
+    def prepare(request: Request) -> None:
+        decided = (given.keys() | values.keys()) & (request.options.keys() | request.values.keys())
+        if decided:
+            raise PlanError(
+                f"two hyperparameters() hooks decide on {', '.join(sorted(decided)).replace('*', 'the default')}",
+                hint="Say it all in one.",
+            )
+        if default == "live":
+            request.add(Plan(policy=Policy(hyperparameters="live")))
+        request.options.update(given)
+        request.values.update(values)
+
+    return _Wish("hyperparameters", prepare)
+
+
+def cast_state(dtypes: Mapping[str, str | torch.dtype] | str | torch.dtype) -> LoadHook:
+    """Say which dtype floating-point slots have after loading; torch gives them their parameter's, except `step`.
+
+    Args:
+        dtypes: For every slot, or by slot name with `*` for the others: a dtype or its name, `file` for the
+            checkpoint's, `param` for the parameter's. Whether the optimizer can step with it is its own affair: torch's
+            for-loop kernels, for one, want moments in the parameter's dtype.
+    """
+    return _Casting(Casts(dtypes))
+
+
+def reset(*names: str) -> LoadHook:
+    """Let parameters or modules start without state, though the checkpoint has some.
+
+    Args:
+        *names: Which, by the names they have after the hooks before; `all` for every one, `none` for none.
+
+    Raises:
+        PlanError: No name is given, or `all` or `none` among others.
+    """
+    if not names or (len(names) > 1 and {"all", "none"} & set(names)):
+        raise PlanError(f"reset{names}: expected names, or 'all', or 'none'")
+
+    def prepare(request: Request) -> None:
+        if names == ("none",):
+            return
+        known = request.names()
+        texts = ["**"] if names == ("all",) else [_below(name, known) for name in names]
+        request.add(Plan(tuple(Rule(_templates(text), fresh=True) for text in texts)))
+
+    return _Wish("reset", prepare)
+
+
+def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
+    """All that a plan says.
+
+    Args:
+        plan: A plan, or the path of a plan file.
+
+    Raises:
+        PlanError: The plan cannot be read, or converts to another optimizer.
+    """
+    found = plan if isinstance(plan, Plan) else Plan.from_file(Path(plan))
+    if found.optimizer:
+        raise PlanError(
+            f"the plan makes {found.optimizer} state, and a hook loads into the optimizer that is there",
+            hint="Convert the checkpoint first: optimstate convert --optimizer.",
+        )
+
+    def prepare(request: Request) -> None:
+        applied = request.state.node.get(METADATA, {}).get("plans", ())
+        if found.guard.once and found.digest in applied:
+            raise MigrationError(
+                ["this plan made the state that is loaded: it is not applied a second time"],
+                hint="Resume without it, or take `once` out of the plan's [guard].",
+            )
+        request.add(found)
+
+    return _Wish("migrate", prepare)
+
+
+def _templates(*texts: str) -> tuple[Template, ...]:
+    return tuple(map(Template, texts))
+
+
+def _literal(old: str, new: str, *operations: Operation) -> Rule:
+    return Rule((Template.literal(old),), (Template.literal(new),), operations)
+
+
+def _is_plain(name: str) -> bool:
+    return not name.startswith("re:") and not any(mark in name for mark in "{}*")
+
+
+def _is_module(name: str, known: Collection[str]) -> bool:
+    """Whether a name without captures stands for all that is below it."""
+    return _is_plain(name) and name not in known and any(other.startswith(name + ".") for other in known)
+
+
+def _below(name: str, known: Collection[str]) -> str:
+    return f"{name}.**" if _is_module(name, known) else name
+
+
+def _matching(names: Iterable[str], known: Sequence[str], hook: str) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        template = Template(_below(name, set(known)))
+        matches = [other for other in known if template.match(other) is not None]
+        if not matches:
+            raise MigrationError([f"{hook}: {name!r} matches no parameter of the checkpoint"])
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _ruled(hook: str, names: Mapping[str, Any], rule: Callable[[str, Any], Rule], *, flip: bool = False) -> LoadHook:
+    """A hook of one rule for each entry; with `flip`, the old names are on the right."""
+    given = {key: value if isinstance(value, str) else list(value) for key, value in names.items()}
+
+    def extended(name: str, with_: str) -> str:
+        return f"{name}.{with_}"
+
+    def prepare(request: Request) -> None:
+        known = set(request.names())
+        rules = []
+        for key, value in given.items():
+            old = value if flip else [key]
+            left, right = ("{rest}", "{rest**}") if flip else ("{rest**}", "{rest}")
+            if all(_is_module(name, known) for name in old):
+                wide = extended(value, right) if isinstance(value, str) else [extended(v, right) for v in value]
+                rules.append(rule(extended(key, left), wide))
+            else:
+                rules.append(rule(key, value))
+        request.add(Plan(tuple(rules)))
+
+    return _Wish(hook, prepare)
+
+
+def _fill_like(request: Request, names: Mapping[str, str]) -> None:
+    """Declare parameters new, and remember whose state they are to get a copy of."""
+    known = {name for group in request.live.names for name in group}
+    like: dict[str, str] = {}
+    for new, old in names.items():
+        wide = _is_module(new, known)
+        source, target = Template(f"{new}.{{rest**}}" if wide else new), Template(f"{old}.{{rest}}" if wide else old)
+        matches = {name: captures for name in known if (captures := source.match(name)) is not None}
+        if not matches:
+            raise MigrationError([f"fill_missing: {new!r} matches no parameter of the live optimizer"])
+        like.update({name: next(iter(target.produce(captures))) for name, captures in matches.items()})
+    request.add(Plan(tuple(Rule((), (Template.literal(name),), fresh=True) for name in like)))
+
+    def fill(name: str, parameter: torch.Tensor, slots: Mapping[str, Slots | None]) -> tuple[Slots, str] | None:
+        if name not in like:
+            return None
+        other = like[name]
+        if other not in slots:
+            raise MigrationError([f"fill_missing: {name!r} is to be like {other!r}, which the live optimizer lacks"])
+        found = slots[other]
+        if found is None:
+            return None
+        shape = dict(request.live.pairs())[other].shape
+        if shape != parameter.shape:
+            raise MigrationError(
+                [f"fill_missing: {name!r} has shape {list(parameter.shape)}, {other!r} has {list(shape)}"]
+            )
+        return {key: copied(value) for key, value in found.items()}, f"a copy of the state of {other}"
+
+    request.fills.append(fill)

@@ -1,0 +1,151 @@
+"""The same plan for weights, their averages, and schedulers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimstate.errors import MigrationError
+from optimstate.hooks._live import stripped
+from optimstate.hooks._load import LOGGER
+from optimstate.hooks._report import Report
+from optimstate.plan.execute import execute_model
+from optimstate.plan.migration import Inventory, SectionMoves, Target
+from optimstate.plan.planner import model_inventory, plan_migration
+from optimstate.plan.rules import Plan
+from optimstate.state.scheduler import regroup_scheduler_state
+
+__all__ = ["ModelHook", "ModelLoad", "migrate_model", "migrate_scheduler"]
+
+_COUNT = "n_averaged"
+
+
+class ModelLoad:
+    """The entries of a state dict that a module is about to load, as the planner sees them: without wrapper prefixes.
+
+    Args:
+        module: Of which it is; an `AveragedModel` counts its averages besides.
+        state_dict: Not changed.
+        prefix: What stands before every name of the module.
+    """
+
+    def __init__(self, module: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        live = module.state_dict()
+        ours = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        self._prefix = prefix
+        self._rest = {name: value for name, value in ours.items() if not torch.is_tensor(value) or name == _COUNT}
+        tensors = {name: value for name, value in ours.items() if name not in self._rest}
+        own = {name: value for name, value in live.items() if torch.is_tensor(value) and name != _COUNT}
+        plain, plain_live = stripped(tensors), stripped(own)
+        self._tensors = {plain(name): value for name, value in tensors.items()}
+        self._live = {plain_live(name): (name, value) for name, value in own.items()}
+        for before, after in ((tensors, self._tensors), (own, self._live)):
+            if len(before) != len(after):
+                raise MigrationError(["two parameters have the same name when wrapper prefixes are taken off"])
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it has the module's names already, so that rules that match nothing have done their work before."""
+        return self._tensors.keys() == self._live.keys()
+
+    def inventory(self) -> Inventory:
+        """What the planner is told."""
+        shapes = {name: tuple(value.shape) for name, (_, value) in self._live.items()}
+        return model_inventory(self._tensors, target=Target.of_names(shapes))
+
+    def made(self, moves: SectionMoves) -> dict[str, Any]:
+        """The entries to load instead; a new parameter's is its own value, so that it stays as it is."""
+        values = execute_model(moves, self._tensors)
+        made = {name: values.get(plain, own) for plain, (name, own) in self._live.items()}
+        return {self._prefix + name: value for name, value in {**made, **self._rest}.items()}
+
+
+class ModelHook:
+    """A hook for `torch.nn.Module.register_load_state_dict_pre_hook`.
+
+    Attributes:
+        report: What the last load did; None before.
+    """
+
+    report: Report | None = None
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],  # noqa: ARG002
+        strict: bool,  # noqa: ARG002 - torch says True whatever it was told
+        missing_keys: list[str],  # noqa: ARG002
+        unexpected_keys: list[str],  # noqa: ARG002
+        error_msgs: list[str],  # noqa: ARG002
+    ) -> None:
+        """Put the module's entries of `state_dict`, which is torch's own copy of the dict, under their new names.
+
+        Raises:
+            MigrationError: The plan does not fit; nothing was loaded.
+        """
+        load = ModelLoad(module, state_dict, prefix)
+        plan = self._plan.with_policy(unused="ignore") if load.is_settled else self._plan
+        moves = plan_migration(plan, {"model": load.inventory()}).sections["model"]
+        made = load.made(moves)
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            del state_dict[name]
+        state_dict.update(made)
+        self.report = Report.of(("migrate_model",), moves)
+        if LOGGER.isEnabledFor(logging.INFO):
+            LOGGER.info(self.report.summary())
+
+    def __repr__(self) -> str:
+        return "migrate_model"
+
+
+def migrate_model(plan: Plan | str | PathLike[str]) -> ModelHook:
+    """Move weights and buffers by a plan when a module loads: for any `nn.Module`, and for an `AveragedModel`.
+
+    Tensors that are only moved are not copied. Wrapper prefixes (`module.`, `_orig_mod.`, ...) may differ between the
+    checkpoint and the module. A parameter that the plan calls new keeps its value. Torch does not tell its hooks of
+    `strict=False`: what may be missing or left behind, the plan's policies say.
+
+    Args:
+        plan: A plan, or the path of a plan file: the same one that the optimizer's `migrate` has.
+
+    Raises:
+        PlanError: The plan cannot be read.
+    """
+    return ModelHook(plan if isinstance(plan, Plan) else Plan.from_file(Path(plan)))
+
+
+def migrate_scheduler(state_dict: Mapping[str, Any], moves: SectionMoves | None) -> dict[str, Any]:
+    """The state of a scheduler for the param groups that an optimizer has after a load hook.
+
+    Args:
+        state_dict: The scheduler's, not changed.
+        moves: What became of the optimizer's groups: a load hook's `moves`. None changes nothing.
+
+    Raises:
+        MigrationError: The state does not fit the old groups, or holds lists of unknown meaning.
+    """
+    if moves is None or moves.group_map == [[number] for number in range(moves.old_groups)]:
+        return dict(state_dict)
+    fresh: dict[int, dict[str, Any]] = {}
+    for number, group in enumerate(moves.groups):
+        if group.base is None:
+            lr = group.options.get("lr")
+            fresh[number] = {"base_lrs": group.options.get("initial_lr", lr), "_last_lr": lr}
+    # Where several old groups became one, the planner has chosen the one that stands for them.
+    group_map = [[] if group.base is None else [group.base] for group in moves.groups]
+    made = regroup_scheduler_state(state_dict, group_map, fresh=fresh)
+    if isinstance(made.get("base_lrs"), list):  # a group that was given another initial learning rate starts from that
+        made["base_lrs"] = [
+            group.options.get("initial_lr", lr) for group, lr in zip(moves.groups, made["base_lrs"], strict=True)
+        ]
+    return made

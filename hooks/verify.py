@@ -1,0 +1,260 @@
+"""The hooks that run after an optimizer has loaded: is what it has now what a resumed run should have?"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+
+from optimstate.errors import OptimStateWarning, StateMismatchError
+from optimstate.hooks._load import LOGGER, LoadHook
+from optimstate.plan.slots import flat_slots, slot_name
+from optimstate.plan.values import number_of, shape_of
+from optimstate.state.schema import Algorithm, conventional, recognise
+
+__all__ = ["report", "resume_problems", "verify_resume"]
+
+Check = Literal["coverage", "zeros", "steps", "lr", "dtypes", "aliases", "shapes"]
+CHECKS: tuple[Check, ...] = ("coverage", "zeros", "steps", "lr", "dtypes", "aliases", "shapes")
+
+
+class _VerifyResume(LoadHook):
+    """See `verify_resume`."""
+
+    problems: tuple[str, ...] = ()
+
+    def __init__(self, otherwise: Literal["raise", "warn"], skip: Sequence[Check], scheduler: Any) -> None:
+        self._otherwise, self._skip, self._scheduler = otherwise, tuple(skip), scheduler
+        self._before: WeakKeyDictionary[torch.optim.Optimizer, tuple[Any, Any, list[Any]]] = WeakKeyDictionary()
+
+    def finish(self, optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> None:
+        lrs = [group.get("lr") for group in made["param_groups"]]
+        self._before[optimizer] = optimizer.state, optimizer.param_groups, lrs
+
+    def __call__(
+        self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any] | None = None
+    ) -> dict[str, Any] | None:
+        """With a dict, what every load hook does; without, verify.
+
+        Raises:
+            StateMismatchError: Something is wrong with the state; if this is also a pre-hook, the optimizer has its
+                state of before.
+        """
+        if state_dict is not None:
+            return super().__call__(optimizer, state_dict)
+        before = self._before.pop(optimizer, None)
+        lrs = before[2] if before is not None else None
+        self.problems = tuple(resume_problems(optimizer, lrs=lrs, scheduler=self._scheduler, skip=self._skip))
+        told = f"verify_resume: {len(self.problems) or 'no'} problem{'s' * (len(self.problems) != 1)}"
+        if LOGGER.isEnabledFor(logging.INFO):
+            LOGGER.info(told)
+        if self.problems and self._otherwise == "raise":
+            if before is not None:
+                optimizer.state, optimizer.param_groups = before[0], before[1]
+            raise StateMismatchError("\n".join(self.problems))
+        for problem in self.problems:
+            warnings.warn(problem, OptimStateWarning, stacklevel=3)
+        return None
+
+    def __str__(self) -> str:
+        return "verify_resume"
+
+
+def verify_resume(
+    otherwise: Literal["raise", "warn"] = "raise", *, skip: Sequence[Check] = (), scheduler: Any = None
+) -> _VerifyResume:
+    """Look at what was loaded: `optimizer.register_load_state_dict_post_hook(hooks.verify_resume())`.
+
+    What is looked at: `coverage` (trainable parameters without state beside others that have some), `zeros` (moments
+    that are all zero after steps were made), `steps` (parameters with different step counts), `lr` (another learning
+    rate than the loaded one, or than the scheduler's last), `dtypes` (a slot on another device than its parameter, or
+    elementwise in another floating dtype), `aliases` (slots that share memory and would be updated twice), `shapes`
+    (an elementwise slot of another shape than its parameter).
+
+    Register the same object also as a load pre-hook, and a failure gives the optimizer back the state it had before.
+
+    Args:
+        otherwise: `raise` or `warn` (an OptimStateWarning for each problem).
+        skip: What is not looked at.
+        scheduler: The optimizer's, already loaded.
+    """
+    return _VerifyResume(otherwise, skip, scheduler)
+
+
+def resume_problems(
+    optimizer: torch.optim.Optimizer,
+    *,
+    lrs: Sequence[Any] | None = None,
+    scheduler: Any = None,
+    skip: Sequence[Check] = (),
+) -> list[str]:
+    """What is wrong with the state of an optimizer that was resumed; see `verify_resume`.
+
+    Args:
+        optimizer: As loaded.
+        lrs: The learning rates it should have, group by group.
+        scheduler: Its scheduler, as loaded.
+        skip: What is not looked at.
+    """
+    checks: Mapping[Check, Callable[[], Iterator[str]]] = {
+        "coverage": lambda: _uncovered(optimizer),
+        "zeros": lambda: _zeros(optimizer),
+        "steps": lambda: _steps(optimizer),
+        "lr": lambda: _learning_rates(optimizer, lrs, scheduler),
+        "dtypes": lambda: _dtypes(optimizer),
+        "aliases": lambda: _aliases(optimizer),
+        "shapes": lambda: _shapes(optimizer),
+    }
+    return [problem for check in CHECKS if check not in skip for problem in checks[check]()]
+
+
+def _algorithm(optimizer: torch.optim.Optimizer) -> Algorithm | None:
+    slots = dict.fromkeys(slot for found in optimizer.state.values() if isinstance(found, dict) for slot in found)
+    return recognise(slots, optimizer.param_groups[0])
+
+
+def _members(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor, Mapping[Any, Any]]]:
+    """Name (or place), parameter and slots of every parameter."""
+    for number, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or [f"parameter {n} of group {number}" for n in range(len(group["params"]))]
+        for name, parameter in zip(names, group["params"], strict=True):
+            yield name, parameter, optimizer.state.get(parameter, {})
+
+
+def _elementwise(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor, str, torch.Tensor, int | None]]:
+    """Name, parameter, slot name, slot and gradient degree of every slot that has its parameter's shape by meaning."""
+    algorithm = _algorithm(optimizer)
+    for name, parameter, slots in _members(optimizer):
+        for path, value in flat_slots(slots):
+            if not torch.is_tensor(value) or shape_of(value) is None:
+                continue
+            last = str(path[-1])
+            slot = algorithm.slot(last) if algorithm is not None else None
+            slot = slot or conventional(last, tuple(value.shape), tuple(value.shape))
+            if slot is not None and slot.kind == "like_param" and value.is_floating_point():
+                yield name, parameter, slot_name(path), value, slot.degree
+
+
+def _uncovered(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    algorithm = _algorithm(optimizer)
+    members = list(_members(optimizer))
+    having = sum(bool(slots) for _, _, slots in members)
+    if not having or (algorithm is not None and algorithm.is_flat):
+        return
+    bare = [name for name, parameter, slots in members if parameter.requires_grad and not slots]
+    if bare:
+        yield (
+            f"{_some(bare)} without state, while {having} others have some: they start afresh beside them; "
+            "if that is meant, skip coverage"
+        )
+
+
+def _zeros(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    steps = {name: number_of(slots.get("step")) for name, _, slots in _members(optimizer)}
+    found = [
+        f"{name}.{slot}"
+        for name, _, slot, value, degree in _elementwise(optimizer)
+        if degree and steps[name] and value.numel() and not value.is_meta and not value.any()
+    ]
+    if found:
+        yield f"all zero, though steps were made: {_some(found)}"
+
+
+def _steps(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    steps = {name: number_of(slots["step"]) for name, _, slots in _members(optimizer) if "step" in slots}
+    counts = Counter(steps.values())
+    if len(counts) > 1:
+        usual = counts.most_common(1)[0][0]
+        odd = [f"{name} at {step:g}" for name, step in steps.items() if step != usual]
+        yield f"step counts differ: {_some(odd)}, the others at {usual:g}"
+
+
+def _learning_rates(optimizer: torch.optim.Optimizer, lrs: Sequence[Any] | None, scheduler: Any) -> Iterator[str]:
+    now = [number_of(group.get("lr")) for group in optimizer.param_groups]
+    sides: list[tuple[str, list[Any]]] = []
+    if lrs is not None:
+        sides.append(("was to be loaded", [number_of(lr) for lr in lrs]))
+    if scheduler is not None:
+        sides.append(("is what the scheduler set last", [number_of(lr) for lr in scheduler.get_last_lr()]))
+    for said, wanted in sides:
+        if len(wanted) != len(now):
+            yield f"{len(now)} param groups, but {len(wanted)} learning rates: {wanted} {said}"
+            continue
+        for number, (have, want) in enumerate(zip(now, wanted, strict=True)):
+            if have != want:
+                yield f"the learning rate of param group {number} is {have}, but {want} {said}"
+
+
+def _dtypes(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    for name, parameter, slot, value, _ in _elementwise(optimizer):
+        if value.device != parameter.device:
+            yield f"{name}.{slot} is on {value.device}, its parameter on {parameter.device}"
+        elif value.dtype != parameter.dtype:
+            yield f"{name}.{slot} is {value.dtype}, its parameter {parameter.dtype}"
+
+
+def _aliases(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    owners: dict[Any, str] = {}
+    for name, parameter, slots in _members(optimizer):
+        places = [("the parameter", parameter), *((slot_name(path), value) for path, value in flat_slots(slots))]
+        for slot, value in places:
+            if not torch.is_tensor(value) or shape_of(value) is None or not value.numel():
+                continue
+            start = value.data_ptr()
+            other = owners.setdefault((value.device, start), f"{name}.{slot}")
+            if other != f"{name}.{slot}":
+                yield f"{other} and {name}.{slot} share memory: each step would update it twice"
+
+
+def _shapes(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    for name, parameter, slot, value, _ in _elementwise(optimizer):
+        if value.shape != parameter.shape:
+            yield f"{name}.{slot} has shape {list(value.shape)}, its parameter {list(parameter.shape)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+class _Report:
+    """See `report`."""
+
+    report: str | None = None
+
+    def __init__(self, write: Callable[[str], object] | None) -> None:
+        self._write = write
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Say what the optimizer has."""
+        lines = []
+        for number, group in enumerate(optimizer.param_groups):
+            found = [optimizer.state.get(parameter) or {} for parameter in group["params"]]
+            slots = Counter(str(slot) for held in found for slot in held)
+            steps = sorted({number_of(held["step"]) for held in found if "step" in held})
+            told = ", ".join(f"{slot} {count}" for slot, count in slots.items()) or "no state"
+            at = f", step {steps[0]:g}" + (f" to {steps[-1]:g}" if len(steps) > 1 else "") if steps else ""
+            lr = f", lr {number_of(group['lr']):g}" if number_of(group.get("lr")) is not None else ""
+            lines.append(f"group {number}: {len(found)} parameters{lr}{at}; {told}")
+        self.report = "\n".join(lines)
+        if LOGGER.isEnabledFor(logging.INFO):
+            LOGGER.info("report: %s", " | ".join(lines))
+        if self._write is not None:
+            self._write(self.report)
+
+    def __repr__(self) -> str:
+        return "report"
+
+
+def report(write: Callable[[str], object] | None = None) -> _Report:
+    """Say after every load what each group has: `optimizer.register_load_state_dict_post_hook(hooks.report(print))`.
+
+    Args:
+        write: Gets the text, one line a group; without, it is only logged and kept as `report`.
+    """
+    return _Report(write)
