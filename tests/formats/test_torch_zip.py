@@ -361,7 +361,10 @@ def interrupted(source: Path, folder: Path) -> tuple[bytes, bytes]:
     return old, new
 
 
-def test_an_edit_in_place_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failing_write", [1, 2, 3])  # the record, the directory, the end that makes it valid
+def test_an_edit_in_place_that_fails_leaves_the_file_as_it_was(
+    failing_write: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = corpus.case("torch/adam_named_wd").entry
     failed = 0
     for last in range(1, 20):
