@@ -69,12 +69,15 @@ def is_tensor(value: Any) -> bool:
 
 def tied_names(tensors: Mapping[str, Any]) -> list[list[str]]:
     """Names whose tensors show the same bytes. Tensors side by side in one storage are not tied."""
-    spans: dict[int, list[tuple[int, int, str]]] = {}
+    users: dict[int, list[tuple[str, LazyTensor]]] = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, LazyTensor) and tensor.nbytes:
-            spans.setdefault(id(tensor.storage), []).append((*tensor.span(), name))
+        if isinstance(tensor, LazyTensor):
+            users.setdefault(id(tensor.storage), []).append((name, tensor))
     groups: list[list[str]] = []
-    for members in spans.values():
+    for sharing in users.values():
+        if len(sharing) == 1:
+            continue
+        members = [(*tensor.span(), name) for name, tensor in sharing if tensor.nbytes]
         end = -1
         for start, stop, name in sorted(members, key=lambda member: member[:2]):
             if start < end:

@@ -343,13 +343,16 @@ def _slots(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _is_flat(state: OptimizerState) -> bool:
     """Whether every tensor of an anonymous optimizer is a vector, as FSDP1's flat parameters are."""
-    vectors = [
-        len(value.shape)
-        for _, _, found in state.parameters()
-        for _, value in _slots(found or {})
-        if isinstance(value, LazyTensor) and value.shape
-    ]
-    return bool(vectors) and max(vectors) == 1 and not state.is_named
+    if state.is_named:
+        return False
+    found_vector = False
+    for _, _, found in state.parameters():
+        for _, value in _slots(found or {}):
+            if isinstance(value, LazyTensor) and value.shape:
+                if len(value.shape) > 1:
+                    return False
+                found_vector = True
+    return found_vector
 
 
 def _parameter_infos(state: OptimizerState) -> Iterator[ParameterInfo]:
