@@ -10,14 +10,14 @@ from typing import Any
 from optimstate.errors import MigrationError
 from optimstate.hooks._live import Consecutive
 from optimstate.hooks._report import Report
-from optimstate.hooks._request import Request, StateDict, is_settled
+from optimstate.hooks._request import METADATA, Request, StateDict, is_settled
 from optimstate.plan.execute import execute_optimizer
 from optimstate.plan.migration import SectionMoves, Target
 from optimstate.plan.planner import plan_optimizer
 from optimstate.plan.slots import flat_slots
 from optimstate.plan.values import shape_of
 from optimstate.state.model import Group, OptimizerState, Slots
-from optimstate.state.schema import parameter_shape, recognise
+from optimstate.state.schema import Algorithm, parameter_shape, recognise
 
 __all__ = ["Told", "matched"]
 
@@ -122,9 +122,7 @@ def _kept(state: OptimizerState, request: Request) -> dict[str, Slots | None] | 
     templates = [template for rule in plan.all_rules() for template in rule.sources]
     if any(template.match(name) is not None for name in found for template in templates):
         return None
-    algorithm = recognise(
-        dict.fromkeys(slot for slots in found.values() for slot in slots or ()), state.groups[0].options
-    )
+    algorithm = _algorithm(state)
     if algorithm is not None and algorithm.is_flat and any(a != b for a, b in zip(live, saved, strict=True)):
         return None
     for name, parameter in request.live.pairs():
@@ -137,12 +135,31 @@ def _kept(state: OptimizerState, request: Request) -> dict[str, Slots | None] | 
     return found
 
 
+def _algorithm(state: OptimizerState) -> Algorithm | None:
+    slots = dict.fromkeys(slot for _, _, found in state.parameters() for slot in found or ())
+    return recognise(slots, state.groups[0].options) if state.groups else None
+
+
+def _saved_shapes(request: Request, state: OptimizerState) -> dict[str, tuple[int, ...] | None] | None:
+    """The shapes of the checkpoint's parameters where its slots cannot tell: vectors over all parameters.
+
+    What `add_metadata` noted counts, else the shape of the live parameter of the same name; the vectors' length
+    contradicts it if that has changed.
+    """
+    algorithm = _algorithm(state)
+    if algorithm is None or not algorithm.is_flat:
+        return None
+    noted = request.state.node.get(METADATA, {}).get("shapes", {})
+    return {**request.live.shapes(), **{str(name): tuple(shape) for name, shape in noted.items()}}
+
+
 def _planned(request: Request, state: OptimizerState) -> SectionMoves:
     live = request.live
     decided = request.values.keys() | {key for key, source in request.options.items() if source == "live"}
     options = tuple({key: group[key] for key in group if key not in decided} for group in live.options)
     try:
-        migration = plan_optimizer(request.plan, state, target=Target(live.names, options, live.shapes()))
+        target = Target(live.names, options, live.shapes())
+        migration = plan_optimizer(request.plan, state, target=target, shapes=_saved_shapes(request, state))
     except MigrationError as error:
         raise MigrationError(error.problems, hint=_remedies(error.problems)) from error
     request.counts = [count for _, count in migration.counts]
@@ -155,6 +172,7 @@ _REMEDIES = {
     "param groups": 'hyperparameters("live"), hyperparameters(<option>=<value>), or regroup(...)',
     "gives the shape": 'resize("name"), split({...}), fuse({...}), or reset("name")',
     "has no options": 'hyperparameters("live") or regroup(...)',
+    "give the model too": 'save with add_metadata(), which notes the shapes; or reset("all")',
     "it differs": 'regroup(step="min"), or another plan policy with migrate(...)',
 }
 
