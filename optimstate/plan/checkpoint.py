@@ -96,7 +96,7 @@ class _Checkpoint:
 
     def _names_of(self, section: Section) -> list[str] | None:
         """The parameters' names in order; None where there are none, or where a pickled object holds them."""
-        if isinstance(section.node, Opaque):
+        if isinstance(section.node, Opaque) or section.positional:
             return None
         if section.kind != "optimizer":
             return [name for name in section.tensors() if section.kind != "ema" or name != "n_averaged"]
@@ -201,8 +201,11 @@ def _renamed(state: OptimizerState, rename: Callable[[Any], str]) -> OptimizerSt
 
 
 def _refuse_other_parameters(section: Section, migration: Migration) -> None:
-    """Names may change beside an optimizer that has none; which parameters there are, and their layout, may not."""
-    if section.kind != "optimizer" or not any(group.params for group in section.optimizer().groups):
+    """Names may change beside what lists its parameters without; which there are, and their layout, may not."""
+    if section.kind == "optimizer":
+        if not any(group.params for group in section.optimizer().groups):
+            return
+    elif not section.positional:
         return
     for key, moves in migration.sections.items():
         if moves.dropped or any(move.clone or not move.is_moved_whole for move in moves.moves):
