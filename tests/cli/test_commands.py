@@ -232,7 +232,12 @@ def test_an_interrupted_command_leaves_nothing_behind(tmp_path: Path, monkeypatc
         return 0
 
     monkeypatch.setattr(safetensors, "copy_extents", interrupted)
-    outcome = run(*arguments("convert", tmp_path))
+    # A shell starts its background jobs with the signal ignored, and Python then leaves it so.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        outcome = run(*arguments("convert", tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert outcome.code == app.INTERRUPTED
     assert outcome.out == ""
     assert "interrupted" in outcome.err
