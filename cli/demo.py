@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-@app.command(epilog="Example: optimstate demo --keep /tmp/optimstate-demo")
+@app.command(epilog="Example: optimstate demo --keep optimstate-demo")
 def demo(
     keep: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Leave the files there to look at.", show_default=False)

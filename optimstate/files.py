@@ -29,6 +29,7 @@ __all__ = [
     "Progress",
     "check_destination",
     "copy_extents",
+    "write_bytes",
 ]
 
 Progress = Callable[[int], None]
@@ -209,10 +210,12 @@ def chunks(extents: Iterable[Extent], size: int = CHUNK) -> Iterator[bytes]:
         yield b"".join(pending)
 
 
-def _write_all(fd: int, data: bytes | memoryview) -> None:
+def write_bytes(fd: int, data: bytes | memoryview) -> int:
+    """Append bytes to an open file and return their number."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+    return len(data)
 
 
 def _copy_in_kernel(source: FileSource, offset: int, length: int, fd: int, progress: Progress | None) -> int:
@@ -257,7 +260,7 @@ def copy_extents(
     def flush() -> None:
         nonlocal pending_bytes
         if pending:
-            _write_all(fd, b"".join(pending) if len(pending) > 1 else pending[0])
+            write_bytes(fd, b"".join(pending) if len(pending) > 1 else pending[0])
             if progress:
                 progress(pending_bytes)
             pending.clear()
@@ -392,7 +395,7 @@ class AtomicFile:
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes."""
-        _write_all(self.fd, data)
+        write_bytes(self.fd, data)
         return len(data)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -18,6 +18,7 @@ from optimstate.files import Extent, FileSource, chunks
 __all__ = [
     "DTYPES",
     "DType",
+    "ITEMSIZE_OF_STORAGE",
     "LazyTensor",
     "Storage",
     "concatenated",
@@ -77,6 +78,9 @@ DTYPES: dict[str, DType] = {
         ("quint2x4", 1, "QUInt2x4Storage", ""),
     )
 }
+
+ITEMSIZE_OF_STORAGE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
+"""Bytes per element of each of torch's typed storages, by its class."""
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

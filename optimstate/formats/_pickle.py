@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from optimstate.errors import LimitExceededError, RepresentationError
-from optimstate.tensors import DTYPES, LazyTensor, Storage
+from optimstate.tensors import ITEMSIZE_OF_STORAGE, LazyTensor, Storage
 from optimstate.tree import GlobalName, Opaque, no_garbage_collection
 
 __all__ = ["dump"]
 
-_ITEMSIZE_OF_STORAGE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
 _BATCH = 1000  # items per SETITEMS / APPENDS, as CPython writes them
 
 
@@ -205,7 +204,7 @@ class _Pickler:
         self.save_global("torch.storage" if untyped else "torch", storage.kind)
         self.save_key(self.key_of(storage))
         self.save(storage.location)
-        self.save(storage.nbytes if untyped else storage.nbytes // _ITEMSIZE_OF_STORAGE[storage.kind])
+        self.save(storage.nbytes if untyped else storage.nbytes // ITEMSIZE_OF_STORAGE[storage.kind])
         self.out.append(b"t")
         self.put()
         self.out.append(b"Q")

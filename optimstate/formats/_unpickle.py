@@ -20,7 +20,7 @@ from optimstate.errors import (
     LimitExceededError,
     UnsupportedCheckpointError,
 )
-from optimstate.tensors import DTYPES, LazyTensor, Storage
+from optimstate.tensors import DTYPES, ITEMSIZE_OF_STORAGE, LazyTensor, Storage
 from optimstate.tree import AttributedTensor, GlobalName, Opaque, no_garbage_collection
 
 __all__ = ["MAX_PICKLE_BYTES", "InertUnpickler", "load"]
@@ -212,7 +212,7 @@ class InertUnpickler(pickle.Unpickler):
         found = self._storages.get(key)
         if found is None:
             found = self._storages[key] = self._storage(kind.qualname, key, location, numel)
-        elif found.nbytes != numel * _ITEMSIZE_OF_STORAGE.get(kind.qualname, 1):
+        elif found.nbytes != numel * ITEMSIZE_OF_STORAGE.get(kind.qualname, 1):
             raise CorruptCheckpointError(f"storage {key!r} has {found.nbytes} bytes and is used with {numel} elements")
         elif found.kind != kind.qualname:
             raise UnsupportedCheckpointError(f"storage {key!r} is used as {found.kind} and as {kind.qualname}")
@@ -303,7 +303,6 @@ _REBUILDERS = {
 }
 _PLAIN_REBUILDERS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _DTYPE_OF_STORAGE = {row.storage: row.name for row in DTYPES.values() if row.storage}
-_ITEMSIZE_OF_STORAGE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
 
 
 def _encode(text: Any, encoding: Any = "utf-8") -> bytes:

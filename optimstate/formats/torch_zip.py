@@ -21,11 +21,11 @@ from optimstate.errors import (
     UnrecognizedFormatError,
     UnsupportedCheckpointError,
 )
-from optimstate.files import AtomicFile, Extent, FileSlice, FileSource, Progress, copy_extents
+from optimstate.files import AtomicFile, Extent, FileSlice, FileSource, Progress, copy_extents, write_bytes
 from optimstate.formats._pickle import dump
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats._unpickle import MAX_PICKLE_BYTES, load
-from optimstate.tensors import DTYPES, LazyTensor, Storage
+from optimstate.tensors import ITEMSIZE_OF_STORAGE, LazyTensor, Storage
 from optimstate.tree import no_garbage_collection, walk
 
 NAME = "torch"
@@ -43,7 +43,6 @@ _BUFFER = 1 << 20  # small records are joined up to this size before they are wr
 _SMALL_RECORD = 1 << 14
 _FLAGS = 0x0808  # sizes follow the data; names are UTF-8
 _FLAGS_EMPTY = 0x0800  # nothing follows
-_ITEMSIZE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
 
 
 class Record(NamedTuple):
@@ -323,9 +322,9 @@ def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, s
         record = records.get("data/" + key)
         if record is None:
             raise CorruptCheckpointError(f"storage {key!r} has no record", path=path)
-        if kind != "UntypedStorage" and kind not in _ITEMSIZE:
+        if kind != "UntypedStorage" and kind not in ITEMSIZE_OF_STORAGE:
             raise UnsupportedCheckpointError(f"storage {key!r} is of unknown class {kind!r}", path=path)
-        nbytes = numel * _ITEMSIZE.get(kind, 1)
+        nbytes = numel * ITEMSIZE_OF_STORAGE.get(kind, 1)
         if record.size != nbytes:
             raise CorruptCheckpointError(
                 f"storage {key!r} is declared with {nbytes} bytes, its record has {record.size}",
@@ -445,14 +444,6 @@ class _Directory:
         short = min(count, 0xFFFF)
         end = _END.pack(b"PK\x05\x06", 0, 0, short, short, min(len(body), _MAX32), min(start, _MAX32), 0)
         return body, end64 + locator + end
-
-
-def write_bytes(fd: int, data: bytes) -> int:
-    """Append bytes to an open file."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    return len(data)
 
 
 class _RunningCrc:

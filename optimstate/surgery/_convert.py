@@ -13,7 +13,7 @@ from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_document
 from optimstate.surgery._common import opening, to_json
 from optimstate.tensors import LazyTensor
-from optimstate.tree import format_path, walk
+from optimstate.tree import format_path, nodes, walk
 
 __all__ = ["ConvertReport", "convert", "verify_checksums"]
 
@@ -77,7 +77,7 @@ def convert(
             options = replace(options, progress=None)
         else:
             notes += written.write(tree, destination, like=document, options=options)
-        found = [node for _, node in walk(tree) if isinstance(node, LazyTensor)]
+        found = [node for node in nodes(tree) if isinstance(node, LazyTensor)]
         nbytes = sum(tensor.nbytes for tensor in found)
         return ConvertReport(
             str(source), str(destination), document.format, target, not dry_run, len(found), nbytes, tuple(notes)

@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_write_all", full)
+    monkeypatch.setattr(files, "write_bytes", full)
     out = place / "out.safetensors"
     check(run("convert", str(place / "good.pt"), str(out)), DESTINATION, "No space left on device", str(out))
     assert sorted(path.name for path in place.iterdir()) == ["good.pt"]
