@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one pair of runs of everything")
     parser.add_argument("--full", action="store_true", help="also the 4.4 GB checkpoint (needs 15 GB of disk)")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="cli, optim, or a part such as cli.inspect"
+        "--only", nargs="+", default=[], metavar="NAME", help="cli, optim, plan, hooks, or a part: cli.inspect"
     )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.only if name.split(".")[0] not in BENCHES]
@@ -29,15 +29,18 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} CPUs, load {load}")
     failed = False
     for bench in BENCHES:
-        parts = [name.partition(".")[2] for name in options.only if name.split(".")[0] == bench]
-        if options.only and not parts:
+        named = [name for name in options.only if name.split(".")[0] == bench]
+        parts = [part for name in named if (part := name.partition(".")[2])]
+        if options.only and not named:
             continue
         if importlib.util.find_spec(f"tests.bench.{bench}") is None:
             print(f"\n{bench}: not in this checkout, skipped")
             continue
         module = importlib.import_module(f"tests.bench.{bench}")
         if bench == "cli":
-            failed |= not module.main(options.quick, full=options.full, only=[part for part in parts if part])
+            failed |= not module.main(options.quick, full=options.full, only=parts)
+        elif bench == "optim":
+            module.main(options.quick, only=parts)
         else:
             module.main(options.quick)
     return int(failed)

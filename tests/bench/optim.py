@@ -1,6 +1,6 @@
 """Time per optimizer step, ours against torch's same implementation in the same run.
 
-    python -m tests.bench.optim [--quick]
+    python -m tests.bench --only optim [--quick]
 
 One thread. Ours and torch's take turns on the same parameters and gradients, and the median of the pairwise ratios
 counts: it is what stays put on a busy machine. Two tables: each implementation against its like (a ratio; less is
@@ -10,11 +10,9 @@ Misses are marked; nothing is asserted, because a clock is no test.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -262,11 +260,12 @@ def relative_error(expected: Tensor, found: Tensor) -> float:
     return float((found.detach() - expected.detach()).abs().max() / expected.detach().abs().max())
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser(description="Time optimizer steps against torch's.")
-    parser.add_argument("--quick", action="store_true", help="smaller models and fewer repeats, for a look")
-    quick = parser.parse_known_args(argv)[0].quick
+def main(quick: bool, *, only: Sequence[str] = ()) -> None:
+    """Print both tables; `only` may name `same` (against the same implementation) or `default`."""
+    unknown = set(only) - {"same", "default"}
+    if unknown:
+        raise SystemExit(f"no such part of optim: {', '.join(sorted(unknown))} (there are same, default)")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     started = time.perf_counter()
     sizes = [TINY, LARGE, GPT2]
@@ -275,17 +274,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes.append(GPT2._replace(shapes=gpt2(192, 12, 5000, 1024), name="GPT-2 / 16"))
     header = f"{'':26} {'parameters':12} {'torch ms':>9} {'ours ms':>9}"
     missed = 0
-    print(f"{header}   ours / torch, at most")
-    ratios = itertools.chain(against_its_like(sizes[:1]), the_special_ones(quick), against_its_like(sizes[1:]))
-    for result in ratios:
-        missed += not result.met
-        print(result, flush=True)
-    print(f"\n{header}   torch's default / ours, at least")
-    for result in against_torchs_default(sizes[1]):
-        missed += not result.met
-        print(result, flush=True)
+    tables: list[tuple[str, Iterator[Result]]] = []
+    if not only or "same" in only:
+        same = itertools.chain(against_its_like(sizes[:1]), the_special_ones(quick), against_its_like(sizes[1:]))
+        tables.append(("ours / torch, at most", same))
+    if not only or "default" in only:
+        tables.append(("torch's default / ours, at least", against_torchs_default(sizes[1])))
+    try:
+        for title, results in tables:
+            print(f"\n{header}   {title}")
+            for result in results:
+                missed += not result.met
+                print(result, flush=True)
+    finally:
+        torch.set_num_threads(threads)
     print(f"\n{missed} missed; {time.perf_counter() - started:.0f} s")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
