@@ -43,8 +43,11 @@ _FLAGS_EMPTY = 0x0800  # nothing follows
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """Whether a file begins like a zip archive."""
-    return head[:4] in (b"PK\x03\x04", b"PK\x05\x06") and path.suffix != ".distcp" and path.is_file()
+    """Whether a file begins like a zip archive whose first record is in a folder."""
+    if head[:4] != b"PK\x03\x04" or path.suffix == ".distcp":
+        return head[:4] == b"PK\x05\x06"
+    first = LOCAL.size
+    return b"/" in head[first : first + int.from_bytes(head[first - 4 : first - 2], "little")]
 
 
 def read(path: Path) -> Document:
