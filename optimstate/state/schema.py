@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 __all__ = [
     "ALGORITHMS",
+    "MASTERS",
     "RECOMPUTED",
     "Algorithm",
     "Slot",
@@ -92,6 +93,9 @@ class Algorithm:
 
 RECOMPUTED = frozenset({"RMS"})
 """Numbers that an optimizer keeps in its state but computes anew at every step."""
+
+MASTERS = frozenset({"fp32_param", "param"})
+"""Slots that hold the parameter itself in full precision, for mixed-precision training: DeepSpeed's and Megatron's."""
 
 _NUMBERED = re.compile(r"_\d+$")
 
