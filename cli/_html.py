@@ -18,7 +18,9 @@ from optimstate import __version__
 from optimstate.cli._render import plural, shown, size
 from optimstate.cli._render_inspect import is_step, telling_options
 from optimstate.files import AtomicFile
+from optimstate.state.schema import ALGORITHMS
 from optimstate.surgery._inspection import ModelInfo, OptimizerInfo, SchedulerInfo
+from optimstate.surgery._numbers import second_moments
 
 if TYPE_CHECKING:
     from optimstate.surgery import Inspection
@@ -77,8 +79,9 @@ def _digest(text: str) -> str:
 
 
 def _data(found: Inspection) -> dict[str, Any]:
-    """The series (weights, and each slot) and a row for every tensor of each."""
+    """The series (weights, and each slot), which of them are averages of squares, and a row for every tensor."""
     series: list[str] = []
+    squares: list[int] = []
     rows: list[list[Any]] = []
     several = sum(isinstance(section, OptimizerInfo) for section in found.sections) > 1
     for section in found.sections:
@@ -89,17 +92,19 @@ def _data(found: Inspection) -> dict[str, Any]:
         elif isinstance(section, OptimizerInfo):
             at = f" ({section.path})" if several else ""
             number: dict[str, int] = {}
+            second = second_moments(next((a for a in ALGORITHMS if a.name == section.algorithm), None))
             for parameter, name, place in _parameters(section):
                 for slot, numbers in parameter.statistics.items():
                     if is_step(slot):
                         continue
                     if slot not in number:
                         number[slot] = len(series)
+                        squares += [len(series)] if slot in second else []
                         series.append(f"{slot}{at}")
                     described = parameter.slots.get(slot, "")
                     kind = described if isinstance(described, str) else "one number"
                     rows.append([number[slot], name, *place, str(parameter.group), kind, *_numbers(numbers)])
-    return {"series": series, "rows": rows}
+    return {"series": series, "squares": squares, "rows": rows}
 
 
 def _parameters(section: OptimizerInfo) -> Iterator[tuple[ParameterInfo, str, tuple[str, str]]]:

@@ -1,7 +1,7 @@
 "use strict";
 // Everything from the file reaches the page as text: textContent, setAttribute, never markup.
 (() => {
-  const { series, rows } = JSON.parse(document.getElementById("data").textContent);
+  const { series, squares, rows } = JSON.parse(document.getElementById("data").textContent);
   const [SERIES, NAME, ROW, COLUMN, GROUP, KIND, ELEMENTS, NORM, RMS, MIN, MAX, ZEROS, NAN, INF, NEGATIVE] =
     Array(15).keys();
   const PAGE = 100;
@@ -25,8 +25,7 @@
     return value === 0 || value === 100 ? `${value}%` : value < 0.1 ? "<0.1%" : `${Math.min(value, 99.9).toFixed(1)}%`;
   };
   const isBroken = (row) => row[NAN] + row[INF] > 0;
-  // A slot that holds squares is known by its name's ending; what verify finds stands among the page's messages.
-  const isOdd = (row) => isBroken(row) || (row[NEGATIVE] > 0 && /_sq$|_sq \(/.test(series[row[SERIES]]));
+  const isOdd = (row) => isBroken(row) || (row[NEGATIVE] > 0 && squares.includes(row[SERIES]));
   const describe = (row) =>
     `${row[NAME]}, ${series[row[SERIES]]}, ${row[KIND]}: norm ${number(row[NORM])}, rms ${number(row[RMS])}, ` +
     `from ${number(row[MIN])} to ${number(row[MAX])}, ${percent(row)} zeros` +
@@ -78,7 +77,7 @@
     const [, measure, isLog] = MEASURES[Number(byId("map-measure").value)];
     const shown = rows.filter((row) => row[SERIES] === chosen);
     const scale = scaleOf(shown.map(measure), isLog);
-    const columns = [...new Set(shown.map((row) => row[COLUMN]))].sort((a, b) => Number(a) - Number(b));
+    const columns = [...new Set(shown.map((row) => row[COLUMN]))].sort((a, b) => (b === "") - (a === "") || a - b);
     const lines = new Map();
     for (const row of shown) {
       if (!lines.has(row[ROW])) lines.set(row[ROW], new Map());

@@ -175,10 +175,19 @@ def named(report: NameReport) -> None:
 
 
 def converted(report: ConvertReport) -> None:
-    """Print what was converted."""
+    """Print what was converted, cast and lost."""
+    for where, change in report.optimizers.items():
+        typer.echo(f"{where}: {change.source} -> {change.target}")
+        typer.echo(table(("slot", "outcome", "why"), ((line.slot, line.outcome, line.reason) for line in change.slots)))
+    for cast in report.casts:
+        counts = "" if cast.elements is None else f", {cast.rounded:,} of {cast.elements:,} elements rounded"
+        lost = ((cast.overflowed, "no longer finite"), (cast.flushed, "became zero"))
+        counts += "".join(f", {count:,} {what}" for count, what in lost if count)
+        typer.echo(f"{cast.what}: {cast.source} -> {cast.target}, {plural(cast.tensors, 'tensor')}{counts}")
     for note in report.notes:
         typer.echo(f"note: {note}")
     what = f"{plural(report.tensors, 'tensor')}, {size(report.nbytes)}"
+    what = f"{report.section}, {what}" if report.section else what
     if report.written:
         typer.echo(f"{report.source_format} -> {report.format}: {what}, wrote {report.destination}")
     else:
