@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,27 +17,11 @@ from optimstate.tensors import LazyTensor
 from optimstate.tree import Opaque, format_path, nodes, replaced, walk
 
 if TYPE_CHECKING:
-    from optimstate.plan.conversion import Conversion, Lost
-    from optimstate.state.model import OptimizerState
     from optimstate.state.sections import Section
     from optimstate.surgery._casting import Cast, Casting
+    from optimstate.surgery._optimizers import OptimizerChange
 
 __all__ = ["ConvertReport", "convert", "verify_checksums"]
-
-
-@dataclass(frozen=True)
-class OptimizerChange:
-    """The state of one algorithm that became that of another.
-
-    Attributes:
-        source: The algorithm it was of.
-        target: The one it is of.
-        slots: What became of each slot: `exact`, `approximate`, `fresh` or `dropped`, and why.
-    """
-
-    source: str
-    target: str
-    slots: tuple[Lost, ...]
 
 
 @dataclass(frozen=True)
@@ -178,29 +162,20 @@ class _Changes:
         return tensors if isinstance(section.node, Opaque) else section.node
 
     def _converted(self, sections: Sequence[Section], nodes: Sequence[Any], target: str) -> list[Any]:
+        from optimstate.surgery._optimizers import convert_optimizer
+
         made = list(nodes)
         problems: list[str] = []
         for place, section in enumerate(sections):
-            if section.kind != "optimizer":
-                continue
-            where = f"optimizer at {section.label}"
-            if section.positional or isinstance(section.node, Opaque):
-                problems.append(f"{where}: not in the form of a state dict, so it cannot become that of {target}")
-                continue
-            conversion, of = _conversion(section, target, problems)
-            if conversion is not None:
-                old = section.optimizer()
-                new = _with_masters(conversion.apply(old), old)
-                made[place] = new.to_node()
-                slots = _every_slot(conversion, old, new)
-                self.optimizers[where] = OptimizerChange(conversion.source, conversion.target, slots)
-                self.notes += _changed_options(where, old, new)
-            elif of == target:
-                self.notes.append(f"{where}: its state is that of {target} already")
+            if section.kind == "optimizer":
+                state, change = convert_optimizer(section, target, problems, self.notes)
+                if change is not None:
+                    self.optimizers[f"optimizer at {section.label}"] = change
+                    made[place] = state.to_node()
+        if not any(section.kind == "optimizer" for section in sections):
+            problems.append(f"there is no optimizer whose state could become that of {target}")
         if problems:
             raise MigrationError(problems)
-        if not any(section.kind == "optimizer" for section in sections):
-            raise MigrationError([f"there is no optimizer whose state could become that of {target}"])
         return made
 
 
@@ -215,68 +190,6 @@ def _stored_once(names: Sequence[str]) -> str:
         f"{', '.join(names)} share memory, which is stored once, as {names[0]}: other readers see no other name "
         "(--clone-views stores each)"
     )
-
-
-def _with_masters(new: OptimizerState, old: OptimizerState) -> OptimizerState:
-    """The converted state with the fp32 masters: they are the parameter, whatever the algorithm."""
-    from optimstate.state.schema import MASTERS
-
-    masters = {key: {s: v for s, v in slots.items() if s in MASTERS} for key, slots in old.state.items()}
-    made = {key: {**new.state.get(key, {}), **found} for key, found in masters.items() if found or key in new.state}
-    return replace(new, state=made)
-
-
-def _every_slot(conversion: Conversion, old: OptimizerState, new: OptimizerState) -> tuple[Lost, ...]:
-    """The conversion's report, as far as it concerns slots that are there, and what it does not mention."""
-    from optimstate.plan.conversion import Lost
-    from optimstate.state.schema import MASTERS
-
-    before, after = (list(dict.fromkeys(s for slots in state.state.values() for s in slots)) for state in (old, new))
-    report = [line for line in conversion.report if {*line.slot.split(", ")} & {*before, *after}]
-    told = {slot for line in report for slot in line.slot.split(", ")}
-    report += [Lost(slot, "exact", "the parameter itself") for slot in before if slot in MASTERS]
-    report += [
-        Lost(slot, "dropped", f"{conversion.target} has none")
-        for slot in before
-        if slot not in after and slot not in told
-    ]
-    return tuple(report)
-
-
-def _changed_options(where: str, old: OptimizerState, new: OptimizerState) -> Iterator[str]:
-    """What became of the groups' options, as far as the first group shows it."""
-    for before, after in zip(old.groups[:1], new.groups, strict=False):
-        absent = object()
-        made = [key for key, value in after.options.items() if before.options.get(key, absent) is not value]
-        lost = [key for key in before.options if key not in after.options]
-        if made:
-            yield f"{where}: options at the defaults of the new algorithm: {', '.join(made)}"
-        if lost:
-            yield f"{where}: options that it does not have, dropped: {', '.join(lost)}"
-
-
-def _conversion(section: Section, target: str, problems: list[str]) -> tuple[Conversion | None, str]:
-    """How to convert an optimizer, and the algorithm that it is of."""
-    from optimstate.plan.conversion import plan_conversion
-    from optimstate.state.schema import parameter_shape
-    from optimstate.surgery._inspect import algorithm_of
-
-    state = section.optimizer()
-    algorithm = algorithm_of({slot for found in state.state.values() for slot in found}, state)
-    shapes = {
-        str(key if name is None else name): parameter_shape(
-            {
-                str(slot): value.shape if isinstance(value, LazyTensor) else None
-                for slot, value in (found or {}).items()
-            },
-            algorithm,
-        )
-        for key, name, found in state.parameters()
-    }
-    found: list[str] = []
-    conversion = plan_conversion(algorithm, target, shapes, found)
-    problems += [f"optimizer at {section.label}: {problem}" for problem in found]
-    return conversion, algorithm.name if algorithm is not None else ""
 
 
 def _chosen(name: str, sections: Sequence[Section]) -> Section:
