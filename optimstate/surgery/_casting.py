@@ -6,9 +6,9 @@ Nothing is computed before the result is written: a cast tensor is read, cast an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
+from optimstate._record import Record
 from optimstate.errors import MigrationError, PlanSyntaxError
 from optimstate.state.schema import MASTERS
 from optimstate.state.sections import Section
@@ -35,8 +35,7 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8
 _COUNTERS = ("float32", "float64")  # what can count steps for long
 
 
-@dataclass(frozen=True)
-class Cast:
+class Cast(Record):
     """What became of the tensors of one dtype of a section or slot.
 
     Attributes:
@@ -100,7 +99,7 @@ class _Tally:
         if not written:
             return cast
         counts = {name: getattr(self, name) for name in ("elements", "rounded", "overflowed", "flushed")}
-        return replace(cast, **counts)
+        return cast._replace(**counts)
 
     def count(self, old: Any, new: Any) -> None:
         """Count a block before and after."""
@@ -254,7 +253,7 @@ class Casting:
                 for slot, value in slots.items()
             }
             made[key] = rebuilt_mapping(slots, cast)
-        return replace(state, state=made).to_node()
+        return state._replace(state=made).to_node()
 
     def _tensor(self, what: str, value: LazyTensor, target: str) -> LazyTensor:
         tally = self._tallies.setdefault((what, value.dtype, target), _Tally(what, value.dtype, target))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,13 +258,13 @@ def _plain(value: Any, room: list[int]) -> Any:
 _SHOWN_AS_NUMBER = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
-@dataclass
 class _SlotCount:
     """What is counted of one slot."""
 
-    parameters: int = 0
-    dtypes: set[str] = field(default_factory=set)
-    nbytes: int = 0
+    def __init__(self) -> None:
+        self.parameters = 0
+        self.dtypes: set[str] = set()
+        self.nbytes = 0
 
     def add(self, value: Any) -> None:
         """Count one value."""
@@ -287,11 +286,6 @@ class _SlotCount:
         self.nbytes += times * DTYPES[dtype].itemsize * math.prod(shape)
 
 
-def _is_plain(found: Mapping[Any, Any]) -> bool:
-    """Whether no slot holds others."""
-    return not any(type(value) is not LazyTensor and isinstance(value, Mapping) for value in found.values())
-
-
 def _counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str], int]:
     """What there is of each slot, how many parameters are at each step, and how many have no state."""
     # Checkpoints have few kinds of slots and many tensors: what costs something is done once for each kind.
@@ -304,14 +298,17 @@ def _counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str]
         if not found:
             fresh += 1
             continue
-        for slot, value in found.items() if _is_plain(found) else _slots(found):
+        for slot, value in found.items():
             if type(value) is LazyTensor:
                 kind = (slot, value.dtype, value.shape)
                 tensors[kind] = tensors.get(kind, 0) + 1
-            else:
-                slots.setdefault(slot, _SlotCount()).add(value)
-            if slot == "step" or (type(slot) is str and slot.endswith(".step")):
-                steps[scalars.text(value)] += 1
+                if slot == "step":
+                    steps[scalars.text(value)] += 1
+                continue
+            for path, inner in _slots({slot: value}):
+                slots.setdefault(path, _SlotCount()).add(inner)
+                if path == "step" or path.endswith(".step"):
+                    steps[scalars.text(inner)] += 1
     for (slot, dtype, shape), times in tensors.items():
         slots.setdefault(slot, _SlotCount()).add_tensors(dtype, shape, times)
     if not steps:  # some algorithms count per group

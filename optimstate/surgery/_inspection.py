@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from optimstate._record import Record, field
 from optimstate.surgery._common import to_json
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class SlotInfo:
+class SlotInfo(Record):
     """One slot over all parameters: how many have it, with which dtypes, and how large it is altogether."""
 
     name: str
@@ -35,8 +34,7 @@ class SlotInfo:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class ParameterInfo:
+class ParameterInfo(Record):
     """One parameter of an optimizer.
 
     Attributes:
@@ -54,16 +52,14 @@ class ParameterInfo:
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class GroupInfo:
+class GroupInfo(Record):
     """One param group."""
 
     parameters: int
     options: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class OptimizerInfo:
+class OptimizerInfo(Record):
     """An optimizer section.
 
     Attributes:
@@ -85,12 +81,11 @@ class OptimizerInfo:
     orphans: int
     nbytes: int
     names: Mapping[str, tuple[int, str]]
-    parameters: tuple[ParameterInfo, ...] = field(repr=False)
+    parameters: tuple[ParameterInfo, ...]
     kind: str = "optimizer"
 
 
-@dataclass(frozen=True)
-class ModelInfo:
+class ModelInfo(Record):
     """A model or EMA section.
 
     Attributes:
@@ -108,12 +103,11 @@ class ModelInfo:
     nbytes: int
     tied: tuple[tuple[str, ...], ...]
     names: Mapping[str, tuple[int, str]]
-    tensors: Mapping[str, str] = field(repr=False)
-    statistics: Mapping[str, Statistics] = field(repr=False, default_factory=dict)
+    tensors: Mapping[str, str]
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class SchedulerInfo:
+class SchedulerInfo(Record):
     """A scheduler section: its class as far as it can be told, and its scalar entries."""
 
     path: str
@@ -123,8 +117,7 @@ class SchedulerInfo:
     kind: str = "scheduler"
 
 
-@dataclass(frozen=True)
-class Inspection:
+class Inspection(Record):
     """What a checkpoint holds.
 
     Attributes:
@@ -146,6 +139,8 @@ class Inspection:
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
+        from dataclasses import asdict
+
         return to_json("inspect", asdict(self))
 
 

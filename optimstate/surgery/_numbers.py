@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from optimstate._record import Record
 from optimstate.errors import UnsupportedCheckpointError
 from optimstate.files import Progress, chunks
 from optimstate.state.schema import Algorithm
@@ -51,8 +51,7 @@ def _exact(dtype: str) -> Any:
     return torch.float32 if dtype.startswith(("float", "bfloat")) else torch.float64
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
+class Statistics(Record):
     """Of the elements of a tensor, or of several.
 
     Attributes:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
+from optimstate._record import Record
 from optimstate.plan.conversion import Conversion, Lost, plan_conversion
 from optimstate.state.model import OptimizerState
 from optimstate.state.schema import MASTERS, Algorithm, parameter_shape
@@ -16,8 +16,7 @@ from optimstate.tree import Opaque
 __all__ = ["OptimizerChange", "convert_optimizer"]
 
 
-@dataclass(frozen=True)
-class OptimizerChange:
+class OptimizerChange(Record):
     """The state of one algorithm that became that of another.
 
     Attributes:
@@ -91,7 +90,7 @@ def _with_masters(new: OptimizerState, old: OptimizerState) -> OptimizerState:
     """The converted state with the fp32 masters: they are the parameter, whatever the algorithm."""
     masters = {key: {s: v for s, v in slots.items() if s in MASTERS} for key, slots in old.state.items()}
     made = {key: {**new.state.get(key, {}), **found} for key, found in masters.items() if found or key in new.state}
-    return replace(new, state=made)
+    return new._replace(state=made)
 
 
 def _every_slot(conversion: Conversion, old: OptimizerState, new: OptimizerState) -> tuple[Lost, ...]:
