@@ -112,7 +112,7 @@ def _collapsed(rows: list[Row]) -> None:
         if row.outcome == "exact" and not row.reason and (row.target,) == row.sources and not row.how:
             kept.add(name)
             continue
-        key = _collapse(row.target), _collapse(_origin(row))
+        key = _collapse(name), _collapse(_origin(row))
         moves.setdefault(key, set()).add(name)
         slots = outcomes.setdefault(key, {}).setdefault((row.outcome, row.reason), {})
         slots[row.slot] = None

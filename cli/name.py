@@ -13,7 +13,7 @@ from optimstate.cli.app import Force, Json, Quiet, app, epilog
 @app.command(
     short_help="Give an anonymous optimizer its parameter names.",
     epilog=epilog(
-        "optimstate name checkpoint-1000/ --dry-run",
+        "optimstate name checkpoint-1000/ --dry-run --model mypackage.models:build",
         "optimstate name checkpoint-1000/ named/ --model mypackage.models:build",
         "optimstate name checkpoint.pt named.pt --names names.txt",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 the names are not determined, 5 the destination, "

@@ -133,14 +133,13 @@ def invert(
     Without --output the plan itself is printed.
     """
     from optimstate import surgery
-    from optimstate.cli import _render
 
     _free(output, plan, *(() if checkpoint is None else (checkpoint,)), force=force)
     report = surgery.invert_plan(read_plan(plan), checkpoint)
-    if not _put(report.plan, output, as_json=as_json):
-        shown = as_json or output is None
-        _render.show(report, lambda made: typer.echo(made.plan, nl=False), as_json=as_json, quiet=quiet or not shown)
-        _wrote(output, quiet=quiet or as_json)
+    if as_json:
+        typer.echo(report.to_json())
+    _put(report.plan, output or (None if as_json or quiet else Path("-")), as_json=as_json)
+    _wrote(output, quiet=quiet or as_json)
 
 
 @plans.command(
@@ -198,5 +197,5 @@ def _put(text: str, output: Path | None, *, as_json: bool) -> bool:
 
 
 def _wrote(output: Path | None, *, quiet: bool) -> None:
-    if output is not None and not quiet:
+    if output is not None and str(output) != "-" and not quiet:
         typer.echo(f"wrote {output}")

@@ -109,6 +109,11 @@ def _refuse_misplaced(settings: Sequence[_Setting], section: SectionMoves) -> No
         if not any(setting.applies(n, name) for n, group in enumerate(section.groups) for name in group.members):
             counts = f"{len(section.groups)} param groups, {sum(len(group.members) for group in section.groups)} names"
             problems.append(f"--set {setting.text!r}: applies to none of {counts}")
+        for group in section.groups:
+            old = group.options.get(setting.key)
+            if isinstance(old, bool | int | float) and _kind(old) != _kind(setting.value):
+                problems.append(f"--set {setting.text!r}: {setting.key} is {old!r} now, which is of another type")
+                break
     problems += [
         f"param group {number} is empty, and the plan language names groups by their parameters: --set would lose it"
         for number, group in enumerate(section.groups)
@@ -116,6 +121,10 @@ def _refuse_misplaced(settings: Sequence[_Setting], section: SectionMoves) -> No
     ]
     if problems:
         raise MigrationError(problems)
+
+
+def _kind(value: Any) -> str:
+    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 
 def _tables(settings: Sequence[_Setting], section: SectionMoves) -> Iterable[GroupRule]:
@@ -127,7 +136,11 @@ def _tables(settings: Sequence[_Setting], section: SectionMoves) -> Iterable[Gro
         for name in group.members:
             parts.setdefault(tuple(setting.applies(number, name) for setting in settings), []).append(name)
         for chosen, names in parts.items():
-            options: dict[str, Any] = {s.key: s.value for s, applies in zip(settings, chosen, strict=True) if applies}
+            options: dict[str, Any] = {
+                s.key: float(s.value) if isinstance(group.options.get(s.key), float) else s.value
+                for s, applies in zip(settings, chosen, strict=True)
+                if applies
+            }
             cells.append((number, options, names))
     for place, (number, chosen_options, names) in enumerate(cells):
         later = [name for _, _, others in cells[place + 1 :] for name in others]
