@@ -63,10 +63,10 @@ def suggest(
     from optimstate import surgery
     from optimstate.cli import _render, _render_plan
 
-    _free(output, source, target, force=force)
+    _check(output, source, target, force=force, as_json=as_json)
     with _render.progress("comparing", source, target, quiet=quiet or headers) as advance:
         report = surgery.suggest_plan(source, target, headers=headers, progress=advance)
-    if not _put(report.plan, output, as_json=as_json):
+    if not _put(report.plan, output):
         _render.show(report, _render_plan.suggested, as_json=as_json, quiet=quiet)
         _wrote(output, quiet=quiet or as_json)
     if not report.complete:
@@ -134,11 +134,11 @@ def invert(
     """
     from optimstate import surgery
 
-    _free(output, plan, *(() if checkpoint is None else (checkpoint,)), force=force)
+    _check(output, plan, *(() if checkpoint is None else (checkpoint,)), force=force, as_json=as_json)
     report = surgery.invert_plan(read_plan(plan), checkpoint)
     if as_json:
         typer.echo(report.to_json())
-    _put(report.plan, output or (None if as_json or quiet else Path("-")), as_json=as_json)
+    _put(report.plan, output or (None if as_json or quiet else Path("-")))
     _wrote(output, quiet=quiet or as_json)
 
 
@@ -175,25 +175,27 @@ def show(
     )
 
 
-def _free(output: Path | None, *sources: Path, force: bool) -> None:
+def _check(output: Path | None, *sources: Path, force: bool, as_json: bool) -> None:
+    """Refuse what cannot be written before any work is done."""
     from optimstate import surgery
 
+    if str(output) == "-" and as_json:
+        raise typer.BadParameter("--json has the plan in it: leave out -o -")
     if output is not None:
         surgery.check_plan_destination(output, *sources, force=force)
 
 
-def _put(text: str, output: Path | None, *, as_json: bool) -> bool:
+def _put(text: str, output: Path | None) -> bool:
     """Write a plan where it was asked for; whether that was standard output, which then holds nothing else."""
     from optimstate import surgery
 
-    if output is not None and str(output) != "-":
-        surgery.save_plan(text, output)
-    if str(output) != "-":
+    if output is None:
         return False
-    if as_json:
-        raise typer.BadParameter("--json has the plan in it: leave out -o -")
-    typer.echo(text, nl=False)
-    return True
+    if str(output) == "-":
+        typer.echo(text, nl=False)
+        return True
+    surgery.save_plan(text, output)
+    return False
 
 
 def _wrote(output: Path | None, *, quiet: bool) -> None:

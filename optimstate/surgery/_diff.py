@@ -153,7 +153,11 @@ class _Comparison:
     def _compare_tensors(self, label: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
         removed = [name for name in mine if name not in theirs]
         added = [name for name in theirs if name not in mine]
-        renamed = {} if self.headers else _renames({n: mine[n] for n in removed}, {n: theirs[n] for n in added})
+        renamed = (
+            {}
+            if self.headers
+            else _renames({n: mine[n] for n in removed}, {n: theirs[n] for n in added}, self.progress)
+        )
         for name, tensor in mine.items():
             if name in renamed:
                 self.changes.append(Change(label, "renamed", name, name, renamed[name]))
@@ -201,17 +205,21 @@ def _share(a: Any, b: Any) -> bool:
     return isinstance(a, LazyTensor) and isinstance(b, LazyTensor) and a.storage is b.storage
 
 
-def _renames(removed: dict[str, Any], added: dict[str, Any]) -> dict[str, str]:
+def _renames(removed: dict[str, Any], added: dict[str, Any], progress: Progress) -> dict[str, str]:
     """Pairs of equal type, shape and content; content that several tensors have (zeros, ones) decides nothing."""
     kinds = {(t.dtype, t.shape) for t in added.values() if isinstance(t, LazyTensor)}
-    mine = by_content({n: t for n, t in removed.items() if isinstance(t, LazyTensor) and (t.dtype, t.shape) in kinds})
+    mine = by_content(_of_kinds(removed, kinds), progress)
     if not mine:
         return {}
     kinds = {(removed[name].dtype, removed[name].shape) for names in mine.values() for name in names}
-    theirs = by_content({n: t for n, t in added.items() if isinstance(t, LazyTensor) and (t.dtype, t.shape) in kinds})
+    theirs = by_content(_of_kinds(added, kinds), progress)
     return {
         names[0]: theirs[key][0] for key, names in mine.items() if len(names) == 1 and len(theirs.get(key, ())) == 1
     }
+
+
+def _of_kinds(tensors: dict[str, Any], kinds: set[tuple[str, tuple[int, ...]]]) -> dict[str, LazyTensor]:
+    return {n: t for n, t in tensors.items() if isinstance(t, LazyTensor) and (t.dtype, t.shape) in kinds}
 
 
 def model_tensors(tree: Any) -> dict[str, LazyTensor]:
