@@ -30,6 +30,9 @@ from tests.bench._harness import (
 # A tool that copies the bytes and adds the names a real one would write: enough to be measured.
 STAND_IN = """
 import pathlib, shutil, sys
+if sys.argv[-1] in ("--version", "--help"):
+    print("optimstate")
+    sys.exit()
 verb, source, *rest = sys.argv[1:]
 if verb == "inspect":
     print('{"slots": ["exp_avg", "exp_avg_sq"]}')

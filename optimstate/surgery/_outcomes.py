@@ -81,17 +81,20 @@ _ORDER = ("exact", "approximate", "fresh", "dropped")
 
 
 def _outcomes(migration: Migration, key: str, section: SectionMoves) -> tuple[Outcome, ...]:
-    counts: Counter[tuple[str, str, str]] = Counter()
-    examples: dict[tuple[str, str, str], str] = {}
     # Most moves only rename: a row for each of their slots would take as long as planning did.
+    plain: dict[tuple[SlotPath, ...], list[Move]] = {}
     told = []
     for move in section.moves:
-        if not _is_exact(move):
+        if _is_exact(move):
+            plain.setdefault(tuple(move.slots), []).append(move)
+        else:
             told.append(move)
-            continue
-        for slot in map(_dotted, move.slots) if move.value is None else ("",):
-            counts[slot, "exact", ""] += 1
-            examples.setdefault((slot, "exact", ""), move.target)
+    counts: Counter[tuple[str, str, str]] = Counter()
+    examples: dict[tuple[str, str, str], str] = {}
+    for paths, moves in plain.items():
+        for slot in [".".join(map(str, path)) for path in paths] or [""]:
+            counts[slot, "exact", ""] += len(moves)
+            examples.setdefault((slot, "exact", ""), moves[0].target)
     rest = replace(migration, sections={key: replace(section, moves=tuple(told))})
     for row in explained(rest):
         found = (row.slot, row.outcome, row.reason)
@@ -99,10 +102,6 @@ def _outcomes(migration: Migration, key: str, section: SectionMoves) -> tuple[Ou
         examples.setdefault(found, row.target or ", ".join(row.sources))
     ranked = sorted(counts, key=lambda found: _ORDER.index(found[1]))
     return tuple(Outcome(*found, counts[found], examples[found]) for found in ranked)
-
-
-def _dotted(path: SlotPath) -> str:
-    return ".".join(map(str, path))
 
 
 def _is_exact(move: Move) -> bool:
