@@ -46,5 +46,8 @@ def name(
     if destination is None and not dry_run:
         raise typer.BadParameter("give a destination or --dry-run")
     given = read_names(names) if names is not None else None
-    report = surgery.name(source, destination, names=given, model=model, dry_run=dry_run, force=force)
+    with _render.progress("naming", source, quiet=quiet) as advance:
+        report = surgery.name(
+            source, destination, names=given, model=model, dry_run=dry_run, force=force, progress=advance
+        )
     _render.show(report, _render.named, as_json=as_json, quiet=quiet)

@@ -6,7 +6,6 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +65,7 @@ def with_options(plan: Plan, source: str | Path, settings: Sequence[str]) -> Pla
         raise PlanError(f"--set needs one optimizer whose parameters have names; there are: {found}", hint=hint)
     (section,) = optimizers.values()
     _refuse_misplaced(parsed, section)
-    return replace(plan, groups=tuple(_tables(parsed, section)))
+    return plan._replace(groups=tuple(_tables(parsed, section)))
 
 
 def _parsed(text: str) -> _Setting:

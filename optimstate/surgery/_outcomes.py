@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from optimstate.plan.checkpoint import key_of
-from optimstate.plan.explain import explained
 from optimstate.plan.planner import Migration, Move, SectionMoves
 from optimstate.plan.slots import SlotPath
 from optimstate.state.sections import find_sections
+
+if TYPE_CHECKING:
+    from optimstate.plan.explain import Row
 
 __all__ = ["Group", "Outcome", "outcomes", "regrouped"]
 
@@ -95,13 +96,19 @@ def _outcomes(migration: Migration, key: str, section: SectionMoves) -> tuple[Ou
         for slot in [".".join(map(str, path)) for path in paths] or [""]:
             counts[slot, "exact", ""] += len(moves)
             examples.setdefault((slot, "exact", ""), moves[0].target)
-    rest = replace(migration, sections={key: replace(section, moves=tuple(told))})
-    for row in explained(rest):
+    rest = section._replace(moves=tuple(told))
+    for row in _rows(migration, key, rest) if told or section.dropped or section.conversion else ():
         found = (row.slot, row.outcome, row.reason)
         counts[found] += 1
         examples.setdefault(found, row.target or ", ".join(row.sources))
     ranked = sorted(counts, key=lambda found: _ORDER.index(found[1]))
     return tuple(Outcome(*found, counts[found], examples[found]) for found in ranked)
+
+
+def _rows(migration: Migration, key: str, section: SectionMoves) -> Iterator[Row]:
+    from optimstate.plan.explain import explained
+
+    return explained(migration._replace(sections={key: section}))
 
 
 def _is_exact(move: Move) -> bool:

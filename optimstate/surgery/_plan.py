@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from optimstate._record import Record
 from optimstate.errors import MigrationError, PlanError
 from optimstate.formats.registry import open_document
 from optimstate.plan.checkpoint import apply_plan
@@ -23,8 +23,7 @@ __all__ = ["CheckReport", "InvertReport", "ShowReport", "check_plan", "invert_pl
 # --- check ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class CheckReport:
+class CheckReport(Record):
     """Whether a plan can be read, fits a checkpoint, and makes what a target has.
 
     Attributes:
@@ -49,7 +48,7 @@ class CheckReport:
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         rules = [{"rule": rule, "matches": count} for rule, count in self.rules]
-        return to_json("plan check", {**asdict(self), "rules": rules, "fits": self.fits})
+        return to_json("plan check", {**self._asdict(), "rules": rules, "fits": self.fits})
 
 
 def check_plan(plan: Plan, checkpoint: str | Path | None = None, *, target: str | Path | None = None) -> CheckReport:
@@ -136,8 +135,7 @@ def _irreversible(plan: Plan, names: Mapping[str, Shape | None] | None) -> str:
 # --- invert ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class InvertReport:
+class InvertReport(Record):
     """The plan that undoes a plan.
 
     Attributes:
@@ -151,7 +149,7 @@ class InvertReport:
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("plan invert", asdict(self))
+        return to_json("plan invert", self._asdict())
 
 
 def invert_plan(plan: Plan, checkpoint: str | Path | None = None) -> InvertReport:
@@ -178,8 +176,7 @@ def invert_plan(plan: Plan, checkpoint: str | Path | None = None) -> InvertRepor
 # --- show -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ShowReport:
+class ShowReport(Record):
     """A plan in words, and with a checkpoint what becomes of each of its parameters and slots.
 
     Attributes:
@@ -205,7 +202,7 @@ class ShowReport:
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("plan show", {**asdict(self), "rows": [row._asdict() for row in self.rows]})
+        return to_json("plan show", {**self._asdict(), "rows": [row._asdict() for row in self.rows]})
 
 
 def show_plan(plan: Plan, checkpoint: str | Path | None = None) -> ShowReport:
@@ -254,8 +251,8 @@ def _guard_in_words(plan: Plan) -> Iterator[str]:
 
 
 def _policy_in_words(plan: Plan) -> Iterator[str]:
-    default = asdict(type(plan.policy)())
-    for key, value in asdict(plan.policy).items():
+    default = type(plan.policy)()._asdict()
+    for key, value in plan.policy._asdict().items():
         if value != default[key]:
             yield f"{key} = {value}"
     if plan.optimizer:

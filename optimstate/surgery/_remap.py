@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from optimstate._record import Record
 from optimstate.errors import DestinationError, RepresentationError
 from optimstate.files import Progress, check_destination
 from optimstate.formats import torch_zip
@@ -22,8 +22,7 @@ from optimstate.surgery._outcomes import Group, Outcome, outcomes, regrouped
 __all__ = ["RemapReport", "remap"]
 
 
-@dataclass(frozen=True)
-class RemapReport:
+class RemapReport(Record):
     """What a plan did to a checkpoint, or would do.
 
     Attributes:
@@ -53,7 +52,7 @@ class RemapReport:
         """A JSON document of a stable form."""
         outcomes = {section: [found._asdict() for found in rows] for section, rows in self.outcomes.items()}
         groups = {section: [found._asdict() for found in rows] for section, rows in self.groups.items()}
-        return to_json("remap", {**asdict(self), "outcomes": outcomes, "groups": groups})
+        return to_json("remap", {**self._asdict(), "outcomes": outcomes, "groups": groups})
 
 
 def remap(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from optimstate._record import Record
 from optimstate.errors import CheckpointError, MigrationError
 from optimstate.files import Progress
 from optimstate.formats.registry import open_document
@@ -30,8 +30,7 @@ class SuggestedRule(NamedTuple):
     toml: str
 
 
-@dataclass(frozen=True)
-class SuggestReport:
+class SuggestReport(Record):
     """A proposed plan.
 
     Attributes:
@@ -58,7 +57,7 @@ class SuggestReport:
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         rules = [rule._asdict() for rule in self.rules]
-        return to_json("plan suggest", {**asdict(self), "rules": rules, "complete": self.complete})
+        return to_json("plan suggest", {**self._asdict(), "rules": rules, "complete": self.complete})
 
 
 def suggest_plan(

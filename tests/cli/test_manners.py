@@ -178,10 +178,17 @@ def test_long_work_shows_rate_and_time_left_on_a_terminal_only(
             assert re.search(r"-:--:--|\d:\d\d:\d\d", text)
 
 
-@pytest.mark.parametrize(
-    "words", [["diff", "old.pt", "old.pt"], ["verify", "checkpoint.pt"], LINES["plan suggest"]], ids=" ".join
-)
-def test_what_reads_all_bytes_says_how_far_it_is(
+READERS = [
+    ["diff", "old.pt", "old.pt"],
+    ["verify", "checkpoint.pt"],
+    LINES["plan suggest"],
+    ["name", str(corpus.case("torch/adam_unnamed_wd").entry), "named.pt"],
+    ["remap", "--drop", "mlp.*", "old.pt", "out.pt"],
+]
+
+
+@pytest.mark.parametrize("words", READERS, ids=lambda words: words[0])
+def test_what_takes_all_bytes_says_how_far_it_is(
     words: list[str], checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from collections.abc import Callable, Iterator
