@@ -102,7 +102,8 @@ def _model(tree: Any, path: str | Path) -> dict[str, Shape]:
         known = {name: shape for name, shape in found.items() if shape is not None}
         if known:
             return known
-    raise CheckpointError("it names no parameters", path=path, hint="`optimstate inspect` shows what it holds.")
+    what = "the shapes of its parameters are not known" if any(names.values()) else "it names no parameters"
+    raise CheckpointError(what, path=path, hint="`optimstate inspect` shows what it holds.")
 
 
 def _contents(trees: Sequence[Any], progress: Progress | None) -> list[dict[str, str]]:

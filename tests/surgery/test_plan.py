@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from optimstate import surgery
 from optimstate.errors import CheckpointError, DestinationExistsError, PlanError
+from optimstate.formats._protocol import WriteOptions
 from optimstate.plan.rules import Plan
 from tests import corpus
 from tests.support import digest, unlike
@@ -66,6 +68,38 @@ def test_a_suggested_plan_fits_and_gives_the_targets_names(tmp_path: Path) -> No
     assert {name.removeprefix("module.") for name in moved["model"]} == set(torch.load(new)["model"])
     parts = [before["model"][f"module.encoder.1.{x}.weight"] for x in "qkv"]
     assert torch.equal(moved["model"]["module.encoder.1.qkv.weight"], torch.cat(parts))
+
+
+REAL = [
+    "accelerate/save_state_adamw",
+    "dcp/single_adamw_nested",
+    "deepspeed/z3_ws2_bf16_adamw",
+    "lightning/adamw_named_groups",
+    "optimstate/ema_averaged_model",
+    "stable_baselines3/ppo",
+    "torch/compile_prefixed_adamw",
+    "torch/tied_adam_named",
+    "transformers/llama_tied_sharded",
+]
+
+
+@pytest.mark.parametrize("headers", [False, True], ids=["contents", "headers"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_checkpoints_whose_modules_are_renamed(name: str, headers: bool, tmp_path: Path) -> None:
+    """What renames the commonest outermost module is found again, and does to the file what the rename did."""
+    source = corpus.case(name).entry
+    if name.startswith("deepspeed"):  # read, but not written, as it is
+        surgery.convert(source, tmp_path / "whole.pt", options=WriteOptions(drop_opaque=True))
+        source = tmp_path / "whole.pt"
+    names = [row.target for row in surgery.show_plan(Plan(), source).rows if row.section.startswith("model")]
+    ((top, _),) = Counter(name.split(".")[0] for name in names if "." in name).most_common(1)
+    renamed, again = (tmp_path / f"{word}{source.suffix}" for word in ("renamed", "again"))
+    surgery.remap(source, renamed, Plan.from_options(rename=[f"{top}.{{p**}}=other_{top}.{{p}}"]))
+    report = surgery.suggest_plan(source, renamed, headers=headers)
+    assert report.complete
+    surgery.remap(source, again, Plan.from_toml(report.plan))
+    difference = surgery.diff(renamed, again)
+    assert (difference.changes, difference.equal > 0) == ((), True)
 
 
 def test_contents_settle_what_shapes_leave_open(tmp_path: Path) -> None:
@@ -174,6 +208,7 @@ def test_neither_checking_nor_the_others_import_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from optimstate import surgery
+from optimstate.formats._protocol import WriteOptions
 from optimstate.plan.rules import Plan
 plan = Plan.from_file({str(plan)!r})
 surgery.check_plan(plan, {str(DENSE)!r}, target={str(EXPERTS)!r})
@@ -267,8 +302,6 @@ def test_a_report_counts_every_slot_and_parameter(tmp_path: Path) -> None:
 
 
 def test_the_counts_are_those_of_the_rows() -> None:
-    from collections import Counter
-
     plan = Plan.from_options(duplicate=["layers.{i}.mlp.fc1.{p}=layers.{i}.e.{e=0..2}.{p}"], fresh=["**.norm.*"])
     report = surgery.remap(DENSE, None, plan, dry_run=True)
     rows = Counter((row.section, row.slot, row.outcome, row.reason) for row in surgery.show_plan(plan, DENSE).rows)
