@@ -113,9 +113,9 @@ def start(setting: Setting) -> list[Row]:
     """What it takes to say something at all, against importing what the command line is built on."""
     rows = []
     peer = Job("import typer, rich", [sys.executable, "-c", "import typer, rich"])
-    for words in (["--version"], ["--help"], ["remap", "--help"], ["plan", "--help"]):
+    for words in (["--version"], ["--help"], ["remap", "--help"]):
         ours = Job("start", [*setting.tool, *words], check=says_its_name)
-        measured = compare(ours, peer, pairs=3 * setting.pairs)
+        measured = compare(ours, peer, pairs=setting.pairs)
         rows += standard_rows(f"{' '.join(words)} / {peer.name}", measured, wall=2.0, peak=None)
     return rows
 
