@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CorruptCheckpointError
-from optimstate.files import check_destination, chunks
+from optimstate.files import Progress, check_destination, chunks
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_document
 from optimstate.surgery._common import opening, to_json
@@ -112,7 +112,7 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
     return strip(document.tree, document, ""), notes
 
 
-def verify_checksums(document: Document) -> int:
+def verify_checksums(document: Document, progress: Progress | None = None) -> int:
     """Read every storage whose container recorded a checksum and compare.
 
     Returns:
@@ -130,6 +130,8 @@ def verify_checksums(document: Document) -> int:
         value = 0
         for block in chunks(node.storage.pieces):
             value = zlib.crc32(block, value)
+            if progress is not None:
+                progress(len(block))
         if value != node.storage.crc:
             raise CorruptCheckpointError(
                 f"the bytes of {format_path(path)} do not match their checksum",
