@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optimstate.cli.app import Force, Json, app, register
+from optimstate.cli.app import Force, Json, app, epilog, register
 
 if TYPE_CHECKING:
     from optimstate._demo.experiment import Arm, Experiment
@@ -22,7 +22,10 @@ COLOURS = (("red", "#d62728"), ("yellow", "#e69f00"), ("green", "#2ca02c"), ("ma
 """Of the ways to go on, in a terminal and in the SVG."""
 
 
-@app.command(epilog="Example: optimstate demo --out optimstate-demo --seed 1")
+@app.command(
+    short_help="Train, make experts, resume with and without the state.",
+    epilog=epilog("optimstate demo", "optimstate demo --out there --seed 1 --steps 1000"),
+)
 def demo(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to leave the files.")] = Path("optimstate-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of the weights and the order of the text.")] = 0,
@@ -97,8 +100,6 @@ def _migrate(experiment: Experiment, say: Callable[..., Any], *, quiet: bool) ->
     from optimstate._demo.proof import prove
 
     experiment.write_plan()
-    say("\nplan.toml")
-    say("\n".join(f"  {line}".rstrip() for line in experiment.plan.read_text(encoding="utf-8").splitlines()))
     for words in (
         ("remap", "old.pt", "new.pt", "--plan", "plan.toml"),
         ("verify", "new.pt", "--against", "old.pt", "--plan", "plan.toml"),
