@@ -254,7 +254,10 @@ def converted(ran: Ran) -> None:
     flat = load_file(ran.folder / "train.safetensors")
     assert torch.equal(flat["optimizer.state.embed.weight.exp_avg"], by_name(old)["embed.weight"]["exp_avg"])
     dcp_to_torch_save(ran.folder / "train-dcp", ran.folder / "back.pt")
-    moved(ran, ran.load("back.pt"), lambda name: name)
+    back = ran.load("back.pt")
+    # In folders of torch.distributed.checkpoint, torch's own too, keys are strings.
+    back["optimizer"]["state"] = {int(key): slots for key, slots in back["optimizer"]["state"].items()}
+    moved(ran, back, lambda name: name)
 
 
 def gathered(ran: Ran) -> None:
