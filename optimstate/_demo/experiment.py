@@ -133,11 +133,11 @@ class Experiment:
         torch_state = _cloned(torch_state)
         arms = [
             Arm("fresh", "a  fresh optimizer state", self._continued(self.migrated(hooks.reset("all")))),
-            Arm("torch", "b  torch by name, strict=False", self._continued(self.torch_resumed(torch_state))),
+            Arm("torch", "b  torch by name, not strict", self._continued(self.torch_resumed(torch_state))),
             Arm("migrated", "c  migrated by the plan", self._continued(self.migrated())),
             Arm(
                 "rewarmed",
-                f"d  fresh, lr warmed up again ({REWARM} steps)",
+                "d  fresh, lr warmed up again",
                 self._continued(self.migrated(hooks.reset("all")), warm_up=REWARM),
             ),
             Arm("dense", "e  no experts, nothing changed", self._continued(self.dense)),
