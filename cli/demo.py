@@ -129,19 +129,19 @@ def _report(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> None:
 
     typer.echo("torch.optim.AdamW.load_state_dict with the old state:")
     typer.echo(f"  {refusal}")
-    typer.echo("torch.distributed.checkpoint.state_dict.set_optimizer_state_dict(strict=False):")
+    typer.echo("torch.distributed.checkpoint's set_optimizer_state_dict with strict=False:")
     typer.echo(f"  {experiment.torch_silence}\n")
-    typer.echo(
-        "held-out loss in nats a character; weights, batches and learning rate are the same everywhere, only the"
-    )
-    typer.echo(f"optimizer's state differs (and in d the learning rate, which rises again over {REWARM} steps)\n")
-    looks = sorted({min(look, experiment.after) for look in (8, 16, 32, experiment.after)})
+    typer.echo("held-out loss in nats a character: weights, batches and learning rate are the")
+    typer.echo("same, only the optimizer's state differs (and in d the learning rate, which")
+    typer.echo(f"rises again over {REWARM} steps). worst: the highest rise over the loss at the")
+    typer.echo("switch; below after: tokens until the loss stays below that\n")
+    looks = sorted({min(look, experiment.after) for look in (16, 32, experiment.after)})
     rows = []
     for arm in arms:
         back = "not yet" if arm.recovered is None else f"{arm.recovered:,}"
         losses = [f"{arm.at(step):.3f}" for step in (0, *looks)]
         rows.append([arm.label, *losses, f"{arm.worst:+.3f}", back])
-    typer.echo(_render.table(["", "switch", *(f"+{look}" for look in looks), "worst", "tokens until below"], rows))
+    typer.echo(_render.table(["", "switch", *(f"+{look}" for look in looks), "worst", "below after"], rows))
     typer.echo()
     typer.echo(_plot(arms))
 

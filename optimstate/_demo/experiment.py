@@ -140,7 +140,7 @@ class Experiment:
                 "d  fresh, lr warmed up again",
                 self._continued(self.migrated(hooks.reset("all")), warm_up=REWARM),
             ),
-            Arm("dense", "e  no experts, nothing changed", self._continued(self.dense)),
+            Arm("dense", "e  no experts, no change", self._continued(self.dense)),
         ]
         self._write(arms)
         return arms
@@ -167,8 +167,8 @@ class Experiment:
         without = sum(not run.optimizer.state.get(p) for p in every)
         names = run.optimizer.param_groups[0].get("param_names", ())
         self.torch_silence = (
-            f"no error, no warning; {without} of {len(every)} parameters have no state, "
-            f"and its param_names are {len(names)} names"
+            f"no error, no warning; {without} of {len(every)} parameters start without state, "
+            f"param_names has {len(names)}"
         )
         return run
 

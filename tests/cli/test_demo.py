@@ -109,7 +109,7 @@ def test_each_way_has_the_state_that_it_says(experiment: Experiment) -> None:
 
     by_name = experiment.torch_resumed(get_optimizer_state_dict(experiment.dense.model, experiment.dense.optimizer))
     assert names(by_name) == set(origin) & set(slots)
-    assert experiment.torch_silence.startswith("no error, no warning; 34 of 56 parameters have no state")
+    assert experiment.torch_silence.startswith("no error, no warning; 34 of 56 parameters start without state")
     runs = [migrated, by_name, experiment.dense]
     assert len({found.optimizer.param_groups[0]["lr"] for found in runs}) == 1
     assert len({found.scheduler.last_epoch for found in runs}) == 1
