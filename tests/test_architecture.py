@@ -27,10 +27,11 @@ ALLOWED = {
     "distributed": {"errors", "tensors", "tree", "state", "plan", "formats"},
     "hooks": {"errors", "tensors", "tree", "state", "plan"},
     "_resume": {"errors", "tensors", "tree", "state", "plan", "formats", "hooks", "files"},
-    "cli": {"errors", "files", "tensors", "tree", "state", "surgery", "formats", "plan"},
+    "cli": {"errors", "files", "tensors", "tree", "state", "surgery", "formats", "plan", "_demo"},
+    "_demo": {"errors", "optim", "hooks"},
     "__init__": {"errors"},
 }
-MAY_IMPORT_TORCH = {"optim", "hooks", "distributed"}
+MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "_demo"}
 MAY_IMPORT_TERMINAL = {"cli"}
 
 
