@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 
 from optimstate.errors import PlanError, StateMismatchError
-from optimstate.hooks._live import Live, stripped
+from optimstate.hooks._live import Live
 from optimstate.plan.resolve import Resolver
 from optimstate.plan.rules import Plan
 from optimstate.state.model import OptimizerState, Slots
+from optimstate.state.names import unwrapped
 
 __all__ = ["METADATA", "Fill", "Request", "Source", "StateDict", "in_sequence", "is_settled", "named"]
 
@@ -76,9 +77,9 @@ class Request:
                 hint="Register it before them.",
             )
         names = [[str(name) for name in group.names or ()] for group in self.state.groups]
-        rename = stripped(name for group in names for name in group)
+        rename = unwrapped(name for group in names for name in group)
         self.state = self.state.named([[rename(name) for name in group] for group in names])
-        self.live = self.live.renamed(stripped(name for group in self.live.names for name in group))
+        self.live = self.live.renamed(unwrapped(name for group in self.live.names for name in group))
 
 
 def in_sequence(first: Plan, second: Plan) -> Plan:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from optimstate.errors import MigrationError
-from optimstate.hooks._live import stripped
 from optimstate.hooks._load import LOGGER
 from optimstate.hooks._report import Report
 from optimstate.plan.execute import execute_model
 from optimstate.plan.migration import Inventory, SectionMoves, Target
 from optimstate.plan.planner import model_inventory, plan_migration
 from optimstate.plan.rules import Plan
+from optimstate.state.names import unwrapped
 from optimstate.state.scheduler import regroup_scheduler_state
 
 __all__ = ["ModelHook", "ModelLoad", "migrate_model", "migrate_scheduler"]
@@ -41,7 +41,7 @@ class ModelLoad:
         self._rest = {name: value for name, value in ours.items() if not torch.is_tensor(value) or name == _COUNT}
         tensors = {name: value for name, value in ours.items() if name not in self._rest}
         own = {name: value for name, value in live.items() if torch.is_tensor(value) and name != _COUNT}
-        plain, plain_live = stripped(tensors), stripped(own)
+        plain, plain_live = unwrapped(tensors), unwrapped(own)
         self._tensors = {plain(name): value for name, value in tensors.items()}
         self._live = {plain_live(name): (name, value) for name, value in own.items()}
         for before, after in ((tensors, self._tensors), (own, self._live)):
