@@ -16,9 +16,9 @@ from optimstate.hooks._report import Report
 from optimstate.plan.execute import execute_model
 from optimstate.plan.migration import Inventory, SectionMoves, Target
 from optimstate.plan.planner import model_inventory, plan_migration
+from optimstate.plan.regroup import followed
 from optimstate.plan.rules import Plan
 from optimstate.state.names import unwrapped
-from optimstate.state.scheduler import regroup_scheduler_state
 
 __all__ = ["ModelHook", "ModelLoad", "migrate_model", "migrate_scheduler"]
 
@@ -134,18 +134,4 @@ def migrate_scheduler(state_dict: Mapping[str, Any], moves: SectionMoves | None)
     Raises:
         MigrationError: The state does not fit the old groups, or holds lists of unknown meaning.
     """
-    if moves is None or moves.group_map == [[number] for number in range(moves.old_groups)]:
-        return dict(state_dict)
-    fresh: dict[int, dict[str, Any]] = {}
-    for number, group in enumerate(moves.groups):
-        if group.base is None:
-            lr = group.options.get("lr")
-            fresh[number] = {"base_lrs": group.options.get("initial_lr", lr), "_last_lr": lr}
-    # Where several old groups became one, the planner has chosen the one that stands for them.
-    group_map = [[] if group.base is None else [group.base] for group in moves.groups]
-    made = regroup_scheduler_state(state_dict, group_map, fresh=fresh)
-    if isinstance(made.get("base_lrs"), list):  # a group that was given another initial learning rate starts from that
-        made["base_lrs"] = [
-            group.options.get("initial_lr", lr) for group, lr in zip(moves.groups, made["base_lrs"], strict=True)
-        ]
-    return made
+    return dict(state_dict) if moves is None else followed(state_dict, moves)

@@ -19,10 +19,10 @@ from optimstate.plan.planner import (
     optimizer_inventory,
     plan_migration,
 )
+from optimstate.plan.regroup import followed, reschedules
 from optimstate.plan.rules import Plan
 from optimstate.state.model import OptimizerState
 from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
-from optimstate.state.scheduler import regroup_scheduler_state
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors import LazyTensor
 from optimstate.tree import Opaque, rebuilt_mapping, replaced
@@ -143,15 +143,19 @@ class _Checkpoint:
             elif moves.changes:
                 made[id(section.node)] = _rebuilt_model(section, moves, prefix)
         for section, moves in self._followed(migration):
-            made[id(section.node)] = _regrouped(self.plan, section, moves)
+            made[id(section.node)] = rebuilt_mapping(section.node, followed(section.node, moves))
         return made
 
     def _followed(self, migration: Migration) -> list[tuple[Section, SectionMoves]]:
-        """The schedulers whose optimizer has other param groups, with what became of these."""
+        """The schedulers whose optimizer has other param groups or options, with what became of these."""
         optimizers = [
             migration.sections[key] for key, (section, _) in self.named.items() if section.kind == "optimizer"
         ]
-        changed = [moves for moves in optimizers if moves.group_map != [[n] for n in range(moves.old_groups)]]
+        changed = [
+            moves
+            for key, moves in migration.sections.items()
+            if key in self.states and reschedules(moves, self.states[key].groups)
+        ]
         if not changed or not self.schedulers:
             return []
         if len(optimizers) == 1 and not any(section.kind == "optimizer" for section in self.anonymous):
@@ -217,25 +221,6 @@ def _refuse_other_parameters(section: Section, migration: Migration) -> None:
                 hint="Save it with names (build the optimizer from model.named_parameters()), "
                 "or convert only the weights.",
             )
-
-
-def _regrouped(plan: Plan, section: Section, moves: SectionMoves) -> dict[str, Any]:
-    fresh: dict[int, dict[str, Any]] = {}
-    for number, group in enumerate(moves.groups):
-        if not group.sources:
-            lr = group.options.get("initial_lr", group.options.get("lr"))
-            fresh[number] = {"base_lrs": lr, "_last_lr": group.options.get("lr")}
-    group_map = [
-        [group.base] if group.base is not None and len(group.sources) > 1 else list(group.sources)
-        for group in moves.groups
-    ]
-    made = regroup_scheduler_state(section.node, group_map, merge=plan.policy.merge, fresh=fresh)
-    for number, group in enumerate(moves.groups):
-        # A group with another initial learning rate than its old one is scheduled from that.
-        if "initial_lr" in group.options and isinstance(made.get("base_lrs"), list):
-            made["base_lrs"][number] = group.options["initial_lr"]
-    rebuilt: dict[str, Any] = rebuilt_mapping(section.node, made)
-    return rebuilt
 
 
 def _rebuilt_model(section: Section, moves: SectionMoves, prefix: str) -> dict[str, Any]:
