@@ -56,6 +56,8 @@ class _Matching(LoadHook):
 class _Casting(LoadHook):
     """A hook that has something left to do after torch has loaded."""
 
+    after_loading = True
+
     def __init__(self, casts: Casts) -> None:
         self._casts = casts
 

@@ -262,10 +262,9 @@ class _Run:
         from optimstate.hooks._request import Request, is_settled, named
         from optimstate.plan.planner import optimizer_inventory
 
-        state = named(OptimizerState.from_node(self.parts.take("optimizer")))
         keeps_names = all("param_names" in group for group in optimizer.param_groups)
         live = Live.of(optimizer, None if keeps_names else model)
-        request = Request(state, live)
+        request = Request(named(OptimizerState.from_node(self.parts.take("optimizer")), live), live)
         if not any(mentions_wrapper(t.text) for rule in self.plan.all_rules() for t in rule.sources or rule.targets):
             request.strip_prefixes()
         self._inventories["optimizer"] = optimizer_inventory(request.state)
