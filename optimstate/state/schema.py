@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from optimstate._record import Record
 
 __all__ = [
     "ALGORITHMS",
@@ -28,8 +29,7 @@ SlotKind = Literal["like_param", "scalar", "row", "col", "flat", "opaque"]
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(Record):
     """One named piece of state per parameter.
 
     Attributes:
@@ -45,8 +45,7 @@ class Slot:
     power: int = 0
 
 
-@dataclass(frozen=True)
-class Algorithm:
+class Algorithm(Record):
     """An optimizer that can be recognised from its state dict.
 
     Attributes:

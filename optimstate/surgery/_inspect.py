@@ -289,11 +289,6 @@ class _SlotCount:
         self.nbytes += times * DTYPES[dtype].itemsize * math.prod(shape)
 
 
-def _is_plain(found: Mapping[Any, Any]) -> bool:
-    """Whether no slot holds others."""
-    return not any(type(value) is not LazyTensor and isinstance(value, Mapping) for value in found.values())
-
-
 def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> OptimizerInfo:
     # Checkpoints have few kinds of slots and many tensors: what costs something is done once for each kind.
     tensors: dict[tuple[str, str, tuple[int, ...]], int] = {}
@@ -305,14 +300,17 @@ def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> Optimi
         if not found:
             fresh += 1
             continue
-        for slot, value in found.items() if _is_plain(found) else _slots(found):
+        for slot, value in found.items():
             if type(value) is LazyTensor:
                 kind = (slot, value.dtype, value.shape)
                 tensors[kind] = tensors.get(kind, 0) + 1
-            else:
-                slots.setdefault(slot, _SlotCount()).add(value)
-            if slot == "step" or (type(slot) is str and slot.endswith(".step")):
-                steps[scalars.text(value)] += 1
+                if slot == "step":
+                    steps[scalars.text(value)] += 1
+                continue
+            for path, inner in _slots({slot: value}):
+                slots.setdefault(path, _SlotCount()).add(inner)
+                if path == "step" or path.endswith(".step"):
+                    steps[scalars.text(inner)] += 1
     for (slot, dtype, shape), times in tensors.items():
         slots.setdefault(slot, _SlotCount()).add_tensors(dtype, shape, times)
     if not steps:  # some algorithms count per group
