@@ -18,7 +18,6 @@ from optimstate.plan.planner import (
     optimizer_inventory,
     plan_migration,
 )
-from optimstate.plan.regroup import followed, reschedules
 from optimstate.plan.rules import Plan
 from optimstate.state.model import OptimizerState
 from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
@@ -141,12 +140,14 @@ class _Checkpoint:
                     made[id(section.node)] = _with_prefix(state, prefix).to_node()
             elif moves.changes:
                 made[id(section.node)] = _rebuilt_model(section, moves, prefix)
-        for section, moves in self._followed(migration):
-            made[id(section.node)] = rebuilt_mapping(section.node, followed(section.node, moves))
+        if self.schedulers:
+            made.update(self._followed(migration))
         return made
 
-    def _followed(self, migration: Migration) -> list[tuple[Section, SectionMoves]]:
-        """The schedulers whose optimizer has other param groups or options, with what became of these."""
+    def _followed(self, migration: Migration) -> dict[int, Any]:
+        """The schedulers whose optimizer has other param groups or options, by the id of the old one."""
+        from optimstate.plan.regroup import followed, reschedules
+
         optimizers = [
             migration.sections[key] for key, (section, _) in self.named.items() if section.kind == "optimizer"
         ]
@@ -155,8 +156,8 @@ class _Checkpoint:
             for key, moves in migration.sections.items()
             if key in self.states and reschedules(moves, self.states[key].groups)
         ]
-        if not changed or not self.schedulers:
-            return []
+        if not changed:
+            return {}
         if len(optimizers) == 1 and not any(section.kind == "optimizer" for section in self.anonymous):
             pairs = [(section, optimizers[0]) for section in self.schedulers]
         elif len(self.schedulers) == len(optimizers):
@@ -169,7 +170,11 @@ class _Checkpoint:
                 ],
                 hint="Migrate the optimizers one at a time, or write the schedulers anew.",
             )
-        return [(section, moves) for section, moves in pairs if moves in changed and isinstance(section.node, Mapping)]
+        return {
+            id(section.node): rebuilt_mapping(section.node, followed(section.node, moves))
+            for section, moves in pairs
+            if moves in changed and isinstance(section.node, Mapping)
+        }
 
 
 def _plain_tensors(section: Section, prefix: str) -> dict[str, Any]:
