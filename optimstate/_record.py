@@ -66,10 +66,10 @@ class Record:
             if name not in values:
                 if name in self._factories:
                     values[name] = self._factories[name]()
-                elif name not in cls.__dict__:
+                elif not hasattr(cls, name):
                     raise TypeError(f"{cls.__name__} needs {name}")
                 else:
-                    values[name] = cls.__dict__[name]
+                    values[name] = getattr(cls, name)
 
     def __post_init__(self) -> None:
         pass

@@ -119,6 +119,7 @@ def check_names(live: Sequence[Group], saved: Sequence[Group], states: Mapping[A
     moved = [
         (old_name, name)
         for group, old in zip(live, saved, strict=True)
+        if len(old.get("param_names") or ()) == len(old["params"])  # else no name is that of its position
         for key, name, old_name in zip(
             old["params"], group.get("param_names") or (), old.get("param_names") or (), strict=False
         )

@@ -104,6 +104,8 @@ def convert(
             if target == "safetensors" and not options.clone_views:
                 notes += [_stored_once(names) for names in changes.tied]
         written = get_format(target)
+        if options.drop_opaque and target == "torch" and any(isinstance(node, Opaque) for node in nodes(tree)):
+            notes.append("nothing was left out: a torch file holds objects of other classes as they are")
         if not dry_run:
             like = document if section is None else None
             notes += written.write(tree, destination, like=like, options=options)

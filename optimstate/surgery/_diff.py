@@ -145,12 +145,13 @@ class _Comparison:
         assert shown is not None
         label = f"{shown.kind} at {shown.label}"
         mine, theirs = _View(left), _View(right)
-        self._compare_tensors(label, mine.tensors, theirs.tensors)
-        self._compare_values(label, mine.values, theirs.values)
+        renamed = self._compare_tensors(label, mine.tensors, theirs.tensors)
+        self._compare_values(label, _followed(mine.values, renamed), theirs.values)
         if left is not None and right is not None and left.kind == "model":
             self._compare_sharing(label, mine.tensors, theirs.tensors)
 
-    def _compare_tensors(self, label: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    def _compare_tensors(self, label: str, mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
+        """Note the differences; gives the renamed ones."""
         removed = [name for name in mine if name not in theirs]
         added = [name for name in theirs if name not in mine]
         renamed = (
@@ -169,6 +170,7 @@ class _Comparison:
         for name in added:
             if name not in renamed.values():
                 self.changes.append(Change(label, "added", name, "", describe(theirs[name])))
+        return renamed
 
     def _compare_tensor(self, label: str, name: str, a: Any, b: Any) -> None:
         if not isinstance(a, LazyTensor) or not isinstance(b, LazyTensor):
@@ -199,6 +201,20 @@ class _Comparison:
                     if first in other and name in other and not _share(other[first], other[name]):
                         left, right = ("shared", "separate") if other is theirs else ("separate", "shared")
                         self.changes.append(Change(label, "sharing", f"{first}, {name}", left, right))
+
+
+def _followed(values: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The values of an optimizer's slots under the new names of parameters whose other slots were renamed."""
+    names: dict[str, str] = {}
+    for old, new in renamed.items():
+        parameter, _, slot = old.rpartition(" ")
+        if parameter and new.endswith(f" {slot}"):
+            names[parameter] = new.removesuffix(f" {slot}")
+    moved: dict[str, Any] = {}
+    for key, value in values.items():
+        parameter, _, slot = key.rpartition(" ")
+        moved[f"{names[parameter]} {slot}" if parameter in names else key] = value
+    return moved
 
 
 def _share(a: Any, b: Any) -> bool:
