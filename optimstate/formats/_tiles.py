@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.files import Extent
-from optimstate.tensors import Storage
+from optimstate.tensors import DTYPES, LazyTensor, Storage
 
-__all__ = ["DeferredStorage", "Tile", "check_tiling", "tiled"]
+__all__ = ["DeferredStorage", "Tile", "check_tiling", "tensor_of_pieces", "tiled"]
 
 _MAX_IRREGULAR = 2000  # pieces that do not form a grid are compared pair by pair
 
@@ -59,6 +59,14 @@ class DeferredStorage(Storage):
             if found != self.nbytes:
                 raise CorruptCheckpointError(f"{found} bytes where {self.nbytes} are declared")
         return self._pieces
+
+
+def tensor_of_pieces(dtype: str, shape: tuple[int, ...], pieces: Callable[[], Sequence[Tile]]) -> LazyTensor:
+    """A tensor whose pieces, which fill it (see `check_tiling`), are located when its elements are asked for."""
+    about = DTYPES[dtype]
+    nbytes = prod(shape) * about.itemsize
+    storage = DeferredStorage(nbytes, lambda: tiled(shape, about.itemsize, pieces()), about.storage or "UntypedStorage")
+    return LazyTensor(storage, dtype, shape)
 
 
 def check_tiling(shape: Sequence[int], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:

@@ -23,11 +23,11 @@ from optimstate.errors import (
     RepresentationError,
     UnsupportedCheckpointError,
 )
-from optimstate.files import AtomicDirectory, AtomicFile, Extent, FileSlice, FileSource
+from optimstate.files import AtomicDirectory, AtomicFile, FileSlice, FileSource
 from optimstate.formats import _dcp_tree, torch_zip
 from optimstate.formats._dcp_metadata import Item, Metadata, TensorItem, dump_metadata, load_metadata
 from optimstate.formats._protocol import Document, WriteOptions
-from optimstate.formats._tiles import DeferredStorage, Tile, check_tiling, tiled
+from optimstate.formats._tiles import Tile, check_tiling, tensor_of_pieces
 from optimstate.formats._unpickle import MAX_PICKLE_BYTES
 from optimstate.formats.registry import detect, get_format
 from optimstate.formats.safetensors import MAX_HEADER
@@ -129,19 +129,14 @@ class _Items:
             check_tiling(about.shape, [(offsets, sizes) for offsets, sizes, _ in about.chunks])
         except CheckpointError as error:
             raise type(error)(f"tensor {name!r}: {error.message}", path=self.folder) from error
-        dtype = DTYPES[about.dtype]
-
-        def locate() -> tuple[Extent, ...]:
-            tiles = [
-                Tile(offsets, sizes, self._piece(name, about.dtype, sizes, item))
-                for offsets, sizes, item in about.chunks
-            ]
-            return tiled(about.shape, dtype.itemsize, tiles)
-
         for _, _, item in about.chunks:
             self.slice(item)  # a missing or short file is an error of opening
-        made = LazyTensor(Storage((), 0), about.dtype, about.shape, requires_grad=about.requires_grad)
-        made.storage = DeferredStorage(made.nbytes, locate, dtype.storage or "UntypedStorage")
+        made = tensor_of_pieces(
+            about.dtype,
+            about.shape,
+            lambda: [Tile(at, n, self._piece(name, about.dtype, n, item)) for at, n, item in about.chunks],
+        )
+        made.requires_grad = about.requires_grad
         return made
 
     def _piece(self, name: str, dtype: str, sizes: tuple[int, ...], item: Item) -> Storage:
