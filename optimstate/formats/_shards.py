@@ -8,16 +8,17 @@ Sources: `torch.distributed.tensor` (DTensor, placements, shard order), `torch.d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
+from optimstate.formats._tiles import region
 from optimstate.tensors import DTYPES, LazyTensor
 from optimstate.tree import GlobalName, Opaque
 
-__all__ = ["SHARDED_CLASSES", "Box", "ShardRecord", "is_sharded", "region", "shard_record"]
+__all__ = ["SHARDED_CLASSES", "Box", "ShardRecord", "is_sharded", "shard_record"]
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Where a part begins in each dimension, and its sizes."""
@@ -91,11 +92,6 @@ def shard_record(node: Any) -> ShardRecord | None:
         raise UnsupportedCheckpointError(message[:300], hint=hint) from None
     is_parameter = node.type.path == "torch._utils._rebuild_parameter"
     return ShardRecord(dtype, shape, parts, boxes, node.arguments[1] is True if is_parameter else grad, is_parameter)
-
-
-def region(offsets: Sequence[int], sizes: Sequence[int]) -> str:
-    """A part as Python would slice it."""
-    return "[" + ", ".join(f"{start}:{start + size}" for start, size in zip(offsets, sizes, strict=True)) + "]"
 
 
 def _numbers(value: Any) -> tuple[int, ...]:

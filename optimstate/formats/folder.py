@@ -1,7 +1,7 @@
 """A folder as a tree: a dict whose keys are the names of its files, recursively.
 
-Files of known container formats are entered; any other file is an `OpaqueFile` and is copied as it is. Files that several
-ranks wrote of the same tensors are one entry (see `ranks`).
+Files of known container formats are entered; any other file is an `OpaqueFile` and is copied as it is. Files that
+several ranks wrote of the same tensors are one entry (see `ranks` and `_hf_shards`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from optimstate.errors import CheckpointError, RepresentationError, UnrecognizedFormatError
 from optimstate.files import AtomicDirectory, AtomicFile, Extent, FileSource, copy_extents
 from optimstate.formats import ranks
+from optimstate.formats._hf_shards import join_shards, shard_files
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import detect, get_format
 from optimstate.formats.safetensors import read_index
@@ -72,15 +73,14 @@ def _read_folder(path: Path, root: Path) -> Document:
 
 def _join_ranks(document: Document) -> None:
     """Files with parts of the same tensors become one entry."""
-    for together, files in ranks.rank_files(document.parts).items():
-        if together in document.tree:
-            together = f"joined.{together}"
-        members = [document.parts.pop(file) for file in files]
-        for file in files:
-            del document.tree[file]
-        part = ranks.joined(document.path / together, members)
-        document.parts[together] = part
-        document.tree[together] = part.tree
+    for find, join in ((ranks.rank_files, ranks.join_ranks), (shard_files, join_shards)):
+        for together, files in find(document.parts).items():
+            name = f"joined.{together}" if together in document.tree.keys() - set(files) else together
+            members = {file: document.parts.pop(file) for file in files}
+            for file in files:
+                del document.tree[file]
+            part = document.parts[name] = join(document.path / name, members)
+            document.tree[name] = part.tree
 
 
 def _read_entry(file: Path, root: Path) -> Document | None:
@@ -122,7 +122,7 @@ def _write_entries(tree: dict[str, Any], folder: Path, like: Document, options: 
         elif part.format == NAME:
             target.mkdir()
             _write_entries(node, target, part, options, notes)
-        elif node is part.tree and (part.path.is_file() or part.format == ranks.NAME):
+        elif node is part.tree and not part.path.is_dir():
             for file in _files_of(part):
                 _copy(file, folder / file.name, options)
         elif node is part.tree:
@@ -134,7 +134,7 @@ def _write_entries(tree: dict[str, Any], folder: Path, like: Document, options: 
 
 def _files_of(part: Document) -> list[Path]:
     """The file of a document, and its shards; the files of the ranks it was put together from."""
-    if part.format == ranks.NAME:
+    if not part.path.exists():
         return [member.path for member in part.parts.values()]
     if not part.path.name.endswith(".safetensors.index.json"):
         return [part.path]

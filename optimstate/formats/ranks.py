@@ -19,8 +19,8 @@ from typing import Any
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats import torch_zip
 from optimstate.formats._protocol import Document, WriteOptions
-from optimstate.formats._shards import SHARDED_CLASSES, Box, ShardRecord, is_sharded, region, shard_record
-from optimstate.formats._tiles import Tile, check_tiling, tensor_of_pieces
+from optimstate.formats._shards import SHARDED_CLASSES, Box, ShardRecord, is_sharded, shard_record
+from optimstate.formats._tiles import Tile, check_tiling, region, tensor_of_pieces
 from optimstate.tensors import LazyTensor, Storage
 from optimstate.tree import Path as TreePath
 from optimstate.tree import difference, format_path, nodes, rebuilt_mapping
@@ -43,7 +43,7 @@ def read(path: Path) -> Document:
     Raises:
         CheckpointError: One is damaged, or they are not the ranks of one run.
     """
-    return joined(path, [torch_zip.read(file) for file in sorted(path.iterdir())])
+    return join_ranks(path, {file.name: torch_zip.read(file) for file in sorted(path.iterdir())})
 
 
 def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
@@ -85,24 +85,24 @@ def _mentions_shards(part: Document) -> bool:
 # --- joining --------------------------------------------------------------------------------------------------------
 
 
-def joined(path: Path, ranks: Sequence[Document]) -> Document:
+def join_ranks(path: Path, files: Mapping[str, Document]) -> Document:
     """One document of those of all ranks.
 
     Args:
         path: What the result is called; nothing need be there.
-        ranks: In the order of the ranks.
+        files: By name, in the order of the ranks.
 
     Raises:
         CheckpointError: A rank is missing, the parts of a tensor do not fill it, or what ranks have in common differs.
     """
-    document = Document(path, NAME, {}, parts={rank.path.name: rank for rank in ranks})
-    joiner = _Joiner([rank.path.name for rank in ranks])
+    document = Document(path, NAME, {}, parts=dict(files))
+    joiner = _Joiner(list(files))
     try:
-        document.tree = joiner.root([rank.tree for rank in ranks])
+        document.tree = joiner.root([rank.tree for rank in files.values()])
     except CheckpointError as error:
         raise type(error)(error.message, path=path, hint=error.hint) from error
-    document.globals = list(dict.fromkeys(name for rank in ranks for name in rank.globals))
-    document.notes = [f"{len(ranks)} files of ranks are one: {', '.join(joiner.files)}", *joiner.notes]
+    document.globals = list(dict.fromkeys(name for rank in files.values() for name in rank.globals))
+    document.notes = [f"{len(files)} files of ranks are one: {', '.join(files)}", *joiner.notes]
     return document
 
 

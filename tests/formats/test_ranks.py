@@ -1,4 +1,4 @@
-"""Files of several ranks, put together: what torch gathers, or an error that names the parameter and what is missing."""
+"""Files of several ranks, put together: what torch gathers, or an error that names parameter and region."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def dtensor(path: Path) -> Opaque:
 
 def test_a_pending_reduction_is_refused_by_name(folder: Callable[[corpus.Case], Path]) -> None:
     path = folder(FSDP2)
-    trees = []
+    trees = {}
     for rank in range(2):
         document = torch_zip.read(path / f"rank{rank}.pt")
         record = document.tree["model"]["tok.weight"]
@@ -207,15 +207,15 @@ def test_a_pending_reduction_is_refused_by_name(folder: Callable[[corpus.Case], 
         partial = GlobalName("torch.distributed.tensor.placement_types", "Partial").record()
         partial.state = {"reduce_op": "sum"}
         spec.state["placements"] = (partial,)
-        trees.append(document)
+        trees[f"rank{rank}.pt"] = document
     with pytest.raises(UnsupportedCheckpointError, match=r"'tok\.weight'.* in rank0\.pt: a DTensor placed as Partial"):
-        ranks.joined(path / "full.pt", trees)
+        ranks.join_ranks(path / "full.pt", trees)
 
 
 @pytest.mark.parametrize("broken", ["mesh", "placements", "_coordinate_on_dim", "_local_tensor"])
 def test_a_record_of_another_form_is_an_error_not_a_guess(broken: str) -> None:
-    documents = [torch_zip.read(FSDP2.entry / f"rank{rank}.pt") for rank in range(2)]
-    fields = documents[0].tree["model"]["tok.weight"].arguments[3][1]
+    documents = {f"rank{rank}.pt": torch_zip.read(FSDP2.entry / f"rank{rank}.pt") for rank in range(2)}
+    fields = documents["rank0.pt"].tree["model"]["tok.weight"].arguments[3][1]
     spec = fields["_spec"].state
     if broken == "_local_tensor":
         fields[broken] = None
@@ -224,7 +224,7 @@ def test_a_record_of_another_form_is_an_error_not_a_guess(broken: str) -> None:
     else:
         spec[broken] = ("x",)
     with pytest.raises(CheckpointError, match=r"in rank0\.pt"):
-        ranks.joined(FSDP2.entry / "full.pt", documents)
+        ranks.join_ranks(FSDP2.entry / "full.pt", documents)
 
 
 # --- where a part is ------------------------------------------------------------------------------------------------
