@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-__all__ = ["WRAPPERS", "in_module_order", "renamed_modules", "wrapper_prefix"]
+__all__ = ["WRAPPERS", "in_module_order", "renamed_modules", "stripped", "wrapper_prefix"]
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
 """What DataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed put before a module's name."""
+
+_INNER = tuple(wrapper for wrapper in WRAPPERS if wrapper != "module.")
 
 
 def wrapper_prefix(names: Iterable[str]) -> str:
@@ -23,6 +25,22 @@ def wrapper_prefix(names: Iterable[str]) -> str:
         else:
             break
     return prefix
+
+
+def stripped(names: Iterable[str]) -> Callable[[str], str]:
+    """How names lose what wrappers put into them, at any depth.
+
+    `module.` is also an honest name of a submodule, so that it counts only where all names begin with it.
+    """
+
+    def inner(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part + "." not in _INNER)
+
+    plain = [inner(name) for name in names]
+    prefix = ""
+    while plain and all(name.startswith(prefix + "module.") for name in plain):
+        prefix += "module."
+    return lambda name: inner(name).removeprefix(prefix)
 
 
 def in_module_order(names: Sequence[str]) -> list[int]:
