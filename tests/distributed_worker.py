@@ -32,12 +32,15 @@ split = 0
 from = "mlp.{p}"
 to = "feed.{p}"
 """
-TRANSPOSED = PLAN + """
+TRANSPOSED = (
+    PLAN
+    + """
 [[rule]]
 from = "turned"
 to = "turned"
 transpose = [0, 1]
 """
+)
 
 
 class Before(nn.Module):
@@ -125,7 +128,7 @@ def resumed(folder: Path, kind: str) -> dict[str, Any]:
     net = sharded(kind)
     optimizer = torch.optim.AdamW(groups(net), **{**OPTIONS, "lr": 9.0})
     found = load(folder / "before.dcp", net, optimizer, plan=Plan.from_toml(TRANSPOSED))
-    state = {name: slots for name, slots in zip(optimizer_names(optimizer, net), optimizer.state.values(), strict=True)}
+    state = dict(zip(optimizer_names(optimizer, net), optimizer.state.values(), strict=True))
     arrived = {
         "model": {name: whole(value) for name, value in net.state_dict().items()},
         "state": {name: {slot: whole(value) for slot, value in slots.items()} for name, slots in state.items()},

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from optimstate import surgery
+from optimstate import distributed, surgery
 from optimstate.distributed import NamedSavePlanner, load, optimizer_names
 from optimstate.errors import CheckpointNotFoundError, MigrationError, StateMismatchError
 from optimstate.formats._protocol import WriteOptions
@@ -131,9 +134,7 @@ def test_what_fails_in_one_process_fails_in_all(
 
 
 @pytest.mark.slow
-def test_a_planner_saves_optimizers_by_name(
-    two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]]
-) -> None:
+def test_a_planner_saves_optimizers_by_name(two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]]) -> None:
     document = open_document(trained[0] / "named.dcp")
     (optimizer,) = (s.optimizer() for s in find_sections(document.tree) if s.kind == "optimizer")
     saved = two_ranks[0]["fsdp"]["saved"]
@@ -216,3 +217,18 @@ def test_the_planner_takes_names_from_the_caller(tmp_path: Path) -> None:
         assert found.state[name]["exp_avg"].tobytes() == value.numpy().tobytes()
     with pytest.raises(CheckpointException, match="4 names for an optimizer of 5 parameters"):
         dcp.save(tree, checkpoint_id=str(tmp_path / "c"), planner=NamedSavePlanner(names[:4]))
+
+
+def test_the_guide_names_what_is_there() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    names = {
+        alias.name
+        for block in blocks
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom) and node.module == "optimstate.distributed"
+        for alias in node.names
+    }
+    assert names == set(distributed.__all__) - {"Loaded"}
+    assert {"migration", "nbytes"} <= {field.name for field in dataclasses.fields(distributed.Loaded)}

@@ -1,12 +1,17 @@
-"""Trainers of other libraries resume from converted and renamed files as from their own, with nothing of ours in the run.
+"""Trainers of other libraries resume from converted and renamed files as from their own, without anything of ours.
 
 Skipped where they are not installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ QUICK = WriteOptions(sync=False)
 RENAMED = Plan.from_options(
     rename=["model.fc.{p}=model.body.{p}", "model.out.{p}=model.head.{p}", "fc.{p}=body.{p}", "out.{p}=head.{p}"]
 )
+RENAMED_WRAPPED = Plan.from_options(rename=["model.fc.{p}=model.body.{p}", "model.out.{p}=model.head.{p}"])
 
 
 @pytest.fixture(autouse=True)
@@ -179,4 +185,26 @@ def test_trainer_resumes_from_what_was_converted_and_renamed(tmp_path: Path) -> 
         assert_same(found, expected)
 
 
-RENAMED_WRAPPED = Plan.from_options(rename=["model.fc.{p}=model.body.{p}", "model.out.{p}=model.head.{p}"])
+# --- DeepSpeed ------------------------------------------------------------------------------------------------------
+
+
+def deepspeed_losses(folder: Path, *tag: str) -> list[float]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "tests.formats.deepspeed_worker", str(folder), port, *tag]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("losses "))
+    losses: list[float] = json.loads(line.removeprefix("losses "))
+    return losses
+
+
+@pytest.mark.slow
+def test_deepspeed_resumes_from_a_universal_checkpoint_made_of_its_partitions(tmp_path: Path) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    expected = deepspeed_losses(tmp_path)
+    surgery.convert(tmp_path / "step4", tmp_path / "universal", to="deepspeed-universal", options=QUICK)
+    assert len(set(expected)) == 4
+    assert deepspeed_losses(tmp_path, "universal") == expected
