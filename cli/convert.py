@@ -20,11 +20,25 @@ def parse_size(text: str) -> int:
     return int(float(number) * units[unit])
 
 
-@app.command(epilog="Example: optimstate convert checkpoint.pt checkpoint.safetensors")
+@app.command(epilog="Example: optimstate convert checkpoint.pt weights.safetensors --section model --dtype model=bf16")
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
     destination: Annotated[Path, typer.Argument(help="Where to write; the suffix says what.", show_default=False)],
     to: Annotated[str | None, typer.Option(metavar="FORMAT", help="torch or safetensors.", show_default=False)] = None,
+    section: Annotated[
+        str | None,
+        typer.Option(metavar="KIND|PATH", help="Write this alone: model, optimizer, ...", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHAT=DTYPE", help="Cast a section or slot: model=bf16, exp_avg=bf16.", show_default=False
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Make the state that of Adam, Lion, Adafactor, ...", show_default=False),
+    ] = None,
     shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Write a folder of shards of at most this size.")
     ] = None,
@@ -43,7 +57,10 @@ def convert(
     no_sync: NoSync = False,
     as_json: Json = False,
 ) -> None:
-    """Write a whole checkpoint in another container: torch or safetensors, without loss and in constant memory."""
+    """Write a checkpoint in another container, torch or safetensors: without loss and in constant memory.
+
+    Or one section of it, in other dtypes, or with another optimizer's state: what that rounds or loses is reported.
+    """
     from optimstate import surgery
     from optimstate.cli import _render
     from optimstate.formats._protocol import WriteOptions
@@ -52,9 +69,26 @@ def convert(
     with _render.progress(source, "converting") as advance:
         options = WriteOptions(not no_checksums, drop_opaque, clone_views, size, not no_sync, advance)
         report = surgery.convert(
-            source, destination, to=to, verify=verify, dry_run=dry_run, force=force, options=options
+            source,
+            destination,
+            to=to,
+            section=section,
+            dtypes=_parsed(dtype),
+            optimizer=optimizer,
+            verify=verify,
+            dry_run=dry_run,
+            force=force,
+            options=options,
         )
     if as_json:
         typer.echo(report.to_json())
     else:
         _render.converted(report)
+
+
+def _parsed(dtypes: list[str] | None) -> dict[str, str]:
+    if not dtypes:
+        return {}
+    from optimstate.surgery._casting import parse_dtypes
+
+    return parse_dtypes(dtypes)

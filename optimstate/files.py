@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from stat import S_IMODE
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
@@ -413,7 +413,7 @@ class AtomicFile:
             os.close(self.fd)
             self.fd = -1
             if self.path.exists():
-                shutil.copymode(self.path, self._temporary)
+                self._temporary.chmod(S_IMODE(self.path.stat().st_mode))
             self._temporary.replace(self.path)
             if self._sync:
                 _sync_directory(self.path.parent)
@@ -450,8 +450,10 @@ class AtomicDirectory:
         return self._temporary
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        from shutil import rmtree
+
         if error is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            rmtree(self._temporary, ignore_errors=True)
             return
         replaced = _temporary_sibling(self.path)
         try:
@@ -463,9 +465,9 @@ class AtomicDirectory:
         except OSError as failure:
             if replaced.exists() and not self.path.exists():
                 replaced.replace(self.path)
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            rmtree(self._temporary, ignore_errors=True)
             raise DestinationError(f"{self.path}: cannot be written: {failure.strerror}") from failure
         if replaced.is_dir():
-            shutil.rmtree(replaced, ignore_errors=True)
+            rmtree(replaced, ignore_errors=True)
         elif replaced.exists():
             replaced.unlink()

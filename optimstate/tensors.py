@@ -6,8 +6,6 @@ rearranged one by one.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -360,13 +358,15 @@ class StridedSource:
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes [offset, offset + length) of the row-major order."""
+        from ctypes import string_at
+
         view = self._strided()
         rows = self._tensor.shape[0]
         row_bytes = self._tensor.nbytes // rows
         first, last = offset // row_bytes, -(-(offset + length) // row_bytes)
         block = view[first:last].contiguous()
         skip = offset - first * row_bytes
-        return ctypes.string_at(block.data_ptr() + skip, length)
+        return string_at(block.data_ptr() + skip, length)
 
 
 class ScatteredSource:
@@ -419,6 +419,8 @@ def _moving_dtype(itemsize: int) -> Any:
 
 def _readable(pieces: Sequence[Extent]) -> Any:
     """A writable buffer over the bytes of `pieces`, mapped where possible (torch warns about read-only ones)."""
+    import mmap
+
     if len(pieces) == 1 and isinstance(pieces[0].source, FileSource):
         piece = pieces[0]
         assert isinstance(piece.source, FileSource)
@@ -523,8 +525,10 @@ def _joined(pieces: Sequence[Extent]) -> bytearray:
 
 def _bytes_of(tensor: Any) -> bytes:
     """The row-major bytes of a torch tensor of any dtype."""
+    from ctypes import string_at
+
     tensor = tensor.contiguous()
-    return ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
 def mapped(tensor: LazyTensor, dtype: str, function: Callable[[Any], Any]) -> LazyTensor:

@@ -15,14 +15,15 @@ PACKAGE = ROOT / "optimstate"
 # What each part of optimstate may import at module level (a part may always import itself).
 ALLOWED = {
     "errors": set(),
+    "_record": set(),
     "files": {"errors"},
     "tensors": {"errors", "files"},
     "tree": {"errors", "files", "tensors"},
-    "state": {"errors", "tensors", "tree"},
+    "state": {"_record", "errors", "tensors", "tree"},
     "formats": {"errors", "files", "tensors", "tree", "state"},
-    "plan": {"errors", "tensors", "tree", "state"},
+    "plan": {"_record", "errors", "tensors", "tree", "state"},
     "optim": {"errors", "state.names"},
-    "surgery": {"errors", "files", "tensors", "tree", "state", "formats", "plan"},
+    "surgery": {"errors", "_record", "files", "tensors", "tree", "state", "formats", "plan"},
     "distributed": {"errors", "tensors", "tree", "state", "plan", "formats"},
     "hooks": {"errors", "tensors", "tree", "state", "plan"},
     "_resume": {"errors", "tensors", "tree", "state", "plan", "formats", "hooks", "files"},

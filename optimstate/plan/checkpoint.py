@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from optimstate.errors import MigrationError
@@ -188,8 +187,7 @@ def _with_prefix(state: OptimizerState, prefix: str) -> OptimizerState:
 def _renamed(state: OptimizerState, rename: Callable[[Any], str]) -> OptimizerState:
     by_name = all(isinstance(key, str) for group in state.groups for key in group.params)
     groups = tuple(
-        replace(
-            group,
+        group._replace(
             names=tuple(map(rename, group.names or ())),
             params=tuple(map(rename, group.params)) if by_name else group.params,
         )
@@ -197,7 +195,7 @@ def _renamed(state: OptimizerState, rename: Callable[[Any], str]) -> OptimizerSt
     )
     known = {key for group in state.groups for key in group.params} if by_name else set()
     moved = {rename(key) if key in known else key: slots for key, slots in state.state.items()}
-    return replace(state, groups=groups, state=moved)
+    return state._replace(groups=groups, state=moved)
 
 
 def _refuse_other_parameters(section: Section, migration: Migration) -> None:

@@ -8,9 +8,9 @@ refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from optimstate._record import Record
 from optimstate.plan.expressions import Shape
 from optimstate.plan.values import copied, kernel_of, number_of, shape_of
 from optimstate.state.model import Group, OptimizerState, Slots
@@ -21,8 +21,7 @@ __all__ = ["Conversion", "Lost", "plan_conversion"]
 Convert = Callable[[Slots, Mapping[str, Any]], dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(Record):
     """One line of the report: a slot of the old or new state, what becomes of it, and why.
 
     Attributes:
@@ -36,8 +35,7 @@ class Lost:
     reason: str
 
 
-@dataclass(frozen=True)
-class Conversion:
+class Conversion(Record):
     """How the state of one algorithm becomes that of another.
 
     Attributes:

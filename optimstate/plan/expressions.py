@@ -7,8 +7,10 @@ laid out like its parameter. Nothing here touches elements.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
+
+from optimstate._record import Record
 
 __all__ = [
     "Cast",
@@ -40,15 +42,13 @@ __all__ = [
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Cat:
+class Cat(Record):
     """Inputs one after the other along `dim`; with weights (see `Mean`) nothing else."""
 
     dim: int
 
 
-@dataclass(frozen=True, slots=True)
-class Narrow:
+class Narrow(Record):
     """`length` places of `dim` from `start`, `step` apart."""
 
     dim: int
@@ -57,22 +57,19 @@ class Narrow:
     step: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Permute:
+class Permute(Record):
     """Dimension `i` of the result is dimension `dims[i]` of the input."""
 
     dims: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Reshape:
+class Reshape(Record):
     """The same elements in row-major order in another shape."""
 
     shape: Shape
 
 
-@dataclass(frozen=True)
-class Fill:
+class Fill(Record):
     """What new places of a tensor hold: `zeros`, `mean` (of the old places), `wrap` (the old ones again), a number.
 
     Attributes:
@@ -89,8 +86,7 @@ class Fill:
         return (self.by_name or {}).get(name, self.default)
 
 
-@dataclass(frozen=True, slots=True)
-class Pad:
+class Pad(Record):
     """`count` new places at the end of `dim`."""
 
     dim: int
@@ -98,8 +94,7 @@ class Pad:
     fill: Fill
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(Record):
     """`dim` repeated: the whole `times` times, or with `each` every place `times` times."""
 
     dim: int
@@ -107,16 +102,14 @@ class Tile:
     each: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
+class Scale(Record):
     """The parameter times `param` and its gradient times `grad`: a slot of degree d is multiplied by grad**d."""
 
     param: float
     grad: float
 
 
-@dataclass(frozen=True)
-class Cast:
+class Cast(Record):
     """Other dtypes, by slot name; `param` is the parameter, `slots` every floating slot without an entry."""
 
     dtypes: Mapping[str, str]
@@ -126,13 +119,11 @@ class Cast:
         return self.dtypes.get(name) or (None if name == "param" else self.dtypes.get("slots"))
 
 
-@dataclass(frozen=True, slots=True)
-class Fresh:
+class Fresh(Record):
     """The parameter as it is; its optimizer state is left behind."""
 
 
-@dataclass(frozen=True, slots=True)
-class Unsized:
+class Unsized(Record):
     """A step on a tensor whose shape nobody knows; it can be carried along only where there is nothing to move."""
 
     what: str
@@ -141,23 +132,20 @@ class Unsized:
 # The steps below appear only in expressions of slots.
 
 
-@dataclass(frozen=True, slots=True)
-class Multiply:
+class Multiply(Record):
     """Every element times a factor."""
 
     factor: float
 
 
-@dataclass(frozen=True, slots=True)
-class Mean:
+class Mean(Record):
     """The mean over dimensions, kept as size 1; several inputs are averaged by `weights`."""
 
     dims: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Product:
+class Product(Record):
     """The outer product of a mean over columns and one over rows, over their common mean."""
 
 
@@ -168,8 +156,7 @@ LAYOUT = Cat | Narrow | Permute | Reshape | Tile
 """The steps that only move elements, the same in a parameter and in every slot of its shape."""
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):
     """A parameter of the checkpoint; with `slot`, that slot of it.
 
     Attributes:
@@ -183,13 +170,16 @@ class Leaf:
     slot: tuple[str | int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Node:
     """A step applied to inputs. Shared inputs are the same object, so that they are computed once."""
 
-    step: Step
-    inputs: tuple[Expr, ...]
-    shape: Shape | None
+    __slots__ = ("inputs", "shape", "step")
+
+    def __init__(self, step: Step, inputs: tuple[Expr, ...], shape: Shape | None) -> None:
+        self.step, self.inputs, self.shape = step, inputs, shape
+
+    def __repr__(self) -> str:
+        return f"Node({self.step}, {self.inputs}, {self.shape})"
 
 
 Expr = Leaf | Node

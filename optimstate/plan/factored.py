@@ -8,7 +8,6 @@ too; cutting one that was averaged can only keep the mean of the whole.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,6 @@ class _Lost(Exception):
     """The means do not tell what is asked of them; the message says why."""
 
 
-@dataclass
 class _Carried:
     """A mean over `over` on its way through an expression: its tensor has size 1 there.
 
@@ -38,10 +36,9 @@ class _Carried:
         approximate: What it costs.
     """
 
-    made: Expr
-    whole: Shape
-    over: frozenset[int]
-    approximate: list[str] = field(default_factory=list)
+    def __init__(self, made: Expr, whole: Shape, over: frozenset[int], approximate: list[str] | None = None) -> None:
+        self.made, self.whole, self.over = made, whole, over
+        self.approximate = [] if approximate is None else approximate
 
     def shape(self) -> Shape:
         return tuple(1 if dim in self.over else size for dim, size in enumerate(self.whole))

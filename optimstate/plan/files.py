@@ -6,12 +6,12 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.operations import OPERATIONS, Operation, toml_value
+from optimstate.plan.operation import Operation, toml_value
+from optimstate.plan.operations import OPERATIONS
 from optimstate.plan.rules import GroupRule, Guard, Plan, Policy, Rule, templates
 from optimstate.plan.spelling import parse_operation
 from optimstate.state.schema import Slot, SlotKind
@@ -246,7 +246,7 @@ def _guard(table: Mapping[str, Any]) -> Guard:
 
 
 def _policy(table: Mapping[str, Any]) -> Policy:
-    choices = {name: get_args(hint) for name, hint in get_type_hints(Policy).items()}
+    choices = {name: get_args(hint) for name, hint in get_type_hints(Policy).items() if name in Policy._fields}
     _refuse_unknown(table, choices, "policy")
     for key, value in table.items():
         if value not in choices[key]:
@@ -262,7 +262,7 @@ def _slots(table: Mapping[str, Any]) -> dict[str, Slot]:
                 f'For example: {name} = {{ kind = "like_param", degree = 1 }}; kinds: {", ".join(get_args(SlotKind))}'
             )
             raise _Mistake(f"`{name}` does not say what kind of slot it is", "slots", 0, name, hint)
-        _refuse_unknown(value, {field.name for field in fields(Slot)}, f"slots.{name}")
+        _refuse_unknown(value, Slot._fields, f"slots.{name}")
         made[name] = Slot(**value)
     return made
 
@@ -276,8 +276,8 @@ def written_plan(plan: Plan) -> str:
         "once": plan.guard.once,
     }
     blocks += _block("[guard]", {key: value for key, value in guard.items() if value})
-    default = asdict(Policy())
-    blocks += _block("[policy]", {key: value for key, value in asdict(plan.policy).items() if value != default[key]})
+    default = Policy()._asdict()
+    blocks += _block("[policy]", {key: value for key, value in plan.policy._asdict().items() if value != default[key]})
     blocks += _block("[slots]", {name: _written_slot(slot) for name, slot in plan.slots.items()})
     blocks += [_written_rule("[[rule]]", rule) for rule in plan.rules]
     for stage in plan.stages:
@@ -293,7 +293,7 @@ def written_plan(plan: Plan) -> str:
 
 
 def _written_slot(slot: Slot) -> dict[str, Any]:
-    return {key: value for key, value in asdict(slot).items() if key == "kind" or value}
+    return {key: value for key, value in slot._asdict().items() if key == "kind" or value}
 
 
 def _one_or_list(texts: list[str]) -> str | list[str]:

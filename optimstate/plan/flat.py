@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from optimstate._record import Record
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Shape
 from optimstate.plan.values import LIVE, evaluated, kernel_of, shape_of
@@ -22,8 +22,7 @@ __all__ = ["FlatPlan", "plan_flat"]
 _LAYOUT = ex.Cat | ex.Narrow | ex.Permute | ex.Reshape
 
 
-@dataclass(frozen=True)
-class FlatPlan:
+class FlatPlan(Record):
     """How the vectors are rebuilt.
 
     Attributes:

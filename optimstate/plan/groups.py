@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from optimstate._record import Record
 from optimstate.plan.rules import GroupRule, Plan
 from optimstate.plan.values import number_of, shape_of
 from optimstate.state.model import Group
@@ -13,8 +13,7 @@ from optimstate.state.model import Group
 __all__ = ["Candidate", "GroupPlan", "plan_groups"]
 
 
-@dataclass(frozen=True)
-class GroupPlan:
+class GroupPlan(Record):
     """One param group of the result.
 
     Attributes:
@@ -30,8 +29,7 @@ class GroupPlan:
     base: int | None
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A parameter of the result: its name, the old groups it comes from, and the group a rule puts a new one in."""
 
     name: str

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import cast
 
 from optimstate.errors import PlanError, PlanSyntaxError
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Shape
-from optimstate.plan.operations import Irreversible, Misfit, Operation, Split, Unstack
+from optimstate.plan.operation import Irreversible, Misfit, Operation
 from optimstate.plan.resolve import Application, Resolver
 from optimstate.plan.rules import Guard, Plan, Rule, fan_out
 from optimstate.plan.template import Template, constrained
@@ -54,7 +53,7 @@ def _losses(plan: Plan) -> list[str]:
             problems.append(f"{name} drops {', '.join(repr(source.text) for source in rule.sources)}")
         elif rule.fresh:
             problems.append(f"{name} leaves the optimizer state of {rule.source.text!r} behind")
-        elif fan_out(rule) > 1 and not any(isinstance(operation, Split | Unstack) for operation in rule.operations):
+        elif fan_out(rule) > 1 and not any(operation.CUTS for operation in rule.operations):
             problems.append(f"{name} makes copies of {rule.source.text!r}, which train apart")
         else:
             for operation in rule.operations:
@@ -85,7 +84,7 @@ def _by_templates(plan: Plan, reasons: list[str]) -> Plan | None:
 
 def _of_passes(plan: Plan, passes: Sequence[tuple[Rule, ...]]) -> Plan:
     kept = [rules for rules in passes if rules] or [()]
-    return replace(plan, rules=kept[0], stages=tuple(kept[1:]), guard=Guard())
+    return plan._replace(rules=kept[0], stages=tuple(kept[1:]), guard=Guard())
 
 
 def _inverted(rule: Rule) -> Rule:

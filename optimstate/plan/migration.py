@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from optimstate._record import Record, field
 from optimstate.plan import expressions as ex
-from optimstate.plan.conversion import Conversion
 from optimstate.plan.expressions import Expr, Leaf, Shape
-from optimstate.plan.flat import FlatPlan
 from optimstate.plan.groups import GroupPlan
 from optimstate.plan.resolve import Application
 from optimstate.plan.rules import Plan, Rule
@@ -17,11 +15,14 @@ from optimstate.plan.slots import Fate, SlotPath
 from optimstate.state.model import OptimizerState
 from optimstate.state.schema import Algorithm
 
+if TYPE_CHECKING:
+    from optimstate.plan.conversion import Conversion
+    from optimstate.plan.flat import FlatPlan
+
 __all__ = ["Inventory", "Migration", "Move", "SectionMoves", "Target"]
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Record):
     """What the result must be: the parameters of a live optimizer or model.
 
     Attributes:
@@ -45,8 +46,7 @@ class Target:
             yield from group
 
 
-@dataclass(frozen=True)
-class Inventory:
+class Inventory(Record):
     """What the planner is told of a section.
 
     Attributes:
@@ -62,7 +62,6 @@ class Inventory:
     target: Target | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class Move:
     """One parameter of the result.
 
@@ -75,12 +74,19 @@ class Move:
         clone: Whether an earlier parameter takes the same source.
     """
 
-    target: str
-    expression: Expr | None
-    rules: tuple[Rule, ...] = ()
-    value: Fate | None = None
-    slots: Mapping[SlotPath, Fate] = field(default_factory=dict)
-    clone: bool = False
+    __slots__ = ("clone", "expression", "rules", "slots", "target", "value")
+
+    def __init__(
+        self,
+        target: str,
+        expression: Expr | None,
+        rules: tuple[Rule, ...] = (),
+        value: Fate | None = None,
+        slots: Mapping[SlotPath, Fate] | None = None,
+        clone: bool = False,
+    ) -> None:
+        self.target, self.expression, self.rules, self.value, self.clone = target, expression, rules, value, clone
+        self.slots: Mapping[SlotPath, Fate] = slots or {}
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -99,8 +105,7 @@ class Move:
         return not isinstance(self.expression, Leaf) or self.expression.name != self.target
 
 
-@dataclass(frozen=True)
-class SectionMoves:
+class SectionMoves(Record):
     """What becomes of the parameters of one section.
 
     Attributes:
@@ -141,8 +146,7 @@ class SectionMoves:
         return [list(group.sources) for group in self.groups]
 
 
-@dataclass(frozen=True)
-class Migration:
+class Migration(Record):
     """A plan resolved for one checkpoint.
 
     Attributes:

@@ -9,83 +9,15 @@ tensors: `concat` and `stack` make one of many, `split` and `unstack` many of on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
-from optimstate.errors import PlanSyntaxError
+from optimstate._record import field
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Node, Shape
+from optimstate.plan.operation import Irreversible, Misfit, Operation
 
-__all__ = ["OPERATIONS", "Irreversible", "Misfit", "Operation", "toml_value"]
-
-
-class Misfit(Exception):
-    """An operation does not fit the shapes it meets; the planner says where."""
-
-
-class Irreversible(Exception):
-    """An operation loses something, so nothing undoes it; the message says what."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One step of a rule."""
-
-    KEY: ClassVar[str]
-
-    def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
-        """The tensors that come out.
-
-        Args:
-            tensors: What the rule has in hand.
-            targets: How many names the rule produces, for operations that make many of one.
-
-        Raises:
-            Misfit: The shapes do not allow it.
-        """
-        return [self._each(tensor) for tensor in tensors]
-
-    def _each(self, tensor: Expr) -> Expr:
-        raise NotImplementedError
-
-    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
-        """The operations that undo it.
-
-        Args:
-            before: The shapes it was applied to; None where they are not known.
-
-        Raises:
-            Irreversible: Nothing does, or not without the shapes.
-        """
-        raise Irreversible(f"{self.KEY} loses what it leaves out")
-
-    def value(self) -> Any:
-        """What is written after the key in a plan file."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        return f"{self.KEY} = {toml_value(self.value())}"
-
-
-def toml_value(value: Any) -> str:
-    """A value as TOML writes it in one line."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c >= " " else f"\\u{ord(c):04x}" for c in escaped) + '"'
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(toml_value, value)) + "]"
-    raise PlanSyntaxError(f"{value!r} cannot be written in a plan file")
-
-
-def _key(key: str) -> str:
-    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else toml_value(key)
+__all__ = ["OPERATIONS", "Operation"]
 
 
 def _known(tensor: Expr) -> Shape | None:
@@ -107,11 +39,11 @@ def _dim(key: str, dim: int, shape: Shape, room: int = 0) -> int:
     return dim % rank
 
 
-@dataclass(frozen=True)
 class Concat(Operation):
     """Many tensors one after the other along a dimension."""
 
     KEY = "concat"
+    JOINS = True
     dim: int = 0
 
     def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
@@ -137,11 +69,11 @@ class Concat(Operation):
         return self.dim
 
 
-@dataclass(frozen=True)
 class Stack(Operation):
     """Many tensors of one shape along a new dimension."""
 
     KEY = "stack"
+    JOINS = True
     dim: int = 0
 
     def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
@@ -163,11 +95,11 @@ class Stack(Operation):
         return self.dim
 
 
-@dataclass(frozen=True)
 class Split(Operation):
     """One tensor cut along a dimension into parts, equal ones unless `sizes` are given."""
 
     KEY = "split"
+    CUTS = True
     dim: int = 0
     sizes: tuple[int, ...] = ()
 
@@ -207,11 +139,11 @@ class Split(Operation):
         return {"dim": self.dim, "sizes": list(self.sizes)} if self.sizes else self.dim
 
 
-@dataclass(frozen=True)
 class Unstack(Operation):
     """One tensor cut into the places of a dimension, which disappears."""
 
     KEY = "unstack"
+    CUTS = True
     dim: int = 0
 
     def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
@@ -236,7 +168,6 @@ class Unstack(Operation):
         return self.dim
 
 
-@dataclass(frozen=True)
 class PermuteDims(Operation):
     """Dimensions in another order; those beyond the ones listed stay where they are."""
 
@@ -259,7 +190,6 @@ class PermuteDims(Operation):
         return list(self.dims)
 
 
-@dataclass(frozen=True)
 class Transpose(Operation):
     """Two dimensions exchanged: the last two unless others are named."""
 
@@ -282,7 +212,6 @@ class Transpose(Operation):
         return True if self.dims == (-2, -1) else list(self.dims)
 
 
-@dataclass(frozen=True)
 class ReshapeDims(Operation):
     """Neighbouring dimensions exchanged for others of as many elements; the whole shape without `dim`.
 
@@ -341,7 +270,6 @@ class ReshapeDims(Operation):
         return {"dim": self.dim, "from": list(self.old), "to": list(self.to)} if self.old else table
 
 
-@dataclass(frozen=True)
 class Slice(Operation):
     """The places [start, stop) of a dimension, `step` apart; the others are lost."""
 
@@ -368,7 +296,6 @@ class Slice(Operation):
         return {key: value for key, value in table.items() if key == "dim" or value != defaults[key]}
 
 
-@dataclass(frozen=True)
 class Resize(Operation):
     """A dimension cut, or grown at its end by places that `fill` describes."""
 
@@ -408,7 +335,6 @@ class Resize(Operation):
         return table
 
 
-@dataclass(frozen=True)
 class Repeat(Operation):
     """A dimension repeated as a whole, or every place of it."""
 
@@ -433,7 +359,6 @@ class Repeat(Operation):
         return {**table, "each": True} if self.each else table
 
 
-@dataclass(frozen=True)
 class ScaleBy(Operation):
     """The parameter times `param`, every slot of degree d times grad**d."""
 
@@ -451,7 +376,6 @@ class ScaleBy(Operation):
         return {"param": self.param, "grad": self.grad}
 
 
-@dataclass(frozen=True)
 class CastTo(Operation):
     """Other dtypes, by slot; `param` is the parameter, `slots` every floating slot."""
 

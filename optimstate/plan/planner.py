@@ -11,9 +11,7 @@ from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan import expressions as ex
-from optimstate.plan.conversion import plan_conversion
 from optimstate.plan.expressions import Leaf, Shape
-from optimstate.plan.flat import plan_flat
 from optimstate.plan.groups import Candidate, GroupPlan, plan_groups
 from optimstate.plan.migration import Inventory, Migration, Move, SectionMoves, Target
 from optimstate.plan.problems import Suggestions, guarded, shape_problem, shortened, unmatched
@@ -370,9 +368,13 @@ class _Section:
         algorithm = _algorithm(state)
         flat = None
         if algorithm is not None and algorithm.is_flat and not problems:
+            from optimstate.plan.flat import plan_flat
+
             flat = plan_flat(state, self.inventory.shapes, moves, groups, problems)
         conversion = None
         if self.plan_.optimizer:
+            from optimstate.plan.conversion import plan_conversion
+
             new_shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
             conversion = plan_conversion(algorithm, self.plan_.optimizer, new_shapes, problems)
         regrouped = [list(group.sources) for group in groups] != [[index] for index in range(len(state.groups))] or any(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 
 from optimstate.plan.expressions import Shape
@@ -29,10 +28,12 @@ def guarded(guard: Guard, sections: Mapping[str, Inventory]) -> Iterator[str]:
 
 def unmatched(number: int, rule: Rule, sections: Mapping[str, Inventory]) -> str:
     """A rule that matches nothing."""
+    from difflib import get_close_matches
+
     known = list(dict.fromkeys(name for inventory in sections.values() for name in inventory.shapes))
     if not known:
         return f"rule {number} ({rule}): the checkpoint names no parameters"
-    close = difflib.get_close_matches(rule.source.text, known[:2000], n=3, cutoff=0.3) or known[:3]
+    close = get_close_matches(rule.source.text, known[:2000], n=3, cutoff=0.3) or known[:3]
     return (
         f"rule {number} ({rule}): {rule.source.text!r} matches none of {len(known)} names; "
         f"there are {', '.join(map(repr, close))}"
@@ -69,9 +70,11 @@ class Suggestions:
         """A remark to put behind the name, or nothing."""
         if not self._left:
             return ""
+        from difflib import get_close_matches
+
         self._left -= 1
         alike = [other for other in self._names if shape is not None and self._shapes.get(other) == shape]
-        close = difflib.get_close_matches(name, alike or self._names, n=1, cutoff=0.3)
+        close = get_close_matches(name, alike or self._names, n=1, cutoff=0.3)
         if not close:
             return ""
         said = f" of its shape {list(shape)}" if alike and shape is not None else ""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Node, Shape
-from optimstate.plan.operations import Misfit
+from optimstate.plan.operation import Misfit
 from optimstate.plan.rules import Rule
 from optimstate.plan.template import Template
 from optimstate.state.names import in_module_order
@@ -17,7 +17,6 @@ from optimstate.state.names import in_module_order
 __all__ = ["Application", "Made", "Resolved", "Resolver"]
 
 
-@dataclass
 class Application:
     """One use of a rule: the names it took, with their shapes, and the names it gave.
 
@@ -26,23 +25,29 @@ class Application:
         number: The pass, from 0.
     """
 
-    rule: Rule | None
-    number: int
-    sources: list[str]
-    shapes: list[Shape | None] = field(default_factory=list)
-    targets: list[str] = field(default_factory=list)
+    __slots__ = ("number", "rule", "shapes", "sources", "targets")
+
+    def __init__(
+        self,
+        rule: Rule | None,
+        number: int,
+        sources: list[str],
+        shapes: Sequence[Shape | None] = (),
+        targets: Sequence[str] = (),
+    ) -> None:
+        self.rule, self.number, self.sources, self.shapes, self.targets = rule, number, sources, shapes, targets
 
 
-@dataclass(frozen=True)
 class Made:
     """A target: how it is made, and by which uses of rules, the last one last."""
 
-    expression: Expr
-    applications: tuple[Application, ...]
+    __slots__ = ("applications", "expression")
+
+    def __init__(self, expression: Expr, applications: tuple[Application, ...]) -> None:
+        self.expression, self.applications = expression, applications
 
 
-@dataclass
-class Resolved:
+class Resolved(NamedTuple):
     """What a plan makes of the names of a section.
 
     Attributes:
@@ -88,13 +93,12 @@ class Resolver:
         return Resolved(made, list(dropped.items()), applications)
 
 
-@dataclass
 class _Gathering:
     """The members one use of a joining rule has found so far, by source template and the captures it gathers over."""
 
-    application: Application
-    names: list[str]
-    members: dict[tuple[int, tuple[str, ...]], str] = field(default_factory=dict)
+    def __init__(self, application: Application, names: list[str]) -> None:
+        self.application, self.names = application, names
+        self.members: dict[tuple[int, tuple[str, ...]], str] = {}
 
 
 class _Pass:

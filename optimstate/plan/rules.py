@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from optimstate._record import Record, field
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.operations import OPERATIONS, Concat, Operation, Stack
-from optimstate.plan.spelling import parse_operation
+from optimstate.plan.operation import Operation
 from optimstate.plan.template import Template
 from optimstate.state.schema import Slot
 
 __all__ = ["GroupRule", "Guard", "Plan", "Policy", "Rule"]
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Record):
     """What becomes of the parameters that some templates match.
 
     Attributes:
@@ -52,9 +49,8 @@ class Rule:
         Raises:
             PlanSyntaxError: A template or operation is wrong, or they do not belong together.
         """
-        unknown = sorted(set(named) - set(OPERATIONS))
-        if unknown:
-            raise PlanSyntaxError(f"no operation is called {unknown[0]!r}")
+        from optimstate.plan.spelling import parse_operation
+
         made = [operation for key, value in named.items() for operation in parse_operation(key, value)]
         return cls(templates(source), templates(target), (*operations, *made), fresh, group)
 
@@ -110,7 +106,7 @@ class Rule:
     def _check_gathering(self) -> None:
         if not self.targets or not self.sources:
             return
-        joins = any(isinstance(operation, Concat | Stack) for operation in self.operations)
+        joins = any(operation.JOINS for operation in self.operations)
         if not joins and len(self.sources) > 1:
             raise PlanSyntaxError(f"{self}: several sources, but nothing joins them", hint="Add concat or stack.")
         for source in self.sources:
@@ -180,8 +176,7 @@ def templates(texts: str | Iterable[str]) -> tuple[Template, ...]:
     return tuple(Template(text) for text in ([texts] if isinstance(texts, str) else texts))
 
 
-@dataclass(frozen=True)
-class GroupRule:
+class GroupRule(Record):
     """One param group of the result.
 
     Attributes:
@@ -195,8 +190,7 @@ class GroupRule:
     like: int | None = None
 
 
-@dataclass(frozen=True)
-class Guard:
+class Guard(Record):
     """What a checkpoint must look like.
 
     Attributes:
@@ -210,8 +204,7 @@ class Guard:
     once: bool = False
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(Record):
     """What is done about mismatches; the defaults refuse.
 
     Attributes:
@@ -234,8 +227,7 @@ class Policy:
     merge: Literal["refuse", "first", "min", "max"] = "refuse"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Record):
     """Rules in order; for each name the first that matches decides, and a result is not matched again.
 
     Attributes:
@@ -325,32 +317,30 @@ class Plan:
     @property
     def digest(self) -> str:
         """A SHA-256 of what the plan says, in hexadecimal."""
-        return hashlib.sha256(self.to_toml().encode()).hexdigest()
+        from hashlib import sha256
+
+        return sha256(self.to_toml().encode()).hexdigest()
 
     def with_policy(self, **policies: Any) -> Plan:
         """The same plan with other policies."""
-        return replace(self, policy=replace(self.policy, **policies))
+        return self._replace(policy=self.policy._replace(**policies))
 
     def __add__(self, other: Plan) -> Plan:
         """Both plans in one pass where neither has stages, otherwise one after the other."""
         if self.stages:
             later = (*self.stages, *(rules for rules in other.passes if rules))
-            joined = replace(self, stages=later)
+            joined = self._replace(stages=later)
         else:
-            joined = replace(self, rules=self.rules + other.rules, stages=other.stages)
+            joined = self._replace(rules=self.rules + other.rules, stages=other.stages)
         guard = Guard(
             self.guard.has + other.guard.has, self.guard.lacks + other.guard.lacks, self.guard.once or other.guard.once
         )
-        changed = {
-            f.name: getattr(other.policy, f.name)
-            for f in fields(Policy)
-            if getattr(other.policy, f.name) != getattr(Policy(), f.name)
-        }
-        return replace(
-            joined,
+        default = Policy()._asdict()
+        changed = {key: value for key, value in other.policy._asdict().items() if value != default[key]}
+        return joined._replace(
             groups=self.groups + other.groups,
             guard=guard,
-            policy=replace(self.policy, **changed),
+            policy=self.policy._replace(**changed),
             slots={**self.slots, **other.slots},
             optimizer=other.optimizer or self.optimizer,
         )

@@ -7,10 +7,10 @@ out on means where the slot holds means over rows or columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import frexp, prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from optimstate._record import Record
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Node, Shape
 from optimstate.plan.rules import Policy
@@ -23,8 +23,7 @@ SlotPath = tuple[str | int, ...]
 Outcome = Literal["exact", "approximate", "fresh", "dropped"]
 
 
-@dataclass(frozen=True)
-class Fate:
+class Fate(Record):
     """What becomes of a slot, or of a parameter itself.
 
     Attributes:
@@ -42,8 +41,7 @@ class Fate:
     made: Expr | None = None
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """What is known of a parameter: its shape, and its slots by their path."""
 
     shape: Shape | None
@@ -82,8 +80,7 @@ def _rounds(old: str | None, new: str) -> bool:
     return narrower or (old, new) == ("bfloat16", "float16")
 
 
-@dataclass
-class Translation:
+class Translation(NamedTuple):
     """An expression translated for one slot, and what it costs."""
 
     made: Expr

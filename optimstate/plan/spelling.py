@@ -6,10 +6,10 @@ from typing import Any
 
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan import expressions as ex
+from optimstate.plan.operation import Operation, toml_value
 from optimstate.plan.operations import (
     CastTo,
     Concat,
-    Operation,
     PermuteDims,
     Repeat,
     ReshapeDims,
@@ -20,7 +20,6 @@ from optimstate.plan.operations import (
     Stack,
     Transpose,
     Unstack,
-    toml_value,
 )
 from optimstate.tensors import DTYPES
 
@@ -33,6 +32,8 @@ def parse_operation(key: str, value: Any) -> list[Operation]:
     Raises:
         PlanSyntaxError: The value is not of the operation's form; the message shows one that is.
     """
+    if key not in _PARSERS:
+        raise PlanSyntaxError(f"no operation is called {key!r}")
     parsed = _PARSERS[key](value)
     if parsed is None:
         raise PlanSyntaxError(f"`{key}` cannot be {toml_value(value)}", hint=f"For example: {_EXAMPLES[key]}")

@@ -10,11 +10,12 @@ import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+from optimstate._record import Record
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.expressions import Shape
-from optimstate.plan.operations import Concat, Operation, Resize, Split, Transpose
+from optimstate.plan.operation import Operation
+from optimstate.plan.operations import Concat, Resize, Split, Transpose
 from optimstate.plan.resolve import Resolver
 from optimstate.plan.rules import Plan, Rule
 from optimstate.plan.template import Template
@@ -26,8 +27,7 @@ _LETTERS = "ijklmn"
 _JOINED_UP_TO = 4
 
 
-@dataclass(frozen=True)
-class Suggested:
+class Suggested(Record):
     """One rule with how sure it is, from 0 to 1, and why."""
 
     rule: Rule
@@ -35,8 +35,7 @@ class Suggested:
     reason: str
 
 
-@dataclass(frozen=True)
-class Suggestion:
+class Suggestion(Record):
     """A proposed plan.
 
     Attributes:
@@ -55,8 +54,7 @@ class Suggestion:
         return Plan(tuple(suggested.rule for suggested in self.rules))
 
 
-@dataclass(frozen=True)
-class _Family:
+class _Family(Record):
     """Names that differ in their indices alone: the text between the indices, and the members by index."""
 
     pattern: str

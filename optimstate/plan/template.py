@@ -14,9 +14,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
+from optimstate._record import Record
 from optimstate.errors import PlanSyntaxError
 
 __all__ = ["Template", "constrained"]
@@ -30,8 +30,7 @@ _CANONICAL = re.compile(r"0|-?[1-9]\d*")
 MAX_CHOICES = 100_000
 
 
-@dataclass(frozen=True)
-class _Capture:
+class _Capture(Record):
     """`{name...}`; `choices` are the values it enumerates, None where it takes what it finds."""
 
     name: str
@@ -39,8 +38,7 @@ class _Capture:
     choices: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
-class _Affine:
+class _Affine(Record):
     """`{scale*name+shift}`."""
 
     name: str
@@ -48,16 +46,14 @@ class _Affine:
     shift: int
 
 
-@dataclass(frozen=True)
-class _Wildcard:
+class _Wildcard(Record):
     pattern: str
 
 
 _Part = str | _Capture | _Affine | _Wildcard
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(Record):
     """A parsed template.
 
     Attributes:

@@ -6,7 +6,6 @@ with.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -96,6 +95,8 @@ def _copied(value: Any, done: dict[int, Any]) -> Any:
 
 
 def _copied_container(value: Any, done: dict[int, Any]) -> Any:
+    import copy
+
     if isinstance(value, Mapping):
         made = copy.copy(value)
         for key, item in value.items():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from optimstate._record import Record, field
 from optimstate.errors import CorruptCheckpointError, StateMismatchError
 from optimstate.tree import Opaque, rebuilt_mapping
 
@@ -27,8 +27,7 @@ def as_mapping(node: Any) -> Mapping[Any, Any] | None:
     return None
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(Record):
     """One param group.
 
     Attributes:
@@ -76,8 +75,7 @@ class Member(NamedTuple):
     slots: Slots | None
 
 
-@dataclass(frozen=True)
-class OptimizerState:
+class OptimizerState(Record):
     """An optimizer's `state_dict`, in index form, name form, or taken from a pickled optimizer.
 
     Attributes:
@@ -88,7 +86,7 @@ class OptimizerState:
 
     groups: tuple[Group, ...]
     state: Mapping[ParameterKey, Slots]
-    node: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    node: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_node(cls, node: Mapping[str, Any]) -> OptimizerState:
@@ -152,14 +150,13 @@ class OptimizerState:
             raise StateMismatchError(f"two parameters would be called {twice!r}")
         rest = iter(flat)
         made = tuple(
-            replace(
-                group,
+            group._replace(
                 names=tuple(next(rest) for _ in group.params),
                 keys=group.keys if "param_names" in group.keys else (*group.keys, "param_names"),
             )
             for group in self.groups
         )
-        return replace(self, groups=made)
+        return self._replace(groups=made)
 
     def rebuilt(self, groups: Sequence[tuple[Group, Sequence[Member]]]) -> OptimizerState:
         """An optimizer with other parameters or groups.
@@ -191,14 +188,14 @@ class OptimizerState:
                 if member.slots is not None:
                     state[new] = member.slots
             names = tuple(member.name for member in members)
-            made.append(replace(group, params=tuple(params), names=names))
+            made.append(group._replace(params=tuple(params), names=names))
         if kept:  # the order of entries in `state` is not the order of the groups
             state = {renamed[key]: state[renamed[key]] for key in self.state if renamed.get(key) in state}
         orphans = {key: self.state[key] for key in self.orphans()}
         clash = orphans.keys() & state.keys()
         if clash:
             raise CorruptCheckpointError(f"state of {min(map(str, clash))!r} belongs to no parameter of any group")
-        return replace(self, groups=tuple(made), state={**state, **orphans})
+        return self._replace(groups=tuple(made), state={**state, **orphans})
 
     def by_name(self) -> OptimizerState:
         """The same state keyed by names, as FSDP and DCP have it.
@@ -224,14 +221,14 @@ class OptimizerState:
         for group, new in zip(self.groups, keys, strict=True):
             rename.update(zip(group.params, new, strict=True))
             order = tuple(key for key in group.keys if key != "param_names") + (("param_names",) if names else ())
-            made.append(replace(group, params=tuple(new), keys=order))
+            made.append(group._replace(params=tuple(new), keys=order))
         # Entries of parameters come in the order of the groups, as torch writes them.
         known = {rename[key]: self.state[key] for group in self.groups for key in group.params if key in self.state}
         orphans = {key: self.state[key] for key in self.orphans()}
         clash = orphans.keys() & known.keys()
         if clash:
             raise StateMismatchError(f"state of {min(map(str, clash))!r} belongs to no parameter of any group")
-        return replace(self, groups=tuple(made), state={**known, **orphans})
+        return self._replace(groups=tuple(made), state={**known, **orphans})
 
     def _refuse_unnamed(self) -> None:
         if not all(group.names is not None for group in self.groups if group.params):

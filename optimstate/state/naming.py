@@ -8,9 +8,9 @@ reported with what would settle it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from optimstate._record import Record
 from optimstate.state.model import OptimizerState
 from optimstate.state.schema import recognise
 from optimstate.tensors import LazyTensor
@@ -24,8 +24,7 @@ Shape = tuple[int, ...]
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Record):
     """A parameter that the model has.
 
     Attributes:
@@ -37,8 +36,7 @@ class Candidate:
     shape: Shape | None
 
 
-@dataclass(frozen=True)
-class Naming:
+class Naming(Record):
     """Names for the parameters of an optimizer.
 
     Attributes:

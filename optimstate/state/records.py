@@ -7,17 +7,16 @@ for. None is turned into a plain tensor here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from optimstate._record import Record
 from optimstate.tensors import LazyTensor
 from optimstate.tree import GlobalName, Opaque
 
 __all__ = ["TensorRecord", "tensor_record"]
 
 
-@dataclass(frozen=True)
-class TensorRecord:
+class TensorRecord(Record):
     """What a record says of the tensor it stands for.
 
     Attributes:

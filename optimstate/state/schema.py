@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from optimstate._record import Record
 
 __all__ = [
     "ALGORITHMS",
+    "MASTERS",
     "RECOMPUTED",
     "Algorithm",
     "Slot",
@@ -28,8 +30,7 @@ SlotKind = Literal["like_param", "scalar", "row", "col", "flat", "opaque"]
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(Record):
     """One named piece of state per parameter.
 
     Attributes:
@@ -45,8 +46,7 @@ class Slot:
     power: int = 0
 
 
-@dataclass(frozen=True)
-class Algorithm:
+class Algorithm(Record):
     """An optimizer that can be recognised from its state dict.
 
     Attributes:
@@ -92,6 +92,9 @@ class Algorithm:
 
 RECOMPUTED = frozenset({"RMS"})
 """Numbers that an optimizer keeps in its state but computes anew at every step."""
+
+MASTERS = frozenset({"fp32_param", "param"})
+"""Slots that hold the parameter itself in full precision, for mixed-precision training: DeepSpeed's and Megatron's."""
 
 _NUMBERED = re.compile(r"_\d+$")
 

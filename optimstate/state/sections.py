@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from optimstate._record import Record
 from optimstate.errors import LimitExceededError
 from optimstate.state.model import OptimizerState, as_mapping
 from optimstate.tensors import LazyTensor
@@ -18,8 +18,7 @@ Kind = Literal["optimizer", "model", "scheduler", "ema"]
 _FLOATING = ("float", "bfloat", "complex", "double", "half")
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(Record):
     """A part of a checkpoint whose meaning is known.
 
     Attributes:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optimstate.surgery._convert import ConvertReport, convert
     from optimstate.surgery._diff import DiffReport, diff
-    from optimstate.surgery._inspect import Inspection, inspect
+    from optimstate.surgery._inspect import inspect
+    from optimstate.surgery._inspection import Inspection
     from optimstate.surgery._name import NameReport, name
     from optimstate.surgery._remap import RemapReport, remap
     from optimstate.surgery._scan import ScanReport, scan
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ConvertReport": "_convert",
     "DiffReport": "_diff",
-    "Inspection": "_inspect",
+    "Inspection": "_inspection",
     "NameReport": "_name",
     "RemapReport": "_remap",
     "ScanReport": "_scan",

@@ -15,11 +15,11 @@ from optimstate.formats.registry import open_document
 from optimstate.plan.rules import Plan
 from optimstate.state.model import OptimizerState
 from optimstate.state.names import wrapper_prefix
-from optimstate.state.schema import Algorithm, recognise
+from optimstate.state.schema import Algorithm
 from optimstate.state.sections import Section, find_sections
 from optimstate.surgery._common import opening, to_json
 from optimstate.surgery._convert import verify_checksums
-from optimstate.surgery._inspect import describe, plain
+from optimstate.surgery._inspect import algorithm_of, describe, plain
 from optimstate.tensors import LazyTensor
 from optimstate.tree import Opaque, difference, nodes
 
@@ -150,8 +150,7 @@ def _documents(document: Document) -> Iterator[Document]:
 def _check_optimizer(section: Section, models: list[Section], numbers: bool) -> Iterator[Finding]:
     state = section.optimizer()
     where = f"optimizer at {section.label}"
-    slots = {slot for found in state.state.values() for slot in found}
-    algorithm = recognise(slots, state.groups[0].options) if state.groups else None
+    algorithm = algorithm_of({slot for found in state.state.values() for slot in found}, state)
     if any(group.params for group in state.groups) and not state.state:
         yield Finding("note", "coverage", where, "no parameter has state: the run would start afresh")
     yield from _coverage(where, state)
@@ -289,36 +288,15 @@ def _shapes(where: str, state: OptimizerState, algorithm: Algorithm | None, mode
 
 
 def _numbers(where: str, state: OptimizerState, algorithm: Algorithm | None) -> Iterator[Finding]:
-    from optimstate.surgery._numbers import Statistics, statistics
+    from optimstate.surgery._numbers import measured, oddities, second_moments
 
-    second = {slot for slot, kind in algorithm.slots.items() if kind.degree == 2} if algorithm else {"exp_avg_sq"}
+    second = second_moments(algorithm)
     for label, slots in _labelled(state):
-        found: dict[str, Statistics] = {}
-        for slot, value in (slots or {}).items():
-            if isinstance(value, LazyTensor) and value.numel and value.dtype.startswith(("float", "bfloat", "complex")):
-                found[slot] = statistics(value)
-        for slot, numbers in found.items():
-            place = f"{where}, {label}"
-            if numbers.nonfinite:
-                yield Finding(
-                    "fault", "numbers", place, f"{slot}: {numbers.nonfinite} of {numbers.elements} are NaN or inf"
-                )
-            if slot in second and numbers.minimum < 0:
-                yield Finding("fault", "numbers", place, f"{slot} has negative values, down to {numbers.minimum:.3g}")
-        yield from _empty_moments(f"{where}, {label}", slots or {}, found)
-        yield from _equal_moments(f"{where}, {label}", slots or {}, found)
-
-
-def _empty_moments(where: str, slots: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Finding]:
-    step = plain(slots.get("step"))
-    if not isinstance(step, int | float) or step <= 2:
-        return
-    averages = [slot for slot in found if slot != "step" and slots[slot].shape != () and found[slot].elements > 1]
-    empty = [slot for slot in averages if found[slot].norm == 0]
-    if empty and len(empty) == len(averages):
-        yield Finding("fault", "moments", where, f"{', '.join(empty)} are all zero at step {step:g}")
-    elif "exp_avg_sq" in empty and "exp_avg" in averages:
-        yield Finding("fault", "moments", where, f"exp_avg_sq is all zero at step {step:g}, but exp_avg is not")
+        slots = slots or {}
+        found = measured(slots.items())
+        for check, message in oddities(found, plain(slots.get("step")), second):
+            yield Finding("fault", check, f"{where}, {label}", message)
+        yield from _equal_moments(f"{where}, {label}", slots, found)
 
 
 def _equal_moments(where: str, slots: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Finding]:

@@ -27,16 +27,14 @@ from optimstate.formats._unpickle import load
 from optimstate.formats.registry import open_document
 from optimstate.plan.rules import Plan
 from optimstate.state.sections import find_sections
-from optimstate.tensors import DTYPES, Storage
+from optimstate.tensors import Storage
 from optimstate.tree import Opaque, difference, tensors, walk
 from tests import corpus
 
 QUICK = WriteOptions(sync=False)
 
 
-def storage(kind: str, key: str, location: str, numel: int) -> Storage:
-    itemsize = next((row.itemsize for row in DTYPES.values() if row.storage == kind), 1)
-    nbytes = numel * itemsize
+def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
     return Storage((Extent(None, 0, nbytes),), nbytes, kind, location, key)
 
 
@@ -170,6 +168,11 @@ LIES = {
     "tensor larger than its storage": TENSOR.replace(b"K\x04\x85K\x01\x85", b"K\x05\x85K\x01\x85"),
     "tensor of negative size": TENSOR.replace(b"K\x04\x85K\x01\x85", b"J\xff\xff\xff\xff\x85K\x01\x85"),
     "tensor of negative stride": TENSOR.replace(b"K\x04\x85K\x01\x85", b"K\x04\x85J\xff\xff\xff\xff\x85"),
+    "tensor strided True where the one before was strided 1": b"]"
+    + TENSOR
+    + b"a"
+    + TENSOR.replace(b"K\x01\x85", b"\x88\x85")
+    + b"a",
     "tensor of text": TENSOR.replace(b"K\x04\x85K\x01\x85", text("4") + b"K\x01\x85"),
     "huge shape over nothing": TENSOR.replace(b"K\x04\x85K\x01\x85", b"\x8a\x08" + b"\xff" * 7 + b"\x7f\x85K\x01\x85"),
 }

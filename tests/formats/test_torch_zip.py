@@ -471,6 +471,22 @@ def test_a_directory_that_lies_is_refused(fields: dict[str, int], message: str, 
         open_document(path)
 
 
+def test_a_field_may_look_like_the_signature_of_an_entry(tmp_path: Path) -> None:
+    source, path = corpus.case("torch/adam_named_wd").entry, tmp_path / "a.pt"
+    with zipfile.ZipFile(source) as archive:
+        (entry,) = (found for found in archive.infolist() if found.filename.endswith("/data/0"))
+    field = entry.CRC.to_bytes(4, "little")
+    data = source.read_bytes()
+    assert data.count(field) == 2  # behind the record, and in the directory
+    path.write_bytes(data.replace(field, b"PK\x01\x02"))
+    assert difference(open_document(source).tree, open_document(path).tree) is None
+    document = open_document(path)
+    torch_zip.write(document.tree, tmp_path / "b.pt", like=document, options=QUICK)
+    with zipfile.ZipFile(tmp_path / "b.pt") as archive:
+        (again,) = (found for found in archive.infolist() if found.filename.endswith("/data/0"))
+    assert again.CRC.to_bytes(4, "little") == b"PK\x01\x02"
+
+
 def test_a_record_there_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.pt"
     with zipfile.ZipFile(path, "w") as archive:

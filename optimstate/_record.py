@@ -1,0 +1,102 @@
+"""Value classes that generate no code.
+
+`dataclasses.dataclass` compiles methods for every class, about a millisecond each, which for the many small classes of
+the engine takes longer than most of its work. Here the methods are written once, for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, dataclass_transform
+
+__all__ = ["Record", "field"]
+
+
+class _Factory:
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+
+
+def field(*, default_factory: Callable[[], Any]) -> Any:
+    """A default that is made anew for every record."""
+    return _Factory(default_factory)
+
+
+class _Fields:
+    """What the functions of `dataclasses` look for, made when one of them asks."""
+
+    def __get__(self, _: Any, kind: type[Record]) -> dict[str, Any]:
+        from dataclasses import fields, make_dataclass
+
+        return {found.name: found for found in fields(make_dataclass(kind.__name__, kind._fields))}
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+class Record:
+    """A frozen class of annotated fields, with the methods of a frozen dataclass and those of a named tuple.
+
+    A subclass has the fields it annotates after those of its base. `__post_init__` is called where there is one.
+    """
+
+    _fields: ClassVar[tuple[str, ...]] = ()
+    _factories: ClassVar[dict[str, Callable[[], Any]]] = {}
+    __dataclass_fields__: ClassVar[dict[str, Any]] = _Fields()  # type: ignore[assignment]
+
+    def __init_subclass__(cls) -> None:
+        own = [name for name, kind in cls.__annotations__.items() if "ClassVar" not in kind]
+        cls._fields = cls.__match_args__ = (*cls._fields, *own)  # type: ignore[attr-defined, misc]
+        made = {name: value.make for name in own if isinstance(value := cls.__dict__.get(name), _Factory)}
+        cls._factories = {**cls._factories, **made}
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        values = self.__dict__
+        values.update(zip(self._fields, args))  # noqa: B905 - checked where they differ in number
+        if named or len(args) != len(self._fields):
+            self._complete(args, named)
+        self.__post_init__()
+
+    def _complete(self, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Fill in defaults, refuse what does not fit."""
+        cls, fields, values = type(self), self._fields, self.__dict__
+        values.update(named)
+        wrong = [name for name in named if name not in fields or name in fields[: len(args)]]
+        if wrong or len(args) > len(fields):
+            raise TypeError(f"{cls.__name__} takes {', '.join(fields)} once each; got {len(args)} values and {wrong}")
+        for name in fields[len(args) :]:
+            if name not in values:
+                if name in self._factories:
+                    values[name] = self._factories[name]()
+                elif name not in cls.__dict__:
+                    raise TypeError(f"{cls.__name__} needs {name}")
+                else:
+                    values[name] = cls.__dict__[name]
+
+    def __post_init__(self) -> None:
+        pass
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be set")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be deleted")
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(map(self.__dict__.__getitem__, self._fields))
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        assert isinstance(other, Record)
+        return self is other or self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}({', '.join(f'{k}={v!r}' for k, v in self._asdict().items())})"
+
+    def _asdict(self) -> dict[str, Any]:
+        return dict(zip(self._fields, self._values(), strict=True))
+
+    def _replace(self, **changes: Any) -> Self:
+        return type(self)(**{**self._asdict(), **changes})
