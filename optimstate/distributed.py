@@ -120,6 +120,7 @@ class _Load:
     ) -> None:
         self.nbytes = 0
         self.notes: list[str] = []
+        self._casts: dict[tuple[str, str], list[str]] = {}
         self._optimizer = optimizer
         self._state: dict[str, Any] | None = None
         document = open_document(checkpoint)
@@ -139,12 +140,15 @@ class _Load:
         self.migration = plan_migration(plan, inventories)
         self.notes += self.migration.notes
         weights = execute_model(self.migration.sections["model"], tensors)
-        self._weights = [
-            (_local(live[name])[0], self._read(name, live[name], value)) for name, value in weights.items()
-        ]
+        self._weights: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name, value in weights.items():
+            self._weights.append((_local(live[name])[0], self._read(name, live[name], value)))
+            self._note_cast(name, value, live[name])
         if optimizer is not None and saved is not None:
             moved = execute_optimizer(self.migration.sections["optimizer"], saved)
             self._state = self._optimizer_dict(moved, optimizer, groups)
+        for (old, new), names in self._casts.items():
+            self.notes.append(f"{len(names)} tensors are {old} in the checkpoint and become {new}: {names[0]!r}, ...")
 
     def carry_out(self) -> None:
         """Change the live objects; the optimizer first, which may refuse what it is given."""
@@ -177,6 +181,8 @@ class _Load:
         if not isinstance(value, LazyTensor):
             return _whole(value)
         alone = value.numel == 1 and value.shape != tuple(parameter.shape)  # the count of steps
+        if not alone and parameter.is_floating_point():
+            self._note_cast(f"{name} {slot}", value, parameter)  # torch gives slots the dtype of their parameter
         if alone or not isinstance(parameter, DTensor):
             self.nbytes += value.nbytes
             return _whole(value)
@@ -195,6 +201,11 @@ class _Load:
             shape=parameter.shape,
             stride=parameter.stride(),
         )
+
+    def _note_cast(self, name: str, value: LazyTensor, like: torch.Tensor) -> None:
+        dtype = str(like.dtype).removeprefix("torch.")
+        if value.dtype != dtype:
+            self._casts.setdefault((value.dtype, dtype), []).append(name)
 
     def _read(self, name: str, like: torch.Tensor, value: Any) -> torch.Tensor:
         """The part of a tensor in a file that this process has of `like`."""

@@ -1,8 +1,9 @@
-"""One of two processes that resume a changed model, sharded: `python -m tests.distributed_worker RANK FOLDER`."""
+"""Two processes that resume a changed model, sharded: `python -m tests.distributed_worker FOLDER` forks them."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import warnings
 from pathlib import Path
@@ -161,8 +162,7 @@ def refusals(folder: Path) -> list[str]:
     return said
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+def run(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -173,5 +173,15 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+def main() -> int:
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run, args=(rank, Path(sys.argv[1]))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return max(abs(process.exitcode or 0) for process in ranks)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -45,12 +45,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]
 @pytest.fixture(scope="module")
 def two_ranks(trained: tuple[Path, list[float]]) -> list[dict[str, Any]]:
     folder, _ = trained
-    command = [sys.executable, "-m", "tests.distributed_worker"]
-    root = Path(__file__).parents[1]
-    ranks = [subprocess.Popen([*command, str(r), str(folder)], stderr=subprocess.PIPE, cwd=root) for r in range(2)]
-    for process in ranks:
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error.decode()
+    command = [sys.executable, "-m", "tests.distributed_worker", str(folder)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=240, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"arrived{rank}.pt") for rank in range(2)]
 
 
@@ -183,6 +182,18 @@ def test_new_parameters_keep_their_weights_and_have_no_state(trained: tuple[Path
     assert net.extra not in optimizer.state
     assert torch.equal(net.extra, torch.ones(2))
     assert net.q.weight in optimizer.state
+
+
+def test_another_precision_is_said(trained: tuple[Path, list[float]]) -> None:
+    folder, _ = trained
+    net = After().bfloat16()
+    optimizer = torch.optim.AdamW(groups(net), **OPTIONS)
+    found = load(folder / "before.pt", net, optimizer, plan=Plan.from_toml(TRANSPOSED))
+    (note,) = (note for note in found.notes if "become" in note)
+    assert note.startswith("28 tensors are float32 in the checkpoint and become bfloat16: ")
+    assert optimizer.state[net.q.weight]["exp_avg"].dtype is torch.bfloat16
+    net, optimizer = after(folder)
+    assert load(folder / "before.pt", net, optimizer, plan=Plan.from_toml(TRANSPOSED)).notes == ()
 
 
 def test_refusals_name_what_to_do(trained: tuple[Path, list[float]]) -> None:
