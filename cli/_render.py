@@ -6,12 +6,14 @@ inspecting a checkpoint.
 
 from __future__ import annotations
 
+import io
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import typer
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         ScanReport,
         VerifyReport,
     )
+    from optimstate.surgery._outcomes import Group, Outcome
 
 __all__ = [
     "compared",
@@ -33,6 +36,7 @@ __all__ = [
     "progress",
     "remapped",
     "scanned",
+    "show",
     "shown",
     "size",
     "table",
@@ -56,13 +60,55 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+class Report(Protocol):
+    """What every verb returns."""
+
+    def to_json(self) -> str:
+        """A JSON document of a stable form."""
+
+
+R = TypeVar("R", bound=Report)
+
+
+def show(report: R, render: Callable[[R], None], *, as_json: bool, quiet: bool) -> None:
+    """Print a report as JSON, or as people read it, or not at all."""
+    if as_json:
+        typer.echo(report.to_json())
+    elif not quiet:
+        with redirect_stdout(io.StringIO()) as text:
+            render(report)
+        typer.echo(_folded(text.getvalue()), nl=False)
+
+
+def _folded(text: str) -> str:
+    """Long lines go on below, further in, on a terminal; what is piped keeps its lines."""
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "".join(line if len(line) <= width else _folded_line(line, width) for line in text.splitlines(True))
+
+
+def _folded_line(line: str, width: int) -> str:
+    import textwrap
+
+    indent = " " * (len(line) - len(line.lstrip()))
+    lines = textwrap.wrap(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent + "    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines) + "\n"
+
+
 @contextmanager
-def progress(source: Path, verb: str, *, wanted: bool = True) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on stderr, for long work on a terminal; None otherwise."""
-    total = source.stat().st_size if wanted and source.is_file() else 0
-    if wanted and source.is_dir():
-        total = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
-    if total < PROGRESS_FROM or not sys.stderr.isatty():
+def progress(verb: str, *sources: Path, quiet: bool = False) -> Iterator[Callable[[int], None] | None]:
+    """A progress bar on stderr with rate and time left, for long work on a terminal; None otherwise."""
+    files = [file for source in sources for file in (source.rglob("*") if source.is_dir() else (source,))]
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    if total < PROGRESS_FROM or quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
@@ -100,13 +146,17 @@ def shown(value: Any) -> str:
 
 
 def remapped(report: RemapReport) -> None:
-    """Print what a plan did."""
+    """Print what a plan did, and the plan."""
     for rule, count in report.rules:
         typer.echo(f"{rule}: {plural(count, 'match')}".replace("matchs", "matches"))
     for section, moves in report.moves.items():
         dropped = report.dropped[section]
         counts = [f"{len(moves)} moved", f"{len(dropped)} dropped", f"{report.kept[section]} kept"]
         typer.echo(f"{section}: {', '.join(counts)}")
+        if any(outcome.outcome != "exact" or outcome.reason for outcome in report.outcomes[section]):
+            _outcomes(report.outcomes[section], "all" if section.startswith("optimizer") else "value")
+        for group in report.groups.get(section, ()):
+            typer.echo(f"  {_regrouped(group)}")
         if not report.written:
             for source, target in moves:
                 typer.echo(f"  {source} -> {target}")
@@ -114,7 +164,28 @@ def remapped(report: RemapReport) -> None:
                 typer.echo(f"  {source} dropped")
     for note in report.notes:
         typer.echo(f"note: {note}")
+    typer.echo("plan:")
+    for line in report.plan.splitlines():
+        typer.echo(f"  {line}".rstrip())
     typer.echo(f"wrote {report.destination}" if report.written else "dry run: nothing was written")
+
+
+OUTCOMES_SHOWN = 20
+
+
+def _outcomes(found: Sequence[Outcome], whole: str) -> None:
+    """What became of each slot; of the parameters as a whole where no slot is named."""
+    rows = [(o.slot or f"({whole})", f"{o.parameters:,}", o.outcome, o.reason) for o in found[:OUTCOMES_SHOWN]]
+    typer.echo(table(("slot", "parameters", "outcome", "why"), rows))
+    if len(found) > OUTCOMES_SHOWN:
+        typer.echo(f"  ... and {len(found) - OUTCOMES_SHOWN} more (--json lists all)")
+
+
+def _regrouped(group: Group) -> str:
+    origin = " and ".join(map(str, group.sources))
+    changes = [f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in group.changed.items()]
+    counted = plural(group.parameters, "parameter") + (f" of group {origin}" if origin else ", all new")
+    return f"group {group.group}: " + ", ".join([counted, *changes])
 
 
 def scanned(report: ScanReport) -> None:

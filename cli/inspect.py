@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimstate.cli.app import Force, Json, app
+from optimstate.cli.app import Force, Json, Quiet, app, epilog
+
+if TYPE_CHECKING:
+    from optimstate.surgery import Inspection
 
 
-@app.command(epilog="Example: optimstate inspect checkpoint-1000/ --stats --html report.html")
+@app.command(
+    short_help="Show what a checkpoint holds, and whether a run can resume from it.",
+    epilog=epilog(
+        "optimstate inspect checkpoint.pt",
+        "optimstate inspect checkpoint-1000/ --params",
+        "optimstate inspect checkpoint.pt --stats --html report.html",
+        exits="0 fine, 2 wrong usage, 3 bad input, 5 the page cannot be written.",
+    ),
+)
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
     params: Annotated[
@@ -25,6 +36,7 @@ def inspect(
         typer.Option(metavar="FILE", help="Write a page with tables and heat maps of norms.", show_default=False),
     ] = None,
     force: Force = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Show what a checkpoint holds, and whether a run can resume from it.
@@ -40,17 +52,18 @@ def inspect(
 
         check_destination(html, [path], force=force)
     measure = stats or html is not None
-    with _render.progress(path, "measuring", wanted=measure) as advance:
+    with _render.progress("measuring", *([path] if measure else []), quiet=quiet) as advance:
         found = surgery.inspect(path, parameters=params, statistics=measure, progress=advance)
     if html is not None:
         from optimstate.cli._html import write_page
 
         write_page(found, html)
-    if as_json:
-        typer.echo(found.to_json())
-        return
-    from optimstate.cli import _render_inspect
 
-    _render_inspect.inspection(found, params=params, groups=groups, stats=stats)
-    if html is not None:
-        typer.echo(f"\nwrote {html}")
+    def render(found: Inspection) -> None:
+        from optimstate.cli import _render_inspect
+
+        _render_inspect.inspection(found, params=params, groups=groups, stats=stats)
+        if html is not None:
+            typer.echo(f"\nwrote {html}")
+
+    _render.show(found, render, as_json=as_json, quiet=quiet)

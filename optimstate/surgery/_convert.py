@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import CorruptCheckpointError, MigrationError
-from optimstate.files import check_destination, chunks
+from optimstate.files import Progress, check_destination, chunks
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_document
 from optimstate.surgery._common import opening, to_json
@@ -236,7 +236,7 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
     return strip(document.tree, document, ""), notes
 
 
-def verify_checksums(document: Document) -> int:
+def verify_checksums(document: Document, progress: Progress | None = None) -> int:
     """Read every storage whose container recorded a checksum and compare.
 
     Returns:
@@ -254,6 +254,8 @@ def verify_checksums(document: Document) -> int:
         value = 0
         for block in chunks(node.storage.pieces):
             value = zlib.crc32(block, value)
+            if progress is not None:
+                progress(len(block))
         if value != node.storage.crc:
             raise CorruptCheckpointError(
                 f"the bytes of {format_path(path)} do not match their checksum",

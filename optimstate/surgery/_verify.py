@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optimstate.errors import CorruptCheckpointError
+from optimstate.files import Progress
 from optimstate.formats._protocol import Document
 from optimstate.formats.registry import open_document
 from optimstate.plan.rules import Plan
@@ -74,12 +75,13 @@ BLIND = (
 )
 
 
-def verify(path: str | Path, *, numbers: bool = True) -> VerifyReport:
+def verify(path: str | Path, *, numbers: bool = True, progress: Progress | None = None) -> VerifyReport:
     """Look for whatever would make a resumed run differ from the one that was saved.
 
     Args:
         path: A checkpoint file or folder.
         numbers: Look into the tensors, which imports torch: NaN, infinities, empty moments, negative second moments.
+        progress: Called with the bytes read since the last call.
 
     Raises:
         CheckpointError: It cannot be read at all.
@@ -88,12 +90,12 @@ def verify(path: str | Path, *, numbers: bool = True) -> VerifyReport:
         document = open_document(path)
         sections = find_sections(document.tree)
         checked = [f"{len(sections)} sections"]
-        findings = [*_damaged(document, checked)]
+        findings = [*_damaged(document, checked, progress)]
         models = [section for section in sections if section.kind == "model"]
         schedulers = [section for section in sections if section.kind == "scheduler"]
         optimizers = [section for section in sections if section.kind == "optimizer"]
         for section in optimizers:
-            findings += _check_optimizer(section, models, numbers)
+            findings += _check_optimizer(section, models, numbers, progress)
         findings += _check_schedulers(optimizers, schedulers)
         checked.append(f"{len(optimizers)} optimizers, {len(schedulers)} schedulers")
         return VerifyReport(str(path), tuple(findings), tuple(checked), BLIND)
@@ -123,12 +125,12 @@ def verify_against(path: str | Path, source: str | Path, plan: Plan) -> VerifyRe
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
-def _damaged(document: Document, checked: list[str]) -> Iterator[Finding]:
+def _damaged(document: Document, checked: list[str], progress: Progress | None) -> Iterator[Finding]:
     parts = list(_documents(document))
     compared = 0
     for part in parts:
         try:
-            compared += verify_checksums(part)
+            compared += verify_checksums(part, progress)
         except CorruptCheckpointError as error:
             yield Finding("fault", "checksum", part.path.name, error.message)
     checked.append(f"{compared} checksums")
@@ -147,7 +149,9 @@ def _documents(document: Document) -> Iterator[Document]:
 # --- optimizers -----------------------------------------------------------------------------------------------------
 
 
-def _check_optimizer(section: Section, models: list[Section], numbers: bool) -> Iterator[Finding]:
+def _check_optimizer(
+    section: Section, models: list[Section], numbers: bool, progress: Progress | None
+) -> Iterator[Finding]:
     state = section.optimizer()
     where = f"optimizer at {section.label}"
     algorithm = algorithm_of({slot for found in state.state.values() for slot in found}, state)
@@ -160,7 +164,7 @@ def _check_optimizer(section: Section, models: list[Section], numbers: bool) -> 
     yield from _names(where, state, models)
     yield from _shapes(where, state, algorithm, models)
     if numbers:
-        yield from _numbers(where, state, algorithm)
+        yield from _numbers(where, state, algorithm, progress)
 
 
 def _labelled(state: OptimizerState) -> list[tuple[str, Mapping[str, Any] | None]]:
@@ -287,13 +291,15 @@ def _shapes(where: str, state: OptimizerState, algorithm: Algorithm | None, mode
             yield Finding("fault", "shapes", f"{where}, {label}", f"shapes disagree: {shown}")
 
 
-def _numbers(where: str, state: OptimizerState, algorithm: Algorithm | None) -> Iterator[Finding]:
+def _numbers(
+    where: str, state: OptimizerState, algorithm: Algorithm | None, progress: Progress | None
+) -> Iterator[Finding]:
     from optimstate.surgery._numbers import measured, oddities, second_moments
 
     second = second_moments(algorithm)
     for label, slots in _labelled(state):
         slots = slots or {}
-        found = measured(slots.items())
+        found = measured(slots.items(), progress)
         for check, message in oddities(found, plain(slots.get("step")), second):
             yield Finding("fault", check, f"{where}, {label}", message)
         yield from _equal_moments(f"{where}, {label}", slots, found)
