@@ -8,7 +8,8 @@ Sources: `torch.distributed.tensor` (DTensor, placements, shard order), `torch.d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -141,17 +142,25 @@ def _dtensor(shape: tuple[int, ...], state: Any) -> tuple[tuple[tuple[Box, LazyT
     mesh = _fields(spec["mesh"])
     sizes, here = _mesh_shape(mesh), mesh["_coordinate_on_dim"]
     order = _shard_order(spec, sizes)
-    if prod(sizes) > _MAX_PLACES:
-        raise ValueError(f"a mesh of {sizes}")
-    boxes: dict[Box, str] = {}
-    for place in product(*map(range, sizes)):
-        boxes.setdefault(_box_at(shape, place, sizes, order), f"place {place} of the mesh {sizes}")
+    boxes = _boxes(shape, sizes, tuple((dim, tuple(axes)) for dim, axes in order.items()))
     if here is None:  # this rank is not of the mesh
         return (), boxes
     here = _numbers(here)
     if len(here) != len(sizes) or any(at >= size for at, size in zip(here, sizes, strict=True)):
         raise ValueError(f"place {here} of a mesh of {sizes}")
     return ((_box_at(shape, here, sizes, order), fields["_local_tensor"]),), boxes
+
+
+@lru_cache(maxsize=1024)  # a checkpoint has few shapes, and every rank's file has every tensor
+def _boxes(
+    shape: tuple[int, ...], mesh: tuple[int, ...], order: tuple[tuple[int, tuple[int, ...]], ...]
+) -> Mapping[Box, str]:
+    if prod(mesh) > _MAX_PLACES:
+        raise ValueError(f"a mesh of {mesh}")
+    boxes: dict[Box, str] = {}
+    for place in product(*map(range, mesh)):
+        boxes.setdefault(_box_at(shape, place, mesh, dict(order)), f"place {place} of the mesh {mesh}")
+    return boxes
 
 
 def _mesh_shape(mesh: Mapping[str, Any]) -> tuple[int, ...]:
@@ -198,7 +207,7 @@ def _shard_order(spec: Mapping[str, Any], mesh: tuple[int, ...]) -> dict[int, li
 
 
 def _box_at(
-    shape: tuple[int, ...], place: tuple[int, ...], mesh: tuple[int, ...], order: Mapping[int, list[int]]
+    shape: tuple[int, ...], place: tuple[int, ...], mesh: tuple[int, ...], order: Mapping[int, Sequence[int]]
 ) -> Box:
     offsets, sizes = [0] * len(shape), list(shape)
     for dim, axes in order.items():

@@ -194,10 +194,15 @@ class _Joiner:
         found = [record for record in records if record is not None]
         if not found:
             return None
+        first = found[0]
         for file, record in zip(self.files, records, strict=True):
-            if record is None or record[:2] != found[0][:2] or record.boxes != found[0].boxes:
+            if (
+                record is None
+                or (record.dtype, record.shape) != (first.dtype, first.shape)
+                or (record.boxes is not first.boxes and record.boxes != first.boxes)
+            ):
                 raise CorruptCheckpointError(
-                    f"{format_path(path)} is {_shown(found[0])} in {self.files[0]} and {_shown(record)} in {file}",
+                    f"{format_path(path)} is {_shown(first)} in {self.files[0]} and {_shown(record)} in {file}",
                     hint="Files of several runs cannot be put together.",
                 )
         return found
