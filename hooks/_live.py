@@ -9,9 +9,8 @@ from typing import Any, Self
 import torch
 
 from optimstate.errors import StateMismatchError
-from optimstate.state.names import stripped
 
-__all__ = ["Consecutive", "Live", "names_in", "stripped"]
+__all__ = ["Consecutive", "Live", "names_in"]
 
 
 class Consecutive(list[int]):

@@ -29,7 +29,7 @@ from optimstate.plan.migration import Inventory, Migration, Target
 from optimstate.plan.planner import model_inventory, optimizer_inventory, plan_migration
 from optimstate.plan.rules import Plan
 from optimstate.state.model import OptimizerState
-from optimstate.state.names import stripped
+from optimstate.state.names import unwrapped
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors import LazyTensor, to_torch
 
@@ -255,7 +255,7 @@ def _plain_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MigrationError: Two become the same.
     """
-    rename = stripped(tensors)
+    rename = unwrapped(tensors)
     made = {rename(name): value for name, value in tensors.items()}
     if len(made) != len(tensors):
         raise MigrationError(["two parameters have the same name when wrapper prefixes are taken off"])
@@ -265,7 +265,7 @@ def _plain_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def _names_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
     """The plain names of an optimizer's parameters, group by group."""
     parameters = dict(model.named_parameters())
-    rename = stripped(parameters)
+    rename = unwrapped(parameters)
     names = {id(parameter): rename(name) for name, parameter in parameters.items()}
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
@@ -309,7 +309,7 @@ def _named(state: OptimizerState) -> OptimizerState:
             hint="`optimstate name` finds them in what was saved; NamedSavePlanner saves them.",
         )
     names = [[str(name) for name in group.names or ()] for group in state.groups]
-    rename = stripped(name for group in names for name in group)
+    rename = unwrapped(name for group in names for name in group)
     return state.named([[rename(name) for name in group] for group in names])
 
 

@@ -107,6 +107,7 @@ ANY = corpus.FILES
 INVOCATIONS = {
     "inspect": [
         ["inspect", "checkpoint.pt", "--params"],
+        ["inspect", "checkpoint.pt", "--params", "--stats"],
         ["inspect", str(ANY / "torch/tied_adam_named/checkpoint.pt")],
         ["inspect", str(ANY / "optimstate/hostile_zip")],
         ["inspect", str(ANY / "torch/wholeobject/checkpoint.pt")],
@@ -132,7 +133,11 @@ INVOCATIONS = {
     ],
     "plan invert": [["plan", "invert", "plan.toml", "old.pt"]],
     "plan show": [["plan", "show", "copies.toml", "checkpoint.pt"]],
-    "convert": [["convert", str(ANY / "transformers/gpt2_adamw/checkpoint-4"), "whole.pt", "--dry-run"]],
+    "convert": [
+        ["convert", str(ANY / "transformers/gpt2_adamw/checkpoint-4"), "whole.pt", "--dry-run"],
+        ["convert", "checkpoint.pt", "cast.pt", "--section", "optimizer", "--dtype", "exp_avg=bf16"],
+        ["convert", "checkpoint.pt", "lion.pt", "--dry-run", "--optimizer", "Lion", "--dtype", "model=bf16"],
+    ],
     "name": [["name", str(ANY / "torch/adam_unnamed_wd"), "--dry-run"]],
     "verify": [["verify", "checkpoint.pt", "--no-numbers"], ["verify", "faulty.pt", "--no-numbers"]],
     "scan": [["scan", "checkpoint.pt"], ["scan", str(ANY / "optimstate/hostile_zip")], ["scan", "cut.pkl"]],
