@@ -8,7 +8,6 @@ afterwards if it did nest that deep, so that nothing hashes such a tuple again.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +47,8 @@ def read_with_room(data: bytes, read: Callable[[], Any]) -> Any:
 
 def _on_a_stack_of(size: int, read: Callable[[], Any]) -> Any:
     """Call in a thread with a stack of `size` bytes; memory is used only as far as the stack really grows."""
+    import threading
+
     made: list[Any] = []
     failed: list[BaseException] = []
 
