@@ -20,6 +20,7 @@ from optimstate.errors import (
     LimitExceededError,
     UnsupportedCheckpointError,
 )
+from optimstate.formats._nesting import read_with_room
 from optimstate.tensors import DTYPES, ITEMSIZE_OF_STORAGE, LazyTensor, Storage
 from optimstate.tree import AttributedTensor, GlobalName, Opaque, no_garbage_collection
 
@@ -414,7 +415,7 @@ def load(
     reader = unpickler(io.BufferedReader(io.BytesIO(data), 1 << 20), storage)
     try:
         with no_garbage_collection():
-            tree = reader.load()
+            tree = read_with_room(data, reader.load)
             _refuse_disguises(tree)
     except CheckpointError:
         raise

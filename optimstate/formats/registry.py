@@ -21,6 +21,7 @@ FORMATS: dict[str, str] = {
     "deepspeed-universal": "optimstate.formats.deepspeed_universal",
     "torch-legacy": "optimstate.formats.torch_legacy",
     "pickle": "optimstate.formats.pickle_file",
+    "ranks": "optimstate.formats.ranks",
     "folder": "optimstate.formats.folder",
 }
 

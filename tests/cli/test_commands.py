@@ -202,13 +202,13 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 def test_an_interrupted_command_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from optimstate.formats import safetensors
+    from optimstate.formats import _safetensors_file
 
     def interrupted(*_: object, **__: object) -> int:
         os.kill(os.getpid(), signal.SIGINT)
         return 0
 
-    monkeypatch.setattr(safetensors, "copy_extents", interrupted)
+    monkeypatch.setattr(_safetensors_file, "copy_extents", interrupted)
     # A shell starts its background jobs with the signal ignored, and Python then leaves it so.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
