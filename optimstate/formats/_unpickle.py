@@ -20,9 +20,9 @@ from optimstate.errors import (
     LimitExceededError,
     UnsupportedCheckpointError,
 )
-from optimstate.formats._nesting import read_with_room
+from optimstate.formats._tree_checks import read_soundly
 from optimstate.tensors import DTYPES, ITEMSIZE_OF_STORAGE, LazyTensor, Storage
-from optimstate.tree import AttributedTensor, GlobalName, Opaque, no_garbage_collection
+from optimstate.tree import AttributedTensor, GlobalName, no_garbage_collection
 
 __all__ = ["MAX_PICKLE_BYTES", "InertUnpickler", "load"]
 
@@ -203,7 +203,7 @@ class InertUnpickler(pickle.Unpickler):
         """The storage a persistent id names: ('storage', class, key, location, number of elements, ...)."""
         if self._storage is None or type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
             raise CorruptCheckpointError(f"an unknown persistent id {pid!r}"[:200])
-        _, kind, key, location, numel = pid[:5]
+        _, kind, key, location, numel = pid if len(pid) == 5 else pid[:5]
         name, itemsize = self._kinds.get(kind) or self._kind(kind, key)
         if type(key) is not str or type(location) is not str:
             raise CorruptCheckpointError(f"a malformed storage id {pid!r}"[:200])
@@ -362,34 +362,6 @@ _BUILTINS: dict[str, Any] = {
 
 
 _INT = frozenset({int})
-_METHODS = frozenset(dir(OrderedDict))
-_LEAVES = frozenset({LazyTensor, str, int, float, bool, bytes, type(None)})
-
-
-def _refuse_disguises(tree: Any) -> None:
-    """Refuse an OrderedDict with an attribute named like a method: who calls the method would meet the attribute."""
-    seen: set[int] = set()
-    stack = [tree]
-    while stack:
-        node = stack.pop()
-        kind = type(node)
-        if kind is dict:
-            inner = node.values()
-        elif kind is OrderedDict:
-            attributes = vars(node)
-            if not _METHODS.isdisjoint(attributes):
-                raise CorruptCheckpointError("a pickle that hides a method of an OrderedDict")
-            inner = [*dict.values(node), *attributes.values()]
-        elif kind in (list, tuple, set, frozenset):
-            inner = node
-        elif isinstance(node, Opaque):
-            pairs = [part for pair in node.entries for part in pair]
-            inner = [*node.arguments, *node.keywords.values(), *node.items, *pairs, node.state]
-        else:
-            continue
-        if id(node) not in seen:
-            seen.add(id(node))
-            stack.extend([child for child in inner if type(child) not in _LEAVES])
 
 
 def load(
@@ -415,8 +387,7 @@ def load(
     reader = unpickler(io.BufferedReader(io.BytesIO(data), 1 << 20), storage)
     try:
         with no_garbage_collection():
-            tree = read_with_room(data, reader.load)
-            _refuse_disguises(tree)
+            tree = read_soundly(data, reader.load)
     except CheckpointError:
         raise
     except RecursionError:

@@ -1,17 +1,17 @@
 """The directory of a zip archive whose records are stored as they are: where each record is, without reading any.
 
-An archive of `torch.save` has a record per tensor, so what is done for each of them is done for all at once, column by
-column: the entries are cut apart at their signatures, and their fields unpacked and checked by builtins.
+An archive of `torch.save` has a record per tensor, so what is done for each of them is done for all at once: entries of
+equal length follow one another in long runs, each of which is unpacked in one call, and checked column by column.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
-from operator import add, eq, le
-from typing import NamedTuple, NoReturn
+from operator import add, le
+from typing import Any, NamedTuple, NoReturn
 
 from optimstate.errors import (
     CorruptCheckpointError,
@@ -34,8 +34,8 @@ LOCATOR64 = struct.Struct("<4sLQL")
 MAX32 = 0xFFFFFFFF
 
 _SIGNATURE = b"PK\x01\x02"
-_FIELDS = struct.Struct("<4xHH4x3L3H8xL")  # flags, method, CRC, sizes, lengths of name, extra and comment, offset
-_FIXED = _FIELDS.size  # bytes of an entry between its signature and its name
+# Flags, method, CRC, sizes, offset of the header; then come name, extra and comment.
+_ENTRY = "<8xHH4x3L14xL%ds%ds%dx"
 
 
 class Record(NamedTuple):
@@ -89,7 +89,6 @@ class Archive:
         source: The file.
         root: The folder all records are in, with its slash.
         records: By name without the root, in directory order.
-        entries: The bytes of each record's entry, in the same order.
         directory_offset: Where the directory begins.
     """
 
@@ -100,98 +99,66 @@ class Archive:
             raise CorruptCheckpointError(
                 f"the zip directory cannot hold {count} entries in {size} bytes", path=source.path
             )
-        directory = source.read(self.directory_offset, size)
+        self._directory = source.read(self.directory_offset, size)
         with no_garbage_collection():
-            try:
-                self._entries = directory.split(_SIGNATURE)[1:]
-                columns = self._columns(count)
-            except (
-                struct.error,
-                ValueError,
-            ):  # not where the entries begin: a size or a name may look like a signature
-                self._entries = list(self._walk(directory, count))
-                columns = self._columns(count)
-            self.root, self.records = self._checked(*columns)
+            self.root, self.records = self._parsed(count)
 
-    @property
     def entries(self) -> Iterator[tuple[str, bytes]]:
-        """Name of each record, and the bytes of its entry."""
-        return zip(self.records, (_SIGNATURE + entry for entry in self._entries), strict=True)
+        """Name of each record, and the bytes of its entry in the directory."""
+        names = iter(self.records)
+        for at, length, run in self._runs(len(self.records)):
+            for start in range(at, at + run * length, length):
+                yield next(names), self._directory[start : start + length]
 
-    def _walk(self, directory: bytes, count: int) -> Iterator[bytes]:
-        """The entries one after the other, each without its signature."""
-        at = 0
-        for _ in range(count):
-            if at + CENTRAL.size > len(directory):
-                raise self.corrupt("the zip directory is cut off", self.directory_offset + at)
-            stop = at + CENTRAL.size + sum(struct.unpack_from("<3H", directory, at + 28))
-            if not directory.startswith(_SIGNATURE, at) or stop > len(directory):
-                raise self.corrupt("the zip directory is damaged", self.directory_offset + at)
-            yield directory[at + len(_SIGNATURE) : stop]
-            at = stop
+    def _runs(self, count: int) -> Iterator[tuple[int, int, int]]:
+        """Where entries of equal lengths begin, how long each is, and how many there are."""
+        data, at = self._directory, 0
+        while count:
+            lengths = data[at + 28 : at + 34]
+            length = CENTRAL.size + sum(struct.unpack("<3H", lengths)) if len(lengths) == 6 else 0
+            if not data.startswith(_SIGNATURE, at) or at + length > len(data):
+                problem = "cut off" if at + CENTRAL.size > len(data) else "damaged"
+                raise self.corrupt(f"the zip directory is {problem}", self.directory_offset + at)
+            run = most = min(count, (len(data) - at) // length)
+            for place, byte in zip((0, 1, 2, 3, *range(28, 34)), _SIGNATURE + lengths, strict=True):
+                column = data[at + place : at + most * length : length]
+                run = min(run, len(column) - len(column.lstrip(bytes([byte]))))
+            yield at, length, run
+            at += run * length
+            count -= run
 
-    def _columns(self, count: int) -> tuple[Sequence[int], ...]:
-        """Flags, methods, CRCs, sizes, full sizes, lengths of names, offsets.
-
-        Raises:
-            ValueError: The entries do not have the lengths they state.
-        """
-        if len(self._entries) != count:
-            raise ValueError(count)
-        columns = list(zip(*map(_FIELDS.unpack_from, self._entries), strict=True)) or [()] * 9
-        flags, methods, crcs, sizes, full, names, extras, comments, headers = columns
-        lengths = map(add, map(add, names, extras), map(add, comments, repeat(_FIXED)))
-        if not all(map(eq, lengths, map(len, self._entries))):
-            raise ValueError(count)
-        if MAX32 in sizes or MAX32 in full or MAX32 in headers:
-            full, sizes, headers = zip(*map(_zip64, self._entries, full, sizes, headers, names), strict=True)
-        return flags, methods, crcs, sizes, full, names, headers
-
-    def _checked(
-        self,
-        flags: Sequence[int],
-        methods: Sequence[int],
-        crcs: Sequence[int],
-        sizes: Sequence[int],
-        full: Sequence[int],
-        lengths: Sequence[int],
-        headers: Sequence[int],
-    ) -> tuple[str, Records]:
+    def _parsed(self, count: int) -> tuple[str, Records]:
         """The common folder of the records, and the records."""
-        entries = self._entries
+        rows: list[tuple[Any, ...]] = []
+        for at, length, run in self._runs(count):
+            entry = struct.Struct(_ENTRY % struct.unpack_from("<3H", self._directory, at + 28))
+            rows += entry.iter_unpack(memoryview(self._directory)[at : at + run * length])
+        if not rows:
+            return "", Records((), (), (), ())
+        flags, methods, crcs, sizes, full, headers, names, extras = zip(*rows, strict=True)
+        if MAX32 in sizes or MAX32 in full or MAX32 in headers:
+            full, sizes, headers = zip(*map(_zip64, full, sizes, headers, extras), strict=True)
         ends = list(map(add, map(add, headers, sizes), repeat(LOCAL.size)))
         sealed = any(flag & 1 for flag in set(flags))
-        if any(methods) or sealed or sizes != full or max(ends, default=0) > self.directory_offset:
-            self._refuse_entries(flags, methods, sizes, full, headers)
-        first = entries[0][_FIXED : _FIXED + lengths[0]] if entries else b""
-        root = first[: first.find(b"/") + 1]
-        if not all(map(bytes.startswith, entries, repeat(root), repeat(_FIXED))):
+        if any(methods) or sealed or sizes != full or max(ends) > self.directory_offset:
+            self._refuse(zip(names, flags, methods, sizes, full, headers, strict=True))
+        root = names[0][: names[0].find(b"/") + 1]
+        if not all(map(bytes.startswith, names, repeat(root))):
             raise UnrecognizedFormatError(
                 "a zip file, but not one of torch.save: no common folder", path=self.source.path
             )
-        skip = _FIXED + len(root)
-        encoded = [entry[skip : _FIXED + length] for entry, length in zip(entries, lengths, strict=True)]
-        names = [name.decode("utf-8", "replace") for name in encoded]
-        records = Records(names, headers, sizes, crcs)
+        skip = len(root)
+        records = Records([name[skip:].decode("utf-8", "replace") for name in names], headers, sizes, crcs)
         if len(records) != len(names):
             raise CorruptCheckpointError("the zip directory lists a record twice", path=self.source.path)
         if not all(map(le, ends, headers[1:])):
             self._refuse_overlaps(records)
         return root.decode("utf-8", "replace"), records
 
-    def _refuse_entries(
-        self,
-        flags: Sequence[int],
-        methods: Sequence[int],
-        sizes: Sequence[int],
-        full: Sequence[int],
-        headers: Sequence[int],
-    ) -> NoReturn:
+    def _refuse(self, entries: Iterable[tuple[Any, ...]]) -> NoReturn:
         """Say why the first entry that cannot be read cannot."""
-        rows = zip(self._entries, flags, methods, sizes, full, headers, strict=True)
-        for entry, flag, method, size, full_size, header in rows:
-            length = int.from_bytes(entry[24:26], "little")
-            shown = entry[_FIXED : _FIXED + length].decode("utf-8", "replace")
+        for name, flag, method, size, full_size, header in entries:
+            shown = name.decode("utf-8", "replace")
             if method or flag & 1:
                 raise UnsupportedCheckpointError(
                     f"record {shown!r} is {'encrypted' if flag & 1 else 'compressed'}",
@@ -328,11 +295,10 @@ def _restore_hint(source: FileSource | FileSlice) -> str:
     return "The file is truncated or no checkpoint of torch.save; copy it again from its source."
 
 
-def _zip64(entry: bytes, unpacked: int, packed: int, header: int, name_length: int) -> tuple[int, int, int]:
+def _zip64(unpacked: int, packed: int, header: int, extra: bytes) -> tuple[int, int, int]:
     """The sizes and the offset, those that do not fit 32 bits from the entry's zip64 field."""
     fields = [unpacked, packed, header]
     if MAX32 in fields:
-        extra = entry[_FIXED + name_length :]
         at = 0
         while at + 4 <= len(extra):
             kind, length = struct.unpack_from("<HH", extra, at)

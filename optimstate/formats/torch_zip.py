@@ -291,7 +291,7 @@ def _serialization_id(parts: Sequence[str]) -> bytes:
 
 
 def _kept_entries(archive: Archive) -> list[bytes]:
-    return [entry for name, entry in archive.entries if name != "data.pkl"]
+    return [entry for name, entry in archive.entries() if name != "data.pkl"]
 
 
 def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOptions) -> None:

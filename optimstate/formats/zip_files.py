@@ -33,8 +33,8 @@ _MAX_MEMBERS = 10_000
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """Whether a file is a zip archive; asked after torch's own format, whose members are all in one folder."""
-    return head[:4] == b"PK\x03\x04" and path.suffix != ".distcp"
+    """Whether a file is a zip archive, and not one of torch, whose members are all in one folder."""
+    return head[:4] == b"PK\x03\x04" and path.suffix != ".distcp" and not torch_zip.sniff(path, head)
 
 
 def read(path: Path) -> Document:

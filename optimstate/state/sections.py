@@ -68,6 +68,9 @@ def is_tensor(value: Any) -> bool:
 
 def tied_names(tensors: Mapping[str, Any]) -> list[list[str]]:
     """Names whose tensors show the same bytes. Tensors side by side in one storage are not tied."""
+    storages = [id(tensor.storage) for tensor in tensors.values() if isinstance(tensor, LazyTensor)]
+    if len(set(storages)) == len(storages):
+        return []
     users: dict[int, list[tuple[str, LazyTensor]]] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, LazyTensor):

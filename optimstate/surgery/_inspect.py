@@ -128,13 +128,18 @@ class _Look:
     def _model_info(self, section: Section) -> ModelInfo:
         found = section.tensors()
         lazy = {name: tensor for name, tensor in found.items() if isinstance(tensor, LazyTensor)}
+        dtypes: Counter[str] = Counter()
+        elements: Counter[str] = Counter()
+        for (dtype, shape), times in Counter([(tensor.dtype, tensor.shape) for tensor in lazy.values()]).items():
+            dtypes[dtype] += times
+            elements[dtype] += times * math.prod(shape)
         return ModelInfo(
             section.kind,
             section.label,
             len(found),
-            sum(tensor.numel for tensor in lazy.values()),
-            dict(Counter(tensor.dtype for tensor in lazy.values())),
-            sum(tensor.nbytes for tensor in lazy.values()),
+            elements.total(),
+            dict(dtypes),
+            sum(count * DTYPES[dtype].itemsize for dtype, count in elements.items()),
             tuple(tuple(names) for names in tied_names(lazy)),
             _kinds_of_names(found.items()),
             {name: describe(tensor) for name, tensor in found.items()} if self.listed else {},
@@ -201,8 +206,9 @@ def _kinds_of_names(found: Iterable[tuple[str, Any]], algorithm: Algorithm | Non
     first: dict[str, Any] = {}
     for name, value in found:
         pattern = collapsed(name)
+        if pattern not in first:
+            first[pattern] = value
         counts[pattern] += 1
-        first.setdefault(pattern, value)
     return {pattern: (count, _described(first[pattern], algorithm)) for pattern, count in counts.items()}
 
 

@@ -1,4 +1,4 @@
-"""Tuples within tuples within tuples: a few kilobytes of pickle can nest them deeper than the C stack.
+"""What a pickle may have built that must not be touched: tuples as deep as the stack, and disguised mappings.
 
 Python hashes a tuple by going down all of it, and unlike every other recursion of its own it does not look where the
 stack ends: a deeply nested key of a dict kills the process. How deep a pickle can nest is at most the number of its
@@ -12,36 +12,39 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from optimstate.errors import LimitExceededError
+from optimstate.errors import CorruptCheckpointError, LimitExceededError
 from optimstate.tensors import LazyTensor
 from optimstate.tree import MAX_DEPTH, Opaque
 
-__all__ = ["read_with_room"]
+__all__ = ["read_soundly"]
 
 _TUPLE_OPCODES = (b"t", b"\x85", b"\x86", b"\x87")
 _HARMLESS = 16_384  # levels; every stack has room for them
 _BYTES_PER_LEVEL = 128  # measured: below 70
 _MOST = 1 << 27  # more than any honest pickle of the largest size that is read could have
+_METHODS = frozenset(dir(OrderedDict))
 _LEAVES = frozenset({LazyTensor, str, int, float, bool, bytes, type(None)})
 
 
-def read_with_room(data: bytes, read: Callable[[], Any]) -> Any:
+def read_soundly(data: bytes, read: Callable[[], Any]) -> Any:
     """What `read` makes of the pickle `data`.
 
     Raises:
         LimitExceededError: Tuples are nested more than `MAX_DEPTH` deep.
+        CorruptCheckpointError: An OrderedDict has an attribute named like one of its methods: who calls the method
+            would meet the attribute.
     """
-    levels = sum(map(data.count, _TUPLE_OPCODES))
-    if levels <= _HARMLESS:
-        return read()
-    if levels > _MOST:
-        raise LimitExceededError(f"a pickle that could nest {levels} tuples")
 
     def read_and_check() -> Any:
         tree = read()
-        _refuse_deep_tuples(tree)  # here as well: going over an OrderedDict hashes its keys
+        _check(tree)
         return tree
 
+    levels = sum(map(data.count, _TUPLE_OPCODES))
+    if levels <= _HARMLESS:
+        return read_and_check()
+    if levels > _MOST:
+        raise LimitExceededError(f"a pickle that could nest {levels} tuples")
     return _on_a_stack_of(levels * _BYTES_PER_LEVEL + (8 << 20), read_and_check)
 
 
@@ -73,44 +76,49 @@ def _on_a_stack_of(size: int, read: Callable[[], Any]) -> Any:
     return made[0]
 
 
-def _refuse_deep_tuples(tree: Any) -> None:
-    """Measure every tuple there is; other containers begin anew, for their hash is not that of their items."""
-    depths: dict[int, int] = {}
+def _check(tree: Any) -> None:
+    """Go over every container once; leaves, which are most of a checkpoint, are passed over in their containers."""
     seen: set[int] = set()
+    depths: dict[int, int] = {}
     stack = [tree]
     while stack:
+        node = stack.pop()
+        kind = type(node)
+        if kind in _LEAVES or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if kind is dict:
+            inner = node.values() if tuple not in map(type, node) else [*node, *node.values()]
+        elif kind is tuple:
+            if tuple in map(type, node):
+                _measure(node, depths)
+            inner = node
+        elif kind in (list, set, frozenset):
+            inner = node
+        elif kind is OrderedDict:
+            attributes = vars(node)
+            if not _METHODS.isdisjoint(attributes):
+                raise CorruptCheckpointError("a pickle that hides a method of an OrderedDict")
+            inner = [*dict.keys(node), *dict.values(node), *attributes.values()]
+        elif isinstance(node, Opaque):
+            parts = [part for entry in node.entries for part in entry]
+            inner = [*node.arguments, *node.keywords.values(), *node.items, *parts, node.state]
+        else:
+            continue
+        stack.extend([child for child in inner if type(child) not in _LEAVES])
+
+
+def _measure(outer: tuple[Any, ...], depths: dict[int, int]) -> None:
+    """Refuse a tuple of tuples that is too deep; the hash of other containers is not that of their items."""
+    stack = [outer]
+    while stack:
         node = stack[-1]
-        if type(node) is not tuple:
-            stack.pop()
-            if id(node) not in seen:
-                seen.add(id(node))
-                stack.extend(_inside(node))
-            continue
-        if id(node) in depths:
-            stack.pop()
-            continue
-        waiting = [item for item in node if type(item) is tuple and id(item) not in depths]
+        inner = [item for item in node if type(item) is tuple]
+        waiting = [item for item in inner if id(item) not in depths]
         if waiting:
             stack.extend(waiting)
             continue
         stack.pop()
-        depths[id(node)] = 1 + max((depths[id(item)] for item in node if type(item) is tuple), default=0)
+        depths[id(node)] = 1 + max((depths[id(item)] for item in inner), default=0)
         if depths[id(node)] > MAX_DEPTH:
             raise LimitExceededError(f"tuples nested more than {MAX_DEPTH} deep")
-        stack.extend(item for item in node if type(item) is not tuple)
-
-
-def _inside(node: Any) -> list[Any]:
-    """What could hold or be a tuple, directly inside a container; keys too."""
-    kind = type(node)
-    if kind is dict or kind is OrderedDict:
-        found = [key for key in node if type(key) is tuple] if tuple in map(type, node) else []
-        if not _LEAVES.issuperset(map(type, dict.values(node))):
-            found += dict.values(node)
-        return [*found, *vars(node).values()] if kind is OrderedDict else found
-    if kind in (list, set, frozenset):
-        return [] if _LEAVES.issuperset(map(type, node)) else list(node)
-    if isinstance(node, Opaque):
-        entries = [part for entry in node.entries for part in entry]
-        return [*node.arguments, *node.keywords.values(), *node.items, *entries, node.state]
-    return []
