@@ -25,10 +25,15 @@ def field(*, default_factory: Callable[[], Any]) -> Any:
 class _Fields:
     """What the functions of `dataclasses` look for, made when one of them asks."""
 
-    def __get__(self, _: Any, kind: type[Record]) -> dict[str, Any]:
-        from dataclasses import fields, make_dataclass
+    def __init__(self) -> None:
+        self._made: dict[Any, dict[str, Any]] = {}
 
-        return {found.name: found for found in fields(make_dataclass(kind.__name__, kind._fields))}
+    def __get__(self, _: Any, kind: Any) -> dict[str, Any]:
+        if kind not in self._made:
+            from dataclasses import fields, make_dataclass
+
+            self._made[kind] = {found.name: found for found in fields(make_dataclass(kind.__name__, kind._fields))}
+        return self._made[kind]
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))

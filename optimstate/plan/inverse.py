@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 from optimstate.errors import PlanError, PlanSyntaxError
 from optimstate.plan import expressions as ex
@@ -122,7 +121,7 @@ def _spelled_out(plan: Plan, names: Mapping[str, Shape | None]) -> Plan:
     if problems:
         raise PlanError("cannot invert: " + "; ".join(problems))
     passes = [
-        tuple(_literal(use) for use in uses if use.sources != use.targets or cast("Rule", use.rule).operations)
+        tuple(_literal(use) for use in uses if use.sources != use.targets or use.rule.operations)
         for uses in reversed(found.applications)
     ]
     made = _of_passes(plan, passes)
@@ -134,7 +133,6 @@ def _spelled_out(plan: Plan, names: Mapping[str, Shape | None]) -> Plan:
 def _literal(use: Application) -> Rule:
     """The rule that undoes one use of a rule, name by name."""
     rule = use.rule
-    assert rule is not None
     tensors: list[Expr] = [
         Leaf(name, shape) for name, shape in zip(use.sources, use.shapes or [None] * len(use.sources), strict=True)
     ]

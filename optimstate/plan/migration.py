@@ -11,7 +11,7 @@ from optimstate.plan.expressions import Expr, Leaf, Shape
 from optimstate.plan.groups import GroupPlan
 from optimstate.plan.resolve import Application
 from optimstate.plan.rules import Plan, Rule
-from optimstate.plan.slots import Fate, SlotPath
+from optimstate.plan.slots import Fate, Parameter, SlotPath
 from optimstate.state.model import OptimizerState
 from optimstate.state.schema import Algorithm
 
@@ -54,12 +54,16 @@ class Inventory(Record):
         tensors: Their values, for a model; only dtypes and identities are looked at.
         state: The optimizer's state, every parameter named as in `shapes`.
         target: What the result must be.
+        parameters: The optimizer's, with their slots.
+        algorithm: Whose state it is, where known.
     """
 
     shapes: Mapping[str, Shape | None]
     tensors: Mapping[str, Any] = field(default_factory=dict)
     state: OptimizerState | None = None
     target: Target | None = None
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    algorithm: Algorithm | None = None
 
 
 class Move:
@@ -91,8 +95,10 @@ class Move:
     @property
     def sources(self) -> tuple[str, ...]:
         """Where it comes from."""
+        if isinstance(self.expression, Leaf):
+            return (self.expression.name,)
         found = () if self.expression is None else ex.leaves(self.expression)
-        return tuple(dict.fromkeys(leaf.name for leaf in found))
+        return tuple(dict.fromkeys([leaf.name for leaf in found]))
 
     @property
     def is_moved_whole(self) -> bool:

@@ -17,11 +17,11 @@ from optimstate.plan.migration import Inventory, Migration, Move, SectionMoves, 
 from optimstate.plan.problems import Suggestions, guarded, shape_problem, shortened, unmatched
 from optimstate.plan.resolve import Made, Resolved, Resolver
 from optimstate.plan.rules import Plan, Rule
-from optimstate.plan.slots import Fate, Parameter, Refusal, SlotPath, SlotPlanner, flat_slots, translated
+from optimstate.plan.slots import Fate, Parameter, Refusal, SlotPath, SlotPlanner, flattened, translated
 from optimstate.plan.template import Template
 from optimstate.plan.values import dtype_of, identity, shape_of
 from optimstate.state.model import OptimizerState
-from optimstate.state.schema import Algorithm, parameter_shape, recognise
+from optimstate.state.schema import parameter_shape, recognise
 from optimstate.tree import no_garbage_collection
 
 __all__ = [
@@ -100,19 +100,28 @@ def optimizer_inventory(
             ["the optimizer's parameters have no names, so nothing can be moved by name"],
             hint="Give them in order: state.named([...]), or save from an optimizer built on named_parameters().",
         )
-    algorithm = _algorithm(state)
-    found: dict[str, Shape | None] = {}
-    for _, name, slots in state.parameters():
+    used: dict[str, None] = {}
+    for slots in state.state.values():
+        used.update(dict.fromkeys(slots))
+    algorithm = recognise(used, state.groups[0].options) if state.groups else None
+    kinds = {slot: algorithm.slot(slot) for slot in used} if algorithm is not None else {}
+    telling = [(slot,) for slot, kind in kinds.items() if kind is not None and kind.kind == "like_param"]
+    parameters: dict[str, Parameter] = {}
+    for _, name, found in state.parameters():
+        flat = flattened(found) if found else {}
         shape = shapes.get(str(name)) if shapes is not None else None
-        if shape is None and slots:
-            shape = parameter_shape({str(path[-1]): shape_of(value) for path, value in flat_slots(slots)}, algorithm)
-        found[str(name)] = shape
-    return Inventory(found, state=state, target=target)
-
-
-def _algorithm(state: OptimizerState) -> Algorithm | None:
-    slots = dict.fromkeys(slot for _, _, found in state.parameters() for slot in found or ())
-    return recognise(slots, state.groups[0].options) if state.groups else None
+        if shape is None and flat:
+            shape = next((shape_of(flat[path]) for path in telling if path in flat), None) or parameter_shape(
+                {str(path[-1]): shape_of(value) for path, value in flat.items()}, algorithm
+            )
+        parameters[str(name)] = Parameter(shape, flat)
+    return Inventory(
+        {name: parameter.shape for name, parameter in parameters.items()},
+        state=state,
+        target=target,
+        parameters=parameters,
+        algorithm=algorithm,
+    )
 
 
 def plan_migration(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
@@ -256,23 +265,18 @@ class _Section:
     def _optimizer(self, made: Mapping[str, Made | None], problems: list[str]) -> list[Move]:
         state = self.inventory.state
         assert state is not None
-        shapes = self.inventory.shapes
-        parameters = {
-            str(name): Parameter(shapes.get(str(name)), dict(flat_slots(slots)))
-            for _, name, slots in state.parameters()
-        }
-        algorithm = _algorithm(state)
+        parameters, algorithm = self.inventory.parameters, self.inventory.algorithm
         planner = SlotPlanner(parameters, algorithm, self.plan_.slots, self.plan_.policy)
+        flat = algorithm is not None and algorithm.is_flat
         used: set[str] = set()
         moves = []
         for name, item in made.items():
             if item is None:
                 moves.append(Move(name, None))
                 continue
-            self._refuse_unsized(name, item, parameters, problems)
-            slots = (
-                {} if algorithm is not None and algorithm.is_flat else planner.fates(name, item.expression, problems)
-            )
+            if item.expression.shape is None:
+                self._refuse_unsized(name, item, parameters, problems)
+            slots = {} if flat else planner.fates(name, item.expression, problems)
             moves.append(self._move(name, item, used, None, slots))
         if algorithm is not None and algorithm.whole and any(_joins(move) for move in moves):
             self.notes.append(
@@ -282,7 +286,7 @@ class _Section:
         return moves
 
     def _refuse_unsized(self, name: str, item: Made, parameters: Mapping[str, Parameter], problems: list[str]) -> None:
-        if item.expression.shape is not None or isinstance(item.expression, Leaf):
+        if isinstance(item.expression, Leaf):
             return
         if not any(isinstance(step, ex.Unsized) for step in ex.steps(item.expression)):
             return
@@ -296,7 +300,7 @@ class _Section:
                 return
 
     def _move(self, name: str, item: Made, used: set[str], value: Fate | None, slots: Mapping[SlotPath, Fate]) -> Move:
-        rules = tuple(application.rule for application in item.applications if application.rule is not None)
+        rules = tuple(application.rule for application in item.applications)
         expression = item.expression
         clone = False
         if isinstance(expression, Leaf):
@@ -332,15 +336,10 @@ class _Section:
     def _note_duplicates(self, found: Resolved) -> None:
         if self.inventory.state is None:
             return
-        for rule in dict.fromkeys(
-            application.rule
-            for applications in found.applications
-            for application in applications
-            if application.rule is not None
-            and not application.rule.fresh
-            and len(application.targets) > 1
-            and not application.rule.operations
-        ):
+        several = {id(use.rule) for uses in found.applications for use in uses if len(use.targets) > 1}
+        for rule in self.rules:
+            if id(rule) not in several or rule.fresh or rule.operations:
+                continue
             self.notes.append(
                 f"{rule}: each copy gets the whole state, which is exact as long as each sees the gradients "
                 "that the one saw; a router changes their scale (see scale and fresh)"
@@ -365,7 +364,7 @@ class _Section:
                 tuple(moves), tuple(dropped), notes=tuple(self.notes), applications=applications, reordered=reordered
             )
         groups = self._groups(state, moves, new, problems)
-        algorithm = _algorithm(state)
+        algorithm = self.inventory.algorithm
         flat = None
         if algorithm is not None and algorithm.is_flat and not problems:
             from optimstate.plan.flat import plan_flat
@@ -399,7 +398,9 @@ class _Section:
     ) -> tuple[GroupPlan, ...]:
         group_of = {name: index for index, group in enumerate(state.groups) for name in group.names or ()}
         candidates = [
-            Candidate(move.target, tuple(dict.fromkeys(group_of[name] for name in move.sources)), new.get(move.target))
+            Candidate(
+                move.target, tuple(dict.fromkeys([group_of[name] for name in move.sources])), new.get(move.target)
+            )
             for move in moves
         ]
         target = self.inventory.target

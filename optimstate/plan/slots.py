@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import frexp, prod
 from typing import Any, Literal, NamedTuple
 
-from optimstate._record import Record
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Node, Shape
 from optimstate.plan.rules import Policy
@@ -23,7 +22,7 @@ SlotPath = tuple[str | int, ...]
 Outcome = Literal["exact", "approximate", "fresh", "dropped"]
 
 
-class Fate(Record):
+class Fate(NamedTuple):
     """What becomes of a slot, or of a parameter itself.
 
     Attributes:
@@ -41,24 +40,45 @@ class Fate(Record):
     made: Expr | None = None
 
 
-class Parameter(NamedTuple):
+Form = tuple[Shape | None, tuple[tuple[SlotPath, Shape | None, str | None], ...]]
+
+
+class Parameter:
     """What is known of a parameter: its shape, and its slots by their path."""
 
-    shape: Shape | None
-    slots: Mapping[SlotPath, Any]
+    __slots__ = ("_form", "shape", "slots")
+
+    def __init__(self, shape: Shape | None, slots: Mapping[SlotPath, Any]) -> None:
+        self.shape, self.slots = shape, slots
+        self._form: Form | None = None
+
+    @property
+    def form(self) -> Form:
+        """Its shape, and the path, shape and dtype of each slot: all that most decisions depend on."""
+        if self._form is None:
+            slots = tuple([(path, shape_of(value), dtype_of(value)) for path, value in self.slots.items()])
+            self._form = self.shape, slots
+        return self._form
 
 
 class Refusal(Exception):
     """A slot cannot follow its parameter; the message says why."""
 
 
-def flat_slots(slots: Mapping[Any, Any] | None, prefix: SlotPath = ()) -> Iterator[tuple[SlotPath, Any]]:
-    """Every slot with the keys that lead to it: some libraries nest them."""
-    for key, value in (slots or {}).items():
+def flattened(slots: Mapping[Any, Any], prefix: SlotPath = ()) -> dict[SlotPath, Any]:
+    """Every slot by the keys that lead to it: some libraries nest them."""
+    made: dict[SlotPath, Any] = {}
+    for key, value in slots.items():
         if isinstance(value, dict):
-            yield from flat_slots(value, (*prefix, key))
+            made.update(flattened(value, (*prefix, key)))
         else:
-            yield (*prefix, key), value
+            made[(*prefix, key)] = value
+    return made
+
+
+def flat_slots(slots: Mapping[Any, Any] | None) -> Iterator[tuple[SlotPath, Any]]:
+    """Every slot with the keys that lead to it."""
+    yield from flattened(slots or {}).items()
 
 
 def slot_name(path: SlotPath) -> str:
@@ -225,19 +245,19 @@ class SlotPlanner:
         self._translators: dict[SlotPath, Translator] = {}
         # What only moves elements does the same to the slots of all targets that the same sources make.
         self._alike: dict[tuple[str, ...], Mapping[SlotPath, Fate]] = {}
+        self._by_form: dict[Form, Mapping[SlotPath, Fate | None] | None] = {}
         self._known: dict[SlotPath, tuple[Slot, bool]] = {}
         self._moved: dict[tuple[SlotPath, ...], Mapping[SlotPath, Fate]] = {}
 
     def meaning(self, path: SlotPath, value: Any, shape: Shape | None) -> tuple[Slot, bool]:
         """What a slot is, and whether that was inferred."""
-        known = self._known.get(path)
-        if known is not None:
-            return known
+        return self._known.get(path) or self._meaning(path, shape_of(value), shape)
+
+    def _meaning(self, path: SlotPath, found: Shape | None, shape: Shape | None) -> tuple[Slot, bool]:
         name = str(path[-1])
         slot = self._declared.get(name) or (self._algorithm.slot(name) if self._algorithm is not None else None)
         if slot is not None:
             return self._known.setdefault(path, (slot, False))
-        found = shape_of(value)
         if self._algorithm is None and (slot := conventional(name, found, shape)) is not None:
             return slot, True
         kind = inferred_kind(found, shape)
@@ -247,8 +267,8 @@ class SlotPlanner:
         """What becomes of every slot; where one cannot follow, a problem is noted."""
         if isinstance(expression, Leaf):
             return self._moved_whole(expression.name)
-        live, fresh = _states(expression)
-        names = list(dict.fromkeys(live))
+        live, fresh, layout = _states(expression)
+        names = live if len(live) == 1 else list(dict.fromkeys(live))
         filled = [name for name in names if name in self._parameters and self._parameters[name].slots]
         if not filled:
             old = dict.fromkeys(fresh)
@@ -263,7 +283,47 @@ class SlotPlanner:
                 "add fresh = true to the rule, or leave one of them apart"
             )
             return {}
-        return self._joined(target, expression, filled, problems)
+        key = tuple(filled) if layout else ()
+        if key in self._alike:
+            return self._alike[key]
+        before = len(problems)
+        forms = {self._parameters[name].form for name in filled} if layout else set()
+        known = self._told_by(forms.pop()) if len(forms) == 1 else None
+        if known is None:
+            made, may_differ = self._joined(target, expression, filled, problems, layout=layout)
+        else:
+            made, may_differ = {}, False
+            for path, fate in known.items():
+                try:
+                    made[path] = fate or self._agreed(path, filled)
+                except Refusal as refusal:
+                    problems.append(_refused(target, path, refusal, filled))
+        if layout and not may_differ and len(problems) == before:
+            self._alike[key] = made
+        return made
+
+    def _told_by(self, form: Form) -> Mapping[SlotPath, Fate | None] | None:
+        """What becomes of each slot where elements are only moved between parameters of one form.
+
+        Returns:
+            For each slot its fate, None for numbers that must agree; None altogether where the form does not tell.
+        """
+        if form not in self._by_form:
+            self._by_form[form] = self._fates_by(form)
+        return self._by_form[form]
+
+    def _fates_by(self, form: Form) -> Mapping[SlotPath, Fate | None] | None:
+        made: dict[SlotPath, Fate | None] = {}
+        whole, slots = form
+        for path, shape, dtype in slots:
+            slot, inferred = self._meaning(path, shape, whole)
+            if slot.kind == "scalar":
+                made[path] = None
+            elif slot.kind == "like_param" and shape == whole is not None and dtype not in (None, *_PACKED):
+                made[path] = _INFERRED if inferred else _ALIKE
+            else:
+                return None
+        return None if self._factors() else made
 
     def _moved_whole(self, name: str) -> Mapping[SlotPath, Fate]:
         parameter = self._parameters.get(name)
@@ -284,13 +344,9 @@ class SlotPlanner:
         return made
 
     def _joined(
-        self, target: str, expression: Expr, names: Sequence[str], problems: list[str]
-    ) -> Mapping[SlotPath, Fate]:
-        layout = all(isinstance(step, ex.LAYOUT) for step in ex.steps(expression))
-        key = tuple(names)
-        if layout and key in self._alike:
-            return self._alike[key]
-        before = len(problems)
+        self, target: str, expression: Expr, names: Sequence[str], problems: list[str], *, layout: bool
+    ) -> tuple[dict[SlotPath, Fate], bool]:
+        """What becomes of each slot, and whether another target made of the same sources may differ."""
         made: dict[SlotPath, Fate] = {}
         sources = [self._parameters[name].slots for name in names]
         paths = dict.fromkeys(path for slots in sources for path in slots)
@@ -305,8 +361,6 @@ class SlotPlanner:
                 made[path] = self._fate_of(path, slot, inferred, expression, names, layout=layout)
             except Refusal as refusal:
                 problems.append(_refused(target, path, refusal, names))
-        if layout and not factored and not self._factors() and len(problems) == before:
-            self._alike[key] = made
         if factored or self._factors():
             from optimstate.plan.factored import factored_fates
 
@@ -317,7 +371,7 @@ class SlotPlanner:
                     f"{target}: {slot_name(path)} can only be approximated ({fate.reason}), "
                     'which the policy refuses: say approximate = "allow", or make it fresh'
                 )
-        return made
+        return made, bool(factored) or self._factors()
 
     def _common(self, path: SlotPath, names: Sequence[str]) -> tuple[Slot, bool]:
         owner = next(name for name in names if path in self._parameters[name].slots)
@@ -438,10 +492,11 @@ def _refused(target: str, path: SlotPath, refusal: Refusal, names: Sequence[str]
     )
 
 
-def _states(expression: Expr) -> tuple[list[str], list[str]]:
-    """The sources whose state is used, and those whose state is left behind."""
+def _states(expression: Expr) -> tuple[list[str], list[str], bool]:
+    """The sources whose state is used, those whose state is left behind, and whether elements are only moved."""
     live: list[str] = []
     fresh: list[str] = []
+    layout = True
     stack: list[tuple[Expr, bool]] = [(expression, False)]
     while stack:
         found, left = stack.pop()
@@ -449,8 +504,9 @@ def _states(expression: Expr) -> tuple[list[str], list[str]]:
             (fresh if left else live).append(found.name)
         else:
             left = left or isinstance(found.step, ex.Fresh)
-            stack.extend((item, left) for item in reversed(found.inputs))
-    return live, fresh
+            layout = layout and isinstance(found.step, ex.LAYOUT)
+            stack.extend([(item, left) for item in found.inputs[::-1]])
+    return live, fresh, layout
 
 
 def elements(shape: Shape | None) -> int:
