@@ -111,9 +111,12 @@ def optimizer_inventory(
         flat = flattened(found) if found else {}
         shape = shapes.get(str(name)) if shapes is not None else None
         if shape is None and flat:
-            shape = next((shape_of(flat[path]) for path in telling if path in flat), None) or parameter_shape(
-                {str(path[-1]): shape_of(value) for path, value in flat.items()}, algorithm
-            )
+            for path in telling:
+                if path in flat:
+                    shape = shape_of(flat[path])
+                    break
+            if shape is None:
+                shape = parameter_shape({str(path[-1]): shape_of(value) for path, value in flat.items()}, algorithm)
         parameters[str(name)] = Parameter(shape, flat)
     return Inventory(
         {name: parameter.shape for name, parameter in parameters.items()},
@@ -399,7 +402,11 @@ class _Section:
         group_of = {name: index for index, group in enumerate(state.groups) for name in group.names or ()}
         candidates = [
             Candidate(
-                move.target, tuple(dict.fromkeys([group_of[name] for name in move.sources])), new.get(move.target)
+                move.target,
+                (group_of[move.expression.name],)
+                if isinstance(move.expression, Leaf)
+                else tuple(dict.fromkeys([group_of[name] for name in move.sources])),
+                new.get(move.target),
             )
             for move in moves
         ]

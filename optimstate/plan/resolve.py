@@ -180,7 +180,8 @@ class _Pass:
         run: list[tuple[str, Made]] = []  # results of neighbours that become several each are put in module order
 
         def end_run() -> None:
-            for place in in_module_order([name for name, _ in run]):
+            order = in_module_order([name for name, _ in run]) if len(run) > 2 else range(len(run))
+            for place in order:
                 self._put(made, *run[place])
             run.clear()
 
@@ -283,6 +284,8 @@ def _spelled(source: Template, found: _Gathering, captures: dict[str, str]) -> s
 
 
 def _applied(rule: Rule, tensors: list[Expr], targets: int) -> list[Expr]:
+    if len(tensors) == targets and not (rule.operations or rule.fresh):
+        return tensors
     for operation in rule.operations:
         tensors = operation.apply(tensors, targets)
     if rule.fresh:

@@ -460,7 +460,10 @@ class SlotPlanner:
         first = Leaf(names[0], None, path)
         if len(names) == 1:
             return Fate("exact", "", "scalar", made=first)
-        values = [number_of(self._parameters[name].slots[path]) for name in names]
+        slots = [self._parameters[name].slots[path] for name in names]
+        if all(value is slots[0] for value in slots):
+            return Fate("exact", "", "scalar", made=first)
+        values = [number_of(value) for value in slots]
         if all(value == values[0] for value in values):
             return Fate("exact", "", "scalar", made=first)
         if str(path[-1]) in RECOMPUTED:
