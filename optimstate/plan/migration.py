@@ -126,6 +126,7 @@ class SectionMoves(Record):
         reordered: Whether the order is another than the checkpoint's.
         regrouped: Whether the param groups or their options are others.
         conversion: How the state becomes that of another algorithm.
+        requantized: Whether 8-bit slots are decoded and coded again where a parameter is not moved whole.
     """
 
     moves: tuple[Move, ...]
@@ -139,6 +140,7 @@ class SectionMoves(Record):
     reordered: bool = False
     regrouped: bool = False
     conversion: Conversion | None = None
+    requantized: bool = False
 
     @property
     def changes(self) -> bool:

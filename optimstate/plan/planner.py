@@ -17,7 +17,7 @@ from optimstate.plan.migration import Inventory, Migration, Move, SectionMoves, 
 from optimstate.plan.problems import Suggestions, guarded, shape_problem, shortened, unmatched
 from optimstate.plan.resolve import Made, Resolved, Resolver
 from optimstate.plan.rules import Plan, Rule
-from optimstate.plan.slots import Fate, Parameter, Refusal, SlotPath, SlotPlanner, flattened, translated
+from optimstate.plan.slots import Fate, Parameter, Refusal, SlotPath, SlotPlanner, flattened, nested, translated
 from optimstate.plan.template import Template
 from optimstate.plan.values import dtype_of, identity, shape_of
 from optimstate.state.model import OptimizerState
@@ -143,6 +143,8 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
     rules = list(plan.all_rules())
     counts = [0] * len(rules)
     problems.extend(guarded(plan.guard, sections))
+    if plan.policy.quantized == "requantize":
+        sections = {key: _decoded(inventory) for key, inventory in sections.items()}
     made = {key: _Section(plan, key, inventory, counts, problems).plan() for key, inventory in sections.items()}
     if plan.policy.unused == "error":
         for number, (rule, count) in enumerate(zip(rules, counts, strict=True), 1):
@@ -151,6 +153,19 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
     if problems:
         raise MigrationError(list(dict.fromkeys(problems)))
     return Migration(plan, made, tuple(zip(rules, counts, strict=True)))
+
+
+def _decoded(inventory: Inventory) -> Inventory:
+    """The inventory with the 8-bit slots that cutting and joining see decoded, where it has any."""
+    if inventory.algorithm is None or inventory.algorithm.name != "bitsandbytes":
+        return inventory
+    from optimstate.plan import lowbit
+
+    decoded = {
+        name: Parameter(found.shape, {(slot,): value for slot, value in lowbit.plain(nested(found.slots)).items()})
+        for name, found in inventory.parameters.items()
+    }
+    return inventory._replace(parameters=decoded)
 
 
 class _Section:
@@ -271,6 +286,7 @@ class _Section:
         parameters, algorithm = self.inventory.parameters, self.inventory.algorithm
         planner = SlotPlanner(parameters, algorithm, self.plan_.slots, self.plan_.policy)
         flat = algorithm is not None and algorithm.is_flat
+        requantized = self._requantizes()
         used: set[str] = set()
         moves = []
         for name, item in made.items():
@@ -280,6 +296,8 @@ class _Section:
             if item.expression.shape is None:
                 self._refuse_unsized(name, item, parameters, problems)
             slots = {} if flat else planner.fates(name, item.expression, problems)
+            if requantized and not isinstance(item.expression, Leaf):
+                slots = {path: fate if fate.kind == "scalar" else _coded_again(fate) for path, fate in slots.items()}
             moves.append(self._move(name, item, used, None, slots))
         if algorithm is not None and algorithm.whole and any(_joins(move) for move in moves):
             self.notes.append(
@@ -287,6 +305,11 @@ class _Section:
                 "from before, however exact their state is"
             )
         return moves
+
+    def _requantizes(self) -> bool:
+        algorithm = self.inventory.algorithm
+        known = algorithm is not None and algorithm.name == "bitsandbytes"
+        return known and self.plan_.policy.quantized == "requantize"
 
     def _refuse_unsized(self, name: str, item: Made, parameters: Mapping[str, Parameter], problems: list[str]) -> None:
         if isinstance(item.expression, Leaf):
@@ -378,7 +401,14 @@ class _Section:
             from optimstate.plan.conversion import plan_conversion
 
             new_shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
-            conversion = plan_conversion(algorithm, self.plan_.optimizer, new_shapes, problems)
+            conversion = plan_conversion(algorithm, self.plan_.optimizer, state, new_shapes, problems)
+            if conversion is not None and self.plan_.policy.approximate == "refuse":
+                problems.extend(
+                    f"{line.slot} can only be approximated in {conversion.target} ({line.reason}), "
+                    "which the policy refuses"
+                    for line in conversion.report
+                    if line.outcome == "approximate"
+                )
         regrouped = [list(group.sources) for group in groups] != [[index] for index in range(len(state.groups))] or any(
             group.options != old.options for group, old in zip(groups, state.groups, strict=False)
         )
@@ -394,6 +424,7 @@ class _Section:
             reordered,
             regrouped,
             conversion,
+            self._requantizes(),
         )
 
     def _groups(
@@ -416,6 +447,11 @@ class _Section:
             options = target.options or ({},) * len(target.groups)
             live = list(zip(target.groups, options, strict=True))
         return plan_groups(self.plan_, candidates, state.groups, live, problems)
+
+
+def _coded_again(fate: Fate) -> Fate:
+    reason = "; ".join(filter(None, (fate.reason, "decoded, and coded in 8 bits again")))
+    return fate._replace(outcome="approximate", reason=reason) if fate.outcome in ("exact", "approximate") else fate
 
 
 def _joins(move: Move) -> bool:

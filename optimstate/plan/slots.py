@@ -76,6 +76,17 @@ def flattened(slots: Mapping[Any, Any], prefix: SlotPath = ()) -> dict[SlotPath,
     return made
 
 
+def nested(slots: Mapping[SlotPath, Any]) -> dict[Any, Any]:
+    """The slots as they were before `flattened`."""
+    made: dict[Any, Any] = {}
+    for path, value in slots.items():
+        node = made
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return made
+
+
 def flat_slots(slots: Mapping[Any, Any] | None) -> Iterator[tuple[SlotPath, Any]]:
     """Every slot with the keys that lead to it."""
     yield from flattened(slots or {}).items()
@@ -452,7 +463,8 @@ class SlotPlanner:
             raise Refusal(f"it has shape {list(shape)} where {name!r} has {list(parameter.shape)}")
         if dtype_of(value) in _PACKED:
             raise Refusal(
-                f"for {name!r} it is packed in {dtype_of(value)} blocks, which cutting or joining would break"
+                f"for {name!r} it is packed in {dtype_of(value)} blocks, which cutting or joining would break "
+                '(of bitsandbytes\' it may be decoded and coded again: quantized = "requantize" in [policy])'
             )
 
     def _agreed(self, path: SlotPath, names: Sequence[str]) -> Fate:
