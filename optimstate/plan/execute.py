@@ -6,7 +6,7 @@ The state that is read is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optimstate.plan import expressions as ex
@@ -34,11 +34,9 @@ def execute_optimizer(section: SectionMoves, state: OptimizerState) -> Optimizer
         return state
     old = {str(name): (key, slots) for key, name, slots in state.parameters()}
     builder = _Builder({name: slots for name, (_, slots) in old.items()})
-    slots = {
-        move.target: builder.slots(move) for move in section.moves if move.is_moved_whole or not section.requantized
-    }
-    if section.requantized:
-        slots |= _requantized(section, old)
+    apart = [move for move in section.moves if section.requantized and not move.is_moved_whole]
+    slots = _requantized(apart, old) if apart else {}
+    slots |= {move.target: builder.slots(move) for move in section.moves if move.target not in slots}
     if section.flat is not None:
         slots = _with_flat(section, old, slots)
     keys = {move.target: _key(move, old) for move in section.moves}
@@ -56,13 +54,13 @@ def execute_optimizer(section: SectionMoves, state: OptimizerState) -> Optimizer
 
 
 def _requantized(
-    section: SectionMoves, old: Mapping[str, tuple[ParameterKey, Slots | None]]
+    moves: Sequence[Move], old: Mapping[str, tuple[ParameterKey, Slots | None]]
 ) -> dict[str, Slots | None]:
-    """The slots of what is not moved whole: decoded, carried along, and coded again."""
+    """8-bit slots of what is not moved whole: decoded, carried along, and coded again."""
     from optimstate.plan import lowbit
 
     builder = _Builder({name: lowbit.plain(slots) if slots else slots for name, (_, slots) in old.items()})
-    made = {move.target: builder.slots(move) for move in section.moves if not move.is_moved_whole}
+    made = {move.target: builder.slots(move) for move in moves}
     return {name: lowbit.recoded(slots) if slots else slots for name, slots in made.items()}
 
 

@@ -16,19 +16,7 @@ from optimstate.plan.values import dtype_of, shape_of
 from optimstate.state.model import Slots
 from optimstate.tensors import LazyTensor, computed, to_torch
 
-__all__ = [
-    "BLOCK",
-    "NESTED",
-    "SMALL",
-    "coded",
-    "decoded",
-    "error_bound",
-    "is_coded",
-    "plain",
-    "recoded",
-    "unnested",
-    "written",
-]
+__all__ = ["BLOCK", "SMALL", "coded", "decoded", "error_bound", "plain", "recoded", "unnested", "written"]
 
 BLOCK = 256
 SMALL = 4096  # bitsandbytes' default min_8bit_size

@@ -227,7 +227,7 @@ class Policy(Record):
         unused: A rule that matches nothing.
         step: Parameters with different step counts that become one; `keep` takes the first one's.
         approximate: A slot that can only be approximated.
-        quantized: 8-bit slots of parameters that are cut, joined or scaled: they are decoded and coded again, or refused.
+        quantized: 8-bit slots of parameters that are cut, joined or scaled: refused, or decoded and coded again.
         hyperparameters: Whether groups take their options from the checkpoint or from the live optimizer.
         merge: Old groups with different options that become one: which of them stands for all (`min` and `max` choose
             by initial learning rate).
