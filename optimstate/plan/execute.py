@@ -11,8 +11,8 @@ from typing import Any
 
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf
+from optimstate.plan.fates import Fate, SlotPath, nested
 from optimstate.plan.migration import Move, SectionMoves
-from optimstate.plan.slots import Fate, SlotPath, nested
 from optimstate.plan.values import LIVE, copied, evaluated, identity, kernel_of
 from optimstate.state.model import Group, Member, OptimizerState, ParameterKey, Slots
 from optimstate.tensors import LazyTensor

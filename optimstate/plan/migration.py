@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from optimstate._record import Record, field
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Shape
+from optimstate.plan.fates import Fate, Parameter, SlotPath
 from optimstate.plan.groups import GroupPlan
 from optimstate.plan.resolve import Application
 from optimstate.plan.rules import Plan, Rule
-from optimstate.plan.slots import Fate, Parameter, SlotPath
 from optimstate.state.model import OptimizerState
 from optimstate.state.schema import Algorithm
 

@@ -12,16 +12,18 @@ from typing import Any
 from optimstate.errors import MigrationError
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Leaf, Shape
+from optimstate.plan.fates import Fate, Parameter, Refusal, SlotPath
 from optimstate.plan.groups import Candidate, GroupPlan, plan_groups
+from optimstate.plan.inventory import decoded, model_inventory, optimizer_inventory
 from optimstate.plan.migration import Inventory, Migration, Move, SectionMoves, Target
 from optimstate.plan.problems import Suggestions, guarded, shape_problem, shortened, unmatched
 from optimstate.plan.resolve import Made, Resolved, Resolver
 from optimstate.plan.rules import Plan, Rule
-from optimstate.plan.slots import Fate, Parameter, Refusal, SlotPath, SlotPlanner, flattened, nested, translated
+from optimstate.plan.slots import SlotPlanner
 from optimstate.plan.template import Template
-from optimstate.plan.values import dtype_of, identity, shape_of
+from optimstate.plan.translate import translated
+from optimstate.plan.values import dtype_of, identity
 from optimstate.state.model import OptimizerState
-from optimstate.state.schema import parameter_shape, recognise
 from optimstate.tree import no_garbage_collection
 
 __all__ = [
@@ -79,54 +81,6 @@ def plan_model(plan: Plan, tensors: Mapping[str, Any], *, target: Target | None 
     return plan_migration(plan, {"model": model_inventory(tensors, target=target)})
 
 
-def model_inventory(tensors: Mapping[str, Any], *, target: Target | None = None) -> Inventory:
-    """What the planner needs to know of a model."""
-    return Inventory({name: shape_of(value) for name, value in tensors.items()}, tensors, target=target)
-
-
-def optimizer_inventory(
-    state: OptimizerState,
-    *,
-    target: Target | None = None,
-    shapes: Mapping[str, Shape | None] | None = None,
-) -> Inventory:
-    """What the planner needs to know of an optimizer.
-
-    Raises:
-        MigrationError: A parameter has no name.
-    """
-    if not state.is_named and any(group.params for group in state.groups):
-        raise MigrationError(
-            ["the optimizer's parameters have no names, so nothing can be moved by name"],
-            hint="Give them in order: state.named([...]), or save from an optimizer built on named_parameters().",
-        )
-    used: dict[str, None] = {}
-    for slots in state.state.values():
-        used.update(dict.fromkeys(slots))
-    algorithm = recognise(used, state.groups[0].options) if state.groups else None
-    kinds = {slot: algorithm.slot(slot) for slot in used} if algorithm is not None else {}
-    telling = [(slot,) for slot, kind in kinds.items() if kind is not None and kind.kind == "like_param"]
-    parameters: dict[str, Parameter] = {}
-    for _, name, found in state.parameters():
-        flat = flattened(found) if found else {}
-        shape = shapes.get(str(name)) if shapes is not None else None
-        if shape is None and flat:
-            for path in telling:
-                if path in flat:
-                    shape = shape_of(flat[path])
-                    break
-            if shape is None:
-                shape = parameter_shape({str(path[-1]): shape_of(value) for path, value in flat.items()}, algorithm)
-        parameters[str(name)] = Parameter(shape, flat)
-    return Inventory(
-        {name: parameter.shape for name, parameter in parameters.items()},
-        state=state,
-        target=target,
-        parameters=parameters,
-        algorithm=algorithm,
-    )
-
-
 def plan_migration(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
     """Resolve a plan for the sections of a checkpoint.
 
@@ -144,7 +98,7 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
     counts = [0] * len(rules)
     problems.extend(guarded(plan.guard, sections))
     if plan.policy.quantized == "requantize":
-        sections = {key: _decoded(inventory) for key, inventory in sections.items()}
+        sections = {key: decoded(inventory) for key, inventory in sections.items()}
     made = {key: _Section(plan, key, inventory, counts, problems).plan() for key, inventory in sections.items()}
     if plan.policy.unused == "error":
         for number, (rule, count) in enumerate(zip(rules, counts, strict=True), 1):
@@ -153,19 +107,6 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
     if problems:
         raise MigrationError(list(dict.fromkeys(problems)))
     return Migration(plan, made, tuple(zip(rules, counts, strict=True)))
-
-
-def _decoded(inventory: Inventory) -> Inventory:
-    """The inventory with the 8-bit slots that cutting and joining see decoded, where it has any."""
-    if inventory.algorithm is None or inventory.algorithm.name != "bitsandbytes":
-        return inventory
-    from optimstate.plan import lowbit
-
-    decoded = {
-        name: Parameter(found.shape, {(slot,): value for slot, value in lowbit.plain(nested(found.slots)).items()})
-        for name, found in inventory.parameters.items()
-    }
-    return inventory._replace(parameters=decoded)
 
 
 class _Section:

@@ -6,233 +6,19 @@ out on means where the slot holds means over rows or columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from math import frexp, prod
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
 
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Node, Shape
+from optimstate.plan.fates import Fate, Form, Parameter, Refusal, SlotPath, flat_slots, slot_name
 from optimstate.plan.rules import Policy
+from optimstate.plan.translate import Translation, Translator, fate_of
 from optimstate.plan.values import dtype_of, number_of, shape_of
-from optimstate.state.schema import RECOMPUTED, Algorithm, Slot, SlotKind, conventional, inferred_kind
+from optimstate.state.schema import RECOMPUTED, Algorithm, Slot, conventional, inferred_kind
 
-__all__ = ["Fate", "Parameter", "SlotPlanner", "SlotPath", "flat_slots", "translated"]
-
-SlotPath = tuple[str | int, ...]
-Outcome = Literal["exact", "approximate", "fresh", "dropped"]
-
-
-class Fate(NamedTuple):
-    """What becomes of a slot, or of a parameter itself.
-
-    Attributes:
-        outcome: How much of it arrives.
-        reason: Why, or an empty string where there is nothing to say.
-        kind: What the slot is.
-        inferred: Whether that was concluded from its shape.
-        made: How it is computed, a leaf alone being moved as it is; None where it is made as its parameter is.
-    """
-
-    outcome: Outcome
-    reason: str = ""
-    kind: SlotKind = "like_param"
-    inferred: bool = False
-    made: Expr | None = None
-
-
-Form = tuple[Shape | None, tuple[tuple[SlotPath, Shape | None, str | None], ...]]
-
-
-class Parameter:
-    """What is known of a parameter: its shape, and its slots by their path."""
-
-    __slots__ = ("_form", "shape", "slots")
-
-    def __init__(self, shape: Shape | None, slots: Mapping[SlotPath, Any]) -> None:
-        self.shape, self.slots = shape, slots
-        self._form: Form | None = None
-
-    @property
-    def form(self) -> Form:
-        """Its shape, and the path, shape and dtype of each slot: all that most decisions depend on."""
-        if self._form is None:
-            slots = tuple([(path, shape_of(value), dtype_of(value)) for path, value in self.slots.items()])
-            self._form = self.shape, slots
-        return self._form
-
-
-class Refusal(Exception):
-    """A slot cannot follow its parameter; the message says why."""
-
-
-def flattened(slots: Mapping[Any, Any], prefix: SlotPath = ()) -> dict[SlotPath, Any]:
-    """Every slot by the keys that lead to it: some libraries nest them."""
-    made: dict[SlotPath, Any] = {}
-    for key, value in slots.items():
-        if isinstance(value, dict):
-            made.update(flattened(value, (*prefix, key)))
-        else:
-            made[(*prefix, key)] = value
-    return made
-
-
-def nested(slots: Mapping[SlotPath, Any]) -> dict[Any, Any]:
-    """The slots as they were before `flattened`."""
-    made: dict[Any, Any] = {}
-    for path, value in slots.items():
-        node = made
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-    return made
-
-
-def flat_slots(slots: Mapping[Any, Any] | None) -> Iterator[tuple[SlotPath, Any]]:
-    """Every slot with the keys that lead to it."""
-    yield from flattened(slots or {}).items()
-
-
-def slot_name(path: SlotPath) -> str:
-    """A slot as messages call it."""
-    return ".".join(map(str, path))
-
-
-def _power_of_two(factor: float) -> bool:
-    return abs(frexp(factor)[0]) == 0.5
-
-
-_MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
-
-
-def _rounds(old: str | None, new: str) -> bool:
-    if old not in _MANTISSA or new not in _MANTISSA:
-        return old != new
-    narrower = _MANTISSA[new] < _MANTISSA[old]
-    return narrower or (old, new) == ("bfloat16", "float16")
-
-
-class Translation(NamedTuple):
-    """An expression translated for one slot, and what it costs."""
-
-    made: Expr
-    approximate: list[str]
-    remarks: list[str]
-
-
-class Translator:
-    """Translates expressions for one elementwise slot; what several targets share is translated once.
-
-    Args:
-        name: Of the slot; `param` is the parameter itself.
-        path: Of the slot; empty for the parameter itself.
-        slot: Its meaning.
-        dtypes: By parameter, the dtype of the slot.
-    """
-
-    def __init__(self, name: str, path: SlotPath, slot: Slot, dtypes: Mapping[str, str | None]) -> None:
-        self.name, self.path, self.slot, self.dtypes = name, path, slot, dtypes
-        self._done: dict[int, tuple[Expr, Expr, str | None, list[str], list[str]]] = {}
-
-    def translate(self, expression: Expr) -> Translation:
-        """The expression for the slot.
-
-        Raises:
-            Refusal: It has no meaning for it.
-        """
-        made, _, approximate, remarks = self._visit(expression)
-        return Translation(made, list(dict.fromkeys(approximate)), list(dict.fromkeys(remarks)))
-
-    def _visit(self, expression: Expr) -> tuple[Expr, str | None, list[str], list[str]]:
-        found = self._done.get(id(expression))
-        if found is None:
-            found = self._done[id(expression)] = (expression, *self._fresh_visit(expression))
-        return found[1:]
-
-    def _fresh_visit(self, expression: Expr) -> tuple[Expr, str | None, list[str], list[str]]:
-        if isinstance(expression, Leaf):
-            return Leaf(expression.name, expression.shape, self.path), self.dtypes.get(expression.name), [], []
-        inputs = [self._visit(item) for item in expression.inputs]
-        dtypes = {dtype for _, dtype, _, _ in inputs}
-        approximate = [reason for _, _, reasons, _ in inputs for reason in reasons]
-        remarks = [remark for _, _, _, found in inputs for remark in found]
-        if len(dtypes) > 1:
-            raise Refusal(f"its parts have the dtypes {', '.join(sorted(map(str, dtypes)))}: cast them to one first")
-        step, dtype = expression.step, inputs[0][1]
-        made = tuple(item for item, _, _, _ in inputs)
-        if isinstance(step, ex.Scale):
-            factor = self._factor(step)
-            if factor == 1.0:
-                return made[0], dtype, approximate, remarks
-            if not _power_of_two(factor):
-                approximate.append(f"times {factor:g}, rounded")
-            return Node(ex.Multiply(factor), made, expression.shape), dtype, approximate, remarks
-        if isinstance(step, ex.Cast):
-            return self._cast(step, made, dtype, approximate, remarks, expression.shape)
-        if isinstance(step, ex.Fresh):
-            return made[0], dtype, approximate, remarks
-        if isinstance(step, ex.Pad):
-            step = self._filled(step)
-            reason = {"zeros": "zeros", "mean": "the mean of the old ones", "wrap": "the old ones again"}
-            said = reason.get(str(step.fill.default), str(step.fill.default))
-            approximate.append(f"{step.count} new places of dimension {step.dim} hold {said}")
-        if isinstance(step, ex.Narrow):
-            whole = inputs[0][0].shape
-            if whole is not None and step.length * step.step == whole[step.dim] == step.length:
-                return made[0], dtype, approximate, remarks
-        return Node(step, made, expression.shape), dtype, approximate, remarks
-
-    def _factor(self, step: ex.Scale) -> float:
-        if self.slot.degree is None:
-            raise Refusal(
-                f"nobody knows how it grows with the gradient; say so in the plan: [slots] {self.name} = "
-                '{ kind = "like_param", degree = ... }'
-            )
-        return step.grad**self.slot.degree * step.param**self.slot.power
-
-    def _cast(
-        self,
-        step: ex.Cast,
-        made: tuple[Expr, ...],
-        dtype: str | None,
-        approximate: list[str],
-        remarks: list[str],
-        shape: Shape | None,
-    ) -> tuple[Expr, str | None, list[str], list[str]]:
-        wanted = step.of(self.name)
-        floating = dtype is None or dtype.startswith(("float", "bfloat"))
-        if wanted is None or wanted == dtype or (not floating and self.name not in step.dtypes):
-            return made[0], dtype, approximate, remarks
-        if _rounds(dtype, wanted):
-            approximate.append(f"{dtype} rounded to {wanted}")
-        else:
-            remarks.append(f"{dtype} to {wanted}")
-        return Node(ex.Cast({"": wanted}), made, shape), wanted, approximate, remarks
-
-    def _filled(self, step: ex.Pad) -> ex.Pad:
-        fill = step.fill.of(self.name)
-        if fill is None:
-            # A zero second moment beside a large step count makes the first updates of the new places several times
-            # too large, so that the old places' mean stands for it.
-            degree = self.slot.degree
-            fill = "mean" if self.path and (degree is None or (degree > 0 and degree % 2 == 0)) else "zeros"
-        return ex.Pad(step.dim, step.count, ex.Fill(fill))
-
-
-def translated(expression: Expr, dtypes: Mapping[str, str | None]) -> Fate:
-    """What becomes of a parameter itself.
-
-    Raises:
-        Refusal: Its parts do not fit.
-    """
-    if isinstance(expression, Leaf):
-        return Fate("exact", made=expression)
-    found = Translator("param", (), Slot("like_param", 0, 1), dtypes).translate(expression)
-    return _fate(found, "like_param", inferred=False)
-
-
-def _fate(found: Translation, kind: SlotKind, *, inferred: bool) -> Fate:
-    said = "; ".join(found.approximate + found.remarks)
-    return Fate("approximate" if found.approximate else "exact", said, kind, inferred, found.made)
+__all__ = ["SlotPlanner", "flat_slots", "slot_name"]
 
 
 class SlotPlanner:
@@ -411,7 +197,7 @@ class SlotPlanner:
             self._refuse_other_layout(path, parameter, name)
         if layout and len({dtype_of(self._parameters[name].slots[path]) for name in names}) == 1:
             return _INFERRED if inferred else _ALIKE
-        return _fate(self.translate(path, slot, expression), "like_param", inferred=inferred)
+        return fate_of(self.translate(path, slot, expression), "like_param", inferred=inferred)
 
     def translate(self, path: SlotPath, slot: Slot, expression: Expr) -> Translation:
         """The expression for an elementwise slot.
