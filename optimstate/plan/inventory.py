@@ -7,7 +7,7 @@ from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan.expressions import Shape
-from optimstate.plan.fates import Parameter, flattened, nested
+from optimstate.plan.fates import Parameter, SlotPath, flattened, nested
 from optimstate.plan.migration import Inventory, Target
 from optimstate.plan.values import shape_of
 from optimstate.state.model import OptimizerState
@@ -44,8 +44,9 @@ def optimizer_inventory(
     kinds = {slot: algorithm.slot(slot) for slot in used} if algorithm is not None else {}
     telling = [(slot,) for slot, kind in kinds.items() if kind is not None and kind.kind == "like_param"]
     parameters: dict[str, Parameter] = {}
+    paths: dict[tuple[Any, ...], list[SlotPath]] = {}
     for _, name, found in state.parameters():
-        flat = flattened(found) if found else {}
+        flat = _flat(found, paths) if found else {}
         shape = shapes.get(str(name)) if shapes is not None else None
         if shape is None and flat:
             for path in telling:
@@ -62,6 +63,16 @@ def optimizer_inventory(
         parameters=parameters,
         algorithm=algorithm,
     )
+
+
+def _flat(slots: Mapping[Any, Any], paths: dict[tuple[Any, ...], list[SlotPath]]) -> dict[SlotPath, Any]:
+    """As `flattened`, with the same paths for all parameters that have the same slots."""
+    if dict in map(type, slots.values()):
+        return flattened(slots)
+    key = tuple(slots)
+    if key not in paths:
+        paths[key] = [(slot,) for slot in key]
+    return dict(zip(paths[key], slots.values(), strict=True))
 
 
 def decoded(inventory: Inventory) -> Inventory:

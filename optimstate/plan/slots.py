@@ -7,7 +7,6 @@ out on means where the slot holds means over rows or columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 from optimstate.plan import expressions as ex
@@ -308,8 +307,3 @@ def _states(expression: Expr) -> tuple[list[str], list[str], bool]:
             layout = layout and isinstance(found.step, ex.LAYOUT)
             stack.extend([(item, left) for item in found.inputs[::-1]])
     return live, fresh, layout
-
-
-def elements(shape: Shape | None) -> int:
-    """Their number; 0 where the shape is not known."""
-    return prod(shape) if shape is not None else 0
