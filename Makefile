@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 demo: $(READY)
-	$(BIN)/optimstate demo
+	$(BIN)/optimstate demo --out optimstate-demo --force
 
 test: $(READY)
 	$(BIN)/python -m pytest

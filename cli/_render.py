@@ -6,12 +6,14 @@ inspecting a checkpoint.
 
 from __future__ import annotations
 
+import io
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import typer
 
@@ -19,22 +21,23 @@ if TYPE_CHECKING:
     from optimstate.surgery import (
         ConvertReport,
         DiffReport,
-        Inspection,
         NameReport,
         RemapReport,
         ScanReport,
         VerifyReport,
     )
-    from optimstate.surgery._inspect import ModelInfo, OptimizerInfo
+    from optimstate.surgery._outcomes import Group, Outcome
 
 __all__ = [
     "compared",
     "converted",
-    "inspection",
     "named",
+    "plural",
     "progress",
     "remapped",
     "scanned",
+    "show",
+    "shown",
     "size",
     "table",
     "verified",
@@ -57,13 +60,55 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+class Report(Protocol):
+    """What every verb returns."""
+
+    def to_json(self) -> str:
+        """A JSON document of a stable form."""
+
+
+R = TypeVar("R", bound=Report)
+
+
+def show(report: R, render: Callable[[R], None], *, as_json: bool, quiet: bool) -> None:
+    """Print a report as JSON, or as people read it, or not at all."""
+    if as_json:
+        typer.echo(report.to_json())
+    elif not quiet:
+        with redirect_stdout(io.StringIO()) as text:
+            render(report)
+        typer.echo(_folded(text.getvalue()), nl=False)
+
+
+def _folded(text: str) -> str:
+    """Long lines go on below, further in, on a terminal; what is piped keeps its lines."""
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "".join(line if len(line) <= width else _folded_line(line, width) for line in text.splitlines(True))
+
+
+def _folded_line(line: str, width: int) -> str:
+    import textwrap
+
+    indent = " " * (len(line) - len(line.lstrip()))
+    lines = textwrap.wrap(
+        line.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent + "    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines) + "\n"
+
+
 @contextmanager
-def progress(source: Path, verb: str) -> Iterator[Callable[[int], None] | None]:
-    """A progress bar on stderr, for long work on a terminal; None otherwise."""
-    total = source.stat().st_size if source.is_file() else 0
-    if source.is_dir():
-        total = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
-    if total < PROGRESS_FROM or not sys.stderr.isatty():
+def progress(verb: str, *sources: Path, quiet: bool = False) -> Iterator[Callable[[int], None] | None]:
+    """A progress bar on stderr with rate and time left, for long work on a terminal; None otherwise."""
+    files = [file for source in sources for file in (source.rglob("*") if source.is_dir() else (source,))]
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    if total < PROGRESS_FROM or quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
@@ -75,11 +120,14 @@ def progress(source: Path, verb: str) -> Iterator[Callable[[int], None] | None]:
         yield lambda done: bar.update(task, advance=done)
 
 
+_RIGHT = {"parameters", "size", "group", "elements", "x", "norm", "rms", "min", "max", "zeros", "NaN", "inf"}
+
+
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Aligned columns; those that hold numbers and sizes to the right."""
     lines = [tuple(headings), *map(tuple, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    right = [heading in ("parameters", "size", "group") for heading in headings]
+    right = [heading in _RIGHT for heading in headings]
 
     def line(cells: Sequence[str]) -> str:
         padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
@@ -88,104 +136,27 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(map(line, lines))
 
 
-def inspection(found: Inspection, *, params: bool, groups: bool) -> None:
-    """Print an inspection."""
-    typer.echo(f"{found.path}: {found.format}, {size(found.nbytes)}, {plural(found.tensors, 'tensor')}")
-    for section in found.sections:
-        typer.echo()
-        if section.kind == "optimizer":
-            _optimizer(section, params=params, groups=groups)  # type: ignore[arg-type]
-        elif section.kind == "scheduler":
-            typer.echo(f"scheduler at {section.path}: {section.algorithm}")  # type: ignore[union-attr]
-            typer.echo(f"  last_epoch {section.last_epoch}, last lr {_value(section.last_lr)}")  # type: ignore[union-attr]
-        else:
-            _model(section, params=params)  # type: ignore[arg-type]
-    if not found.sections:
-        typer.echo("\nno model, optimizer or scheduler was recognised")
-    if found.opaque:
-        typer.echo("\nobjects kept as records, not loaded:")
-        for name, count in found.opaque.items():
-            typer.echo(f"  {name} x {count}")
-    for name in found.dangerous:
-        typer.echo(f"\nwarning: the file names {name}, which would run code if it were unpickled; nothing was run")
-    for note in found.notes:
-        typer.echo(f"\nnote: {note}")
-
-
-def _optimizer(info: OptimizerInfo, *, params: bool, groups: bool) -> None:
-    names = "named parameters" if info.named else "no parameter names (by position)"
-    algorithm = info.algorithm or "unrecognised algorithm"
-    typer.echo(f"optimizer at {info.path}: {algorithm}, {plural(len(info.groups), 'group')}, {names}")
-    count = sum(group.parameters for group in info.groups)
-    steps = ", ".join(f"{step} (x{n})" if len(info.steps) > 1 else step for step, n in info.steps.items()) or "none"
-    typer.echo(f"  {plural(count, 'parameter')}, {size(info.nbytes)} of state, step {steps}")
-    if info.fresh:
-        typer.echo(f"  {plural(info.fresh, 'parameter')} without state (fresh)")
-    if info.orphans:
-        typer.echo(f"  {plural(info.orphans, 'entry')} of state for no parameter of any group")
-    if info.slots:
-        slots = [(slot.name, str(slot.parameters), ", ".join(slot.dtypes), size(slot.nbytes)) for slot in info.slots]
-        typer.echo(table(("slot", "parameters", "dtype", "size"), slots))
-    _groups(info, everything=groups)
-    if params:
-        rows = [
-            (
-                str(parameter.group),
-                parameter.name or f"({parameter.key})",
-                ", ".join(f"{slot} {_value(value)}" for slot, value in parameter.slots.items()) or "fresh",
-            )
-            for parameter in info.parameters
-        ]
-        typer.echo(table(("group", "parameter", "slots"), rows))
-
-
-_TELLING = ("lr", "weight_decay", "betas", "momentum", "eps")
-
-
-def _groups(info: OptimizerInfo, *, everything: bool) -> None:
-    for index, group in enumerate(info.groups):
-        shown: Mapping[str, Any] = group.options
-        if not everything:
-            shown = {key: group.options[key] for key in _TELLING if key in group.options}
-        options = ", ".join(f"{key} {_value(value)}" for key, value in shown.items())
-        typer.echo(f"  group {index}: {plural(group.parameters, 'parameter')}, {options}")
-
-
-def _value(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in few characters."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_value, value)) + "]"
+        return "[" + ", ".join(map(shown, value)) + "]"
     return str(value)
 
 
-def _model(info: ModelInfo, *, params: bool) -> None:
-    dtypes = ", ".join(f"{dtype} x {count}" for dtype, count in info.dtypes.items())
-    what = "averaged model" if info.kind == "ema" else "model"
-    typer.echo(
-        f"{what} at {info.path}: {plural(info.parameters, 'tensor')}, {info.elements:,} elements, {size(info.nbytes)}"
-    )
-    typer.echo(f"  {dtypes}")
-    for names in info.tied:
-        typer.echo(f"  share memory: {', '.join(names)}")
-    if params:
-        typer.echo(table(("tensor", "type"), info.tensors.items()))
-        return
-    shown = list(info.names.items())
-    for pattern, (count, example) in shown[:12]:
-        typer.echo(f"  {pattern}  " + (f"x {count}" if count > 1 else example))
-    if len(shown) > 12:
-        typer.echo(f"  ... and {len(shown) - 12} more kinds of names (--params lists all)")
-
-
 def remapped(report: RemapReport) -> None:
-    """Print what a plan did."""
+    """Print what a plan did, and the plan."""
     for rule, count in report.rules:
         typer.echo(f"{rule}: {plural(count, 'match')}".replace("matchs", "matches"))
     for section, moves in report.moves.items():
         dropped = report.dropped[section]
         counts = [f"{len(moves)} moved", f"{len(dropped)} dropped", f"{report.kept[section]} kept"]
         typer.echo(f"{section}: {', '.join(counts)}")
+        if any(outcome.outcome != "exact" or outcome.reason for outcome in report.outcomes[section]):
+            _outcomes(report.outcomes[section], "all" if section.startswith("optimizer") else "value")
+        for group in report.groups.get(section, ()):
+            typer.echo(f"  {_regrouped(group)}")
         if not report.written:
             for source, target in moves:
                 typer.echo(f"  {source} -> {target}")
@@ -193,7 +164,28 @@ def remapped(report: RemapReport) -> None:
                 typer.echo(f"  {source} dropped")
     for note in report.notes:
         typer.echo(f"note: {note}")
+    typer.echo("plan:")
+    for line in report.plan.splitlines():
+        typer.echo(f"  {line}".rstrip())
     typer.echo(f"wrote {report.destination}" if report.written else "dry run: nothing was written")
+
+
+OUTCOMES_SHOWN = 20
+
+
+def _outcomes(found: Sequence[Outcome], whole: str) -> None:
+    """What became of each slot; of the parameters as a whole where no slot is named."""
+    rows = [(o.slot or f"({whole})", f"{o.parameters:,}", o.outcome, o.reason) for o in found[:OUTCOMES_SHOWN]]
+    typer.echo(table(("slot", "parameters", "outcome", "why"), rows))
+    if len(found) > OUTCOMES_SHOWN:
+        typer.echo(f"  ... and {len(found) - OUTCOMES_SHOWN} more (--json lists all)")
+
+
+def _regrouped(group: Group) -> str:
+    origin = " and ".join(map(str, group.sources))
+    changes = [f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in group.changed.items()]
+    counted = plural(group.parameters, "parameter") + (f" of group {origin}" if origin else ", all new")
+    return f"group {group.group}: " + ", ".join([counted, *changes])
 
 
 def scanned(report: ScanReport) -> None:
@@ -223,7 +215,7 @@ def compared(report: DiffReport) -> None:
             "removed": f"- {change.name}  {change.left}",
             "renamed": f"> {change.left} -> {change.right}  (equal content)",
         }
-        other = f"~ {change.name}  {change.kind}: {_value(change.left)} -> {_value(change.right)}{relative}"
+        other = f"~ {change.name}  {change.kind}: {shown(change.left)} -> {shown(change.right)}{relative}"
         typer.echo(f"  {sides.get(change.kind, other)}")
     kinds = Counter(change.kind for change in report.changes)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no differences"
@@ -254,10 +246,19 @@ def named(report: NameReport) -> None:
 
 
 def converted(report: ConvertReport) -> None:
-    """Print what was converted."""
+    """Print what was converted, cast and lost."""
+    for where, change in report.optimizers.items():
+        typer.echo(f"{where}: {change.source} -> {change.target}")
+        typer.echo(table(("slot", "outcome", "why"), ((line.slot, line.outcome, line.reason) for line in change.slots)))
+    for cast in report.casts:
+        counts = "" if cast.elements is None else f", {cast.rounded:,} of {cast.elements:,} elements rounded"
+        lost = ((cast.overflowed, "no longer finite"), (cast.flushed, "became zero"))
+        counts += "".join(f", {count:,} {what}" for count, what in lost if count)
+        typer.echo(f"{cast.what}: {cast.source} -> {cast.target}, {plural(cast.tensors, 'tensor')}{counts}")
     for note in report.notes:
         typer.echo(f"note: {note}")
     what = f"{plural(report.tensors, 'tensor')}, {size(report.nbytes)}"
+    what = f"{report.section}, {what}" if report.section else what
     if report.written:
         typer.echo(f"{report.source_format} -> {report.format}: {what}, wrote {report.destination}")
     else:

@@ -6,15 +6,37 @@ cannot hold it, 130 interrupted.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from importlib import import_module
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from optimstate import __version__, errors
 
-__all__ = ["COMMANDS", "EXIT_CODES", "Force", "Json", "NoSync", "app", "register", "run"]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from optimstate.plan.rules import Plan
+
+__all__ = [
+    "COMMANDS",
+    "EXIT_CODES",
+    "SETTINGS",
+    "Force",
+    "Json",
+    "NoSync",
+    "Quiet",
+    "app",
+    "epilog",
+    "read_plan",
+    "register",
+    "run",
+]
 
 EXIT_CODES: tuple[tuple[type[errors.OptimStateError], int], ...] = (
     (errors.CheckpointError, 3),
@@ -25,6 +47,7 @@ EXIT_CODES: tuple[tuple[type[errors.OptimStateError], int], ...] = (
 INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json or - asks for.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing destination.")]
 
 NoSync = Annotated[
@@ -32,14 +55,56 @@ NoSync = Annotated[
     typer.Option("--no-sync", help="Leave flushing to the disk to the system, as cp does: faster, not power-safe."),
 ]
 
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+class _InOrder(TyperGroup):
+    """Lists commands in one order, however they were registered."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=COMMANDS.index)
+
+
 app = typer.Typer(
     name="optimstate",
+    cls=_InOrder,
     help="Inspect, remap and convert optimizer checkpoints by parameter name. Nothing in a file is ever executed.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=SETTINGS,
 )
+
+
+def epilog(*examples: str, exits: str = "") -> str:
+    """What stands below the options of a command: examples, and its exit codes."""
+    shown = "\n".join(f"  {_broken(example)}" for example in examples)
+    codes = f"\n\nExit codes: {exits}" if exits else ""
+    return f"\b\n{'Examples' if len(examples) > 1 else 'Example'}:\n{shown}{codes}"
+
+
+def _broken(example: str) -> str:
+    """A command in lines of at most 74 columns, broken before options and pipes as a shell reads them."""
+    lines = [""]
+    for part in re.split(r" (?=--?\w|\|)", example):
+        if lines[-1] and len(lines[-1]) + len(part) > 70:
+            lines.append("    " + part)
+        else:
+            lines[-1] = f"{lines[-1]} {part}" if lines[-1] else part
+    return " \\\n  ".join(lines)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file, or on standard input where the path is `-`."""
+    from optimstate.plan.files import parse_plan
+    from optimstate.plan.rules import Plan
+
+    if str(path) != "-":
+        return Plan.from_file(path)
+    try:
+        return parse_plan(sys.stdin.read(), name="standard input")
+    except UnicodeDecodeError as error:
+        raise errors.PlanSyntaxError(f"standard input: the plan is no UTF-8 text: {error}") from None
 
 
 def _print_version(value: bool) -> None:
@@ -49,23 +114,31 @@ def _print_version(value: bool) -> None:
 
 
 @app.callback(
-    epilog="Exit codes: 0 fine, 1 findings, 2 wrong usage, 3 bad input, 4 plan, 5 destination, 6 container, "
-    "130 interrupted."
+    epilog=epilog(
+        "optimstate inspect checkpoint.pt",
+        "optimstate remap checkpoint.pt new.pt --rename 'layers.{i}.{p**}=blocks.{i}.{p**}'",
+        exits="0 fine, 1 findings, 2 wrong usage, 3 bad input, 4 the plan does not fit, 5 the destination, "
+        "6 the container cannot hold it, 130 interrupted.",
+    )
 )
 def _root(
+    context: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if os.environ.get("NO_COLOR"):
+        context.color = False
 
 
-COMMANDS = ("inspect", "diff", "remap", "convert", "name", "verify", "scan", "demo")
+COMMANDS = ("inspect", "diff", "remap", "plan", "convert", "name", "verify", "scan", "demo")
 """In the order of the help. Each is a module of this package that registers itself when it is imported."""
 
 
 def register(arguments: list[str]) -> None:
     """Import the command that was asked for, or all of them where none was: importing takes longer than most work."""
+    if arguments == ["--version"]:
+        return
     asked = arguments[0] if arguments and arguments[0] in COMMANDS else None
     for command in (asked,) if asked else COMMANDS:
         import_module(f"optimstate.cli.{command}")
@@ -75,17 +148,32 @@ def run() -> int:
     """Run the application; every known error becomes a message on stderr and an exit code."""
     register(sys.argv[1:])
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False, prog_name="optimstate")
     except errors.OptimStateError as error:
         for line in error.message.splitlines():
             typer.echo(f"error: {line}", err=True)
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+    except TyperException as error:
+        return _wrong_usage(error)
     except SystemExit as stop:  # typer's own endings
         if isinstance(stop.__context__, BrokenPipeError):  # the reader of our output went away, which is its right
             return 0
-        if stop.code == INTERRUPTED:
-            typer.echo("interrupted; nothing was left behind", err=True)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return 0
+    if code == INTERRUPTED:
+        typer.echo("interrupted; nothing was left behind", err=True)
+    return code or 0
+
+
+def _wrong_usage(error: TyperException) -> int:
+    """What is wrong and where to read more; a command without its arguments shows its help."""
+    message = error.format_message()
+    if message.startswith("Usage:"):
+        typer.echo(message, err=True)
+    else:
+        typer.echo(f"error: {message}", err=True)
+        context: typer.Context | None = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "optimstate"
+        typer.echo(f"hint: `{command} --help` shows what it takes.", err=True)
+    return error.exit_code

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Force, Json, NoSync, app
+from optimstate.cli.app import Force, Json, NoSync, Quiet, app, epilog
 
 
 def parse_size(text: str) -> int:
@@ -20,11 +20,34 @@ def parse_size(text: str) -> int:
     return int(float(number) * units[unit])
 
 
-@app.command(epilog="Example: optimstate convert checkpoint.pt checkpoint.safetensors")
+@app.command(
+    short_help="Write a checkpoint in another container, dtype or optimizer.",
+    epilog=epilog(
+        "optimstate convert checkpoint.pt checkpoint.safetensors",
+        "optimstate convert checkpoint.pt weights.safetensors --section model --dtype model=bf16",
+        "optimstate convert checkpoint.pt sharded --shard-size 500MB --verify",
+        exits="0 fine, 2 wrong usage, 3 bad input, 4 the state has no such form, 5 the destination, 6 the container "
+        "cannot hold it, 130 interrupted.",
+    ),
+)
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
     destination: Annotated[Path, typer.Argument(help="Where to write; the suffix says what.", show_default=False)],
     to: Annotated[str | None, typer.Option(metavar="FORMAT", help="torch or safetensors.", show_default=False)] = None,
+    section: Annotated[
+        str | None,
+        typer.Option(metavar="KIND|PATH", help="Write this alone: model, optimizer, ...", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHAT=DTYPE", help="Cast a section or slot: model=bf16, exp_avg=bf16.", show_default=False
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Make the state that of Adam, Lion, Adafactor, ...", show_default=False),
+    ] = None,
     shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Write a folder of shards of at most this size.")
     ] = None,
@@ -41,20 +64,38 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that it can be done and write nothing.")] = False,
     force: Force = False,
     no_sync: NoSync = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write a whole checkpoint in another container: torch or safetensors, without loss and in constant memory."""
+    """Write a checkpoint in another container, torch or safetensors: without loss and in constant memory.
+
+    Or one section of it, in other dtypes, or with another optimizer's state: what that rounds or loses is reported.
+    """
     from optimstate import surgery
     from optimstate.cli import _render
     from optimstate.formats._protocol import WriteOptions
 
     size = None if shard_size is None else parse_size(shard_size)
-    with _render.progress(source, "converting") as advance:
+    with _render.progress("converting", source, quiet=quiet) as advance:
         options = WriteOptions(not no_checksums, drop_opaque, clone_views, size, not no_sync, advance)
         report = surgery.convert(
-            source, destination, to=to, verify=verify, dry_run=dry_run, force=force, options=options
+            source,
+            destination,
+            to=to,
+            section=section,
+            dtypes=_parsed(dtype),
+            optimizer=optimizer,
+            verify=verify,
+            dry_run=dry_run,
+            force=force,
+            options=options,
         )
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        _render.converted(report)
+    _render.show(report, _render.converted, as_json=as_json, quiet=quiet)
+
+
+def _parsed(dtypes: list[str] | None) -> dict[str, str]:
+    if not dtypes:
+        return {}
+    from optimstate.surgery._casting import parse_dtypes
+
+    return parse_dtypes(dtypes)

@@ -2,115 +2,221 @@
 
 from __future__ import annotations
 
-import re
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from optimstate.cli.app import app, register
+from optimstate.cli.app import Force, Json, app, epilog, register
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from optimstate._demo.experiment import Arm, Experiment
+
+FILES = ("old.pt", "plan.toml", "new.pt", "losses.csv", "losses.svg")
+COLOURS = (("red", "#d62728"), ("yellow", "#e69f00"), ("green", "#2ca02c"), ("magenta", "#9467bd"), ("blue", "#1f77b4"))
+"""Of the ways to go on, in a terminal and in the SVG."""
 
 
-@app.command(epilog="Example: optimstate demo --keep optimstate-demo")
+@app.command(
+    short_help="Train, make experts, resume with and without the state.",
+    epilog=epilog("optimstate demo", "optimstate demo --out there --seed 1 --steps 1000"),
+)
 def demo(
-    keep: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Leave the files there to look at.", show_default=False)
-    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to leave the files.")] = Path("optimstate-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the order of the text.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps before the switch.")] = 500,
+    after: Annotated[int, typer.Option(min=4, help="Training steps after it, for each way to go on.")] = 80,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
-    """Show the main job on a real checkpoint: inspect it, rename, duplicate experts, convert, and prove every tensor.
+    """Train a small transformer, make its MLPs experts by a plan, and go on with and without the optimizer's state.
 
-    Needs a checkout of the repository, whose fixtures it reads. Torch loads the results and compares them bit by bit.
+    Takes about half a minute on one core. The model learns the help topics of Python's pydoc, character by character.
+    Leaves both checkpoints, the plan, the losses as CSV and a drawing of them as SVG.
     """
-    import shutil
     import tempfile
     from contextlib import chdir
 
-    from optimstate.errors import CheckpointNotFoundError
+    from optimstate.errors import DestinationExistsError
 
-    source = Path(__file__).resolve().parent.parent / "fixtures/files/optimstate/moe_before_experts/checkpoint.pt"
-    if not source.is_file():
-        raise CheckpointNotFoundError("the demo's checkpoint is missing", path=source, hint="Run it in a checkout.")
+    for name in FILES if not force else ():
+        if (out / name).exists():
+            raise DestinationExistsError(f"{out / name}: exists already", hint="Give --force to replace it.")
     with tempfile.TemporaryDirectory(prefix="optimstate-demo-") as temporary:
-        folder = keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / "dense.pt")
-        with chdir(folder):
-            _run()
+        with chdir(temporary):
+            _run(seed, steps, after, as_json)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            shutil.move(Path(temporary) / name, out / name)
+    if not as_json:
+        typer.echo("\nwrote\n" + "\n".join(f"  {out / name}" for name in FILES))
 
 
-EXPERTS = 4
+def _run(seed: int, steps: int, after: int, as_json: bool) -> None:
+    """The whole demonstration, in the working directory."""
+    import torch
+
+    from optimstate._demo.experiment import Experiment
+
+    say: Callable[..., Any] = (lambda *_, **__: None) if as_json else typer.secho
+    # One thread, so that the numbers do not depend on how many cores there are.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _counter(steps + Experiment.WAYS * after) as advance:
+            experiment = Experiment(Path(), seed=seed, steps=steps, after=after, advance=advance)
+            _report_start(experiment, say)
+            experiment.train()
+            say(f"trained {steps} steps: held-out loss {experiment.before[0][1]:.3f} -> {experiment.before[-1][1]:.3f}")
+            _migrate(experiment, say, quiet=as_json)
+            refusal = experiment.torch_refuses()
+            arms = experiment.resume()
+    finally:
+        torch.set_num_threads(threads)
+    _draw(experiment, arms)
+    if as_json:
+        typer.echo(_json(experiment, arms, refusal))
+    else:
+        _report(experiment, arms, refusal)
 
 
-def _run() -> None:
+def _report_start(experiment: Experiment, say: Callable[..., Any]) -> None:
+    size = sum(p.numel() for p in experiment.dense.model.parameters())
+    version = ".".join(map(str, sys.version_info[:3]))
+    say(f"text: the help topics of pydoc in Python {version}, {experiment.text.size:,} characters, a tenth held out")
+    say(
+        f"model: a transformer of {size:,} parameters; AdamW and LinearLR of optimstate.optim; seed {experiment.seed}\n"
+    )
+
+
+def _migrate(experiment: Experiment, say: Callable[..., Any], *, quiet: bool) -> None:
+    """`new.pt` from `old.pt` by the plan, with the program's own commands, and the proof that torch gives."""
+    from optimstate._demo.experiment import became
+    from optimstate._demo.proof import prove
+
+    experiment.write_plan()
+    for words in (
+        ("remap", "old.pt", "new.pt", "--plan", "plan.toml"),
+        ("verify", "new.pt", "--against", "old.pt", "--plan", "plan.toml"),
+    ):
+        say("\n$ optimstate " + " ".join(words), bold=True)
+        _command(words, quiet=quiet)
+    compared = prove(experiment.old, experiment.new, became)
+    say(
+        f"proved with torch.load: every expert has its MLP's weights and moments, bit for bit ({compared} tensors)\n",
+        fg=typer.colors.GREEN,
+    )
+
+
+def _command(words: Sequence[str], *, quiet: bool) -> None:
+    """Run one command of this program."""
+    from contextlib import nullcontext, redirect_stdout
+    from io import StringIO
+
     register([])
-    dense, renamed, upcycled = Path("dense.pt"), Path("renamed.pt"), Path("upcycled.pt")
-    container, returned = Path("upcycled.safetensors"), Path("returned.pt")
-    layers = "layers.{i}.mlp.{fc=fc1|fc2}.{p}"
-    experts = f"layers.{{i}}.mlp.experts.{{e=0..{EXPERTS - 1}}}.{{fc}}.{{p}}"
-
-    _command("inspect", dense)
-    _command("remap", dense, renamed, "--force", "--rename", "layers.{i}.{p**}=blocks.{i}.{p**}")
-    _prove("every tensor stands under its new name", dense, renamed, _renamed)
-    _command("remap", dense, upcycled, "--force", "--duplicate", f"{layers}={experts}")
-    _prove(f"{EXPERTS} experts have each MLP's weights and moments", dense, upcycled, _expert_names)
-    _command("convert", upcycled, container, "--force")
-    _command("convert", container, returned, "--force")
-    _prove("safetensors and back changed nothing", upcycled, returned, lambda name: [name])
-    typer.echo("\nall of it loaded with torch.load(weights_only=True) and compared bit by bit")
+    with redirect_stdout(StringIO()) if quiet else nullcontext():
+        app(list(words), standalone_mode=False)
 
 
-def _renamed(name: str) -> list[str]:
-    return [re.sub("^layers", "blocks", name)]
+def _report(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> None:
+    from optimstate._demo.experiment import REWARM
+    from optimstate.cli import _render
+
+    typer.echo("torch.optim.AdamW.load_state_dict with the old state:")
+    typer.echo(f"  {refusal}")
+    typer.echo("torch.distributed.checkpoint's set_optimizer_state_dict with strict=False:")
+    typer.echo(f"  {experiment.torch_silence}\n")
+    typer.echo("held-out loss in nats a character: weights, batches and learning rate are the")
+    typer.echo("same, only the optimizer's state differs (and in d the learning rate, which")
+    typer.echo(f"rises again over {REWARM} steps). worst: the highest rise over the loss at the")
+    typer.echo("switch; below after: tokens until the loss stays below that\n")
+    looks = sorted({min(look, experiment.after) for look in (16, 32, experiment.after)})
+    rows = []
+    for arm in arms:
+        back = "not yet" if arm.recovered is None else f"{arm.recovered:,}"
+        losses = [f"{arm.at(step):.3f}" for step in (0, *looks)]
+        rows.append([arm.label, *losses, f"{arm.worst:+.3f}", back])
+    typer.echo(_render.table(["", "switch", *(f"+{look}" for look in looks), "worst", "below after"], rows))
+    typer.echo()
+    typer.echo(_plot(arms))
 
 
-def _expert_names(name: str) -> list[str]:
-    if "mlp.fc" not in name:
-        return [name]
-    return [name.replace("mlp.fc", f"mlp.experts.{expert}.fc") for expert in range(EXPERTS)]
+def _plot(arms: Sequence[Arm]) -> str:
+    """Coloured dots where the terminal has both, else letters."""
+    from optimstate._demo.chart import text_plot
+
+    encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+
+    def paint(text: str, number: int) -> str:
+        return typer.style(text, fg=shown[number][1][0])
+
+    # The three that differ in their state alone, the migrated one on top.
+    shown = [(arm, colour) for arm, colour in zip(arms, COLOURS, strict=True) if arm.key in _PLOTTED]
+    lines = [(arm.label, colour[1], arm.tokens) for arm, colour in shown]
+    columns = min(max(shutil.get_terminal_size((80, 24)).columns - 10, 40), 100)
+    colour = not plain and encoding == "utf8"
+    drawn = text_plot(lines, columns=columns, rows=16, paint=paint if colour else None)
+    legend = "\n      ".join(paint(arm.label, n) if colour else arm.label for n, (arm, _) in enumerate(shown))
+    last = f"{arms[0].tokens[-1][0]:,} tokens after the switch"
+    return f"{drawn}\n      0{last:>{columns - 1}}\n      {legend}"
 
 
-def _command(*arguments: object) -> None:
-    """Show and run one command of this program."""
-    words = list(map(str, arguments))
-    typer.secho("\n$ optimstate " + " ".join(f"'{word}'" if "{" in word else word for word in words), bold=True)
-    app(words, standalone_mode=False)
+_PLOTTED = ("fresh", "torch", "migrated")
 
 
-def _prove(claim: str, before: Path, after: Path, expected: Any) -> None:
-    """Compare what torch loads from two files, name by name: model tensors and every slot of every parameter."""
-    from optimstate.errors import MigrationError
+def _draw(experiment: Experiment, arms: Sequence[Arm]) -> None:
+    from optimstate._demo.chart import svg
 
-    old, new = _tensors_by_name(before), _tensors_by_name(after)
-    compared = 0
-    missing = set(new)
-    for (section, name, slot), tensor in old.items():
-        for target in expected(name):
-            found = new.get((section, target, slot))
-            if found is None or found.dtype != tensor.dtype or not _same_bits(found, tensor):
-                raise MigrationError([f"{section} {target} {slot}: not the tensor that {name} had"])
-            missing.discard((section, target, slot))
-            compared += 1
-    if missing:
-        raise MigrationError([f"{after} holds {min(missing)}, which {before} does not"])
-    typer.secho(f"proved: {claim} ({compared} tensors)", fg=typer.colors.GREEN)
+    notes = (
+        f"AdamW, seed {experiment.seed}, switch at step {experiment.steps}. In a, b and c only the optimizer's state",
+        "differs; weights, batches and learning rate are the same. e is the run that stayed dense.",
+    )
+    drawing = svg(
+        [(arm.label, colour[1], arm.tokens) for arm, colour in zip(arms, COLOURS, strict=True)],
+        title="MLPs become experts: with and without the optimizer's state",
+        notes=notes,
+        across="tokens after the switch",
+        up="held-out loss, nats a character",
+    )
+    Path("losses.svg").write_text(drawing, encoding="utf-8")
 
 
-def _same_bits(a: Any, b: Any) -> bool:
-    import torch
+def _json(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> str:
+    from dataclasses import asdict
 
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    from optimstate.surgery._common import to_json
+
+    rows = [{**asdict(arm), "worst": arm.worst, "tokens_until_below": arm.recovered} for arm in arms]
+    fields = {
+        "seed": experiment.seed,
+        "steps": experiment.steps,
+        "after": experiment.after,
+        "before": experiment.before,
+    }
+    return to_json("demo", {**fields, "torch": [refusal, experiment.torch_silence], "arms": rows})
 
 
-def _tensors_by_name(path: Path) -> dict[tuple[str, str, str], Any]:
-    import torch
+@contextmanager
+def _counter(total: int) -> Iterator[Callable[[int], None]]:
+    """Counts training steps on stderr, where that is a terminal."""
+    done = 0
 
-    checkpoint: Mapping[str, Any] = torch.load(path, weights_only=True)
-    found = {("model", name, ""): tensor.reshape(-1) for name, tensor in checkpoint["model"].items()}
-    for group in checkpoint["optimizer"]["param_groups"]:
-        for key, name in zip(group["params"], group["param_names"], strict=True):
-            for slot, value in checkpoint["optimizer"]["state"].get(key, {}).items():
-                found["optimizer", name, slot] = value.reshape(-1)
-    return found
+    def advance(by: int) -> None:
+        nonlocal done
+        done += by
+        if done % 10 == 0:
+            typer.echo(f"\r{done}/{total} training steps", nl=False, err=True)
+
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    try:
+        yield advance
+    finally:
+        typer.echo("\r\x1b[K", nl=False, err=True)

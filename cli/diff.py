@@ -7,14 +7,22 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Json, app
+from optimstate.cli.app import Json, Quiet, app, epilog
 
 
-@app.command(epilog="Example: optimstate diff checkpoint-1000/ checkpoint-2000/ --headers")
+@app.command(
+    short_help="Compare two checkpoints by name.",
+    epilog=epilog(
+        "optimstate diff checkpoint-1000/ checkpoint-2000/ --headers",
+        "optimstate diff checkpoint.pt checkpoint.safetensors --quiet && echo 'the same'",
+        exits="0 no differences, 1 differences, 2 wrong usage, 3 bad input.",
+    ),
+)
 def diff(
     left: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
     right: Annotated[Path, typer.Argument(help="Another, of any container.", show_default=False)],
     headers: Annotated[bool, typer.Option("--headers", help="Compare names, shapes, dtypes and values only.")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare two checkpoints by name: added, removed, renamed, reshaped, changed tensors and hyperparameters.
@@ -22,13 +30,10 @@ def diff(
     Exits with 1 when there are differences. Torch is imported only to measure how far changed tensors are apart.
     """
     from optimstate import surgery
+    from optimstate.cli import _render
 
-    report = surgery.diff(left, right, headers=headers)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        from optimstate.cli import _render
-
-        _render.compared(report)
+    with _render.progress("comparing", left, right, quiet=quiet or headers) as advance:
+        report = surgery.diff(left, right, headers=headers, progress=advance)
+    _render.show(report, _render.compared, as_json=as_json, quiet=quiet)
     if report.changes:
         raise typer.Exit(1)

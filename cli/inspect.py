@@ -3,32 +3,67 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimstate.cli.app import Json, app
+from optimstate.cli.app import Force, Json, Quiet, app, epilog
+
+if TYPE_CHECKING:
+    from optimstate.surgery import Inspection
 
 
-@app.command(epilog="Example: optimstate inspect checkpoint-1000/ --params")
+@app.command(
+    short_help="Show what a checkpoint holds, and whether a run can resume from it.",
+    epilog=epilog(
+        "optimstate inspect checkpoint.pt",
+        "optimstate inspect checkpoint-1000/ --params",
+        "optimstate inspect checkpoint.pt --stats --html report.html",
+        exits="0 fine, 2 wrong usage, 3 bad input, 5 the page cannot be written.",
+    ),
+)
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
     params: Annotated[
         bool, typer.Option("--params", help="List every parameter with its slots (in --json too).")
     ] = False,
-    groups: Annotated[bool, typer.Option("--groups", help="List every group with its options.")] = False,
+    groups: Annotated[bool, typer.Option("--groups", help="List every group with all its options.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Read every tensor: norms, ranges, zeros, NaN (imports torch).")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page with tables and heat maps of norms.", show_default=False),
+    ] = None,
+    force: Force = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint holds: sections, algorithm, groups, parameters, slots, steps, sizes, oddities.
+    """Show what a checkpoint holds, and whether a run can resume from it.
 
-    Torch is not imported and nothing in the file is executed.
+    Sections, algorithm, groups, parameters, slots, steps, sizes, oddities. Nothing in the file is executed, and torch
+    is imported for --stats and --html alone.
     """
     from optimstate import surgery
-
-    found = surgery.inspect(path, parameters=params)
-    if as_json:
-        typer.echo(found.to_json())
-        return
     from optimstate.cli import _render
 
-    _render.inspection(found, params=params, groups=groups)
+    if html is not None:
+        from optimstate.files import check_destination
+
+        check_destination(html, [path], force=force)
+    measure = stats or html is not None
+    with _render.progress("measuring", *([path] if measure else []), quiet=quiet) as advance:
+        found = surgery.inspect(path, parameters=params, statistics=measure, progress=advance)
+    if html is not None:
+        from optimstate.cli._html import write_page
+
+        write_page(found, html)
+
+    def render(found: Inspection) -> None:
+        from optimstate.cli import _render_inspect
+
+        _render_inspect.inspection(found, params=params, groups=groups, stats=stats)
+        if html is not None:
+            typer.echo(f"\nwrote {html}")
+
+    _render.show(found, render, as_json=as_json, quiet=quiet)

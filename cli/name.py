@@ -7,10 +7,19 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Force, Json, app
+from optimstate.cli.app import Force, Json, Quiet, app, epilog
 
 
-@app.command(epilog="Example: optimstate name checkpoint-1000/ named/ --model mypackage.models:build")
+@app.command(
+    short_help="Give an anonymous optimizer its parameter names.",
+    epilog=epilog(
+        "optimstate name checkpoint-1000/ --dry-run --model mypackage.models:build",
+        "optimstate name checkpoint-1000/ named/ --model mypackage.models:build",
+        "optimstate name checkpoint.pt named.pt --names names.txt",
+        exits="0 fine, 2 wrong usage, 3 bad input, 4 the names are not determined, 5 the destination, "
+        "6 the container cannot hold it.",
+    ),
+)
 def name(
     source: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
     destination: Annotated[
@@ -26,6 +35,7 @@ def name(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report and write nothing.")] = False,
     force: Force = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Give an anonymous optimizer its parameter names, from the model beside it or a given one. Nothing is guessed."""
@@ -36,8 +46,8 @@ def name(
     if destination is None and not dry_run:
         raise typer.BadParameter("give a destination or --dry-run")
     given = read_names(names) if names is not None else None
-    report = surgery.name(source, destination, names=given, model=model, dry_run=dry_run, force=force)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        _render.named(report)
+    with _render.progress("naming", source, quiet=quiet) as advance:
+        report = surgery.name(
+            source, destination, names=given, model=model, dry_run=dry_run, force=force, progress=advance
+        )
+    _render.show(report, _render.named, as_json=as_json, quiet=quiet)

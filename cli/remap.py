@@ -7,45 +7,83 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Force, Json, NoSync, app
+from optimstate.cli.app import Force, Json, NoSync, Quiet, app, epilog, read_plan
 
 
 @app.command(
-    epilog="Example: optimstate remap old.pt new.pt --rename 'encoder.{i}.{p**}=blocks.{i}.{p**}' "
-    "--duplicate 'mlp.{p}=experts.{e=0..3}.{p}' --drop 'head.**'"
+    short_help="Rename, duplicate, drop or rebuild parameters by a plan.",
+    epilog=epilog(
+        "optimstate remap old.pt new.pt --rename 'encoder.{i}.{p**}=blocks.{i}.{p**}'",
+        "optimstate remap old.pt new.pt --duplicate 'mlp.{p}=experts.{e=0..3}.{p}'",
+        "optimstate remap old.pt --dry-run --drop 'head.**' --set 'weight_decay=0.05'",
+        "optimstate remap old.pt new.pt --plan plan.toml --force",
+        "optimstate plan suggest old.pt new-model.pt -o - | optimstate remap old.pt new.pt --plan -",
+        exits="0 fine, 2 wrong usage, 3 bad input, 4 the plan does not fit, 5 the destination, "
+        "6 the container cannot hold it, 130 interrupted.",
+    ),
 )
 def remap(
     source: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
     destination: Annotated[
         Path | None, typer.Argument(help="Where to write; left out with --in-place or --dry-run.", show_default=False)
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan file (TOML).", show_default=False)] = None,
-    rename: Annotated[list[str] | None, typer.Option(metavar="OLD=NEW", show_default=False)] = None,
-    duplicate: Annotated[list[str] | None, typer.Option(metavar="OLD=NEW,NEW", show_default=False)] = None,
-    drop: Annotated[list[str] | None, typer.Option(metavar="NAME", show_default=False)] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A plan file (TOML); - reads standard input.")
+    ] = None,
+    rename: Annotated[list[str] | None, typer.Option(metavar="OLD=NEW", help="Other names.")] = None,
+    duplicate: Annotated[list[str] | None, typer.Option(metavar="OLD=NEW,NEW", help="Copies, state included.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave parameters out.")] = None,
+    fresh: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Keep the value, leave the optimizer's state behind; or a new parameter."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="[WHERE:]KEY=VALUE",
+            help="An option of the param groups: of all, of group number WHERE, or of the parameters that the "
+            "template WHERE matches ('**.bias:weight_decay=0.0'), which then have a group of their own.",
+        ),
+    ] = None,
+    plan_out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save all of this as a plan; - prints the plan in place of the report."),
+    ] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Rename inside the file by appending to it.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be done and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Report what would be done and leave checkpoints alone.")
+    ] = False,
     force: Force = False,
     no_sync: NoSync = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Rename, duplicate or drop parameters: weights, every optimizer slot, groups and averages together.
+    """Rename, duplicate, drop or rebuild parameters: weights, every optimizer slot, groups and averages together.
 
-    Templates match whole dotted names: {i} is one component, {rest**} several, {x=q|k|v} and {e=0..7} enumerate.
+    Templates match whole dotted names: {i} is one component, {rest**} several, {x=q|k|v} and {e=0..7} enumerate. The
+    options become rules of one plan, after those of --plan: the first that matches a name decides. What becomes of
+    every slot (exact, approximate, fresh, dropped) is reported with the reasons, and so is the equivalent plan.
     """
     from optimstate import surgery
     from optimstate.cli import _render
     from optimstate.plan.rules import Plan
 
-    rules = Plan.from_file(plan) if plan else Plan()
-    rules += Plan.from_options(rename=rename or (), duplicate=duplicate or (), drop=drop or ())
-    if not rules.rules:
-        raise typer.BadParameter("nothing to do: give --plan, --rename, --duplicate or --drop")
+    rules = read_plan(plan) if plan else Plan()
+    rules += Plan.from_options(rename=rename or (), duplicate=duplicate or (), drop=drop or (), fresh=fresh or ())
+    if rules == Plan() and not settings:
+        raise typer.BadParameter("nothing to do: give --plan, --rename, --duplicate, --drop, --fresh or --set")
     if destination is None and not (in_place or dry_run):
         raise typer.BadParameter("give a destination, --in-place or --dry-run")
     if destination is not None and in_place:
         raise typer.BadParameter("--in-place takes no destination")
-    with _render.progress(source, "remapping") as advance:
+    if plan_out is not None and str(plan_out) == "-" and as_json:
+        raise typer.BadParameter("--json has the plan in it: leave out --plan-out -")
+    if settings:
+        rules = surgery.with_options(rules, source, settings)
+    if plan_out is not None:
+        surgery.check_plan_destination(plan_out, source, force=force)
+    with _render.progress("remapping", source, quiet=quiet) as advance:
         report = surgery.remap(
             source,
             destination,
@@ -56,7 +94,9 @@ def remap(
             sync=not no_sync,
             progress=advance,
         )
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        _render.remapped(report)
+    if plan_out is not None and str(plan_out) == "-":
+        typer.echo(report.plan, nl=False)
+        return
+    if plan_out is not None:
+        surgery.save_plan(report.plan, plan_out)
+    _render.show(report, _render.remapped, as_json=as_json, quiet=quiet)

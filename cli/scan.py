@@ -7,12 +7,20 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Json, app
+from optimstate.cli.app import Json, Quiet, app, epilog
 
 
-@app.command(epilog="Example: optimstate scan downloaded-checkpoint/ || echo 'look before you load'")
+@app.command(
+    short_help="List what the pickles of a checkpoint name, running nothing.",
+    epilog=epilog(
+        "optimstate scan checkpoint.pt",
+        "optimstate scan downloaded-checkpoint/ --quiet || echo 'look before you load'",
+        exits="0 plain data only, 1 something else is named, 2 wrong usage, 3 bad input.",
+    ),
+)
 def scan(
     path: Annotated[Path, typer.Argument(help="A file or folder.", show_default=False)],
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """List every class and function that the pickles of a checkpoint name, without running any.
@@ -20,13 +28,9 @@ def scan(
     Exits with 1 when one of them is not known to build plain data only.
     """
     from optimstate import surgery
+    from optimstate.cli import _render
 
     report = surgery.scan(path)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        from optimstate.cli import _render
-
-        _render.scanned(report)
+    _render.show(report, _render.scanned, as_json=as_json, quiet=quiet)
     if not report.clean:
         raise typer.Exit(1)

@@ -7,17 +7,28 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Json, app
+from optimstate.cli.app import Json, Quiet, app, epilog, read_plan
 
 
-@app.command(epilog="Example: optimstate verify new.pt --against old.pt --plan plan.toml")
+@app.command(
+    short_help="Prove that a run can resume from a checkpoint.",
+    epilog=epilog(
+        "optimstate verify checkpoint.pt",
+        "optimstate verify new.pt --against old.pt --plan plan.toml",
+        exits="0 healthy, 1 a fault, 2 wrong usage, 3 bad input, 4 the plan does not fit SRC.",
+    ),
+)
 def verify(
     path: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
     against: Annotated[
         Path | None, typer.Option(metavar="SRC", help="The checkpoint it was made from.", show_default=False)
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="The plan it was made by.", show_default=False)] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The plan it was made by; - reads standard input."),
+    ] = None,
     no_numbers: Annotated[bool, typer.Option("--no-numbers", help="Do not look into tensors (no torch).")] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Prove that a run can resume: coverage, steps, moments, dtypes, aliases, learning rates, names, checksums.
@@ -26,17 +37,15 @@ def verify(
     """
     from optimstate import surgery
     from optimstate.cli import _render
-    from optimstate.plan.rules import Plan
 
     if (against is None) != (plan is None):
         raise typer.BadParameter("--against and --plan belong together")
     if against is not None and plan is not None:
-        report = surgery.verify_against(path, against, Plan.from_file(plan))
+        report = surgery.verify_against(path, against, read_plan(plan))
     else:
-        report = surgery.verify(path, numbers=not no_numbers)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        _render.verified(report)
+        sources = (path,) if no_numbers else (path, path)  # checksums, then numbers
+        with _render.progress("verifying", *sources, quiet=quiet) as advance:
+            report = surgery.verify(path, numbers=not no_numbers, progress=advance)
+    _render.show(report, _render.verified, as_json=as_json, quiet=quiet)
     if not report.healthy:
         raise typer.Exit(1)

@@ -9,11 +9,8 @@ from typing import Any, Self
 import torch
 
 from optimstate.errors import StateMismatchError
-from optimstate.state.names import WRAPPERS
 
-__all__ = ["Consecutive", "Live", "names_in", "stripped"]
-
-_INNER = tuple(wrapper for wrapper in WRAPPERS if wrapper != "module.")
+__all__ = ["Consecutive", "Live", "names_in"]
 
 
 class Consecutive(list[int]):
@@ -136,19 +133,3 @@ def names_in(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[l
                 )
         made.append([found[id(parameter)] for parameter in group["params"]])
     return made
-
-
-def stripped(names: Iterable[str]) -> Callable[[str], str]:
-    """How names lose what wrappers put into them, at any depth.
-
-    `module.` is also an honest name of a submodule, so that it counts only where all names begin with it.
-    """
-
-    def inner(name: str) -> str:
-        return ".".join(part for part in name.split(".") if part + "." not in _INNER)
-
-    plain = [inner(name) for name in names]
-    prefix = ""
-    while plain and all(name.startswith(prefix + "module.") for name in plain):
-        prefix += "module."
-    return lambda name: inner(name).removeprefix(prefix)

@@ -38,6 +38,8 @@ class LoadHook:
     """
 
     moves: SectionMoves | None = None
+    after_loading = False
+    """Whether it has something left to do when torch has loaded."""
     _told: Told | None = None
 
     @property
@@ -99,8 +101,16 @@ def adapt(optimizer: torch.optim.Optimizer, state_dict: StateDict, *hooks: LoadH
         *hooks: In order; without any, parameters are matched by name.
 
     Raises:
+        PlanError: A hook has something to do after loading, and this optimizer's loading would not call it.
         OptimStateError: The state does not fit.
     """
+    library = type(optimizer).load_state_dict.__module__.partition(".")[0]
+    late = [hook for hook in hooks if hook.after_loading]
+    if late and library not in ("torch", "optimstate"):
+        raise PlanError(
+            f"{late[0]} works after loading, when {type(optimizer).__name__}.load_state_dict may call no hooks",
+            hint="Leave it out, and look at the optimizer's own options for the dtypes of its state.",
+        )
     return _load(optimizer, state_dict, hooks or (LoadHook(),))
 
 
@@ -112,7 +122,7 @@ def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequen
         )
     model, saved = _identities(hooks)
     live = Live.of(optimizer, model)
-    request = Request(named(OptimizerState.from_node(state_dict), saved), live)
+    request = Request(named(OptimizerState.from_node(state_dict), live, saved), live)
     for hook in hooks:
         hook.prepare(request)
     with no_garbage_collection():

@@ -12,9 +12,9 @@ from optimstate.hooks._live import Consecutive
 from optimstate.hooks._report import Report
 from optimstate.hooks._request import METADATA, Request, StateDict, is_settled
 from optimstate.plan.execute import execute_optimizer
+from optimstate.plan.fates import flat_slots
 from optimstate.plan.migration import SectionMoves, Target
 from optimstate.plan.planner import plan_optimizer
-from optimstate.plan.slots import flat_slots
 from optimstate.plan.values import shape_of
 from optimstate.state.model import Group, OptimizerState, Slots
 from optimstate.state.schema import Algorithm, parameter_shape, recognise
@@ -67,13 +67,14 @@ def matched(request: Request, hooks: tuple[str, ...], names: Sequence[Sequence[s
     old = [group.options for group in state.groups]
     state = replace(state, groups=tuple(_undecided(group, request) for group in state.groups))
     moves, filled = None, dict[str, str]()
-    kept = _kept(state, request)
+    algorithm = _algorithm(state)
+    kept = _kept(state, request, algorithm)
     if kept is not None:
         slots: Mapping[str, Slots | None] = kept
         options = [dict(group.options) for group in state.groups]
         bases: list[int | None] = list(range(len(options)))
     else:
-        moves = _planned(request, state)
+        moves = _planned(request, state, algorithm)
         result = execute_optimizer(moves, state)
         options = [dict(group.options) for group in moves.groups]
         bases = [group.base for group in moves.groups]
@@ -107,7 +108,7 @@ def _undecided(group: Group, request: Request) -> Group:
     return replace(group, options={key: value for key, value in group.options.items() if key not in decided})
 
 
-def _kept(state: OptimizerState, request: Request) -> dict[str, Slots | None] | None:
+def _kept(state: OptimizerState, request: Request, algorithm: Algorithm | None) -> dict[str, Slots | None] | None:
     """The state by name where the live optimizer has the same parameters in the same groups, and no rule changes any.
 
     Most resumptions are of this kind, and need no plan; one that does not fit gets a plan that says why.
@@ -122,7 +123,6 @@ def _kept(state: OptimizerState, request: Request) -> dict[str, Slots | None] | 
     templates = [template for rule in plan.all_rules() for template in rule.sources]
     if any(template.match(name) is not None for name in found for template in templates):
         return None
-    algorithm = _algorithm(state)
     if algorithm is not None and algorithm.is_flat and any(a != b for a, b in zip(live, saved, strict=True)):
         return None
     for name, parameter in request.live.pairs():
@@ -140,26 +140,24 @@ def _algorithm(state: OptimizerState) -> Algorithm | None:
     return recognise(slots, state.groups[0].options) if state.groups else None
 
 
-def _saved_shapes(request: Request, state: OptimizerState) -> dict[str, tuple[int, ...] | None] | None:
+def _saved_shapes(request: Request) -> dict[str, tuple[int, ...] | None]:
     """The shapes of the checkpoint's parameters where its slots cannot tell: vectors over all parameters.
 
     What `add_metadata` noted counts, else the shape of the live parameter of the same name; the vectors' length
     contradicts it if that has changed.
     """
-    algorithm = _algorithm(state)
-    if algorithm is None or not algorithm.is_flat:
-        return None
     noted = request.state.node.get(METADATA, {}).get("shapes", {})
     return {**request.live.shapes(), **{str(name): tuple(shape) for name, shape in noted.items()}}
 
 
-def _planned(request: Request, state: OptimizerState) -> SectionMoves:
+def _planned(request: Request, state: OptimizerState, algorithm: Algorithm | None) -> SectionMoves:
     live = request.live
     decided = request.values.keys() | {key for key, source in request.options.items() if source == "live"}
     options = tuple({key: group[key] for key in group if key not in decided} for group in live.options)
+    shapes = _saved_shapes(request) if algorithm is not None and algorithm.is_flat else None
     try:
         target = Target(live.names, options, live.shapes())
-        migration = plan_optimizer(request.plan, state, target=target, shapes=_saved_shapes(request, state))
+        migration = plan_optimizer(request.plan, state, target=target, shapes=shapes)
     except MigrationError as error:
         raise MigrationError(error.problems, hint=_remedies(error.problems)) from error
     request.counts = [count for _, count in migration.counts]

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 
 from optimstate.errors import PlanError, StateMismatchError
-from optimstate.hooks._live import Live, stripped
+from optimstate.hooks._live import Live
 from optimstate.plan.resolve import Resolver
 from optimstate.plan.rules import Plan
 from optimstate.state.model import OptimizerState, Slots
+from optimstate.state.names import unwrapped
 
 __all__ = ["METADATA", "Fill", "Request", "Source", "StateDict", "in_sequence", "is_settled", "named"]
 
@@ -76,9 +77,9 @@ class Request:
                 hint="Register it before them.",
             )
         names = [[str(name) for name in group.names or ()] for group in self.state.groups]
-        rename = stripped(name for group in names for name in group)
+        rename = unwrapped(name for group in names for name in group)
         self.state = self.state.named([[rename(name) for name in group] for group in names])
-        self.live = self.live.renamed(stripped(name for group in self.live.names for name in group))
+        self.live = self.live.renamed(unwrapped(name for group in self.live.names for name in group))
 
 
 def in_sequence(first: Plan, second: Plan) -> Plan:
@@ -106,18 +107,25 @@ def is_settled(request: Request) -> bool:
     return saved == {name for group in request.live.names for name in group}
 
 
-def named(state: OptimizerState, saved: Sequence[str] | None = None) -> OptimizerState:
-    """A checkpoint's state with names.
+def named(state: OptimizerState, live: Live, saved: Sequence[str] | None = None) -> OptimizerState:
+    """A checkpoint's state with names: its own, or those that are given.
+
+    Where there is no state yet, only options by group, groups of the live sizes are the live ones: trainers load what
+    a new optimizer has into itself (Accelerate does when it prepares one).
 
     Raises:
         StateMismatchError: It has none and none are given, or their number is another.
     """
-    if saved is not None:
+    if state.is_named and saved is None:
+        return state
+    sizes = [len(group.params) for group in state.groups]
+    if saved is not None and (state.state or len(saved) == sum(sizes)):
         return state.named(saved)
-    if not state.is_named and any(group.params for group in state.groups):
-        count = sum(len(group.params) for group in state.groups)
+    if not state.state and sizes == list(map(len, live.names)):
+        return state.named(live.names)
+    if any(sizes):
         raise StateMismatchError(
-            f"the {count} parameters of the checkpoint's optimizer have no names, so they cannot be matched",
+            f"the {sum(sizes)} parameters of the checkpoint's optimizer have no names, so they cannot be matched",
             hint="Give them in the order they had, hooks.match_names(saved=[...]), write them into the file with "
             "`optimstate name`, or save from an optimizer built on model.named_parameters().",
         )

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from optimstate.errors import MigrationError, PlanError
+from optimstate.plan.fates import SlotPath, flat_slots, slot_name
 from optimstate.plan.values import copied, number_of, shape_of
 from optimstate.state.model import Slots
 from optimstate.state.schema import conventional, recognise
@@ -41,32 +42,42 @@ def zeros_like_others(
         return None
     algorithm = recognise(dict.fromkeys(slot for found in others.values() for slot in found), options)
     donor, pattern = next(iter(others.items()))
-    made: dict[str, Any] = {}
-    for key, value in pattern.items():
-        slot = algorithm.slot(key) if algorithm is not None else None
-        if slot is None:
-            slot = conventional(str(key), shape_of(value), shape_of(value))
+    made: dict[Any, Any] = {}
+    for path, value in flat_slots(pattern):
+        key, last = path[-1], str(path[-1])
+        slot = algorithm.slot(last) if algorithm is not None else None
+        slot = slot or conventional(last, shape_of(value), shape_of(value))
+        node = made
+        for step in path[:-1]:  # some libraries nest slots
+            node = node.setdefault(step, {})
         if value is None:
-            made[key] = None
-        elif slot is not None and slot.kind == "like_param" and torch.is_tensor(value):
-            made[key] = torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+            node[key] = None
+        elif slot is not None and slot.kind == "like_param" and torch.is_tensor(value) and value.is_floating_point():
+            node[key] = torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
         elif slot is not None and slot.kind == "scalar":
-            differing = next((o for o, found in others.items() if number_of(found.get(key)) != number_of(value)), None)
-            if differing is not None:
-                raise MigrationError(
-                    [
-                        f"fill_missing: {name!r} is to get the others' {key}, but {donor!r} has {number_of(value)} and "
-                        f"{differing!r} has {number_of(others[differing].get(key))}"
-                    ],
-                    hint='Name the parameter it is to be like: fill_missing({"new": "other"}), or leave it fresh.',
-                )
-            made[key] = copied(value)
+            node[key] = _agreed(name, path, donor, others)
         else:
             raise MigrationError(
-                [f"fill_missing: nobody knows what zero is for the slot {key!r} that {donor!r} has"],
+                [f"fill_missing: nobody knows what zero is for the slot {slot_name(path)!r} that {donor!r} has"],
                 hint='Leave it fresh: fill_missing("fresh").',
             )
     return made, "zeros, at the others' step"
+
+
+def _agreed(name: str, path: SlotPath, donor: str, others: Mapping[str, Slots]) -> Any:
+    """A copy of a number that all others have."""
+    found = {other: dict(flat_slots(slots)).get(path) for other, slots in others.items()}
+    value = found[donor]
+    for other, its in found.items():
+        if number_of(its) != number_of(value):
+            raise MigrationError(
+                [
+                    f"fill_missing: {name!r} is to get the others' {slot_name(path)}, but {donor!r} has "
+                    f"{number_of(value)} and {other!r} has {number_of(its)}"
+                ],
+                hint='Name the parameter it is to be like: fill_missing({"new": "other"}), or leave it fresh.',
+            )
+    return copied(value)
 
 
 class Casts:

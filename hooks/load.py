@@ -6,7 +6,7 @@ stands for a module: `"fc"` is `fc` if there is a parameter of that name, else e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 from optimstate.errors import MigrationError, PlanError
 from optimstate.hooks._load import LoadHook
 from optimstate.hooks._request import METADATA, Request, Source
+from optimstate.hooks._rules import Wish, below, is_module, literal, matching, ruled, templates
 from optimstate.hooks._slots import Casts, zeros_like_others
 from optimstate.plan.expressions import Fill
 from optimstate.plan.operations import Concat, Operation, Resize, Split
@@ -42,19 +43,6 @@ __all__ = [
 ]
 
 
-class _Wish(LoadHook):
-    """A hook that is what it asks for."""
-
-    def __init__(self, name: str, prepare: Callable[[Request], None]) -> None:
-        self._name, self._prepare = name, prepare
-
-    def prepare(self, request: Request) -> None:
-        self._prepare(request)
-
-    def __str__(self) -> str:
-        return self._name
-
-
 class _Matching(LoadHook):
     """A hook that adds nothing to matching by name."""
 
@@ -67,6 +55,8 @@ class _Matching(LoadHook):
 
 class _Casting(LoadHook):
     """A hook that has something left to do after torch has loaded."""
+
+    after_loading = True
 
     def __init__(self, casts: Casts) -> None:
         self._casts = casts
@@ -90,7 +80,7 @@ def match_names(model: torch.nn.Module | None = None, *, saved: Sequence[str] | 
 
 def rename(names: Mapping[str, str]) -> LoadHook:
     """Parameters or modules that have another name now, old to new; all at once, so that two can be swapped."""
-    return _ruled("rename", names, lambda old, new: Rule(_templates(old), _templates(new)))
+    return ruled("rename", names, lambda old, new: Rule(templates(old), templates(new)))
 
 
 def strip_prefix() -> LoadHook:
@@ -98,12 +88,12 @@ def strip_prefix() -> LoadHook:
 
     The live optimizer keeps its own names. Hooks with rules that follow see the names without prefixes.
     """
-    return _Wish("strip_prefix", Request.strip_prefixes)
+    return Wish("strip_prefix", Request.strip_prefixes)
 
 
 def duplicate(names: Mapping[str, Iterable[str]]) -> LoadHook:
     """Give several parameters or modules a copy of the state of one, old to new ones."""
-    return _ruled("duplicate", names, lambda old, new: Rule(_templates(old), _templates(*new)))
+    return ruled("duplicate", names, lambda old, new: Rule(templates(old), templates(*new)), several=True)
 
 
 def split(names: Mapping[str, Iterable[str]], *, dim: int = 0, sizes: Sequence[int] = ()) -> LoadHook:
@@ -115,7 +105,7 @@ def split(names: Mapping[str, Iterable[str]], *, dim: int = 0, sizes: Sequence[i
         sizes: Of the parts; equal ones without.
     """
     cut = Split(dim, tuple(sizes))
-    return _ruled("split", names, lambda old, new: Rule(_templates(old), _templates(*new), (cut,)))
+    return ruled("split", names, lambda old, new: Rule(templates(old), templates(*new), (cut,)), several=True)
 
 
 def fuse(names: Mapping[str, Iterable[str]], *, dim: int = 0) -> LoadHook:
@@ -127,9 +117,9 @@ def fuse(names: Mapping[str, Iterable[str]], *, dim: int = 0) -> LoadHook:
     """
 
     def rule(new: str, old: Iterable[str]) -> Rule:
-        return Rule(_templates(*old), _templates(new), (Concat(dim),))
+        return Rule(templates(*old), templates(new), (Concat(dim),))
 
-    return _ruled("fuse", names, rule, flip=True)
+    return ruled("fuse", names, rule, several=True, flip=True)
 
 
 def resize(
@@ -147,7 +137,7 @@ def resize(
 
     def prepare(request: Request) -> None:
         shapes = request.live.shapes()
-        found = _matching(names, request.names(), "resize")
+        found = matching(names, request.names(), "resize")
         rules = []
         for name in found:
             if name not in shapes:
@@ -155,10 +145,10 @@ def resize(
             steps: tuple[Operation, ...] = tuple(
                 Resize(dim, size, filling) for dim, size in enumerate(shapes[name] or ())
             )
-            rules.append(_literal(name, name, *steps))
+            rules.append(literal(name, name, *steps))
         request.add(Plan(tuple(rules)))
 
-    return _Wish("resize", prepare)
+    return Wish("resize", prepare)
 
 
 def fill_missing(with_: Literal["fresh", "zeros"] | Mapping[str, str] = "fresh") -> LoadHook:
@@ -171,7 +161,7 @@ def fill_missing(with_: Literal["fresh", "zeros"] | Mapping[str, str] = "fresh")
             allows no more than these.
     """
     if isinstance(with_, Mapping):
-        return _Wish("fill_missing", lambda request: _fill_like(request, with_))
+        return Wish("fill_missing", lambda request: _fill_like(request, with_))
     if with_ not in ("fresh", "zeros"):
         raise PlanError(f"fill_missing({with_!r}): expected 'fresh', 'zeros', or a mapping of new names to others")
 
@@ -181,7 +171,7 @@ def fill_missing(with_: Literal["fresh", "zeros"] | Mapping[str, str] = "fresh")
             options = request.state.groups[0].options if request.state.groups else {}
             request.fills.append(lambda name, tensor, slots: zeros_like_others(name, tensor, slots, options))
 
-    return _Wish("fill_missing", prepare)
+    return Wish("fill_missing", prepare)
 
 
 def drop_unexpected(*names: str) -> LoadHook:
@@ -191,13 +181,13 @@ def drop_unexpected(*names: str) -> LoadHook:
         *names: Only these parameters or modules, each of which must be there; without any, all.
     """
     if not names:
-        return _Wish("drop_unexpected", lambda request: request.add(Plan(policy=Policy(unexpected="drop"))))
+        return Wish("drop_unexpected", lambda request: request.add(Plan(policy=Policy(unexpected="drop"))))
 
     def prepare(request: Request) -> None:
         known = request.names()
-        request.add(Plan(tuple(Rule(_templates(_below(name, known))) for name in names)))
+        request.add(Plan(tuple(Rule(templates(below(name, known))) for name in names)))
 
-    return _Wish("drop_unexpected", prepare)
+    return Wish("drop_unexpected", prepare)
 
 
 def regroup(
@@ -216,9 +206,9 @@ def regroup(
             highest initial learning rate.
         step: Which step count a parameter gets that several become.
     """
-    tables = tuple(GroupRule(_templates(match), dict(options)) for match, options in (groups or {}).items())
+    tables = tuple(GroupRule(templates(match), dict(options)) for match, options in (groups or {}).items())
     plan = Plan(groups=tables, policy=Policy(merge=merge, step=step))
-    return _Wish("regroup", lambda request: request.add(plan))
+    return Wish("regroup", lambda request: request.add(plan))
 
 
 def hyperparameters(
@@ -254,7 +244,7 @@ def hyperparameters(
         request.options.update(given)
         request.values.update(values)
 
-    return _Wish("hyperparameters", prepare)
+    return Wish("hyperparameters", prepare)
 
 
 def cast_state(dtypes: Mapping[str, str | torch.dtype] | str | torch.dtype) -> LoadHook:
@@ -284,10 +274,10 @@ def reset(*names: str) -> LoadHook:
         if names == ("none",):
             return
         known = request.names()
-        texts = ["**"] if names == ("all",) else [_below(name, known) for name in names]
-        request.add(Plan(tuple(Rule(_templates(text), fresh=True) for text in texts)))
+        texts = ["**"] if names == ("all",) else [below(name, known) for name in names]
+        request.add(Plan(tuple(Rule(templates(text), fresh=True) for text in texts)))
 
-    return _Wish("reset", prepare)
+    return Wish("reset", prepare)
 
 
 def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
@@ -315,62 +305,7 @@ def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
             )
         request.add(found)
 
-    return _Wish("migrate", prepare)
-
-
-def _templates(*texts: str) -> tuple[Template, ...]:
-    return tuple(map(Template, texts))
-
-
-def _literal(old: str, new: str, *operations: Operation) -> Rule:
-    return Rule((Template.literal(old),), (Template.literal(new),), operations)
-
-
-def _is_plain(name: str) -> bool:
-    return not name.startswith("re:") and not any(mark in name for mark in "{}*")
-
-
-def _is_module(name: str, known: Collection[str]) -> bool:
-    """Whether a name without captures stands for all that is below it."""
-    return _is_plain(name) and name not in known and any(other.startswith(name + ".") for other in known)
-
-
-def _below(name: str, known: Collection[str]) -> str:
-    return f"{name}.**" if _is_module(name, known) else name
-
-
-def _matching(names: Iterable[str], known: Sequence[str], hook: str) -> list[str]:
-    found: dict[str, None] = {}
-    for name in names:
-        template = Template(_below(name, set(known)))
-        matches = [other for other in known if template.match(other) is not None]
-        if not matches:
-            raise MigrationError([f"{hook}: {name!r} matches no parameter of the checkpoint"])
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
-def _ruled(hook: str, names: Mapping[str, Any], rule: Callable[[str, Any], Rule], *, flip: bool = False) -> LoadHook:
-    """A hook of one rule for each entry; with `flip`, the old names are on the right."""
-    given = {key: value if isinstance(value, str) else list(value) for key, value in names.items()}
-
-    def extended(name: str, with_: str) -> str:
-        return f"{name}.{with_}"
-
-    def prepare(request: Request) -> None:
-        known = set(request.names())
-        rules = []
-        for key, value in given.items():
-            old = value if flip else [key]
-            left, right = ("{rest}", "{rest**}") if flip else ("{rest**}", "{rest}")
-            if all(_is_module(name, known) for name in old):
-                wide = extended(value, right) if isinstance(value, str) else [extended(v, right) for v in value]
-                rules.append(rule(extended(key, left), wide))
-            else:
-                rules.append(rule(key, value))
-        request.add(Plan(tuple(rules)))
-
-    return _Wish(hook, prepare)
+    return Wish("migrate", prepare)
 
 
 def _fill_like(request: Request, names: Mapping[str, str]) -> None:
@@ -378,7 +313,7 @@ def _fill_like(request: Request, names: Mapping[str, str]) -> None:
     known = {name for group in request.live.names for name in group}
     like: dict[str, str] = {}
     for new, old in names.items():
-        wide = _is_module(new, known)
+        wide = is_module(new, known)
         source, target = Template(f"{new}.{{rest**}}" if wide else new), Template(f"{old}.{{rest}}" if wide else old)
         matches = {name: captures for name in known if (captures := source.match(name)) is not None}
         if not matches:

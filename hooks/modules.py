@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from optimstate.errors import MigrationError
-from optimstate.hooks._live import stripped
 from optimstate.hooks._load import LOGGER
 from optimstate.hooks._report import Report
 from optimstate.plan.execute import execute_model
 from optimstate.plan.migration import Inventory, SectionMoves, Target
 from optimstate.plan.planner import model_inventory, plan_migration
+from optimstate.plan.regroup import followed
 from optimstate.plan.rules import Plan
-from optimstate.state.scheduler import regroup_scheduler_state
+from optimstate.state.names import unwrapped
 
 __all__ = ["ModelHook", "ModelLoad", "migrate_model", "migrate_scheduler"]
 
@@ -41,7 +41,7 @@ class ModelLoad:
         self._rest = {name: value for name, value in ours.items() if not torch.is_tensor(value) or name == _COUNT}
         tensors = {name: value for name, value in ours.items() if name not in self._rest}
         own = {name: value for name, value in live.items() if torch.is_tensor(value) and name != _COUNT}
-        plain, plain_live = stripped(tensors), stripped(own)
+        plain, plain_live = unwrapped(tensors), unwrapped(own)
         self._tensors = {plain(name): value for name, value in tensors.items()}
         self._live = {plain_live(name): (name, value) for name, value in own.items()}
         for before, after in ((tensors, self._tensors), (own, self._live)):
@@ -134,18 +134,4 @@ def migrate_scheduler(state_dict: Mapping[str, Any], moves: SectionMoves | None)
     Raises:
         MigrationError: The state does not fit the old groups, or holds lists of unknown meaning.
     """
-    if moves is None or moves.group_map == [[number] for number in range(moves.old_groups)]:
-        return dict(state_dict)
-    fresh: dict[int, dict[str, Any]] = {}
-    for number, group in enumerate(moves.groups):
-        if group.base is None:
-            lr = group.options.get("lr")
-            fresh[number] = {"base_lrs": group.options.get("initial_lr", lr), "_last_lr": lr}
-    # Where several old groups became one, the planner has chosen the one that stands for them.
-    group_map = [[] if group.base is None else [group.base] for group in moves.groups]
-    made = regroup_scheduler_state(state_dict, group_map, fresh=fresh)
-    if isinstance(made.get("base_lrs"), list):  # a group that was given another initial learning rate starts from that
-        made["base_lrs"] = [
-            group.options.get("initial_lr", lr) for group, lr in zip(moves.groups, made["base_lrs"], strict=True)
-        ]
-    return made
+    return dict(state_dict) if moves is None else followed(state_dict, moves)

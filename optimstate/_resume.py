@@ -16,7 +16,7 @@ from optimstate.formats.registry import open_document
 from optimstate.plan.migration import Inventory, SectionMoves
 from optimstate.plan.rules import Guard, Plan
 from optimstate.state.model import OptimizerState
-from optimstate.state.names import WRAPPERS
+from optimstate.state.names import mentions_wrapper
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors import LazyTensor, to_torch
 from optimstate.tree import GlobalName, format_path
@@ -262,11 +262,10 @@ class _Run:
         from optimstate.hooks._request import Request, is_settled, named
         from optimstate.plan.planner import optimizer_inventory
 
-        state = named(OptimizerState.from_node(self.parts.take("optimizer")))
         keeps_names = all("param_names" in group for group in optimizer.param_groups)
         live = Live.of(optimizer, None if keeps_names else model)
-        request = Request(state, live)
-        if not any(rule.source.text.startswith(WRAPPERS) for rule in self.plan.all_rules()):
+        request = Request(named(OptimizerState.from_node(self.parts.take("optimizer")), live), live)
+        if not any(mentions_wrapper(t.text) for rule in self.plan.all_rules() for t in rule.sources or rule.targets):
             request.strip_prefixes()
         self._inventories["optimizer"] = optimizer_inventory(request.state)
         request.add(self._lenient)

@@ -23,14 +23,15 @@ ALLOWED = {
     "formats": {"errors", "files", "tensors", "tree", "state"},
     "plan": {"_record", "errors", "tensors", "tree", "state"},
     "optim": {"errors", "state.names"},
-    "surgery": {"errors", "files", "tensors", "tree", "state", "formats", "plan"},
+    "surgery": {"_record", "errors", "files", "tensors", "tree", "state", "formats", "plan"},
     "distributed": {"errors", "tensors", "tree", "state", "plan", "formats"},
     "hooks": {"errors", "tensors", "tree", "state", "plan"},
     "_resume": {"errors", "tensors", "tree", "state", "plan", "formats", "hooks", "files"},
-    "cli": {"errors", "files", "tensors", "tree", "state", "surgery", "formats", "plan"},
+    "cli": {"errors", "files", "tensors", "tree", "state", "surgery", "formats", "plan", "_demo"},
+    "_demo": {"errors", "optim", "hooks"},
     "__init__": {"errors"},
 }
-MAY_IMPORT_TORCH = {"optim", "hooks", "distributed"}
+MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "_demo"}
 MAY_IMPORT_TERMINAL = {"cli"}
 
 

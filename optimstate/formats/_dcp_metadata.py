@@ -5,8 +5,9 @@ It is read from inert records and written as the same records, so that no class 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
 from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
@@ -15,7 +16,7 @@ from optimstate.formats._unpickle import load
 from optimstate.tensors import DTYPES
 from optimstate.tree import GlobalName, Opaque, Path
 
-__all__ = ["Item", "Metadata", "TensorItem", "dump_metadata", "load_metadata"]
+__all__ = ["Item", "Metadata", "TensorItem", "dump_metadata", "load_metadata", "merged"]
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _VERSION = "1.0.0"
@@ -76,6 +77,47 @@ def load_metadata(data: bytes) -> tuple[Metadata, list[tuple[str, str]]]:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CorruptCheckpointError(f"the metadata is malformed: {error!r}"[:300]) from error
+
+
+def merged(ranks: Sequence[Metadata], path: FilePath) -> tuple[Metadata, list[str]]:
+    """The metadata of all ranks from that of each.
+
+    Of an item that is no tensor, and of a part that several ranks have, the first rank's is taken, as torch does where
+    ranks save together.
+
+    Args:
+        ranks: In the order of the ranks.
+        path: The folder, for messages.
+
+    Returns:
+        The whole, and notes for people.
+
+    Raises:
+        CorruptCheckpointError: The ranks contradict one another about a tensor.
+    """
+    made = Metadata()
+    for rank in ranks:
+        made.paths = {**rank.paths, **made.paths}
+        made.objects = {**rank.objects, **made.objects}
+        for name, tensor in rank.tensors.items():
+            known = made.tensors.get(name, tensor)
+            if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+                raise CorruptCheckpointError(
+                    f"tensor {name!r} is {known.dtype}{list(known.shape)} in the metadata of one rank and "
+                    f"{tensor.dtype}{list(tensor.shape)} in that of another",
+                    path=path,
+                    hint="The folder holds files of several checkpoints.",
+                )
+            boxes = {(offsets, sizes): item for offsets, sizes, item in (*tensor.chunks, *known.chunks)}
+            made.tensors[name] = replace(known, chunks=tuple((*box, item) for box, item in boxes.items()))
+    made.order = list(dict.fromkeys(name for rank in ranks for name in rank.order))
+    clash = made.objects.keys() & made.tensors.keys()
+    if clash:
+        raise CorruptCheckpointError(f"item {min(clash)!r} is a tensor for one rank and none for another", path=path)
+    notes = [f"the metadata of {len(ranks)} ranks is put together"]
+    if made.objects:
+        notes.append(f"what is no tensor is the first rank's: {', '.join(sorted(made.objects)[:5])}")
+    return made, notes
 
 
 def _metadata(tree: Any) -> Metadata:

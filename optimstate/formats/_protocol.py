@@ -9,7 +9,10 @@ from typing import Any, Protocol
 
 from optimstate.files import Progress
 
-__all__ = ["Document", "Format", "WriteOptions"]
+__all__ = ["HEAD_BYTES", "Document", "Format", "WriteOptions"]
+
+HEAD_BYTES = 4096
+"""How much of a file's beginning is shown to `Format.sniff`."""
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Format(Protocol):
     SUFFIXES: tuple[str, ...]
 
     def sniff(self, path: Path, head: bytes) -> bool:
-        """Whether the file (its first 64 bytes are `head`) or folder (`head` is empty) is of this format."""
+        """Whether the file (its first `HEAD_BYTES` are `head`) or folder (`head` is empty) is of this format."""
 
     def read(self, path: Path) -> Document:
         """Open it."""

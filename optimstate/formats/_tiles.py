@@ -6,15 +6,15 @@ Pieces along the first dimension are a concatenation of extents. Any other cut i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
 
 from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.files import Extent
-from optimstate.tensors import Storage
+from optimstate.tensors import DTYPES, LazyTensor, Storage
 
-__all__ = ["DeferredStorage", "Tile", "check_tiling", "tiled"]
+__all__ = ["DeferredStorage", "Tile", "check_tiling", "region", "tensor_of_pieces", "tiled"]
 
 _MAX_IRREGULAR = 2000  # pieces that do not form a grid are compared pair by pair
 
@@ -61,6 +61,14 @@ class DeferredStorage(Storage):
         return self._pieces
 
 
+def tensor_of_pieces(dtype: str, shape: tuple[int, ...], pieces: Callable[[], Sequence[Tile]]) -> LazyTensor:
+    """A tensor whose pieces, which fill it (see `check_tiling`), are located when its elements are asked for."""
+    about = DTYPES[dtype]
+    nbytes = prod(shape) * about.itemsize
+    storage = DeferredStorage(nbytes, lambda: tiled(shape, about.itemsize, pieces()), about.storage or "UntypedStorage")
+    return LazyTensor(storage, dtype, shape)
+
+
 def check_tiling(shape: Sequence[int], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
     """Demand that boxes (offsets, sizes) fill an index space exactly.
 
@@ -77,7 +85,30 @@ def check_tiling(shape: Sequence[int], boxes: Sequence[tuple[tuple[int, ...], tu
     full = [(offsets, sizes) for offsets, sizes in boxes if 0 not in sizes]
     held = sum(prod(sizes) for _, sizes in full)
     if held != prod(shape) or (not _is_grid(len(shape), full) and not _are_disjoint(full)):
-        raise CorruptCheckpointError(f"{len(full)} pieces of {held} elements do not fill the shape {shape}")
+        hole = _hole(shape, full)
+        missing = f": {region(*hole)} is missing" if hole else ""
+        raise CorruptCheckpointError(f"{len(full)} pieces of {held} elements do not fill the shape {shape}{missing}")
+
+
+def region(offsets: Sequence[int], sizes: Sequence[int]) -> str:
+    """A box as Python would slice it."""
+    return "[" + ", ".join(f"{start}:{start + size}" for start, size in zip(offsets, sizes, strict=True)) + "]"
+
+
+def _hole(
+    shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The first cell, of the grid that all edges of the boxes make, that is in none of them."""
+    cuts = [
+        sorted({0, size, *(o[d] for o, _ in boxes), *(o[d] + n[d] for o, n in boxes)}) for d, size in enumerate(shape)
+    ]
+    if prod(map(len, cuts)) * max(len(boxes), 1) > _MAX_IRREGULAR**2:
+        return None
+    for cell in product(*(pairwise(edges) for edges in cuts)):
+        low, high = [start for start, _ in cell], [stop for _, stop in cell]
+        if not any(all(o <= a and b <= o + n for a, b, o, n in zip(low, high, *box, strict=True)) for box in boxes):
+            return tuple(low), tuple(b - a for a, b in cell)
+    return None
 
 
 def _is_grid(dimensions: int, boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:

@@ -20,6 +20,7 @@ from optimstate.errors import (
     LimitExceededError,
     UnsupportedCheckpointError,
 )
+from optimstate.formats._nesting import read_with_room
 from optimstate.tensors import DTYPES, ITEMSIZE_OF_STORAGE, LazyTensor, Storage
 from optimstate.tree import AttributedTensor, GlobalName, Opaque, no_garbage_collection
 
@@ -29,7 +30,7 @@ MAX_PICKLE_BYTES = 1 << 29
 """Largest pickle that is read. 80,000 tensors take 7 MB."""
 
 StorageLoader = Callable[[str, str, str, int], Storage]
-"""(class of the storage, key, location, number of elements) -> Storage."""
+"""(class of the storage, key, location, number of bytes) -> Storage."""
 
 
 # --- the scan -------------------------------------------------------------------------------------------------------
@@ -42,26 +43,24 @@ def _opcode_pattern(high: int) -> re.Pattern[bytes]:
     One anchored C-level match walks over most of a pickle; what it stops at is looked at by `_step`.
     """
 
-    def counted(opcode: bytes, length_bytes: int, most: int) -> list[bytes]:
-        rows = []
-        for n in range(most):
-            prefix = re.escape(opcode + n.to_bytes(length_bytes, "little"))
-            rows.append(prefix + (b".{%d}" % n if n else b""))
-        return rows
+    def counted(opcode: bytes, length_bytes: int, most: int) -> bytes:
+        rows = (re.escape(n.to_bytes(length_bytes, "little")) + b".{%d}" % n for n in range(most))
+        return re.escape(opcode) + b"(?:" + b"|".join(rows) + b")"
 
-    rows = [
-        rb"[(012NQRabdelostu})\]\x81\x85-\x89\x8f-\x94]",
-        rb"r..[\x00-" + re.escape(bytes([high])) + rb"]\x00",
-        rb"[hqK\x80\x82].",
+    bare = rb"[(012NQRabdelostu})\]\x81\x85-\x89\x8f-\x94]"
+    rows = [  # the most frequent first: memo writes and reads, and small numbers, each often before a bare opcode
+        rb"r..[\x00-" + re.escape(bytes([high])) + rb"]\x00" + bare + b"?+",
+        rb"[hqK\x80\x82]." + bare + b"?+",
+        bare,
         rb"[Jj\x84].{4}",
         rb"[M\x83]..",
+        counted(b"X", 4, 96),
         rb"G.{8}",
         rb"c[^\n]*\n[^\n]*\n",
-        *counted(b"X", 4, 96),
-        *counted(b"U", 1, 16),
-        *counted(b"\x8c", 1, 96),
-        *counted(b"\x8a", 1, 16),
-        *counted(b"C", 1, 16),
+        counted(b"U", 1, 16),
+        counted(b"\x8c", 1, 96),
+        counted(b"\x8a", 1, 16),
+        counted(b"C", 1, 16),
     ]
     return re.compile(rb"(?s:" + rb"|".join(rows) + rb")*+")
 
@@ -156,8 +155,9 @@ class InertUnpickler(pickle.Unpickler):
         super().__init__(file, fix_imports=False, encoding="latin1")
         self._storage = storage
         self._stand_ins: dict[tuple[str, str], Any] = {}
+        self._kinds: dict[Any, tuple[str, int]] = {}
         self._storages: dict[str, Storage] = {}
-        self._spans: dict[tuple[Any, Any], int] = {}  # checkpoints have few shapes and many tensors
+        self._ends: dict[tuple[Any, ...], int] = {}  # checkpoints have few shapes and many tensors
 
     @property
     def globals(self) -> list[tuple[str, str]]:
@@ -201,22 +201,32 @@ class InertUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any, /) -> Storage:
         """The storage a persistent id names: ('storage', class, key, location, number of elements, ...)."""
-        known = type(pid) is tuple and len(pid) >= 5
-        tag, kind, key, location, numel = pid[:5] if known else (None, None, None, None, None)
-        if self._storage is None or tag != "storage":
+        if self._storage is None or type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
             raise CorruptCheckpointError(f"an unknown persistent id {pid!r}"[:200])
-        if not (type(kind) is GlobalName and type(key) is str and type(location) is str):
+        _, kind, key, location, numel = pid[:5]
+        name, itemsize = self._kinds.get(kind) or self._kind(kind, key)
+        if type(key) is not str or type(location) is not str:
             raise CorruptCheckpointError(f"a malformed storage id {pid!r}"[:200])
         if type(numel) is not int or numel < 0:
             raise CorruptCheckpointError(f"storage {key!r} declares {numel!r} elements")
         found = self._storages.get(key)
         if found is None:
-            found = self._storages[key] = self._storage(kind.qualname, key, location, numel)
-        elif found.nbytes != numel * ITEMSIZE_OF_STORAGE.get(kind.qualname, 1):
+            found = self._storages[key] = self._storage(name, key, location, numel * itemsize)
+        elif found.nbytes != numel * itemsize:
             raise CorruptCheckpointError(f"storage {key!r} has {found.nbytes} bytes and is used with {numel} elements")
-        elif found.kind != kind.qualname:
-            raise UnsupportedCheckpointError(f"storage {key!r} is used as {found.kind} and as {kind.qualname}")
+        elif found.kind != name:
+            raise UnsupportedCheckpointError(f"storage {key!r} is used as {found.kind} and as {name}")
         return found
+
+    def _kind(self, kind: Any, key: Any) -> tuple[str, int]:
+        """Name and bytes per element of a class of storages."""
+        if type(kind) is not GlobalName:
+            raise CorruptCheckpointError(f"storage {key!r} is of class {kind!r}"[:200])
+        itemsize = 1 if kind.qualname == "UntypedStorage" else ITEMSIZE_OF_STORAGE.get(kind.qualname)
+        if itemsize is None:
+            raise UnsupportedCheckpointError(f"storage {key!r} is of unknown class {kind.qualname!r}")
+        self._kinds[kind] = (kind.qualname, itemsize)
+        return self._kinds[kind]
 
     def _tensor_v2(
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
@@ -224,7 +234,7 @@ class InertUnpickler(pickle.Unpickler):
         dtype = _DTYPE_OF_STORAGE.get(storage.kind) if isinstance(storage, Storage) else None
         if dtype is None:
             raise CorruptCheckpointError(f"a tensor over {storage!r}"[:200])
-        return self._checked_tensor(storage, dtype, offset, size, stride, grad, hooks, metadata)
+        return self._tensor(storage, dtype, offset, size, stride, grad, hooks, metadata)
 
     def _tensor_v3(
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
@@ -232,9 +242,9 @@ class InertUnpickler(pickle.Unpickler):
         name = dtype.qualname if isinstance(dtype, GlobalName) and dtype.module == "torch" else None
         if not isinstance(storage, Storage) or name not in DTYPES:
             raise UnsupportedCheckpointError(f"a tensor of dtype {dtype!r} over {storage!r}"[:200])
-        return self._checked_tensor(storage, name, offset, size, stride, grad, hooks, metadata)
+        return self._tensor(storage, name, offset, size, stride, grad, hooks, metadata)
 
-    def _checked_tensor(
+    def _tensor(
         self,
         storage: Storage,
         dtype: str,
@@ -245,19 +255,28 @@ class InertUnpickler(pickle.Unpickler):
         hooks: Any,
         metadata: Any,
     ) -> LazyTensor:
-        if type(size) is not tuple or type(stride) is not tuple or type(offset) is not int or offset < 0:
-            raise CorruptCheckpointError(f"a tensor with size {size!r}, stride {stride!r}, offset {offset!r}"[:200])
-        if hooks:
-            raise UnsupportedCheckpointError("a tensor with backward hooks")
-        span = self._spans.get((size, stride))
-        if span is None:
-            span = self._spans[size, stride] = _span(size, stride)
-        if span and (offset + span) * DTYPES[dtype].itemsize > storage.nbytes:
+        try:
+            end = self._ends.get((dtype, offset, size, stride))
+            if end is None or type(offset) is not int or not _INT.issuperset(map(type, size + stride)):
+                end = self._end(dtype, offset, size, stride)  # True and 1.0 are equal to 1
+        except TypeError:  # no hash: a list, say
+            end = self._end(dtype, offset, size, stride)
+        if end > storage.nbytes:
             raise CorruptCheckpointError(
                 f"a tensor of size {size!r}, stride {stride!r}, offset {offset} reaches past its storage of "
                 f"{storage.nbytes} bytes"[:300]
             )
+        if hooks:
+            raise UnsupportedCheckpointError("a tensor with backward hooks")
         return LazyTensor(storage, dtype, size, stride, offset, bool(grad), False, metadata)
+
+    def _end(self, dtype: str, offset: Any, size: Any, stride: Any) -> int:
+        """How many bytes of its storage a tensor needs."""
+        if type(size) is not tuple or type(stride) is not tuple or type(offset) is not int or offset < 0:
+            raise CorruptCheckpointError(f"a tensor with size {size!r}, stride {stride!r}, offset {offset!r}"[:200])
+        span = _span(size, stride)
+        end = self._ends[dtype, offset, size, stride] = (offset + span) * DTYPES[dtype].itemsize if span else 0
+        return end
 
     def _parameter(self, data: Any, grad: Any, hooks: Any) -> Any:
         if not isinstance(data, LazyTensor) or hooks or data.is_parameter:
@@ -342,6 +361,7 @@ _BUILTINS: dict[str, Any] = {
 }
 
 
+_INT = frozenset({int})
 _METHODS = frozenset(dir(OrderedDict))
 _LEAVES = frozenset({LazyTensor, str, int, float, bool, bytes, type(None)})
 
@@ -395,7 +415,7 @@ def load(
     reader = unpickler(io.BufferedReader(io.BytesIO(data), 1 << 20), storage)
     try:
         with no_garbage_collection():
-            tree = reader.load()
+            tree = read_with_room(data, reader.load)
             _refuse_disguises(tree)
     except CheckpointError:
         raise

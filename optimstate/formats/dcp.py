@@ -1,5 +1,7 @@
 """Folders of `torch.distributed.checkpoint`: `.metadata` and `__<rank>_<n>.distcp`, from any number of ranks.
 
+Ranks that saved without collectives (`use_collectives=False`) have `__<rank>.metadata` each; they are read as one.
+
 A tensor that ranks wrote in pieces is one tensor here. Reading needs neither torch nor the number of ranks; what is
 written is a folder of one rank, which `torch.distributed.checkpoint.load` gives to any number of them.
 
@@ -11,6 +13,7 @@ same (see `_dcp_tree`). Other checkpoint files of the folder (`common.pt`, `meta
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,20 +26,21 @@ from optimstate.errors import (
     RepresentationError,
     UnsupportedCheckpointError,
 )
-from optimstate.files import AtomicDirectory, AtomicFile, Extent, FileSlice, FileSource
+from optimstate.files import AtomicDirectory, AtomicFile, FileSlice, FileSource
 from optimstate.formats import _dcp_tree, torch_zip
-from optimstate.formats._dcp_metadata import Item, Metadata, TensorItem, dump_metadata, load_metadata
+from optimstate.formats._dcp_metadata import Item, Metadata, TensorItem, dump_metadata, load_metadata, merged
 from optimstate.formats._protocol import Document, WriteOptions
-from optimstate.formats._tiles import DeferredStorage, Tile, check_tiling, tiled
+from optimstate.formats._safetensors_file import MAX_HEADER
+from optimstate.formats._tiles import Tile, check_tiling, tensor_of_pieces
 from optimstate.formats._unpickle import MAX_PICKLE_BYTES
 from optimstate.formats.registry import detect, get_format
-from optimstate.formats.safetensors import MAX_HEADER
 from optimstate.tensors import DTYPES, LazyTensor, Storage
 
 NAME = "dcp"
 SUFFIXES = (".dcp",)
 
 _DATA_FILE = "__0_0.distcp"
+_RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 _SMALL_ITEM = 1 << 13  # up to this size an item's bytes are compared with those of items already read
 
 
@@ -54,19 +58,11 @@ def read(path: Path) -> Document:
     Raises:
         CheckpointError: A file is missing or damaged, or the pieces of a tensor do not fill it.
     """
-    if not (path / ".metadata").is_file():
-        raise CorruptCheckpointError(
-            ".distcp files without .metadata: names and shapes are unknown",
-            path=path,
-            hint="The save did not finish, or the file was left behind when the folder was copied.",
-        )
-    source = FileSource(path / ".metadata")
-    if source.size > MAX_PICKLE_BYTES:
-        raise LimitExceededError(f"metadata of {source.size} bytes, over the limit", path=source.path)
-    try:
-        metadata, names = load_metadata(source.read(0, source.size))
-    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
-        raise type(error)(error.message, path=source.path, place=error.place, hint=error.hint) from error
+    loaded = [_read_metadata(file) for file in _metadata_files(path)]
+    metadata = loaded[0][0]
+    notes: list[str] = []
+    if len(loaded) > 1:
+        metadata, notes = merged([each for each, _ in loaded], path)
     items = _Items(path)
     values: dict[str, Any] = {}
     for name in metadata.order:
@@ -74,16 +70,42 @@ def read(path: Path) -> Document:
         values[name] = items.object(metadata.objects[name]) if tensor is None else items.tensor(name, tensor)
     document = Document(path, NAME, {}, handle=metadata)
     parts = _other_files(document)
-    document.tree, notes = _dcp_tree.nested(values, metadata.paths, {name: part.tree for name, part in parts.items()})
-    document.notes.extend(notes)
+    beside = {name: part.tree for name, part in parts.items()}
+    document.tree, more = _dcp_tree.nested(values, metadata.paths, beside)
+    document.notes.extend([*notes, *more])
+    names = [name for _, names in loaded for name in names]
     document.globals = list(dict.fromkeys([*names, *items.globals, *document.globals]))
     return document
+
+
+def _metadata_files(path: Path) -> list[Path]:
+    """The metadata of all ranks in one file, or of each in its own where they were saved without collectives."""
+    if (path / ".metadata").is_file():
+        return [path / ".metadata"]
+    found = {int(match[1]): file for file in path.iterdir() if (match := _RANK_METADATA.fullmatch(file.name))}
+    if not found:
+        raise CorruptCheckpointError(
+            ".distcp files without .metadata: names and shapes are unknown",
+            path=path,
+            hint="The save did not finish, or the file was left behind when the folder was copied.",
+        )
+    return [found[rank] for rank in sorted(found)]
+
+
+def _read_metadata(path: Path) -> tuple[Metadata, list[tuple[str, str]]]:
+    source = FileSource(path)
+    if source.size > MAX_PICKLE_BYTES:
+        raise LimitExceededError(f"metadata of {source.size} bytes, over the limit", path=path)
+    try:
+        return load_metadata(source.read(0, source.size))
+    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
+        raise type(error)(error.message, path=path, place=error.place, hint=error.hint) from error
 
 
 def _other_files(document: Document) -> dict[str, Document]:
     """The checkpoint files beside the distributed one; others are only noted."""
     for file in sorted(document.path.iterdir()):
-        if file.name == ".metadata" or file.suffix == ".distcp" or not file.is_file():
+        if file.suffix in (".metadata", ".distcp") or file.name == ".metadata" or not file.is_file():
             continue
         found = detect(file)
         if found is None:
@@ -129,19 +151,14 @@ class _Items:
             check_tiling(about.shape, [(offsets, sizes) for offsets, sizes, _ in about.chunks])
         except CheckpointError as error:
             raise type(error)(f"tensor {name!r}: {error.message}", path=self.folder) from error
-        dtype = DTYPES[about.dtype]
-
-        def locate() -> tuple[Extent, ...]:
-            tiles = [
-                Tile(offsets, sizes, self._piece(name, about.dtype, sizes, item))
-                for offsets, sizes, item in about.chunks
-            ]
-            return tiled(about.shape, dtype.itemsize, tiles)
-
         for _, _, item in about.chunks:
             self.slice(item)  # a missing or short file is an error of opening
-        made = LazyTensor(Storage((), 0), about.dtype, about.shape, requires_grad=about.requires_grad)
-        made.storage = DeferredStorage(made.nbytes, locate, dtype.storage or "UntypedStorage")
+        made = tensor_of_pieces(
+            about.dtype,
+            about.shape,
+            lambda: [Tile(at, n, self._piece(name, about.dtype, n, item)) for at, n, item in about.chunks],
+        )
+        made.requires_grad = about.requires_grad
         return made
 
     def _piece(self, name: str, dtype: str, sizes: tuple[int, ...], item: Item) -> Storage:

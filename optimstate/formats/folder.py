@@ -1,6 +1,7 @@
 """A folder as a tree: a dict whose keys are the names of its files, recursively.
 
-Files of known container formats are entered; any other file is an `OpaqueFile` and is copied as it is.
+Files of known container formats are entered; any other file is an `OpaqueFile` and is copied as it is. Files that
+several ranks wrote of the same tensors are one entry (see `ranks` and `_hf_shards`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 from optimstate.errors import CheckpointError, RepresentationError, UnrecognizedFormatError
 from optimstate.files import AtomicDirectory, AtomicFile, Extent, FileSource, copy_extents
+from optimstate.formats import ranks
+from optimstate.formats._hf_shards import join_shards, shard_files
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import detect, get_format
 from optimstate.formats.safetensors import read_index
@@ -61,9 +64,23 @@ def _read_folder(path: Path, root: Path) -> Document:
         document.tree[file.name] = part.tree
         if part.parts or part.format != NAME:
             document.parts[file.name] = part
-        document.notes.extend(f"{file.name}: {note}" for note in part.notes)
+    _join_ranks(document)
+    for name, part in document.parts.items():
+        document.notes.extend(f"{name}: {note}" for note in part.notes)
         document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
     return document
+
+
+def _join_ranks(document: Document) -> None:
+    """Files with parts of the same tensors become one entry."""
+    for find, join in ((ranks.rank_files, ranks.join_ranks), (shard_files, join_shards)):
+        for together, files in find(document.parts).items():
+            name = f"joined.{together}" if together in document.tree.keys() - set(files) else together
+            members = {file: document.parts.pop(file) for file in files}
+            for file in files:
+                del document.tree[file]
+            part = document.parts[name] = join(document.path / name, members)
+            document.tree[name] = part.tree
 
 
 def _read_entry(file: Path, root: Path) -> Document | None:
@@ -105,7 +122,7 @@ def _write_entries(tree: dict[str, Any], folder: Path, like: Document, options: 
         elif part.format == NAME:
             target.mkdir()
             _write_entries(node, target, part, options, notes)
-        elif node is part.tree and part.path.is_file():
+        elif node is part.tree and not part.path.is_dir():
             for file in _files_of(part):
                 _copy(file, folder / file.name, options)
         elif node is part.tree:
@@ -116,7 +133,9 @@ def _write_entries(tree: dict[str, Any], folder: Path, like: Document, options: 
 
 
 def _files_of(part: Document) -> list[Path]:
-    """The file of a document, and its shards."""
+    """The file of a document, and its shards; the files of the ranks it was put together from."""
+    if not part.path.exists():
+        return [member.path for member in part.parts.values()]
     if not part.path.name.endswith(".safetensors.index.json"):
         return [part.path]
     return [part.path, *(part.path.parent / file for file in dict.fromkeys(read_index(part.path)[0].values()))]

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import cast
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, RepresentationError, UnrecognizedFormatError
-from optimstate.formats._protocol import Document, Format
+from optimstate.formats._protocol import HEAD_BYTES, Document, Format
 
 __all__ = ["FORMATS", "format_for_destination", "get_format", "open_document"]
 
 # Name -> module, in the order they are asked whether a file is theirs.
 FORMATS: dict[str, str] = {
-    "zip": "optimstate.formats.zip_files",
     "torch": "optimstate.formats.torch_zip",
+    "zip": "optimstate.formats.zip_files",
     "safetensors": "optimstate.formats.safetensors",
     "dcp": "optimstate.formats.dcp",
     "deepspeed": "optimstate.formats.deepspeed",
     "deepspeed-universal": "optimstate.formats.deepspeed_universal",
     "torch-legacy": "optimstate.formats.torch_legacy",
     "pickle": "optimstate.formats.pickle_file",
+    "ranks": "optimstate.formats.ranks",
     "folder": "optimstate.formats.folder",
 }
 
@@ -48,7 +49,7 @@ def detect(path: Path) -> Format | None:
     if path.is_file():
         try:
             with path.open("rb") as file:
-                head = file.read(64)
+                head = file.read(HEAD_BYTES)
         except OSError as error:
             raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from error
     return next((found for found in map(get_format, FORMATS) if found.sniff(path, head)), None)

@@ -18,7 +18,7 @@ from optimstate.files import ByteSource, Extent, FileSource
 from optimstate.formats import torch_zip
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats._unpickle import MAX_PICKLE_BYTES, InertUnpickler, check_opcodes, load
-from optimstate.tensors import DTYPES, LazyTensor, Storage
+from optimstate.tensors import DTYPES, ITEMSIZE_OF_STORAGE, LazyTensor, Storage
 from optimstate.tree import GlobalName
 
 __all__ = ["NAME", "SUFFIXES", "read", "read_stream", "sniff", "write"]
@@ -117,7 +117,7 @@ class _Reader:
     def skip_storage(self, storage: Storage, name: object) -> None:
         """Give the storage the bytes that come next, after their number of elements."""
         numel = self.number("q")
-        itemsize = _DTYPE_OF[storage.kind].itemsize if storage.kind in _DTYPE_OF else 1
+        itemsize = ITEMSIZE_OF_STORAGE.get(storage.kind, 1)
         if numel < 0 or numel * itemsize > self.source.size - self.at:
             raise CorruptCheckpointError(
                 f"storage {name!r} declares {numel} elements, past the end of the file", place=f"offset {self.at}"
@@ -165,11 +165,8 @@ def read_stream(source: SizedSource) -> tuple[Any, Globals]:
     _check_system(reader.pickle())
     storages: dict[str, Storage] = {}
 
-    def storage(kind: str, key: str, location: str, numel: int) -> Storage:
-        itemsize = _DTYPE_OF[kind].itemsize if kind in _DTYPE_OF else 1 if kind == "UntypedStorage" else 0
-        if not itemsize:
-            raise UnsupportedCheckpointError(f"storage {key!r} is of unknown class {kind!r}")
-        storages[key] = Storage((), numel * itemsize, kind, location, key)
+    def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
+        storages[key] = Storage((), nbytes, kind, location, key)
         return storages[key]
 
     tree = reader.pickle(storage, _StreamUnpickler)

@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 from optimstate.errors import (
     CorruptCheckpointError,
@@ -25,19 +25,13 @@ from optimstate.files import AtomicFile, Extent, FileSlice, FileSource, Progress
 from optimstate.formats._pickle import dump
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats._unpickle import MAX_PICKLE_BYTES, load
-from optimstate.tensors import ITEMSIZE_OF_STORAGE, LazyTensor, Storage
-from optimstate.tree import no_garbage_collection, walk
+from optimstate.formats._zip_directory import CENTRAL, END, END64, LOCAL, LOCATOR64, MAX32, Archive, RecordStorage
+from optimstate.tensors import LazyTensor, Storage
+from optimstate.tree import walk
 
 NAME = "torch"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
 
-_LOCAL = struct.Struct("<4s5H3L2H")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_CENTRAL_READ = struct.Struct("<4s4xHH4x3L3H8xL")  # signature, flags, method, CRC, sizes, lengths, offset
-_END = struct.Struct("<4s4H2LH")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR64 = struct.Struct("<4sLQL")
-_MAX32 = 0xFFFFFFFF
 _ALIGNMENT = 64
 _BUFFER = 1 << 20  # small records are joined up to this size before they are written
 _SMALL_RECORD = 1 << 14
@@ -45,246 +39,15 @@ _FLAGS = 0x0808  # sizes follow the data; names are UTF-8
 _FLAGS_EMPTY = 0x0800  # nothing follows
 
 
-class Record(NamedTuple):
-    """An entry of the archive's directory.
-
-    Attributes:
-        name: Without the root folder.
-        header: Offset of its local header.
-        size: Bytes of its contents.
-        crc: CRC-32 of its contents; 0 also where the writer computed none.
-        entry: Where its bytes in the directory begin and end.
-    """
-
-    name: str
-    header: int
-    size: int
-    crc: int
-    entry: tuple[int, int]
-
-
-class Archive:
-    """The directory of a zip file whose records are stored without compression.
-
-    Attributes:
-        source: The file.
-        root: The folder all records are in, with its slash.
-        records: By name without the root, in directory order.
-        directory: Its bytes.
-        directory_offset: Where it begins.
-    """
-
-    def __init__(self, source: FileSource | FileSlice) -> None:
-        self.source = source
-        self.directory_offset, size, count = _find_directory(source)
-        self.directory = source.read(self.directory_offset, size)
-        with no_garbage_collection():
-            self.root, self.records = _parse_directory(source, self.directory, self.directory_offset, count)
-
-    def data_offset(self, record: Record) -> int:
-        """Where a record's contents begin; the local header has a padding of its own."""
-        header = self.source.read(record.header, _LOCAL.size)
-        fields = _LOCAL.unpack(header)
-        if fields[0] != b"PK\x03\x04":
-            raise self.corrupt(f"record {record.name!r} has no local header", record.header)
-        start = record.header + _LOCAL.size + int(fields[9]) + int(fields[10])
-        if start + record.size > self.directory_offset:
-            raise self.corrupt(f"record {record.name!r} reaches into the directory", record.header)
-        return start
-
-    def extent(self, record: Record) -> Extent:
-        """The contents of a record."""
-        return self.source.extent(self.data_offset(record), record.size)
-
-    def read(self, record: Record, limit: int) -> bytes:
-        """The contents of a small record, checked against its checksum."""
-        if record.size > limit:
-            raise LimitExceededError(
-                f"record {record.name!r} has {record.size} bytes, over the limit of {limit}", path=self.source.path
-            )
-        data = self.extent(record).read()
-        if record.crc and zlib.crc32(data) != record.crc:
-            raise self.corrupt(f"record {record.name!r} does not match its checksum", record.header)
-        return data
-
-    def corrupt(self, message: str, offset: int) -> CorruptCheckpointError:
-        """An error at an offset of this file."""
-        return CorruptCheckpointError(
-            message,
-            path=self.source.path,
-            place=f"offset {offset}",
-            hint="The file is truncated or damaged; copy it again from its source.",
-        )
-
-
-def _find_directory(source: FileSource | FileSlice) -> tuple[int, int, int]:
-    """Offset, size and number of entries of the central directory."""
-    tail_size = min(source.size, _END.size + 0xFFFF + _LOCATOR64.size)
-    tail = source.read(source.size - tail_size, tail_size)
-    at = _rfind_end(tail)
-    if at < 0:
-        raise CorruptCheckpointError(
-            "the zip directory at the end is missing",
-            path=source.path,
-            place=f"offset {source.size}",
-            hint=_restore_hint(source),
-        )
-    end_offset = source.size - tail_size + at
-    _, _, _, _, count, size, offset, _ = _END.unpack_from(tail, at)
-    expected_end = end_offset
-    if at >= _LOCATOR64.size and tail[at - _LOCATOR64.size : at - _LOCATOR64.size + 4] == b"PK\x06\x07":
-        _, _, end64_offset, _ = _LOCATOR64.unpack_from(tail, at - _LOCATOR64.size)
-        end64 = source.read(end64_offset, _END64.size)
-        if end64[:4] != b"PK\x06\x06":
-            raise CorruptCheckpointError(
-                "the zip64 directory is damaged", path=source.path, place=f"offset {end64_offset}"
-            )
-        *_, count, size, offset = _END64.unpack(end64)
-        expected_end = end64_offset
-    if offset + size != expected_end:
-        raise CorruptCheckpointError(
-            f"the zip directory says it ends at {offset + size}, but it ends at {expected_end}",
-            path=source.path,
-            place=f"offset {end_offset}",
-        )
-    return offset, size, count
-
-
-def _rfind_end(data: bytes) -> int:
-    """Where the last end record that is there in full begins; behind it may be the first bytes of another."""
-    return data.rfind(b"PK\x05\x06", 0, max(len(data) - _END.size + 4, 0))
-
-
-def _restore_hint(source: FileSource | FileSlice) -> str:
-    """An interrupted in-place edit leaves the old end inside the file: say how to return to it."""
-    block = 1 << 24
-    for low in range(max(source.size - block, 0), max(source.size - 16 * block, -1), -block):
-        data = source.read(low, min(block + _END.size, source.size - low))
-        at = _rfind_end(data)
-        if at >= 0 and data[max(at - _LOCATOR64.size, 0) :][:4] == b"PK\x06\x07":
-            size = low + at + _END.size
-            return f"An edit in place was interrupted; `truncate -s {size} {source.path}` restores the file as it was."
-        if low == 0:
-            break
-    return "The file is truncated or no checkpoint of torch.save; copy it again from its source."
-
-
-def _parse_directory(
-    source: FileSource | FileSlice, data: bytes, offset: int, count: int
-) -> tuple[str, dict[str, Record]]:
-    size = len(data)
-    if count * _CENTRAL.size > size:
-        raise CorruptCheckpointError(f"the zip directory cannot hold {count} entries in {size} bytes", path=source.path)
-    records: dict[str, Record] = {}
-    unpack, fixed, new = _CENTRAL_READ.unpack_from, _CENTRAL.size, tuple.__new__  # what is called per record
-    first_name = data[fixed : fixed + int.from_bytes(data[28:30], "little")]
-    root = first_name[: first_name.find(b"/") + 1]
-    skip = fixed + len(root)
-    at = end = 0
-    in_order = True
-    for _ in range(count):
-        if at + fixed > size:
-            raise CorruptCheckpointError(
-                "the zip directory is cut off", path=source.path, place=f"offset {offset + at}"
-            )
-        sig, flags, method, crc, packed, unpacked, n, extra, comment, header = unpack(data, at)
-        stop = at + fixed + n + extra + comment
-        if sig != b"PK\x01\x02" or stop > size:
-            raise CorruptCheckpointError(
-                "the zip directory is damaged", path=source.path, place=f"offset {offset + at}"
-            )
-        if packed == _MAX32 or header == _MAX32 or unpacked == _MAX32:
-            extra_at = at + fixed + n
-            unpacked, packed, header = _zip64(data[extra_at : extra_at + extra], unpacked, packed, header)
-        if method or flags & 1 or packed != unpacked or header + _LOCAL.size + packed > offset:
-            _refuse_entry(source, data[at + fixed : at + fixed + n], method, flags, header, packed)
-        if not data.startswith(root, at + fixed):
-            raise UnrecognizedFormatError("a zip file, but not one of torch.save: no common folder", path=source.path)
-        name = data[at + skip : at + fixed + n].decode("utf-8", "replace")
-        records[name] = new(Record, (name, header, packed, crc, (at, stop)))
-        in_order = in_order and header >= end
-        end = header + _LOCAL.size + packed
-        at = stop
-    if len(records) != count:
-        raise CorruptCheckpointError("the zip directory lists a record twice", path=source.path)
-    if not in_order:
-        _refuse_overlaps(source, records)
-    return root.decode("utf-8", "replace"), records
-
-
-def _refuse_entry(
-    source: FileSource | FileSlice, name: bytes, method: int, flags: int, header: int, size: int
-) -> NoReturn:
-    """Say why a directory entry cannot be read."""
-    shown = name.decode("utf-8", "replace")
-    if method or flags & 1:
-        raise UnsupportedCheckpointError(
-            f"record {shown!r} is {'encrypted' if flags & 1 else 'compressed'}",
-            path=source.path,
-            hint="torch.save stores records as they are; load the file with torch and save it again.",
-        )
-    raise CorruptCheckpointError(
-        f"record {shown!r} of {size} bytes reaches past the data", path=source.path, place=f"offset {header}"
-    )
-
-
-def _refuse_overlaps(source: FileSource | FileSlice, records: dict[str, Record]) -> None:
-    end = 0
-    for header, size, name in sorted((record.header, record.size, record.name) for record in records.values()):
-        if header < end:
-            raise CorruptCheckpointError(
-                f"record {name!r} overlaps another", path=source.path, place=f"offset {header}"
-            )
-        end = header + _LOCAL.size + size
-
-
-def _zip64(extra: bytes, unpacked: int, packed: int, header: int) -> tuple[int, int, int]:
-    at = 0
-    values: list[int] = []
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, at)
-        if kind == 1:
-            values = (
-                list(struct.unpack_from(f"<{length // 8}Q", extra, at + 4)) if at + 4 + length <= len(extra) else []
-            )
-            break
-        at += 4 + length
-    fields = [unpacked, packed, header]
-    for index, value in enumerate(fields):
-        if value == _MAX32 and values:
-            fields[index] = values.pop(0)
-    return fields[0], fields[1], fields[2]
-
-
-class RecordStorage(Storage):
-    """A storage that is one record of an archive; where its bytes begin is looked up when they are needed."""
-
-    __slots__ = ("_pieces", "archive", "record")
-
-    def __init__(self, archive: Archive, record: Record, kind: str, location: str, key: str) -> None:
-        self.archive = archive
-        self.record = record
-        self._pieces: tuple[Extent, ...] | None = None
-        self.nbytes = record.size
-        self.kind = kind
-        self.location = location
-        self.key = key
-        self.crc = record.crc or None
-
-    @property
-    def pieces(self) -> tuple[Extent, ...]:  # type: ignore[override]
-        """The record's contents."""
-        if self._pieces is None:
-            self._pieces = (self.archive.extent(self.record),) if self.nbytes else ()
-        return self._pieces
-
-
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """Whether a file begins like a zip archive."""
-    return head[:4] in (b"PK\x03\x04", b"PK\x05\x06") and path.suffix != ".distcp" and path.is_file()
+    """Whether a file begins like a zip archive whose first record is in a folder."""
+    if head[:4] != b"PK\x03\x04" or path.suffix == ".distcp":
+        return head[:4] == b"PK\x05\x06"
+    first = LOCAL.size
+    return b"/" in head[first : first + int.from_bytes(head[first - 4 : first - 2], "little")]
 
 
 def read(path: Path) -> Document:
@@ -318,20 +81,19 @@ def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, s
             "written on a big-endian machine", path=path, hint="Load it with torch, which swaps the bytes, and save it."
         )
 
-    def storage(kind: str, key: str, location: str, numel: int) -> Storage:
-        record = records.get("data/" + key)
-        if record is None:
+    positions, sizes = records.positions, records.sizes
+
+    def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
+        position = positions.get("data/" + key)
+        if position is None:
             raise CorruptCheckpointError(f"storage {key!r} has no record", path=path)
-        if kind != "UntypedStorage" and kind not in ITEMSIZE_OF_STORAGE:
-            raise UnsupportedCheckpointError(f"storage {key!r} is of unknown class {kind!r}", path=path)
-        nbytes = numel * ITEMSIZE_OF_STORAGE.get(kind, 1)
-        if record.size != nbytes:
+        if sizes[position] != nbytes:
             raise CorruptCheckpointError(
-                f"storage {key!r} is declared with {nbytes} bytes, its record has {record.size}",
+                f"storage {key!r} is declared with {nbytes} bytes, its record has {sizes[position]}",
                 path=path,
-                place=f"offset {record.header}",
+                place=f"offset {records.headers[position]}",
             )
-        return RecordStorage(archive, record, kind, location, key)
+        return RecordStorage(archive, position, nbytes, kind, location, key)
 
     pickled = archive.read(records["data.pkl"], MAX_PICKLE_BYTES)
     try:
@@ -400,12 +162,12 @@ class _Directory:
         header = self.position
         encoded = (self.root + name).encode()
         extra = _zip64_extra(size, size, header)
-        start = header + _LOCAL.size + len(encoded) + len(extra) + 4
+        start = header + LOCAL.size + len(encoded) + len(extra) + 4
         padding = -start % _ALIGNMENT
         extra_length = len(extra) + 4 + padding
         flags = _FLAGS if size else _FLAGS_EMPTY
         self._emit(
-            _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, len(encoded), extra_length)
+            LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, len(encoded), extra_length)
             + encoded
             + _zip64_extra(size, 0, header)  # the stored size follows the data
             + struct.pack("<2sH", b"FB", padding)
@@ -429,9 +191,9 @@ class _Directory:
         if size:
             shape = "<4sL2Q" if extra else "<4s3L"
             self._emit(struct.pack(shape, b"PK\x07\x08", crc, size, size))
-        small, offset = min(size, _MAX32), min(header, _MAX32)
+        small, offset = min(size, MAX32), min(header, MAX32)
         fields = (b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc, small, small, len(encoded), len(extra), 0, 0, 0, 0, offset)
-        self.entries.append(_CENTRAL.pack(*fields) + encoded + extra)
+        self.entries.append(CENTRAL.pack(*fields) + encoded + extra)
         return crc
 
     def directory(self) -> tuple[bytes, bytes]:
@@ -439,10 +201,10 @@ class _Directory:
         self._flush()
         body = b"".join(self.entries)
         count, start, stop = len(self.entries), self.position, self.position + len(body)
-        end64 = _END64.pack(b"PK\x06\x06", _END64.size - 12, 0x031E, 45, 0, 0, count, count, len(body), start)
-        locator = _LOCATOR64.pack(b"PK\x06\x07", 0, stop, 1)
+        end64 = END64.pack(b"PK\x06\x06", END64.size - 12, 0x031E, 45, 0, 0, count, count, len(body), start)
+        locator = LOCATOR64.pack(b"PK\x06\x07", 0, stop, 1)
         short = min(count, 0xFFFF)
-        end = _END.pack(b"PK\x05\x06", 0, 0, short, short, min(len(body), _MAX32), min(start, _MAX32), 0)
+        end = END.pack(b"PK\x05\x06", 0, 0, short, short, min(len(body), MAX32), min(start, MAX32), 0)
         return body, end64 + locator + end
 
 
@@ -456,9 +218,9 @@ class _RunningCrc:
 
 def _zip64_extra(size: int, stored: int, header: int) -> bytes:
     """The zip64 field as miniz writes it: only the values that do not fit. Torch counts on its exact length."""
-    if size < _MAX32 and header < _MAX32:
+    if size < MAX32 and header < MAX32:
         return b""
-    values = ([size, stored] if size >= _MAX32 else []) + ([header] if header >= _MAX32 else [])
+    values = ([size, stored] if size >= MAX32 else []) + ([header] if header >= MAX32 else [])
     return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values)
 
 
@@ -529,7 +291,7 @@ def _serialization_id(parts: Sequence[str]) -> bytes:
 
 
 def _kept_entries(archive: Archive) -> list[bytes]:
-    return [archive.directory[slice(*r.entry)] for name, r in archive.records.items() if name != "data.pkl"]
+    return [entry for name, entry in archive.entries if name != "data.pkl"]
 
 
 def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOptions) -> None:

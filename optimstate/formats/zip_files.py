@@ -22,7 +22,7 @@ from optimstate.errors import (
 )
 from optimstate.files import AtomicFile, FileSlice, FileSource, chunks
 from optimstate.formats import torch_zip
-from optimstate.formats._protocol import Document, WriteOptions
+from optimstate.formats._protocol import HEAD_BYTES, Document, WriteOptions
 from optimstate.tree import OpaqueFile
 
 NAME = "zip"
@@ -33,14 +33,8 @@ _MAX_MEMBERS = 10_000
 
 
 def sniff(path: Path, head: bytes) -> bool:
-    """Whether a file is a zip archive whose first member is in no folder; those of torch are all in one."""
-    if head[:4] != b"PK\x03\x04" or not path.is_file() or len(head) < _LOCAL.size:
-        return False
-    length = int(_LOCAL.unpack_from(head)[9])
-    if _LOCAL.size + length > len(head):
-        with path.open("rb") as file:
-            head = file.read(_LOCAL.size + length)
-    return b"/" not in head[_LOCAL.size : _LOCAL.size + length] and path.suffix != ".distcp"
+    """Whether a file is a zip archive; asked after torch's own format, whose members are all in one folder."""
+    return head[:4] == b"PK\x03\x04" and path.suffix != ".distcp"
 
 
 def read(path: Path) -> Document:
@@ -54,7 +48,7 @@ def read(path: Path) -> Document:
     document = Document(path, NAME, {}, handle={})
     for info in _members(path):
         part = FileSlice(source, _data_offset(source, info), info.compress_size)
-        head = part.read(0, min(64, part.size)) if info.compress_type == zipfile.ZIP_STORED else b""
+        head = part.read(0, min(HEAD_BYTES, part.size)) if info.compress_type == zipfile.ZIP_STORED else b""
         document.handle[info.filename] = (info, part)
         if torch_zip.sniff(path, head):
             tree, names, archive = torch_zip.read_archive(part)

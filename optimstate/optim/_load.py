@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from optimstate.errors import ParameterNameWarning, StateMismatchError
+from optimstate.state.names import unwrapped
 
 __all__ = ["check_fit", "check_groups", "check_names", "check_options", "map_tensors", "pairs"]
 
@@ -30,7 +31,6 @@ REMEDY = (
     "optimstate.hooks.migrate(plan), or rewrite the checkpoint with `optimstate remap`."
 )
 SHOWN = 5  # parameters named in a message, before "and n more"
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def pairs(live: Sequence[Group], saved: Sequence[Group]) -> Iterator[tuple[Any, Tensor, str, Group]]:
@@ -116,17 +116,26 @@ def check_fit(optimizer: Any, saved: Sequence[Group], states: Mapping[Any, Any],
 
 def check_names(live: Sequence[Group], saved: Sequence[Group], states: Mapping[Any, Any]) -> None:
     """Warn where the position gives state to a parameter of another name."""
-    swaps = [
-        f"{old_name!r} to {name!r}"
+    moved = [
+        (old_name, name)
         for group, old in zip(live, saved, strict=True)
+        if len(old.get("param_names") or ()) == len(old["params"])  # else no name is that of its position
         for key, name, old_name in zip(
             old["params"], group.get("param_names") or (), old.get("param_names") or (), strict=False
         )
-        if name != old_name and states.get(key) and bare(name) != bare(old_name)
+        if name != old_name and states.get(key)
     ]
+    before, now = (unwrapped(names_of(groups)) for groups in (saved, live)) if moved else (str, str)
+    swaps = [f"{old_name!r} to {name!r}" for old_name, name in moved if before(old_name) != now(name)]
     if swaps:
         told = f"the order of parameters gives the state of {listed(swaps)}. {REMEDY}"
         warnings.warn(told, ParameterNameWarning, stacklevel=caller_level())
+
+
+def names_of(groups: Sequence[Group]) -> Iterator[str]:
+    """The names of all parameters that have one."""
+    for group in groups:
+        yield from group.get("param_names") or ()
 
 
 def caller_level() -> int:
@@ -135,11 +144,6 @@ def caller_level() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in {"optimstate", "torch"}:
         level, frame = level + 1, frame.f_back
     return level
-
-
-def bare(name: str) -> str:
-    """A name without the wrappers that DDP, FSDP, torch.compile and activation checkpointing add."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def listed(items: Iterable[Any]) -> str:

@@ -129,8 +129,14 @@ many = Ops(
 )
 
 
+_WITH_RESULT = ("abs", "add", "addcmul", "div", "mul", "neg", "sign", "sqrt", "sub")
+_WITH_NUMBER = ("add_", "div_", "mul_", "sub_")
+
+
 class Scratch:
     """A pool of temporaries, and `one` with its results in them: memory that stays in the cache from block to block.
+
+    Numbers become 0-d tensors once: each call would make them anew, which takes as long as a short kernel.
 
     Args:
         dtype: The blocks' dtype; they are on the CPU.
@@ -142,9 +148,25 @@ class Scratch:
         self._size = size
         self._buffers: list[Tensor] = []
         self._used = 0
-        names = ("abs", "add", "addcmul", "div", "mul", "neg", "sign", "sqrt", "sub")
-        written: dict[str, Any] = {name: self._writing(getattr(torch, name)) for name in names}
-        self.ops = replace(one, **written)
+        self._numbers: dict[float, Tensor] = {}
+        changed: dict[str, Any] = {name: self._writing(getattr(torch, name)) for name in _WITH_RESULT}
+        changed |= {name: self._overwriting(getattr(one, name)) for name in _WITH_NUMBER}
+        self.ops = replace(one, **changed)
+
+    def _operand(self, value: Any) -> Any:
+        if type(value) is not float or value == 0.0:  # 0.0 and -0.0 are one key and two numbers
+            return value
+        if value not in self._numbers:
+            # Kernels compute with float32 or float64, and a 0-d tensor does not change the dtype of the result.
+            wide = torch.float64 if self._dtype == torch.float64 else torch.float32
+            self._numbers[value] = torch.tensor(value, dtype=wide, device="cpu")
+        return self._numbers[value]
+
+    def _overwriting(self, function: Op) -> Op:
+        def call(x: Tensor, y: Any, **named: Any) -> Any:
+            return function(x, self._operand(y), **named)
+
+        return call
 
     def _writing(self, function: Op) -> Op:
         def call(x: Tensor, *operands: Any, **named: Any) -> Any:
@@ -152,7 +174,8 @@ class Scratch:
                 self._buffers.append(torch.empty(self._size, dtype=self._dtype, device="cpu"))
             buffer = self._buffers[self._used]
             self._used += 1
-            return function(x, *operands, **named, out=buffer if x.numel() == self._size else buffer[: x.numel()])
+            out = buffer if x.numel() == self._size else buffer[: x.numel()]
+            return function(x, *map(self._operand, operands), **named, out=out)
 
         return call
 

@@ -35,7 +35,7 @@ Condition = Callable[[Group], bool]
 
 # On CPU a rule is several passes over memory. Run block by block, each block stays in a core's cache between passes;
 # the bits are the same, because every operation is elementwise and block boundaries are multiples of any vector width.
-BLOCK = 1 << 17  # elements per thread
+BLOCK = 1 << 17  # elements per thread where a rule has one slot, half of it where it has more
 WORTH_BLOCKING = 1 << 18
 
 
@@ -299,7 +299,8 @@ class RuleOptimizer(Optimizer):
         differentiable = group.get("differentiable", False)
         rule, numbers = self._prepared(traced if differentiable else one, group, columns, owned=False)
         slots = self._slots(columns, repeat(None))
-        size = None if differentiable or has_complex or torch.compiler.is_compiling() else self._block_size(params)
+        plain = not (differentiable or has_complex or torch.compiler.is_compiling())
+        size = self._block_size(params, len(slots)) if plain else None
         if size is None:
             self._run_column(rule.update, group, params, grads, slots, numbers, has_complex=has_complex)
             return
@@ -318,11 +319,11 @@ class RuleOptimizer(Optimizer):
                 p_pieces, g_pieces, *slot_pieces = pieces
                 self._run_column(update, group, p_pieces, g_pieces, slot_pieces, own_numbers, has_complex=False)
 
-    def _block_size(self, params: list[Tensor]) -> int | None:
+    def _block_size(self, params: list[Tensor], slots: int) -> int | None:
         """How many elements to update at a time, or None where no parameter gains."""
         if not self._gains_from_blocks or not any(p.numel() >= WORTH_BLOCKING for p in params):
             return None
-        return BLOCK * torch.get_num_threads()
+        return (BLOCK >> (slots > 1)) * torch.get_num_threads()
 
     def _run_column(
         self,
@@ -397,7 +398,7 @@ def split(tensors: Sequence[Tensor | None], size: int) -> list[Any] | None:
     if p.numel() < max(WORTH_BLOCKING, 2 * size) or p.device.type != "cpu" or type(p) not in PLAIN:
         return None
     # Half-precision kernels compute a vector's leftovers differently, so blocks must end where torch's threads would.
-    if p.dtype not in (torch.float32, torch.float64) and (size != BLOCK or not p.is_floating_point()):
+    if p.dtype not in (torch.float32, torch.float64) and (torch.get_num_threads() > 1 or not p.is_floating_point()):
         return None
     if not all(t is None or fits(t, p) for t in tensors):
         return None

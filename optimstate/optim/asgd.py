@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from optimstate.optim._ops import Ops
 from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
 from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, scalar_dtype, to_scalar, zeros
 
@@ -102,9 +103,9 @@ class ASGD(RuleOptimizer):
         # functions.
         if s.k.is_list:
             return self._rule_lists(s)
-        return self._rule_live(s.group, s.lr) if s.live else self._rule_each(s.group, s.lr)
+        return self._rule_live(s.group, s.lr) if s.live else self._rule_each(s.k, s.group, s.lr)
 
-    def _rule_each(self, group: Group, lr: Any) -> Rule:
+    def _rule_each(self, k: Ops, group: Group, lr: Any) -> Rule:
         lambd, alpha, t0 = group["lambd"], group["alpha"], group["t0"]
         following: dict[float, tuple[Tensor, Tensor]] = {}
 
@@ -118,11 +119,12 @@ class ASGD(RuleOptimizer):
             return 1 - lambd * now, -now, weight
 
         def update(p: Tensor, g: Tensor, ax: Tensor, shrink: float, rate: float, weight: float) -> None:
-            p.mul_(shrink).add_(g, alpha=rate)
+            k.mul_(p, shrink)
+            k.add_(p, g, alpha=rate)
             if weight == 1:
-                ax.copy_(p)
+                k.copy_(ax, p)
             else:
-                ax.add_(p.sub(ax).mul_(weight))
+                k.add_(ax, k.mul_(k.sub(p, ax), weight))
 
         return Rule(update, numbers)
 

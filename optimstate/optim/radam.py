@@ -121,7 +121,7 @@ class RAdam(AdamKernelOptimizer):
 
         # Tensor by tensor, torch branches on the rectification and multiplies the step up; its lists blend both
         # branches into one factor. Nothing after the moments is shared.
-        times = Tensor.mul if k is traced else Tensor.mul_
+        times = k.mul if k is traced else k.mul_
         inverse = Tensor.reciprocal if k is traced else Tensor.reciprocal_
 
         def numbers(t: float) -> tuple[Any, Any, Any]:
@@ -132,10 +132,10 @@ class RAdam(AdamKernelOptimizer):
             p: Tensor, g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, correction1: Any, root2: Any, rect: Any
         ) -> None:
             moments(g, exp_avg, exp_avg_sq)
-            change = times(exp_avg / correction1, lr)
+            change = times(k.div(exp_avg, correction1), lr)
             if rect is not None:
                 change = times(times(change, times(inverse(root(exp_avg_sq)), root2)), rect)
-            p.add_(change, alpha=-1.0)
+            k.add_(p, change, alpha=-1.0)
 
         def live_numbers(step: Tensor) -> tuple[Any, Any, Any, Any]:
             rho, rect = rectification(beta2, step)
@@ -196,7 +196,7 @@ class RAdam(AdamKernelOptimizer):
                 bodies(g),
                 bodies(some["exp_avg"]),
                 bodies(some["exp_avg_sq"]),
-                step=t,
+                step=torch.tensor(t, dtype=torch.float32),
                 lr=lr * rect,
                 beta1=beta1,
                 beta2=beta2,

@@ -21,7 +21,6 @@ from optimstate.plan.planner import (
 from optimstate.plan.rules import Plan
 from optimstate.state.model import OptimizerState
 from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
-from optimstate.state.scheduler import regroup_scheduler_state
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors import LazyTensor
 from optimstate.tree import Opaque, rebuilt_mapping, replaced
@@ -142,22 +141,24 @@ class _Checkpoint:
                     made[id(section.node)] = _with_prefix(state, prefix).to_node()
             elif moves.changes:
                 made[id(section.node)] = _rebuilt_model(section, moves, prefix)
-        for section, moves in self._followed(migration):
-            made[id(section.node)] = _regrouped(self.plan, section, moves)
+        if self.schedulers:
+            made.update(self._followed(migration))
         return made
 
-    def _followed(self, migration: Migration) -> list[tuple[Section, SectionMoves]]:
-        """The schedulers whose optimizer has other param groups, with what became of these."""
+    def _followed(self, migration: Migration) -> dict[int, Any]:
+        """The schedulers whose optimizer has other param groups or options, by the id of the old one."""
+        from optimstate.plan.regroup import followed, reschedules
+
         optimizers = [
             migration.sections[key] for key, (section, _) in self.named.items() if section.kind == "optimizer"
         ]
         changed = [
             moves
-            for moves in optimizers
-            if moves.group_map != [[n] for n in range(moves.old_groups)] or _set_in(self.plan, moves, "initial_lr")
+            for key, moves in migration.sections.items()
+            if key in self.states and reschedules(moves, self.states[key].groups)
         ]
-        if not changed or not self.schedulers:
-            return []
+        if not changed:
+            return {}
         if len(optimizers) == 1 and not any(section.kind == "optimizer" for section in self.anonymous):
             pairs = [(section, optimizers[0]) for section in self.schedulers]
         elif len(self.schedulers) == len(optimizers):
@@ -170,11 +171,11 @@ class _Checkpoint:
                 ],
                 hint="Migrate the optimizers one at a time, or write the schedulers anew.",
             )
-        return [
-            (section, moves)
+        return {
+            id(section.node): rebuilt_mapping(section.node, followed(section.node, moves))
             for section, moves in pairs
             if any(moves is other for other in changed) and isinstance(section.node, Mapping)
-        ]
+        }
 
     def schedules_left(self, migration: Migration) -> list[str]:
         """Learning rates that the plan sets although a schedule computes them from something else."""
@@ -246,33 +247,6 @@ def _refuse_other_parameters(section: Section, migration: Migration) -> None:
                 hint="Save it with names (build the optimizer from model.named_parameters()), "
                 "or convert only the weights.",
             )
-
-
-def _regrouped(plan: Plan, section: Section, moves: SectionMoves) -> dict[str, Any]:
-    fresh: dict[int, dict[str, Any]] = {}
-    for number, group in enumerate(moves.groups):
-        if not group.sources:
-            lr = group.options.get("initial_lr", group.options.get("lr"))
-            fresh[number] = {"base_lrs": lr, "_last_lr": group.options.get("lr")}
-    group_map = [
-        [group.base] if group.base is not None and len(group.sources) > 1 else list(group.sources)
-        for group in moves.groups
-    ]
-    made = regroup_scheduler_state(section.node, group_map, merge=plan.policy.merge, fresh=fresh)
-    for number, group in enumerate(moves.groups):
-        # A group with another initial learning rate than its old one is scheduled from that.
-        if "initial_lr" in group.options:
-            _reset_base(made, number, group.options["initial_lr"])
-    rebuilt: dict[str, Any] = rebuilt_mapping(section.node, made)
-    return rebuilt
-
-
-def _reset_base(state: dict[str, Any], number: int, lr: Any) -> None:
-    """Let a schedule, and those it is composed of, compute a group's learning rate from another initial one."""
-    if isinstance(state.get("base_lrs"), list):
-        state["base_lrs"][number] = lr
-    for nested in state.get("_schedulers") or ():
-        _reset_base(nested, number, lr)
 
 
 def _rebuilt_model(section: Section, moves: SectionMoves, prefix: str) -> dict[str, Any]:

@@ -172,6 +172,12 @@ def _unpacked(state: OptimizerState, goal: str, *, packed: bool) -> Found | None
     if inner is None:
         return None
     report, convert = inner
+    if any("qmap2" in lowbit.unnested(slots) for slots in state.state.values()):
+        zeros = "as its codes say: 0 where it was far below its block's greatest, where first updates can be large"
+        report = [
+            (*line[:2], "; ".join(filter(None, (line[2], zeros)))) if line[0] == "exp_avg_sq" else line
+            for line in report
+        ]
 
     def converting(old: Slots, options: Mapping[str, Any]) -> dict[str, Any]:
         own = lowbit.unnested(old)

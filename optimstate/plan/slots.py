@@ -11,13 +11,13 @@ from typing import Any
 
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Node, Shape
-from optimstate.plan.fates import Fate, Form, Parameter, Refusal, SlotPath, flat_slots, slot_name
+from optimstate.plan.fates import Fate, Form, Parameter, Refusal, SlotPath, slot_name
 from optimstate.plan.rules import Policy
 from optimstate.plan.translate import Translation, Translator, fate_of
 from optimstate.plan.values import dtype_of, number_of, shape_of
 from optimstate.state.schema import RECOMPUTED, Algorithm, Slot, conventional, inferred_kind
 
-__all__ = ["SlotPlanner", "flat_slots", "slot_name"]
+__all__ = ["SlotPlanner"]
 
 
 class SlotPlanner:

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-__all__ = ["WRAPPERS", "in_module_order", "renamed_modules", "wrapper_prefix"]
+__all__ = ["WRAPPERS", "in_module_order", "mentions_wrapper", "renamed_modules", "unwrapped", "wrapper_prefix"]
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
 """What DataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed put before a module's name."""
+
+_PARALLEL = "module."
+# Submodules are wrapped one by one too, so that these stand anywhere in a name. No module of a model is called so.
+_ANYWHERE = frozenset(wrapper.rstrip(".") for wrapper in WRAPPERS if wrapper != _PARALLEL)
+
+
+def unwrapped(names: Iterable[str]) -> Callable[[str], str]:
+    """How the parameters of a model lose what wrappers put into their names, in any nesting and at any depth.
+
+    `layers.0._checkpoint_wrapped_module.weight` becomes `layers.0.weight`. `module.` is also an honest name of a
+    submodule: it is a wrapper's only in front, and only where all names begin with it.
+
+    Args:
+        names: All of the model's, or of the optimizer's.
+
+    Returns:
+        A function of one of these names.
+    """
+    plain = [_without_markers(name) for name in names]
+    prefix = ""
+    while plain and all(name.startswith(_PARALLEL, len(prefix)) for name in plain):
+        prefix += _PARALLEL
+    return lambda name: _without_markers(name).removeprefix(prefix)
+
+
+def _without_markers(name: str) -> str:
+    parts = name.split(".")
+    return name if _ANYWHERE.isdisjoint(parts) else ".".join(part for part in parts if part not in _ANYWHERE)
+
+
+def mentions_wrapper(text: str) -> bool:
+    """Whether a name, or a template of names, spells a wrapper's part: then it means names as they are."""
+    return text.startswith(_PARALLEL) or not _ANYWHERE.isdisjoint(text.split("."))
 
 
 def wrapper_prefix(names: Iterable[str]) -> str:

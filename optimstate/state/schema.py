@@ -15,6 +15,7 @@ from optimstate._record import Record
 
 __all__ = [
     "ALGORITHMS",
+    "MASTERS",
     "RECOMPUTED",
     "Algorithm",
     "Slot",
@@ -91,6 +92,9 @@ class Algorithm(Record):
 
 RECOMPUTED = frozenset({"RMS"})
 """Numbers that an optimizer keeps in its state but computes anew at every step."""
+
+MASTERS = frozenset({"fp32_param", "param"})
+"""Slots that hold the parameter itself in full precision, for mixed-precision training: DeepSpeed's and Megatron's."""
 
 _NUMBERED = re.compile(r"_\d+$")
 

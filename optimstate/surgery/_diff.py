@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from optimstate.files import Progress
 from optimstate.formats.registry import open_document
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.sections import Section, find_sections, tied_names
@@ -15,7 +16,7 @@ from optimstate.surgery._common import opening, to_json
 from optimstate.surgery._inspect import describe, plain
 from optimstate.tensors import LazyTensor
 
-__all__ = ["Change", "DiffReport", "diff"]
+__all__ = ["Change", "DiffReport", "by_content", "diff", "model_tensors"]
 
 ChangeKind = Literal["added", "removed", "renamed", "reshaped", "retyped", "changed", "option", "sharing"]
 
@@ -58,7 +59,7 @@ class DiffReport:
         return to_json("diff", asdict(self))
 
 
-def diff(left: str | Path, right: str | Path, *, headers: bool = False) -> DiffReport:
+def diff(left: str | Path, right: str | Path, *, headers: bool = False, progress: Progress | None = None) -> DiffReport:
     """Compare two checkpoints by name.
 
     Parts are paired by kind and path, else by kind and order. Wrapper prefixes that all names share are ignored.
@@ -67,13 +68,14 @@ def diff(left: str | Path, right: str | Path, *, headers: bool = False) -> DiffR
         left: A file or folder.
         right: Another, of any container.
         headers: Compare names, shapes, dtypes and plain values only; tensors of equal name are then not read.
+        progress: Called with the bytes of both sides compared since the last call.
 
     Raises:
         CheckpointError: One of them cannot be read.
     """
     with opening(left):
         a, b = open_document(left), open_document(right)
-        comparison = _Comparison(headers)
+        comparison = _Comparison(headers, progress)
         for mine, theirs in _pairs(find_sections(a.tree), find_sections(b.tree)):
             comparison.compare(mine, theirs)
         return DiffReport(str(left), str(right), comparison.equal, not headers, tuple(comparison.changes))
@@ -133,8 +135,8 @@ class _View:
 
 
 class _Comparison:
-    def __init__(self, headers: bool) -> None:
-        self.headers = headers
+    def __init__(self, headers: bool, progress: Progress | None) -> None:
+        self.headers, self.progress = headers, progress or (lambda _: None)
         self.changes: list[Change] = []
         self.equal = 0
 
@@ -143,15 +145,20 @@ class _Comparison:
         assert shown is not None
         label = f"{shown.kind} at {shown.label}"
         mine, theirs = _View(left), _View(right)
-        self._compare_tensors(label, mine.tensors, theirs.tensors)
-        self._compare_values(label, mine.values, theirs.values)
+        renamed = self._compare_tensors(label, mine.tensors, theirs.tensors)
+        self._compare_values(label, _followed(mine.values, renamed), theirs.values)
         if left is not None and right is not None and left.kind == "model":
             self._compare_sharing(label, mine.tensors, theirs.tensors)
 
-    def _compare_tensors(self, label: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    def _compare_tensors(self, label: str, mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
+        """Note the differences; gives the renamed ones."""
         removed = [name for name in mine if name not in theirs]
         added = [name for name in theirs if name not in mine]
-        renamed = {} if self.headers else _renames({n: mine[n] for n in removed}, {n: theirs[n] for n in added})
+        renamed = (
+            {}
+            if self.headers
+            else _renames({n: mine[n] for n in removed}, {n: theirs[n] for n in added}, self.progress)
+        )
         for name, tensor in mine.items():
             if name in renamed:
                 self.changes.append(Change(label, "renamed", name, name, renamed[name]))
@@ -159,9 +166,11 @@ class _Comparison:
                 self.changes.append(Change(label, "removed", name, describe(tensor), ""))
             else:
                 self._compare_tensor(label, name, tensor, theirs[name])
+                self.progress(getattr(tensor, "nbytes", 0) + getattr(theirs[name], "nbytes", 0))
         for name in added:
             if name not in renamed.values():
                 self.changes.append(Change(label, "added", name, "", describe(theirs[name])))
+        return renamed
 
     def _compare_tensor(self, label: str, name: str, a: Any, b: Any) -> None:
         if not isinstance(a, LazyTensor) or not isinstance(b, LazyTensor):
@@ -194,29 +203,63 @@ class _Comparison:
                         self.changes.append(Change(label, "sharing", f"{first}, {name}", left, right))
 
 
+def _followed(values: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """The values of an optimizer's slots under the new names of parameters whose other slots were renamed."""
+    names: dict[str, str] = {}
+    for old, new in renamed.items():
+        parameter, _, slot = old.rpartition(" ")
+        if parameter and new.endswith(f" {slot}"):
+            names[parameter] = new.removesuffix(f" {slot}")
+    moved: dict[str, Any] = {}
+    for key, value in values.items():
+        parameter, _, slot = key.rpartition(" ")
+        moved[f"{names[parameter]} {slot}" if parameter in names else key] = value
+    return moved
+
+
 def _share(a: Any, b: Any) -> bool:
     return isinstance(a, LazyTensor) and isinstance(b, LazyTensor) and a.storage is b.storage
 
 
-def _renames(removed: dict[str, Any], added: dict[str, Any]) -> dict[str, str]:
+def _renames(removed: dict[str, Any], added: dict[str, Any], progress: Progress) -> dict[str, str]:
     """Pairs of equal type, shape and content; content that several tensors have (zeros, ones) decides nothing."""
     kinds = {(t.dtype, t.shape) for t in added.values() if isinstance(t, LazyTensor)}
-    mine = _by_content({n: t for n, t in removed.items() if isinstance(t, LazyTensor) and (t.dtype, t.shape) in kinds})
+    mine = by_content(_of_kinds(removed, kinds), progress)
     if not mine:
         return {}
     kinds = {(removed[name].dtype, removed[name].shape) for names in mine.values() for name in names}
-    theirs = _by_content({n: t for n, t in added.items() if isinstance(t, LazyTensor) and (t.dtype, t.shape) in kinds})
+    theirs = by_content(_of_kinds(added, kinds), progress)
     return {
         names[0]: theirs[key][0] for key, names in mine.items() if len(names) == 1 and len(theirs.get(key, ())) == 1
     }
 
 
-def _by_content(tensors: dict[str, LazyTensor]) -> dict[tuple[str, tuple[int, ...], bytes], list[str]]:
+def _of_kinds(tensors: dict[str, Any], kinds: set[tuple[str, tuple[int, ...]]]) -> dict[str, LazyTensor]:
+    return {n: t for n, t in tensors.items() if isinstance(t, LazyTensor) and (t.dtype, t.shape) in kinds}
+
+
+def model_tensors(tree: Any) -> dict[str, LazyTensor]:
+    """The tensors of the models in a checkpoint, without wrapper prefixes."""
+    views = [_View(section) for section in find_sections(tree) if section.kind == "model"]
+    return {n: t for view in views for n, t in view.tensors.items() if isinstance(t, LazyTensor)}
+
+
+def by_content(
+    tensors: dict[str, LazyTensor], progress: Progress | None = None
+) -> dict[tuple[str, tuple[int, ...], bytes], list[str]]:
+    """The names of each content: a dtype, a shape and a digest of the elements.
+
+    Args:
+        tensors: By name; all are read.
+        progress: Called with the bytes read since the last call.
+    """
     found: dict[tuple[str, tuple[int, ...], bytes], list[str]] = {}
     for name, tensor in tensors.items():
         digest = hashlib.blake2b(digest_size=16)
         for block in tensor.chunks():
             digest.update(block)
+            if progress is not None:
+                progress(len(block))
         found.setdefault((tensor.dtype, tensor.shape, digest.digest()), []).append(name)
     return found
 

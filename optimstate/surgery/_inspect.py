@@ -3,141 +3,50 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from optimstate.files import Progress
 from optimstate.formats._globals import dangerous
 from optimstate.formats.registry import open_document
 from optimstate.state.model import Group, OptimizerState
 from optimstate.state.records import tensor_record
-from optimstate.state.schema import recognise
+from optimstate.state.schema import MASTERS, Algorithm, parameter_shape, recognise
 from optimstate.state.sections import Section, find_sections, scheduler_name, tied_names
-from optimstate.surgery._common import opening, to_json
+from optimstate.surgery._common import opening
+from optimstate.surgery._inspection import (
+    GroupInfo,
+    Inspection,
+    ModelInfo,
+    OptimizerInfo,
+    ParameterInfo,
+    SchedulerInfo,
+    SlotInfo,
+    collapsed,
+    missing_for_resume,
+)
 from optimstate.tensors import DTYPES, LazyTensor
 from optimstate.tree import GlobalName, Opaque, census
+
+if TYPE_CHECKING:
+    from optimstate.surgery._numbers import Statistics
 
 __all__ = ["Inspection", "inspect"]
 
 
-@dataclass(frozen=True)
-class SlotInfo:
-    """One slot over all parameters: how many have it, with which dtypes, and how large it is altogether."""
-
-    name: str
-    parameters: int
-    dtypes: tuple[str, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class ParameterInfo:
-    """One parameter: name (None where the file has none), group, shape where known, and slot -> shape or value."""
-
-    name: str | None
-    key: str
-    group: int
-    slots: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class GroupInfo:
-    """One param group."""
-
-    parameters: int
-    options: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class OptimizerInfo:
-    """An optimizer section.
-
-    Attributes:
-        algorithm: The class its state and options are those of, or None.
-        named: Whether parameters have names.
-        steps: Each step count found, with how many parameters (or groups) have it.
-        fresh: Parameters without state.
-        orphans: Entries of state that belong to no parameter.
-    """
-
-    path: str
-    algorithm: str | None
-    named: bool
-    groups: tuple[GroupInfo, ...]
-    slots: tuple[SlotInfo, ...]
-    steps: Mapping[str, int]
-    fresh: int
-    orphans: int
-    nbytes: int
-    parameters: tuple[ParameterInfo, ...] = field(repr=False)
-    kind: str = "optimizer"
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """A model or EMA section.
-
-    Attributes:
-        tied: Names that share memory.
-        names: Names with their layer indices collapsed to `*`: how many there are, and what the first of them is.
-        tensors: Every name with dtype and shape, when asked for.
-    """
-
-    kind: str
-    path: str
-    parameters: int
-    elements: int
-    dtypes: Mapping[str, int]
-    nbytes: int
-    tied: tuple[tuple[str, ...], ...]
-    names: Mapping[str, tuple[int, str]]
-    tensors: Mapping[str, str] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class SchedulerInfo:
-    """A scheduler section: its class as far as it can be told, and its scalar entries."""
-
-    path: str
-    algorithm: str
-    last_epoch: Any
-    last_lr: Any
-    kind: str = "scheduler"
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a checkpoint holds.
-
-    Attributes:
-        opaque: Objects of unknown classes, kept as records: class -> number.
-        dangerous: Names in its pickles that would run code if the file were loaded without care.
-        notes: Oddities.
-    """
-
-    path: str
-    format: str
-    nbytes: int
-    tensors: int
-    sections: tuple[OptimizerInfo | ModelInfo | SchedulerInfo, ...]
-    opaque: Mapping[str, int]
-    dangerous: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("inspect", asdict(self))
-
-
-def inspect(path: str | Path, *, parameters: bool = False) -> Inspection:
+def inspect(
+    path: str | Path, *, parameters: bool = False, statistics: bool = False, progress: Progress | None = None
+) -> Inspection:
     """What is in a checkpoint.
 
     Args:
         path: A file or folder.
         parameters: List every parameter and tensor too.
+        statistics: Read every tensor, which imports torch: norms, ranges, counts of NaN, infinities, zeros and negative
+            numbers. In constant memory. The parameters are then listed too.
+        progress: Called with the bytes read for the statistics since the last call.
 
     Raises:
         CheckpointError: It cannot be read.
@@ -149,15 +58,19 @@ def inspect(path: str | Path, *, parameters: bool = False) -> Inspection:
         for section in sections:  # what is shown as a section is not counted as an unknown object
             if isinstance(section.node, Opaque):
                 opaque[section.node.type.path] -= 1
+        alone = not any(section.kind in ("model", "ema") for section in sections)
+        look = _Look(parameters or statistics, statistics, alone, progress)
+        found = tuple(look.section_info(section) for section in sections)
         return Inspection(
             str(path),
             document.format,
             _size(Path(path)),
             tensors,
-            tuple(_section_info(section, listed=parameters) for section in sections),
+            found,
             {name: count for name, count in opaque.most_common() if count > 0},
             tuple(dangerous(document.globals)),
-            (*document.notes, *_notes(sections)),
+            tuple(missing_for_resume(found)),
+            (*document.notes, *_notes(sections), *look.oddities()),
         )
 
 
@@ -178,46 +91,130 @@ def _size(path: Path) -> int:
     )
 
 
-def _section_info(section: Section, *, listed: bool) -> OptimizerInfo | ModelInfo | SchedulerInfo:
-    if section.kind == "optimizer":
-        return _optimizer_info(section.label, section.optimizer(), listed=listed)
-    if section.kind == "scheduler":
-        fields = section.node if isinstance(section.node, Mapping) else section.node.state
-        return SchedulerInfo(
+class _Look:
+    """How closely to look at sections.
+
+    Args:
+        listed: List every parameter and tensor.
+        measured: Read them.
+        alone: Whether the checkpoint has no model whose names would be shown.
+        progress: Called with the bytes read.
+    """
+
+    def __init__(self, listed: bool, measured: bool, alone: bool, progress: Progress | None) -> None:
+        self.listed, self.measured, self.alone, self.progress = listed, measured, alone, progress
+        self._odd: list[str] = []
+
+    def section_info(self, section: Section) -> OptimizerInfo | ModelInfo | SchedulerInfo:
+        """What is told of a section."""
+        if section.kind == "optimizer":
+            return self._optimizer_info(section.label, section.optimizer())
+        if section.kind == "scheduler":
+            fields = section.node if isinstance(section.node, Mapping) else section.node.state
+            return SchedulerInfo(
+                section.label,
+                scheduler_name(section.node),
+                plain(fields.get("last_epoch", fields.get("last_step"))),
+                plain(fields.get("_last_lr")),
+            )
+        return self._model_info(section)
+
+    def oddities(self) -> Iterator[str]:
+        """What is odd about the numbers that were read, no more lines of it than people read."""
+        yield from self._odd[:MAX_ODDITIES]
+        if len(self._odd) > MAX_ODDITIES:
+            yield f"{len(self._odd) - MAX_ODDITIES} more oddities of numbers; `optimstate verify` lists all of them"
+
+    def _model_info(self, section: Section) -> ModelInfo:
+        found = section.tensors()
+        lazy = {name: tensor for name, tensor in found.items() if isinstance(tensor, LazyTensor)}
+        return ModelInfo(
+            section.kind,
             section.label,
-            scheduler_name(section.node),
-            plain(fields.get("last_epoch", fields.get("last_step"))),
-            plain(fields.get("_last_lr")),
+            len(found),
+            sum(tensor.numel for tensor in lazy.values()),
+            dict(Counter(tensor.dtype for tensor in lazy.values())),
+            sum(tensor.nbytes for tensor in lazy.values()),
+            tuple(tuple(names) for names in tied_names(lazy)),
+            _kinds_of_names(found.items()),
+            {name: describe(tensor) for name, tensor in found.items()} if self.listed else {},
+            self._weights(f"{section.kind} at {section.label}", found) if self.measured else {},
         )
-    return _model_info(section, listed=listed)
+
+    def _weights(self, where: str, tensors: Mapping[str, Any]) -> dict[str, Statistics]:
+        from optimstate.surgery._numbers import measured, oddities
+
+        found = measured(tensors.items(), self.progress)
+        self._odd += [f"{where}: {message}" for _, message in oddities(found, None, ())]
+        return found
+
+    def _optimizer_info(self, path: str, state: OptimizerState) -> OptimizerInfo:
+        slots, steps, fresh = _counted(state)
+        algorithm = algorithm_of(slots, state)
+        return OptimizerInfo(
+            path,
+            algorithm.name if algorithm else None,
+            state.is_named,
+            tuple(_group_info(group) for group in state.groups),
+            tuple(SlotInfo(str(n), c.parameters, tuple(sorted(c.dtypes)), c.nbytes) for n, c in slots.items()),
+            dict(sorted(steps.items())),
+            fresh,
+            len(state.orphans()),
+            sum(count.nbytes for count in slots.values()),
+            _kinds_of_names(_named_slots(state), algorithm) if self.alone and state.is_named else {},
+            tuple(self._parameter_infos(path, state, algorithm)) if self.listed else (),
+        )
+
+    def _parameter_infos(
+        self, path: str, state: OptimizerState, algorithm: Algorithm | None
+    ) -> Iterator[ParameterInfo]:
+        group_of = [index for index, group in enumerate(state.groups) for _ in group.params]
+        for position, ((key, name, found), group) in enumerate(zip(state.parameters(), group_of, strict=True)):
+            shown = str(key) if isinstance(key, int | str) else f"#{position}"
+            slots = {str(slot): plain(value) for slot, value in (found or {}).items()}
+            if not self.measured:
+                yield ParameterInfo(name, shown, group, slots)
+                continue
+            from optimstate.surgery._numbers import measured, oddities, second_moments
+
+            numbers = measured(_slots(found or {}), self.progress)
+            where = f"optimizer at {path}, {f'parameter {shown}' if name is None else name}"
+            odd = oddities(numbers, slots.get("step"), second_moments(algorithm))
+            self._odd += [f"{where}: {message}" for _, message in odd]
+            yield ParameterInfo(name, shown, group, slots, numbers)
 
 
-def _model_info(section: Section, *, listed: bool) -> ModelInfo:
-    found = section.tensors()
-    lazy = {name: tensor for name, tensor in found.items() if isinstance(tensor, LazyTensor)}
-    return ModelInfo(
-        section.kind,
-        section.label,
-        len(found),
-        sum(tensor.numel for tensor in lazy.values()),
-        dict(Counter(tensor.dtype for tensor in lazy.values())),
-        sum(tensor.nbytes for tensor in lazy.values()),
-        tuple(tuple(names) for names in tied_names(lazy)),
-        _kinds_of_names(found),
-        {name: describe(tensor) for name, tensor in found.items()} if listed else {},
-    )
+MAX_ODDITIES = 20
 
 
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+def algorithm_of(slots: Iterable[Any], state: OptimizerState) -> Algorithm | None:
+    """The algorithm that a state is of, told by its slots: without fp32 masters, and of nested ones the outermost."""
+    if not state.groups:
+        return None
+    names = {str(slot).partition(".")[0] for slot in slots}
+    return recognise(names - MASTERS or names, state.groups[0].options)
 
 
-def _kinds_of_names(found: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    kinds: dict[str, tuple[int, str]] = {}
-    for name, tensor in found.items():
-        pattern = _INDEX.sub("*", name)
-        known = kinds.get(pattern)
-        kinds[pattern] = (known[0] + 1, known[1]) if known else (1, describe(tensor))
-    return kinds
+def _kinds_of_names(found: Iterable[tuple[str, Any]], algorithm: Algorithm | None = None) -> dict[str, tuple[int, str]]:
+    """Names with their layer indices collapsed: how many, and the first tensor, or the shape that slots tell."""
+    counts: Counter[str] = Counter()
+    first: dict[str, Any] = {}
+    for name, value in found:
+        pattern = collapsed(name)
+        counts[pattern] += 1
+        first.setdefault(pattern, value)
+    return {pattern: (count, _described(first[pattern], algorithm)) for pattern, count in counts.items()}
+
+
+def _described(value: Any, algorithm: Algorithm | None) -> str:
+    if not isinstance(value, dict):
+        return describe(value)
+    shape = parameter_shape({s: v.shape if isinstance(v, LazyTensor) else None for s, v in value.items()}, algorithm)
+    return "shape unknown" if shape is None else str(list(shape))
+
+
+def _named_slots(state: OptimizerState) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((str(name), dict(slots or {})) for _, name, slots in state.parameters())
 
 
 def describe(value: Any) -> str:
@@ -261,13 +258,13 @@ def _plain(value: Any, room: list[int]) -> Any:
 _SHOWN_AS_NUMBER = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
-@dataclass
 class _SlotCount:
     """What is counted of one slot."""
 
-    parameters: int = 0
-    dtypes: set[str] = field(default_factory=set)
-    nbytes: int = 0
+    def __init__(self) -> None:
+        self.parameters = 0
+        self.dtypes: set[str] = set()
+        self.nbytes = 0
 
     def add(self, value: Any) -> None:
         """Count one value."""
@@ -289,12 +286,8 @@ class _SlotCount:
         self.nbytes += times * DTYPES[dtype].itemsize * math.prod(shape)
 
 
-def _is_plain(found: Mapping[Any, Any]) -> bool:
-    """Whether no slot holds others."""
-    return not any(type(value) is not LazyTensor and isinstance(value, Mapping) for value in found.values())
-
-
-def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> OptimizerInfo:
+def _counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str], int]:
+    """What there is of each slot, how many parameters are at each step, and how many have no state."""
     # Checkpoints have few kinds of slots and many tensors: what costs something is done once for each kind.
     tensors: dict[tuple[str, str, tuple[int, ...]], int] = {}
     slots: dict[str, _SlotCount] = {}
@@ -305,31 +298,22 @@ def _optimizer_info(path: str, state: OptimizerState, *, listed: bool) -> Optimi
         if not found:
             fresh += 1
             continue
-        for slot, value in found.items() if _is_plain(found) else _slots(found):
+        for slot, value in found.items():
             if type(value) is LazyTensor:
                 kind = (slot, value.dtype, value.shape)
                 tensors[kind] = tensors.get(kind, 0) + 1
-            else:
-                slots.setdefault(slot, _SlotCount()).add(value)
-            if slot == "step" or (type(slot) is str and slot.endswith(".step")):
-                steps[scalars.text(value)] += 1
+                if slot == "step":
+                    steps[scalars.text(value)] += 1
+                continue
+            for path, inner in _slots({slot: value}):
+                slots.setdefault(path, _SlotCount()).add(inner)
+                if path == "step" or path.endswith(".step"):
+                    steps[scalars.text(inner)] += 1
     for (slot, dtype, shape), times in tensors.items():
         slots.setdefault(slot, _SlotCount()).add_tensors(dtype, shape, times)
     if not steps:  # some algorithms count per group
         steps.update(scalars.text(group.options["step"]) for group in state.groups if "step" in group.options)
-    algorithm = recognise(slots, state.groups[0].options) if state.groups else None
-    return OptimizerInfo(
-        path,
-        algorithm.name if algorithm else None,
-        state.is_named,
-        tuple(_group_info(group) for group in state.groups),
-        tuple(SlotInfo(str(n), c.parameters, tuple(sorted(c.dtypes)), c.nbytes) for n, c in slots.items()),
-        dict(sorted(steps.items())),
-        fresh,
-        len(state.orphans()),
-        sum(count.nbytes for count in slots.values()),
-        tuple(_parameter_infos(state)) if listed else (),
-    )
+    return slots, steps, fresh
 
 
 def _slots(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -353,13 +337,6 @@ def _is_flat(state: OptimizerState) -> bool:
                     return False
                 found_vector = True
     return found_vector
-
-
-def _parameter_infos(state: OptimizerState) -> Iterator[ParameterInfo]:
-    group_of = [index for index, group in enumerate(state.groups) for _ in group.params]
-    for position, ((key, name, found), group) in enumerate(zip(state.parameters(), group_of, strict=True)):
-        shown = str(key) if isinstance(key, int | str) else f"#{position}"
-        yield ParameterInfo(name, shown, group, {str(slot): plain(value) for slot, value in (found or {}).items()})
 
 
 class _ScalarReader:

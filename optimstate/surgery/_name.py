@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CheckpointError, DestinationError, MigrationError
-from optimstate.files import check_destination
+from optimstate.files import Progress, check_destination
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import get_format, open_document
 from optimstate.state.model import OptimizerState
@@ -51,6 +51,7 @@ def name(
     model: str | None = None,
     dry_run: bool = False,
     force: bool = False,
+    progress: Progress | None = None,
 ) -> NameReport:
     """Write a checkpoint whose optimizers have parameter names.
 
@@ -62,6 +63,7 @@ def name(
             This runs the code of that module.
         dry_run: Only report.
         force: Replace an existing destination.
+        progress: Called with the bytes written since the last call.
 
     Raises:
         CheckpointError: The source cannot be read, or has no optimizer.
@@ -85,7 +87,9 @@ def name(
                 raise DestinationError("no destination", hint="Give one, or ask for a dry run.")
             rebuilt = {id(section.node): _with_names(section, naming) for section, naming in found}
             tree = replaced(document.tree, rebuilt)
-            get_format(document.format).write(tree, Path(destination), like=document, options=WriteOptions())
+            get_format(document.format).write(
+                tree, Path(destination), like=document, options=WriteOptions(progress=progress)
+            )
         listing = {
             section.label: tuple(zip(map(str, naming.names), naming.evidence, strict=True)) for section, naming in found
         }

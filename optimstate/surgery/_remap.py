@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from optimstate._record import Record
 from optimstate.errors import DestinationError, RepresentationError
 from optimstate.files import Progress, check_destination
 from optimstate.formats import torch_zip
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_document
-from optimstate.plan.checkpoint import apply_plan
+from optimstate.plan.checkpoint import apply_plan, key_of
 from optimstate.plan.planner import Migration
 from optimstate.plan.rules import Plan
+from optimstate.state.sections import find_sections
 from optimstate.surgery._common import opening, to_json
+from optimstate.surgery._outcomes import Group, Outcome, outcomes, regrouped
 
 __all__ = ["RemapReport", "remap"]
 
 
-@dataclass(frozen=True)
-class RemapReport:
+class RemapReport(Record):
     """What a plan did to a checkpoint, or would do.
 
     Attributes:
@@ -30,6 +31,9 @@ class RemapReport:
         dropped: Per section, the parameters that were dropped.
         kept: Per section, how many parameters kept their name.
         notes: Sections that could not be moved, and why.
+        outcomes: Per section, how many parameters have each slot exact, approximate, fresh or dropped, and why.
+        groups: Per optimizer whose param groups or options change, all its groups.
+        plan: The plan as a file.
     """
 
     source: str
@@ -40,10 +44,15 @@ class RemapReport:
     dropped: Mapping[str, tuple[str, ...]]
     kept: Mapping[str, int]
     notes: tuple[str, ...]
+    outcomes: Mapping[str, tuple[Outcome, ...]]
+    groups: Mapping[str, tuple[Group, ...]]
+    plan: str
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("remap", asdict(self))
+        outcomes = {section: [found._asdict() for found in rows] for section, rows in self.outcomes.items()}
+        groups = {section: [found._asdict() for found in rows] for section, rows in self.groups.items()}
+        return to_json("remap", {**self._asdict(), "outcomes": outcomes, "groups": groups})
 
 
 def remap(
@@ -80,6 +89,8 @@ def remap(
     with opening(source):
         document = open_document(source)
         tree, migration, notes = apply_plan(plan, document.tree)
+        groups = regrouped(migration, document.tree)
+        notes += _scheduled(groups, document.tree)
         if not dry_run:
             if in_place:
                 _rename_in_place(document, tree)
@@ -90,7 +101,18 @@ def remap(
                 notes += get_format(document.format).write(
                     tree, target, like=document, options=WriteOptions(sync=sync, progress=progress)
                 )
-        return _remap_report(source, source if in_place else destination, not dry_run, migration, notes)
+        return _remap_report(source, source if in_place else destination, not dry_run, migration, groups, notes)
+
+
+def _scheduled(groups: Mapping[str, tuple[Group, ...]], tree: Any) -> list[str]:
+    """Schedulers that will set learning rates again, which a plan sets."""
+    if not any(group.changed.keys() & {"lr", "initial_lr"} for found in groups.values() for group in found):
+        return []
+    return [
+        f"{key_of(section)}: it goes on from its own learning rates, and sets lr again at its next step"
+        for section in find_sections(tree)
+        if section.kind == "scheduler"
+    ]
 
 
 def _check_suffix(document: Document, destination: Path) -> Path:
@@ -117,7 +139,12 @@ def _rename_in_place(document: Document, tree: Any) -> None:
 
 
 def _remap_report(
-    source: Path, destination: str | Path | None, written: bool, migration: Migration, notes: list[str]
+    source: Path,
+    destination: str | Path | None,
+    written: bool,
+    migration: Migration,
+    groups: Mapping[str, tuple[Group, ...]],
+    notes: list[str],
 ) -> RemapReport:
     sections = migration.sections.items()
     return RemapReport(
@@ -129,4 +156,7 @@ def _remap_report(
         {key: tuple(name for name, _ in found.dropped) for key, found in sections},
         {key: sum(not m.changes for m in found.moves) for key, found in sections},
         tuple(notes),
+        outcomes(migration),
+        groups,
+        migration.plan.to_toml(),
     )

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optimstate.errors import CorruptCheckpointError
+from optimstate.files import Progress
 from optimstate.formats._protocol import Document
 from optimstate.formats.registry import open_document
 from optimstate.plan.rules import Plan
 from optimstate.state.model import OptimizerState
 from optimstate.state.names import wrapper_prefix
-from optimstate.state.schema import Algorithm, recognise
+from optimstate.state.schema import Algorithm
 from optimstate.state.sections import Section, find_sections
 from optimstate.surgery._common import opening, to_json
 from optimstate.surgery._convert import verify_checksums
-from optimstate.surgery._inspect import describe, plain
+from optimstate.surgery._inspect import algorithm_of, describe, plain
 from optimstate.tensors import LazyTensor
 from optimstate.tree import Opaque, difference, nodes
 
@@ -74,12 +75,13 @@ BLIND = (
 )
 
 
-def verify(path: str | Path, *, numbers: bool = True) -> VerifyReport:
+def verify(path: str | Path, *, numbers: bool = True, progress: Progress | None = None) -> VerifyReport:
     """Look for whatever would make a resumed run differ from the one that was saved.
 
     Args:
         path: A checkpoint file or folder.
         numbers: Look into the tensors, which imports torch: NaN, infinities, empty moments, negative second moments.
+        progress: Called with the bytes read since the last call.
 
     Raises:
         CheckpointError: It cannot be read at all.
@@ -88,12 +90,12 @@ def verify(path: str | Path, *, numbers: bool = True) -> VerifyReport:
         document = open_document(path)
         sections = find_sections(document.tree)
         checked = [f"{len(sections)} sections"]
-        findings = [*_damaged(document, checked)]
+        findings = [*_damaged(document, checked, progress)]
         models = [section for section in sections if section.kind == "model"]
         schedulers = [section for section in sections if section.kind == "scheduler"]
         optimizers = [section for section in sections if section.kind == "optimizer"]
         for section in optimizers:
-            findings += _check_optimizer(section, models, numbers)
+            findings += _check_optimizer(section, models, numbers, progress)
         findings += _check_schedulers(optimizers, schedulers)
         checked.append(f"{len(optimizers)} optimizers, {len(schedulers)} schedulers")
         return VerifyReport(str(path), tuple(findings), tuple(checked), BLIND)
@@ -123,12 +125,12 @@ def verify_against(path: str | Path, source: str | Path, plan: Plan) -> VerifyRe
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
-def _damaged(document: Document, checked: list[str]) -> Iterator[Finding]:
+def _damaged(document: Document, checked: list[str], progress: Progress | None) -> Iterator[Finding]:
     parts = list(_documents(document))
     compared = 0
     for part in parts:
         try:
-            compared += verify_checksums(part)
+            compared += verify_checksums(part, progress)
         except CorruptCheckpointError as error:
             yield Finding("fault", "checksum", part.path.name, error.message)
     checked.append(f"{compared} checksums")
@@ -147,11 +149,12 @@ def _documents(document: Document) -> Iterator[Document]:
 # --- optimizers -----------------------------------------------------------------------------------------------------
 
 
-def _check_optimizer(section: Section, models: list[Section], numbers: bool) -> Iterator[Finding]:
+def _check_optimizer(
+    section: Section, models: list[Section], numbers: bool, progress: Progress | None
+) -> Iterator[Finding]:
     state = section.optimizer()
     where = f"optimizer at {section.label}"
-    slots = {slot for found in state.state.values() for slot in found}
-    algorithm = recognise(slots, state.groups[0].options) if state.groups else None
+    algorithm = algorithm_of({slot for found in state.state.values() for slot in found}, state)
     if any(group.params for group in state.groups) and not state.state:
         yield Finding("note", "coverage", where, "no parameter has state: the run would start afresh")
     yield from _coverage(where, state)
@@ -161,7 +164,7 @@ def _check_optimizer(section: Section, models: list[Section], numbers: bool) -> 
     yield from _names(where, state, models)
     yield from _shapes(where, state, algorithm, models)
     if numbers:
-        yield from _numbers(where, state, algorithm)
+        yield from _numbers(where, state, algorithm, progress)
 
 
 def _labelled(state: OptimizerState) -> list[tuple[str, Mapping[str, Any] | None]]:
@@ -288,37 +291,18 @@ def _shapes(where: str, state: OptimizerState, algorithm: Algorithm | None, mode
             yield Finding("fault", "shapes", f"{where}, {label}", f"shapes disagree: {shown}")
 
 
-def _numbers(where: str, state: OptimizerState, algorithm: Algorithm | None) -> Iterator[Finding]:
-    from optimstate.surgery._numbers import Statistics, statistics
+def _numbers(
+    where: str, state: OptimizerState, algorithm: Algorithm | None, progress: Progress | None
+) -> Iterator[Finding]:
+    from optimstate.surgery._numbers import measured, oddities, second_moments
 
-    second = {slot for slot, kind in algorithm.slots.items() if kind.degree == 2} if algorithm else {"exp_avg_sq"}
+    second = second_moments(algorithm)
     for label, slots in _labelled(state):
-        found: dict[str, Statistics] = {}
-        for slot, value in (slots or {}).items():
-            if isinstance(value, LazyTensor) and value.numel and value.dtype.startswith(("float", "bfloat", "complex")):
-                found[slot] = statistics(value)
-        for slot, numbers in found.items():
-            place = f"{where}, {label}"
-            if numbers.nonfinite:
-                yield Finding(
-                    "fault", "numbers", place, f"{slot}: {numbers.nonfinite} of {numbers.elements} are NaN or inf"
-                )
-            if slot in second and numbers.minimum < 0:
-                yield Finding("fault", "numbers", place, f"{slot} has negative values, down to {numbers.minimum:.3g}")
-        yield from _empty_moments(f"{where}, {label}", slots or {}, found)
-        yield from _equal_moments(f"{where}, {label}", slots or {}, found)
-
-
-def _empty_moments(where: str, slots: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Finding]:
-    step = plain(slots.get("step"))
-    if not isinstance(step, int | float) or step <= 2:
-        return
-    averages = [slot for slot in found if slot != "step" and slots[slot].shape != () and found[slot].elements > 1]
-    empty = [slot for slot in averages if found[slot].norm == 0]
-    if empty and len(empty) == len(averages):
-        yield Finding("fault", "moments", where, f"{', '.join(empty)} are all zero at step {step:g}")
-    elif "exp_avg_sq" in empty and "exp_avg" in averages:
-        yield Finding("fault", "moments", where, f"exp_avg_sq is all zero at step {step:g}, but exp_avg is not")
+        slots = slots or {}
+        found = measured(slots.items(), progress)
+        for check, message in oddities(found, plain(slots.get("step")), second):
+            yield Finding("fault", check, f"{where}, {label}", message)
+        yield from _equal_moments(f"{where}, {label}", slots, found)
 
 
 def _equal_moments(where: str, slots: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Finding]:

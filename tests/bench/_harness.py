@@ -110,6 +110,7 @@ def run_once(command: Sequence[str]) -> Run:
         CommandError: It exited with another code than 0.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_COLOR": "1", "TERM": "dumb"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed tool is not compiled at each start
     with tempfile.TemporaryFile() as report, tempfile.TemporaryFile() as said:
         subprocess.run(
             [sys.executable, "-I", "-S", str(LAUNCHER), str(report.fileno()), *command],

@@ -94,6 +94,12 @@ def listed_slots(said: str) -> None:
         raise CommandError(f"the listing names no slot exp_avg_sq: {said[:200]!r}")
 
 
+def says_its_name(said: str) -> None:
+    """A check that a version or a help was printed."""
+    if "optimstate" not in said:
+        raise CommandError(f"no version and no help: {said[:200]!r}")
+
+
 def against_copies(setting: Setting, title: str, ours: Job, source: Path, *, wall: float) -> list[Row]:
     """A job that streams a file against `cp`, which the goals are set by, and against one that reaches the disk."""
     target = setting.folder / "copy"
@@ -101,6 +107,17 @@ def against_copies(setting: Setting, title: str, ours: Job, source: Path, *, wal
     durable = compare(ours, durable_copy_job(source, target), pairs=setting.pairs, warm_up=0, settle=True)
     rows = standard_rows(f"{title} / cp", measured, wall=wall, peak=STREAM_PEAK)
     return [*rows, Row(f"{title} / cp and sync: wall", durable.wall)]
+
+
+def start(setting: Setting) -> list[Row]:
+    """What it takes to say something at all, against importing what the command line is built on."""
+    rows = []
+    peer = Job("import typer, rich", [sys.executable, "-c", "import typer, rich"])
+    for words in (["--version"], ["--help"], ["remap", "--help"]):
+        ours = Job("start", [*setting.tool, *words], check=says_its_name)
+        measured = compare(ours, peer, pairs=setting.pairs)
+        rows += standard_rows(f"{' '.join(words)} / {peer.name}", measured, wall=2.0, peak=None)
+    return rows
 
 
 def inspect(setting: Setting) -> list[Row]:
@@ -188,6 +205,7 @@ def convert(setting: Setting) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Setting], list[Row]]] = {
+    "start": start,
     "inspect": inspect,
     "remap": remap,
     "in-place": in_place,

@@ -115,7 +115,7 @@ def many(quick: bool) -> None:
     plain = Spread.of([loading.run(None)[0] for _ in range(1 if quick else 2)])
     rows = [
         Row("match_names / no hook", Spread.of([seconds / plain.median for seconds in ours]), 0.1),
-        Row("rename / no hook", Spread.of([seconds / plain.median for seconds in renamed])),
+        Row("rename / no hook", Spread.of([seconds / plain.median for seconds in renamed]), 0.1),
         Row("match_names", Spread.of(ours), None, "s"),
         Row("no hook", plain, None, "s"),
     ]

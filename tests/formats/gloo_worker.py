@@ -1,6 +1,6 @@
 """One of two processes with real shards: `python -m tests.formats.gloo_worker VERB RANK FOLDER`.
 
-save    writes FOLDER/sharded with torch.distributed.checkpoint: tensors cut along dim 0, dim 1, and not at all
+save    writes FOLDER/sharded and others with torch.distributed.checkpoint: tensors cut along dim 0, dim 1, or not
 load    loads FOLDER/written into an FSDP2 model and its optimizer, and writes what arrived to FOLDER/arrived.pt
 """
 
@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard import sharded_tensor
 from torch.distributed._shard.sharded_tensor import Shard as OldShard
+from torch.distributed.checkpoint.filesystem import SerializationFormat
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -50,6 +52,18 @@ def save(folder: Path) -> None:
     placements = {"rows": Shard(0), "columns": Shard(1), "deep": Shard(2), "whole": Replicate(), "tiny": Shard(0)}
     tensors = {name: distribute_tensor(values(name), mesh, [kind]) for name, kind in placements.items()}
     dcp.save({"model": tensors, "epoch": 3, "betas": (0.9, 0.999)}, checkpoint_id=str(folder / "sharded"))
+    nested = {"model": tensors, "epoch": 3}
+    for name, writer in {
+        "hf/sharded": HuggingFaceStorageWriter(str(folder / "hf/sharded"), save_distributed=True),
+        "hf_consolidated": HuggingFaceStorageWriter(
+            str(folder / "hf_consolidated"), save_distributed=True, enable_consolidation=True
+        ),
+        "safetensors": dcp.FileSystemWriter(
+            folder / "safetensors", serialization_format=SerializationFormat.SAFETENSORS
+        ),
+    }.items():
+        dcp.save(tensors if name.startswith("hf") else nested, storage_writer=writer)
+    dcp.save(nested, checkpoint_id=str(folder / "without_collectives"), use_collectives=False)
     rank = dist.get_rank()
     local = tensors["columns"].to_local()
     shards = [OldShard.from_tensor_and_offsets(local, [0, 3 * rank], rank)]

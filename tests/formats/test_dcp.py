@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -29,6 +30,7 @@ from optimstate.formats._dcp_metadata import load_metadata
 from optimstate.formats._tiles import Tile, check_tiling, tiled
 from optimstate.formats.registry import open_document
 from optimstate.state.sections import find_sections
+from optimstate.surgery import convert
 from optimstate.tensors import LazyTensor, Storage
 from optimstate.tree import difference
 from tests import corpus
@@ -108,6 +110,70 @@ def test_shards_along_any_dimension(two_processes: Path) -> None:
     for name, tensor in tree["model"].items():
         assert tensor.tobytes() == raw(gloo_worker.values(name)), name
     assert (tree["epoch"], tree["betas"]) == (3, (0.9, 0.999))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["safetensors", "without_collectives"])
+def test_other_forms_of_two_ranks(name: str, two_processes: Path) -> None:
+    document = open_document(two_processes / name)
+    assert document.tree["epoch"] == 3
+    for key, tensor in document.tree["model"].items():
+        assert (tensor.shape, tensor.tobytes()) == (gloo_worker.SHAPES[key], raw(gloo_worker.values(key))), key
+    noted = any("metadata of 2 ranks" in note for note in document.notes)
+    assert noted == (name == "without_collectives")
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_missing_leaves_a_named_hole(two_processes: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(two_processes / "without_collectives", tmp_path / "a"))
+    (folder / "__1.metadata").unlink()
+    with pytest.raises(CorruptCheckpointError, match=r"tensor 'model\.rows'.*\(7, 4\): \[4:7, 0:4\] is missing"):
+        open_document(folder)
+
+
+@pytest.mark.slow
+def test_ranks_that_contradict_one_another_are_refused(two_processes: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(two_processes / "without_collectives", tmp_path / "a"))
+    file = folder / "__1.metadata"
+    file.write_bytes(file.read_bytes().replace(b"float32", b"float64"))
+    with pytest.raises(CorruptCheckpointError, match=r"'model\.rows' is float32\[7, 4\].*float64\[7, 4\]"):
+        open_document(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hf/sharded", "hf", "hf_consolidated"])
+def test_shards_of_the_hugging_face_writer(name: str, two_processes: Path, tmp_path: Path) -> None:
+    tree = open_document(two_processes / name).tree
+    parts = {"hf": [tree.get("sharded")], "hf_consolidated": [tree, tree.get("sharded")]}.get(name, [tree])
+    for part in parts:
+        assert part is not None
+        (file,) = (key for key in part if key.startswith("model."))
+        for key, tensor in part[file].items():
+            assert (tensor.shape, tensor.tobytes()) == (gloo_worker.SHAPES[key], raw(gloo_worker.values(key))), key
+    convert(two_processes / name, tmp_path / "a.safetensors")
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(loaded[key], gloo_worker.values(key.rpartition(".")[2])) for key in loaded)
+    assert len(loaded) == len(parts) * len(gloo_worker.SHAPES)
+
+
+@pytest.mark.slow
+def test_a_missing_shard_of_the_hugging_face_writer_is_named(two_processes: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(two_processes / "hf/sharded", tmp_path / "a"))
+    (folder / "shard-00001-model-00001-of-00001.safetensors").unlink()
+    with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors: the files of rank 1 \(shard-00001-"):
+        open_document(folder)
+
+
+@pytest.mark.slow
+def test_a_damaged_place_of_a_shard_is_named(two_processes: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(two_processes / "hf/sharded", tmp_path / "a"))
+    file = folder / "shard-00002-model-00001-of-00001.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"[4, 0]", b"[5, 0]"))
+    with pytest.raises(CorruptCheckpointError, match=r"tensor 'rows' in .*shard-00002.*: \[4:5, 0:4\] is missing"):
+        open_document(folder)
+    file.write_bytes(file.read_bytes().replace(b"[5, 0]", b"[-5,0]"))
+    with pytest.raises(CorruptCheckpointError, match=r"shard-00002.*DCP_SHARDING_INFO cannot be read"):
+        open_document(folder)
 
 
 def test_safetensors_serialization(tmp_path: Path) -> None:

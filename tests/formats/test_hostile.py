@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zipfile
 from contextlib import suppress
@@ -25,16 +27,14 @@ from optimstate.formats._unpickle import load
 from optimstate.formats.registry import open_document
 from optimstate.plan.rules import Plan
 from optimstate.state.sections import find_sections
-from optimstate.tensors import DTYPES, Storage
+from optimstate.tensors import Storage
 from optimstate.tree import Opaque, difference, tensors, walk
 from tests import corpus
 
 QUICK = WriteOptions(sync=False)
 
 
-def storage(kind: str, key: str, location: str, numel: int) -> Storage:
-    itemsize = next((row.itemsize for row in DTYPES.values() if row.storage == kind), 1)
-    nbytes = numel * itemsize
+def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
     return Storage((Extent(None, 0, nbytes),), nbytes, kind, location, key)
 
 
@@ -168,6 +168,11 @@ LIES = {
     "tensor larger than its storage": TENSOR.replace(b"K\x04\x85K\x01\x85", b"K\x05\x85K\x01\x85"),
     "tensor of negative size": TENSOR.replace(b"K\x04\x85K\x01\x85", b"J\xff\xff\xff\xff\x85K\x01\x85"),
     "tensor of negative stride": TENSOR.replace(b"K\x04\x85K\x01\x85", b"K\x04\x85J\xff\xff\xff\xff\x85"),
+    "tensor strided True where the one before was strided 1": b"]"
+    + TENSOR
+    + b"a"
+    + TENSOR.replace(b"K\x01\x85", b"\x88\x85")
+    + b"a",
     "tensor of text": TENSOR.replace(b"K\x04\x85K\x01\x85", text("4") + b"K\x01\x85"),
     "huge shape over nothing": TENSOR.replace(b"K\x04\x85K\x01\x85", b"\x8a\x08" + b"\xff" * 7 + b"\x7f\x85K\x01\x85"),
 }
@@ -268,6 +273,56 @@ def test_deep_nesting_is_read_or_refused_and_never_crashes(opener: bytes, tmp_pa
     ):
         with suppress(OptimStateError):
             action()
+
+
+DEEP = b")" + b"\x85" * 300_000
+DEEP_KEYS = {
+    "a key": b"}" + DEEP + b"Ns",
+    "a key put by many": b"}(" + DEEP + b"Nu",
+    "an element of a frozenset": b"(" + DEEP + b"\x91",
+    "an element of a set": b"\x8f(" + DEEP + b"\x90",
+    "a key by way of the memo": b"})q\x00" + b"0h\x00\x85q\x00" * 300_000 + b"Ns",
+    "a key with other things between": b"})" + b"]Na0\x85" * 300_000 + b"Ns",
+    "a key of an OrderedDict": name("collections", "OrderedDict") + b"]" + DEEP + b"N\x86a\x85R",
+    "a parameter of an optimizer": b"}" + text("params") + b"]" + DEEP + b"as",
+    "an argument of an unknown function": name("a", "b") + DEEP + b"\x85R",
+}
+
+READ = """
+import sys
+from optimstate.errors import LimitExceededError
+from optimstate.formats.registry import open_document
+try:
+    open_document(sys.argv[1])
+except LimitExceededError as error:
+    print(error.message)
+"""
+
+
+@pytest.mark.parametrize("what", DEEP_KEYS)
+def test_deep_tuples_do_not_exhaust_the_stack(what: str, tmp_path: Path) -> None:
+    """In a process of its own: what is tested for is that it does not die."""
+    path = tmp_path / "deep.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x04" + DEEP_KEYS[what] + b".")
+        archive.writestr("a/version", b"3\n")
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=True, cwd=root)
+    assert "tuples nested more than 1000 deep" in done.stdout
+    assert str(path) in done.stdout
+
+
+def test_many_shallow_tuples_are_fine() -> None:
+    body = b"}(" + b"".join(b"J" + struct.pack("<i", n) + b"K\x01\x85\x85\x86N" for n in range(20_000)) + b"u"
+    tree, _ = load(pickled(body))
+    assert tree == {(n, ((1,),)): None for n in range(20_000)}
+
+
+def test_what_fails_on_the_large_stack_fails_as_elsewhere() -> None:
+    with pytest.raises(CheckpointError, match="underflow"):
+        load(pickled(b"\x85" * 20_000))
+    with pytest.raises(CheckpointError):
+        load(pickled(b"N" + b"\x85" * 20_000 + b"h\x07"))
 
 
 # --- trees of the wrong shape ---------------------------------------------------------------------------------------

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +247,56 @@ def test_memory_does_not_grow_with_the_checkpoint(kind: str, to: str, tmp_path: 
         source = large_checkpoint(tmp_path / f"{kind}{mib}", kind, mib)
         peaks.append(peak(source, tmp_path / f"out{mib}", to))
     assert peaks[1] - peaks[0] < 16 << 10, peaks
+
+
+@pytest.fixture
+def roomy(tmp_path: Path) -> Iterator[Path]:
+    """A folder for gigabytes: in memory where there is room for them, since a disk would take its time."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < 5 << 30 or available_memory() < 8 << 30:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def available_memory() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+
+
+def sparse_checkpoint(path: Path, mib: int, kind: str) -> Path:
+    """Tensors of this size in a file of nearly no blocks: what was never written reads as zeros."""
+    count = (mib << 20) // 12
+    if kind == "torch":
+        model = {f"w{number}": torch.empty(count) for number in range(3)}
+        group = {"lr": 0.1, "params": ["w0", "w1", "w2"]}
+        with torch.serialization.skip_data():
+            torch.save({"model": model, "optimizer": {"state": {}, "param_groups": [group]}}, path)
+        return path
+    entries = {
+        f"w{n}": {"dtype": "F32", "shape": [count], "data_offsets": [4 * count * n, 4 * count * (n + 1)]}
+        for n in range(3)
+    }
+    header = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 12 * count)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "to"), [("torch", "safetensors"), ("safetensors", "torch"), ("torch", "dcp")])
+def test_three_gigabytes_take_the_memory_of_three_megabytes(kind: str, to: str, roomy: Path) -> None:
+    peaks = []
+    for mib in (3, 3 << 10):
+        source = sparse_checkpoint(roomy / f"{mib}", mib, kind)
+        peaks.append(peak(source, roomy / f"out{mib}", to))
+        assert source.stat().st_blocks * 512 < 1 << 20
+        written = roomy / f"out{mib}"
+        files = list(written.iterdir()) if written.is_dir() else [written]
+        assert sum(file.stat().st_size for file in files) > (mib << 20) - 100
+    assert abs(peaks[1] - peaks[0]) < 64 << 10, peaks
 
 
 def test_sections_of_a_converted_folder_are_found(tmp_path: Path) -> None:

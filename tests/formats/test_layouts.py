@@ -262,8 +262,9 @@ def test_records_say_which_dtype_and_shape_they_stand_for() -> None:
         "scale": "float32",
         "qmap": "float32",
     }
-    tree = open_document(corpus.case("dcp/fsdp2_ws2_dtensor_torchsave_per_rank").entry).tree
-    records = [tensor_record(tree[f"rank{rank}.pt"]["model"]["tok.weight"]) for rank in range(2)]
+    folder = corpus.case("dcp/fsdp2_ws2_dtensor_torchsave_per_rank").entry
+    trees = [open_document(folder / f"rank{rank}.pt").tree for rank in range(2)]  # each alone, not put together
+    records = [tensor_record(tree["model"]["tok.weight"]) for tree in trees]
     assert [str(found) for found in records] == [
         "DTensor float32[33, 8] (_local_tensor float32[17, 8])",
         "DTensor float32[33, 8] (_local_tensor float32[16, 8])",

@@ -21,7 +21,7 @@ from optimstate.errors import (
     RepresentationError,
     UnsupportedCheckpointError,
 )
-from optimstate.formats import safetensors, torch_zip
+from optimstate.formats import _safetensors_file, safetensors, torch_zip
 from optimstate.formats._globals import PLAIN_CLASSES
 from optimstate.formats._protocol import WriteOptions
 from optimstate.formats.registry import open_document
@@ -305,7 +305,7 @@ def test_damage_is_refused_with_the_file_and_place(name: str, tmp_path: Path) ->
 
 def test_headers_beyond_the_limit_are_refused_before_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
-    for length in (safetensors.MAX_HEADER + 1, 1 << 40, (1 << 64) - 1):
+    for length in (_safetensors_file.MAX_HEADER + 1, 1 << 40, (1 << 64) - 1):
         made(path, b"{}", b"", length)
         with pytest.raises(LimitExceededError, match="header"):
             open_document(path)

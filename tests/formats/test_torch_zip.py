@@ -51,8 +51,11 @@ def without_identity(path: Path) -> bytes:
 
 # Pickled with protocol 4: written back with protocol 2, which every torch reads.
 OTHER_PROTOCOL = {"optimstate/protocol_4/checkpoint.pt"}
-# Holds bound methods, which a pickle spells as nested classes are; those are not memoized, methods are.
-OTHER_MEMO = {"mmengine/sgd_paramwise/epoch_2.pth"}
+# Hold bound methods, which a pickle spells as nested classes are, or nested classes: some are memoized, some are not.
+OTHER_MEMO = {
+    "mmengine/sgd_paramwise/epoch_2.pth",
+    *(f"optimstate/ranks_fsdp1/{kind}_rank{rank}.pt" for kind in ("model", "optim") for rank in (0, 1)),
+}
 
 
 @pytest.mark.parametrize("path", ZIPS, ids=identify)
@@ -469,6 +472,22 @@ def test_a_directory_that_lies_is_refused(fields: dict[str, int], message: str, 
     edited_directory(path, "lying/data/1", **fields)
     with pytest.raises(CorruptCheckpointError, match=message):
         open_document(path)
+
+
+def test_a_field_may_look_like_the_signature_of_an_entry(tmp_path: Path) -> None:
+    source, path = corpus.case("torch/adam_named_wd").entry, tmp_path / "a.pt"
+    with zipfile.ZipFile(source) as archive:
+        (entry,) = (found for found in archive.infolist() if found.filename.endswith("/data/0"))
+    field = entry.CRC.to_bytes(4, "little")
+    data = source.read_bytes()
+    assert data.count(field) == 2  # behind the record, and in the directory
+    path.write_bytes(data.replace(field, b"PK\x01\x02"))
+    assert difference(open_document(source).tree, open_document(path).tree) is None
+    document = open_document(path)
+    torch_zip.write(document.tree, tmp_path / "b.pt", like=document, options=QUICK)
+    with zipfile.ZipFile(tmp_path / "b.pt") as archive:
+        (again,) = (found for found in archive.infolist() if found.filename.endswith("/data/0"))
+    assert again.CRC.to_bytes(4, "little") == b"PK\x01\x02"
 
 
 def test_a_record_there_twice_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ NOT_IN_THE_FILE = {
     "dcp/hf_storage_writer": ("optimizer: no optimizer was found",),  # tensors only, no groups, no steps
     "deepspeed/z0_ws1_bf16_adamw": ("8 parameters, the truth has 0",),  # the truth has no optimizer state either
     # Records of tensor subclasses: shown with dtype and shape, not turned into plain tensors.
-    "dcp/fsdp2_ws2_dtensor_torchsave_per_rank": ("_rebuild_from_type_v2 object> cannot be compared with",),
     "torchao/adamw8bit": ("cannot be compared with OptimState8bit",),
 }
 

@@ -23,6 +23,7 @@ from tests.hooks.models import (
     named_state,
     one_group,
     refused,
+    register,
     seeded,
     train,
     two_groups,
@@ -121,18 +122,74 @@ def file_behind(tensor: torch.Tensor) -> str | None:
     return None
 
 
+class WithoutUnused(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.unused
+
+
+MAPPED: dict[str, tuple[Any, list[Any]]] = {
+    "match_names": (Net, [hooks.match_names()]),
+    "rename": (Renamed, [hooks.rename(NEW_NAMES)]),
+    "drop": (WithoutUnused, [hooks.drop_unexpected("unused")]),
+    "hyperparameters": (Net, [hooks.hyperparameters("live")]),
+    "fuse": (lambda: Net(fused=True), [hooks.fuse({"block.qkv": ["block.q", "block.k", "block.v"]})]),
+    "resize": (lambda: Net(rows=8), [hooks.resize("embed.weight")]),
+    "cast_state": (Net, [hooks.cast_state({"exp_avg": "float64"})]),
+}
+# Slots that a hook makes anew; all others must stay where the file is mapped.
+NEW_SLOTS = {"fuse": {"block.qkv.weight", "block.qkv.bias"}, "resize": {"embed.weight"}}
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are read as Linux shows them")
-def test_a_mapped_file_stays_mapped(module: Any, tmp_path: Path) -> None:
-    model, optimizer = trained(module)
+@pytest.mark.parametrize("case", MAPPED)
+def test_what_is_not_changed_stays_mapped(case: str, module: Any, tmp_path: Path) -> None:
+    _, optimizer = trained(module)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    changed = renamed(model)
+    make, given = MAPPED[case]
+    changed = seeded(make)
     resumed = adam(module, changed.named_parameters())
     saved = torch.load(tmp_path / "optimizer.pt", mmap=True)
     pointers = {value.data_ptr() for slots in saved["state"].values() for value in slots.values()}
-    loaded(resumed, saved, hooks.rename(NEW_NAMES))
-    held = [value for slots in resumed.state.values() for value in slots.values()]
-    assert {value.data_ptr() for value in held} == pointers
-    assert all(file_behind(value) == str(tmp_path / "optimizer.pt") for value in held)
+    register(resumed, *given)
+    resumed.load_state_dict(saved)
+    count = 0
+    for name, slots in named_state(resumed, changed).items():
+        for slot, value in slots.items():
+            if (name in NEW_SLOTS.get(case, ()) and slot != "step") or (case == "cast_state" and slot == "exp_avg"):
+                assert value.data_ptr() not in pointers
+            else:
+                assert value.data_ptr() in pointers, (name, slot)
+                assert file_behind(value) == str(tmp_path / "optimizer.pt")
+                count += 1
+    assert count >= 5
+
+
+def test_what_a_new_optimizer_has_loads_into_itself(module: Any) -> None:
+    """As Accelerate does when it prepares one: nothing is resumed yet, whatever names are given for the checkpoint."""
+    model, optimizer = trained(module)
+    saved = copy.deepcopy(optimizer.state_dict())
+    names = saved["param_groups"][0].pop("param_names")
+    changed = renamed(model)
+    changed.side = nn.Linear(4, 4)
+    resumed = adam(module, changed.parameters())
+    given = (
+        hooks.match_names(changed, saved=names),
+        hooks.rename(NEW_NAMES),
+        hooks.fill_missing({"side": "attention.q"}),
+    )
+    loaded(resumed, resumed.state_dict(), *given)
+    assert not resumed.state
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.state[changed.wte.weight]["exp_avg"], optimizer.state[model.embed.weight]["exp_avg"])
+
+
+def test_one_name_where_several_belong_is_refused(module: Any) -> None:
+    for hook in (hooks.duplicate, hooks.split, hooks.fuse):
+        with pytest.raises(PlanError, match="'fc' is given 'abc', expected a list of names"):
+            hook({"fc": "abc"})
+    with pytest.raises(PlanError, match="expected one name"):
+        hooks.rename({"fc": ["a", "b"]})  # type: ignore[dict-item]
 
 
 def test_strip_prefix_in_any_nesting(module: Any) -> None:

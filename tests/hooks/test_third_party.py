@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable
+import io
+import logging
 from typing import Any
 
 import pytest
@@ -15,26 +15,7 @@ from optimstate import hooks
 from optimstate.errors import MigrationError
 from tests import oracle
 from tests.hooks.models import refused, register
-
-lion_pytorch = pytest.importorskip("lion_pytorch")
-schedulefree = pytest.importorskip("schedulefree")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-
-Make = Callable[[Any], torch.optim.Optimizer]
-OPTIMIZERS: dict[str, Make] = {
-    "Lion": lambda params: lion_pytorch.Lion(params, lr=1e-2),
-    "AdamWScheduleFree": lambda params: schedulefree.AdamWScheduleFree(params, lr=1e-2),
-    "SGDScheduleFree": lambda params: schedulefree.SGDScheduleFree(params, lr=1e-2),
-    "bnb.AdamW": lambda params: bitsandbytes.optim.AdamW(params, lr=1e-2),
-    "bnb.AdamW8bit": lambda params: bitsandbytes.optim.AdamW8bit(params, lr=1e-2, min_8bit_size=1),
-    **{
-        name: lambda params, name=name: getattr(pytorch_optimizer, name)(params, lr=1e-2)  # type: ignore[misc]
-        for name in ("AdaBelief", "AdEMAMix", "Adan", "CAME", "Lamb", "Prodigy", "SOAP", "Shampoo", "StableAdamW")
-    },
-}
+from tests.hooks.optimizers import OTHERS, OTHERS_WARN, Make, runs_hooks
 
 
 class Old(nn.Module):
@@ -87,24 +68,21 @@ def train(model: nn.Module, optimizer: Any, start: int, steps: int) -> list[floa
     return losses
 
 
-def registers(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it loads as torch does: bitsandbytes runs no hooks, pytorch_optimizer returns to the unadapted dict."""
-    return not type(optimizer).__module__.startswith(("bitsandbytes", "pytorch_optimizer"))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(*OTHERS_WARN)
 @pytest.mark.parametrize("count", [1, 2], ids=["one group", "two groups"])
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
 def test_it_goes_on_as_if_nothing_had_changed(make: Make, count: int) -> None:
     torch.manual_seed(0)
     model = Old()
-    optimizer = make(groups(model, count))
+    optimizer = make(groups(model, count), lr=1e-2)
     train(model, optimizer, 0, 3)
     saved = copy.deepcopy(optimizer.state_dict())
     changed = New(model)
-    resumed = make(groups(changed, count, flipped=True))
-    if registers(resumed):
-        assert "nothing fills 'tail.weight'" in refused(make(groups(changed, count)), saved, hooks.match_names())
+    resumed = make(groups(changed, count, flipped=True), lr=1e-2)
+    if runs_hooks(resumed):
+        assert "nothing fills 'tail.weight'" in refused(
+            make(groups(changed, count), lr=1e-2), saved, hooks.match_names()
+        )
         register(resumed, hooks.rename(NAMES))
         resumed.load_state_dict(saved)
     else:
@@ -114,3 +92,57 @@ def test_it_goes_on_as_if_nothing_had_changed(make: Make, count: int) -> None:
         resumed.load_state_dict(hooks.adapt(resumed, saved, hooks.rename(NAMES)))
         assert oracle.differences(before, saved) == []
     assert train(changed, resumed, 3, 10) == train(model, optimizer, 3, 10)
+
+
+class Wide(nn.Module):
+    """With a matrix large enough for torchao to keep its moments in blocks of few bits."""
+
+    def __init__(self, first: str, rows: int = 64) -> None:
+        super().__init__()
+        setattr(self, first, nn.Linear(6, 64))
+        self.matrix, self.last = nn.Linear(64, rows), nn.Linear(64, 4)
+        self.first = first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(getattr(self, self.first)(x))
+        return self.last(torch.tanh(self.matrix(hidden)[:, :64]))
+
+
+@pytest.fixture(scope="module")
+def torchao() -> Any:
+    logging.disable(logging.WARNING)  # it tells of kernels that it cannot load
+    try:
+        return pytest.importorskip("torchao.optim")
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one group", "two groups"])
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_moments_that_are_tensor_subclasses_follow_whole(torchao: Any, name: str, count: int) -> None:
+    with torch.compiler.set_stance("force_eager"):  # no compiler is needed to see where state goes
+        make = getattr(torchao, name)
+        torch.manual_seed(0)
+        model = Wide("inner")
+        optimizer = make(groups(model, count), lr=1e-2)
+        train(model, optimizer, 0, 3)
+        stream = io.BytesIO()
+        torch.save(optimizer.state_dict(), stream)
+        stream.seek(0)
+        saved = torch.load(stream, weights_only=False)
+        changed = Wide("outer")
+        renamed = {key.replace("inner", "outer"): value for key, value in model.state_dict().items()}
+        changed.load_state_dict(renamed)
+        resumed = make(groups(changed, count, flipped=True), lr=1e-2)
+        register(resumed, hooks.rename({"inner": "outer"}), hooks.verify_resume())
+        resumed.load_state_dict(saved)
+        moments = resumed.state[changed.matrix.weight]["exp_avg"]
+        assert type(moments) is type(optimizer.state[model.matrix.weight]["exp_avg"]) is not torch.Tensor
+        losses = train(model, optimizer, 3, 10)
+        assert train(changed, resumed, 3, 10) == losses
+        stream.seek(0)
+        larger = make(groups(Wide("inner", rows=72), count), lr=1e-2)
+        register(larger, hooks.resize("matrix"))
+        with pytest.raises(MigrationError, match=r"exp_avg of 'matrix\.weight' cannot follow: .* of a subclass"):
+            larger.load_state_dict(torch.load(stream, weights_only=False))
+        assert not larger.state

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from optimstate import surgery
 from optimstate.errors import MigrationError, PlanError
 from optimstate.plan import lowbit
 from optimstate.plan.execute import execute_optimizer
 from optimstate.plan.explain import explained
+from optimstate.plan.fates import flat_slots
 from optimstate.plan.planner import plan_optimizer
 from optimstate.plan.rules import Plan
-from optimstate.plan.slots import flat_slots
 from optimstate.state.model import OptimizerState
 from optimstate.tensors import to_torch
 from tests.plan.lazy import lazy_tree
@@ -242,3 +244,26 @@ def test_a_plan_that_refuses_approximations_refuses_codes() -> None:
     with pytest.raises(MigrationError, match="exp_avg can only be approximated"):
         converted(saved, "AdamW8bit", '[policy]\napproximate = "refuse"')
     converted(saved, "AdamW32bit", '[policy]\napproximate = "refuse"')
+
+
+def test_files_are_converted_there_and_back(tmp_path: Path) -> None:
+    model, _, saved = trained(torch.optim.AdamW)
+    old, coded, back = (tmp_path / name for name in ("old.pt", "coded.pt", "back.pt"))
+    torch.save({"model": model.state_dict(), "optimizer": saved}, old)
+    report = surgery.convert(old, coded, optimizer="AdamW8bit")
+    assert [(line.slot, line.outcome) for line in next(iter(report.optimizers.values())).slots] == [
+        ("step", "exact"),
+        ("exp_avg", "approximate"),
+        ("exp_avg_sq", "approximate"),
+    ]
+    optimizer = bnb.optim.AdamW8bit(model.parameters(), lr=1.0)
+    optimizer.load_state_dict(torch.load(coded)["optimizer"])
+    assert train(model, optimizer, 3, 1)[-1] < 1.0
+    again = surgery.convert(coded, back, optimizer="AdamW")
+    assert {line.slot: line.outcome for line in next(iter(again.optimizers.values())).slots} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), "exact"
+    )
+    assert "first updates can be large" in next(iter(again.optimizers.values())).slots[2].reason
+    twin = torch.optim.AdamW(model.named_parameters())
+    twin.load_state_dict(torch.load(back)["optimizer"])
+    assert train(model, twin, 3, 1)[-1] < 1.0

@@ -1,0 +1,203 @@
+"""`optimstate plan suggest | check | invert | show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optimstate.cli.app import SETTINGS, Force, Json, Quiet, app, epilog, read_plan
+
+plans = typer.Typer(
+    name="plan",
+    help="Write, check, undo and look at plans: the TOML files that say which parameters are made from which.\n\n"
+    "Torch is never imported and no checkpoint is changed.",
+    short_help="Suggest, check, invert and show plans.",
+    epilog=epilog(
+        "optimstate plan suggest old.pt new-model.pt -o plan.toml",
+        "optimstate plan check plan.toml old.pt --target new-model.pt",
+        "optimstate remap old.pt new.pt --plan plan.toml --force",
+    ),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings=SETTINGS,
+)
+app.add_typer(plans)
+
+PlanFile = Annotated[Path, typer.Argument(help="A plan file (TOML); - reads standard input.", show_default=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write the plan there; - prints it in place of the report."),
+]
+
+
+@plans.command(
+    short_help="Propose the plan from one checkpoint to another.",
+    epilog=epilog(
+        "optimstate plan suggest old.pt new-model.pt -o plan.toml",
+        "optimstate plan suggest old.pt new-model.pt --headers --json",
+        "optimstate plan suggest old.pt new-model.pt -o - | optimstate plan check - old.pt",
+        exits="0 everything is explained, 1 something of TARGET is not, or a rule does not fit SOURCE, "
+        "2 wrong usage, 3 bad input, 5 the destination.",
+    ),
+)
+def suggest(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to be moved.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(help="A checkpoint of the new model; its weights are enough.", show_default=False)
+    ],
+    output: Out = None,
+    headers: Annotated[
+        bool, typer.Option("--headers", help="Compare names and shapes only; contents tell renames more surely.")
+    ] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Propose a plan that makes the names and shapes of TARGET from those of SOURCE.
+
+    Every rule comes with a confidence from 0 to 1 and the reason: the contents are the same, nothing else has the
+    shape, the sizes add up. What no rule explains is listed. Read the plan before you use it.
+    """
+    from optimstate import surgery
+    from optimstate.cli import _render, _render_plan
+
+    _check(output, source, target, force=force, as_json=as_json)
+    with _render.progress("comparing", source, target, quiet=quiet or headers) as advance:
+        report = surgery.suggest_plan(source, target, headers=headers, progress=advance)
+    if not _put(report.plan, output):
+        _render.show(report, _render_plan.suggested, as_json=as_json, quiet=quiet)
+        _wrote(output, quiet=quiet or as_json)
+    if not report.complete:
+        raise typer.Exit(1)
+
+
+@plans.command(
+    short_help="Find everything that is wrong with a plan.",
+    epilog=epilog(
+        "optimstate plan check plan.toml",
+        "optimstate plan check plan.toml old.pt",
+        "optimstate plan check plan.toml old.pt --target new-model.pt --quiet && echo 'it fits'",
+        exits="0 it fits, 2 wrong usage, 3 bad input, 4 it does not fit or cannot be read.",
+    ),
+)
+def check(
+    plan: PlanFile,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="The checkpoint that it is for.", show_default=False)
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="One of the new model, whose names and shapes the result must have."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find everything that is wrong with a plan, at once: alone, for a checkpoint, and for what shall come of it.
+
+    Each problem names the parameter, both sides and the remedy.
+    """
+    from optimstate import surgery
+    from optimstate.cli import _render, _render_plan
+
+    if target is not None and checkpoint is None:
+        raise typer.BadParameter("--target needs the checkpoint that the plan is for")
+    report = surgery.check_plan(read_plan(plan), checkpoint, target=target)
+    _render.show(report, _render_plan.checked, as_json=as_json, quiet=quiet)
+    if not report.fits:
+        raise typer.Exit(4)
+
+
+@plans.command(
+    short_help="Write the plan that undoes a plan.",
+    epilog=epilog(
+        "optimstate plan invert plan.toml",
+        "optimstate plan invert plan.toml old.pt -o back.toml",
+        exits="0 fine, 2 wrong usage, 3 bad input, 4 it loses something and cannot be undone, 5 the destination.",
+    ),
+)
+def invert(
+    plan: PlanFile,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="The checkpoint that it is for, not its result: tells unequal sizes.", show_default=False),
+    ] = None,
+    output: Out = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write the plan that undoes a plan which loses nothing, or say which rules lose what.
+
+    Without --output the plan itself is printed.
+    """
+    from optimstate import surgery
+
+    _check(output, plan, *(() if checkpoint is None else (checkpoint,)), force=force, as_json=as_json)
+    report = surgery.invert_plan(read_plan(plan), checkpoint)
+    if as_json:
+        typer.echo(report.to_json())
+    _put(report.plan, output or (None if as_json or quiet else Path("-")))
+    _wrote(output, quiet=quiet or as_json)
+
+
+@plans.command(
+    short_help="Show what a plan says, and does to a checkpoint.",
+    epilog=epilog(
+        "optimstate plan show plan.toml",
+        "optimstate plan show plan.toml old.pt",
+        "optimstate plan show plan.toml old.pt --params",
+        exits="0 fine, 2 wrong usage, 3 bad input, 4 it does not fit or cannot be read.",
+    ),
+)
+def show(
+    plan: PlanFile,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="The checkpoint that it is for.", show_default=False)
+    ] = None,
+    params: Annotated[
+        bool, typer.Option("--params", help="List every parameter and slot, not layers together.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Show the rules of a plan in order, and with a checkpoint what becomes of its parameters and every slot.
+
+    A slot is exact, approximate, fresh or dropped; the reasons are given.
+    """
+    from optimstate import surgery
+    from optimstate.cli import _render, _render_plan
+
+    report = surgery.show_plan(read_plan(plan), checkpoint)
+    _render.show(
+        report, lambda shown: _render_plan.shown(str(plan), shown, params=params), as_json=as_json, quiet=quiet
+    )
+
+
+def _check(output: Path | None, *sources: Path, force: bool, as_json: bool) -> None:
+    """Refuse what cannot be written before any work is done."""
+    from optimstate import surgery
+
+    if str(output) == "-" and as_json:
+        raise typer.BadParameter("--json has the plan in it: leave out -o -")
+    if output is not None:
+        surgery.check_plan_destination(output, *sources, force=force)
+
+
+def _put(text: str, output: Path | None) -> bool:
+    """Write a plan where it was asked for; whether that was standard output, which then holds nothing else."""
+    from optimstate import surgery
+
+    if output is None:
+        return False
+    if str(output) == "-":
+        typer.echo(text, nl=False)
+        return True
+    surgery.save_plan(text, output)
+    return False
+
+
+def _wrote(output: Path | None, *, quiet: bool) -> None:
+    if output is not None and str(output) != "-" and not quiet:
+        typer.echo(f"wrote {output}")

@@ -1,0 +1,1 @@
+"""The training run behind `optimstate demo`: nothing else imports it."""

@@ -1,0 +1,344 @@
+"""The directory of a zip archive whose records are stored as they are: where each record is, without reading any.
+
+An archive of `torch.save` has a record per tensor, so what is done for each of them is done for all at once, column by
+column: the entries are cut apart at their signatures, and their fields unpacked and checked by builtins.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
+from operator import add, eq, le
+from typing import NamedTuple, NoReturn
+
+from optimstate.errors import (
+    CorruptCheckpointError,
+    LimitExceededError,
+    UnrecognizedFormatError,
+    UnsupportedCheckpointError,
+)
+from optimstate.files import Extent, FileSlice, FileSource
+from optimstate.tensors import Storage
+from optimstate.tree import no_garbage_collection
+
+__all__ = ["CENTRAL", "END", "END64", "LOCAL", "LOCATOR64", "MAX32", "Archive", "Record", "RecordStorage"]
+
+# Structures of the zip format (PKWARE's APPNOTE.TXT, section 4.3), with their signatures.
+LOCAL = struct.Struct("<4s5H3L2H")
+CENTRAL = struct.Struct("<4s6H3L5H2L")
+END = struct.Struct("<4s4H2LH")
+END64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR64 = struct.Struct("<4sLQL")
+MAX32 = 0xFFFFFFFF
+
+_SIGNATURE = b"PK\x01\x02"
+_FIELDS = struct.Struct("<4xHH4x3L3H8xL")  # flags, method, CRC, sizes, lengths of name, extra and comment, offset
+_FIXED = _FIELDS.size  # bytes of an entry between its signature and its name
+
+
+class Record(NamedTuple):
+    """An entry of the archive's directory.
+
+    Attributes:
+        name: Without the root folder.
+        header: Offset of its local header.
+        size: Bytes of its contents.
+        crc: CRC-32 of its contents; 0 also where the writer computed none.
+    """
+
+    name: str
+    header: int
+    size: int
+    crc: int
+
+
+class Records(Mapping[str, Record]):
+    """Records by name, in directory order; made when they are asked for.
+
+    Attributes:
+        positions: Name -> position in the columns.
+        headers, sizes, crcs: The fields of all records, column by column.
+    """
+
+    def __init__(self, names: Sequence[str], headers: Sequence[int], sizes: Sequence[int], crcs: Sequence[int]) -> None:
+        self.positions = dict(zip(names, range(len(names)), strict=True))
+        self.headers = headers
+        self.sizes = sizes
+        self.crcs = crcs
+
+    def __getitem__(self, name: str) -> Record:
+        at = self.positions[name]
+        return Record(name, self.headers[at], self.sizes[at], self.crcs[at])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.positions
+
+
+class Archive:
+    """The directory of a zip file whose records are stored without compression.
+
+    Attributes:
+        source: The file.
+        root: The folder all records are in, with its slash.
+        records: By name without the root, in directory order.
+        entries: The bytes of each record's entry, in the same order.
+        directory_offset: Where the directory begins.
+    """
+
+    def __init__(self, source: FileSource | FileSlice) -> None:
+        self.source = source
+        self.directory_offset, size, count = _find_directory(source)
+        if count * CENTRAL.size > size:
+            raise CorruptCheckpointError(
+                f"the zip directory cannot hold {count} entries in {size} bytes", path=source.path
+            )
+        directory = source.read(self.directory_offset, size)
+        with no_garbage_collection():
+            try:
+                self._entries = directory.split(_SIGNATURE)[1:]
+                columns = self._columns(count)
+            except (
+                struct.error,
+                ValueError,
+            ):  # not where the entries begin: a size or a name may look like a signature
+                self._entries = list(self._walk(directory, count))
+                columns = self._columns(count)
+            self.root, self.records = self._checked(*columns)
+
+    @property
+    def entries(self) -> Iterator[tuple[str, bytes]]:
+        """Name of each record, and the bytes of its entry."""
+        return zip(self.records, (_SIGNATURE + entry for entry in self._entries), strict=True)
+
+    def _walk(self, directory: bytes, count: int) -> Iterator[bytes]:
+        """The entries one after the other, each without its signature."""
+        at = 0
+        for _ in range(count):
+            if at + CENTRAL.size > len(directory):
+                raise self.corrupt("the zip directory is cut off", self.directory_offset + at)
+            stop = at + CENTRAL.size + sum(struct.unpack_from("<3H", directory, at + 28))
+            if not directory.startswith(_SIGNATURE, at) or stop > len(directory):
+                raise self.corrupt("the zip directory is damaged", self.directory_offset + at)
+            yield directory[at + len(_SIGNATURE) : stop]
+            at = stop
+
+    def _columns(self, count: int) -> tuple[Sequence[int], ...]:
+        """Flags, methods, CRCs, sizes, full sizes, lengths of names, offsets.
+
+        Raises:
+            ValueError: The entries do not have the lengths they state.
+        """
+        if len(self._entries) != count:
+            raise ValueError(count)
+        columns = list(zip(*map(_FIELDS.unpack_from, self._entries), strict=True)) or [()] * 9
+        flags, methods, crcs, sizes, full, names, extras, comments, headers = columns
+        lengths = map(add, map(add, names, extras), map(add, comments, repeat(_FIXED)))
+        if not all(map(eq, lengths, map(len, self._entries))):
+            raise ValueError(count)
+        if MAX32 in sizes or MAX32 in full or MAX32 in headers:
+            full, sizes, headers = zip(*map(_zip64, self._entries, full, sizes, headers, names), strict=True)
+        return flags, methods, crcs, sizes, full, names, headers
+
+    def _checked(
+        self,
+        flags: Sequence[int],
+        methods: Sequence[int],
+        crcs: Sequence[int],
+        sizes: Sequence[int],
+        full: Sequence[int],
+        lengths: Sequence[int],
+        headers: Sequence[int],
+    ) -> tuple[str, Records]:
+        """The common folder of the records, and the records."""
+        entries = self._entries
+        ends = list(map(add, map(add, headers, sizes), repeat(LOCAL.size)))
+        sealed = any(flag & 1 for flag in set(flags))
+        if any(methods) or sealed or sizes != full or max(ends, default=0) > self.directory_offset:
+            self._refuse_entries(flags, methods, sizes, full, headers)
+        first = entries[0][_FIXED : _FIXED + lengths[0]] if entries else b""
+        root = first[: first.find(b"/") + 1]
+        if not all(map(bytes.startswith, entries, repeat(root), repeat(_FIXED))):
+            raise UnrecognizedFormatError(
+                "a zip file, but not one of torch.save: no common folder", path=self.source.path
+            )
+        skip = _FIXED + len(root)
+        encoded = [entry[skip : _FIXED + length] for entry, length in zip(entries, lengths, strict=True)]
+        names = [name.decode("utf-8", "replace") for name in encoded]
+        records = Records(names, headers, sizes, crcs)
+        if len(records) != len(names):
+            raise CorruptCheckpointError("the zip directory lists a record twice", path=self.source.path)
+        if not all(map(le, ends, headers[1:])):
+            self._refuse_overlaps(records)
+        return root.decode("utf-8", "replace"), records
+
+    def _refuse_entries(
+        self,
+        flags: Sequence[int],
+        methods: Sequence[int],
+        sizes: Sequence[int],
+        full: Sequence[int],
+        headers: Sequence[int],
+    ) -> NoReturn:
+        """Say why the first entry that cannot be read cannot."""
+        rows = zip(self._entries, flags, methods, sizes, full, headers, strict=True)
+        for entry, flag, method, size, full_size, header in rows:
+            length = int.from_bytes(entry[24:26], "little")
+            shown = entry[_FIXED : _FIXED + length].decode("utf-8", "replace")
+            if method or flag & 1:
+                raise UnsupportedCheckpointError(
+                    f"record {shown!r} is {'encrypted' if flag & 1 else 'compressed'}",
+                    path=self.source.path,
+                    hint="torch.save stores records as they are; load the file with torch and save it again.",
+                )
+            if size != full_size or header + LOCAL.size + size > self.directory_offset:
+                raise self.corrupt(f"record {shown!r} of {size} bytes reaches past the data", header)
+        raise AssertionError("every entry can be read")
+
+    def _refuse_overlaps(self, records: Records) -> None:
+        end = 0
+        for header, size, name in sorted(zip(records.headers, records.sizes, records, strict=True)):
+            if header < end:
+                raise self.corrupt(f"record {name!r} overlaps another", header)
+            end = header + LOCAL.size + size
+
+    def data_offset(self, record: Record) -> int:
+        """Where a record's contents begin; the local header has a padding of its own."""
+        header = self.source.read(record.header, LOCAL.size)
+        fields = LOCAL.unpack(header)
+        if fields[0] != b"PK\x03\x04":
+            raise self.corrupt(f"record {record.name!r} has no local header", record.header)
+        start = record.header + LOCAL.size + int(fields[9]) + int(fields[10])
+        if start + record.size > self.directory_offset:
+            raise self.corrupt(f"record {record.name!r} reaches into the directory", record.header)
+        return start
+
+    def extent(self, record: Record) -> Extent:
+        """The contents of a record."""
+        return self.source.extent(self.data_offset(record), record.size)
+
+    def read(self, record: Record, limit: int) -> bytes:
+        """The contents of a small record, checked against its checksum."""
+        if record.size > limit:
+            raise LimitExceededError(
+                f"record {record.name!r} has {record.size} bytes, over the limit of {limit}", path=self.source.path
+            )
+        data = self.extent(record).read()
+        if record.crc and zlib.crc32(data) != record.crc:
+            raise self.corrupt(f"record {record.name!r} does not match its checksum", record.header)
+        return data
+
+    def corrupt(self, message: str, offset: int) -> CorruptCheckpointError:
+        """An error at an offset of this file."""
+        return CorruptCheckpointError(
+            message,
+            path=self.source.path,
+            place=f"offset {offset}",
+            hint="The file is truncated or damaged; copy it again from its source.",
+        )
+
+
+class RecordStorage(Storage):
+    """A storage that is one record of an archive; where its bytes begin is looked up when they are needed."""
+
+    __slots__ = ("_pieces", "archive", "position")
+
+    _pieces: tuple[Extent, ...]
+
+    def __init__(self, archive: Archive, position: int, nbytes: int, kind: str, location: str, key: str) -> None:
+        self.archive = archive
+        self.position = position
+        self.nbytes = nbytes
+        self.kind = kind
+        self.location = location
+        self.key = key
+
+    @property
+    def crc(self) -> int | None:  # type: ignore[override]
+        """As the directory records it."""
+        return self.archive.records.crcs[self.position] or None
+
+    @property
+    def pieces(self) -> tuple[Extent, ...]:  # type: ignore[override]
+        """The record's contents."""
+        try:
+            return self._pieces
+        except AttributeError:
+            archive = self.archive
+            self._pieces = (archive.extent(archive.records["data/" + self.key]),) if self.nbytes else ()
+            return self._pieces
+
+
+def _find_directory(source: FileSource | FileSlice) -> tuple[int, int, int]:
+    """Offset, size and number of entries of the central directory."""
+    tail_size = min(source.size, END.size + 0xFFFF + LOCATOR64.size)
+    tail = source.read(source.size - tail_size, tail_size)
+    at = _rfind_end(tail)
+    if at < 0:
+        raise CorruptCheckpointError(
+            "the zip directory at the end is missing",
+            path=source.path,
+            place=f"offset {source.size}",
+            hint=_restore_hint(source),
+        )
+    end_offset = source.size - tail_size + at
+    _, _, _, _, count, size, offset, _ = END.unpack_from(tail, at)
+    expected_end = end_offset
+    if at >= LOCATOR64.size and tail[at - LOCATOR64.size : at - LOCATOR64.size + 4] == b"PK\x06\x07":
+        _, _, end64_offset, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
+        end64 = source.read(end64_offset, END64.size)
+        if end64[:4] != b"PK\x06\x06":
+            raise CorruptCheckpointError(
+                "the zip64 directory is damaged", path=source.path, place=f"offset {end64_offset}"
+            )
+        *_, count, size, offset = END64.unpack(end64)
+        expected_end = end64_offset
+    if offset + size != expected_end:
+        raise CorruptCheckpointError(
+            f"the zip directory says it ends at {offset + size}, but it ends at {expected_end}",
+            path=source.path,
+            place=f"offset {end_offset}",
+        )
+    return offset, size, count
+
+
+def _rfind_end(data: bytes) -> int:
+    """Where the last end record that is there in full begins; behind it may be the first bytes of another."""
+    return data.rfind(b"PK\x05\x06", 0, max(len(data) - END.size + 4, 0))
+
+
+def _restore_hint(source: FileSource | FileSlice) -> str:
+    """An interrupted in-place edit leaves the old end inside the file: say how to return to it."""
+    block = 1 << 24
+    for low in range(max(source.size - block, 0), max(source.size - 16 * block, -1), -block):
+        data = source.read(low, min(block + END.size, source.size - low))
+        at = _rfind_end(data)
+        if at >= 0 and data[max(at - LOCATOR64.size, 0) :][:4] == b"PK\x06\x07":
+            size = low + at + END.size
+            return f"An edit in place was interrupted; `truncate -s {size} {source.path}` restores the file as it was."
+        if low == 0:
+            break
+    return "The file is truncated or no checkpoint of torch.save; copy it again from its source."
+
+
+def _zip64(entry: bytes, unpacked: int, packed: int, header: int, name_length: int) -> tuple[int, int, int]:
+    """The sizes and the offset, those that do not fit 32 bits from the entry's zip64 field."""
+    fields = [unpacked, packed, header]
+    if MAX32 in fields:
+        extra = entry[_FIXED + name_length :]
+        at = 0
+        while at + 4 <= len(extra):
+            kind, length = struct.unpack_from("<HH", extra, at)
+            if kind == 1 and at + 4 + length <= len(extra):
+                values = iter(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
+                fields = [next(values, value) if value == MAX32 else value for value in fields]
+                break
+            at += 4 + length
+    return fields[0], fields[1], fields[2]

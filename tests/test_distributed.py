@@ -1,0 +1,245 @@
+"""Sharded models resume under a plan with the trajectory of one process that never changed."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from optimstate import distributed, surgery
+from optimstate.distributed import NamedSavePlanner, load, optimizer_names
+from optimstate.errors import CheckpointNotFoundError, MigrationError, StateMismatchError
+from optimstate.formats._protocol import WriteOptions
+from optimstate.formats.registry import open_document
+from optimstate.plan.rules import Plan
+from optimstate.state.sections import find_sections
+from tests import corpus
+from tests.distributed_worker import OPTIONS, PLAN, TRANSPOSED, After, Before, filled, groups, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """A checkpoint in several containers after five steps, and the losses of the five steps after it."""
+    folder = tmp_path_factory.mktemp("distributed")
+    net = filled(Before())
+    optimizer = torch.optim.AdamW(groups(net), **OPTIONS)
+    train(net, optimizer, range(5))
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, folder / "before.pt")
+    for suffix in ("dcp", "safetensors"):
+        surgery.convert(folder / "before.pt", folder / f"before.{suffix}", options=WriteOptions(sync=False))
+    return folder, train(net, optimizer, range(5, 10))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(trained: tuple[Path, list[float]]) -> list[dict[str, Any]]:
+    folder, _ = trained
+    command = [sys.executable, "-m", "tests.distributed_worker", str(folder)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=240, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"arrived{rank}.pt") for rank in range(2)]
+
+
+def after(folder: Path) -> tuple[After, torch.optim.Optimizer]:
+    """The changed model in one process, moved in the file."""
+    net = After()
+    return net, torch.optim.AdamW(groups(net), **OPTIONS)
+
+
+def expected(folder: Path, tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the same plan gives in files: weights, and slots by name."""
+    surgery.remap(folder / "before.pt", tmp_path / "after.pt", Plan.from_toml(TRANSPOSED), sync=False)
+    moved = torch.load(tmp_path / "after.pt", weights_only=True)
+    state = {
+        name: moved["optimizer"]["state"][key]
+        for group in moved["optimizer"]["param_groups"]
+        for name, key in zip(group["param_names"], group["params"], strict=True)
+    }
+    return moved["model"], state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp", "tp"])
+def test_every_shard_gets_its_part(
+    kind: str, two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    model, state = expected(trained[0], tmp_path)
+    for arrived in (results[kind] for results in two_ranks):
+        assert model.keys() == arrived["model"].keys()
+        assert all(torch.equal(arrived["model"][name], value) for name, value in model.items())
+        assert state.keys() == arrived["state"].keys()
+        for name, slots in state.items():
+            assert all(torch.equal(arrived["state"][name][slot], value) for slot, value in slots.items()), name
+        assert [group["lr"] for group in arrived["options"]] == [1e-2, 1e-2]  # of the checkpoint, not of the script
+        assert [group["weight_decay"] for group in arrived["options"]] == [0.1, 0.0]
+
+
+@pytest.mark.slow
+def test_the_trajectory_is_that_of_one_process(
+    two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    folder, losses = trained
+    surgery.remap(folder / "before.pt", tmp_path / "after.pt", Plan.from_toml(TRANSPOSED), sync=False)
+    moved = torch.load(tmp_path / "after.pt", weights_only=True)
+    net, optimizer = after(folder)
+    net.load_state_dict(moved["model"])
+    optimizer.load_state_dict(moved["optimizer"])
+    alone = train(net, optimizer, range(5, 10))
+    assert alone == pytest.approx(losses, rel=1e-6)  # one matrix was cut into three: the last bits differ
+    for results in two_ranks:
+        assert results["fsdp"]["losses"] == alone
+
+
+@pytest.mark.slow
+def test_no_process_reads_the_whole_state(two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]]) -> None:
+    document = open_document(trained[0] / "before.pt")
+    whole = sum(t.nbytes for section in find_sections(document.tree) for t in _tensors(section))
+    for results in two_ranks:
+        assert results["fsdp"]["nbytes"] < 0.62 * whole  # 7 rows over 2 ranks: one has 4, and every rank the steps
+    assert sum(results["fsdp"]["nbytes"] for results in two_ranks) < 1.1 * whole
+
+
+def _tensors(section: Any) -> list[Any]:
+    if section.kind == "model":
+        return list(section.tensors().values())
+    return [value for slots in section.optimizer().state.values() for value in slots.values()]
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_process_fails_in_all(
+    two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]]
+) -> None:
+    said = [json.loads((trained[0] / f"said{rank}.json").read_text()) for rank in range(2)]
+    assert "StateMismatchError: rank 1 could not load" in said[0][0]
+    assert "nowhere: no such file or folder" in said[0][0]
+    assert said[1][0].startswith("CheckpointNotFoundError")
+    for one in said:
+        assert one[1].startswith("MigrationError")
+        assert "'turned'" in one[1]
+        assert "[5, 3]" in one[1]
+
+
+@pytest.mark.slow
+def test_a_planner_saves_optimizers_by_name(two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]]) -> None:
+    document = open_document(trained[0] / "named.dcp")
+    (optimizer,) = (s.optimizer() for s in find_sections(document.tree) if s.kind == "optimizer")
+    saved = two_ranks[0]["fsdp"]["saved"]
+    assert optimizer.is_named
+    assert set(optimizer.state) == set(saved)
+    assert [len(group.params) for group in optimizer.groups] == [5, 4]
+    for name, slots in saved.items():
+        for slot, value in slots.items():
+            assert optimizer.state[name][slot].tobytes() == value.contiguous().numpy().tobytes(), (name, slot)
+    assert document.tree["epoch"] == 3
+
+
+# --- in one process -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["before.pt", "before.dcp", "before.safetensors"])
+def test_any_container_loads_into_one_process(name: str, trained: tuple[Path, list[float]]) -> None:
+    folder, losses = trained
+    net, optimizer = after(folder)
+    found = load(folder / name, net, optimizer, plan=Plan.from_toml(TRANSPOSED))
+    assert train(net, optimizer, range(5, 10)) == pytest.approx(losses, rel=1e-6)
+    assert {move.target for move in found.migration.sections["optimizer"].moves} == set(optimizer_names(optimizer, net))
+
+
+def test_an_optimizer_without_names_is_named_by_the_model(trained: tuple[Path, list[float]], tmp_path: Path) -> None:
+    folder, losses = trained
+    net = After()
+    plain = [{**group, "params": [p for _, p in group["params"]]} for group in groups(net)]
+    optimizer = torch.optim.AdamW(plain, **OPTIONS)
+    (tmp_path / "plan.toml").write_text(TRANSPOSED)
+    load(folder / "before.pt", net, optimizer, plan=tmp_path / "plan.toml")
+    assert train(net, optimizer, range(5, 10)) == pytest.approx(losses, rel=1e-6)
+    assert "param_names" not in optimizer.param_groups[0]
+
+
+def test_new_parameters_keep_their_weights_and_have_no_state(trained: tuple[Path, list[float]]) -> None:
+    folder, _ = trained
+    net, optimizer = after(folder)
+    net.extra = torch.nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [("extra", net.extra)]})
+    with pytest.raises(MigrationError, match="'extra'"):
+        load(folder / "before.pt", net, optimizer, plan=Plan.from_toml(TRANSPOSED))
+    assert not optimizer.state
+    plan = Plan.from_toml(TRANSPOSED + '\n[[rule]]\nfresh = "extra"\n').with_policy(hyperparameters="live")
+    load(folder / "before.pt", net, optimizer, plan=plan)
+    assert net.extra not in optimizer.state
+    assert torch.equal(net.extra, torch.ones(2))
+    assert net.q.weight in optimizer.state
+
+
+def test_another_precision_is_said(trained: tuple[Path, list[float]]) -> None:
+    folder, _ = trained
+    net = After().bfloat16()
+    optimizer = torch.optim.AdamW(groups(net), **OPTIONS)
+    found = load(folder / "before.pt", net, optimizer, plan=Plan.from_toml(TRANSPOSED))
+    (note,) = (note for note in found.notes if "become" in note)
+    assert note.startswith("28 tensors are float32 in the checkpoint and become bfloat16: ")
+    assert optimizer.state[net.q.weight]["exp_avg"].dtype is torch.bfloat16
+    net, optimizer = after(folder)
+    assert load(folder / "before.pt", net, optimizer, plan=Plan.from_toml(TRANSPOSED)).notes == ()
+
+
+def test_refusals_name_what_to_do(trained: tuple[Path, list[float]]) -> None:
+    folder, _ = trained
+    net, optimizer = after(folder)
+    with pytest.raises(CheckpointNotFoundError):
+        load(folder / "nowhere", net, optimizer)
+    with pytest.raises(MigrationError, match=r"'turned'.*\[5, 3\]"):
+        load(folder / "before.pt", net, optimizer, plan=Plan.from_toml(PLAN))
+    with pytest.raises(StateMismatchError, match="has no optimizer; it has model"):
+        load(corpus.case("transformers/llama_tied_sharded").entry / "model.safetensors.index.json", net, optimizer)
+    with pytest.raises(StateMismatchError, match=r"is not one of the model's.*\n.*after the model was sharded"):
+        load(folder / "before.pt", After(), optimizer, plan=Plan.from_toml(TRANSPOSED))
+
+
+def test_the_planner_takes_names_from_the_caller(tmp_path: Path) -> None:
+    net = filled(Before())
+    optimizer = torch.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, optimizer, range(2))
+    tree = {"model": net.state_dict(), "inner": {"optimizer": optimizer.state_dict()}}
+    with pytest.raises(CheckpointException) as caught:
+        dcp.save(tree, checkpoint_id=str(tmp_path / "a"), planner=NamedSavePlanner())
+    assert "StateMismatchError: the optimizer at inner.optimizer: the parameters" in str(caught.value)
+    assert "Build the optimizer from model.named_parameters()" in str(caught.value)
+    names = list(optimizer_names(optimizer, net))
+    dcp.save(tree, checkpoint_id=str(tmp_path / "b"), planner=NamedSavePlanner(names))
+    assert list(tree["inner"]["optimizer"]["state"]) == list(range(5))
+    (found,) = (s.optimizer() for s in find_sections(open_document(tmp_path / "b").tree) if s.kind == "optimizer")
+    assert list(found.state) == names
+    for key, name in enumerate(names):
+        value = tree["inner"]["optimizer"]["state"][key]["exp_avg"]
+        assert found.state[name]["exp_avg"].tobytes() == value.numpy().tobytes()
+    with pytest.raises(CheckpointException, match="4 names for an optimizer of 5 parameters"):
+        dcp.save(tree, checkpoint_id=str(tmp_path / "c"), planner=NamedSavePlanner(names[:4]))
+
+
+def test_the_guide_names_what_is_there() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    names = {
+        alias.name
+        for block in blocks
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom) and node.module == "optimstate.distributed"
+        for alias in node.names
+    }
+    assert names == set(distributed.__all__) - {"Loaded"}
+    assert {"migration", "nbytes"} <= {field.name for field in dataclasses.fields(distributed.Loaded)}
