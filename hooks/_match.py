@@ -12,9 +12,9 @@ from optimstate.hooks._live import Consecutive
 from optimstate.hooks._report import Report
 from optimstate.hooks._request import METADATA, Request, StateDict, is_settled
 from optimstate.plan.execute import execute_optimizer
+from optimstate.plan.fates import flat_slots
 from optimstate.plan.migration import SectionMoves, Target
 from optimstate.plan.planner import plan_optimizer
-from optimstate.plan.slots import flat_slots
 from optimstate.plan.values import shape_of
 from optimstate.state.model import Group, OptimizerState, Slots
 from optimstate.state.schema import Algorithm, parameter_shape, recognise

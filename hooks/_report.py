@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from optimstate.plan.execute import outcome_of
+from optimstate.plan.fates import slot_name
 from optimstate.plan.migration import Move, SectionMoves
-from optimstate.plan.slots import slot_name
 
 __all__ = ["Report"]
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from optimstate.errors import MigrationError, PlanError
-from optimstate.plan.slots import SlotPath, flat_slots, slot_name
+from optimstate.plan.fates import SlotPath, flat_slots, slot_name
 from optimstate.plan.values import copied, number_of, shape_of
 from optimstate.state.model import Slots
 from optimstate.state.schema import conventional, recognise

@@ -13,7 +13,7 @@ import torch
 
 from optimstate.errors import OptimStateWarning, StateMismatchError
 from optimstate.hooks._load import LOGGER, LoadHook
-from optimstate.plan.slots import flat_slots, slot_name
+from optimstate.plan.fates import flat_slots, slot_name
 from optimstate.plan.values import number_of, shape_of
 from optimstate.state.schema import Algorithm, conventional, recognise
 

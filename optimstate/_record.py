@@ -25,10 +25,15 @@ def field(*, default_factory: Callable[[], Any]) -> Any:
 class _Fields:
     """What the functions of `dataclasses` look for, made when one of them asks."""
 
-    def __get__(self, _: Any, kind: type[Record]) -> dict[str, Any]:
-        from dataclasses import fields, make_dataclass
+    def __init__(self) -> None:
+        self._made: dict[Any, dict[str, Any]] = {}
 
-        return {found.name: found for found in fields(make_dataclass(kind.__name__, kind._fields))}
+    def __get__(self, _: Any, kind: Any) -> dict[str, Any]:
+        if kind not in self._made:
+            from dataclasses import fields, make_dataclass
+
+            self._made[kind] = {found.name: found for found in fields(make_dataclass(kind.__name__, kind._fields))}
+        return self._made[kind]
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
@@ -39,37 +44,40 @@ class Record:
     """
 
     _fields: ClassVar[tuple[str, ...]] = ()
+    _required: ClassVar[int] = 0  # the fields before the first with a default
     _factories: ClassVar[dict[str, Callable[[], Any]]] = {}
     __dataclass_fields__: ClassVar[dict[str, Any]] = _Fields()  # type: ignore[assignment]
 
     def __init_subclass__(cls) -> None:
         own = [name for name, kind in cls.__annotations__.items() if "ClassVar" not in kind]
-        cls._fields = cls.__match_args__ = (*cls._fields, *own)  # type: ignore[attr-defined, misc]
         made = {name: value.make for name in own if isinstance(value := cls.__dict__.get(name), _Factory)}
+        cls._required += sum(name not in cls.__dict__ for name in own)
         cls._factories = {**cls._factories, **made}
+        cls._fields = cls.__match_args__ = (*cls._fields, *own)  # type: ignore[attr-defined, misc]
 
     def __init__(self, *args: Any, **named: Any) -> None:
         values = self.__dict__
         values.update(zip(self._fields, args))  # noqa: B905 - checked where they differ in number
-        if named or len(args) != len(self._fields):
-            self._complete(args, named)
+        if named:
+            self._take(args, named)
+        elif not self._required <= len(args) <= len(self._fields):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self._fields)}; got {len(args)} values")
+        for name in self._factories:
+            if name not in values:
+                values[name] = self._factories[name]()
         self.__post_init__()
 
-    def _complete(self, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Fill in defaults, refuse what does not fit."""
-        cls, fields, values = type(self), self._fields, self.__dict__
+    def _take(self, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Values given by name; defaults stay with the class."""
+        fields, values = self._fields, self.__dict__
+        wrong = [name for name in named if name not in fields or name in values]
+        missing = [name for name in fields[: self._required] if name not in values and name not in named]
+        if wrong or missing or len(args) > len(fields):
+            raise TypeError(
+                f"{type(self).__name__} takes {', '.join(fields)} once each; "
+                f"got {len(args)} values and {', '.join(named)}"
+            )
         values.update(named)
-        wrong = [name for name in named if name not in fields or name in fields[: len(args)]]
-        if wrong or len(args) > len(fields):
-            raise TypeError(f"{cls.__name__} takes {', '.join(fields)} once each; got {len(args)} values and {wrong}")
-        for name in fields[len(args) :]:
-            if name not in values:
-                if name in self._factories:
-                    values[name] = self._factories[name]()
-                elif not hasattr(cls, name):
-                    raise TypeError(f"{cls.__name__} needs {name}")
-                else:
-                    values[name] = getattr(cls, name)
 
     def __post_init__(self) -> None:
         pass
@@ -81,7 +89,7 @@ class Record:
         raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be deleted")
 
     def _values(self) -> tuple[Any, ...]:
-        return tuple(map(self.__dict__.__getitem__, self._fields))
+        return tuple([getattr(self, name) for name in self._fields])
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):

@@ -19,6 +19,7 @@ __all__ = [
     "ITEMSIZE_OF_STORAGE",
     "LazyTensor",
     "Storage",
+    "computed",
     "concatenated",
     "contiguous_strides",
     "filled",
@@ -542,14 +543,29 @@ def mapped(tensor: LazyTensor, dtype: str, function: Callable[[Any], Any]) -> La
     source, itemsize = Storage(tensor.extents(), tensor.nbytes), tensor.itemsize
     like = tensor.viewed((tensor.numel,), (1,), 0)
 
-    def make(first: int, last: int) -> bytes:
+    def block(first: int, last: int) -> Any:
         pieces = source.cut(first * itemsize, last * itemsize)
-        block = _with_pieces(like, pieces, tensor.dtype, (last - first,))
-        return _bytes_of(function(to_torch(block)))
+        return function(to_torch(_with_pieces(like, pieces, tensor.dtype, (last - first,))))
 
-    width = DTYPES[dtype].itemsize
-    pieces = (Extent(_Rows(width, make), 0, tensor.numel * width),) if tensor.numel else ()
-    return _with_pieces(tensor, pieces, dtype, tensor.shape)
+    return computed(tensor, dtype, tensor.shape, block)
+
+
+def computed(like: LazyTensor, dtype: str, shape: tuple[int, ...], function: Callable[[int, int], Any]) -> LazyTensor:
+    """Elements that torch computes when they are read, a block at a time.
+
+    Args:
+        like: A tensor whose place in the file and device the result takes.
+        dtype: Of the result.
+        shape: Of the result.
+        function: Takes the first element, in row-major order, and the one after the last; gives a torch tensor of them.
+    """
+    width, count = DTYPES[dtype].itemsize, prod(shape)
+
+    def make(first: int, last: int) -> bytes:
+        return _bytes_of(function(first, last))
+
+    pieces = (Extent(_Rows(width, make), 0, count * width),) if count else ()
+    return _with_pieces(like, pieces, dtype, shape)
 
 
 def reduced(

@@ -58,6 +58,7 @@ def apply_plan(
         _refuse_other_parameters(section, migration)
     rebuilt = checkpoint.rebuilt(migration)
     notes = [f"{key_of(section)}: no parameter names, left as it is" for section in checkpoint.anonymous]
+    notes += checkpoint.schedules_left(migration)
     return _stamped(plan, replaced(tree, rebuilt)), migration, notes + migration.notes
 
 
@@ -173,8 +174,30 @@ class _Checkpoint:
         return {
             id(section.node): rebuilt_mapping(section.node, followed(section.node, moves))
             for section, moves in pairs
-            if moves in changed and isinstance(section.node, Mapping)
+            if any(moves is other for other in changed) and isinstance(section.node, Mapping)
         }
+
+    def schedules_left(self, migration: Migration) -> list[str]:
+        """Learning rates that the plan sets although a schedule computes them from something else."""
+        if not self.schedulers:
+            return []
+        return [
+            f"{key}: param group {number} gets lr = {group.options['lr']!r}, but {key_of(self.schedulers[0])} goes on "
+            "from the initial learning rate it had, to which most schedules return at the next step: set initial_lr too"
+            for key, moves in migration.sections.items()
+            for number, group in enumerate(moves.groups)
+            if number in _set_in(self.plan, moves, "lr") and number not in _set_in(self.plan, moves, "initial_lr")
+        ]
+
+
+def _set_in(plan: Plan, moves: SectionMoves, option: str) -> set[int]:
+    """The param groups of the result whose `[[group]]` table sets an option."""
+    tables = [rule for rule in plan.groups if option in rule.set]
+    return {
+        number
+        for number, group in enumerate(moves.groups)
+        if any(option in group.options and rule is group.rule for rule in tables)
+    }
 
 
 def _plain_tensors(section: Section, prefix: str) -> dict[str, Any]:
@@ -264,16 +287,19 @@ def _moved_metadata(metadata: Mapping[str, Any], moves: SectionMoves, prefix: st
         for leaf in ex.leaves(move.expression)
     ]
     modules = renamed_modules(pairs)
-    lost = renamed_modules((prefix + name, prefix + name) for name, _ in moves.dropped).keys() - modules.keys()
-    made: dict[str, Any] = {}
+    lost = renamed_modules((prefix + name, prefix + name) for name, _ in moves.dropped).keys() - modules.keys() - {""}
+    if "" in modules.get("", ()):  # what is beside modules that stayed, stays
+        modules[""] = [""]
+    made: dict[str, Any] = {"": metadata[""]} if "" in metadata else {}  # there is always a root
     for name, value in metadata.items():
         if name in lost:
             continue
         owner = name
         while owner and owner not in modules:  # a module without parameters moves with the one around it
             owner = owner.rpartition(".")[0]
+        inner = name[len(owner) :].lstrip(".")
         for target in modules.get(owner, [owner]):
-            made[target + name[len(owner) :]] = value
+            made[".".join(filter(None, (target, inner)))] = value
     return rebuilt_mapping(metadata, made)
 
 

@@ -1,8 +1,8 @@
 """From the state of one optimizer to that of another: what has a meaning in both, and what is lost.
 
 The exponential averages of the gradient and of its square mean the same in the whole Adam family; Adafactor keeps means
-of the latter; a momentum buffer of SGD is the average that Muon keeps, but for a factor. What has no meaning is
-refused.
+of the latter; a momentum buffer of SGD is the average that Muon keeps, but for a factor. bitsandbytes' optimizers are
+those of the same name with slots of their own, which `lowbit` codes and decodes. What has no meaning is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optimstate._record import Record
+from optimstate.plan import lowbit
 from optimstate.plan.expressions import Shape
 from optimstate.plan.values import copied, kernel_of, number_of, shape_of
 from optimstate.state.model import Group, OptimizerState, Slots
@@ -41,6 +42,7 @@ class Conversion(Record):
     Attributes:
         source: The algorithm it is.
         target: The one it becomes.
+        keeps_betas: Whether decay rates mean the same in both.
         report: What becomes of each slot.
         convert: Makes the new slots of a parameter from the old ones and its group's new options.
     """
@@ -49,13 +51,14 @@ class Conversion(Record):
     target: str
     report: tuple[Lost, ...]
     convert: Convert
+    keeps_betas: bool = True
 
     def apply(self, state: OptimizerState) -> OptimizerState:
         """The converted state; parameters without state have none afterwards either."""
         made: dict[Any, Slots] = {}
         groups = []
         for group in state.groups:
-            options = _options(self.target, group.options)
+            options = _options(self.target, group.options, keeps_betas=self.keeps_betas)
             for key in group.params:
                 slots = state.state.get(key)
                 if slots:
@@ -82,29 +85,39 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Muon": {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, "eps": 1e-7, "ns_steps": 5}
     | {"ns_coefficients": (3.4445, -4.775, 2.0315), "adjust_lr_fn": None},
 }
+_CODED = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+_CODED_ADAM = {**_CODED, "alpha": 0.0, "t_alpha": None, "t_beta3": None}
+_CODED_LION = {**_CODED, "lr": 1e-4, "betas": (0.9, 0.99), "eps": 0.0}
+_DEFAULTS |= {f"{name}{bits}bit": _CODED_ADAM for name in ("Adam", "AdamW") for bits in (8, 32)}
+_DEFAULTS |= {f"Lion{bits}bit": _CODED_LION for bits in (8, 32)}
 _DEFAULTS["AdamW"] = {**_DEFAULTS["Adam"], "decoupled_weight_decay": True}
 # What a scheduler keeps in the groups is not the optimizer's and stays.
 _SCHEDULED = ("initial_lr", "max_lr", "min_lr", "swa_lr", "name")
 # The same word for other things: epsilons and decay rates do not carry over between these families.
-_OWN = {"Lion": {"betas"}, "Adafactor": {"eps"}, "Muon": {"eps"}}
+_OWN = {"Adafactor": {"eps"}, "Muon": {"eps"}, "Lion8bit": {"eps"}, "Lion32bit": {"eps"}}
 
 
-def _options(target: str, old: Mapping[str, Any]) -> dict[str, Any]:
+def _options(target: str, old: Mapping[str, Any], *, keeps_betas: bool) -> dict[str, Any]:
     """The options of a group: those both have as they were, the others at the new algorithm's defaults."""
     own = _OWN.get(target, set()) | ({"eps"} if isinstance(old.get("eps"), tuple | list) else set())
-    own |= {"decoupled_weight_decay"}
+    own |= {"decoupled_weight_decay"} | (set() if keeps_betas else {"betas"})
     made = {key: old.get(key, value) if key not in own else value for key, value in _DEFAULTS[target].items()}
     return {**made, **{key: old[key] for key in _SCHEDULED if key in old}}
 
 
 def plan_conversion(
-    source: Algorithm | None, target: str, shapes: Mapping[str, Shape | None], problems: list[str]
+    source: Algorithm | None,
+    target: str,
+    state: OptimizerState,
+    shapes: Mapping[str, Shape | None],
+    problems: list[str],
 ) -> Conversion | None:
     """How to convert; None, with a problem noted, where it has no meaning, and None where nothing changes.
 
     Args:
         source: The algorithm whose state it is; None where it was not recognised.
         target: The name of the other.
+        state: What is converted, of which nothing is read but the names of slots and options.
         shapes: Of the result's parameters, where known.
         problems: Added to.
     """
@@ -117,7 +130,14 @@ def plan_conversion(
     name = "Adam" if source.name == "Adam or AdamW" else source.name
     if name == target:
         return None
-    found = _conversion(name, target)
+    goal = target.removesuffix("8bit").removesuffix("32bit")
+    if name == "bitsandbytes":
+        found = _unpacked(state, goal, packed=goal != target)
+    else:
+        found = _conversion(name, goal) if name != goal else _unchanged(goal)
+    if found is not None and goal != target:
+        slots = {slot for found in state.state.values() for slot in lowbit.unnested(found)}
+        found = _packed(*found, bits=8 if target.endswith("8bit") else 32, old=slots)
     if found is None:
         problems.append(
             f"the state of {source.name} has no meaning in {target}: "
@@ -127,14 +147,93 @@ def plan_conversion(
     if target == "Muon" and (other := [key for key, shape in shapes.items() if shape is not None and len(shape) != 2]):
         problems.append(f"Muon takes matrices alone, and {other[0]!r} has the shape {list(shapes[other[0]] or ())}")
     report, convert = found
-    return Conversion(source.name, target, tuple(Lost(*line) for line in report), convert)
+    keeps_betas = goal != "Lion" or name in ("Lion", "bitsandbytes")
+    return Conversion(source.name, target, tuple(Lost(*line) for line in report), convert, keeps_betas)
+
+
+Found = tuple[Sequence[tuple[str, str, str]], Convert]
+_CODED_SLOTS = {"exp_avg": "state1", "exp_avg_sq": "state2"}
+
+
+def _unchanged(name: str) -> Found:
+    kept = ("exp_avg",) if name == "Lion" else ("step", *_CODED_SLOTS)
+    return [(slot, "exact", "") for slot in kept], lambda old, _: dict(old)
+
+
+def _unpacked(state: OptimizerState, goal: str, *, packed: bool) -> Found | None:
+    """From bitsandbytes' slots; to slots of its own for the same moments, codes stay what they are."""
+    family = _coded_family(state)
+    if family is None:
+        return None
+    same = goal == family or (family == "AdamW" and goal == "Adam")
+    if same and packed:
+        return _unchanged(family)[0], lambda old, _: lowbit.unnested(old)
+    inner = _unchanged(family) if same else _conversion(family, goal)
+    if inner is None:
+        return None
+    report, convert = inner
+    if any("qmap2" in lowbit.unnested(slots) for slots in state.state.values()):
+        zeros = "as its codes say: 0 where it was far below its block's greatest, where first updates can be large"
+        report = [
+            (*line[:2], "; ".join(filter(None, (line[2], zeros)))) if line[0] == "exp_avg_sq" else line
+            for line in report
+        ]
+
+    def converting(old: Slots, options: Mapping[str, Any]) -> dict[str, Any]:
+        own = lowbit.unnested(old)
+        made = {slot: lowbit.decoded(own, name[-1]) for slot, name in _CODED_SLOTS.items() if name in own}
+        step = {} if family == "Lion" else {"step": _scalar_like(made["exp_avg"], float(number_of(own["step"])))}
+        return convert({**step, **made}, options)
+
+    return report, converting
+
+
+def _coded_family(state: OptimizerState) -> str | None:
+    """Whose moments bitsandbytes' slots hold: Lion's, or those of Adam and AdamW, which keep the same; else None."""
+    first: Mapping[str, Any] = next((lowbit.unnested(slots) for slots in state.state.values()), {})
+    options = state.groups[0].options
+    betas = options["betas"]
+    if "unorm_vec" in first or len(betas) != 2 or options.get("alpha"):  # LAMB, LARS, AdEMAMix
+        return None
+    if "state2" in first:
+        return "AdamW"
+    return "Lion" if all(betas) and not options.get("eps") else None
+
+
+def _packed(report: Sequence[tuple[str, str, str]], convert: Convert, *, bits: int, old: set[str]) -> Found:
+    """To bitsandbytes' slots: in codes of 8 bits, or in 32. What an 8-bit optimizer of its own has, stays as it is."""
+    lines = []
+    stays = bits == 8 and "qmap1" in old
+    for slot, outcome, reason in report:
+        if bits == 8 and slot in _CODED_SLOTS and outcome != "dropped" and not (stays and outcome == "exact"):
+            bound = lowbit.error_bound(signed=slot == "exp_avg")
+            said = f"in codes of 8 bits, within {bound:.2%} of the greatest of each {lowbit.BLOCK} neighbours"
+            lines.append((slot, "approximate", "; ".join(filter(None, (reason, said)))))
+        else:
+            lines.append((slot, outcome, reason))
+    if "max_exp_avg_sq" in old:
+        lines.append(("max_exp_avg_sq", "dropped", "bitsandbytes has no AMSGrad"))
+
+    def packing(slots: Slots, options: Mapping[str, Any]) -> dict[str, Any]:
+        found = convert(slots, options)
+        made: dict[str, Any] = {"step": int(number_of(found["step"])) if "step" in found else 0}
+        for slot, name in _CODED_SLOTS.items():
+            number = name[-1]
+            if stays and name in found:
+                made.update({key: found[key] for key in (name, f"qmap{number}", f"absmax{number}") if key in found})
+            elif name in found or slot in found:
+                value = lowbit.decoded(found, number) if name in found else found[slot]
+                made.update(lowbit.coded(value, number, signed=slot == "exp_avg") if bits == 8 else {name: value})
+        return lowbit.written(made)
+
+    return lines, packing
 
 
 _ADAMS = ("Adam", "AdamW", "NAdam", "RAdam")
 _SAME = "it means the same in both"
 
 
-def _conversion(source: str, target: str) -> tuple[Sequence[tuple[str, str, str]], Convert] | None:
+def _conversion(source: str, target: str) -> Found | None:
     if source in _ADAMS and target in _ADAMS:
         return _within_adam(source, target)
     if source in _ADAMS and target == "Adamax":
@@ -181,7 +280,7 @@ def _conversion(source: str, target: str) -> tuple[Sequence[tuple[str, str, str]
     return None
 
 
-def _within_adam(source: str, target: str) -> tuple[Sequence[tuple[str, str, str]], Convert]:
+def _within_adam(source: str, target: str) -> Found:
     report = [("step", "exact", ""), ("exp_avg", "exact", _SAME), ("exp_avg_sq", "exact", _SAME)]
     if source == "NAdam":
         report.append(("mu_product", "dropped", f"{target} has none"))

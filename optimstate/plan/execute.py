@@ -6,13 +6,13 @@ The state that is read is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf
+from optimstate.plan.fates import Fate, SlotPath, nested
 from optimstate.plan.migration import Move, SectionMoves
-from optimstate.plan.slots import Fate, SlotPath
 from optimstate.plan.values import LIVE, copied, evaluated, identity, kernel_of
 from optimstate.state.model import Group, Member, OptimizerState, ParameterKey, Slots
 from optimstate.tensors import LazyTensor
@@ -34,7 +34,9 @@ def execute_optimizer(section: SectionMoves, state: OptimizerState) -> Optimizer
         return state
     old = {str(name): (key, slots) for key, name, slots in state.parameters()}
     builder = _Builder({name: slots for name, (_, slots) in old.items()})
-    slots = {move.target: builder.slots(move) for move in section.moves}
+    apart = [move for move in section.moves if section.requantized and not move.is_moved_whole]
+    slots = _requantized(apart, old) if apart else {}
+    slots |= {move.target: builder.slots(move) for move in section.moves if move.target not in slots}
     if section.flat is not None:
         slots = _with_flat(section, old, slots)
     keys = {move.target: _key(move, old) for move in section.moves}
@@ -49,6 +51,17 @@ def execute_optimizer(section: SectionMoves, state: OptimizerState) -> Optimizer
         groups.append((template, [Member(name, keys[name], slots[name]) for name in group.members]))
     made = state.rebuilt(groups)
     return made if section.conversion is None else section.conversion.apply(made)
+
+
+def _requantized(
+    moves: Sequence[Move], old: Mapping[str, tuple[ParameterKey, Slots | None]]
+) -> dict[str, Slots | None]:
+    """8-bit slots of what is not moved whole: decoded, carried along, and coded again."""
+    from optimstate.plan import lowbit
+
+    builder = _Builder({name: lowbit.plain(slots) if slots else slots for name, (_, slots) in old.items()})
+    made = {move.target: builder.slots(move) for move in moves}
+    return {name: lowbit.recoded(slots) if slots else slots for name, slots in made.items()}
 
 
 def _keyed_by_name(state: OptimizerState) -> bool:
@@ -111,15 +124,12 @@ class _Builder:
             first = (move.expression.name, ()) not in self._moved
             self._moved.add((move.expression.name, ()))
             return slots if first else {key: copied(value) for key, value in slots.items()}
-        made: dict[Any, Any] = {}
+        made: dict[SlotPath, Any] = {}
         for path, fate in move.slots.items():
             expression = fate.made if fate.made is not None else move.expression
             if expression is not None and fate.outcome in ("exact", "approximate"):
-                node = made
-                for key in path[:-1]:
-                    node = node.setdefault(key, {})
-                node[path[-1]] = self.value(expression, path)
-        return made or None
+                made[path] = self.value(expression, path)
+        return nested(made) or None
 
     def value(self, expression: Expr, path: SlotPath = ()) -> Any:
         """The value of a translated expression; leaves that name no slot stand for the one at `path`."""

@@ -185,15 +185,17 @@ class Node:
 Expr = Leaf | Node
 
 
-def leaves(expression: Expr) -> Iterator[Leaf]:
+def leaves(expression: Expr) -> list[Leaf]:
     """The sources in order; one that is used twice comes twice."""
+    found: list[Leaf] = []
     stack: list[Expr] = [expression]
     while stack:
-        found = stack.pop()
-        if isinstance(found, Leaf):
-            yield found
+        item = stack.pop()
+        if isinstance(item, Leaf):
+            found.append(item)
         else:
-            stack.extend(reversed(found.inputs))
+            stack.extend(item.inputs[::-1])
+    return found
 
 
 def steps(expression: Expr) -> Iterator[Step]:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Node, Shape
+from optimstate.plan.fates import Fate, Outcome, Parameter, SlotPath, slot_name
 from optimstate.plan.values import shape_of
 from optimstate.state.schema import Slot
 
 if TYPE_CHECKING:
-    from optimstate.plan.slots import Fate, Outcome, Parameter, SlotPath, SlotPlanner
+    from optimstate.plan.slots import SlotPlanner
 
 __all__ = ["factored_fates"]
 
@@ -64,8 +65,6 @@ def factored_fates(
         made: The other slots' fates; the ones decided here are added.
         problems: What cannot be decided is added.
     """
-    from optimstate.plan.slots import slot_name
-
     shape = expression.shape
     if shape is None:
         problems.append(f"{target}: its shape is not known, so its row and column means cannot follow")
@@ -106,8 +105,6 @@ def _fate(
     path: SlotPath,
 ) -> Fate:
     """The mean over `dim` of the result, from whichever of the two means is one over it."""
-    from optimstate.plan.slots import Fate
-
     reasons = []
     for source, axis in ((row, -1), (col, -2)) if path == row else ((col, -2), (row, -1)):
         try:
@@ -274,8 +271,6 @@ def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
 
 def _raise_vectors(planner: SlotPlanner, expression: Expr, shape: Shape, made: dict[SlotPath, Fate]) -> None:
     """Vectors that became a matrix: their full second moment becomes means over rows and columns."""
-    from optimstate.plan.slots import Fate
-
     full = planner.vector_moment()
     path = next((path for path in made if path[-1] == full), None)
     if len(shape) < 2 or path is None:

@@ -21,12 +21,14 @@ class GroupPlan(Record):
         options: Everything but the parameters.
         sources: The old groups its parameters come from, in order.
         base: The old group that stands for them; None where there is none.
+        rule: The `[[group]]` table it was made by; None without one.
     """
 
     members: tuple[str, ...]
     options: Mapping[str, Any]
     sources: tuple[int, ...]
     base: int | None
+    rule: GroupRule | None = None
 
 
 class Candidate(NamedTuple):
@@ -115,6 +117,10 @@ def _matched(
             f"no [[group]] matches {', '.join(map(repr, outside[:3]))}{more}: "
             'end with a group for the rest, match = "**"'
         )
+    for number, rule in enumerate(plan.groups):
+        if all(template.is_literal for template in rule.match):  # names that are spelled out are in that order
+            place = {template.text: order for order, template in enumerate(rule.match)}
+            split[number].sort(key=place.__getitem__)
     kept = [number for number, names in enumerate(split) if names or plan.policy.unused == "error"]
     for number in kept:
         if not split[number]:
@@ -169,7 +175,7 @@ def _group(
                 f"group {number + 1}{shown} has no parameter from the checkpoint, so it has no options: "
                 "say like = 0 for those of an old group"
             )
-    return GroupPlan(tuple(names), {**options, **chosen}, sources, base)
+    return GroupPlan(tuple(names), {**options, **chosen}, sources, base, rule)
 
 
 def _representative(

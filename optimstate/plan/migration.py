@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from optimstate._record import Record, field
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Shape
+from optimstate.plan.fates import Fate, Parameter, SlotPath
 from optimstate.plan.groups import GroupPlan
 from optimstate.plan.resolve import Application
 from optimstate.plan.rules import Plan, Rule
-from optimstate.plan.slots import Fate, SlotPath
 from optimstate.state.model import OptimizerState
 from optimstate.state.schema import Algorithm
 
@@ -54,12 +54,16 @@ class Inventory(Record):
         tensors: Their values, for a model; only dtypes and identities are looked at.
         state: The optimizer's state, every parameter named as in `shapes`.
         target: What the result must be.
+        parameters: The optimizer's, with their slots.
+        algorithm: Whose state it is, where known.
     """
 
     shapes: Mapping[str, Shape | None]
     tensors: Mapping[str, Any] = field(default_factory=dict)
     state: OptimizerState | None = None
     target: Target | None = None
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    algorithm: Algorithm | None = None
 
 
 class Move:
@@ -91,8 +95,10 @@ class Move:
     @property
     def sources(self) -> tuple[str, ...]:
         """Where it comes from."""
+        if isinstance(self.expression, Leaf):
+            return (self.expression.name,)
         found = () if self.expression is None else ex.leaves(self.expression)
-        return tuple(dict.fromkeys(leaf.name for leaf in found))
+        return tuple(dict.fromkeys([leaf.name for leaf in found]))
 
     @property
     def is_moved_whole(self) -> bool:
@@ -120,6 +126,7 @@ class SectionMoves(Record):
         reordered: Whether the order is another than the checkpoint's.
         regrouped: Whether the param groups or their options are others.
         conversion: How the state becomes that of another algorithm.
+        requantized: Whether 8-bit slots are decoded and coded again where a parameter is not moved whole.
     """
 
     moves: tuple[Move, ...]
@@ -133,6 +140,7 @@ class SectionMoves(Record):
     reordered: bool = False
     regrouped: bool = False
     conversion: Conversion | None = None
+    requantized: bool = False
 
     @property
     def changes(self) -> bool:

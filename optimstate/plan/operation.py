@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from optimstate._record import Record
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.expressions import Expr, Shape
+from optimstate.plan import expressions as ex
+from optimstate.plan.expressions import Expr, Node, Shape
 
-__all__ = ["Irreversible", "Misfit", "Operation", "toml_value"]
+__all__ = ["Irreversible", "Misfit", "Operation", "counted", "known_shape", "listed", "toml_value", "unsized"]
 
 
 class Misfit(Exception):
@@ -81,3 +82,28 @@ def toml_value(value: Any) -> str:
 
 def _key(key: str) -> str:
     return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else toml_value(key)
+
+
+def known_shape(tensor: Expr) -> Shape | None:
+    """The shape of a tensor, None when nobody knows it."""
+    if isinstance(tensor, Node) and isinstance(tensor.step, ex.Unsized):
+        return None
+    return tensor.shape
+
+
+def unsized(key: str, *tensors: Expr) -> Expr:
+    """What an operation makes of tensors whose shape nobody knows."""
+    return Node(ex.Unsized(key), tuple(tensors), None)
+
+
+def counted(key: str, dim: int, shape: Shape, room: int = 0) -> int:
+    """A dimension counted from either end, as one counted from the front."""
+    rank = len(shape) + room
+    if not -rank <= dim < rank:
+        raise Misfit(f"{key}: there is no dimension {dim} in shape {list(shape)}")
+    return dim % rank
+
+
+def listed(shapes: Sequence[Shape]) -> str:
+    """Shapes as messages show them."""
+    return ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))

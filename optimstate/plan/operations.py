@@ -15,28 +15,9 @@ from typing import Any
 from optimstate._record import field
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Node, Shape
-from optimstate.plan.operation import Irreversible, Misfit, Operation
+from optimstate.plan.operation import Irreversible, Misfit, Operation, counted, known_shape, listed, unsized
 
 __all__ = ["OPERATIONS", "Operation"]
-
-
-def _known(tensor: Expr) -> Shape | None:
-    """The shape of a tensor, None when nobody knows it."""
-    if isinstance(tensor, Node) and isinstance(tensor.step, ex.Unsized):
-        return None
-    return tensor.shape
-
-
-def _unsized(key: str, *tensors: Expr) -> Expr:
-    return Node(ex.Unsized(key), tuple(tensors), None)
-
-
-def _dim(key: str, dim: int, shape: Shape, room: int = 0) -> int:
-    """A dimension counted from either end, as one counted from the front."""
-    rank = len(shape) + room
-    if not -rank <= dim < rank:
-        raise Misfit(f"{key}: there is no dimension {dim} in shape {list(shape)}")
-    return dim % rank
 
 
 class Concat(Operation):
@@ -47,14 +28,14 @@ class Concat(Operation):
     dim: int = 0
 
     def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
-        shapes = [_known(tensor) for tensor in tensors]
+        shapes = [known_shape(tensor) for tensor in tensors]
         known = [shape for shape in shapes if shape is not None]
         if len(known) < len(shapes):
-            return [_unsized(self.KEY, *tensors)]
-        dim = _dim(self.KEY, self.dim, known[0])
+            return [unsized(self.KEY, *tensors)]
+        dim = counted(self.KEY, self.dim, known[0])
         rest = {(*shape[:dim], *shape[dim + 1 :]) if len(shape) > dim else None for shape in known}
         if len(rest) > 1:
-            raise Misfit(f"concat along dimension {self.dim}: the shapes {_shapes(known)} differ elsewhere too")
+            raise Misfit(f"concat along dimension {self.dim}: the shapes {listed(known)} differ elsewhere too")
         size = sum(shape[dim] for shape in known)
         return [Node(ex.Cat(dim), tuple(tensors), (*known[0][:dim], size, *known[0][dim + 1 :]))]
 
@@ -77,13 +58,13 @@ class Stack(Operation):
     dim: int = 0
 
     def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
-        shapes = [_known(tensor) for tensor in tensors]
+        shapes = [known_shape(tensor) for tensor in tensors]
         known = [shape for shape in shapes if shape is not None]
         if len(known) < len(shapes):
-            return [_unsized(self.KEY, *tensors)]
+            return [unsized(self.KEY, *tensors)]
         if len(set(known)) > 1:
-            raise Misfit(f"stack: the shapes {_shapes(known)} differ")
-        dim = _dim(self.KEY, self.dim, known[0], room=1)
+            raise Misfit(f"stack: the shapes {listed(known)} differ")
+        dim = counted(self.KEY, self.dim, known[0], room=1)
         single = (*known[0][:dim], 1, *known[0][dim:])
         raised = tuple(ex.reshaped(tensor, single) for tensor in tensors)
         return [Node(ex.Cat(dim), raised, (*single[:dim], len(raised), *single[dim + 1 :]))]
@@ -108,10 +89,10 @@ class Split(Operation):
         return [part for tensor in tensors for part in self._parts(tensor, count)]
 
     def _parts(self, tensor: Expr, count: int) -> list[Expr]:
-        shape = _known(tensor)
+        shape = known_shape(tensor)
         if shape is None:
-            return [_unsized(self.KEY, tensor) for _ in range(count)]
-        dim = _dim(self.KEY, self.dim, shape)
+            return [unsized(self.KEY, tensor) for _ in range(count)]
+        dim = counted(self.KEY, self.dim, shape)
         sizes = self.sizes
         if not sizes:
             if count < 1 or shape[dim] % count:
@@ -150,10 +131,10 @@ class Unstack(Operation):
         return [part for tensor in tensors for part in self._parts(tensor, targets // len(tensors))]
 
     def _parts(self, tensor: Expr, count: int) -> list[Expr]:
-        shape = _known(tensor)
+        shape = known_shape(tensor)
         if shape is None:
-            return [_unsized(self.KEY, tensor) for _ in range(count)]
-        dim = _dim(self.KEY, self.dim, shape)
+            return [unsized(self.KEY, tensor) for _ in range(count)]
+        dim = counted(self.KEY, self.dim, shape)
         if shape[dim] != count:
             raise Misfit(
                 f"unstack: dimension {self.dim} of shape {list(shape)} has {shape[dim]} places for {count} names"
@@ -175,9 +156,9 @@ class PermuteDims(Operation):
     dims: tuple[int, ...] = ()
 
     def _each(self, tensor: Expr) -> Expr:
-        shape = _known(tensor)
+        shape = known_shape(tensor)
         if shape is None:
-            return _unsized(self.KEY, tensor)
+            return unsized(self.KEY, tensor)
         if len(self.dims) > len(shape):
             raise Misfit(f"permute: {list(self.dims)} has more dimensions than shape {list(shape)}")
         dims = (*self.dims, *range(len(self.dims), len(shape)))
@@ -197,10 +178,10 @@ class Transpose(Operation):
     dims: tuple[int, int] = (-2, -1)
 
     def _each(self, tensor: Expr) -> Expr:
-        shape = _known(tensor)
+        shape = known_shape(tensor)
         if shape is None:
-            return _unsized(self.KEY, tensor)
-        one, other = (_dim(self.KEY, dim, shape) for dim in self.dims)
+            return unsized(self.KEY, tensor)
+        one, other = (counted(self.KEY, dim, shape) for dim in self.dims)
         dims = list(range(len(shape)))
         dims[one], dims[other] = other, one
         return Node(ex.Permute(tuple(dims)), (tensor,), tuple(shape[dim] for dim in dims))
@@ -227,16 +208,16 @@ class ReshapeDims(Operation):
     old: Shape = ()
 
     def _each(self, tensor: Expr) -> Expr:
-        shape = _known(tensor)
+        shape = known_shape(tensor)
         if shape is None:
-            return _unsized(self.KEY, tensor)
+            return unsized(self.KEY, tensor)
         first, old = self._exchanged(shape)
         return ex.reshaped(tensor, (*shape[:first], *self._sizes(prod(old), shape), *shape[first + len(old) :]))
 
     def _exchanged(self, shape: Shape) -> tuple[int, Shape]:
         if self.dim is None:
             return 0, shape
-        first = _dim(self.KEY, self.dim, shape)
+        first = counted(self.KEY, self.dim, shape)
         old = self.old or (shape[first],)
         if shape[first : first + len(old)] != old:
             raise Misfit(f"reshape: shape {list(shape)} has not {list(old)} at dimension {self.dim}")
@@ -280,10 +261,10 @@ class Slice(Operation):
     step: int = 1
 
     def _each(self, tensor: Expr) -> Expr:
-        shape = _known(tensor)
+        shape = known_shape(tensor)
         if shape is None:
-            return _unsized(self.KEY, tensor)
-        dim = _dim(self.KEY, self.dim, shape)
+            return unsized(self.KEY, tensor)
+        dim = counted(self.KEY, self.dim, shape)
         places = range(shape[dim])[self.start : self.stop : self.step]
         if not places or (self.stop is not None and self.stop > shape[dim]):
             raise Misfit(f"slice: [{self.start}, {self.stop}) is not inside dimension {dim} of shape {list(shape)}")
@@ -305,10 +286,10 @@ class Resize(Operation):
     fill: ex.Fill = field(default_factory=ex.Fill)
 
     def _each(self, tensor: Expr) -> Expr:
-        shape = _known(tensor)
+        shape = known_shape(tensor)
         if shape is None:
-            return _unsized(self.KEY, tensor)
-        dim = _dim(self.KEY, self.dim, shape)
+            return unsized(self.KEY, tensor)
+        dim = counted(self.KEY, self.dim, shape)
         new = (*shape[:dim], self.size, *shape[dim + 1 :])
         if self.size == shape[dim]:
             return tensor
@@ -344,10 +325,10 @@ class Repeat(Operation):
     each: bool = False
 
     def _each(self, tensor: Expr) -> Expr:
-        shape = _known(tensor)
+        shape = known_shape(tensor)
         if shape is None:
-            return _unsized(self.KEY, tensor)
-        dim = _dim(self.KEY, self.dim, shape)
+            return unsized(self.KEY, tensor)
+        dim = counted(self.KEY, self.dim, shape)
         new = (*shape[:dim], shape[dim] * self.times, *shape[dim + 1 :])
         return Node(ex.Tile(dim, self.times, self.each), (tensor,), new)
 
@@ -367,7 +348,7 @@ class ScaleBy(Operation):
     grad: float = 1.0
 
     def _each(self, tensor: Expr) -> Expr:
-        return Node(ex.Scale(self.param, self.grad), (tensor,), _known(tensor))
+        return Node(ex.Scale(self.param, self.grad), (tensor,), known_shape(tensor))
 
     def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
         return [ScaleBy(1 / self.param, 1 / self.grad)]
@@ -383,17 +364,13 @@ class CastTo(Operation):
     dtypes: Mapping[str, str] = field(default_factory=dict)
 
     def _each(self, tensor: Expr) -> Expr:
-        return Node(ex.Cast(self.dtypes), (tensor,), _known(tensor))
+        return Node(ex.Cast(self.dtypes), (tensor,), known_shape(tensor))
 
     def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
         raise Irreversible("cast does not keep what it rounds off")
 
     def value(self) -> Any:
         return self.dtypes["param"] if set(self.dtypes) == {"param"} else dict(self.dtypes)
-
-
-def _shapes(shapes: Sequence[Shape]) -> str:
-    return ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
 
 
 OPERATIONS: dict[str, type[Operation]] = {

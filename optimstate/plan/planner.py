@@ -12,16 +12,18 @@ from typing import Any
 from optimstate.errors import MigrationError
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Leaf, Shape
+from optimstate.plan.fates import Fate, Parameter, Refusal, SlotPath
 from optimstate.plan.groups import Candidate, GroupPlan, plan_groups
+from optimstate.plan.inventory import decoded, model_inventory, optimizer_inventory
 from optimstate.plan.migration import Inventory, Migration, Move, SectionMoves, Target
 from optimstate.plan.problems import Suggestions, guarded, shape_problem, shortened, unmatched
 from optimstate.plan.resolve import Made, Resolved, Resolver
 from optimstate.plan.rules import Plan, Rule
-from optimstate.plan.slots import Fate, Parameter, Refusal, SlotPath, SlotPlanner, flat_slots, translated
+from optimstate.plan.slots import SlotPlanner
 from optimstate.plan.template import Template
-from optimstate.plan.values import dtype_of, identity, shape_of
+from optimstate.plan.translate import translated
+from optimstate.plan.values import dtype_of, identity
 from optimstate.state.model import OptimizerState
-from optimstate.state.schema import Algorithm, parameter_shape, recognise
 from optimstate.tree import no_garbage_collection
 
 __all__ = [
@@ -79,42 +81,6 @@ def plan_model(plan: Plan, tensors: Mapping[str, Any], *, target: Target | None 
     return plan_migration(plan, {"model": model_inventory(tensors, target=target)})
 
 
-def model_inventory(tensors: Mapping[str, Any], *, target: Target | None = None) -> Inventory:
-    """What the planner needs to know of a model."""
-    return Inventory({name: shape_of(value) for name, value in tensors.items()}, tensors, target=target)
-
-
-def optimizer_inventory(
-    state: OptimizerState,
-    *,
-    target: Target | None = None,
-    shapes: Mapping[str, Shape | None] | None = None,
-) -> Inventory:
-    """What the planner needs to know of an optimizer.
-
-    Raises:
-        MigrationError: A parameter has no name.
-    """
-    if not state.is_named and any(group.params for group in state.groups):
-        raise MigrationError(
-            ["the optimizer's parameters have no names, so nothing can be moved by name"],
-            hint="Give them in order: state.named([...]), or save from an optimizer built on named_parameters().",
-        )
-    algorithm = _algorithm(state)
-    found: dict[str, Shape | None] = {}
-    for _, name, slots in state.parameters():
-        shape = shapes.get(str(name)) if shapes is not None else None
-        if shape is None and slots:
-            shape = parameter_shape({str(path[-1]): shape_of(value) for path, value in flat_slots(slots)}, algorithm)
-        found[str(name)] = shape
-    return Inventory(found, state=state, target=target)
-
-
-def _algorithm(state: OptimizerState) -> Algorithm | None:
-    slots = dict.fromkeys(slot for _, _, found in state.parameters() for slot in found or ())
-    return recognise(slots, state.groups[0].options) if state.groups else None
-
-
 def plan_migration(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
     """Resolve a plan for the sections of a checkpoint.
 
@@ -131,6 +97,8 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
     rules = list(plan.all_rules())
     counts = [0] * len(rules)
     problems.extend(guarded(plan.guard, sections))
+    if plan.policy.quantized == "requantize":
+        sections = {key: decoded(inventory) for key, inventory in sections.items()}
     made = {key: _Section(plan, key, inventory, counts, problems).plan() for key, inventory in sections.items()}
     if plan.policy.unused == "error":
         for number, (rule, count) in enumerate(zip(rules, counts, strict=True), 1):
@@ -256,23 +224,21 @@ class _Section:
     def _optimizer(self, made: Mapping[str, Made | None], problems: list[str]) -> list[Move]:
         state = self.inventory.state
         assert state is not None
-        shapes = self.inventory.shapes
-        parameters = {
-            str(name): Parameter(shapes.get(str(name)), dict(flat_slots(slots)))
-            for _, name, slots in state.parameters()
-        }
-        algorithm = _algorithm(state)
+        parameters, algorithm = self.inventory.parameters, self.inventory.algorithm
         planner = SlotPlanner(parameters, algorithm, self.plan_.slots, self.plan_.policy)
+        flat = algorithm is not None and algorithm.is_flat
+        requantized = self._requantizes()
         used: set[str] = set()
         moves = []
         for name, item in made.items():
             if item is None:
                 moves.append(Move(name, None))
                 continue
-            self._refuse_unsized(name, item, parameters, problems)
-            slots = (
-                {} if algorithm is not None and algorithm.is_flat else planner.fates(name, item.expression, problems)
-            )
+            if item.expression.shape is None:
+                self._refuse_unsized(name, item, parameters, problems)
+            slots = {} if flat else planner.fates(name, item.expression, problems)
+            if requantized and not isinstance(item.expression, Leaf):
+                slots = {path: fate if fate.kind == "scalar" else _coded_again(fate) for path, fate in slots.items()}
             moves.append(self._move(name, item, used, None, slots))
         if algorithm is not None and algorithm.whole and any(_joins(move) for move in moves):
             self.notes.append(
@@ -281,8 +247,13 @@ class _Section:
             )
         return moves
 
+    def _requantizes(self) -> bool:
+        algorithm = self.inventory.algorithm
+        known = algorithm is not None and algorithm.name == "bitsandbytes"
+        return known and self.plan_.policy.quantized == "requantize"
+
     def _refuse_unsized(self, name: str, item: Made, parameters: Mapping[str, Parameter], problems: list[str]) -> None:
-        if item.expression.shape is not None or isinstance(item.expression, Leaf):
+        if isinstance(item.expression, Leaf):
             return
         if not any(isinstance(step, ex.Unsized) for step in ex.steps(item.expression)):
             return
@@ -296,7 +267,7 @@ class _Section:
                 return
 
     def _move(self, name: str, item: Made, used: set[str], value: Fate | None, slots: Mapping[SlotPath, Fate]) -> Move:
-        rules = tuple(application.rule for application in item.applications if application.rule is not None)
+        rules = tuple(application.rule for application in item.applications)
         expression = item.expression
         clone = False
         if isinstance(expression, Leaf):
@@ -332,15 +303,10 @@ class _Section:
     def _note_duplicates(self, found: Resolved) -> None:
         if self.inventory.state is None:
             return
-        for rule in dict.fromkeys(
-            application.rule
-            for applications in found.applications
-            for application in applications
-            if application.rule is not None
-            and not application.rule.fresh
-            and len(application.targets) > 1
-            and not application.rule.operations
-        ):
+        several = {id(use.rule) for uses in found.applications for use in uses if len(use.targets) > 1}
+        for rule in self.rules:
+            if id(rule) not in several or rule.fresh or rule.operations:
+                continue
             self.notes.append(
                 f"{rule}: each copy gets the whole state, which is exact as long as each sees the gradients "
                 "that the one saw; a router changes their scale (see scale and fresh)"
@@ -365,7 +331,7 @@ class _Section:
                 tuple(moves), tuple(dropped), notes=tuple(self.notes), applications=applications, reordered=reordered
             )
         groups = self._groups(state, moves, new, problems)
-        algorithm = _algorithm(state)
+        algorithm = self.inventory.algorithm
         flat = None
         if algorithm is not None and algorithm.is_flat and not problems:
             from optimstate.plan.flat import plan_flat
@@ -376,7 +342,14 @@ class _Section:
             from optimstate.plan.conversion import plan_conversion
 
             new_shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
-            conversion = plan_conversion(algorithm, self.plan_.optimizer, new_shapes, problems)
+            conversion = plan_conversion(algorithm, self.plan_.optimizer, state, new_shapes, problems)
+            if conversion is not None and self.plan_.policy.approximate == "refuse":
+                problems.extend(
+                    f"{line.slot} can only be approximated in {conversion.target} ({line.reason}), "
+                    "which the policy refuses"
+                    for line in conversion.report
+                    if line.outcome == "approximate"
+                )
         regrouped = [list(group.sources) for group in groups] != [[index] for index in range(len(state.groups))] or any(
             group.options != old.options for group, old in zip(groups, state.groups, strict=False)
         )
@@ -392,6 +365,7 @@ class _Section:
             reordered,
             regrouped,
             conversion,
+            self._requantizes(),
         )
 
     def _groups(
@@ -399,7 +373,13 @@ class _Section:
     ) -> tuple[GroupPlan, ...]:
         group_of = {name: index for index, group in enumerate(state.groups) for name in group.names or ()}
         candidates = [
-            Candidate(move.target, tuple(dict.fromkeys(group_of[name] for name in move.sources)), new.get(move.target))
+            Candidate(
+                move.target,
+                (group_of[move.expression.name],)
+                if isinstance(move.expression, Leaf)
+                else tuple(dict.fromkeys([group_of[name] for name in move.sources])),
+                new.get(move.target),
+            )
             for move in moves
         ]
         target = self.inventory.target
@@ -408,6 +388,11 @@ class _Section:
             options = target.options or ({},) * len(target.groups)
             live = list(zip(target.groups, options, strict=True))
         return plan_groups(self.plan_, candidates, state.groups, live, problems)
+
+
+def _coded_again(fate: Fate) -> Fate:
+    reason = "; ".join(filter(None, (fate.reason, "decoded, and coded in 8 bits again")))
+    return fate._replace(outcome="approximate", reason=reason) if fate.outcome in ("exact", "approximate") else fate
 
 
 def _joins(move: Move) -> bool:

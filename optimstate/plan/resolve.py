@@ -18,18 +18,13 @@ __all__ = ["Application", "Made", "Resolved", "Resolver"]
 
 
 class Application:
-    """One use of a rule: the names it took, with their shapes, and the names it gave.
-
-    Attributes:
-        rule: None where a name was kept because no rule matches it.
-        number: The pass, from 0.
-    """
+    """One use of a rule: the names it took, with their shapes, and the names it gave. The pass is counted from 0."""
 
     __slots__ = ("number", "rule", "shapes", "sources", "targets")
 
     def __init__(
         self,
-        rule: Rule | None,
+        rule: Rule,
         number: int,
         sources: list[str],
         shapes: Sequence[Shape | None] = (),
@@ -109,21 +104,25 @@ class _Pass:
         self.counts, self.problems = counts, problems
         self.gone: list[tuple[Made, Rule]] = []
         self.applications: list[Application] = []
-        self._matchers = [
-            (index, rule, place, source)
-            for index, rule in enumerate(rules)
-            for place, source in enumerate(rule.sources)
-        ]
+        self._matchers: list[tuple[int, str, str, str, Template, tuple[int, Rule, int]]] = []
+        self._literals: dict[str, tuple[int, tuple[int, Rule, int]]] = {}
+        sources = [(n, rule, *entry) for n, rule in enumerate(rules) for entry in enumerate(rule.sources)]
+        for order, (index, rule, place, source) in enumerate(sources):
+            if source.is_literal:
+                self._literals.setdefault(source.text, (order, (index, rule, place)))
+            else:
+                self._matchers.append((order, *source.landmarks, source, (index, rule, place)))
         self._over = [_gathered(rule) for rule in rules]
 
     def run(self, before: Mapping[str, Made]) -> dict[str, Made]:
         gathering: dict[tuple[int, tuple[tuple[str, str], ...]], _Gathering] = {}
-        uses: list[Application | _Gathering] = []
+        uses: list[Application | _Gathering | str] = []
         for name, item in before.items():
-            index, rule, place, captures = self._first_match(name)
-            if rule is None:
-                uses.append(Application(None, self.number, [name], [item.expression.shape], [name]))
+            match = self._first_match(name)
+            if match is None:
+                uses.append(name)
                 continue
+            (index, rule, place), captures = match
             self.counts[self.first + index] += 1
             if rule.drops:
                 self.gone.append((item, rule))
@@ -134,12 +133,18 @@ class _Pass:
                 uses.append(found)
         return self._emit(uses, before)
 
-    def _first_match(self, name: str) -> tuple[int, Rule | None, int, dict[str, str]]:
-        for index, rule, place, source in self._matchers:
-            captures = source.match(name)
-            if captures is not None:
-                return index, rule, place, captures
-        return -1, None, 0, {}
+    def _first_match(self, name: str) -> tuple[tuple[int, Rule, int], dict[str, str]] | None:
+        """The first rule with a source that matches, its number and that of the source, and the captures."""
+        last, literal = self._literals.get(name, (len(self._literals) + len(self._matchers), None))
+        for order, prefix, suffix, inner, source, found in self._matchers:
+            if order > last:
+                break
+            # As Template.match, whose call would take longer than what it does for most rules.
+            if inner in name and name.startswith(prefix) and name.endswith(suffix):
+                captures = source.captured(name)
+                if captures is not None:
+                    return found, captures
+        return None if literal is None else (literal, {})
 
     def _use(
         self,
@@ -169,29 +174,34 @@ class _Pass:
             self.problems.append(f"{self.where}: rule {self.first + index + 1} on {name!r}: {error.message}")
         return None
 
-    def _emit(self, uses: Sequence[Application | _Gathering], before: Mapping[str, Made]) -> dict[str, Made]:
+    def _emit(self, uses: Sequence[Application | _Gathering | str], before: Mapping[str, Made]) -> dict[str, Made]:
+        """The results of the uses of rules, in order; a name stands for itself, as no rule matches it."""
         made: dict[str, Made] = {}
         run: list[tuple[str, Made]] = []  # results of neighbours that become several each are put in module order
 
         def end_run() -> None:
-            for place in in_module_order([name for name, _ in run]):
+            order = in_module_order([name for name, _ in run]) if len(run) > 2 else range(len(run))
+            for place in order:
                 self._put(made, *run[place])
             run.clear()
 
         for use in uses:
-            application = self._completed(use) if isinstance(use, _Gathering) else use
-            if application is None:
-                continue
-            results = self._results(application, before)
-            if application.rule is not None:
-                self.applications.append(application)
-            if len(application.targets) > 1:
-                run.extend(results)
+            if isinstance(use, str):
+                results = [(use, before[use])]
             else:
+                application = self._completed(use) if isinstance(use, _Gathering) else use
+                if application is None:
+                    continue
+                results = self._results(application, before)
+                self.applications.append(application)
+                if len(results) > 1:
+                    run.extend(results)
+                    continue
+            if run:
                 end_run()
-                for name, item in results:
-                    self._put(made, name, item)
-        end_run()
+            self._put(made, *results[0])
+        if run:
+            end_run()
         return made
 
     def _put(self, made: dict[str, Made], name: str, item: Made) -> None:
@@ -205,7 +215,6 @@ class _Pass:
     def _completed(self, found: _Gathering) -> Application | None:
         """The members in order; None, with a problem noted, where one is missing."""
         rule = found.application.rule
-        assert rule is not None
         over = _gathered(rule) or []
         names: list[str] = []
         missing: list[str] = []
@@ -229,21 +238,17 @@ class _Pass:
 
     def _results(self, application: Application, before: Mapping[str, Made]) -> list[tuple[str, Made]]:
         items = [before[name] for name in application.sources]
-        if application.rule is None:
-            return [(application.targets[0], items[0])]
-        application.shapes = [item.expression.shape for item in items]
-        past = _past(items)
+        tensors = [item.expression for item in items]
+        application.shapes = [tensor.shape for tensor in tensors]
+        history = (*_past(items), application) if self.number else (application,)
         try:
-            expressions = _applied(application.rule, [item.expression for item in items], len(application.targets))
+            expressions = _applied(application.rule, tensors, len(application.targets))
         except Misfit as misfit:
             sources = ", ".join(map(repr, application.sources[:4]))
             self.problems.append(f"{self.where}: {application.rule} on {sources}: {misfit}")
-            expressions = [Node(ex.Unsized("?"), tuple(item.expression for item in items), None)] * len(
-                application.targets
-            )
+            expressions = [Node(ex.Unsized("?"), tuple(tensors), None)] * len(application.targets)
         return [
-            (name, Made(expression, (*past, application)))
-            for name, expression in zip(application.targets, expressions, strict=True)
+            (name, Made(expression, history)) for name, expression in zip(application.targets, expressions, strict=True)
         ]
 
 
@@ -270,7 +275,6 @@ def _values(source: Template, name: str, found: Sequence[str]) -> Sequence[str]:
 
 def _spelled(source: Template, found: _Gathering, captures: dict[str, str]) -> str:
     """The name of a missing member, as far as the names of the others tell."""
-    assert found.application.rule is not None
     (known, _), name = next(iter(found.members.items()))
     values = {**(found.application.rule.sources[known].match(name) or {}), **captures}
     try:
@@ -280,6 +284,8 @@ def _spelled(source: Template, found: _Gathering, captures: dict[str, str]) -> s
 
 
 def _applied(rule: Rule, tensors: list[Expr], targets: int) -> list[Expr]:
+    if len(tensors) == targets and not (rule.operations or rule.fresh):
+        return tensors
     for operation in rule.operations:
         tensors = operation.apply(tensors, targets)
     if rule.fresh:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from optimstate.plan.template import Template
 from optimstate.state.schema import Slot
 
 __all__ = ["GroupRule", "Guard", "Plan", "Policy", "Rule"]
+
+Renamed = list[tuple[str, dict[str, str]]]
 
 
 class Rule(Record):
@@ -148,15 +151,20 @@ class Rule(Record):
         Raises:
             PlanSyntaxError: An index that is to be computed is no integer.
         """
-        made: list[str] = []
-        for target in self.targets:
-            mapped = dict(captures)
-            for name, new in target.captures.items():
-                old = source.captures.get(name)
-                if old is not None and new is not None and old != new:
-                    mapped[name] = new[old.index(captures[name])]
-            made.extend(target.produce(mapped))
+        key = (id(source), *captures)
+        if key not in self._spellers:
+            self._spellers[key] = [
+                (_renamed(source, target), spell) for target in self.targets for spell in target.spellings(captures)
+            ]
+        made = []
+        for renamed, spell in self._spellers[key]:
+            values = {**captures, **{name: new[captures[name]] for name, new in renamed}} if renamed else captures
+            made.append(spell(values))
         return made
+
+    @cached_property
+    def _spellers(self) -> dict[tuple[Any, ...], list[tuple[Renamed, Callable[[Mapping[str, str]], str]]]]:
+        return {}
 
     def __str__(self) -> str:
         if self.label:
@@ -169,6 +177,12 @@ class Rule(Record):
             return f"fresh {left or right}" if not (left and right) else f"{left} -> {right}, fresh"
         steps = "".join(f", {operation}" for operation in self.operations)
         return f"{left} -> {right}{steps}"
+
+
+def _renamed(source: Template, target: Template) -> Renamed:
+    """Enumerations with other words on each side: what each word becomes."""
+    pairs = ((name, source.captures.get(name), new) for name, new in target.captures.items())
+    return [(name, dict(zip(old, new, strict=True))) for name, old, new in pairs if old and new and old != new]
 
 
 def templates(texts: str | Iterable[str]) -> tuple[Template, ...]:
@@ -213,6 +227,7 @@ class Policy(Record):
         unused: A rule that matches nothing.
         step: Parameters with different step counts that become one; `keep` takes the first one's.
         approximate: A slot that can only be approximated.
+        quantized: 8-bit slots of parameters that are cut, joined or scaled: refused, or decoded and coded again.
         hyperparameters: Whether groups take their options from the checkpoint or from the live optimizer.
         merge: Old groups with different options that become one: which of them stands for all (`min` and `max` choose
             by initial learning rate).
@@ -223,6 +238,7 @@ class Policy(Record):
     unused: Literal["error", "ignore"] = "error"
     step: Literal["error", "min", "max", "keep"] = "error"
     approximate: Literal["allow", "refuse"] = "allow"
+    quantized: Literal["refuse", "requantize"] = "refuse"
     hyperparameters: Literal["checkpoint", "live"] = "checkpoint"
     merge: Literal["refuse", "first", "min", "max"] = "refuse"
 

@@ -6,202 +6,18 @@ out on means where the slot holds means over rows or columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from math import frexp, prod
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from optimstate._record import Record
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf, Node, Shape
+from optimstate.plan.fates import Fate, Form, Parameter, Refusal, SlotPath, slot_name
 from optimstate.plan.rules import Policy
+from optimstate.plan.translate import Translation, Translator, fate_of
 from optimstate.plan.values import dtype_of, number_of, shape_of
-from optimstate.state.schema import RECOMPUTED, Algorithm, Slot, SlotKind, conventional, inferred_kind
+from optimstate.state.schema import RECOMPUTED, Algorithm, Slot, conventional, inferred_kind
 
-__all__ = ["Fate", "Parameter", "SlotPlanner", "SlotPath", "flat_slots", "translated"]
-
-SlotPath = tuple[str | int, ...]
-Outcome = Literal["exact", "approximate", "fresh", "dropped"]
-
-
-class Fate(Record):
-    """What becomes of a slot, or of a parameter itself.
-
-    Attributes:
-        outcome: How much of it arrives.
-        reason: Why, or an empty string where there is nothing to say.
-        kind: What the slot is.
-        inferred: Whether that was concluded from its shape.
-        made: How it is computed, a leaf alone being moved as it is; None where it is made as its parameter is.
-    """
-
-    outcome: Outcome
-    reason: str = ""
-    kind: SlotKind = "like_param"
-    inferred: bool = False
-    made: Expr | None = None
-
-
-class Parameter(NamedTuple):
-    """What is known of a parameter: its shape, and its slots by their path."""
-
-    shape: Shape | None
-    slots: Mapping[SlotPath, Any]
-
-
-class Refusal(Exception):
-    """A slot cannot follow its parameter; the message says why."""
-
-
-def flat_slots(slots: Mapping[Any, Any] | None, prefix: SlotPath = ()) -> Iterator[tuple[SlotPath, Any]]:
-    """Every slot with the keys that lead to it: some libraries nest them."""
-    for key, value in (slots or {}).items():
-        if isinstance(value, dict):
-            yield from flat_slots(value, (*prefix, key))
-        else:
-            yield (*prefix, key), value
-
-
-def slot_name(path: SlotPath) -> str:
-    """A slot as messages call it."""
-    return ".".join(map(str, path))
-
-
-def _power_of_two(factor: float) -> bool:
-    return abs(frexp(factor)[0]) == 0.5
-
-
-_MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
-
-
-def _rounds(old: str | None, new: str) -> bool:
-    if old not in _MANTISSA or new not in _MANTISSA:
-        return old != new
-    narrower = _MANTISSA[new] < _MANTISSA[old]
-    return narrower or (old, new) == ("bfloat16", "float16")
-
-
-class Translation(NamedTuple):
-    """An expression translated for one slot, and what it costs."""
-
-    made: Expr
-    approximate: list[str]
-    remarks: list[str]
-
-
-class Translator:
-    """Translates expressions for one elementwise slot; what several targets share is translated once.
-
-    Args:
-        name: Of the slot; `param` is the parameter itself.
-        path: Of the slot; empty for the parameter itself.
-        slot: Its meaning.
-        dtypes: By parameter, the dtype of the slot.
-    """
-
-    def __init__(self, name: str, path: SlotPath, slot: Slot, dtypes: Mapping[str, str | None]) -> None:
-        self.name, self.path, self.slot, self.dtypes = name, path, slot, dtypes
-        self._done: dict[int, tuple[Expr, Expr, str | None, list[str], list[str]]] = {}
-
-    def translate(self, expression: Expr) -> Translation:
-        """The expression for the slot.
-
-        Raises:
-            Refusal: It has no meaning for it.
-        """
-        made, _, approximate, remarks = self._visit(expression)
-        return Translation(made, list(dict.fromkeys(approximate)), list(dict.fromkeys(remarks)))
-
-    def _visit(self, expression: Expr) -> tuple[Expr, str | None, list[str], list[str]]:
-        found = self._done.get(id(expression))
-        if found is None:
-            found = self._done[id(expression)] = (expression, *self._fresh_visit(expression))
-        return found[1:]
-
-    def _fresh_visit(self, expression: Expr) -> tuple[Expr, str | None, list[str], list[str]]:
-        if isinstance(expression, Leaf):
-            return Leaf(expression.name, expression.shape, self.path), self.dtypes.get(expression.name), [], []
-        inputs = [self._visit(item) for item in expression.inputs]
-        dtypes = {dtype for _, dtype, _, _ in inputs}
-        approximate = [reason for _, _, reasons, _ in inputs for reason in reasons]
-        remarks = [remark for _, _, _, found in inputs for remark in found]
-        if len(dtypes) > 1:
-            raise Refusal(f"its parts have the dtypes {', '.join(sorted(map(str, dtypes)))}: cast them to one first")
-        step, dtype = expression.step, inputs[0][1]
-        made = tuple(item for item, _, _, _ in inputs)
-        if isinstance(step, ex.Scale):
-            factor = self._factor(step)
-            if factor == 1.0:
-                return made[0], dtype, approximate, remarks
-            if not _power_of_two(factor):
-                approximate.append(f"times {factor:g}, rounded")
-            return Node(ex.Multiply(factor), made, expression.shape), dtype, approximate, remarks
-        if isinstance(step, ex.Cast):
-            return self._cast(step, made, dtype, approximate, remarks, expression.shape)
-        if isinstance(step, ex.Fresh):
-            return made[0], dtype, approximate, remarks
-        if isinstance(step, ex.Pad):
-            step = self._filled(step)
-            reason = {"zeros": "zeros", "mean": "the mean of the old ones", "wrap": "the old ones again"}
-            said = reason.get(str(step.fill.default), str(step.fill.default))
-            approximate.append(f"{step.count} new places of dimension {step.dim} hold {said}")
-        if isinstance(step, ex.Narrow):
-            whole = inputs[0][0].shape
-            if whole is not None and step.length * step.step == whole[step.dim] == step.length:
-                return made[0], dtype, approximate, remarks
-        return Node(step, made, expression.shape), dtype, approximate, remarks
-
-    def _factor(self, step: ex.Scale) -> float:
-        if self.slot.degree is None:
-            raise Refusal(
-                f"nobody knows how it grows with the gradient; say so in the plan: [slots] {self.name} = "
-                '{ kind = "like_param", degree = ... }'
-            )
-        return step.grad**self.slot.degree * step.param**self.slot.power
-
-    def _cast(
-        self,
-        step: ex.Cast,
-        made: tuple[Expr, ...],
-        dtype: str | None,
-        approximate: list[str],
-        remarks: list[str],
-        shape: Shape | None,
-    ) -> tuple[Expr, str | None, list[str], list[str]]:
-        wanted = step.of(self.name)
-        floating = dtype is None or dtype.startswith(("float", "bfloat"))
-        if wanted is None or wanted == dtype or (not floating and self.name not in step.dtypes):
-            return made[0], dtype, approximate, remarks
-        if _rounds(dtype, wanted):
-            approximate.append(f"{dtype} rounded to {wanted}")
-        else:
-            remarks.append(f"{dtype} to {wanted}")
-        return Node(ex.Cast({"": wanted}), made, shape), wanted, approximate, remarks
-
-    def _filled(self, step: ex.Pad) -> ex.Pad:
-        fill = step.fill.of(self.name)
-        if fill is None:
-            # A zero second moment beside a large step count makes the first updates of the new places several times
-            # too large, so that the old places' mean stands for it.
-            degree = self.slot.degree
-            fill = "mean" if self.path and (degree is None or (degree > 0 and degree % 2 == 0)) else "zeros"
-        return ex.Pad(step.dim, step.count, ex.Fill(fill))
-
-
-def translated(expression: Expr, dtypes: Mapping[str, str | None]) -> Fate:
-    """What becomes of a parameter itself.
-
-    Raises:
-        Refusal: Its parts do not fit.
-    """
-    if isinstance(expression, Leaf):
-        return Fate("exact", made=expression)
-    found = Translator("param", (), Slot("like_param", 0, 1), dtypes).translate(expression)
-    return _fate(found, "like_param", inferred=False)
-
-
-def _fate(found: Translation, kind: SlotKind, *, inferred: bool) -> Fate:
-    said = "; ".join(found.approximate + found.remarks)
-    return Fate("approximate" if found.approximate else "exact", said, kind, inferred, found.made)
+__all__ = ["SlotPlanner"]
 
 
 class SlotPlanner:
@@ -225,19 +41,19 @@ class SlotPlanner:
         self._translators: dict[SlotPath, Translator] = {}
         # What only moves elements does the same to the slots of all targets that the same sources make.
         self._alike: dict[tuple[str, ...], Mapping[SlotPath, Fate]] = {}
+        self._by_form: dict[Form, Mapping[SlotPath, Fate | None] | None] = {}
         self._known: dict[SlotPath, tuple[Slot, bool]] = {}
         self._moved: dict[tuple[SlotPath, ...], Mapping[SlotPath, Fate]] = {}
 
     def meaning(self, path: SlotPath, value: Any, shape: Shape | None) -> tuple[Slot, bool]:
         """What a slot is, and whether that was inferred."""
-        known = self._known.get(path)
-        if known is not None:
-            return known
+        return self._known.get(path) or self._meaning(path, shape_of(value), shape)
+
+    def _meaning(self, path: SlotPath, found: Shape | None, shape: Shape | None) -> tuple[Slot, bool]:
         name = str(path[-1])
         slot = self._declared.get(name) or (self._algorithm.slot(name) if self._algorithm is not None else None)
         if slot is not None:
             return self._known.setdefault(path, (slot, False))
-        found = shape_of(value)
         if self._algorithm is None and (slot := conventional(name, found, shape)) is not None:
             return slot, True
         kind = inferred_kind(found, shape)
@@ -247,8 +63,8 @@ class SlotPlanner:
         """What becomes of every slot; where one cannot follow, a problem is noted."""
         if isinstance(expression, Leaf):
             return self._moved_whole(expression.name)
-        live, fresh = _states(expression)
-        names = list(dict.fromkeys(live))
+        live, fresh, layout = _states(expression)
+        names = live if len(live) == 1 else list(dict.fromkeys(live))
         filled = [name for name in names if name in self._parameters and self._parameters[name].slots]
         if not filled:
             old = dict.fromkeys(fresh)
@@ -263,7 +79,47 @@ class SlotPlanner:
                 "add fresh = true to the rule, or leave one of them apart"
             )
             return {}
-        return self._joined(target, expression, filled, problems)
+        key = tuple(filled) if layout else ()
+        if key in self._alike:
+            return self._alike[key]
+        before = len(problems)
+        forms = {self._parameters[name].form for name in filled} if layout else set()
+        known = self._told_by(forms.pop()) if len(forms) == 1 else None
+        if known is None:
+            made, may_differ = self._joined(target, expression, filled, problems, layout=layout)
+        else:
+            made, may_differ = {}, False
+            for path, fate in known.items():
+                try:
+                    made[path] = fate or self._agreed(path, filled)
+                except Refusal as refusal:
+                    problems.append(_refused(target, path, refusal, filled))
+        if layout and not may_differ and len(problems) == before:
+            self._alike[key] = made
+        return made
+
+    def _told_by(self, form: Form) -> Mapping[SlotPath, Fate | None] | None:
+        """What becomes of each slot where elements are only moved between parameters of one form.
+
+        Returns:
+            For each slot its fate, None for numbers that must agree; None altogether where the form does not tell.
+        """
+        if form not in self._by_form:
+            self._by_form[form] = self._fates_by(form)
+        return self._by_form[form]
+
+    def _fates_by(self, form: Form) -> Mapping[SlotPath, Fate | None] | None:
+        made: dict[SlotPath, Fate | None] = {}
+        whole, slots = form
+        for path, shape, dtype in slots:
+            slot, inferred = self._meaning(path, shape, whole)
+            if slot.kind == "scalar":
+                made[path] = None
+            elif slot.kind == "like_param" and shape == whole is not None and dtype not in (None, *_PACKED):
+                made[path] = _INFERRED if inferred else _ALIKE
+            else:
+                return None
+        return None if self._factors() else made
 
     def _moved_whole(self, name: str) -> Mapping[SlotPath, Fate]:
         parameter = self._parameters.get(name)
@@ -284,13 +140,9 @@ class SlotPlanner:
         return made
 
     def _joined(
-        self, target: str, expression: Expr, names: Sequence[str], problems: list[str]
-    ) -> Mapping[SlotPath, Fate]:
-        layout = all(isinstance(step, ex.LAYOUT) for step in ex.steps(expression))
-        key = tuple(names)
-        if layout and key in self._alike:
-            return self._alike[key]
-        before = len(problems)
+        self, target: str, expression: Expr, names: Sequence[str], problems: list[str], *, layout: bool
+    ) -> tuple[dict[SlotPath, Fate], bool]:
+        """What becomes of each slot, and whether another target made of the same sources may differ."""
         made: dict[SlotPath, Fate] = {}
         sources = [self._parameters[name].slots for name in names]
         paths = dict.fromkeys(path for slots in sources for path in slots)
@@ -305,8 +157,6 @@ class SlotPlanner:
                 made[path] = self._fate_of(path, slot, inferred, expression, names, layout=layout)
             except Refusal as refusal:
                 problems.append(_refused(target, path, refusal, names))
-        if layout and not factored and not self._factors() and len(problems) == before:
-            self._alike[key] = made
         if factored or self._factors():
             from optimstate.plan.factored import factored_fates
 
@@ -317,7 +167,7 @@ class SlotPlanner:
                     f"{target}: {slot_name(path)} can only be approximated ({fate.reason}), "
                     'which the policy refuses: say approximate = "allow", or make it fresh'
                 )
-        return made
+        return made, bool(factored) or self._factors()
 
     def _common(self, path: SlotPath, names: Sequence[str]) -> tuple[Slot, bool]:
         owner = next(name for name in names if path in self._parameters[name].slots)
@@ -346,7 +196,7 @@ class SlotPlanner:
             self._refuse_other_layout(path, parameter, name)
         if layout and len({dtype_of(self._parameters[name].slots[path]) for name in names}) == 1:
             return _INFERRED if inferred else _ALIKE
-        return _fate(self.translate(path, slot, expression), "like_param", inferred=inferred)
+        return fate_of(self.translate(path, slot, expression), "like_param", inferred=inferred)
 
     def translate(self, path: SlotPath, slot: Slot, expression: Expr) -> Translation:
         """The expression for an elementwise slot.
@@ -398,7 +248,8 @@ class SlotPlanner:
             raise Refusal(f"it has shape {list(shape)} where {name!r} has {list(parameter.shape)}")
         if dtype_of(value) in _PACKED:
             raise Refusal(
-                f"for {name!r} it is packed in {dtype_of(value)} blocks, which cutting or joining would break"
+                f"for {name!r} it is packed in {dtype_of(value)} blocks, which cutting or joining would break "
+                '(of bitsandbytes\' it may be decoded and coded again: quantized = "requantize" in [policy])'
             )
 
     def _agreed(self, path: SlotPath, names: Sequence[str]) -> Fate:
@@ -406,7 +257,10 @@ class SlotPlanner:
         first = Leaf(names[0], None, path)
         if len(names) == 1:
             return Fate("exact", "", "scalar", made=first)
-        values = [number_of(self._parameters[name].slots[path]) for name in names]
+        slots = [self._parameters[name].slots[path] for name in names]
+        if all(value is slots[0] for value in slots):
+            return Fate("exact", "", "scalar", made=first)
+        values = [number_of(value) for value in slots]
         if all(value == values[0] for value in values):
             return Fate("exact", "", "scalar", made=first)
         if str(path[-1]) in RECOMPUTED:
@@ -438,10 +292,11 @@ def _refused(target: str, path: SlotPath, refusal: Refusal, names: Sequence[str]
     )
 
 
-def _states(expression: Expr) -> tuple[list[str], list[str]]:
-    """The sources whose state is used, and those whose state is left behind."""
+def _states(expression: Expr) -> tuple[list[str], list[str], bool]:
+    """The sources whose state is used, those whose state is left behind, and whether elements are only moved."""
     live: list[str] = []
     fresh: list[str] = []
+    layout = True
     stack: list[tuple[Expr, bool]] = [(expression, False)]
     while stack:
         found, left = stack.pop()
@@ -449,10 +304,6 @@ def _states(expression: Expr) -> tuple[list[str], list[str]]:
             (fresh if left else live).append(found.name)
         else:
             left = left or isinstance(found.step, ex.Fresh)
-            stack.extend((item, left) for item in reversed(found.inputs))
-    return live, fresh
-
-
-def elements(shape: Shape | None) -> int:
-    """Their number; 0 where the shape is not known."""
-    return prod(shape) if shape is not None else 0
+            layout = layout and isinstance(found.step, ex.LAYOUT)
+            stack.extend([(item, left) for item in found.inputs[::-1]])
+    return live, fresh, layout

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
 
 from optimstate._record import Record
 from optimstate.errors import PlanSyntaxError
@@ -174,18 +174,23 @@ class Template(Record):
         return re.compile("".join(pieces))
 
     @cached_property
-    def _ends(self) -> tuple[str, str]:
-        """What every match begins and ends with: comparing these first spares most of the matching."""
-        if self.is_regex or not self.parts:
-            return "", ""
+    def landmarks(self) -> tuple[str, str, str]:
+        """What every match begins with, ends with, and has somewhere: looking for these spares most of the matching."""
+        if self.is_regex:
+            return "", "", ""
         first, last = self.parts[0], self.parts[-1]
-        return first if isinstance(first, str) else "", last if isinstance(last, str) else ""
+        inner = max((part for part in self.parts[1:-1] if isinstance(part, str)), key=len, default="")
+        return first if isinstance(first, str) else "", last if isinstance(last, str) else "", inner
 
     def match(self, name: str) -> dict[str, str] | None:
         """The captures of a whole name, or None."""
-        prefix, suffix = self._ends
-        if not (name.startswith(prefix) and name.endswith(suffix)):
+        prefix, suffix, inner = self.landmarks
+        if not (inner in name and name.startswith(prefix) and name.endswith(suffix)):
             return None
+        return self.captured(name)
+
+    def captured(self, name: str) -> dict[str, str] | None:
+        """The captures of a whole name that has the landmarks, or None."""
         found = self._regex.fullmatch(name)
         if found is None:
             return None
@@ -225,14 +230,34 @@ class Template(Record):
         Raises:
             PlanSyntaxError: A capture is open and enumerates nothing, or arithmetic meets a word.
         """
-        free = {key: choices for key, choices in self.captures.items() if key not in captures}
+        for spelled in self.spellings(captures):
+            yield spelled(captures)
+
+    def spellings(self, known: Iterable[str]) -> list[Callable[[Mapping[str, str]], str]]:
+        """What spells each of the names, once these captures have values.
+
+        Raises:
+            PlanSyntaxError: A capture is open and enumerates nothing.
+        """
+        free = {key: choices for key, choices in self.captures.items() if key not in known}
         for key, choices in free.items():
             if choices is None:
                 raise PlanSyntaxError(f"template {self.text!r}: nothing gives {{{key}}} a value")
-        for values in itertools.product(*(choices or () for choices in free.values())):
-            yield self._spell({**captures, **dict(zip(free, values, strict=True))})
+        chosen = [
+            dict(zip(free, values, strict=True)) for values in itertools.product(*(c or () for c in free.values()))
+        ]
+        if self.has_affine or self.has_wildcard:
+            return [partial(self._computed, values) for values in chosen]
+        return ["".join(self._formatted(part, values) for part in self.parts).__mod__ for values in chosen]
 
-    def _spell(self, captures: Mapping[str, str]) -> str:
+    def _formatted(self, part: _Part, values: Mapping[str, str]) -> str:
+        if isinstance(part, _Capture) and part.name not in values:
+            return f"%({part.name})s"
+        assert not isinstance(part, _Affine | _Wildcard)
+        return (part if isinstance(part, str) else values[part.name]).replace("%", "%%")
+
+    def _computed(self, values: Mapping[str, str], others: Mapping[str, str]) -> str:
+        captures = {**others, **values}
         pieces: list[str] = []
         for part in self.parts:
             if isinstance(part, str):

@@ -87,12 +87,13 @@ def renamed_modules(moves: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """Which modules were renamed to what, concluded from parameters' old and new names.
 
     `blocks.0.attn.q.weight -> layers.0.attn.q.weight` says that blocks.0.attn.q, blocks.0.attn, blocks.0 and blocks
-    became layers.0.attn.q, layers.0.attn, layers.0 and layers.
+    became layers.0.attn.q, layers.0.attn, layers.0 and layers; `fc.weight -> net.fc.weight` that fc became net.fc and
+    the root, whose name is empty, net.
     """
     found: dict[str, dict[str, None]] = {}
     for old, new in moves:
         old_parts, new_parts = old.split("."), new.split(".")
-        while len(old_parts) > 1 and len(new_parts) > 1 and old_parts[-1] == new_parts[-1]:
+        while old_parts and new_parts and old_parts[-1] == new_parts[-1]:
             old_parts.pop()
             new_parts.pop()
             found.setdefault(".".join(old_parts), {})[".".join(new_parts)] = None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from optimstate._record import Record
 from optimstate.plan.conversion import Conversion, Lost, plan_conversion
+from optimstate.plan.fates import flat_slots, slot_name
 from optimstate.state.model import OptimizerState
 from optimstate.state.schema import MASTERS, Algorithm, parameter_shape
 from optimstate.state.sections import Section
@@ -51,7 +52,7 @@ def convert_optimizer(
         return state, None
     algorithm = algorithm_of({slot for found in state.state.values() for slot in found}, state)
     found: list[str] = []
-    conversion = plan_conversion(algorithm, target, _shapes(state, algorithm), found)
+    conversion = plan_conversion(algorithm, target, state, _shapes(state, algorithm), found)
     if conversion is not None and not found:
         found += _unusable(state)
     problems += [f"{where}: {problem}" for problem in found]
@@ -81,9 +82,9 @@ def _unusable(state: OptimizerState) -> Iterator[str]:
     for label, found in labelled:
         for slot in sorted(everywhere - set(found)):
             yield f"{label} has no {slot}, which others have"
-        for slot, value in found.items():
+        for path, value in flat_slots(found):
             if not isinstance(value, LazyTensor | int | float | None):
-                yield f"{label}, {slot}: {value!r} cannot be computed with"
+                yield f"{label}, {slot_name(path)}: {value!r} cannot be computed with"
 
 
 def _with_masters(new: OptimizerState, old: OptimizerState) -> OptimizerState:
@@ -95,6 +96,8 @@ def _with_masters(new: OptimizerState, old: OptimizerState) -> OptimizerState:
 
 def _every_slot(conversion: Conversion, old: OptimizerState, new: OptimizerState) -> tuple[Lost, ...]:
     """The conversion's report, as far as it concerns slots that are there, and what it does not mention."""
+    if conversion.source == "bitsandbytes":  # whose slots have other names than the moments that the report tells of
+        return conversion.report
     before, after = (list(dict.fromkeys(s for slots in state.state.values() for s in slots)) for state in (old, new))
     report = [line for line in conversion.report if {*line.slot.split(", ")} & {*before, *after}]
     told = {slot for line in report for slot in line.slot.split(", ")}

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from optimstate.plan.checkpoint import key_of
+from optimstate.plan.fates import SlotPath
 from optimstate.plan.planner import Migration, Move, SectionMoves
-from optimstate.plan.slots import SlotPath
 from optimstate.state.sections import find_sections
 
 if TYPE_CHECKING:

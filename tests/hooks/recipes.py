@@ -1,9 +1,55 @@
-"""The load hooks that torch.optim's documentation recommends to paste, to be compared with ours."""
+"""The load hooks that torch.optim's documentation recommends to paste, and its models: to be compared with ours."""
 
 from __future__ import annotations
 
 from copy import deepcopy
 from typing import Any
+
+import torch
+from torch import nn
+
+
+class OneLayerModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+class TwoLayerModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(3, 4)
+        self.fc2 = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.fc1(x) + self.fc2(x)) / 2
+
+
+class Model1(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + x
+
+
+class ModelBypass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 5)
+        self.bypass = nn.Linear(5, 5, bias=False)
+        torch.nn.init.eye_(self.bypass.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + self.bypass(x)
+
+
+DUPLICATED = {"fc1.weight": "fc.weight", "fc1.bias": "fc.bias", "fc2.weight": "fc.weight", "fc2.bias": "fc.bias"}
+WITH_BYPASS = {"fc.weight": "fc.weight", "fc.bias": "fc.bias", "bypass.weight": None}
 
 
 def theirs(lookup: dict[str, str | None]) -> Any:

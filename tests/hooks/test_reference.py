@@ -11,46 +11,16 @@ from torch import nn
 
 from optimstate import hooks
 from tests import oracle
-from tests.hooks.recipes import names_matching, theirs
-
-
-class OneLayerModel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x)
-
-
-class TwoLayerModel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(3, 4)
-        self.fc2 = nn.Linear(3, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.fc1(x) + self.fc2(x)) / 2
-
-
-class Model1(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(5, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) + x
-
-
-class ModelBypass(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(5, 5)
-        self.bypass = nn.Linear(5, 5, bias=False)
-        torch.nn.init.eye_(self.bypass.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) + self.bypass(x)
+from tests.hooks.recipes import (
+    DUPLICATED,
+    WITH_BYPASS,
+    Model1,
+    ModelBypass,
+    OneLayerModel,
+    TwoLayerModel,
+    names_matching,
+    theirs,
+)
 
 
 class Reordered(nn.Module):
@@ -62,9 +32,6 @@ class Reordered(nn.Module):
         self.fc.bias = nn.Parameter(torch.zeros(4))
         self.fc.weight = nn.Parameter(torch.zeros(4, 3))
 
-
-DUPLICATED = {"fc1.weight": "fc.weight", "fc1.bias": "fc.bias", "fc2.weight": "fc.weight", "fc2.bias": "fc.bias"}
-WITH_BYPASS = {"fc.weight": "fc.weight", "fc.bias": "fc.bias", "bypass.weight": None}
 
 RECIPES = {
     "duplicate": (OneLayerModel, TwoLayerModel, theirs(DUPLICATED), [hooks.duplicate({"fc": ["fc1", "fc2"]})]),

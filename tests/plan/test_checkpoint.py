@@ -161,3 +161,55 @@ def test_metadata_follows_modules(tmp_path: Path) -> None:
     tree = saved(tmp_path, model.state_dict())
     moved, _, _ = apply_plan(Plan.from_options(rename=["1.{p}=bn.{p}"]), tree)
     assert vars(moved)["_metadata"]["bn"] == {"version": 2}
+
+
+@pytest.mark.parametrize(
+    ("rename", "expected"),
+    [
+        ("{p**}=net.{p**}", ["", "net", "net.0", "net.1", "net.2"]),
+        ("0.{p}=a.{p}", ["", "a", "1", "2"]),
+    ],
+)
+def test_metadata_of_modules_without_parameters_follows_the_root(
+    tmp_path: Path, rename: str, expected: list[str]
+) -> None:
+    from optimstate.plan.inverse import inverse
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.BatchNorm1d(2))
+    tree = saved(tmp_path, model.state_dict())
+    plan = Plan.from_options(rename=[rename])
+    moved, _, _ = apply_plan(plan, tree)
+    assert list(vars(moved)["_metadata"]) == expected
+    back, _, _ = apply_plan(inverse(plan, {name: value.shape for name, value in tree.items()}), moved)
+    assert vars(back)["_metadata"] == vars(tree)["_metadata"]
+    if "net" in rename:
+        holder = nn.Module()
+        holder.net = model
+        assert vars(moved)["_metadata"] == vars(holder.state_dict())["_metadata"]
+
+
+def test_a_schedule_that_goes_on_as_before_is_noted(tmp_path: Path) -> None:
+    tree = saved(tmp_path, everything())
+    group = '[[group]]\nmatch = "**"\nlike = 0\nset = {{ {} }}\n'
+    merge = '[policy]\nmerge = "first"\n'
+    moved, _, notes = apply_plan(Plan.from_toml(merge + group.format("lr = 0.5")), tree)
+    assert any("gets lr = 0.5, but scheduler scheduler goes on" in note for note in notes)
+    assert moved["optimizer"]["param_groups"][0]["lr"] == 0.5
+    assert moved["scheduler"]["base_lrs"] == tree["scheduler"]["base_lrs"][:1]
+    both = Plan.from_toml(merge + group.format("lr = 0.5, initial_lr = 0.7"))
+    moved, _, notes = apply_plan(both, tree)
+    assert not any("goes on" in note for note in notes)
+    assert moved["scheduler"]["base_lrs"] == [0.7]
+
+
+def test_composed_schedules_start_from_the_new_initial_rate_though_groups_stay(tmp_path: Path) -> None:
+    model = made(Twins)
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.1)
+    parts = [torch.optim.lr_scheduler.StepLR(optimizer, 2), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [3])
+    train(model, optimizer, batches(2, WIDTH), scheduler)
+    tree = saved(tmp_path, {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+    plan = Plan.from_toml('[[group]]\nmatch = "**"\nset = { initial_lr = 0.3 }\n')
+    moved, _, _ = apply_plan(plan, tree)
+    assert [nested["base_lrs"] for nested in moved["scheduler"]["_schedulers"]] == [[0.3], [0.3]]
+    assert [nested["base_lrs"] for nested in tree["scheduler"]["_schedulers"]] == [[0.1], [0.1]]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from optimstate.errors import PlanError
+from optimstate.plan.execute import execute_optimizer
+from optimstate.plan.groups import same_value
 from optimstate.plan.inverse import inverse
+from optimstate.plan.planner import plan_optimizer
 from optimstate.plan.rules import Plan
+from optimstate.state.model import Group, OptimizerState
 
 NAMES = {
     **{f"layers.{i}.{x}.weight": (4, 8) for i in range(3) for x in "qkv"},
@@ -79,3 +86,81 @@ def test_names_that_one_rule_cannot_tell_apart_are_spelled_out() -> None:
     names = {"a.0": (2,), "b.1": (2,)}
     plan = Plan.from_toml('[[rule]]\nfrom = "a.{i}"\nto = "b.{i}"')
     assert inverse(plan, names).to_toml() == toml('[[rule]]\nfrom = "b.0"\nto = "a.0"')
+
+
+LAYERS = [f"layers.{i}.{leaf}" for i in range(3) for leaf in ("weight", "bias")]
+SPLIT = (
+    '[[rule]]\nfrom = "layers.{i}.{p}"\nto = "blocks.{i}.{p}"\n'
+    '[[group]]\nmatch = "**.bias"\nset = { weight_decay = 0.0 }\n[[group]]\nmatch = "**"\nset = { lr = 0.5 }\n'
+)
+
+
+def optimizer(*groups: list[str], **options: Any) -> OptimizerState:
+    """A trained AdamW over these names; `options` has a value for each group."""
+    tensors = {name: torch.nn.Parameter(torch.ones(4, 2)) for group in groups for name in group}
+    made = torch.optim.AdamW(
+        [
+            {"params": [(name, tensors[name]) for name in group]} | {key: value[n] for key, value in options.items()}
+            for n, group in enumerate(groups)
+        ]
+    )
+    for number, parameter in enumerate(tensors.values()):
+        parameter.grad = torch.full((4, 2), float(number + 1))
+    made.step()
+    return OptimizerState.from_node(made.state_dict())
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        optimizer(LAYERS, lr=[0.1]),
+        optimizer(LAYERS[::2], LAYERS[1::2], weight_decay=[0.3, 0.1]),
+        optimizer(LAYERS[1::2], LAYERS[::2], lr=[0.1, 0.2], betas=[(0.9, 0.99), (0.8, 0.9)]),
+        optimizer([LAYERS[1], LAYERS[0]], LAYERS[2:], lr=[0.1, 0.1]),
+    ],
+    ids=["one group", "two by kind", "two that differ", "two by layer, in another order"],
+)
+def test_regrouping_is_undone_with_the_checkpoints_groups(state: OptimizerState) -> None:
+    plan = Plan.from_toml(SPLIT).with_policy(merge="first")
+    there = execute_optimizer(plan_optimizer(plan, state).sections["optimizer"], state)
+    undo = inverse(plan, dict.fromkeys(LAYERS, (4, 2)), groups=state.groups)
+    again = Plan.from_toml(undo.to_toml())
+    back = execute_optimizer(plan_optimizer(again, there).sections["optimizer"], there)
+    assert [group.names for group in back.groups] == [group.names for group in state.groups]
+    for one, other in zip(back.groups, state.groups, strict=True):
+        assert one.options.keys() == other.options.keys()
+        assert all(same_value(value, other.options[key]) for key, value in one.options.items())
+    expected = {name: slots for _, name, slots in state.parameters()}
+    for _, name, slots in back.parameters():
+        assert all(torch.equal(value, expected[name][slot]) for slot, value in slots.items())
+
+
+def test_few_patterns_stand_for_many_names() -> None:
+    plan = Plan.from_toml(SPLIT)
+    text = inverse(plan, groups=optimizer(LAYERS[::2], LAYERS[1::2]).groups).to_toml()
+    assert 'match = "layers.*.weight"' in text
+    assert 'match = "layers.*.bias"' in text
+
+
+def both_set(option: str) -> Plan:
+    return Plan.from_toml(SPLIT.replace("lr = 0.5", option).replace("weight_decay = 0.0", option))
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason"),
+    [
+        (None, "give the checkpoint"),
+        (optimizer(LAYERS).groups, "option 'note', which none takes away again"),
+        ((*optimizer(LAYERS).groups, Group({"lr": 0.1}, (), ())), "param group 1 has no parameters"),
+    ],
+)
+def test_what_a_table_cannot_undo_is_said(groups: Any, reason: str) -> None:
+    plan = both_set('note = "x"')
+    with pytest.raises(PlanError, match=reason):
+        inverse(plan, groups=groups)
+
+
+def test_an_option_no_plan_file_can_say_is_named() -> None:
+    plan = both_set("foreach = true")
+    with pytest.raises(PlanError, match="option 'foreach' of param group 0 was None"):
+        inverse(plan, groups=optimizer(LAYERS).groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -10,46 +9,17 @@ import torch
 from torch import nn
 
 from optimstate.plan.rules import Plan
+from tests.hooks.recipes import (
+    DUPLICATED,
+    WITH_BYPASS,
+    Model1,
+    ModelBypass,
+    OneLayerModel,
+    TwoLayerModel,
+    names_matching,
+    theirs,
+)
 from tests.plan.training import batches, migrate, slots_by_name, train
-
-
-class OneLayer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x)
-
-
-class TwoLayer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(3, 4)
-        self.fc2 = nn.Linear(3, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.fc1(x) + self.fc2(x)) / 2
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(5, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) + x
-
-
-class Bypass(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(5, 5)
-        self.bypass = nn.Linear(5, 5, bias=False)
-        nn.init.eye_(self.bypass.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) + self.bypass(x)
 
 
 class Reordered(nn.Module):
@@ -88,31 +58,9 @@ BYPASS = Plan.from_toml(
 NAMES = Plan()
 
 
-def reference_hook(lookup: dict[str, str | None]) -> Any:
-    """What the documentation's hooks do: one group, states looked up by name, everything copied."""
-
-    def hook(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-        adapted = deepcopy(optimizer.state_dict())
-        old, new = loaded["param_groups"][0], adapted["param_groups"][0]
-        new.update({k: v for k, v in old.items() if k not in ("params", "param_names")})
-        for index, name in zip(new["params"], new["param_names"], strict=True):
-            source = lookup.get(name, name)
-            if source in old["param_names"]:
-                place = old["params"][old["param_names"].index(source)]
-                if place in loaded["state"]:
-                    adapted["state"][index] = {
-                        k: v.clone() if isinstance(v, torch.Tensor) else deepcopy(v)
-                        for k, v in loaded["state"][place].items()
-                    }
-        return adapted
-
-    return hook
-
-
-EXPERTS = {"fc1.weight": "fc.weight", "fc1.bias": "fc.bias", "fc2.weight": "fc.weight", "fc2.bias": "fc.bias"}
 CASES = {
-    "fc to fc1 and fc2": (OneLayer, TwoLayer, DUPLICATE, EXPERTS, 3),
-    "a bypass added": (Residual, Bypass, BYPASS, {"bypass.weight": None}, 5),
+    "fc to fc1 and fc2": (OneLayerModel, TwoLayerModel, DUPLICATE, DUPLICATED, 3),
+    "a bypass added": (Model1, ModelBypass, BYPASS, WITH_BYPASS, 5),
     "names matched": (Ordered, Reordered, NAMES, {}, 3),
 }
 
@@ -132,17 +80,17 @@ def test_a_plan_of_at_most_six_lines_equals_the_reference_bit_for_bit(case: str,
     assert len(plan.to_toml().splitlines()) <= 6
     old, optimizer = trained(old_type, width, kind)
     new, reference = new_type(), new_type()
-    ours, theirs = kind(new.named_parameters(), lr=0.5), kind(reference.named_parameters(), lr=0.5)
-    theirs.register_load_state_dict_pre_hook(reference_hook(lookup))
-    theirs.load_state_dict(optimizer.state_dict())
+    ours, copying = kind(new.named_parameters(), lr=0.5), kind(reference.named_parameters(), lr=0.5)
+    copying.register_load_state_dict_pre_hook(theirs(lookup) if lookup else names_matching)
+    copying.load_state_dict(optimizer.state_dict())
     migrate(plan, old, optimizer, new, ours)
-    mine, expected = slots_by_name(new, ours), slots_by_name(reference, theirs)
+    mine, expected = slots_by_name(new, ours), slots_by_name(reference, copying)
     assert mine.keys() == expected.keys()
     for name, slots in expected.items():
         assert mine[name].keys() == slots.keys()
         for slot, value in slots.items():
             assert torch.equal(mine[name][slot], value), (name, slot)
-    assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
+    assert ours.state_dict()["param_groups"] == copying.state_dict()["param_groups"]
 
 
 def weights_and_biases(model: nn.Module) -> list[dict[str, Any]]:

@@ -111,12 +111,18 @@ def is_model(node: dict[str, Any]) -> bool:
 
 
 def respelled_metadata(metadata: Any, names: list[str], respell: Callable[[str], str]) -> Any:
-    """A module is called what its parameters' names begin with; the outermost has no name.
+    """A module is called what its parameters' names begin with; the outermost has no name, and what it was gets one.
 
     Modules without parameters are left out: what they are called after a renaming of parameters is anybody's guess.
     """
     holders = {m: v for m, v in metadata.items() if not m or any(name.startswith(f"{m}.") for name in names)}
-    return OrderedDict((m and respell(f"{m}.x").removesuffix(".x"), version) for m, version in holders.items())
+    inner = respell("x").removesuffix("x").removesuffix(".")
+    made: OrderedDict[str, Any] = OrderedDict()
+    for module, version in holders.items():
+        made[module and respell(f"{module}.x").removesuffix(".x")] = version
+        if not module and inner and not any(name.startswith(WRAPPERS) for name in names):
+            made[inner] = version
+    return made
 
 
 LOADED = [
