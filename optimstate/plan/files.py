@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -53,6 +52,8 @@ def parse_plan(text: str, *, name: str = "plan") -> Plan:
     Raises:
         PlanSyntaxError: It is wrong.
     """
+    import tomllib  # writing plans, which every remap does, needs none of it
+
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
