@@ -8,7 +8,6 @@ its own way, so it is given whole vectors and the rule does the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import repeat
 from typing import Any, ClassVar
 
@@ -18,12 +17,11 @@ from torch import Tensor
 from optimstate.optim._ops import one
 from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting, fits
 
-__all__ = ["ENDLESS", "AdamKernelOptimizer", "adam_kernel", "blocks", "bodies"]
+__all__ = ["ENDLESS", "AdamKernelOptimizer", "adam_kernel", "bodies", "effective"]
 
 LANES = 64  # a multiple of any CPU's vector of floats
 SMALLEST = 1 << 14  # elements; below, a call of the kernel and a few more for the tail gain nothing
 ENDLESS = 1e18  # steps: any beta below 1 to this power is 0 or very nearly
-CACHED = 1 << 16  # elements per thread of a block that five tensors of share a core's cache
 
 
 class AdamKernelOptimizer(RuleOptimizer):
@@ -93,23 +91,6 @@ def bodies(tensors: list[Tensor]) -> list[Tensor]:
     return [t.as_strided((t.numel() // LANES * LANES,), (1,)) for t in tensors]
 
 
-def blocks(group: Group, params: list[Tensor], grads: list[Tensor], *slots: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The full vectors of dense tensors, flat, a block at a time that stays in the cache from one kernel to the next.
-
-    Yields:
-        Parameter, effective gradient, a copy of it for the kernel to overwrite, and the slots.
-    """
-    size = CACHED * torch.get_num_threads()
-    scratch: dict[torch.dtype, Tensor] = {}
-    for tensors in zip(params, grads, *slots, strict=True):
-        if tensors[0].dtype not in scratch:
-            scratch[tensors[0].dtype] = torch.empty(size, dtype=tensors[0].dtype, device="cpu")
-        for p, grad, *state in zip(*(torch.split(body, size) for body in bodies(list(tensors))), strict=True):
-            g = effective(group, p, grad)
-            own = scratch[p.dtype]
-            yield [p, g, g if g is not grad else own[: p.numel()].copy_(g), *state]
-
-
 def tail(t: Tensor) -> Tensor:
     """What is beyond them, flat."""
     rest = t.numel() % LANES
@@ -131,7 +112,7 @@ def adam_kernel(
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
     *,
-    step: Tensor,
+    step: float,
     lr: float,
     beta1: float,
     beta2: float,
@@ -140,7 +121,7 @@ def adam_kernel(
     decoupled: bool = False,
     maximize: bool = False,
 ) -> None:
-    """One call of torch's fused Adam kernel, all parameters at the same step count, a 0-d float32 tensor."""
+    """One call of torch's fused Adam kernel, all parameters at the same step count."""
     kernel: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
     kernel(
         p,
@@ -148,7 +129,7 @@ def adam_kernel(
         exp_avg,
         exp_avg_sq,
         [],
-        [step] * len(p),
+        [torch.tensor(step, dtype=torch.float32)] * len(p),
         lr=lr,
         beta1=beta1,
         beta2=beta2,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, blocks
+from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies, effective
 from optimstate.optim._ops import Ops, one
 from optimstate.optim._step import Columns, Group, Rule, Setting, count_steps
 from optimstate.optim.optimizer import Options, ParamsT, check_betas, check_lr, require, to_number, zeros
@@ -190,30 +190,28 @@ class NAdam(AdamKernelOptimizer):
             t = step.item()
             alike.setdefault((t, *map(float, rule.numbers(t, product))), []).append(index)
         decoupled = decay != 0 and group["decoupled_weight_decay"]
+        changed = group["maximize"] or (decay != 0 and not decoupled)
         held = params, grads, columns["exp_avg"], columns["exp_avg_sq"]
         for numbers, indices in alike.items():
-            chosen = [[column[i] for i in indices] for column in held]
-            kernels = two_kernels(group, *numbers)
-            for p, g, own, exp_avg, exp_avg_sq in blocks(group, *chosen):
+            for chunk in [[i] for i in indices] if changed else [indices]:
+                p, g, *moments = (bodies([column[i] for i in chunk]) for column in held)
+                g = list(map(partial(effective, group), p, g))
                 if decoupled:
-                    p.mul_(1 - lr * decay)
-                kernels(p, g, own, exp_avg, exp_avg_sq)
-            self._run_tails(group, chosen[0], chosen[1], chosen[2:], numbers[1:])
+                    torch._foreach_mul_(p, 1 - lr * decay)
+                kernel_twice(group, p, g, moments, numbers)
+            p, g, *slots = ([column[i] for i in indices] for column in held)
+            self._run_tails(group, p, g, slots, numbers[1:])
 
 
-def two_kernels(group: Group, t: float, correction2: float, for_g: float, for_avg: float) -> Callable[..., None]:
+def kernel_twice(group: Group, p: list[Tensor], g: list[Tensor], moments: list[list[Tensor]], numbers: Any) -> None:
     """Adam's kernel once for the moments and the momentum's part of the step, and once more for the gradient's part."""
     (beta1, beta2), eps = group["betas"], group["eps"]
-    step, endless, root = torch.tensor(t, dtype=torch.float32), torch.tensor(ENDLESS), correction2**0.5
-    rate = -for_avg * (1 - beta1**t)
-    unchanging = math.nextafter(1.0, 0.0)  # the second moment must stay: the coefficient next to 1 changes no float32
-
-    def call(p: Tensor, g: Tensor, own: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        adam_kernel([p], [g], [exp_avg], [exp_avg_sq], step=step, lr=rate, beta1=beta1, beta2=beta2, eps=eps)
-        rest = {"lr": -for_g * root, "beta1": 0.0, "beta2": unchanging, "eps": eps * root}
-        adam_kernel([p], [g], [own], [exp_avg_sq], step=endless, **rest)  # now the gradient is its own first moment
-
-    return call
+    t, correction2, for_g, for_avg = numbers
+    adam_kernel(p, g, *moments, step=t, lr=-for_avg * (1 - beta1**t), beta1=beta1, beta2=beta2, eps=eps)
+    # Now the gradient is its own first moment, and the second must stay: the coefficient next to 1 changes no float32.
+    root = correction2**0.5
+    options = {"step": ENDLESS, "beta1": 0.0, "beta2": math.nextafter(1.0, 0.0), "eps": eps * root}
+    adam_kernel(p, g, g, moments[1], lr=-for_g * root, **options)
 
 
 def mu_schedule(beta1: float, momentum_decay: float) -> Any:

@@ -196,7 +196,7 @@ class RAdam(AdamKernelOptimizer):
                 bodies(g),
                 bodies(some["exp_avg"]),
                 bodies(some["exp_avg_sq"]),
-                step=torch.tensor(t, dtype=torch.float32),
+                step=t,
                 lr=lr * rect,
                 beta1=beta1,
                 beta2=beta2,

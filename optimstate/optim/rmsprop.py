@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, blocks
+from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies, effective
 from optimstate.optim._step import Columns, Condition, Group, Rule, Setting, count_steps
 from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, zeros
 
@@ -153,12 +152,18 @@ class RMSprop(AdamKernelOptimizer):
     def _through_kernel(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> None:
         count_steps(columns["step"])
         options = {
-            "step": torch.tensor(ENDLESS),
+            "step": ENDLESS,
             "lr": float(group["lr"]),
             "beta1": 0.0,
             "beta2": group["alpha"],
             "eps": group["eps"],
         }
-        for p, g, first_moment, square_avg in blocks(group, params, grads, columns["square_avg"]):
-            adam_kernel([p], [g], [first_moment], [square_avg], **options)
+        everything = bodies(params), bodies(grads), bodies(columns["square_avg"])
+        if not group["maximize"] and group["weight_decay"] == 0:
+            p, g, square_avg = everything
+            adam_kernel(p, g, g, square_avg, **options)
+        else:  # the kernel writes what it takes for a first moment: not into p.grad
+            for body, grad, average in zip(*everything, strict=True):
+                changed = [effective(group, body, grad)]
+                adam_kernel([body], changed, changed, [average], **options)
         self._run_tails(group, params, grads, [columns["square_avg"], [], []], ())
