@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from optimstate.optim._blocks import fits
 from optimstate.optim._ops import one
-from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting, fits
+from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting
 
 __all__ = ["ENDLESS", "AdamKernelOptimizer", "adam_kernel", "bodies", "effective"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Ops", "Scratch", "many", "one", "traced"]
+__all__ = ["Op", "Ops", "many", "one", "traced"]
 
 # An operand is a tensor in one dialect and a list of tensors in the other, so operators can only be typed loosely.
 Op = Callable[..., Any]
@@ -127,63 +127,3 @@ many = Ops(
     as_complex=_same,
     is_list=True,
 )
-
-
-_WITH_RESULT = ("abs", "add", "addcmul", "div", "mul", "neg", "sign", "sqrt", "sub")
-_WITH_NUMBER = ("add_", "div_", "mul_", "sub_")
-
-
-class Scratch:
-    """A pool of temporaries, and `one` with its results in them: memory that stays in the cache from block to block.
-
-    Numbers become 0-d tensors once: each call would make them anew, which takes as long as a short kernel.
-
-    Args:
-        dtype: The blocks' dtype; they are on the CPU.
-        size: The elements of a block, at most.
-    """
-
-    def __init__(self, dtype: torch.dtype, size: int) -> None:
-        self._dtype = dtype
-        self._size = size
-        self._buffers: list[Tensor] = []
-        self._used = 0
-        self._numbers: dict[float, Tensor] = {}
-        changed: dict[str, Any] = {name: self._writing(getattr(torch, name)) for name in _WITH_RESULT}
-        changed |= {name: self._overwriting(getattr(one, name)) for name in _WITH_NUMBER}
-        self.ops = replace(one, **changed)
-
-    def _operand(self, value: Any) -> Any:
-        if type(value) is not float or value == 0.0:  # 0.0 and -0.0 are one key and two numbers
-            return value
-        if value not in self._numbers:
-            # Kernels compute with float32 or float64, and a 0-d tensor does not change the dtype of the result.
-            wide = torch.float64 if self._dtype == torch.float64 else torch.float32
-            self._numbers[value] = torch.tensor(value, dtype=wide, device="cpu")
-        return self._numbers[value]
-
-    def _overwriting(self, function: Op) -> Op:
-        def call(x: Tensor, y: Any, **named: Any) -> Any:
-            return function(x, self._operand(y), **named)
-
-        return call
-
-    def _writing(self, function: Op) -> Op:
-        def call(x: Tensor, *operands: Any, **named: Any) -> Any:
-            if self._used == len(self._buffers):
-                self._buffers.append(torch.empty(self._size, dtype=self._dtype, device="cpu"))
-            buffer = self._buffers[self._used]
-            self._used += 1
-            out = buffer if x.numel() == self._size else buffer[: x.numel()]
-            return function(x, *map(self._operand, operands), **named, out=out)
-
-        return call
-
-    def fresh(self, update: Op) -> Op:
-        """The update, with all temporaries free again at each call."""
-
-        def call(*operands: Any) -> None:
-            self._used = 0
-            update(*operands)
-
-        return call

@@ -23,20 +23,16 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_machinery
 
+from optimstate.optim._blocks import Scratch, block_size, split
 from optimstate.optim._load import Slots
-from optimstate.optim._ops import Ops, Scratch, many, one, traced
-from optimstate.optim.optimizer import PLAIN, Optimizer, aligned, to_scalar
+from optimstate.optim._ops import Ops, many, one, traced
+from optimstate.optim.optimizer import Optimizer, aligned, to_scalar
 
 __all__ = ["Columns", "Condition", "Group", "Rule", "RuleOptimizer", "Setting", "fused_batches"]
 
 Group = dict[str, Any]
 Columns = Mapping[str, list[Any]]
 Condition = Callable[[Group], bool]
-
-# On CPU a rule is several passes over memory. Run block by block, each block stays in a core's cache between passes;
-# the bits are the same, because every operation is elementwise and block boundaries are multiples of any vector width.
-BLOCK = 1 << 17  # elements per thread where a rule has one slot, half of it where it has more
-WORTH_BLOCKING = 1 << 18
 
 
 class Rule(NamedTuple):
@@ -300,7 +296,7 @@ class RuleOptimizer(Optimizer):
         rule, numbers = self._prepared(traced if differentiable else one, group, columns, owned=False)
         slots = self._slots(columns, repeat(None))
         plain = not (differentiable or has_complex or torch.compiler.is_compiling())
-        size = self._block_size(params, len(slots)) if plain else None
+        size = block_size(params, len(slots)) if plain and self._gains_from_blocks else None
         if size is None:
             self._run_column(rule.update, group, params, grads, slots, numbers, has_complex=has_complex)
             return
@@ -318,12 +314,6 @@ class RuleOptimizer(Optimizer):
                 )
                 p_pieces, g_pieces, *slot_pieces = pieces
                 self._run_column(update, group, p_pieces, g_pieces, slot_pieces, own_numbers, has_complex=False)
-
-    def _block_size(self, params: list[Tensor], slots: int) -> int | None:
-        """How many elements to update at a time, or None where no parameter gains."""
-        if not self._gains_from_blocks or not any(p.numel() >= WORTH_BLOCKING for p in params):
-            return None
-        return (BLOCK >> (slots > 1)) * torch.get_num_threads()
 
     def _run_column(
         self,
@@ -389,27 +379,6 @@ def l2(decay: Any) -> Callable[[Tensor, Tensor], Tensor]:
     if isinstance(decay, Tensor) and decay.requires_grad:
         return lambda g, p: g.addcmul_(p.clone(), decay)  # torch's way to differentiate by the decay
     return partial(torch.add, alpha=decay)
-
-
-def split(tensors: Sequence[Tensor | None], size: int) -> list[Any] | None:
-    """Each tensor in flat blocks over the same elements, or None where it has to be updated whole."""
-    p = tensors[0]
-    assert p is not None
-    if p.numel() < max(WORTH_BLOCKING, 2 * size) or p.device.type != "cpu" or type(p) not in PLAIN:
-        return None
-    # Half-precision kernels compute a vector's leftovers differently, so blocks must end where torch's threads would.
-    if p.dtype not in (torch.float32, torch.float64) and (torch.get_num_threads() > 1 or not p.is_floating_point()):
-        return None
-    if not all(t is None or fits(t, p) for t in tensors):
-        return None
-    if not p.is_contiguous() and torch.empty_like(p, device="meta").stride() != p.stride():
-        return None
-    return [repeat(None) if t is None else torch.split(t.as_strided((t.numel(),), (1,)), size) for t in tensors]
-
-
-def fits(t: Tensor, p: Tensor) -> bool:
-    """Whether a tensor has its elements where the parameter has them."""
-    return t.layout is torch.strided and t.dtype is p.dtype and t.shape == p.shape and t.stride() == p.stride()
 
 
 def batches(optimizer: Optimizer, lists: list[list[Any]]) -> Iterator[tuple[Any, list[Any]]]:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import optimstate.optim as optim
-from optimstate.optim import _step
+from optimstate.optim import _blocks
 from tests import cases, oracle
 from tests.cases import Case
 from tests.optim import database
@@ -94,8 +94,8 @@ def one_of_each_implementation(name: str, dtype: str) -> Iterator[Case]:
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_every_option_gives_torchs_bits_block_by_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_step, "BLOCK", 64)
-    monkeypatch.setattr(_step, "WORTH_BLOCKING", 100)
+    monkeypatch.setattr(_blocks, "BLOCK", 64)
+    monkeypatch.setattr(_blocks, "WORTH_BLOCKING", 100)
     compare_all(
         Case(name, case.options, dtype, "default", "alike", case.second_group)
         for dtype in ("float32", "float64")
