@@ -12,10 +12,9 @@ from optimstate.files import Progress, check_destination
 from optimstate.formats import torch_zip
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_document
-from optimstate.plan.checkpoint import apply_plan, key_of
+from optimstate.plan.checkpoint import apply_plan
 from optimstate.plan.planner import Migration
 from optimstate.plan.rules import Plan
-from optimstate.state.sections import find_sections
 from optimstate.surgery._common import opening, to_json
 from optimstate.surgery._outcomes import Group, Outcome, outcomes, regrouped
 
@@ -90,7 +89,6 @@ def remap(
         document = open_document(source)
         tree, migration, notes = apply_plan(plan, document.tree)
         groups = regrouped(migration, document.tree)
-        notes += _scheduled(groups, document.tree)
         if not dry_run:
             if in_place:
                 _rename_in_place(document, tree)
@@ -102,17 +100,6 @@ def remap(
                     tree, target, like=document, options=WriteOptions(sync=sync, progress=progress)
                 )
         return _remap_report(source, source if in_place else destination, not dry_run, migration, groups, notes)
-
-
-def _scheduled(groups: Mapping[str, tuple[Group, ...]], tree: Any) -> list[str]:
-    """Schedulers that will set learning rates again, which a plan sets."""
-    if not any(group.changed.keys() & {"lr", "initial_lr"} for found in groups.values() for group in found):
-        return []
-    return [
-        f"{key_of(section)}: it goes on from its own learning rates, and sets lr again at its next step"
-        for section in find_sections(tree)
-        if section.kind == "scheduler"
-    ]
 
 
 def _check_suffix(document: Document, destination: Path) -> Path:

@@ -89,7 +89,9 @@ def test_the_report_says_what_changed_and_which_scheduler_will_set_it_again() ->
     assert first.changed.keys() == {"lr"}
     assert first.changed["lr"][1] == 0.5
     assert not second.changed
-    assert any("scheduler" in note and "sets lr again" in note for note in report.notes)
+    assert [note for note in report.notes if "scheduler" in note and "set initial_lr too" in note]
+    whole = surgery.with_options(Plan(), SOURCE, ["0:lr=0.5", "0:initial_lr=0.5"])
+    assert not any("scheduler" in note for note in surgery.remap(SOURCE, None, whole, dry_run=True).notes)
     assert not surgery.remap(SOURCE, None, Plan.from_options(drop=["embed.**"]), dry_run=True).groups
 
 
