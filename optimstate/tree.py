@@ -282,17 +282,18 @@ def census(node: Any) -> tuple[int, Counter[str]]:
         if isinstance(found, Opaque):
             records[found.type.path] += 1
         inner = found.values() if type(found) is dict else [child for _, child in children(found)]
-        for child in inner:
-            kind = type(child)
-            if kind is LazyTensor or kind is AttributedTensor:
-                tensor_count += 1
-            elif kind not in _SCALARS and isinstance(child, dict | list | tuple | Opaque) and id(child) not in seen:
+        kinds = list(map(type, inner))
+        tensor_count += kinds.count(LazyTensor) + kinds.count(AttributedTensor)
+        if _LEAVES.issuperset(kinds):
+            continue
+        for child, kind in zip(inner, kinds, strict=True):
+            if kind not in _LEAVES and isinstance(child, dict | list | tuple | Opaque) and id(child) not in seen:
                 seen.add(id(child))
                 stack.append(child)
     return tensor_count + isinstance(node, LazyTensor), records
 
 
-_SCALARS = frozenset({int, float, str, bool, type(None), bytes})
+_LEAVES = frozenset({LazyTensor, AttributedTensor, int, float, str, bool, type(None), bytes})
 
 
 def tensors(node: Any) -> Iterator[tuple[Path, LazyTensor]]:

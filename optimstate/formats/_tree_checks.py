@@ -105,7 +105,8 @@ def _check(tree: Any) -> None:
             inner = [*node.arguments, *node.keywords.values(), *node.items, *parts, node.state]
         else:
             continue
-        stack.extend([child for child in inner if type(child) not in _LEAVES])
+        if not _LEAVES.issuperset(map(type, inner)):
+            stack.extend([child for child in inner if type(child) not in _LEAVES])
 
 
 def _measure(outer: tuple[Any, ...], depths: dict[int, int]) -> None:

@@ -60,7 +60,8 @@ def inspect(
                 opaque[section.node.type.path] -= 1
         alone = not any(section.kind in ("model", "ema") for section in sections)
         look = _Look(parameters or statistics, statistics, alone, progress)
-        found = tuple(look.section_info(section) for section in sections)
+        states = {id(section): section.optimizer() for section in sections if section.kind == "optimizer"}
+        found = tuple(look.section_info(section, states.get(id(section))) for section in sections)
         return Inspection(
             str(path),
             document.format,
@@ -70,13 +71,13 @@ def inspect(
             {name: count for name, count in opaque.most_common() if count > 0},
             tuple(dangerous(document.globals)),
             tuple(missing_for_resume(found)),
-            (*document.notes, *_notes(sections), *look.oddities()),
+            (*document.notes, *_notes(sections, states), *look.oddities()),
         )
 
 
-def _notes(sections: Sequence[Section]) -> Iterator[str]:
+def _notes(sections: Sequence[Section], states: Mapping[int, OptimizerState]) -> Iterator[str]:
     for section in sections:
-        if section.kind == "optimizer" and _is_flat(section.optimizer()):
+        if section.kind == "optimizer" and _is_flat(states[id(section)]):
             yield (
                 f"optimizer {section.label}: all state is vectors; if these are FSDP1's flat parameters, they cannot "
                 "be named without the model: save FSDP.optim_state_dict() instead"
@@ -105,10 +106,10 @@ class _Look:
         self.listed, self.measured, self.alone, self.progress = listed, measured, alone, progress
         self._odd: list[str] = []
 
-    def section_info(self, section: Section) -> OptimizerInfo | ModelInfo | SchedulerInfo:
-        """What is told of a section."""
-        if section.kind == "optimizer":
-            return self._optimizer_info(section.label, section.optimizer())
+    def section_info(self, section: Section, state: OptimizerState | None) -> OptimizerInfo | ModelInfo | SchedulerInfo:
+        """What is told of a section, whose state is given where it is an optimizer."""
+        if state is not None:
+            return self._optimizer_info(section.label, state)
         if section.kind == "scheduler":
             fields = section.node if isinstance(section.node, Mapping) else section.node.state
             return SchedulerInfo(
