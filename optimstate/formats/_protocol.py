@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +49,7 @@ class WriteOptions:
         shard_size: Largest number of bytes per file where the container can be split, or None.
         sync: Flush what is written to the disk before it takes its name.
         progress: Called with the bytes written since the last call.
+        confirm: Called when everything is written and before it takes its name; what it raises undoes the writing.
     """
 
     checksums: bool = True
@@ -57,6 +58,12 @@ class WriteOptions:
     shard_size: int | None = None
     sync: bool = True
     progress: Progress | None = None
+    confirm: Callable[[], None] | None = None
+
+    def confirmed(self) -> None:
+        """The last thing that a format does before the name is given."""
+        if self.confirm is not None:
+            self.confirm()
 
 
 class Format(Protocol):

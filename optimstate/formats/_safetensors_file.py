@@ -126,6 +126,7 @@ def write_file(entries: list[Entry], metadata: dict[str, str], path: Path, optio
         out.write(header)
         pieces: Iterator[Extent] = (extent for entry in entries for extent in entry.tensor.extents())
         copy_extents(pieces, out.fd, progress=options.progress)
+        options.confirmed()
 
 
 def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:

@@ -241,6 +241,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
             notes.extend(f"{name}: {note}" for note in made)
         with AtomicFile(folder / ".metadata", sync=options.sync) as out:
             out.write(dump_metadata(metadata))
+        options.confirmed()
     return notes
 
 

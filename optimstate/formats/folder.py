@@ -107,6 +107,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     notes: list[str] = []
     with AtomicDirectory(path) as folder:
         _write_entries(tree, folder, like, options, notes)
+        options.confirmed()
     return notes
 
 

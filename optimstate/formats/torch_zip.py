@@ -230,6 +230,7 @@ def _write_new(tree: Any, path: Path, like: Document | None, options: WriteOptio
     expected = len(pickled) + sum(storage.nbytes + 256 for storage in storages)
     with AtomicFile(path, expected_size=expected, sync=options.sync) as out:
         _write_records(out.fd, root, pickled, storages, _other_records(like), options)
+        options.confirmed()
 
 
 def write_archive(fd: int, tree: Any, options: WriteOptions) -> int:
@@ -312,6 +313,7 @@ def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOp
         position = copy_extents(pieces, out.fd, progress=options.progress)
         for part in _redescription(out.fd, archive, pickled, position):
             out.write(part)
+        options.confirmed()
 
 
 def _redescription(fd: int, archive: Archive, pickled: bytes, position: int) -> tuple[bytes, bytes]:

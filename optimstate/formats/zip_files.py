@@ -108,6 +108,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
             for name, node in tree.items():
                 _write_member(archive, name, node, like, options)
         os.lseek(out.fd, 0, os.SEEK_END)
+        options.confirmed()
     return []
 
 

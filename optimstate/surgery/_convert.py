@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,8 +94,10 @@ def convert(
         check_destination(destination, [source], force=force)
     with opening(source):
         document = open_document(source)
-        if verify:
+        if verify and dry_run:
             verify_checksums(document)
+        elif verify:
+            options = replace(options, confirm=_verifying(document))
         tree, notes = (document.tree, []) if section is not None else _without_files(document)
         changes = _Changes(tree, section, dtypes or {}, optimizer) if section or dtypes or optimizer else None
         if changes is not None:
@@ -236,6 +238,32 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
         return made
 
     return strip(document.tree, document, ""), notes
+
+
+def _verifying(document: Document) -> Callable[[], None]:
+    """Begin to compare checksums, beside what is done meanwhile; the function waits for the end and raises the error.
+
+    Both computing checksums and copying leave Python's lock alone.
+    """
+    from threading import Thread
+
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            verify_checksums(document)
+        except BaseException as error:  # noqa: BLE001  # raised again by who waits
+            failed.append(error)
+
+    thread = Thread(target=run, name="optimstate-checksums", daemon=True)
+    thread.start()
+
+    def wait() -> None:
+        thread.join()
+        if failed:
+            raise failed[0]
+
+    return wait
 
 
 def verify_checksums(document: Document, progress: Progress | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from optimstate.errors import MigrationError, PlanSyntaxError
+from optimstate.errors import CorruptCheckpointError, MigrationError, PlanSyntaxError
 from optimstate.formats._protocol import WriteOptions
 from optimstate.surgery import ConvertReport, convert
 from optimstate.surgery._casting import Cast, parse_dtypes
@@ -392,3 +393,28 @@ def test_what_has_no_meaning_or_is_that_already(tmp_path: Path) -> None:
     made, report = converted(source, tmp_path, optimizer="AdamW")
     assert unlike(made, load_torch(source)) is None
     assert any("already" in note for note in report.notes)
+
+
+# --- checksums ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "out-dcp", "shards"])
+def test_a_wrong_checksum_leaves_what_was_there(name: str, tmp_path: Path) -> None:
+    source, destination = saved(trained(), tmp_path), tmp_path / name
+    to = "dcp" if name == "out-dcp" else "safetensors" if name == "shards" else None
+    options = WriteOptions(sync=False, shard_size=1000 if name == "shards" else None)
+    convert(source, destination, to=to, verify=True, options=options)
+    files = sorted(destination.rglob("*")) if destination.is_dir() else [destination]
+    before = {file: file.read_bytes() for file in files}
+    with zipfile.ZipFile(source) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size if "/data/" in entry.filename else 0)
+        content = archive.read(largest)
+    data = source.read_bytes()
+    assert data.count(content) == 1
+    source.write_bytes(data.replace(content, content[:-1] + bytes([content[-1] ^ 1])))
+    with pytest.raises(CorruptCheckpointError, match="do not match their checksum"):
+        convert(source, destination, to=to, verify=True, force=True, options=options)
+    with pytest.raises(CorruptCheckpointError, match="do not match their checksum"):
+        convert(source, tmp_path / "other.pt", verify=True, dry_run=True)
+    assert {file: file.read_bytes() for file in files} == before
+    assert sorted(tmp_path.iterdir()) == sorted([source, destination])
