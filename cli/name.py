@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +46,8 @@ def name(
 
     if destination is None and not dry_run:
         raise typer.BadParameter("give a destination or --dry-run")
+    if model is not None and "" not in sys.path:
+        sys.path.insert(0, "")  # a module in the current folder is found, as by `python -m`
     given = read_names(names) if names is not None else None
     with _render.progress("naming", source, quiet=quiet) as advance:
         report = surgery.name(

@@ -229,3 +229,18 @@ def test_the_version_is_that_of_the_package() -> None:
 
 def test_reports_are_values_too() -> None:
     assert surgery.inspect(SOURCE) == surgery.inspect(SOURCE)
+
+
+def test_a_model_in_the_current_folder_names_an_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_model.py").write_text("from torch import nn\n\n\ndef build():\n    return nn.Linear(3, 2)\n")
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    torch.save({"optimizer": optimizer.state_dict()}, tmp_path / "anonymous.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    outcome = run("name", "anonymous.pt", "named.pt", "--model", "my_own_model:build")
+    assert outcome.code == 0, outcome
+    (group,) = torch.load("named.pt")["optimizer"]["param_groups"]
+    assert group["param_names"] == ["weight", "bias"]
