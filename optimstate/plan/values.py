@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, Protocol
 
+from optimstate.errors import MigrationError
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Shape
 from optimstate.tensors import LazyTensor, concatenated, filled, mapped, reduced
@@ -82,9 +83,22 @@ def copied(value: Any) -> Any:
     return _copied(value, {})
 
 
+def _live_copy(value: Any) -> Any:
+    try:
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    except NotImplementedError:  # a subclass without a clone of its own, as torchao's low-bit state: copy its parts
+        if not hasattr(value, "__tensor_flatten__"):
+            raise MigrationError(
+                [f"a tensor of {type(value).__qualname__} cannot be copied: it has no clone"]
+            ) from None
+        names, context = value.__tensor_flatten__()
+        parts = {name: _live_copy(getattr(value, name)) for name in names}
+        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
+
+
 def _copied(value: Any, done: dict[int, Any]) -> Any:
     if _is_live(value):
-        return value.detach().clone().requires_grad_(value.requires_grad)
+        return _live_copy(value)
     if isinstance(value, LazyTensor | Opaque):
         return cloned(value)
     if isinstance(value, bool | int | float | complex | str | None):

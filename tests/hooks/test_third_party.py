@@ -140,6 +140,19 @@ def test_moments_that_are_tensor_subclasses_follow_whole(torchao: Any, name: str
         assert type(moments) is type(optimizer.state[model.matrix.weight]["exp_avg"]) is not torch.Tensor
         losses = train(model, optimizer, 3, 10)
         assert train(changed, resumed, 3, 10) == losses
+        twins = nn.ModuleDict({name: Wide("inner") for name in ("a", "b")})
+        doubled = make(groups(twins, count), lr=1e-2)
+        stream.seek(0)
+        register(doubled, hooks.duplicate({"{rest**}": ["a.{rest**}", "b.{rest**}"]}))
+        doubled.load_state_dict(torch.load(stream, weights_only=False))
+        for slot, moment in doubled.state[twins["a"].matrix.weight].items():
+            other = doubled.state[twins["b"].matrix.weight][slot]
+            assert type(moment) is type(other)
+            first, second = (
+                [getattr(t, part) for part in t.__tensor_flatten__()[0]] if hasattr(t, "codes") else [t]
+                for t in (moment, other)
+            )
+            assert all(torch.equal(x, y) and x.data_ptr() != y.data_ptr() for x, y in zip(first, second, strict=True))
         stream.seek(0)
         larger = make(groups(Wide("inner", rows=72), count), lr=1e-2)
         register(larger, hooks.resize("matrix"))
