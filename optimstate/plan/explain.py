@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from optimstate.plan import expressions as ex
 from optimstate.plan.expressions import Expr, Leaf
+from optimstate.plan.fates import OUTCOMES
 from optimstate.plan.migration import Migration, Move, SectionMoves
 
 __all__ = ["Row", "described", "explained", "summary"]
@@ -42,9 +43,6 @@ def explained(migration: Migration) -> Iterator[Row]:
     for key, section in migration.sections.items():
         for move in section.moves:
             yield from _rows(key, move, section)
-        for line in section.conversion.report if section.conversion is not None else ():
-            how = f"{section.conversion.source} to {section.conversion.target}" if section.conversion else ""
-            yield Row(key, "", line.slot, (), how, line.outcome, line.reason, "")
         for name, rule in section.dropped:
             said = str(rule) if rule is not None else 'the policy unexpected = "drop"'
             yield Row(key, "", "", (name,), "", "dropped", "", said)
@@ -60,10 +58,19 @@ def _rows(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
     elif not move.slots and not (section.flat and move.expression is not None):
         reason = "new" if move.expression is None else "it has no state in the checkpoint"
         yield Row(key, move.target, "", move.sources, how, "fresh", reason, rule)
+    conversion = section.conversion if move.slots else None
+    lines = {line.slot: line for line in conversion.report} if conversion else {}
+    changed = f"{conversion.source} to {conversion.target}" if conversion else ""
     for path, fate in move.slots.items():
+        slot = ".".join(map(str, path))
+        line = lines.pop(slot, None)
         inferred = f"taken for {fate.kind} by its shape" if fate.inferred else ""
-        reason = "; ".join(filter(None, (fate.reason, inferred, copied)))
-        yield Row(key, move.target, ".".join(map(str, path)), move.sources, how, fate.outcome, reason, rule)
+        reason = "; ".join(filter(None, (fate.reason, inferred, copied, line.reason if line else "")))
+        outcome = max(fate.outcome, line.outcome if line else "exact", key=OUTCOMES.index)
+        done = "; ".join(filter(None, (how, changed)))
+        yield Row(key, move.target, slot, move.sources, done, outcome, reason, rule)
+    for slot, line in lines.items():  # what the other algorithm keeps besides
+        yield Row(key, move.target, slot, (), changed, line.outcome, line.reason, rule)
 
 
 def summary(migration: Migration) -> dict[str, dict[str, int]]:

@@ -10,6 +10,7 @@ from optimstate.plan.values import dtype_of, shape_of
 from optimstate.state.schema import SlotKind
 
 __all__ = [
+    "OUTCOMES",
     "Fate",
     "Form",
     "Outcome",
@@ -24,6 +25,9 @@ __all__ = [
 
 SlotPath = tuple[str | int, ...]
 Outcome = Literal["exact", "approximate", "fresh", "dropped"]
+
+OUTCOMES: tuple[Outcome, ...] = ("exact", "approximate", "fresh", "dropped")
+"""From what loses nothing to what loses all."""
 
 
 class Fate(NamedTuple):

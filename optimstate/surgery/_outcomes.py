@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from optimstate.plan.checkpoint import key_of
-from optimstate.plan.fates import SlotPath
+from optimstate.plan.fates import OUTCOMES, SlotPath
 from optimstate.plan.planner import Migration, Move, SectionMoves
 from optimstate.state.sections import find_sections
 
@@ -78,15 +78,12 @@ def outcomes(migration: Migration) -> dict[str, tuple[Outcome, ...]]:
     return {key: _outcomes(migration, key, section) for key, section in migration.sections.items()}
 
 
-_ORDER = ("exact", "approximate", "fresh", "dropped")
-
-
 def _outcomes(migration: Migration, key: str, section: SectionMoves) -> tuple[Outcome, ...]:
     # Most moves only rename: a row for each of their slots would take as long as planning did.
     plain: dict[tuple[SlotPath, ...], list[Move]] = {}
     told = []
     for move in section.moves:
-        if _is_exact(move):
+        if section.conversion is None and _is_exact(move):
             plain.setdefault(tuple(move.slots), []).append(move)
         else:
             told.append(move)
@@ -97,11 +94,11 @@ def _outcomes(migration: Migration, key: str, section: SectionMoves) -> tuple[Ou
             counts[slot, "exact", ""] += len(moves)
             examples.setdefault((slot, "exact", ""), moves[0].target)
     rest = section._replace(moves=tuple(told))
-    for row in _rows(migration, key, rest) if told or section.dropped or section.conversion else ():
+    for row in _rows(migration, key, rest) if told or section.dropped else ():
         found = (row.slot, row.outcome, row.reason)
         counts[found] += 1
         examples.setdefault(found, row.target or ", ".join(row.sources))
-    ranked = sorted(counts, key=lambda found: _ORDER.index(found[1]))
+    ranked = sorted(counts, key=lambda found: OUTCOMES.index(found[1]))
     return tuple(Outcome(*found, counts[found], examples[found]) for found in ranked)
 
 

@@ -454,3 +454,10 @@ def test_a_dry_run_reports_what_it_would_do_and_writes_nothing(tmp_path: Path) -
     assert (dry.rules, dry.moves, dry.dropped, dry.kept) == (wet.rules, wet.moves, wet.dropped, wet.kept)
     assert not dry.written
     assert [path.name for path in tmp_path.iterdir()] == ["wet.pt"]
+
+
+def test_what_another_optimizer_makes_of_slots_is_counted_once() -> None:
+    source = corpus.case("optimstate/moe_before_experts").entry
+    report = surgery.remap(source, None, Plan.from_toml('optimizer = "Lion"'), dry_run=True)
+    found = {(row.slot, row.outcome, row.parameters) for row in report.outcomes["optimizer optimizer"]}
+    assert found == {("exp_avg", "approximate", 11), ("exp_avg_sq", "dropped", 11), ("step", "dropped", 11)}
