@@ -265,6 +265,7 @@ def _conversion(source: str, target: str) -> Found | None:
             ("variance", "exact", "the average square, for vectors"),
             ("step", "exact", "Adafactor's decay rate follows it"),
             ("exp_avg", "dropped", "Adafactor has no first moment"),
+            ("exp_avg_sq", "dropped", "Adafactor keeps its means over rows and columns instead, or the variance"),
         ]
         return report, lambda old, _: _factored(old)
     if source == "Adafactor" and target in _ADAMS:
@@ -272,6 +273,7 @@ def _conversion(source: str, target: str) -> Found | None:
             ("exp_avg_sq", "approximate", "rebuilt from its means over rows and columns"),
             ("exp_avg", "fresh", "Adafactor keeps none: zeros"),
             ("step", "exact", ""),
+            ("row_var, col_var, variance", "dropped", f"{target} has none: they went into exp_avg_sq"),
         ]
         return report, lambda old, new: _with_product(_unfactored(old), target, new)
     if (source, target) in (("SGD", "Muon"), ("Muon", "SGD")):

@@ -59,7 +59,8 @@ def _rows(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
         reason = "new" if move.expression is None else "it has no state in the checkpoint"
         yield Row(key, move.target, "", move.sources, how, "fresh", reason, rule)
     conversion = section.conversion if move.slots else None
-    lines = {line.slot: line for line in conversion.report} if conversion else {}
+    report = conversion.report if conversion else ()
+    lines = {slot: line for line in report for slot in line.slot.split(", ")}  # a line may speak of several
     changed = f"{conversion.source} to {conversion.target}" if conversion else ""
     for path, fate in move.slots.items():
         slot = ".".join(map(str, path))
@@ -69,7 +70,9 @@ def _rows(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
         outcome = max(fate.outcome, line.outcome if line else "exact", key=OUTCOMES.index)
         done = "; ".join(filter(None, (how, changed)))
         yield Row(key, move.target, slot, move.sources, done, outcome, reason, rule)
-    for slot, line in lines.items():  # what the other algorithm keeps besides
+    for slot, line in lines.items():  # what the other algorithm keeps besides; of what is not there nothing is dropped
+        if line.outcome == "dropped":
+            continue
         yield Row(key, move.target, slot, (), changed, line.outcome, line.reason, rule)
 
 

@@ -461,3 +461,6 @@ def test_what_another_optimizer_makes_of_slots_is_counted_once() -> None:
     report = surgery.remap(source, None, Plan.from_toml('optimizer = "Lion"'), dry_run=True)
     found = {(row.slot, row.outcome, row.parameters) for row in report.outcomes["optimizer optimizer"]}
     assert found == {("exp_avg", "approximate", 11), ("exp_avg_sq", "dropped", 11), ("step", "dropped", 11)}
+    report = surgery.remap(source, None, Plan.from_toml('optimizer = "Adafactor"'), dry_run=True)
+    found = {row.slot: row.outcome for row in report.outcomes["optimizer optimizer"]}
+    assert (found["exp_avg_sq"], found["exp_avg"], found["row_var"]) == ("dropped", "dropped", "exact")
