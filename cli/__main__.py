@@ -6,14 +6,14 @@ import gc
 import os
 import sys
 
-from optimstate.cli.app import run
-
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run the command line and leave at once: freeing a large tree object by object would take longer than the work."""
-    gc.disable()
+    gc.disable()  # before the imports, a tenth of whose time it would take
+    from optimstate.cli.app import run
+
     code = run()
     try:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Byte ranges of files, copying them without passing through Python, and outputs that appear whole or not at all."""
+"""Byte ranges of files, and outputs that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ __all__ = [
     "FileSource",
     "Progress",
     "check_destination",
-    "copy_extents",
     "write_bytes",
 ]
 
@@ -36,12 +35,7 @@ Progress = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
 
 CHUNK = 1 << 20  # one read or write through user space
-PAGE = 4096
-KERNEL_CHUNK = 1 << 28  # one copy_file_range call, so that progress and Ctrl-C are served
 FLUSH_FROM = 1 << 26  # files from this size on are flushed while they are written
-SMALL_PIECE = 1 << 16  # below this a joined read/write is cheaper than a system call per piece
-
-_CANNOT_COPY_IN_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ETXTBSY}
 
 
 class FileSource:
@@ -80,13 +74,7 @@ class FileSource:
         Raises:
             CorruptCheckpointError: The file ends before that.
         """
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise CorruptCheckpointError(
-                f"needs {length} bytes at offset {offset}, but the file has {self.size} bytes",
-                path=self.path,
-                place=f"offset {offset}",
-                hint="The file is truncated or damaged; copy it again from its source.",
-            )
+        self.check(offset, length)
         try:
             parts = []
             while length:
@@ -101,6 +89,41 @@ class FileSource:
                 f"cannot be read: {error.strerror}", path=self.path, place=f"offset {offset}"
             ) from error
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes at `offset`.
+
+        Raises:
+            CorruptCheckpointError: The file ends before that.
+        """
+        if not hasattr(os, "preadv"):
+            buffer[:] = self.read(offset, len(buffer))
+            return
+        try:
+            while buffer:
+                done = os.preadv(self._fd, [buffer], offset)
+                if not done:
+                    raise CorruptCheckpointError("the file shrank while it was read", path=self.path)
+                buffer = buffer[done:]
+                offset += done
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot be read: {error.strerror}", path=self.path, place=f"offset {offset}"
+            ) from error
+
+    def check(self, offset: int, length: int) -> None:
+        """Refuse a range that the file does not have.
+
+        Raises:
+            CorruptCheckpointError: The file ends before that.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CorruptCheckpointError(
+                f"needs {length} bytes at offset {offset}, but the file has {self.size} bytes",
+                path=self.path,
+                place=f"offset {offset}",
+                hint="The file is truncated or damaged; copy it again from its source.",
+            )
 
     def extent(self, offset: int, length: int) -> Extent:
         """The bytes [offset, offset + length) of the file."""
@@ -217,76 +240,6 @@ def write_bytes(fd: int, data: bytes | memoryview) -> int:
     while view:
         view = view[os.write(fd, view) :]
     return len(data)
-
-
-def _copy_in_kernel(source: FileSource, offset: int, length: int, fd: int, progress: Progress | None) -> int:
-    """Copy without user space as far as the system allows; returns how many bytes were copied."""
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    # To the next page first: pages that are written whole take a fifth less time than pages written in two parts.
-    done = min(-os.lseek(fd, 0, os.SEEK_CUR) % PAGE, length)
-    write_bytes(fd, source.read(offset, done))
-    if progress and done:
-        progress(done)
-    while done < length:
-        try:
-            n = os.copy_file_range(source.fileno(), fd, min(length - done, KERNEL_CHUNK), offset + done)
-        except OSError as error:
-            if error.errno in _CANNOT_COPY_IN_KERNEL:
-                return done
-            raise
-        if n == 0:  # some file systems answer 0 instead of an error
-            return done
-        done += n
-        if progress:
-            progress(n)
-    return done
-
-
-def copy_extents(
-    extents: Iterable[Extent],
-    fd: int,
-    *,
-    progress: Progress | None = None,
-    checksum: Callable[[bytes], None] | None = None,
-) -> int:
-    """Append the bytes of `extents` to the open file `fd` at its current position.
-
-    Large pieces are copied inside the kernel, small ones are joined before they are written. With `checksum` every
-    byte passes through user space and is given to it.
-
-    Returns:
-        The number of bytes written.
-    """
-    written = 0
-    pending: list[bytes] = []
-    pending_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending_bytes
-        if pending:
-            write_bytes(fd, b"".join(pending) if len(pending) > 1 else pending[0])
-            if progress:
-                progress(pending_bytes)
-            pending.clear()
-            pending_bytes = 0
-
-    for extent in extents:
-        written += extent.length
-        start = 0
-        if isinstance(extent.source, FileSource) and checksum is None and extent.length >= SMALL_PIECE:
-            flush()
-            start = _copy_in_kernel(extent.source, extent.offset, extent.length, fd, progress)
-        for at in range(start, extent.length, CHUNK):
-            data = extent.cut(at, min(at + CHUNK, extent.length)).read()
-            if checksum is not None:
-                checksum(data)
-            pending.append(data)
-            pending_bytes += len(data)
-            if pending_bytes >= CHUNK:
-                flush()
-    flush()
-    return written
 
 
 def check_destination(destination: Path, sources: Sequence[Path], *, force: bool) -> None:

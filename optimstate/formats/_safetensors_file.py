@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from optimstate.copying import copy_extents
 from optimstate.errors import (
     CorruptCheckpointError,
     LimitExceededError,
     RepresentationError,
     UnsupportedCheckpointError,
 )
-from optimstate.files import AtomicFile, Extent, FileSource, copy_extents
+from optimstate.files import AtomicFile, Extent, FileSource
 from optimstate.formats._protocol import WriteOptions
 from optimstate.tensors import DTYPES, LazyTensor, Storage
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from optimstate.copying import copy_extents
 from optimstate.errors import CheckpointError, RepresentationError, UnrecognizedFormatError
-from optimstate.files import AtomicDirectory, AtomicFile, Extent, FileSource, copy_extents
+from optimstate.files import AtomicDirectory, AtomicFile, Extent, FileSource
 from optimstate.formats import ranks
 from optimstate.formats._hf_shards import join_shards, shard_files
 from optimstate.formats._protocol import Document, WriteOptions

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from optimstate.copying import Checksum, Copier, copy_extents
 from optimstate.errors import (
     CorruptCheckpointError,
     DestinationError,
@@ -21,7 +22,7 @@ from optimstate.errors import (
     UnrecognizedFormatError,
     UnsupportedCheckpointError,
 )
-from optimstate.files import AtomicFile, Extent, FileSlice, FileSource, Progress, copy_extents, write_bytes
+from optimstate.files import AtomicFile, Extent, FileSlice, FileSource, write_bytes
 from optimstate.formats._pickle import dump
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats._unpickle import MAX_PICKLE_BYTES, load
@@ -37,6 +38,7 @@ _BUFFER = 1 << 20  # small records are joined up to this size before they are wr
 _SMALL_RECORD = 1 << 14
 _FLAGS = 0x0808  # sizes follow the data; names are UTF-8
 _FLAGS_EMPTY = 0x0800  # nothing follows
+_CENTRAL_CRC = slice(16, 20)  # of a directory entry
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -135,29 +137,32 @@ def _same_storages(tree: Any, archive: Archive) -> bool:
 class _Directory:
     """Writes records at the current end of a file and remembers their directory entries."""
 
-    def __init__(self, fd: int, root: str, position: int, progress: Progress | None) -> None:
-        self.fd = fd
+    def __init__(self, copier: Copier, root: str, position: int, *, origin: int = 0) -> None:
+        self.copier = copier
         self.root = root
-        self.position = position
-        self.progress = progress
-        self.entries: list[bytes] = []
+        self.position = position  # in the archive, which begins at `origin` of the file
+        self.entries: list[bytes | bytearray] = []
+        self._origin = origin
         self._pending: list[bytes] = []
-        self._pending_bytes = 0
+        self._pending_at = position
+        self._unknown: list[tuple[Checksum, int, bytearray]] = []  # with the descriptor's place and the entry
 
     def _emit(self, data: bytes) -> None:
         self.position += len(data)
         self._pending.append(data)
-        self._pending_bytes += len(data)
-        if self._pending_bytes >= _BUFFER:
+        if self.position - self._pending_at >= _BUFFER:
             self._flush()
 
     def _flush(self) -> None:
-        write_bytes(self.fd, b"".join(self._pending))
+        self._write(b"".join(self._pending), self._pending_at)
         self._pending.clear()
-        self._pending_bytes = 0
+        self._pending_at = self.position
 
-    def add(self, name: str, extents: Sequence[Extent] | bytes, crc: int | None = None) -> int:
-        """Write a record; its CRC-32 is computed on the way unless given. Returns the CRC."""
+    def _write(self, data: bytes, position: int) -> None:
+        self.copier.write(data, self._origin + position)
+
+    def add(self, name: str, extents: Sequence[Extent] | bytes, crc: int | None = None) -> int | Checksum:
+        """Write a record; its CRC-32 is computed on the way unless given, and known after `settle` at the latest."""
         size = len(extents) if isinstance(extents, bytes) else sum(extent.length for extent in extents)
         header = self.position
         encoded = (self.root + name).encode()
@@ -173,32 +178,51 @@ class _Directory:
             + struct.pack("<2sH", b"FB", padding)
             + b"Z" * padding
         )
+        found: int | Checksum
         if isinstance(extents, bytes):
-            crc = zlib.crc32(extents)
+            found = zlib.crc32(extents)
             self._emit(extents)
         elif size <= _SMALL_RECORD:
             data = b"".join(extent.read() for extent in extents)
-            crc = zlib.crc32(data) if crc is None else crc
+            found = zlib.crc32(data) if crc is None else crc
             self._emit(data)
-            if self.progress:
-                self.progress(size)
+            self.copier.report(size)
         else:
             self._flush()
-            running = _RunningCrc() if crc is None else None
-            self.position += copy_extents(extents, self.fd, progress=self.progress, checksum=running)
-            crc = running.value if running else crc
-        assert crc is not None
+            at = self._origin + self.position
+            if crc is None:
+                found = self.copier.put_with_checksum(extents, at)
+            else:
+                found = crc
+                self.copier.put(extents, at)
+            self.position += size
+            self._pending_at = self.position
+        known = 0 if isinstance(found, Checksum) else found
+        descriptor = self.position
         if size:
             shape = "<4sL2Q" if extra else "<4s3L"
-            self._emit(struct.pack(shape, b"PK\x07\x08", crc, size, size))
+            self._emit(struct.pack(shape, b"PK\x07\x08", known, size, size))
         small, offset = min(size, MAX32), min(header, MAX32)
-        fields = (b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc, small, small, len(encoded), len(extra), 0, 0, 0, 0, offset)
-        self.entries.append(CENTRAL.pack(*fields) + encoded + extra)
-        return crc
+        fields = (b"PK\x01\x02", 0, 0, flags, 0, 0, 0, known, small, small, len(encoded), len(extra))
+        entry = bytearray(CENTRAL.pack(*fields, 0, 0, 0, 0, offset) + encoded + extra)
+        self.entries.append(entry)
+        if isinstance(found, Checksum):
+            self._unknown.append((found, descriptor, entry))
+        return found
+
+    def settle(self) -> None:
+        """Wait for what is being copied, and write the checksums that were not known before."""
+        self._flush()
+        self.copier.finish()
+        for found, descriptor, entry in self._unknown:
+            crc = struct.pack("<L", found.value)
+            self._write(crc, descriptor + 4)
+            entry[_CENTRAL_CRC] = crc
+        self._unknown.clear()
 
     def directory(self) -> tuple[bytes, bytes]:
         """The directory, and the end records that make it valid; to be written behind the records."""
-        self._flush()
+        self.settle()
         body = b"".join(self.entries)
         count, start, stop = len(self.entries), self.position, self.position + len(body)
         end64 = END64.pack(b"PK\x06\x06", END64.size - 12, 0x031E, 45, 0, 0, count, count, len(body), start)
@@ -206,14 +230,6 @@ class _Directory:
         short = min(count, 0xFFFF)
         end = END.pack(b"PK\x05\x06", 0, 0, short, short, min(len(body), MAX32), min(start, MAX32), 0)
         return body, end64 + locator + end
-
-
-class _RunningCrc:
-    def __init__(self) -> None:
-        self.value = 0
-
-    def __call__(self, data: bytes) -> None:
-        self.value = zlib.crc32(data, self.value)
 
 
 def _zip64_extra(size: int, stored: int, header: int) -> bytes:
@@ -253,19 +269,24 @@ def _write_records(
     others: Sequence[tuple[str, Extent]],
     options: WriteOptions,
 ) -> int:
-    directory = _Directory(fd, root, 0, options.progress)
-    checks = [directory.add("data.pkl", pickled)]
-    directory.add(".format_version", b"1")
-    directory.add(".storage_alignment", str(_ALIGNMENT).encode())
-    directory.add("byteorder", b"little")
-    for key, storage in enumerate(storages):
-        crc = storage.crc if storage.crc is not None or options.checksums else 0
-        checks.append(directory.add(f"data/{key}", storage.pieces, crc))
-    for name, record in others:
-        directory.add(name, (record,) if record.length else ())
-    directory.add("version", b"3\n")
-    directory.add(".data/serialization_id", _serialization_id([root, *map(str, checks)]))
-    body, end = directory.directory()
+    origin = os.lseek(fd, 0, os.SEEK_CUR)
+    with Copier(fd, options.progress) as copier:
+        directory = _Directory(copier, root, 0, origin=origin)
+        checks = [directory.add("data.pkl", pickled)]
+        directory.add(".format_version", b"1")
+        directory.add(".storage_alignment", str(_ALIGNMENT).encode())
+        directory.add("byteorder", b"little")
+        for key, storage in enumerate(storages):
+            crc = storage.crc if storage.crc is not None or options.checksums else 0
+            checks.append(directory.add(f"data/{key}", storage.pieces, crc))
+        for name, record in others:
+            directory.add(name, (record,) if record.length else ())
+        directory.add("version", b"3\n")
+        directory.settle()
+        known = [str(check.value if isinstance(check, Checksum) else check) for check in checks]
+        directory.add(".data/serialization_id", _serialization_id([root, *known]))
+        body, end = directory.directory()
+    os.lseek(fd, origin + directory.position, os.SEEK_SET)
     return directory.position + write_bytes(fd, body) + write_bytes(fd, end)
 
 
@@ -318,10 +339,13 @@ def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOp
 
 def _redescription(fd: int, archive: Archive, pickled: bytes, position: int) -> tuple[bytes, bytes]:
     """Append the new pickle; returns the directory to write behind it and the end that makes it valid."""
-    directory = _Directory(fd, archive.root, position, None)
-    directory.add("data.pkl", pickled)
-    directory.entries.extend(_kept_entries(archive))
-    return directory.directory()
+    with Copier(fd) as copier:
+        directory = _Directory(copier, archive.root, position)
+        directory.add("data.pkl", pickled)
+        directory.entries.extend(_kept_entries(archive))
+        parts = directory.directory()
+    os.lseek(fd, directory.position, os.SEEK_SET)
+    return parts
 
 
 def rewrite_in_place(document: Document, tree: Any) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils.serialization import config
 
+from optimstate.copying import Copier
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnrecognizedFormatError
 from optimstate.errors import UnsupportedCheckpointError as Unsupported
 from optimstate.files import FileSource
@@ -233,12 +234,10 @@ def huge(tmp_path: Path) -> Path:
     return path
 
 
-def sparse_copy(extents: Any, fd: int, *, progress: Any = None, checksum: Any = None) -> int:
-    """`copy_extents` that leaves holes as holes."""
-    written = 0
+def sparse_put(copier: Copier, extents: Any, position: int) -> int:
+    """`Copier.put` that leaves holes as holes."""
+    start = position
     for extent in extents:
-        written += extent.length
-        start = os.lseek(fd, 0, os.SEEK_CUR)
         at, stop = extent.offset, extent.offset + extent.length
         while isinstance(extent.source, FileSource) and at < stop:
             try:
@@ -247,10 +246,10 @@ def sparse_copy(extents: Any, fd: int, *, progress: Any = None, checksum: Any = 
                 break
             end = min(os.lseek(extent.source.fileno(), at, os.SEEK_HOLE), stop)
             if at < stop:
-                os.pwrite(fd, extent.source.read(at, end - at), start + at - extent.offset)
+                os.pwrite(copier.fd, extent.source.read(at, end - at), position + at - extent.offset)
             at = end
-        os.lseek(fd, start + extent.length, os.SEEK_SET)
-    return written
+        position += extent.length
+    return position - start
 
 
 def data_segments(path: Path) -> list[tuple[int, bytes]]:
@@ -286,7 +285,7 @@ def first_bytes(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_files_across_4_gib_are_what_torch_writes_and_reads(
     huge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_zip, "copy_extents", sparse_copy)
+    monkeypatch.setattr(Copier, "put", sparse_put)
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     expected = first_bytes(huge, monkeypatch)
     assert len(set(expected.values())) == len(expected) == 9

@@ -11,8 +11,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from optimstate.copying import copy_extents
 from optimstate.errors import CorruptCheckpointError
-from optimstate.files import AtomicFile, Extent, FileSource, copy_extents
+from optimstate.files import AtomicFile, Extent, FileSource
 from optimstate.formats import _json_tree
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.tensors import LazyTensor, Storage
