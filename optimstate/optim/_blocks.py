@@ -6,10 +6,12 @@ are the same, because every operation is elementwise and block boundaries are mu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
+from functools import partial
 from itertools import repeat
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +19,13 @@ from torch import Tensor
 from optimstate.optim._ops import Op, one
 from optimstate.optim.optimizer import PLAIN
 
-__all__ = ["Scratch", "block_size", "fits", "split"]
+__all__ = ["Program", "UnrecordedError", "block_size", "fits", "split"]
 
 BLOCK = 1 << 17  # elements per thread where a rule has one slot, half of it where it has more
 WORTH_BLOCKING = 1 << 18
+
+# Otherwise each call asks autograd first, which has nothing to do: half of its time. Versions are counted all the same.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def block_size(params: Sequence[Tensor], slots: int) -> int | None:
@@ -51,61 +56,132 @@ def fits(t: Tensor, p: Tensor) -> bool:
     return t.layout is torch.strided and t.dtype is p.dtype and t.shape == p.shape and t.stride() == p.stride()
 
 
-_WITH_RESULT = ("abs", "add", "addcmul", "div", "mul", "neg", "sign", "sqrt", "sub")
-_WITH_NUMBER = ("add_", "div_", "mul_", "sub_")
+class UnrecordedError(Exception):
+    """A rule that does something with a tensor that is not in the vocabulary."""
 
 
-class Scratch:
-    """A pool of temporaries, and `one` with its results in them: memory that stays in the cache from block to block.
+class _Operand:
+    """What stands for a tensor while a rule is recorded: an index into the values of a run."""
 
-    Numbers become 0-d tensors once: each call would make them anew, which takes as long as a short kernel.
+    __slots__ = ("index",)
+    is_sparse = False  # blocks are dense
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def _refuse(self, *_: Any) -> Any:
+        raise UnrecordedError
+
+    __getattr__ = __neg__ = __pow__ = __rpow__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+
+
+class _Call(NamedTuple):
+    """One kernel call: operands and result by index; without a result the first operand is overwritten."""
+
+    kernel: Op
+    operands: tuple[int, ...]
+    named: dict[str, Any]
+    result: int | None
+
+
+_WITH_RESULT = {"abs", "add", "addcmul", "div", "mul", "neg", "sign", "sqrt", "sub"}
+_WITH_NUMBER = {"add_", "div_", "mul_", "sub_"}
+
+
+class Program:
+    """The kernel calls of a rule, recorded once and run on block after block without the rule's own Python.
+
+    Temporaries are the same for all blocks: memory that stays in the cache. Numbers become 0-d tensors once: each call
+    would make them anew, which takes as long as a short kernel.
 
     Args:
         dtype: The blocks' dtype; they are on the CPU.
-        size: The elements of a block, at most.
+        operands: How many tensors each block has.
     """
 
-    def __init__(self, dtype: torch.dtype, size: int) -> None:
+    def __init__(self, dtype: torch.dtype, operands: int) -> None:
         self._dtype = dtype
-        self._size = size
-        self._buffers: list[Tensor] = []
-        self._used = 0
-        self._numbers: dict[float, Tensor] = {}
-        changed: dict[str, Any] = {name: self._writing(getattr(torch, name)) for name in _WITH_RESULT}
-        changed |= {name: self._overwriting(getattr(one, name)) for name in _WITH_NUMBER}
-        self.ops = replace(one, **changed)
+        self._operands = operands
+        self._values: list[Any] = [None] * operands  # then constants, and None for each temporary
+        self._calls: list[_Call] = []
+        recorded: dict[str, Any] = {
+            field.name: self._recording(field.name)
+            for field in fields(one)
+            if field.name in _WITH_RESULT or field.name.endswith("_")
+        }
+        recorded |= {
+            "map": lambda function, *operands: self._record(function, operands, {}, None),
+            "pow": _Operand._refuse,
+            "as_complex": lambda x, _: x,
+        }
+        self.ops = replace(one, **recorded)
 
-    def _operand(self, value: Any) -> Any:
-        if type(value) is not float or value == 0.0:  # 0.0 and -0.0 are one key and two numbers
+    def operand(self, index: int) -> Any:
+        """What stands for one of a block's tensors while the rule is recorded."""
+        return _Operand(index)
+
+    def run(self, columns: Sequence[Iterable[Tensor]], size: int) -> None:
+        """Make the calls on every block.
+
+        Args:
+            columns: The blocks of each operand, all of `size` elements but the last ones.
+            size: The elements of a block.
+        """
+        bound, length = self._bound(size), size
+        with _below_autograd():
+            for row in zip(*columns, strict=False):  # an operand that is None has no end
+                if row[0].numel() != length:
+                    length = row[0].numel()
+                    bound = self._bound(length)
+                values, calls = bound
+                values[: self._operands] = row
+                for kernel, operands in calls:
+                    kernel(*operands(values))
+
+    def _bound(self, length: int) -> tuple[list[Any], list[tuple[Op, Callable[[list[Any]], Sequence[Any]]]]]:
+        """The values, with temporaries of this length, and the calls ready to be made."""
+        values = list(self._values)
+        calls = []
+        for call in self._calls:
+            named = call.named
+            if call.result is not None:
+                values[call.result] = torch.empty(length, dtype=self._dtype, device="cpu")
+                named = {**named, "out": values[call.result]}
+            calls.append((partial(call.kernel, **named) if named else call.kernel, _getter(call.operands)))
+        return values, calls
+
+    def _recording(self, name: str) -> Op:
+        kernel = getattr(torch, name) if name in _WITH_RESULT else getattr(one, name)
+
+        def call(*operands: Any, **named: Any) -> Any:
+            if name in _WITH_RESULT or name in _WITH_NUMBER:
+                operands = (operands[0], *map(self._number, operands[1:]))
+            result = self._index(None) if name in _WITH_RESULT else None
+            self._record(kernel, operands, named, result)
+            return operands[0] if result is None else _Operand(result)
+
+        return call
+
+    def _record(self, kernel: Op, operands: Sequence[Any], named: dict[str, Any], result: int | None) -> None:
+        if not isinstance(operands[0], _Operand) or any(isinstance(value, _Operand) for value in named.values()):
+            raise UnrecordedError
+        indices = tuple(x.index if isinstance(x, _Operand) else self._index(x) for x in operands)
+        self._calls.append(_Call(kernel, indices, named, result))
+
+    def _index(self, value: Any) -> int:
+        self._values.append(value)
+        return len(self._values) - 1
+
+    def _number(self, value: Any) -> Any:
+        if type(value) is not float:
             return value
-        if value not in self._numbers:
-            # Kernels compute with float32 or float64, and a 0-d tensor does not change the dtype of the result.
-            wide = torch.float64 if self._dtype == torch.float64 else torch.float32
-            self._numbers[value] = torch.tensor(value, dtype=wide, device="cpu")
-        return self._numbers[value]
+        # Kernels compute with float32 or float64, and a 0-d tensor does not change the dtype of the result.
+        wide = torch.float64 if self._dtype == torch.float64 else torch.float32
+        return torch.tensor(value, dtype=wide, device="cpu")
 
-    def _overwriting(self, function: Op) -> Op:
-        def call(x: Tensor, y: Any, **named: Any) -> Any:
-            return function(x, self._operand(y), **named)
 
-        return call
-
-    def _writing(self, function: Op) -> Op:
-        def call(x: Tensor, *operands: Any, **named: Any) -> Any:
-            if self._used == len(self._buffers):
-                self._buffers.append(torch.empty(self._size, dtype=self._dtype, device="cpu"))
-            buffer = self._buffers[self._used]
-            self._used += 1
-            out = buffer if x.numel() == self._size else buffer[: x.numel()]
-            return function(x, *map(self._operand, operands), **named, out=out)
-
-        return call
-
-    def fresh(self, update: Op) -> Op:
-        """The update, with all temporaries free again at each call."""
-
-        def call(*operands: Any) -> None:
-            self._used = 0
-            update(*operands)
-
-        return call
+def _getter(indices: tuple[int, ...]) -> Callable[[list[Any]], Sequence[Any]]:
+    """A function that picks values, as a sequence however many."""
+    first = indices[0]
+    return itemgetter(*indices) if len(indices) > 1 else lambda values: (values[first],)

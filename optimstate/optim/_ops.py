@@ -44,6 +44,7 @@ class Ops:
     mul_: Op
     neg: Op
     pow: Op
+    reciprocal_: Op
     sign: Op
     sqrt: Op
     sqrt_: Op
@@ -88,6 +89,7 @@ one = Ops(
     mul_=Tensor.mul_,
     neg=Tensor.neg,
     pow=torch.pow,
+    reciprocal_=Tensor.reciprocal_,
     sign=Tensor.sign,
     sqrt=Tensor.sqrt,
     sqrt_=Tensor.sqrt_,
@@ -99,7 +101,9 @@ one = Ops(
     is_list=False,
 )
 
-traced = replace(one, keep=Tensor.clone, maximum_=lambda x, y: x.copy_(torch.maximum(x.clone(), y)))
+traced = replace(
+    one, keep=Tensor.clone, reciprocal_=Tensor.reciprocal, maximum_=lambda x, y: x.copy_(torch.maximum(x.clone(), y))
+)
 
 many = Ops(
     abs=torch._foreach_abs,
@@ -117,6 +121,7 @@ many = Ops(
     mul_=torch._foreach_mul_,
     neg=torch._foreach_neg,
     pow=torch._foreach_pow,
+    reciprocal_=torch._foreach_reciprocal_,
     sign=lambda x: [t.sign() for t in x],
     sqrt=torch._foreach_sqrt,
     sqrt_=torch._foreach_sqrt_,

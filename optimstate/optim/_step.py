@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_machinery
 
-from optimstate.optim._blocks import Scratch, block_size, split
+from optimstate.optim._blocks import Program, UnrecordedError, block_size, split
 from optimstate.optim._load import Slots
 from optimstate.optim._ops import Ops, many, one, traced
 from optimstate.optim.optimizer import Optimizer, aligned, to_scalar
@@ -303,17 +303,31 @@ class RuleOptimizer(Optimizer):
         for p, g, *rest in zip(params, grads, *slots, *numbers, strict=False):
             tensors, own_numbers = rest[: len(slots)], [repeat(number) for number in rest[len(slots) :]]
             fresh = any(t is None and isinstance(c, list) for t, c in zip(tensors, slots, strict=True))
-            pieces = None if fresh else split((p, g, *tensors), size)
-            if pieces is None:
+            if fresh or not self._run_blocks(group, [p, g, *tensors], rest[len(slots) :], size):
                 whole: list[Any] = [[t] for t in tensors]
                 self._run_column(rule.update, group, [p], [g], whole, own_numbers, has_complex=has_complex)
-            else:
-                scratch = Scratch(p.dtype, size)
-                update = scratch.fresh(
-                    self._rule(Setting(scratch.ops, group, live=self._live(group), owned=False)).update
-                )
-                p_pieces, g_pieces, *slot_pieces = pieces
-                self._run_column(update, group, p_pieces, g_pieces, slot_pieces, own_numbers, has_complex=False)
+
+    def _run_blocks(self, group: Group, tensors: list[Tensor | None], numbers: Sequence[Any], size: int) -> bool:
+        """The rule over the blocks of one parameter's tensors; False where it has to be updated whole."""
+        columns = split(tensors, size)
+        decay, decoupled = group.get("weight_decay", 0), group.get("decoupled_weight_decay", False)
+        if columns is None or isinstance(decay, Tensor):
+            return False
+        program = Program(columns[0][0].dtype, len(columns))
+        p, g, *slots = [None if t is None else program.operand(index) for index, t in enumerate(tensors)]
+        rule = self._rule(Setting(program.ops, group, live=self._live(group), owned=False))
+        try:
+            if group["maximize"]:
+                g = program.ops.neg(g)
+            if decay != 0 and decoupled:
+                program.ops.mul_(p, 1 - to_scalar(group["lr"]) * decay)
+            elif decay != 0:
+                g = program.ops.add(g, p, alpha=decay)
+            rule.update(p, g, *slots, *numbers)
+        except UnrecordedError:
+            return False
+        program.run(columns, size)
+        return True
 
     def _run_column(
         self,

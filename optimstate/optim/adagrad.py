@@ -137,7 +137,7 @@ class Adagrad(RuleOptimizer):
             if g.is_sparse:
                 sparse_update(p, g, total, rate, eps)
             else:
-                p.addcdiv_(g, denominator(g, total), value=rate)
+                k.addcdiv_(p, g, denominator(g, total), value=rate)
 
         def update_lists(p: Any, g: Any, total: Any, rates: Any) -> None:
             # torch's lists round g times the rate before dividing; its loop does not.

@@ -122,7 +122,6 @@ class RAdam(AdamKernelOptimizer):
         # Tensor by tensor, torch branches on the rectification and multiplies the step up; its lists blend both
         # branches into one factor. Nothing after the moments is shared.
         times = k.mul if k is traced else k.mul_
-        inverse = Tensor.reciprocal if k is traced else Tensor.reciprocal_
 
         def numbers(t: float) -> tuple[Any, Any, Any]:
             rho, rect = rectification(beta2, t)
@@ -134,7 +133,7 @@ class RAdam(AdamKernelOptimizer):
             moments(g, exp_avg, exp_avg_sq)
             change = times(k.div(exp_avg, correction1), lr)
             if rect is not None:
-                change = times(times(change, times(inverse(root(exp_avg_sq)), root2)), rect)
+                change = times(times(change, times(k.reciprocal_(root(exp_avg_sq)), root2)), rect)
             k.add_(p, change, alpha=-1.0)
 
         def live_numbers(step: Tensor) -> tuple[Any, Any, Any, Any]:
