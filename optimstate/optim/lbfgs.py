@@ -119,7 +119,7 @@ class LBFGS(Optimizer):
         evaluations = 1
         state["func_evals"] += 1
         grad = self._flat_grad()
-        if grad.abs().max() <= group["tolerance_grad"]:
+        if largest(grad) <= group["tolerance_grad"]:
             return first_loss
         now = {name: state.get(name) for name in KEPT}
         iteration = 0
@@ -127,10 +127,7 @@ class LBFGS(Optimizer):
             iteration += 1
             state["n_iter"] += 1
             now["d"] = self._direction(state, now, grad, group["history_size"])
-            if now["prev_flat_grad"] is None:
-                now["prev_flat_grad"] = grad.clone(memory_format=torch.contiguous_format)
-            else:
-                now["prev_flat_grad"].copy_(grad)
+            now["prev_flat_grad"] = grad  # which every evaluation makes anew
             now["prev_loss"] = loss
             now["t"] = to_scalar(group["lr"])
             if state["n_iter"] == 1:
@@ -169,7 +166,7 @@ class LBFGS(Optimizer):
         for i in reversed(range(len(dirs))):
             al[i] = steps[i].dot(q) * ro[i]
             q.add_(dirs[i], alpha=-al[i])
-        direction = torch.mul(q, now["H_diag"])
+        direction = q.mul_(now["H_diag"])
         for i in range(len(dirs)):
             direction.add_(steps[i], alpha=al[i] - dirs[i].dot(direction) * ro[i])
         return direction
@@ -213,8 +210,8 @@ class LBFGS(Optimizer):
         group = self.param_groups[0]
         change = group["tolerance_change"]
         return bool(
-            grad.abs().max() <= group["tolerance_grad"]
-            or now["d"].mul(now["t"]).abs().max() <= change
+            largest(grad) <= group["tolerance_grad"]
+            or largest(now["d"].mul(now["t"])) <= change
             or abs(loss - now["prev_loss"]) < change
         )
 
@@ -236,3 +233,9 @@ class LBFGS(Optimizer):
             target = torch.view_as_real(p) if p.is_complex() else p
             target.add_(direction[offset : offset + target.numel()].view_as(target), alpha=t)
             offset += target.numel()
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest magnitude, NaN if there is one, without a copy of the size of the whole model."""
+    low, high = values.aminmax()
+    return torch.maximum(high, low.neg())

@@ -7,7 +7,7 @@ those of the same name with slots of their own, which `lowbit` codes and decodes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from optimstate._record import Record
@@ -15,7 +15,7 @@ from optimstate.plan import lowbit
 from optimstate.plan.expressions import Shape
 from optimstate.plan.values import copied, kernel_of, number_of, shape_of
 from optimstate.state.model import Group, OptimizerState, Slots
-from optimstate.state.schema import Algorithm
+from optimstate.state.schema import ALGORITHMS, Algorithm
 
 __all__ = ["Conversion", "Lost", "plan_conversion"]
 
@@ -52,6 +52,14 @@ class Conversion(Record):
     report: tuple[Lost, ...]
     convert: Convert
     keeps_betas: bool = True
+
+    def new_slots(self, shape: Shape | None) -> Iterator[Lost]:
+        """The lines of slots that a parameter of this shape has afterwards, each of one slot."""
+        goal = next((found for found in ALGORITHMS if found.name == self.target), None)
+        for line in self.report:
+            for slot in line.slot.split(", ") if line.outcome != "dropped" else ():
+                if goal is None or shape is None or goal.holds(slot, len(shape)):
+                    yield line._replace(slot=slot)
 
     def apply(self, state: OptimizerState) -> OptimizerState:
         """The converted state; parameters without state have none afterwards either."""

@@ -62,18 +62,20 @@ def _rows(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
     report = conversion.report if conversion else ()
     lines = {slot: line for line in report for slot in line.slot.split(", ")}  # a line may speak of several
     changed = f"{conversion.source} to {conversion.target}" if conversion else ""
+    told = set()
     for path, fate in move.slots.items():
         slot = ".".join(map(str, path))
-        line = lines.pop(slot, None)
+        told.add(slot)
+        line = lines.get(slot)
         inferred = f"taken for {fate.kind} by its shape" if fate.inferred else ""
         reason = "; ".join(filter(None, (fate.reason, inferred, copied, line.reason if line else "")))
         outcome = max(fate.outcome, line.outcome if line else "exact", key=OUTCOMES.index)
         done = "; ".join(filter(None, (how, changed)))
         yield Row(key, move.target, slot, move.sources, done, outcome, reason, rule)
-    for slot, line in lines.items():  # what the other algorithm keeps besides; of what is not there nothing is dropped
-        if line.outcome == "dropped":
-            continue
-        yield Row(key, move.target, slot, (), changed, line.outcome, line.reason, rule)
+    shape = None if move.expression is None else move.expression.shape
+    for new in conversion.new_slots(shape) if conversion else ():
+        if new.slot not in told:
+            yield Row(key, move.target, new.slot, (), changed, new.outcome, new.reason, rule)
 
 
 def summary(migration: Migration) -> dict[str, dict[str, int]]:

@@ -75,6 +75,13 @@ class Algorithm(Record):
         """Whether it keeps the second moment of every matrix as means, and that of vectors in full."""
         return self.name in ("Adafactor", "Adafactor (transformers)", "CAME")
 
+    def holds(self, name: str, rank: int) -> bool:
+        """Whether a parameter of so many dimensions has a slot that some parameters have."""
+        slot = self.slot(name)
+        if slot is None or not self.factors_every_matrix:
+            return slot is not None
+        return rank >= 2 if slot.kind in ("row", "col") else rank < 2 or slot.degree != 2
+
     @property
     def is_flat(self) -> bool:
         """Whether it keeps one state for all parameters."""
