@@ -12,7 +12,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 from optimstate.errors import (
     CheckpointError,
@@ -158,7 +158,7 @@ class InertUnpickler(pickle.Unpickler):
         self._stand_ins: dict[tuple[str, str], Any] = {}
         self._kinds: dict[Any, tuple[str, int]] = {}
         self._storages: dict[str, Storage] = {}
-        self._ends: dict[tuple[Any, ...], int] = {}  # checkpoints have few shapes and many tensors
+        self._forms: dict[tuple[Any, ...], tuple[str, int]] = {}  # checkpoints have few shapes and many tensors
 
     @property
     def globals(self) -> list[tuple[str, str]]:
@@ -202,18 +202,23 @@ class InertUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any, /) -> Storage:
         """The storage a persistent id names: ('storage', class, key, location, number of elements, ...)."""
-        if self._storage is None or type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
+        try:
+            mark, kind, key, location, numel = pid if len(pid) == 5 else pid[:5]
+            known = self._kinds.get(kind)
+        except (TypeError, ValueError):
+            raise CorruptCheckpointError(f"an unknown persistent id {pid!r}"[:200]) from None
+        if mark != "storage" or self._storage is None or type(pid) is not tuple:
             raise CorruptCheckpointError(f"an unknown persistent id {pid!r}"[:200])
-        _, kind, key, location, numel = pid if len(pid) == 5 else pid[:5]
-        name, itemsize = self._kinds.get(kind) or self._kind(kind, key)
+        name, itemsize = known or self._kind(kind, key)
         if type(key) is not str or type(location) is not str:
             raise CorruptCheckpointError(f"a malformed storage id {pid!r}"[:200])
         if type(numel) is not int or numel < 0:
             raise CorruptCheckpointError(f"storage {key!r} declares {numel!r} elements")
+        nbytes = numel * itemsize
         found = self._storages.get(key)
         if found is None:
-            found = self._storages[key] = self._storage(name, key, location, numel * itemsize)
-        elif found.nbytes != numel * itemsize:
+            found = self._storages[key] = self._storage(name, key, location, nbytes)
+        elif found.nbytes != nbytes:
             raise CorruptCheckpointError(f"storage {key!r} has {found.nbytes} bytes and is used with {numel} elements")
         elif found.kind != name:
             raise UnsupportedCheckpointError(f"storage {key!r} is used as {found.kind} and as {name}")
@@ -232,10 +237,24 @@ class InertUnpickler(pickle.Unpickler):
     def _tensor_v2(
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
     ) -> LazyTensor:
+        try:  # of a form that was seen before, as nearly all are
+            form = self._forms.get((storage.kind, offset, size, stride))
+            if type(offset) is not int or not _INT.issuperset(map(type, size + stride)):  # True and 1.0 equal 1
+                form = None
+        except (TypeError, AttributeError):
+            form = None
+        dtype, end = form or self._form(storage, offset, size, stride)
+        if hooks or end > storage.nbytes:
+            _refuse_tensor(storage, offset, size, stride, hooks)
+        return LazyTensor(storage, dtype, size, stride, offset, bool(grad), False, metadata)
+
+    def _form(self, storage: Any, offset: Any, size: Any, stride: Any) -> tuple[str, int]:
+        """The dtype of a tensor, and how many bytes of its storage it needs."""
         dtype = _DTYPE_OF_STORAGE.get(storage.kind) if isinstance(storage, Storage) else None
         if dtype is None:
             raise CorruptCheckpointError(f"a tensor over {storage!r}"[:200])
-        return self._tensor(storage, dtype, offset, size, stride, grad, hooks, metadata)
+        form = self._forms[storage.kind, offset, size, stride] = dtype, _end(dtype, offset, size, stride)
+        return form
 
     def _tensor_v3(
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
@@ -243,41 +262,9 @@ class InertUnpickler(pickle.Unpickler):
         name = dtype.qualname if isinstance(dtype, GlobalName) and dtype.module == "torch" else None
         if not isinstance(storage, Storage) or name not in DTYPES:
             raise UnsupportedCheckpointError(f"a tensor of dtype {dtype!r} over {storage!r}"[:200])
-        return self._tensor(storage, name, offset, size, stride, grad, hooks, metadata)
-
-    def _tensor(
-        self,
-        storage: Storage,
-        dtype: str,
-        offset: Any,
-        size: Any,
-        stride: Any,
-        grad: Any,
-        hooks: Any,
-        metadata: Any,
-    ) -> LazyTensor:
-        try:
-            end = self._ends.get((dtype, offset, size, stride))
-            if end is None or type(offset) is not int or not _INT.issuperset(map(type, size + stride)):
-                end = self._end(dtype, offset, size, stride)  # True and 1.0 are equal to 1
-        except TypeError:  # no hash: a list, say
-            end = self._end(dtype, offset, size, stride)
-        if end > storage.nbytes:
-            raise CorruptCheckpointError(
-                f"a tensor of size {size!r}, stride {stride!r}, offset {offset} reaches past its storage of "
-                f"{storage.nbytes} bytes"[:300]
-            )
-        if hooks:
-            raise UnsupportedCheckpointError("a tensor with backward hooks")
-        return LazyTensor(storage, dtype, size, stride, offset, bool(grad), False, metadata)
-
-    def _end(self, dtype: str, offset: Any, size: Any, stride: Any) -> int:
-        """How many bytes of its storage a tensor needs."""
-        if type(size) is not tuple or type(stride) is not tuple or type(offset) is not int or offset < 0:
-            raise CorruptCheckpointError(f"a tensor with size {size!r}, stride {stride!r}, offset {offset!r}"[:200])
-        span = _span(size, stride)
-        end = self._ends[dtype, offset, size, stride] = (offset + span) * DTYPES[dtype].itemsize if span else 0
-        return end
+        if hooks or _end(name, offset, size, stride) > storage.nbytes:
+            _refuse_tensor(storage, offset, size, stride, hooks)
+        return LazyTensor(storage, name, size, stride, offset, bool(grad), False, metadata)
 
     def _parameter(self, data: Any, grad: Any, hooks: Any) -> Any:
         if not isinstance(data, LazyTensor) or hooks or data.is_parameter:
@@ -307,6 +294,23 @@ def _are_plain(attributes: Any) -> bool:
     )
 
 
+def _end(dtype: str, offset: Any, size: Any, stride: Any) -> int:
+    """How many bytes of its storage a tensor needs."""
+    if type(size) is not tuple or type(stride) is not tuple or type(offset) is not int or offset < 0:
+        raise CorruptCheckpointError(f"a tensor with size {size!r}, stride {stride!r}, offset {offset!r}"[:200])
+    span = _span(size, stride)
+    return (offset + span) * DTYPES[dtype].itemsize if span else 0
+
+
+def _refuse_tensor(storage: Storage, offset: Any, size: Any, stride: Any, hooks: Any) -> NoReturn:
+    if hooks:
+        raise UnsupportedCheckpointError("a tensor with backward hooks")
+    raise CorruptCheckpointError(
+        f"a tensor of size {size!r}, stride {stride!r}, offset {offset} reaches past its storage of "
+        f"{storage.nbytes} bytes"[:300]
+    )
+
+
 def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
     """Elements from the first to behind the last one of a view."""
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (*size, *stride)):
@@ -321,6 +325,7 @@ _REBUILDERS = {
     "torch._utils._rebuild_parameter_with_state": "_parameter_with_state",
     "torch._tensor._rebuild_from_type_v2": "_from_type_v2",
 }
+_INT = frozenset({int})
 _PLAIN_REBUILDERS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _DTYPE_OF_STORAGE = {row.storage: row.name for row in DTYPES.values() if row.storage}
 
@@ -360,9 +365,6 @@ _BUILTINS: dict[str, Any] = {
     "bytearray": _bytearray,
     "complex": _complex,
 }
-
-
-_INT = frozenset({int})
 
 
 def load(

@@ -142,18 +142,17 @@ class Archive:
         sealed = any(flag & 1 for flag in set(flags))
         if any(methods) or sealed or sizes != full or max(ends) > self.directory_offset:
             self._refuse(zip(names, flags, methods, sizes, full, headers, strict=True))
-        root = names[0][: names[0].find(b"/") + 1]
-        if not all(map(bytes.startswith, names, repeat(root))):
-            raise UnrecognizedFormatError(
-                "a zip file, but not one of torch.save: no common folder", path=self.source.path
-            )
-        skip = len(root)
-        records = Records([name[skip:].decode("utf-8", "replace") for name in names], headers, sizes, crcs)
+        root = names[0][: names[0].find(b"/") + 1].decode("utf-8", "replace")
+        # All at once: decoding them one by one takes as long as unpacking the entries.
+        inner = ("\0" + b"\0".join(names).decode("utf-8", "replace")).split("\0" + root)[1:]
+        if len(inner) != len(names) or b"\0" in b"".join(names):
+            self._refuse_names(names)
+        records = Records(inner, headers, sizes, crcs)
         if len(records) != len(names):
             raise CorruptCheckpointError("the zip directory lists a record twice", path=self.source.path)
         if not all(map(le, ends, headers[1:])):
             self._refuse_overlaps(records)
-        return root.decode("utf-8", "replace"), records
+        return root, records
 
     def _refuse(self, entries: Iterable[tuple[Any, ...]]) -> NoReturn:
         """Say why the first entry that cannot be read cannot."""
@@ -168,6 +167,12 @@ class Archive:
             if size != full_size or header + LOCAL.size + size > self.directory_offset:
                 raise self.corrupt(f"record {shown!r} of {size} bytes reaches past the data", header)
         raise AssertionError("every entry can be read")
+
+    def _refuse_names(self, names: Sequence[bytes]) -> NoReturn:
+        """Say what is wrong with the records' names."""
+        if any(b"\0" in name for name in names):
+            raise CorruptCheckpointError("the name of a record has a zero in it", path=self.source.path)
+        raise UnrecognizedFormatError("a zip file, but not one of torch.save: no common folder", path=self.source.path)
 
     def _refuse_overlaps(self, records: Records) -> None:
         end = 0
