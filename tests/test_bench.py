@@ -202,7 +202,7 @@ def test_every_part_prints_its_table(setting: cli.Setting, capsys: pytest.Captur
         assert f"optimstate {part}\n" in printed
     assert "tiny / cp: wall " in printed
     assert "tiny / cp and sync: wall " in printed
-    assert "tiny safetensors to pt --no-checksums / cp: peak memory" in printed
+    assert "tiny safetensors to pt --no-checksums --no-sync / cp: peak memory" in printed
     assert list(setting.folder.iterdir()) == []
 
 

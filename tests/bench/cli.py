@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ OLD_NAME, NEW_NAME = b"transformer.h.0.", b"model.layers.0."
 NAMES_WITHIN = 32 << 20
 # Memory that a streaming command may take at any file size.
 STREAM_PEAK = 64.0
+FLUSHES: tuple[list[str], ...] = ([], ["--no-sync"])
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,14 @@ def says_its_name(said: str) -> None:
 
 
 def against_copies(setting: Setting, title: str, ours: Job, source: Path, *, wall: float) -> list[Row]:
-    """A job that streams a file against `cp`, which the goals are set by, and against one that reaches the disk."""
+    """A job that streams a file against a copy as durable as its own: `cp`, and `sync` after it where ours flushes."""
     target = setting.folder / "copy"
-    measured = compare(ours, copy_job(source, target), pairs=setting.pairs, settle=True)
-    durable = compare(ours, durable_copy_job(source, target), pairs=setting.pairs, warm_up=0, settle=True)
-    rows = standard_rows(f"{title} / cp", measured, wall=wall, peak=STREAM_PEAK)
-    return [*rows, Row(f"{title} / cp and sync: wall", durable.wall)]
+    bare, durable = copy_job(source, target), durable_copy_job(source, target)
+    like, other = (bare, durable) if "--no-sync" in ours.command else (durable, bare)
+    measured = compare(ours, like, pairs=setting.pairs, settle=True)
+    unlike = compare(ours, other, pairs=setting.pairs, warm_up=0, settle=True)
+    rows = standard_rows(f"{title} / {like.name}", measured, wall=wall, peak=STREAM_PEAK)
+    return [*rows, Row(f"{title} / {other.name}: wall", unlike.wall)]
 
 
 def start(setting: Setting) -> list[Row]:
@@ -144,7 +148,7 @@ def remap(setting: Setting) -> list[Row]:
     rows = []
     target = setting.folder / "remapped.pt"
     for name, source in setting.streamed.items():
-        for options in ([], ["--no-sync"]):
+        for options in FLUSHES:
             command = [*setting.tool, "remap", str(source), str(target), "--rename", RENAME, *options]
             ours = Job("remap", command, outputs=[target], check=wrote(target, source, mentions=NEW_NAME))
             rows += against_copies(setting, " ".join([name, *options]), ours, source, wall=1.15)
@@ -194,10 +198,11 @@ def convert(setting: Setting) -> list[Row]:
             for start, suffix in ((source, ".safetensors"), (other, ".pt")):
                 target = setting.folder / f"converted{suffix}"
                 checks = ["--verify"] if start is source else []
-                for options, wall in ((checks, 2.2), (["--no-checksums"], 1.3)):
-                    command = [*setting.tool, "convert", str(start), str(target), *options]
+                for (options, wall), flush in itertools.product(((checks, 2.2), (["--no-checksums"], 1.3)), FLUSHES):
+                    words = [*options, *flush]
+                    command = [*setting.tool, "convert", str(start), str(target), *words]
                     ours = Job("convert", command, outputs=[target], check=wrote(target, start, mentions=OLD_NAME))
-                    title = " ".join([name, start.suffix[1:], "to", suffix[1:], *options])
+                    title = " ".join([name, start.suffix[1:], "to", suffix[1:], *words])
                     rows += against_copies(setting, title, ours, start, wall=wall)
         finally:
             other.unlink(missing_ok=True)
