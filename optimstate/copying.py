@@ -145,9 +145,7 @@ class Copier:
             self._stopped = True
             raise
         finally:
-            self._tasks.put(None)
-            self._helper.join()
-            self._helper = None
+            self._end_helper(self._helper)
         if self._failure is not None:
             raise self._failure
 
@@ -159,8 +157,18 @@ class Copier:
             self.finish()
         elif self._helper is not None:
             self._stopped = True
-            self._tasks.put(None)
-            self._helper.join()
+            self._end_helper(self._helper)
+
+    def _end_helper(self, helper: Thread) -> None:
+        self._tasks.put(None)
+        try:
+            helper.join()
+        except BaseException:  # Ctrl-C: the file must not be closed under the helper, which stops after its block
+            self._stopped = True
+            helper.join()
+            raise
+        finally:
+            self._helper = None
 
     def _copy_file(self, source: FileSource, offset: int, length: int, position: int) -> None:
         """Copy a range of a file, in parts that end on multiples of `STRIPE` of the output."""

@@ -157,6 +157,32 @@ def test_an_output_that_cannot_be_written_is_reported(source: FileSource) -> Non
         os.close(read_only)
 
 
+def test_an_interruption_while_waiting_ends_the_other_thread(
+    source: FileSource, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, may_go_on = threading.Event(), threading.Event()
+
+    def slow(_: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            assert may_go_on.wait(60)
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        monkeypatch.undo()
+        may_go_on.set()
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        with Copier(out, slow) as copier:
+            copier.put([source.extent(0, BLOCK)], 0)
+            assert started.wait(60)
+            monkeypatch.setattr(threading.Thread, "join", interrupted)
+
+    monkeypatch.setattr(copying, "_goes_through_memory", lambda *_: True)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+
+
 @pytest.mark.parametrize("where", ["between", "at the end"])
 def test_an_interruption_ends_both_threads(source: FileSource, out: int, where: str) -> None:
     def interrupt(_: int) -> None:

@@ -2,7 +2,7 @@
 
 The archive stores every storage as its own record and the tree as a pickle in `data.pkl`. Sizes and checksums stand in
 the directory at the end, so a new pickle and directory behind the old records make a complete new checkpoint: that is
-how renames are written, to a new file (the rest is copied by the kernel) and in place (the rest is not touched).
+how renames are written, to a new file (the rest is copied as it is) and in place (the rest is not touched).
 """
 
 from __future__ import annotations
