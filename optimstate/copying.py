@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -14,7 +14,7 @@ from types import TracebackType
 
 from optimstate.files import CHUNK, Extent, FileSource, Progress
 
-__all__ = ["Checksum", "Copier", "copy_extents"]
+__all__ = ["Checksum", "Copier", "blocks", "copy_extents"]
 
 BLOCK = 1 << 18  # one read and write: a block stays in the processor's cache between the two
 STRIPE = 1 << 24  # what a thread takes at a time
@@ -97,28 +97,15 @@ class Copier:
 
         def copy(buffer: memoryview) -> None:
             at = position
-            for extent in extents:
-                done = 0
-                while done < extent.length and not self._stopped:
-                    length = min(len(buffer), extent.length - done)
-                    block: bytes | memoryview = buffer[:length]
-                    if isinstance(extent.source, FileSource):
-                        extent.source.read_into(buffer[:length], extent.offset + done)
-                    else:
-                        block = extent.cut(done, done + length).read()
-                    found.value = zlib.crc32(block, found.value)
-                    self.write(block, at)
-                    done += length
-                    at += length
-                self.report(extent.length)
+            for block in blocks(extents, buffer):
+                if self._stopped:
+                    return
+                found.value = zlib.crc32(block, found.value)
+                self.write(block, at)
+                at += len(block)
+            self.report(at - position)
 
-        computed = False
-        for extent in extents:
-            if isinstance(extent.source, FileSource):
-                extent.source.check(extent.offset, extent.length)
-            else:
-                computed = True
-        if not computed:
+        if all(isinstance(extent.source, FileSource) for extent in extents):
             self._share(copy)
         else:
             copy(memoryview(bytearray(CHUNK)))
@@ -224,6 +211,26 @@ class Copier:
         if self._progress is not None and done:
             with self._lock:
                 self._progress(done)
+
+
+def blocks(extents: Iterable[Extent], buffer: memoryview | None = None) -> Iterator[bytes | memoryview]:
+    """The bytes of `extents` in order; what is read from files is in the same buffer each time.
+
+    Raises:
+        CheckpointError: A source cannot be read or ends too early.
+    """
+    buffer = memoryview(bytearray(BLOCK)) if buffer is None else buffer
+    for extent in extents:
+        source = extent.source
+        if isinstance(source, FileSource):
+            source.check(extent.offset, extent.length)
+        for at in range(0, extent.length, len(buffer)):
+            length = min(len(buffer), extent.length - at)
+            if isinstance(source, FileSource):
+                source.read_into(buffer[:length], extent.offset + at)
+                yield buffer[:length]
+            else:
+                yield extent.cut(at, at + length).read()
 
 
 def copy_extents(extents: Iterable[Extent], fd: int, *, progress: Progress | None = None) -> int:

@@ -24,7 +24,7 @@ ALLOWED = {
     "formats": {"errors", "files", "copying", "tensors", "tree", "state"},
     "plan": {"_record", "errors", "tensors", "tree", "state"},
     "optim": {"errors", "state.names"},
-    "surgery": {"_record", "errors", "files", "tensors", "tree", "state", "formats", "plan"},
+    "surgery": {"_record", "errors", "files", "copying", "tensors", "tree", "state", "formats", "plan"},
     "distributed": {"errors", "tensors", "tree", "state", "plan", "formats"},
     "hooks": {"errors", "tensors", "tree", "state", "plan"},
     "_resume": {"errors", "tensors", "tree", "state", "plan", "formats", "hooks", "files"},

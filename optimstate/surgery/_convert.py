@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimstate.copying import blocks
 from optimstate.errors import CorruptCheckpointError, MigrationError
-from optimstate.files import Progress, check_destination, chunks
+from optimstate.files import Progress, check_destination
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_document
 from optimstate.surgery._common import opening, to_json
@@ -282,7 +283,7 @@ def verify_checksums(document: Document, progress: Progress | None = None) -> in
             continue
         seen.add(id(node.storage))
         value = 0
-        for block in chunks(node.storage.pieces):
+        for block in blocks(node.storage.pieces):
             value = zlib.crc32(block, value)
             if progress is not None:
                 progress(len(block))
