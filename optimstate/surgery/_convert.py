@@ -14,7 +14,7 @@ from optimstate.files import Progress, check_destination
 from optimstate.formats._protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_document
 from optimstate.surgery._common import opening, to_json
-from optimstate.tensors import LazyTensor
+from optimstate.tensors import LazyTensor, Storage
 from optimstate.tree import Opaque, format_path, nodes, replaced, walk
 
 if TYPE_CHECKING:
@@ -242,17 +242,19 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
 
 
 def _verifying(document: Document) -> Callable[[], None]:
-    """Begin to compare checksums, beside what is done meanwhile; the function waits for the end and raises the error.
+    """Begin to compare checksums, beside what is done meanwhile; the function does its share and raises what was found.
 
     Both computing checksums and copying leave Python's lock alone.
     """
     from threading import Thread
 
+    tasks = iter(_recorded(document))
     failed: list[BaseException] = []
 
     def run() -> None:
         try:
-            verify_checksums(document)
+            for tensor, storage in tasks:
+                _compare(document, tensor, storage)
         except BaseException as error:  # noqa: BLE001  # raised again by who waits
             failed.append(error)
 
@@ -260,6 +262,7 @@ def _verifying(document: Document) -> Callable[[], None]:
     thread.start()
 
     def wait() -> None:
+        run()
         thread.join()
         if failed:
             raise failed[0]
@@ -276,23 +279,31 @@ def verify_checksums(document: Document, progress: Progress | None = None) -> in
     Raises:
         CorruptCheckpointError: One differs; the message names the tensor.
     """
-    seen: set[int] = set()
-    compared = 0
+    recorded = _recorded(document)
+    for tensor, storage in recorded:
+        _compare(document, tensor, storage, progress)
+    return len(recorded)
+
+
+def _recorded(document: Document) -> list[tuple[str, Storage]]:
+    """The storages whose container recorded a checksum, each with the place of a tensor that looks into it."""
+    found: dict[int, tuple[str, Storage]] = {}
     for path, node in walk(document.tree):
-        if not isinstance(node, LazyTensor) or node.storage.crc is None or id(node.storage) in seen:
-            continue
-        seen.add(id(node.storage))
-        value = 0
-        for block in blocks(node.storage.pieces):
-            value = zlib.crc32(block, value)
-            if progress is not None:
-                progress(len(block))
-        if value != node.storage.crc:
-            raise CorruptCheckpointError(
-                f"the bytes of {format_path(path)} do not match their checksum",
-                path=document.path,
-                place=f"record data/{node.storage.key}",
-                hint="The file is damaged; copy it again from its source.",
-            )
-        compared += 1
-    return compared
+        if isinstance(node, LazyTensor) and id(node.storage) not in found and node.storage.crc is not None:
+            found[id(node.storage)] = format_path(path), node.storage
+    return list(found.values())
+
+
+def _compare(document: Document, tensor: str, storage: Storage, progress: Progress | None = None) -> None:
+    value = 0
+    for block in blocks(storage.pieces):
+        value = zlib.crc32(block, value)
+        if progress is not None:
+            progress(len(block))
+    if value != storage.crc:
+        raise CorruptCheckpointError(
+            f"the bytes of {tensor} do not match their checksum",
+            path=document.path,
+            place=f"record data/{storage.key}",
+            hint="The file is damaged; copy it again from its source.",
+        )
