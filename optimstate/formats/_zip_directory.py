@@ -7,9 +7,11 @@ equal length follow one another in long runs, each of which is unpacked in one c
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from operator import add, le
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,8 +36,8 @@ LOCATOR64 = struct.Struct("<4sLQL")
 MAX32 = 0xFFFFFFFF
 
 _SIGNATURE = b"PK\x01\x02"
-# Flags, method, CRC, sizes, offset of the header; then come name, extra and comment.
-_ENTRY = "<8xHH4x3L14xL%ds%ds%dx"
+# Where numbers stand in an entry, and their types: flags, method, CRC, both sizes, offset of the header.
+_FIELDS = ((8, "H"), (10, "H"), (16, "I"), (20, "I"), (24, "I"), (42, "I"))
 
 
 class Record(NamedTuple):
@@ -129,23 +131,23 @@ class Archive:
 
     def _parsed(self, count: int) -> tuple[str, Records]:
         """The common folder of the records, and the records."""
-        rows: list[tuple[Any, ...]] = []
-        for at, length, run in self._runs(count):
-            entry = struct.Struct(_ENTRY % struct.unpack_from("<3H", self._directory, at + 28))
-            rows += entry.iter_unpack(memoryview(self._directory)[at : at + run * length])
-        if not rows:
+        runs = list(self._runs(count))
+        if not runs:
             return "", Records((), (), (), ())
-        flags, methods, crcs, sizes, full, headers, names, extras = zip(*rows, strict=True)
+        flags, methods, crcs, sizes, full, headers = (self._column(runs, *field) for field in _FIELDS)
+        names = self._texts(runs, 0)
         if MAX32 in sizes or MAX32 in full or MAX32 in headers:
-            full, sizes, headers = zip(*map(_zip64, full, sizes, headers, extras), strict=True)
+            extras = self._texts(runs, 1)
+            full, sizes, headers = map(list, zip(*map(_zip64, full, sizes, headers, extras), strict=True))
         ends = list(map(add, map(add, headers, sizes), repeat(LOCAL.size)))
         sealed = any(flag & 1 for flag in set(flags))
         if any(methods) or sealed or sizes != full or max(ends) > self.directory_offset:
             self._refuse(zip(names, flags, methods, sizes, full, headers, strict=True))
         root = names[0][: names[0].find(b"/") + 1].decode("utf-8", "replace")
         # All at once: decoding them one by one takes as long as unpacking the entries.
-        inner = ("\0" + b"\0".join(names).decode("utf-8", "replace")).split("\0" + root)[1:]
-        if len(inner) != len(names) or b"\0" in b"".join(names):
+        joined = b"\0".join(names)
+        inner = ("\0" + joined.decode("utf-8", "replace")).split("\0" + root)[1:]
+        if len(inner) != len(names) or joined.count(b"\0") != len(names) - 1:
             self._refuse_names(names)
         records = Records(inner, headers, sizes, crcs)
         if len(records) != len(names):
@@ -153,6 +155,28 @@ class Archive:
         if not all(map(le, ends, headers[1:])):
             self._refuse_overlaps(records)
         return root, records
+
+    def _column(self, runs: Sequence[tuple[int, int, int]], place: int, kind: str) -> list[int]:
+        """One number of every entry: its bytes are taken with a stride, all first ones, all second ones, ..."""
+        found = array(kind)
+        for at, length, run in runs:
+            column = bytearray(run * found.itemsize)
+            for byte in range(found.itemsize):
+                column[byte :: found.itemsize] = self._directory[at + place + byte : at + run * length : length]
+            found.frombytes(column)
+        if sys.byteorder == "big":
+            found.byteswap()
+        return found.tolist()
+
+    def _texts(self, runs: Sequence[tuple[int, int, int]], which: int) -> list[bytes]:
+        """The name (0) or the extra field (1) of every entry."""
+        found: list[bytes] = []
+        for at, length, run in runs:
+            widths = struct.unpack_from("<2H", self._directory, at + 28)
+            place = CENTRAL.size + sum(widths[:which])
+            entry = struct.Struct(f"<{place}x{widths[which]}s{length - place - widths[which]}x")
+            found += chain.from_iterable(entry.iter_unpack(memoryview(self._directory)[at : at + run * length]))
+        return found
 
     def _refuse(self, entries: Iterable[tuple[Any, ...]]) -> NoReturn:
         """Say why the first entry that cannot be read cannot."""
