@@ -14,7 +14,7 @@ from types import TracebackType
 
 from optimstate.files import CHUNK, Extent, FileSource, Progress
 
-__all__ = ["Checksum", "Copier", "blocks", "copy_extents"]
+__all__ = ["Checksum", "Copier", "SharedTasks", "blocks", "copy_extents"]
 
 BLOCK = 1 << 18  # one read and write: a block stays in the processor's cache between the two
 STRIPE = 1 << 24  # what a thread takes at a time
@@ -33,6 +33,82 @@ class Checksum:
 
     def __init__(self) -> None:
         self.value = 0
+
+
+Task = Callable[[memoryview], None]
+"""Something to do, given a buffer of `BLOCK` bytes to do it with."""
+
+
+class SharedTasks:
+    """Tasks that another thread begins with at once, and that the caller's does its share of when it waits for them.
+
+    They gain where the time goes into calls that leave Python's lock alone: reading, writing, checksums. After an error
+    no further task is begun.
+
+    Attributes:
+        stopped: Whether a task in progress should give up.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._helper: Thread | None = None
+        self._failure: BaseException | None = None
+
+    def add(self, task: Task) -> None:
+        """Have a task done."""
+        if self._helper is None:
+            self._helper = Thread(target=self._help, name="optimstate-helper", daemon=True)
+            self._helper.start()
+        self._tasks.put(task)
+
+    def finish(self) -> None:
+        """Do what is left, wait for the rest, and raise the first error met; more may be added afterwards."""
+        if self._helper is None:
+            return
+        try:
+            buffer = memoryview(bytearray(BLOCK))
+            while not self.stopped:
+                task = self._tasks.get_nowait()
+                assert task is not None  # only put below, behind all others
+                task(buffer)
+        except Empty:
+            pass
+        except BaseException:
+            self.stopped = True
+            raise
+        finally:
+            self._end_helper(self._helper)
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Give up what is not done, and wait for the other thread."""
+        self.stopped = True
+        if self._helper is not None:
+            self._end_helper(self._helper)
+
+    def _end_helper(self, helper: Thread) -> None:
+        self._tasks.put(None)
+        try:
+            helper.join()
+        except BaseException:  # Ctrl-C: no file must be closed under the helper, which stops after its block
+            self.stopped = True
+            helper.join()
+            raise
+        finally:
+            self._helper = None
+
+    def _help(self) -> None:
+        buffer = memoryview(bytearray(BLOCK))
+        for task in iter(self._tasks.get, None):
+            if self.stopped:
+                continue
+            try:
+                task(buffer)
+            except BaseException as error:  # noqa: BLE001  # raised again by `finish`
+                self._failure = error
+                self.stopped = True
 
 
 class Copier:
@@ -55,10 +131,7 @@ class Copier:
         self.fd = fd
         self._progress = progress
         self._lock = Lock()
-        self._tasks: SimpleQueue[Callable[[memoryview], None] | None] = SimpleQueue()
-        self._helper: Thread | None = None
-        self._stopped = False
-        self._failure: BaseException | None = None
+        self._tasks = SharedTasks()
 
     def put(self, extents: Iterable[Extent], position: int) -> int:
         """Copy the bytes of `extents` one after the other to `position`; returns their number."""
@@ -98,7 +171,7 @@ class Copier:
         def copy(buffer: memoryview) -> None:
             at = position
             for block in blocks(extents, buffer):
-                if self._stopped:
+                if self._tasks.stopped:
                     return
                 found.value = zlib.crc32(block, found.value)
                 self.write(block, at)
@@ -106,7 +179,7 @@ class Copier:
             self.report(at - position)
 
         if all(isinstance(extent.source, FileSource) for extent in extents):
-            self._share(copy)
+            self._tasks.add(copy)
         else:
             copy(memoryview(bytearray(CHUNK)))
         return found
@@ -118,23 +191,7 @@ class Copier:
             CheckpointError: A source could not be read or ended too early.
             OSError: The output could not be written.
         """
-        if self._helper is None:
-            return
-        try:
-            buffer = memoryview(bytearray(BLOCK))
-            while not self._stopped:
-                task = self._tasks.get_nowait()
-                assert task is not None  # only put below, behind all others
-                task(buffer)
-        except Empty:
-            pass
-        except BaseException:
-            self._stopped = True
-            raise
-        finally:
-            self._end_helper(self._helper)
-        if self._failure is not None:
-            raise self._failure
+        self._tasks.finish()
 
     def __enter__(self) -> Copier:
         return self
@@ -142,20 +199,8 @@ class Copier:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if kind is None:
             self.finish()
-        elif self._helper is not None:
-            self._stopped = True
-            self._end_helper(self._helper)
-
-    def _end_helper(self, helper: Thread) -> None:
-        self._tasks.put(None)
-        try:
-            helper.join()
-        except BaseException:  # Ctrl-C: the file must not be closed under the helper, which stops after its block
-            self._stopped = True
-            helper.join()
-            raise
-        finally:
-            self._helper = None
+        else:
+            self._tasks.stop()
 
     def _copy_file(self, source: FileSource, offset: int, length: int, position: int) -> None:
         """Copy a range of a file, in parts that end on multiples of `STRIPE` of the output."""
@@ -165,13 +210,13 @@ class Copier:
             done = _copy_in_system(source, offset, length, self.fd, position, self.report)
         while done < length:
             stop = min(length, done + STRIPE - (position + done) % STRIPE)
-            self._share(self._stripe(source, offset + done, stop - done, position + done))
+            self._tasks.add(self._stripe(source, offset + done, stop - done, position + done))
             done = stop
 
-    def _stripe(self, source: FileSource, offset: int, length: int, position: int) -> Callable[[memoryview], None]:
+    def _stripe(self, source: FileSource, offset: int, length: int, position: int) -> Task:
         def copy(buffer: memoryview) -> None:
             done = 0
-            while done < length and not self._stopped:
+            while done < length and not self._tasks.stopped:
                 # To the next block of the output first: pages that are written whole take a fifth less time.
                 block = buffer[: min(len(buffer) - (position + done) % len(buffer), length - done)]
                 source.read_into(block, offset + done)
@@ -180,23 +225,6 @@ class Copier:
             self.report(length)
 
         return copy
-
-    def _share(self, task: Callable[[memoryview], None]) -> None:
-        if self._helper is None:
-            self._helper = Thread(target=self._help, name="optimstate-copier", daemon=True)
-            self._helper.start()
-        self._tasks.put(task)
-
-    def _help(self) -> None:
-        buffer = memoryview(bytearray(BLOCK))
-        for task in iter(self._tasks.get, None):
-            if self._stopped:
-                continue
-            try:
-                task(buffer)
-            except BaseException as error:  # noqa: BLE001  # raised again by `finish`
-                self._failure = error
-                self._stopped = True
 
     def write(self, data: bytes | memoryview, position: int) -> None:
         """Write bytes at once, on the caller's thread."""
@@ -213,13 +241,12 @@ class Copier:
                 self._progress(done)
 
 
-def blocks(extents: Iterable[Extent], buffer: memoryview | None = None) -> Iterator[bytes | memoryview]:
+def blocks(extents: Iterable[Extent], buffer: memoryview) -> Iterator[bytes | memoryview]:
     """The bytes of `extents` in order; what is read from files is in the same buffer each time.
 
     Raises:
         CheckpointError: A source cannot be read or ends too early.
     """
-    buffer = memoryview(bytearray(BLOCK)) if buffer is None else buffer
     for extent in extents:
         source = extent.source
         if isinstance(source, FileSource):

@@ -23,7 +23,7 @@ def small_stripes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many stripes in a small file; and the helper must be gone afterwards, however the test ended."""
     monkeypatch.setattr(copying, "STRIPE", 3 * BLOCK)
     yield
-    assert "optimstate-copier" not in {thread.name for thread in threading.enumerate()}
+    assert "optimstate-helper" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.fixture

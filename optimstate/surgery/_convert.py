@@ -5,10 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimstate.copying import blocks
+from optimstate.copying import BLOCK, SharedTasks, blocks
 from optimstate.errors import CorruptCheckpointError, MigrationError
 from optimstate.files import Progress, check_destination
 from optimstate.formats._protocol import Document, WriteOptions
@@ -242,32 +243,11 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
 
 
 def _verifying(document: Document) -> Callable[[], None]:
-    """Begin to compare checksums, beside what is done meanwhile; the function does its share and raises what was found.
-
-    Both computing checksums and copying leave Python's lock alone.
-    """
-    from threading import Thread
-
-    tasks = iter(_recorded(document))
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            for tensor, storage in tasks:
-                _compare(document, tensor, storage)
-        except BaseException as error:  # noqa: BLE001  # raised again by who waits
-            failed.append(error)
-
-    thread = Thread(target=run, name="optimstate-checksums", daemon=True)
-    thread.start()
-
-    def wait() -> None:
-        run()
-        thread.join()
-        if failed:
-            raise failed[0]
-
-    return wait
+    """Begin to compare checksums beside what is done meanwhile; the function does its share and raises what it found."""
+    tasks = SharedTasks()
+    for tensor, storage in _recorded(document):
+        tasks.add(partial(_compare, document, tensor, storage))
+    return tasks.finish
 
 
 def verify_checksums(document: Document, progress: Progress | None = None) -> int:
@@ -280,8 +260,9 @@ def verify_checksums(document: Document, progress: Progress | None = None) -> in
         CorruptCheckpointError: One differs; the message names the tensor.
     """
     recorded = _recorded(document)
+    buffer = memoryview(bytearray(BLOCK))
     for tensor, storage in recorded:
-        _compare(document, tensor, storage, progress)
+        _compare(document, tensor, storage, buffer, progress)
     return len(recorded)
 
 
@@ -294,9 +275,11 @@ def _recorded(document: Document) -> list[tuple[str, Storage]]:
     return list(found.values())
 
 
-def _compare(document: Document, tensor: str, storage: Storage, progress: Progress | None = None) -> None:
+def _compare(
+    document: Document, tensor: str, storage: Storage, buffer: memoryview, progress: Progress | None = None
+) -> None:
     value = 0
-    for block in blocks(storage.pieces):
+    for block in blocks(storage.pieces, buffer):
         value = zlib.crc32(block, value)
         if progress is not None:
             progress(len(block))
