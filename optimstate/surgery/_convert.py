@@ -243,7 +243,7 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
 
 
 def _verifying(document: Document) -> Callable[[], None]:
-    """Begin to compare checksums beside what is done meanwhile; the function does its share and raises what it found."""
+    """Begin to compare checksums beside other work; the function returned does its share and raises what it found."""
     tasks = SharedTasks()
     for tensor, storage in _recorded(document):
         tasks.add(partial(_compare, document, tensor, storage))
