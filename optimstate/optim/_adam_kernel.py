@@ -18,7 +18,7 @@ from optimstate.optim._blocks import fits
 from optimstate.optim._ops import one
 from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting
 
-__all__ = ["ENDLESS", "AdamKernelOptimizer", "adam_kernel", "bodies", "effective"]
+__all__ = ["ENDLESS", "AdamKernelOptimizer", "adam_kernel", "bodies"]
 
 LANES = 64  # a multiple of any CPU's vector of floats
 SMALLEST = 1 << 14  # elements; below, a call of the kernel and a few more for the tail gain nothing
@@ -96,15 +96,6 @@ def tail(t: Tensor) -> Tensor:
     """What is beyond them, flat."""
     rest = t.numel() % LANES
     return t.as_strided((rest,), (1,), t.storage_offset() + t.numel() - rest)
-
-
-def effective(group: Group, p: Tensor, grad: Tensor) -> Tensor:
-    """The gradient after maximize and L2 penalty; the very same tensor where there is neither."""
-    if group["maximize"]:
-        grad = one.neg(grad)
-    if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False):
-        grad = one.add(grad, p, alpha=group["weight_decay"])
-    return grad
 
 
 def adam_kernel(

@@ -28,7 +28,7 @@ from optimstate.optim._load import Slots
 from optimstate.optim._ops import Ops, many, one, traced
 from optimstate.optim.optimizer import Optimizer, aligned, to_scalar
 
-__all__ = ["Columns", "Condition", "Group", "Rule", "RuleOptimizer", "Setting", "fused_batches"]
+__all__ = ["Columns", "Condition", "Group", "Rule", "RuleOptimizer", "Setting", "effective", "fused_batches", "has_l2"]
 
 Group = dict[str, Any]
 Columns = Mapping[str, list[Any]]
@@ -275,17 +275,9 @@ class RuleOptimizer(Optimizer):
         slots = self._slots(columns, None)
         if has_complex and self._complex != "never":
             params, grads, *slots = ([real(t) for t in c] if c else None for c in (params, grads, *slots))  # type: ignore[assignment]
-        decay, decoupled = group.get("weight_decay", 0), group.get("decoupled_weight_decay", False)
-        maximize = group["maximize"]
-        owned = bool(maximize or (decay != 0 and not decoupled))
+        owned = bool(group["maximize"] or has_l2(group))
         rule, numbers = self._prepared(many, group, columns, owned=owned)
-        if maximize:
-            grads = many.neg(grads)
-        if decay != 0 and decoupled:
-            many.mul_(params, 1 - to_scalar(group["lr"]) * decay)
-        elif decay != 0:
-            # In place only where torch reuses memory too: list kernels round alpha to the dtype in place.
-            grads = (many.add_ if maximize else many.add)(grads, params, alpha=decay)
+        grads = effective(many, group, params, grads)
         rule.update(params, grads, *slots, *numbers)
 
     def _run_each(
@@ -310,20 +302,13 @@ class RuleOptimizer(Optimizer):
     def _run_blocks(self, group: Group, tensors: list[Tensor | None], numbers: Sequence[Any], size: int) -> bool:
         """The rule over the blocks of one parameter's tensors; False where it has to be updated whole."""
         columns = split(tensors, size)
-        decay, decoupled = group.get("weight_decay", 0), group.get("decoupled_weight_decay", False)
-        if columns is None or isinstance(decay, Tensor):
+        if columns is None or isinstance(group.get("weight_decay"), Tensor):
             return False
         program = Program(columns[0][0].dtype, len(columns))
         p, g, *slots = [None if t is None else program.operand(index) for index, t in enumerate(tensors)]
         rule = self._rule(Setting(program.ops, group, live=self._live(group), owned=False))
         try:
-            if group["maximize"]:
-                g = program.ops.neg(g)
-            if decay != 0 and decoupled:
-                program.ops.mul_(p, 1 - to_scalar(group["lr"]) * decay)
-            elif decay != 0:
-                g = program.ops.add(g, p, alpha=decay)
-            rule.update(p, g, *slots, *numbers)
+            rule.update(p, effective(program.ops, group, p, g), *slots, *numbers)
         except UnrecordedError:
             return False
         program.run(columns, size)
@@ -386,6 +371,27 @@ def count_steps(steps: list[Tensor]) -> None:
 def real(t: Any) -> Any:
     """A complex tensor as real numbers with a last dimension of 2; anything else as it is."""
     return torch.view_as_real(t) if t is not None and t.is_complex() else t
+
+
+def has_l2(group: Group) -> bool:
+    """Whether weight decay goes into the gradient, and not straight into the parameter."""
+    return bool(group.get("weight_decay", 0) != 0 and not group.get("decoupled_weight_decay", False))
+
+
+def effective(k: Ops, group: Group, p: Any, g: Any) -> Any:
+    """The gradient after maximize and weight decay; the very same where there is neither, or decay is decoupled.
+
+    Decoupled decay is applied to the parameter here.
+    """
+    decay = group.get("weight_decay", 0)
+    if group["maximize"]:
+        g = k.neg(g)
+    if has_l2(group):
+        # In place only where torch reuses memory too: list kernels round alpha to the dtype in place.
+        return (k.add_ if group["maximize"] else k.add)(g, p, alpha=decay)
+    if decay != 0:
+        k.mul_(p, 1 - to_scalar(group["lr"]) * decay)
+    return g
 
 
 def l2(decay: Any) -> Callable[[Tensor, Tensor], Tensor]:

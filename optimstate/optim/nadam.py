@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies, effective
+from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies
 from optimstate.optim._ops import Ops, one
-from optimstate.optim._step import Columns, Group, Rule, Setting, count_steps
+from optimstate.optim._step import Columns, Group, Rule, Setting, count_steps, effective, has_l2
 from optimstate.optim.optimizer import Options, ParamsT, check_betas, check_lr, require, to_number, zeros
 
 __all__ = ["NAdam"]
@@ -181,7 +181,6 @@ class NAdam(AdamKernelOptimizer):
         return bool(beta1 > 0 and 0 < beta2 < 1 - 1e-7)
 
     def _through_kernel(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> None:
-        lr, decay = float(group["lr"]), group["weight_decay"]
         rule = self._rule(Setting(one, group, live=False, owned=False))
         assert rule.numbers is not None
         count_steps(columns["step"])
@@ -189,15 +188,12 @@ class NAdam(AdamKernelOptimizer):
         for index, (step, product) in enumerate(zip(columns["step"], columns["mu_product"], strict=True)):
             t = step.item()
             alike.setdefault((t, *map(float, rule.numbers(t, product))), []).append(index)
-        decoupled = decay != 0 and group["decoupled_weight_decay"]
-        changed = group["maximize"] or (decay != 0 and not decoupled)
+        changed = group["maximize"] or has_l2(group)
         held = params, grads, columns["exp_avg"], columns["exp_avg_sq"]
         for numbers, indices in alike.items():
             for chunk in [[i] for i in indices] if changed else [indices]:
                 p, g, *moments = (bodies([column[i] for i in chunk]) for column in held)
-                g = list(map(partial(effective, group), p, g))
-                if decoupled:
-                    torch._foreach_mul_(p, 1 - lr * decay)
+                g = list(map(partial(effective, one, group), p, g))
                 kernel_twice(group, p, g, moments, numbers)
             p, g, *slots = ([column[i] for i in indices] for column in held)
             self._run_tails(group, p, g, slots, numbers[1:])

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies, effective
-from optimstate.optim._step import Columns, Condition, Group, Rule, Setting, count_steps
+from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies
+from optimstate.optim._ops import one
+from optimstate.optim._step import Columns, Condition, Group, Rule, Setting, count_steps, effective
 from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, zeros
 
 __all__ = ["RMSprop"]
@@ -164,6 +165,6 @@ class RMSprop(AdamKernelOptimizer):
             adam_kernel(p, g, g, square_avg, **options)
         else:  # the kernel writes what it takes for a first moment: not into p.grad
             for body, grad, average in zip(*everything, strict=True):
-                changed = [effective(group, body, grad)]
+                changed = [effective(one, group, body, grad)]
                 adam_kernel([body], changed, changed, [average], **options)
         self._run_tails(group, params, grads, [columns["square_avg"], [], []], ())
