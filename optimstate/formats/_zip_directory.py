@@ -11,9 +11,9 @@ import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, repeat
-from operator import add, le
-from typing import Any, NamedTuple, NoReturn
+from itertools import chain
+from operator import sub
+from typing import NamedTuple
 
 from optimstate.errors import (
     CorruptCheckpointError,
@@ -36,8 +36,9 @@ LOCATOR64 = struct.Struct("<4sLQL")
 MAX32 = 0xFFFFFFFF
 
 _SIGNATURE = b"PK\x01\x02"
-# Where numbers stand in an entry, and their types: flags, method, CRC, both sizes, offset of the header.
-_FIELDS = ((8, "H"), (10, "H"), (16, "I"), (20, "I"), (24, "I"), (42, "I"))
+_MAX32_BYTES = b"\xff\xff\xff\xff"
+# Where numbers stand in an entry, and their types: flags (the low byte), method, CRC, both sizes, offset of the header.
+_FIELDS = ((8, "B"), (10, "H"), (16, "I"), (20, "I"), (24, "I"), (42, "I"))
 
 
 class Record(NamedTuple):
@@ -54,6 +55,55 @@ class Record(NamedTuple):
     header: int
     size: int
     crc: int
+
+
+class _Run(NamedTuple):
+    """Entries of equal length that follow one another in the directory.
+
+    Attributes:
+        at: Where the first begins.
+        entries: How many there are.
+        length: Bytes of each.
+        name: Bytes of each one's name, which stands behind the numbers.
+        extra: Bytes of each one's extra field, which stands behind the name.
+    """
+
+    at: int
+    entries: int
+    length: int
+    name: int
+    extra: int
+
+    def column(self, directory: bytes, place: int) -> bytes:
+        """The byte at `place` of every entry."""
+        return directory[self.at + place : self.at + self.entries * self.length : self.length]
+
+    def field(self, directory: bytes, place: int, width: int, apart: int = 0) -> bytearray:
+        """The `width` bytes at `place` of every entry, with `apart` zeros behind each.
+
+        They are taken with a stride: all first bytes, all second ones, ...
+        """
+        found = bytearray(self.entries * (width + apart))
+        for index in range(width):
+            found[index :: width + apart] = self.column(directory, place + index)
+        return found
+
+    def extras(self, directory: bytes) -> Iterator[bytes]:
+        """The extra field of every entry."""
+        first = self.at + CENTRAL.size + self.name
+        for start in range(first, first + self.entries * self.length, self.length):
+            yield directory[start : start + self.extra]
+
+    def alike(self, directory: bytes, place: int, expected: bytes) -> int:
+        """How many of the first entries have these bytes at `place`; 0 where entries are too short for them."""
+        if place + len(expected) > self.length:
+            return 0
+        found = self.entries
+        for index, byte in enumerate(expected, place):
+            column = self.column(directory, index)
+            if column != bytes([byte]) * len(column):
+                found = min(found, len(column) - len(column.lstrip(bytes([byte]))))
+        return found
 
 
 class Records(Mapping[str, Record]):
@@ -108,24 +158,28 @@ class Archive:
     def entries(self) -> Iterator[tuple[str, bytes]]:
         """Name of each record, and the bytes of its entry in the directory."""
         names = iter(self.records)
-        for at, length, run in self._runs(len(self.records)):
-            for start in range(at, at + run * length, length):
-                yield next(names), self._directory[start : start + length]
+        for run in self._runs(len(self.records)):
+            for start in range(run.at, run.at + run.entries * run.length, run.length):
+                yield next(names), self._directory[start : start + run.length]
 
-    def _runs(self, count: int) -> Iterator[tuple[int, int, int]]:
-        """Where entries of equal lengths begin, how long each is, and how many there are."""
+    def _runs(self, count: int) -> Iterator[_Run]:
+        """The entries, in runs of equal lengths."""
         data, at = self._directory, 0
         while count:
             lengths = data[at + 28 : at + 34]
-            length = CENTRAL.size + sum(struct.unpack("<3H", lengths)) if len(lengths) == 6 else 0
+            name, extra, comment = struct.unpack("<3H", lengths) if len(lengths) == 6 else (0, 0, 0)
+            length = CENTRAL.size + name + extra + comment
             if not data.startswith(_SIGNATURE, at) or at + length > len(data):
                 problem = "cut off" if at + CENTRAL.size > len(data) else "damaged"
                 raise self.corrupt(f"the zip directory is {problem}", self.directory_offset + at)
-            run = most = min(count, (len(data) - at) // length)
-            for place, byte in zip((0, 1, 2, 3, *range(28, 34)), _SIGNATURE + lengths, strict=True):
-                column = data[at + place : at + most * length : length]
-                run = min(run, len(column) - len(column.lstrip(bytes([byte]))))
-            yield at, length, run
+            most = min(count, (len(data) - at) // length)
+            run = alike = window = 1
+            while alike == window and run < most:  # look ahead further and further: most runs are short or very long
+                window = min(8 * run, most - run)
+                ahead = _Run(at + run * length, window, length, name, extra)
+                alike = min(ahead.alike(data, 0, _SIGNATURE), ahead.alike(data, 28, lengths))
+                run += alike
+            yield _Run(at, run, length, name, extra)
             at += run * length
             count -= run
 
@@ -133,72 +187,63 @@ class Archive:
         """The common folder of the records, and the records."""
         runs = list(self._runs(count))
         if not runs:
-            return "", Records((), (), (), ())
-        flags, methods, crcs, sizes, full, headers = (self._column(runs, *field) for field in _FIELDS)
-        names = self._texts(runs, 0)
-        if MAX32 in sizes or MAX32 in full or MAX32 in headers:
-            extras = self._texts(runs, 1)
-            full, sizes, headers = map(list, zip(*map(_zip64, full, sizes, headers, extras), strict=True))
-        ends = list(map(add, map(add, headers, sizes), repeat(LOCAL.size)))
-        sealed = any(flag & 1 for flag in set(flags))
-        if any(methods) or sealed or sizes != full or max(ends) > self.directory_offset:
-            self._refuse(zip(names, flags, methods, sizes, full, headers, strict=True))
-        root = names[0][: names[0].find(b"/") + 1].decode("utf-8", "replace")
-        # All at once: decoding them one by one takes as long as unpacking the entries.
-        joined = b"\0".join(names)
-        inner = ("\0" + joined.decode("utf-8", "replace")).split("\0" + root)[1:]
-        if len(inner) != len(names) or joined.count(b"\0") != len(names) - 1:
-            self._refuse_names(names)
-        records = Records(inner, headers, sizes, crcs)
+            return "", Records((), array("Q"), array("Q"), array("Q"))
+        flags, methods, crcs, sizes, full, headers = (self._numbers(runs, *field) for field in _FIELDS)
+        if any(_MAX32_BYTES in column.tobytes() for column in (sizes, full, headers)):
+            extras = chain.from_iterable(run.extras(self._directory) for run in runs)
+            rows = map(_zip64, full, sizes, headers, extras)
+            full, sizes, headers = (array("Q", column) for column in zip(*rows, strict=True))
+        root, names = self._names(runs)
+        records = Records(names, headers, sizes, crcs)
         if len(records) != len(names):
             raise CorruptCheckpointError("the zip directory lists a record twice", path=self.source.path)
-        if not all(map(le, ends, headers[1:])):
-            self._refuse_overlaps(records)
+        gaps = map(sub, map(sub, [*headers[1:], self.directory_offset], headers), sizes)
+        if min(gaps) < LOCAL.size or sizes != full or any(methods) or any(flag & 1 for flag in set(flags)):
+            self._check_entries(zip(names, flags, methods, sizes, full, headers, strict=True))
+            self._check_overlaps(records)
         return root, records
 
-    def _column(self, runs: Sequence[tuple[int, int, int]], place: int, kind: str) -> list[int]:
-        """One number of every entry: its bytes are taken with a stride, all first ones, all second ones, ..."""
+    def _names(self, runs: Sequence[_Run]) -> tuple[str, list[str]]:
+        """The folder all records are in, and their names in it."""
+        first = self._directory[runs[0].at + CENTRAL.size :][: runs[0].name]
+        root = first[: first.find(b"/") + 1]
+        for run in runs:
+            if not root or run.name < len(root) or run.alike(self._directory, CENTRAL.size, root) < run.entries:
+                raise UnrecognizedFormatError(
+                    "a zip file, but not one of torch.save: no common folder", path=self.source.path
+                )
+        joined = bytearray()
+        for run in runs:
+            joined += run.field(self._directory, CENTRAL.size + len(root), run.name - len(root), apart=1)
+        # All at once: taking them out and decoding them one by one takes as long as everything else here.
+        names = joined[:-1].decode("utf-8", "replace").split("\0")
+        if b"\0" in root or len(names) != sum(run.entries for run in runs):
+            raise CorruptCheckpointError("the name of a record has a zero in it", path=self.source.path)
+        return root.decode("utf-8", "replace"), names
+
+    def _numbers(self, runs: Sequence[_Run], place: int, kind: str) -> array[int]:
+        """One number of every entry."""
         found = array(kind)
-        for at, length, run in runs:
-            column = bytearray(run * found.itemsize)
-            for byte in range(found.itemsize):
-                column[byte :: found.itemsize] = self._directory[at + place + byte : at + run * length : length]
-            found.frombytes(column)
+        for run in runs:
+            found.frombytes(run.field(self._directory, place, found.itemsize))
         if sys.byteorder == "big":
             found.byteswap()
-        return found.tolist()
-
-    def _texts(self, runs: Sequence[tuple[int, int, int]], which: int) -> list[bytes]:
-        """The name (0) or the extra field (1) of every entry."""
-        found: list[bytes] = []
-        for at, length, run in runs:
-            widths = struct.unpack_from("<2H", self._directory, at + 28)
-            place = CENTRAL.size + sum(widths[:which])
-            entry = struct.Struct(f"<{place}x{widths[which]}s{length - place - widths[which]}x")
-            found += chain.from_iterable(entry.iter_unpack(memoryview(self._directory)[at : at + run * length]))
         return found
 
-    def _refuse(self, entries: Iterable[tuple[Any, ...]]) -> NoReturn:
-        """Say why the first entry that cannot be read cannot."""
+    def _check_entries(self, entries: Iterable[tuple[str, int, int, int, int, int]]) -> None:
+        """Refuse the first record that cannot be read."""
         for name, flag, method, size, full_size, header in entries:
-            shown = name.decode("utf-8", "replace")
             if method or flag & 1:
                 raise UnsupportedCheckpointError(
-                    f"record {shown!r} is {'encrypted' if flag & 1 else 'compressed'}",
+                    f"record {name!r} is {'encrypted' if flag & 1 else 'compressed'}",
                     path=self.source.path,
                     hint="torch.save stores records as they are; load the file with torch and save it again.",
                 )
             if size != full_size or header + LOCAL.size + size > self.directory_offset:
-                raise self.corrupt(f"record {shown!r} of {size} bytes reaches past the data", header)
-        raise AssertionError("every entry can be read")
+                raise self.corrupt(f"record {name!r} of {size} bytes reaches past the data", header)
 
-    def _refuse_names(self, names: Sequence[bytes]) -> NoReturn:
-        """Say what is wrong with the records' names."""
-        if any(b"\0" in name for name in names):
-            raise CorruptCheckpointError("the name of a record has a zero in it", path=self.source.path)
-        raise UnrecognizedFormatError("a zip file, but not one of torch.save: no common folder", path=self.source.path)
-
-    def _refuse_overlaps(self, records: Records) -> None:
+    def _check_overlaps(self, records: Records) -> None:
+        """Refuse a record that begins inside another; they may stand in any order."""
         end = 0
         for header, size, name in sorted(zip(records.headers, records.sizes, records, strict=True)):
             if header < end:
