@@ -44,24 +44,30 @@ def _opcode_pattern(high: int) -> re.Pattern[bytes]:
     few, and compiling one more length takes as long as twenty of them take there.
     """
 
-    def counted(opcode: bytes, length_bytes: int, most: int) -> bytes:
-        rows = (re.escape(n.to_bytes(length_bytes, "little")) + b".{%d}" % n for n in range(most))
+    def counted(opcode: bytes, length_bytes: int, lengths: range) -> bytes:
+        rows = (re.escape(n.to_bytes(length_bytes, "little")) + b".{%d}" % n for n in lengths)
         return re.escape(opcode) + b"(?:" + b"|".join(rows) + b")"
 
     bare = rb"[(012NQRabdelostu})\]\x81\x85-\x89\x8f-\x94]"
-    rows = [  # the most frequent first: memo writes and reads, and small numbers, each often before a bare opcode
-        rb"r..[\x00-" + re.escape(bytes([high])) + rb"]\x00" + bare + b"?+",
+    memo = rb"r..[\x00-" + re.escape(bytes([high])) + rb"]\x00"
+    number = rb"(?:K.|M..|J.{4})"
+    numbers = rb"(?:\(?+" + number + rb"++[\x85-\x87t]" + memo + rb"|\))"
+    storage = rb"\(h.h." + counted(b"X", 4, range(1, 9)) + memo + rb"h." + number + rb"t" + memo + rb"Q"
+    tensor = number + numbers + numbers + rb"[\x88\x89]h.\)R" + memo + rb"t" + memo + rb"R" + memo
+    rows = [  # the most frequent first
+        rb"h.\(" + storage + tensor,  # a whole tensor as torch writes nearly all of them
+        memo + bare + b"?+",
         rb"[hqK\x80\x82]." + bare + b"?+",
         bare,
         rb"[Jj\x84].{4}",
         rb"[M\x83]..",
-        counted(b"X", 4, 48),
+        counted(b"X", 4, range(48)),
         rb"G.{8}",
         rb"c[^\n]*\n[^\n]*\n",
-        counted(b"U", 1, 16),
-        counted(b"\x8c", 1, 48),
-        counted(b"\x8a", 1, 16),
-        counted(b"C", 1, 16),
+        counted(b"U", 1, range(16)),
+        counted(b"\x8c", 1, range(48)),
+        counted(b"\x8a", 1, range(16)),
+        counted(b"C", 1, range(16)),
     ]
     return re.compile(rb"(?s:" + rb"|".join(rows) + rb")*+")
 

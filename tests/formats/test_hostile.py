@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import pickletools
 import struct
 import subprocess
 import sys
@@ -11,9 +13,11 @@ import tracemalloc
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +27,7 @@ from optimstate.files import Extent
 from optimstate.formats import _json_tree, safetensors, torch_zip
 from optimstate.formats._pickle import dump
 from optimstate.formats._protocol import WriteOptions
-from optimstate.formats._unpickle import load
+from optimstate.formats._unpickle import check_opcodes, load
 from optimstate.formats.registry import open_document
 from optimstate.plan.rules import Plan
 from optimstate.state.sections import find_sections
@@ -188,6 +192,43 @@ def test_a_declared_size_is_checked_before_anything_is_allocated(body: bytes) ->
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
+
+
+def saved_by_torch() -> bytes:
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.Linear(300, 2), torch.nn.Linear(300, 300))
+    optimizer = torch.optim.Adam(net.parameters())
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    archive = io.BytesIO()
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict(), "padding": "." * 5000}, archive)
+    with zipfile.ZipFile(archive) as file:
+        return file.read("archive/data.pkl")
+
+
+@pytest.mark.parametrize("size", range(4))
+def test_the_scan_sees_the_same_opcodes_as_pickletools(size: int) -> None:
+    """Whatever bytes are changed: what the scan lets pass has no memo index or argument beyond the pickle."""
+    data = saved_by_torch()
+    assert check_opcodes(data) == len(data)
+    random, passed = Random(size), 0
+    for _ in range(400):
+        changed = bytearray(data)
+        for _ in range(1 + size):
+            changed[random.randrange(len(data))] = random.choice(
+                [0, 0x28, 0x4B, 0x58, 0x72, 0xFF, random.randrange(256)]
+            )
+        try:
+            end = check_opcodes(bytes(changed))
+        except CheckpointError:
+            continue
+        passed += 1
+        with suppress(ValueError):  # text that is no UTF-8, or no number: the unpickler stops there too
+            stop = 0
+            for opcode, argument, stop in pickletools.genops(bytes(changed[:end])):  # noqa: B007
+                assert "PUT" not in opcode.name or argument <= len(data)
+            assert stop + 1 == end
+    assert passed > 100
 
 
 def test_the_pieces_of_these_pickles_are_sound() -> None:
