@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -36,6 +36,7 @@ __all__ = [
     "read_plan",
     "register",
     "run",
+    "until_exit",
 ]
 
 EXIT_CODES: tuple[tuple[type[errors.OptimStateError], int], ...] = (
@@ -65,6 +66,9 @@ class _InOrder(TyperGroup):
         return sorted(super().list_commands(ctx), key=COMMANDS.index)
 
 
+T = TypeVar("T")
+_KEPT: list[object] = []
+
 app = typer.Typer(
     name="optimstate",
     cls=_InOrder,
@@ -92,6 +96,12 @@ def _broken(example: str) -> str:
         else:
             lines[-1] = f"{lines[-1]} {part}" if lines[-1] else part
     return " \\\n  ".join(lines)
+
+
+def until_exit(value: T) -> T:
+    """Keep a large value from being taken apart object by object when the command is done, just before the end."""
+    _KEPT.append(value)
+    return value
 
 
 def read_plan(path: Path) -> Plan:

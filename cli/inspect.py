@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optimstate.cli.app import Force, Json, Quiet, app, epilog
+from optimstate.cli.app import Force, Json, Quiet, app, epilog, until_exit
 
 if TYPE_CHECKING:
     from optimstate.surgery import Inspection
@@ -46,14 +46,16 @@ def inspect(
     """
     from optimstate import surgery
     from optimstate.cli import _render
+    from optimstate.formats.registry import open_document
 
     if html is not None:
         from optimstate.files import check_destination
 
         check_destination(html, [path], force=force)
     measure = stats or html is not None
+    document = until_exit(open_document(path))
     with _render.progress("measuring", *([path] if measure else []), quiet=quiet) as advance:
-        found = surgery.inspect(path, parameters=params, statistics=measure, progress=advance)
+        found = surgery.inspect(document, parameters=params, statistics=measure, progress=advance)
     if html is not None:
         from optimstate.cli._html import write_page
 

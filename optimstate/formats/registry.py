@@ -6,8 +6,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import cast
 
-from optimstate.errors import CheckpointError, CheckpointNotFoundError, RepresentationError, UnrecognizedFormatError
+from optimstate.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    LimitExceededError,
+    RepresentationError,
+    UnrecognizedFormatError,
+)
 from optimstate.formats._protocol import HEAD_BYTES, Document, Format
+from optimstate.tree import no_garbage_collection
 
 __all__ = ["FORMATS", "format_for_destination", "get_format", "open_document"]
 
@@ -71,7 +78,11 @@ def open_document(path: str | Path) -> Document:
             hint="Known are files of torch.save, old and new, pickles of state dicts, safetensors, single or sharded, "
             "folders of torch.distributed.checkpoint and of DeepSpeed, zip archives and folders of these.",
         )
-    return found.read(path)
+    try:
+        with no_garbage_collection():
+            return found.read(path)
+    except RecursionError:
+        raise LimitExceededError("nested too deeply", path=path) from None
 
 
 def format_for_destination(path: Path, name: str | None) -> Format:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.files import Progress
 from optimstate.formats._globals import dangerous
+from optimstate.formats._protocol import Document
 from optimstate.formats.registry import open_document
 from optimstate.state.model import Group, OptimizerState
 from optimstate.state.records import tensor_record
@@ -37,12 +38,16 @@ __all__ = ["Inspection", "inspect"]
 
 
 def inspect(
-    path: str | Path, *, parameters: bool = False, statistics: bool = False, progress: Progress | None = None
+    checkpoint: str | Path | Document,
+    *,
+    parameters: bool = False,
+    statistics: bool = False,
+    progress: Progress | None = None,
 ) -> Inspection:
     """What is in a checkpoint.
 
     Args:
-        path: A file or folder.
+        checkpoint: A file or folder, or what `open_document` made of it.
         parameters: List every parameter and tensor too.
         statistics: Read every tensor, which imports torch: norms, ranges, counts of NaN, infinities, zeros and negative
             numbers. In constant memory. The parameters are then listed too.
@@ -51,8 +56,9 @@ def inspect(
     Raises:
         CheckpointError: It cannot be read.
     """
+    path = checkpoint.path if isinstance(checkpoint, Document) else checkpoint
     with opening(path):
-        document = open_document(path)
+        document = checkpoint if isinstance(checkpoint, Document) else open_document(checkpoint)
         sections = find_sections(document.tree)
         tensors, opaque = census(document.tree)
         for section in sections:  # what is shown as a section is not counted as an unknown object
