@@ -30,7 +30,7 @@ MAX_PICKLE_BYTES = 1 << 29
 """Largest pickle that is read. 80,000 tensors take 7 MB."""
 
 StorageLoader = Callable[[str, str, str, int], Storage]
-"""(class of the storage, key, location, number of bytes) -> Storage."""
+"""(class of the storage, key, location, number of bytes) -> Storage; for a key it gave one for, the same again."""
 
 
 # --- the scan -------------------------------------------------------------------------------------------------------
@@ -163,7 +163,6 @@ class InertUnpickler(pickle.Unpickler):
         self._storage = storage
         self._stand_ins: dict[tuple[str, str], Any] = {}
         self._kinds: dict[Any, tuple[str, int]] = {}
-        self._storages: dict[str, Storage] = {}
         self._forms: dict[tuple[Any, ...], tuple[str, int]] = {}  # checkpoints have few shapes and many tensors
 
     @property
@@ -221,12 +220,10 @@ class InertUnpickler(pickle.Unpickler):
         if type(numel) is not int or numel < 0:
             raise CorruptCheckpointError(f"storage {key!r} declares {numel!r} elements")
         nbytes = numel * itemsize
-        found = self._storages.get(key)
-        if found is None:
-            found = self._storages[key] = self._storage(name, key, location, nbytes)
-        elif found.nbytes != nbytes:
+        found = self._storage(name, key, location, nbytes)
+        if found.nbytes != nbytes:
             raise CorruptCheckpointError(f"storage {key!r} has {found.nbytes} bytes and is used with {numel} elements")
-        elif found.kind != name:
+        if found.kind != name:
             raise UnsupportedCheckpointError(f"storage {key!r} is used as {found.kind} and as {name}")
         return found
 

@@ -166,7 +166,8 @@ def read_stream(source: SizedSource) -> tuple[Any, Globals]:
     storages: dict[str, Storage] = {}
 
     def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
-        storages[key] = Storage((), nbytes, kind, location, key)
+        if key not in storages:
+            storages[key] = Storage((), nbytes, kind, location, key)
         return storages[key]
 
     tree = reader.pickle(storage, _StreamUnpickler)

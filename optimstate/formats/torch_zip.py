@@ -84,10 +84,17 @@ def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, s
         )
 
     positions, sizes = records.positions, records.sizes
+    order = [*positions, ""]
+    made: list[Storage | None] = [None] * len(records)
+    following = 0
 
     def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
-        position = positions.get("data/" + key)
-        if position is None:
+        nonlocal following
+        name = "data/" + key
+        # Most are mentioned in the order of the records, where comparing a name is quicker than looking it up.
+        position = following if order[following] == name else positions.get(name, -1)
+        following = position + 1
+        if position < 0:
             raise CorruptCheckpointError(f"storage {key!r} has no record", path=path)
         if sizes[position] != nbytes:
             raise CorruptCheckpointError(
@@ -95,7 +102,10 @@ def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, s
                 path=path,
                 place=f"offset {records.headers[position]}",
             )
-        return RecordStorage(archive, position, nbytes, kind, location, key)
+        found = made[position]
+        if found is None:
+            found = made[position] = RecordStorage(archive, position, nbytes, kind, location, key)
+        return found
 
     pickled = archive.read(records["data.pkl"], MAX_PICKLE_BYTES)
     try:
