@@ -283,9 +283,11 @@ def census(node: Any) -> tuple[int, Counter[str]]:
             records[found.type.path] += 1
         inner = found.values() if type(found) is dict else [child for _, child in children(found)]
         kinds = list(map(type, inner))
-        tensor_count += kinds.count(LazyTensor) + kinds.count(AttributedTensor)
-        if _LEAVES.issuperset(kinds):
+        plain_tensors = kinds.count(LazyTensor)
+        tensor_count += plain_tensors
+        if plain_tensors == len(kinds):
             continue
+        tensor_count += kinds.count(AttributedTensor)
         for child, kind in zip(inner, kinds, strict=True):
             if kind not in _LEAVES and isinstance(child, dict | list | tuple | Opaque) and id(child) not in seen:
                 seen.add(id(child))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +173,7 @@ class _Look:
             fresh,
             len(state.orphans()),
             sum(count.nbytes for count in slots.values()),
-            _kinds_of_names(_named_slots(state), algorithm) if self.alone and state.is_named else {},
+            _kinds_of_names(list(_named_slots(state)), algorithm) if self.alone and state.is_named else {},
             tuple(self._parameter_infos(path, state, algorithm)) if self.listed else (),
         )
 
@@ -207,16 +207,14 @@ def algorithm_of(slots: Iterable[Any], state: OptimizerState) -> Algorithm | Non
     return recognise(names - MASTERS or names, state.groups[0].options)
 
 
-def _kinds_of_names(found: Iterable[tuple[str, Any]], algorithm: Algorithm | None = None) -> dict[str, tuple[int, str]]:
+def _kinds_of_names(
+    found: Collection[tuple[str, Any]], algorithm: Algorithm | None = None
+) -> dict[str, tuple[int, str]]:
     """Names with their layer indices collapsed: how many, and the first tensor, or the shape that slots tell."""
-    counts: Counter[str] = Counter()
-    first: dict[str, Any] = {}
-    for name, value in found:
-        pattern = collapsed(name)
-        if pattern not in first:
-            first[pattern] = value
-        counts[pattern] += 1
-    return {pattern: (count, _described(first[pattern], algorithm)) for pattern, count in counts.items()}
+    names, values = zip(*found, strict=True) if found else ((), ())
+    patterns = list(map(collapsed, names))
+    first = dict(zip(reversed(patterns), reversed(values), strict=True))
+    return {pattern: (count, _described(first[pattern], algorithm)) for pattern, count in Counter(patterns).items()}
 
 
 def _described(value: Any, algorithm: Algorithm | None) -> str:
@@ -302,9 +300,9 @@ class _SlotCount:
 def _counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str], int]:
     """What there is of each slot, how many parameters are at each step, and how many have no state."""
     # Checkpoints have few kinds of slots and many tensors: what costs something is done once for each kind.
-    tensors: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
     slots: dict[str, _SlotCount] = {}
-    steps: Counter[str] = Counter()
+    steps: list[str] = []
     scalars = _ScalarReader()
     fresh = 0
     for _, _, found in state.parameters():
@@ -313,20 +311,19 @@ def _counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str]
             continue
         for slot, value in found.items():
             if type(value) is LazyTensor:
-                kind = (slot, value.dtype, value.shape)
-                tensors[kind] = tensors.get(kind, 0) + 1
+                tensors.append((slot, value.dtype, value.shape))
                 if slot == "step":
-                    steps[scalars.text(value)] += 1
+                    steps.append(scalars.text(value))
                 continue
             for path, inner in _slots({slot: value}):
                 slots.setdefault(path, _SlotCount()).add(inner)
                 if path == "step" or path.endswith(".step"):
-                    steps[scalars.text(inner)] += 1
-    for (slot, dtype, shape), times in tensors.items():
+                    steps.append(scalars.text(inner))
+    for (slot, dtype, shape), times in Counter(tensors).items():
         slots.setdefault(slot, _SlotCount()).add_tensors(dtype, shape, times)
     if not steps:  # some algorithms count per group
-        steps.update(scalars.text(group.options["step"]) for group in state.groups if "step" in group.options)
-    return slots, steps, fresh
+        steps += [scalars.text(group.options["step"]) for group in state.groups if "step" in group.options]
+    return slots, Counter(steps), fresh
 
 
 def _slots(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

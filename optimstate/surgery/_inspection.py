@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -144,12 +143,9 @@ class Inspection(Record):
         return to_json("inspect", asdict(self))
 
 
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
-
-
 def collapsed(name: str) -> str:
     """A name with its layer indices as `*`: `blocks.*.mlp.weight`."""
-    return _INDEX.sub("*", name)
+    return ".".join(["*" if part.isdecimal() else part for part in name.split(".")])
 
 
 def missing_for_resume(found: Sequence[OptimizerInfo | ModelInfo | SchedulerInfo]) -> Iterator[str]:
