@@ -148,13 +148,22 @@ def run_job(job: Job, *, settle: bool = False) -> Run:
     return run
 
 
-def compare(ours: Job, peer: Job, *, pairs: int, warm_up: int = 1, settle: bool = False) -> Comparison:
-    """Measure two jobs alternately, after unmeasured runs of both that fill the page cache."""
+def compare(ours: Job, peer: Job, *, pairs: int, warm_up: int = 1, settle: bool = False, around: int = 0) -> Comparison:
+    """Measure two jobs alternately, after unmeasured runs of both that fill the page cache.
+
+    With `around`, each of our runs is the median one of so many before and after the peer's: for a peer that takes
+    so long that the machine changes its pace meanwhile.
+    """
     for _ in range(warm_up):
         for job in (ours, peer):
             run_job(job)
-    runs = [(run_job(ours, settle=settle), run_job(peer, settle=settle)) for _ in range(pairs)]
-    return Comparison([a for a, _ in runs], [b for _, b in runs])
+    pair = [*[ours] * max(around, 1), peer, *[ours] * around]
+    measured = []
+    for _ in range(pairs):
+        runs = [run_job(job, settle=settle) for job in pair]
+        theirs = runs.pop(max(around, 1))
+        measured.append((sorted(runs, key=lambda run: run.wall)[len(runs) // 2], theirs))
+    return Comparison([a for a, _ in measured], [b for _, b in measured])
 
 
 def copy_job(source: Path, target: Path) -> Job:

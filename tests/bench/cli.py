@@ -132,12 +132,13 @@ def inspect(setting: Setting) -> list[Row]:
     for name, path in setting.listed.items():
         flat = path.suffix == ".safetensors"
         wall, peak = (None, None) if flat else goals.get(name, (None, None))
-        # Loading very many tensors takes torch long: fewer pairs, each with little noise.
-        pairs = setting.pairs if name in setting.streamed else min(setting.pairs, 3)
+        # Loading very many tensors takes torch long: fewer pairs, and several of our runs in each.
+        brief = name in setting.streamed
+        pairs = setting.pairs if brief else min(setting.pairs, 3)
         for options in ([], ["--json"]):
             ours = Job("inspect", [*setting.tool, "inspect", str(path), *options], check=listed_slots)
             peer = safetensors_load(path) if flat else torch_load(path)
-            measured = compare(ours, peer, pairs=pairs, warm_up=int(name in setting.streamed))
+            measured = compare(ours, peer, pairs=pairs, warm_up=int(brief), around=0 if brief else 2)
             title = " ".join([name, path.suffix[1:], *options])
             rows += standard_rows(f"{title} / {peer.name}", measured, wall=wall, peak=peak)
     return rows
