@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -94,12 +95,12 @@ def convert(
     target = _target_format(destination, to, options)
     if not dry_run:
         check_destination(destination, [source], force=force)
-    with opening(source):
+    with opening(source), ExitStack() as stack:
         document = open_document(source)
         if verify and dry_run:
             verify_checksums(document)
         elif verify:
-            options = replace(options, confirm=_verifying(document))
+            options = replace(options, confirm=stack.enter_context(_verifying(document)))
         tree, notes = (document.tree, []) if section is not None else _without_files(document)
         changes = _Changes(tree, section, dtypes or {}, optimizer) if section or dtypes or optimizer else None
         if changes is not None:
@@ -242,12 +243,16 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
     return strip(document.tree, document, ""), notes
 
 
-def _verifying(document: Document) -> Callable[[], None]:
-    """Begin to compare checksums beside other work; the function returned does its share and raises what it found."""
+@contextmanager
+def _verifying(document: Document) -> Iterator[Callable[[], None]]:
+    """Compare checksums beside other work; the function given does its share and raises what was found."""
     tasks = SharedTasks()
     for tensor, storage in _recorded(document):
-        tasks.add(partial(_compare, document, tensor, storage))
-    return tasks.finish
+        tasks.add(partial(_compare, document, tensor, storage, tasks=tasks))
+    try:
+        yield tasks.finish
+    finally:
+        tasks.stop()
 
 
 def verify_checksums(document: Document, progress: Progress | None = None) -> int:
@@ -276,10 +281,17 @@ def _recorded(document: Document) -> list[tuple[str, Storage]]:
 
 
 def _compare(
-    document: Document, tensor: str, storage: Storage, buffer: memoryview, progress: Progress | None = None
+    document: Document,
+    tensor: str,
+    storage: Storage,
+    buffer: memoryview,
+    progress: Progress | None = None,
+    tasks: SharedTasks | None = None,
 ) -> None:
     value = 0
     for block in blocks(storage.pieces, buffer):
+        if tasks is not None and tasks.stopped:
+            return
         value = zlib.crc32(block, value)
         if progress is not None:
             progress(len(block))

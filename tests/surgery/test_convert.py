@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from optimstate.errors import CorruptCheckpointError, MigrationError, PlanSyntaxError
+from optimstate.errors import CorruptCheckpointError, MigrationError, PlanSyntaxError, RepresentationError
 from optimstate.formats._protocol import WriteOptions
 from optimstate.surgery import ConvertReport, convert
 from optimstate.surgery._casting import Cast, parse_dtypes
@@ -418,3 +420,10 @@ def test_a_wrong_checksum_leaves_what_was_there(name: str, tmp_path: Path) -> No
         convert(source, tmp_path / "other.pt", verify=True, dry_run=True)
     assert {file: file.read_bytes() for file in files} == before
     assert sorted(tmp_path.iterdir()) == sorted([source, destination])
+
+
+def test_a_conversion_that_fails_stops_comparing_checksums(tmp_path: Path) -> None:
+    source = saved(trained() | {"schedule": Fraction(1, 3)}, tmp_path)
+    with pytest.raises(RepresentationError, match="Fraction"):
+        convert(source, tmp_path / "out.safetensors", verify=True)
+    assert not [thread for thread in threading.enumerate() if thread.name == "optimstate-helper"]
