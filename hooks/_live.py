@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 
 from optimstate.errors import StateMismatchError
+from optimstate.state.names import names_in
 
-__all__ = ["Consecutive", "Live", "names_in"]
+__all__ = ["Consecutive", "Live"]
 
 
 class Consecutive(list[int]):
@@ -113,23 +114,3 @@ class Live:
         """Every name with its parameter."""
         for names, tensors in zip(self.names, self.parameters, strict=True):
             yield from zip(names, tensors, strict=True)
-
-
-def names_in(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
-    """The names of an optimizer's parameters in a model, group by group; the first name of a tied one.
-
-    Raises:
-        StateMismatchError: The model does not have a parameter.
-    """
-    found = {id(parameter): name for name, parameter in model.named_parameters()}
-    made = []
-    for number, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            if id(parameter) not in found:
-                raise StateMismatchError(
-                    f"parameter {index} of param group {number}, of shape {list(parameter.shape)}, "
-                    f"is not one of the model's ({type(model).__name__})",
-                    hint="Give the model that the optimizer was built from, after it was wrapped or moved.",
-                )
-        made.append([found[id(parameter)] for parameter in group["params"]])
-    return made

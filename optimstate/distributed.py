@@ -29,7 +29,7 @@ from optimstate.plan.migration import Inventory, Migration, Target
 from optimstate.plan.planner import model_inventory, optimizer_inventory, plan_migration
 from optimstate.plan.rules import Plan
 from optimstate.state.model import OptimizerState
-from optimstate.state.names import unwrapped
+from optimstate.state.names import names_in, unwrapped
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors import LazyTensor, to_torch
 
@@ -264,18 +264,7 @@ def _plain_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[list[str]]:
     """The plain names of an optimizer's parameters, group by group."""
-    parameters = dict(model.named_parameters())
-    rename = unwrapped(parameters)
-    names = {id(parameter): rename(name) for name, parameter in parameters.items()}
-    for number, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            if id(parameter) not in names:
-                raise StateMismatchError(
-                    f"parameter {index} of param group {number}, of shape {list(parameter.shape)}, "
-                    f"is not one of the model's ({type(model).__name__})",
-                    hint="Build the optimizer after the model was sharded, which makes new parameters.",
-                )
-    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    return names_in(optimizer, model, unwrapped(name for name, _ in model.named_parameters()))
 
 
 def optimizer_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Iterator[str]:

@@ -20,24 +20,37 @@ from optimstate.plan.operation import Irreversible, Misfit, Operation, counted, 
 __all__ = ["OPERATIONS", "Operation"]
 
 
-class Concat(Operation):
-    """Many tensors one after the other along a dimension."""
+class _Joining(Operation):
+    """Many tensors made one along a dimension."""
 
-    KEY = "concat"
     JOINS = True
     dim: int = 0
 
     def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
         shapes = [known_shape(tensor) for tensor in tensors]
         known = [shape for shape in shapes if shape is not None]
-        if len(known) < len(shapes):
-            return [unsized(self.KEY, *tensors)]
-        dim = counted(self.KEY, self.dim, known[0])
-        rest = {(*shape[:dim], *shape[dim + 1 :]) if len(shape) > dim else None for shape in known}
+        return [self._joined(tensors, known) if len(known) == len(shapes) else unsized(self.KEY, *tensors)]
+
+    def _joined(self, tensors: Sequence[Expr], shapes: Sequence[Shape]) -> Expr:
+        """The tensors, whose shapes these are, as one."""
+        raise NotImplementedError
+
+    def value(self) -> Any:
+        return self.dim
+
+
+class Concat(_Joining):
+    """Many tensors one after the other along a dimension."""
+
+    KEY = "concat"
+
+    def _joined(self, tensors: Sequence[Expr], shapes: Sequence[Shape]) -> Expr:
+        dim = counted(self.KEY, self.dim, shapes[0])
+        rest = {(*shape[:dim], *shape[dim + 1 :]) if len(shape) > dim else None for shape in shapes}
         if len(rest) > 1:
-            raise Misfit(f"concat along dimension {self.dim}: the shapes {listed(known)} differ elsewhere too")
-        size = sum(shape[dim] for shape in known)
-        return [Node(ex.Cat(dim), tuple(tensors), (*known[0][:dim], size, *known[0][dim + 1 :]))]
+            raise Misfit(f"concat along dimension {self.dim}: the shapes {listed(shapes)} differ elsewhere too")
+        size = sum(shape[dim] for shape in shapes)
+        return Node(ex.Cat(dim), tuple(tensors), (*shapes[0][:dim], size, *shapes[0][dim + 1 :]))
 
     def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
         shapes = [shape for shape in before if shape is not None]
@@ -46,34 +59,22 @@ class Concat(Operation):
         sizes = tuple(shape[self.dim] for shape in shapes)
         return [Split(self.dim, () if len(set(sizes)) == 1 else sizes)]
 
-    def value(self) -> Any:
-        return self.dim
 
-
-class Stack(Operation):
+class Stack(_Joining):
     """Many tensors of one shape along a new dimension."""
 
     KEY = "stack"
-    JOINS = True
-    dim: int = 0
 
-    def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
-        shapes = [known_shape(tensor) for tensor in tensors]
-        known = [shape for shape in shapes if shape is not None]
-        if len(known) < len(shapes):
-            return [unsized(self.KEY, *tensors)]
-        if len(set(known)) > 1:
-            raise Misfit(f"stack: the shapes {listed(known)} differ")
-        dim = counted(self.KEY, self.dim, known[0], room=1)
-        single = (*known[0][:dim], 1, *known[0][dim:])
+    def _joined(self, tensors: Sequence[Expr], shapes: Sequence[Shape]) -> Expr:
+        if len(set(shapes)) > 1:
+            raise Misfit(f"stack: the shapes {listed(shapes)} differ")
+        dim = counted(self.KEY, self.dim, shapes[0], room=1)
+        single = (*shapes[0][:dim], 1, *shapes[0][dim:])
         raised = tuple(ex.reshaped(tensor, single) for tensor in tensors)
-        return [Node(ex.Cat(dim), raised, (*single[:dim], len(raised), *single[dim + 1 :]))]
+        return Node(ex.Cat(dim), raised, (*single[:dim], len(raised), *single[dim + 1 :]))
 
     def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
         return [Unstack(self.dim)]
-
-    def value(self) -> Any:
-        return self.dim
 
 
 class Split(Operation):

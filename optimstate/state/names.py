@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["WRAPPERS", "in_module_order", "mentions_wrapper", "renamed_modules", "unwrapped", "wrapper_prefix"]
+from optimstate.errors import StateMismatchError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "WRAPPERS",
+    "in_module_order",
+    "mentions_wrapper",
+    "names_in",
+    "renamed_modules",
+    "unwrapped",
+    "wrapper_prefix",
+]
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
 """What DataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed put before a module's name."""
@@ -98,3 +111,29 @@ def renamed_modules(moves: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
             new_parts.pop()
             found.setdefault(".".join(old_parts), {})[".".join(new_parts)] = None
     return {old: list(new) for old, new in found.items()}
+
+
+def names_in(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, rename: Callable[[str], str] = str
+) -> list[list[str]]:
+    """The names of an optimizer's parameters in a model, group by group; the first name of a tied one.
+
+    Args:
+        optimizer: Only its groups are looked at.
+        model: The one it was built from.
+        rename: What becomes of each name.
+
+    Raises:
+        StateMismatchError: The model does not have a parameter.
+    """
+    found = {id(parameter): rename(name) for name, parameter in model.named_parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in found:
+                raise StateMismatchError(
+                    f"parameter {index} of param group {number}, of shape {list(parameter.shape)}, "
+                    f"is not one of the model's ({type(model).__name__})",
+                    hint="Give the model that the optimizer was built from, and build the optimizer after the model "
+                    "was sharded or moved, which may make new parameters.",
+                )
+    return [[found[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
