@@ -19,6 +19,7 @@ from optimstate.tree import MAX_DEPTH, Opaque
 __all__ = ["read_soundly"]
 
 _TUPLE_OPCODES = b"t\x85\x86\x87"
+_BLOCK = 1 << 16  # bytes that are counted in at once, without memory for the whole again
 _HARMLESS = 16_384  # levels; every stack has room for them
 _BYTES_PER_LEVEL = 128  # measured: below 70
 _MOST = 1 << 27  # more than any honest pickle of the largest size that is read could have
@@ -40,12 +41,17 @@ def read_soundly(data: bytes, read: Callable[[], Any]) -> Any:
         _check(tree)
         return tree
 
-    levels = len(data) - len(data.translate(None, _TUPLE_OPCODES))
+    levels = sum(_tuples_in(data[at : at + _BLOCK]) for at in range(0, len(data), _BLOCK))
     if levels <= _HARMLESS:
         return read_and_check()
     if levels > _MOST:
         raise LimitExceededError(f"a pickle that could nest {levels} tuples")
     return _on_a_stack_of(levels * _BYTES_PER_LEVEL + (8 << 20), read_and_check)
+
+
+def _tuples_in(data: bytes) -> int:
+    """At most how many opcodes of tuples there are."""
+    return len(data) - len(data.translate(None, _TUPLE_OPCODES))
 
 
 def _on_a_stack_of(size: int, read: Callable[[], Any]) -> Any:

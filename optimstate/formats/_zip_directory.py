@@ -287,19 +287,18 @@ class Archive:
 
 
 class RecordStorage(Storage):
-    """A storage that is one record of an archive; where its bytes begin is looked up when they are needed."""
+    """A storage that is one record of an archive; where its bytes begin is looked up when they are needed.
+
+    Attributes:
+        archive: Where the record is.
+        position: Of the record in `archive.records`.
+    """
 
     __slots__ = ("_pieces", "archive", "position")
 
+    archive: Archive
+    position: int
     _pieces: tuple[Extent, ...]
-
-    def __init__(self, archive: Archive, position: int, nbytes: int, kind: str, location: str, key: str) -> None:
-        self.archive = archive
-        self.position = position
-        self.nbytes = nbytes
-        self.kind = kind
-        self.location = location
-        self.key = key
 
     @property
     def crc(self) -> int | None:  # type: ignore[override]

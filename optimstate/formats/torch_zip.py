@@ -85,7 +85,8 @@ def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, s
 
     positions, sizes = records.positions, records.sizes
     order = [*positions, ""]
-    made: list[Storage | None] = [None] * len(records)
+    new = object.__new__
+    made: list[RecordStorage | None] = [None] * len(records)
     following = 0
 
     def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
@@ -104,7 +105,14 @@ def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, s
             )
         found = made[position]
         if found is None:
-            found = made[position] = RecordStorage(archive, position, nbytes, kind, location, key)
+            # A call of __init__ would take as long as all of this, once for each tensor.
+            found = made[position] = new(RecordStorage)
+            found.archive = archive
+            found.position = position
+            found.nbytes = nbytes
+            found.kind = kind
+            found.location = location
+            found.key = key
         return found
 
     pickled = archive.read(records["data.pkl"], MAX_PICKLE_BYTES)
