@@ -21,7 +21,7 @@ from optimstate import __version__, errors
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from optimstate.plan.rules import Plan
+    from optimstate.plan.language.rules import Plan
 
 __all__ = [
     "COMMANDS",
@@ -106,8 +106,8 @@ def until_exit(value: T) -> T:
 
 def read_plan(path: Path) -> Plan:
     """The plan in a file, or on standard input where the path is `-`."""
-    from optimstate.plan.files import parse_plan
-    from optimstate.plan.rules import Plan
+    from optimstate.plan.language.rules import Plan
+    from optimstate.plan.language.toml import parse_plan
 
     if str(path) != "-":
         return Plan.from_file(path)

@@ -71,14 +71,14 @@ def convert(
 
     Or one section of it, in other dtypes, or with another optimizer's state: what that rounds or loses is reported.
     """
-    from optimstate import surgery
-    from optimstate.cli import _render
-    from optimstate.formats._protocol import WriteOptions
+    import optimstate
+    from optimstate.cli.render import terminal
+    from optimstate.formats.protocol import WriteOptions
 
     size = None if shard_size is None else parse_size(shard_size)
-    with _render.progress("converting", source, quiet=quiet) as advance:
+    with terminal.progress("converting", source, quiet=quiet) as advance:
         options = WriteOptions(not no_checksums, drop_opaque, clone_views, size, not no_sync, advance)
-        report = surgery.convert(
+        report = optimstate.convert(
             source,
             destination,
             to=to,
@@ -90,12 +90,12 @@ def convert(
             force=force,
             options=options,
         )
-    _render.show(report, _render.converted, as_json=as_json, quiet=quiet)
+    terminal.show(report, terminal.converted, as_json=as_json, quiet=quiet)
 
 
 def _parsed(dtypes: list[str] | None) -> dict[str, str]:
     if not dtypes:
         return {}
-    from optimstate.surgery._casting import parse_dtypes
+    from optimstate.surgery.casting import parse_dtypes
 
     return parse_dtypes(dtypes)

@@ -15,7 +15,7 @@ import typer
 from optimstate.cli.app import Force, Json, app, epilog, register
 
 if TYPE_CHECKING:
-    from optimstate._demo.experiment import Arm, Experiment
+    from optimstate.demo.experiment import Arm, Experiment
 
 FILES = ("old.pt", "plan.toml", "new.pt", "losses.csv", "losses.svg")
 COLOURS = (("red", "#d62728"), ("yellow", "#e69f00"), ("green", "#2ca02c"), ("magenta", "#9467bd"), ("blue", "#1f77b4"))
@@ -61,7 +61,7 @@ def _run(seed: int, steps: int, after: int, as_json: bool) -> None:
     """The whole demonstration, in the working directory."""
     import torch
 
-    from optimstate._demo.experiment import Experiment
+    from optimstate.demo.experiment import Experiment
 
     say: Callable[..., Any] = (lambda *_, **__: None) if as_json else typer.secho
     # One thread, so that the numbers do not depend on how many cores there are.
@@ -96,8 +96,8 @@ def _report_start(experiment: Experiment, say: Callable[..., Any]) -> None:
 
 def _migrate(experiment: Experiment, say: Callable[..., Any], *, quiet: bool) -> None:
     """`new.pt` from `old.pt` by the plan, with the program's own commands, and the proof that torch gives."""
-    from optimstate._demo.experiment import became
-    from optimstate._demo.proof import prove
+    from optimstate.demo.experiment import became
+    from optimstate.demo.proof import prove
 
     experiment.write_plan()
     for words in (
@@ -124,8 +124,8 @@ def _command(words: Sequence[str], *, quiet: bool) -> None:
 
 
 def _report(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> None:
-    from optimstate._demo.experiment import REWARM
-    from optimstate.cli import _render
+    from optimstate.cli.render import terminal
+    from optimstate.demo.experiment import REWARM
 
     typer.echo("torch.optim.AdamW.load_state_dict with the old state:")
     typer.echo(f"  {refusal}")
@@ -141,14 +141,14 @@ def _report(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> None:
         back = "not yet" if arm.recovered is None else f"{arm.recovered:,}"
         losses = [f"{arm.at(step):.3f}" for step in (0, *looks)]
         rows.append([arm.label, *losses, f"{arm.worst:+.3f}", back])
-    typer.echo(_render.table(["", "switch", *(f"+{look}" for look in looks), "worst", "below after"], rows))
+    typer.echo(terminal.table(["", "switch", *(f"+{look}" for look in looks), "worst", "below after"], rows))
     typer.echo()
     typer.echo(_plot(arms))
 
 
 def _plot(arms: Sequence[Arm]) -> str:
     """Coloured dots where the terminal has both, else letters."""
-    from optimstate._demo.chart import text_plot
+    from optimstate.demo.chart import text_plot
 
     encoding = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "")
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
@@ -171,7 +171,7 @@ _PLOTTED = ("fresh", "torch", "migrated")
 
 
 def _draw(experiment: Experiment, arms: Sequence[Arm]) -> None:
-    from optimstate._demo.chart import svg
+    from optimstate.demo.chart import svg
 
     notes = (
         f"AdamW, seed {experiment.seed}, switch at step {experiment.steps}. In a, b and c only the optimizer's state",
@@ -190,7 +190,7 @@ def _draw(experiment: Experiment, arms: Sequence[Arm]) -> None:
 def _json(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> str:
     from dataclasses import asdict
 
-    from optimstate.surgery._common import to_json
+    from optimstate.surgery.reports import to_json
 
     rows = [{**asdict(arm), "worst": arm.worst, "tokens_until_below": arm.recovered} for arm in arms]
     fields = {

@@ -29,11 +29,11 @@ def diff(
 
     Exits with 1 when there are differences. Torch is imported only to measure how far changed tensors are apart.
     """
-    from optimstate import surgery
-    from optimstate.cli import _render
+    import optimstate
+    from optimstate.cli.render import terminal
 
-    with _render.progress("comparing", left, right, quiet=quiet or headers) as advance:
-        report = surgery.diff(left, right, headers=headers, progress=advance)
-    _render.show(report, _render.compared, as_json=as_json, quiet=quiet)
+    with terminal.progress("comparing", left, right, quiet=quiet or headers) as advance:
+        report = optimstate.diff(left, right, headers=headers, progress=advance)
+    terminal.show(report, terminal.compared, as_json=as_json, quiet=quiet)
     if report.changes:
         raise typer.Exit(1)

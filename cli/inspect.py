@@ -10,7 +10,7 @@ import typer
 from optimstate.cli.app import Force, Json, Quiet, app, epilog, until_exit
 
 if TYPE_CHECKING:
-    from optimstate.surgery import Inspection
+    from optimstate.surgery.reports import Inspection
 
 
 @app.command(
@@ -44,28 +44,28 @@ def inspect(
     Sections, algorithm, groups, parameters, slots, steps, sizes, oddities. Nothing in the file is executed, and torch
     is imported for --stats and --html alone.
     """
-    from optimstate import surgery
-    from optimstate.cli import _render
-    from optimstate.formats.registry import open_document
+    import optimstate
+    from optimstate.cli.render import terminal
+    from optimstate.formats.registry import open_checkpoint
 
     if html is not None:
-        from optimstate.files import check_destination
+        from optimstate.io.extents import check_destination
 
         check_destination(html, [path], force=force)
     measure = stats or html is not None
-    document = until_exit(open_document(path))
-    with _render.progress("measuring", *([path] if measure else []), quiet=quiet) as advance:
-        found = surgery.inspect(document, parameters=params, statistics=measure, progress=advance)
+    document = until_exit(open_checkpoint(path))
+    with terminal.progress("measuring", *([path] if measure else []), quiet=quiet) as advance:
+        found = optimstate.inspect(document, parameters=params, statistics=measure, progress=advance)
     if html is not None:
-        from optimstate.cli._html import write_page
+        from optimstate.cli.render.page import write_page
 
         write_page(found, html)
 
     def render(found: Inspection) -> None:
-        from optimstate.cli import _render_inspect
+        from optimstate.cli.render import inspect as render_inspect
 
-        _render_inspect.inspection(found, params=params, groups=groups, stats=stats)
+        render_inspect.inspection(found, params=params, groups=groups, stats=stats)
         if html is not None:
             typer.echo(f"\nwrote {html}")
 
-    _render.show(found, render, as_json=as_json, quiet=quiet)
+    terminal.show(found, render, as_json=as_json, quiet=quiet)

@@ -40,17 +40,17 @@ def name(
     as_json: Json = False,
 ) -> None:
     """Give an anonymous optimizer its parameter names, from the model beside it or a given one. Nothing is guessed."""
-    from optimstate import surgery
-    from optimstate.cli import _render
-    from optimstate.surgery._name import read_names
+    import optimstate
+    from optimstate.cli.render import terminal
+    from optimstate.surgery.name import read_names
 
     if destination is None and not dry_run:
         raise typer.BadParameter("give a destination or --dry-run")
     if model is not None and "" not in sys.path:
         sys.path.insert(0, "")  # a module in the current folder is found, as by `python -m`
     given = read_names(names) if names is not None else None
-    with _render.progress("naming", source, quiet=quiet) as advance:
-        report = surgery.name(
+    with terminal.progress("naming", source, quiet=quiet) as advance:
+        report = optimstate.name(
             source, destination, names=given, model=model, dry_run=dry_run, force=force, progress=advance
         )
-    _render.show(report, _render.named, as_json=as_json, quiet=quiet)
+    terminal.show(report, terminal.named, as_json=as_json, quiet=quiet)

@@ -60,14 +60,15 @@ def suggest(
     Every rule comes with a confidence from 0 to 1 and the reason: the contents are the same, nothing else has the
     shape, the sizes add up. What no rule explains is listed. Read the plan before you use it.
     """
-    from optimstate import surgery
-    from optimstate.cli import _render, _render_plan
+    import optimstate
+    from optimstate.cli.render import plan as render_plan
+    from optimstate.cli.render import terminal
 
     _check(output, source, target, force=force, as_json=as_json)
-    with _render.progress("comparing", source, target, quiet=quiet or headers) as advance:
-        report = surgery.suggest_plan(source, target, headers=headers, progress=advance)
+    with terminal.progress("comparing", source, target, quiet=quiet or headers) as advance:
+        report = optimstate.suggest(source, target, headers=headers, progress=advance)
     if not _put(report.plan, output):
-        _render.show(report, _render_plan.suggested, as_json=as_json, quiet=quiet)
+        terminal.show(report, render_plan.suggested, as_json=as_json, quiet=quiet)
         _wrote(output, quiet=quiet or as_json)
     if not report.complete:
         raise typer.Exit(1)
@@ -98,13 +99,14 @@ def check(
 
     Each problem names the parameter, both sides and the remedy.
     """
-    from optimstate import surgery
-    from optimstate.cli import _render, _render_plan
+    from optimstate.cli.render import plan as render_plan
+    from optimstate.cli.render import terminal
+    from optimstate.surgery import plans
 
     if target is not None and checkpoint is None:
         raise typer.BadParameter("--target needs the checkpoint that the plan is for")
-    report = surgery.check_plan(read_plan(plan), checkpoint, target=target)
-    _render.show(report, _render_plan.checked, as_json=as_json, quiet=quiet)
+    report = plans.check_plan(read_plan(plan), checkpoint, target=target)
+    terminal.show(report, render_plan.checked, as_json=as_json, quiet=quiet)
     if not report.fits:
         raise typer.Exit(4)
 
@@ -132,10 +134,10 @@ def invert(
 
     Without --output the plan itself is printed.
     """
-    from optimstate import surgery
+    from optimstate.surgery import plans
 
     _check(output, plan, *(() if checkpoint is None else (checkpoint,)), force=force, as_json=as_json)
-    report = surgery.invert_plan(read_plan(plan), checkpoint)
+    report = plans.invert_plan(read_plan(plan), checkpoint)
     if as_json:
         typer.echo(report.to_json())
     _put(report.plan, output or (None if as_json or quiet else Path("-")))
@@ -166,35 +168,36 @@ def show(
 
     A slot is exact, approximate, fresh or dropped; the reasons are given.
     """
-    from optimstate import surgery
-    from optimstate.cli import _render, _render_plan
+    from optimstate.cli.render import plan as render_plan
+    from optimstate.cli.render import terminal
+    from optimstate.surgery import plans
 
-    report = surgery.show_plan(read_plan(plan), checkpoint)
-    _render.show(
-        report, lambda shown: _render_plan.shown(str(plan), shown, params=params), as_json=as_json, quiet=quiet
+    report = plans.show_plan(read_plan(plan), checkpoint)
+    terminal.show(
+        report, lambda shown: render_plan.shown(str(plan), shown, params=params), as_json=as_json, quiet=quiet
     )
 
 
 def _check(output: Path | None, *sources: Path, force: bool, as_json: bool) -> None:
     """Refuse what cannot be written before any work is done."""
-    from optimstate import surgery
+    from optimstate.surgery import plans
 
     if str(output) == "-" and as_json:
         raise typer.BadParameter("--json has the plan in it: leave out -o -")
     if output is not None:
-        surgery.check_plan_destination(output, *sources, force=force)
+        plans.check_plan_destination(output, *sources, force=force)
 
 
 def _put(text: str, output: Path | None) -> bool:
     """Write a plan where it was asked for; whether that was standard output, which then holds nothing else."""
-    from optimstate import surgery
+    from optimstate.surgery import plans
 
     if output is None:
         return False
     if str(output) == "-":
         typer.echo(text, nl=False)
         return True
-    surgery.save_plan(text, output)
+    plans.save_plan(text, output)
     return False
 
 

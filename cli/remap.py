@@ -65,9 +65,11 @@ def remap(
     options become rules of one plan, after those of --plan: the first that matches a name decides. What becomes of
     every slot (exact, approximate, fresh, dropped) is reported with the reasons, and so is the equivalent plan.
     """
-    from optimstate import surgery
-    from optimstate.cli import _render
-    from optimstate.plan.rules import Plan
+    import optimstate
+    from optimstate.cli.render import terminal
+    from optimstate.plan.language.rules import Plan
+    from optimstate.surgery import plans
+    from optimstate.surgery.settings import with_options
 
     rules = read_plan(plan) if plan else Plan()
     rules += Plan.from_options(rename=rename or (), duplicate=duplicate or (), drop=drop or (), fresh=fresh or ())
@@ -80,11 +82,11 @@ def remap(
     if plan_out is not None and str(plan_out) == "-" and as_json:
         raise typer.BadParameter("--json has the plan in it: leave out --plan-out -")
     if settings:
-        rules = surgery.with_options(rules, source, settings)
+        rules = with_options(rules, source, settings)
     if plan_out is not None:
-        surgery.check_plan_destination(plan_out, source, force=force)
-    with _render.progress("remapping", source, quiet=quiet) as advance:
-        report = surgery.remap(
+        plans.check_plan_destination(plan_out, source, force=force)
+    with terminal.progress("remapping", source, quiet=quiet) as advance:
+        report = optimstate.remap(
             source,
             destination,
             rules,
@@ -98,5 +100,5 @@ def remap(
         typer.echo(report.plan, nl=False)
         return
     if plan_out is not None:
-        surgery.save_plan(report.plan, plan_out)
-    _render.show(report, _render.remapped, as_json=as_json, quiet=quiet)
+        plans.save_plan(report.plan, plan_out)
+    terminal.show(report, terminal.remapped, as_json=as_json, quiet=quiet)

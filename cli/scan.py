@@ -27,10 +27,10 @@ def scan(
 
     Exits with 1 when one of them is not known to build plain data only.
     """
-    from optimstate import surgery
-    from optimstate.cli import _render
+    import optimstate
+    from optimstate.cli.render import terminal
 
-    report = surgery.scan(path)
-    _render.show(report, _render.scanned, as_json=as_json, quiet=quiet)
+    report = optimstate.scan(path)
+    terminal.show(report, terminal.scanned, as_json=as_json, quiet=quiet)
     if not report.clean:
         raise typer.Exit(1)

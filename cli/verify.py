@@ -35,17 +35,18 @@ def verify(
 
     Exits with 1 when there is a fault. With --against and --plan, every byte is accounted for.
     """
-    from optimstate import surgery
-    from optimstate.cli import _render
+    import optimstate
+    from optimstate.cli.render import terminal
+    from optimstate.surgery.verify import verify_against
 
     if (against is None) != (plan is None):
         raise typer.BadParameter("--against and --plan belong together")
     if against is not None and plan is not None:
-        report = surgery.verify_against(path, against, read_plan(plan))
+        report = verify_against(path, against, read_plan(plan))
     else:
         sources = (path,) if no_numbers else (path, path)  # checksums, then numbers
-        with _render.progress("verifying", *sources, quiet=quiet) as advance:
-            report = surgery.verify(path, numbers=not no_numbers, progress=advance)
-    _render.show(report, _render.verified, as_json=as_json, quiet=quiet)
+        with terminal.progress("verifying", *sources, quiet=quiet) as advance:
+            report = optimstate.verify(path, numbers=not no_numbers, progress=advance)
+    terminal.show(report, terminal.verified, as_json=as_json, quiet=quiet)
     if not report.healthy:
         raise typer.Exit(1)

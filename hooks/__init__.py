@@ -1,7 +1,7 @@
 """Hooks that resume a changed model: for any `torch.optim.Optimizer`, for modules, and for schedulers."""
 
-from optimstate.hooks._load import LoadHook, adapt
-from optimstate.hooks._report import Report
+from optimstate.hooks.engine.hook import LoadHook, adapt
+from optimstate.hooks.engine.report import Report
 from optimstate.hooks.load import (
     cast_state,
     drop_unexpected,

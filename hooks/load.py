@@ -14,16 +14,16 @@ from typing import Any, Literal
 import torch
 
 from optimstate.errors import MigrationError, PlanError
-from optimstate.hooks._load import LoadHook
-from optimstate.hooks._request import METADATA, Request, Source
-from optimstate.hooks._rules import Wish, below, is_module, literal, matching, ruled, templates
-from optimstate.hooks._slots import Casts, zeros_like_others
-from optimstate.plan.expressions import Fill
-from optimstate.plan.operations import Concat, Operation, Resize, Split
-from optimstate.plan.rules import GroupRule, Plan, Policy, Rule
-from optimstate.plan.template import Template
-from optimstate.plan.values import copied
-from optimstate.state.model import Slots
+from optimstate.hooks.engine.hook import LoadHook
+from optimstate.hooks.engine.request import METADATA, Request, Source
+from optimstate.hooks.engine.rules import Wish, below, is_module, literal, matching, ruled, templates
+from optimstate.hooks.engine.slots import Casts, zeros_like_others
+from optimstate.plan.expressions.evaluate import copied
+from optimstate.plan.expressions.tree import Fill
+from optimstate.plan.language.operations import Concat, Operation, Resize, Split
+from optimstate.plan.language.rules import GroupRule, Plan, Policy, Rule
+from optimstate.plan.language.template import Template
+from optimstate.state.optimizer import Slots
 
 __all__ = [
     "cast_state",

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from optimstate.errors import MigrationError
-from optimstate.hooks._load import LOGGER
-from optimstate.hooks._report import Report
-from optimstate.plan.execute import execute_model
-from optimstate.plan.migration import Inventory, SectionMoves, Target
-from optimstate.plan.planner import model_inventory, plan_migration
-from optimstate.plan.regroup import followed
-from optimstate.plan.rules import Plan
+from optimstate.hooks.engine.hook import LOGGER
+from optimstate.hooks.engine.report import Report
+from optimstate.plan.apply.execute import execute_model
+from optimstate.plan.apply.schedulers import followed
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve.migration import Inventory, SectionMoves, Target
+from optimstate.plan.solve.planner import model_inventory, plan_migration
 from optimstate.state.names import unwrapped
 
 __all__ = ["ModelHook", "ModelLoad", "migrate_model", "migrate_scheduler"]

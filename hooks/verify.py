@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from optimstate.errors import OptimStateWarning, StateMismatchError
-from optimstate.hooks._load import LOGGER, LoadHook
-from optimstate.plan.fates import flat_slots, slot_name
-from optimstate.plan.values import number_of, shape_of
-from optimstate.state.schema import Algorithm, conventional, recognise
+from optimstate.hooks.engine.hook import LOGGER, LoadHook
+from optimstate.plan.expressions.evaluate import number_of, shape_of
+from optimstate.plan.slots.outcomes import flat_slots, slot_name
+from optimstate.state.algorithms.registry import Algorithm, conventional, recognise
 
 __all__ = ["report", "resume_problems", "verify_resume"]
 

@@ -6,23 +6,106 @@ The public names are loaded on first use; importing this package imports neither
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optimstate import hooks, optim, surgery
+    from optimstate.errors import (
+        CheckpointError,
+        CheckpointNotFoundError,
+        CorruptCheckpointError,
+        DestinationError,
+        DestinationExistsError,
+        LimitExceededError,
+        MigrationError,
+        OptimStateError,
+        OptimStateWarning,
+        ParameterNameWarning,
+        PlanError,
+        PlanSyntaxError,
+        RepresentationError,
+        SchedulerStateWarning,
+        StateMismatchError,
+        UnrecognizedFormatError,
+        UnsupportedCheckpointError,
+    )
+    from optimstate.formats.registry import open_checkpoint
+    from optimstate.plan.language.rules import Plan, Rule
+    from optimstate.resuming import Resumed, resume
+    from optimstate.surgery.convert import convert
+    from optimstate.surgery.diff import diff
+    from optimstate.surgery.inspect import inspect
+    from optimstate.surgery.name import name
+    from optimstate.surgery.remap import remap
+    from optimstate.surgery.scan import scan
+    from optimstate.surgery.suggest import suggest
+    from optimstate.surgery.verify import verify
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "OptimStateError": "optimstate.errors",
-    "Resumed": "optimstate._resume",
-    "resume": "optimstate._resume",
+_HOMES = {
+    "Plan": "plan.language.rules",
+    "Resumed": "resuming",
+    "Rule": "plan.language.rules",
+    "convert": "surgery.convert",
+    "diff": "surgery.diff",
+    "inspect": "surgery.inspect",
+    "name": "surgery.name",
+    "open_checkpoint": "formats.registry",
+    "remap": "surgery.remap",
+    "resume": "resuming",
+    "scan": "surgery.scan",
+    "suggest": "surgery.suggest",
+    "verify": "surgery.verify",
 }
+_SUBPACKAGES = ("hooks", "optim", "surgery")
 
-__all__ = ["OptimStateError", "Resumed", "__version__", "resume"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "CorruptCheckpointError",
+    "DestinationError",
+    "DestinationExistsError",
+    "LimitExceededError",
+    "MigrationError",
+    "OptimStateError",
+    "OptimStateWarning",
+    "ParameterNameWarning",
+    "Plan",
+    "PlanError",
+    "PlanSyntaxError",
+    "RepresentationError",
+    "Resumed",
+    "Rule",
+    "SchedulerStateWarning",
+    "StateMismatchError",
+    "UnrecognizedFormatError",
+    "UnsupportedCheckpointError",
+    "__version__",
+    "convert",
+    "diff",
+    "hooks",
+    "inspect",
+    "name",
+    "open_checkpoint",
+    "optim",
+    "remap",
+    "resume",
+    "scan",
+    "suggest",
+    "surgery",
+    "verify",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+def __getattr__(attribute: str) -> Any:
+    if attribute in _SUBPACKAGES:
+        return import_module(f"{__name__}.{attribute}")
+    if attribute not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+    home = import_module(f"{__name__}.{_HOMES.get(attribute, 'errors')}")
+    value = globals()[attribute] = getattr(home, attribute)
+    return value
 
 
 def __dir__() -> list[str]:

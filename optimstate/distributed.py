@@ -23,15 +23,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from optimstate.errors import MigrationError, OptimStateError, StateMismatchError
-from optimstate.formats.registry import open_document
-from optimstate.plan.execute import execute_model, execute_optimizer
-from optimstate.plan.migration import Inventory, Migration, Target
-from optimstate.plan.planner import model_inventory, optimizer_inventory, plan_migration
-from optimstate.plan.rules import Plan
-from optimstate.state.model import OptimizerState
+from optimstate.formats.registry import open_checkpoint
+from optimstate.plan.apply.execute import execute_model, execute_optimizer
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve.migration import Inventory, Migration, Target
+from optimstate.plan.solve.planner import model_inventory, optimizer_inventory, plan_migration
 from optimstate.state.names import names_in, unwrapped
+from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
-from optimstate.tensors import LazyTensor, to_torch
+from optimstate.tensors.lazy import LazyTensor, to_torch
 
 __all__ = ["Loaded", "NamedSavePlanner", "load", "optimizer_names"]
 
@@ -123,7 +123,7 @@ class _Load:
         self._casts: dict[tuple[str, str], list[str]] = {}
         self._optimizer = optimizer
         self._state: dict[str, Any] | None = None
-        document = open_document(checkpoint)
+        document = open_checkpoint(checkpoint)
         self.notes += document.notes
         sections = find_sections(document.tree)
         live = _live_tensors(model)

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 from optimstate.errors import LimitExceededError, UnsupportedCheckpointError
-from optimstate.files import chunks
-from optimstate.tensors import LazyTensor, Storage
+from optimstate.io.extents import chunks
+from optimstate.tensors.lazy import LazyTensor, Storage
 
 __all__ = [
     "AttributedTensor",

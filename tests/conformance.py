@@ -16,13 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimstate import surgery
+import optimstate
 from optimstate.errors import CheckpointError, DestinationError, OptimStateError
-from optimstate.files import FileSource
-from optimstate.formats import torch_zip
-from optimstate.formats._protocol import Format, WriteOptions
-from optimstate.formats.registry import FORMATS, detect, get_format, open_document
-from optimstate.tensors import LazyTensor
+from optimstate.formats.protocol import Format, WriteOptions
+from optimstate.formats.registry import FORMATS, detect, get_format, open_checkpoint
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.extents import FileSource
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import difference, tensors
 from tests.support import digest
 
@@ -168,12 +168,12 @@ class Conformance:
         assert not self.format.sniff(other, other.read_bytes()[:64])
 
     def test_every_verb_knows_it(self, written: Path, tmp_path: Path) -> None:
-        info = surgery.inspect(written)
+        info = optimstate.inspect(written)
         assert info.format == self.name
         assert {"model", "optimizer"} <= {section.kind for section in info.sections}
-        surgery.convert(written, tmp_path / "there.pt", options=QUICK)
-        surgery.convert(tmp_path / "there.pt", tmp_path / f"back{self.suffix}", to=self.name, options=QUICK)
-        assert difference(open_document(written).tree, open_document(tmp_path / f"back{self.suffix}").tree) is None
+        optimstate.convert(written, tmp_path / "there.pt", options=QUICK)
+        optimstate.convert(tmp_path / "there.pt", tmp_path / f"back{self.suffix}", to=self.name, options=QUICK)
+        assert difference(open_checkpoint(written).tree, open_checkpoint(tmp_path / f"back{self.suffix}").tree) is None
 
     # --- writing
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optimstate.state.model import as_mapping
-from optimstate.tensors import LazyTensor
+from optimstate.state.optimizer import as_mapping
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque
 from tests import corpus
 from tests.corpus import Case

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from optimstate import copying
-from optimstate.copying import BLOCK, SMALL_PIECE, Copier, copy_extents
 from optimstate.errors import CorruptCheckpointError
-from optimstate.files import CHUNK, Extent, FileSource
+from optimstate.io import copying
+from optimstate.io.copying import BLOCK, SMALL_PIECE, Copier, copy_extents
+from optimstate.io.extents import CHUNK, Extent, FileSource
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from optimstate import distributed, surgery
+import optimstate
+from optimstate import distributed
 from optimstate.distributed import NamedSavePlanner, load, optimizer_names
 from optimstate.errors import CheckpointNotFoundError, MigrationError, StateMismatchError
-from optimstate.formats._protocol import WriteOptions
-from optimstate.formats.registry import open_document
-from optimstate.plan.rules import Plan
+from optimstate.formats.protocol import WriteOptions
+from optimstate.formats.registry import open_checkpoint
+from optimstate.plan.language.rules import Plan
 from optimstate.state.sections import find_sections
 from tests import corpus
 from tests.distributed_worker import OPTIONS, PLAN, TRANSPOSED, After, Before, filled, groups, train
@@ -38,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]
     train(net, optimizer, range(5))
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, folder / "before.pt")
     for suffix in ("dcp", "safetensors"):
-        surgery.convert(folder / "before.pt", folder / f"before.{suffix}", options=WriteOptions(sync=False))
+        optimstate.convert(folder / "before.pt", folder / f"before.{suffix}", options=WriteOptions(sync=False))
     return folder, train(net, optimizer, range(5, 10))
 
 
@@ -61,7 +62,7 @@ def after(folder: Path) -> tuple[After, torch.optim.Optimizer]:
 
 def expected(folder: Path, tmp_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the same plan gives in files: weights, and slots by name."""
-    surgery.remap(folder / "before.pt", tmp_path / "after.pt", Plan.from_toml(TRANSPOSED), sync=False)
+    optimstate.remap(folder / "before.pt", tmp_path / "after.pt", Plan.from_toml(TRANSPOSED), sync=False)
     moved = torch.load(tmp_path / "after.pt", weights_only=True)
     state = {
         name: moved["optimizer"]["state"][key]
@@ -92,7 +93,7 @@ def test_the_trajectory_is_that_of_one_process(
     two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]], tmp_path: Path
 ) -> None:
     folder, losses = trained
-    surgery.remap(folder / "before.pt", tmp_path / "after.pt", Plan.from_toml(TRANSPOSED), sync=False)
+    optimstate.remap(folder / "before.pt", tmp_path / "after.pt", Plan.from_toml(TRANSPOSED), sync=False)
     moved = torch.load(tmp_path / "after.pt", weights_only=True)
     net, optimizer = after(folder)
     net.load_state_dict(moved["model"])
@@ -105,7 +106,7 @@ def test_the_trajectory_is_that_of_one_process(
 
 @pytest.mark.slow
 def test_no_process_reads_the_whole_state(two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]]) -> None:
-    document = open_document(trained[0] / "before.pt")
+    document = open_checkpoint(trained[0] / "before.pt")
     whole = sum(t.nbytes for section in find_sections(document.tree) for t in _tensors(section))
     for results in two_ranks:
         assert results["fsdp"]["nbytes"] < 0.62 * whole  # 7 rows over 2 ranks: one has 4, and every rank the steps
@@ -134,7 +135,7 @@ def test_what_fails_in_one_process_fails_in_all(
 
 @pytest.mark.slow
 def test_a_planner_saves_optimizers_by_name(two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]]) -> None:
-    document = open_document(trained[0] / "named.dcp")
+    document = open_checkpoint(trained[0] / "named.dcp")
     (optimizer,) = (s.optimizer() for s in find_sections(document.tree) if s.kind == "optimizer")
     saved = two_ranks[0]["fsdp"]["saved"]
     assert optimizer.is_named
@@ -221,7 +222,7 @@ def test_the_planner_takes_names_from_the_caller(tmp_path: Path) -> None:
     names = list(optimizer_names(optimizer, net))
     dcp.save(tree, checkpoint_id=str(tmp_path / "b"), planner=NamedSavePlanner(names))
     assert list(tree["inner"]["optimizer"]["state"]) == list(range(5))
-    (found,) = (s.optimizer() for s in find_sections(open_document(tmp_path / "b").tree) if s.kind == "optimizer")
+    (found,) = (s.optimizer() for s in find_sections(open_checkpoint(tmp_path / "b").tree) if s.kind == "optimizer")
     assert list(found.state) == names
     for key, name in enumerate(names):
         value = tree["inner"]["optimizer"]["state"][key]["exp_avg"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from optimstate._record import Record, field
+from optimstate.record import Record, field
 
 
 class Entry(Record):
@@ -99,10 +99,14 @@ def test_subclasses_add_fields_and_patterns_and_replacing_see_them() -> None:
 
 
 def test_planning_a_rename_imports_nothing_that_other_plans_need() -> None:
+    later = ["dataclasses", "hashlib", "difflib", "ctypes", "tomllib"]
+    later += [
+        f"optimstate.plan.{name}"
+        for name in ("language.operations", "slots.conversion", "slots.factored", "slots.flat")
+    ]
     code = (
-        "import optimstate.plan.checkpoint, optimstate.plan.rules, sys;"
-        "print(sorted({'dataclasses', 'hashlib', 'difflib', 'ctypes', 'tomllib', 'optimstate.plan.operations',"
-        " 'optimstate.plan.conversion', 'optimstate.plan.factored', 'optimstate.plan.flat'} & set(sys.modules)))"
+        "import optimstate.plan.apply.checkpoint, optimstate.plan.language.rules, sys;"
+        f"print(sorted({set(later)} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

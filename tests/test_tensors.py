@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimstate.files import chunks
-from optimstate.tensors import LazyTensor, concatenated, filled, mapped, reduced, to_torch
+from optimstate.io.extents import chunks
+from optimstate.tensors.lazy import LazyTensor, concatenated, filled, mapped, reduced, to_torch
 from tests.plan.lazy import bytes_of, lazy
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from optimstate.copying import copy_extents
 from optimstate.errors import CheckpointError, RepresentationError, UnrecognizedFormatError
-from optimstate.files import AtomicDirectory, AtomicFile, Extent, FileSource
-from optimstate.formats import ranks
-from optimstate.formats._hf_shards import join_shards, shard_files
-from optimstate.formats._protocol import Document, WriteOptions
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.ranks import files as ranks
 from optimstate.formats.registry import detect, get_format
-from optimstate.formats.safetensors import read_index
+from optimstate.formats.safetensors.container import read_index
+from optimstate.formats.safetensors.hf_shards import join_shards, shard_files
+from optimstate.io.copying import copy_extents
+from optimstate.io.extents import AtomicDirectory, AtomicFile, Extent, FileSource
 from optimstate.tree import OpaqueFile
 
 NAME = "folder"

@@ -13,22 +13,22 @@ from optimstate.errors import (
     RepresentationError,
     UnrecognizedFormatError,
 )
-from optimstate.formats._protocol import HEAD_BYTES, Document, Format
+from optimstate.formats.protocol import HEAD_BYTES, Document, Format
 from optimstate.tree import no_garbage_collection
 
-__all__ = ["FORMATS", "format_for_destination", "get_format", "open_document"]
+__all__ = ["FORMATS", "format_for_destination", "get_format", "open_checkpoint"]
 
 # Name -> module, in the order they are asked whether a file is theirs.
 FORMATS: dict[str, str] = {
-    "torch": "optimstate.formats.torch_zip",
-    "zip": "optimstate.formats.zip_files",
-    "safetensors": "optimstate.formats.safetensors",
-    "dcp": "optimstate.formats.dcp",
-    "deepspeed": "optimstate.formats.deepspeed",
-    "deepspeed-universal": "optimstate.formats.deepspeed_universal",
-    "torch-legacy": "optimstate.formats.torch_legacy",
-    "pickle": "optimstate.formats.pickle_file",
-    "ranks": "optimstate.formats.ranks",
+    "torch": "optimstate.formats.torch.zip",
+    "zip": "optimstate.formats.archive",
+    "safetensors": "optimstate.formats.safetensors.container",
+    "dcp": "optimstate.formats.dcp.folder",
+    "deepspeed": "optimstate.formats.deepspeed.zero",
+    "deepspeed-universal": "optimstate.formats.deepspeed.universal",
+    "torch-legacy": "optimstate.formats.torch.legacy",
+    "pickle": "optimstate.formats.torch.pickle_file",
+    "ranks": "optimstate.formats.ranks.files",
     "folder": "optimstate.formats.folder",
 }
 
@@ -62,7 +62,7 @@ def detect(path: Path) -> Format | None:
     return next((found for found in map(get_format, FORMATS) if found.sniff(path, head)), None)
 
 
-def open_document(path: str | Path) -> Document:
+def open_checkpoint(path: str | Path) -> Document:
     """Open a checkpoint of any known container format.
 
     Raises:

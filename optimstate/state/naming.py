@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from optimstate._record import Record
-from optimstate.state.model import OptimizerState
-from optimstate.state.schema import recognise
-from optimstate.tensors import LazyTensor
+from optimstate.record import Record
+from optimstate.state.algorithms.registry import recognise
+from optimstate.state.optimizer import OptimizerState
+from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["Candidate", "Evidence", "Naming", "name_parameters"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from optimstate._record import Record
-from optimstate.tensors import LazyTensor
+from optimstate.record import Record
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque
 
 __all__ = ["TensorRecord", "tensor_record"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from optimstate._record import Record
 from optimstate.errors import LimitExceededError
-from optimstate.state.model import OptimizerState, as_mapping
-from optimstate.tensors import LazyTensor
+from optimstate.record import Record
+from optimstate.state.optimizer import OptimizerState, as_mapping
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile, Path, children, format_path
 
 __all__ = ["Kind", "Section", "find_sections", "parameter_labels", "tied_names"]

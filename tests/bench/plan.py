@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import time
 
-from optimstate.files import Extent
-from optimstate.plan.execute import execute_optimizer
-from optimstate.plan.planner import plan_optimizer
-from optimstate.plan.rules import Plan
-from optimstate.state.model import OptimizerState
-from optimstate.tensors import LazyTensor, Storage
+from optimstate.io.extents import Extent
+from optimstate.plan.apply.execute import execute_optimizer
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve.planner import plan_optimizer
+from optimstate.state.optimizer import OptimizerState
+from optimstate.tensors.lazy import LazyTensor, Storage
 from tests.bench._harness import Row, Spread, print_table
 
 SECONDS = 5.0  # for 100,000 parameters of three slots and 50 rules

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from optimstate.formats.registry import open_document
+from optimstate.formats.registry import open_checkpoint
 from optimstate.state.sections import find_sections
 from tests import corpus
 from tests.cli.running import Outcome, run
@@ -67,7 +67,7 @@ def build():
 
 def gpt2_names(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
     """The parameters of a GPT-2 checkpoint in the order in which that model registers them."""
-    (section,) = (s for s in find_sections(open_document(folder).tree) if s.kind == "model")
+    (section,) = (s for s in find_sections(open_checkpoint(folder).tree) if s.kind == "model")
     kinds = ["wte", "wpe", "ln_1", "c_attn", "attn.c_proj", "ln_2", "c_fc", "mlp.c_proj", "ln_f"]
 
     def place(name: str) -> tuple[int, int, int, bool]:

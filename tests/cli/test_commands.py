@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from optimstate import __version__, surgery
+import optimstate
+from optimstate import __version__
 from optimstate.cli import app
 from optimstate.cli.convert import parse_size
 from tests import corpus
@@ -119,10 +120,10 @@ def test_convert_writes_shards_and_back(tmp_path: Path) -> None:
 def test_convert_verifies_checksums_when_asked(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.pt"
     data = bytearray(SOURCE.read_bytes())
-    from optimstate.formats.registry import open_document
+    from optimstate.formats.registry import open_checkpoint
     from optimstate.tree import tensors
 
-    _, tensor = max(tensors(open_document(SOURCE).tree), key=lambda found: found[1].nbytes)
+    _, tensor = max(tensors(open_checkpoint(SOURCE).tree), key=lambda found: found[1].nbytes)
     data[tensor.storage.pieces[0].offset] ^= 1
     damaged.write_bytes(data)
     assert run("convert", str(damaged), str(tmp_path / "blind.safetensors")).code == 0
@@ -202,13 +203,13 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 def test_an_interrupted_command_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from optimstate.formats import _safetensors_file
+    from optimstate.formats.safetensors import file as safetensors_file
 
     def interrupted(*_: object, **__: object) -> int:
         os.kill(os.getpid(), signal.SIGINT)
         return 0
 
-    monkeypatch.setattr(_safetensors_file, "copy_extents", interrupted)
+    monkeypatch.setattr(safetensors_file, "copy_extents", interrupted)
     # A shell starts its background jobs with the signal ignored, and Python then leaves it so.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -228,7 +229,7 @@ def test_the_version_is_that_of_the_package() -> None:
 
 
 def test_reports_are_values_too() -> None:
-    assert surgery.inspect(SOURCE) == surgery.inspect(SOURCE)
+    assert optimstate.inspect(SOURCE) == optimstate.inspect(SOURCE)
 
 
 def test_a_model_in_the_current_folder_names_an_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

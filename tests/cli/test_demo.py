@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from optimstate._demo.chart import BRAILLE, _ticks, svg, text_plot
-from optimstate._demo.experiment import Arm, Experiment, became
-from optimstate._demo.model import EXPERTS, Text, Transformer
-from optimstate._demo.proof import prove, tensors_by_name
-from optimstate._demo.training import TOKENS, Run
+from optimstate.demo.chart import BRAILLE, _ticks, svg, text_plot
+from optimstate.demo.experiment import Arm, Experiment, became
+from optimstate.demo.model import EXPERTS, Text, Transformer
+from optimstate.demo.proof import prove, tensors_by_name
+from optimstate.demo.training import TOKENS, Run
 from optimstate.errors import MigrationError
-from optimstate.plan.rules import Plan
-from optimstate.surgery import remap
+from optimstate.plan.language.rules import Plan
+from optimstate.surgery.remap import remap
 from tests import corpus
 from tests.cli.running import run
 
@@ -249,5 +249,6 @@ def test_a_wheel_has_every_package() -> None:
     root = corpus.FIXTURES.parent
     setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.relative_to(root) for path in (root / "optimstate").rglob("__init__.py")}
-    packages = {".".join(folder.parts) for folder in folders} | {"optimstate.hooks", "optimstate.cli"}
+    outside = {path.parent.relative_to(root) for name in ("hooks", "cli") for path in (root / name).rglob("__init__.py")}
+    packages = {".".join(folder.parts) for folder in folders} | {".".join(("optimstate", *f.parts)) for f in outside}
     assert set(setup["packages"]) == packages

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from optimstate import surgery
-from optimstate.surgery._inspection import ModelInfo
+import optimstate
+from optimstate.surgery.reports import ModelInfo
 from tests import corpus
 from tests.cli.running import run
 
@@ -100,7 +100,7 @@ def test_the_page_holds_the_numbers_of_the_inspection(tmp_path: Path) -> None:
     source = corpus.case("torch/adamw_named_layerwise_sequentiallr").entry
     assert run("inspect", str(source), "--html", str(tmp_path / "page.html")).code == 0
     data = data_of((tmp_path / "page.html").read_text(encoding="utf-8"))
-    found = surgery.inspect(source, statistics=True)
+    found = optimstate.inspect(source, statistics=True)
     model = next(section for section in found.sections if isinstance(section, ModelInfo))
     assert data["series"] == ["weights: model", "exp_avg", "exp_avg_sq"]
     assert data["squares"] == [2]

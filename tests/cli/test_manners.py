@@ -17,8 +17,9 @@ from unittest import mock
 import pytest
 import torch
 
-from optimstate.cli import _render, app
-from optimstate.plan.rules import Plan
+from optimstate.cli import app
+from optimstate.cli.render import terminal
+from optimstate.plan.language.rules import Plan
 from tests import corpus
 from tests.cli.golden import Terminal
 from tests.cli.running import run
@@ -157,13 +158,13 @@ def test_one_liners_are_saved_as_the_plan_they_are(checkpoints: Path) -> None:
 def test_long_work_shows_rate_and_time_left_on_a_terminal_only(
     checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_render, "PROGRESS_FROM", 0)
+    monkeypatch.setattr(terminal, "PROGRESS_FROM", 0)
     source = Path("old.pt")
     for stream, quiet, shown in ((io.StringIO(), False, False), (Terminal(), True, False), (Terminal(), False, True)):
         monkeypatch.setattr(sys, "stderr", stream)
         with (
             mock.patch.dict(os.environ, {"COLUMNS": "120", "TERM": "xterm", "NO_COLOR": "1"}),
-            _render.progress("working", source, quiet=quiet) as advance,
+            terminal.progress("working", source, quiet=quiet) as advance,
         ):
             assert (advance is not None) == shown
             if advance is not None:
@@ -200,7 +201,7 @@ def test_what_takes_all_bytes_says_how_far_it_is(
     def recorded(verb: str, *sources: Path, quiet: bool = False) -> Iterator[Callable[[int], None]]:
         yield seen.append
 
-    monkeypatch.setattr(_render, "progress", recorded)
+    monkeypatch.setattr(terminal, "progress", recorded)
     run(*words)
     tensors = sum(value.nbytes for value in torch.load(words[-1])["model"].values())
     assert sum(seen) >= tensors > 0

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimstate.formats import dcp
-from optimstate.formats.registry import open_document
+from optimstate.formats.dcp import folder as dcp
+from optimstate.formats.registry import open_checkpoint
 from tests.formats import gloo_worker
 
 
@@ -27,7 +27,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "param_groups": [{**{k: v for k, v in group.items() if k != "param_names"}, "params": names}],
     }
     torch.save({"model": net.state_dict(), "optimizer": named}, folder / "a.pt")
-    dcp.write(open_document(folder / "a.pt").tree, folder / "written")
+    dcp.write(open_checkpoint(folder / "a.pt").tree, folder / "written")
     command = [sys.executable, "-m", "tests.formats.gloo_worker"]
     root = Path(__file__).parents[2]
     ranks = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from optimstate.tensors import LazyTensor
+from optimstate.tensors.lazy import LazyTensor
 
 
 def raw(tensor: torch.Tensor) -> bytes:

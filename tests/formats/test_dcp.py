@@ -24,14 +24,14 @@ from optimstate.errors import (
     RepresentationError,
     UnsupportedCheckpointError,
 )
-from optimstate.files import Extent, chunks
-from optimstate.formats import dcp
-from optimstate.formats._dcp_metadata import load_metadata
-from optimstate.formats._tiles import Tile, check_tiling, tiled
-from optimstate.formats.registry import open_document
+from optimstate.formats.dcp import folder as dcp
+from optimstate.formats.dcp.metadata import load_metadata
+from optimstate.formats.ranks.tiles import Tile, check_tiling, tiled
+from optimstate.formats.registry import open_checkpoint
+from optimstate.io.extents import Extent, chunks
 from optimstate.state.sections import find_sections
-from optimstate.surgery import convert
-from optimstate.tensors import LazyTensor, Storage
+from optimstate.surgery.convert import convert
+from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import difference
 from tests import corpus
 from tests.formats import gloo_worker
@@ -55,14 +55,14 @@ def save(tree: dict[str, Any], path: Path, **options: Any) -> Path:
 def test_the_tree_is_the_one_torch_restores(name: str, tmp_path: Path) -> None:
     case = corpus.case(name)
     dcp_to_torch_save(str(case.entry), str(tmp_path / "a.pt"))
-    document = open_document(case.entry)
+    document = open_checkpoint(case.entry)
     assert document.format == "dcp"
     assert differs(document.tree, torch.load(tmp_path / "a.pt", weights_only=True)) is None
 
 
 def test_a_flattened_optimizer_is_the_nested_one() -> None:
-    flat = open_document(corpus.case("dcp/fsdp2_ws2_adamw_flat").entry).tree
-    nested = open_document(corpus.case("dcp/fsdp2_ws2_adamw_nested").entry).tree
+    flat = open_checkpoint(corpus.case("dcp/fsdp2_ws2_adamw_flat").entry).tree
+    nested = open_checkpoint(corpus.case("dcp/fsdp2_ws2_adamw_nested").entry).tree
     assert flat["optimizer"]["state"].keys() == nested["optimizer"]["state"].keys()
     for name, slots in nested["optimizer"]["state"].items():
         assert {slot: value.tobytes() for slot, value in slots.items()} == {
@@ -74,7 +74,7 @@ def test_a_flattened_optimizer_is_the_nested_one() -> None:
 
 
 def test_positions_are_numbers_again() -> None:
-    tree = open_document(corpus.case("dcp/fsdp2_ws2_adamw_raw_intkeys").entry).tree
+    tree = open_checkpoint(corpus.case("dcp/fsdp2_ws2_adamw_raw_intkeys").entry).tree
     assert sorted(tree["optimizer"]["state"]) == list(range(12))
     (optimizer,) = (section.optimizer() for section in find_sections(tree) if section.kind == "optimizer")
     assert optimizer.orphans() == []
@@ -84,13 +84,13 @@ def test_positions_are_numbers_again() -> None:
 def test_an_optimizer_without_state_is_one(tmp_path: Path) -> None:
     net = torch.nn.Linear(2, 3)
     path = save({"optimizer": torch.optim.SGD(net.parameters(), lr=0.1).state_dict()}, tmp_path / "a")
-    (section,) = find_sections(open_document(path).tree)
+    (section,) = find_sections(open_checkpoint(path).tree)
     assert section.kind == "optimizer"
     assert [len(group.params) for group in section.optimizer().groups] == [2]
 
 
 def test_megatron_keeps_names_slots_and_the_file_beside() -> None:
-    document = open_document(corpus.case("megatron/distopt-fully_reshardable").entry)
+    document = open_checkpoint(corpus.case("megatron/distopt-fully_reshardable").entry)
     (optimizer,) = (s.optimizer() for s in find_sections(document.tree) if s.kind == "optimizer")
     (model,) = (s.tensors() for s in find_sections(document.tree) if s.kind == "model")
     assert optimizer.is_named
@@ -105,7 +105,7 @@ def test_megatron_keeps_names_slots_and_the_file_beside() -> None:
 
 @pytest.mark.slow
 def test_shards_along_any_dimension(two_processes: Path) -> None:
-    tree = open_document(two_processes / "sharded").tree
+    tree = open_checkpoint(two_processes / "sharded").tree
     assert {name: tensor.shape for name, tensor in tree["model"].items()} == gloo_worker.SHAPES
     for name, tensor in tree["model"].items():
         assert tensor.tobytes() == raw(gloo_worker.values(name)), name
@@ -115,7 +115,7 @@ def test_shards_along_any_dimension(two_processes: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["safetensors", "without_collectives"])
 def test_other_forms_of_two_ranks(name: str, two_processes: Path) -> None:
-    document = open_document(two_processes / name)
+    document = open_checkpoint(two_processes / name)
     assert document.tree["epoch"] == 3
     for key, tensor in document.tree["model"].items():
         assert (tensor.shape, tensor.tobytes()) == (gloo_worker.SHAPES[key], raw(gloo_worker.values(key))), key
@@ -128,7 +128,7 @@ def test_a_rank_that_is_missing_leaves_a_named_hole(two_processes: Path, tmp_pat
     folder = Path(shutil.copytree(two_processes / "without_collectives", tmp_path / "a"))
     (folder / "__1.metadata").unlink()
     with pytest.raises(CorruptCheckpointError, match=r"tensor 'model\.rows'.*\(7, 4\): \[4:7, 0:4\] is missing"):
-        open_document(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.slow
@@ -137,13 +137,13 @@ def test_ranks_that_contradict_one_another_are_refused(two_processes: Path, tmp_
     file = folder / "__1.metadata"
     file.write_bytes(file.read_bytes().replace(b"float32", b"float64"))
     with pytest.raises(CorruptCheckpointError, match=r"'model\.rows' is float32\[7, 4\].*float64\[7, 4\]"):
-        open_document(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf/sharded", "hf", "hf_consolidated"])
 def test_shards_of_the_hugging_face_writer(name: str, two_processes: Path, tmp_path: Path) -> None:
-    tree = open_document(two_processes / name).tree
+    tree = open_checkpoint(two_processes / name).tree
     parts = {"hf": [tree.get("sharded")], "hf_consolidated": [tree, tree.get("sharded")]}.get(name, [tree])
     for part in parts:
         assert part is not None
@@ -161,7 +161,7 @@ def test_a_missing_shard_of_the_hugging_face_writer_is_named(two_processes: Path
     folder = Path(shutil.copytree(two_processes / "hf/sharded", tmp_path / "a"))
     (folder / "shard-00001-model-00001-of-00001.safetensors").unlink()
     with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors: the files of rank 1 \(shard-00001-"):
-        open_document(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.slow
@@ -170,10 +170,10 @@ def test_a_damaged_place_of_a_shard_is_named(two_processes: Path, tmp_path: Path
     file = folder / "shard-00002-model-00001-of-00001.safetensors"
     file.write_bytes(file.read_bytes().replace(b"[4, 0]", b"[5, 0]"))
     with pytest.raises(CorruptCheckpointError, match=r"tensor 'rows' in .*shard-00002.*: \[4:5, 0:4\] is missing"):
-        open_document(folder)
+        open_checkpoint(folder)
     file.write_bytes(file.read_bytes().replace(b"[5, 0]", b"[-5,0]"))
     with pytest.raises(CorruptCheckpointError, match=r"shard-00002.*DCP_SHARDING_INFO cannot be read"):
-        open_document(folder)
+        open_checkpoint(folder)
 
 
 def test_safetensors_serialization(tmp_path: Path) -> None:
@@ -182,17 +182,17 @@ def test_safetensors_serialization(tmp_path: Path) -> None:
         "step": 7,
     }
     path = save(live, tmp_path / "a", serialization_format=SerializationFormat.SAFETENSORS)
-    assert differs(open_document(path).tree, live) is None
+    assert differs(open_checkpoint(path).tree, live) is None
 
 
 def test_strided_items_are_read_in_order(tmp_path: Path) -> None:
     live = {"w": torch.randn(4, 6).t(), "c": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
-    assert differs(open_document(save(live, tmp_path / "a")).tree, live) is None
+    assert differs(open_checkpoint(save(live, tmp_path / "a")).tree, live) is None
 
 
 def test_lists_tuples_and_objects(tmp_path: Path) -> None:
     live = {"list": [torch.ones(2), {"x": 1}, "t"], "tuple": (torch.zeros(1), 2), "plain": [1, None], "text": "é"}
-    assert differs(open_document(save(live, tmp_path / "a")).tree, live) is None
+    assert differs(open_checkpoint(save(live, tmp_path / "a")).tree, live) is None
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
@@ -206,20 +206,20 @@ def folder(tmp_path: Path) -> Path:
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / "__1_0.distcp").unlink()
     with pytest.raises(CheckpointNotFoundError, match=r"__1_0\.distcp"):
-        open_document(folder)
+        open_checkpoint(folder)
 
 
 def test_missing_metadata_is_explained(folder: Path) -> None:
     (folder / ".metadata").unlink()
     with pytest.raises(CorruptCheckpointError, match=r"without \.metadata.*\n.*did not finish"):
-        open_document(folder)
+        open_checkpoint(folder)
 
 
 def test_a_short_file_is_named_before_anything_is_read(folder: Path) -> None:
     file = folder / "__1_0.distcp"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CorruptCheckpointError, match=r"__1_0\.distcp: a part of \d+ bytes"):
-        open_document(folder)
+        open_checkpoint(folder)
 
 
 def test_every_truncation_of_the_metadata_is_a_named_error(folder: Path) -> None:
@@ -227,14 +227,14 @@ def test_every_truncation_of_the_metadata_is_a_named_error(folder: Path) -> None
     for length in range(0, len(data), 997):
         (folder / ".metadata").write_bytes(data[:length])
         with pytest.raises(CheckpointError, match="metadata"):
-            open_document(folder)
+            open_checkpoint(folder)
 
 
 def test_a_piece_that_is_not_what_the_metadata_says(folder: Path) -> None:
     data = (folder / ".metadata").read_bytes()
     assert b"bfloat16" not in data
     (folder / ".metadata").write_bytes(data.replace(b"\x8c\x07float32", b"\x8c\x07float64").replace(b"x", b"x"))
-    tree = open_document(folder).tree
+    tree = open_checkpoint(folder).tree
     with pytest.raises(CorruptCheckpointError, match=r"should be float64"):
         tree["model"]["tok.weight"].tobytes()
 
@@ -246,11 +246,11 @@ def test_metadata_cannot_run_anything_or_leave_the_folder(folder: Path) -> None:
 
     (folder / ".metadata").write_bytes(pickle.dumps(Hostile(), 4))
     with pytest.raises(CorruptCheckpointError, match="metadata is"):
-        open_document(folder)
+        open_checkpoint(folder)
     data = corpus.case("dcp/fsdp2_ws2_adamw_nested").entry.joinpath(".metadata").read_bytes()
     (folder / ".metadata").write_bytes(data.replace(b"__0_0.distcp", b"../x0.distcp"))
     with pytest.raises(CorruptCheckpointError, match="outside the folder"):
-        open_document(folder)
+        open_checkpoint(folder)
 
 
 def test_compressed_items_are_refused_by_name(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_compressed_items_are_refused_by_name(tmp_path: Path) -> None:
         info.transform_descriptors = ["zstd"]
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(UnsupportedCheckpointError, match="'w' went through zstd"):
-        open_document(folder)
+        open_checkpoint(folder)
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def same_values(a: Any, b: Any) -> bool:
 )
 def test_torch_loads_what_is_written(name: str, tmp_path: Path) -> None:
     case = corpus.case(name)
-    document = open_document(case.files[0])
+    document = open_checkpoint(case.files[0])
     dcp.write(document.tree, tmp_path / "a", like=document)
     live = torch.load(case.files[0], weights_only=True)
     loaded = blank(live)
@@ -360,7 +360,7 @@ def test_torch_loads_what_is_written(name: str, tmp_path: Path) -> None:
 def test_torch_accepts_every_field_of_the_metadata(tmp_path: Path) -> None:
     live = {"w": torch.randn(3, 4), "none": None}
     torch.save(live, tmp_path / "a.pt")
-    dcp.write(open_document(tmp_path / "a.pt").tree, tmp_path / "a")
+    dcp.write(open_checkpoint(tmp_path / "a.pt").tree, tmp_path / "a")
     ours = distributed.FileSystemReader(tmp_path / "a").read_metadata()
     theirs = distributed.FileSystemReader(save(live, tmp_path / "b")).read_metadata()
     assert ours.state_dict_metadata == theirs.state_dict_metadata
@@ -382,9 +382,9 @@ def test_two_processes_of_fsdp2_load_what_is_written(two_processes: Path) -> Non
 
 @pytest.mark.parametrize("name", [*NESTED, "dcp/fsdp2_ws2_adamw_flat", "dcp/fsdp2_ws2_adamw_raw_intkeys"])
 def test_written_again_it_reads_the_same(name: str, tmp_path: Path) -> None:
-    document = open_document(corpus.case(name).entry)
+    document = open_checkpoint(corpus.case(name).entry)
     dcp.write(document.tree, tmp_path / "a", like=document)
-    again = open_document(tmp_path / "a")
+    again = open_checkpoint(tmp_path / "a")
     assert difference(document.tree, again.tree) is None
     old, new = (load_metadata((path / ".metadata").read_bytes())[0] for path in (document.path, again.path))
     assert set(old.order) == set(new.order)  # flattened ones stay flattened: the names are those torch asks for
@@ -392,22 +392,22 @@ def test_written_again_it_reads_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_files_beside_it_are_written_too(tmp_path: Path) -> None:
-    document = open_document(corpus.case("megatron/distopt-fully_reshardable").entry)
+    document = open_checkpoint(corpus.case("megatron/distopt-fully_reshardable").entry)
     dcp.write(document.tree, tmp_path / "a", like=document)
-    assert difference(document.tree["common.pt"], open_document(tmp_path / "a" / "common.pt").tree) is None
+    assert difference(document.tree["common.pt"], open_checkpoint(tmp_path / "a" / "common.pt").tree) is None
 
 
 def test_what_names_cannot_hold_is_named(tmp_path: Path) -> None:
     shared = torch.arange(6.0)
     live = {"a": {1: torch.ones(1)}, "empty": {}, "t": torch.ones(2, 3).t(), "x": shared[:3], "y": shared[3:]}
     torch.save(live, tmp_path / "a.pt")
-    notes = dcp.write(open_document(tmp_path / "a.pt").tree, tmp_path / "a")
+    notes = dcp.write(open_checkpoint(tmp_path / "a.pt").tree, tmp_path / "a")
     assert sorted(note.split(":")[0] for note in notes) == [
         "keys that are no text become text",
         "strides are not kept",
         "tensors that share memory are stored each on its own",
     ]
-    tree = open_document(tmp_path / "a").tree
+    tree = open_checkpoint(tmp_path / "a").tree
     assert sorted(tree) == ["a", "empty", "t", "x", "y"]
     assert tree["empty"] == {}
     assert tree["t"].tobytes() == raw(live["t"])
@@ -417,7 +417,7 @@ def test_what_names_cannot_hold_is_named(tmp_path: Path) -> None:
 def test_two_paths_of_one_name_are_refused(tmp_path: Path) -> None:
     torch.save({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, tmp_path / "a.pt")
     with pytest.raises(RepresentationError, match=r"would both be named 'a\.b'"):
-        dcp.write(open_document(tmp_path / "a.pt").tree, tmp_path / "a")
+        dcp.write(open_checkpoint(tmp_path / "a.pt").tree, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch import nn
 
-from optimstate import surgery
-from optimstate.formats._protocol import WriteOptions
-from optimstate.plan.rules import Plan
+import optimstate
+from optimstate.formats.protocol import WriteOptions
+from optimstate.plan.language.rules import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = WriteOptions(sync=False)
@@ -118,9 +118,9 @@ def test_lightning_resumes_from_what_was_converted_and_renamed(tmp_path: Path) -
     pytest.importorskip("pytorch_lightning")
     _, trainer = lightning_run(tmp_path, ("fc", "out"), 2)
     trainer.save_checkpoint(tmp_path / "own.ckpt")
-    surgery.convert(tmp_path / "own.ckpt", tmp_path / "a.safetensors", options=QUICK)
-    surgery.convert(tmp_path / "a.safetensors", tmp_path / "back.ckpt", options=QUICK)
-    surgery.remap(tmp_path / "back.ckpt", tmp_path / "renamed.ckpt", RENAMED, sync=False)
+    optimstate.convert(tmp_path / "own.ckpt", tmp_path / "a.safetensors", options=QUICK)
+    optimstate.convert(tmp_path / "a.safetensors", tmp_path / "back.ckpt", options=QUICK)
+    optimstate.remap(tmp_path / "back.ckpt", tmp_path / "renamed.ckpt", RENAMED, sync=False)
     expected, _ = lightning_run(tmp_path, ("fc", "out"), 4, ckpt_path=tmp_path / "own.ckpt")
     assert len(expected[2]) == 12
     for file, names in (("back.ckpt", ("fc", "out")), ("renamed.ckpt", ("body", "head"))):
@@ -166,8 +166,8 @@ def through_safetensors(source: Path, destination: Path) -> None:
     for name in ("optimizer.pt", "scheduler.pt", "pytorch_model.bin", "model.safetensors"):
         if (destination / name).exists():
             middle = destination / f"{name}.middle.{'pt' if name.endswith('safetensors') else 'safetensors'}"
-            surgery.convert(source / name, middle, options=QUICK)
-            surgery.convert(middle, destination / name, force=True, options=QUICK)
+            optimstate.convert(source / name, middle, options=QUICK)
+            optimstate.convert(middle, destination / name, force=True, options=QUICK)
             middle.unlink()
             converted.append(name)
     assert {"optimizer.pt", "scheduler.pt"} < set(converted)
@@ -178,7 +178,7 @@ def test_trainer_resumes_from_what_was_converted_and_renamed(tmp_path: Path) -> 
     expected = trainer_run(tmp_path / "own", ("fc", "out"))
     own = tmp_path / "own" / "checkpoint-4"
     through_safetensors(own, tmp_path / "back")
-    surgery.remap(tmp_path / "back", tmp_path / "renamed", RENAMED_WRAPPED, sync=False)
+    optimstate.remap(tmp_path / "back", tmp_path / "renamed", RENAMED_WRAPPED, sync=False)
     assert_same(trainer_run(tmp_path / "x", ("fc", "out"), resume_from_checkpoint=str(own)), expected)
     for folder, names in (("back", ("fc", "out")), ("renamed", ("body", "head"))):
         found = trainer_run(tmp_path / folder / "out", names, resume_from_checkpoint=str(tmp_path / folder))
@@ -205,6 +205,6 @@ def test_deepspeed_resumes_from_a_universal_checkpoint_made_of_its_partitions(tm
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     expected = deepspeed_losses(tmp_path)
-    surgery.convert(tmp_path / "step4", tmp_path / "universal", to="deepspeed-universal", options=QUICK)
+    optimstate.convert(tmp_path / "step4", tmp_path / "universal", to="deepspeed-universal", options=QUICK)
     assert len(set(expected)) == 4
     assert deepspeed_losses(tmp_path, "universal") == expected

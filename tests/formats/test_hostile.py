@@ -21,17 +21,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimstate import surgery
+import optimstate
 from optimstate.errors import CheckpointError, LimitExceededError, OptimStateError
-from optimstate.files import Extent
-from optimstate.formats import _json_tree, safetensors, torch_zip
-from optimstate.formats._pickle import dump
-from optimstate.formats._protocol import WriteOptions
-from optimstate.formats._unpickle import check_opcodes, load
-from optimstate.formats.registry import open_document
-from optimstate.plan.rules import Plan
+from optimstate.formats.pickles.pickle import dump
+from optimstate.formats.pickles.unpickle import check_opcodes, load
+from optimstate.formats.protocol import WriteOptions
+from optimstate.formats.registry import open_checkpoint
+from optimstate.formats.safetensors import container as safetensors
+from optimstate.formats.safetensors import json_tree
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.extents import Extent
+from optimstate.plan.language.rules import Plan
 from optimstate.state.sections import find_sections
-from optimstate.tensors import Storage
+from optimstate.tensors.lazy import Storage
 from optimstate.tree import Opaque, difference, tensors, walk
 from tests import corpus
 
@@ -94,7 +96,7 @@ RUNNING = {
     "persistent id of anything": SYSTEM + b"Q",
     "call of a tensor": TENSOR + b")R",
     "call of a storage": STORAGE + b")R",
-    "import by dots": name("optimstate.formats._unpickle", "pickle.os.system") + TOUCH + b"\x85R",
+    "import by dots": name("optimstate.formats.pickles.unpickle", "pickle.os.system") + TOUCH + b"\x85R",
     "numpy": name("numpy", "load") + TOUCH + b"\x85R",
 }
 
@@ -262,16 +264,16 @@ def write_zip(tree: Any, path: Path) -> Path:
 
 
 def test_a_billion_laughs_are_read_shown_and_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_json_tree, "MAX_NODES", 20_000)
+    monkeypatch.setattr(json_tree, "MAX_NODES", 20_000)
     optimizer = {"state": {0: {"step": 1, "joke": laughs()}}, "param_groups": [{"joke": laughs(), "params": [0]}]}
     weight = load(pickled(TENSOR), storage)[0]
     path = write_zip({"model": {"a.w": weight}, "optimizer": optimizer, "joke": laughs()}, tmp_path / "laughs.pt")
     assert path.stat().st_size < 10_000
-    assert len(surgery.inspect(path, parameters=True).to_json()) < 10 << 20
-    surgery.remap(path, tmp_path / "renamed.pt", Plan.from_options(rename=["a.{p}=b.{p}"]), sync=False)
-    assert difference(open_document(path).tree["joke"], open_document(tmp_path / "renamed.pt").tree["joke"]) is None
+    assert len(optimstate.inspect(path, parameters=True).to_json()) < 10 << 20
+    optimstate.remap(path, tmp_path / "renamed.pt", Plan.from_options(rename=["a.{p}=b.{p}"]), sync=False)
+    assert difference(open_checkpoint(path).tree["joke"], open_checkpoint(tmp_path / "renamed.pt").tree["joke"]) is None
     with pytest.raises(LimitExceededError):
-        surgery.convert(path, tmp_path / "never.safetensors")
+        optimstate.convert(path, tmp_path / "never.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["laughs.pt", "renamed.pt"]
 
 
@@ -281,7 +283,7 @@ def test_laughing_slots_are_duplicated_without_being_written_out(tmp_path: Path)
     optimizer = {"state": {0: {"joke": laughs()}}, "param_groups": [group]}
     path = write_zip({"model": weights, "optimizer": optimizer}, tmp_path / "laughs.pt")
     plan = Plan.from_options(duplicate=["a.{p}=b.{p},c.{p}"])
-    surgery.remap(path, tmp_path / "two.pt", plan, sync=False)
+    optimstate.remap(path, tmp_path / "two.pt", plan, sync=False)
     assert (tmp_path / "two.pt").stat().st_size < 20_000
 
 
@@ -308,9 +310,9 @@ def test_deep_nesting_is_read_or_refused_and_never_crashes(opener: bytes, tmp_pa
         archive.writestr("a/data.pkl", data)
         archive.writestr("a/version", b"3\n")
     for action in (
-        lambda: surgery.inspect(path, parameters=True).to_json(),
-        lambda: surgery.convert(path, tmp_path / "x.safetensors"),
-        lambda: surgery.convert(path, tmp_path / "x.pt", options=QUICK),
+        lambda: optimstate.inspect(path, parameters=True).to_json(),
+        lambda: optimstate.convert(path, tmp_path / "x.safetensors"),
+        lambda: optimstate.convert(path, tmp_path / "x.pt", options=QUICK),
     ):
         with suppress(OptimStateError):
             action()
@@ -332,9 +334,9 @@ DEEP_KEYS = {
 READ = """
 import sys
 from optimstate.errors import LimitExceededError
-from optimstate.formats.registry import open_document
+from optimstate.formats.registry import open_checkpoint
 try:
-    open_document(sys.argv[1])
+    open_checkpoint(sys.argv[1])
 except LimitExceededError as error:
     print(error.message)
 """
@@ -431,19 +433,19 @@ TREES = st.recursive(
 def test_any_tree_is_inspected_and_converted_or_refused_with_a_typed_error(tmp_path: Path, tree: Any) -> None:
     path = tmp_path / "tree.pt"
     write_zip(tree, path)
-    written = open_document(path)
+    written = open_checkpoint(path)
     assert difference(tree, written.tree) is None
     for action in (
-        lambda: json.loads(surgery.inspect(path, parameters=True).to_json()),
-        lambda: surgery.remap(path, None, Plan.from_options(rename=["a.{p}=b.{p}"]), dry_run=True),
-        lambda: surgery.remap(path, None, Plan.from_options(drop=["**"]), dry_run=True),
+        lambda: json.loads(optimstate.inspect(path, parameters=True).to_json()),
+        lambda: optimstate.remap(path, None, Plan.from_options(rename=["a.{p}=b.{p}"]), dry_run=True),
+        lambda: optimstate.remap(path, None, Plan.from_options(drop=["**"]), dry_run=True),
     ):
         with suppress(OptimStateError):
             action()
     target = tmp_path / "tree.safetensors"
     with suppress(OptimStateError):
         safetensors.write(written.tree, target, options=QUICK)
-        assert difference(written.tree, open_document(target).tree) is None
+        assert difference(written.tree, open_checkpoint(target).tree) is None
 
 
 # --- flipped bytes --------------------------------------------------------------------------------------------------
@@ -482,13 +484,13 @@ def edited(data: bytes, edits: list[tuple[float, str, int]]) -> bytes:
 def use(path: Path, scratch: Path) -> None:
     """Everything one does with a file, all of it allowed to be refused but nothing else."""
     with suppress(OptimStateError):
-        surgery.inspect(path, parameters=True).to_json()
-        tree = open_document(path).tree
+        optimstate.inspect(path, parameters=True).to_json()
+        tree = open_checkpoint(path).tree
         for _, tensor in tensors(tree):
             for block in tensor.chunks():
                 assert len(block) <= 1 << 20
         torch_zip.write(tree, scratch, options=QUICK)
-        assert difference(tree, open_document(scratch).tree) is None
+        assert difference(tree, open_checkpoint(scratch).tree) is None
 
 
 @settings(max_examples=250)
@@ -515,7 +517,7 @@ def small_safetensors(folder: Path) -> list[bytes]:
     for source in (SMALL[0], SMALL[2], SMALL[3], SMALL[0]):
         path = folder / "made.safetensors"
         options = WriteOptions(sync=False, drop_opaque=True, clone_views=True)
-        safetensors.write(open_document(source).tree, path, options=options)
+        safetensors.write(open_checkpoint(source).tree, path, options=options)
         made.append(path.read_bytes())
     return made
 
@@ -548,7 +550,7 @@ def test_random_bytes_are_refused_under_any_name(tmp_path: Path, data: bytes) ->
         path = tmp_path / f"random.{suffix}"
         path.write_bytes(data)
         with pytest.raises(CheckpointError):
-            surgery.inspect(path)
+            optimstate.inspect(path)
 
 
 def test_a_hostile_pickle_of_every_protocol_is_only_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

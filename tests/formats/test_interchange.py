@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from optimstate.errors import RepresentationError
-from optimstate.formats._protocol import WriteOptions
-from optimstate.formats.registry import open_document
+from optimstate.formats.protocol import WriteOptions
+from optimstate.formats.registry import open_checkpoint
 from optimstate.state.sections import find_sections
-from optimstate.surgery import convert
-from optimstate.tensors import LazyTensor
+from optimstate.surgery.convert import convert
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import OpaqueFile, difference, tensors
 from tests import corpus
 from tests.formats.live import raw
@@ -65,7 +65,7 @@ def refusal(source: Path, destination: Path, **options: Any) -> str:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_through_safetensors_and_back(case: corpus.Case, tmp_path: Path) -> None:
     """The tree that comes back is the tree that went in, or the conversion is refused and names the object."""
-    original = open_document(case.entry)
+    original = open_checkpoint(case.entry)
     file = tmp_path / "a.safetensors"
     reason = refusal(case.entry, file)
     if reason:
@@ -73,13 +73,13 @@ def test_through_safetensors_and_back(case: corpus.Case, tmp_path: Path) -> None
             "is an object of" in reason or "strided view of memory it shares" in reason or "contains itself" in reason
         )
         return
-    back = open_document(file)
+    back = open_checkpoint(file)
     assert difference(without_files(original.tree), back.tree) is None
     named = load_file(file)
     assert len(named) <= sum(1 for _ in tensors(back.tree))
     if original.format != "safetensors":
         converted(file, tmp_path / "b.pt", "torch")
-        assert difference(back.tree, open_document(tmp_path / "b.pt").tree) is None
+        assert difference(back.tree, open_checkpoint(tmp_path / "b.pt").tree) is None
 
 
 REFUSED = [case for case in CASES if case.truth_path and {"state", "model", "optimizers"} & set(case.truth())]
@@ -91,11 +91,11 @@ def test_what_safetensors_refuses_it_takes_without_the_objects(case: corpus.Case
     if not refusal(case.entry, file):
         return
     report = converted(case.entry, file, "safetensors", drop_opaque=True, clone_views=True)
-    wrong = judge(open_document(case.entry).tree, case.truth()).wrong
+    wrong = judge(open_checkpoint(case.entry).tree, case.truth()).wrong
     if case.name in OBJECTS:
         assert any("left out: " in note and OBJECTS[case.name] in note for note in report.notes)
     elif "Opaque" not in str(wrong):
-        assert judge(open_document(file).tree, case.truth()).wrong == wrong
+        assert judge(open_checkpoint(file).tree, case.truth()).wrong == wrong
 
 
 NOT_AS_NAMES = {
@@ -120,14 +120,14 @@ def as_dcp_holds_it(node: Any, path: tuple[Any, ...] = ()) -> Any:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_through_a_distributed_checkpoint_and_back(case: corpus.Case, tmp_path: Path) -> None:
     """Values, names and positions come back; the notes name every kind of thing that does not."""
-    original = open_document(case.entry)
+    original = open_checkpoint(case.entry)
     source = without_files(original.tree)
     if not isinstance(source, dict) or case.name in NOT_AS_NAMES:
         with pytest.raises(RepresentationError, match=NOT_AS_NAMES.get(case.name, "root")):
             converted(case.entry, tmp_path / "a", "dcp")
         return
     report = converted(case.entry, tmp_path / "a", "dcp")
-    back = open_document(tmp_path / "a").tree
+    back = open_checkpoint(tmp_path / "a").tree
     if not case.truth_path or not {"state", "model", "optimizers"} & set(case.truth()):
         return
     assert judge(back, case.truth()).wrong == judge(original.tree, case.truth()).wrong
@@ -167,10 +167,10 @@ def test_torch_loads_the_zip_made_of_it(name: str, tmp_path: Path) -> None:
     entry = next(path for path in case.entry.iterdir()) if case.entry.is_dir() and len(case.files) == 1 else case.entry
     converted(entry, tmp_path / "a.pt", "torch")
     if name.startswith("deepspeed/"):  # the loss scaler is an object of DeepSpeed's
-        assert judge(open_document(tmp_path / "a.pt").tree, case.truth()).wrong == []
+        assert judge(open_checkpoint(tmp_path / "a.pt").tree, case.truth()).wrong == []
         return
     live = torch.load(tmp_path / "a.pt", weights_only=True)
-    found = dict(tensors(open_document(tmp_path / "a.pt").tree))
+    found = dict(tensors(open_checkpoint(tmp_path / "a.pt").tree))
     assert found
     for path, tensor in found.items():
         node = live
@@ -183,8 +183,8 @@ def test_torch_loads_the_zip_made_of_it(name: str, tmp_path: Path) -> None:
 
 MEASURE = """
 import sys
-from optimstate.formats._protocol import WriteOptions
-from optimstate.surgery import convert
+from optimstate.formats.protocol import WriteOptions
+from optimstate.surgery.convert import convert
 convert(sys.argv[1], sys.argv[2], to=sys.argv[3], options=WriteOptions(sync=False))
 assert not {"torch", "numpy"} & set(sys.modules), "imported"
 with open("/proc/self/status") as status:
@@ -302,5 +302,5 @@ def test_three_gigabytes_take_the_memory_of_three_megabytes(kind: str, to: str, 
 def test_sections_of_a_converted_folder_are_found(tmp_path: Path) -> None:
     case = corpus.case("deepspeed/z1_ws2_bf16_adamw")
     converted(case.entry, tmp_path / "a.safetensors", "safetensors", drop_opaque=True)
-    kinds = [section.kind for section in find_sections(open_document(tmp_path / "a.safetensors").tree)]
+    kinds = [section.kind for section in find_sections(open_checkpoint(tmp_path / "a.safetensors").tree)]
     assert kinds == ["model", "optimizer"]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from optimstate.errors import RepresentationError
-from optimstate.formats import zip_files
-from optimstate.formats.registry import format_for_destination, open_document
+from optimstate.formats import archive
+from optimstate.formats.registry import format_for_destination, open_checkpoint
 from optimstate.state.records import tensor_record
 from optimstate.state.sections import Section, find_sections
-from optimstate.surgery import inspect
-from optimstate.tensors import LazyTensor
+from optimstate.surgery.inspect import inspect
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import AttributedTensor, Opaque, difference, tensors
 from tests import corpus
 from tests.formats import gloo_worker
@@ -135,7 +135,7 @@ LAYOUTS: dict[str, list[tuple[Any, ...]]] = {
 
 
 def sections_of(name: str) -> list[Section]:
-    return find_sections(open_document(corpus.case(name).entry).tree)
+    return find_sections(open_checkpoint(corpus.case(name).entry).tree)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -187,7 +187,7 @@ def test_pickled_optimizers_are_read_not_run(name: str) -> None:
     found = sections_of(name)
     (section,) = (s for s in found if s.kind == "optimizer")
     assert isinstance(section.node, Opaque)
-    assert judge(open_document(corpus.case(name).entry).tree, corpus.case(name).truth()).wrong == []
+    assert judge(open_checkpoint(corpus.case(name).entry).tree, corpus.case(name).truth()).wrong == []
     assert any(s.kind == "scheduler" for s in found)
 
 
@@ -198,7 +198,7 @@ def test_pickled_modules_are_models(tmp_path: Path) -> None:
         torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Sequential(torch.nn.Linear(2, 2))
     )
     torch.save({"epoch": -1, "model": net.half(), "train_args": {"lr0": 0.01}}, tmp_path / "best.pt")
-    document = open_document(tmp_path / "best.pt")
+    document = open_checkpoint(tmp_path / "best.pt")
     (section,) = find_sections(document.tree)
     assert section.kind == "model"
     live = net.state_dict()
@@ -221,7 +221,7 @@ def test_flat_parameters_are_reported_not_guessed() -> None:
 
 def test_tensors_with_attributes_are_tensors(tmp_path: Path) -> None:
     path = corpus.case("fsdp1/full_useorig").entry / "model.pt"
-    document = open_document(path)
+    document = open_checkpoint(path)
     (section,) = find_sections(document.tree)
     assert all(isinstance(value, AttributedTensor) for value in section.tensors().values())
     assert document.tree["tok.weight"].attributes == {"_has_been_cloned": True}
@@ -239,12 +239,12 @@ def attributed() -> dict[str, Any]:
 def test_attributes_survive(name: str, tmp_path: Path) -> None:
     live = attributed()
     torch.save(live, tmp_path / "a.pt")
-    document = open_document(tmp_path / "a.pt")
+    document = open_checkpoint(tmp_path / "a.pt")
     assert document.tree["marked"].attributes == {"tag": "norm"}
     assert document.tree["marked"].is_parameter
     assert document.tree["buffer"].attributes == {"persistent": False, "_is_buffer": True}
     format_for_destination(tmp_path / name, None).write(document.tree, tmp_path / name, like=None)
-    again = open_document(tmp_path / name)
+    again = open_checkpoint(tmp_path / name)
     assert difference(document.tree, again.tree) is None
     if name.endswith(".pt"):
         loaded = torch.load(tmp_path / name, weights_only=False)
@@ -253,7 +253,7 @@ def test_attributes_survive(name: str, tmp_path: Path) -> None:
 
 
 def test_records_say_which_dtype_and_shape_they_stand_for() -> None:
-    tree = open_document(corpus.case("torchao/adamw8bit").entry).tree
+    tree = open_checkpoint(corpus.case("torchao/adamw8bit").entry).tree
     record = tensor_record(tree["optimizer"]["state"][0]["exp_avg"])
     assert record is not None
     assert (record.kind, record.dtype, record.shape) == ("OptimState8bit", "float32", (256, 32))
@@ -263,7 +263,7 @@ def test_records_say_which_dtype_and_shape_they_stand_for() -> None:
         "qmap": "float32",
     }
     folder = corpus.case("dcp/fsdp2_ws2_dtensor_torchsave_per_rank").entry
-    trees = [open_document(folder / f"rank{rank}.pt").tree for rank in range(2)]  # each alone, not put together
+    trees = [open_checkpoint(folder / f"rank{rank}.pt").tree for rank in range(2)]  # each alone, not put together
     records = [tensor_record(tree["model"]["tok.weight"]) for tree in trees]
     assert [str(found) for found in records] == [
         "DTensor float32[33, 8] (_local_tensor float32[17, 8])",
@@ -273,7 +273,7 @@ def test_records_say_which_dtype_and_shape_they_stand_for() -> None:
 
 @pytest.mark.slow
 def test_sharded_tensors_say_what_they_are_parts_of(two_processes: Path) -> None:
-    tree = open_document(two_processes / "rank1.pt").tree
+    tree = open_checkpoint(two_processes / "rank1.pt").tree
     record = tensor_record(tree["s"])
     assert str(record) == "ShardedTensor float32[6, 5] (shard 0 float32[6, 2])"
     assert record is not None
@@ -281,7 +281,7 @@ def test_sharded_tensors_say_what_they_are_parts_of(two_processes: Path) -> None
 
 
 def test_a_damaged_record_is_no_tensor() -> None:
-    tree = open_document(corpus.case("torchao/adamw8bit").entry).tree
+    tree = open_checkpoint(corpus.case("torchao/adamw8bit").entry).tree
     damaged = tree["optimizer"]["state"][0]["exp_avg"]
     arguments = damaged.arguments
     for broken in (arguments[:3], (*arguments[:2], (1,), arguments[3]), (1, *arguments[1:])):
@@ -295,12 +295,12 @@ def test_a_damaged_record_is_no_tensor() -> None:
 
 def test_a_zip_of_files_is_written_again(tmp_path: Path) -> None:
     path = corpus.case("stable_baselines3/ppo").entry
-    document = open_document(path)
+    document = open_checkpoint(path)
     assert document.format == "zip"
     tree = dict(document.tree)
     tree["policy.pth"] = type(tree["policy.pth"])((f"new.{name}", value) for name, value in tree["policy.pth"].items())
-    zip_files.write(tree, tmp_path / "b.zip", like=document)
-    again = open_document(tmp_path / "b.zip")
+    archive.write(tree, tmp_path / "b.zip", like=document)
+    again = open_checkpoint(tmp_path / "b.zip")
     assert next(tensors(again.tree["policy.pth"]))[0] == ("new.mlp_extractor.policy_net.0.weight",)
     assert difference(again.tree["policy.optimizer.pth"], document.tree["policy.optimizer.pth"]) is None
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "b.zip") as new:
@@ -314,11 +314,11 @@ def test_a_zip_of_files_is_written_again(tmp_path: Path) -> None:
 
 def test_other_trees_are_not_written_as_a_zip_of_files(tmp_path: Path) -> None:
     with pytest.raises(RepresentationError, match="zip archive of files"):
-        zip_files.write({"a": 1}, tmp_path / "b.zip")
+        archive.write({"a": 1}, tmp_path / "b.zip")
 
 
 def test_members_lie_where_they_are() -> None:
-    document = open_document(corpus.case("stable_baselines3/a2c_rmsprop").entry)
+    document = open_checkpoint(corpus.case("stable_baselines3/a2c_rmsprop").entry)
     tensor = document.tree["policy.pth"]["action_net.weight"]
     assert isinstance(tensor, LazyTensor)
     (piece,) = tensor.extents()

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, RepresentationError, UnsupportedCheckpointError
-from optimstate.formats import pickle_file, torch_legacy
-from optimstate.formats.registry import open_document
-from optimstate.tensors import LazyTensor
+from optimstate.formats.registry import open_checkpoint
+from optimstate.formats.torch import legacy, pickle_file
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque, opaques, tensors
 from tests import corpus
 from tests.formats.live import differs
@@ -45,7 +45,7 @@ def legacy_file(tree: Any, path: Path) -> Path:
 
 @pytest.mark.parametrize("path", LEGACY, ids=lambda path: path.parent.name)
 def test_a_stream_is_read_as_torch_reads_it(path: Path) -> None:
-    document = open_document(path)
+    document = open_checkpoint(path)
     assert document.format == "torch-legacy"
     live = torch.load(path, weights_only=False)
     if path.parent.name.startswith("wholeobject"):
@@ -57,7 +57,7 @@ def test_a_stream_is_read_as_torch_reads_it(path: Path) -> None:
 
 def test_views_share_their_storage(tmp_path: Path) -> None:
     live = sample()
-    tree = open_document(legacy_file(live, tmp_path / "a.pt")).tree
+    tree = open_checkpoint(legacy_file(live, tmp_path / "a.pt")).tree
     assert differs(tree, live) is None
     assert tree["rows"].storage is tree["columns"].storage
     assert tree["columns"].stride == (1, 6)
@@ -68,20 +68,20 @@ def test_any_pickle_protocol(protocol: int, tmp_path: Path) -> None:
     live = sample()
     path = tmp_path / "a.pt"
     torch.save(live, path, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
-    assert differs(open_document(path).tree, live) is None
+    assert differs(open_checkpoint(path).tree, live) is None
 
 
 def test_a_pickle_longer_than_the_first_window(tmp_path: Path) -> None:
     live = {f"layer.{index}.weight": torch.full((3,), float(index)) for index in range(4000)}
     path = legacy_file(live, tmp_path / "a.pt")
-    assert path.stat().st_size > 6 * torch_legacy._FIRST_WINDOW
-    assert differs(open_document(path).tree, live) is None
+    assert path.stat().st_size > 6 * legacy._FIRST_WINDOW
+    assert differs(open_checkpoint(path).tree, live) is None
 
 
 def test_it_is_written_as_a_zip_that_torch_loads(tmp_path: Path) -> None:
     live = sample()
-    document = open_document(legacy_file(live, tmp_path / "a.pt"))
-    notes = torch_legacy.write(document.tree, tmp_path / "b.pt", like=document)
+    document = open_checkpoint(legacy_file(live, tmp_path / "a.pt"))
+    notes = legacy.write(document.tree, tmp_path / "b.pt", like=document)
     assert notes == ["written as torch's zip container"]
     assert differs(document.tree, torch.load(tmp_path / "b.pt", weights_only=True)) is None
 
@@ -92,7 +92,7 @@ def test_every_truncation_is_a_named_error(tmp_path: Path) -> None:
     for length in range(32, len(data), 7):
         cut.write_bytes(data[:length])
         with pytest.raises(CheckpointError, match=r"cut\.pt"):
-            open_document(cut)
+            open_checkpoint(cut)
 
 
 def test_a_storage_of_another_size_than_the_pickle_says(tmp_path: Path) -> None:
@@ -100,20 +100,20 @@ def test_a_storage_of_another_size_than_the_pickle_says(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: -20 - 8] + struct.pack("<q", 4) + data[-20:])
     with pytest.raises(CorruptCheckpointError, match=r"has 16 bytes, the pickle says 20"):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def test_big_endian_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    parts = [torch_legacy._MAGIC, 1001, {"protocol_version": 1001, "little_endian": False, "type_sizes": {}}, {}, []]
+    parts = [legacy._MAGIC, 1001, {"protocol_version": 1001, "little_endian": False, "type_sizes": {}}, {}, []]
     path.write_bytes(b"".join(pickle.dumps(part, 2) for part in parts))
     with pytest.raises(UnsupportedCheckpointError, match="big-endian"):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def test_a_hostile_stream_runs_nothing() -> None:
     case = corpus.case("optimstate/hostile_legacy")
-    document = open_document(case.entry)
+    document = open_checkpoint(case.entry)
     assert ("posix", "system") in document.globals
     assert not Path(case.truth()["hostile"]["leaves"]).exists()
 
@@ -162,7 +162,7 @@ def tar_checkpoint(path: Path) -> None:
 def test_a_tar_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "old.pth.tar"
     tar_checkpoint(path)
-    document = open_document(path)
+    document = open_checkpoint(path)
     assert document.format == "torch-legacy"
     live = torch.load(path, weights_only=False)
     assert live["view"].tolist() == [3.0, 4.0, 5.0]
@@ -178,7 +178,7 @@ def test_a_tar_whose_tensor_reaches_past_its_storage(tmp_path: Path) -> None:
     assert data.count(shape) == 1
     path.write_bytes(data.replace(shape, struct.pack("<4q", 2, 9, 3, 1)))
     with pytest.raises(CorruptCheckpointError, match="reaches past its storage"):
-        open_document(path)
+        open_checkpoint(path)
 
 
 # --- plain pickles --------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_a_pickled_state_dict(protocol: int, tmp_path: Path) -> None:
     live = sample()
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(live, protocol))
-    document = open_document(path)
+    document = open_checkpoint(path)
     assert document.format == "pickle"
     assert differs(document.tree, live) is None
 
@@ -199,7 +199,7 @@ def test_the_fixture_that_pickle_dump_wrote() -> None:
     file = next(path.glob("*.pkl")) if path.is_dir() else path
     with file.open("rb") as stream:
         live = pickle.load(stream)
-    assert differs(open_document(file).tree, live) is None
+    assert differs(open_checkpoint(file).tree, live) is None
 
 
 def test_a_hostile_pickle_inside_a_pickle_runs_nothing(tmp_path: Path) -> None:
@@ -219,14 +219,14 @@ def test_a_hostile_pickle_inside_a_pickle_runs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps({"w": Outer()}, 4))
     with pytest.raises(UnsupportedCheckpointError, match="where a storage belongs"):
-        open_document(path)
+        open_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_unknown_objects_are_records(tmp_path: Path) -> None:
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps({"path": Path("x"), "w": torch.ones(2)}, 4))
-    tree = open_document(path).tree
+    tree = open_checkpoint(path).tree
     assert isinstance(tree["path"], Opaque)
     assert isinstance(tree["path"].type, GlobalName)
     assert [tensor.tobytes() for _, tensor in tensors(tree)] == [struct.pack("<2f", 1, 1)]
@@ -239,7 +239,7 @@ def test_pickles_are_not_written(tmp_path: Path) -> None:
 
 def test_elements_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
     path = legacy_file({"w": torch.zeros(1 << 20)}, tmp_path / "a.pt")
-    document = open_document(path)
+    document = open_checkpoint(path)
     tensor = document.tree["w"]
     assert isinstance(tensor, LazyTensor)
     (piece,) = tensor.extents()

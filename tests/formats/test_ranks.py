@@ -22,12 +22,14 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats import folder as folders
-from optimstate.formats import ranks, torch_zip
-from optimstate.formats._shards import _box_at, _shard_order
-from optimstate.formats.registry import open_document
-from optimstate.plan.rules import Plan
-from optimstate.surgery import convert, remap
-from optimstate.tensors import LazyTensor
+from optimstate.formats.ranks import files as ranks
+from optimstate.formats.ranks.shards import _box_at, _shard_order
+from optimstate.formats.registry import open_checkpoint
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.plan.language.rules import Plan
+from optimstate.surgery.convert import convert
+from optimstate.surgery.remap import remap
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque, replaced, tensors
 from tests import corpus
 from tests.formats.truths import judge
@@ -47,7 +49,7 @@ def folder(tmp_path: Path) -> Callable[[corpus.Case], Path]:
 
 @pytest.mark.parametrize("case", [FSDP1, TENSOR_PARALLEL, FSDP2], ids=str)
 def test_the_ranks_are_what_torch_gathers(case: corpus.Case) -> None:
-    document = open_document(case.entry)
+    document = open_checkpoint(case.entry)
     verdict = judge(document.tree, case.truth())
     assert verdict.wrong == []
     assert verdict.slots == sum(len(slots) - ("__param__" in slots) for slots in case.truth()["state"].values())
@@ -55,19 +57,19 @@ def test_the_ranks_are_what_torch_gathers(case: corpus.Case) -> None:
 
 
 def test_files_are_named_by_what_they_are_together() -> None:
-    assert set(open_document(FSDP1.entry).tree) == {"model.pt", "optim.pt"}
-    assert set(open_document(FSDP2.entry).tree) == {"full.pt"}
+    assert set(open_checkpoint(FSDP1.entry).tree) == {"model.pt", "optim.pt"}
+    assert set(open_checkpoint(FSDP2.entry).tree) == {"full.pt"}
 
 
 def test_values_of_each_rank_are_kept() -> None:
-    document = open_document(TENSOR_PARALLEL.entry)
+    document = open_checkpoint(TENSOR_PARALLEL.entry)
     assert document.tree["full.pt"]["seed"] == {f"rank{rank}": 100 + rank for rank in range(4)}
     assert any("'seed' differs from rank to rank" in note for note in document.notes)
 
 
 def test_no_torch_is_needed() -> None:
     code = (
-        "import sys; from optimstate.surgery import inspect; report = inspect(sys.argv[1]); "
+        "import sys; from optimstate import inspect; report = inspect(sys.argv[1]); "
         "assert 'torch' not in sys.modules; print([s.kind for s in report.sections])"
     )
     command = [sys.executable, "-c", code, str(TENSOR_PARALLEL.entry)]
@@ -79,7 +81,7 @@ def test_no_torch_is_needed() -> None:
 def test_torch_loads_the_one_file_made_of_them(case: corpus.Case, name: str, tmp_path: Path) -> None:
     convert(case.entry, tmp_path / "a.pt")
     live = torch.load(tmp_path / "a.pt", weights_only=True)
-    found = dict(tensors(open_document(case.entry).tree))
+    found = dict(tensors(open_checkpoint(case.entry).tree))
     assert found
     for path, tensor in found.items():
         node = live
@@ -87,7 +89,7 @@ def test_torch_loads_the_one_file_made_of_them(case: corpus.Case, name: str, tmp
             node = node[key]
         assert type(node) is torch.Tensor
         assert (tuple(node.shape), node.numpy().tobytes()) == (tensor.shape, tensor.tobytes())
-    assert judge(open_document(tmp_path / "a.pt").tree, case.truth()).wrong == []
+    assert judge(open_checkpoint(tmp_path / "a.pt").tree, case.truth()).wrong == []
 
 
 def test_a_remapped_folder_has_one_file_where_there_were_ranks(tmp_path: Path) -> None:
@@ -95,11 +97,11 @@ def test_a_remapped_folder_has_one_file_where_there_were_ranks(tmp_path: Path) -
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["model.pt", "optim.pt"]
     assert any("one file with full tensors, made of those of 2 ranks" in note for note in report.notes)
     truth = json.loads(json.dumps(FSDP1.truth()).replace('"up.', '"wide.'))
-    assert judge(open_document(tmp_path / "a").tree, truth).wrong == []
+    assert judge(open_checkpoint(tmp_path / "a").tree, truth).wrong == []
 
 
 def test_a_folder_copied_as_it_is_keeps_the_files_of_its_ranks(tmp_path: Path) -> None:
-    document = open_document(FSDP1.entry)
+    document = open_checkpoint(FSDP1.entry)
     folders.write(document.tree, tmp_path / "a", like=document)
     for file in FSDP1.files:
         assert (tmp_path / "a" / file.name).read_bytes() == file.read_bytes()
@@ -116,7 +118,7 @@ def test_a_missing_rank_is_named_with_the_region(folder: Callable[[corpus.Case],
         match=r"optim\.pt: state\['down\.weight'\]\['exp_avg'\] of shape \[3, 10\] lacks \[2:3, 0:10\], the part of "
         r"rank 1: it is in none of optim_rank0\.pt\n.*all ranks",
     ):
-        open_document(path)
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("rank", range(4))
@@ -126,14 +128,14 @@ def test_any_missing_rank_of_a_mesh_is_noticed(rank: int, folder: Callable[[corp
     with pytest.raises(
         CorruptCheckpointError, match=rf"lacks \[.*place \({rank // 2}, {rank % 2}\) of the mesh \(2, 2\)"
     ):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def test_a_rank_that_is_there_twice_stands_for_no_other(folder: Callable[[corpus.Case], Path]) -> None:
     path = folder(FSDP2)
     shutil.copy(path / "rank0.pt", path / "rank1.pt")
     with pytest.raises(CorruptCheckpointError, match=r"lacks \[17:33, 0:8\], the part of place \(1,\)"):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def test_ranks_of_different_runs_are_refused(folder: Callable[[corpus.Case], Path]) -> None:
@@ -147,7 +149,7 @@ def test_ranks_of_different_runs_are_refused(folder: Callable[[corpus.Case], Pat
     with pytest.raises(
         CorruptCheckpointError, match=r"optimizer\['state'\]\['3'\] is in rank0\.pt and not in rank1\.pt"
     ):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def with_step(path: Path, file: str, step: float) -> None:
@@ -168,7 +170,7 @@ def test_a_step_that_is_not_that_of_the_others_is_refused(folder: Callable[[corp
         CorruptCheckpointError,
         match=r"optimizer\['state'\]\[0\]\['step'\] is not sharded.*rank0\.pt is not that of rank1",
     ):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def test_a_buffer_that_differs_is_that_of_the_first_rank_and_noted(tmp_path: Path) -> None:
@@ -179,14 +181,14 @@ def test_a_buffer_that_differs_is_that_of_the_first_rank_and_noted(tmp_path: Pat
         tree = replaced(document.tree, {id(document.tree["model"]): model})
         (tmp_path / "a").mkdir(exist_ok=True)
         torch_zip.write(tree, tmp_path / "a" / f"rank_{rank}.pt", like=document)
-    document = open_document(tmp_path / "a")
+    document = open_checkpoint(tmp_path / "a")
     assert document.tree["full.pt"]["model"]["count"].tobytes() == torch.zeros(2).numpy().tobytes()
     assert any("model['count'] differs from rank to rank" in note for note in document.notes)
 
 
 def test_flat_parameters_are_not_put_together() -> None:
     """Without the wrapping of the model nobody knows what is in them."""
-    assert set(open_document(corpus.case("fsdp1/raw_flatparam_per_rank").entry).tree) == {
+    assert set(open_checkpoint(corpus.case("fsdp1/raw_flatparam_per_rank").entry).tree) == {
         "optim_rank0.pt",
         "optim_rank1.pt",
     }
@@ -280,8 +282,8 @@ def test_a_stated_order_holds() -> None:
 
 
 def test_meshes_of_older_torch() -> None:
-    from optimstate.formats._shards import _mesh_shape
-    from optimstate.tensors import Storage
+    from optimstate.formats.ranks.shards import _mesh_shape
+    from optimstate.tensors.lazy import Storage
 
     assert _mesh_shape({"mesh": LazyTensor(Storage((), 0), "int32", (2, 3))}) == (2, 3)
     layout = GlobalName("torch.distributed._mesh_layout", "_MeshLayout").record()

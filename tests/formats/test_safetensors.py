@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from optimstate import surgery
+import optimstate
 from optimstate.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -21,11 +21,13 @@ from optimstate.errors import (
     RepresentationError,
     UnsupportedCheckpointError,
 )
-from optimstate.formats import _safetensors_file, safetensors, torch_zip
-from optimstate.formats._globals import PLAIN_CLASSES
-from optimstate.formats._protocol import WriteOptions
-from optimstate.formats.registry import open_document
-from optimstate.tensors import LazyTensor
+from optimstate.formats.pickles.globals import PLAIN_CLASSES
+from optimstate.formats.protocol import WriteOptions
+from optimstate.formats.registry import open_checkpoint
+from optimstate.formats.safetensors import container as safetensors
+from optimstate.formats.safetensors import file as safetensors_file
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque, difference, opaques, tensors, walk
 from tests import corpus
 from tests.corpus import Case
@@ -62,7 +64,7 @@ def live_tensors() -> dict[str, torch.Tensor]:
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "theirs.safetensors"
     save_file(live_tensors(), path, metadata={"format": "pt", "note": "x"})
-    document = open_document(path)
+    document = open_checkpoint(path)
     again = tmp_path / "again.pt"
     torch_zip.write(dict(document.tree), again, options=QUICK)
     assert unlike(torch.load(again), load_file(path)) is None
@@ -73,7 +75,7 @@ def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
     source, path = tmp_path / "live.pt", tmp_path / "ours.safetensors"
     live = live_tensors()
     torch.save(live, source)
-    safetensors.write(open_document(source).tree, path, options=QUICK)
+    safetensors.write(open_checkpoint(source).tree, path, options=QUICK)
     loaded = load_file(path)
     assert loaded.keys() == live.keys()
     assert unlike({name: loaded[name] for name in live}, live) is None
@@ -87,25 +89,25 @@ def test_a_plain_file_is_rewritten_byte_for_byte(tmp_path: Path) -> None:
     source, path = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
     ordered = {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.bfloat16), "c": torch.ones(1, dtype=torch.float64)}
     save_file(ordered, source, metadata={"format": "pt", "note": "kept"})
-    document = open_document(source)
+    document = open_checkpoint(source)
     safetensors.write(document.tree, path, like=document, options=QUICK)
     assert load_file(path).keys() == load_file(source).keys()
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt", "note": "kept"}
-    assert difference(open_document(source).tree, open_document(path).tree) is None
+    assert difference(open_checkpoint(source).tree, open_checkpoint(path).tree) is None
 
 
 def test_data_is_aligned_to_its_items(tmp_path: Path) -> None:
     path, source = tmp_path / "ours.safetensors", tmp_path / "live.pt"
     torch.save({"x": torch.ones(3, dtype=torch.uint8), "y": torch.ones(5, dtype=torch.float64)}, source)
-    safetensors.write(open_document(source).tree, path, options=QUICK)
-    for _, tensor in tensors(open_document(path).tree):
+    safetensors.write(open_checkpoint(source).tree, path, options=QUICK)
+    for _, tensor in tensors(open_checkpoint(path).tree):
         assert tensor.storage.pieces[0].offset % tensor.itemsize == 0
 
 
 def test_the_library_reads_whole_checkpoints_as_named_tensors(tmp_path: Path) -> None:
     path = tmp_path / "whole.safetensors"
-    surgery.convert(corpus.case("torch/adam_named_wd").entry, path, options=QUICK)
+    optimstate.convert(corpus.case("torch/adam_named_wd").entry, path, options=QUICK)
     named = load_file(path)
     assert {"model.fc1.weight", "optimizer.state.fc1.weight.exp_avg"} <= named.keys()
     live = torch.load(corpus.case("torch/adam_named_wd").entry)
@@ -124,7 +126,7 @@ WHOLE = [case for case in readable() if case.entry.is_file()]
 def held(case: Case, tmp_path: Path) -> tuple[Path, RepresentationError | None]:
     path = tmp_path / "whole.safetensors"
     try:
-        surgery.convert(case.entry, path, options=QUICK)
+        optimstate.convert(case.entry, path, options=QUICK)
     except RepresentationError as error:
         return path, error
     return path, None
@@ -151,11 +153,11 @@ def test_torch_to_safetensors_to_torch_is_the_identity(case: Case, tmp_path: Pat
         assert not list(tmp_path.iterdir())
         return
     assert error is None
-    source = open_document(case.entry).tree
-    assert difference(source, open_document(path).tree, aliases=True) is None
+    source = open_checkpoint(case.entry).tree
+    assert difference(source, open_checkpoint(path).tree, aliases=True) is None
     back = tmp_path / "back.pt"
-    surgery.convert(path, back, options=QUICK)
-    assert difference(source, open_document(back).tree) is None
+    optimstate.convert(path, back, options=QUICK)
+    assert difference(source, open_checkpoint(back).tree) is None
     assert unlike(load_torch(back), load_torch(case.entry)) is None
 
 
@@ -166,10 +168,10 @@ def test_the_offered_options_help(name: str, tmp_path: Path) -> None:
     path = tmp_path / "held.safetensors"
     if name == "optimstate/objects_containers":  # a container within itself is not an object that can be left out
         with pytest.raises(RepresentationError, match="contains itself"):
-            surgery.convert(source, path, options=options)
+            optimstate.convert(source, path, options=options)
         return
-    report = surgery.convert(source, path, options=options)
-    before, after = open_document(source).tree, open_document(path).tree
+    report = optimstate.convert(source, path, options=options)
+    before, after = open_checkpoint(source).tree, open_checkpoint(path).tree
     unknown = [n for _, n in opaques(before) if isinstance(n, Opaque) and n.type.path not in PLAIN_CLASSES]
     assert bool(unknown) == bool(report.notes)
     assert all(note.startswith("left out: ") for note in report.notes)
@@ -183,10 +185,10 @@ def test_clone_views_gives_each_tensor_its_own_memory(tmp_path: Path) -> None:
     base = torch.arange(12.0)
     torch.save({"all": base, "column": base.view(3, 4)[:, 1], "head": base[:4]}, source)
     with pytest.raises(RepresentationError, match=r"column.*all") as caught:
-        surgery.convert(source, path)
+        optimstate.convert(source, path)
     assert "--clone-views" in caught.value.hint
-    surgery.convert(source, path, options=WriteOptions(sync=False, clone_views=True))
-    tree = open_document(path).tree
+    optimstate.convert(source, path, options=WriteOptions(sync=False, clone_views=True))
+    tree = open_checkpoint(path).tree
     assert len({id(tensor.storage) for _, tensor in tensors(tree)}) == 3
     assert unlike(load_file(path)["column"], base.view(3, 4)[:, 1].contiguous()) is None
 
@@ -195,8 +197,8 @@ def test_shared_contiguous_memory_stays_shared(tmp_path: Path) -> None:
     source, path, back = tmp_path / "tied.pt", tmp_path / "tied.safetensors", tmp_path / "back.pt"
     base = torch.arange(12.0)
     torch.save({"all": base, "again": base, "middle": base[3:9].view(2, 3), "end": base[9:]}, source)
-    surgery.convert(source, path, options=QUICK)
-    surgery.convert(path, back, options=QUICK)
+    optimstate.convert(source, path, options=QUICK)
+    optimstate.convert(path, back, options=QUICK)
     loaded = torch.load(back)
     assert unlike(loaded, torch.load(source)) is None
     assert len({tensor.untyped_storage().data_ptr() for tensor in loaded.values()}) == 1
@@ -209,7 +211,7 @@ def test_shared_contiguous_memory_stays_shared(tmp_path: Path) -> None:
 
 def test_shards_hold_everything_once_under_their_size(tmp_path: Path) -> None:
     source, folder = corpus.case("torch/adam_named_wd").entry, tmp_path / "shards"
-    surgery.convert(source, folder, options=WriteOptions(sync=False, shard_size=1000))
+    optimstate.convert(source, folder, options=WriteOptions(sync=False, shard_size=1000))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     found = {name: file.name for file in files for name in load_file(file)}
@@ -220,13 +222,13 @@ def test_shards_hold_everything_once_under_their_size(tmp_path: Path) -> None:
     sizes = [sum(t.nbytes for t in load_file(file).values()) for file in files]
     assert sum(sizes) == index["metadata"]["total_size"]
     assert all(size <= 1000 or len(load_file(file)) == 1 for size, file in zip(sizes, files, strict=True))
-    tree = open_document(folder / "model.safetensors.index.json").tree
-    assert difference(open_document(source).tree, tree) is None
+    tree = open_checkpoint(folder / "model.safetensors.index.json").tree
+    assert difference(open_checkpoint(source).tree, tree) is None
 
 
 def test_one_shard_is_a_plain_file(tmp_path: Path) -> None:
     source, folder = corpus.case("torch/adam_named_wd").entry, tmp_path / "one"
-    surgery.convert(source, folder, options=WriteOptions(sync=False, shard_size=1 << 30))
+    optimstate.convert(source, folder, options=WriteOptions(sync=False, shard_size=1 << 30))
     assert [file.name for file in folder.iterdir()] == ["model.safetensors"]
 
 
@@ -244,10 +246,10 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> Non
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CheckpointError, match=re.escape(message)):
-            open_document(index)
+            open_checkpoint(index)
     index.write_text("{")
     with pytest.raises(CorruptCheckpointError):
-        open_document(index)
+        open_checkpoint(index)
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------
@@ -296,7 +298,7 @@ DAMAGED: dict[str, tuple[Any, bytes]] = {
 def test_damage_is_refused_with_the_file_and_place(name: str, tmp_path: Path) -> None:
     path = made(tmp_path / "damaged.safetensors", *DAMAGED[name])
     with pytest.raises(CheckpointError) as caught:
-        open_document(path)
+        open_checkpoint(path)
     assert str(path) in str(caught.value)
     if name != "duplicate keys":  # which the library overlooks
         with pytest.raises((SafetensorError, OSError)):
@@ -305,25 +307,25 @@ def test_damage_is_refused_with_the_file_and_place(name: str, tmp_path: Path) ->
 
 def test_headers_beyond_the_limit_are_refused_before_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
-    for length in (_safetensors_file.MAX_HEADER + 1, 1 << 40, (1 << 64) - 1):
+    for length in (safetensors_file.MAX_HEADER + 1, 1 << 40, (1 << 64) - 1):
         made(path, b"{}", b"", length)
         with pytest.raises(LimitExceededError, match="header"):
-            open_document(path)
+            open_checkpoint(path)
     made(path, b"{}", b"", 1000)
     with pytest.raises(CorruptCheckpointError, match="1000"):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def test_elements_smaller_than_a_byte_are_not_supported(tmp_path: Path) -> None:
     path = made(tmp_path / "f4.safetensors", {"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"\0")
     with pytest.raises(UnsupportedCheckpointError, match="F4"):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def test_padded_and_unaligned_headers_are_read(tmp_path: Path) -> None:
     for padding in (0, 1, 3, 500):
         path = made(tmp_path / "padded.safetensors", json.dumps({"a": A}).encode() + b" " * padding, bytes(8))
-        assert open_document(path).tree["a"].tobytes() == bytes(8)
+        assert open_checkpoint(path).tree["a"].tobytes() == bytes(8)
         assert load_file(path)["a"].tolist() == [0, 0]
 
 
@@ -385,7 +387,7 @@ def test_a_checkpoint_description_that_lies_is_refused(document: Any, tmp_path: 
     path = whole(tmp_path, document)
 
     def use() -> None:
-        for _, node in walk(open_document(path).tree):
+        for _, node in walk(open_checkpoint(path).tree):
             if isinstance(node, LazyTensor):
                 # Nothing is read or made for a storage that the file cannot have.
                 torch_zip.write({"x": node}, tmp_path / "never.pt", options=QUICK)
@@ -406,6 +408,6 @@ def test_views_that_overlap_themselves_return_as_they_were(tmp_path: Path) -> No
         "spread": torch.arange(12.0).view(3, 4)[:, ::2],
     }
     torch.save(live, source)
-    surgery.convert(source, path, options=QUICK)
-    surgery.convert(path, back, options=QUICK)
+    optimstate.convert(source, path, options=QUICK)
+    optimstate.convert(path, back, options=QUICK)
     assert unlike(torch.load(back), live) is None

@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch.utils.serialization import config
 
-from optimstate.copying import Copier
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnrecognizedFormatError
 from optimstate.errors import UnsupportedCheckpointError as Unsupported
-from optimstate.files import FileSource
-from optimstate.formats import torch_zip
-from optimstate.formats._pickle import dump
-from optimstate.formats._protocol import WriteOptions
-from optimstate.formats.registry import open_document
+from optimstate.formats.pickles.pickle import dump
+from optimstate.formats.protocol import WriteOptions
+from optimstate.formats.registry import open_checkpoint
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.copying import Copier
+from optimstate.io.extents import FileSource
 from optimstate.tree import difference
 from tests import corpus
 from tests.support import digest, load_torch, unlike
@@ -61,7 +61,7 @@ OTHER_MEMO = {
 
 @pytest.mark.parametrize("path", ZIPS, ids=identify)
 def test_reading_and_writing_gives_the_same_pickle(path: Path, tmp_path: Path) -> None:
-    tree = open_document(path).tree
+    tree = open_checkpoint(path).tree
     again = dump(tree)
     if identify(path) in OTHER_PROTOCOL:
         assert again[:2] == b"\x80\x02"
@@ -69,7 +69,7 @@ def test_reading_and_writing_gives_the_same_pickle(path: Path, tmp_path: Path) -
     if identify(path) in OTHER_MEMO:
         copy = tmp_path / "copy.pt"
         torch_zip.write(tree, copy, options=QUICK)
-        assert difference(tree, open_document(copy).tree) is None
+        assert difference(tree, open_checkpoint(copy).tree) is None
         return
     assert again == record(path, "data.pkl")
 
@@ -105,7 +105,7 @@ def test_a_fresh_write_is_what_torch_writes(name: str, tmp_path: Path) -> None:
     theirs.parent.mkdir()
     ours.parent.mkdir()
     torch.save(live, theirs)
-    torch_zip.write(open_document(theirs).tree, ours, options=QUICK)
+    torch_zip.write(open_checkpoint(theirs).tree, ours, options=QUICK)
     assert without_identity(ours) == without_identity(theirs)
     assert record(ours, ".data/serialization_id") != bytes(40)
     assert unlike(load_torch(ours), load_torch(theirs)) is None
@@ -115,7 +115,7 @@ def test_a_write_without_checksums_leaves_them_out_where_none_are_known(tmp_path
     source = corpus.case("optimstate/tensors_without_checksums").entry
     for checksums in (True, False):
         target = tmp_path / f"{checksums}.pt"
-        torch_zip.write(open_document(source).tree, target, options=WriteOptions(checksums=checksums, sync=False))
+        torch_zip.write(open_checkpoint(source).tree, target, options=WriteOptions(checksums=checksums, sync=False))
         with zipfile.ZipFile(target) as archive:
             storages = [info for info in archive.infolist() if "/data/" in info.filename and info.file_size]
         assert all(bool(info.CRC) is checksums for info in storages)
@@ -129,12 +129,12 @@ def test_a_write_without_checksums_leaves_them_out_where_none_are_known(tmp_path
 
 def rewritten(source: Path, folder: Path) -> dict[str, Path]:
     """The file as we write it: described anew behind its data, written from scratch, and changed in place."""
-    document = open_document(source)
+    document = open_checkpoint(source)
     tail, fresh, inside = folder / "tail.pt", folder / "fresh.pt", folder / "inside.pt"
     torch_zip.write(document.tree, tail, like=document, options=QUICK)
     torch_zip.write(document.tree, fresh, options=QUICK)
     shutil.copy(source, inside)
-    copied = open_document(inside)
+    copied = open_checkpoint(inside)
     torch_zip.rewrite_in_place(copied, copied.tree)
     return {"tail": tail, "fresh": fresh, "in place": inside}
 
@@ -195,7 +195,7 @@ def test_another_order_of_the_same_storages_is_no_reason_to_mispredict_them(
 ) -> None:
     source, target = tmp_path / "source.pt", tmp_path / "target.pt"
     torch.save({"a": torch.ones(3), "b": torch.zeros(5), "c": torch.full((7,), 2.0)}, source)
-    document = open_document(source)
+    document = open_checkpoint(source)
     torch_zip.write(dict(reversed(document.tree.items())), target, like=document, options=QUICK)
     monkeypatch.setenv("TORCH_SERIALIZATION_DEBUG", "1")
     with config.patch("load.calculate_storage_offsets", True):
@@ -207,7 +207,7 @@ def test_another_order_of_the_same_storages_is_no_reason_to_mispredict_them(
 def test_old_names_do_not_stay_behind(tmp_path: Path) -> None:
     source, target = tmp_path / "source.pt", tmp_path / "target.pt"
     torch.save({"very_secret_name": torch.ones(3)}, source)
-    document = open_document(source)
+    document = open_checkpoint(source)
     torch_zip.write({"x": document.tree["very_secret_name"]}, target, like=document, options=QUICK)
     assert b"very_secret_name" in source.read_bytes()
     assert b"very_secret_name" not in target.read_bytes()
@@ -228,7 +228,7 @@ def huge(tmp_path: Path) -> Path:
         torch.save({f"t{i}": tensor for i, tensor in enumerate(live)}, path)
     assert path.stat().st_blocks * 512 < 1 << 20, "this file system has no sparse files"
     with path.open("r+b") as file:  # something to recognise each storage by
-        for storage in (tensor.storage for tensor in open_document(path).tree.values() if tensor.nbytes):
+        for storage in (tensor.storage for tensor in open_checkpoint(path).tree.values() if tensor.nbytes):
             file.seek(storage.pieces[0].offset)
             file.write(bytes([len(storage.key) * 16 + int(storage.key) + 1]))
     return path
@@ -289,7 +289,7 @@ def test_files_across_4_gib_are_what_torch_writes_and_reads(
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     expected = first_bytes(huge, monkeypatch)
     assert len(set(expected.values())) == len(expected) == 9
-    document = open_document(huge)
+    document = open_checkpoint(huge)
 
     fresh = tmp_path / "fresh" / "huge.pt"
     fresh.parent.mkdir()
@@ -309,7 +309,7 @@ def test_files_across_4_gib_are_what_torch_writes_and_reads(
 
     torch_zip.rewrite_in_place(document, renamed)
     assert first_bytes(huge, monkeypatch) == again
-    inside = open_document(huge)
+    inside = open_checkpoint(huge)
     torch_zip.rewrite_in_place(inside, {name.removeprefix("renamed."): t for name, t in inside.tree.items()})
     assert first_bytes(huge, monkeypatch) == expected
 
@@ -321,14 +321,14 @@ def test_an_interrupted_edit_in_place_reads_as_before(tmp_path: Path) -> None:
     source = corpus.case("torch/adam_named_wd").entry
     old, new = interrupted(source, tmp_path)
     cut = tmp_path / "cut.pt"
-    before = open_document(source).tree
+    before = open_checkpoint(source).tree
     points = {*range(len(old), len(old) + 40), *range(len(old), len(new), 97), *range(len(new) - 60, len(new))}
     for length in sorted(points):
         cut.write_bytes(new[:length])
-        assert difference(open_document(cut).tree, before) is None, length
+        assert difference(open_checkpoint(cut).tree, before) is None, length
         if length % 7 == 0:
             assert unlike(torch.load(cut), torch.load(source)) is None
-    assert difference(open_document(tmp_path / "inside.pt").tree, before) is not None
+    assert difference(open_checkpoint(tmp_path / "inside.pt").tree, before) is not None
 
 
 def test_a_long_interrupted_edit_says_how_to_return(tmp_path: Path) -> None:
@@ -337,12 +337,12 @@ def test_a_long_interrupted_edit_says_how_to_return(tmp_path: Path) -> None:
     old, new = interrupted(source, tmp_path)
     assert len(new) - len(old) > 1 << 17
     cut = tmp_path / "cut.pt"
-    before = open_document(source).tree
+    before = open_checkpoint(source).tree
     outcomes = Counter[str]()
     for length in (*range(len(old), len(new), 5003), len(new) - 1, len(new) - 22, len(new) - 23):
         cut.write_bytes(new[:length])
         try:
-            tree, hint = open_document(cut).tree, ""
+            tree, hint = open_checkpoint(cut).tree, ""
         except CheckpointError as error:
             tree, hint = None, error.hint
         outcomes["refused" if hint else "old"] += 1
@@ -356,7 +356,7 @@ def interrupted(source: Path, folder: Path) -> tuple[bytes, bytes]:
     """The bytes before and after every name was changed in place."""
     inside = folder / "inside.pt"
     shutil.copy(source, inside)
-    document = open_document(inside)
+    document = open_checkpoint(inside)
     torch_zip.rewrite_in_place(document, {"wrapped": document.tree})
     old, new = source.read_bytes(), inside.read_bytes()
     assert new.startswith(old)
@@ -372,7 +372,7 @@ def test_an_edit_in_place_that_fails_leaves_the_file_as_it_was(
     for last in range(1, 20):
         path = tmp_path / f"{last}.pt"
         shutil.copy(source, path)
-        document = open_document(path)
+        document = open_checkpoint(path)
         calls = Counter[str]()
 
         def failing(fd: int, data: bytes, last: int = last, calls: Counter[str] = calls) -> int:
@@ -402,7 +402,7 @@ def test_a_wrong_pickle_checksum_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "flipped.pt"
     path.write_bytes(data)
     with pytest.raises(CorruptCheckpointError, match="checksum"):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def zip_of(path: Path, records: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
@@ -426,18 +426,18 @@ def test_zips_that_are_no_checkpoints_are_told_apart(tmp_path: Path) -> None:
     for name, (records, kind, message) in cases.items():
         path = zip_of(tmp_path / f"{name}.pt", records)
         with pytest.raises(kind, match=message) as caught:
-            open_document(path)
+            open_checkpoint(path)
         assert str(path) in str(caught.value)
     with pytest.raises(Unsupported, match="compressed"):
-        open_document(zip_of(tmp_path / "deflated.pt", PLAIN, zipfile.ZIP_DEFLATED))
+        open_checkpoint(zip_of(tmp_path / "deflated.pt", PLAIN, zipfile.ZIP_DEFLATED))
     with pytest.raises(UnrecognizedFormatError):
-        open_document(zip_of(tmp_path / "empty.zip", {}))
-    assert open_document(zip_of(tmp_path / "good.pt", PLAIN)).tree == {"x": 1}
+        open_checkpoint(zip_of(tmp_path / "empty.zip", {}))
+    assert open_checkpoint(zip_of(tmp_path / "good.pt", PLAIN)).tree == {"x": 1}
 
 
 def test_a_missing_version_is_read_and_noted(tmp_path: Path) -> None:
     path = zip_of(tmp_path / "old.pt", {"a/data.pkl": PLAIN["a/data.pkl"]})
-    document = open_document(path)
+    document = open_checkpoint(path)
     assert document.tree == {"x": 1}
     assert "version" in document.notes[0]
 
@@ -470,7 +470,7 @@ def test_a_directory_that_lies_is_refused(fields: dict[str, int], message: str, 
     torch.save({"a": torch.ones(100), "b": torch.zeros(100)}, path)
     edited_directory(path, "lying/data/1", **fields)
     with pytest.raises(CorruptCheckpointError, match=message):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def test_a_field_may_look_like_the_signature_of_an_entry(tmp_path: Path) -> None:
@@ -481,8 +481,8 @@ def test_a_field_may_look_like_the_signature_of_an_entry(tmp_path: Path) -> None
     data = source.read_bytes()
     assert data.count(field) == 2  # behind the record, and in the directory
     path.write_bytes(data.replace(field, b"PK\x01\x02"))
-    assert difference(open_document(source).tree, open_document(path).tree) is None
-    document = open_document(path)
+    assert difference(open_checkpoint(source).tree, open_checkpoint(path).tree) is None
+    document = open_checkpoint(path)
     torch_zip.write(document.tree, tmp_path / "b.pt", like=document, options=QUICK)
     with zipfile.ZipFile(tmp_path / "b.pt") as archive:
         (again,) = (found for found in archive.infolist() if found.filename.endswith("/data/0"))
@@ -496,7 +496,7 @@ def test_a_record_there_twice_is_refused(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("a/data.pkl", PLAIN["a/data.pkl"])
     with pytest.raises(CorruptCheckpointError, match="twice"):
-        open_document(path)
+        open_checkpoint(path)
 
 
 def test_storages_that_do_not_fit_their_records_are_refused(tmp_path: Path) -> None:
@@ -505,7 +505,7 @@ def test_storages_that_do_not_fit_their_records_are_refused(tmp_path: Path) -> N
     pickled = record(path, "data.pkl")
     contents = record(path, "data/0")
     good = {"a/data.pkl": pickled, "a/data/0": contents, "a/version": b"3\n"}
-    assert open_document(zip_of(tmp_path / "good.pt", good)).tree["a"].tobytes() == contents
+    assert open_checkpoint(zip_of(tmp_path / "good.pt", good)).tree["a"].tobytes() == contents
     for name, records in {
         "missing": {"a/data.pkl": pickled},
         "short": {**good, "a/data/0": contents[:-1]},
@@ -514,7 +514,7 @@ def test_storages_that_do_not_fit_their_records_are_refused(tmp_path: Path) -> N
         "stride": {**good, "a/data.pkl": pickled.replace(b"K\x01\x85", b"K\x09\x85")},
     }.items():
         with pytest.raises(CheckpointError):
-            open_document(zip_of(tmp_path / f"{name}.pt", records)).tree["a"].tobytes()
+            open_checkpoint(zip_of(tmp_path / f"{name}.pt", records)).tree["a"].tobytes()
 
 
 def test_a_hostile_archive_runs_nothing_and_is_written_back_as_it_was(
@@ -522,7 +522,7 @@ def test_a_hostile_archive_runs_nothing_and_is_written_back_as_it_was(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     source = corpus.case("optimstate/hostile_zip").entry
-    document = open_document(source)
+    document = open_checkpoint(source)
     target = tmp_path / "again.pt"
     torch_zip.write(document.tree, target, like=document, options=QUICK)
     assert record(target, "data.pkl") == record(source, "data.pkl")

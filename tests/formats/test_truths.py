@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from optimstate.formats.registry import open_document
-from optimstate.surgery import inspect
+from optimstate.formats.registry import open_checkpoint
+from optimstate.surgery.inspect import inspect
 from tests import corpus
 from tests.formats.truths import judge
 
@@ -29,7 +29,7 @@ CASES = [case for case in corpus.all_cases() if case.truth_path and not case.is_
     "case", [case for case in CASES if {"state", "optimizers", "model"} & set(case.truth())], ids=str
 )
 def test_what_is_read_is_what_was_saved(case: corpus.Case) -> None:
-    verdict = judge(open_document(case.entry).tree, case.truth())
+    verdict = judge(open_checkpoint(case.entry).tree, case.truth())
     known = NOT_IN_THE_FILE.get(case.name, ())
     unexpected = [line for line in verdict.wrong if not any(part in line for part in known)]
     assert unexpected == []

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from optimstate.errors import CorruptCheckpointError, RepresentationError
-from optimstate.formats import deepspeed_universal
-from optimstate.formats.registry import open_document
-from optimstate.surgery import convert
+from optimstate.formats.deepspeed import universal as deepspeed_universal
+from optimstate.formats.registry import open_checkpoint
+from optimstate.surgery.convert import convert
 from optimstate.tree import difference
 from tests import corpus
 from tests.formats import zero
@@ -28,7 +28,7 @@ def universal() -> Path:
 
 def test_it_holds_what_the_optimizer_held() -> None:
     case = corpus.case(CASE)
-    document = open_document(universal())
+    document = open_checkpoint(universal())
     assert document.format == "deepspeed-universal"
     verdict = judge(document.tree, case.truth())
     assert verdict.wrong == []
@@ -38,8 +38,8 @@ def test_it_holds_what_the_optimizer_held() -> None:
 
 
 def test_it_says_what_the_partitions_it_was_made_of_say() -> None:
-    partitions = open_document(corpus.case(CASE).entry / "global_step4").tree
-    tree = open_document(universal()).tree
+    partitions = open_checkpoint(corpus.case(CASE).entry / "global_step4").tree
+    tree = open_checkpoint(universal()).tree
     assert difference(tree["model"], partitions["model"]) is None
     for name, slots in partitions["optimizer"]["state"].items():
         for slot, value in slots.items():
@@ -63,8 +63,8 @@ def test_partitions_become_a_universal_checkpoint(tmp_path: Path) -> None:
             assert mine["param_shapes"] == live["param_shapes"]
             assert set(mine) == set(live)
         else:
-            assert differs(open_document(ours / name).tree, without_grad(live)) is None, name
-    assert judge(open_document(ours).tree, corpus.case(CASE).truth()).wrong == []
+            assert differs(open_checkpoint(ours / name).tree, without_grad(live)) is None, name
+    assert judge(open_checkpoint(ours).tree, corpus.case(CASE).truth()).wrong == []
 
 
 def without_grad(node: Any) -> Any:
@@ -80,9 +80,9 @@ def test_what_is_written_reads_the_same(stage: int, tmp_path: Path) -> None:
         zero.write_stage_2(tmp_path / "tag", state, [["a"], ["b"]], 3, keep_padding=False)
     else:
         zero.write_stage_3(tmp_path / "tag", state, ["a", "b"], 3, torch.zeros(2))
-    document = open_document(tmp_path / "tag")
+    document = open_checkpoint(tmp_path / "tag")
     deepspeed_universal.write(document.tree, tmp_path / "b")
-    again = open_document(tmp_path / "b")
+    again = open_checkpoint(tmp_path / "b")
     for part in ("state", "param_groups"):
         for name in state:
             one, other = document.tree["optimizer"], again.tree["optimizer"]
@@ -100,14 +100,14 @@ def test_the_flat_tensors_of_stage_3_get_their_shapes(tmp_path: Path) -> None:
         live = torch.load(file, weights_only=True)
         if isinstance(live, dict) and "param" in live:
             torch.save(live["param"].flatten(), file)
-    assert judge(open_document(folder).tree, corpus.case(CASE).truth()).wrong == []
+    assert judge(open_checkpoint(folder).tree, corpus.case(CASE).truth()).wrong == []
 
 
 def test_a_plain_fp32_checkpoint_needs_no_masters(tmp_path: Path) -> None:
     live = plain()
     torch.save(live, tmp_path / "a.pt")
     convert(tmp_path / "a.pt", tmp_path / "b", to="deepspeed-universal")
-    tree = open_document(tmp_path / "b").tree
+    tree = open_checkpoint(tmp_path / "b").tree
     assert tree["optimizer"]["state"]["w"]["fp32_param"].tobytes() == raw(live["model"]["w"])
     assert tree["optimizer"]["state"]["w"]["exp_avg"].tobytes() == raw(live["optimizer"]["state"]["w"]["exp_avg"])
 
@@ -116,7 +116,7 @@ def test_names_beside_positions_are_enough(tmp_path: Path) -> None:
     case = corpus.case("torch/adam_named_wd")
     report = convert(case.files[0], tmp_path / "b", to="deepspeed-universal")
     assert report.notes == ("DeepSpeed's counters (global_steps, global_samples, skipped_steps) start at 0",)
-    assert judge(open_document(tmp_path / "b").tree, case.truth()).wrong == []
+    assert judge(open_checkpoint(tmp_path / "b").tree, case.truth()).wrong == []
 
 
 def plain() -> dict[str, Any]:
@@ -148,11 +148,11 @@ def test_a_parameter_without_files_is_named(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(universal(), tmp_path / "b"))
     shutil.rmtree(folder / "zero" / "fc1.bias")
     with pytest.raises(CorruptCheckpointError, match=r"'fc1\.bias' has no folder"):
-        open_document(folder)
+        open_checkpoint(folder)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(universal(), tmp_path / "b"))
     torch.save({"param": torch.zeros(3, 3), "cat_dim": 0}, folder / "zero" / "fc1.bias" / "exp_avg.pt")
     with pytest.raises(CorruptCheckpointError, match=r"exp_avg\.pt: shape \(3, 3\), but the parameter has \(17,\)"):
-        open_document(folder)
+        open_checkpoint(folder)

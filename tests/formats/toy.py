@@ -11,12 +11,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from optimstate.copying import copy_extents
 from optimstate.errors import CorruptCheckpointError
-from optimstate.files import AtomicFile, Extent, FileSource
-from optimstate.formats import _json_tree
-from optimstate.formats._protocol import Document, WriteOptions
-from optimstate.tensors import LazyTensor, Storage
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.safetensors import json_tree
+from optimstate.io.copying import copy_extents
+from optimstate.io.extents import AtomicFile, Extent, FileSource
+from optimstate.tensors.lazy import LazyTensor, Storage
 
 NAME = "toy"
 SUFFIXES = (".toy",)
@@ -45,7 +45,7 @@ def read(path: Path) -> Document:
         storage, dtype, shape, stride, *rest = node["$tensor"]
         return LazyTensor(storages[storage], dtype, tuple(shape), tuple(stride), *rest)
 
-    return Document(path, NAME, _json_tree.decode(document["tree"], tensor))
+    return Document(path, NAME, json_tree.decode(document["tree"], tensor))
 
 
 def write(tree: Any, path: Path, *, like: Document | None, options: WriteOptions) -> list[str]:
@@ -57,7 +57,7 @@ def write(tree: Any, path: Path, *, like: Document | None, options: WriteOptions
         flags = (t.requires_grad, t.is_parameter, t.metadata)
         return {"$tensor": [index, t.dtype, t.shape, t.stride, t.offset, *flags]}
 
-    encoded = _json_tree.encode(tree, tensor)
+    encoded = json_tree.encode(tree, tensor)
     kept = [storage for _, storage in storages.values()]
     described = [[s.nbytes, s.kind, s.location] for s in kept]
     header = json.dumps({"tree": encoded, "storages": described}).encode()

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optimstate.state.model import OptimizerState
 from optimstate.state.names import wrapper_prefix
+from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
-from optimstate.tensors import LazyTensor
+from optimstate.tensors.lazy import LazyTensor
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from optimstate.files import Extent
-from optimstate.tensors import DTYPES, LazyTensor, Storage, to_torch
+from optimstate.io.extents import Extent
+from optimstate.tensors.lazy import DTYPES, LazyTensor, Storage, to_torch
 
 
 class Bytes:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from optimstate.errors import MigrationError
-from optimstate.formats.registry import get_format, open_document
-from optimstate.plan.checkpoint import STAMP, apply_plan
-from optimstate.plan.rules import Plan
-from optimstate.tensors import LazyTensor
+from optimstate.formats.registry import get_format, open_checkpoint
+from optimstate.plan.apply.checkpoint import STAMP, apply_plan
+from optimstate.plan.language.rules import Plan
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import difference
 from tests.plan.models import WIDTH, Attention, Twins, made
 from tests.plan.training import batches, train
@@ -21,11 +21,11 @@ from tests.plan.training import batches, train
 
 def saved(tmp_path: Path, content: Any) -> Any:
     torch.save(content, tmp_path / "old.pt")
-    return open_document(tmp_path / "old.pt").tree
+    return open_checkpoint(tmp_path / "old.pt").tree
 
 
 def loaded(tmp_path: Path, tree: Any) -> Any:
-    document = open_document(tmp_path / "old.pt")
+    document = open_checkpoint(tmp_path / "old.pt")
     get_format(document.format).write(tree, tmp_path / "new.pt", like=document)
     return torch.load(tmp_path / "new.pt", weights_only=True)
 
@@ -145,7 +145,7 @@ def test_a_plan_for_one_application_is_noted_and_refused_again(tmp_path: Path) -
 
 
 def test_there_and_back_is_the_same_tree(tmp_path: Path) -> None:
-    from optimstate.plan.inverse import inverse
+    from optimstate.plan.solve.inverse import inverse
 
     tree = saved(tmp_path, everything())
     plan = Plan.from_toml(SPLIT)
@@ -173,7 +173,7 @@ def test_metadata_follows_modules(tmp_path: Path) -> None:
 def test_metadata_of_modules_without_parameters_follows_the_root(
     tmp_path: Path, rename: str, expected: list[str]
 ) -> None:
-    from optimstate.plan.inverse import inverse
+    from optimstate.plan.solve.inverse import inverse
 
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.BatchNorm1d(2))
     tree = saved(tmp_path, model.state_dict())

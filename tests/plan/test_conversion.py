@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from optimstate.errors import MigrationError
-from optimstate.plan.execute import execute_optimizer
-from optimstate.plan.explain import explained
-from optimstate.plan.planner import plan_optimizer
-from optimstate.plan.rules import Plan
-from optimstate.state.model import OptimizerState
-from optimstate.tensors import to_torch
+from optimstate.plan.apply.execute import execute_optimizer
+from optimstate.plan.apply.explain import explained
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve.planner import plan_optimizer
+from optimstate.state.optimizer import OptimizerState
+from optimstate.tensors.lazy import to_torch
 from tests.plan.lazy import lazy_tree
 from tests.plan.models import WIDTH, Twins, made
 from tests.plan.training import batches, train

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from optimstate.errors import PlanError
-from optimstate.plan.execute import execute_optimizer
-from optimstate.plan.groups import same_value
-from optimstate.plan.inverse import inverse
-from optimstate.plan.planner import plan_optimizer
-from optimstate.plan.rules import Plan
-from optimstate.state.model import Group, OptimizerState
+from optimstate.plan.apply.execute import execute_optimizer
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve.groups import same_value
+from optimstate.plan.solve.inverse import inverse
+from optimstate.plan.solve.planner import plan_optimizer
+from optimstate.state.optimizer import Group, OptimizerState
 
 NAMES = {
     **{f"layers.{i}.{x}.weight": (4, 8) for i in range(3) for x in "qkv"},

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from optimstate.errors import MigrationError
-from optimstate.plan.rules import Plan
+from optimstate.plan.language.rules import Plan
 from optimstate.state.scheduler import regroup_scheduler_state
 from tests.plan.models import WIDTH, Attention, Deeper, Feed, Tied, Twins, made
 from tests.plan.training import ELEMENTWISE, batches, migrate, slots_by_name, train
@@ -205,7 +205,7 @@ def test_a_tied_vocabulary_grows_in_both_places() -> None:
 def test_growing_one_of_two_tied_tensors_is_refused() -> None:
     old = made(lambda: Tied(11))
     plan = Plan.from_toml('[[rule]]\nfrom = "embed.weight"\nto = "embed.weight"\nresize = { dim = 0, size = 16 }\n')
-    from optimstate.plan.planner import plan_model
+    from optimstate.plan.solve.planner import plan_model
 
     with pytest.raises(MigrationError, match=r"'embed.weight' .* 'head.weight', which shares its memory"):
         plan_model(plan, old.state_dict())

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from optimstate import surgery
+import optimstate
 from optimstate.errors import MigrationError, PlanError
-from optimstate.plan import lowbit
-from optimstate.plan.execute import execute_optimizer
-from optimstate.plan.explain import explained
-from optimstate.plan.fates import flat_slots
-from optimstate.plan.planner import plan_optimizer
-from optimstate.plan.rules import Plan
-from optimstate.state.model import OptimizerState
-from optimstate.tensors import to_torch
+from optimstate.plan.apply.execute import execute_optimizer
+from optimstate.plan.apply.explain import explained
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.slots import quantized
+from optimstate.plan.slots.outcomes import flat_slots
+from optimstate.plan.solve.planner import plan_optimizer
+from optimstate.state.optimizer import OptimizerState
+from optimstate.tensors.lazy import to_torch
 from tests.plan.lazy import lazy_tree
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -115,17 +115,17 @@ def test_coded_moments_stay_within_the_bound_and_come_back_as_what_the_codes_sta
     for key, slots in saved["state"].items():
         for slot, signed in (("exp_avg", True), ("exp_avg_sq", False)):
             was, now = slots[slot].flatten(), back.state[key][slot].flatten()
-            if was.numel() < lowbit.SMALL:
+            if was.numel() < quantized.SMALL:
                 assert torch.equal(was, now)
                 continue
             assert not torch.equal(was, now)
-            pieces = zip(was.split(lowbit.BLOCK), now.split(lowbit.BLOCK), strict=True)
-            bound = lowbit.error_bound(signed=signed)
+            pieces = zip(was.split(quantized.BLOCK), now.split(quantized.BLOCK), strict=True)
+            bound = quantized.error_bound(signed=signed)
             assert all((a - b).abs().max() <= bound * a.abs().max() for a, b in pieces)
             parts = tensors(state.state[key])
             number = "1" if signed else "2"
             codes = parts[f"state{number}"].flatten().long()
-            scale = parts[f"absmax{number}"].repeat_interleave(lowbit.BLOCK)[: codes.numel()]
+            scale = parts[f"absmax{number}"].repeat_interleave(quantized.BLOCK)[: codes.numel()]
             assert torch.equal(now, parts[f"qmap{number}"][codes] * scale)
         assert torch.equal(back.state[key]["step"], slots["step"])
 
@@ -187,8 +187,8 @@ def test_files_convert_as_live_states_do(source: Any) -> None:
 def test_elements_of_a_file_can_be_read_from_the_middle_of_a_block() -> None:
     _, _, saved = trained(torch.optim.AdamW)
     live, late = saved["state"][0]["exp_avg"], lazy_tree(saved)["state"][0]["exp_avg"]
-    codes = lowbit.coded(live, "1", signed=True)["state1"].flatten()
-    made = lowbit.coded(late, "1", signed=True)["state1"].reshape((5000,))
+    codes = quantized.coded(live, "1", signed=True)["state1"].flatten()
+    made = quantized.coded(late, "1", signed=True)["state1"].reshape((5000,))
     assert torch.equal(to_torch(made.narrow(0, 300, 77)), codes[300:377])
 
 
@@ -201,7 +201,7 @@ def test_what_its_slots_do_not_hold_is_refused(name: str) -> None:
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, saved = trained(torch.optim.AdamW)
-    for cached in (lowbit.library, lowbit.table, lowbit.error_bound):
+    for cached in (quantized.library, quantized.table, quantized.error_bound):
         cached.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(PlanError, match="pip install bitsandbytes"):
@@ -223,11 +223,11 @@ def test_coded_slots_are_decoded_joined_and_coded_again() -> None:
     state, migration = converted(saved, "", text)
     by_name = {name: tensors(slots) for _, name, slots in state.parameters()}
     before = tensors(saved["state"][0])
-    whole = lowbit.decoded(before, "1")
+    whole = quantized.decoded(before, "1")
     assert by_name["a.weight"]["state1"].dtype == torch.uint8  # 4500 elements
     assert torch.equal(by_name["b.weight"]["state1"], whole[45:])  # 500 elements, in 32 bits
-    again, greatest = lowbit.decoded(by_name["a.weight"], "1"), whole.abs().max()
-    assert (again - whole[:45]).abs().max() <= lowbit.error_bound(signed=True) * greatest
+    again, greatest = quantized.decoded(by_name["a.weight"], "1"), whole.abs().max()
+    assert (again - whole[:45]).abs().max() <= quantized.error_bound(signed=True) * greatest
     rest = tensors(saved["state"][1])
     assert by_name["0.bias"]["state1"] is rest["state1"], "what is moved whole stays as it is"
     fates = {row.slot: row.outcome for row in explained(migration) if row.target == "a.weight"}
@@ -250,7 +250,7 @@ def test_files_are_converted_there_and_back(tmp_path: Path) -> None:
     model, _, saved = trained(torch.optim.AdamW)
     old, coded, back = (tmp_path / name for name in ("old.pt", "coded.pt", "back.pt"))
     torch.save({"model": model.state_dict(), "optimizer": saved}, old)
-    report = surgery.convert(old, coded, optimizer="AdamW8bit")
+    report = optimstate.convert(old, coded, optimizer="AdamW8bit")
     assert [(line.slot, line.outcome) for line in next(iter(report.optimizers.values())).slots] == [
         ("step", "exact"),
         ("exp_avg", "approximate"),
@@ -259,7 +259,7 @@ def test_files_are_converted_there_and_back(tmp_path: Path) -> None:
     optimizer = bnb.optim.AdamW8bit(model.parameters(), lr=1.0)
     optimizer.load_state_dict(torch.load(coded)["optimizer"])
     assert train(model, optimizer, 3, 1)[-1] < 1.0
-    again = surgery.convert(coded, back, optimizer="AdamW")
+    again = optimstate.convert(coded, back, optimizer="AdamW")
     assert {line.slot: line.outcome for line in next(iter(again.optimizers.values())).slots} == dict.fromkeys(
         ("step", "exp_avg", "exp_avg_sq"), "exact"
     )

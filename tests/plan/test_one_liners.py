@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.rules import Plan
-from optimstate.plan.template import Template
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.template import Template
 
 MATCHES: list[tuple[str, str, dict[str, str] | None]] = [
     ("fc.weight", "fc.weight", {}),

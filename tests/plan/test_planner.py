@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from optimstate.errors import MigrationError
-from optimstate.plan.execute import execute_model, execute_optimizer
-from optimstate.plan.explain import explained, summary
-from optimstate.plan.planner import Target, plan_model, plan_optimizer
-from optimstate.plan.rules import Plan, Rule
-from optimstate.state.model import OptimizerState
+from optimstate.plan.apply.execute import execute_model, execute_optimizer
+from optimstate.plan.apply.explain import explained, summary
+from optimstate.plan.language.rules import Plan, Rule
+from optimstate.plan.solve.planner import Target, plan_model, plan_optimizer
+from optimstate.state.optimizer import OptimizerState
 
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "fused": None}
 OPTIONS |= {"decoupled_weight_decay": True}

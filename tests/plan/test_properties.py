@@ -8,12 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optimstate.plan.execute import execute_model, execute_optimizer
-from optimstate.plan.inverse import inverse
-from optimstate.plan.planner import plan_model, plan_optimizer
-from optimstate.plan.rules import Plan
-from optimstate.state.model import OptimizerState
-from optimstate.tensors import LazyTensor
+from optimstate.plan.apply.execute import execute_model, execute_optimizer
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve.inverse import inverse
+from optimstate.plan.solve.planner import plan_model, plan_optimizer
+from optimstate.state.optimizer import OptimizerState
+from optimstate.tensors.lazy import LazyTensor
 from tests.plan.lazy import lazy, lazy_tree, same
 
 Family = tuple[dict[str, tuple[int, ...]], str]

@@ -11,9 +11,9 @@ import torch
 
 from optimstate import hooks
 from optimstate.errors import MigrationError
-from optimstate.formats.registry import get_format, open_document
-from optimstate.plan.checkpoint import apply_plan
-from optimstate.plan.rules import Plan
+from optimstate.formats.registry import get_format, open_checkpoint
+from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.language.rules import Plan
 
 Schedules = torch.optim.lr_scheduler
 
@@ -58,7 +58,7 @@ def going_on(optimizer: Any, scheduler: Any, epochs: int) -> list[list[float]]:
 def by_file(tmp_path: Path, plan: Plan, saved: dict[str, Any], target: Any) -> dict[str, Any]:
     """Both states after a plan, by way of a file."""
     torch.save(saved, tmp_path / "old.pt")
-    document = open_document(tmp_path / "old.pt")
+    document = open_checkpoint(tmp_path / "old.pt")
     tree, _, _ = apply_plan(plan, document.tree)
     get_format("torch").write(tree, tmp_path / "new.pt", like=document)
     made: dict[str, Any] = torch.load(tmp_path / "new.pt", weights_only=False)

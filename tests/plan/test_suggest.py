@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from optimstate.plan.resolve import Resolver
-from optimstate.plan.suggest import Suggestion, suggest
+from optimstate.plan.solve.resolve import Resolver
+from optimstate.plan.solve.suggest import Suggestion, suggest
 
 Shapes = dict[str, tuple[int, ...]]
 

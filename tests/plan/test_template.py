@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.template import Template
+from optimstate.plan.language.template import Template
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimstate.plan.execute import execute_model, execute_optimizer
-from optimstate.plan.migration import Migration, Target
-from optimstate.plan.planner import plan_model, plan_optimizer
-from optimstate.plan.rules import Plan
-from optimstate.state.model import OptimizerState
+from optimstate.plan.apply.execute import execute_model, execute_optimizer
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve.migration import Migration, Target
+from optimstate.plan.solve.planner import plan_model, plan_optimizer
+from optimstate.state.optimizer import OptimizerState
 
 torch.set_num_threads(1)
 

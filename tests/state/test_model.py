@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from optimstate.errors import CorruptCheckpointError, StateMismatchError
-from optimstate.formats.registry import open_document
-from optimstate.state.model import Group, Member, OptimizerState
+from optimstate.formats.registry import open_checkpoint
+from optimstate.state.optimizer import Group, Member, OptimizerState
 from optimstate.state.sections import find_sections
 from optimstate.tree import difference
 from tests.corpus import all_cases, container_of
@@ -42,7 +42,7 @@ def test_every_optimizer_of_the_corpus_is_written_back_as_it_was() -> None:
         for path in case.files:
             if container_of(path) != "torch_zip" or "hostile" in case.name:
                 continue
-            for section in find_sections(open_document(path).tree):
+            for section in find_sections(open_checkpoint(path).tree):
                 # fastai's lists by position are read as an optimizer, but have a form of their own.
                 if section.kind == "optimizer" and isinstance(section.node, dict) and "param_groups" in section.node:
                     found += 1

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from optimstate.state.schema import ALGORITHMS, inferred_kind, parameter_shape, recognise
+from optimstate.state.algorithms.registry import ALGORITHMS, inferred_kind, parameter_shape, recognise
 
 TORCH: dict[str, dict[str, Any]] = {
     "Adadelta": {},

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from optimstate import surgery
-from optimstate.formats.registry import open_document
-from optimstate.state.model import OptimizerState
+import optimstate
+from optimstate.formats.registry import open_checkpoint
+from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
-from optimstate.tensors import LazyTensor
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque
 from tests import corpus
 from tests.corpus import Case
@@ -46,7 +46,7 @@ def truth_as_saved(case: Case) -> dict[str, Any]:
 
 
 def sections(case: Case, kind: str) -> list[Section]:
-    return [section for section in find_sections(open_document(case.entry).tree) if section.kind == kind]
+    return [section for section in find_sections(open_checkpoint(case.entry).tree) if section.kind == kind]
 
 
 def check_state(state: OptimizerState, truth: Mapping[str, Any]) -> None:
@@ -92,14 +92,14 @@ def test_several_optimizers_of_one_file_are_told_apart() -> None:
     assert [section.label for section in found] == [f"optimizers[{name!r}]" for name in truths]
     for section, truth in zip(found, truths.values(), strict=True):
         check_state(section.optimizer(), truth)
-    info = [s.algorithm for s in surgery.inspect(case.entry).sections if s.kind == "optimizer"]
+    info = [s.algorithm for s in optimstate.inspect(case.entry).sections if s.kind == "optimizer"]
     assert info == ["Muon", "AdamW"]
 
 
 @pytest.mark.parametrize("case", [c for c in TORCH if not c.name.startswith(NOT_TORCH_OPTIMIZERS)], ids=str)
 def test_inspect_tells_the_algorithm_counts_sizes_and_steps(case: Case) -> None:
     truth = truth_as_saved(case)
-    info = surgery.inspect(case.entry, parameters=True)
+    info = optimstate.inspect(case.entry, parameters=True)
     (optimizer,) = (section for section in info.sections if section.kind == "optimizer")
     assert optimizer.algorithm == optimizer_of(case)
     assert [group.parameters for group in optimizer.groups] == [len(group["params"]) for group in truth["groups"]]
@@ -134,7 +134,7 @@ def test_inspect_tells_the_algorithm_counts_sizes_and_steps(case: Case) -> None:
     ["torch/adadelta_unnamed_wd", "torch/frozen_holes_unnamed", "transformers/gpt2_adamw", "torch/optimizer_alone"],
 )
 def test_an_optimizer_without_names_says_so(name: str) -> None:
-    info = surgery.inspect(corpus.case(name).entry, parameters=True)
+    info = optimstate.inspect(corpus.case(name).entry, parameters=True)
     (optimizer,) = (section for section in info.sections if section.kind == "optimizer")
     assert not optimizer.named
     assert all(parameter.name is None for parameter in optimizer.parameters)
@@ -172,7 +172,7 @@ TREES = readable(truth="tensors")
 
 @pytest.mark.parametrize("case", TREES, ids=str)
 def test_every_tensor_of_a_tree_is_where_it_was(case: Case) -> None:
-    tree = open_document(case.entry).tree
+    tree = open_checkpoint(case.entry).tree
     storages: dict[int, int] = {}
     for place, truth in case.truth()["tensors"].items():
         node = corpus.subscript(Walker(tree), place).node
@@ -196,7 +196,7 @@ def test_every_tensor_of_a_tree_is_where_it_was(case: Case) -> None:
 
 @pytest.mark.parametrize("case", TREES, ids=str)
 def test_every_other_value_of_a_tree_has_its_type_and_value(case: Case) -> None:
-    tree = open_document(case.entry).tree
+    tree = open_checkpoint(case.entry).tree
     for place, truth in case.truth()["values"].items():
         node = corpus.subscript(Walker(tree), place).node
         if "same_as" in truth:
@@ -219,9 +219,9 @@ def test_every_other_value_of_a_tree_has_its_type_and_value(case: Case) -> None:
 
 INSPECT_ALL = """
 import sys
-from optimstate import surgery
+import optimstate
 for path in sys.argv[1:]:
-    surgery.inspect(path, parameters=True).to_json()
+    optimstate.inspect(path, parameters=True).to_json()
 print(sorted({"torch", "numpy", "typer", "rich", "safetensors"} & set(sys.modules)))
 """
 
@@ -239,14 +239,14 @@ def test_the_inspect_command_imports_no_torch() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "optimstate.cli", "inspect", str(path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in out.stderr.splitlines() if line.startswith("import time:")}
-    assert "optimstate.surgery._common" in imported
+    assert "optimstate.surgery.reports" in imported
     assert not {name for name in imported if name.split(".")[0] in {"torch", "numpy", "rich", "safetensors"}}
 
 
 def test_a_hostile_file_is_reported_and_not_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = corpus.case("optimstate/hostile_zip")
     monkeypatch.chdir(tmp_path)  # the file would leave a trace in the folder it is loaded in
-    info = surgery.inspect(case.entry)
+    info = optimstate.inspect(case.entry)
     assert info.dangerous
     assert any("system" in name or "subprocess" in name for name in info.dangerous)
     assert not list(tmp_path.iterdir())

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from optimstate.errors import CorruptCheckpointError, MigrationError, PlanSyntaxError, RepresentationError
-from optimstate.formats._protocol import WriteOptions
-from optimstate.surgery import ConvertReport, convert
-from optimstate.surgery._casting import Cast, parse_dtypes
+from optimstate.formats.protocol import WriteOptions
+from optimstate.surgery.casting import Cast, parse_dtypes
+from optimstate.surgery.convert import ConvertReport, convert
 from tests.corpus import case
 from tests.support import load_torch, unlike
 from tests.surgery.test_verify import saved, trained
@@ -243,10 +243,10 @@ def test_a_dry_run_counts_nothing_and_writes_nothing(tmp_path: Path) -> None:
 PROBE = """
 import resource, sys
 import torch
-from optimstate import surgery
+import optimstate
 torch.ones(8).to(torch.bfloat16).to(torch.float32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-surgery.convert(sys.argv[1], sys.argv[2], dtypes={"model": "bfloat16"})
+optimstate.convert(sys.argv[1], sys.argv[2], dtypes={"model": "bfloat16"})
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from optimstate.plan.rules import Plan
-from optimstate.surgery import convert, diff, remap
+from optimstate.plan.language.rules import Plan
+from optimstate.surgery.convert import convert
+from optimstate.surgery.diff import diff
+from optimstate.surgery.remap import remap
 from tests.surgery.test_verify import saved, trained
 
 

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from optimstate import surgery
-from optimstate.surgery._inspection import ModelInfo, OptimizerInfo, ParameterInfo
-from optimstate.surgery._numbers import Statistics, statistics
+import optimstate
+from optimstate.surgery.reports import ModelInfo, OptimizerInfo, ParameterInfo
+from optimstate.surgery.statistics import Statistics, statistics
 from optimstate.tree import tensors
 from tests.corpus import Case, all_cases, case
 from tests.surgery.test_verify import saved, slots, trained
 
 
 def optimizers(path: Path, **options: Any) -> list[OptimizerInfo]:
-    found = surgery.inspect(path, statistics=True, **options).sections
+    found = optimstate.inspect(path, statistics=True, **options).sections
     return [section for section in found if isinstance(section, OptimizerInfo)]
 
 
@@ -114,12 +114,12 @@ MAKERS: dict[str, Callable[[], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_statistics_are_torchs(name: str, tmp_path: Path) -> None:
-    from optimstate.formats.registry import open_document
+    from optimstate.formats.registry import open_checkpoint
 
     torch.manual_seed(1)
     tensor = MAKERS[name]()
     torch.save({"w": tensor}, tmp_path / "one.pt")
-    document = open_document(tmp_path / "one.pt")
+    document = open_checkpoint(tmp_path / "one.pt")
     [(_, lazy)] = tensors(document.tree)
     found, truth = statistics(lazy), expected(tensor.float() if tensor.dtype in NARROW else tensor)
     if "beyond" in name or "below" in name:  # torch's own norm leaves the range of a double
@@ -138,7 +138,7 @@ def test_parts_add_up_to_the_whole() -> None:
 
 def test_a_norm_beyond_a_double_is_none_and_the_json_holds_it(tmp_path: Path) -> None:
     torch.save({"w": torch.full((4,), 1.7e308, dtype=torch.float64)}, tmp_path / "one.pt")
-    text = surgery.inspect(tmp_path / "one.pt", statistics=True).to_json()
+    text = optimstate.inspect(tmp_path / "one.pt", statistics=True).to_json()
     found = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
     assert found["sections"][0]["statistics"]["w"]["norm"] is None
     assert found["sections"][0]["statistics"]["w"]["maximum"] == 1.7e308
@@ -148,10 +148,10 @@ PROBE = """
 import resource, sys
 from pathlib import Path
 import torch
-from optimstate import surgery
+import optimstate
 torch.randn(4).double().dot(torch.ones(4).double())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = surgery.inspect(sys.argv[1], statistics=True)
+found = optimstate.inspect(sys.argv[1], statistics=True)
 assert found.sections[0].statistics["w"].elements == 1 << 25
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
@@ -170,7 +170,7 @@ def test_a_tensor_is_never_whole_in_memory(tmp_path: Path) -> None:
 
 def test_without_statistics_torch_is_not_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from optimstate import surgery; found = surgery.inspect(sys.argv[1], parameters=True); "
+        "import sys; import optimstate; found = optimstate.inspect(sys.argv[1], parameters=True); "
         "assert found.sections; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     )
     path = str(case("torch/adamw_named_layerwise_sequentiallr").entry)
@@ -185,7 +185,7 @@ def test_oddities_of_numbers_are_notes_that_name_the_parameter(tmp_path: Path) -
     slots(checkpoint, 2)["exp_avg"].zero_()
     slots(checkpoint, 2)["exp_avg_sq"].zero_()
     checkpoint["model"]["0.bias"][1] = math.inf
-    notes = surgery.inspect(saved(checkpoint, tmp_path), statistics=True).notes
+    notes = optimstate.inspect(saved(checkpoint, tmp_path), statistics=True).notes
     names = [str(parameter.name) for parameter in optimizers(tmp_path / "checkpoint.pt")[0].parameters]
     for name, words in (
         (names[0], "exp_avg: 1 of 48 are NaN or inf"),
@@ -199,13 +199,13 @@ def test_oddities_of_numbers_are_notes_that_name_the_parameter(tmp_path: Path) -
 
 def test_no_more_oddities_than_people_read(tmp_path: Path) -> None:
     torch.save({f"w{i}": torch.tensor([math.nan, 1.0]) for i in range(50)}, tmp_path / "bad.pt")
-    notes = surgery.inspect(tmp_path / "bad.pt", statistics=True).notes
+    notes = optimstate.inspect(tmp_path / "bad.pt", statistics=True).notes
     assert len(notes) == 21
     assert notes[-1].startswith("30 more")
 
 
 def test_a_whole_run_misses_nothing(tmp_path: Path) -> None:
-    assert surgery.inspect(saved(trained(), tmp_path)).resume == ()
+    assert optimstate.inspect(saved(trained(), tmp_path)).resume == ()
 
 
 def drop_model(c: dict[str, Any]) -> None:
@@ -257,15 +257,15 @@ def fewer_rates(c: dict[str, Any]) -> None:
 def test_what_a_resumed_run_would_miss(change: Callable[[dict[str, Any]], None], mention: str, tmp_path: Path) -> None:
     checkpoint = trained()
     change(checkpoint)
-    found = surgery.inspect(saved(checkpoint, tmp_path)).resume
+    found = optimstate.inspect(saved(checkpoint, tmp_path)).resume
     assert any(mention in line for line in found), found
 
 
 def test_an_optimizer_alone_shows_the_names_of_its_layers(tmp_path: Path) -> None:
     checkpoint = trained()
-    with_model = surgery.inspect(saved(checkpoint, tmp_path)).sections
+    with_model = optimstate.inspect(saved(checkpoint, tmp_path)).sections
     del checkpoint["model"]
-    [alone, _] = surgery.inspect(saved(checkpoint, tmp_path)).sections
+    [alone, _] = optimstate.inspect(saved(checkpoint, tmp_path)).sections
     assert isinstance(alone, OptimizerInfo)
     assert alone.names == {"*.weight": (3, "[8, 6]"), "*.bias": (3, "[8]")}
     assert isinstance(with_model[0], ModelInfo)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from optimstate import surgery
+import optimstate
 from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
-from optimstate.plan.rules import GroupRule, Plan
-from optimstate.plan.template import Template
+from optimstate.plan.language.rules import GroupRule, Plan
+from optimstate.plan.language.template import Template
+from optimstate.surgery.settings import with_options
 from tests import corpus
 from tests.support import unlike
 
@@ -31,7 +32,7 @@ def groups(path: Path) -> dict[str, dict[str, Any]]:
 
 def applied(tmp_path: Path, *settings: str, plan: Plan | None = None) -> dict[str, dict[str, Any]]:
     out = tmp_path / "out.pt"
-    surgery.remap(SOURCE, out, surgery.with_options(plan or Plan(), SOURCE, settings), force=True)
+    optimstate.remap(SOURCE, out, with_options(plan or Plan(), SOURCE, settings), force=True)
     return groups(out)
 
 
@@ -74,25 +75,25 @@ def test_it_is_the_result_that_is_named(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_it_without_the_checkpoint(tmp_path: Path) -> None:
-    plan = surgery.with_options(Plan(), SOURCE, ["**.norm.*:eps=1e-6", "betas=[0.8, 0.9]"])
+    plan = with_options(Plan(), SOURCE, ["**.norm.*:eps=1e-6", "betas=[0.8, 0.9]"])
     read = Plan.from_toml(plan.to_toml())
     assert read == plan
-    surgery.remap(SOURCE, tmp_path / "a.pt", plan)
-    surgery.remap(SOURCE, tmp_path / "b.pt", read)
+    optimstate.remap(SOURCE, tmp_path / "a.pt", plan)
+    optimstate.remap(SOURCE, tmp_path / "b.pt", read)
     assert unlike(torch.load(tmp_path / "a.pt"), torch.load(tmp_path / "b.pt")) is None
 
 
 def test_the_report_says_what_changed_and_which_scheduler_will_set_it_again() -> None:
-    plan = surgery.with_options(Plan(), SOURCE, ["0:lr=0.5"])
-    report = surgery.remap(SOURCE, None, plan, dry_run=True)
+    plan = with_options(Plan(), SOURCE, ["0:lr=0.5"])
+    report = optimstate.remap(SOURCE, None, plan, dry_run=True)
     first, second = report.groups["optimizer optimizer"]
     assert first.changed.keys() == {"lr"}
     assert first.changed["lr"][1] == 0.5
     assert not second.changed
     assert [note for note in report.notes if "scheduler" in note and "set initial_lr too" in note]
-    whole = surgery.with_options(Plan(), SOURCE, ["0:lr=0.5", "0:initial_lr=0.5"])
-    assert not any("scheduler" in note for note in surgery.remap(SOURCE, None, whole, dry_run=True).notes)
-    assert not surgery.remap(SOURCE, None, Plan.from_options(drop=["embed.**"]), dry_run=True).groups
+    whole = with_options(Plan(), SOURCE, ["0:lr=0.5", "0:initial_lr=0.5"])
+    assert not any("scheduler" in note for note in optimstate.remap(SOURCE, None, whole, dry_run=True).notes)
+    assert not optimstate.remap(SOURCE, None, Plan.from_options(drop=["embed.**"]), dry_run=True).groups
 
 
 def test_whole_numbers_stay_floats(tmp_path: Path) -> None:
@@ -103,8 +104,8 @@ def test_names_that_mean_something_in_templates_are_told_apart(tmp_path: Path) -
     parameters = [("a{b}.w", torch.nn.Parameter(torch.ones(2))), ("a*.w", torch.nn.Parameter(torch.ones(2)))]
     optimizer = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=0.1, momentum=0.9)
     torch.save({"optimizer": optimizer.state_dict()}, tmp_path / "odd.pt")
-    plan = surgery.with_options(Plan(), tmp_path / "odd.pt", ["0:lr=0.5"])
-    surgery.remap(tmp_path / "odd.pt", tmp_path / "out.pt", plan)
+    plan = with_options(Plan(), tmp_path / "odd.pt", ["0:lr=0.5"])
+    optimstate.remap(tmp_path / "odd.pt", tmp_path / "out.pt", plan)
     after = torch.load(tmp_path / "out.pt")["optimizer"]["param_groups"]
     assert [(group["param_names"], group["lr"]) for group in after] == [(["a{b}.w"], 0.5), (["a*.w"], 0.1)]
 
@@ -125,20 +126,20 @@ def test_names_that_mean_something_in_templates_are_told_apart(tmp_path: Path) -
 )
 def test_what_cannot_be_meant_is_refused(setting: str, error: type[Exception], mention: str) -> None:
     with pytest.raises(error) as caught:
-        surgery.with_options(Plan(), SOURCE, [setting])
+        with_options(Plan(), SOURCE, [setting])
     assert mention in str(caught.value)
 
 
 def test_an_optimizer_must_be_there_named_and_alone(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="whose parameters have names"):
-        surgery.with_options(Plan(), corpus.case("torch/adam_unnamed_wd").entry, ["lr=0.1"])
+        with_options(Plan(), corpus.case("torch/adam_unnamed_wd").entry, ["lr=0.1"])
     tables = Plan(groups=(GroupRule((Template("**"),)),))
     with pytest.raises(PlanError, match=r"\[\[group\]\]"):
-        surgery.with_options(tables, SOURCE, ["lr=0.1"])
+        with_options(tables, SOURCE, ["lr=0.1"])
     one = torch.load(SOURCE)
     torch.save({"a": one["optimizer"], "b": one["optimizer"] | {"extra": 1}}, tmp_path / "two.pt")
     with pytest.raises(PlanError, match="optimizer a, optimizer b"):
-        surgery.with_options(Plan(), tmp_path / "two.pt", ["lr=0.1"])
+        with_options(Plan(), tmp_path / "two.pt", ["lr=0.1"])
 
 
 def test_a_group_without_parameters_is_not_lost_silently(tmp_path: Path) -> None:
@@ -147,4 +148,4 @@ def test_a_group_without_parameters_is_not_lost_silently(tmp_path: Path) -> None
     checkpoint["optimizer"]["param_groups"].append(empty)
     torch.save(checkpoint, tmp_path / "empty.pt")
     with pytest.raises(MigrationError, match="param group 2 is empty"):
-        surgery.with_options(Plan(), tmp_path / "empty.pt", ["lr=0.1"])
+        with_options(Plan(), tmp_path / "empty.pt", ["lr=0.1"])

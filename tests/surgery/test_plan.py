@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from optimstate import surgery
+import optimstate
 from optimstate.errors import CheckpointError, DestinationExistsError, PlanError
-from optimstate.formats._protocol import WriteOptions
-from optimstate.plan.rules import Plan
+from optimstate.formats.protocol import WriteOptions
+from optimstate.plan.language.rules import Plan
+from optimstate.surgery import plans
 from tests import corpus
 from tests.support import digest, unlike
 
@@ -56,14 +57,14 @@ def saved(path: Path, model: nn.Module, *, optimizer: bool = True, wrapped: str 
 def test_a_suggested_plan_fits_and_gives_the_targets_names(tmp_path: Path) -> None:
     old = saved(tmp_path / "old.pt", model_of("encoder"), wrapped="module.")
     new = saved(tmp_path / "new.pt", model_of("encoder", fused=True), optimizer=False)
-    report = surgery.suggest_plan(old, new)
+    report = optimstate.suggest(old, new)
     assert report.complete
     assert not report.unused
     assert all(0 < rule.confidence <= 1 and rule.reason for rule in report.rules)
     plan = Plan.from_toml(report.plan)
     assert plan.rules == tuple(rule for text in report.rules for rule in Plan.from_toml(text.toml).rules)
-    assert surgery.check_plan(plan, old, target=new).fits
-    surgery.remap(old, tmp_path / "moved.pt", plan)
+    assert plans.check_plan(plan, old, target=new).fits
+    optimstate.remap(old, tmp_path / "moved.pt", plan)
     before, moved = torch.load(old), torch.load(tmp_path / "moved.pt")
     assert {name.removeprefix("module.") for name in moved["model"]} == set(torch.load(new)["model"])
     parts = [before["model"][f"module.encoder.1.{x}.weight"] for x in "qkv"]
@@ -89,16 +90,16 @@ def test_real_checkpoints_whose_modules_are_renamed(name: str, headers: bool, tm
     """What renames the commonest outermost module is found again, and does to the file what the rename did."""
     source = corpus.case(name).entry
     if name.startswith("deepspeed"):  # read, but not written, as it is
-        surgery.convert(source, tmp_path / "whole.pt", options=WriteOptions(drop_opaque=True))
+        optimstate.convert(source, tmp_path / "whole.pt", options=WriteOptions(drop_opaque=True))
         source = tmp_path / "whole.pt"
-    names = [row.target for row in surgery.show_plan(Plan(), source).rows if row.section.startswith("model")]
+    names = [row.target for row in plans.show_plan(Plan(), source).rows if row.section.startswith("model")]
     ((top, _),) = Counter(name.split(".")[0] for name in names if "." in name).most_common(1)
     renamed, again = (tmp_path / f"{word}{source.suffix}" for word in ("renamed", "again"))
-    surgery.remap(source, renamed, Plan.from_options(rename=[f"{top}.{{p**}}=other_{top}.{{p}}"]))
-    report = surgery.suggest_plan(source, renamed, headers=headers)
+    optimstate.remap(source, renamed, Plan.from_options(rename=[f"{top}.{{p**}}=other_{top}.{{p}}"]))
+    report = optimstate.suggest(source, renamed, headers=headers)
     assert report.complete
-    surgery.remap(source, again, Plan.from_toml(report.plan))
-    difference = surgery.diff(renamed, again)
+    optimstate.remap(source, again, Plan.from_toml(report.plan))
+    difference = optimstate.diff(renamed, again)
     assert (difference.changes, difference.equal > 0) == ((), True)
 
 
@@ -108,15 +109,15 @@ def test_contents_settle_what_shapes_leave_open(tmp_path: Path) -> None:
     one, two = torch.randn(4, 4), torch.randn(4, 4)
     torch.save({"model": {"a.weight": one, "b.weight": two}}, tmp_path / "old.pt")
     torch.save({"model": {"x.weight": two, "y.weight": one}}, tmp_path / "new.pt")
-    sure = surgery.suggest_plan(tmp_path / "old.pt", tmp_path / "new.pt")
+    sure = optimstate.suggest(tmp_path / "old.pt", tmp_path / "new.pt")
     assert {(rule.rule, rule.confidence) for rule in sure.rules} == {
         ("a.weight -> y.weight", 1.0),
         ("b.weight -> x.weight", 1.0),
     }
-    surgery.remap(tmp_path / "old.pt", tmp_path / "moved.pt", Plan.from_toml(sure.plan))
+    optimstate.remap(tmp_path / "old.pt", tmp_path / "moved.pt", Plan.from_toml(sure.plan))
     moved, wanted = torch.load(tmp_path / "moved.pt")["model"], torch.load(tmp_path / "new.pt")["model"]
     assert all(torch.equal(moved[name], wanted[name]) for name in wanted)
-    unsure = surgery.suggest_plan(tmp_path / "old.pt", tmp_path / "new.pt", headers=True)
+    unsure = optimstate.suggest(tmp_path / "old.pt", tmp_path / "new.pt", headers=True)
     assert all(rule.confidence < 0.8 for rule in unsure.rules)
 
 
@@ -124,12 +125,12 @@ def test_weights_that_were_trained_on_are_no_reason_to_rename(tmp_path: Path) ->
     model = model_of("encoder")
     old = saved(tmp_path / "old.pt", model)
     new = saved(tmp_path / "new.pt", model)  # a step later: every tensor differs
-    report = surgery.suggest_plan(old, new)
+    report = optimstate.suggest(old, new)
     assert (report.rules, report.missing, report.unused) == ((), (), ())
 
 
 def test_what_nothing_explains_is_listed_and_the_plan_says_so() -> None:
-    report = surgery.suggest_plan(DENSE, EXPERTS)
+    report = optimstate.suggest(DENSE, EXPERTS)
     assert report.missing == ("layers.0.router.weight", "layers.1.router.weight")
     assert not report.complete
     assert "#   layers.0.router.weight" in report.plan
@@ -139,14 +140,14 @@ def test_what_nothing_explains_is_listed_and_the_plan_says_so() -> None:
 def test_names_that_no_comment_can_hold_do_not_spoil_the_plan(tmp_path: Path) -> None:
     torch.save({"model": {"w\n[[rule]]\x07": torch.zeros(3), "a.w": torch.ones(2)}}, tmp_path / "old.pt")
     torch.save({"model": {"b.w": torch.ones(2)}}, tmp_path / "new.pt")
-    report = surgery.suggest_plan(tmp_path / "old.pt", tmp_path / "new.pt")
+    report = optimstate.suggest(tmp_path / "old.pt", tmp_path / "new.pt")
     assert [str(rule) for rule in Plan.from_toml(report.plan).rules] == ["a.w -> b.w"]
 
 
 def test_a_checkpoint_without_names_cannot_be_compared(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "nothing.pt")
     with pytest.raises(CheckpointError, match=r"nothing\.pt.*names no parameters"):
-        surgery.suggest_plan(tmp_path / "nothing.pt", DENSE)
+        optimstate.suggest(tmp_path / "nothing.pt", DENSE)
 
 
 # --- check ----------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_every_problem_is_found_at_once(tmp_path: Path) -> None:
     old = saved(tmp_path / "old.pt", model_of("encoder"))
     new = saved(tmp_path / "new.pt", model_of("blocks", width=7))
     plan = Plan.from_options(rename=["encoder.{i}.{p**}=blocks.{i}.{p}", "nowhere.{p}=x.{p}"])
-    report = surgery.check_plan(plan, old, target=new)
+    report = plans.check_plan(plan, old, target=new)
     assert not report.fits
     text = "\n".join(report.problems)
     for mention in ("'nowhere.{p}' matches none", "[5, 8], the target has [7, 8]", "[5], the target has [7]"):
@@ -168,7 +169,7 @@ def test_every_problem_is_found_at_once(tmp_path: Path) -> None:
 def test_a_plan_that_fits_says_what_each_rule_matches(tmp_path: Path) -> None:
     old = saved(tmp_path / "old.pt", model_of("encoder"))
     new = saved(tmp_path / "new.pt", model_of("blocks"), optimizer=False)
-    report = surgery.check_plan(Plan.from_options(rename=["encoder.{i}.{p**}=blocks.{i}.{p}"]), old, target=new)
+    report = plans.check_plan(Plan.from_options(rename=["encoder.{i}.{p**}=blocks.{i}.{p}"]), old, target=new)
     assert report.fits
     parameters, buffers = 3 * 8, 3 * 3
     assert report.rules == (("encoder.{i}.{p**} -> blocks.{i}.{p}", 2 * parameters + buffers),)
@@ -181,24 +182,24 @@ def test_parameters_of_the_target_can_be_declared_new_by_a_pattern(tmp_path: Pat
     larger.add_module("extra", nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]))
     new = saved(tmp_path / "new.pt", larger)
     declared = Plan.from_options(fresh=["extra.**"])
-    assert surgery.check_plan(declared, old, target=new).fits
-    assert not surgery.check_plan(declared, old).fits
-    undeclared = surgery.check_plan(Plan(), old, target=new)
+    assert plans.check_plan(declared, old, target=new).fits
+    assert not plans.check_plan(declared, old).fits
+    undeclared = plans.check_plan(Plan(), old, target=new)
     assert any("nothing fills 'extra.0.weight'" in problem for problem in undeclared.problems)
 
 
 def test_a_target_without_anything_to_compare_is_a_problem(tmp_path: Path) -> None:
     alone = tmp_path / "nothing.pt"
     torch.save({"epoch": 3}, alone)
-    report = surgery.check_plan(Plan(), saved(tmp_path / "old.pt", model_of("encoder")), target=alone)
+    report = plans.check_plan(Plan(), saved(tmp_path / "old.pt", model_of("encoder")), target=alone)
     assert any("no section" in problem for problem in report.problems)
     with pytest.raises(ValueError, match="needs a checkpoint"):
-        surgery.check_plan(Plan(), target=alone)
+        plans.check_plan(Plan(), target=alone)
 
 
 def test_the_fate_of_an_optimizer_without_names_is_a_problem() -> None:
     anonymous = corpus.case("transformers/gpt2_adamw").entry
-    report = surgery.check_plan(Plan.from_options(drop=["transformer.wpe.weight"]), anonymous)
+    report = plans.check_plan(Plan.from_options(drop=["transformer.wpe.weight"]), anonymous)
     assert any("no parameter names" in problem for problem in report.problems)
 
 
@@ -207,15 +208,17 @@ def test_neither_checking_nor_the_others_import_torch(tmp_path: Path) -> None:
     plan.write_text('[[rule]]\nfrom = "layers.{i}.mlp.fc1.weight"\nto = "layers.{i}.up.weight"\ntranspose = true\n')
     code = f"""
 import sys
-from optimstate import surgery
-from optimstate.formats._protocol import WriteOptions
-from optimstate.plan.rules import Plan
+import optimstate
+from optimstate.surgery import plans
+from optimstate.surgery.settings import with_options
+from optimstate.formats.protocol import WriteOptions
+from optimstate.plan.language.rules import Plan
 plan = Plan.from_file({str(plan)!r})
-surgery.check_plan(plan, {str(DENSE)!r}, target={str(EXPERTS)!r})
-surgery.show_plan(plan, {str(DENSE)!r})
-surgery.invert_plan(plan, {str(DENSE)!r})
-surgery.suggest_plan({str(DENSE)!r}, {str(EXPERTS)!r})
-surgery.with_options(plan, {str(DENSE)!r}, ["lr=0.5"])
+plans.check_plan(plan, {str(DENSE)!r}, target={str(EXPERTS)!r})
+plans.show_plan(plan, {str(DENSE)!r})
+plans.invert_plan(plan, {str(DENSE)!r})
+optimstate.suggest({str(DENSE)!r}, {str(EXPERTS)!r})
+with_options(plan, {str(DENSE)!r}, ["lr=0.5"])
 print(sorted({{"torch", "numpy", "typer", "rich"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -232,9 +235,9 @@ def test_an_inverse_gives_back_every_byte(tmp_path: Path) -> None:
         '[[rule]]\nfrom = "head.weight"\nto = "out.weight"\ntranspose = true\n'
     )
     before = digest(old)
-    report = surgery.invert_plan(plan, old)
-    surgery.remap(old, tmp_path / "there.pt", plan)
-    surgery.remap(tmp_path / "there.pt", tmp_path / "back.pt", Plan.from_toml(report.plan))
+    report = plans.invert_plan(plan, old)
+    optimstate.remap(old, tmp_path / "there.pt", plan)
+    optimstate.remap(tmp_path / "there.pt", tmp_path / "back.pt", Plan.from_toml(report.plan))
     there, back = torch.load(old), torch.load(tmp_path / "back.pt")
     assert {name: unlike(value, back["model"][name]) for name, value in there["model"].items()} == dict.fromkeys(
         there["model"]
@@ -245,13 +248,13 @@ def test_an_inverse_gives_back_every_byte(tmp_path: Path) -> None:
 def test_what_cannot_be_undone_names_the_rules() -> None:
     plan = Plan.from_options(drop=["head.**"], duplicate=["fc=fc1,fc2"])
     with pytest.raises(PlanError, match=r"rule 1 makes copies of 'fc'.*rule 2 drops 'head"):
-        surgery.invert_plan(plan)
-    assert "rule 2 drops" in surgery.show_plan(plan).irreversible
+        plans.invert_plan(plan)
+    assert "rule 2 drops" in plans.show_plan(plan).irreversible
 
 
 def test_showing_has_a_row_for_every_slot_of_every_parameter() -> None:
     plan = Plan.from_options(fresh=["**.norm.*"], drop=["embed.weight"])
-    report = surgery.show_plan(plan, DENSE)
+    report = plans.show_plan(plan, DENSE)
     checkpoint = torch.load(DENSE)
     named = checkpoint["optimizer"]["param_groups"]
     names = [name for group in named for name in group["param_names"] if name != "embed.weight"]
@@ -266,12 +269,12 @@ def test_showing_has_a_row_for_every_slot_of_every_parameter() -> None:
 
 def test_a_plan_is_never_written_over_something(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
-    surgery.check_plan_destination(path)
-    surgery.save_plan("# a plan\n", path)
+    plans.check_plan_destination(path)
+    plans.save_plan("# a plan\n", path)
     with pytest.raises(DestinationExistsError):
-        surgery.check_plan_destination(path)
-    surgery.check_plan_destination(path, force=True)
-    surgery.check_plan_destination("-")
+        plans.check_plan_destination(path)
+    plans.check_plan_destination(path, force=True)
+    plans.check_plan_destination("-")
     assert path.read_text() == "# a plan\n"
 
 
@@ -284,7 +287,7 @@ def test_a_report_counts_every_slot_and_parameter(tmp_path: Path) -> None:
         "resize = { dim = 0, size = 10 }\n\n"
         '[[rule]]\nfresh = "**.norm.*"\n\n[[rule]]\ndrop = "embed.weight"\n'
     )
-    report = surgery.remap(DENSE, tmp_path / "out.pt", plan)
+    report = optimstate.remap(DENSE, tmp_path / "out.pt", plan)
     found = {(row.slot, row.outcome): row.parameters for row in report.outcomes["optimizer optimizer"]}
     assert found == {
         ("step", "exact"): 6,
@@ -303,8 +306,8 @@ def test_a_report_counts_every_slot_and_parameter(tmp_path: Path) -> None:
 
 def test_the_counts_are_those_of_the_rows() -> None:
     plan = Plan.from_options(duplicate=["layers.{i}.mlp.fc1.{p}=layers.{i}.e.{e=0..2}.{p}"], fresh=["**.norm.*"])
-    report = surgery.remap(DENSE, None, plan, dry_run=True)
-    rows = Counter((row.section, row.slot, row.outcome, row.reason) for row in surgery.show_plan(plan, DENSE).rows)
+    report = optimstate.remap(DENSE, None, plan, dry_run=True)
+    rows = Counter((row.section, row.slot, row.outcome, row.reason) for row in plans.show_plan(plan, DENSE).rows)
     counted = {
         (section, row.slot, row.outcome, row.reason): row.parameters
         for section, found in report.outcomes.items()

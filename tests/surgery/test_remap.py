@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from optimstate import surgery
+import optimstate
 from optimstate.errors import DestinationError, MigrationError, PlanSyntaxError
-from optimstate.formats.registry import open_document
-from optimstate.plan.rules import Plan
+from optimstate.formats.registry import open_checkpoint
+from optimstate.plan.language.rules import Plan
 from optimstate.state.sections import find_sections
+from optimstate.surgery.remap import RemapReport
 from optimstate.tree import OpaqueFile, difference
 from tests import corpus
 from tests.corpus import Case
@@ -29,13 +30,13 @@ BACK = Plan.from_options(rename=["renamed.{p**}={p**}"])
 WRAPPERS = ("module.", "_orig_mod.")
 
 
-def remap(source: Path, destination: Path, **options: list[str]) -> surgery.RemapReport:
-    return surgery.remap(source, destination, Plan.from_options(**options), sync=False)
+def remap(source: Path, destination: Path, **options: list[str]) -> RemapReport:
+    return optimstate.remap(source, destination, Plan.from_options(**options), sync=False)
 
 
 def has_names(case: Case) -> bool:
     """Whether a rename has anything to do: a model, or an optimizer with names, that is no pickled object."""
-    sections = find_sections(open_document(case.entry).tree)
+    sections = find_sections(open_checkpoint(case.entry).tree)
     return any(
         hasattr(s.node, "items") and (s.kind in ("model", "ema") or (s.kind == "optimizer" and s.optimizer().is_named))
         for s in sections
@@ -61,11 +62,11 @@ def unlike_trees(a: Any, b: Any) -> str | None:
 def test_renaming_and_back_is_the_identity(case: Case, tmp_path: Path) -> None:
     before = digest(case.entry)
     there, back = tmp_path / f"there{case.entry.suffix}", tmp_path / f"back{case.entry.suffix}"
-    report = surgery.remap(case.entry, there, THERE, sync=False)
+    report = optimstate.remap(case.entry, there, THERE, sync=False)
     assert any(report.moves.values())
-    assert unlike_trees(open_document(case.entry).tree, open_document(there).tree) is not None
-    surgery.remap(there, back, BACK, sync=False)
-    assert unlike_trees(open_document(case.entry).tree, open_document(back).tree) is None
+    assert unlike_trees(open_checkpoint(case.entry).tree, open_checkpoint(there).tree) is not None
+    optimstate.remap(there, back, BACK, sync=False)
+    assert unlike_trees(open_checkpoint(case.entry).tree, open_checkpoint(back).tree) is None
     assert digest(case.entry) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([there.name, back.name])
 
@@ -137,7 +138,7 @@ LOADED = [
 @pytest.mark.parametrize("case", LOADED, ids=str)
 def test_torch_loads_the_same_tensors_under_the_new_names(case: Case, tmp_path: Path) -> None:
     result = tmp_path / f"result{case.entry.suffix}"
-    surgery.remap(case.entry, result, THERE, sync=False)
+    optimstate.remap(case.entry, result, THERE, sync=False)
     for file in case.files:
         twin = result / file.relative_to(case.entry) if case.entry.is_dir() else result
         kind = corpus.container_of(file)
@@ -160,13 +161,13 @@ def test_in_place_gives_what_a_new_file_gives_and_overwrites_nothing(name: str, 
     entry = corpus.case(name).entry
     anew, inside = tmp_path / "anew.ckpt", tmp_path / "inside.ckpt"
     shutil.copy(entry, inside)
-    surgery.remap(entry, anew, THERE)
-    surgery.remap(inside, None, THERE, in_place=True)
-    assert difference(open_document(anew).tree, open_document(inside).tree) is None
+    optimstate.remap(entry, anew, THERE)
+    optimstate.remap(inside, None, THERE, in_place=True)
+    assert difference(open_checkpoint(anew).tree, open_checkpoint(inside).tree) is None
     old = entry.read_bytes()
     assert inside.read_bytes()[: len(old)] == old
-    surgery.remap(inside, None, BACK, in_place=True)
-    assert difference(open_document(entry).tree, open_document(inside).tree) is None
+    optimstate.remap(inside, None, BACK, in_place=True)
+    assert difference(open_checkpoint(entry).tree, open_checkpoint(inside).tree) is None
     assert unlike(load_torch(inside), load_torch(entry)) is None
 
 
@@ -176,7 +177,7 @@ def test_in_place_refuses_what_changes_tensors(tmp_path: Path) -> None:
     before = digest(file)
     for options in ({"drop": ["layers.1.**"]}, {"duplicate": ["embed.{p}=a.{p},b.{p}"]}):
         with pytest.raises(DestinationError, match="in place"):
-            surgery.remap(file, None, Plan.from_options(**options), in_place=True)
+            optimstate.remap(file, None, Plan.from_options(**options), in_place=True)
     assert digest(file) == before
 
 
@@ -409,7 +410,7 @@ def test_a_pickled_model_has_no_names_to_move(tmp_path: Path) -> None:
 def test_tied_parameters_stay_tied(tmp_path: Path) -> None:
     source = corpus.case("torch/tied_adam_named").entry
     result = tmp_path / "result.pt"
-    surgery.remap(source, result, THERE, sync=False)
+    optimstate.remap(source, result, THERE, sync=False)
 
     def ties(path: Path) -> list[list[str]]:
         users: dict[int, list[str]] = {}
@@ -423,7 +424,7 @@ def test_tied_parameters_stay_tied(tmp_path: Path) -> None:
 def test_a_sharded_folder_keeps_its_files_and_moves_its_names(tmp_path: Path) -> None:
     source = corpus.case("transformers/llama_tied_sharded").entry
     result = tmp_path / "checkpoint-4"
-    surgery.remap(source, result, Plan.from_options(rename=["model.layers.{i}.{p**}=blocks.{i}.{p**}"]), sync=False)
+    optimstate.remap(source, result, Plan.from_options(rename=["model.layers.{i}.{p**}=blocks.{i}.{p**}"]), sync=False)
     assert sorted(p.name for p in result.iterdir()) == sorted(p.name for p in source.iterdir())
 
     def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -449,8 +450,8 @@ def test_a_sharded_folder_keeps_its_files_and_moves_its_names(tmp_path: Path) ->
 def test_a_dry_run_reports_what_it_would_do_and_writes_nothing(tmp_path: Path) -> None:
     source = corpus.case("torch/adam_named_wd").entry
     plan = Plan.from_options(rename=["fc1.{p}=first.{p}"], drop=["norm.bias"])
-    wet = surgery.remap(source, tmp_path / "wet.pt", plan, sync=False)
-    dry = surgery.remap(source, None, plan, dry_run=True)
+    wet = optimstate.remap(source, tmp_path / "wet.pt", plan, sync=False)
+    dry = optimstate.remap(source, None, plan, dry_run=True)
     assert (dry.rules, dry.moves, dry.dropped, dry.kept) == (wet.rules, wet.moves, wet.dropped, wet.kept)
     assert not dry.written
     assert [path.name for path in tmp_path.iterdir()] == ["wet.pt"]
@@ -458,12 +459,12 @@ def test_a_dry_run_reports_what_it_would_do_and_writes_nothing(tmp_path: Path) -
 
 def test_what_another_optimizer_makes_of_slots_is_counted_once() -> None:
     source = corpus.case("optimstate/moe_before_experts").entry
-    report = surgery.remap(source, None, Plan.from_toml('optimizer = "Lion"'), dry_run=True)
+    report = optimstate.remap(source, None, Plan.from_toml('optimizer = "Lion"'), dry_run=True)
     found = {(row.slot, row.outcome, row.parameters) for row in report.outcomes["optimizer optimizer"]}
     assert found == {("exp_avg", "approximate", 11), ("exp_avg_sq", "dropped", 11), ("step", "dropped", 11)}
-    report = surgery.remap(source, None, Plan.from_toml('optimizer = "Adafactor"'), dry_run=True)
+    report = optimstate.remap(source, None, Plan.from_toml('optimizer = "Adafactor"'), dry_run=True)
     found = {(row.slot, row.outcome, row.parameters) for row in report.outcomes["optimizer optimizer"]}
-    state = open_document(source).tree["optimizer"]["state"].values()
+    state = open_checkpoint(source).tree["optimizer"]["state"].values()
     matrices = sum(len(slots["exp_avg"].shape) >= 2 for slots in state)
     assert found == {
         ("step", "exact", 11),

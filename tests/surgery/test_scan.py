@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from optimstate.errors import CheckpointNotFoundError
-from optimstate.formats._mentions import mentions
-from optimstate.formats._unpickle import load
-from optimstate.surgery import scan
-from optimstate.tensors import Storage
+from optimstate.formats.pickles.mentions import mentions
+from optimstate.formats.pickles.unpickle import load
+from optimstate.surgery.scan import scan
+from optimstate.tensors.lazy import Storage
 from tests.corpus import Case, all_cases, case
 
 

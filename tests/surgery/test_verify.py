@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from optimstate.errors import CheckpointError
-from optimstate.plan.rules import Plan
-from optimstate.surgery import remap, verify, verify_against
+from optimstate.plan.language.rules import Plan
+from optimstate.surgery.remap import remap
+from optimstate.surgery.verify import verify, verify_against
 from tests.corpus import Case, all_cases
 
 Checkpoint = dict[str, Any]

@@ -1,0 +1,1 @@
+"""What the hooks share: live state as the planner sees it, and reports."""

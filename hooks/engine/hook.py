@@ -1,0 +1,146 @@
+"""The base of the hooks that run before an optimizer loads: those registered side by side act as one.
+
+Each says what it wants in a `Request`; the last of them plans once, for the live optimizer, and hands over a new dict.
+So a rule and the policies it needs may be registered in any order, and nothing is copied on the way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from optimstate.errors import PlanError, StateMismatchError
+from optimstate.hooks.engine.live import Live
+from optimstate.hooks.engine.match import Told, matched
+from optimstate.hooks.engine.report import Report
+from optimstate.hooks.engine.request import Request, StateDict, named
+from optimstate.plan.solve.migration import SectionMoves
+from optimstate.state.optimizer import OptimizerState
+from optimstate.tree import no_garbage_collection
+
+__all__ = ["LOGGER", "LoadHook", "adapt"]
+
+LOGGER = logging.getLogger("optimstate")
+
+
+class LoadHook:
+    """A hook for `torch.optim.Optimizer.register_load_state_dict_pre_hook`.
+
+    Hooks registered one after the other on one optimizer act together: rules in the order of registration, then a
+    match by name with the live parameters, whatever groups these are in. So each of them is `match_names` and more.
+    The dict that is loaded is not changed, and tensors that are only moved are not copied. If anything does not fit,
+    the optimizer is left as it is.
+
+    Attributes:
+        moves: The migration behind the last load; None before, and where every parameter was kept as it was.
+    """
+
+    moves: SectionMoves | None = None
+    after_loading = False
+    """Whether it has something left to do when torch has loaded."""
+    _told: Told | None = None
+
+    @property
+    def report(self) -> Report | None:
+        """What the last load did; None before."""
+        return self._told.report if self._told is not None else None
+
+    def prepare(self, request: Request) -> None:
+        """Say what is wanted."""
+
+    def identify(self) -> tuple[torch.nn.Module | None, Sequence[str] | None]:
+        """A model that names the live parameters, and names for those of the checkpoint, where they are given."""
+        return None, None
+
+    def finish(self, optimizer: torch.optim.Optimizer, made: StateDict) -> None:
+        """Called when the new dict is complete."""
+
+    def __call__(self, optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict | None:
+        """The dict to load instead; None where a later hook gives it.
+
+        Raises:
+            OptimStateError: The state does not fit.
+        """
+        hooks = self._beside(optimizer)
+        if hooks[-1] is not self:
+            return None
+        return _load(optimizer, state_dict, hooks)
+
+    def _beside(self, optimizer: torch.optim.Optimizer) -> list[LoadHook]:
+        """This hook and those registered directly before and after it; alone if it is not registered."""
+        registered = list(getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", {}).values())
+        if registered.count(self) > 1:
+            raise PlanError(f"{self} is registered twice on one optimizer", hint="Remove one of them.")
+        if self not in registered:
+            return [self]
+        first = last = registered.index(self)
+        while first > 0 and isinstance(registered[first - 1], LoadHook):
+            first -= 1
+        while last + 1 < len(registered) and isinstance(registered[last + 1], LoadHook):
+            last += 1
+        return registered[first : last + 1]
+
+    def __str__(self) -> str:
+        return "match_names"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def adapt(optimizer: torch.optim.Optimizer, state_dict: StateDict, *hooks: LoadHook) -> StateDict:
+    """The dict that load hooks would hand to an optimizer, for one whose own loading does not let them.
+
+    `optimizer.load_state_dict(hooks.adapt(optimizer, state_dict, hooks.match_names()))` also works where
+    `load_state_dict` runs no hooks (bitsandbytes), or goes back to the dict from before they ran (pytorch_optimizer).
+
+    Args:
+        optimizer: Not changed.
+        state_dict: Not changed.
+        *hooks: In order; without any, parameters are matched by name.
+
+    Raises:
+        PlanError: A hook has something to do after loading, and this optimizer's loading would not call it.
+        OptimStateError: The state does not fit.
+    """
+    library = type(optimizer).load_state_dict.__module__.partition(".")[0]
+    late = [hook for hook in hooks if hook.after_loading]
+    if late and library not in ("torch", "optimstate"):
+        raise PlanError(
+            f"{late[0]} works after loading, when {type(optimizer).__name__}.load_state_dict may call no hooks",
+            hint="Leave it out, and look at the optimizer's own options for the dtypes of its state.",
+        )
+    return _load(optimizer, state_dict, hooks or (LoadHook(),))
+
+
+def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequence[LoadHook]) -> StateDict:
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise StateMismatchError(
+            f"this is no optimizer's state dict: it has {', '.join(map(repr, list(state_dict)[:5]))}",
+            hint="Give the part of the checkpoint that is the optimizer's, or the whole to optimstate.resume().",
+        )
+    model, saved = _identities(hooks)
+    live = Live.of(optimizer, model)
+    request = Request(named(OptimizerState.from_node(state_dict), live, saved), live)
+    for hook in hooks:
+        hook.prepare(request)
+    with no_garbage_collection():
+        made, told = matched(request, tuple(map(str, hooks)), live.names)
+    for hook in hooks:
+        hook.finish(optimizer, made)
+        hook._told, hook.moves = told, told.moves
+    if LOGGER.isEnabledFor(logging.INFO):
+        LOGGER.info(told.report.summary())
+    return made
+
+
+def _identities(hooks: Sequence[LoadHook]) -> tuple[torch.nn.Module | None, Sequence[str] | None]:
+    models, names = zip(*(hook.identify() for hook in hooks), strict=True)
+    given = [model for model in models if model is not None]
+    saved = [found for found in names if found is not None]
+    if any(model is not given[0] for model in given):
+        raise PlanError("two hooks name the live parameters by different models", hint="Give it to one of them.")
+    if any(list(found) != list(saved[0]) for found in saved):
+        raise PlanError("two hooks give the checkpoint's parameters different names", hint="Leave it to one of them.")
+    return (given[0] if given else None), (saved[0] if saved else None)

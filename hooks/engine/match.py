@@ -1,0 +1,240 @@
+"""From a request to the dict that a live optimizer can load by position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from optimstate.errors import MigrationError
+from optimstate.hooks.engine.live import Consecutive
+from optimstate.hooks.engine.report import Report
+from optimstate.hooks.engine.request import METADATA, Request, StateDict, is_settled
+from optimstate.plan.apply.execute import execute_optimizer
+from optimstate.plan.expressions.evaluate import shape_of
+from optimstate.plan.slots.outcomes import flat_slots
+from optimstate.plan.solve.migration import SectionMoves, Target
+from optimstate.plan.solve.planner import plan_optimizer
+from optimstate.state.algorithms.registry import Algorithm, parameter_shape, recognise
+from optimstate.state.optimizer import Group, OptimizerState, Slots
+
+__all__ = ["Told", "matched"]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a report is made of, when somebody asks for it.
+
+    Attributes:
+        hooks: Which hooks did it.
+        kept: Parameters that were kept as they were, without a plan.
+        moves: The migration, where there was one.
+        filled: Parameters that got state from elsewhere, and how.
+        orphans: Keys of state that belonged to no parameter.
+    """
+
+    hooks: tuple[str, ...]
+    kept: tuple[str, ...]
+    moves: SectionMoves | None
+    filled: Mapping[str, str]
+    orphans: tuple[Any, ...]
+
+    @cached_property
+    def report(self) -> Report:
+        """The report."""
+        made = Report(self.hooks, self.kept) if self.moves is None else Report.of(self.hooks, self.moves, self.filled)
+        lost = {str(key): "belongs to no parameter" for key in self.orphans}
+        return replace(made, dropped={**made.dropped, **lost})
+
+
+def matched(request: Request, hooks: tuple[str, ...], names: Sequence[Sequence[str]]) -> tuple[StateDict, Told]:
+    """The dict that the live optimizer can load by position.
+
+    Args:
+        request: What is to be done.
+        hooks: Who asked for it.
+        names: Of the live parameters, as the optimizer is to keep them.
+
+    Raises:
+        MigrationError: It cannot be done.
+    """
+    if request.plan.policy.hyperparameters == "live":
+        request.options.setdefault("*", "live")
+    if is_settled(request):
+        request.plan = request.plan.with_policy(unused="ignore")
+    state, orphans = _without_orphans(request)
+    old = [group.options for group in state.groups]
+    state = replace(state, groups=tuple(_undecided(group, request) for group in state.groups))
+    moves, filled = None, dict[str, str]()
+    algorithm = _algorithm(state)
+    kept = _kept(state, request, algorithm)
+    if kept is not None:
+        slots: Mapping[str, Slots | None] = kept
+        options = [dict(group.options) for group in state.groups]
+        bases: list[int | None] = list(range(len(options)))
+    else:
+        moves = _planned(request, state, algorithm)
+        result = execute_optimizer(moves, state)
+        options = [dict(group.options) for group in moves.groups]
+        bases = [group.base for group in moves.groups]
+        slots, filled = _filled(request, {str(name): found for _, name, found in result.parameters()}, moves)
+    chosen = [
+        _options(request, made, old[base] if base is not None else {}, live)
+        for made, base, live in zip(options, bases, request.live.options, strict=True)
+    ]
+    return _as_dict(request, slots, chosen, names), Told(hooks, tuple(kept or ()), moves, filled, tuple(orphans))
+
+
+def _without_orphans(request: Request) -> tuple[OptimizerState, list[Any]]:
+    """The state without entries under keys that stand for parameters but are in no group; and these keys."""
+    state = request.state
+    lost = [key for key in state.orphans() if isinstance(key, int)]
+    if not lost:
+        return state, []
+    if request.plan.policy.unexpected == "error":
+        raise MigrationError(
+            [f"the checkpoint has state under the key {key!r}, which is in no param group" for key in lost[:4]],
+            hint="Drop it with hooks.drop_unexpected().",
+        )
+    return replace(state, state={key: value for key, value in state.state.items() if key not in set(lost)}), lost
+
+
+def _undecided(group: Group, request: Request) -> Group:
+    """A group without the options of which a hook decides, so that the planner does not stumble over them."""
+    decided = request.values.keys() | {key for key, source in request.options.items() if source == "live"}
+    if not decided:
+        return group
+    return replace(group, options={key: value for key, value in group.options.items() if key not in decided})
+
+
+def _kept(state: OptimizerState, request: Request, algorithm: Algorithm | None) -> dict[str, Slots | None] | None:
+    """The state by name where the live optimizer has the same parameters in the same groups, and no rule changes any.
+
+    Most resumptions are of this kind, and need no plan; one that does not fit gets a plan that says why.
+    """
+    plan = request.plan
+    if plan.groups or plan.guard.has or plan.guard.lacks:
+        return None
+    live, saved = request.live.names, [group.names or () for group in state.groups]
+    if len(live) != len(saved) or any(set(a) != set(b) for a, b in zip(live, saved, strict=True)):
+        return None
+    found = {str(name): slots for _, name, slots in state.parameters()}
+    templates = [template for rule in plan.all_rules() for template in rule.sources]
+    if any(template.match(name) is not None for name in found for template in templates):
+        return None
+    if algorithm is not None and algorithm.is_flat and any(a != b for a, b in zip(live, saved, strict=True)):
+        return None
+    for name, parameter in request.live.pairs():
+        slots = found[name]
+        if slots:
+            shapes = {str(path[-1]): shape_of(value) for path, value in flat_slots(slots)}
+            shape = parameter_shape(shapes, algorithm)
+            if shape is not None and shape != tuple(parameter.shape):
+                return None
+    return found
+
+
+def _algorithm(state: OptimizerState) -> Algorithm | None:
+    slots = dict.fromkeys(slot for _, _, found in state.parameters() for slot in found or ())
+    return recognise(slots, state.groups[0].options) if state.groups else None
+
+
+def _saved_shapes(request: Request) -> dict[str, tuple[int, ...] | None]:
+    """The shapes of the checkpoint's parameters where its slots cannot tell: vectors over all parameters.
+
+    What `add_metadata` noted counts, else the shape of the live parameter of the same name; the vectors' length
+    contradicts it if that has changed.
+    """
+    noted = request.state.node.get(METADATA, {}).get("shapes", {})
+    return {**request.live.shapes(), **{str(name): tuple(shape) for name, shape in noted.items()}}
+
+
+def _planned(request: Request, state: OptimizerState, algorithm: Algorithm | None) -> SectionMoves:
+    live = request.live
+    decided = request.values.keys() | {key for key, source in request.options.items() if source == "live"}
+    options = tuple({key: group[key] for key in group if key not in decided} for group in live.options)
+    shapes = _saved_shapes(request) if algorithm is not None and algorithm.is_flat else None
+    try:
+        target = Target(live.names, options, live.shapes())
+        migration = plan_optimizer(request.plan, state, target=target, shapes=shapes)
+    except MigrationError as error:
+        raise MigrationError(error.problems, hint=_remedies(error.problems)) from error
+    request.counts = [count for _, count in migration.counts]
+    return migration.sections["optimizer"]
+
+
+_REMEDIES = {
+    "nothing fills": "rename({old: new}), duplicate({old: [new, ...]}), or fill_missing()",
+    "is not in the target": "rename({old: new}) or drop_unexpected()",
+    "param groups": 'hyperparameters("live"), hyperparameters(<option>=<value>), or regroup(...)',
+    "gives the shape": 'resize("name"), split({...}), fuse({...}), or reset("name")',
+    "has no options": 'hyperparameters("live") or regroup(...)',
+    "give the model too": 'save with add_metadata(), which notes the shapes; or reset("all")',
+    "it differs": 'regroup(step="min"), or another plan policy with migrate(...)',
+}
+
+
+def _remedies(problems: Sequence[str]) -> str:
+    found = [remedy for mark, remedy in _REMEDIES.items() if any(mark in problem for problem in problems)]
+    return f"As hooks of optimstate.hooks: {'; '.join(found)}." if found else ""
+
+
+def _filled(
+    request: Request, slots: Mapping[str, Slots | None], moves: SectionMoves
+) -> tuple[Mapping[str, Slots | None], dict[str, str]]:
+    new = {move.target for move in moves.moves if move.expression is None}
+    if not new or not request.fills:
+        return slots, {}
+    made = dict(slots)
+    said: dict[str, str] = {}
+    for name, parameter in request.live.pairs():
+        for fill in request.fills if name in new else ():
+            found = fill(name, parameter, slots)
+            if found is not None:
+                made[name], said[name] = found
+                break
+    return made, said
+
+
+def _options(
+    request: Request, planned: dict[str, Any], saved: Mapping[str, Any], live: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A group's options: planned ones (the file's), unless a hook says otherwise."""
+    rest = request.options.get("*", "file")
+    made: dict[str, Any] = {}
+    for key in dict.fromkeys((*saved, *planned, *live)):
+        source = request.options.get(key, rest)
+        if key in request.values:
+            made[key] = request.values[key]
+        elif source == "live":
+            if key in live:
+                made[key] = live[key]
+        elif key in planned:
+            made[key] = planned[key]
+        elif key in live and source == "merge":
+            made[key] = live[key]
+    made.update({key: value for key, value in request.values.items() if key not in made})
+    return made
+
+
+def _as_dict(
+    request: Request,
+    slots: Mapping[str, Slots | None],
+    options: Sequence[Mapping[str, Any]],
+    names: Sequence[Sequence[str]],
+) -> StateDict:
+    state: dict[Any, Any] = {}
+    groups: list[dict[str, Any]] = []
+    start = 0
+    live = request.live
+    for own, plain, order, chosen in zip(names, live.names, live.keys, options, strict=True):
+        keys = Consecutive(range(start, start + len(own)))
+        start += len(own)
+        state.update((key, slots[name]) for key, name in zip(keys, plain, strict=True) if slots[name] is not None)
+        group = {**chosen, "param_names": list(own)} if live.keeps_names else dict(chosen)
+        groups.append({**{key: group[key] for key in (*order, *group) if key in group}, "params": keys})
+    known = {key for group in request.state.groups for key in group.params}
+    others = {key: value for key, value in request.state.state.items() if key not in known and isinstance(key, str)}
+    kept = {key: value for key, value in request.state.node.items() if key not in ("state", "param_groups")}
+    return {**kept, "state": {**state, **others}, "param_groups": groups}

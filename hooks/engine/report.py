@@ -1,0 +1,107 @@
+"""What a hook did, parameter by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+from optimstate.plan.apply.execute import outcome_of
+from optimstate.plan.slots.outcomes import slot_name
+from optimstate.plan.solve.migration import Move, SectionMoves
+
+__all__ = ["Report"]
+
+Outcome = Literal["exact", "approximate", "fresh", "dropped"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every parameter's state.
+
+    Attributes:
+        hooks: Which hooks did it, in order.
+        exact: Parameters whose state arrived as it was, or that had none.
+        approximate: Parameters whose state changed in value, and why.
+        fresh: Parameters that start without state, and why.
+        dropped: Parameters of the checkpoint whose state went nowhere, and why.
+        sources: For each parameter that is not simply kept, the parameters of the checkpoint it comes from.
+        notes: What deserves attention though nothing is wrong.
+    """
+
+    hooks: tuple[str, ...]
+    exact: tuple[str, ...] = ()
+    approximate: Mapping[str, str] = field(default_factory=dict)
+    fresh: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, hooks: tuple[str, ...], section: SectionMoves, filled: Mapping[str, str] | None = None) -> Self:
+        """From a migration; `filled` says of parameters that had no state how they got some."""
+        exact = []
+        approximate: dict[str, str] = dict(filled or {})
+        fresh: dict[str, str] = {}
+        for move in section.moves:
+            outcome = "fresh" if move.expression is None else outcome_of(move).outcome
+            if move.target in approximate:
+                continue
+            if outcome == "approximate":
+                approximate[move.target] = _reasons(move, "approximate")
+            elif move.expression is None:
+                fresh[move.target] = "not in the checkpoint"
+            elif move.slots and outcome == "fresh":
+                fresh[move.target] = _reasons(move, "fresh")
+            else:
+                exact.append(move.target)
+        return cls(
+            hooks,
+            tuple(exact),
+            approximate,
+            fresh,
+            {name: str(rule) if rule is not None else "not in the live optimizer" for name, rule in section.dropped},
+            {move.target: move.sources for move in section.moves if move.changes and move.sources},
+            section.notes,
+        )
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything but the exact state of equally named parameters was handed on."""
+        return bool(self.approximate or self.fresh or self.dropped or self.sources)
+
+    def summary(self) -> str:
+        """One line."""
+        counts = {
+            "exact": len(self.exact),
+            "approximate": len(self.approximate),
+            "fresh": len(self.fresh),
+            "dropped": len(self.dropped),
+        }
+        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "no parameters"
+        return f"{' + '.join(self.hooks)}: {told}"
+
+    def lines(self) -> Iterator[str]:
+        """One line for each parameter that is not simply kept, then the notes."""
+        exact = set(self.exact)
+        for name, sources in self.sources.items():
+            if name in exact:
+                yield f"{name}: exact, from {', '.join(sources)}"
+        for outcome, found in (
+            ("approximate", self.approximate),
+            ("fresh", self.fresh),
+            ("dropped", self.dropped),
+        ):
+            for name, reason in found.items():
+                yield f"{name}: {outcome}" + (f" ({reason})" if reason else "")
+        yield from self.notes
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary(), *self.lines()])
+
+
+def _reasons(move: Move, outcome: Outcome) -> str:
+    found = {
+        fate.reason: slot_name(path) for path, fate in move.slots.items() if fate.outcome == outcome and fate.reason
+    }
+    return "; ".join(f"{name}: {reason}" for reason, name in found.items())

@@ -1,0 +1,124 @@
+"""Slots made or cast for live parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from optimstate.errors import MigrationError, PlanError
+from optimstate.plan.expressions.evaluate import copied, number_of, shape_of
+from optimstate.plan.slots.outcomes import SlotPath, flat_slots, slot_name
+from optimstate.state.algorithms.registry import conventional, recognise
+from optimstate.state.optimizer import Slots
+
+__all__ = ["Casts", "as_dtype", "zeros_like_others"]
+
+
+def as_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name.
+
+    Raises:
+        PlanError: There is none of that name.
+    """
+    found = name if isinstance(name, torch.dtype) else getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise PlanError(f"no dtype is called {name!r}", hint="For example: float32, bfloat16.")
+    return found
+
+
+def zeros_like_others(
+    name: str, parameter: torch.Tensor, slots: Mapping[str, Slots | None], options: Mapping[str, Any]
+) -> tuple[Slots, str] | None:
+    """The slots that the other parameters have, with zeros, and their step count.
+
+    Raises:
+        MigrationError: There is a slot of which nobody knows what zero is, or the others' counts differ.
+    """
+    others = {other: found for other, found in slots.items() if found}
+    if not others:
+        return None
+    algorithm = recognise(dict.fromkeys(slot for found in others.values() for slot in found), options)
+    donor, pattern = next(iter(others.items()))
+    made: dict[Any, Any] = {}
+    for path, value in flat_slots(pattern):
+        key, last = path[-1], str(path[-1])
+        slot = algorithm.slot(last) if algorithm is not None else None
+        slot = slot or conventional(last, shape_of(value), shape_of(value))
+        node = made
+        for step in path[:-1]:  # some libraries nest slots
+            node = node.setdefault(step, {})
+        if value is None:
+            node[key] = None
+        elif slot is not None and slot.kind == "like_param" and torch.is_tensor(value) and value.is_floating_point():
+            node[key] = torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+        elif slot is not None and slot.kind == "scalar":
+            node[key] = _agreed(name, path, donor, others)
+        else:
+            raise MigrationError(
+                [f"fill_missing: nobody knows what zero is for the slot {slot_name(path)!r} that {donor!r} has"],
+                hint='Leave it fresh: fill_missing("fresh").',
+            )
+    return made, "zeros, at the others' step"
+
+
+def _agreed(name: str, path: SlotPath, donor: str, others: Mapping[str, Slots]) -> Any:
+    """A copy of a number that all others have."""
+    found = {other: dict(flat_slots(slots)).get(path) for other, slots in others.items()}
+    value = found[donor]
+    for other, its in found.items():
+        if number_of(its) != number_of(value):
+            raise MigrationError(
+                [
+                    f"fill_missing: {name!r} is to get the others' {slot_name(path)}, but {donor!r} has "
+                    f"{number_of(value)} and {other!r} has {number_of(its)}"
+                ],
+                hint='Name the parameter it is to be like: fill_missing({"new": "other"}), or leave it fresh.',
+            )
+    return copied(value)
+
+
+class Casts:
+    """A dtype policy for slots, carried out after torch has cast them to their parameter's dtype.
+
+    Args:
+        dtypes: For every slot, or by name with `*` for the rest.
+
+    Raises:
+        PlanError: A dtype does not exist.
+    """
+
+    def __init__(self, dtypes: Mapping[str, str | torch.dtype] | str | torch.dtype) -> None:
+        given = dict(dtypes) if isinstance(dtypes, Mapping) else {"*": dtypes}
+        self._kept = {slot for slot, dtype in given.items() if dtype == "file"}
+        self._dtypes = {slot: None if dtype in ("file", "param") else as_dtype(dtype) for slot, dtype in given.items()}
+        self._loading: WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = WeakKeyDictionary()
+        self._followed: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
+
+    def expect(self, optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> None:
+        """Cast what this optimizer is about to load, once it has."""
+        self._loading[optimizer] = made
+        if optimizer not in self._followed:
+            self._followed[optimizer] = True
+            optimizer.register_load_state_dict_post_hook(self._loaded)
+
+    def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        made = self._loading.pop(optimizer, None)
+        if made is None:
+            return
+        keys = [key for group in made["param_groups"] for key in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for key, parameter in zip(keys, parameters, strict=True):
+            slots = optimizer.state.get(parameter)
+            if slots:
+                given = made["state"].get(key, {})
+                slots.update({name: self._cast(name, value, given.get(name)) for name, value in slots.items()})
+
+    def _cast(self, name: str, value: Any, given: Any) -> Any:
+        slot = name if name in self._dtypes or name == "step" else "*"
+        if not torch.is_tensor(given) or not given.is_floating_point():
+            return value
+        dtype = given.dtype if slot in self._kept else self._dtypes.get(slot)
+        return value if dtype is None else given.to(device=value.device, dtype=dtype)

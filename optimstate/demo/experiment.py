@@ -1,0 +1,199 @@
+"""One run that becomes a run with experts, and what that costs with and without its optimizer state."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import state_dict as by_name
+
+from optimstate import hooks, optim
+from optimstate.demo.model import EXPERTS, LAYERS, Text, read_text
+from optimstate.demo.training import TOKENS, Curve, Run
+
+__all__ = ["PLAN", "REWARM", "Arm", "Experiment", "became"]
+
+LOOK_BEFORE, LOOK_AFTER = 20, 4  # steps from one look at the held-out loss to the next
+REWARM = 30  # steps over which the learning rate rises again in the comparison that does so
+
+PLAN = f"""\
+# Every MLP becomes {EXPERTS} experts: each has its weights and its optimizer state.
+[[rule]]
+from = "layers.{{i}}.mlp.{{fc=fc1|fc2}}.{{p}}"
+to = "layers.{{i}}.mlp.experts.{{e=0..{EXPERTS - 1}}}.{{fc}}.{{p}}"
+
+# The routers are new: their weights come from the new model, and they have no state yet.
+[[rule]]
+fresh = "layers.{{i=0..{LAYERS - 1}}}.mlp.router.weight"
+
+[guard]
+has = "layers.*.mlp.fc1.weight"
+lacks = "layers.*.mlp.experts.**"
+"""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to go on.
+
+    Attributes:
+        key: Short, for tables and files.
+        label: For people.
+        curve: Held-out loss from the switch on.
+    """
+
+    key: str
+    label: str
+    curve: Curve
+
+    @property
+    def worst(self) -> float:
+        """By how much the loss rose over that at the switch, at most."""
+        return max(loss for _, loss in self.curve) - self.curve[0][1]
+
+    @property
+    def recovered(self) -> int | None:
+        """Tokens until the loss stays below that at the switch; None where it is not below it at the end."""
+        above = [step for step, loss in self.curve[1:] if loss >= self.curve[0][1]]
+        if above and above[-1] == self.curve[-1][0]:
+            return None
+        return next(step for step, _ in self.curve[1:] if not above or step > above[-1]) * TOKENS
+
+    @property
+    def tokens(self) -> Curve:
+        """The curve over tokens in place of steps."""
+        return [(step * TOKENS, loss) for step, loss in self.curve]
+
+    def at(self, step: int) -> float:
+        """The loss after so many steps, or at the last look before."""
+        return [loss for done, loss in self.curve if done <= step][-1]
+
+
+def became(name: str) -> list[str]:
+    """What the plan makes of a parameter's name."""
+    head, mlp, rest = name.partition(".mlp.")
+    return [f"{head}.mlp.experts.{expert}.{rest}" for expert in range(EXPERTS)] if mlp else [name]
+
+
+class Experiment:
+    """Train, save, move by a plan, and resume in several ways.
+
+    Args:
+        folder: Where `old.pt`, `plan.toml`, `new.pt` and `losses.csv` are written; files of these names are replaced.
+        seed: Of everything that is drawn.
+        steps: Before the switch.
+        after: After it.
+        advance: Called after every training step, with the number of steps.
+
+    Attributes:
+        before: Held-out loss until the switch.
+        torch_silence: What torch's loading by name did without saying so.
+    """
+
+    WAYS = 5  # to go on
+
+    def __init__(
+        self, folder: Path, *, seed: int, steps: int, after: int, advance: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self.seed, self.steps, self.after, self.advance = seed, steps, after, advance
+        self.old, self.plan, self.new = folder / "old.pt", folder / "plan.toml", folder / "new.pt"
+        self.losses = folder / "losses.csv"
+        self.text: Text = read_text()
+        self.dense = Run.start(self.text, seed)
+        self.before: Curve = []
+        self.torch_silence = ""
+
+    def train(self) -> None:
+        """The dense run until the switch, saved as `old.pt`."""
+        self.before = self.dense.train(0, self.steps, every=LOOK_BEFORE, advance=self.advance)
+        torch.save(self.dense.state_dict(), self.old)
+
+    def write_plan(self) -> None:
+        """`plan.toml`; `new.pt` is then made by `optimstate remap old.pt new.pt --plan plan.toml`."""
+        self.plan.write_text(PLAN, encoding="utf-8")
+
+    def torch_refuses(self) -> str:
+        """What torch's own optimizer says when it is given the old state."""
+        model = Run.start(self.text, self.seed, experts=True).model
+        optimizer = torch.optim.AdamW(model.named_parameters())
+        try:
+            optimizer.load_state_dict(torch.load(self.old, weights_only=True)["optimizer"])
+        except ValueError as error:
+            return f"ValueError: {error}"
+        raise AssertionError("torch has loaded the state of other parameters")  # pragma: no cover
+
+    def resume(self) -> list[Arm]:
+        """Go on from the same weights with the same batches and learning rate; only the optimizer's state differs."""
+        # Taken before the dense run goes on, because it shares its tensors.
+        torch_state = by_name.get_optimizer_state_dict(self.dense.model, self.dense.optimizer)
+        torch_state = _cloned(torch_state)
+        arms = [
+            Arm("fresh", "a  fresh optimizer state", self._continued(self.migrated(hooks.reset("all")))),
+            Arm("torch", "b  torch by name, not strict", self._continued(self.torch_resumed(torch_state))),
+            Arm("migrated", "c  migrated by the plan", self._continued(self.migrated())),
+            Arm(
+                "rewarmed",
+                "d  fresh, lr warmed up again",
+                self._continued(self.migrated(hooks.reset("all")), warm_up=REWARM),
+            ),
+            Arm("dense", "e  no experts, no change", self._continued(self.dense)),
+        ]
+        self._write(arms)
+        return arms
+
+    def _continued(self, run: Run, warm_up: int = 0) -> Curve:
+        return run.train(self.steps, self.after, every=LOOK_AFTER, warm_up=warm_up, advance=self.advance)
+
+    def migrated(self, *others: Any) -> Run:
+        """A run with experts that goes on from `new.pt`, with further load hooks."""
+        run, new = self._with_weights()
+        for hook in (hooks.match_names(), *others):
+            run.optimizer.register_load_state_dict_pre_hook(hook)
+        run.optimizer.load_state_dict(new["optimizer"])
+        run.scheduler.load_state_dict(new["scheduler"])
+        return run
+
+    def torch_resumed(self, state: Any) -> Run:
+        """The same with torch's own loading by name, which is silent about parameters that it finds no state for."""
+        run, new = self._with_weights(torch.optim.AdamW)
+        lenient = by_name.StateDictOptions(strict=False)
+        by_name.set_optimizer_state_dict(run.model, run.optimizer, state, options=lenient)
+        run.scheduler.load_state_dict(new["scheduler"])
+        every = list(run.model.parameters())
+        without = sum(not run.optimizer.state.get(p) for p in every)
+        names = run.optimizer.param_groups[0].get("param_names", ())
+        self.torch_silence = (
+            f"no error, no warning; {without} of {len(every)} parameters start without state, "
+            f"param_names has {len(names)}"
+        )
+        return run
+
+    def _with_weights(self, optimizer: type[torch.optim.Optimizer] = optim.AdamW) -> tuple[Run, dict[str, Any]]:
+        run = Run.start(self.text, self.seed, experts=True, optimizer=optimizer)
+        new = torch.load(self.new, weights_only=True)
+        missing, unexpected = run.model.load_state_dict(new["model"], strict=False)
+        if unexpected or any("router" not in name for name in missing):
+            raise AssertionError(f"{missing} {unexpected}")  # pragma: no cover
+        return run, new
+
+    def _write(self, arms: list[Arm]) -> None:
+        with self.losses.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["step", "tokens", *(arm.key for arm in arms)])
+            for step, loss in self.before:
+                rows.writerow([step, step * TOKENS, *[f"{loss:.6f}" if arm.key == "dense" else "" for arm in arms]])
+            for column in zip(*(arm.curve for arm in arms), strict=True):
+                step = self.steps + column[0][0]
+                rows.writerow([step, step * TOKENS, *(f"{loss:.6f}" for _, loss in column)])
+
+
+def _cloned(node: Any) -> Any:
+    if isinstance(node, torch.Tensor):
+        return node.clone()
+    if isinstance(node, dict):
+        return {key: _cloned(value) for key, value in node.items()}
+    return [_cloned(value) for value in node] if isinstance(node, list) else node

@@ -1,0 +1,141 @@
+"""Zip archives whose members are files, some of them checkpoints: what stable-baselines3 saves.
+
+The tree is a dict by member name, as for a folder. Members written by `torch.save` are entered where they lie; the
+others are kept as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from optimstate.errors import (
+    CorruptCheckpointError,
+    RepresentationError,
+    UnrecognizedFormatError,
+    UnsupportedCheckpointError,
+)
+from optimstate.formats.protocol import HEAD_BYTES, Document, WriteOptions
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.extents import AtomicFile, FileSlice, FileSource, chunks
+from optimstate.tree import OpaqueFile
+
+NAME = "zip"
+SUFFIXES = (".zip",)
+
+_LOCAL = struct.Struct("<4s5H3L2H")
+_MAX_MEMBERS = 10_000
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """Whether a file is a zip archive, and not one of torch, whose members are all in one folder."""
+    return head[:4] == b"PK\x03\x04" and path.suffix != ".distcp" and not torch_zip.sniff(path, head)
+
+
+def read(path: Path) -> Document:
+    """Open every checkpoint of the archive.
+
+    Raises:
+        CheckpointError: It is damaged, or a checkpoint in it is compressed.
+        UnrecognizedFormatError: There is no checkpoint in it.
+    """
+    source = FileSource(path)
+    document = Document(path, NAME, {}, handle={})
+    for info in _members(path):
+        part = FileSlice(source, _data_offset(source, info), info.compress_size)
+        head = part.read(0, min(HEAD_BYTES, part.size)) if info.compress_type == zipfile.ZIP_STORED else b""
+        document.handle[info.filename] = (info, part)
+        if torch_zip.sniff(path, head):
+            tree, names, archive = torch_zip.read_archive(part)
+            document.tree[info.filename] = tree
+            document.parts[info.filename] = Document(path, torch_zip.NAME, tree, names, handle=archive)
+            document.globals = list(dict.fromkeys([*document.globals, *names]))
+        elif info.filename.endswith(torch_zip.SUFFIXES) and info.compress_type != zipfile.ZIP_STORED:
+            raise UnsupportedCheckpointError(
+                f"member {info.filename!r} is compressed",
+                path=path,
+                hint="Unpack the archive and give the folder.",
+            )
+        else:
+            document.tree[info.filename] = OpaqueFile(f"{path}:{info.filename}", info.file_size)
+    if not document.parts:
+        raise UnrecognizedFormatError("a zip archive without a checkpoint of torch.save", path=path)
+    return document
+
+
+def _members(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
+        raise CorruptCheckpointError(f"the zip directory cannot be read: {error}", path=path) from error
+    names = {info.filename for info in members}
+    if len(names) != len(members) or len(members) > _MAX_MEMBERS:
+        raise CorruptCheckpointError(f"{len(members)} members with {len(names)} names", path=path)
+    return [info for info in members if not info.is_dir()]
+
+
+def _data_offset(source: FileSource, info: zipfile.ZipInfo) -> int:
+    fields = _LOCAL.unpack(source.read(info.header_offset, _LOCAL.size))
+    if fields[0] != b"PK\x03\x04":
+        raise CorruptCheckpointError(
+            f"member {info.filename!r} has no local header", path=source.path, place=f"offset {info.header_offset}"
+        )
+    return info.header_offset + _LOCAL.size + int(fields[9]) + int(fields[10])
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+    """Write an archive with the members it was read with; those that changed are written anew.
+
+    Raises:
+        RepresentationError: The tree did not come from such an archive.
+    """
+    options = options or WriteOptions()
+    if like is None or like.format != NAME:
+        raise RepresentationError(
+            "only what was read from a zip archive of files can be written as one", hint="Give another file name."
+        )
+    with AtomicFile(path, sync=options.sync) as out:
+        with os.fdopen(os.dup(out.fd), "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, node in tree.items():
+                _write_member(archive, name, node, like, options)
+        os.lseek(out.fd, 0, os.SEEK_END)
+        options.confirmed()
+    return []
+
+
+def _write_member(archive: zipfile.ZipFile, name: str, node: Any, like: Document, options: WriteOptions) -> None:
+    info, part = like.handle[name]
+    made = zipfile.ZipInfo(name, info.date_time)
+    made.external_attr = info.external_attr
+    with archive.open(made, "w", force_zip64=info.file_size > 1 << 30) as member:
+        if isinstance(node, OpaqueFile) and info.compress_type != zipfile.ZIP_STORED:
+            with zipfile.ZipFile(like.path) as source, source.open(name) as compressed:
+                _copy(iter(lambda: compressed.read(1 << 20), b""), member, options)
+        elif name not in like.parts or node is like.parts[name].tree:
+            _copy(chunks([part.extent(0, part.size)]), member, options)
+        else:
+            with tempfile.TemporaryFile() as buffer:
+                size = torch_zip.write_archive(buffer.fileno(), node, options)
+                _copy(_blocks(buffer, size), member, options)
+
+
+def _blocks(file: IO[bytes], size: int) -> Iterable[bytes]:
+    file.seek(0)
+    for at in range(0, size, 1 << 20):
+        yield file.read(min(1 << 20, size - at))
+
+
+def _copy(blocks: Iterable[bytes], member: IO[bytes], options: WriteOptions) -> None:
+    for block in blocks:
+        member.write(block)
+        if options.progress:
+            options.progress(len(block))

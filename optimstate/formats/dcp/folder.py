@@ -1,0 +1,277 @@
+"""Folders of `torch.distributed.checkpoint`: `.metadata` and `__<rank>_<n>.distcp`, from any number of ranks.
+
+Ranks that saved without collectives (`use_collectives=False`) have `__<rank>.metadata` each; they are read as one.
+
+A tensor that ranks wrote in pieces is one tensor here. Reading needs neither torch nor the number of ranks; what is
+written is a folder of one rank, which `torch.distributed.checkpoint.load` gives to any number of them.
+
+The items of a folder have flat names; the paths in `.metadata` say which tree they came from. Where torch flattened the
+optimizer (`flatten_optimizer_state_dict`), or Megatron gave no paths, the tree has `state` and `param_groups` all the
+same (see `_dcp_tree`). Other checkpoint files of the folder (`common.pt`, `meta.pt`) are entries of the tree by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    LimitExceededError,
+    RepresentationError,
+    UnsupportedCheckpointError,
+)
+from optimstate.formats.dcp import tree as tree_of_metadata
+from optimstate.formats.dcp.metadata import Item, Metadata, TensorItem, dump_metadata, load_metadata, merged
+from optimstate.formats.pickles.unpickle import MAX_PICKLE_BYTES
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.ranks.tiles import Tile, check_tiling, tensor_of_pieces
+from optimstate.formats.registry import detect, get_format
+from optimstate.formats.safetensors.file import MAX_HEADER
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.extents import AtomicDirectory, AtomicFile, FileSlice, FileSource
+from optimstate.tensors.lazy import DTYPES, LazyTensor, Storage
+
+NAME = "dcp"
+SUFFIXES = (".dcp",)
+
+_DATA_FILE = "__0_0.distcp"
+_RANK_METADATA = re.compile(r"__(\d+)\.metadata")
+_SMALL_ITEM = 1 << 13  # up to this size an item's bytes are compared with those of items already read
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """Whether it is a folder with the metadata or the data of a distributed checkpoint."""
+    return not head and path.is_dir() and ((path / ".metadata").exists() or any(path.glob("*.distcp")))
+
+
+def read(path: Path) -> Document:
+    """Open a folder.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the pieces of a tensor do not fill it.
+    """
+    loaded = [_read_metadata(file) for file in _metadata_files(path)]
+    metadata = loaded[0][0]
+    notes: list[str] = []
+    if len(loaded) > 1:
+        metadata, notes = merged([each for each, _ in loaded], path)
+    items = _Items(path)
+    values: dict[str, Any] = {}
+    for name in metadata.order:
+        tensor = metadata.tensors.get(name)
+        values[name] = items.object(metadata.objects[name]) if tensor is None else items.tensor(name, tensor)
+    document = Document(path, NAME, {}, handle=metadata)
+    parts = _other_files(document)
+    beside = {name: part.tree for name, part in parts.items()}
+    document.tree, more = tree_of_metadata.nested(values, metadata.paths, beside)
+    document.notes.extend([*notes, *more])
+    names = [name for _, names in loaded for name in names]
+    document.globals = list(dict.fromkeys([*names, *items.globals, *document.globals]))
+    return document
+
+
+def _metadata_files(path: Path) -> list[Path]:
+    """The metadata of all ranks in one file, or of each in its own where they were saved without collectives."""
+    if (path / ".metadata").is_file():
+        return [path / ".metadata"]
+    found = {int(match[1]): file for file in path.iterdir() if (match := _RANK_METADATA.fullmatch(file.name))}
+    if not found:
+        raise CorruptCheckpointError(
+            ".distcp files without .metadata: names and shapes are unknown",
+            path=path,
+            hint="The save did not finish, or the file was left behind when the folder was copied.",
+        )
+    return [found[rank] for rank in sorted(found)]
+
+
+def _read_metadata(path: Path) -> tuple[Metadata, list[tuple[str, str]]]:
+    source = FileSource(path)
+    if source.size > MAX_PICKLE_BYTES:
+        raise LimitExceededError(f"metadata of {source.size} bytes, over the limit", path=path)
+    try:
+        return load_metadata(source.read(0, source.size))
+    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
+        raise type(error)(error.message, path=path, place=error.place, hint=error.hint) from error
+
+
+def _other_files(document: Document) -> dict[str, Document]:
+    """The checkpoint files beside the distributed one; others are only noted."""
+    for file in sorted(document.path.iterdir()):
+        if file.suffix in (".metadata", ".distcp") or file.name == ".metadata" or not file.is_file():
+            continue
+        found = detect(file)
+        if found is None:
+            document.notes.append(f"{file.name} is no checkpoint and is not part of what is read")
+            continue
+        part = found.read(file)
+        document.parts[file.name] = part
+        document.globals = [*document.globals, *part.globals]
+        document.notes.extend(f"{file.name}: {note}" for note in part.notes)
+    return document.parts
+
+
+class _Items:
+    """Reads items of the folder's files, each file opened once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.globals: list[tuple[str, str]] = []
+        self._files: dict[str, FileSource] = {}
+        self._scalars: dict[bytes, Any] = {}
+        self._blobs: dict[tuple[str, int], Mapping[str, Any]] = {}
+
+    def slice(self, item: Item) -> FileSlice:
+        if item.file not in self._files:
+            self._files[item.file] = FileSource(self.folder / item.file)
+        return FileSlice(self._files[item.file], item.offset, item.length)
+
+    def object(self, item: Item) -> Any:
+        """What was saved with `torch.save` as one item. The many equal numbers of a folder are unpickled once."""
+        part = self.slice(item)
+        data = part.read(0, item.length) if item.length <= _SMALL_ITEM else b""
+        if data and data in self._scalars:
+            return self._scalars[data]
+        tree, names, _ = torch_zip.read_archive(part)
+        self.globals = list(dict.fromkeys([*self.globals, *names]))
+        if data and (tree is None or isinstance(tree, bool | int | float | str)):
+            self._scalars[data] = tree
+        return tree
+
+    def tensor(self, name: str, about: TensorItem) -> LazyTensor:
+        """A tensor whose pieces are located when its elements are asked for."""
+        try:
+            check_tiling(about.shape, [(offsets, sizes) for offsets, sizes, _ in about.chunks])
+        except CheckpointError as error:
+            raise type(error)(f"tensor {name!r}: {error.message}", path=self.folder) from error
+        for _, _, item in about.chunks:
+            self.slice(item)  # a missing or short file is an error of opening
+        made = tensor_of_pieces(
+            about.dtype,
+            about.shape,
+            lambda: [Tile(at, n, self._piece(name, about.dtype, n, item)) for at, n, item in about.chunks],
+        )
+        made.requires_grad = about.requires_grad
+        return made
+
+    def _piece(self, name: str, dtype: str, sizes: tuple[int, ...], item: Item) -> Storage:
+        part = self.slice(item)
+        if part.read(0, min(4, part.size)) != b"PK\x03\x04":
+            return self._piece_of_blob(name, dtype, sizes, item)
+        piece, _, _ = torch_zip.read_archive(part)
+        if not isinstance(piece, LazyTensor) or piece.dtype != dtype or piece.shape != sizes:
+            raise CorruptCheckpointError(
+                f"a piece of tensor {name!r} should be {dtype}{list(sizes)}, the file has {piece!r}"[:300],
+                path=part.path,
+                place=f"offset {item.offset}",
+            )
+        return Storage(piece.extents(), piece.nbytes)
+
+    def _piece_of_blob(self, name: str, dtype: str, sizes: tuple[int, ...], item: Item) -> Storage:
+        """Torch notes where the safetensors blob of a file begins, not where in it the tensor is."""
+        file = self._files[item.file]
+        key = (item.file, item.offset)
+        if key not in self._blobs:
+            self._blobs[key] = _blob_header(file, item.offset)
+        header = self._blobs[key]
+        entry = header.get(name)
+        try:
+            assert entry is not None
+            start, stop = entry["data_offsets"]
+            fits = entry["dtype"] == DTYPES[dtype].safetensors and tuple(entry["shape"]) == sizes
+        except (KeyError, TypeError, ValueError, AssertionError):
+            start = stop = 0
+            fits = False
+        nbytes = DTYPES[dtype].itemsize
+        for size in sizes:
+            nbytes *= size
+        if not fits or stop - start != nbytes:
+            raise CorruptCheckpointError(
+                f"a piece of tensor {name!r} should be {dtype}{list(sizes)}, the file has {entry!r}"[:300],
+                path=file.path,
+                place=f"offset {item.offset}",
+            )
+        at = item.offset + 8 + int(header["__header_bytes__"]) + start
+        return Storage((FileSlice(file, at, nbytes).extent(0, nbytes),), nbytes)
+
+
+def _blob_header(file: FileSource, offset: int) -> Mapping[str, Any]:
+    (length,) = struct.unpack("<Q", file.read(offset, 8))
+    try:
+        if length > MAX_HEADER:
+            raise ValueError(f"{length} bytes long")
+        header = json.loads(file.read(offset + 8, length))
+        assert isinstance(header, dict)
+    except (ValueError, RecursionError, AssertionError) as error:
+        raise UnsupportedCheckpointError(
+            f"neither a torch.save archive nor a safetensors header: {error}"[:200],
+            path=file.path,
+            place=f"offset {offset}",
+        ) from None
+    return {**header, "__header_bytes__": length}
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+    """Write a folder of one rank.
+
+    Raises:
+        RepresentationError: The tree is no mapping, or two of its paths would have the same name.
+    """
+    options = options or WriteOptions()
+    if not isinstance(tree, dict):
+        raise RepresentationError(f"a {type(tree).__name__} cannot be the root of a distributed checkpoint")
+    kept = like if like is not None and like.format == NAME else None
+    beside = {name: part for name, part in (kept.parts if kept else {}).items() if name in tree}
+    flattened = kept is not None and tree_of_metadata.is_flattened(kept.handle.paths)
+    leaves, notes = tree_of_metadata.leaves(
+        {key: v for key, v in tree.items() if key not in beside}, flattened=flattened
+    )
+    with AtomicDirectory(path) as folder:
+        metadata = _write_items(leaves, folder / _DATA_FILE, options)
+        for name, part in beside.items():
+            made = get_format(part.format).write(tree[name], folder / name, like=part, options=options)
+            notes.extend(f"{name}: {note}" for note in made)
+        with AtomicFile(folder / ".metadata", sync=options.sync) as out:
+            out.write(dump_metadata(metadata))
+        options.confirmed()
+    return notes
+
+
+def _write_items(leaves: tree_of_metadata.Leaves, path: Path, options: WriteOptions) -> Metadata:
+    """One data file: everything that is no tensor, then the tensors, as torch orders them."""
+    metadata = Metadata(order=list(leaves))
+    expected = sum(leaf.nbytes + 2048 for _, leaf in leaves.values() if isinstance(leaf, LazyTensor))
+    with AtomicFile(path, expected_size=expected, sync=options.sync) as out:
+        position = 0
+        for name, (place, leaf) in leaves.items():
+            metadata.paths[name] = place
+            if not isinstance(leaf, LazyTensor):
+                length = torch_zip.write_archive(out.fd, leaf, options)
+                metadata.objects[name] = Item(path.name, position, length)
+                position += length
+        for name, (_, leaf) in leaves.items():
+            if isinstance(leaf, LazyTensor):
+                length = torch_zip.write_archive(out.fd, _alone(leaf), options)
+                whole = ((0,) * len(leaf.shape), leaf.shape, Item(path.name, position, length))
+                metadata.tensors[name] = TensorItem(leaf.dtype, leaf.shape, leaf.requires_grad, (whole,))
+                position += length
+    return metadata
+
+
+def _alone(tensor: LazyTensor) -> LazyTensor:
+    """A plain tensor of the same elements in row-major order, with nothing around it."""
+    kind = DTYPES[tensor.dtype].storage or "UntypedStorage"
+    whole = tensor.is_contiguous() and tensor.nbytes == tensor.storage.nbytes
+    storage = Storage(tensor.extents(), tensor.nbytes, kind, crc=tensor.storage.crc if whole else None)
+    return LazyTensor(storage, tensor.dtype, tensor.shape)

@@ -1,0 +1,294 @@
+"""Between the flat names of a distributed checkpoint and the tree it was saved from.
+
+Torch flattens a state dict by joining its keys with dots and notes the path of each. Three forms come back as one:
+
+- nested: the paths say everything;
+- flattened optimizers: keys `state.<parameter>.<slot>` and `param_groups.<parameter>.<option>` of one dict become
+  `state` and `param_groups`; parameters whose options are all equal make a group;
+- Megatron's, which has no paths: `optimizer.state.<slot>.<parameter>` become `optimizer`, all other names `model`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from optimstate.errors import CorruptCheckpointError, RepresentationError
+from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import Opaque, Path, format_path
+
+__all__ = ["Leaves", "is_flattened", "leaves", "nested"]
+
+Leaves = dict[str, tuple[Path, Any]]
+"""Name -> its path and what it is."""
+
+_MEGATRON = "optimizer.state."
+_DEEP = 100  # lists of lists beyond this are one item
+
+
+# --- names to tree --------------------------------------------------------------------------------------------------
+
+
+def nested(
+    values: Mapping[str, Any], paths: Mapping[str, Path], beside: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The tree of named values.
+
+    Args:
+        values: By name.
+        paths: The keys that lead to each; empty where nothing is known.
+        beside: Further entries of the tree.
+
+    Returns:
+        The tree, and notes for people.
+    """
+    if not paths:
+        tree, notes = _without_paths(values)
+    else:
+        tree, notes = {}, []
+        for name, value in values.items():
+            _insert(tree, paths.get(name, (name,)), value)
+        tree = _restored(tree)
+    clash = tree.keys() & beside.keys()
+    if clash:
+        raise CorruptCheckpointError(f"{min(clash)!r} is an item of the checkpoint and a file beside it")
+    return {**tree, **beside}, notes
+
+
+def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    """Put a value at a path; an int is an index of a list, as torch writes them."""
+    if not path or not all(type(key) is str or (type(key) is int and key >= 0) for key in path):
+        raise CorruptCheckpointError(f"a path is {path!r}"[:200])
+    node: Any = tree
+    for key, following in zip(path, (*path[1:], None), strict=True):
+        if isinstance(node, list) != (type(key) is int):
+            raise CorruptCheckpointError(f"the path {path!r} contradicts another one"[:300])
+        if isinstance(node, list):
+            if key > len(node) + (1 << 16):
+                raise CorruptCheckpointError(f"the path {path!r} leaves a hole in a list"[:300])
+            node.extend([_ABSENT] * (key + 1 - len(node)))
+        found = node[key] if isinstance(node, list) else node.get(key, _ABSENT)
+        if following is None:
+            if found is not _ABSENT:
+                raise CorruptCheckpointError(f"the path {path!r} is there twice"[:300])
+            node[key] = value
+        elif found is _ABSENT:
+            node[key] = node = [] if type(following) is int else {}
+        elif isinstance(found, dict | list):
+            node = found
+        else:
+            raise CorruptCheckpointError(f"the path {path!r} leads through a value"[:300])
+
+
+_ABSENT = object()
+
+
+def _restored(node: Any) -> Any:
+    """The tree with its optimizers as torch has them; what torch leaves out of flat names is put back."""
+    if isinstance(node, list):
+        return [None if item is _ABSENT else _restored(item) for item in node]
+    if type(node) is not dict:
+        return node
+    if _is_flattened_optimizer(node):
+        return _unflattened(node)
+    made = {key: _restored(value) for key, value in node.items()}
+    groups = made.get("param_groups")
+    if isinstance(groups, list) and groups and all(isinstance(g, dict) and "params" in g for g in groups):
+        if "state" not in made:  # an empty mapping has no items, and so no name
+            made = {"state": {}, **made}
+        state = made["state"]
+        keys = [key for group in groups for key in group["params"]]
+        if isinstance(state, dict) and keys and all(type(key) is int for key in keys):
+            made["state"] = {int(key) if str(key).isdecimal() else key: slots for key, slots in state.items()}
+    return made
+
+
+def _is_flattened_optimizer(node: Mapping[Any, Any]) -> bool:
+    return any(str(key).startswith("param_groups.") for key in node) and all(
+        isinstance(key, str) and key.startswith(("state.", "param_groups.")) for key in node
+    )
+
+
+def _unflattened(node: Mapping[str, Any]) -> dict[str, Any]:
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in node.items():
+        if key.startswith("param_groups."):
+            name, _, option = key.removeprefix("param_groups.").rpartition(".")
+            options.setdefault(name, {})[option] = value
+    state: dict[str, dict[str, Any]] = {}
+    for key, value in node.items():
+        if key.startswith("state."):
+            name, slot = _parameter_and_rest(key.removeprefix("state."), options)
+            slots = state.setdefault(name, {})
+            for outer in slot[:-1]:
+                slots = slots.setdefault(outer, {})
+            slots[slot[-1]] = value
+    return {"state": state, "param_groups": list(_groups(options))}
+
+
+def _parameter_and_rest(text: str, names: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Split `<parameter>.<slot>`, where both may contain dots and the parameters are known."""
+    parts = text.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        if name in names:
+            return name, parts[end:]
+    name, _, slot = text.rpartition(".")
+    return name, [slot]
+
+
+def _groups(options: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Param groups of the parameters whose options are equal, in order of their first parameters."""
+    found: dict[Any, tuple[list[str], Mapping[str, Any]]] = {}
+    for name, values in options.items():
+        key = tuple(sorted((option, _comparable(value)) for option, value in values.items()))
+        found.setdefault(key, ([], values))[0].append(name)
+    for names, values in found.values():
+        yield {**values, "params": names}
+
+
+def _comparable(value: Any) -> str:
+    if isinstance(value, LazyTensor):
+        return f"{value!r} {value.tobytes()!r}" if value.numel == 1 else f"tensor {id(value)}"
+    return repr(value) if isinstance(value, bool | int | float | str | tuple | list | None) else f"object {id(value)}"
+
+
+def _without_paths(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    model: dict[str, Any] = {}
+    state: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name.startswith(_MEGATRON):
+            slot, _, parameter = name.removeprefix(_MEGATRON).partition(".")
+            state.setdefault(parameter, {})[slot] = value
+        else:
+            model[name] = value
+    if not state or not all(name in model for name in state):
+        return dict(values), []
+    group = {"params": [name for name in model if name in state]}
+    note = "param groups are not stored by parameter: all are listed in one, whose options are in another file"
+    return {"model": model, "optimizer": {"state": state, "param_groups": [group]}}, [note]
+
+
+# --- tree to names --------------------------------------------------------------------------------------------------
+
+
+def is_flattened(paths: Mapping[str, Path]) -> bool:
+    """Whether a checkpoint has its optimizers flattened, so that they are written that way again."""
+    return any(type(path[-1]) is str and path[-1].startswith("param_groups.") for path in paths.values())
+
+
+def leaves(tree: Mapping[Any, Any], *, flattened: bool = False) -> tuple[Leaves, list[str]]:
+    """Every item of a tree under the name torch gives it.
+
+    Args:
+        tree: Nested dicts and lists; a list is entered if there is a tensor, a dict or such a list in it.
+        flattened: Write optimizers as `flatten_optimizer_state_dict` does.
+
+    Returns:
+        The items, and notes on what the names cannot hold.
+
+    Raises:
+        RepresentationError: Two paths have the same name.
+    """
+    walker = _Leaves(flattened)
+    for key, value in tree.items():
+        walker.visit((str(key),), value)
+    walker.note_keys((), tree)
+    notes = [
+        f"{what}: {first}" + (f" and {count - 1} more" if count > 1 else "")
+        for what, (count, first) in walker.notes.items()
+    ]
+    return walker.found, notes
+
+
+class _Leaves:
+    def __init__(self, flattened: bool) -> None:
+        self.flattened = flattened
+        self.found: Leaves = {}
+        self.notes: dict[str, tuple[int, str]] = {}
+        self.storages: dict[int, Path] = {}
+        self.open: set[int] = set()
+
+    def note(self, what: str, path: Path) -> None:
+        count, first = self.notes.get(what, (0, format_path(path)))
+        self.notes[what] = (count + 1, first)
+
+    def note_keys(self, path: Path, node: Mapping[Any, Any]) -> None:
+        if isinstance(node, OrderedDict):
+            self.note("an OrderedDict becomes a dict", path)
+        if path[-1:] != ("state",) and not all(type(key) is str for key in node):
+            self.note("keys that are no text become text", path)
+
+    def visit(self, path: Path, node: Any) -> None:
+        if not (isinstance(node, Mapping) and node) and not _is_entered(node):
+            self.add(path, node)  # an empty mapping too: torch leaves it out, and reads past it
+            return
+        if id(node) in self.open:
+            raise RepresentationError(f"{format_path(path)} contains itself")
+        self.open.add(id(node))
+        if isinstance(node, Mapping):
+            self.note_keys(path, node)
+            if self.flattened and _is_named_optimizer(node):
+                node = dict(_flattened(node))
+            for key, value in node.items():
+                self.visit((*path, str(key)), value)
+        else:
+            for index, value in enumerate(node):
+                self.visit((*path, index), value)
+        self.open.discard(id(node))
+
+    def add(self, path: Path, leaf: Any) -> None:
+        name = ".".join(map(str, path))
+        if name in self.found:
+            raise RepresentationError(
+                f"{format_path(self.found[name][0])} and {format_path(path)} would both be named {name!r}",
+                hint="Rename one of them.",
+            )
+        self.found[name] = (path, leaf)
+        if isinstance(leaf, LazyTensor):
+            if self.storages.setdefault(id(leaf.storage), path) != path and leaf.nbytes:
+                self.note("tensors that share memory are stored each on its own", path)
+            if not leaf.is_contiguous():
+                self.note("strides are not kept", path)
+            if leaf.is_parameter:
+                self.note("a Parameter becomes a tensor", path)
+        elif isinstance(leaf, Opaque):
+            self.note(f"an object of {leaf.type.path} is stored as it was pickled", path)
+
+
+def _is_entered(node: Any) -> bool:
+    """Torch's rule: a list is one item unless something in it has a name of its own."""
+    return isinstance(node, list) and any(isinstance(item, LazyTensor | Mapping) or _is_entered(item) for item in node)
+
+
+def _is_named_optimizer(node: Mapping[Any, Any]) -> bool:
+    groups = node.get("param_groups")
+    return (
+        isinstance(node.get("state"), Mapping)
+        and isinstance(groups, list)
+        and all(isinstance(group, Mapping) and _all_text(group.get("params", [0])) for group in groups)
+    )
+
+
+def _all_text(keys: Iterable[Any]) -> bool:
+    return all(type(key) is str for key in keys)
+
+
+def _flattened(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, slots in node["state"].items():
+        for slot, value in slots.items():
+            yield from _flattened_slot(f"state.{name}.{slot}", value)
+    for group in node["param_groups"]:
+        for name in group["params"]:
+            for option, value in group.items():
+                if option != "params":
+                    yield f"param_groups.{name}.{option}", value
+
+
+def _flattened_slot(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flattened_slot(f"{name}.{key}", inner)
+    else:
+        yield name, value

@@ -1,0 +1,415 @@
+"""Pickles without execution: an unpickler that builds only data and records.
+
+It is the C unpickler with every lookup of a class or function answered by an inert stand-in, after a scan that refuses
+opcodes whose arguments would make it allocate.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NoReturn
+
+from optimstate.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    LimitExceededError,
+    UnsupportedCheckpointError,
+)
+from optimstate.formats.pickles.checks import read_soundly
+from optimstate.tensors.lazy import DTYPES, ITEMSIZE_OF_STORAGE, LazyTensor, Storage
+from optimstate.tree import AttributedTensor, GlobalName, no_garbage_collection
+
+__all__ = ["MAX_PICKLE_BYTES", "InertUnpickler", "load"]
+
+MAX_PICKLE_BYTES = 1 << 29
+"""Largest pickle that is read. 80,000 tensors take 7 MB."""
+
+StorageLoader = Callable[[str, str, str, int], Storage]
+"""(class of the storage, key, location, number of bytes) -> Storage; for a key it gave one for, the same again."""
+
+
+# --- the scan -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _opcode_pattern(high: int) -> re.Pattern[bytes]:
+    """A run of opcodes whose arguments are short and whose memo indices are below (high + 1) << 16, high at most 255.
+
+    One anchored C-level match walks over most of a pickle; what it stops at is looked at by `_step`. Longer texts are
+    few, and compiling one more length takes as long as twenty of them take there.
+    """
+
+    def counted(opcode: bytes, length_bytes: int, lengths: range) -> bytes:
+        rows = (re.escape(n.to_bytes(length_bytes, "little")) + b".{%d}" % n for n in lengths)
+        return re.escape(opcode) + b"(?:" + b"|".join(rows) + b")"
+
+    bare = rb"[(012NQRabdelostu})\]\x81\x85-\x89\x8f-\x94]"
+    memo = rb"r..[\x00-" + re.escape(bytes([high])) + rb"]\x00"
+    number = rb"(?:K.|M..|J.{4})"
+    numbers = rb"(?:\(?+" + number + rb"++[\x85-\x87t]" + memo + rb"|\))"
+    storage = rb"\(h.h." + counted(b"X", 4, range(1, 9)) + memo + rb"h." + number + rb"t" + memo + rb"Q"
+    tensor = number + numbers + numbers + rb"[\x88\x89]h.\)R" + memo + rb"t" + memo + rb"R" + memo
+    rows = [  # the most frequent first
+        rb"h.\(" + storage + tensor,  # a whole tensor as torch writes nearly all of them
+        memo + bare + b"?+",
+        rb"[hqK\x80\x82]." + bare + b"?+",
+        bare,
+        rb"[Jj\x84].{4}",
+        rb"[M\x83]..",
+        counted(b"X", 4, range(48)),
+        rb"G.{8}",
+        rb"c[^\n]*\n[^\n]*\n",
+        counted(b"U", 1, range(16)),
+        counted(b"\x8c", 1, range(48)),
+        counted(b"\x8a", 1, range(16)),
+        counted(b"C", 1, range(16)),
+    ]
+    return re.compile(rb"(?s:" + rb"|".join(rows) + rb")*+")
+
+
+_LENGTH_PREFIXED = {
+    **dict.fromkeys(b"U\x8c\x8aC", 1),
+    **dict.fromkeys(b"XTB\x8b", 4),
+    **dict.fromkeys(b"\x8d\x8e\x96\x95", 8),
+}
+_ONE_LINE = frozenset(b"ILFSVgPp")
+_STOP = ord(".")
+
+
+def check_opcodes(data: bytes, start: int = 0) -> int:
+    """Refuse a pickle whose opcodes declare more than `data` holds, before anything is unpickled.
+
+    Returns:
+        Where the pickle that begins at `start` ends.
+
+    Raises:
+        CorruptCheckpointError: An argument reaches past the end, or there is no end.
+        LimitExceededError: A memo index or a size is beyond any honest pickle of this length.
+    """
+    if len(data) - start > MAX_PICKLE_BYTES:
+        raise LimitExceededError(f"a pickle of {len(data)} bytes is over the limit of {MAX_PICKLE_BYTES}")
+    pattern = _opcode_pattern(min(len(data) >> 16, 0xFF))
+    at = start
+    while at < len(data):
+        match = pattern.match(data, at)
+        assert match is not None
+        at = match.end()
+        if at < len(data):
+            if data[at] == _STOP:
+                return at + 1
+            at = _step(data, at)
+    raise CorruptCheckpointError("the pickle does not end with STOP", place=f"byte {len(data)} of the pickle")
+
+
+def _step(data: bytes, at: int) -> int:
+    """Check the opcode at `at`, which the pattern did not take, and return where the next one begins."""
+    opcode = data[at]
+    place = f"byte {at} of the pickle"
+    if opcode == ord("r"):
+        index = int.from_bytes(data[at + 1 : at + 5], "little")
+        if len(data) < at + 5 or index > len(data):
+            raise LimitExceededError(f"memo index {index} in a pickle of {len(data)} bytes", place=place)
+        return at + 5
+    if opcode in _LENGTH_PREFIXED:
+        width = _LENGTH_PREFIXED[opcode]
+        length = int.from_bytes(data[at + 1 : at + 1 + width], "little")
+        if at + 1 + width + length > len(data):
+            raise CorruptCheckpointError(f"declares {length} bytes, past the end of the pickle", place=place)
+        return at + 1 + width + (0 if opcode == 0x95 else length)  # a frame's contents are opcodes
+    lines = 2 if opcode in b"ci" else 1 if opcode in _ONE_LINE else 0
+    if not lines:
+        raise CorruptCheckpointError(f"0x{opcode:02x} is no opcode, or its argument is cut off", place=place)
+    end = at
+    for _ in range(lines):
+        end = data.find(b"\n", end + 1)
+        if end < 0:
+            raise CorruptCheckpointError("a line of text does not end", place=place)
+    if opcode in b"gp" and (not data[at + 1 : end].isdigit() or int(data[at + 1 : min(end, at + 12)]) > len(data)):
+        raise LimitExceededError(f"memo index {data[at + 1 : end][:20]!r}", place=place)
+    return end + 1
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _builder(module: str, qualname: str, build: Callable[..., Any]) -> GlobalName:
+    """A global whose calls give plain data or a `LazyTensor`; mentioned without a call it is a name like any other.
+
+    `build` stands in the metaclass as it is: a call by the C unpickler, of which there is one per tensor, goes straight
+    to it.
+    """
+    kind: type[GlobalName] = type("Builder", (GlobalName,), {"__call__": staticmethod(build)})
+    return kind(module, qualname)
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Builds plain data, `LazyTensor`s and `Opaque` records; imports and calls nothing that a pickle names.
+
+    Args:
+        data: The pickle.
+        storage: Called for each persistent id of a storage.
+
+    Attributes:
+        globals: Every `(module, name)` the pickle mentioned, in order of first mention.
+    """
+
+    def __init__(self, file: Any, storage: StorageLoader | None = None) -> None:
+        super().__init__(file, fix_imports=False, encoding="latin1")
+        self._storage = storage
+        self._stand_ins: dict[tuple[str, str], Any] = {}
+        self._kinds: dict[Any, tuple[str, int]] = {}
+        self._forms: dict[tuple[Any, ...], tuple[str, int]] = {}  # checkpoints have few shapes and many tensors
+
+    @property
+    def globals(self) -> list[tuple[str, str]]:
+        """Every class or function mentioned."""
+        return list(self._stand_ins)
+
+    def release(self) -> None:
+        """Let go of the file: stand-ins and unpickler hold each other, and would keep it open until collected."""
+        for stand_in in self._stand_ins.values():
+            if isinstance(stand_in, GlobalName) and type(stand_in) is not GlobalName:
+                del type(stand_in).__call__  # a `_builder` is a mere name from now on
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        """The stand-in for a global; never the thing itself, except for a few builtin containers."""
+        key = (module, name)
+        if key not in self._stand_ins:
+            self._stand_ins[key] = self._stand_in(module, name)
+        return self._stand_ins[key]
+
+    def _stand_in(self, module: str, name: str) -> Any:
+        if module in ("builtins", "__builtin__"):
+            build = self._nested_class if name == "getattr" else _BUILTINS.get(name)
+        elif (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        elif (module, name) == ("_codecs", "encode"):
+            build = _encode
+        else:
+            key = _REBUILDERS.get(f"{module}.{name}")
+            build = getattr(self, key) if key else None
+        return self.builder(module, name, build) if build else GlobalName(module, name)
+
+    def builder(self, module: str, name: str, build: Callable[..., Any]) -> GlobalName:
+        """The stand-in for a global whose calls give `build(...)`."""
+        return _builder(module, name, build)
+
+    def _nested_class(self, owner: Any, name: Any) -> Any:
+        # Protocol 2 spells a nested class as getattr(Outer, "Inner"); this is only a longer name.
+        if isinstance(owner, GlobalName) and isinstance(name, str):
+            return self.find_class(owner.module, f"{owner.qualname}.{name}")
+        return GlobalName("builtins", "getattr")(owner, name)
+
+    def persistent_load(self, pid: Any, /) -> Storage:
+        """The storage a persistent id names: ('storage', class, key, location, number of elements, ...)."""
+        try:
+            mark, kind, key, location, numel = pid if len(pid) == 5 else pid[:5]
+            known = self._kinds.get(kind)
+        except (TypeError, ValueError):
+            raise CorruptCheckpointError(f"an unknown persistent id {pid!r}"[:200]) from None
+        if mark != "storage" or self._storage is None or type(pid) is not tuple:
+            raise CorruptCheckpointError(f"an unknown persistent id {pid!r}"[:200])
+        name, itemsize = known or self._kind(kind, key)
+        if type(key) is not str or type(location) is not str:
+            raise CorruptCheckpointError(f"a malformed storage id {pid!r}"[:200])
+        if type(numel) is not int or numel < 0:
+            raise CorruptCheckpointError(f"storage {key!r} declares {numel!r} elements")
+        nbytes = numel * itemsize
+        found = self._storage(name, key, location, nbytes)
+        if found.nbytes != nbytes:
+            raise CorruptCheckpointError(f"storage {key!r} has {found.nbytes} bytes and is used with {numel} elements")
+        if found.kind != name:
+            raise UnsupportedCheckpointError(f"storage {key!r} is used as {found.kind} and as {name}")
+        return found
+
+    def _kind(self, kind: Any, key: Any) -> tuple[str, int]:
+        """Name and bytes per element of a class of storages."""
+        if type(kind) is not GlobalName:
+            raise CorruptCheckpointError(f"storage {key!r} is of class {kind!r}"[:200])
+        itemsize = 1 if kind.qualname == "UntypedStorage" else ITEMSIZE_OF_STORAGE.get(kind.qualname)
+        if itemsize is None:
+            raise UnsupportedCheckpointError(f"storage {key!r} is of unknown class {kind.qualname!r}")
+        self._kinds[kind] = (kind.qualname, itemsize)
+        return self._kinds[kind]
+
+    def _tensor_v2(
+        self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
+    ) -> LazyTensor:
+        try:  # of a form that was seen before, as nearly all are
+            form = self._forms.get((storage.kind, offset, size, stride))
+            if type(offset) is not int or not _INT.issuperset(map(type, size + stride)):  # True and 1.0 equal 1
+                form = None
+        except (TypeError, AttributeError):
+            form = None
+        dtype, end = form or self._form(storage, offset, size, stride)
+        if hooks or end > storage.nbytes:
+            _refuse_tensor(storage, offset, size, stride, hooks)
+        made = _new(LazyTensor)  # of all calls the most frequent one; __init__ would take a third of its time
+        made.storage = storage
+        made.dtype = dtype
+        made.shape = size
+        made.stride = stride
+        made.offset = offset
+        made.requires_grad = bool(grad)
+        made.is_parameter = False
+        made.metadata = metadata
+        return made
+
+    def _form(self, storage: Any, offset: Any, size: Any, stride: Any) -> tuple[str, int]:
+        """The dtype of a tensor, and how many bytes of its storage it needs."""
+        dtype = _DTYPE_OF_STORAGE.get(storage.kind) if isinstance(storage, Storage) else None
+        if dtype is None:
+            raise CorruptCheckpointError(f"a tensor over {storage!r}"[:200])
+        form = self._forms[storage.kind, offset, size, stride] = dtype, _end(dtype, offset, size, stride)
+        return form
+
+    def _tensor_v3(
+        self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
+    ) -> LazyTensor:
+        name = dtype.qualname if isinstance(dtype, GlobalName) and dtype.module == "torch" else None
+        if not isinstance(storage, Storage) or name not in DTYPES:
+            raise UnsupportedCheckpointError(f"a tensor of dtype {dtype!r} over {storage!r}"[:200])
+        if hooks or _end(name, offset, size, stride) > storage.nbytes:
+            _refuse_tensor(storage, offset, size, stride, hooks)
+        return LazyTensor(storage, name, size, stride, offset, bool(grad), False, metadata)
+
+    def _parameter(self, data: Any, grad: Any, hooks: Any) -> Any:
+        if not isinstance(data, LazyTensor) or hooks or data.is_parameter:
+            return GlobalName("torch._utils", "_rebuild_parameter")(data, grad, hooks)
+        return LazyTensor(
+            data.storage, data.dtype, data.shape, data.stride, data.offset, bool(grad), True, data.metadata
+        )
+
+    def _parameter_with_state(self, data: Any, grad: Any, hooks: Any, state: Any) -> Any:
+        made = self._parameter(data, grad, hooks)
+        if isinstance(made, LazyTensor) and _are_plain(state):
+            return AttributedTensor.of(made, state)
+        return GlobalName("torch._utils", "_rebuild_parameter_with_state")(data, grad, hooks, state)
+
+    def _from_type_v2(self, build: Any, kind: Any, arguments: Any, state: Any) -> Any:
+        """A tensor with attributes; tensors of other classes stay records."""
+        known = isinstance(build, GlobalName) and build.path in _PLAIN_REBUILDERS and type(arguments) is tuple
+        if known and isinstance(kind, GlobalName) and kind.path == "torch.Tensor" and _are_plain(state):
+            return AttributedTensor.of(build(*arguments), state)
+        return GlobalName("torch._tensor", "_rebuild_from_type_v2")(build, kind, arguments, state)
+
+
+def _are_plain(attributes: Any) -> bool:
+    return type(attributes) is dict and all(
+        type(key) is str and (value is None or type(value) in (bool, int, float, str))
+        for key, value in attributes.items()
+    )
+
+
+def _end(dtype: str, offset: Any, size: Any, stride: Any) -> int:
+    """How many bytes of its storage a tensor needs."""
+    if type(size) is not tuple or type(stride) is not tuple or type(offset) is not int or offset < 0:
+        raise CorruptCheckpointError(f"a tensor with size {size!r}, stride {stride!r}, offset {offset!r}"[:200])
+    span = _span(size, stride)
+    return (offset + span) * DTYPES[dtype].itemsize if span else 0
+
+
+def _refuse_tensor(storage: Storage, offset: Any, size: Any, stride: Any, hooks: Any) -> NoReturn:
+    if hooks:
+        raise UnsupportedCheckpointError("a tensor with backward hooks")
+    raise CorruptCheckpointError(
+        f"a tensor of size {size!r}, stride {stride!r}, offset {offset} reaches past its storage of "
+        f"{storage.nbytes} bytes"[:300]
+    )
+
+
+def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
+    """Elements from the first to behind the last one of a view."""
+    if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (*size, *stride)):
+        raise CorruptCheckpointError(f"a tensor with size {size!r} and stride {stride!r}"[:200])
+    return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+
+
+_REBUILDERS = {
+    "torch._utils._rebuild_tensor_v2": "_tensor_v2",
+    "torch._utils._rebuild_tensor_v3": "_tensor_v3",
+    "torch._utils._rebuild_parameter": "_parameter",
+    "torch._utils._rebuild_parameter_with_state": "_parameter_with_state",
+    "torch._tensor._rebuild_from_type_v2": "_from_type_v2",
+}
+_new = object.__new__
+_INT = frozenset({int})
+_PLAIN_REBUILDERS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
+_DTYPE_OF_STORAGE = {row.storage: row.name for row in DTYPES.values() if row.storage}
+
+
+def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
+    if isinstance(text, str) and encoding in ("latin1", "latin-1"):
+        return text.encode("latin1")
+    raise UnsupportedCheckpointError(f"bytes spelled as text in {encoding!r}")
+
+
+def _bytearray(data: Any = b"", encoding: Any = "latin-1") -> bytearray:
+    # bytearray(10**12) would allocate: only real contents are taken.
+    return bytearray(data if isinstance(data, bytes) else _encode(data, encoding))
+
+
+def _bytes(data: Any = "", encoding: Any = "latin-1") -> bytes:
+    return bytes(data) if isinstance(data, bytes) else _encode(data, encoding)
+
+
+def _from_list(kind: Callable[[Iterable[Any]], Any]) -> Callable[..., Any]:
+    def build(items: Any = ()) -> Any:
+        if not isinstance(items, list | tuple):
+            raise CorruptCheckpointError(f"{kind} made of {type(items).__name__}")
+        return kind(items)
+
+    return build
+
+
+def _complex(real: Any, imaginary: Any) -> complex:
+    return complex(float(real), float(imaginary))
+
+
+_BUILTINS: dict[str, Any] = {
+    "set": _from_list(set),
+    "frozenset": _from_list(frozenset),
+    "bytes": _bytes,
+    "bytearray": _bytearray,
+    "complex": _complex,
+}
+
+
+def load(
+    data: bytes, storage: StorageLoader | None = None, *, unpickler: type[InertUnpickler] = InertUnpickler
+) -> tuple[Any, list[tuple[str, str]]]:
+    """Unpickle `data` inertly.
+
+    Args:
+        data: One whole pickle, any protocol.
+        storage: Resolves storages; without it a pickle that refers to one is an error.
+        unpickler: What reads it, where a container has persistent ids of its own.
+
+    Returns:
+        The tree, and every global mentioned.
+
+    Raises:
+        CheckpointError: The pickle is damaged, hostile or uses something unknown.
+    """
+    end = check_opcodes(data)
+    if end != len(data):
+        raise CorruptCheckpointError(f"{len(data) - end} bytes follow the pickle", place=f"byte {end} of the pickle")
+    # The C unpickler reads through `peek` of a buffered file without calling back into Python for each opcode.
+    reader = unpickler(io.BufferedReader(io.BytesIO(data), 1 << 20), storage)
+    try:
+        with no_garbage_collection():
+            tree = read_soundly(data, reader.load)
+    except CheckpointError:
+        raise
+    except RecursionError:
+        raise LimitExceededError("the pickle is nested too deeply") from None
+    except Exception as error:
+        raise CorruptCheckpointError(f"the pickle cannot be read: {error}"[:300]) from error
+    finally:
+        reader.release()
+    return tree, reader.globals

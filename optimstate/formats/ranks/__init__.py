@@ -1,0 +1,1 @@
+"""Files that ranks saved one by one, read as one checkpoint."""

@@ -1,0 +1,235 @@
+"""Files of `torch.save` from several ranks, each with its part of the same tensors, put together into one full state.
+
+FSDP1's sharded state dicts (`ShardedTensor`) and state dicts of `DTensor` (FSDP2, tensor parallelism) are saved once by
+every rank. `folder` recognises such files by their names, which differ in a number, and by the classes in them. Nothing
+is copied: every tensor is made of pieces of the ranks' files. What is written is one file with full tensors.
+
+What the ranks have in common must be equal. A buffer that is not (running statistics of a normalisation that was not
+synchronised) is that of the first rank, as in torch's full state dicts, and a note says so. A part of the checkpoint
+without sharded tensors in which the ranks differ (random states) is kept for each rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import CheckpointError, CorruptCheckpointError
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.ranks.shards import SHARDED_CLASSES, Box, ShardRecord, is_sharded, shard_record
+from optimstate.formats.ranks.tiles import Tile, check_tiling, region, tensor_of_pieces
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tree import Path as TreePath
+from optimstate.tree import difference, format_path, nodes, rebuilt_mapping
+
+NAME = "ranks"
+SUFFIXES: tuple[str, ...] = ()
+
+_NUMBER = re.compile(r"\d+")
+_RANK = re.compile(r"(?P<mark>[._-]?(?:rank|shard)[._-]?)(?P<number>\d+)", re.IGNORECASE)
+
+
+def sniff(path: Path, head: bytes) -> bool:  # noqa: ARG001
+    """Never: which files belong together is seen by the folder that they are in."""
+    return False
+
+
+def read(path: Path) -> Document:
+    """Open all files of a folder as those of the ranks of one run.
+
+    Raises:
+        CheckpointError: One is damaged, or they are not the ranks of one run.
+    """
+    return join_ranks(path, {file.name: torch_zip.read(file) for file in sorted(path.iterdir())})
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+    """Write one file with full tensors.
+
+    Raises:
+        RepresentationError: As for a file of `torch.save`.
+    """
+    count = len(like.parts) if like is not None else 0
+    notes = torch_zip.write(tree, path, like=None, options=options)
+    return [*notes, f"one file with full tensors, made of those of {count} ranks"]
+
+
+# --- which files ----------------------------------------------------------------------------------------------------
+
+
+def rank_files(parts: Mapping[str, Document]) -> dict[str, list[str]]:
+    """The files of a folder that hold parts of the same tensors, by the name of what they are together.
+
+    Args:
+        parts: The checkpoints of a folder, by file name.
+    """
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name, part in parts.items():
+        if part.format == torch_zip.NAME and _mentions_shards(part):
+            numbers = list(_RANK.finditer(name)) or list(_NUMBER.finditer(name))
+            if numbers:
+                last = numbers[-1]
+                together = (name[: last.start()] + name[last.end() :]).lstrip("._-")
+                number = int(last.groupdict().get("number") or last[0])
+                found.setdefault(together if Path(together).suffix else f"full.{together}", []).append((number, name))
+    return {together: [name for _, name in sorted(members)] for together, members in found.items()}
+
+
+def _mentions_shards(part: Document) -> bool:
+    return any(module.startswith("torch.distributed.") and name in SHARDED_CLASSES for module, name in part.globals)
+
+
+# --- joining --------------------------------------------------------------------------------------------------------
+
+
+def join_ranks(path: Path, files: Mapping[str, Document]) -> Document:
+    """One document of those of all ranks.
+
+    Args:
+        path: What the result is called; nothing need be there.
+        files: By name, in the order of the ranks.
+
+    Raises:
+        CheckpointError: A rank is missing, the parts of a tensor do not fill it, or what ranks have in common differs.
+    """
+    document = Document(path, NAME, {}, parts=dict(files))
+    joiner = _Joiner(list(files))
+    try:
+        document.tree = joiner.root([rank.tree for rank in files.values()])
+    except CheckpointError as error:
+        raise type(error)(error.message, path=path, hint=error.hint) from error
+    document.globals = list(dict.fromkeys(name for rank in files.values() for name in rank.globals))
+    document.notes = [f"{len(files)} files of ranks are one: {', '.join(files)}", *joiner.notes]
+    return document
+
+
+class _Joiner:
+    def __init__(self, files: Sequence[str]) -> None:
+        self.files = list(files)
+        self.notes: list[str] = []
+        self._made: dict[int, Any] = {}  # tied tensors stay one
+
+    def root(self, trees: Sequence[Any]) -> Any:
+        """The whole: its entries without sharded tensors may differ from rank to rank."""
+        first = trees[0]
+        if not isinstance(first, Mapping) or any(map(is_sharded, first.values())):
+            return self.visit((), trees)
+        made = {}
+        for key in self._same_keys((), trees):
+            values = [tree[key] for tree in trees]
+            if any(map(is_sharded, nodes(values[0]))):
+                made[key] = self.visit((str(key),), values)
+            elif self._differ(values):
+                made[key] = {f"rank{rank}": value for rank, value in enumerate(values)}
+                self.notes.append(f"{key!r} differs from rank to rank and is kept for each")
+            else:
+                made[key] = values[0]
+        return rebuilt_mapping(first, made)
+
+    def visit(self, path: TreePath, values: Sequence[Any]) -> Any:
+        first = values[0]
+        if id(first) in self._made:
+            return self._made[id(first)]
+        records = self._records(path, values)
+        if records is not None:
+            self._made[id(first)] = made = self._tensor(path, records)
+            return made
+        if isinstance(first, Mapping):
+            keys = self._same_keys(path, values)
+            return rebuilt_mapping(first, {key: self._entry(path, key, values) for key in keys})
+        if isinstance(first, list | tuple):
+            if any(type(value) is not type(first) or len(value) != len(first) for value in values):
+                raise self._differing(path, values)
+            items = [self.visit((*path, index), inner) for index, inner in enumerate(zip(*values, strict=True))]
+            return items if isinstance(first, list) else tuple(items)
+        if self._differ(values):
+            raise self._differing(path, values)
+        return first
+
+    def _entry(self, path: TreePath, key: Any, values: Sequence[Mapping[Any, Any]]) -> Any:
+        inner = [value[key] for value in values]
+        place = (*path, key if isinstance(key, str | int) else repr(key))
+        if isinstance(inner[0], LazyTensor) and "state" not in path and self._differ(inner):
+            self.notes.append(f"{format_path(place)} differs from rank to rank: it is that of the first")
+            return inner[0]
+        return self.visit(place, inner)
+
+    def _same_keys(self, path: TreePath, values: Sequence[Any]) -> Iterable[Any]:
+        first = values[0]
+        for file, value in zip(self.files, values, strict=True):
+            other = value.keys() if isinstance(value, Mapping) else ()
+            if other != first.keys():
+                key = next(iter(first.keys() ^ other))
+                has, lacks = (self.files[0], file) if key in first else (file, self.files[0])
+                raise CorruptCheckpointError(
+                    f"{format_path((*path, str(key)))} is in {has} and not in {lacks}",
+                    hint="Files of several runs or of several kinds of state cannot be put together.",
+                )
+        return tuple(first)
+
+    def _differ(self, values: Sequence[Any]) -> bool:
+        return any(difference(values[0], value) is not None for value in values[1:])
+
+    def _differing(self, path: TreePath, values: Sequence[Any]) -> CheckpointError:
+        file, why = next(
+            (file, why)
+            for file, value in zip(self.files, values, strict=True)
+            if (why := difference(values[0], value)) is not None
+        )
+        return CorruptCheckpointError(
+            f"{format_path(path)} is not sharded, and that of {self.files[0]} is not that of {file}: {why}",
+            hint="It cannot be known which one holds; save the full state, or files of one run and step.",
+        )
+
+    def _records(self, path: TreePath, values: Sequence[Any]) -> list[ShardRecord] | None:
+        records = []
+        for file, value in zip(self.files, values, strict=True):
+            try:
+                records.append(shard_record(value))
+            except CheckpointError as error:
+                raise type(error)(f"{format_path(path)} in {file}: {error.message}", hint=error.hint) from error
+        found = [record for record in records if record is not None]
+        if not found:
+            return None
+        first = found[0]
+        for file, record in zip(self.files, records, strict=True):
+            if (
+                record is None
+                or (record.dtype, record.shape) != (first.dtype, first.shape)
+                or (record.boxes is not first.boxes and record.boxes != first.boxes)
+            ):
+                raise CorruptCheckpointError(
+                    f"{format_path(path)} is {_shown(first)} in {self.files[0]} and {_shown(record)} in {file}",
+                    hint="Files of several runs cannot be put together.",
+                )
+        return found
+
+    def _tensor(self, path: TreePath, records: Sequence[ShardRecord]) -> LazyTensor:
+        """A tensor of the parts of all ranks; of copies the first one is read."""
+        first = records[0]
+        parts: dict[Box, LazyTensor] = {}
+        for record in records:
+            for box, tensor in record.parts:
+                parts.setdefault(box, tensor)
+        for box, owner in first.boxes.items():
+            if box not in parts and 0 not in box[1]:
+                raise CorruptCheckpointError(
+                    f"{format_path(path)} of shape {list(first.shape)} lacks {region(*box)}, the part of {owner}: "
+                    f"it is in none of {', '.join(self.files)}",
+                    hint="The files of all ranks must be in one folder.",
+                )
+        try:
+            check_tiling(first.shape, list(parts))
+        except CheckpointError as error:
+            raise type(error)(f"{format_path(path)}: {error.message}") from error
+        tiles = [Tile(*box, Storage(tensor.extents(), tensor.nbytes)) for box, tensor in parts.items()]
+        made = tensor_of_pieces(first.dtype, first.shape, lambda: tiles)
+        made.requires_grad, made.is_parameter = first.requires_grad, first.is_parameter
+        return made
+
+
+def _shown(record: ShardRecord | None) -> str:
+    return f"{record.dtype}{list(record.shape)} in {len(record.boxes)} parts" if record else "no sharded tensor"

@@ -1,0 +1,1 @@
+"""Safetensors files, shards and whole training checkpoints."""

@@ -1,0 +1,244 @@
+"""A whole training checkpoint in the metadata of safetensors files: everything that is not a named tensor.
+
+The metadata entry `optimstate` is a JSON document
+
+    {"version": 1, "tree": TREE, "storages": {ID: {"nbytes": N, "kind": CLASS, "location": DEVICE}}}
+
+whose TREE (see `_json_tree`) refers to the file's tensors by name; any reader of safetensors still sees named tensors.
+`{"$tensor": NAME}` may carry "dtype" (where safetensors has no code for it and the bytes are stored as another type),
+"stride" and "offset" and "storage" (tensors of one storage share memory), "parameter", "requires_grad", "location",
+"metadata" and "attributes" (what a program had set on the tensor), each only where it is not the default.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from optimstate.errors import CorruptCheckpointError, LimitExceededError, RepresentationError
+from optimstate.formats.protocol import WriteOptions
+from optimstate.formats.safetensors import json_tree
+from optimstate.formats.safetensors.file import BY_CODE, Entry, are_natural
+from optimstate.io.extents import Extent
+from optimstate.state.sections import parameter_labels
+from optimstate.tensors.lazy import DTYPES, LazyTensor, Storage, contiguous_strides
+from optimstate.tree import AttributedTensor, format_path, tensors
+from optimstate.tree import Path as TreePath
+
+__all__ = ["Layout", "decode_checkpoint"]
+
+MAX_GAPS = 1 << 30
+_STORAGE_KINDS = {"UntypedStorage"} | {row.storage for row in DTYPES.values() if row.storage}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
+    """The tree that a checkpoint document describes, with the file's tensors in their places.
+
+    Raises:
+        CorruptCheckpointError: The document contradicts itself or the tensors.
+    """
+    if document.get("version") != 1:
+        raise CorruptCheckpointError(f"version {document.get('version')!r} of the checkpoint form is not known")
+    members: dict[str, list[tuple[int, LazyTensor]]] = {}
+    views: list[tuple[LazyTensor, str]] = []
+
+    def tensor(node: dict[str, Any]) -> LazyTensor:
+        stored = found[node["$tensor"]]
+        dtype = node.get("dtype", stored.dtype)
+        shape = tuple(node["shape"]) if "shape" in node else stored.shape
+        stride = tuple(node["stride"]) if "stride" in node else contiguous_strides(shape)
+        offset = node.get("offset", 0)
+        if dtype not in DTYPES or len(shape) != len(stride) or not are_natural((*shape, *stride, offset)):
+            raise CorruptCheckpointError(
+                f"tensor {node['$tensor']!r} is described with dtype {dtype!r}, shape {shape!r}, stride {stride!r} "
+                f"and offset {offset!r}"
+            )
+        made = LazyTensor(
+            stored.storage,
+            dtype,
+            shape,
+            stride,
+            offset,
+            bool(node.get("requires_grad", False)),
+            bool(node.get("parameter", False)),
+            node.get("metadata"),
+        )
+        if "attributes" in node:
+            made = AttributedTensor.of(made, json_tree.decode(node["attributes"], _no_tensor))
+        if made.nbytes != stored.nbytes:
+            raise CorruptCheckpointError(
+                f"tensor {node['$tensor']!r} has {stored.nbytes} bytes, described {made.nbytes}"
+            )
+        if "storage" in node:
+            members.setdefault(node["storage"], []).append((made.span()[0], stored))
+            views.append((made, node["storage"]))
+        else:
+            kind = DTYPES[dtype].storage or "UntypedStorage"
+            made.storage = _laid_out(made, stored, kind, str(node.get("location", "cpu")))
+        return made
+
+    tree = json_tree.decode(document["tree"], tensor)
+    storages = document["storages"] if members else {}
+    shared = {key: _assembled(storages[key], pieces) for key, pieces in members.items()}
+    for made, key in views:
+        made.storage = shared[key]
+        if made.span()[1] > made.storage.nbytes:
+            raise CorruptCheckpointError(f"a tensor reaches past its storage {key!r}")
+    return tree
+
+
+def _check_gaps(total: int, stored: int) -> None:
+    """What no tensor shows is not in the file, so a small file could declare any amount of it."""
+    if total > max(MAX_GAPS, 100 * stored):
+        raise LimitExceededError(f"a storage of {total} bytes, of which the file holds {stored}")
+
+
+def _no_tensor(node: dict[str, Any]) -> LazyTensor:
+    raise CorruptCheckpointError(f"an attribute is the tensor {node['$tensor']!r}")
+
+
+def _laid_out(made: LazyTensor, stored: LazyTensor, kind: str, location: str) -> Storage:
+    """The storage of a tensor alone in it, its elements put where its strides say."""
+    _check_gaps(made.span()[1], made.nbytes)
+    if made.is_contiguous() and made.offset == 0:
+        return Storage(stored.storage.pieces, stored.nbytes, kind, location)
+    return made.scattered(stored.storage, kind, location)
+
+
+def _assembled(description: dict[str, Any], pieces: list[tuple[int, LazyTensor]]) -> Storage:
+    """One storage from the row-major tensors that look into it; what none of them shows is zero."""
+    extents: list[Extent] = []
+    at = 0
+    total, kind, location = description["nbytes"], description["kind"], description["location"]
+    if not are_natural([total]) or kind not in _STORAGE_KINDS or not isinstance(location, str):
+        raise CorruptCheckpointError(f"a storage described as {description!r}"[:200])
+    _check_gaps(total, sum(stored.nbytes for _, stored in pieces))
+    for start, stored in sorted(pieces, key=lambda piece: (piece[0], -piece[1].nbytes)):
+        if start > at:
+            extents.append(Extent(None, 0, start - at))
+            at = start
+        if start + stored.nbytes > at:
+            extents.extend(stored.storage.cut(at - start, stored.nbytes))
+            at = start + stored.nbytes
+    if at > total:
+        raise CorruptCheckpointError(f"tensors of {at} bytes in a storage of {total}")
+    if at < total:
+        extents.append(Extent(None, 0, total - at))
+    return Storage(tuple(extents), total, kind, location)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+# What stands in for a dtype the format has no code for: the code, and the trailing dimension that keeps the size.
+_STAND_INS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "complex128": ("F64", (2,)),
+    "complex32": ("F16", (2,)),
+    "quint8": ("U8", ()),
+    "qint8": ("I8", ()),
+    "qint32": ("I32", ()),
+    "quint4x2": ("U8", ()),
+    "quint2x4": ("U8", ()),
+    "float4_e2m1fn_x2": ("U8", ()),
+}
+
+
+class Layout:
+    """Names for the tensors of a tree and the metadata that restores everything else."""
+
+    def __init__(self, tree: Any, options: WriteOptions) -> None:
+        self.options = options
+        self.notes: list[str] = []
+        self.labels = parameter_labels(tree)
+        self.names: dict[tuple[Any, ...], str] = {}
+        self.used: set[str] = set()
+        self.storage_ids: dict[int, str] = {}
+        self.shared = _shared_storages(tree, clone=options.clone_views)
+        self.storages: dict[str, dict[str, Any]] = {}
+        self.entries: list[Entry] = []
+        encoded = json_tree.encode(tree, self._tensor, self._dropped if options.drop_opaque else None)
+        in_order = [entry.name for entry in self.entries]
+        # Larger items first: every tensor is then aligned to its item size, whatever stands before it.
+        self.entries.sort(key=lambda entry: -DTYPES[BY_CODE[entry.code].name].itemsize)
+        plain = encoded == {name: {"$tensor": name} for name in in_order} and in_order == [e.name for e in self.entries]
+        self.metadata: dict[str, str] = {}
+        if not plain:
+            document = {"version": 1, "tree": encoded, "storages": self.storages}
+            self.metadata["optimstate"] = json.dumps(document, separators=(",", ":"), allow_nan=False)
+
+    def _dropped(self, _: TreePath, what: str) -> None:
+        self.notes.append(f"left out: {what}")
+
+    def _tensor(self, path: TreePath, tensor: LazyTensor) -> dict[str, Any]:
+        shared = not self.options.clone_views and id(tensor.storage) in self.shared
+        view = (
+            (id(tensor.storage), tensor.dtype, tensor.shape, tensor.stride, tensor.offset)
+            if shared
+            else (id(tensor), path)
+        )
+        if view not in self.names:
+            self.names[view] = self._name(path)
+            code = DTYPES[tensor.dtype].safetensors
+            code, trailing = (code, ()) if code else _STAND_INS[tensor.dtype]
+            self.entries.append(Entry(self.names[view], tensor, code, (*tensor.shape, *trailing)))
+        node: dict[str, Any] = {"$tensor": self.names[view]}
+        if not DTYPES[tensor.dtype].safetensors:
+            node["dtype"] = tensor.dtype
+            node["shape"] = list(tensor.shape)
+        if tensor.stride != contiguous_strides(tensor.shape):
+            node["stride"] = list(tensor.stride)
+        if shared:
+            node["offset"] = tensor.offset
+            node["storage"] = self._storage(tensor.storage)
+        elif tensor.storage.location != "cpu":
+            node["location"] = tensor.storage.location
+        if tensor.is_parameter:
+            node["parameter"] = True
+        if tensor.requires_grad:
+            node["requires_grad"] = True
+        if tensor.metadata:
+            node["metadata"] = tensor.metadata
+        if isinstance(tensor, AttributedTensor):
+            node["attributes"] = json_tree.encode(dict(tensor.attributes), self._tensor)
+        return node
+
+    def _storage(self, storage: Storage) -> str:
+        key = self.storage_ids.setdefault(id(storage), str(len(self.storage_ids)))
+        self.storages[key] = {"nbytes": storage.nbytes, "kind": storage.kind, "location": storage.location}
+        return key
+
+    def _name(self, path: TreePath) -> str:
+        parts = [self.labels.get(path[: i + 1], str(key)) for i, key in enumerate(path)]
+        name = base = ".".join(parts) or "tensor"
+        count = 1
+        while name in self.used or name == "__metadata__":
+            count += 1
+            name = f"{base}~{count}"
+        self.used.add(name)
+        return name
+
+
+def _shared_storages(tree: Any, *, clone: bool) -> set[int]:
+    """The storages that several tensors of the tree look into.
+
+    Raises:
+        RepresentationError: One of them is not contiguous, so that the bytes around it would be lost.
+    """
+    users: dict[int, list[tuple[TreePath, LazyTensor]]] = {}
+    for path, tensor in tensors(tree):
+        users.setdefault(id(tensor.storage), []).append((path, tensor))
+    shared = {key: members for key, members in users.items() if len(members) > 1}
+    if not clone:
+        for members in shared.values():
+            for path, tensor in members:
+                if not tensor.is_contiguous():
+                    other = next(place for place, found in members if found is not tensor or place != path)
+                    raise RepresentationError(
+                        f"{format_path(path)} is a strided view of memory it shares with {format_path(other)}, "
+                        "which safetensors cannot express",
+                        hint="Give --clone-views to store each tensor on its own.",
+                    )
+    return set(shared)

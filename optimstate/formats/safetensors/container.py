@@ -1,0 +1,159 @@
+"""The safetensors container: plain files of named tensors, shards with an index, and whole training checkpoints.
+
+A plain file becomes a tree of one level; a whole checkpoint has the rest of its tree in the metadata of the file (see
+`_safetensors_checkpoint`).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import CheckpointError, CorruptCheckpointError
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.safetensors.checkpoint import Layout, decode_checkpoint
+from optimstate.formats.safetensors.file import MAX_HEADER, Entry, read_file, write_file
+from optimstate.io.extents import AtomicDirectory, AtomicFile, FileSource
+from optimstate.tensors.lazy import LazyTensor
+
+NAME = "safetensors"
+SUFFIXES = (".safetensors",)
+
+_INDEX_SUFFIX = ".safetensors.index.json"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """Whether a file begins with a safetensors header, or is the index of a sharded one."""
+    if path.name.endswith(_INDEX_SUFFIX):
+        return True
+    if len(head) < 9:
+        return path.suffix in SUFFIXES and path.is_file()
+    (length,) = struct.unpack_from("<Q", head)
+    return head[8:9] == b"{" and (length <= MAX_HEADER or path.suffix in SUFFIXES)
+
+
+def read(path: Path) -> Document:
+    """Open a file, or all shards of an index.
+
+    Raises:
+        CheckpointError: It is damaged, or a shard is missing.
+    """
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _read_sharded(path)
+    found, metadata = read_file(path)
+    return _document(path, found, metadata)
+
+
+def _document(path: Path, found: dict[str, LazyTensor], metadata: dict[str, str]) -> Document:
+    rest = {key: value for key, value in metadata.items() if key != "optimstate"}
+    if "optimstate" not in metadata:
+        return Document(path, NAME, found, handle=rest)
+    try:
+        tree = decode_checkpoint(json.loads(metadata["optimstate"]), found)
+    except CheckpointError as error:
+        raise type(error)(error.message, path=path, place="header entry 'optimstate'", hint=error.hint) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        message = f"the description of the tree is malformed: {error!r}"[:300]
+        raise CorruptCheckpointError(message, path=path, place="header entry 'optimstate'") from error
+    return Document(path, NAME, tree, handle=rest)
+
+
+def read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Which file of an index holds each tensor, and the index's metadata of strings.
+
+    Raises:
+        CorruptCheckpointError: The index is malformed, or names a file outside its folder.
+    """
+    source = FileSource(path)
+    try:
+        index = json.loads(source.read(0, source.size))
+        names = {str(name): str(file) for name, file in index["weight_map"].items()}
+        metadata = {key: value for key, value in index.get("metadata", {}).items() if isinstance(value, str)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpointError(f"the index cannot be read: {error!r}"[:300], path=path) from None
+    for file in names.values():
+        if Path(file).name != file:
+            raise CorruptCheckpointError(f"the index names {file!r}, outside its folder", path=path)
+    return names, metadata
+
+
+def _read_sharded(path: Path) -> Document:
+    weight_map, metadata = read_index(path)
+    tree: dict[str, LazyTensor] = {}
+    shards = {file: read_file(path.parent / file) for file in dict.fromkeys(weight_map.values())}
+    for file, (found, _) in shards.items():
+        for name in found:
+            if weight_map.get(name) != file:
+                raise CorruptCheckpointError(f"{file} holds {name!r}, which the index does not place there", path=path)
+    for name, file in weight_map.items():
+        if name not in shards[file][0]:
+            raise CorruptCheckpointError(f"{name!r} is not in {file}, where the index places it", path=path)
+        tree[name] = shards[file][0][name]
+    return _document(path, tree, metadata)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+    """Write a tree as one file, or with a shard size as a folder of shards with an index.
+
+    Raises:
+        RepresentationError: The tree holds an object or shared memory the container cannot express.
+    """
+    options = options or WriteOptions()
+    layout = Layout(tree, options)
+    metadata = {"format": "pt", **layout.metadata}
+    if like is not None and like.format == NAME and isinstance(like.handle, dict):
+        metadata = {**like.handle, **metadata}
+    if path.name.endswith(_INDEX_SUFFIX):
+        _write_shards(_shards_by_origin(layout.entries), metadata, path, options)
+    elif options.shard_size is None:
+        write_file(layout.entries, metadata, path, options)
+    else:
+        with AtomicDirectory(path) as folder:
+            shards = _shards_by_size(layout.entries, options.shard_size)
+            if len(shards) == 1:
+                write_file(layout.entries, metadata, folder / "model.safetensors", options)
+            else:
+                _write_shards(shards, metadata, folder / f"model{_INDEX_SUFFIX}", options)
+    return layout.notes
+
+
+def _shards_by_size(entries: list[Entry], shard_size: int) -> dict[str, list[Entry]]:
+    """Consecutive tensors per file, as many as fit; a larger one has a file of its own."""
+    shards: list[list[Entry]] = [[]]
+    room = shard_size
+    for entry in entries:
+        if shards[-1] and entry.tensor.nbytes > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(entry)
+        room -= entry.tensor.nbytes
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
+
+
+def _shards_by_origin(entries: list[Entry]) -> dict[str, list[Entry]]:
+    """Each tensor in a file of the name it was read from."""
+    shards: dict[str, list[Entry]] = {}
+    for entry in entries:
+        source = entry.tensor.storage.pieces[0].source
+        assert isinstance(source, FileSource)
+        shards.setdefault(source.path.name, []).append(entry)
+    return shards
+
+
+def _write_shards(shards: dict[str, list[Entry]], metadata: dict[str, str], index: Path, options: WriteOptions) -> None:
+    """The files beside `index`, then the index itself."""
+    for file, entries in shards.items():
+        write_file(entries, {"format": "pt"}, index.parent / file, options)
+    weight_map = {entry.name: file for file, entries in shards.items() for entry in entries}
+    total = sum(entry.tensor.nbytes for entries in shards.values() for entry in entries)
+    with AtomicFile(index, sync=options.sync) as out:
+        document = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
+        out.write(json.dumps(document, indent=1).encode())

@@ -1,0 +1,155 @@
+"""One safetensors file: its header read and checked, and written.
+
+Format: https://huggingface.co/docs/safetensors (header of JSON, at most 100 MB; no holes, no overlaps).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optimstate.errors import (
+    CorruptCheckpointError,
+    LimitExceededError,
+    RepresentationError,
+    UnsupportedCheckpointError,
+)
+from optimstate.formats.protocol import WriteOptions
+from optimstate.io.copying import copy_extents
+from optimstate.io.extents import AtomicFile, Extent, FileSource
+from optimstate.tensors.lazy import DTYPES, LazyTensor, Storage
+
+__all__ = ["BY_CODE", "MAX_HEADER", "Entry", "are_natural", "read_file", "write_file"]
+
+MAX_HEADER = 100_000_000
+BY_CODE = {row.safetensors: row for row in DTYPES.values() if row.safetensors}
+_SUB_BYTE = {"F4", "F6_E2M3", "F6_E3M2"}
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors in the order of the header, and the metadata."""
+    source = FileSource(path)
+    header, base = _read_header(source)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptCheckpointError("__metadata__ is no mapping of strings", path=path, place="header")
+    found = {name: _read_tensor(source, base, name, entry) for name, entry in header.items()}
+    end = base
+    for extent in sorted((tensor.storage.pieces[0] for tensor in found.values()), key=lambda e: (e.offset, e.length)):
+        if extent.offset != end:
+            raise CorruptCheckpointError("tensors overlap or leave a hole", path=path, place=f"offset {extent.offset}")
+        end += extent.length
+    if end != source.size:
+        raise CorruptCheckpointError(
+            f"the tensors end at byte {end}, the file has {source.size}",
+            path=path,
+            place=f"offset {end}",
+            hint="The file is truncated or damaged; copy it again from its source.",
+        )
+    return found, metadata
+
+
+def _read_header(source: FileSource) -> tuple[dict[str, Any], int]:
+    """The header of a file and where its data begins."""
+    (length,) = struct.unpack("<Q", source.read(0, 8))
+    if length > MAX_HEADER:
+        raise LimitExceededError(f"a header of {length} bytes, over the limit of {MAX_HEADER}", path=source.path)
+    try:
+        header = json.loads(source.read(8, length), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CorruptCheckpointError):
+            raise
+        raise CorruptCheckpointError(
+            f"the header cannot be read: {error}"[:300], path=source.path, place="header"
+        ) from None
+    if not isinstance(header, dict):
+        raise CorruptCheckpointError("the header is no JSON object", path=source.path, place="header")
+    return header, 8 + length
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {name!r} is there twice")
+    return made
+
+
+def _read_tensor(source: FileSource, base: int, name: str, entry: Any) -> LazyTensor:
+    try:
+        code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not are_natural((*shape, start, stop)) or not isinstance(code, str):
+            raise ValueError("a size or offset is no natural number, or the dtype no text")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(f"the entry of {name!r} is malformed: {error!r}", path=source.path) from None
+    if code not in BY_CODE:
+        kind = UnsupportedCheckpointError if code in _SUB_BYTE else CorruptCheckpointError
+        raise kind(f"tensor {name!r} has dtype {code!r}", path=source.path)
+    dtype = BY_CODE[code]
+    storage = Storage((Extent(source, base + start, stop - start),), stop - start, dtype.storage or "UntypedStorage")
+    tensor = LazyTensor(storage, dtype.name, tuple(shape))
+    if tensor.nbytes != stop - start:
+        raise CorruptCheckpointError(
+            f"tensor {name!r} of shape {shape} and dtype {code} has {tensor.nbytes} bytes, its range {stop - start}",
+            path=source.path,
+        )
+    return tensor
+
+
+def are_natural(numbers: Iterable[Any]) -> bool:
+    """Whether all are integers from 0 up."""
+    return all(type(n) is int and n >= 0 for n in numbers)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """A tensor and its name in the file."""
+
+    name: str
+    tensor: LazyTensor
+    code: str
+    shape: tuple[int, ...]
+
+
+def write_file(entries: list[Entry], metadata: dict[str, str], path: Path, options: WriteOptions) -> None:
+    """Write one safetensors file: the header, then the tensors in order.
+
+    Raises:
+        DestinationError: It cannot be written.
+    """
+    header = _header(entries, metadata)
+    with AtomicFile(
+        path,
+        expected_size=len(header) + sum(entry.tensor.nbytes for entry in entries),
+        sync=options.sync,
+    ) as out:
+        out.write(header)
+        pieces: Iterator[Extent] = (extent for entry in entries for extent in entry.tensor.extents())
+        copy_extents(pieces, out.fd, progress=options.progress)
+        options.confirmed()
+
+
+def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for entry in entries:
+        stop = at + entry.tensor.nbytes
+        header[entry.name] = {"dtype": entry.code, "shape": entry.shape, "data_offsets": (at, stop)}
+        at = stop
+    data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    data += b" " * (-len(data) % 8)
+    if len(data) > MAX_HEADER:
+        raise RepresentationError(
+            f"the header would have {len(data)} bytes, over safetensors' limit of {MAX_HEADER}",
+            hint="Give --shard-size to spread the tensors over several files.",
+        )
+    return struct.pack("<Q", len(data)) + data

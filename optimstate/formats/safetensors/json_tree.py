@@ -1,0 +1,231 @@
+"""Trees as JSON: what the safetensors container writes beside the tensors, without loss of types.
+
+A dict with string keys is a JSON object, a list an array; None, booleans, integers, finite floats and strings are
+themselves. Everything else is an object with one key that begins with `$`:
+
+    {"$tensor": NAME}                      a tensor of the file; further fields: see safetensors.py
+    {"$tuple": [...]}  {"$set": [...]}  {"$frozenset": [...]}
+    {"$dict": [[KEY, VALUE], ...]}         a dict whose keys are not all strings, or one begins with `$`
+    {"$ordered": [[KEY, VALUE], ...]}      an OrderedDict; "attributes" holds what was set on it (`_metadata`)
+    {"$float": "inf" | "-inf" | "nan"}  {"$complex": [REAL, IMAGINARY]}
+    {"$bytes": BASE64}  {"$bytearray": BASE64}
+    {"$global": "module.name"}             a torch dtype, a class: by name only; "module" where the name has dots
+    {"$object": {...}}                     a call or an instance of a class known to hold data only (`PLAIN_CLASSES`)
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, RepresentationError
+from optimstate.formats.pickles.globals import PLAIN_CLASSES
+from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import GlobalName, Opaque, Path, format_path, path_key
+
+__all__ = ["decode", "encode"]
+
+MAX_NODES = 2_000_000
+"""Written containers: one that stands in several places is written in each, so a small tree can have a huge text."""
+
+Drop = Callable[[Path, str], None]
+
+
+class _Dropped:
+    pass
+
+
+DROPPED = _Dropped()
+
+
+def encode(tree: Any, tensor: Callable[[Path, LazyTensor], Any], drop: Drop | None = None) -> Any:
+    """A JSON value for `tree`.
+
+    Args:
+        tree: The tree.
+        tensor: Gives the JSON value for a tensor.
+        drop: Called with the path and description of each object that has no representation, which is then left out.
+            Without it such an object is an error.
+
+    Raises:
+        LimitExceededError: The text would be beyond any honest checkpoint's.
+        RepresentationError: An object has no representation; the message names it.
+    """
+    return _Encoder(tensor, drop).encode((), tree)
+
+
+class _Encoder:
+    def __init__(self, tensor: Callable[[Path, LazyTensor], Any], drop: Drop | None) -> None:
+        self.tensor = tensor
+        self.drop = drop
+        self.open: set[int] = set()
+        self.count = 0
+
+    def encode(self, path: Path, node: Any) -> Any:
+        kind = type(node)
+        if node is None or kind is bool or kind is int or kind is str:
+            return node
+        if kind is float:
+            return node if math.isfinite(node) else {"$float": repr(node)}
+        if isinstance(node, LazyTensor):
+            return self.tensor(path, node)
+        if kind is complex:
+            return {"$complex": [self.encode(path, node.real), self.encode(path, node.imag)]}
+        if kind is bytes or kind is bytearray:
+            return {f"${kind.__name__}": base64.b64encode(node).decode()}
+        if isinstance(node, GlobalName):
+            return {"$global": node.path} | ({"module": node.module} if "." in node.qualname else {})
+        if node is OrderedDict:
+            return {"$global": "collections.OrderedDict"}
+        if id(node) in self.open:
+            raise RepresentationError(f"{format_path(path)} contains itself")
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise LimitExceededError(f"more than {MAX_NODES} containers, counting each place where one stands")
+        self.open.add(id(node))
+        try:
+            return self.encode_container(path, node)
+        finally:
+            self.open.discard(id(node))
+
+    def encode_container(self, path: Path, node: Any) -> Any:
+        if isinstance(node, dict):
+            return self.encode_dict(path, node)
+        if isinstance(node, list):
+            return self.encode_items(path, node)
+        if type(node) in (tuple, set, frozenset):
+            return {f"${type(node).__name__}": self.encode_items(path, list(node))}
+        if isinstance(node, Opaque) and node.type.path in PLAIN_CLASSES:
+            return {"$object": self.encode_object(path, node)}
+        what = f"{format_path(path)} is an object of {_describe(node)}"
+        if self.drop is None:
+            raise RepresentationError(
+                f"{what}, which this container cannot hold",
+                hint="Give --drop-opaque to leave such objects out, or convert to a torch container.",
+            )
+        self.drop(path, what)
+        return DROPPED
+
+    def encode_dict(self, path: Path, node: dict[Any, Any]) -> Any:
+        pairs = [(key, self.encode((*path, path_key(key)), value)) for key, value in node.items()]
+        pairs = [(key, value) for key, value in pairs if value is not DROPPED]
+        if isinstance(node, OrderedDict):
+            made: dict[str, Any] = {"$ordered": [[self.encode(path, key), value] for key, value in pairs]}
+            if vars(node):
+                made["attributes"] = self.encode((*path, "."), vars(node))
+            return made
+        if all(type(key) is str and not key.startswith("$") for key, _ in pairs):
+            return dict(pairs)
+        return {"$dict": [[self.encode(path, key), value] for key, value in pairs]}
+
+    def encode_items(self, path: Path, items: list[Any]) -> list[Any]:
+        encoded = [self.encode((*path, index), item) for index, item in enumerate(items)]
+        return [None if item is DROPPED else item for item in encoded]  # positions must not move
+
+    def encode_object(self, path: Path, node: Opaque) -> dict[str, Any]:
+        made: dict[str, Any] = {"class": node.type.path, "called": node.called}
+        made["arguments"] = self.encode_items(path, list(node.arguments))
+        if node.keywords:
+            made["keywords"] = self.encode(path, node.keywords)
+        if node.items:
+            made["items"] = self.encode_items(path, node.items)
+        if node.entries:
+            made["entries"] = [[self.encode(path, k), self.encode((*path, path_key(k)), v)] for k, v in node.entries]
+        if node.state is not Opaque.NOTHING:
+            made["state"] = self.encode((*path, "state"), node.state)
+        return made
+
+
+def _describe(node: Any) -> str:
+    return node.type.path if isinstance(node, Opaque) else type(node).__name__
+
+
+def decode(value: Any, tensor: Callable[[dict[str, Any]], LazyTensor]) -> Any:
+    """The tree a JSON value stands for.
+
+    Args:
+        value: What `encode` made.
+        tensor: Gives the tensor for an object with the key `$tensor`.
+
+    Raises:
+        CorruptCheckpointError: It is not of this form.
+    """
+    try:
+        return _Decoder(tensor).decode(value)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CorruptCheckpointError(f"the description of the tree is malformed: {error!r}") from error
+
+
+_METHODS = frozenset(dir(OrderedDict))
+
+
+class _Decoder:
+    def __init__(self, tensor: Callable[[dict[str, Any]], LazyTensor]) -> None:
+        self.tensor = tensor
+        self.names: dict[str, GlobalName] = {}
+
+    def decode(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.decode(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        tag = next(iter(value), "")
+        if not tag.startswith("$"):
+            return {key: self.decode(item) for key, item in value.items()}
+        if tag == "$tensor":
+            return self.tensor(value)
+        content = value[tag]
+        if tag == "$ordered":
+            ordered = OrderedDict(self.pairs(content))
+            attributes = self.decode(value.get("attributes", {}))
+            if not _METHODS.isdisjoint(attributes):
+                raise CorruptCheckpointError("attributes that hide a method of an OrderedDict")
+            vars(ordered).update(attributes)
+            return ordered
+        if tag == "$dict":
+            return dict(self.pairs(content))
+        if tag in _SEQUENCES:
+            return _SEQUENCES[tag](self.decode(content))
+        if tag == "$float" and content in ("inf", "-inf", "nan"):
+            return float(content)
+        if tag == "$complex":
+            return complex(*self.decode(content))
+        if tag in ("$bytes", "$bytearray"):
+            data = base64.b64decode(content, validate=True)
+            return data if tag == "$bytes" else bytearray(data)
+        if tag == "$global":
+            return self.name(content, value.get("module"))
+        if tag == "$object":
+            return self.object(content)
+        raise CorruptCheckpointError(f"unknown kind of node {tag!r}")
+
+    def pairs(self, content: list[list[Any]]) -> list[tuple[Any, Any]]:
+        return [(self.decode(key), self.decode(value)) for key, value in content]
+
+    def name(self, path: str, module: str | None = None) -> Any:
+        if path == "collections.OrderedDict":
+            return OrderedDict
+        if path not in self.names:
+            module = path.rpartition(".")[0] if module is None else module
+            self.names[path] = GlobalName(module, path.removeprefix(f"{module}."))
+        return self.names[path]
+
+    def object(self, content: dict[str, Any]) -> Opaque:
+        if content["class"] not in PLAIN_CLASSES:
+            raise CorruptCheckpointError(f"an object of {content['class']!r}, which this container does not hold")
+        kind: GlobalName = self.name(content["class"])
+        record = kind.record(*self.decode(content["arguments"]), **self.decode(content.get("keywords", {})))
+        record.called = bool(content["called"])
+        record.items = self.decode(content.get("items", []))
+        record.entries = self.pairs(content.get("entries", []))
+        if "state" in content:
+            record.state = self.decode(content["state"])
+        return record
+
+
+_SEQUENCES: dict[str, Callable[[Any], Any]] = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}

@@ -1,0 +1,1 @@
+"""What torch.save writes and wrote: zip archives, streams, plain pickles."""

@@ -1,0 +1,286 @@
+"""The containers of `torch.save` from before zip: read, and written back as today's zip.
+
+The stream (torch 0.2 to 1.5, and still behind an option) is five pickles and then the bytes of each storage: a magic
+number, a version, the byte order, the tree, the keys of the storages in order; per storage an int64 number of elements
+and the elements. The tar archive (torch 0.1) has the members `storages`, `tensors` and `pickle`; tensors are numbered,
+and the tree refers to them by number.
+"""
+
+from __future__ import annotations
+
+import struct
+import tarfile
+from pathlib import Path
+from typing import Any, Protocol
+
+from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
+from optimstate.formats.pickles.unpickle import MAX_PICKLE_BYTES, InertUnpickler, check_opcodes, load
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.extents import ByteSource, Extent, FileSource
+from optimstate.tensors.lazy import DTYPES, ITEMSIZE_OF_STORAGE, LazyTensor, Storage
+from optimstate.tree import GlobalName
+
+__all__ = ["NAME", "SUFFIXES", "read", "read_stream", "sniff", "write"]
+
+NAME = "torch-legacy"
+SUFFIXES: tuple[str, ...] = ()  # nothing is written in it, so no destination asks for it
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_MAGIC_BYTES = b"\x8a\n" + _MAGIC.to_bytes(10, "little")
+_TAR_MEMBERS = (b"storages", b"tensors", b"pickle", b"sys_info")
+_DTYPE_OF = {row.storage: row for row in DTYPES.values() if row.storage}
+_FIRST_WINDOW = 1 << 16
+
+Globals = list[tuple[str, str]]
+
+
+class SizedSource(ByteSource, Protocol):
+    """Bytes by position with an end: a file, or bytes inside a pickle."""
+
+    size: int
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """Whether a file begins with torch's magic number, or is a tar of the members torch wrote."""
+    if _MAGIC_BYTES in head[:32]:
+        return True
+    return head.split(b"\0", 1)[0] in _TAR_MEMBERS and path.is_file() and tarfile.is_tarfile(path)
+
+
+def read(path: Path) -> Document:
+    """Open a file of the old `torch.save`.
+
+    Raises:
+        CheckpointError: It is damaged, hostile or big-endian.
+    """
+    source = FileSource(path)
+    is_stream = _MAGIC_BYTES in source.read(0, min(source.size, 32))
+    try:
+        tree, names = read_stream(source) if is_stream else _read_tar(source)
+    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
+        if error.path:
+            raise
+        raise type(error)(error.message, path=path, place=error.place, hint=error.hint) from error
+    notes = [] if is_stream else ["a tar archive of torch 0.1: torch.load opens it only with weights_only=False"]
+    return Document(path, NAME, tree, names, notes)
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+    """Write a tree as today's `torch.save` does, which every torch since 1.4 reads."""
+    return ["written as torch's zip container", *torch_zip.write(tree, path, like=like, options=options)]
+
+
+# --- pickles in a row -----------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Walks over a source whose pickles and raw bytes alternate."""
+
+    def __init__(self, source: SizedSource, at: int = 0) -> None:
+        self.source = source
+        self.at = at
+        self.globals: Globals = []
+
+    def take(self, length: int) -> bytes:
+        if self.at + length > self.source.size:
+            raise CorruptCheckpointError(
+                f"needs {length} bytes, but ends at {self.source.size}", place=f"offset {self.at}"
+            )
+        data = self.source.read(self.at, length)
+        self.at += length
+        return data
+
+    def number(self, code: str) -> int:
+        (value,) = struct.unpack("<" + code, self.take(struct.calcsize(code)))
+        return int(value)
+
+    def pickle(self, storage: Any = None, unpickler: type[InertUnpickler] = InertUnpickler) -> Any:
+        """The next pickle; how long it is shows only when it is read, so windows of growing size are tried."""
+        data = self._pickle_bytes(_FIRST_WINDOW)
+        tree, names = load(data, storage, unpickler=unpickler)
+        self.at += len(data)
+        self.globals = list(dict.fromkeys([*self.globals, *names]))
+        return tree
+
+    def _pickle_bytes(self, window: int) -> bytes:
+        length = min(window, self.source.size - self.at)
+        data = self.source.read(self.at, length)
+        try:
+            return data[: check_opcodes(data)]
+        except CorruptCheckpointError as error:
+            if length == window < MAX_PICKLE_BYTES:
+                return self._pickle_bytes(window * 4)
+            place = f"the pickle at offset {self.at}, {error.place}"
+            raise CorruptCheckpointError(error.message, place=place, hint=error.hint) from None
+
+    def skip_storage(self, storage: Storage, name: object) -> None:
+        """Give the storage the bytes that come next, after their number of elements."""
+        numel = self.number("q")
+        itemsize = ITEMSIZE_OF_STORAGE.get(storage.kind, 1)
+        if numel < 0 or numel * itemsize > self.source.size - self.at:
+            raise CorruptCheckpointError(
+                f"storage {name!r} declares {numel} elements, past the end of the file", place=f"offset {self.at}"
+            )
+        if storage.nbytes not in (-1, numel * itemsize):
+            raise CorruptCheckpointError(
+                f"storage {name!r} has {numel * itemsize} bytes, the pickle says {storage.nbytes}",
+                place=f"offset {self.at}",
+            )
+        storage.nbytes = numel * itemsize
+        storage.pieces = (Extent(self.source, self.at, storage.nbytes),) if storage.nbytes else ()
+        self.at += storage.nbytes
+
+
+# --- the stream -----------------------------------------------------------------------------------------------------
+
+
+class _StreamUnpickler(InertUnpickler):
+    """Persistent ids of the stream: storages, windows into storages, and the source code of modules."""
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        if type(pid) is tuple and len(pid) == 4 and pid[0] == "module":
+            return pid[1]  # the class; the source code beside it is for people
+        found = super().persistent_load(pid)
+        if len(pid) > 5 and pid[5] is not None:
+            raise UnsupportedCheckpointError(
+                f"storage {pid[2]!r} is a window into another one, as torch before 0.4 saved them",
+                hint="Load it with torch and save it again.",
+            )
+        return found
+
+
+def read_stream(source: SizedSource) -> tuple[Any, Globals]:
+    """The tree of a stream and the globals its pickles mention.
+
+    Raises:
+        CheckpointError: It is damaged, hostile or big-endian.
+    """
+    reader = _Reader(source)
+    if reader.pickle() != _MAGIC:
+        raise CorruptCheckpointError("the magic number is missing")
+    version = reader.pickle()
+    if version != 1001:
+        raise UnsupportedCheckpointError(f"version {version!r} of the legacy container is not known")
+    _check_system(reader.pickle())
+    storages: dict[str, Storage] = {}
+
+    def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
+        if key not in storages:
+            storages[key] = Storage((), nbytes, kind, location, key)
+        return storages[key]
+
+    tree = reader.pickle(storage, _StreamUnpickler)
+    keys = reader.pickle()
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise CorruptCheckpointError("the list of storages is not that of the pickle", place=f"offset {reader.at}")
+    for key in keys:
+        reader.skip_storage(storages[key], key)
+    return tree, reader.globals
+
+
+def _check_system(info: Any) -> None:
+    if not isinstance(info, dict):
+        raise CorruptCheckpointError(f"the description of the machine is {info!r}"[:200])
+    if info.get("little_endian") is False:
+        raise UnsupportedCheckpointError(
+            "written on a big-endian machine", hint="Load it with torch, which swaps the bytes, and save it."
+        )
+
+
+# --- the tar --------------------------------------------------------------------------------------------------------
+
+
+def _read_tar(source: FileSource) -> tuple[Any, Globals]:
+    members = _tar_members(source)
+    for name in ("storages", "tensors", "pickle"):
+        if name not in members:
+            raise CorruptCheckpointError(f"the tar archive has no member {name!r}")
+    reader = _Reader(_Window(source, *members["storages"]))
+    storages = _tar_storages(reader)
+    objects: dict[int, Any] = {}
+    tensors = _Reader(_Window(source, *members["tensors"]))
+    for _ in range(_count(tensors.pickle(), tensors)):
+        key, storage_key, _ = _fields(tensors.pickle(), 3, "tensor")
+        if storage_key not in storages:
+            raise CorruptCheckpointError(f"tensor {key!r} is in the unknown storage {storage_key!r}")
+        objects[key] = _tar_tensor(tensors, storages[storage_key], key)
+    objects = {**storages, **objects}
+
+    class TarUnpickler(InertUnpickler):
+        def persistent_load(self, pid: Any, /) -> Any:
+            if isinstance(pid, tuple) and pid:
+                return pid[0]  # a class with its source code
+            number = int(pid) if str(pid).lstrip("-").isdigit() else None
+            if number not in objects:
+                raise CorruptCheckpointError(f"the pickle refers to {pid!r}, which is nowhere defined"[:200])
+            return objects[number]
+
+    trees = _Reader(_Window(source, *members["pickle"]))
+    tree = trees.pickle(unpickler=TarUnpickler)
+    return tree, list(dict.fromkeys([*reader.globals, *tensors.globals, *trees.globals]))
+
+
+def _tar_members(source: FileSource) -> dict[str, tuple[int, int]]:
+    """Offset and size of each regular member."""
+    try:
+        with tarfile.open(source.path, "r:") as archive:
+            return {m.name: (m.offset_data, m.size) for m in archive.getmembers() if m.isreg()}
+    except (tarfile.TarError, OSError) as error:
+        raise CheckpointError(f"the tar archive cannot be read: {error}", path=source.path) from error
+
+
+def _tar_storages(reader: _Reader) -> dict[int, Storage]:
+    found: dict[int, Storage] = {}
+    for _ in range(_count(reader.pickle(), reader)):
+        key, location, kind = _fields(reader.pickle(), 3, "storage")
+        if not isinstance(kind, GlobalName) or kind.qualname not in _DTYPE_OF:
+            raise UnsupportedCheckpointError(f"storage {key!r} is of unknown class {kind!r}")
+        found[key] = Storage((), -1, kind.qualname, str(location))
+        reader.skip_storage(found[key], key)
+    for target, root, offset, numel in (_fields(view, 4, "view") for view in reader.pickle()):
+        itemsize = _DTYPE_OF[found[root].kind].itemsize
+        start, stop = offset * itemsize, (offset + numel) * itemsize
+        if not 0 <= start <= stop <= found[root].nbytes:
+            raise CorruptCheckpointError(f"view {target!r} reaches past its storage {root!r}")
+        found[target] = Storage(found[root].cut(start, stop), stop - start, found[root].kind, found[root].location)
+    return found
+
+
+def _tar_tensor(reader: _Reader, storage: Storage, key: object) -> LazyTensor:
+    ndim = reader.number("i")
+    if not 0 <= ndim <= 64:
+        raise CorruptCheckpointError(f"tensor {key!r} has {ndim} dimensions", place=f"offset {reader.at}")
+    reader.take(4)
+    shape = tuple(reader.number("q") for _ in range(ndim))
+    stride = tuple(reader.number("q") for _ in range(ndim))
+    tensor = LazyTensor(storage, _DTYPE_OF[storage.kind].name, shape, stride, reader.number("q"))
+    if min((*shape, *stride, tensor.offset), default=0) < 0 or tensor.span()[1] > storage.nbytes:
+        raise CorruptCheckpointError(f"tensor {key!r} of shape {shape} reaches past its storage")
+    return tensor
+
+
+def _count(value: Any, reader: _Reader) -> int:
+    if type(value) is not int or not 0 <= value <= reader.source.size:
+        raise CorruptCheckpointError(f"a number of items is {value!r}"[:100], place=f"offset {reader.at}")
+    return value
+
+
+def _fields(value: Any, count: int, what: str) -> tuple[Any, ...]:
+    if not isinstance(value, tuple) or len(value) != count:
+        raise CorruptCheckpointError(f"a {what} is described by {value!r}"[:200])
+    return value
+
+
+class _Window:
+    """A part of a file under its own offsets."""
+
+    def __init__(self, source: FileSource, start: int, size: int) -> None:
+        self._source = source
+        self._start = start
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset < 0 or offset + length > self.size:
+            raise CorruptCheckpointError(f"needs {length} bytes at {offset} of {self.size}")
+        return self._source.read(self._start + offset, length)

@@ -1,0 +1,104 @@
+"""Plain pickles (`pickle.dump(model.state_dict(), file)`): read only.
+
+A pickled tensor names its storage by a call of `torch.storage._load_from_bytes` with a whole legacy container in the
+pickle. That container is read as inertly as the pickle around it; its bytes stay in memory, as the pickle holds them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import (
+    CorruptCheckpointError,
+    LimitExceededError,
+    RepresentationError,
+    UnsupportedCheckpointError,
+)
+from optimstate.formats.pickles.unpickle import MAX_PICKLE_BYTES, InertUnpickler, load
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.torch.legacy import Globals, read_stream
+from optimstate.io.extents import FileSource
+from optimstate.tensors.lazy import Storage
+
+__all__ = ["NAME", "SUFFIXES", "read", "sniff", "write"]
+
+NAME = "pickle"
+SUFFIXES: tuple[str, ...] = ()
+_LOAD = ("torch.storage", "_load_from_bytes")
+_TEXT_SUFFIXES = (".pkl", ".pickle")  # protocols 0 and 1 have no mark of their own
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """Whether a file begins as pickles of protocol 2 and later do, or is called one."""
+    if path.name.endswith(".metadata"):  # a part of a distributed checkpoint
+        return False
+    binary = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return binary or (path.suffix in _TEXT_SUFFIXES and head[:1] in (b"(", b"c", b"}", b"]"))
+
+
+def read(path: Path) -> Document:
+    """Open a pickle.
+
+    Raises:
+        CheckpointError: It is damaged, hostile or too large.
+    """
+    source = FileSource(path)
+    if source.size > MAX_PICKLE_BYTES:
+        raise LimitExceededError(f"a pickle of {source.size} bytes is over the limit of {MAX_PICKLE_BYTES}", path=path)
+    inner: Globals = []
+
+    class Unpickler(InertUnpickler):
+        def storage_from_bytes(self, data: Any) -> Storage:
+            storage, names = _embedded_storage(data)
+            inner.extend(names)
+            return storage
+
+        def _stand_in(self, module: str, name: str) -> Any:
+            if (module, name) == _LOAD:
+                return self.builder(module, name, self.storage_from_bytes)
+            return super()._stand_in(module, name)
+
+    try:
+        tree, names = load(source.read(0, source.size), unpickler=Unpickler)
+    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
+        if error.path:
+            raise
+        raise type(error)(error.message, path=path, place=error.place, hint=error.hint) from error
+    outer = [name for name in names if name != _LOAD]  # what it would load was read, and is listed in its place
+    return Document(path, NAME, tree, list(dict.fromkeys([*outer, *inner])))
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
+    """Refused: reading a plain pickle means running it.
+
+    Raises:
+        RepresentationError: Always.
+    """
+    raise RepresentationError(
+        f"{path.name}: plain pickles are read, but not written",
+        hint="`optimstate convert` writes a torch or safetensors file.",
+    )
+
+
+class _Memory:
+    """Bytes that a pickle held."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._data[offset : offset + length]
+
+
+def _embedded_storage(data: Any) -> tuple[Storage, Globals]:
+    if not isinstance(data, bytes | bytearray):
+        raise CorruptCheckpointError(f"a storage made of {type(data).__name__}")
+    tree, names = read_stream(_Memory(bytes(data)))
+    if not isinstance(tree, Storage):
+        raise UnsupportedCheckpointError(
+            f"the bytes inside the pickle hold {tree!r} where a storage belongs"[:200],
+            hint="Only pickled state dicts are read; save this object with torch.save.",
+        )
+    return tree, names

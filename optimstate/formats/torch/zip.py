@@ -1,0 +1,408 @@
+"""The zip archives of `torch.save`: read, written anew in torch's own layout, or re-described without moving a tensor.
+
+The archive stores every storage as its own record and the tree as a pickle in `data.pkl`. Sizes and checksums stand in
+the directory at the end, so a new pickle and directory behind the old records make a complete new checkpoint: that is
+how renames are written, to a new file (the rest is copied as it is) and in place (the rest is not touched).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import (
+    CorruptCheckpointError,
+    DestinationError,
+    LimitExceededError,
+    UnrecognizedFormatError,
+    UnsupportedCheckpointError,
+)
+from optimstate.formats.pickles.pickle import dump
+from optimstate.formats.pickles.unpickle import MAX_PICKLE_BYTES, load
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.torch.zip_directory import CENTRAL, END, END64, LOCAL, LOCATOR64, MAX32, Archive, RecordStorage
+from optimstate.io.copying import Checksum, Copier, copy_extents
+from optimstate.io.extents import AtomicFile, Extent, FileSlice, FileSource, write_bytes
+from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tree import walk
+
+NAME = "torch"
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
+
+_ALIGNMENT = 64
+_BUFFER = 1 << 20  # small records are joined up to this size before they are written
+_SMALL_RECORD = 1 << 14
+_FLAGS = 0x0808  # sizes follow the data; names are UTF-8
+_FLAGS_EMPTY = 0x0800  # nothing follows
+_CENTRAL_CRC = slice(16, 20)  # of a directory entry
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def sniff(path: Path, head: bytes) -> bool:
+    """Whether a file begins like a zip archive whose first record is in a folder."""
+    if head[:4] != b"PK\x03\x04" or path.suffix == ".distcp":
+        return head[:4] == b"PK\x05\x06"
+    first = LOCAL.size
+    return b"/" in head[first : first + int.from_bytes(head[first - 4 : first - 2], "little")]
+
+
+def read(path: Path) -> Document:
+    """Open a checkpoint of `torch.save`.
+
+    Raises:
+        CheckpointError: It is damaged, hostile, compressed, big-endian or TorchScript.
+    """
+    tree, names, archive = read_archive(FileSource(path))
+    notes = [] if "version" in archive.records else ["the record 'version' is missing: torch.load refuses this file"]
+    return Document(path, NAME, tree, names, notes, handle=archive)
+
+
+def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, str]], Archive]:
+    """The tree of an archive, the globals its pickle mentions, and its directory.
+
+    Raises:
+        CheckpointError: As `read`.
+    """
+    path = source.path
+    archive = Archive(source)
+    records = archive.records
+    if "constants.pkl" in records:
+        raise UnsupportedCheckpointError(
+            "a TorchScript archive, not a checkpoint", path=path, hint="Save the module's state_dict() with torch.save."
+        )
+    if "data.pkl" not in records:
+        raise UnrecognizedFormatError("a zip file, but not one of torch.save: no data.pkl", path=path)
+    if "byteorder" in records and archive.read(records["byteorder"], 16).strip() == b"big":
+        raise UnsupportedCheckpointError(
+            "written on a big-endian machine", path=path, hint="Load it with torch, which swaps the bytes, and save it."
+        )
+
+    positions, sizes = records.positions, records.sizes
+    order = [*positions, ""]
+    new = object.__new__
+    made: list[RecordStorage | None] = [None] * len(records)
+    following = 0
+
+    def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
+        nonlocal following
+        name = "data/" + key
+        # Most are mentioned in the order of the records, where comparing a name is quicker than looking it up.
+        position = following if order[following] == name else positions.get(name, -1)
+        following = position + 1
+        if position < 0:
+            raise CorruptCheckpointError(f"storage {key!r} has no record", path=path)
+        if sizes[position] != nbytes:
+            raise CorruptCheckpointError(
+                f"storage {key!r} is declared with {nbytes} bytes, its record has {sizes[position]}",
+                path=path,
+                place=f"offset {records.headers[position]}",
+            )
+        found = made[position]
+        if found is None:
+            # A call of __init__ would take as long as all of this, once for each tensor.
+            found = made[position] = new(RecordStorage)
+            found.archive = archive
+            found.position = position
+            found.nbytes = nbytes
+            found.kind = kind
+            found.location = location
+            found.key = key
+        return found
+
+    pickled = archive.read(records["data.pkl"], MAX_PICKLE_BYTES)
+    try:
+        tree, names = load(pickled, storage)
+    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
+        if error.path:
+            raise
+        raise type(error)(error.message, path=path, place=f"data.pkl {error.place}".strip(), hint=error.hint) from error
+    return tree, names, archive
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+    """Write a tree as `torch.save` would.
+
+    When the tree holds exactly the storages of `like`, they are copied in one piece and only the pickle and the
+    directory are new; otherwise every record is written in torch's own order and alignment.
+    """
+    options = options or WriteOptions()
+    if like is not None and isinstance(like.handle, Archive) and _same_storages(tree, like.handle):
+        _write_redescribed(tree, path, like.handle, options)
+    else:
+        _write_new(tree, path, like, options)
+    return []
+
+
+def _same_storages(tree: Any, archive: Archive) -> bool:
+    """Whether the tree holds the archive's storages and no others, in its order: torch computes places from that."""
+    found = (node.storage if isinstance(node, LazyTensor) else node for _, node in walk(tree))
+    used = {id(storage): storage for storage in found if isinstance(storage, Storage)}.values()
+    if not all(isinstance(storage, RecordStorage) and storage.archive is archive for storage in used):
+        return False
+    kept = ["data/" + storage.key for storage in used]
+    return kept == [name for name in archive.records if name.startswith("data/")]
+
+
+class _Directory:
+    """Writes records at the current end of a file and remembers their directory entries."""
+
+    def __init__(self, copier: Copier, root: str, position: int, *, origin: int = 0) -> None:
+        self.copier = copier
+        self.root = root
+        self.position = position  # in the archive, which begins at `origin` of the file
+        self.entries: list[bytes | bytearray] = []
+        self._origin = origin
+        self._pending: list[bytes] = []
+        self._pending_at = position
+        self._unknown: list[tuple[Checksum, int, bytearray]] = []  # with the descriptor's place and the entry
+
+    def _emit(self, data: bytes) -> None:
+        self.position += len(data)
+        self._pending.append(data)
+        if self.position - self._pending_at >= _BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._write(b"".join(self._pending), self._pending_at)
+        self._pending.clear()
+        self._pending_at = self.position
+
+    def _write(self, data: bytes, position: int) -> None:
+        self.copier.write(data, self._origin + position)
+
+    def add(self, name: str, extents: Sequence[Extent] | bytes, crc: int | None = None) -> int | Checksum:
+        """Write a record; its CRC-32 is computed on the way unless given, and known after `settle` at the latest."""
+        size = len(extents) if isinstance(extents, bytes) else sum(extent.length for extent in extents)
+        header = self.position
+        encoded = (self.root + name).encode()
+        extra = _zip64_extra(size, size, header)
+        start = header + LOCAL.size + len(encoded) + len(extra) + 4
+        padding = -start % _ALIGNMENT
+        extra_length = len(extra) + 4 + padding
+        flags = _FLAGS if size else _FLAGS_EMPTY
+        self._emit(
+            LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, len(encoded), extra_length)
+            + encoded
+            + _zip64_extra(size, 0, header)  # the stored size follows the data
+            + struct.pack("<2sH", b"FB", padding)
+            + b"Z" * padding
+        )
+        found: int | Checksum
+        if isinstance(extents, bytes):
+            found = zlib.crc32(extents)
+            self._emit(extents)
+        elif size <= _SMALL_RECORD:
+            data = b"".join(extent.read() for extent in extents)
+            found = zlib.crc32(data) if crc is None else crc
+            self._emit(data)
+            self.copier.report(size)
+        else:
+            self._flush()
+            at = self._origin + self.position
+            if crc is None:
+                found = self.copier.put_with_checksum(extents, at)
+            else:
+                found = crc
+                self.copier.put(extents, at)
+            self.position += size
+            self._pending_at = self.position
+        known = 0 if isinstance(found, Checksum) else found
+        descriptor = self.position
+        if size:
+            shape = "<4sL2Q" if extra else "<4s3L"
+            self._emit(struct.pack(shape, b"PK\x07\x08", known, size, size))
+        small, offset = min(size, MAX32), min(header, MAX32)
+        fields = (b"PK\x01\x02", 0, 0, flags, 0, 0, 0, known, small, small, len(encoded), len(extra))
+        entry = bytearray(CENTRAL.pack(*fields, 0, 0, 0, 0, offset) + encoded + extra)
+        self.entries.append(entry)
+        if isinstance(found, Checksum):
+            self._unknown.append((found, descriptor, entry))
+        return found
+
+    def settle(self) -> None:
+        """Wait for what is being copied, and write the checksums that were not known before."""
+        self._flush()
+        self.copier.finish()
+        for found, descriptor, entry in self._unknown:
+            crc = struct.pack("<L", found.value)
+            self._write(crc, descriptor + 4)
+            entry[_CENTRAL_CRC] = crc
+        self._unknown.clear()
+
+    def directory(self) -> tuple[bytes, bytes]:
+        """The directory, and the end records that make it valid; to be written behind the records."""
+        self.settle()
+        body = b"".join(self.entries)
+        count, start, stop = len(self.entries), self.position, self.position + len(body)
+        end64 = END64.pack(b"PK\x06\x06", END64.size - 12, 0x031E, 45, 0, 0, count, count, len(body), start)
+        locator = LOCATOR64.pack(b"PK\x06\x07", 0, stop, 1)
+        short = min(count, 0xFFFF)
+        end = END.pack(b"PK\x05\x06", 0, 0, short, short, min(len(body), MAX32), min(start, MAX32), 0)
+        return body, end64 + locator + end
+
+
+def _zip64_extra(size: int, stored: int, header: int) -> bytes:
+    """The zip64 field as miniz writes it: only the values that do not fit. Torch counts on its exact length."""
+    if size < MAX32 and header < MAX32:
+        return b""
+    values = ([size, stored] if size >= MAX32 else []) + ([header] if header >= MAX32 else [])
+    return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values)
+
+
+def _write_new(tree: Any, path: Path, like: Document | None, options: WriteOptions) -> None:
+    pickled, storages = _pickled(tree)
+    root = (path.stem if path.stem.isascii() and path.stem else "archive") + "/"
+    expected = len(pickled) + sum(storage.nbytes + 256 for storage in storages)
+    with AtomicFile(path, expected_size=expected, sync=options.sync) as out:
+        _write_records(out.fd, root, pickled, storages, _other_records(like), options)
+        options.confirmed()
+
+
+def write_archive(fd: int, tree: Any, options: WriteOptions) -> int:
+    """Append a whole archive to an open file, as `torch.save` writes it to a stream, and return its size."""
+    return _write_records(fd, "archive/", *_pickled(tree), [], options)
+
+
+def _pickled(tree: Any) -> tuple[bytes, list[Storage]]:
+    """The pickle of a tree, and the storages it refers to, in order of their keys."""
+    order: dict[int, tuple[str, Storage]] = {}
+    pickled = dump(tree, lambda storage: order.setdefault(id(storage), (str(len(order)), storage))[0])
+    return pickled, [storage for _, storage in order.values()]
+
+
+def _write_records(
+    fd: int,
+    root: str,
+    pickled: bytes,
+    storages: Sequence[Storage],
+    others: Sequence[tuple[str, Extent]],
+    options: WriteOptions,
+) -> int:
+    origin = os.lseek(fd, 0, os.SEEK_CUR)
+    with Copier(fd, options.progress) as copier:
+        directory = _Directory(copier, root, 0, origin=origin)
+        checks = [directory.add("data.pkl", pickled)]
+        directory.add(".format_version", b"1")
+        directory.add(".storage_alignment", str(_ALIGNMENT).encode())
+        directory.add("byteorder", b"little")
+        for key, storage in enumerate(storages):
+            crc = storage.crc if storage.crc is not None or options.checksums else 0
+            checks.append(directory.add(f"data/{key}", storage.pieces, crc))
+        for name, record in others:
+            directory.add(name, (record,) if record.length else ())
+        directory.add("version", b"3\n")
+        directory.settle()
+        known = [str(check.value if isinstance(check, Checksum) else check) for check in checks]
+        directory.add(".data/serialization_id", _serialization_id([root, *known]))
+        body, end = directory.directory()
+    os.lseek(fd, origin + directory.position, os.SEEK_SET)
+    return directory.position + write_bytes(fd, body) + write_bytes(fd, end)
+
+
+_OWN_RECORDS = {"data.pkl", ".format_version", ".storage_alignment", "byteorder", "version", ".data/serialization_id"}
+
+
+def _other_records(like: Document | None) -> list[tuple[str, Extent]]:
+    """Records that are neither torch's own nor storages: kept as they are."""
+    if like is None or not isinstance(like.handle, Archive):
+        return []
+    archive = like.handle
+    return [
+        (name, archive.extent(record))
+        for name, record in archive.records.items()
+        if name not in _OWN_RECORDS and not name.startswith("data/")
+    ]
+
+
+def _serialization_id(parts: Sequence[str]) -> bytes:
+    import hashlib  # costs more than the rest of this module to import, and only writing needs it
+
+    digest = int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest(), "big")
+    return b"%040d" % (digest % 10**40)
+
+
+def _kept_entries(archive: Archive) -> list[bytes]:
+    return [entry for name, entry in archive.entries() if name != "data.pkl"]
+
+
+def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOptions) -> None:
+    """Everything but the pickle stays at its offset: torch can then still predict where each storage is."""
+    pickled = dump(tree)
+    old = archive.records["data.pkl"]
+    start = archive.data_offset(old)
+    others = [record for name, record in archive.records.items() if name != "data.pkl"]
+    stop = archive.directory_offset if any(other.header > old.header for other in others) else old.header
+    pieces = [Extent(archive.source, 0, min(start, stop))]
+    if stop > start:  # the old names must not stay behind
+        pieces += [Extent(None, 0, old.size), Extent(archive.source, start + old.size, stop - start - old.size)]
+    with AtomicFile(
+        path,
+        expected_size=stop + len(pickled) + sum(map(len, _kept_entries(archive))),
+        sync=options.sync,
+    ) as out:
+        position = copy_extents(pieces, out.fd, progress=options.progress)
+        for part in _redescription(out.fd, archive, pickled, position):
+            out.write(part)
+        options.confirmed()
+
+
+def _redescription(fd: int, archive: Archive, pickled: bytes, position: int) -> tuple[bytes, bytes]:
+    """Append the new pickle; returns the directory to write behind it and the end that makes it valid."""
+    with Copier(fd) as copier:
+        directory = _Directory(copier, archive.root, position)
+        directory.add("data.pkl", pickled)
+        directory.entries.extend(_kept_entries(archive))
+        parts = directory.directory()
+    os.lseek(fd, directory.position, os.SEEK_SET)
+    return parts
+
+
+def rewrite_in_place(document: Document, tree: Any) -> None:
+    """Give the file a new tree over the same storages by appending to it.
+
+    Nothing that was there is overwritten: until the last few bytes are written the file reads as before, or, for a
+    directory of more than 64 KB, can be cut back to what it was. The new bytes are flushed before the end that makes
+    them valid. On an error the file is cut back.
+
+    Raises:
+        DestinationError: The tree does not hold exactly the file's storages, or the file cannot be written.
+    """
+    archive = document.handle
+    if not isinstance(archive, Archive) or not _same_storages(tree, archive):
+        raise DestinationError(
+            f"{document.path}: only changes that keep every tensor can be made in place",
+            hint="Write to a new file instead.",
+        )
+    size = archive.source.size
+    pickled = dump(tree)
+    try:
+        fd = os.open(document.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise DestinationError(f"{document.path}: cannot be written: {error.strerror}") from error
+    try:
+        if os.lseek(fd, 0, os.SEEK_END) != size:
+            raise DestinationError(f"{document.path}: changed while it was read")
+        try:
+            body, end = _redescription(fd, archive, pickled, size)
+            write_bytes(fd, body)
+            os.fsync(fd)
+            write_bytes(fd, end)
+            os.fsync(fd)
+        except BaseException:
+            os.ftruncate(fd, size)
+            raise
+    except OSError as error:
+        if isinstance(error, DestinationError):
+            raise
+        raise DestinationError(f"{document.path}: cannot be written: {error.strerror}") from error
+    finally:
+        os.close(fd)

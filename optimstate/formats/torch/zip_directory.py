@@ -1,0 +1,383 @@
+"""The directory of a zip archive whose records are stored as they are: where each record is, without reading any.
+
+An archive of `torch.save` has a record per tensor, so what is done for each of them is done for all at once: entries of
+equal length follow one another in long runs, each of which is unpacked in one call, and checked column by column.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import sub
+from typing import NamedTuple
+
+from optimstate.errors import (
+    CorruptCheckpointError,
+    LimitExceededError,
+    UnrecognizedFormatError,
+    UnsupportedCheckpointError,
+)
+from optimstate.io.extents import Extent, FileSlice, FileSource
+from optimstate.tensors.lazy import Storage
+from optimstate.tree import no_garbage_collection
+
+__all__ = ["CENTRAL", "END", "END64", "LOCAL", "LOCATOR64", "MAX32", "Archive", "Record", "RecordStorage"]
+
+# Structures of the zip format (PKWARE's APPNOTE.TXT, section 4.3), with their signatures.
+LOCAL = struct.Struct("<4s5H3L2H")
+CENTRAL = struct.Struct("<4s6H3L5H2L")
+END = struct.Struct("<4s4H2LH")
+END64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR64 = struct.Struct("<4sLQL")
+MAX32 = 0xFFFFFFFF
+
+_SIGNATURE = b"PK\x01\x02"
+_MAX32_BYTES = b"\xff\xff\xff\xff"
+# Where numbers stand in an entry, and their types: flags (the low byte), method, CRC, both sizes, offset of the header.
+_FIELDS = ((8, "B"), (10, "H"), (16, "I"), (20, "I"), (24, "I"), (42, "I"))
+
+
+class Record(NamedTuple):
+    """An entry of the archive's directory.
+
+    Attributes:
+        name: Without the root folder.
+        header: Offset of its local header.
+        size: Bytes of its contents.
+        crc: CRC-32 of its contents; 0 also where the writer computed none.
+    """
+
+    name: str
+    header: int
+    size: int
+    crc: int
+
+
+class _Run(NamedTuple):
+    """Entries of equal length that follow one another in the directory.
+
+    Attributes:
+        at: Where the first begins.
+        entries: How many there are.
+        length: Bytes of each.
+        name: Bytes of each one's name, which stands behind the numbers.
+        extra: Bytes of each one's extra field, which stands behind the name.
+    """
+
+    at: int
+    entries: int
+    length: int
+    name: int
+    extra: int
+
+    def column(self, directory: bytes, place: int) -> bytes:
+        """The byte at `place` of every entry."""
+        return directory[self.at + place : self.at + self.entries * self.length : self.length]
+
+    def field(self, directory: bytes, place: int, width: int, apart: int = 0) -> bytearray:
+        """The `width` bytes at `place` of every entry, with `apart` zeros behind each.
+
+        They are taken with a stride: all first bytes, all second ones, ...
+        """
+        found = bytearray(self.entries * (width + apart))
+        for index in range(width):
+            found[index :: width + apart] = self.column(directory, place + index)
+        return found
+
+    def extras(self, directory: bytes) -> Iterator[bytes]:
+        """The extra field of every entry."""
+        first = self.at + CENTRAL.size + self.name
+        for start in range(first, first + self.entries * self.length, self.length):
+            yield directory[start : start + self.extra]
+
+    def alike(self, directory: bytes, place: int, expected: bytes) -> int:
+        """How many of the first entries have these bytes at `place`; 0 where entries are too short for them."""
+        if place + len(expected) > self.length:
+            return 0
+        found = self.entries
+        for index, byte in enumerate(expected, place):
+            column = self.column(directory, index)
+            if column != bytes([byte]) * len(column):
+                found = min(found, len(column) - len(column.lstrip(bytes([byte]))))
+        return found
+
+
+class Records(Mapping[str, Record]):
+    """Records by name, in directory order; made when they are asked for.
+
+    Attributes:
+        positions: Name -> position in the columns.
+        headers, sizes, crcs: The fields of all records, column by column.
+    """
+
+    def __init__(self, names: Sequence[str], headers: Sequence[int], sizes: Sequence[int], crcs: Sequence[int]) -> None:
+        self.positions = dict(zip(names, range(len(names)), strict=True))
+        self.headers = headers
+        self.sizes = sizes
+        self.crcs = crcs
+
+    def __getitem__(self, name: str) -> Record:
+        at = self.positions[name]
+        return Record(name, self.headers[at], self.sizes[at], self.crcs[at])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.positions
+
+
+class Archive:
+    """The directory of a zip file whose records are stored without compression.
+
+    Attributes:
+        source: The file.
+        root: The folder all records are in, with its slash.
+        records: By name without the root, in directory order.
+        directory_offset: Where the directory begins.
+    """
+
+    def __init__(self, source: FileSource | FileSlice) -> None:
+        self.source = source
+        self.directory_offset, size, count = _find_directory(source)
+        if count * CENTRAL.size > size:
+            raise CorruptCheckpointError(
+                f"the zip directory cannot hold {count} entries in {size} bytes", path=source.path
+            )
+        self._directory = source.read(self.directory_offset, size)
+        with no_garbage_collection():
+            self.root, self.records = self._parsed(count)
+
+    def entries(self) -> Iterator[tuple[str, bytes]]:
+        """Name of each record, and the bytes of its entry in the directory."""
+        names = iter(self.records)
+        for run in self._runs(len(self.records)):
+            for start in range(run.at, run.at + run.entries * run.length, run.length):
+                yield next(names), self._directory[start : start + run.length]
+
+    def _runs(self, count: int) -> Iterator[_Run]:
+        """The entries, in runs of equal lengths."""
+        data, at = self._directory, 0
+        while count:
+            lengths = data[at + 28 : at + 34]
+            name, extra, comment = struct.unpack("<3H", lengths) if len(lengths) == 6 else (0, 0, 0)
+            length = CENTRAL.size + name + extra + comment
+            if not data.startswith(_SIGNATURE, at) or at + length > len(data):
+                problem = "cut off" if at + CENTRAL.size > len(data) else "damaged"
+                raise self.corrupt(f"the zip directory is {problem}", self.directory_offset + at)
+            most = min(count, (len(data) - at) // length)
+            run = alike = window = 1
+            while alike == window and run < most:  # look ahead further and further: most runs are short or very long
+                window = min(8 * run, most - run)
+                ahead = _Run(at + run * length, window, length, name, extra)
+                alike = min(ahead.alike(data, 0, _SIGNATURE), ahead.alike(data, 28, lengths))
+                run += alike
+            yield _Run(at, run, length, name, extra)
+            at += run * length
+            count -= run
+
+    def _parsed(self, count: int) -> tuple[str, Records]:
+        """The common folder of the records, and the records."""
+        runs = list(self._runs(count))
+        if not runs:
+            return "", Records((), array("Q"), array("Q"), array("Q"))
+        flags, methods, crcs, sizes, full, headers = (self._numbers(runs, *field) for field in _FIELDS)
+        if any(_MAX32_BYTES in column.tobytes() for column in (sizes, full, headers)):
+            extras = chain.from_iterable(run.extras(self._directory) for run in runs)
+            rows = map(_zip64, full, sizes, headers, extras)
+            full, sizes, headers = (array("Q", column) for column in zip(*rows, strict=True))
+        root, names = self._names(runs)
+        records = Records(names, headers, sizes, crcs)
+        if len(records) != len(names):
+            raise CorruptCheckpointError("the zip directory lists a record twice", path=self.source.path)
+        gaps = map(sub, map(sub, [*headers[1:], self.directory_offset], headers), sizes)
+        if min(gaps) < LOCAL.size or sizes != full or any(methods) or any(flag & 1 for flag in set(flags)):
+            self._check_entries(zip(names, flags, methods, sizes, full, headers, strict=True))
+            self._check_overlaps(records)
+        return root, records
+
+    def _names(self, runs: Sequence[_Run]) -> tuple[str, list[str]]:
+        """The folder all records are in, and their names in it."""
+        first = self._directory[runs[0].at + CENTRAL.size :][: runs[0].name]
+        root = first[: first.find(b"/") + 1]
+        for run in runs:
+            if not root or run.name < len(root) or run.alike(self._directory, CENTRAL.size, root) < run.entries:
+                raise UnrecognizedFormatError(
+                    "a zip file, but not one of torch.save: no common folder", path=self.source.path
+                )
+        joined = bytearray()
+        for run in runs:
+            joined += run.field(self._directory, CENTRAL.size + len(root), run.name - len(root), apart=1)
+        # All at once: taking them out and decoding them one by one takes as long as everything else here.
+        names = joined[:-1].decode("utf-8", "replace").split("\0")
+        if b"\0" in root or len(names) != sum(run.entries for run in runs):
+            raise CorruptCheckpointError("the name of a record has a zero in it", path=self.source.path)
+        return root.decode("utf-8", "replace"), names
+
+    def _numbers(self, runs: Sequence[_Run], place: int, kind: str) -> array[int]:
+        """One number of every entry."""
+        found = array(kind)
+        for run in runs:
+            found.frombytes(run.field(self._directory, place, found.itemsize))
+        if sys.byteorder == "big":
+            found.byteswap()
+        return found
+
+    def _check_entries(self, entries: Iterable[tuple[str, int, int, int, int, int]]) -> None:
+        """Refuse the first record that cannot be read."""
+        for name, flag, method, size, full_size, header in entries:
+            if method or flag & 1:
+                raise UnsupportedCheckpointError(
+                    f"record {name!r} is {'encrypted' if flag & 1 else 'compressed'}",
+                    path=self.source.path,
+                    hint="torch.save stores records as they are; load the file with torch and save it again.",
+                )
+            if size != full_size or header + LOCAL.size + size > self.directory_offset:
+                raise self.corrupt(f"record {name!r} of {size} bytes reaches past the data", header)
+
+    def _check_overlaps(self, records: Records) -> None:
+        """Refuse a record that begins inside another; they may stand in any order."""
+        end = 0
+        for header, size, name in sorted(zip(records.headers, records.sizes, records, strict=True)):
+            if header < end:
+                raise self.corrupt(f"record {name!r} overlaps another", header)
+            end = header + LOCAL.size + size
+
+    def data_offset(self, record: Record) -> int:
+        """Where a record's contents begin; the local header has a padding of its own."""
+        header = self.source.read(record.header, LOCAL.size)
+        fields = LOCAL.unpack(header)
+        if fields[0] != b"PK\x03\x04":
+            raise self.corrupt(f"record {record.name!r} has no local header", record.header)
+        start = record.header + LOCAL.size + int(fields[9]) + int(fields[10])
+        if start + record.size > self.directory_offset:
+            raise self.corrupt(f"record {record.name!r} reaches into the directory", record.header)
+        return start
+
+    def extent(self, record: Record) -> Extent:
+        """The contents of a record."""
+        return self.source.extent(self.data_offset(record), record.size)
+
+    def read(self, record: Record, limit: int) -> bytes:
+        """The contents of a small record, checked against its checksum."""
+        if record.size > limit:
+            raise LimitExceededError(
+                f"record {record.name!r} has {record.size} bytes, over the limit of {limit}", path=self.source.path
+            )
+        data = self.extent(record).read()
+        if record.crc and zlib.crc32(data) != record.crc:
+            raise self.corrupt(f"record {record.name!r} does not match its checksum", record.header)
+        return data
+
+    def corrupt(self, message: str, offset: int) -> CorruptCheckpointError:
+        """An error at an offset of this file."""
+        return CorruptCheckpointError(
+            message,
+            path=self.source.path,
+            place=f"offset {offset}",
+            hint="The file is truncated or damaged; copy it again from its source.",
+        )
+
+
+class RecordStorage(Storage):
+    """A storage that is one record of an archive; where its bytes begin is looked up when they are needed.
+
+    Attributes:
+        archive: Where the record is.
+        position: Of the record in `archive.records`.
+    """
+
+    __slots__ = ("_pieces", "archive", "position")
+
+    archive: Archive
+    position: int
+    _pieces: tuple[Extent, ...]
+
+    @property
+    def crc(self) -> int | None:  # type: ignore[override]
+        """As the directory records it."""
+        return self.archive.records.crcs[self.position] or None
+
+    @property
+    def pieces(self) -> tuple[Extent, ...]:  # type: ignore[override]
+        """The record's contents."""
+        try:
+            return self._pieces
+        except AttributeError:
+            archive = self.archive
+            self._pieces = (archive.extent(archive.records["data/" + self.key]),) if self.nbytes else ()
+            return self._pieces
+
+
+def _find_directory(source: FileSource | FileSlice) -> tuple[int, int, int]:
+    """Offset, size and number of entries of the central directory."""
+    tail_size = min(source.size, END.size + 0xFFFF + LOCATOR64.size)
+    tail = source.read(source.size - tail_size, tail_size)
+    at = _rfind_end(tail)
+    if at < 0:
+        raise CorruptCheckpointError(
+            "the zip directory at the end is missing",
+            path=source.path,
+            place=f"offset {source.size}",
+            hint=_restore_hint(source),
+        )
+    end_offset = source.size - tail_size + at
+    _, _, _, _, count, size, offset, _ = END.unpack_from(tail, at)
+    expected_end = end_offset
+    if at >= LOCATOR64.size and tail[at - LOCATOR64.size : at - LOCATOR64.size + 4] == b"PK\x06\x07":
+        _, _, end64_offset, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
+        end64 = source.read(end64_offset, END64.size)
+        if end64[:4] != b"PK\x06\x06":
+            raise CorruptCheckpointError(
+                "the zip64 directory is damaged", path=source.path, place=f"offset {end64_offset}"
+            )
+        *_, count, size, offset = END64.unpack(end64)
+        expected_end = end64_offset
+    if offset + size != expected_end:
+        raise CorruptCheckpointError(
+            f"the zip directory says it ends at {offset + size}, but it ends at {expected_end}",
+            path=source.path,
+            place=f"offset {end_offset}",
+        )
+    return offset, size, count
+
+
+def _rfind_end(data: bytes) -> int:
+    """Where the last end record that is there in full begins; behind it may be the first bytes of another."""
+    return data.rfind(b"PK\x05\x06", 0, max(len(data) - END.size + 4, 0))
+
+
+def _restore_hint(source: FileSource | FileSlice) -> str:
+    """An interrupted in-place edit leaves the old end inside the file: say how to return to it."""
+    block = 1 << 24
+    for low in range(max(source.size - block, 0), max(source.size - 16 * block, -1), -block):
+        data = source.read(low, min(block + END.size, source.size - low))
+        at = _rfind_end(data)
+        if at >= 0 and data[max(at - LOCATOR64.size, 0) :][:4] == b"PK\x06\x07":
+            size = low + at + END.size
+            return f"An edit in place was interrupted; `truncate -s {size} {source.path}` restores the file as it was."
+        if low == 0:
+            break
+    return "The file is truncated or no checkpoint of torch.save; copy it again from its source."
+
+
+def _zip64(unpacked: int, packed: int, header: int, extra: bytes) -> tuple[int, int, int]:
+    """The sizes and the offset, those that do not fit 32 bits from the entry's zip64 field."""
+    fields = [unpacked, packed, header]
+    if MAX32 in fields:
+        at = 0
+        while at + 4 <= len(extra):
+            kind, length = struct.unpack_from("<HH", extra, at)
+            if kind == 1 and at + 4 + length <= len(extra):
+                values = iter(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
+                fields = [next(values, value) if value == MAX32 else value for value in fields]
+                break
+            at += 4 + length
+    return fields[0], fields[1], fields[2]

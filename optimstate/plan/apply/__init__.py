@@ -1,0 +1,1 @@
+"""A migration carried out on a checkpoint."""

@@ -1,0 +1,324 @@
+"""Apply a plan to a whole checkpoint: its models, averages, optimizers and schedulers together."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from optimstate.errors import MigrationError
+from optimstate.plan.apply.execute import execute_model, execute_optimizer
+from optimstate.plan.expressions import tree as ex
+from optimstate.plan.expressions.tree import Shape
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve.planner import (
+    Inventory,
+    Migration,
+    SectionMoves,
+    model_inventory,
+    optimizer_inventory,
+    plan_migration,
+)
+from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
+from optimstate.state.optimizer import OptimizerState
+from optimstate.state.sections import Section, find_sections
+from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import Opaque, rebuilt_mapping, replaced
+
+__all__ = ["STAMP", "apply_plan"]
+
+STAMP = "optimstate_plans"
+"""The key under which a checkpoint keeps the digests of plans that may be applied once."""
+
+
+def apply_plan(
+    plan: Plan, tree: Any, *, names: Mapping[str, Sequence[str]] | None = None
+) -> tuple[Any, Migration, list[str]]:
+    """Move every model, optimizer, averaged model and scheduler of a checkpoint by one plan.
+
+    Wrapper prefixes that all names of a section share (`module.`, `_orig_mod.`) are transparent, unless a rule itself
+    begins with one.
+
+    Args:
+        plan: What to do.
+        tree: The checkpoint; not changed.
+        names: For optimizers without names, by the section's label: their parameters' names in order.
+
+    Returns:
+        The new tree, the migration, and notes: sections that have no names and were left as they are, and whatever else
+        deserves attention.
+
+    Raises:
+        MigrationError: The plan does not fit; nothing is changed.
+    """
+    _refuse_second(plan, tree)
+    checkpoint = _Checkpoint(plan, tree, names or {})
+    migration = plan_migration(plan, checkpoint.inventories())
+    for section in checkpoint.anonymous:
+        _refuse_other_parameters(section, migration)
+    rebuilt = checkpoint.rebuilt(migration)
+    notes = [f"{key_of(section)}: no parameter names, left as it is" for section in checkpoint.anonymous]
+    notes += checkpoint.schedules_left(migration)
+    return _stamped(plan, replaced(tree, rebuilt)), migration, notes + migration.notes
+
+
+def key_of(section: Section) -> str:
+    """What reports call a section."""
+    return f"{section.kind} {section.label}"
+
+
+class _Checkpoint:
+    """The sections of a tree as the planner sees them: without wrapper prefixes."""
+
+    def __init__(self, plan: Plan, tree: Any, names: Mapping[str, Sequence[str]]) -> None:
+        self.see_wrappers = any(rule.source.text.startswith(WRAPPERS) for rule in plan.all_rules())
+        self.plan, self.names = plan, names
+        self.anonymous: list[Section] = []
+        self.schedulers: list[Section] = []
+        self.named: dict[str, tuple[Section, str]] = {}
+        self.states: dict[str, OptimizerState] = {}
+        for section in find_sections(tree):
+            self._sort(section)
+
+    def _sort(self, section: Section) -> None:
+        if section.kind == "scheduler":
+            self.schedulers.append(section)
+            return
+        found = self._names_of(section)
+        if found is None:
+            self.anonymous.append(section)
+            return
+        prefix = "module." if section.kind == "ema" else ""
+        if not self.see_wrappers:
+            prefix += wrapper_prefix([name.removeprefix(prefix) for name in found])
+        self.named[key_of(section)] = section, prefix
+
+    def _names_of(self, section: Section) -> list[str] | None:
+        """The parameters' names in order; None where there are none, or where a pickled object holds them."""
+        if isinstance(section.node, Opaque) or section.positional:
+            return None
+        if section.kind != "optimizer":
+            return [name for name in section.tensors() if section.kind != "ema" or name != "n_averaged"]
+        state = section.optimizer()
+        if not state.is_named and section.label in self.names:
+            state = state.named(self.names[section.label])
+        if not state.is_named:
+            return None
+        self.states[key_of(section)] = state
+        return [str(name) for _, name, _ in state.parameters()]
+
+    def inventories(self) -> dict[str, Inventory]:
+        """What the planner is told."""
+        shapes = self._shapes()
+        made = {}
+        for key, (section, prefix) in self.named.items():
+            if section.kind == "optimizer":
+                self.states[key] = _without_prefix(self.states[key], prefix)
+                made[key] = optimizer_inventory(self.states[key], shapes=shapes)
+            else:
+                made[key] = model_inventory(_plain_tensors(section, prefix))
+        return made
+
+    def _shapes(self) -> dict[str, Shape | None]:
+        """The shapes of parameters as models have them; None where two models disagree."""
+        found: dict[str, Shape | None] = {}
+        for section, prefix in self.named.values():
+            if section.kind == "optimizer":
+                continue
+            for name, value in _plain_tensors(section, prefix).items():
+                shape = value.shape if isinstance(value, LazyTensor) else None
+                found[name] = shape if found.get(name, shape) == shape else None
+        return found
+
+    def rebuilt(self, migration: Migration) -> dict[int, Any]:
+        """The nodes that change, by the id of the old one."""
+        made: dict[int, Any] = {}
+        for key, (section, prefix) in self.named.items():
+            moves = migration.sections[key]
+            if section.kind == "optimizer":
+                state = execute_optimizer(moves, self.states[key])
+                if state is not self.states[key] or (prefix and moves.changes):
+                    made[id(section.node)] = _with_prefix(state, prefix).to_node()
+            elif moves.changes:
+                made[id(section.node)] = _rebuilt_model(section, moves, prefix)
+        if self.schedulers:
+            made.update(self._followed(migration))
+        return made
+
+    def _followed(self, migration: Migration) -> dict[int, Any]:
+        """The schedulers whose optimizer has other param groups or options, by the id of the old one."""
+        from optimstate.plan.apply.schedulers import followed, reschedules
+
+        optimizers = [
+            migration.sections[key] for key, (section, _) in self.named.items() if section.kind == "optimizer"
+        ]
+        changed = [
+            moves
+            for key, moves in migration.sections.items()
+            if key in self.states and reschedules(moves, self.states[key].groups)
+        ]
+        if not changed:
+            return {}
+        if len(optimizers) == 1 and not any(section.kind == "optimizer" for section in self.anonymous):
+            pairs = [(section, optimizers[0]) for section in self.schedulers]
+        elif len(self.schedulers) == len(optimizers):
+            pairs = list(zip(self.schedulers, optimizers, strict=True))
+        else:
+            raise MigrationError(
+                [
+                    f"{len(self.schedulers)} schedulers and {len(optimizers)} optimizers: nothing says which scheduler "
+                    "follows which optimizer's param groups"
+                ],
+                hint="Migrate the optimizers one at a time, or write the schedulers anew.",
+            )
+        return {
+            id(section.node): rebuilt_mapping(section.node, followed(section.node, moves))
+            for section, moves in pairs
+            if any(moves is other for other in changed) and isinstance(section.node, Mapping)
+        }
+
+    def schedules_left(self, migration: Migration) -> list[str]:
+        """Learning rates that the plan sets although a schedule computes them from something else."""
+        if not self.schedulers:
+            return []
+        return [
+            f"{key}: param group {number} gets lr = {group.options['lr']!r}, but {key_of(self.schedulers[0])} goes on "
+            "from the initial learning rate it had, to which most schedules return at the next step: set initial_lr too"
+            for key, moves in migration.sections.items()
+            for number, group in enumerate(moves.groups)
+            if number in _set_in(self.plan, moves, "lr") and number not in _set_in(self.plan, moves, "initial_lr")
+        ]
+
+
+def _set_in(plan: Plan, moves: SectionMoves, option: str) -> set[int]:
+    """The param groups of the result whose `[[group]]` table sets an option."""
+    tables = [rule for rule in plan.groups if option in rule.set]
+    return {
+        number
+        for number, group in enumerate(moves.groups)
+        if any(option in group.options and rule is group.rule for rule in tables)
+    }
+
+
+def _plain_tensors(section: Section, prefix: str) -> dict[str, Any]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in section.tensors().items()
+        if section.kind != "ema" or name != "n_averaged"
+    }
+
+
+def _without_prefix(state: OptimizerState, prefix: str) -> OptimizerState:
+    return _renamed(state, lambda name: name.removeprefix(prefix)) if prefix else state
+
+
+def _with_prefix(state: OptimizerState, prefix: str) -> OptimizerState:
+    return _renamed(state, lambda name: prefix + name) if prefix else state
+
+
+def _renamed(state: OptimizerState, rename: Callable[[Any], str]) -> OptimizerState:
+    by_name = all(isinstance(key, str) for group in state.groups for key in group.params)
+    groups = tuple(
+        group._replace(
+            names=tuple(map(rename, group.names or ())),
+            params=tuple(map(rename, group.params)) if by_name else group.params,
+        )
+        for group in state.groups
+    )
+    known = {key for group in state.groups for key in group.params} if by_name else set()
+    moved = {rename(key) if key in known else key: slots for key, slots in state.state.items()}
+    return state._replace(groups=groups, state=moved)
+
+
+def _refuse_other_parameters(section: Section, migration: Migration) -> None:
+    """Names may change beside what lists its parameters without; which there are, and their layout, may not."""
+    if section.kind == "optimizer":
+        if not any(group.params for group in section.optimizer().groups):
+            return
+    elif not section.positional:
+        return
+    for key, moves in migration.sections.items():
+        if moves.dropped or any(move.clone or not move.is_moved_whole for move in moves.moves):
+            raise MigrationError(
+                [
+                    f"{key_of(section)} has no parameter names: "
+                    f"it cannot follow what is dropped, duplicated or cut in {key}"
+                ],
+                hint="Save it with names (build the optimizer from model.named_parameters()), "
+                "or convert only the weights.",
+            )
+
+
+def _rebuilt_model(section: Section, moves: SectionMoves, prefix: str) -> dict[str, Any]:
+    node = section.node
+    values = execute_model(moves, _plain_tensors(section, prefix))
+    taken = {prefix + source for move in moves.moves for source in move.sources}
+    taken |= {prefix + source for source, _ in moves.dropped}
+    at: dict[str, list[str]] = {}
+    for move in moves.moves:
+        if move.target in values:
+            at.setdefault(prefix + move.sources[0], []).append(prefix + move.target)
+    made: dict[str, Any] = {}
+    # What is no tensor keeps its place among those it stood between.
+    for key, value in node.items():
+        if key in taken:
+            made.update(dict.fromkeys(at.get(key, ())))
+        else:
+            made[key] = value
+    ordered = _in_order_of(made, {prefix + name: value for name, value in values.items()})
+    rebuilt: dict[str, Any] = rebuilt_mapping(node, ordered)
+    if isinstance(rebuilt, OrderedDict) and isinstance(vars(rebuilt).get("_metadata"), Mapping):
+        vars(rebuilt)["_metadata"] = _moved_metadata(vars(rebuilt)["_metadata"], moves, prefix)
+    return rebuilt
+
+
+def _in_order_of(made: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries with `values` in their own order, in the places that they have."""
+    wanted = iter(values.items())
+    return dict(next(wanted) if key in values else (key, value) for key, value in made.items())
+
+
+def _moved_metadata(metadata: Mapping[str, Any], moves: SectionMoves, prefix: str) -> dict[str, Any]:
+    """The version numbers torch keeps per module, under the modules' new names."""
+    pairs = [
+        (prefix + leaf.name, prefix + move.target)
+        for move in moves.moves
+        if move.expression is not None
+        for leaf in ex.leaves(move.expression)
+    ]
+    modules = renamed_modules(pairs)
+    lost = renamed_modules((prefix + name, prefix + name) for name, _ in moves.dropped).keys() - modules.keys() - {""}
+    if "" in modules.get("", ()):  # what is beside modules that stayed, stays
+        modules[""] = [""]
+    made: dict[str, Any] = {"": metadata[""]} if "" in metadata else {}  # there is always a root
+    for name, value in metadata.items():
+        if name in lost:
+            continue
+        owner = name
+        while owner and owner not in modules:  # a module without parameters moves with the one around it
+            owner = owner.rpartition(".")[0]
+        inner = name[len(owner) :].lstrip(".")
+        for target in modules.get(owner, [owner]):
+            made[".".join(filter(None, (target, inner)))] = value
+    return rebuilt_mapping(metadata, made)
+
+
+def _refuse_second(plan: Plan, tree: Any) -> None:
+    if plan.guard.once and isinstance(tree, Mapping) and plan.digest in tree.get(STAMP, ()):
+        raise MigrationError(
+            ["this plan was applied to this checkpoint already"],
+            hint="Apply it to the original, or take `once` out of the plan's [guard].",
+        )
+
+
+def _stamped(plan: Plan, tree: Any) -> Any:
+    """The tree with the plan's digest, where the plan asks for it and an entry more changes no section's meaning."""
+    if not plan.guard.once:
+        return tree
+    roots = [section for section in find_sections(tree) if section.path == ()]
+    if not isinstance(tree, dict) or roots or not all(isinstance(key, str) for key in tree):
+        raise MigrationError(
+            ["[guard] once = true needs a checkpoint that is a dict of sections, to note the plan in"],
+            hint="Use has and lacks, which need no note.",
+        )
+    return rebuilt_mapping(tree, {**tree, STAMP: [*tree.get(STAMP, ()), plan.digest]})

@@ -1,0 +1,185 @@
+"""Carry a migration out: the same for tensors in files, which stay where they are, and for live ones.
+
+The first use of a source moves it, later ones copy it, and what is computed is computed once; nothing else is copied.
+The state that is read is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optimstate.plan.expressions import tree as ex
+from optimstate.plan.expressions.evaluate import LIVE, copied, evaluated, identity, kernel_of
+from optimstate.plan.expressions.tree import Expr, Leaf
+from optimstate.plan.slots.outcomes import Fate, SlotPath, nested
+from optimstate.plan.solve.migration import Move, SectionMoves
+from optimstate.state.optimizer import Group, Member, OptimizerState, ParameterKey, Slots
+from optimstate.tensors.lazy import LazyTensor
+
+__all__ = ["execute_model", "execute_optimizer"]
+
+
+def execute_optimizer(section: SectionMoves, state: OptimizerState) -> OptimizerState:
+    """The state of the optimizer after a migration.
+
+    Args:
+        section: What becomes of its parameters.
+        state: The state the migration was planned for; not changed.
+
+    Returns:
+        A state whose tensors are those of `state` where they are only moved.
+    """
+    if not section.changes:
+        return state
+    old = {str(name): (key, slots) for key, name, slots in state.parameters()}
+    builder = _Builder({name: slots for name, (_, slots) in old.items()})
+    apart = [move for move in section.moves if section.requantized and not move.is_moved_whole]
+    slots = _requantized(apart, old) if apart else {}
+    slots |= {move.target: builder.slots(move) for move in section.moves if move.target not in slots}
+    if section.flat is not None:
+        slots = _with_flat(section, old, slots)
+    keys = {move.target: _key(move, old) for move in section.moves}
+    named = section.groups and any(group.names is not None for group in state.groups)
+    groups = []
+    for group in section.groups:
+        like = state.groups[group.base] if group.base is not None else state.groups[0] if state.groups else None
+        order = like.keys if like is not None else ("params",)
+        if named and "param_names" not in order and not _keyed_by_name(state):
+            order = (*order, "param_names")
+        template = Group(group.options, (), (), order)
+        groups.append((template, [Member(name, keys[name], slots[name]) for name in group.members]))
+    made = state.rebuilt(groups)
+    return made if section.conversion is None else section.conversion.apply(made)
+
+
+def _requantized(
+    moves: Sequence[Move], old: Mapping[str, tuple[ParameterKey, Slots | None]]
+) -> dict[str, Slots | None]:
+    """8-bit slots of what is not moved whole: decoded, carried along, and coded again."""
+    from optimstate.plan.slots import quantized
+
+    builder = _Builder({name: quantized.plain(slots) if slots else slots for name, (_, slots) in old.items()})
+    made = {move.target: builder.slots(move) for move in moves}
+    return {name: quantized.recoded(slots) if slots else slots for name, slots in made.items()}
+
+
+def _keyed_by_name(state: OptimizerState) -> bool:
+    return all(isinstance(key, str) for group in state.groups for key in group.params)
+
+
+def _key(move: Move, old: Mapping[str, tuple[ParameterKey, Slots | None]]) -> ParameterKey | None:
+    sources = move.sources
+    return old[sources[0]][0] if len(sources) == 1 and not move.clone else None
+
+
+def _with_flat(
+    section: SectionMoves,
+    old: Mapping[str, tuple[ParameterKey, Slots | None]],
+    slots: dict[str, Slots | None],
+) -> dict[str, Slots | None]:
+    """The one state that is for all parameters, at the first of the new ones."""
+    flat = section.flat
+    assert flat is not None
+    whole = old[flat.holder][1] or {}
+    first = next(name for group in section.groups for name in group.members)
+    made: dict[str, Slots | None] = dict.fromkeys(slots)
+    made[first] = flat.rebuilt(whole) if flat.order else whole
+    return made
+
+
+def execute_model(section: SectionMoves, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a model after a migration, in the order of the result; new parameters have none.
+
+    Names that share memory go on sharing it where the same is done to both.
+
+    Args:
+        section: What becomes of its parameters.
+        tensors: By name; not changed.
+    """
+    builder = _Builder({name: {None: value} for name, value in tensors.items()})
+    made = {}
+    for move in section.moves:
+        if move.expression is not None and move.value is not None:
+            made[move.target] = builder.value(move.value.made or move.expression)
+    return made
+
+
+class _Builder:
+    """Builds results one after the other, remembering what has been moved and computed."""
+
+    def __init__(self, sources: Mapping[str, Mapping[Any, Any] | None]) -> None:
+        self._sources = sources
+        self._moved: set[tuple[str, SlotPath]] = set()
+        self._taken: set[int] = set()
+        self._memo: dict[SlotPath, dict[int, Any]] = {}
+        self._tied: dict[Any, tuple[Any, frozenset[str]]] = {}
+
+    def slots(self, move: Move) -> Slots | None:
+        """The slots of a parameter of the result; None for a fresh one."""
+        if isinstance(move.expression, Leaf):
+            slots = self._sources.get(move.expression.name)
+            if slots is None:
+                return None
+            first = (move.expression.name, ()) not in self._moved
+            self._moved.add((move.expression.name, ()))
+            return slots if first else {key: copied(value) for key, value in slots.items()}
+        made: dict[SlotPath, Any] = {}
+        for path, fate in move.slots.items():
+            expression = fate.made if fate.made is not None else move.expression
+            if expression is not None and fate.outcome in ("exact", "approximate"):
+                made[path] = self.value(expression, path)
+        return nested(made) or None
+
+    def value(self, expression: Expr, path: SlotPath = ()) -> Any:
+        """The value of a translated expression; leaves that name no slot stand for the one at `path`."""
+        if isinstance(expression, Leaf):
+            return self._leaf(expression, expression.slot or path)
+        names = frozenset(leaf.name for leaf in ex.leaves(expression))
+        key = self._key(expression, path)
+        tied = self._tied.get(key)
+        if tied is not None and not tied[1] & names:  # the same made of other names for the same memory
+            return tied[0]
+        leaves = {}
+        for leaf in ex.leaves(expression):
+            value = self._raw(leaf, leaf.slot or path)
+            leaves[id(leaf)] = value.detach() if kernel_of(value) is LIVE else value
+        found = evaluated(expression, leaves, self._memo.setdefault(path, {}))
+        made = kernel_of(found).own(found, self._taken)
+        self._tied[key] = made, names | (tied[1] if tied else frozenset())
+        return made
+
+    def _leaf(self, leaf: Leaf, path: SlotPath) -> Any:
+        value = self._raw(leaf, path)
+        place = leaf.name, path
+        if place in self._moved or (path and (leaf.name, ()) in self._moved):
+            return copied(value)
+        self._moved.add(place)
+        return value
+
+    def _raw(self, leaf: Leaf, path: SlotPath) -> Any:
+        found: Any = self._sources[leaf.name]
+        for key in path or (None,):
+            found = found[key]
+        return found
+
+    def _key(self, expression: Expr, path: SlotPath) -> Any:
+        """Equal for expressions that do the same to the same memory."""
+        if isinstance(expression, Leaf):
+            value = self._raw(expression, expression.slot or path)
+            return identity(value) if isinstance(value, LazyTensor) or hasattr(value, "shape") else id(value)
+        step = expression.step
+        if isinstance(step, ex.Pad):
+            said: Any = ("pad", step.dim, step.count, step.fill.default)
+        elif isinstance(step, ex.Cast):
+            said = ("cast", step.dtypes[""])
+        else:
+            said = step
+        return said, tuple(self._key(item, path) for item in expression.inputs)
+
+
+def outcome_of(move: Move) -> Fate:
+    """The least exact fate of a parameter and its slots."""
+    fates = [*([move.value] if move.value is not None else []), *move.slots.values()]
+    order = ("dropped", "fresh", "approximate", "exact")
+    return min(fates, key=lambda fate: order.index(fate.outcome), default=Fate("fresh"))

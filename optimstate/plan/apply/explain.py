@@ -1,0 +1,114 @@
+"""A migration as plain rows, for reports and for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from optimstate.plan.expressions import tree as ex
+from optimstate.plan.expressions.tree import Expr, Leaf
+from optimstate.plan.slots.outcomes import OUTCOMES
+from optimstate.plan.solve.migration import Migration, Move, SectionMoves
+
+__all__ = ["Row", "described", "explained", "summary"]
+
+
+class Row(NamedTuple):
+    """What becomes of one parameter or slot.
+
+    Attributes:
+        section: Where it is.
+        target: The parameter of the result; empty for what is dropped.
+        slot: Empty for the parameter itself.
+        sources: Where it comes from.
+        how: What is done to them; empty where it is only moved.
+        outcome: `exact`, `approximate`, `fresh` or `dropped`.
+        reason: Why, where there is something to say.
+        rule: The rule that says so; empty where none does.
+    """
+
+    section: str
+    target: str
+    slot: str
+    sources: tuple[str, ...]
+    how: str
+    outcome: str
+    reason: str
+    rule: str
+
+
+def explained(migration: Migration) -> Iterator[Row]:
+    """Every parameter and slot of the result, and everything that is dropped."""
+    for key, section in migration.sections.items():
+        for move in section.moves:
+            yield from _rows(key, move, section)
+        for name, rule in section.dropped:
+            said = str(rule) if rule is not None else 'the policy unexpected = "drop"'
+            yield Row(key, "", "", (name,), "", "dropped", "", said)
+
+
+def _rows(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
+    rule = "; ".join(map(str, move.rules))
+    how = "" if move.expression is None or isinstance(move.expression, Leaf) else described(move.expression)
+    copied = "a copy" if move.clone else ""
+    if move.value is not None:
+        reason = move.value.reason or copied
+        yield Row(key, move.target, "", move.sources, how, move.value.outcome, reason, rule)
+    elif not move.slots and not (section.flat and move.expression is not None):
+        reason = "new" if move.expression is None else "it has no state in the checkpoint"
+        yield Row(key, move.target, "", move.sources, how, "fresh", reason, rule)
+    conversion = section.conversion if move.slots else None
+    report = conversion.report if conversion else ()
+    lines = {slot: line for line in report for slot in line.slot.split(", ")}  # a line may speak of several
+    changed = f"{conversion.source} to {conversion.target}" if conversion else ""
+    told = set()
+    for path, fate in move.slots.items():
+        slot = ".".join(map(str, path))
+        told.add(slot)
+        line = lines.get(slot)
+        inferred = f"taken for {fate.kind} by its shape" if fate.inferred else ""
+        reason = "; ".join(filter(None, (fate.reason, inferred, copied, line.reason if line else "")))
+        outcome = max(fate.outcome, line.outcome if line else "exact", key=OUTCOMES.index)
+        done = "; ".join(filter(None, (how, changed)))
+        yield Row(key, move.target, slot, move.sources, done, outcome, reason, rule)
+    shape = None if move.expression is None else move.expression.shape
+    for new in conversion.new_slots(shape) if conversion else ():
+        if new.slot not in told:
+            yield Row(key, move.target, new.slot, (), changed, new.outcome, new.reason, rule)
+
+
+def summary(migration: Migration) -> dict[str, dict[str, int]]:
+    """For each section how many parameters and slots are exact, approximate, fresh and dropped."""
+    made: dict[str, Counter[str]] = {key: Counter() for key in migration.sections}
+    for row in explained(migration):
+        made[row.section][row.outcome] += 1
+    return {key: dict(counts) for key, counts in made.items()}
+
+
+def described(expression: Expr) -> str:
+    """An expression in few words: `concat(q.weight, k.weight; 0)`."""
+    if isinstance(expression, Leaf):
+        return expression.name
+    inner = ", ".join(map(described, expression.inputs))
+    match expression.step:
+        case ex.Cat(dim):
+            return f"concat({inner}; {dim})"
+        case ex.Narrow(dim, start, length, 1):
+            return f"{inner}[{start}:{start + length} of {dim}]"
+        case ex.Narrow(dim, start, length, step):
+            return f"{inner}[{start}:{start + length * step}:{step} of {dim}]"
+        case ex.Permute(dims):
+            return f"permute({inner}; {list(dims)})"
+        case ex.Reshape(shape):
+            return f"reshape({inner}; {list(shape)})"
+        case ex.Pad(dim, count, _):
+            return f"grow({inner}; {count} of {dim})"
+        case ex.Tile(dim, times, each):
+            return f"repeat({inner}; {times} times {'each of ' if each else ''}{dim})"
+        case ex.Scale(param, grad):
+            return f"scale({inner}; param {param:g}, grad {grad:g})"
+        case ex.Cast(dtypes):
+            return f"cast({inner}; {', '.join(f'{k} {v}' for k, v in dtypes.items())})"
+        case step:
+            return f"{type(step).__name__.lower()}({inner})"

@@ -1,0 +1,1 @@
+"""How one tensor is made from others, as data, and its evaluation."""

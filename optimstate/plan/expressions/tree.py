@@ -1,0 +1,278 @@
+"""How one tensor of the result is made from tensors of the checkpoint: a small tree of layout steps.
+
+The same expression says what becomes of a parameter and of each of its slots; `slots` translates it where a slot is not
+laid out like its parameter. Nothing here touches elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import NamedTuple
+
+from optimstate.record import Record
+
+__all__ = [
+    "Cast",
+    "Cat",
+    "Expr",
+    "Fill",
+    "Fresh",
+    "LAYOUT",
+    "Leaf",
+    "Mean",
+    "Multiply",
+    "Narrow",
+    "Node",
+    "Pad",
+    "Permute",
+    "Product",
+    "Reshape",
+    "Scale",
+    "Shape",
+    "Step",
+    "Tile",
+    "Unsized",
+    "leaves",
+    "reshaped",
+    "simplified",
+    "steps",
+]
+
+Shape = tuple[int, ...]
+
+
+class Cat(Record):
+    """Inputs one after the other along `dim`; with weights (see `Mean`) nothing else."""
+
+    dim: int
+
+
+class Narrow(Record):
+    """`length` places of `dim` from `start`, `step` apart."""
+
+    dim: int
+    start: int
+    length: int
+    step: int = 1
+
+
+class Permute(Record):
+    """Dimension `i` of the result is dimension `dims[i]` of the input."""
+
+    dims: tuple[int, ...]
+
+
+class Reshape(Record):
+    """The same elements in row-major order in another shape."""
+
+    shape: Shape
+
+
+class Fill(Record):
+    """What new places of a tensor hold: `zeros`, `mean` (of the old places), `wrap` (the old ones again), a number.
+
+    Attributes:
+        default: For every tensor without an entry of its own; None means 0 for parameters and slots of odd degree, the
+            mean for slots of even degree.
+        by_name: By slot name; `param` is the parameter.
+    """
+
+    default: str | float | None = None
+    by_name: Mapping[str, str | float] | None = None
+
+    def of(self, name: str) -> str | float | None:
+        """The policy for a slot, or for `param`."""
+        return (self.by_name or {}).get(name, self.default)
+
+
+class Pad(Record):
+    """`count` new places at the end of `dim`."""
+
+    dim: int
+    count: int
+    fill: Fill
+
+
+class Tile(Record):
+    """`dim` repeated: the whole `times` times, or with `each` every place `times` times."""
+
+    dim: int
+    times: int
+    each: bool = False
+
+
+class Scale(Record):
+    """The parameter times `param` and its gradient times `grad`: a slot of degree d is multiplied by grad**d."""
+
+    param: float
+    grad: float
+
+
+class Cast(Record):
+    """Other dtypes, by slot name; `param` is the parameter, `slots` every floating slot without an entry."""
+
+    dtypes: Mapping[str, str]
+
+    def of(self, name: str) -> str | None:
+        """The dtype asked for, or None."""
+        return self.dtypes.get(name) or (None if name == "param" else self.dtypes.get("slots"))
+
+
+class Fresh(Record):
+    """The parameter as it is; its optimizer state is left behind."""
+
+
+class Unsized(Record):
+    """A step on a tensor whose shape nobody knows; it can be carried along only where there is nothing to move."""
+
+    what: str
+
+
+# The steps below appear only in expressions of slots.
+
+
+class Multiply(Record):
+    """Every element times a factor."""
+
+    factor: float
+
+
+class Mean(Record):
+    """The mean over dimensions, kept as size 1; several inputs are averaged by `weights`."""
+
+    dims: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+class Product(Record):
+    """The outer product of a mean over columns and one over rows, over their common mean."""
+
+
+Step = Cat | Narrow | Permute | Reshape | Pad | Tile | Scale | Cast | Fresh | Unsized | Multiply | Mean | Product
+
+
+LAYOUT = Cat | Narrow | Permute | Reshape | Tile
+"""The steps that only move elements, the same in a parameter and in every slot of its shape."""
+
+
+class Leaf(NamedTuple):
+    """A parameter of the checkpoint; with `slot`, that slot of it.
+
+    Attributes:
+        name: The parameter.
+        shape: None where the checkpoint does not tell.
+        slot: Keys from the parameter's state to the value; empty for the parameter itself.
+    """
+
+    name: str
+    shape: Shape | None
+    slot: tuple[str | int, ...] = ()
+
+
+class Node:
+    """A step applied to inputs. Shared inputs are the same object, so that they are computed once."""
+
+    __slots__ = ("inputs", "shape", "step")
+
+    def __init__(self, step: Step, inputs: tuple[Expr, ...], shape: Shape | None) -> None:
+        self.step, self.inputs, self.shape = step, inputs, shape
+
+    def __repr__(self) -> str:
+        return f"Node({self.step}, {self.inputs}, {self.shape})"
+
+
+Expr = Leaf | Node
+
+
+def leaves(expression: Expr) -> list[Leaf]:
+    """The sources in order; one that is used twice comes twice."""
+    found: list[Leaf] = []
+    stack: list[Expr] = [expression]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Leaf):
+            found.append(item)
+        else:
+            stack.extend(item.inputs[::-1])
+    return found
+
+
+def steps(expression: Expr) -> Iterator[Step]:
+    """Every step, from the last to the first."""
+    stack: list[Expr] = [expression]
+    while stack:
+        found = stack.pop()
+        if isinstance(found, Node):
+            yield found.step
+            stack.extend(reversed(found.inputs))
+
+
+def reshaped(expression: Expr, shape: Shape) -> Expr:
+    """The expression in another shape of as many elements."""
+    if expression.shape == shape:
+        return expression
+    assert expression.shape is None or prod(expression.shape) == prod(shape)
+    return Node(Reshape(shape), (expression,), shape)
+
+
+def simplified(expression: Expr) -> Expr:
+    """The expression without steps that undo one another: a part of what was joined that is one of the inputs, ..."""
+    if isinstance(expression, Leaf):
+        return expression
+    inputs = tuple(map(simplified, expression.inputs))
+    step, first, shape = expression.step, inputs[0], expression.shape
+    if isinstance(step, Narrow):
+        whole = first.shape
+        if whole is not None and step.step == 1 and step.length == whole[step.dim]:
+            return first
+        if isinstance(first, Node) and first.step == Cat(step.dim) and step.step == 1:
+            start = 0
+            for part in first.inputs:
+                size = (part.shape or ())[step.dim] if part.shape else 0
+                if (start, size) == (step.start, step.length):
+                    return part
+                start += size
+    elif isinstance(step, Cat):
+        return _rejoined(step, inputs, shape)
+    elif isinstance(step, Reshape):
+        while isinstance(first, Node) and isinstance(first.step, Reshape):
+            first = first.inputs[0]
+        return first if first.shape == shape else Node(step, (first,), shape)
+    elif isinstance(step, Permute):
+        dims = step.dims
+        if isinstance(first, Node) and isinstance(first.step, Permute):
+            dims, first = tuple(first.step.dims[dim] for dim in dims), first.inputs[0]
+        return first if dims == tuple(range(len(dims))) else Node(Permute(dims), (first,), shape)
+    elif isinstance(step, Scale) and isinstance(first, Node) and isinstance(first.step, Scale):
+        both = Scale(first.step.param * step.param, first.step.grad * step.grad)
+        return first.inputs[0] if both == Scale(1.0, 1.0) else Node(both, first.inputs, shape)
+    return Node(step, inputs, shape)
+
+
+def _rejoined(step: Cat, inputs: tuple[Expr, ...], shape: Shape | None) -> Expr:
+    """What was cut into exactly these inputs, or the inputs joined."""
+    start = 0
+    whole: Expr | None = None
+    for item in inputs:
+        cut = item.step if isinstance(item, Node) else None
+        if not isinstance(item, Node) or not isinstance(cut, Narrow):
+            return Node(step, inputs, shape)
+        if (cut.dim, cut.start, cut.step) != (step.dim, start, 1) or not _same(item.inputs[0], whole):
+            return Node(step, inputs, shape)
+        whole, start = item.inputs[0], start + cut.length
+    return whole if whole is not None and whole.shape == shape else Node(step, inputs, shape)
+
+
+def _same(one: Expr, other: Expr | None) -> bool:
+    """Whether two expressions are the same step by step; anything is the same as None."""
+    if other is None or one is other:
+        return True
+    if isinstance(one, Leaf) or isinstance(other, Leaf):
+        return one == other
+    return (
+        one.step == other.step
+        and one.shape == other.shape
+        and all(map(_same, one.inputs, other.inputs))
+        and len(one.inputs) == len(other.inputs)
+    )

@@ -1,0 +1,1 @@
+"""Templates, rules, operations and plan files."""

@@ -1,0 +1,109 @@
+"""What every operation of a rule is, and how its value is written; `operations` has the operations themselves."""
+
+# ruff: noqa: ARG002 - all operations are called alike
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from optimstate.errors import PlanSyntaxError
+from optimstate.plan.expressions import tree as ex
+from optimstate.plan.expressions.tree import Expr, Node, Shape
+from optimstate.record import Record
+
+__all__ = ["Irreversible", "Misfit", "Operation", "counted", "known_shape", "listed", "toml_value", "unsized"]
+
+
+class Misfit(Exception):
+    """An operation does not fit the shapes it meets; the planner says where."""
+
+
+class Irreversible(Exception):
+    """An operation loses something, so nothing undoes it; the message says what."""
+
+
+class Operation(Record):
+    """One step of a rule."""
+
+    KEY: ClassVar[str]
+    JOINS: ClassVar[bool] = False  # makes one tensor of many
+    CUTS: ClassVar[bool] = False  # makes many of one
+
+    def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
+        """The tensors that come out.
+
+        Args:
+            tensors: What the rule has in hand.
+            targets: How many names the rule produces, for operations that make many of one.
+
+        Raises:
+            Misfit: The shapes do not allow it.
+        """
+        return [self._each(tensor) for tensor in tensors]
+
+    def _each(self, tensor: Expr) -> Expr:
+        raise NotImplementedError
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        """The operations that undo it.
+
+        Args:
+            before: The shapes it was applied to; None where they are not known.
+
+        Raises:
+            Irreversible: Nothing does, or not without the shapes.
+        """
+        raise Irreversible(f"{self.KEY} loses what it leaves out")
+
+    def value(self) -> Any:
+        """What is written after the key in a plan file."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return f"{self.KEY} = {toml_value(self.value())}"
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it in one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c >= " " else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    raise PlanSyntaxError(f"{value!r} cannot be written in a plan file")
+
+
+def _key(key: str) -> str:
+    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else toml_value(key)
+
+
+def known_shape(tensor: Expr) -> Shape | None:
+    """The shape of a tensor, None when nobody knows it."""
+    if isinstance(tensor, Node) and isinstance(tensor.step, ex.Unsized):
+        return None
+    return tensor.shape
+
+
+def unsized(key: str, *tensors: Expr) -> Expr:
+    """What an operation makes of tensors whose shape nobody knows."""
+    return Node(ex.Unsized(key), tuple(tensors), None)
+
+
+def counted(key: str, dim: int, shape: Shape, room: int = 0) -> int:
+    """A dimension counted from either end, as one counted from the front."""
+    rank = len(shape) + room
+    if not -rank <= dim < rank:
+        raise Misfit(f"{key}: there is no dimension {dim} in shape {list(shape)}")
+    return dim % rank
+
+
+def listed(shapes: Sequence[Shape]) -> str:
+    """Shapes as messages show them."""
+    return ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))

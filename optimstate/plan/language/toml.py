@@ -1,0 +1,331 @@
+"""Plan files: TOML in and out. Every mistake is reported with its line and key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from optimstate.errors import PlanSyntaxError
+from optimstate.plan.language.operation import Operation, toml_value
+from optimstate.plan.language.operations import OPERATIONS
+from optimstate.plan.language.rules import GroupRule, Guard, Plan, Policy, Rule, templates
+from optimstate.plan.language.spelling import parse_operation
+from optimstate.state.algorithms.registry import Slot, SlotKind
+
+__all__ = ["parse_plan", "read_plan", "written_plan"]
+
+_RULE_KEYS = {"from", "to", "drop", "fresh", "group", "ops", *OPERATIONS}
+_PLAN_KEYS = {"rule", "stage", "group", "guard", "policy", "slots", "optimizer"}
+
+
+class _Mistake(Exception):
+    """A mistake at a place of the document: the table, its number and the key."""
+
+    def __init__(self, message: str, table: str, number: int = 0, key: str = "", hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.table, self.number, self.key, self.hint = message, table, number, key, hint
+
+
+def read_plan(path: str | Path) -> Plan:
+    """The plan in a file.
+
+    Raises:
+        PlanSyntaxError: The file cannot be read or is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanSyntaxError(f"{path}: the plan cannot be read: {getattr(error, 'strerror', error)}") from None
+    return parse_plan(text, name=str(path))
+
+
+def parse_plan(text: str, *, name: str = "plan") -> Plan:
+    """The plan a text spells.
+
+    Args:
+        text: TOML.
+        name: What messages call it.
+
+    Raises:
+        PlanSyntaxError: It is wrong.
+    """
+    import tomllib  # writing plans, which every remap does, needs none of it
+
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanSyntaxError(f"{name}: {error}") from None
+    try:
+        return _plan(document)
+    except _Mistake as mistake:
+        line = _line_of(text, mistake.table, mistake.number, mistake.key)
+        place = f" {mistake.number}" if mistake.number else ""
+        what = f"{mistake.table}{place}: " if mistake.table else ""
+        raise PlanSyntaxError(f"{name}:{line}: {what}{mistake.message}", hint=mistake.hint) from None
+
+
+_HEADER = re.compile(r"\s*\[\[?\s*([\w.\"' -]+?)\s*\]\]?\s*(#.*)?$")
+_ASSIGNMENT = re.compile(r"\s*[\"']?([\w.-]+)[\"']?\s*=")
+
+
+def _line_of(text: str, table: str, number: int, key: str) -> int:
+    """The line of a key in the n-th table of that name; of the table's header where the key is not found."""
+    header, count, current = 1, 0, ""
+    for index, line in enumerate(text.splitlines(), 1):
+        if match := _HEADER.match(line):
+            current = match[1]
+            if current == table:
+                count += 1
+                if count == max(number, 1):
+                    header = index
+        elif (
+            (match := _ASSIGNMENT.match(line))
+            and match[1] == key
+            and current == table
+            and (count == max(number, 1) or not table)
+        ):
+            return index
+    return header
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], where: str, number: int = 0) -> None:
+    known = sorted(known)
+    for key in table:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
+            raise _Mistake(f"unknown key {key!r}", where, number, key, hint)
+
+
+def _tables(document: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    tables = document.get(key, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise _Mistake(f"`{key}` is no array of tables", "", 0, key, f"Write [[{where}]].")
+    return tables
+
+
+def _plan(document: Mapping[str, Any]) -> Plan:
+    _refuse_unknown(document, _PLAN_KEYS, "")
+    rules = tuple(_rule(table, "rule", number) for number, table in enumerate(_tables(document, "rule", "rule"), 1))
+    stages, number = [], 0
+    for place, stage in enumerate(_tables(document, "stage", "stage"), 1):
+        _refuse_unknown(stage, {"rule"}, "stage", place)
+        made = []
+        for table in _tables(stage, "rule", "stage.rule"):
+            number += 1
+            made.append(_rule(table, "stage.rule", number))
+        stages.append(tuple(made))
+    groups = tuple(_group(table, number) for number, table in enumerate(_tables(document, "group", "group"), 1))
+    optimizer = document.get("optimizer", "")
+    if not isinstance(optimizer, str):
+        raise _Mistake('`optimizer` is the name of an algorithm, as "AdamW"', "", 0, "optimizer")
+    return Plan(
+        rules,
+        tuple(stages),
+        groups,
+        _guard(_table_of(document, "guard")),
+        _policy(_table_of(document, "policy")),
+        _slots(_table_of(document, "slots")),
+        optimizer,
+    )
+
+
+def _table_of(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    table = document.get(key, {})
+    if not isinstance(table, dict):
+        raise _Mistake(f"`{key}` is no table", "", 0, key, f"Write [{key}].")
+    return table
+
+
+def _texts(value: Any, where: str, number: int, key: str) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise _Mistake(f"`{key}` must be a template or a list of templates", where, number, key)
+
+
+def _rule(table: Mapping[str, Any], where: str, number: int) -> Rule:
+    _refuse_unknown(table, _RULE_KEYS, where, number)
+    source = _texts(table["from"], where, number, "from") if "from" in table else ()
+    target = _texts(table["to"], where, number, "to") if "to" in table else ()
+    drop, fresh, group = table.get("drop", False), table.get("fresh", False), table.get("group")
+    for key, value in (("drop", drop), ("fresh", fresh)):
+        if not isinstance(value, bool):
+            if source or target:
+                raise _Mistake(f"`{key}` beside `from` or `to` is true or absent", where, number, key)
+            source = _texts(value, where, number, key)
+    if bool(drop) and (target or fresh):
+        raise _Mistake("`drop` goes with `from` alone", where, number, "drop")
+    if not (drop or fresh or target):
+        raise _Mistake("needs `to`, `drop` or `fresh`", where, number, "from", 'For example: to = "head.{p}"')
+    if not source and not fresh:
+        raise _Mistake("needs `from`", where, number, "to", 'For example: from = "fc.{p}"')
+    if group is not None and (not isinstance(group, int) or isinstance(group, bool) or not fresh):
+        raise _Mistake("`group` is the number of a param group, for fresh parameters", where, number, "group")
+    operations = _operations(table, where, number)
+    try:
+        return Rule(templates(source), templates(target), operations, bool(fresh), group)
+    except PlanSyntaxError as error:
+        key = next((key for key in ("from", "to") if any(t in error.message for t in _listed(table, key))), "from")
+        raise _Mistake(error.message, where, number, key, error.hint) from None
+
+
+def _listed(table: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = table.get(key, ())
+    return tuple(f"template {text!r}" for text in ([value] if isinstance(value, str) else value))
+
+
+def _operations(table: Mapping[str, Any], where: str, number: int) -> tuple[Operation, ...]:
+    inline = [key for key in table if key in OPERATIONS]
+    if len(inline) > 1 or (inline and "ops" in table):
+        raise _Mistake(
+            f"`{inline[0]}` and `{[*inline, 'ops'][1]}` have no order",
+            where,
+            number,
+            inline[0],
+            "Write them in order: ops = [{ ... }, { ... }]",
+        )
+    if inline:
+        return tuple(_operation(inline[0], table[inline[0]], where, number, inline[0]))
+    steps = table.get("ops", [])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) and len(step) == 1 for step in steps):
+        raise _Mistake("`ops` is a list of tables of one operation each", where, number, "ops")
+    made: list[Operation] = []
+    for step in steps:
+        ((key, value),) = step.items()
+        if key not in OPERATIONS:
+            close = difflib.get_close_matches(key, OPERATIONS, n=1)
+            hint = f"Did you mean `{close[0]}`?" if close else f"Operations: {', '.join(sorted(OPERATIONS))}."
+            raise _Mistake(f"unknown operation {key!r}", where, number, "ops", hint)
+        made.extend(_operation(key, value, where, number, "ops"))
+    return tuple(made)
+
+
+def _operation(key: str, value: Any, where: str, number: int, place: str) -> list[Operation]:
+    try:
+        return parse_operation(key, value)
+    except PlanSyntaxError as error:
+        raise _Mistake(error.message, where, number, place, error.hint) from None
+
+
+def _checked_templates(texts: tuple[str, ...], where: str, number: int, key: str) -> Any:
+    try:
+        return templates(texts)
+    except PlanSyntaxError as error:
+        raise _Mistake(error.message, where, number, key, error.hint) from None
+
+
+def _group(table: Mapping[str, Any], number: int) -> GroupRule:
+    _refuse_unknown(table, {"match", "set", "like"}, "group", number)
+    if "match" not in table:
+        raise _Mistake("needs `match`", "group", number, "", 'For example: match = ["**.bias", "**.norm.*"]')
+    match = _checked_templates(_texts(table["match"], "group", number, "match"), "group", number, "match")
+    options, like = table.get("set", {}), table.get("like")
+    if not isinstance(options, dict):
+        raise _Mistake(
+            "`set` is a table of options", "group", number, "set", "For example: set = { weight_decay = 0.0 }"
+        )
+    if like is not None and (not isinstance(like, int) or isinstance(like, bool)):
+        raise _Mistake("`like` is the number of an old param group", "group", number, "like")
+    return GroupRule(match, options, like)
+
+
+def _guard(table: Mapping[str, Any]) -> Guard:
+    _refuse_unknown(table, {"has", "lacks", "once"}, "guard")
+    found = {
+        key: _checked_templates(_texts(table[key], "guard", 0, key), "guard", 0, key) if key in table else ()
+        for key in ("has", "lacks")
+    }
+    once = table.get("once", False)
+    if not isinstance(once, bool):
+        raise _Mistake("`once` is true or false", "guard", 0, "once")
+    return Guard(found["has"], found["lacks"], once)
+
+
+def _policy(table: Mapping[str, Any]) -> Policy:
+    choices = {name: get_args(hint) for name, hint in get_type_hints(Policy).items() if name in Policy._fields}
+    _refuse_unknown(table, choices, "policy")
+    for key, value in table.items():
+        if value not in choices[key]:
+            raise _Mistake(f"`{key}` is one of {', '.join(choices[key])}, not {value!r}", "policy", 0, key)
+    return Policy(**table)
+
+
+def _slots(table: Mapping[str, Any]) -> dict[str, Slot]:
+    made = {}
+    for name, value in table.items():
+        if not isinstance(value, dict) or value.get("kind") not in get_args(SlotKind):
+            hint = (
+                f'For example: {name} = {{ kind = "like_param", degree = 1 }}; kinds: {", ".join(get_args(SlotKind))}'
+            )
+            raise _Mistake(f"`{name}` does not say what kind of slot it is", "slots", 0, name, hint)
+        _refuse_unknown(value, Slot._fields, f"slots.{name}")
+        made[name] = Slot(**value)
+    return made
+
+
+def written_plan(plan: Plan) -> str:
+    """The plan as the text of a file; `parse_plan` of it is the same plan."""
+    blocks = [f"optimizer = {toml_value(plan.optimizer)}\n"] if plan.optimizer else []
+    guard = {
+        "has": [template.text for template in plan.guard.has],
+        "lacks": [template.text for template in plan.guard.lacks],
+        "once": plan.guard.once,
+    }
+    blocks += _block("[guard]", {key: value for key, value in guard.items() if value})
+    default = Policy()._asdict()
+    blocks += _block("[policy]", {key: value for key, value in plan.policy._asdict().items() if value != default[key]})
+    blocks += _block("[slots]", {name: _written_slot(slot) for name, slot in plan.slots.items()})
+    blocks += [_written_rule("[[rule]]", rule) for rule in plan.rules]
+    for stage in plan.stages:
+        blocks += ["[[stage]]\n", *(_written_rule("[[stage.rule]]", rule) for rule in stage)]
+    for group in plan.groups:
+        table: dict[str, Any] = {"match": _one_or_list([template.text for template in group.match])}
+        if group.like is not None:
+            table["like"] = group.like
+        if group.set:
+            table["set"] = group.set
+        blocks += _block("[[group]]", table)
+    return "\n".join(blocks)
+
+
+def _written_slot(slot: Slot) -> dict[str, Any]:
+    return {key: value for key, value in slot._asdict().items() if key == "kind" or value}
+
+
+def _one_or_list(texts: list[str]) -> str | list[str]:
+    return texts[0] if len(texts) == 1 else texts
+
+
+def _written_rule(header: str, rule: Rule) -> str:
+    table: dict[str, Any] = {}
+    left, right = [template.text for template in rule.sources], [template.text for template in rule.targets]
+    if left and not right:
+        table["drop" if rule.drops else "fresh"] = _one_or_list(left)
+    else:
+        if left:
+            table["from"] = _one_or_list(left)
+        table["to"] = _one_or_list(right)
+        if rule.fresh:
+            table["fresh"] = True
+    if rule.group is not None:
+        table["group"] = rule.group
+    if len(rule.operations) == 1:
+        table[rule.operations[0].KEY] = rule.operations[0].value()
+    elif rule.operations:
+        table["ops"] = [{operation.KEY: operation.value()} for operation in rule.operations]
+    return _block(header, table)[0]
+
+
+def _block(header: str, table: Mapping[str, Any]) -> list[str]:
+    if not table:
+        return []
+    return [header + "\n" + "".join(f"{_key(key)} = {toml_value(value)}\n" for key, value in table.items())]
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)

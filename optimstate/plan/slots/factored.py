@@ -1,0 +1,286 @@
+"""Second moments kept as means over rows and over columns (Adafactor and its kin), under every layout change.
+
+Such a slot is carried through an expression as a tensor with the parameter's dimensions, those it is a mean over having
+size 1. Joining along a dimension that is kept is exact; joining along one that was averaged is the weighted mean, exact
+too; cutting one that was averaged can only keep the mean of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+from optimstate.plan.expressions import tree as ex
+from optimstate.plan.expressions.evaluate import shape_of
+from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
+from optimstate.plan.slots.outcomes import Fate, Outcome, Parameter, SlotPath, slot_name
+from optimstate.state.algorithms.registry import Slot
+
+if TYPE_CHECKING:
+    from optimstate.plan.slots.planner import SlotPlanner
+
+__all__ = ["factored_fates"]
+
+
+class _Lost(Exception):
+    """The means do not tell what is asked of them; the message says why."""
+
+
+class _Carried:
+    """A mean over `over` on its way through an expression: its tensor has size 1 there.
+
+    Attributes:
+        made: The tensor.
+        whole: The parameter's shape.
+        over: The dimensions it is a mean over.
+        approximate: What it costs.
+    """
+
+    def __init__(self, made: Expr, whole: Shape, over: frozenset[int], approximate: list[str] | None = None) -> None:
+        self.made, self.whole, self.over = made, whole, over
+        self.approximate = [] if approximate is None else approximate
+
+    def shape(self) -> Shape:
+        return tuple(1 if dim in self.over else size for dim, size in enumerate(self.whole))
+
+
+def factored_fates(
+    planner: SlotPlanner,
+    target: str,
+    expression: Expr,
+    names: Sequence[str],
+    paths: Sequence[SlotPath],
+    made: dict[SlotPath, Fate],
+    problems: list[str],
+) -> None:
+    """Decide for the row and column means of one target, and for what stands for them in vectors.
+
+    Args:
+        planner: Knows the sources.
+        target: The parameter of the result.
+        expression: How it is made.
+        names: The sources with state.
+        paths: The row and column slots that any of them has.
+        made: The other slots' fates; the ones decided here are added.
+        problems: What cannot be decided is added.
+    """
+    shape = expression.shape
+    if shape is None:
+        problems.append(f"{target}: its shape is not known, so its row and column means cannot follow")
+        return
+    if not paths:
+        _raise_vectors(planner, expression, shape, made)
+        return
+    if len(shape) < 2:
+        problems.append(
+            f"{target}: {', '.join(map(slot_name, paths))} of {names[0]!r} are means over rows and columns, but the "
+            f"result has the shape {list(shape)}: give it no state (fresh = true)"
+        )
+        return
+    for row, col in _pairs(planner, names, paths):
+        for path, dim in ((row, len(shape) - 1), (col, len(shape) - 2)):
+            try:
+                made[path] = _fate(planner, expression, names, row, col, dim, path)
+            except _Lost as lost:
+                problems.append(
+                    f"{target}: {slot_name(path)} cannot follow: {lost}; give the parameter no state (fresh = true)"
+                )
+
+
+def _pairs(planner: SlotPlanner, names: Sequence[str], paths: Sequence[SlotPath]) -> list[tuple[SlotPath, SlotPath]]:
+    parameter = planner.parameter(names[0])
+    rows = [path for path in paths if planner.meaning(path, None, parameter.shape)[0].kind == "row"]
+    cols = [path for path in paths if path not in rows]
+    return list(zip(rows, cols, strict=False))
+
+
+def _fate(
+    planner: SlotPlanner,
+    expression: Expr,
+    names: Sequence[str],
+    row: SlotPath,
+    col: SlotPath,
+    dim: int,
+    path: SlotPath,
+) -> Fate:
+    """The mean over `dim` of the result, from whichever of the two means is one over it."""
+    reasons = []
+    for source, axis in ((row, -1), (col, -2)) if path == row else ((col, -2), (row, -1)):
+        try:
+            carried = _Carrier(planner, source, axis).carry(expression)
+        except _Lost as lost:
+            reasons.append(str(lost))
+            continue
+        over = {place for place in carried.over if carried.whole[place] != 1}
+        if over <= {dim} and (dim in carried.over or carried.whole[dim] == 1):
+            result = carried.shape()
+            parameter = planner.parameter(names[0])
+            if _squeezed(parameter, path, axis if path == source else -3 - axis):
+                result = (*result[:dim], *result[dim + 1 :])
+            reason = "; ".join(dict.fromkeys(carried.approximate))
+            outcome: Outcome = "approximate" if carried.approximate else "exact"
+            return Fate(outcome, reason, "row" if path == row else "col", False, ex.reshaped(carried.made, result))
+        reasons.append("the dimension it is a mean over is another in the result")
+    raise _Lost(reasons[0])
+
+
+def _squeezed(parameter: Parameter, path: SlotPath, axis: int) -> bool:
+    """Whether a library leaves the averaged dimension out instead of keeping it as size 1."""
+    shape, whole = shape_of(parameter.slots[path]), parameter.shape
+    assert whole is not None
+    kept = [1 if dim == len(whole) + axis else size for dim, size in enumerate(whole)]
+    if shape == tuple(kept):
+        return False
+    if shape == tuple(size for dim, size in enumerate(whole) if dim != len(whole) + axis):
+        return True
+    raise _Lost(f"it has the shape {list(shape or ())} for a parameter of {list(whole)}")
+
+
+class _Carrier:
+    """Carries one slot through an expression."""
+
+    def __init__(self, planner: SlotPlanner, path: SlotPath, axis: int) -> None:
+        self._planner, self._path, self._axis = planner, path, axis
+
+    def carry(self, expression: Expr) -> _Carried:
+        if isinstance(expression, Leaf):
+            return self._leaf(expression)
+        inputs = [self.carry(item) for item in expression.inputs]
+        step, first = expression.step, inputs[0]
+        match step:
+            case ex.Cat():
+                return self._cat(step, inputs)
+            case ex.Narrow():
+                return self._narrow(step, first)
+            case ex.Permute():
+                whole = tuple(first.whole[dim] for dim in step.dims)
+                over = frozenset(place for place, dim in enumerate(step.dims) if dim in first.over)
+                return self._next(first, step, whole, over)
+            case ex.Reshape():
+                return self._reshape(step.shape, first)
+            case ex.Pad():
+                whole = self._sized(first, step.dim, first.whole[step.dim] + step.count)
+                if step.dim in first.over:
+                    first.approximate.append(f"the mean over the old places of dimension {step.dim} stands for all")
+                    return _Carried(first.made, whole, first.over, first.approximate)
+                fill = step.fill.of(str(self._path[-1]))
+                first.approximate.append(f"{step.count} new places hold {'their mean' if fill is None else fill}")
+                return self._next(first, ex.Pad(step.dim, step.count, ex.Fill("mean" if fill is None else fill)), whole)
+            case ex.Tile():
+                whole = self._sized(first, step.dim, first.whole[step.dim] * step.times)
+                if step.dim in first.over:  # the mean of repeated places is the mean of the places
+                    return _Carried(first.made, whole, first.over, first.approximate)
+                return self._next(first, step, whole)
+            case ex.Scale() | ex.Cast():
+                return self._elementwise(expression, first)
+        raise _Lost(f"it cannot follow {type(step).__name__.lower()}")
+
+    def _leaf(self, leaf: Leaf) -> _Carried:
+        parameter = self._planner.parameter(leaf.name)
+        if self._path not in parameter.slots:
+            raise _Lost(f"{leaf.name!r} has none")
+        whole = parameter.shape
+        if whole is None or len(whole) < 2:
+            raise _Lost(f"{leaf.name!r} is no matrix of a known shape")
+        _squeezed(parameter, self._path, self._axis)  # refuses other forms
+        carried = _Carried(leaf, whole, frozenset({len(whole) + self._axis}))
+        carried.made = ex.reshaped(Leaf(leaf.name, shape_of(parameter.slots[self._path]), self._path), carried.shape())
+        return carried
+
+    def _next(self, first: _Carried, step: ex.Step, whole: Shape, over: frozenset[int] | None = None) -> _Carried:
+        made = _Carried(first.made, whole, first.over if over is None else over, first.approximate)
+        made.made = Node(step, (first.made,), made.shape())
+        return made
+
+    def _sized(self, carried: _Carried, dim: int, size: int) -> Shape:
+        return (*carried.whole[:dim], size, *carried.whole[dim + 1 :])
+
+    def _cat(self, step: ex.Cat, inputs: Sequence[_Carried]) -> _Carried:
+        first = inputs[0]
+        if any(item.over != first.over for item in inputs):
+            raise _Lost("its parts are means over different dimensions")
+        sizes = [item.whole[step.dim] for item in inputs]
+        result = _Carried(first.made, self._sized(first, step.dim, sum(sizes)), first.over)
+        result.approximate = [reason for item in inputs for reason in item.approximate]
+        parts = tuple(item.made for item in inputs)
+        if step.dim in first.over:
+            weights = tuple(size / sum(sizes) for size in sizes)
+            result.made = Node(ex.Mean((), weights), parts, result.shape())
+        else:
+            result.made = Node(step, parts, result.shape())
+        return result
+
+    def _narrow(self, step: ex.Narrow, first: _Carried) -> _Carried:
+        whole = self._sized(first, step.dim, step.length)
+        if step.dim in first.over:
+            if step.length != first.whole[step.dim]:
+                first.approximate.append(
+                    f"the mean over all {first.whole[step.dim]} places of dimension {step.dim} stands for {step.length}"
+                )
+            return _Carried(first.made, whole, first.over, first.approximate)
+        return self._next(first, step, whole)
+
+    def _reshape(self, shape: Shape, first: _Carried) -> _Carried:
+        over: set[int] = set()
+        for old, new in _blocks(first.whole, shape):
+            averaged = {dim in first.over for dim in old if first.whole[dim] != 1}
+            if len(averaged) > 1:
+                raise _Lost("a dimension it is a mean over is merged with one it is not")
+            if averaged == {True}:
+                over.update(dim for dim in new if shape[dim] != 1)
+        over.update(dim for dim, size in enumerate(shape) if size == 1 and not over and first.over)
+        made = _Carried(first.made, shape, frozenset(over), first.approximate)
+        made.made = ex.reshaped(first.made, made.shape())
+        return made
+
+    def _elementwise(self, node: Node, first: _Carried) -> _Carried:
+        slot = self._planner.meaning(self._path, None, None)[0]
+        alone = Node(node.step, (Leaf("", first.shape()),), first.shape())
+        found = self._planner.single(self._path, slot, alone)
+        first.approximate.extend(found.approximate)
+        if isinstance(found.made, Node):
+            return self._next(first, found.made.step, first.whole)
+        return first
+
+
+def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """Which neighbouring dimensions of one shape become which of another."""
+    blocks: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left, right = [], []
+        if i < len(old):
+            left.append(i)
+            i += 1
+        if j < len(new):
+            right.append(j)
+            j += 1
+        while prod(old[dim] for dim in left) != prod(new[dim] for dim in right):
+            if prod(old[dim] for dim in left) < prod(new[dim] for dim in right) and i < len(old):
+                left.append(i)
+                i += 1
+            elif j < len(new):
+                right.append(j)
+                j += 1
+            else:
+                break
+        blocks.append((left, right))
+    return blocks
+
+
+def _raise_vectors(planner: SlotPlanner, expression: Expr, shape: Shape, made: dict[SlotPath, Fate]) -> None:
+    """Vectors that became a matrix: their full second moment becomes means over rows and columns."""
+    full = planner.vector_moment()
+    path = next((path for path in made if path[-1] == full), None)
+    if len(shape) < 2 or path is None:
+        return
+    fate = made.pop(path)
+    value = fate.made or planner.translate(path, Slot("like_param", 2), expression).made
+    names, squeezed = planner.mean_slots()
+    for name, dim in zip(names, (len(shape) - 1, len(shape) - 2), strict=True):
+        kept = tuple(1 if place == dim else size for place, size in enumerate(shape))
+        mean: Expr = Node(ex.Mean((dim,)), (value,), kept)
+        if squeezed:
+            mean = ex.reshaped(mean, (*shape[:dim], *shape[dim + 1 :]))
+        made[(*path[:-1], name)] = Fate(fate.outcome, fate.reason, "row" if name == names[0] else "col", False, mean)

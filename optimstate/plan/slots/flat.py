@@ -1,0 +1,165 @@
+"""Vectors over all parameters (LBFGS): cut into the parameters' segments, and put together again in the new order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from optimstate.plan.expressions import tree as ex
+from optimstate.plan.expressions.evaluate import LIVE, evaluated, kernel_of, shape_of
+from optimstate.plan.expressions.tree import Expr, Leaf, Shape
+from optimstate.record import Record
+from optimstate.state.optimizer import OptimizerState, Slots
+
+if TYPE_CHECKING:
+    from optimstate.plan.solve.groups import GroupPlan
+    from optimstate.plan.solve.migration import Move
+
+__all__ = ["FlatPlan", "plan_flat"]
+
+_LAYOUT = ex.Cat | ex.Narrow | ex.Permute | ex.Reshape
+
+
+class FlatPlan(Record):
+    """How the vectors are rebuilt.
+
+    Attributes:
+        holder: The old parameter whose entry has the whole state.
+        segments: For each old parameter its start, its number of elements and its shape.
+        order: The new parameters' expressions, in order.
+    """
+
+    holder: str
+    segments: Mapping[str, tuple[int, int, Shape]]
+    order: tuple[Expr, ...]
+
+    def rebuilt(self, slots: Slots) -> dict[str, Any]:
+        """The whole state with every vector rebuilt."""
+        total = sum(count for _, count, _ in self.segments.values())
+        return {str(slot): self._value(value, total) for slot, value in slots.items()}
+
+    def _value(self, value: Any, total: int) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(self._value(item, total) for item in value)
+        if shape_of(value) != (total,) or value is None:
+            return value
+        return self._vector(value)
+
+    def _vector(self, vector: Any) -> Any:
+        kernel = kernel_of(vector)
+        leaves: dict[int, Any] = {}
+        for expression in self.order:
+            for leaf in ex.leaves(expression):
+                start, count, shape = self.segments[leaf.name]
+                leaves[id(leaf)] = kernel.reshape(kernel.narrow(vector, 0, start, count, 1), shape)
+        memo: dict[int, Any] = {}
+        parts = [
+            kernel.reshape(evaluated(expression, leaves, memo), (prod(expression.shape or ()),))
+            for expression in self.order
+        ]
+        joined = kernel.concatenate(parts, 0)
+        return joined if kernel is LIVE else kernel.own(joined, set())
+
+
+def plan_flat(
+    state: OptimizerState,
+    shapes: Mapping[str, Shape | None],
+    moves: Sequence[Move],
+    groups: Sequence[GroupPlan],
+    problems: list[str],
+) -> FlatPlan | None:
+    """How the vectors follow; None where there are none.
+
+    Only what moves every element exactly once keeps their products, on which the algorithm depends.
+
+    Args:
+        state: Of the optimizer.
+        shapes: Of all its parameters.
+        moves: What becomes of them.
+        groups: Their new order.
+        problems: Added to.
+    """
+    holder = next((str(name) for _, name, slots in state.parameters() if slots), None)
+    by_name = {move.target: move for move in moves}
+    order = [by_name[name] for group in groups for name in group.members]
+    if holder is None or all(_left_behind(move) for move in order):
+        return None
+    old = [str(name) for _, name, _ in state.parameters()]
+    if [move.sources for move in order] == [(name,) for name in old] and all(move.is_moved_whole for move in order):
+        return FlatPlan(holder, dict.fromkeys(old, (0, 0, ())), ())
+    refuse = _refusing(problems)
+    unknown = [name for name in old if shapes.get(name) is None]
+    if unknown:
+        refuse(f"the shape of {unknown[0]!r} is not known: give the model too")
+        return None
+    segments: dict[str, tuple[int, int, Shape]] = {}
+    start = 0
+    for name in old:
+        shape = shapes[name] or ()
+        segments[name] = (start, prod(shape), shape)
+        start += prod(shape)
+    fitting = [value for slots in state.state.values() for value in slots.values() if shape_of(value) == (start,)]
+    if not fitting:
+        refuse(f"no vector has the {start} elements that the parameters have together")
+        return None
+    expressions: list[Expr] = []
+    for move in order:
+        if move.expression is None or not all(isinstance(step, _LAYOUT) for step in ex.steps(move.expression)):
+            refuse(f"{move.target!r} is new, or made by more than moving elements")
+            return None
+        expressions.append(move.expression)
+    if not _each_element_once(expressions, segments, start):
+        refuse("something is dropped or duplicated")
+        return None
+    return FlatPlan(holder, segments, tuple(expressions))
+
+
+def _left_behind(move: Move) -> bool:
+    return move.expression is None or isinstance(getattr(move.expression, "step", None), ex.Fresh)
+
+
+def _refusing(problems: list[str]) -> Callable[[str], None]:
+    def refuse(reason: str) -> None:
+        problems.append(
+            f"LBFGS keeps vectors over all parameters, which cannot follow: {reason}; "
+            'or start it anew: a rule fresh = "**"'
+        )
+
+    return refuse
+
+
+def _each_element_once(expressions: Sequence[Expr], segments: Mapping[str, tuple[int, int, Shape]], total: int) -> bool:
+    """Whether the expressions move every element exactly once, followed as sets of places."""
+    if sum(prod(expression.shape or ()) for expression in expressions) != total:
+        return False
+    whole = {leaf.name for expression in expressions for leaf in ex.leaves(expression)}
+    if whole != segments.keys():
+        return False
+    taken: dict[int, list[tuple[int, int, int, int]]] = {}
+    for expression in expressions:
+        for node in _narrowed(expression):
+            step = node.step
+            assert isinstance(step, ex.Narrow)
+            taken.setdefault(id(node.inputs[0]), []).append((step.dim, step.start, step.length, step.step))
+    for cuts in taken.values():
+        ordered = sorted(set(cuts))
+        if len({dim for dim, *_ in ordered}) > 1 or len(ordered) != len(set(ordered)):
+            return False
+        if any(a[1] + a[2] != b[1] for a, b in pairwise(ordered)):
+            return False
+    return True
+
+
+def _narrowed(expression: Expr) -> list[ex.Node]:
+    found: list[ex.Node] = []
+    stack: list[Expr] = [expression]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Leaf):
+            continue
+        if isinstance(item.step, ex.Narrow):
+            found.append(item)
+        stack.extend(item.inputs)
+    return found

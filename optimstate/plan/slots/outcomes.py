@@ -1,0 +1,105 @@
+"""What becomes of slots, and how slots are found where libraries nest them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from optimstate.plan.expressions.evaluate import dtype_of, shape_of
+from optimstate.plan.expressions.tree import Expr, Shape
+from optimstate.state.algorithms.registry import SlotKind
+
+__all__ = [
+    "OUTCOMES",
+    "Fate",
+    "Form",
+    "Outcome",
+    "Parameter",
+    "Refusal",
+    "SlotPath",
+    "flat_slots",
+    "flattened",
+    "nested",
+    "slot_name",
+]
+
+SlotPath = tuple[str | int, ...]
+Outcome = Literal["exact", "approximate", "fresh", "dropped"]
+
+OUTCOMES: tuple[Outcome, ...] = ("exact", "approximate", "fresh", "dropped")
+"""From what loses nothing to what loses all."""
+
+
+class Fate(NamedTuple):
+    """What becomes of a slot, or of a parameter itself.
+
+    Attributes:
+        outcome: How much of it arrives.
+        reason: Why, or an empty string where there is nothing to say.
+        kind: What the slot is.
+        inferred: Whether that was concluded from its shape.
+        made: How it is computed, a leaf alone being moved as it is; None where it is made as its parameter is.
+    """
+
+    outcome: Outcome
+    reason: str = ""
+    kind: SlotKind = "like_param"
+    inferred: bool = False
+    made: Expr | None = None
+
+
+Form = tuple[Shape | None, tuple[tuple[SlotPath, Shape | None, str | None], ...]]
+
+
+class Parameter:
+    """What is known of a parameter: its shape, and its slots by their path."""
+
+    __slots__ = ("_form", "shape", "slots")
+
+    def __init__(self, shape: Shape | None, slots: Mapping[SlotPath, Any]) -> None:
+        self.shape, self.slots = shape, slots
+        self._form: Form | None = None
+
+    @property
+    def form(self) -> Form:
+        """Its shape, and the path, shape and dtype of each slot: all that most decisions depend on."""
+        if self._form is None:
+            slots = tuple([(path, shape_of(value), dtype_of(value)) for path, value in self.slots.items()])
+            self._form = self.shape, slots
+        return self._form
+
+
+class Refusal(Exception):
+    """A slot cannot follow its parameter; the message says why."""
+
+
+def flattened(slots: Mapping[Any, Any], prefix: SlotPath = ()) -> dict[SlotPath, Any]:
+    """Every slot by the keys that lead to it: some libraries nest them."""
+    made: dict[SlotPath, Any] = {}
+    for key, value in slots.items():
+        if isinstance(value, dict):
+            made.update(flattened(value, (*prefix, key)))
+        else:
+            made[(*prefix, key)] = value
+    return made
+
+
+def nested(slots: Mapping[SlotPath, Any]) -> dict[Any, Any]:
+    """The slots as they were before `flattened`."""
+    made: dict[Any, Any] = {}
+    for path, value in slots.items():
+        node = made
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return made
+
+
+def flat_slots(slots: Mapping[Any, Any] | None) -> Iterator[tuple[SlotPath, Any]]:
+    """Every slot with the keys that lead to it."""
+    yield from flattened(slots or {}).items()
+
+
+def slot_name(path: SlotPath) -> str:
+    """A slot as messages call it."""
+    return ".".join(map(str, path))

@@ -1,0 +1,251 @@
+"""Which param group each parameter of the result is in, and where the group's options come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from optimstate.plan.expressions.evaluate import number_of, shape_of
+from optimstate.plan.language.rules import GroupRule, Plan
+from optimstate.record import Record
+from optimstate.state.optimizer import Group
+
+__all__ = ["Candidate", "GroupPlan", "plan_groups"]
+
+
+class GroupPlan(Record):
+    """One param group of the result.
+
+    Attributes:
+        members: Its parameters, in order.
+        options: Everything but the parameters.
+        sources: The old groups its parameters come from, in order.
+        base: The old group that stands for them; None where there is none.
+        rule: The `[[group]]` table it was made by; None without one.
+    """
+
+    members: tuple[str, ...]
+    options: Mapping[str, Any]
+    sources: tuple[int, ...]
+    base: int | None
+    rule: GroupRule | None = None
+
+
+class Candidate(NamedTuple):
+    """A parameter of the result: its name, the old groups it comes from, and the group a rule puts a new one in."""
+
+    name: str
+    groups: tuple[int, ...]
+    group: int | None = None
+
+
+def plan_groups(
+    plan: Plan,
+    candidates: Sequence[Candidate],
+    old: Sequence[Group],
+    target: Sequence[tuple[Sequence[str], Mapping[str, Any]]] | None,
+    problems: list[str],
+) -> tuple[GroupPlan, ...]:
+    """The groups of the result.
+
+    Args:
+        plan: Its `[[group]]` tables, and policies on options.
+        candidates: The parameters of the result.
+        old: The groups of the checkpoint.
+        target: For each group of the live optimizer its parameters and options; None without one.
+        problems: Added to.
+    """
+    by_name = {candidate.name: candidate for candidate in candidates}
+    if target is not None:
+        split = [[name for name in names if name in by_name] for names, _ in target]
+        rules = [_rule_of(plan.groups, names, problems) for names in split]
+        live: list[Mapping[str, Any] | None] = [options for _, options in target]
+    elif plan.groups:
+        split, rules = _matched(plan, by_name, problems)
+        live = [None] * len(split)
+    else:
+        split, rules, live = _kept(candidates, len(old), problems), [None] * len(old), [None] * len(old)
+    made = []
+    for number, names in enumerate(split):
+        sources = tuple(sorted({group for name in names for group in by_name[name].groups}))
+        if target is None and not plan.groups:
+            sources = (number,)
+        made.append(_group(plan, number, names, sources, rules[number], old, live[number], problems))
+    if target is not None and plan.policy.hyperparameters == "checkpoint":
+        _refuse_lost_differences(made, live, rules, problems)
+    return tuple(made)
+
+
+def _kept(candidates: Sequence[Candidate], count: int, problems: list[str]) -> list[list[str]]:
+    split: list[list[str]] = [[] for _ in range(count)]
+    for candidate in candidates:
+        groups = candidate.groups
+        if not groups:
+            group = candidate.group if candidate.group is not None else 0 if count == 1 else None
+            if group is None or not 0 <= group < count:
+                problems.append(
+                    f"{candidate.name!r} is new, and nothing says which of the {count} param groups it is in: "
+                    f"say group = 0 to {count - 1} in its rule, or write [[group]] tables"
+                )
+                continue
+            groups = (group,)
+        if len(set(groups)) > 1:
+            problems.append(
+                f"{candidate.name!r} is made from parameters of the param groups {sorted(set(groups))}: "
+                "say with [[group]] tables which one it is in"
+            )
+            continue
+        split[groups[0]].append(candidate.name)
+    return split
+
+
+def _matched(
+    plan: Plan, by_name: Mapping[str, Candidate], problems: list[str]
+) -> tuple[list[list[str]], list[GroupRule | None]]:
+    split: list[list[str]] = [[] for _ in plan.groups]
+    outside = []
+    for name in by_name:
+        for number, rule in enumerate(plan.groups):
+            if any(template.match(name) is not None for template in rule.match):
+                split[number].append(name)
+                break
+        else:
+            outside.append(name)
+    if outside:
+        more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
+        problems.append(
+            f"no [[group]] matches {', '.join(map(repr, outside[:3]))}{more}: "
+            'end with a group for the rest, match = "**"'
+        )
+    for number, rule in enumerate(plan.groups):
+        if all(template.is_literal for template in rule.match):  # names that are spelled out are in that order
+            place = {template.text: order for order, template in enumerate(rule.match)}
+            split[number].sort(key=place.__getitem__)
+    kept = [number for number, names in enumerate(split) if names or plan.policy.unused == "error"]
+    for number in kept:
+        if not split[number]:
+            texts = ", ".join(repr(template.text) for template in plan.groups[number].match)
+            problems.append(f"group {number + 1} ({texts}) matches no parameter that an earlier group leaves")
+    return [split[number] for number in kept], [plan.groups[number] for number in kept]
+
+
+def _rule_of(rules: Sequence[GroupRule], names: Sequence[str], problems: list[str]) -> GroupRule | None:
+    """The `[[group]]` table that a group of the live optimizer is; all its parameters must say the same."""
+    found: dict[int, str] = {}
+    for name in names:
+        for number, rule in enumerate(rules):
+            if any(template.match(name) is not None for template in rule.match):
+                found.setdefault(number, name)
+                break
+    if len(found) > 1:
+        (one, first), (other, second), *_ = found.items()
+        problems.append(
+            f"the live optimizer has {first!r} and {second!r} in one param group, "
+            f"the plan in two, group {one + 1} and group {other + 1}"
+        )
+    return rules[next(iter(found))] if found else None
+
+
+def _group(
+    plan: Plan,
+    number: int,
+    names: Sequence[str],
+    sources: tuple[int, ...],
+    rule: GroupRule | None,
+    old: Sequence[Group],
+    live: Mapping[str, Any] | None,
+    problems: list[str],
+) -> GroupPlan:
+    chosen = dict(rule.set) if rule is not None else {}
+    base = rule.like if rule is not None and rule.like is not None else None
+    if base is not None and not 0 <= base < len(old):
+        problems.append(f"group {number + 1}: like = {base}, but the checkpoint has {len(old)} param groups")
+        base = None
+    if base is None and sources:
+        base = _representative(plan, number, sources, old, chosen, problems)
+    if live is not None and (plan.policy.hyperparameters == "live" or base is None):
+        options = dict(live)
+    elif base is not None:
+        options = dict(old[base].options)
+    else:
+        options = {}
+        if not rule or not rule.set:
+            shown = f" ({', '.join(map(repr, names[:3]))})" if names else ""
+            problems.append(
+                f"group {number + 1}{shown} has no parameter from the checkpoint, so it has no options: "
+                "say like = 0 for those of an old group"
+            )
+    return GroupPlan(tuple(names), {**options, **chosen}, sources, base, rule)
+
+
+def _representative(
+    plan: Plan,
+    number: int,
+    sources: Sequence[int],
+    old: Sequence[Group],
+    chosen: Mapping[str, Any],
+    problems: list[str],
+) -> int:
+    if len(sources) == 1 or plan.policy.merge == "first" or plan.policy.hyperparameters == "live":
+        return sources[0]
+    if plan.policy.merge in ("min", "max"):
+        choose = min if plan.policy.merge == "min" else max
+        return choose(sources, key=lambda index: _initial_lr(old[index].options))
+    first = old[sources[0]].options
+    for index in sources[1:]:
+        other = old[index].options
+        differing = [
+            key for key in {**first, **other} if key not in chosen and not same_value(first.get(key), other.get(key))
+        ]
+        if differing:
+            told = ", ".join(f"{key} ({first.get(key)!r} and {other.get(key)!r})" for key in differing[:4])
+            problems.append(
+                f"group {number + 1} joins the old param groups {sources[0]} and {index}, which differ in {told}: "
+                'set these in the [[group]], or say merge = "first", "min" or "max" in [policy]'
+            )
+            break
+    return sources[0]
+
+
+def _initial_lr(options: Mapping[str, Any]) -> Any:
+    return number_of(options.get("initial_lr", options.get("lr", 0.0)))
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two options are the same; tensors of one element by their value."""
+    if one is other:
+        return True
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    if shape_of(one) is not None and shape_of(other) is not None and one is not None and other is not None:
+        return bool(number_of(one) == number_of(other))
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError):
+        return False
+
+
+def _refuse_lost_differences(
+    made: Sequence[GroupPlan],
+    live: Sequence[Mapping[str, Any] | None],
+    rules: Sequence[GroupRule | None],
+    problems: list[str],
+) -> None:
+    """Live groups that differ on purpose, but would both take their options from one old group."""
+    first: dict[int, int] = {}
+    for number, group in enumerate(made):
+        if group.base is None:
+            continue
+        other = first.setdefault(group.base, number)
+        mine, theirs = live[number] or {}, live[other] or {}
+        decided = {key for rule in (rules[number], rules[other]) if rule is not None for key in rule.set}
+        differing = [
+            key for key in mine if key in theirs and key not in decided and not same_value(mine[key], theirs[key])
+        ]
+        if differing:
+            told = ", ".join(f"{key} ({theirs[key]!r} and {mine[key]!r})" for key in differing[:4])
+            problems.append(
+                f"the live optimizer's param groups {other} and {number} both come from group {group.base} of the "
+                f"checkpoint, but differ in {told}: set these in [[group]] tables, "
+                'or say hyperparameters = "live" in [policy]'
+            )

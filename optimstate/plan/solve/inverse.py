@@ -1,0 +1,232 @@
+"""The plan that undoes a plan, or why there is none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+from optimstate.errors import PlanError, PlanSyntaxError
+from optimstate.plan.expressions import tree as ex
+from optimstate.plan.expressions.tree import Expr, Leaf, Shape
+from optimstate.plan.language.operation import Irreversible, Misfit, Operation, toml_value
+from optimstate.plan.language.rules import GroupRule, Guard, Plan, Rule, fan_out
+from optimstate.plan.language.template import Template, constrained
+from optimstate.plan.solve.groups import Candidate, GroupPlan, plan_groups, same_value
+from optimstate.plan.solve.resolve import Application, Made, Resolver
+from optimstate.state.optimizer import Group
+
+__all__ = ["inverse"]
+
+
+def inverse(
+    plan: Plan, names: Mapping[str, Shape | None] | None = None, *, groups: Sequence[Group] | None = None
+) -> Plan:
+    """The plan that undoes a plan.
+
+    Args:
+        plan: One that loses nothing.
+        names: Of the checkpoint it is for, with shapes where known. With them the inverse is tried on the names; where
+            one rule cannot undo a rule for all of them, it spells them out. Without them it is right for checkpoints
+            whose other names no rule of the inverse matches, and `split` is taken to be into equal parts.
+        groups: The param groups of the checkpoint, without which `[[group]]` tables cannot be undone.
+
+    Raises:
+        PlanError: It loses something; every rule that does is named, with what it loses.
+    """
+    problems = _losses(plan)
+    if plan.groups and groups is None:
+        problems.append("the [[group]] tables do not say what the param groups were; give the checkpoint they are for")
+    if problems:
+        raise PlanError("cannot invert: " + "; ".join(problems), hint="Keep the original checkpoint.")
+    if plan.groups and groups is not None:
+        shapes = names or dict.fromkeys(name for group in groups for name in group.names or ())
+        return _regrouped(plan, inverse(plan._replace(groups=()), shapes), shapes, groups)
+    reasons: list[str] = []
+    made = _by_templates(plan, reasons)
+    if names is None:
+        if made is None:
+            raise PlanError(
+                "cannot invert without names: " + "; ".join(reasons),
+                hint="Give the names and shapes of the checkpoint.",
+            )
+        return made
+    if made is not None and _undoes(plan, made, names):
+        return made
+    return _spelled_out(plan, names)
+
+
+def _losses(plan: Plan) -> list[str]:
+    problems = []
+    for number, rule in enumerate(plan.all_rules(), 1):
+        name = f"rule {number}"
+        if rule.drops:
+            problems.append(f"{name} drops {', '.join(repr(source.text) for source in rule.sources)}")
+        elif rule.fresh:
+            problems.append(f"{name} leaves the optimizer state of {rule.source.text!r} behind")
+        elif fan_out(rule) > 1 and not any(operation.CUTS for operation in rule.operations):
+            problems.append(f"{name} makes copies of {rule.source.text!r}, which train apart")
+        else:
+            for operation in rule.operations:
+                try:
+                    operation.inverse([None])
+                except Irreversible as reason:
+                    if "give names" not in str(reason):
+                        problems.append(f"{name}: {reason}")
+    if plan.optimizer:
+        problems.append(f"the conversion to {plan.optimizer} does not keep what it started from")
+    return problems
+
+
+def _by_templates(plan: Plan, reasons: list[str]) -> Plan | None:
+    passes = []
+    for rules in reversed(plan.passes):
+        made = []
+        for rule in rules:
+            try:
+                made.append(_inverted(rule))
+            except (Irreversible, PlanSyntaxError) as reason:
+                reasons.append(f"{rule}: {reason}")
+        passes.append(tuple(made))
+    return None if reasons else _of_passes(plan, passes)
+
+
+def _of_passes(plan: Plan, passes: Sequence[tuple[Rule, ...]]) -> Plan:
+    kept = [rules for rules in passes if rules] or [()]
+    return plan._replace(rules=kept[0], stages=tuple(kept[1:]), guard=Guard())
+
+
+def _inverted(rule: Rule) -> Rule:
+    for source in rule.sources:
+        if source.is_regex:
+            raise Irreversible("a regular expression does not say what it replaced")
+        for name in source.captures.keys() - rule.shared:
+            if source.captures[name] is None:
+                raise Irreversible(f"{{{name}}} does not say how many there were")
+    operations: list[Operation] = []
+    for operation in reversed(rule.operations):
+        operations.extend(operation.inverse([None]))
+    sources = tuple(constrained(target, rule.sources) for target in rule.targets)
+    targets = tuple(constrained(source, rule.targets) for source in rule.sources)
+    return Rule(sources, targets, tuple(operations))
+
+
+def _undoes(plan: Plan, made: Plan, names: Mapping[str, Shape | None]) -> bool:
+    """Whether a plan and its supposed inverse, one after the other, give every name back with its shape."""
+    problems: list[str] = []
+    passes = (*plan.passes, *made.passes)
+    found = Resolver(passes, "", [0] * sum(map(len, passes)), problems).resolve(names)
+    if problems or found.made.keys() != names.keys():
+        return False
+    for name, item in found.made.items():
+        back = ex.simplified(item.expression)
+        if back.shape != names[name] or {leaf.name for leaf in ex.leaves(back)} != {name}:
+            return False
+    return True
+
+
+def _spelled_out(plan: Plan, names: Mapping[str, Shape | None]) -> Plan:
+    problems: list[str] = []
+    found = Resolver(plan.passes, "the checkpoint", [0] * len(list(plan.all_rules())), problems).resolve(names)
+    if problems:
+        raise PlanError("cannot invert: " + "; ".join(problems))
+    passes = [
+        tuple(_literal(use) for use in uses if use.sources != use.targets or use.rule.operations)
+        for uses in reversed(found.applications)
+    ]
+    made = _of_passes(plan, passes)
+    if not _undoes(plan, made, names):
+        raise PlanError("cannot invert: what the rules do to these names is not undone by undoing each")
+    return made
+
+
+def _literal(use: Application) -> Rule:
+    """The rule that undoes one use of a rule, name by name."""
+    rule = use.rule
+    tensors: list[Expr] = [
+        Leaf(name, shape) for name, shape in zip(use.sources, use.shapes or [None] * len(use.sources), strict=True)
+    ]
+    undoing: list[Operation] = []
+    for operation in rule.operations:
+        try:
+            undoing = operation.inverse([tensor.shape for tensor in tensors]) + undoing
+            tensors = operation.apply(tensors, len(use.targets))
+        except (Irreversible, Misfit) as reason:
+            raise PlanError(f"cannot invert: {rule}: {reason}") from None
+    return Rule(tuple(map(Template.literal, use.targets)), tuple(map(Template.literal, use.sources)), tuple(undoing))
+
+
+def _regrouped(plan: Plan, made: Plan, shapes: Mapping[str, Shape | None], groups: Sequence[Group]) -> Plan:
+    """The inverse with tables that put the names back into the checkpoint's param groups."""
+    problems: list[str] = []
+    group_of = {name: number for number, group in enumerate(groups) for name in group.names or ()}
+    there = {name: shapes.get(name) for name in group_of}
+    found = Resolver(plan.passes, "the checkpoint", [0] * len(list(plan.all_rules())), problems).resolve(there)
+    candidates = [
+        Candidate(name, tuple(dict.fromkeys(group_of[leaf.name] for leaf in ex.leaves(item.expression))))
+        for name, item in found.made.items()
+    ]
+    new = plan_groups(plan, candidates, groups, None, problems)
+    moved = {name: found.made[name].expression.shape for group in new for name in group.members}
+    back = Resolver(made.passes, "the result", [0] * len(list(made.all_rules())), problems).resolve(moved)
+    tables = [_table(number, group, new, found.made, list(back.made), problems) for number, group in enumerate(groups)]
+    if problems:
+        raise PlanError("cannot invert: " + "; ".join(problems), hint="Keep the original checkpoint.")
+    return made._replace(groups=tuple(tables))
+
+
+def _table(
+    number: int,
+    group: Group,
+    new: Sequence[GroupPlan],
+    made: Mapping[str, Made],
+    order: Sequence[str],
+    problems: list[str],
+) -> GroupRule:
+    """The table that makes one of the old groups from the new ones."""
+    names = group.names or ()
+    if not names:
+        problems.append(f"the checkpoint's param group {number} has no parameters, and a [[group]] table makes none")
+        return GroupRule(())
+    members = set(names)
+    shares = [
+        (one.base == number, sum(not members.isdisjoint(_sources(made[name])) for name in one.members)) for one in new
+    ]
+    like = max(range(len(new)), key=shares.__getitem__)
+    there = new[like].options
+    chosen = {key: value for key, value in group.options.items() if not same_value(value, there.get(key, _ABSENT))}
+    problems.extend(
+        f"the [[group]] tables give param group {like} an option {key!r}, which none takes away again"
+        for key in there
+        if key not in group.options
+    )
+    for key, value in chosen.items():
+        try:
+            toml_value(value)
+        except PlanSyntaxError:
+            problems.append(f"the option {key!r} of param group {number} was {value!r}, which no plan file can say")
+    in_order = [name for name in order if name in members] == list(names)
+    return GroupRule(tuple(_patterns(names, order) if in_order else map(Template.literal, names)), chosen, like)
+
+
+_ABSENT = object()
+
+
+def _sources(item: Made) -> set[str]:
+    return {leaf.name for leaf in ex.leaves(item.expression)}
+
+
+def _patterns(names: Sequence[str], everything: Collection[str]) -> list[Template]:
+    """Few templates that match these names and none of the others."""
+    members = set(names)
+    found: dict[str, Template | None] = {}
+    made: list[Template] = []
+    for name in names:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        if pattern not in found:
+            template = Template.literal(name) if pattern == name else Template(pattern)
+            others = (other for other in everything if other not in members)
+            found[pattern] = None if any(template.match(other) is not None for other in others) else template
+            made += [template] if found[pattern] else []
+        if found[pattern] is None:
+            made.append(Template.literal(name))
+    return made

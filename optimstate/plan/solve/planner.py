@@ -1,0 +1,408 @@
+"""From what a checkpoint holds and a plan to a migration: what becomes of every parameter and slot, and why.
+
+Nothing here touches elements; every problem is found before anything is moved, and all are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from optimstate.errors import MigrationError
+from optimstate.plan.expressions import tree as ex
+from optimstate.plan.expressions.evaluate import dtype_of, identity
+from optimstate.plan.expressions.tree import Leaf, Shape
+from optimstate.plan.language.rules import Plan, Rule
+from optimstate.plan.language.template import Template
+from optimstate.plan.slots.elementwise import translated
+from optimstate.plan.slots.outcomes import Fate, Parameter, Refusal, SlotPath
+from optimstate.plan.slots.planner import SlotPlanner
+from optimstate.plan.solve.groups import Candidate, GroupPlan, plan_groups
+from optimstate.plan.solve.inventory import decoded, model_inventory, optimizer_inventory
+from optimstate.plan.solve.migration import Inventory, Migration, Move, SectionMoves, Target
+from optimstate.plan.solve.problems import Suggestions, guarded, shape_problem, shortened, unmatched
+from optimstate.plan.solve.resolve import Made, Resolved, Resolver
+from optimstate.state.optimizer import OptimizerState
+from optimstate.tree import no_garbage_collection
+
+__all__ = [
+    "Inventory",
+    "Migration",
+    "Move",
+    "SectionMoves",
+    "Target",
+    "model_inventory",
+    "optimizer_inventory",
+    "plan_migration",
+    "plan_model",
+    "plan_optimizer",
+]
+
+
+def plan_optimizer(
+    plan: Plan,
+    state: OptimizerState,
+    *,
+    target: Target | None = None,
+    shapes: Mapping[str, Shape | None] | None = None,
+) -> Migration:
+    """Resolve a plan for the state of one optimizer.
+
+    Args:
+        plan: What to do.
+        state: With names (see `OptimizerState.named`).
+        target: What the result must be: the live optimizer's parameters, groups and options.
+        shapes: Of the checkpoint's parameters, where known; others are told from the slots.
+
+    Returns:
+        A migration of one section, `optimizer`.
+
+    Raises:
+        MigrationError: With every problem found.
+    """
+    return plan_migration(plan, {"optimizer": optimizer_inventory(state, target=target, shapes=shapes)})
+
+
+def plan_model(plan: Plan, tensors: Mapping[str, Any], *, target: Target | None = None) -> Migration:
+    """Resolve a plan for a model's parameters and buffers.
+
+    Args:
+        plan: What to do.
+        tensors: By name.
+        target: What the result must be.
+
+    Returns:
+        A migration of one section, `model`.
+
+    Raises:
+        MigrationError: With every problem found.
+    """
+    return plan_migration(plan, {"model": model_inventory(tensors, target=target)})
+
+
+def plan_migration(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
+    """Resolve a plan for the sections of a checkpoint.
+
+    Raises:
+        MigrationError: With every problem found: a rule that matches nothing, two producers of one target, shapes that
+            do not fit, targets nobody fills, sources nobody takes, slots that cannot follow.
+    """
+    with no_garbage_collection():
+        return _planned(plan, sections)
+
+
+def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
+    problems: list[str] = []
+    rules = list(plan.all_rules())
+    counts = [0] * len(rules)
+    problems.extend(guarded(plan.guard, sections))
+    if plan.policy.quantized == "requantize":
+        sections = {key: decoded(inventory) for key, inventory in sections.items()}
+    made = {key: _Section(plan, key, inventory, counts, problems).plan() for key, inventory in sections.items()}
+    if plan.policy.unused == "error":
+        for number, (rule, count) in enumerate(zip(rules, counts, strict=True), 1):
+            if not count:
+                problems.append(unmatched(number, rule, sections))
+    if problems:
+        raise MigrationError(list(dict.fromkeys(problems)))
+    return Migration(plan, made, tuple(zip(rules, counts, strict=True)))
+
+
+class _Section:
+    """Plans one section."""
+
+    def __init__(self, plan: Plan, key: str, inventory: Inventory, counts: list[int], problems: list[str]) -> None:
+        self.rules, self.plan_, self.key, self.inventory = list(plan.all_rules()), plan, key, inventory
+        self.counts, self.problems = counts, problems
+        self.notes: list[str] = []
+
+    def plan(self) -> SectionMoves:
+        found = Resolver(self.plan_.passes, self.key, self.counts, self.problems).resolve(self.inventory.shapes)
+        made: dict[str, Made | None] = dict(found.made)
+        new = self._new_parameters(made)
+        dropped: list[tuple[str, Rule | None]] = list(found.dropped)
+        target = self.inventory.target
+        if target is not None:
+            made, lost = self._fitted(target, made, found)
+            dropped.extend(lost)
+        local: list[str] = []
+        moves = self._optimizer(made, local) if self.inventory.state is not None else self._model(made, local)
+        self._note_duplicates(found)
+        section = self._finished(moves, dropped, found, new, local)
+        self.problems.extend(f"{self.key}: {problem}" for problem in shortened(local))
+        return section
+
+    def _new_parameters(self, made: dict[str, Made | None]) -> dict[str, int | None]:
+        """Parameters a rule declares: those of the target that it matches, or without a target those it spells out."""
+        new: dict[str, int | None] = {}
+        target = self.inventory.target
+        wanted = [name for name in target.names() if name not in made] if target is not None else []
+        first = 0
+        for rule in self.rules:
+            index, first = first, first + 1
+            if not rule.fresh or (rule.sources and rule.targets):
+                continue
+            templates = rule.sources or rule.targets
+            if target is not None:
+                names = [name for name in wanted if any(t.match(name) is not None for t in templates)]
+            elif self.inventory.state is not None and not self.counts[index]:
+                names = [name for t in templates for name in _spelled(t) if name not in made]
+            else:
+                names = []
+            if names or any(t.match(name) is not None for t in templates for name in new):
+                self.counts[index] += max(len(names), 1)
+            for name in names:
+                if name not in new:
+                    new[name] = rule.group
+                    made[name] = None
+        return new
+
+    def _fitted(
+        self, target: Target, made: Mapping[str, Made | None], found: Resolved
+    ) -> tuple[dict[str, Made | None], list[tuple[str, Rule | None]]]:
+        """The targets in the order of the live parameters, every one of them there and of its shape."""
+        names = list(target.names())
+        known = set(names)
+        extra = [name for name in made if name not in known]
+        policy = self.plan_.policy
+        local: list[str] = []
+        missing = [name for name in names if name not in made]
+        if policy.missing == "error":
+            hints = Suggestions(extra, {name: item.expression.shape for name, item in found.made.items()})
+            local.extend(
+                f"nothing fills {name!r}{hints.of(name, target.shapes.get(name))}: "
+                f'add a rule, declare it new (fresh = "{name}"), or say missing = "fresh" in [policy]'
+                for name in missing
+            )
+        if policy.unexpected == "error":
+            hints = Suggestions(missing, target.shapes)
+            for name in extra:
+                item = made[name]
+                shape = item.expression.shape if item is not None else None
+                local.append(
+                    f"{name!r} is not in the target{hints.of(name, shape)}: "
+                    f'rename it, drop it (drop = "{name}"), or say unexpected = "drop" in [policy]'
+                )
+        for name in names:
+            item = made.get(name)
+            wanted = target.shapes.get(name)
+            shape = item.expression.shape if item is not None else None
+            if shape is not None and wanted is not None and shape != tuple(wanted):
+                local.append(shape_problem(name, shape, tuple(wanted)))
+        self.problems.extend(f"{self.key}: {problem}" for problem in shortened(local))
+        used = {leaf.name for name in known for item in [made.get(name)] if item for leaf in ex.leaves(item.expression)}
+        lost = dict.fromkeys(
+            leaf.name
+            for name in extra
+            for item in [made[name]]
+            if item is not None
+            for leaf in ex.leaves(item.expression)
+            if leaf.name not in used
+        )
+        return {name: made.get(name) for name in names}, [(name, None) for name in lost]
+
+    def _model(self, made: Mapping[str, Made | None], problems: list[str]) -> list[Move]:
+        dtypes = {name: dtype_of(value) for name, value in self.inventory.tensors.items()}
+        moves = []
+        used: set[str] = set()
+        for name, item in made.items():
+            if item is None:
+                moves.append(Move(name, None, value=Fate("fresh", "new")))
+                continue
+            try:
+                value = translated(item.expression, dtypes)
+            except Refusal as refusal:
+                problems.append(f"{name}: {refusal}")
+                continue
+            if self.plan_.policy.approximate == "refuse" and value.outcome == "approximate":
+                problems.append(f"{name} can only be approximated ({value.reason}), which the policy refuses")
+            moves.append(self._move(name, item, used, value, {}))
+        self._refuse_untying(moves, problems)
+        return moves
+
+    def _optimizer(self, made: Mapping[str, Made | None], problems: list[str]) -> list[Move]:
+        state = self.inventory.state
+        assert state is not None
+        parameters, algorithm = self.inventory.parameters, self.inventory.algorithm
+        planner = SlotPlanner(parameters, algorithm, self.plan_.slots, self.plan_.policy)
+        flat = algorithm is not None and algorithm.is_flat
+        requantized = self._requantizes()
+        used: set[str] = set()
+        moves = []
+        for name, item in made.items():
+            if item is None:
+                moves.append(Move(name, None))
+                continue
+            if item.expression.shape is None:
+                self._refuse_unsized(name, item, parameters, problems)
+            slots = {} if flat else planner.fates(name, item.expression, problems)
+            if requantized and not isinstance(item.expression, Leaf):
+                slots = {path: fate if fate.kind == "scalar" else _coded_again(fate) for path, fate in slots.items()}
+            moves.append(self._move(name, item, used, None, slots))
+        if algorithm is not None and algorithm.whole and any(_joins(move) for move in moves):
+            self.notes.append(
+                f"{algorithm.name} updates a tensor as a whole: joined or cut parameters train differently "
+                "from before, however exact their state is"
+            )
+        return moves
+
+    def _requantizes(self) -> bool:
+        algorithm = self.inventory.algorithm
+        known = algorithm is not None and algorithm.name == "bitsandbytes"
+        return known and self.plan_.policy.quantized == "requantize"
+
+    def _refuse_unsized(self, name: str, item: Made, parameters: Mapping[str, Parameter], problems: list[str]) -> None:
+        if isinstance(item.expression, Leaf):
+            return
+        if not any(isinstance(step, ex.Unsized) for step in ex.steps(item.expression)):
+            return
+        for leaf in ex.leaves(item.expression):
+            found = parameters.get(leaf.name)
+            if found is not None and found.slots and found.shape is None and leaf.shape is None:
+                problems.append(
+                    f"{name}: the shape of {leaf.name!r} is not known, so it cannot be cut or joined: "
+                    "give the model too"
+                )
+                return
+
+    def _move(self, name: str, item: Made, used: set[str], value: Fate | None, slots: Mapping[SlotPath, Fate]) -> Move:
+        rules = tuple(application.rule for application in item.applications)
+        expression = item.expression
+        clone = False
+        if isinstance(expression, Leaf):
+            clone = expression.name in used
+            used.add(expression.name)
+        return Move(name, expression, rules, value, slots, clone)
+
+    def _refuse_untying(self, moves: Sequence[Move], problems: list[str]) -> None:
+        """Names that share memory must go on holding the same."""
+        by_identity: dict[Any, list[str]] = {}
+        for name, value in self.inventory.tensors.items():
+            shape = self.inventory.shapes.get(name)
+            if shape and 0 not in shape:
+                by_identity.setdefault(identity(value), []).append(name)
+        tied = {name: names for names in by_identity.values() if len(names) > 1 for name in names}
+        if not tied:
+            return
+        changed: dict[str, str] = {}
+        moved: set[str] = set()
+        for move in moves:
+            for source in move.sources if move.expression is not None else ():
+                if source in tied:
+                    whole = move.value is not None and isinstance(move.value.made, Leaf)
+                    (moved.add(source) if whole else changed.setdefault(source, move.target))
+        for source, target in changed.items():
+            left = next((name for name in tied[source] if name in moved), None)
+            if left is not None and source not in moved:
+                problems.append(
+                    f"{source!r} becomes {target!r} by operations, but {left!r}, which shares its memory, "
+                    f"stays as it is: give both the same rule, or drop {left!r}"
+                )
+
+    def _note_duplicates(self, found: Resolved) -> None:
+        if self.inventory.state is None:
+            return
+        several = {id(use.rule) for uses in found.applications for use in uses if len(use.targets) > 1}
+        for rule in self.rules:
+            if id(rule) not in several or rule.fresh or rule.operations:
+                continue
+            self.notes.append(
+                f"{rule}: each copy gets the whole state, which is exact as long as each sees the gradients "
+                "that the one saw; a router changes their scale (see scale and fresh)"
+            )
+
+    def _finished(
+        self,
+        moves: list[Move],
+        dropped: list[tuple[str, Rule | None]],
+        found: Resolved,
+        new: Mapping[str, int | None],
+        problems: list[str],
+    ) -> SectionMoves:
+        applications = tuple(tuple(items) for items in found.applications)
+        order = [move.expression.name for move in moves if isinstance(move.expression, Leaf)]
+        position = {name: place for place, name in enumerate(self.inventory.shapes)}
+        places = [position[name] for name in order]
+        reordered = any(later < earlier for earlier, later in pairwise(places))
+        state = self.inventory.state
+        if state is None:
+            return SectionMoves(
+                tuple(moves), tuple(dropped), notes=tuple(self.notes), applications=applications, reordered=reordered
+            )
+        groups = self._groups(state, moves, new, problems)
+        algorithm = self.inventory.algorithm
+        flat = None
+        if algorithm is not None and algorithm.is_flat and not problems:
+            from optimstate.plan.slots.flat import plan_flat
+
+            flat = plan_flat(state, self.inventory.shapes, moves, groups, problems)
+        conversion = None
+        if self.plan_.optimizer:
+            from optimstate.plan.slots.conversion import plan_conversion
+
+            new_shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
+            conversion = plan_conversion(algorithm, self.plan_.optimizer, state, new_shapes, problems)
+            if conversion is not None and self.plan_.policy.approximate == "refuse":
+                problems.extend(
+                    f"{line.slot} can only be approximated in {conversion.target} ({line.reason}), "
+                    "which the policy refuses"
+                    for line in conversion.report
+                    if line.outcome == "approximate"
+                )
+        regrouped = [list(group.sources) for group in groups] != [[index] for index in range(len(state.groups))] or any(
+            group.options != old.options for group, old in zip(groups, state.groups, strict=False)
+        )
+        return SectionMoves(
+            tuple(moves),
+            tuple(dropped),
+            groups,
+            len(state.groups),
+            algorithm,
+            flat,
+            tuple(self.notes),
+            applications,
+            reordered,
+            regrouped,
+            conversion,
+            self._requantizes(),
+        )
+
+    def _groups(
+        self, state: OptimizerState, moves: Sequence[Move], new: Mapping[str, int | None], problems: list[str]
+    ) -> tuple[GroupPlan, ...]:
+        group_of = {name: index for index, group in enumerate(state.groups) for name in group.names or ()}
+        candidates = [
+            Candidate(
+                move.target,
+                (group_of[move.expression.name],)
+                if isinstance(move.expression, Leaf)
+                else tuple(dict.fromkeys([group_of[name] for name in move.sources])),
+                new.get(move.target),
+            )
+            for move in moves
+        ]
+        target = self.inventory.target
+        live = None
+        if target is not None:
+            options = target.options or ({},) * len(target.groups)
+            live = list(zip(target.groups, options, strict=True))
+        return plan_groups(self.plan_, candidates, state.groups, live, problems)
+
+
+def _coded_again(fate: Fate) -> Fate:
+    reason = "; ".join(filter(None, (fate.reason, "decoded, and coded in 8 bits again")))
+    return fate._replace(outcome="approximate", reason=reason) if fate.outcome in ("exact", "approximate") else fate
+
+
+def _joins(move: Move) -> bool:
+    return move.expression is not None and any(
+        isinstance(step, ex.Cat | ex.Narrow) for step in ex.steps(move.expression)
+    )
+
+
+def _spelled(template: Template) -> list[str]:
+    """The names a template produces by itself; none where it captures."""
+    if template.is_regex or template.has_wildcard or any(choices is None for choices in template.captures.values()):
+        return []
+    return list(template.produce({}))

@@ -1,0 +1,81 @@
+"""How mismatches are told: each names the parameter, both sides and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from optimstate.plan.expressions.tree import Shape
+from optimstate.plan.language.rules import Guard, Rule
+from optimstate.plan.solve.migration import Inventory
+
+__all__ = ["Suggestions", "guarded", "shape_problem", "shortened", "unmatched"]
+
+_SHOWN = 20  # problems of one kind that are spelled out
+
+
+def guarded(guard: Guard, sections: Mapping[str, Inventory]) -> Iterator[str]:
+    """What a guard finds amiss."""
+    names = dict.fromkeys(name for inventory in sections.values() for name in inventory.shapes)
+    wrong = "this is another checkpoint than the plan is for, or the plan was applied already"
+    for template in guard.has:
+        if not any(template.match(name) is not None for name in names):
+            yield f"the guard asks for {template.text!r}, and no name is like that: {wrong}"
+    for template in guard.lacks:
+        found = next((name for name in names if template.match(name) is not None), None)
+        if found is not None:
+            yield f"the guard excludes {template.text!r}, and there is {found!r}: {wrong}"
+
+
+def unmatched(number: int, rule: Rule, sections: Mapping[str, Inventory]) -> str:
+    """A rule that matches nothing."""
+    from difflib import get_close_matches
+
+    known = list(dict.fromkeys(name for inventory in sections.values() for name in inventory.shapes))
+    if not known:
+        return f"rule {number} ({rule}): the checkpoint names no parameters"
+    close = get_close_matches(rule.source.text, known[:2000], n=3, cutoff=0.3) or known[:3]
+    return (
+        f"rule {number} ({rule}): {rule.source.text!r} matches none of {len(known)} names; "
+        f"there are {', '.join(map(repr, close))}"
+    )
+
+
+def shortened(problems: Sequence[str]) -> list[str]:
+    """The first of them, and how many more there are."""
+    if len(problems) <= _SHOWN:
+        return list(problems)
+    return [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more problems like these"]
+
+
+def shape_problem(name: str, shape: Shape, wanted: Shape) -> str:
+    """A shape that is not the one the target has."""
+    if sorted(shape) == sorted(wanted):
+        remedy = "permute it (transpose = true)"
+    elif len(shape) == len(wanted) and sum(a != b for a, b in zip(shape, wanted, strict=True)) == 1:
+        dim = next(dim for dim, (a, b) in enumerate(zip(shape, wanted, strict=True)) if a != b)
+        remedy = f"resize it (resize = {{ dim = {dim}, size = {wanted[dim]} }}), cut or join it"
+    else:
+        remedy = "give its rule the operations that make it fit, or make it fresh and drop the old one"
+    return f"{name!r}: the checkpoint gives the shape {list(shape)}, the target has {list(wanted)}: {remedy}"
+
+
+class Suggestions:
+    """Names that another could have meant, those of its shape first."""
+
+    def __init__(self, names: Sequence[str], shapes: Mapping[str, Shape | None]) -> None:
+        self._names, self._shapes = names[:1000], shapes
+        self._left = _SHOWN
+
+    def of(self, name: str, shape: Shape | None) -> str:
+        """A remark to put behind the name, or nothing."""
+        if not self._left:
+            return ""
+        from difflib import get_close_matches
+
+        self._left -= 1
+        alike = [other for other in self._names if shape is not None and self._shapes.get(other) == shape]
+        close = get_close_matches(name, alike or self._names, n=1, cutoff=0.3)
+        if not close:
+            return ""
+        said = f" of its shape {list(shape)}" if alike and shape is not None else ""
+        return f" (is it {close[0]!r}{said}?)"

@@ -1,0 +1,358 @@
+"""Propose a plan from what a checkpoint has and what is wanted: names, shapes and, where given, contents.
+
+Names are compared in families: all layers at once, their indices taken out. Every rule comes with a confidence and the
+reason for it; nothing is proposed that the planner would refuse.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from optimstate.errors import PlanSyntaxError
+from optimstate.plan.expressions.tree import Shape
+from optimstate.plan.language.operation import Operation
+from optimstate.plan.language.operations import Concat, Resize, Split, Transpose
+from optimstate.plan.language.rules import Plan, Rule
+from optimstate.plan.language.template import Template
+from optimstate.plan.solve.resolve import Resolver
+from optimstate.record import Record
+
+__all__ = ["Suggested", "Suggestion", "suggest"]
+
+Indices = tuple[int, ...]
+_LETTERS = "ijklmn"
+_JOINED_UP_TO = 4
+
+
+class Suggested(Record):
+    """One rule with how sure it is, from 0 to 1, and why."""
+
+    rule: Rule
+    confidence: float
+    reason: str
+
+
+class Suggestion(Record):
+    """A proposed plan.
+
+    Attributes:
+        rules: In order.
+        missing: Wanted names that nothing explains.
+        unused: Names of the checkpoint that nothing takes.
+    """
+
+    rules: tuple[Suggested, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    @property
+    def plan(self) -> Plan:
+        """The rules as a plan, which leaves out what is not explained."""
+        return Plan(tuple(suggested.rule for suggested in self.rules))
+
+
+class _Family(Record):
+    """Names that differ in their indices alone: the text between the indices, and the members by index."""
+
+    pattern: str
+    members: Mapping[Indices, tuple[str, Shape]]
+
+    @property
+    def shapes(self) -> dict[Indices, Shape]:
+        return {index: shape for index, (_, shape) in self.members.items()}
+
+    def template(self, *, counting: bool = False, shift: int = 0, known: int = 9) -> str:
+        """The pattern with captures; those from `known` on are ranges of what there is."""
+        parts = self.pattern.split("#")
+        made = parts[0]
+        for place, part in enumerate(parts[1:]):
+            letter = _LETTERS[place]
+            if place >= known:
+                values = sorted({index[place] for index in self.members})
+                letter = f"{letter}={values[0]}..{values[-1]}"
+            elif shift:
+                letter = f"{letter}{shift:+d}"
+            elif counting:
+                letter += ":int"
+            made += "{" + letter + "}" + part
+        return made
+
+
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def _families(names: Mapping[str, Shape]) -> dict[str, _Family]:
+    found: dict[str, dict[Indices, tuple[str, Shape]]] = {}
+    for name, shape in names.items():
+        indices = tuple(map(int, _INDEX.findall(name)))
+        found.setdefault(_INDEX.sub("#", name), {})[indices] = name, shape
+    return {pattern: _Family(pattern, members) for pattern, members in found.items() if pattern.count("#") <= 6}
+
+
+def suggest(
+    old: Mapping[str, Shape],
+    new: Mapping[str, Shape],
+    *,
+    old_contents: Mapping[str, str] | None = None,
+    new_contents: Mapping[str, str] | None = None,
+) -> Suggestion:
+    """Propose a plan.
+
+    Args:
+        old: Names and shapes of the checkpoint.
+        new: Names and shapes that are wanted.
+        old_contents: Something equal for equal contents, such as a digest, by name.
+        new_contents: The same for what is wanted, where it has contents already.
+
+    Returns:
+        Rules with reasons. A name that is there on both sides with the same shape is kept, unless the contents say
+        otherwise, and needs no rule.
+    """
+    search = _Search(old, new, old_contents or {}, new_contents or {})
+    for step in (search.by_content, search.renamed, search.resized, search.joined, search.cut, search.copied):
+        step()
+    merged = _merged(search.found, old)
+    return Suggestion(tuple(merged), tuple(search.new), tuple(search.old))
+
+
+class _Search:
+    """What is not explained yet, and the rules found so far."""
+
+    def __init__(
+        self, old: Mapping[str, Shape], new: Mapping[str, Shape], had: Mapping[str, str], wanted: Mapping[str, str]
+    ) -> None:
+        self.all_old, self.had, self.wanted = old, had, wanted
+        kept = {
+            name
+            for name, shape in new.items()
+            if old.get(name) == shape and had.get(name, "") == wanted.get(name, had.get(name, ""))
+        }
+        self.kept = [name for name in old if name in kept]
+        self.old = {name: shape for name, shape in old.items() if name not in kept}
+        self.new = {name: shape for name, shape in new.items() if name not in kept}
+        self.found: list[Suggested] = []
+
+    def propose(
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        confidence: float,
+        reason: str,
+        operation: Operation | None = None,
+    ) -> bool:
+        """Add a rule if it makes wanted names of unexplained ones, with their shapes, and nothing else."""
+        try:
+            rule = Rule(tuple(map(Template, sources)), tuple(map(Template, targets)), (operation,) if operation else ())
+        except PlanSyntaxError:
+            return False
+        if any(source.match(name) is not None for source in rule.sources for name in self.kept):
+            return False
+        taken = {name: s for name, s in self.old.items() if any(t.match(name) is not None for t in rule.sources)}
+        problems: list[str] = []
+        found = Resolver([[rule]], "", [0], problems).resolve(taken)
+        made = found.made
+        if problems or not made or any(self.new.get(name) != item.expression.shape for name, item in made.items()):
+            return False
+        self.found.append(Suggested(rule, round(confidence, 2), reason))
+        for uses in found.applications:
+            for use in uses:
+                for name in use.sources:
+                    self.old.pop(name, None)
+        for name in made:
+            del self.new[name]
+        return True
+
+    def by_content(self) -> None:
+        """Names whose contents are the same on both sides."""
+        places: dict[str, list[str]] = {}
+        for name in self.old:
+            if name in self.had:
+                places.setdefault(self.had[name], []).append(name)
+        pairs: dict[str, str] = {}
+        for name in self.new:
+            found = places.get(self.wanted.get(name, ""), [])
+            if len(found) == 1:
+                pairs[found[0]] = name
+        olds, news = _families(self.old), _families(self.new)
+        for family in olds.values():
+            target = {_INDEX.sub("#", pairs[name]) for name, _ in family.members.values() if name in pairs}
+            other = news.get(target.pop()) if len(target) == 1 else None
+            if other is not None and all(
+                pairs.get(name) == other.members.get(i, ("",))[0] for i, (name, _) in family.members.items()
+            ):
+                self.propose([family.template()], [other.template()], 1.0, "the contents are the same")
+        for source, target_name in pairs.items():
+            if source in self.old and target_name in self.new:
+                self.propose([source], [target_name], 1.0, "the contents are the same")
+
+    def renamed(self) -> None:
+        """Families with the same shapes at the same indices, or at shifted ones."""
+        ranked = []
+        news = _families(self.new)
+        for family in _families(self.old).values():
+            alike = [(other, shift) for other in news.values() if (shift := _shift(family, other)) is not None]
+            for other, shift in alike:
+                ranked.append((_likeness(family.pattern, other.pattern), len(alike), shift, family, other))
+        for likeness, rivals, shift, family, other in sorted(ranked, key=lambda entry: (-entry[0], entry[1])):
+            shapes = sorted({str(list(shape)) for shape in family.shapes.values()})
+            if rivals == 1:
+                said, sure = f"nothing else wanted has the shape {shapes[0]} at these places", 0.7 + 0.25 * likeness
+            else:
+                said, sure = f"the most alike of {rivals} names of the shape {shapes[0]}", 0.4 + 0.4 * likeness
+            if shift:
+                said += f"; the index moves by {shift}"
+            target = other.template(shift=shift)
+            self.propose([family.template(counting=bool(shift))], [target], sure, said)
+
+    def resized(self) -> None:
+        """The same name with one dimension of another size, or transposed."""
+        news = _families(self.new)
+        for pattern, family in _families(self.old).items():
+            other = news.get(pattern)
+            if other is None or other.members.keys() != family.members.keys():
+                continue
+            shape, wanted = (next(iter(f.shapes.values())) for f in (family, other))
+            operation: Operation | None = None
+            sure, said = 0.0, ""
+            if shape[::-1] == wanted and len(shape) == 2:
+                operation, sure, said = Transpose(), 0.6, "rows and columns are exchanged"
+            elif len(shape) == len(wanted):
+                dims = [dim for dim, (a, b) in enumerate(zip(shape, wanted, strict=True)) if a != b]
+                if len(dims) == 1:
+                    operation, sure = Resize(dims[0], wanted[dims[0]]), 0.5
+                    said = f"dimension {dims[0]} has {wanted[dims[0]]} places instead of {shape[dims[0]]}"
+            if operation is not None:
+                self.propose([family.template()], [other.template()], sure, said, operation)
+
+    def joined(self) -> None:
+        """Several neighbours whose sizes add up to one that is wanted."""
+        for target in list(_families(self.new).values()):
+            self._groups(target, _families(self.old), lambda parts, one, dim: self._join(parts, one, dim))
+
+    def cut(self) -> None:
+        """One whose size is that of several wanted neighbours together."""
+        for source in list(_families(self.old).values()):
+            self._groups(source, _families(self.new), lambda parts, one, dim: self._cut(parts, one, dim))
+
+    def _groups(
+        self,
+        one: _Family,
+        others: Mapping[str, _Family],
+        use: Callable[[Sequence[_Family], _Family, int], bool],
+    ) -> None:
+        whole = one.shapes
+        near = [
+            family
+            for family in others.values()
+            if family.members.keys() == one.members.keys() and _leaf(family.pattern) == _leaf(one.pattern)
+        ]
+        near = [family for family in near if _outside(family.pattern) == _outside(one.pattern)]
+        for count in range(2, min(len(near), _JOINED_UP_TO) + 1):
+            for parts in itertools.combinations(near[:8], count):
+                for dim in (0, 1):
+                    fits = all(_adds_up([part.shapes[i] for part in parts], shape, dim) for i, shape in whole.items())
+                    if fits and use(parts, one, dim):
+                        return
+
+    def _join(self, parts: Sequence[_Family], one: _Family, dim: int) -> bool:
+        said = f"the sizes of dimension {dim} add up; the order is that of the checkpoint"
+        sources = [part.template() for part in parts]
+        return self.propose(sources, [one.template()], _order_known(parts), said, Concat(dim))
+
+    def _cut(self, parts: Sequence[_Family], one: _Family, dim: int) -> bool:
+        sizes = tuple(next(iter(part.shapes.values()))[dim] for part in parts)
+        operation = Split(dim, () if len(set(sizes)) == 1 else sizes)
+        said = f"the sizes of dimension {dim} add up; the order is that of the target"
+        return self.propose([one.template()], [part.template() for part in parts], _order_known(parts), said, operation)
+
+    def copied(self) -> None:
+        """Families that have one index more, and the shape of one that has not."""
+        for family in list(_families(self.old).values()):
+            depth = family.pattern.count("#")
+            rivals = []
+            for other in _families(self.new).values():
+                if other.pattern.count("#") != depth + 1 or _leaf(other.pattern) != _leaf(family.pattern):
+                    continue
+                if all(family.shapes.get(index[:depth]) == shape for index, shape in other.shapes.items()):
+                    rivals.append(other)
+            for other in sorted(rivals, key=lambda other: -_likeness(family.pattern, other.pattern))[:1]:
+                count = len({index[depth] for index in other.members})
+                sure = (0.6 if len(rivals) == 1 else 0.4) + 0.2 * _likeness(family.pattern, other.pattern)
+                said = f"{count} of its shape are wanted, with an index of their own"
+                self.propose([family.template()], [other.template(known=depth)], sure, said)
+
+
+def _shift(family: _Family, other: _Family) -> int | None:
+    """By how much the indices move; None where the families are not alike."""
+    if family.pattern.count("#") != other.pattern.count("#") or len(family.members) != len(other.members):
+        return None
+    if family.shapes == other.shapes:
+        return 0
+    if family.pattern.count("#") != 1:
+        return None
+    by = min(other.members)[0] - min(family.members)[0]
+    return by if {(i + by,): shape for (i,), shape in family.shapes.items()} == other.shapes else None
+
+
+def _likeness(one: str, other: str) -> float:
+    """How alike two patterns are, the last component counting most."""
+    ratio = difflib.SequenceMatcher(None, one, other).ratio()
+    return 0.5 * ratio + 0.5 * (_leaf(one) == _leaf(other))
+
+
+def _leaf(pattern: str) -> str:
+    return pattern.rpartition(".")[2]
+
+
+def _outside(pattern: str) -> str:
+    """The pattern without its module's own name and its leaf."""
+    return ".".join(pattern.split(".")[:-2])
+
+
+def _adds_up(parts: Sequence[Shape], whole: Shape, dim: int) -> bool:
+    if len(whole) <= dim or any(len(part) != len(whole) for part in parts):
+        return False
+    rest = {(*part[:dim], *part[dim + 1 :]) for part in parts}
+    return rest == {(*whole[:dim], *whole[dim + 1 :])} and sum(part[dim] for part in parts) == whole[dim]
+
+
+_USUAL = ("qkv", "wqwkwv", "querykeyvalue", "gateup", "w1w3", "q_projk_projv_proj", "gate_projup_proj")
+
+
+def _order_known(parts: Sequence[_Family]) -> float:
+    """How sure an order of neighbours is: surer where it is a usual one."""
+    words = "".join(part.pattern.split(".")[-2] for part in parts if "." in part.pattern)
+    return 0.7 if words in _USUAL else 0.5
+
+
+def _merged(found: Sequence[Suggested], names: Mapping[str, Shape]) -> Iterator[Suggested]:
+    """Renames that differ in their last component alone, as one rule where it takes nothing else."""
+    groups: dict[tuple[str, str], list[Suggested]] = {}
+    order: list[tuple[str, str] | Suggested] = []
+    for item in found:
+        source, target = item.rule.sources[0].text, item.rule.targets[0].text
+        heads = source.rpartition("."), target.rpartition(".")
+        plain = not item.rule.operations and len(item.rule.sources) == len(item.rule.targets) == 1
+        if not plain or heads[0][2] != heads[1][2] or not heads[0][0] or not heads[1][0] or "{" in heads[0][2]:
+            order.append(item)
+            continue
+        key = heads[0][0], heads[1][0]
+        if key not in groups:
+            order.append(key)
+        groups.setdefault(key, []).append(item)
+    for entry in order:
+        if isinstance(entry, Suggested):
+            yield entry
+            continue
+        items = groups[entry]
+        rule = Rule((Template(entry[0] + ".{p}"),), (Template(entry[1] + ".{p}"),))
+        taken = {name for name in names if rule.sources[0].match(name) is not None}
+        meant = {name for name in names for item in items if item.rule.sources[0].match(name) is not None}
+        if len(items) == 1 or taken != meant:
+            yield from items
+            continue
+        least = min(items, key=lambda item: item.confidence)
+        yield Suggested(rule, least.confidence, least.reason)

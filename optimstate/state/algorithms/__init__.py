@@ -1,0 +1,1 @@
+"""Which algorithm a state belongs to, and what its slots mean."""

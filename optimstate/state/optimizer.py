@@ -1,0 +1,294 @@
+"""The state of one optimizer: param groups, and per parameter its slots."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from optimstate.errors import CorruptCheckpointError, StateMismatchError
+from optimstate.record import Record, field
+from optimstate.tree import Opaque, rebuilt_mapping
+
+__all__ = ["Group", "Member", "OptimizerState", "as_mapping"]
+
+ParameterKey = Hashable
+"""What torch keys state by: an int (index form), a str (name form), or the parameter itself (a pickled optimizer)."""
+
+Slots = Mapping[str, Any]
+
+
+def as_mapping(node: Any) -> Mapping[Any, Any] | None:
+    """A dict, or the entries of a pickled `defaultdict`, else None."""
+    if type(node) is dict or isinstance(node, Mapping):
+        return node
+    if isinstance(node, Opaque) and node.type.path == "collections.defaultdict":
+        return dict(node.entries)
+    return None
+
+
+class Group(Record):
+    """One param group.
+
+    Attributes:
+        options: Everything but the parameters: `lr`, `betas`, ..., in the order of the file.
+        params: The keys of its parameters, in order.
+        names: Their names, or None where the file has none.
+        keys: The order of all keys in the file, `params` and `param_names` included.
+    """
+
+    options: Mapping[str, Any]
+    params: tuple[ParameterKey, ...]
+    names: tuple[str, ...] | None
+    keys: tuple[str, ...] = ("params",)
+
+    @classmethod
+    def from_node(cls, node: Mapping[str, Any]) -> Group:
+        """Read a dict of `param_groups`."""
+        params, names = node["params"], node.get("param_names")
+        if names is not None and (not isinstance(names, list | tuple) or len(names) != len(params)):
+            raise CorruptCheckpointError(f"a param group has {len(params)} params, but param_names {names!r}"[:300])
+        if names is None and params and all(isinstance(key, str) for key in params):
+            names = params
+        options = {key: value for key, value in node.items() if key not in ("params", "param_names")}
+        return cls(options, tuple(params), None if names is None else tuple(map(str, names)), tuple(node))
+
+    def to_node(self) -> dict[str, Any]:
+        """The dict of `param_groups` again."""
+        made: dict[str, Any] = {}
+        for key in self.keys:
+            if key == "params":
+                made[key] = list(self.params)
+            elif key == "param_names":
+                made[key] = list(self.names or ())
+            elif key in self.options:
+                made[key] = self.options[key]
+        made.update({key: value for key, value in self.options.items() if key not in made})
+        return made
+
+
+class Member(NamedTuple):
+    """A parameter of a state that is being built: its name, the key it had (None for a new one), and its slots."""
+
+    name: str
+    key: ParameterKey | None
+    slots: Slots | None
+
+
+class OptimizerState(Record):
+    """An optimizer's `state_dict`, in index form, name form, or taken from a pickled optimizer.
+
+    Attributes:
+        groups: In order.
+        state: Per parameter key its slots. A parameter without an entry is fresh.
+        node: The mapping it was read from; its type, key order and further entries are kept.
+    """
+
+    groups: tuple[Group, ...]
+    state: Mapping[ParameterKey, Slots]
+    node: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_node(cls, node: Mapping[str, Any]) -> OptimizerState:
+        """Read a mapping with `state` and `param_groups`.
+
+        Raises:
+            CorruptCheckpointError: Names and parameters differ in number, or a key is in two groups.
+        """
+        groups = tuple(Group.from_node(group) for group in node["param_groups"])
+        state = as_mapping(node["state"]) or {}
+        keys = [key for group in groups for key in group.params]
+        try:
+            distinct = len(set(keys))
+        except TypeError:  # a key that cannot be one: a list, a dict
+            raise CorruptCheckpointError("param_groups has a parameter that cannot be a key of state") from None
+        if distinct != len(keys):
+            twice = next(key for key, times in Counter(keys).items() if times > 1)
+            raise CorruptCheckpointError(f"parameter {twice!r} is twice in param_groups")
+        return cls(groups, {key: as_mapping(slots) or {} for key, slots in state.items()}, node)
+
+    def to_node(self) -> dict[str, Any]:
+        """The mapping again, of the same type and key order."""
+        made = dict(self.node) or {"state": None, "param_groups": None}
+        made["state"] = rebuilt_mapping(self.node.get("state", {}), self.state)
+        made["param_groups"] = [group.to_node() for group in self.groups]
+        return rebuilt_mapping(self.node, made)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether every group with parameters has their names."""
+        return all(group.names is not None for group in self.groups if group.params) and any(
+            g.params for g in self.groups
+        )
+
+    def parameters(self) -> Iterator[tuple[ParameterKey, str | None, Slots | None]]:
+        """Key, name and slots of every parameter, in group order; slots are None for a fresh one."""
+        for group in self.groups:
+            for index, key in enumerate(group.params):
+                yield key, group.names[index] if group.names is not None else None, self.state.get(key)
+
+    def orphans(self) -> list[ParameterKey]:
+        """Keys that have state but are in no group."""
+        known = {key for group in self.groups for key in group.params}
+        return [key for key in self.state if key not in known]
+
+    def named(self, names: Sequence[str] | Sequence[Sequence[str]]) -> OptimizerState:
+        """The same state with names for its parameters.
+
+        Args:
+            names: In the order of the groups; flat, or one sequence for each group.
+
+        Raises:
+            StateMismatchError: There are more or fewer names than parameters, or one is there twice.
+        """
+        flat = [name for item in names for name in ([item] if isinstance(item, str) else item)]
+        count = sum(len(group.params) for group in self.groups)
+        if len(flat) != count:
+            raise StateMismatchError(f"{len(flat)} names for an optimizer of {count} parameters")
+        if len(set(flat)) != len(flat):
+            twice = next(name for name, times in Counter(flat).items() if times > 1)
+            raise StateMismatchError(f"two parameters would be called {twice!r}")
+        rest = iter(flat)
+        made = tuple(
+            group._replace(
+                names=tuple(next(rest) for _ in group.params),
+                keys=group.keys if "param_names" in group.keys else (*group.keys, "param_names"),
+            )
+            for group in self.groups
+        )
+        return self._replace(groups=made)
+
+    def rebuilt(self, groups: Sequence[tuple[Group, Sequence[Member]]]) -> OptimizerState:
+        """An optimizer with other parameters or groups.
+
+        Args:
+            groups: Each with the group it takes its options, and the order of its keys, from.
+
+        Returns:
+            A state whose keys are unchanged where every parameter is still there once and in its place; otherwise, in
+            index form, they are numbered anew in order, as torch numbers them.
+
+        Raises:
+            CorruptCheckpointError: State that belongs to no parameter has a key that is needed.
+        """
+        old = tuple(tuple(group.params) for group in self.groups)
+        kept = tuple(tuple(member.key for member in members) for _, members in groups) == old
+        by_name = all(isinstance(key, str) for keys in old for key in keys) and any(old)
+        state: dict[ParameterKey, Slots] = {}
+        made: list[Group] = []
+        renamed: dict[ParameterKey, ParameterKey] = {}
+        count = 0
+        for group, members in groups:
+            params: list[ParameterKey] = []
+            for member in members:
+                new: ParameterKey = member.name if by_name else member.key if kept else count
+                count += 1
+                params.append(new)
+                renamed.setdefault(member.key, new)
+                if member.slots is not None:
+                    state[new] = member.slots
+            names = tuple(member.name for member in members)
+            made.append(group._replace(params=tuple(params), names=names))
+        if kept:  # the order of entries in `state` is not the order of the groups
+            state = {renamed[key]: state[renamed[key]] for key in self.state if renamed.get(key) in state}
+        orphans = {key: self.state[key] for key in self.orphans()}
+        clash = orphans.keys() & state.keys()
+        if clash:
+            raise CorruptCheckpointError(f"state of {min(map(str, clash))!r} belongs to no parameter of any group")
+        return self._replace(groups=tuple(made), state={**state, **orphans})
+
+    def by_name(self) -> OptimizerState:
+        """The same state keyed by names, as FSDP and DCP have it.
+
+        Raises:
+            StateMismatchError: A parameter has no name.
+        """
+        return self._rekeyed([[str(name) for name in group.names or ()] for group in self.groups], names=False)
+
+    def by_index(self) -> OptimizerState:
+        """The same state keyed by position, as torch has it, with the names in `param_names`.
+
+        Raises:
+            StateMismatchError: A parameter has no name.
+        """
+        count = iter(range(sum(len(group.params) for group in self.groups)))
+        return self._rekeyed([[next(count) for _ in group.params] for group in self.groups], names=True)
+
+    def _rekeyed(self, keys: Sequence[Sequence[ParameterKey]], *, names: bool) -> OptimizerState:
+        self._refuse_unnamed()
+        rename: dict[ParameterKey, ParameterKey] = {}
+        made = []
+        for group, new in zip(self.groups, keys, strict=True):
+            rename.update(zip(group.params, new, strict=True))
+            order = tuple(key for key in group.keys if key != "param_names") + (("param_names",) if names else ())
+            made.append(group._replace(params=tuple(new), keys=order))
+        # Entries of parameters come in the order of the groups, as torch writes them.
+        known = {rename[key]: self.state[key] for group in self.groups for key in group.params if key in self.state}
+        orphans = {key: self.state[key] for key in self.orphans()}
+        clash = orphans.keys() & known.keys()
+        if clash:
+            raise StateMismatchError(f"state of {min(map(str, clash))!r} belongs to no parameter of any group")
+        return self._replace(groups=tuple(made), state={**known, **orphans})
+
+    def _refuse_unnamed(self) -> None:
+        if not all(group.names is not None for group in self.groups if group.params):
+            raise StateMismatchError(
+                "the parameters of this optimizer have no names", hint="Give them: state.named([...])."
+            )
+
+    def to_flat(self) -> dict[str, Any]:
+        """The flattened form: `state.<name>.<slot>` and `param_groups.<name>.<option>`, groups spelled per parameter.
+
+        Raises:
+            StateMismatchError: A parameter has no name, or state belongs to no parameter.
+        """
+        self._refuse_unnamed()
+        if self.orphans():
+            raise StateMismatchError(f"state of {self.orphans()[0]!r} belongs to no parameter of any group")
+        made: dict[str, Any] = {}
+        for _, name, slots in self.parameters():
+            made.update({f"state.{name}.{slot}": value for slot, value in (slots or {}).items()})
+        for group in self.groups:
+            for name in group.names or ():
+                made.update({f"param_groups.{name}.{option}": value for option, value in group.options.items()})
+        return made
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> OptimizerState:
+        """Read the flattened form. Parameters with the same options, in the order of their names, make a group.
+
+        Raises:
+            CorruptCheckpointError: A key is neither state nor an option of a parameter.
+        """
+        options: dict[str, dict[str, Any]] = {}
+        state: dict[ParameterKey, dict[str, Any]] = {}
+        for key, value in flat.items():
+            head, _, rest = key.partition(".")
+            name, _, last = rest.rpartition(".")
+            if head not in ("state", "param_groups") or not name:
+                raise CorruptCheckpointError(f"{key!r} is no entry of a flattened optimizer state")
+            found = state.setdefault(name, {}) if head == "state" else options.setdefault(name, {})
+            found[last] = value
+        groups: list[tuple[dict[str, Any], list[str]]] = []
+        for name, found in options.items():
+            for known, names in groups:
+                if _same_options(known, found):
+                    names.append(name)
+                    break
+            else:
+                groups.append((found, [name]))
+        return cls(
+            tuple(Group(found, tuple(names), tuple(names), (*found, "params")) for found, names in groups),
+            state,
+        )
+
+
+def _same_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    if one.keys() != other.keys():
+        return False
+    plain = (bool, int, float, complex, str, type(None), tuple, list)
+    return all(
+        one[key] is other[key]
+        or (isinstance(one[key], plain) and type(one[key]) is type(other[key]) and one[key] == other[key])
+        for key in one
+    )

@@ -1,0 +1,304 @@
+"""Convert: the same checkpoint in another container, or a section of it, in other dtypes, for another optimizer."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimstate.errors import CorruptCheckpointError, MigrationError
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
+from optimstate.io.copying import BLOCK, SharedTasks, blocks
+from optimstate.io.extents import Progress, check_destination
+from optimstate.surgery.reports import opening, to_json
+from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tree import Opaque, format_path, nodes, replaced, walk
+
+if TYPE_CHECKING:
+    from optimstate.state.sections import Section
+    from optimstate.surgery.casting import Cast, Casting
+    from optimstate.surgery.optimizer_conversion import OptimizerChange
+
+__all__ = ["ConvertReport", "convert", "verify_checksums"]
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was written, and what the container could not hold.
+
+    Attributes:
+        section: The section that was written alone, by kind and path; empty for all of them.
+        casts: What was cast, and what that rounded.
+        optimizers: By section: the algorithm its state was and is of, and what became of each slot.
+    """
+
+    source: str
+    destination: str
+    source_format: str
+    format: str
+    written: bool
+    tensors: int
+    nbytes: int
+    notes: tuple[str, ...]
+    section: str = ""
+    casts: tuple[Cast, ...] = ()
+    optimizers: Mapping[str, OptimizerChange] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """A JSON document of a stable form."""
+        return to_json("convert", asdict(self))
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str | None = None,
+    section: str | None = None,
+    dtypes: Mapping[str, str] | None = None,
+    optimizer: str | None = None,
+    verify: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    options: WriteOptions | None = None,
+) -> ConvertReport:
+    """Write the same checkpoint in another container; or one section of it, in other dtypes, for another optimizer.
+
+    Args:
+        source: A file or folder.
+        destination: Where to write; its suffix chooses the container unless `to` does.
+        to: The name of a container format.
+        section: Write this one alone: its kind (`model`, `ema`, `optimizer`, `scheduler`) or its path. A model becomes
+            a plain mapping of names to tensors.
+        dtypes: Floating-point dtypes by torch's names, for a slot (`exp_avg`) or a section, by kind or path. Elements
+            are cast as torch casts them, a block at a time. Step counts and fp32 masters are not cast with a section.
+        optimizer: The algorithm whose state the optimizers are to have: `Adam`, `Adafactor`, `Lion`, ...
+        verify: Check every checksum the source has before anything is written.
+        dry_run: Only check that it can be done.
+        force: Replace an existing destination.
+        options: What to do with what the container cannot hold, checksums, shards.
+
+    Raises:
+        CheckpointError: The source cannot be read, or `verify` finds damage.
+        PlanSyntaxError: There is no such dtype.
+        MigrationError: There is no such section or slot, it cannot be cast, or the state has no meaning in `optimizer`.
+        RepresentationError: The container cannot hold something; the message names it and the option that helps.
+        DestinationError: The destination exists, is the source, or cannot be written.
+    """
+    source, destination = Path(source), Path(destination)
+    options = options or WriteOptions()
+    target = _target_format(destination, to, options)
+    if not dry_run:
+        check_destination(destination, [source], force=force)
+    with opening(source), ExitStack() as stack:
+        document = open_checkpoint(source)
+        if verify and dry_run:
+            verify_checksums(document)
+        elif verify:
+            options = replace(options, confirm=stack.enter_context(_verifying(document)))
+        tree, notes = (document.tree, []) if section is not None else _without_files(document)
+        changes = _Changes(tree, section, dtypes or {}, optimizer) if section or dtypes or optimizer else None
+        if changes is not None:
+            tree = changes.tree
+            notes += changes.notes
+            if target == "safetensors" and not options.clone_views:
+                notes += [_stored_once(names) for names in changes.tied]
+        written = get_format(target)
+        if options.drop_opaque and target == "torch" and any(isinstance(node, Opaque) for node in nodes(tree)):
+            notes.append("nothing was left out: a torch file holds objects of other classes as they are")
+        if not dry_run:
+            like = document if section is None else None
+            notes += written.write(tree, destination, like=like, options=options)
+        found = [node for node in nodes(tree) if isinstance(node, LazyTensor)]
+        nbytes = sum(tensor.nbytes for tensor in found)
+        report = ConvertReport(
+            str(source), str(destination), document.format, target, not dry_run, len(found), nbytes, tuple(notes)
+        )
+        return report if changes is None else changes.added_to(report)
+
+
+class _Changes:
+    """A tree with another optimizer's state, other dtypes, or of one section alone.
+
+    Raises:
+        MigrationError: There is no such section or slot, or it cannot be changed so.
+    """
+
+    def __init__(self, tree: Any, section: str | None, dtypes: Mapping[str, str], optimizer: str | None) -> None:
+        from optimstate.state.sections import find_sections
+
+        sections = find_sections(tree)
+        self.notes: list[str] = []
+        self.tied: list[list[str]] = []
+        self.section: Section | None = None
+        self.optimizers: dict[str, OptimizerChange] = {}
+        if section is not None:
+            self.section = _chosen(section, sections)
+            sections = [self.section]
+        nodes = [self._plain(found) if section is not None else found.node for found in sections]
+        if optimizer is not None:
+            nodes = self._converted(sections, nodes, optimizer)
+        self._casting = _casting(dtypes, sections, nodes) if dtypes else None
+        nodes = nodes if self._casting is None else self._casting.cast()
+        made = {id(found.node): node for found, node in zip(sections, nodes, strict=True) if node is not found.node}
+        self.tree = nodes[0] if self.section is not None else replaced(tree, made)
+        if self._casting is not None:
+            self._casting.note_partings(self.tree)
+            self.notes += self._casting.notes
+
+    def added_to(self, report: ConvertReport) -> ConvertReport:
+        """The report with what was done."""
+        alone = "" if self.section is None else f"{self.section.kind} at {self.section.label}"
+        casts = () if self._casting is None else self._casting.reports(written=report.written)
+        notes = report.notes if self._casting is None else (*report.notes, *self._casting.lost_squares())
+        return replace(report, section=alone, casts=casts, optimizers=self.optimizers, notes=notes)
+
+    def _plain(self, section: Section) -> Any:
+        """The node of a section that is to stand alone; of a pickled module its tensors."""
+        if section.kind != "model":
+            return section.node
+        from optimstate.state.sections import tied_names
+
+        tensors = section.tensors()
+        self.tied = tied_names(tensors)
+        return tensors if isinstance(section.node, Opaque) else section.node
+
+    def _converted(self, sections: Sequence[Section], nodes: Sequence[Any], target: str) -> list[Any]:
+        from optimstate.surgery.optimizer_conversion import convert_optimizer
+
+        made = list(nodes)
+        problems: list[str] = []
+        for place, section in enumerate(sections):
+            if section.kind == "optimizer":
+                state, change = convert_optimizer(section, target, problems, self.notes)
+                if change is not None:
+                    self.optimizers[f"optimizer at {section.label}"] = change
+                    made[place] = state.to_node()
+        if not any(section.kind == "optimizer" for section in sections):
+            problems.append(f"there is no optimizer whose state could become that of {target}")
+        if problems:
+            raise MigrationError(problems)
+        return made
+
+
+def _casting(dtypes: Mapping[str, str], sections: Sequence[Section], nodes: Sequence[Any]) -> Casting:
+    from optimstate.surgery.casting import Casting
+
+    return Casting(dtypes, list(zip(sections, nodes, strict=True)))
+
+
+def _stored_once(names: Sequence[str]) -> str:
+    return (
+        f"{', '.join(names)} share memory, which is stored once, as {names[0]}: other readers see no other name "
+        "(--clone-views stores each)"
+    )
+
+
+def _chosen(name: str, sections: Sequence[Section]) -> Section:
+    """The one section of that path, else of that kind.
+
+    Raises:
+        MigrationError: There is none, or there are several.
+    """
+    found = [section for section in sections if section.label == name] or [s for s in sections if s.kind == name]
+    if len(found) == 1:
+        return found[0]
+    there = ", ".join(f"{section.kind} at {section.label}" for section in found or sections)
+    if found:
+        raise MigrationError([f"{len(found)} sections are called {name!r}: {there}"], hint="Give the path of one.")
+    known = f"There are: {there}." if sections else "No section was recognised; `optimstate inspect` shows what is."
+    raise MigrationError([f"no section is called {name!r}"], hint=known)
+
+
+def _target_format(destination: Path, to: str | None, options: WriteOptions) -> str:
+    if to is None and options.shard_size is not None and not destination.suffix:
+        return "safetensors"
+    return format_for_destination(destination, to).NAME
+
+
+_FOLDERS = ("folder", "zip")
+
+
+def _without_files(document: Document) -> tuple[Any, list[str]]:
+    """A folder's tree without the files that are no checkpoints, which a single container cannot hold."""
+    if document.format not in _FOLDERS:
+        return document.tree, []
+    notes: list[str] = []
+
+    def strip(node: dict[str, Any], like: Document, prefix: str) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for name, value in node.items():
+            part = like.parts.get(name)
+            if part is None:
+                notes.append(f"left out: {prefix}{name} is no checkpoint")
+            else:
+                made[name] = strip(value, part, f"{prefix}{name}/") if part.format in _FOLDERS else value
+        return made
+
+    return strip(document.tree, document, ""), notes
+
+
+@contextmanager
+def _verifying(document: Document) -> Iterator[Callable[[], None]]:
+    """Compare checksums beside other work; the function given does its share and raises what was found."""
+    tasks = SharedTasks()
+    for tensor, storage in _recorded(document):
+        tasks.add(partial(_compare, document, tensor, storage, tasks=tasks))
+    try:
+        yield tasks.finish
+    finally:
+        tasks.stop()
+
+
+def verify_checksums(document: Document, progress: Progress | None = None) -> int:
+    """Read every storage whose container recorded a checksum and compare.
+
+    Returns:
+        The number of storages compared.
+
+    Raises:
+        CorruptCheckpointError: One differs; the message names the tensor.
+    """
+    recorded = _recorded(document)
+    buffer = memoryview(bytearray(BLOCK))
+    for tensor, storage in recorded:
+        _compare(document, tensor, storage, buffer, progress)
+    return len(recorded)
+
+
+def _recorded(document: Document) -> list[tuple[str, Storage]]:
+    """The storages whose container recorded a checksum, each with the place of a tensor that looks into it."""
+    found: dict[int, tuple[str, Storage]] = {}
+    for path, node in walk(document.tree):
+        if isinstance(node, LazyTensor) and id(node.storage) not in found and node.storage.crc is not None:
+            found[id(node.storage)] = format_path(path), node.storage
+    return list(found.values())
+
+
+def _compare(
+    document: Document,
+    tensor: str,
+    storage: Storage,
+    buffer: memoryview,
+    progress: Progress | None = None,
+    tasks: SharedTasks | None = None,
+) -> None:
+    value = 0
+    for block in blocks(storage.pieces, buffer):
+        if tasks is not None and tasks.stopped:
+            return
+        value = zlib.crc32(block, value)
+        if progress is not None:
+            progress(len(block))
+    if value != storage.crc:
+        raise CorruptCheckpointError(
+            f"the bytes of {tensor} do not match their checksum",
+            path=document.path,
+            place=f"record data/{storage.key}",
+            hint="The file is damaged; copy it again from its source.",
+        )

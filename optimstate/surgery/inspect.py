@@ -1,0 +1,375 @@
+"""Inspect: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimstate.formats.pickles.globals import dangerous
+from optimstate.formats.protocol import Document
+from optimstate.formats.registry import open_checkpoint
+from optimstate.io.extents import Progress
+from optimstate.state.algorithms.registry import MASTERS, Algorithm, parameter_shape, recognise
+from optimstate.state.optimizer import Group, OptimizerState
+from optimstate.state.records import tensor_record
+from optimstate.state.sections import Section, find_sections, scheduler_name, tied_names
+from optimstate.surgery.reports import (
+    GroupInfo,
+    Inspection,
+    ModelInfo,
+    OptimizerInfo,
+    ParameterInfo,
+    SchedulerInfo,
+    SlotInfo,
+    collapsed,
+    missing_for_resume,
+    opening,
+)
+from optimstate.tensors.lazy import DTYPES, LazyTensor
+from optimstate.tree import GlobalName, Opaque, census
+
+if TYPE_CHECKING:
+    from optimstate.surgery.statistics import Statistics
+
+__all__ = ["Inspection", "inspect"]
+
+
+def inspect(
+    checkpoint: str | Path | Document,
+    *,
+    parameters: bool = False,
+    statistics: bool = False,
+    progress: Progress | None = None,
+) -> Inspection:
+    """What is in a checkpoint.
+
+    Args:
+        checkpoint: A file or folder, or what `open_checkpoint` made of it.
+        parameters: List every parameter and tensor too.
+        statistics: Read every tensor, which imports torch: norms, ranges, counts of NaN, infinities, zeros and negative
+            numbers. In constant memory. The parameters are then listed too.
+        progress: Called with the bytes read for the statistics since the last call.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    path = checkpoint.path if isinstance(checkpoint, Document) else checkpoint
+    with opening(path):
+        document = checkpoint if isinstance(checkpoint, Document) else open_checkpoint(checkpoint)
+        sections = find_sections(document.tree)
+        tensors, opaque = census(document.tree)
+        for section in sections:  # what is shown as a section is not counted as an unknown object
+            if isinstance(section.node, Opaque):
+                opaque[section.node.type.path] -= 1
+        alone = not any(section.kind in ("model", "ema") for section in sections)
+        look = _Look(parameters or statistics, statistics, alone, progress)
+        states = {id(section): section.optimizer() for section in sections if section.kind == "optimizer"}
+        found = tuple(look.section_info(section, states.get(id(section))) for section in sections)
+        return Inspection(
+            str(path),
+            document.format,
+            _size(Path(path)),
+            tensors,
+            found,
+            {name: count for name, count in opaque.most_common() if count > 0},
+            tuple(dangerous(document.globals)),
+            tuple(missing_for_resume(found)),
+            (*document.notes, *_notes(sections, states), *look.oddities()),
+        )
+
+
+def _notes(sections: Sequence[Section], states: Mapping[int, OptimizerState]) -> Iterator[str]:
+    for section in sections:
+        if section.kind == "optimizer" and _is_flat(states[id(section)]):
+            yield (
+                f"optimizer {section.label}: all state is vectors; if these are FSDP1's flat parameters, they cannot "
+                "be named without the model: save FSDP.optim_state_dict() instead"
+            )
+
+
+def _size(path: Path) -> int:
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    )
+
+
+class _Look:
+    """How closely to look at sections.
+
+    Args:
+        listed: List every parameter and tensor.
+        measured: Read them.
+        alone: Whether the checkpoint has no model whose names would be shown.
+        progress: Called with the bytes read.
+    """
+
+    def __init__(self, listed: bool, measured: bool, alone: bool, progress: Progress | None) -> None:
+        self.listed, self.measured, self.alone, self.progress = listed, measured, alone, progress
+        self._odd: list[str] = []
+
+    def section_info(self, section: Section, state: OptimizerState | None) -> OptimizerInfo | ModelInfo | SchedulerInfo:
+        """What is told of a section, whose state is given where it is an optimizer."""
+        if state is not None:
+            return self._optimizer_info(section.label, state)
+        if section.kind == "scheduler":
+            fields = section.node if isinstance(section.node, Mapping) else section.node.state
+            return SchedulerInfo(
+                section.label,
+                scheduler_name(section.node),
+                plain(fields.get("last_epoch", fields.get("last_step"))),
+                plain(fields.get("_last_lr")),
+            )
+        return self._model_info(section)
+
+    def oddities(self) -> Iterator[str]:
+        """What is odd about the numbers that were read, no more lines of it than people read."""
+        yield from self._odd[:MAX_ODDITIES]
+        if len(self._odd) > MAX_ODDITIES:
+            yield f"{len(self._odd) - MAX_ODDITIES} more oddities of numbers; `optimstate verify` lists all of them"
+
+    def _model_info(self, section: Section) -> ModelInfo:
+        found = section.tensors()
+        lazy = {name: tensor for name, tensor in found.items() if isinstance(tensor, LazyTensor)}
+        dtypes: Counter[str] = Counter()
+        elements: Counter[str] = Counter()
+        for (dtype, shape), times in Counter([(tensor.dtype, tensor.shape) for tensor in lazy.values()]).items():
+            dtypes[dtype] += times
+            elements[dtype] += times * math.prod(shape)
+        return ModelInfo(
+            section.kind,
+            section.label,
+            len(found),
+            elements.total(),
+            dict(dtypes),
+            sum(count * DTYPES[dtype].itemsize for dtype, count in elements.items()),
+            tuple(tuple(names) for names in tied_names(lazy)),
+            _kinds_of_names(found.items()),
+            {name: describe(tensor) for name, tensor in found.items()} if self.listed else {},
+            self._weights(f"{section.kind} at {section.label}", found) if self.measured else {},
+        )
+
+    def _weights(self, where: str, tensors: Mapping[str, Any]) -> dict[str, Statistics]:
+        from optimstate.surgery.statistics import measured, oddities
+
+        found = measured(tensors.items(), self.progress)
+        self._odd += [f"{where}: {message}" for _, message in oddities(found, None, ())]
+        return found
+
+    def _optimizer_info(self, path: str, state: OptimizerState) -> OptimizerInfo:
+        slots, steps, fresh = _counted(state)
+        algorithm = algorithm_of(slots, state)
+        return OptimizerInfo(
+            path,
+            algorithm.name if algorithm else None,
+            state.is_named,
+            tuple(_group_info(group) for group in state.groups),
+            tuple(SlotInfo(str(n), c.parameters, tuple(sorted(c.dtypes)), c.nbytes) for n, c in slots.items()),
+            dict(sorted(steps.items())),
+            fresh,
+            len(state.orphans()),
+            sum(count.nbytes for count in slots.values()),
+            _kinds_of_names(list(_named_slots(state)), algorithm) if self.alone and state.is_named else {},
+            tuple(self._parameter_infos(path, state, algorithm)) if self.listed else (),
+        )
+
+    def _parameter_infos(
+        self, path: str, state: OptimizerState, algorithm: Algorithm | None
+    ) -> Iterator[ParameterInfo]:
+        group_of = [index for index, group in enumerate(state.groups) for _ in group.params]
+        for position, ((key, name, found), group) in enumerate(zip(state.parameters(), group_of, strict=True)):
+            shown = str(key) if isinstance(key, int | str) else f"#{position}"
+            slots = {str(slot): plain(value) for slot, value in (found or {}).items()}
+            if not self.measured:
+                yield ParameterInfo(name, shown, group, slots)
+                continue
+            from optimstate.surgery.statistics import measured, oddities, second_moments
+
+            numbers = measured(_slots(found or {}), self.progress)
+            where = f"optimizer at {path}, {f'parameter {shown}' if name is None else name}"
+            odd = oddities(numbers, slots.get("step"), second_moments(algorithm))
+            self._odd += [f"{where}: {message}" for _, message in odd]
+            yield ParameterInfo(name, shown, group, slots, numbers)
+
+
+MAX_ODDITIES = 20
+
+
+def algorithm_of(slots: Iterable[Any], state: OptimizerState) -> Algorithm | None:
+    """The algorithm that a state is of, told by its slots: without fp32 masters, and of nested ones the outermost."""
+    if not state.groups:
+        return None
+    names = {str(slot).partition(".")[0] for slot in slots}
+    return recognise(names - MASTERS or names, state.groups[0].options)
+
+
+def _kinds_of_names(
+    found: Collection[tuple[str, Any]], algorithm: Algorithm | None = None
+) -> dict[str, tuple[int, str]]:
+    """Names with their layer indices collapsed: how many, and the first tensor, or the shape that slots tell."""
+    names, values = zip(*found, strict=True) if found else ((), ())
+    patterns = list(map(collapsed, names))
+    first = dict(zip(reversed(patterns), reversed(values), strict=True))
+    return {pattern: (count, _described(first[pattern], algorithm)) for pattern, count in Counter(patterns).items()}
+
+
+def _described(value: Any, algorithm: Algorithm | None) -> str:
+    if not isinstance(value, dict):
+        return describe(value)
+    shape = parameter_shape({s: v.shape if isinstance(v, LazyTensor) else None for s, v in value.items()}, algorithm)
+    return "shape unknown" if shape is None else str(list(shape))
+
+
+def _named_slots(state: OptimizerState) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((str(name), dict(slots or {})) for _, name, slots in state.parameters())
+
+
+def describe(value: Any) -> str:
+    """A leaf in few words: `float32[12, 8]`, a number, or the class of a record."""
+    if isinstance(value, LazyTensor):
+        return f"{value.dtype}{list(value.shape)}"
+    record = tensor_record(value)
+    return str(record) if record is not None else str(plain(value))
+
+
+MAX_SHOWN = 4096
+"""Items of one value that are shown; of what is larger, the size. Shared lists can make a small file endless."""
+
+
+def plain(value: Any) -> Any:
+    """A leaf as JSON can hold it; tensors of one element become numbers."""
+    return _plain(value, [MAX_SHOWN])
+
+
+def _plain(value: Any, room: list[int]) -> Any:
+    if isinstance(value, LazyTensor):
+        shown = value.numel == 1 and value.dtype in _SHOWN_AS_NUMBER
+        return _plain(value.item(), room) if shown else describe(value)
+    if isinstance(value, list | tuple | Mapping):
+        room[0] -= len(value)
+        if room[0] < 0:
+            return f"{type(value).__name__} of {len(value)}"
+        if isinstance(value, Mapping):
+            return {str(key): _plain(item, room) for key, item in value.items()}
+        return [_plain(item, room) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Opaque | GlobalName):
+        record = tensor_record(value)
+        return repr(value) if record is None else str(record)
+    return str(value)
+
+
+_SHOWN_AS_NUMBER = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+
+
+class _SlotCount:
+    """What is counted of one slot."""
+
+    def __init__(self) -> None:
+        self.parameters = 0
+        self.dtypes: set[str] = set()
+        self.nbytes = 0
+
+    def add(self, value: Any) -> None:
+        """Count one value."""
+        self.parameters += 1
+        record = tensor_record(value)
+        if isinstance(value, LazyTensor):
+            self.nbytes += value.nbytes
+            self.dtypes.add(value.dtype)
+        elif record is not None:
+            self.nbytes += sum(part.nbytes for part in record.parts.values())
+            self.dtypes.add(f"{record.kind} {record.dtype}")
+        else:
+            self.dtypes.add(value.type.qualname if isinstance(value, Opaque) else type(value).__name__)
+
+    def add_tensors(self, dtype: str, shape: tuple[int, ...], times: int) -> None:
+        """Count equal tensors."""
+        self.parameters += times
+        self.dtypes.add(dtype)
+        self.nbytes += times * DTYPES[dtype].itemsize * math.prod(shape)
+
+
+def _counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str], int]:
+    """What there is of each slot, how many parameters are at each step, and how many have no state."""
+    # Checkpoints have few kinds of slots and many tensors: what costs something is done once for each kind.
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
+    slots: dict[str, _SlotCount] = {}
+    steps: list[str] = []
+    scalars = _ScalarReader()
+    fresh = 0
+    for _, _, found in state.parameters():
+        if not found:
+            fresh += 1
+            continue
+        for slot, value in found.items():
+            if type(value) is LazyTensor:
+                tensors.append((slot, value.dtype, value.shape))
+                if slot == "step":
+                    steps.append(scalars.text(value))
+                continue
+            for path, inner in _slots({slot: value}):
+                slots.setdefault(path, _SlotCount()).add(inner)
+                if path == "step" or path.endswith(".step"):
+                    steps.append(scalars.text(inner))
+    for (slot, dtype, shape), times in Counter(tensors).items():
+        slots.setdefault(slot, _SlotCount()).add_tensors(dtype, shape, times)
+    if not steps:  # some algorithms count per group
+        steps += [scalars.text(group.options["step"]) for group in state.groups if "step" in group.options]
+    return slots, Counter(steps), fresh
+
+
+def _slots(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every slot; of slots that an optimizer nests (bitsandbytes, heavyball, Shampoo) each by its dotted path."""
+    for slot, value in found.items():
+        if isinstance(value, Mapping) and value and len(prefix) < 100:
+            yield from _slots(value, f"{prefix}{slot}.")
+        else:
+            yield f"{prefix}{slot}", value
+
+
+def _is_flat(state: OptimizerState) -> bool:
+    """Whether every tensor of an anonymous optimizer is a vector, as FSDP1's flat parameters are."""
+    if state.is_named:
+        return False
+    found_vector = False
+    for _, _, found in state.parameters():
+        for _, value in _slots(found or {}):
+            if isinstance(value, LazyTensor) and value.shape:
+                if len(value.shape) > 1:
+                    return False
+                found_vector = True
+    return found_vector
+
+
+class _ScalarReader:
+    """The many step counters of a file as text, equal ones read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, str] = {}
+
+    def text(self, value: Any) -> str:
+        if not isinstance(value, LazyTensor):
+            return _step_text(plain(value))
+        storage = value.storage
+        # CRC-32 tells any two messages of up to four bytes apart, so equal checksums are equal numbers.
+        crc = storage.crc if storage.nbytes <= 4 else None
+        key = (value.dtype, value.offset, storage.nbytes, crc) if crc is not None else id(storage)
+        if key not in self._known:
+            self._known[key] = _step_text(plain(value))
+        return self._known[key]
+
+
+def _step_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _group_info(group: Group) -> GroupInfo:
+    return GroupInfo(len(group.params), {str(key): plain(value) for key, value in group.options.items()})

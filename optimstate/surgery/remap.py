@@ -1,0 +1,149 @@
+"""Remap: move a checkpoint's parameters by a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import DestinationError, RepresentationError
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.extents import Progress, check_destination
+from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve.planner import Migration
+from optimstate.record import Record
+from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
+from optimstate.surgery.reports import opening, to_json
+
+__all__ = ["RemapReport", "remap"]
+
+
+class RemapReport(Record):
+    """What a plan did to a checkpoint, or would do.
+
+    Attributes:
+        rules: Each rule with the number of parameters it matched, over all sections.
+        moves: Per section, the parameters whose name changed or that were duplicated: (source, target).
+        dropped: Per section, the parameters that were dropped.
+        kept: Per section, how many parameters kept their name.
+        notes: Sections that could not be moved, and why.
+        outcomes: Per section, how many parameters have each slot exact, approximate, fresh or dropped, and why.
+        groups: Per optimizer whose param groups or options change, all its groups.
+        plan: The plan as a file.
+    """
+
+    source: str
+    destination: str
+    written: bool
+    rules: tuple[tuple[str, int], ...]
+    moves: Mapping[str, tuple[tuple[str, str], ...]]
+    dropped: Mapping[str, tuple[str, ...]]
+    kept: Mapping[str, int]
+    notes: tuple[str, ...]
+    outcomes: Mapping[str, tuple[Outcome, ...]]
+    groups: Mapping[str, tuple[Group, ...]]
+    plan: str
+
+    def to_json(self) -> str:
+        """A JSON document of a stable form."""
+        outcomes = {section: [found._asdict() for found in rows] for section, rows in self.outcomes.items()}
+        groups = {section: [found._asdict() for found in rows] for section, rows in self.groups.items()}
+        return to_json("remap", {**self._asdict(), "outcomes": outcomes, "groups": groups})
+
+
+def remap(
+    source: str | Path,
+    destination: str | Path | None,
+    plan: Plan,
+    *,
+    in_place: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    sync: bool = True,
+    progress: Progress | None = None,
+) -> RemapReport:
+    """Write a checkpoint whose parameters are renamed, duplicated or dropped by a plan: model and optimizer together.
+
+    Args:
+        source: A file or folder; never changed unless `in_place`.
+        destination: Where to write, in the same container format; None with `in_place` or `dry_run`.
+        plan: What to do.
+        in_place: Rename inside the file, by appending to it.
+        dry_run: Only report.
+        force: Replace an existing destination.
+        sync: Flush the result to the disk before it takes its name.
+        progress: Called with the bytes written since the last call.
+
+    Raises:
+        CheckpointError: The source cannot be read.
+        MigrationError: The plan does not fit.
+        DestinationError: The destination exists, is the source, or cannot be written.
+    """
+    source = Path(source)
+    if destination is not None and not dry_run:
+        check_destination(Path(destination), [source], force=force)
+    with opening(source):
+        document = open_checkpoint(source)
+        tree, migration, notes = apply_plan(plan, document.tree)
+        groups = regrouped(migration, document.tree)
+        if not dry_run:
+            if in_place:
+                _rename_in_place(document, tree)
+            elif destination is None:
+                raise DestinationError("no destination", hint="Give one, or ask for in_place.")
+            else:
+                target = _check_suffix(document, Path(destination))
+                notes += get_format(document.format).write(
+                    tree, target, like=document, options=WriteOptions(sync=sync, progress=progress)
+                )
+        return _remap_report(source, source if in_place else destination, not dry_run, migration, groups, notes)
+
+
+def _check_suffix(document: Document, destination: Path) -> Path:
+    """A suffix that belongs to another container is a mistake worth stopping for."""
+    suffixes = get_format(document.format).SUFFIXES
+    if destination.suffix and suffixes and not destination.name.endswith(suffixes):
+        try:
+            other = format_for_destination(destination, None).NAME
+        except RepresentationError:
+            return destination
+        raise RepresentationError(
+            f"{destination.name}: the source is a {document.format} file, the suffix is that of {other}",
+            hint="`optimstate convert` changes the container.",
+        )
+    return destination
+
+
+def _rename_in_place(document: Document, tree: Any) -> None:
+    if document.format != torch_zip.NAME:
+        raise DestinationError(
+            f"{document.path}: only files of torch.save can be renamed in place", hint="Write to a new path instead."
+        )
+    torch_zip.rewrite_in_place(document, tree)
+
+
+def _remap_report(
+    source: Path,
+    destination: str | Path | None,
+    written: bool,
+    migration: Migration,
+    groups: Mapping[str, tuple[Group, ...]],
+    notes: list[str],
+) -> RemapReport:
+    sections = migration.sections.items()
+    return RemapReport(
+        str(source),
+        str(destination or ""),
+        written,
+        tuple((str(rule), count) for rule, count in migration.counts),
+        {key: tuple((s, m.target) for m in found.moves for s in m.sources if m.changes) for key, found in sections},
+        {key: tuple(name for name, _ in found.dropped) for key, found in sections},
+        {key: sum(not m.changes for m in found.moves) for key, found in sections},
+        tuple(notes),
+        outcomes(migration),
+        groups,
+        migration.plan.to_toml(),
+    )

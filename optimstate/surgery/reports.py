@@ -1,0 +1,202 @@
+"""What `inspect` reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimstate.errors import LimitExceededError
+from optimstate.record import Record, field
+from optimstate.tree import no_garbage_collection
+
+if TYPE_CHECKING:
+    from optimstate.surgery.statistics import Statistics
+
+__all__ = [
+    "GroupInfo",
+    "Inspection",
+    "ModelInfo",
+    "OptimizerInfo",
+    "ParameterInfo",
+    "SchedulerInfo",
+    "SlotInfo",
+    "collapsed",
+    "missing_for_resume",
+    "SCHEMA",
+    "opening",
+    "to_json",
+]
+
+SCHEMA = 1
+"""Version of the JSON documents that the reports give."""
+
+
+def to_json(verb: str, fields: dict[str, Any]) -> str:
+    """A report as a JSON document."""
+    return json.dumps({"schema": SCHEMA, "command": verb, **fields}, indent=2, default=str, ensure_ascii=False)
+
+
+@contextmanager
+def opening(path: str | Path) -> Iterator[None]:
+    """Work on an opened checkpoint: without garbage collection, and too deep a nesting is an error, not a crash."""
+    try:
+        with no_garbage_collection():
+            yield
+    except RecursionError:
+        raise LimitExceededError("nested too deeply", path=path) from None
+
+
+class SlotInfo(Record):
+    """One slot over all parameters: how many have it, with which dtypes, and how large it is altogether."""
+
+    name: str
+    parameters: int
+    dtypes: tuple[str, ...]
+    nbytes: int
+
+
+class ParameterInfo(Record):
+    """One parameter of an optimizer.
+
+    Attributes:
+        name: None where the file has none.
+        key: What the state is keyed by.
+        group: The index of its param group.
+        slots: Each slot's dtype and shape, or its value.
+        statistics: Of each slot of numbers, when asked for; of nested slots by their dotted path.
+    """
+
+    name: str | None
+    key: str
+    group: int
+    slots: Mapping[str, Any]
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
+
+
+class GroupInfo(Record):
+    """One param group."""
+
+    parameters: int
+    options: Mapping[str, Any]
+
+
+class OptimizerInfo(Record):
+    """An optimizer section.
+
+    Attributes:
+        algorithm: The class its state and options are those of, or None.
+        named: Whether parameters have names.
+        steps: Each step count found, with how many parameters (or groups) have it.
+        fresh: Parameters without state.
+        orphans: Entries of state that belong to no parameter.
+        names: Of an optimizer in a checkpoint without a model: as in `ModelInfo`, with the parameters' shapes.
+    """
+
+    path: str
+    algorithm: str | None
+    named: bool
+    groups: tuple[GroupInfo, ...]
+    slots: tuple[SlotInfo, ...]
+    steps: Mapping[str, int]
+    fresh: int
+    orphans: int
+    nbytes: int
+    names: Mapping[str, tuple[int, str]]
+    parameters: tuple[ParameterInfo, ...]
+    kind: str = "optimizer"
+
+
+class ModelInfo(Record):
+    """A model or EMA section.
+
+    Attributes:
+        tied: Names that share memory.
+        names: Names with their layer indices collapsed to `*`: how many there are, and what the first of them is.
+        tensors: Every name with dtype and shape, when asked for.
+        statistics: Of every tensor of numbers, when asked for.
+    """
+
+    kind: str
+    path: str
+    parameters: int
+    elements: int
+    dtypes: Mapping[str, int]
+    nbytes: int
+    tied: tuple[tuple[str, ...], ...]
+    names: Mapping[str, tuple[int, str]]
+    tensors: Mapping[str, str]
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
+
+
+class SchedulerInfo(Record):
+    """A scheduler section: its class as far as it can be told, and its scalar entries."""
+
+    path: str
+    algorithm: str
+    last_epoch: Any
+    last_lr: Any
+    kind: str = "scheduler"
+
+
+class Inspection(Record):
+    """What a checkpoint holds.
+
+    Attributes:
+        opaque: Objects of unknown classes, kept as records: class -> number.
+        dangerous: Names in its pickles that would run code if the file were loaded without care.
+        resume: What a run that resumes from it would miss, as far as names, sizes and steps show it.
+        notes: Oddities.
+    """
+
+    path: str
+    format: str
+    nbytes: int
+    tensors: int
+    sections: tuple[OptimizerInfo | ModelInfo | SchedulerInfo, ...]
+    opaque: Mapping[str, int]
+    dangerous: tuple[str, ...]
+    resume: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """A JSON document of a stable form."""
+        from dataclasses import asdict
+
+        return to_json("inspect", asdict(self))
+
+
+def collapsed(name: str) -> str:
+    """A name with its layer indices as `*`: `blocks.*.mlp.weight`."""
+    return ".".join(["*" if part.isdecimal() else part for part in name.split(".")])
+
+
+def missing_for_resume(found: Sequence[OptimizerInfo | ModelInfo | SchedulerInfo]) -> Iterator[str]:
+    """What a run that resumes would miss or must know."""
+    optimizers = [section for section in found if isinstance(section, OptimizerInfo)]
+    if not any(isinstance(section, ModelInfo) for section in found):
+        yield "no weights: they must come from another file"
+    if not optimizers:
+        yield "no optimizer: its state would start afresh"
+    for section in optimizers:
+        where = f"optimizer at {section.path}"
+        count = sum(group.parameters for group in section.groups)
+        if section.fresh:
+            which = "no parameter has" if section.fresh == count else f"{section.fresh} of {count} parameters have no"
+            yield f"{where}: {which} state: they would start afresh"
+        if section.orphans:
+            yield f"{where}: state under {section.orphans} keys belongs to no parameter of any group"
+        if len(section.steps) > 1:
+            steps = ", ".join(f"{step} (x{times})" for step, times in section.steps.items())
+            yield f"{where}: parameters are at different steps: {steps}"
+        if count and not section.named:
+            yield f"{where}: no names, so the model must list its parameters in the same order"
+    groups = {len(section.groups) for section in optimizers}
+    for other in found:
+        if isinstance(other, SchedulerInfo) and groups and isinstance(other.last_lr, list):
+            rates = len(other.last_lr)
+            if rates not in groups:
+                counts = ", ".join(map(str, sorted(groups)))
+                yield f"scheduler at {other.path}: learning rates for {rates} groups, the optimizer has {counts}"

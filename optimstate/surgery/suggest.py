@@ -1,0 +1,140 @@
+"""Suggest: the plan that makes one checkpoint's names and shapes of another's. Torch is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optimstate.errors import CheckpointError, MigrationError
+from optimstate.formats.registry import open_checkpoint
+from optimstate.io.extents import Progress
+from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.expressions.tree import Shape
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve import suggest as solve
+from optimstate.record import Record
+from optimstate.surgery.diff import by_content, model_tensors
+from optimstate.surgery.plans import kind_of, merged, names_of
+from optimstate.surgery.reports import opening, to_json
+
+__all__ = ["SuggestReport", "SuggestedRule", "suggest"]
+
+
+class SuggestedRule(NamedTuple):
+    """A rule as text, how sure it is (from 0 to 1), why, and its table in a plan file."""
+
+    rule: str
+    confidence: float
+    reason: str
+    toml: str
+
+
+class SuggestReport(Record):
+    """A proposed plan.
+
+    Attributes:
+        rules: In order.
+        missing: Names of the target that nothing explains.
+        unused: Names of the source that nothing takes; the plan leaves them as they are.
+        problems: Why the plan does not fit the source as it stands; empty where it does.
+        plan: The plan as a file, with the confidence and the reason of each rule beside it.
+    """
+
+    source: str
+    target: str
+    rules: tuple[SuggestedRule, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    problems: tuple[str, ...]
+    plan: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether the plan makes every name of the target."""
+        return not self.missing and not self.problems
+
+    def to_json(self) -> str:
+        """A JSON document of a stable form."""
+        rules = [rule._asdict() for rule in self.rules]
+        return to_json("plan suggest", {**self._asdict(), "rules": rules, "complete": self.complete})
+
+
+def suggest(
+    source: str | Path, target: str | Path, *, headers: bool = False, progress: Progress | None = None
+) -> SuggestReport:
+    """Propose the plan that makes the names and shapes of one checkpoint of another.
+
+    Args:
+        source: The checkpoint to be moved: a file or folder.
+        target: One of the new model; its weights alone are enough.
+        headers: Compare names and shapes only. Otherwise tensors are read too, and those of equal content that no other
+            has are taken for each other, which tells renames that shapes cannot tell.
+        progress: Called with the bytes read since the last call.
+
+    Raises:
+        CheckpointError: One of them cannot be read, or names no parameters.
+    """
+    with opening(source):
+        trees = [open_checkpoint(path).tree for path in (source, target)]
+        old, new = (_model(tree, path) for tree, path in zip(trees, (source, target), strict=True))
+        contents: list[dict[str, str]] = [{}, {}] if headers else _contents(trees, progress)
+        found = solve.suggest(old, new, old_contents=contents[0], new_contents=contents[1])
+        rules = tuple(
+            SuggestedRule(str(item.rule), item.confidence, item.reason, Plan((item.rule,)).to_toml())
+            for item in found.rules
+        )
+        problems: tuple[str, ...] = ()
+        if rules:
+            try:
+                apply_plan(found.plan, trees[0])
+            except MigrationError as error:
+                problems = error.problems
+    text = _suggested_file(source, target, rules, found.missing, found.unused)
+    return SuggestReport(str(source), str(target), rules, found.missing, found.unused, problems, text)
+
+
+def _model(tree: Any, path: str | Path) -> dict[str, Shape]:
+    """The parameters of the models in a checkpoint, or else of its optimizers, whose shapes are known."""
+    names = names_of(tree)
+    for kind in ("model", "optimizer"):
+        found = merged({key: shapes for key, shapes in names.items() if kind_of(key) == kind})
+        known = {name: shape for name, shape in found.items() if shape is not None}
+        if known:
+            return known
+    what = "the shapes of its parameters are not known" if any(names.values()) else "it names no parameters"
+    raise CheckpointError(what, path=path, hint="`optimstate inspect` shows what it holds.")
+
+
+def _contents(trees: Sequence[Any], progress: Progress | None) -> list[dict[str, str]]:
+    """For each side a digest by name, of what exactly one name of either side holds."""
+    found = [by_content(model_tensors(tree), progress) for tree in trees]
+    alike = [
+        key for key, names in found[0].items() if len(names) == 1 and len(found[1].get(key, ())) == 1 and any(key[1])
+    ]
+    return [{side[key][0]: key[2].hex() for key in alike} for side in found]
+
+
+def _suggested_file(
+    source: str | Path,
+    target: str | Path,
+    rules: Sequence[SuggestedRule],
+    missing: Sequence[str],
+    unused: Sequence[str],
+) -> str:
+    blocks = [
+        _comment(f"From {source} to {target}."),
+        *(_comment(f"{rule.confidence:.2f}: {rule.reason}") + rule.toml for rule in rules),
+    ]
+    for names, said in (
+        (missing, "Nothing explains these of the target:"),
+        (unused, "Nothing takes these of the source; they stay, unless a rule drops them:"),
+    ):
+        if names:
+            blocks.append(_comment(said) + "".join(_comment(f"  {name}") for name in names))
+    return "\n".join(blocks)
+
+
+def _comment(text: str) -> str:
+    """A line of a TOML file; names and paths may have characters that comments may not."""
+    return "# " + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + "\n"

@@ -1,0 +1,1 @@
+"""Lazy tensors: a dtype, a shape, strides and byte extents of files."""
