@@ -49,7 +49,7 @@ def inspect(
     from optimstate.formats.registry import open_checkpoint
 
     if html is not None:
-        from optimstate.io.extents import check_destination
+        from optimstate.io.output import check_destination
 
         check_destination(html, [path], force=force)
     measure = stats or html is not None

@@ -31,7 +31,8 @@ from optimstate.plan.solve.planner import model_inventory, optimizer_inventory, 
 from optimstate.state.names import names_in, unwrapped
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
-from optimstate.tensors.lazy import LazyTensor, to_torch
+from optimstate.tensors.compute import to_torch
+from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["Loaded", "NamedSavePlanner", "load", "optimizer_names"]
 

@@ -18,7 +18,8 @@ from optimstate.plan.solve.migration import Inventory, SectionMoves
 from optimstate.state.names import mentions_wrapper
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
-from optimstate.tensors.lazy import LazyTensor, to_torch
+from optimstate.tensors.compute import to_torch
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, format_path
 
 if TYPE_CHECKING:

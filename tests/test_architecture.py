@@ -5,90 +5,180 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "optimstate"
 
-# What each part of optimstate may import (a part may always import itself).
-ALLOWED = {
+# What each room may import (a room may always import itself); a name stands for all that is below it.
+ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "problems": {"record"},
     "record": set(),
     "io": {"errors"},
     "tensors": {"errors", "io"},
     "tree": {"errors", "io", "tensors"},
-    "state": {"record", "errors", "tensors", "tree"},
-    "formats": {"errors", "io", "tensors", "tree", "state"},
-    "plan": {"record", "errors", "tensors", "tree", "state"},
+    "state": {"record", "errors", "problems", "tensors", "tree"},
+    "formats": {"record", "errors", "io", "tensors", "tree", "state"},
+    "plan": {"record", "errors", "problems", "tensors", "tree", "state"},
     "optim": {"errors", "state.names"},
-    "surgery": {"record", "errors", "io", "tensors", "tree", "state", "formats", "plan"},
-    "distributed": {"errors", "tensors", "tree", "state", "plan", "formats"},
-    "hooks": {"errors", "tensors", "tree", "state", "plan"},
-    "resuming": {"errors", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
-    "cli": {"errors", "io", "tensors", "tree", "state", "surgery", "formats", "plan", "demo"},
+    "surgery": {"record", "errors", "problems", "io", "tensors", "tree", "state", "formats", "plan"},
+    "distributed": {"errors", "problems", "tensors", "tree", "state", "plan", "formats"},
+    "hooks": {"__init__", "errors", "problems", "tensors", "tree", "state", "plan"},
+    "resuming": {"errors", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
     "demo": {"errors", "optim", "hooks"},
+    "cli": {"errors", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan", "demo", "__init__"},
     "__init__": {"errors", "hooks", "optim", "surgery", "formats.registry", "plan.language.rules", "resuming"},
+}
+# The storeys of a package, the lowest first: a module imports from its own storey and those below.
+STOREYS: dict[str, tuple[set[str], ...]] = {
+    "plan": ({"expressions"}, {"language"}, {"slots"}, {"solve"}, {"apply"}),
+    "formats": (
+        {"protocol"},
+        {"registry"},  # knows the containers by name and loads one when it is asked for
+        {"pickles"},
+        {"torch"},
+        {"ranks"},
+        {"safetensors"},
+        {"dcp"},
+        {"deepspeed"},
+        {"archive"},
+        {"folder"},
+    ),
+    "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),
+    "io": ({"extents"}, {"copying", "output"}),
 }
 MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "demo"}
 MAY_IMPORT_TERMINAL = {"cli"}
 
 
-def sources() -> list[tuple[str, Path]]:
-    """Every source file with the part it belongs to; symlinked packages are seen once, under their import name."""
-    found = []
-    for path in sorted(PACKAGE.rglob("*.py")) + sorted(
-        p for link in ("hooks", "cli") for p in (ROOT / link).rglob("*.py")
-    ):
-        relative = path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT)
-        found.append((relative.with_suffix("").parts[0], path))
-    return sorted(set(found))
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for top, prefix in ((ROOT / "optimstate", ()), (ROOT / "hooks", ("hooks",)), (ROOT / "cli", ("cli",))):
+        for path in top.rglob("*.py"):
+            inner = (*prefix, *path.relative_to(top).with_suffix("").parts)
+            if inner[0] in {"hooks", "cli"} and not prefix:
+                continue  # a symlink to what is seen under its own name
+            name = ".".join(("optimstate", *(inner[:-1] if inner[-1] == "__init__" else inner)))
+            found[name] = path
+    return found
 
 
-def imports(path: Path, *, module_level: bool) -> set[str]:
-    """Dotted names imported by a file; with `module_level`, those outside functions and TYPE_CHECKING only."""
-    names: set[str] = set()
+MODULES = modules()
 
-    def visit(node: ast.AST) -> None:
+
+class Import:
+    """One imported module, and where the import stands."""
+
+    def __init__(self, target: str, late: bool, typing: bool) -> None:
+        self.target, self.late, self.typing = target, late, typing
+
+
+@cache
+def imports(name: str) -> list[Import]:
+    """Every import of a module; of `from x import y` the module `x.y` where there is one, else `x`."""
+    found: list[Import] = []
+
+    def visit(node: ast.AST, late: bool, typing: bool) -> None:
         for child in ast.iter_child_nodes(node):
-            if module_level and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-                continue
-            if module_level and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-                continue
+            inside = late or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            checked = typing or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
             if isinstance(child, ast.Import):
-                names.update(alias.name for alias in child.names)
+                found.extend(Import(alias.name, late, typing) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
-                assert child.level == 0, f"{path}: relative imports hide the direction"
-                names.update(f"{child.module}.{alias.name}" for alias in child.names)
-            visit(child)
+                assert child.level == 0, f"{name}: relative imports hide the direction"
+                for alias in child.names:
+                    whole = f"{child.module}.{alias.name}"
+                    found.append(Import(whole if whole in MODULES else str(child.module), late, typing))
+            visit(child, inside, checked)
 
-    visit(ast.parse(path.read_text()))
-    return names
+    visit(ast.parse(MODULES[name].read_text()), False, False)
+    return found
 
 
-@pytest.mark.parametrize(("part", "path"), sources(), ids=lambda value: str(getattr(value, "name", value)))
-def test_a_part_imports_only_what_stands_below_it(part: str, path: Path) -> None:
+def room(name: str) -> str:
+    """The first part of a module's name inside the package."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def storey(name: str) -> int | None:
+    """The number of a module's storey in its package, where the package has storeys."""
+    parts = name.split(".")[1:]
+    if len(parts) < 2 or parts[0] not in STOREYS:
+        return None
+    found = [number for number, members in enumerate(STOREYS[parts[0]]) if parts[1] in members]
+    assert found, f"{name} stands on no storey of {parts[0]}"
+    return found[0]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_imports_only_what_stands_below_it(name: str) -> None:
+    part = room(name)
     assert part in ALLOWED, f"{part} is not on the plan of the house"
-    for name in imports(path, module_level=False):
-        root = name.split(".")[0]
-        assert root not in {"hooks", "cli"}, f"{path}: import optimstate.{root}"
-        if root != "optimstate" or name.startswith("optimstate.__"):
+    for found in imports(name):
+        root = found.target.split(".")[0]
+        assert root not in {"hooks", "cli"}, f"{name}: import optimstate.{root}"
+        if root != "optimstate":
             continue
-        inner = name.removeprefix("optimstate.")
-        target = inner.split(".")[0]
-        permitted = {part, *ALLOWED[part]}
-        assert target in permitted or any(inner.startswith(p) for p in permitted), f"{path} imports {name}"
+        inner = found.target.removeprefix("optimstate.") if "." in found.target else "__init__"
+        allowed = {part, *ALLOWED[part]}
+        assert any(inner == p or inner.startswith(f"{p}.") for p in allowed), f"{name} imports {found.target}"
+        if room(found.target) == part and not found.typing and None not in (storey(name), storey(found.target)):
+            assert storey(name) >= storey(found.target), f"{name} imports {found.target}, which stands above it"  # type: ignore[operator]
 
 
-@pytest.mark.parametrize(("part", "path"), sources(), ids=lambda value: str(getattr(value, "name", value)))
-def test_heavy_packages_stay_where_they_belong(part: str, path: Path) -> None:
-    roots = {name.split(".")[0] for name in imports(path, module_level=True)}
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {
+        name: {i.target for i in imports(name) if i.target in MODULES and not i.typing and i.target != name}
+        for name in MODULES
+    }
+    graph["optimstate"] = set()  # its names are loaded on first use
+    graph["optimstate.plan.language.rules"] -= {
+        "optimstate.plan.language.toml"
+    }  # until plans read themselves elsewhere
+    state: dict[str, int] = {}
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        state[name] = 1
+        for target in sorted(graph[name]):
+            assert state.get(target) != 1, f"a circle: {' -> '.join((*way, name, target))}"
+            if target not in state:
+                visit(target, (*way, name))
+        state[name] = 2
+
+    for name in sorted(graph):
+        if name not in state:
+            visit(name, ())
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_private_names_stay_in_their_package(name: str) -> None:
+    package = name if MODULES[name].stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("optimstate"):
+            continue
+        parts = f"{node.module}.{node.names[0].name}".split(".")
+        private = next((at for at, part in enumerate(parts) if part.startswith("_") and not part.endswith("__")), None)
+        if private is not None:
+            home = ".".join(parts[:private])
+            assert package == home or f"{package}.".startswith(f"{home}."), f"{name} imports {'.'.join(parts)}"
+        taken = [alias.name for alias in node.names if f"{node.module}.{alias.name}" not in MODULES]
+        hidden = [alias for alias in taken if alias.startswith("_") and not alias.endswith("__")]
+        assert not hidden, f"{name} imports the private names {hidden} of {node.module}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_heavy_packages_stay_where_they_belong(name: str) -> None:
+    part = room(name)
+    roots = {found.target.split(".")[0] for found in imports(name) if not found.late and not found.typing}
     if part not in MAY_IMPORT_TORCH:
-        assert not roots & {"torch", "numpy"}, f"{path} imports torch or numpy at module level"
-    everywhere = {name.split(".")[0] for name in imports(path, module_level=False)}
+        assert not roots & {"torch", "numpy"}, f"{name} imports torch or numpy at module level"
+    everywhere = {found.target.split(".")[0] for found in imports(name)}
     if part not in MAY_IMPORT_TERMINAL:
-        assert not everywhere & {"typer", "rich"}, f"{path} renders"
+        assert not everywhere & {"typer", "rich"}, f"{name} renders"
 
 
 def test_importing_the_package_imports_neither_torch_nor_numpy() -> None:
@@ -103,3 +193,24 @@ def test_public_names_are_sorted_and_resolve() -> None:
     assert optimstate.__all__ == sorted(optimstate.__all__)
     for name in optimstate.__all__:
         assert getattr(optimstate, name) is not None
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("optimstate.plan.expressions.tree", "from optimstate.plan.solve.planner import plan_migration"),
+        ("optimstate.formats.pickles.pickle", "from optimstate.formats.torch import zip"),
+        ("optimstate.state.names", "from optimstate.plan.language.rules import Plan"),
+        ("optimstate.tree", "import optimstate.cli.app"),
+    ],
+)
+def test_a_wrong_import_is_seen(place: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(f"def late():\n    {line}\n")
+    monkeypatch.setitem(MODULES, place, wrong)
+    imports.cache_clear()
+    try:
+        with pytest.raises(AssertionError):
+            test_a_module_imports_only_what_stands_below_it(place)
+    finally:
+        imports.cache_clear()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from optimstate import __version__
 from optimstate.cli.render.inspect import is_step, telling_options
 from optimstate.cli.render.terminal import plural, shown, size
-from optimstate.io.extents import AtomicFile
+from optimstate.io.output import AtomicFile
 from optimstate.state.algorithms.registry import ALGORITHMS
 from optimstate.surgery.reports import ModelInfo, OptimizerInfo, SchedulerInfo
 from optimstate.surgery.statistics import second_moments

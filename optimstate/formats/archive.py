@@ -22,7 +22,8 @@ from optimstate.errors import (
 )
 from optimstate.formats.protocol import HEAD_BYTES, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.extents import AtomicFile, FileSlice, FileSource, chunks
+from optimstate.io.extents import FileSlice, FileSource, chunks
+from optimstate.io.output import AtomicFile
 from optimstate.tree import OpaqueFile
 
 NAME = "zip"

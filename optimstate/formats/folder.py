@@ -16,7 +16,8 @@ from optimstate.formats.registry import detect, get_format
 from optimstate.formats.safetensors.container import read_index
 from optimstate.formats.safetensors.hf_shards import join_shards, shard_files
 from optimstate.io.copying import copy_extents
-from optimstate.io.extents import AtomicDirectory, AtomicFile, Extent, FileSource
+from optimstate.io.extents import Extent, FileSource
+from optimstate.io.output import AtomicDirectory, AtomicFile
 from optimstate.tree import OpaqueFile
 
 NAME = "folder"

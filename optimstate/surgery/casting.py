@@ -14,7 +14,8 @@ from optimstate.state.algorithms.registry import MASTERS
 from optimstate.state.sections import Section
 from optimstate.surgery.inspect import algorithm_of
 from optimstate.surgery.statistics import second_moments
-from optimstate.tensors.lazy import LazyTensor, Storage, mapped
+from optimstate.tensors.compute import mapped
+from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import AttributedTensor, Opaque, nodes, rebuilt_mapping
 
 __all__ = ["Cast", "Casting", "parse_dtypes"]

@@ -14,7 +14,8 @@ from optimstate.errors import CorruptCheckpointError, MigrationError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
 from optimstate.io.copying import BLOCK, SharedTasks, blocks
-from optimstate.io.extents import Progress, check_destination
+from optimstate.io.extents import Progress
+from optimstate.io.output import check_destination
 from optimstate.surgery.reports import opening, to_json
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Opaque, format_path, nodes, replaced, walk

@@ -28,7 +28,8 @@ from optimstate.surgery.reports import (
     missing_for_resume,
     opening,
 )
-from optimstate.tensors.lazy import DTYPES, LazyTensor
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque, census
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import Any
 from optimstate.errors import CheckpointError, DestinationError, MigrationError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import get_format, open_checkpoint
-from optimstate.io.extents import Progress, check_destination
+from optimstate.io.extents import Progress
+from optimstate.io.output import check_destination
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.naming import Candidate, Evidence, Naming, model_candidates, name_parameters
 from optimstate.state.optimizer import OptimizerState

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
 
 __all__ = [
+    "SCHEMA",
     "GroupInfo",
     "Inspection",
     "ModelInfo",
@@ -25,7 +26,6 @@ __all__ = [
     "SlotInfo",
     "collapsed",
     "missing_for_resume",
-    "SCHEMA",
     "opening",
     "to_json",
 ]

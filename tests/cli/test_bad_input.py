@@ -225,7 +225,7 @@ def test_wrong_usage_is_told_on_stderr(arguments: list[str]) -> None:
 
 
 def test_a_full_disk_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from optimstate.io import extents as files
+    from optimstate.io import output as files
 
     def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device")

@@ -249,6 +249,8 @@ def test_a_wheel_has_every_package() -> None:
     root = corpus.FIXTURES.parent
     setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.relative_to(root) for path in (root / "optimstate").rglob("__init__.py")}
-    outside = {path.parent.relative_to(root) for name in ("hooks", "cli") for path in (root / name).rglob("__init__.py")}
+    outside = {
+        path.parent.relative_to(root) for name in ("hooks", "cli") for path in (root / name).rglob("__init__.py")
+    }
     packages = {".".join(folder.parts) for folder in folders} | {".".join(("optimstate", *f.parts)) for f in outside}
     assert set(setup["packages"]) == packages

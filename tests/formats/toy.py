@@ -15,7 +15,8 @@ from optimstate.errors import CorruptCheckpointError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.safetensors import json_tree
 from optimstate.io.copying import copy_extents
-from optimstate.io.extents import AtomicFile, Extent, FileSource
+from optimstate.io.extents import Extent, FileSource
+from optimstate.io.output import AtomicFile
 from optimstate.tensors.lazy import LazyTensor, Storage
 
 NAME = "toy"

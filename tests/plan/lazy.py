@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from optimstate.io.extents import Extent
-from optimstate.tensors.lazy import DTYPES, LazyTensor, Storage, to_torch
+from optimstate.tensors.compute import to_torch
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage
 
 
 class Bytes:

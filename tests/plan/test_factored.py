@@ -12,7 +12,7 @@ from optimstate.plan.apply.execute import execute_optimizer
 from optimstate.plan.language.rules import Plan
 from optimstate.plan.solve.planner import plan_optimizer
 from optimstate.state.optimizer import OptimizerState
-from optimstate.tensors.lazy import to_torch
+from optimstate.tensors.compute import to_torch
 from tests.plan.lazy import lazy_tree
 
 FORMS: dict[str, tuple[tuple[str, str, str], dict[str, Any], bool]] = {

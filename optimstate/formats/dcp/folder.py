@@ -34,8 +34,10 @@ from optimstate.formats.ranks.tiles import Tile, check_tiling, tensor_of_pieces
 from optimstate.formats.registry import detect, get_format
 from optimstate.formats.safetensors.file import MAX_HEADER
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.extents import AtomicDirectory, AtomicFile, FileSlice, FileSource
-from optimstate.tensors.lazy import DTYPES, LazyTensor, Storage
+from optimstate.io.extents import FileSlice, FileSource
+from optimstate.io.output import AtomicDirectory, AtomicFile
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage
 
 NAME = "dcp"
 SUFFIXES = (".dcp",)

@@ -13,7 +13,7 @@ from typing import Any
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats.pickles.pickle import dump
 from optimstate.formats.pickles.unpickle import load
-from optimstate.tensors.lazy import DTYPES
+from optimstate.tensors.dtypes import DTYPES
 from optimstate.tree import GlobalName, Opaque, Path
 
 __all__ = ["Item", "Metadata", "TensorItem", "dump_metadata", "load_metadata", "merged"]

@@ -19,7 +19,7 @@ from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.deepspeed.zero import MASTER, Shapes, shape_of
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.extents import AtomicDirectory
+from optimstate.io.output import AtomicDirectory
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
 from optimstate.tensors.lazy import LazyTensor

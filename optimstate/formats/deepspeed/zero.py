@@ -28,7 +28,8 @@ from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import detect
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent
-from optimstate.tensors.lazy import DTYPES, LazyTensor, Storage
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Opaque
 
 NAME = "deepspeed"

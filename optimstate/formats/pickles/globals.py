@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from optimstate.tensors.lazy import DTYPES
+from optimstate.tensors.dtypes import DTYPES
 
 __all__ = ["PLAIN_CLASSES", "Verdict", "classify", "dangerous"]
 

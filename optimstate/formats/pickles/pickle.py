@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from optimstate.errors import LimitExceededError, RepresentationError
-from optimstate.tensors.lazy import ITEMSIZE_OF_STORAGE, LazyTensor, Storage
+from optimstate.tensors.dtypes import ITEMSIZE_OF_STORAGE
+from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import GlobalName, Opaque, no_garbage_collection
 
 __all__ = ["dump"]

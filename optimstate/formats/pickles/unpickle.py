@@ -21,7 +21,8 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.formats.pickles.checks import read_soundly
-from optimstate.tensors.lazy import DTYPES, ITEMSIZE_OF_STORAGE, LazyTensor, Storage
+from optimstate.tensors.dtypes import DTYPES, ITEMSIZE_OF_STORAGE
+from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import AttributedTensor, GlobalName, no_garbage_collection
 
 __all__ = ["MAX_PICKLE_BYTES", "InertUnpickler", "load"]

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats.ranks.tiles import region
-from optimstate.tensors.lazy import DTYPES, LazyTensor
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque
 
 __all__ = ["SHARDED_CLASSES", "Box", "ShardRecord", "is_sharded", "shard_record"]

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.io.extents import Extent
-from optimstate.tensors.lazy import DTYPES, LazyTensor, Storage
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage
 
 __all__ = ["DeferredStorage", "Tile", "check_tiling", "region", "tensor_of_pieces", "tiled"]
 

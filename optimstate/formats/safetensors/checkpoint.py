@@ -21,7 +21,8 @@ from optimstate.formats.safetensors import json_tree
 from optimstate.formats.safetensors.file import BY_CODE, Entry, are_natural
 from optimstate.io.extents import Extent
 from optimstate.state.sections import parameter_labels
-from optimstate.tensors.lazy import DTYPES, LazyTensor, Storage, contiguous_strides
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
 from optimstate.tree import AttributedTensor, format_path, tensors
 from optimstate.tree import Path as TreePath
 

@@ -15,7 +15,8 @@ from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.safetensors.checkpoint import Layout, decode_checkpoint
 from optimstate.formats.safetensors.file import MAX_HEADER, Entry, read_file, write_file
-from optimstate.io.extents import AtomicDirectory, AtomicFile, FileSource
+from optimstate.io.extents import FileSource
+from optimstate.io.output import AtomicDirectory, AtomicFile
 from optimstate.tensors.lazy import LazyTensor
 
 NAME = "safetensors"

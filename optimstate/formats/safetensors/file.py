@@ -19,8 +19,10 @@ from optimstate.errors import (
 )
 from optimstate.formats.protocol import WriteOptions
 from optimstate.io.copying import copy_extents
-from optimstate.io.extents import AtomicFile, Extent, FileSource
-from optimstate.tensors.lazy import DTYPES, LazyTensor, Storage
+from optimstate.io.extents import Extent, FileSource
+from optimstate.io.output import AtomicFile
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage
 
 __all__ = ["BY_CODE", "MAX_HEADER", "Entry", "are_natural", "read_file", "write_file"]
 

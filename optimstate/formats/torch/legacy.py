@@ -18,7 +18,8 @@ from optimstate.formats.pickles.unpickle import MAX_PICKLE_BYTES, InertUnpickler
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import ByteSource, Extent, FileSource
-from optimstate.tensors.lazy import DTYPES, ITEMSIZE_OF_STORAGE, LazyTensor, Storage
+from optimstate.tensors.dtypes import DTYPES, ITEMSIZE_OF_STORAGE
+from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import GlobalName
 
 __all__ = ["NAME", "SUFFIXES", "read", "read_stream", "sniff", "write"]

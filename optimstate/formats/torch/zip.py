@@ -26,7 +26,8 @@ from optimstate.formats.pickles.unpickle import MAX_PICKLE_BYTES, load
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.torch.zip_directory import CENTRAL, END, END64, LOCAL, LOCATOR64, MAX32, Archive, RecordStorage
 from optimstate.io.copying import Checksum, Copier, copy_extents
-from optimstate.io.extents import AtomicFile, Extent, FileSlice, FileSource, write_bytes
+from optimstate.io.extents import Extent, FileSlice, FileSource
+from optimstate.io.output import AtomicFile, write_bytes
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import walk
 

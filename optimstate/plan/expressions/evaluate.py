@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Shape
-from optimstate.tensors.lazy import LazyTensor, concatenated, filled, mapped, reduced
+from optimstate.tensors.compute import concatenated, filled, mapped, reduced
+from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, cloned
 
 __all__ = [

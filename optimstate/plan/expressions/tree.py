@@ -13,12 +13,12 @@ from typing import NamedTuple
 from optimstate.record import Record
 
 __all__ = [
+    "LAYOUT",
     "Cast",
     "Cat",
     "Expr",
     "Fill",
     "Fresh",
-    "LAYOUT",
     "Leaf",
     "Mean",
     "Multiply",

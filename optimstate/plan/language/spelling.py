@@ -21,7 +21,7 @@ from optimstate.plan.language.operations import (
     Transpose,
     Unstack,
 )
-from optimstate.tensors.lazy import DTYPES
+from optimstate.tensors.dtypes import DTYPES
 
 __all__ = ["parse_operation"]
 

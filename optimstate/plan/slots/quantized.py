@@ -14,7 +14,8 @@ from typing import Any
 from optimstate.errors import PlanError
 from optimstate.plan.expressions.evaluate import dtype_of, shape_of
 from optimstate.state.optimizer import Slots
-from optimstate.tensors.lazy import LazyTensor, computed, to_torch
+from optimstate.tensors.compute import computed, to_torch
+from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["BLOCK", "SMALL", "coded", "decoded", "error_bound", "plain", "recoded", "unnested", "written"]
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimstate.io.extents import chunks
-from optimstate.tensors.lazy import LazyTensor, concatenated, filled, mapped, reduced, to_torch
+from optimstate.tensors.compute import concatenated, filled, mapped, reduced, to_torch
+from optimstate.tensors.lazy import LazyTensor
 from tests.plan.lazy import bytes_of, lazy
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)

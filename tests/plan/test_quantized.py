@@ -19,7 +19,7 @@ from optimstate.plan.slots import quantized
 from optimstate.plan.slots.outcomes import flat_slots
 from optimstate.plan.solve.planner import plan_optimizer
 from optimstate.state.optimizer import OptimizerState
-from optimstate.tensors.lazy import to_torch
+from optimstate.tensors.compute import to_torch
 from tests.plan.lazy import lazy_tree
 
 bnb = pytest.importorskip("bitsandbytes")

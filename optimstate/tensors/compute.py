@@ -1,0 +1,175 @@
+"""Tensors computed from others by torch, block by block, when their bytes are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+from optimstate.errors import UnsupportedCheckpointError
+from optimstate.io.extents import Extent
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage, with_pieces
+from optimstate.tensors.strided import moving_dtype, readable
+
+__all__ = ["computed", "concatenated", "filled", "mapped", "reduced", "to_torch"]
+
+
+def to_torch(tensor: LazyTensor) -> Any:
+    """The tensor as a `torch.Tensor`: memory-mapped where the file allows, and never written back to it."""
+    import torch
+
+    dtype = getattr(torch, tensor.dtype)
+    if not tensor.numel:
+        return torch.empty(tensor.shape, dtype=dtype)
+    if tensor.metadata:
+        raise UnsupportedCheckpointError(f"a tensor saved with {tensor.metadata} cannot be computed with")
+    start, stop = tensor.span()
+    flat = torch.frombuffer(readable(tensor.storage.cut(start, stop)), dtype=moving_dtype(tensor.itemsize))
+    if flat.dtype != dtype:
+        flat = flat.view(dtype)
+    return flat.as_strided(tensor.shape, tensor.stride, 0)
+
+
+class _Rows:
+    """Bytes that are made on demand, some rows at a time.
+
+    Args:
+        row_bytes: Bytes per row.
+        make: The bytes of the rows [first, last).
+    """
+
+    def __init__(self, row_bytes: int, make: Callable[[int, int], bytes]) -> None:
+        self._row_bytes = row_bytes
+        self._make = make
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes [offset, offset + length)."""
+        first, last = offset // self._row_bytes, -(-(offset + length) // self._row_bytes)
+        skip = offset - first * self._row_bytes
+        return self._make(first, last)[skip : skip + length]
+
+
+def concatenated(tensors: Sequence[LazyTensor], dim: int) -> LazyTensor:
+    """Tensors of one dtype, alike in every other dimension, one after the other along `dim`.
+
+    Long runs of bytes stay references to where they are; short ones are interleaved when they are read.
+    """
+    first = tensors[0]
+    size = sum(tensor.shape[dim] for tensor in tensors)
+    shape = (*first.shape[:dim], size, *first.shape[dim + 1 :])
+    outer = prod(first.shape[:dim])
+    parts = [Storage(tensor.extents(), tensor.nbytes) for tensor in tensors if tensor.nbytes]
+    if not parts or not outer:
+        return with_pieces(first, (), first.dtype, shape)
+    if outer == 1:
+        return with_pieces(first, tuple(piece for part in parts for piece in part.pieces), first.dtype, shape)
+    widths = [part.nbytes // outer for part in parts]
+    if min(widths) >= _SHORT_RUN:
+        pieces = tuple(
+            piece
+            for row in range(outer)
+            for part, width in zip(parts, widths, strict=True)
+            for piece in part.cut(row * width, (row + 1) * width)
+        )
+        return with_pieces(first, pieces, first.dtype, shape)
+    source = _Rows(sum(widths), lambda low, high: _interleaved(parts, widths, low, high))
+    return with_pieces(first, (Extent(source, 0, sum(widths) * outer),), first.dtype, shape)
+
+
+_SHORT_RUN = 1 << 16
+
+
+def _interleaved(parts: Sequence[Storage], widths: Sequence[int], first: int, last: int) -> bytes:
+    import torch
+
+    blocks = [
+        torch.frombuffer(_joined(part.cut(first * width, last * width)), dtype=torch.uint8).view(-1, width)
+        for part, width in zip(parts, widths, strict=True)
+    ]
+    return _bytes_of(torch.cat(blocks, dim=1))
+
+
+def _joined(pieces: Sequence[Extent]) -> bytearray:
+    joined = bytearray()
+    for piece in pieces:
+        joined += piece.read()
+    return joined
+
+
+def _bytes_of(tensor: Any) -> bytes:
+    """The row-major bytes of a torch tensor of any dtype."""
+    from ctypes import string_at
+
+    tensor = tensor.contiguous()
+    return string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def mapped(tensor: LazyTensor, dtype: str, function: Callable[[Any], Any]) -> LazyTensor:
+    """A function of each element by itself, computed by torch a block at a time when the result is read.
+
+    Args:
+        tensor: The elements.
+        dtype: Of the result.
+        function: Takes a torch tensor of one dimension, gives one of the same shape and of `dtype`.
+    """
+    source, itemsize = Storage(tensor.extents(), tensor.nbytes), tensor.itemsize
+    like = tensor.viewed((tensor.numel,), (1,), 0)
+
+    def block(first: int, last: int) -> Any:
+        pieces = source.cut(first * itemsize, last * itemsize)
+        return function(to_torch(with_pieces(like, pieces, tensor.dtype, (last - first,))))
+
+    return computed(tensor, dtype, tensor.shape, block)
+
+
+def computed(like: LazyTensor, dtype: str, shape: tuple[int, ...], function: Callable[[int, int], Any]) -> LazyTensor:
+    """Elements that torch computes when they are read, a block at a time.
+
+    Args:
+        like: A tensor whose place in the file and device the result takes.
+        dtype: Of the result.
+        shape: Of the result.
+        function: Takes the first element, in row-major order, and the one after the last; gives a torch tensor of them.
+    """
+    width, count = DTYPES[dtype].itemsize, prod(shape)
+
+    def make(first: int, last: int) -> bytes:
+        return _bytes_of(function(first, last))
+
+    pieces = (Extent(_Rows(width, make), 0, count * width),) if count else ()
+    return with_pieces(like, pieces, dtype, shape)
+
+
+def reduced(
+    tensors: Sequence[LazyTensor], shape: tuple[int, ...], function: Callable[[Sequence[Any]], Any]
+) -> LazyTensor:
+    """A function of whole tensors with a small result of their dtype: computed once, when it is first read.
+
+    Args:
+        tensors: What it is computed from.
+        shape: Of the result.
+        function: Takes torch tensors, gives one of `shape`.
+    """
+    made: list[bytes] = []
+    row_bytes = prod(shape) * tensors[0].itemsize
+
+    def make(_first: int, _last: int) -> bytes:
+        if not made:
+            made.append(_bytes_of(function([to_torch(tensor) for tensor in tensors])))
+        return made[0]
+
+    pieces = (Extent(_Rows(row_bytes, make), 0, row_bytes),) if row_bytes else ()
+    return with_pieces(tensors[0], pieces, tensors[0].dtype, shape)
+
+
+def filled(like: LazyTensor, shape: tuple[int, ...], value: float) -> LazyTensor:
+    """A tensor of one value, with the dtype and place of another; zeros take neither torch nor memory."""
+    if not value:
+        nbytes = prod(shape) * like.itemsize
+        return with_pieces(like, (Extent(None, 0, nbytes),) if nbytes else (), like.dtype, shape)
+
+    def function(block: Any) -> Any:
+        return block.fill_(value)
+
+    return mapped(filled(like, shape, 0.0), like.dtype, function)

@@ -1,0 +1,94 @@
+"""Element types: their names, sizes and spellings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from optimstate.errors import UnsupportedCheckpointError
+
+__all__ = ["DTYPES", "ITEMSIZE_OF_STORAGE", "DType", "decode_scalar"]
+
+
+class DType(NamedTuple):
+    """How an element type is called by torch and by the containers.
+
+    Attributes:
+        name: The name in torch: `torch.<name>`.
+        itemsize: Bytes per element.
+        storage: The class of torch's typed storage, empty where torch has none and saves an untyped one.
+        safetensors: The code in safetensors headers, empty where the format has none.
+    """
+
+    name: str
+    itemsize: int
+    storage: str
+    safetensors: str
+
+
+DTYPES: dict[str, DType] = {
+    row[0]: DType(*row)
+    for row in (
+        ("float64", 8, "DoubleStorage", "F64"),
+        ("float32", 4, "FloatStorage", "F32"),
+        ("float16", 2, "HalfStorage", "F16"),
+        ("bfloat16", 2, "BFloat16Storage", "BF16"),
+        ("int64", 8, "LongStorage", "I64"),
+        ("int32", 4, "IntStorage", "I32"),
+        ("int16", 2, "ShortStorage", "I16"),
+        ("int8", 1, "CharStorage", "I8"),
+        ("uint8", 1, "ByteStorage", "U8"),
+        ("bool", 1, "BoolStorage", "BOOL"),
+        ("complex64", 8, "ComplexFloatStorage", "C64"),
+        ("complex128", 16, "ComplexDoubleStorage", ""),
+        ("complex32", 4, "", ""),
+        ("uint16", 2, "", "U16"),
+        ("uint32", 4, "", "U32"),
+        ("uint64", 8, "", "U64"),
+        ("float8_e4m3fn", 1, "", "F8_E4M3"),
+        ("float8_e5m2", 1, "", "F8_E5M2"),
+        ("float8_e4m3fnuz", 1, "", "F8_E4M3FNUZ"),
+        ("float8_e5m2fnuz", 1, "", "F8_E5M2FNUZ"),
+        ("float8_e8m0fnu", 1, "", "F8_E8M0"),
+        ("float4_e2m1fn_x2", 1, "", ""),
+        ("quint8", 1, "QUInt8Storage", ""),
+        ("qint8", 1, "QInt8Storage", ""),
+        ("qint32", 4, "QInt32Storage", ""),
+        ("quint4x2", 1, "QUInt4x2Storage", ""),
+        ("quint2x4", 1, "QUInt2x4Storage", ""),
+    )
+}
+
+
+ITEMSIZE_OF_STORAGE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
+"""Bytes per element of each of torch's typed storages, by its class."""
+
+
+_STRUCT_CODES = {
+    "float64": "d",
+    "float32": "f",
+    "float16": "e",
+    "int64": "q",
+    "int32": "i",
+    "int16": "h",
+    "int8": "b",
+    "uint8": "B",
+    "uint16": "H",
+    "uint32": "I",
+    "uint64": "Q",
+    "bool": "?",
+}
+
+
+def decode_scalar(data: bytes, dtype: str) -> bool | int | float | complex:
+    """The Python value of one little-endian element of `dtype`."""
+    import struct
+
+    if dtype == "bfloat16":
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    if dtype in ("complex64", "complex128"):
+        real, imaginary = struct.unpack("<ff" if dtype == "complex64" else "<dd", data)
+        return complex(real, imaginary)
+    if dtype not in _STRUCT_CODES:
+        raise UnsupportedCheckpointError(f"an element of dtype {dtype} cannot be shown as a number")
+    value: bool | int | float = struct.unpack("<" + _STRUCT_CODES[dtype], data)[0]
+    return value
