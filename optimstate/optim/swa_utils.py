@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from optimstate.errors import StateMismatchError
-from optimstate.optim.lr_scheduler import LRScheduler, per_group
+from optimstate.optim.lr_scheduler.base import LRScheduler, per_group
 
 __all__ = [
     "SWALR",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimstate.optim.lr_scheduler._base import LRScheduler
+from optimstate.optim.lr_scheduler.base import LRScheduler
 from optimstate.optim.lr_scheduler.compose import ChainedScheduler, SequentialLR
 from optimstate.optim.lr_scheduler.cyclic import CosineAnnealingWarmRestarts, CyclicLR, OneCycleLR
 from optimstate.optim.lr_scheduler.decay import (

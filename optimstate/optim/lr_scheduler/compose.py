@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from optimstate.errors import StateMismatchError
-from optimstate.optim.lr_scheduler._base import LRScheduler, StateDict, attach, group_values, set_group_value
+from optimstate.optim.lr_scheduler.base import LRScheduler, StateDict, attach, group_values, set_group_value
 from optimstate.optim.lr_scheduler.plateau import ReduceLROnPlateau
 
 AnyScheduler = torch.optim.lr_scheduler.LRScheduler

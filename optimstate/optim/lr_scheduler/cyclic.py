@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optimstate.errors import StateMismatchError
-from optimstate.optim.lr_scheduler._base import LRScheduler, StateDict, per_group, set_group_value, warn
 from optimstate.optim.lr_scheduler._functions import export_function, import_function, not_saved
+from optimstate.optim.lr_scheduler.base import LRScheduler, StateDict, per_group, set_group_value, warn
 from optimstate.optim.lr_scheduler.decay import cosine_lr
 
 # What each mode of CyclicLR passes to its scale function.

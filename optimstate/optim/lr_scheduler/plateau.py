@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, SupportsFloat
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING
 
-from optimstate.optim.lr_scheduler._base import LRScheduler, StateDict, attach, group_values, set_group_value
+from optimstate.optim.lr_scheduler.base import LRScheduler, StateDict, attach, group_values, set_group_value
 
 
 class ReduceLROnPlateau(LRScheduler):
