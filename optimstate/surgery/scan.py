@@ -17,7 +17,7 @@ from typing import IO
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError, LimitExceededError
 from optimstate.formats.pickles.globals import Verdict, classify
 from optimstate.formats.pickles.mentions import mentions
-from optimstate.formats.pickles.unpickle import MAX_PICKLE_BYTES
+from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.surgery.reports import opening, to_json
 
 __all__ = ["Finding", "ScanReport", "scan"]

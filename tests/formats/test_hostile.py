@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 import optimstate
 from optimstate.errors import CheckpointError, LimitExceededError, OptimStateError
+from optimstate.formats.pickles.opcodes import check_opcodes
 from optimstate.formats.pickles.pickle import dump
-from optimstate.formats.pickles.unpickle import check_opcodes, load
+from optimstate.formats.pickles.unpickle import load
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.safetensors import container as safetensors

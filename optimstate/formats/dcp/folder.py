@@ -28,7 +28,7 @@ from optimstate.errors import (
 )
 from optimstate.formats.dcp import tree as tree_of_metadata
 from optimstate.formats.dcp.metadata import Item, Metadata, TensorItem, dump_metadata, load_metadata, merged
-from optimstate.formats.pickles.unpickle import MAX_PICKLE_BYTES
+from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.ranks.tiles import Tile, check_tiling, tensor_of_pieces
 from optimstate.formats.registry import detect, get_format

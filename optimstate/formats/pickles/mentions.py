@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from optimstate.errors import CorruptCheckpointError
-from optimstate.formats.pickles.unpickle import check_opcodes
+from optimstate.formats.pickles.opcodes import check_opcodes
 
 __all__ = ["Mention", "mentions"]
 

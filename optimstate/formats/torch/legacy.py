@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
-from optimstate.formats.pickles.unpickle import MAX_PICKLE_BYTES, InertUnpickler, check_opcodes, load
+from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES, check_opcodes
+from optimstate.formats.pickles.unpickle import InertUnpickler, load
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import ByteSource, Extent, FileSource

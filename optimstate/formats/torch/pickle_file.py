@@ -15,7 +15,8 @@ from optimstate.errors import (
     RepresentationError,
     UnsupportedCheckpointError,
 )
-from optimstate.formats.pickles.unpickle import MAX_PICKLE_BYTES, InertUnpickler, load
+from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
+from optimstate.formats.pickles.unpickle import InertUnpickler, load
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.torch.legacy import Globals, read_stream
 from optimstate.io.extents import FileSource

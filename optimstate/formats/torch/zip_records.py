@@ -1,0 +1,176 @@
+"""The records of a zip archive of `torch.save`, written in torch's own order, alignment and flags."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+
+from optimstate.formats.protocol import WriteOptions
+from optimstate.formats.torch.zip_directory import CENTRAL, END, END64, LOCAL, LOCATOR64, MAX32
+from optimstate.io.copying import Checksum, Copier
+from optimstate.io.extents import Extent
+from optimstate.io.output import write_bytes
+from optimstate.tensors.lazy import Storage
+
+__all__ = ["RecordWriter", "write_records"]
+
+_ALIGNMENT = 64
+_BUFFER = 1 << 20  # small records are joined up to this size before they are written
+_SMALL_RECORD = 1 << 14
+_FLAGS = 0x0808  # sizes follow the data; names are UTF-8
+_FLAGS_EMPTY = 0x0800  # nothing follows
+_CENTRAL_CRC = slice(16, 20)  # of a directory entry
+
+
+class RecordWriter:
+    """Writes records at the current end of a file and remembers their directory entries."""
+
+    def __init__(self, copier: Copier, root: str, position: int, *, origin: int = 0) -> None:
+        self.copier = copier
+        self.root = root
+        self.position = position  # in the archive, which begins at `origin` of the file
+        self.entries: list[bytes | bytearray] = []
+        self._origin = origin
+        self._pending: list[bytes] = []
+        self._pending_at = position
+        self._unknown: list[tuple[Checksum, int, bytearray]] = []  # with the descriptor's place and the entry
+
+    def _emit(self, data: bytes) -> None:
+        self.position += len(data)
+        self._pending.append(data)
+        if self.position - self._pending_at >= _BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._write(b"".join(self._pending), self._pending_at)
+        self._pending.clear()
+        self._pending_at = self.position
+
+    def _write(self, data: bytes, position: int) -> None:
+        self.copier.write(data, self._origin + position)
+
+    def add(self, name: str, extents: Sequence[Extent] | bytes, crc: int | None = None) -> int | Checksum:
+        """Write a record; its CRC-32 is computed on the way unless given, and known after `settle` at the latest."""
+        size = len(extents) if isinstance(extents, bytes) else sum(extent.length for extent in extents)
+        header = self.position
+        encoded = (self.root + name).encode()
+        extra = _zip64_extra(size, size, header)
+        start = header + LOCAL.size + len(encoded) + len(extra) + 4
+        padding = -start % _ALIGNMENT
+        extra_length = len(extra) + 4 + padding
+        flags = _FLAGS if size else _FLAGS_EMPTY
+        self._emit(
+            LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, len(encoded), extra_length)
+            + encoded
+            + _zip64_extra(size, 0, header)  # the stored size follows the data
+            + struct.pack("<2sH", b"FB", padding)
+            + b"Z" * padding
+        )
+        found: int | Checksum
+        if isinstance(extents, bytes):
+            found = zlib.crc32(extents)
+            self._emit(extents)
+        elif size <= _SMALL_RECORD:
+            data = b"".join(extent.read() for extent in extents)
+            found = zlib.crc32(data) if crc is None else crc
+            self._emit(data)
+            self.copier.report(size)
+        else:
+            self._flush()
+            at = self._origin + self.position
+            if crc is None:
+                found = self.copier.put_with_checksum(extents, at)
+            else:
+                found = crc
+                self.copier.put(extents, at)
+            self.position += size
+            self._pending_at = self.position
+        known = 0 if isinstance(found, Checksum) else found
+        descriptor = self.position
+        if size:
+            shape = "<4sL2Q" if extra else "<4s3L"
+            self._emit(struct.pack(shape, b"PK\x07\x08", known, size, size))
+        small, offset = min(size, MAX32), min(header, MAX32)
+        fields = (b"PK\x01\x02", 0, 0, flags, 0, 0, 0, known, small, small, len(encoded), len(extra))
+        entry = bytearray(CENTRAL.pack(*fields, 0, 0, 0, 0, offset) + encoded + extra)
+        self.entries.append(entry)
+        if isinstance(found, Checksum):
+            self._unknown.append((found, descriptor, entry))
+        return found
+
+    def settle(self) -> None:
+        """Wait for what is being copied, and write the checksums that were not known before."""
+        self._flush()
+        self.copier.finish()
+        for found, descriptor, entry in self._unknown:
+            crc = struct.pack("<L", found.value)
+            self._write(crc, descriptor + 4)
+            entry[_CENTRAL_CRC] = crc
+        self._unknown.clear()
+
+    def directory(self) -> tuple[bytes, bytes]:
+        """The directory, and the end records that make it valid; to be written behind the records."""
+        self.settle()
+        body = b"".join(self.entries)
+        count, start, stop = len(self.entries), self.position, self.position + len(body)
+        end64 = END64.pack(b"PK\x06\x06", END64.size - 12, 0x031E, 45, 0, 0, count, count, len(body), start)
+        locator = LOCATOR64.pack(b"PK\x06\x07", 0, stop, 1)
+        short = min(count, 0xFFFF)
+        end = END.pack(b"PK\x05\x06", 0, 0, short, short, min(len(body), MAX32), min(start, MAX32), 0)
+        return body, end64 + locator + end
+
+
+def _zip64_extra(size: int, stored: int, header: int) -> bytes:
+    """The zip64 field as miniz writes it: only the values that do not fit. Torch counts on its exact length."""
+    if size < MAX32 and header < MAX32:
+        return b""
+    values = ([size, stored] if size >= MAX32 else []) + ([header] if header >= MAX32 else [])
+    return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values)
+
+
+def write_records(
+    fd: int,
+    root: str,
+    pickled: bytes,
+    storages: Sequence[Storage],
+    others: Sequence[tuple[str, Extent]],
+    options: WriteOptions,
+) -> int:
+    """Append a whole archive to an open file and return its size.
+
+    Args:
+        fd: The file, at the place where the archive is to begin.
+        root: The folder of all records, with its slash.
+        pickled: The contents of `data.pkl`.
+        storages: In the order of their keys.
+        others: Further records, by name.
+        options: Whether checksums are computed, and the progress.
+    """
+    origin = os.lseek(fd, 0, os.SEEK_CUR)
+    with Copier(fd, options.progress) as copier:
+        directory = RecordWriter(copier, root, 0, origin=origin)
+        checks = [directory.add("data.pkl", pickled)]
+        directory.add(".format_version", b"1")
+        directory.add(".storage_alignment", str(_ALIGNMENT).encode())
+        directory.add("byteorder", b"little")
+        for key, storage in enumerate(storages):
+            crc = storage.crc if storage.crc is not None or options.checksums else 0
+            checks.append(directory.add(f"data/{key}", storage.pieces, crc))
+        for name, record in others:
+            directory.add(name, (record,) if record.length else ())
+        directory.add("version", b"3\n")
+        directory.settle()
+        known = [str(check.value if isinstance(check, Checksum) else check) for check in checks]
+        directory.add(".data/serialization_id", _serialization_id([root, *known]))
+        body, end = directory.directory()
+    os.lseek(fd, origin + directory.position, os.SEEK_SET)
+    return directory.position + write_bytes(fd, body) + write_bytes(fd, end)
+
+
+def _serialization_id(parts: Sequence[str]) -> bytes:
+    import hashlib  # costs more than the rest of this module to import, and only writing needs it
+
+    digest = int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest(), "big")
+    return b"%040d" % (digest % 10**40)
