@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optimstate import hooks, optim, surgery
+    from optimstate import distributed, hooks, optim, surgery
     from optimstate.errors import (
         CheckpointError,
         CheckpointNotFoundError,
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from optimstate.formats.registry import open_checkpoint
     from optimstate.plan.language.rules import Plan, Rule
     from optimstate.resuming import Resumed, resume
-    from optimstate.surgery.convert import convert
-    from optimstate.surgery.diff import diff
-    from optimstate.surgery.inspect import inspect
-    from optimstate.surgery.name import name
-    from optimstate.surgery.remap import remap
-    from optimstate.surgery.scan import scan
-    from optimstate.surgery.suggest import suggest
-    from optimstate.surgery.verify import verify
+    from optimstate.surgery.comparing import diff
+    from optimstate.surgery.converting import convert
+    from optimstate.surgery.inspecting import inspect
+    from optimstate.surgery.naming import name
+    from optimstate.surgery.remapping import remap
+    from optimstate.surgery.scanning import scan
+    from optimstate.surgery.suggesting import suggest
+    from optimstate.surgery.verifying import verify
 
 __version__ = "0.1.0"
 
@@ -47,18 +47,18 @@ _HOMES = {
     "Plan": "plan.language.rules",
     "Resumed": "resuming",
     "Rule": "plan.language.rules",
-    "convert": "surgery.convert",
-    "diff": "surgery.diff",
-    "inspect": "surgery.inspect",
-    "name": "surgery.name",
+    "convert": "surgery.converting",
+    "diff": "surgery.comparing",
+    "inspect": "surgery.inspecting",
+    "name": "surgery.naming",
     "open_checkpoint": "formats.registry",
-    "remap": "surgery.remap",
+    "remap": "surgery.remapping",
     "resume": "resuming",
-    "scan": "surgery.scan",
-    "suggest": "surgery.suggest",
-    "verify": "surgery.verify",
+    "scan": "surgery.scanning",
+    "suggest": "surgery.suggesting",
+    "verify": "surgery.verifying",
 }
-_SUBPACKAGES = ("hooks", "optim", "surgery")
+_MODULES = ("distributed", "hooks", "optim", "surgery")
 
 __all__ = [
     "CheckpointError",
@@ -84,6 +84,7 @@ __all__ = [
     "__version__",
     "convert",
     "diff",
+    "distributed",
     "hooks",
     "inspect",
     "name",
@@ -99,7 +100,7 @@ __all__ = [
 
 
 def __getattr__(attribute: str) -> Any:
-    if attribute in _SUBPACKAGES:
+    if attribute in _MODULES:
         return import_module(f"{__name__}.{attribute}")
     if attribute not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

@@ -30,7 +30,16 @@ ALLOWED: dict[str, set[str]] = {
     "resuming": {"errors", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
     "demo": {"errors", "optim", "hooks"},
     "cli": {"errors", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan", "demo", "__init__"},
-    "__init__": {"errors", "hooks", "optim", "surgery", "formats.registry", "plan.language.rules", "resuming"},
+    "__init__": {
+        "errors",
+        "distributed",
+        "hooks",
+        "optim",
+        "surgery",
+        "formats.registry",
+        "plan.language.rules",
+        "resuming",
+    },
 }
 # The storeys of a package, the lowest first: a module imports from its own storey and those below.
 STOREYS: dict[str, tuple[set[str], ...]] = {

@@ -14,7 +14,7 @@ from optimstate.cli.render.terminal import plural, table
 if TYPE_CHECKING:
     from optimstate.plan.apply.explain import Row
     from optimstate.surgery.plans import CheckReport, ShowReport
-    from optimstate.surgery.suggest import SuggestReport
+    from optimstate.surgery.suggesting import SuggestReport
 
 __all__ = ["checked", "shown", "suggested"]
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from optimstate.surgery.convert import ConvertReport
-    from optimstate.surgery.diff import DiffReport
-    from optimstate.surgery.name import NameReport
+    from optimstate.surgery.comparing import DiffReport
+    from optimstate.surgery.converting import ConvertReport
+    from optimstate.surgery.naming import NameReport
     from optimstate.surgery.outcomes import Group, Outcome
-    from optimstate.surgery.remap import RemapReport
-    from optimstate.surgery.scan import ScanReport
-    from optimstate.surgery.verify import VerifyReport
+    from optimstate.surgery.remapping import RemapReport
+    from optimstate.surgery.scanning import ScanReport
+    from optimstate.surgery.verifying import VerifyReport
 
 __all__ = [
     "compared",

@@ -12,7 +12,7 @@ from optimstate.errors import MigrationError, PlanSyntaxError
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import MASTERS
 from optimstate.state.sections import Section
-from optimstate.surgery.inspect import algorithm_of
+from optimstate.surgery.inspecting import algorithm_of
 from optimstate.surgery.statistics import second_moments
 from optimstate.tensors.compute import mapped
 from optimstate.tensors.lazy import LazyTensor, Storage

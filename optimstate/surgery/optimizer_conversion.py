@@ -10,7 +10,7 @@ from optimstate.record import Record
 from optimstate.state.algorithms.registry import MASTERS, Algorithm, parameter_shape
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
-from optimstate.surgery.inspect import algorithm_of
+from optimstate.surgery.inspecting import algorithm_of
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque
 

@@ -21,7 +21,7 @@ from torch import nn
 from optimstate.errors import CorruptCheckpointError, MigrationError, PlanSyntaxError, RepresentationError
 from optimstate.formats.protocol import WriteOptions
 from optimstate.surgery.casting import Cast, parse_dtypes
-from optimstate.surgery.convert import ConvertReport, convert
+from optimstate.surgery.converting import ConvertReport, convert
 from tests.corpus import case
 from tests.support import load_torch, unlike
 from tests.surgery.test_verify import saved, trained

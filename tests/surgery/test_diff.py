@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from optimstate.plan.language.rules import Plan
-from optimstate.surgery.convert import convert
-from optimstate.surgery.diff import diff
-from optimstate.surgery.remap import remap
+from optimstate.surgery.comparing import diff
+from optimstate.surgery.converting import convert
+from optimstate.surgery.remapping import remap
 from tests.surgery.test_verify import saved, trained
 
 

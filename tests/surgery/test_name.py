@@ -10,7 +10,7 @@ from torch import nn
 
 from optimstate.errors import CheckpointError, MigrationError
 from optimstate.state.names import wrapper_prefix
-from optimstate.surgery.name import name
+from optimstate.surgery.naming import name
 from tests.corpus import Case, cases
 
 

@@ -14,7 +14,7 @@ import torch
 from optimstate.errors import CheckpointNotFoundError
 from optimstate.formats.pickles.mentions import mentions
 from optimstate.formats.pickles.unpickle import load
-from optimstate.surgery.scan import scan
+from optimstate.surgery.scanning import scan
 from optimstate.tensors.lazy import Storage
 from tests.corpus import Case, all_cases, case
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from optimstate.errors import CheckpointError
 from optimstate.plan.language.rules import Plan
-from optimstate.surgery.remap import remap
-from optimstate.surgery.verify import verify, verify_against
+from optimstate.surgery.remapping import remap
+from optimstate.surgery.verifying import verify, verify_against
 from tests.corpus import Case, all_cases
 
 Checkpoint = dict[str, Any]

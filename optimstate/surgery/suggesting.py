@@ -14,7 +14,7 @@ from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.rules import Plan
 from optimstate.plan.solve import suggest as solve
 from optimstate.record import Record
-from optimstate.surgery.diff import by_content, model_tensors
+from optimstate.surgery.comparing import by_content, model_tensors
 from optimstate.surgery.plans import kind_of, merged, names_of
 from optimstate.surgery.reports import opening, to_json
 

@@ -12,7 +12,7 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.sections import Section, find_sections, tied_names
-from optimstate.surgery.inspect import describe, plain
+from optimstate.surgery.inspecting import describe, plain
 from optimstate.surgery.reports import opening, to_json
 from optimstate.tensors.lazy import LazyTensor
 

@@ -18,8 +18,8 @@ from optimstate.state.algorithms.registry import Algorithm
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
-from optimstate.surgery.convert import verify_checksums
-from optimstate.surgery.inspect import algorithm_of, describe, plain
+from optimstate.surgery.converting import verify_checksums
+from optimstate.surgery.inspecting import algorithm_of, describe, plain
 from optimstate.surgery.reports import opening, to_json
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, difference, nodes
