@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/optimstate demo --out optimstate-demo --force
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
