@@ -13,12 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from optimstate import __version__, errors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from optimstate.plan.language.rules import Plan
@@ -27,6 +28,7 @@ __all__ = [
     "COMMANDS",
     "EXIT_CODES",
     "SETTINGS",
+    "Application",
     "Force",
     "Json",
     "NoSync",
@@ -67,9 +69,41 @@ class _InOrder(TyperGroup):
 
 
 T = TypeVar("T")
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+class _Command(TyperCommand):
+    """A command that refuses an option of one value that is given twice: which of the values is meant is not known."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        """The parser, told to refuse a second value."""
+        parser: Any = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parse_once(args: list[str]) -> Any:
+            found = parse(args=args)
+            for parameter in found[2]:
+                single = parameter.param_type_name == "option" and not (parameter.multiple or parameter.is_flag)
+                if single and found[2].count(parameter) > 1:
+                    ctx.fail(f"{parameter.opts[0]} is given {found[2].count(parameter)} times, but it takes one value")
+            return found
+
+        parser.parse_args = parse_once
+        return parser
+
+
+class Application(typer.Typer):
+    """A Typer application whose commands refuse options that are given twice."""
+
+    def command(self, *arguments: Any, **options: Any) -> Callable[[F], F]:
+        """Register a command."""
+        register: Callable[[F], F] = super().command(*arguments, **{"cls": _Command, **options})
+        return register
+
+
 _KEPT: list[object] = []
 
-app = typer.Typer(
+app = Application(
     name="optimstate",
     cls=_InOrder,
     help="Inspect, remap and convert optimizer checkpoints by parameter name. Nothing in a file is ever executed.",
@@ -114,7 +148,7 @@ def read_plan(path: Path) -> Plan:
     try:
         return parse_plan(sys.stdin.read(), name="standard input")
     except UnicodeDecodeError as error:
-        raise errors.PlanSyntaxError(f"standard input: the plan is no UTF-8 text: {error}") from None
+        raise errors.PlanSyntaxError(f"standard input: the plan is not UTF-8 text: {error}") from None
 
 
 def _print_version(value: bool) -> None:

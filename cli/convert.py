@@ -16,7 +16,7 @@ def parse_size(text: str) -> int:
     number = text.strip().rstrip("BKMGIbkmgi ")
     unit = text.strip()[len(number) :].strip().upper()
     if unit not in units or not number.replace(".", "", 1).isdigit() or not float(number):
-        raise typer.BadParameter(f"{text!r} is no size; write 500MB or 2GiB", param_hint="--shard-size")
+        raise typer.BadParameter(f"{text!r} is not a size; write 500MB or 2GiB", param_hint="--shard-size")
     return int(float(number) * units[unit])
 
 
@@ -25,6 +25,7 @@ def parse_size(text: str) -> int:
     epilog=epilog(
         "optimstate convert checkpoint.pt checkpoint.safetensors",
         "optimstate convert checkpoint.pt weights.safetensors --section model --dtype model=bf16",
+        "optimstate convert checkpoint.pt small.pt --without optimizer",
         "optimstate convert checkpoint.pt sharded --shard-size 500MB --verify",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 the state has no such form, 5 the destination, 6 the container "
         "cannot hold it, 130 interrupted.",
@@ -35,8 +36,18 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="Where to write; the suffix says what.", show_default=False)],
     to: Annotated[str | None, typer.Option(metavar="FORMAT", help="torch or safetensors.", show_default=False)] = None,
     section: Annotated[
-        str | None,
-        typer.Option(metavar="KIND|PATH", help="Write this alone: model, optimizer, ...", show_default=False),
+        list[str] | None,
+        typer.Option(
+            metavar="KIND|PATH",
+            help="Write this alone: model, optimizer, ... Given several times, these and nothing else.",
+            show_default=False,
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND|PATH", help="Leave this out and keep everything else where it is.", show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -69,12 +80,14 @@ def convert(
 ) -> None:
     """Write a checkpoint in another container, torch or safetensors: without loss and in constant memory.
 
-    Or one section of it, in other dtypes, or with another optimizer's state: what that rounds or loses is reported.
+    Or some sections of it, in other dtypes, or with another optimizer's state: what that rounds or loses is reported.
     """
     import optimstate
     from optimstate.cli.render import terminal
     from optimstate.formats.protocol import WriteOptions
 
+    if section and without:
+        raise typer.BadParameter("--section and --without exclude each other: what is not chosen is left out")
     size = None if shard_size is None else parse_size(shard_size)
     with terminal.progress("converting", source, quiet=quiet) as advance:
         options = WriteOptions(not no_checksums, drop_opaque, clone_views, size, not no_sync, advance)
@@ -82,7 +95,8 @@ def convert(
             source,
             destination,
             to=to,
-            section=section,
+            section=section or (),
+            without=without or (),
             dtypes=_parsed(dtype),
             optimizer=optimizer,
             verify=verify,

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import SETTINGS, Force, Json, Quiet, app, epilog, read_plan
+from optimstate.cli.app import SETTINGS, Application, Force, Json, Quiet, app, epilog, read_plan
 
-plans = typer.Typer(
+plans = Application(
     name="plan",
     help="Write, check, undo and look at plans: the TOML files that say which parameters are made from which.\n\n"
     "Torch is never imported and no checkpoint is changed.",

@@ -245,6 +245,8 @@ def named(report: NameReport) -> None:
 
 def converted(report: ConvertReport) -> None:
     """Print what was converted, cast and lost."""
+    for where in report.without:
+        typer.echo(f"left out: {where}")
     for where, change in report.optimizers.items():
         typer.echo(f"{where}: {change.source} -> {change.target}")
         typer.echo(table(("slot", "outcome", "why"), ((line.slot, line.outcome, line.reason) for line in change.slots)))

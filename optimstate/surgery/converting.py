@@ -1,4 +1,4 @@
-"""Convert: the same checkpoint in another container, or a section of it, in other dtypes, for another optimizer."""
+"""Convert: the same checkpoint in another container, or parts of it, in other dtypes, for another optimizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class ConvertReport:
     """What was written, and what the container could not hold.
 
     Attributes:
-        section: The section that was written alone, by kind and path; empty for all of them.
+        section: The sections that were written alone, by kind and path; empty for all of them.
+        without: The sections that were left out, by kind and path.
         casts: What was cast, and what that rounded.
         optimizers: By section: the algorithm its state was and is of, and what became of each slot.
     """
@@ -47,6 +48,7 @@ class ConvertReport:
     nbytes: int
     notes: tuple[str, ...]
     section: str = ""
+    without: tuple[str, ...] = ()
     casts: tuple[Cast, ...] = ()
     optimizers: Mapping[str, OptimizerChange] = field(default_factory=dict)
 
@@ -60,7 +62,8 @@ def convert(
     destination: str | Path,
     *,
     to: str | None = None,
-    section: str | None = None,
+    section: str | Sequence[str] | None = None,
+    without: Sequence[str] = (),
     dtypes: Mapping[str, str] | None = None,
     optimizer: str | None = None,
     verify: bool = False,
@@ -68,14 +71,16 @@ def convert(
     force: bool = False,
     options: WriteOptions | None = None,
 ) -> ConvertReport:
-    """Write the same checkpoint in another container; or one section of it, in other dtypes, for another optimizer.
+    """Write the same checkpoint in another container; or some of its sections, in other dtypes, for another optimizer.
 
     Args:
         source: A file or folder.
-        destination: Where to write; its suffix chooses the container unless `to` does.
+        destination: Where to write; its suffix chooses the container unless `to` does. A folder of checkpoints may
+            become another folder.
         to: The name of a container format.
         section: Write this one alone: its kind (`model`, `ema`, `optimizer`, `scheduler`) or its path. A model becomes
-            a plain mapping of names to tensors.
+            a plain mapping of names to tensors. Several are written where they stand, and nothing else.
+        without: Leave these sections out, by kind (all of a kind) or path, and keep everything else where it is.
         dtypes: Floating-point dtypes by torch's names, for a slot (`exp_avg`) or a section, by kind or path. Elements
             are cast as torch casts them, a block at a time. Step counts and fp32 masters are not cast with a section.
         optimizer: The algorithm whose state the optimizers are to have: `Adam`, `Adafactor`, `Lion`, ...
@@ -90,74 +95,110 @@ def convert(
         MigrationError: There is no such section or slot, it cannot be cast, or the state has no meaning in `optimizer`.
         RepresentationError: The container cannot hold something; the message names it and the option that helps.
         DestinationError: The destination exists, is the source, or cannot be written.
+        ValueError: Both `section` and `without` are given.
     """
     source, destination = Path(source), Path(destination)
     options = options or WriteOptions()
-    target = _target_format(destination, to, options)
+    sections = [section] if isinstance(section, str) else list(section or ())
+    if sections and without:
+        raise ValueError("section and without exclude each other: what is not chosen is left out")
     if not dry_run:
         check_destination(destination, [source], force=force)
     with opening(source), ExitStack() as stack:
         document = open_checkpoint(source)
+        target = _target_format(destination, to, options, document)
         if verify and dry_run:
             verify_checksums(document)
         elif verify:
             options = replace(options, confirm=stack.enter_context(_verifying(document)))
-        tree, notes = (document.tree, []) if section is not None else _without_files(document)
-        changes = _Changes(tree, section, dtypes or {}, optimizer) if section or dtypes or optimizer else None
-        if changes is not None:
-            tree = changes.tree
-            notes += changes.notes
-            if target == "safetensors" and not options.clone_views:
-                notes += [_stored_once(names) for names in changes.tied]
-        written = get_format(target)
-        if options.drop_opaque and target == "torch" and any(isinstance(node, Opaque) for node in nodes(tree)):
-            notes.append("nothing was left out: a torch file holds objects of other classes as they are")
+        changes = _Changes(document, target, sections, without, dtypes or {}, optimizer)
+        if target == "safetensors" and not options.clone_views:
+            changes.notes += [_stored_once(names) for names in changes.tied]
+        if options.drop_opaque and target == "torch" and any(isinstance(node, Opaque) for node in nodes(changes.tree)):
+            changes.notes.append("nothing was left out: a torch file holds objects of other classes as they are")
         if not dry_run:
-            like = document if section is None else None
-            notes += written.write(tree, destination, like=like, options=options)
-        found = [node for node in nodes(tree) if isinstance(node, LazyTensor)]
-        nbytes = sum(tensor.nbytes for tensor in found)
-        report = ConvertReport(
-            str(source), str(destination), document.format, target, not dry_run, len(found), nbytes, tuple(notes)
-        )
-        return report if changes is None else changes.added_to(report)
+            like = None if sections else document
+            changes.notes += get_format(target).write(changes.tree, destination, like=like, options=options)
+        return changes.report(document, destination, target, written=not dry_run)
 
 
 class _Changes:
-    """A tree with another optimizer's state, other dtypes, or of one section alone.
+    """The tree that is written: another optimizer's state, other dtypes, some sections alone or left out.
 
     Raises:
         MigrationError: There is no such section or slot, or it cannot be changed so.
     """
 
-    def __init__(self, tree: Any, section: str | None, dtypes: Mapping[str, str], optimizer: str | None) -> None:
-        from optimstate.state.sections import find_sections
-
-        sections = find_sections(tree)
+    def __init__(
+        self,
+        document: Document,
+        target: str,
+        names: Sequence[str],
+        without: Sequence[str],
+        dtypes: Mapping[str, str],
+        optimizer: str | None,
+    ) -> None:
         self.notes: list[str] = []
         self.tied: list[list[str]] = []
-        self.section: Section | None = None
+        self.alone: list[Section] = []
+        self.left_out: list[str] = []
         self.optimizers: dict[str, OptimizerChange] = {}
-        if section is not None:
-            self.section = _chosen(section, sections)
-            sections = [self.section]
-        nodes = [self._plain(found) if section is not None else found.node for found in sections]
+        self._casting: Casting | None = None
+        self.tree = document.tree
+        if not names and target not in _FOLDERS:
+            self.tree, self.notes = _without_files(document)
+        if names or without or dtypes or optimizer is not None:
+            self._change(names, without, dtypes, optimizer)
+
+    def _change(
+        self, names: Sequence[str], without: Sequence[str], dtypes: Mapping[str, str], optimizer: str | None
+    ) -> None:
+        from optimstate.state.sections import find_sections
+        from optimstate.surgery import selection
+
+        sections = find_sections(self.tree)
+        if without:
+            self.tree, self.left_out, notes = selection.without(self.tree, without, sections)
+            self.notes += notes
+            sections = find_sections(self.tree)
+        if names:
+            alone = [selection.section_called(name, sections) for name in names]
+            sections = self.alone = [section for section in sections if any(section is one for one in alone)]
+        nodes = [self._plain(found) if names else found.node for found in sections]
         if optimizer is not None:
             nodes = self._converted(sections, nodes, optimizer)
-        self._casting = _casting(dtypes, sections, nodes) if dtypes else None
-        nodes = nodes if self._casting is None else self._casting.cast()
-        made = {id(found.node): node for found, node in zip(sections, nodes, strict=True) if node is not found.node}
-        self.tree = nodes[0] if self.section is not None else replaced(tree, made)
+        if dtypes:
+            self._casting = _casting(dtypes, sections, nodes)
+            nodes = self._casting.cast()
+        if len(self.alone) == 1:
+            self.tree = nodes[0]
+        else:
+            if self.alone:
+                self.tree = selection.only(self.tree, {id(found.node) for found in sections})
+            made = {id(found.node): node for found, node in zip(sections, nodes, strict=True) if node is not found.node}
+            self.tree = replaced(self.tree, made)
         if self._casting is not None:
             self._casting.note_partings(self.tree)
             self.notes += self._casting.notes
 
-    def added_to(self, report: ConvertReport) -> ConvertReport:
-        """The report with what was done."""
-        alone = "" if self.section is None else f"{self.section.kind} at {self.section.label}"
-        casts = () if self._casting is None else self._casting.reports(written=report.written)
-        notes = report.notes if self._casting is None else (*report.notes, *self._casting.lost_squares())
-        return replace(report, section=alone, casts=casts, optimizers=self.optimizers, notes=notes)
+    def report(self, document: Document, destination: Path, target: str, *, written: bool) -> ConvertReport:
+        """What was done."""
+        found = [node for node in nodes(self.tree) if isinstance(node, LazyTensor)]
+        notes = self.notes if self._casting is None else [*self.notes, *self._casting.lost_squares()]
+        return ConvertReport(
+            str(document.path),
+            str(destination),
+            document.format,
+            target,
+            written,
+            len(found),
+            sum(tensor.nbytes for tensor in found),
+            tuple(notes),
+            ", ".join(f"{section.kind} at {section.label}" for section in self.alone),
+            tuple(self.left_out),
+            () if self._casting is None else self._casting.reports(written=written),
+            self.optimizers,
+        )
 
     def _plain(self, section: Section) -> Any:
         """The node of a section that is to stand alone; of a pickled module its tensors."""
@@ -166,7 +207,7 @@ class _Changes:
         from optimstate.state.sections import tied_names
 
         tensors = section.tensors()
-        self.tied = tied_names(tensors)
+        self.tied = [*self.tied, *tied_names(tensors)]
         return tensors if isinstance(section.node, Opaque) else section.node
 
     def _converted(self, sections: Sequence[Section], nodes: Sequence[Any], target: str) -> list[Any]:
@@ -200,25 +241,12 @@ def _stored_once(names: Sequence[str]) -> str:
     )
 
 
-def _chosen(name: str, sections: Sequence[Section]) -> Section:
-    """The one section of that path, else of that kind.
-
-    Raises:
-        MigrationError: There is none, or there are several.
-    """
-    found = [section for section in sections if section.label == name] or [s for s in sections if s.kind == name]
-    if len(found) == 1:
-        return found[0]
-    there = ", ".join(f"{section.kind} at {section.label}" for section in found or sections)
-    if found:
-        raise MigrationError([f"{len(found)} sections are called {name!r}: {there}"], hint="Give the path of one.")
-    known = f"There are: {there}." if sections else "No section was recognised; `optimstate inspect` shows what is."
-    raise MigrationError([f"no section is called {name!r}"], hint=known)
-
-
-def _target_format(destination: Path, to: str | None, options: WriteOptions) -> str:
-    if to is None and options.shard_size is not None and not destination.suffix:
-        return "safetensors"
+def _target_format(destination: Path, to: str | None, options: WriteOptions, document: Document) -> str:
+    if to is None and not destination.suffix:
+        if options.shard_size is not None:
+            return "safetensors"
+        if document.format == "folder":
+            return "folder"
     return format_for_destination(destination, to).NAME
 
 

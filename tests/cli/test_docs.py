@@ -134,6 +134,7 @@ INVOCATIONS = {
     "plan invert": [["plan", "invert", "plan.toml", "old.pt"]],
     "plan show": [["plan", "show", "copies.toml", "checkpoint.pt"]],
     "convert": [
+        ["convert", "checkpoint.pt", "less2.pt", "--without", "optimizer"],
         ["convert", str(ANY / "transformers/gpt2_adamw/checkpoint-4"), "whole.pt", "--dry-run"],
         ["convert", "checkpoint.pt", "cast.pt", "--section", "optimizer", "--dtype", "exp_avg=bf16"],
         ["convert", "checkpoint.pt", "lion.pt", "--dry-run", "--optimizer", "Lion", "--dtype", "model=bf16"],

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import typer.main
 
 from optimstate.cli import app
 from optimstate.cli.render import terminal
@@ -51,6 +53,29 @@ def test_quiet_prints_nothing_and_exits_the_same(command: str, checkpoints: Path
         assert (quiet.code, quiet.out, quiet.err) == (loud.code, "", "")
     both = run(*LINES[command], "-q", "--json")
     assert json.loads(both.out)["command"] == command
+
+
+def single_valued() -> list[tuple[str, str]]:
+    """Every command's options that take one value."""
+    app.register([])
+    found: list[tuple[str, str]] = []
+    root = typer.main.get_command(app.app)
+    for line in [*LINES, "demo"]:
+        command: Any = root
+        for word in line.split():
+            command = command.commands[word]
+        options = [option for option in command.params if option.param_type_name == "option"]
+        found += [(line, option.opts[0]) for option in options if not (option.multiple or option.is_flag)]
+    return found
+
+
+@pytest.mark.parametrize(("command", "option"), single_valued())
+def test_an_option_of_one_value_given_twice_is_wrong_usage(command: str, option: str, checkpoints: Path) -> None:
+    line = LINES.get(command, [command])
+    times = 2 + (option in line)
+    outcome = run(*line, option, "1", option, "2")
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {option} is given {times} times, but it takes one value\n")
 
 
 def test_quiet_does_not_hide_errors(checkpoints: Path) -> None:
@@ -101,7 +126,7 @@ def test_bytes_that_are_no_text_are_no_plan(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00"), encoding="utf-8"))
     outcome = run("plan", "show", "-")
     assert outcome.code == 4
-    assert "no UTF-8 text" in outcome.err
+    assert "not UTF-8 text" in outcome.err
 
 
 @pytest.mark.parametrize(

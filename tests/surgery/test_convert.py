@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from optimstate.errors import CorruptCheckpointError, MigrationError, PlanSyntaxError, RepresentationError
@@ -427,3 +427,63 @@ def test_a_conversion_that_fails_stops_comparing_checksums(tmp_path: Path) -> No
     with pytest.raises(RepresentationError, match="Fraction"):
         convert(source, tmp_path / "out.safetensors", verify=True)
     assert not [thread for thread in threading.enumerate() if thread.name == "optimstate-helper"]
+
+
+# --- several sections, and all but some -----------------------------------------------------------------------------
+
+
+def test_several_sections_stand_where_they_stood_and_nothing_else(tmp_path: Path) -> None:
+    source = saved({**trained(), "epoch": 3}, tmp_path)
+    made, report = converted(source, tmp_path, section=["optimizer", "model"])
+    old = load_torch(source)
+    assert unlike(made, {key: old[key] for key in old if key in ("model", "optimizer")}) is None
+    assert report.section == "model at model, optimizer at optimizer"
+
+
+@pytest.mark.parametrize("names", [["optimizer"], ["scheduler", "optimizer"], ["model"], ["optimizer", "optimizer"]])
+def test_what_is_left_out_is_gone_and_nothing_else(names: list[str], tmp_path: Path) -> None:
+    source = saved({**trained(), "epoch": 3, "rng": torch.get_rng_state()}, tmp_path)
+    made, report = converted(source, tmp_path, without=names)
+    old = load_torch(source)
+    assert unlike(made, {key: value for key, value in old.items() if key not in names}) is None
+    assert sorted(report.without) == sorted(f"{name} at {name}" for name in set(names))
+    assert report.notes == ()
+
+
+def test_one_of_two_names_for_the_same_optimizer_is_left_out(tmp_path: Path) -> None:
+    state = trained()["optimizer"]
+    torch.save({"opt": {"a": state, "b": state}, "list": [state, "x"]}, tmp_path / "a.pt")
+    made, _ = converted(tmp_path / "a.pt", tmp_path, without=["opt['b']"])
+    assert made["opt"].keys() == {"a"}
+    assert len(made["list"]) == 2
+    made, report = converted(tmp_path / "a.pt", tmp_path, without=["optimizer"])
+    assert made == {"opt": {}, "list": ["x"]}
+    assert len(report.notes) == 1
+    assert "move up by one" in report.notes[0]
+
+
+def test_a_folder_loses_the_file_of_a_section_and_keeps_the_others(tmp_path: Path) -> None:
+    checkpoint, folder = trained(), tmp_path / "ck"
+    folder.mkdir()
+    save_file(checkpoint["model"], folder / "model.safetensors")
+    torch.save(checkpoint["optimizer"], folder / "optimizer.pt")
+    (folder / "config.json").write_text("{}")
+    report = convert(folder, tmp_path / "new", without=["optimizer"])
+    assert report.format == "folder"
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
+    for file in (tmp_path / "new").iterdir():
+        assert file.read_bytes() == (folder / file.name).read_bytes()
+
+
+def test_what_cannot_be_left_out_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    source = saved(trained(), tmp_path)
+    torch.save(trained()["model"], tmp_path / "bare.pt")
+    for file, name, said in (
+        (source, "ema", "no section is called 'ema'"),
+        (tmp_path / "bare.pt", "model", "the model is the whole checkpoint"),
+    ):
+        with pytest.raises(MigrationError, match=said):
+            convert(file, tmp_path / "out.pt", without=[name])
+    with pytest.raises(ValueError, match="exclude each other"):
+        convert(source, tmp_path / "out.pt", section="model", without=["optimizer"])
+    assert not (tmp_path / "out.pt").exists()
