@@ -20,7 +20,7 @@ from optimstate.errors import (
     UnrecognizedFormatError,
     UnsupportedCheckpointError,
 )
-from optimstate.formats.protocol import HEAD_BYTES, Document, WriteOptions
+from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import FileSlice, FileSource, chunks
 from optimstate.io.output import AtomicFile
@@ -33,9 +33,9 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_MEMBERS = 10_000
 
 
-def sniff(path: Path, head: bytes) -> bool:
-    """Whether a file is a zip archive, and not one of torch, whose members are all in one folder."""
-    return head[:4] == b"PK\x03\x04" and path.suffix != ".distcp" and not torch_zip.sniff(path, head)
+def sniff(path: Path, head: bytes) -> Claim:
+    """Any zip archive, if no other format knows it better."""
+    return Claim.FALLBACK if head[:4] == b"PK\x03\x04" and path.suffix != ".distcp" else Claim.NO
 
 
 def read(path: Path) -> Document:
@@ -51,7 +51,7 @@ def read(path: Path) -> Document:
         part = FileSlice(source, _data_offset(source, info), info.compress_size)
         head = part.read(0, min(HEAD_BYTES, part.size)) if info.compress_type == zipfile.ZIP_STORED else b""
         document.handle[info.filename] = (info, part)
-        if torch_zip.sniff(path, head):
+        if torch_zip.sniff(path, head):  # likely or certain
             tree, names, archive = torch_zip.read_archive(part)
             document.tree[info.filename] = tree
             document.parts[info.filename] = Document(path, torch_zip.NAME, tree, names, handle=archive)

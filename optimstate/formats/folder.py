@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CheckpointError, RepresentationError, UnrecognizedFormatError
-from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.ranks import files as ranks
 from optimstate.formats.registry import detect, get_format
 from optimstate.formats.safetensors.container import read_index
@@ -25,9 +25,9 @@ SUFFIXES: tuple[str, ...] = ()
 MAX_FILES = 10_000
 
 
-def sniff(path: Path, head: bytes) -> bool:
-    """Whether it is a folder that no other format claims."""
-    return path.is_dir() and not head
+def sniff(path: Path, head: bytes) -> Claim:
+    """Any folder, if no other format knows it better."""
+    return Claim.FALLBACK if path.is_dir() and not head else Claim.NO
 
 
 def read(path: Path) -> Document:

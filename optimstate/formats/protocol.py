@@ -1,18 +1,41 @@
-"""What a container format provides."""
+"""What a container format provides: the interface that formats implement, here and in other packages.
+
+A format is a module (or any object) with the attributes and functions of `Format`. Another package adds one by an
+entry point of the group `optimstate.formats`, whose name is the format's and whose value is the module:
+
+    [project.entry-points."optimstate.formats"]
+    toy = "my_package.toy"
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 from optimstate.io.extents import Progress
 
-__all__ = ["HEAD_BYTES", "Document", "Format", "WriteOptions"]
+__all__ = ["HEAD_BYTES", "Claim", "Document", "Format", "WriteOptions"]
 
 HEAD_BYTES = 4096
 """How much of a file's beginning is shown to `Format.sniff`."""
+
+
+class Claim(IntEnum):
+    """How surely a file or folder is of a format: of all that claim it, the surest reads it.
+
+    Two that claim it alike are an error, so every format says no more than it has seen.
+    """
+
+    NO = 0
+    FALLBACK = 1
+    """It can be read if no other format knows it better: any zip archive, any folder."""
+    LIKELY = 2
+    """It begins like one, and so might others."""
+    CERTAIN = 3
+    """It bears a mark that nothing else has."""
 
 
 @dataclass
@@ -67,19 +90,37 @@ class WriteOptions:
 
 
 class Format(Protocol):
-    """A container format: one module under `optimstate.formats` whose functions have these signatures."""
+    """A container format.
+
+    Attributes:
+        NAME: What it is called (`--to NAME`).
+        SUFFIXES: The endings of file names for which it is written unless another format is named; no other has them.
+            Empty where it is not written, or only by name.
+    """
 
     NAME: str
     SUFFIXES: tuple[str, ...]
 
-    def sniff(self, path: Path, head: bytes) -> bool:
-        """Whether the file (its first `HEAD_BYTES` are `head`) or folder (`head` is empty) is of this format."""
+    def sniff(self, path: Path, head: bytes) -> Claim:
+        """How surely the file (its first `HEAD_BYTES` are `head`) or folder (`head` is empty) is of this format."""
 
     def read(self, path: Path) -> Document:
-        """Open it."""
+        """Open it.
+
+        Raises:
+            CheckpointError: It is damaged, hostile or uses what is not supported; the error names the file.
+        """
 
     def write(self, tree: Any, path: Path, *, like: Document | None, options: WriteOptions) -> list[str]:
         """Write `tree` to `path`, all or nothing, and return notes on what was left out or changed.
 
-        `like` is the document the tree was made from, when there is one.
+        Args:
+            tree: Nested dicts, lists and tuples of `LazyTensor`s and plain values.
+            path: What is there is replaced.
+            like: The document the tree was made from, when there is one.
+            options: See `WriteOptions`.
+
+        Raises:
+            RepresentationError: The container cannot hold something of the tree; the message names it.
+            DestinationError: It cannot be written.
         """

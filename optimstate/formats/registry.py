@@ -1,10 +1,19 @@
-"""The container formats by name; each module is imported when a file asks for it."""
+"""The container formats by name; each module is imported when a file may be its own.
+
+Which format reads a file does not depend on any order: each says how surely the file is its own (`Claim`), the surest
+reads it, and two that are equally sure are an error. Formats of other packages (entry points `optimstate.formats`) are
+asked about every file that no format here is certain of.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from optimstate.errors import (
     CheckpointError,
@@ -13,24 +22,106 @@ from optimstate.errors import (
     RepresentationError,
     UnrecognizedFormatError,
 )
-from optimstate.formats.protocol import HEAD_BYTES, Document, Format
+from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, Format
 from optimstate.tree import no_garbage_collection
 
-__all__ = ["FORMATS", "format_for_destination", "get_format", "open_checkpoint"]
+__all__ = ["ENTRY_POINTS", "FORMATS", "Registration", "format_for_destination", "get_format", "open_checkpoint"]
 
-# Name -> module, in the order they are asked whether a file is theirs.
-FORMATS: dict[str, str] = {
-    "torch": "optimstate.formats.torch.zip",
-    "zip": "optimstate.formats.archive",
-    "safetensors": "optimstate.formats.safetensors.container",
-    "dcp": "optimstate.formats.dcp.folder",
-    "deepspeed": "optimstate.formats.deepspeed.zero",
-    "deepspeed-universal": "optimstate.formats.deepspeed.universal",
-    "torch-legacy": "optimstate.formats.torch.legacy",
-    "pickle": "optimstate.formats.torch.pickle_file",
-    "ranks": "optimstate.formats.ranks.files",
-    "folder": "optimstate.formats.folder",
+ENTRY_POINTS = "optimstate.formats"
+"""The group of entry points by which other packages add formats."""
+
+
+class Registration(NamedTuple):
+    """What is known of a format before its module is imported.
+
+    Attributes:
+        module: Where it is.
+        suffixes: As the module's `SUFFIXES`.
+        head: How its files may begin; None where it has no files.
+        name: How the names of its files may look, whatever is in them; None where that says nothing.
+        folders: Whether a folder may be of it.
+    """
+
+    module: str
+    suffixes: tuple[str, ...] = ()
+    head: re.Pattern[bytes] | None = None
+    name: re.Pattern[str] | None = None
+    folders: bool = False
+
+    def may_be(self, path: Path, head: bytes, *, is_folder: bool) -> bool:
+        """Whether the format is to be asked."""
+        if is_folder:
+            return self.folders
+        in_head = self.head is not None and self.head.match(head) is not None
+        return in_head or (self.name is not None and self.name.search(path.name) is not None)
+
+
+def _begins(pattern: bytes) -> re.Pattern[bytes]:
+    return re.compile(pattern, re.DOTALL)
+
+
+_MODULE = "optimstate.formats"
+_ZIP = _begins(rb"PK[\x03\x05]")
+
+FORMATS: dict[str, Registration] = {
+    "torch": Registration(f"{_MODULE}.torch.zip", (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th"), _ZIP),
+    "zip": Registration(f"{_MODULE}.archive", (".zip",), _ZIP),
+    "safetensors": Registration(
+        f"{_MODULE}.safetensors.container",
+        (".safetensors",),
+        _begins(rb".{8}\{"),
+        re.compile(r"\.safetensors$|\.safetensors\.index\.json$"),
+    ),
+    "dcp": Registration(f"{_MODULE}.dcp.folder", (".dcp",), folders=True),
+    "deepspeed": Registration(f"{_MODULE}.deepspeed.zero", folders=True),
+    "deepspeed-universal": Registration(f"{_MODULE}.deepspeed.universal", ("_universal",), folders=True),
+    "torch-legacy": Registration(
+        f"{_MODULE}.torch.legacy",
+        (),
+        _begins(rb".{0,24}\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19|(?:storages|tensors|pickle|sys_info)\0"),
+    ),
+    "pickle": Registration(
+        f"{_MODULE}.torch.pickle_file", (), _begins(rb"\x80[\x02-\x05]"), re.compile(r"\.pkl$|\.pickle$")
+    ),
+    "ranks": Registration(f"{_MODULE}.ranks.files"),  # which files belong together is seen by their folder
+    "folder": Registration(f"{_MODULE}.folder", folders=True),
 }
+
+
+def _is_mentioned(group: bytes) -> bool:
+    """Whether an installed package has entry points of the group: `importlib.metadata` takes 50 ms to import."""
+    files = (file for folder in sys.path for file in Path(folder).glob("*-info/entry_points.txt"))
+    return any(group in file.read_bytes() for file in files)
+
+
+@cache
+def _outside() -> Mapping[str, Format]:
+    """The formats of other packages, by name.
+
+    Raises:
+        RepresentationError: One has the name of another, or is not a format.
+    """
+    found: dict[str, Format] = {}
+    if not _is_mentioned(ENTRY_POINTS.encode()):
+        return found
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=ENTRY_POINTS):
+        made = point.load()
+        missing = [name for name in ("NAME", "SUFFIXES", "sniff", "read", "write") if not hasattr(made, name)]
+        if missing or point.name != made.NAME:
+            what = f"has no {missing[0]}" if missing else f"calls itself {made.NAME!r}"
+            raise RepresentationError(
+                f"the container format {point.name!r} of {point.value} {what}",
+                hint="`optimstate.formats.protocol` describes what a format provides.",
+            )
+        if point.name in FORMATS or point.name in found:
+            raise RepresentationError(
+                f"{point.value} adds a container format {point.name!r}, but there is one of that name",
+                hint="Uninstall one of the packages.",
+            )
+        found[point.name] = made
+    return found
 
 
 def get_format(name: str) -> Format:
@@ -39,9 +130,13 @@ def get_format(name: str) -> Format:
     Raises:
         RepresentationError: There is none.
     """
-    if name not in FORMATS:
-        raise RepresentationError(f"no container format is called {name!r}", hint=f"Known: {', '.join(FORMATS)}.")
-    return cast("Format", import_module(FORMATS[name]))
+    if name in FORMATS:
+        return cast("Format", import_module(FORMATS[name].module))
+    outside = _outside()
+    if name not in outside:
+        known = ", ".join([*FORMATS, *outside])
+        raise RepresentationError(f"no container format is called {name!r}", hint=f"Known: {known}.")
+    return outside[name]
 
 
 def detect(path: Path) -> Format | None:
@@ -49,6 +144,7 @@ def detect(path: Path) -> Format | None:
 
     Raises:
         CheckpointNotFoundError: There is nothing at `path`.
+        UnrecognizedFormatError: Two formats claim it equally.
     """
     if not path.exists():
         raise CheckpointNotFoundError("no such file or folder", path=path, hint="Check the path for a typing mistake.")
@@ -59,7 +155,34 @@ def detect(path: Path) -> Format | None:
                 head = file.read(HEAD_BYTES)
         except OSError as error:
             raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from error
-    return next((found for found in map(get_format, FORMATS) if found.sniff(path, head)), None)
+    claims = list(_claims(path, head))
+    surest = max((claim for claim, _ in claims), default=Claim.NO)
+    if surest < Claim.CERTAIN:
+        claims += [(_checked(found.sniff(path, head), found), found) for found in _outside().values()]
+        surest = max((claim for claim, _ in claims), default=Claim.NO)
+    if surest is Claim.NO:
+        return None
+    best = [found for claim, found in claims if claim is surest]
+    if len(best) > 1:
+        names = " and ".join(repr(found.NAME) for found in best)
+        raise UnrecognizedFormatError(
+            f"the formats {names} both claim it", path=path, hint="Report this: one of them claims too much."
+        )
+    return best[0]
+
+
+def _claims(path: Path, head: bytes) -> Iterator[tuple[Claim, Format]]:
+    is_folder = not head and path.is_dir()
+    for name, known in FORMATS.items():
+        if known.may_be(path, head, is_folder=is_folder):
+            found = get_format(name)
+            yield _checked(found.sniff(path, head), found), found
+
+
+def _checked(claim: Claim, found: Format) -> Claim:
+    if not isinstance(claim, Claim):
+        raise TypeError(f"`sniff` of the format {found.NAME!r} must return a Claim, not {claim!r}")
+    return claim
 
 
 def open_checkpoint(path: str | Path) -> Document:
@@ -86,17 +209,19 @@ def open_checkpoint(path: str | Path) -> Document:
 
 
 def format_for_destination(path: Path, name: str | None) -> Format:
-    """The format to write: by name, else by the suffix of the destination.
+    """The format to write: by name, else by the longest known suffix of the destination.
 
     Raises:
         RepresentationError: Neither says which.
     """
     if name is not None:
         return get_format(name)
-    for key in FORMATS:
-        found = get_format(key)
-        if path.name.endswith(found.SUFFIXES):
-            return found
+    known = {suffix: key for key, row in FORMATS.items() for suffix in row.suffixes}
+    if not path.name.endswith(tuple(known)):
+        known.update((suffix, key) for key, found in _outside().items() for suffix in found.SUFFIXES)
+    fitting = [suffix for suffix in known if path.name.endswith(suffix)]
+    if fitting:
+        return get_format(known[max(fitting, key=len)])
     raise RepresentationError(
         f"{path.name!r}: the suffix does not say which container to write",
         hint="Use .pt, .pth, .bin, .ckpt or .safetensors, or give --to.",

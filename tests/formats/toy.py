@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CorruptCheckpointError
-from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.safetensors import json_tree
 from optimstate.io.copying import copy_extents
 from optimstate.io.extents import Extent, FileSource
@@ -24,9 +24,9 @@ SUFFIXES = (".toy",)
 _HEAD = struct.Struct("<4sQLQ")  # magic, bytes of the header, their CRC-32, bytes of the whole file
 
 
-def sniff(path: Path, head: bytes) -> bool:
+def sniff(path: Path, head: bytes) -> Claim:
     """Whether the magic is there."""
-    return head[:4] == b"TOY1" and path.is_file()
+    return Claim.CERTAIN if head[:4] == b"TOY1" and path.is_file() else Claim.NO
 
 
 def read(path: Path) -> Document:

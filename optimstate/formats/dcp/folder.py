@@ -29,7 +29,7 @@ from optimstate.errors import (
 from optimstate.formats.dcp import tree as tree_of_metadata
 from optimstate.formats.dcp.metadata import Item, Metadata, TensorItem, dump_metadata, load_metadata, merged
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
-from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.ranks.tiles import Tile, check_tiling, tensor_of_pieces
 from optimstate.formats.registry import detect, get_format
 from optimstate.formats.safetensors.file import MAX_HEADER
@@ -50,9 +50,11 @@ _SMALL_ITEM = 1 << 13  # up to this size an item's bytes are compared with those
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def sniff(path: Path, head: bytes) -> bool:
+def sniff(path: Path, head: bytes) -> Claim:
     """Whether it is a folder with the metadata or the data of a distributed checkpoint."""
-    return not head and path.is_dir() and ((path / ".metadata").exists() or any(path.glob("*.distcp")))
+    if head or not path.is_dir():
+        return Claim.NO
+    return Claim.CERTAIN if (path / ".metadata").exists() or any(path.glob("*.distcp")) else Claim.NO
 
 
 def read(path: Path) -> Document:

@@ -17,7 +17,7 @@ from typing import Any
 
 from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.deepspeed.zero import MASTER, Shapes, shape_of
-from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.output import AtomicDirectory
 from optimstate.state.optimizer import OptimizerState
@@ -33,9 +33,9 @@ _OPTIMIZER_FILE = "optimizer_state.pt"
 _MASTER_FILE = "fp32"
 
 
-def sniff(path: Path, head: bytes) -> bool:
+def sniff(path: Path, head: bytes) -> Claim:
     """Whether it is a folder with a file per parameter under `zero`."""
-    return not head and (path / "zero" / _OPTIMIZER_FILE).is_file()
+    return Claim.CERTAIN if not head and (path / "zero" / _OPTIMIZER_FILE).is_file() else Claim.NO
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

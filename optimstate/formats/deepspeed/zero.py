@@ -24,7 +24,7 @@ from optimstate.errors import (
     RepresentationError,
     UnsupportedCheckpointError,
 )
-from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.registry import detect
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent
@@ -55,12 +55,13 @@ _PARTITIONING = {
 Shapes = dict[str, tuple[int, ...]]
 
 
-def sniff(path: Path, head: bytes) -> bool:
+def sniff(path: Path, head: bytes) -> Claim:
     """Whether it is a folder of one tag, with optimizer states of ranks and model states."""
     if head or not path.is_dir():
-        return False
+        return Claim.NO
     names = [file.name for file in path.iterdir()]
-    return any(map(_OPTIMIZER_FILE.fullmatch, names)) and any(map(_MODEL_FILE.fullmatch, names))
+    whole = any(map(_OPTIMIZER_FILE.fullmatch, names)) and any(map(_MODEL_FILE.fullmatch, names))
+    return Claim.CERTAIN if whole else Claim.NO
 
 
 def read(path: Path) -> Document:

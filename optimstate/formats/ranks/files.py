@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
-from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.ranks.shards import SHARDED_CLASSES, Box, ShardRecord, is_sharded, shard_record
 from optimstate.formats.ranks.tiles import Tile, check_tiling, region, tensor_of_pieces
 from optimstate.formats.torch import zip as torch_zip
@@ -32,9 +32,9 @@ _NUMBER = re.compile(r"\d+")
 _RANK = re.compile(r"(?P<mark>[._-]?(?:rank|shard)[._-]?)(?P<number>\d+)", re.IGNORECASE)
 
 
-def sniff(path: Path, head: bytes) -> bool:  # noqa: ARG001
+def sniff(path: Path, head: bytes) -> Claim:  # noqa: ARG001
     """Never: which files belong together is seen by the folder that they are in."""
-    return False
+    return Claim.NO
 
 
 def read(path: Path) -> Document:

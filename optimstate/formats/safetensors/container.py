@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
-from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.safetensors.checkpoint import Layout, decode_checkpoint
 from optimstate.formats.safetensors.file import MAX_HEADER, Entry, read_file, write_file
 from optimstate.io.extents import FileSource
@@ -28,14 +28,15 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def sniff(path: Path, head: bytes) -> bool:
+def sniff(path: Path, head: bytes) -> Claim:
     """Whether a file begins with a safetensors header, or is the index of a sharded one."""
     if path.name.endswith(_INDEX_SUFFIX):
-        return True
+        return Claim.CERTAIN
     if len(head) < 9:
-        return path.suffix in SUFFIXES and path.is_file()
+        return Claim.LIKELY if path.suffix in SUFFIXES and path.is_file() else Claim.NO
     (length,) = struct.unpack_from("<Q", head)
-    return head[8:9] == b"{" and (length <= MAX_HEADER or path.suffix in SUFFIXES)
+    fits = head[8:9] == b"{" and (length <= MAX_HEADER or path.suffix in SUFFIXES)
+    return Claim.CERTAIN if fits else Claim.NO
 
 
 def read(path: Path) -> Document:

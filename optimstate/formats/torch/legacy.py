@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES, check_opcodes
 from optimstate.formats.pickles.unpickle import InertUnpickler, load
-from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import ByteSource, Extent, FileSource
 from optimstate.tensors.dtypes import DTYPES, ITEMSIZE_OF_STORAGE
@@ -43,11 +43,12 @@ class SizedSource(ByteSource, Protocol):
     size: int
 
 
-def sniff(path: Path, head: bytes) -> bool:
+def sniff(path: Path, head: bytes) -> Claim:
     """Whether a file begins with torch's magic number, or is a tar of the members torch wrote."""
     if _MAGIC_BYTES in head[:32]:
-        return True
-    return head.split(b"\0", 1)[0] in _TAR_MEMBERS and path.is_file() and tarfile.is_tarfile(path)
+        return Claim.CERTAIN
+    is_tar = head.split(b"\0", 1)[0] in _TAR_MEMBERS and path.is_file() and tarfile.is_tarfile(path)
+    return Claim.CERTAIN if is_tar else Claim.NO
 
 
 def read(path: Path) -> Document:

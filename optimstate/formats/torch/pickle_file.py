@@ -17,7 +17,7 @@ from optimstate.errors import (
 )
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.pickles.unpickle import InertUnpickler, load
-from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch.legacy import Globals, read_stream
 from optimstate.io.extents import FileSource
 from optimstate.tensors.lazy import Storage
@@ -30,12 +30,13 @@ _LOAD = ("torch.storage", "_load_from_bytes")
 _TEXT_SUFFIXES = (".pkl", ".pickle")  # protocols 0 and 1 have no mark of their own
 
 
-def sniff(path: Path, head: bytes) -> bool:
-    """Whether a file begins as pickles of protocol 2 and later do, or is called one."""
+def sniff(path: Path, head: bytes) -> Claim:
+    """Likely where a file begins as pickles of protocol 2 and later do, or is called one."""
     if path.name.endswith(".metadata"):  # a part of a distributed checkpoint
-        return False
+        return Claim.NO
     binary = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    return binary or (path.suffix in _TEXT_SUFFIXES and head[:1] in (b"(", b"c", b"}", b"]"))
+    fits = binary or (path.suffix in _TEXT_SUFFIXES and head[:1] in (b"(", b"c", b"}", b"]"))
+    return Claim.LIKELY if fits else Claim.NO
 
 
 def read(path: Path) -> Document:

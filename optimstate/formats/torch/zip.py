@@ -21,7 +21,7 @@ from optimstate.errors import (
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.pickles.pickle import dump
 from optimstate.formats.pickles.unpickle import load
-from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch.zip_directory import LOCAL, Archive, RecordStorage
 from optimstate.formats.torch.zip_records import RecordWriter, write_records
 from optimstate.io.copying import Copier, copy_extents
@@ -33,16 +33,22 @@ from optimstate.tree import walk
 NAME = "torch"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
 
+_FIRST_RECORDS = (b"data.pkl", b"version", b"constants.pkl", b".format_version", b".data/version")
+
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def sniff(path: Path, head: bytes) -> bool:
-    """Whether a file begins like a zip archive whose first record is in a folder."""
+def sniff(path: Path, head: bytes) -> Claim:
+    """Likely where a file begins like a zip archive whose first record is in a folder; certain of torch's records."""
     if head[:4] != b"PK\x03\x04" or path.suffix == ".distcp":
-        return head[:4] == b"PK\x05\x06"
+        return Claim.LIKELY if head[:4] == b"PK\x05\x06" else Claim.NO
     first = LOCAL.size
-    return b"/" in head[first : first + int.from_bytes(head[first - 4 : first - 2], "little")]
+    name = head[first : first + int.from_bytes(head[first - 4 : first - 2], "little")]
+    _, folder, record = name.partition(b"/")
+    if not folder:
+        return Claim.NO
+    return Claim.CERTAIN if record in _FIRST_RECORDS or record.startswith(b"data/") else Claim.LIKELY
 
 
 def read(path: Path) -> Document:
