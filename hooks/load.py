@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from optimstate.errors import MigrationError, PlanError
 from optimstate.hooks.engine.hook import LoadHook
-from optimstate.hooks.engine.request import METADATA, Request, Source
-from optimstate.hooks.engine.rules import Wish, below, is_module, literal, matching, ruled, templates
+from optimstate.hooks.engine.request import METADATA, LoadRequest, Source
+from optimstate.hooks.engine.rules import HookStep, below, is_module, literal, matching, ruled, templates
 from optimstate.hooks.engine.slots import Casts, zeros_like_others
 from optimstate.plan.expressions.evaluate import copied
 from optimstate.plan.expressions.tree import Fill
@@ -88,7 +87,7 @@ def strip_prefix() -> LoadHook:
 
     The live optimizer keeps its own names. Hooks with rules that follow see the names without prefixes.
     """
-    return Wish("strip_prefix", Request.strip_prefixes)
+    return HookStep("strip_prefix", LoadRequest.strip_prefixes)
 
 
 def duplicate(names: Mapping[str, Iterable[str]]) -> LoadHook:
@@ -135,7 +134,7 @@ def resize(
     """
     filling = Fill(None, dict(fill)) if isinstance(fill, Mapping) else Fill(fill)
 
-    def prepare(request: Request) -> None:
+    def prepare(request: LoadRequest) -> None:
         shapes = request.live.shapes()
         found = matching(names, request.names(), "resize")
         rules = []
@@ -148,7 +147,7 @@ def resize(
             rules.append(literal(name, name, *steps))
         request.add(Plan(tuple(rules)))
 
-    return Wish("resize", prepare)
+    return HookStep("resize", prepare)
 
 
 def fill_missing(with_: Literal["fresh", "zeros"] | Mapping[str, str] = "fresh") -> LoadHook:
@@ -161,17 +160,17 @@ def fill_missing(with_: Literal["fresh", "zeros"] | Mapping[str, str] = "fresh")
             allows no more than these.
     """
     if isinstance(with_, Mapping):
-        return Wish("fill_missing", lambda request: _fill_like(request, with_))
+        return HookStep("fill_missing", lambda request: _fill_like(request, with_))
     if with_ not in ("fresh", "zeros"):
         raise PlanError(f"fill_missing({with_!r}): expected 'fresh', 'zeros', or a mapping of new names to others")
 
-    def prepare(request: Request) -> None:
+    def prepare(request: LoadRequest) -> None:
         request.add(Plan(policy=Policy(missing="fresh")))
         if with_ == "zeros":
             options = request.state.groups[0].options if request.state.groups else {}
             request.fills.append(lambda name, tensor, slots: zeros_like_others(name, tensor, slots, options))
 
-    return Wish("fill_missing", prepare)
+    return HookStep("fill_missing", prepare)
 
 
 def drop_unexpected(*names: str) -> LoadHook:
@@ -181,13 +180,13 @@ def drop_unexpected(*names: str) -> LoadHook:
         *names: Only these parameters or modules, each of which must be there; without any, all.
     """
     if not names:
-        return Wish("drop_unexpected", lambda request: request.add(Plan(policy=Policy(unexpected="drop"))))
+        return HookStep("drop_unexpected", lambda request: request.add(Plan(policy=Policy(unexpected="drop"))))
 
-    def prepare(request: Request) -> None:
+    def prepare(request: LoadRequest) -> None:
         known = request.names()
         request.add(Plan(tuple(Rule(templates(below(name, known))) for name in names)))
 
-    return Wish("drop_unexpected", prepare)
+    return HookStep("drop_unexpected", prepare)
 
 
 def regroup(
@@ -208,7 +207,7 @@ def regroup(
     """
     tables = tuple(GroupRule(templates(match), dict(options)) for match, options in (groups or {}).items())
     plan = Plan(groups=tables, policy=Policy(merge=merge, step=step))
-    return Wish("regroup", lambda request: request.add(plan))
+    return HookStep("regroup", lambda request: request.add(plan))
 
 
 def hyperparameters(
@@ -232,7 +231,7 @@ def hyperparameters(
     if twice := sorted(given.keys() & values.keys()):
         raise PlanError(f"hyperparameters: {twice[0]} has both a source and a value")
 
-    def prepare(request: Request) -> None:
+    def prepare(request: LoadRequest) -> None:
         decided = (given.keys() | values.keys()) & (request.options.keys() | request.values.keys())
         if decided:
             raise PlanError(
@@ -244,7 +243,7 @@ def hyperparameters(
         request.options.update(given)
         request.values.update(values)
 
-    return Wish("hyperparameters", prepare)
+    return HookStep("hyperparameters", prepare)
 
 
 def cast_state(dtypes: Mapping[str, str | torch.dtype] | str | torch.dtype) -> LoadHook:
@@ -270,14 +269,14 @@ def reset(*names: str) -> LoadHook:
     if not names or (len(names) > 1 and {"all", "none"} & set(names)):
         raise PlanError(f"reset{names}: expected names, or 'all', or 'none'")
 
-    def prepare(request: Request) -> None:
+    def prepare(request: LoadRequest) -> None:
         if names == ("none",):
             return
         known = request.names()
         texts = ["**"] if names == ("all",) else [below(name, known) for name in names]
         request.add(Plan(tuple(Rule(templates(text), fresh=True) for text in texts)))
 
-    return Wish("reset", prepare)
+    return HookStep("reset", prepare)
 
 
 def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
@@ -287,16 +286,11 @@ def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
         plan: A plan, or the path of a plan file.
 
     Raises:
-        PlanError: The plan cannot be read, or converts to another optimizer.
+        PlanError: The plan cannot be read.
     """
-    found = plan if isinstance(plan, Plan) else Plan.from_file(Path(plan))
-    if found.optimizer:
-        raise PlanError(
-            f"the plan makes {found.optimizer} state, and a hook loads into the optimizer that is there",
-            hint="Convert the checkpoint first: optimstate convert --optimizer.",
-        )
+    found = Plan.of(plan)
 
-    def prepare(request: Request) -> None:
+    def prepare(request: LoadRequest) -> None:
         applied = request.state.node.get(METADATA, {}).get("plans", ())
         if found.guard.once and found.digest in applied:
             raise MigrationError(
@@ -305,10 +299,10 @@ def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
             )
         request.add(found)
 
-    return Wish("migrate", prepare)
+    return HookStep("migrate", prepare)
 
 
-def _fill_like(request: Request, names: Mapping[str, str]) -> None:
+def _fill_like(request: LoadRequest, names: Mapping[str, str]) -> None:
     """Declare parameters new, and remember whose state they are to get a copy of."""
     known = {name for group in request.live.names for name in group}
     like: dict[str, str] = {}

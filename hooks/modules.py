@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,7 +120,7 @@ def migrate_model(plan: Plan | str | PathLike[str]) -> ModelHook:
     Raises:
         PlanError: The plan cannot be read.
     """
-    return ModelHook(plan if isinstance(plan, Plan) else Plan.from_file(Path(plan)))
+    return ModelHook(Plan.of(plan))
 
 
 def migrate_scheduler(state_dict: Mapping[str, Any], moves: SectionMoves | None) -> dict[str, Any]:

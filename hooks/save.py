@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from os import PathLike
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def name_params(model: torch.nn.Module) -> SaveHook:
     return SaveHook("name_params", change)
 
 
-def add_metadata(model: torch.nn.Module | None = None, *, plan: Plan | None = None) -> SaveHook:
+def add_metadata(model: torch.nn.Module | None = None, *, plan: Plan | str | PathLike[str] | None = None) -> SaveHook:
     """Write beside the state what a later reader would have to guess, as plain values under the key `optimstate`.
 
     `algorithm` is the optimizer's class, `shapes` has every parameter's shape by name (without names, by key),
@@ -86,7 +87,8 @@ def add_metadata(model: torch.nn.Module | None = None, *, plan: Plan | None = No
 
     Args:
         model: Names the parameters of an optimizer that was built without names.
-        plan: The plan this run was resumed with; `migrate` refuses to apply it again if its guard says `once`.
+        plan: The plan, or the path of the plan file, that this run was resumed with; `migrate` refuses to apply it
+            again if its guard says `once`.
     """
 
     def change(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> tuple[StateDict, str]:
@@ -99,7 +101,7 @@ def add_metadata(model: torch.nn.Module | None = None, *, plan: Plan | None = No
             "algorithm": type(optimizer).__name__,
             "shapes": shapes,
             "versions": {"torch": str(torch.__version__), "optimstate": __version__},
-            "plans": [plan.digest] if plan is not None else [],
+            "plans": [Plan.of(plan).digest] if plan is not None else [],
         }
         return {**state_dict, METADATA: found}, f"{len(shapes)} shapes of {found['algorithm']}"
 

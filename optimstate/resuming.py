@@ -260,19 +260,19 @@ class _Run:
         """Plan the state of an optimizer."""
         from optimstate.hooks.engine.live import Live
         from optimstate.hooks.engine.match import matched
-        from optimstate.hooks.engine.request import Request, is_settled, named
+        from optimstate.hooks.engine.request import LoadRequest, is_settled, named
         from optimstate.plan.solve.planner import optimizer_inventory
 
         keeps_names = all("param_names" in group for group in optimizer.param_groups)
         live = Live.of(optimizer, None if keeps_names else model)
-        request = Request(named(OptimizerState.from_node(self.parts.take("optimizer")), live), live)
+        request = LoadRequest(named(OptimizerState.from_node(self.parts.take("optimizer")), live), live)
         if not any(mentions_wrapper(t.text) for rule in self.plan.all_rules() for t in rule.sources or rule.targets):
             request.strip_prefixes()
         self._inventories["optimizer"] = optimizer_inventory(request.state)
         request.add(self._lenient)
         self._settled.append(is_settled(request))
-        made, told = matched(request, ("optimizer",), live.names)
-        self._moves, report = told.moves, told.report
+        made, outcome = matched(request, ("optimizer",), live.names)
+        self._moves, report = outcome.moves, outcome.report
         self._count(request.counts)
         self.reports["optimizer"] = report
         self.notes += report.notes

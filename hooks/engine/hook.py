@@ -1,21 +1,22 @@
 """The base of the hooks that run before an optimizer loads: those registered side by side act as one.
 
-Each says what it wants in a `Request`; the last of them plans once, for the live optimizer, and hands over a new dict.
-So a rule and the policies it needs may be registered in any order, and nothing is copied on the way.
+Each says what it wants in a `LoadRequest`; the last of them plans once, for the live optimizer, and hands over a new
+dict. So a rule and the policies it needs may be registered in any order, and nothing is copied on the way.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from optimstate.errors import PlanError, StateMismatchError
 from optimstate.hooks.engine.live import Live
-from optimstate.hooks.engine.match import Told, matched
+from optimstate.hooks.engine.match import LoadOutcome, matched, own_containers
 from optimstate.hooks.engine.report import Report
-from optimstate.hooks.engine.request import Request, StateDict, named
+from optimstate.hooks.engine.request import LoadRequest, StateDict, named
 from optimstate.plan.solve.migration import SectionMoves
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tree import no_garbage_collection
@@ -40,14 +41,14 @@ class LoadHook:
     moves: SectionMoves | None = None
     after_loading = False
     """Whether it has something left to do when torch has loaded."""
-    _told: Told | None = None
+    _outcome: LoadOutcome | None = None
 
     @property
     def report(self) -> Report | None:
         """What the last load did; None before."""
-        return self._told.report if self._told is not None else None
+        return self._outcome.report if self._outcome is not None else None
 
-    def prepare(self, request: Request) -> None:
+    def prepare(self, request: LoadRequest) -> None:
         """Say what is wanted."""
 
     def identify(self) -> tuple[torch.nn.Module | None, Sequence[str] | None]:
@@ -55,7 +56,13 @@ class LoadHook:
         return None, None
 
     def finish(self, optimizer: torch.optim.Optimizer, made: StateDict) -> None:
-        """Called when the new dict is complete."""
+        """Called when the new dict is complete.
+
+        Args:
+            optimizer: The one that is about to load.
+            made: What it loads, to be changed at will: its containers belong to nobody else. Its tensors may be the
+                checkpoint's; replace them, never change them in place.
+        """
 
     def __call__(self, optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict | None:
         """The dict to load instead; None where a later hook gives it.
@@ -120,19 +127,43 @@ def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequen
             f"this is no optimizer's state dict: it has {', '.join(map(repr, list(state_dict)[:5]))}",
             hint="Give the part of the checkpoint that is the optimizer's, or the whole to optimstate.resume().",
         )
+    if _is_own(optimizer, state_dict):
+        return state_dict
     model, saved = _identities(hooks)
     live = Live.of(optimizer, model)
-    request = Request(named(OptimizerState.from_node(state_dict), live, saved), live)
+    request = LoadRequest(named(OptimizerState.from_node(state_dict), live, saved), live)
     for hook in hooks:
         hook.prepare(request)
     with no_garbage_collection():
-        made, told = matched(request, tuple(map(str, hooks)), live.names)
+        made, outcome = matched(request, tuple(map(str, hooks)), live.names)
+    if any(type(hook).finish is not LoadHook.finish for hook in hooks):
+        made = own_containers(made)
     for hook in hooks:
         hook.finish(optimizer, made)
-        hook._told, hook.moves = told, told.moves
+        hook._outcome, hook.moves = outcome, outcome.moves
     if LOGGER.isEnabledFor(logging.INFO):
-        LOGGER.info(told.report.summary())
+        LOGGER.info(outcome.report.summary())
     return made
+
+
+def _is_own(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> bool:
+    """Whether a dict is what a new optimizer has itself: trainers load that into it (Accelerate, when it prepares one).
+
+    There is nothing to resume then, and rules would take the live names for a checkpoint's.
+    """
+    if state_dict["state"] or optimizer.state:
+        return False
+    own, given = optimizer.state_dict()["param_groups"], state_dict["param_groups"]
+    return len(own) == len(given) and all(
+        a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
+        for a, b in zip(own, given, strict=True)
+    )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one.cpu(), other.cpu())
+    return type(one) is type(other) and bool(one == other)
 
 
 def _identities(hooks: Sequence[LoadHook]) -> tuple[torch.nn.Module | None, Sequence[str] | None]:

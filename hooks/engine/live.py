@@ -9,9 +9,10 @@ from typing import Any, Self
 import torch
 
 from optimstate.errors import StateMismatchError
+from optimstate.state.algorithms.registry import ALGORITHMS, recognise
 from optimstate.state.names import names_in
 
-__all__ = ["Consecutive", "Live"]
+__all__ = ["Consecutive", "Live", "algorithm_name"]
 
 
 class Consecutive(list[int]):
@@ -37,6 +38,26 @@ class Consecutive(list[int]):
         return list, (list(self),)
 
 
+def algorithm_name(optimizer: torch.optim.Optimizer) -> str:
+    """Which algorithm an optimizer's class is, as plans call it in `optimizer = "..."`; empty where that is unknown."""
+    for cls in type(optimizer).__mro__:
+        library = cls.__module__.partition(".")[0]
+        if library == "bitsandbytes":
+            family = cls.__name__.removeprefix("Paged").removesuffix("8bit").removesuffix("32bit")
+            return f"{family}{getattr(getattr(optimizer, 'args', None), 'optim_bits', 32)}bit"
+        if library in ("torch", "optimstate"):
+            return cls.__name__ if cls.__name__ in _NAMES else ""
+        if cls.__name__ in _NAMES and optimizer.param_groups:
+            slots = dict.fromkeys(str(slot) for found in optimizer.state.values() for slot in found)
+            found = recognise(slots, optimizer.param_groups[0])
+            if found is not None and found.name.partition(" (")[0] == cls.__name__:
+                return found.name
+    return ""
+
+
+_NAMES = frozenset(algorithm.name.partition(" (")[0] for algorithm in ALGORITHMS)
+
+
 @dataclass(frozen=True)
 class Live:
     """The parameters of a live optimizer.
@@ -47,6 +68,7 @@ class Live:
         options: For each param group everything else.
         keys: For each param group all its keys, in order.
         keeps_names: Whether the optimizer itself has the names.
+        algorithm: Whose state it keeps, by the name in `state.algorithms`; empty for an optimizer that is not known.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -54,6 +76,7 @@ class Live:
     options: tuple[Mapping[str, Any], ...]
     keys: tuple[tuple[str, ...], ...]
     keeps_names: bool
+    algorithm: str = ""
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None = None) -> Self:
@@ -85,6 +108,7 @@ class Live:
             tuple({key: group[key] for key in group if key not in ("params", "param_names")} for group in groups),
             tuple(tuple(key for key in group if key != "params") for group in groups),
             keeps_names,
+            algorithm_name(optimizer),
         )
         made.refuse_twins(lambda name: name)
         return made

@@ -7,23 +7,23 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from optimstate.errors import MigrationError
+from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.hooks.engine.live import Consecutive
 from optimstate.hooks.engine.report import Report
-from optimstate.hooks.engine.request import METADATA, Request, StateDict, is_settled
+from optimstate.hooks.engine.request import METADATA, LoadRequest, StateDict, is_settled
 from optimstate.plan.apply.execute import execute_optimizer
 from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.slots.outcomes import flat_slots
 from optimstate.plan.solve.migration import SectionMoves, Target
 from optimstate.plan.solve.planner import plan_optimizer
-from optimstate.state.algorithms.registry import Algorithm, parameter_shape, recognise
+from optimstate.state.algorithms.registry import ALGORITHMS, MASTERS, Algorithm, parameter_shape, recognise
 from optimstate.state.optimizer import Group, OptimizerState, Slots
 
-__all__ = ["Told", "matched"]
+__all__ = ["LoadOutcome", "matched", "own_containers", "refuse_other_algorithm"]
 
 
 @dataclass(frozen=True)
-class Told:
+class LoadOutcome:
     """What a report is made of, when somebody asks for it.
 
     Attributes:
@@ -48,7 +48,9 @@ class Told:
         return replace(made, dropped={**made.dropped, **lost})
 
 
-def matched(request: Request, hooks: tuple[str, ...], names: Sequence[Sequence[str]]) -> tuple[StateDict, Told]:
+def matched(
+    request: LoadRequest, hooks: tuple[str, ...], names: Sequence[Sequence[str]]
+) -> tuple[StateDict, LoadOutcome]:
     """The dict that the live optimizer can load by position.
 
     Args:
@@ -68,6 +70,7 @@ def matched(request: Request, hooks: tuple[str, ...], names: Sequence[Sequence[s
     state = replace(state, groups=tuple(_undecided(group, request) for group in state.groups))
     moves, filled = None, dict[str, str]()
     algorithm = _algorithm(state)
+    refuse_other_algorithm(request.plan.optimizer, algorithm, state, request.live.algorithm)
     kept = _kept(state, request, algorithm)
     if kept is not None:
         slots: Mapping[str, Slots | None] = kept
@@ -77,16 +80,65 @@ def matched(request: Request, hooks: tuple[str, ...], names: Sequence[Sequence[s
         moves = _planned(request, state, algorithm)
         result = execute_optimizer(moves, state)
         options = [dict(group.options) for group in moves.groups]
+        if moves.conversion is not None:
+            options = [
+                _converted(old, new.options, live)
+                for old, new, live in zip(options, result.groups, request.live.options, strict=True)
+            ]
+            old = [dict[str, Any]() for _ in old]
         bases = [group.base for group in moves.groups]
         slots, filled = _filled(request, {str(name): found for _, name, found in result.parameters()}, moves)
     chosen = [
         _options(request, made, old[base] if base is not None else {}, live)
         for made, base, live in zip(options, bases, request.live.options, strict=True)
     ]
-    return _as_dict(request, slots, chosen, names), Told(hooks, tuple(kept or ()), moves, filled, tuple(orphans))
+    return _as_dict(request, slots, chosen, names), LoadOutcome(hooks, tuple(kept or ()), moves, filled, tuple(orphans))
 
 
-def _without_orphans(request: Request) -> tuple[OptimizerState, list[Any]]:
+def refuse_other_algorithm(wanted: str, saved: Algorithm | None, state: OptimizerState, live: str) -> None:
+    """Refuse state of an algorithm that the live optimizer is not: the one place where `optimizer = ...` is judged.
+
+    Args:
+        wanted: What the plan makes of the state; empty for what it is.
+        saved: What the state is, where that is known.
+        state: The checkpoint's.
+        live: What the live optimizer is; empty where that is not known.
+
+    Raises:
+        StateMismatchError: The live optimizer could not step with the result.
+    """
+    if wanted:
+        if live != wanted:
+            raise StateMismatchError(
+                f"the plan makes {wanted} state, and the live optimizer is {live or 'of a class that is not known'}",
+                hint=f"Build a {wanted} optimizer, or take `optimizer` out of the plan.",
+            )
+        return
+    known = next((found for found in ALGORITHMS if found.name == live), None)
+    present = {str(slot) for slots in state.state.values() for slot in slots}
+    if saved is None or known is None or saved.name == live or not present:
+        return
+    strange = sorted(slot for slot in present if known.slot(slot) is None and slot not in MASTERS)
+    absent = sorted((_NEEDED & known.slots.keys()) - present)
+    if strange or absent:
+        told = f"has {strange[0]!r}, which {live} does not keep" if strange else f"lacks {absent[0]!r}"
+        raise StateMismatchError(
+            f"the checkpoint has the state of {saved.name}, and the live optimizer is {live}: its state {told}",
+            hint=f'Convert it: optimizer = "{live}" in the plan; or start without state: fresh = "**".',
+        )
+
+
+_NEEDED = frozenset({"step", "exp_avg", "exp_avg_sq", "exp_inf", "mu_product", "square_avg", "acc_delta"})
+"""Slots without which no optimizer that keeps them can step."""
+
+
+def _converted(old: Mapping[str, Any], new: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group of another algorithm now: what both have as it was, the rest as the live one has it."""
+    carried = {key: value for key, value in new.items() if key in old and value is old[key]}
+    return {**live, **carried}
+
+
+def _without_orphans(request: LoadRequest) -> tuple[OptimizerState, list[Any]]:
     """The state without entries under keys that stand for parameters but are in no group; and these keys."""
     state = request.state
     lost = [key for key in state.orphans() if isinstance(key, int)]
@@ -100,7 +152,7 @@ def _without_orphans(request: Request) -> tuple[OptimizerState, list[Any]]:
     return replace(state, state={key: value for key, value in state.state.items() if key not in set(lost)}), lost
 
 
-def _undecided(group: Group, request: Request) -> Group:
+def _undecided(group: Group, request: LoadRequest) -> Group:
     """A group without the options of which a hook decides, so that the planner does not stumble over them."""
     decided = request.values.keys() | {key for key, source in request.options.items() if source == "live"}
     if not decided:
@@ -108,13 +160,13 @@ def _undecided(group: Group, request: Request) -> Group:
     return replace(group, options={key: value for key, value in group.options.items() if key not in decided})
 
 
-def _kept(state: OptimizerState, request: Request, algorithm: Algorithm | None) -> dict[str, Slots | None] | None:
+def _kept(state: OptimizerState, request: LoadRequest, algorithm: Algorithm | None) -> dict[str, Slots | None] | None:
     """The state by name where the live optimizer has the same parameters in the same groups, and no rule changes any.
 
     Most resumptions are of this kind, and need no plan; one that does not fit gets a plan that says why.
     """
     plan = request.plan
-    if plan.groups or plan.guard.has or plan.guard.lacks:
+    if plan.optimizer or plan.groups or plan.guard.has or plan.guard.lacks:
         return None
     live, saved = request.live.names, [group.names or () for group in state.groups]
     if len(live) != len(saved) or any(set(a) != set(b) for a, b in zip(live, saved, strict=True)):
@@ -140,7 +192,7 @@ def _algorithm(state: OptimizerState) -> Algorithm | None:
     return recognise(slots, state.groups[0].options) if state.groups else None
 
 
-def _saved_shapes(request: Request) -> dict[str, tuple[int, ...] | None]:
+def _saved_shapes(request: LoadRequest) -> dict[str, tuple[int, ...] | None]:
     """The shapes of the checkpoint's parameters where its slots cannot tell: vectors over all parameters.
 
     What `add_metadata` noted counts, else the shape of the live parameter of the same name; the vectors' length
@@ -150,7 +202,7 @@ def _saved_shapes(request: Request) -> dict[str, tuple[int, ...] | None]:
     return {**request.live.shapes(), **{str(name): tuple(shape) for name, shape in noted.items()}}
 
 
-def _planned(request: Request, state: OptimizerState, algorithm: Algorithm | None) -> SectionMoves:
+def _planned(request: LoadRequest, state: OptimizerState, algorithm: Algorithm | None) -> SectionMoves:
     live = request.live
     decided = request.values.keys() | {key for key, source in request.options.items() if source == "live"}
     options = tuple({key: group[key] for key in group if key not in decided} for group in live.options)
@@ -181,7 +233,7 @@ def _remedies(problems: Sequence[str]) -> str:
 
 
 def _filled(
-    request: Request, slots: Mapping[str, Slots | None], moves: SectionMoves
+    request: LoadRequest, slots: Mapping[str, Slots | None], moves: SectionMoves
 ) -> tuple[Mapping[str, Slots | None], dict[str, str]]:
     new = {move.target for move in moves.moves if move.expression is None}
     if not new or not request.fills:
@@ -198,7 +250,7 @@ def _filled(
 
 
 def _options(
-    request: Request, planned: dict[str, Any], saved: Mapping[str, Any], live: Mapping[str, Any]
+    request: LoadRequest, planned: dict[str, Any], saved: Mapping[str, Any], live: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A group's options: planned ones (the file's), unless a hook says otherwise."""
     rest = request.options.get("*", "file")
@@ -219,7 +271,7 @@ def _options(
 
 
 def _as_dict(
-    request: Request,
+    request: LoadRequest,
     slots: Mapping[str, Slots | None],
     options: Sequence[Mapping[str, Any]],
     names: Sequence[Sequence[str]],
@@ -238,3 +290,14 @@ def _as_dict(
     others = {key: value for key, value in request.state.state.items() if key not in known and isinstance(key, str)}
     kept = {key: value for key, value in request.state.node.items() if key not in ("state", "param_groups")}
     return {**kept, "state": {**state, **others}, "param_groups": groups}
+
+
+def own_containers(node: Any) -> Any:
+    """The same values in dicts, lists and tuples that belong to nobody else; tensors are not copied."""
+    if isinstance(node, Consecutive):
+        return node
+    if isinstance(node, dict):
+        return {key: own_containers(value) for key, value in node.items()}
+    if type(node) in (list, tuple):
+        return type(node)(map(own_containers, node))
+    return node

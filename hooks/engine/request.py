@@ -15,7 +15,7 @@ from optimstate.plan.solve.resolve import Resolver
 from optimstate.state.names import unwrapped
 from optimstate.state.optimizer import OptimizerState, Slots
 
-__all__ = ["METADATA", "Fill", "Request", "Source", "StateDict", "in_sequence", "is_settled", "named"]
+__all__ = ["METADATA", "Fill", "LoadRequest", "Source", "StateDict", "in_sequence", "is_settled", "named"]
 
 METADATA = "optimstate"
 """The key of a state dict under which `add_metadata` writes."""
@@ -26,7 +26,7 @@ Fill = Callable[[str, torch.Tensor, Mapping[str, Slots | None]], tuple[Slots, st
 
 
 @dataclass
-class Request:
+class LoadRequest:
     """What the hooks of one load want, taken together.
 
     Attributes:
@@ -97,7 +97,7 @@ def in_sequence(first: Plan, second: Plan) -> Plan:
     return replace(joined, rules=passes[0] if passes else (), stages=tuple(passes[1:]))
 
 
-def is_settled(request: Request) -> bool:
+def is_settled(request: LoadRequest) -> bool:
     """Whether the checkpoint has the live names already: then a rule that matches nothing has done its work before.
 
     So a script that was resumed with a rule can be resumed with it again, and trainers that load an optimizer's own

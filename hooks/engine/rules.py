@@ -7,21 +7,21 @@ from typing import Any
 
 from optimstate.errors import MigrationError, PlanError
 from optimstate.hooks.engine.hook import LoadHook
-from optimstate.hooks.engine.request import Request
+from optimstate.hooks.engine.request import LoadRequest
 from optimstate.plan.language.operations import Operation
 from optimstate.plan.language.rules import Plan, Rule
 from optimstate.plan.language.template import Template
 
-__all__ = ["Wish", "below", "is_module", "literal", "matching", "ruled", "templates"]
+__all__ = ["HookStep", "below", "is_module", "literal", "matching", "ruled", "templates"]
 
 
-class Wish(LoadHook):
+class HookStep(LoadHook):
     """A hook that is what it asks for."""
 
-    def __init__(self, name: str, prepare: Callable[[Request], None]) -> None:
+    def __init__(self, name: str, prepare: Callable[[LoadRequest], None]) -> None:
         self._name, self._prepare = name, prepare
 
-    def prepare(self, request: Request) -> None:
+    def prepare(self, request: LoadRequest) -> None:
         """Add what the hook asks for to the request."""
         self._prepare(request)
 
@@ -56,7 +56,7 @@ def ruled(
     given = {key: list(value) if several else value for key, value in names.items()}
     left, right = ("{rest}", "{rest**}") if flip else ("{rest**}", "{rest}")
 
-    def prepare(request: Request) -> None:
+    def prepare(request: LoadRequest) -> None:
         known = set(request.names())
         rules = []
         for key, value in given.items():
@@ -67,7 +67,7 @@ def ruled(
                 rules.append(rule(key, value))
         request.add(Plan(tuple(rules)))
 
-    return Wish(hook, prepare)
+    return HookStep(hook, prepare)
 
 
 def templates(*texts: str) -> tuple[Template, ...]:

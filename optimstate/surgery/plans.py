@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,16 @@ class CheckReport(Record):
         return to_json("plan check", {**self._asdict(), "rules": rules, "fits": self.fits})
 
 
-def check_plan(plan: Plan, checkpoint: str | Path | None = None, *, target: str | Path | None = None) -> CheckReport:
+def check_plan(
+    plan: Plan | str | PathLike[str],
+    checkpoint: str | Path | None = None,
+    *,
+    target: str | Path | None = None,
+) -> CheckReport:
     """Find everything that is wrong with a plan for a checkpoint, without moving anything.
 
     Args:
-        plan: The plan.
+        plan: A plan, or the path of a plan file.
         checkpoint: What it is for; without it only the plan itself is looked at.
         target: A checkpoint of the new model, whose names and shapes the result must have.
 
@@ -103,6 +109,7 @@ def check_plan(plan: Plan, checkpoint: str | Path | None = None, *, target: str 
         CheckpointError: A checkpoint cannot be read.
         ValueError: There is a target and no checkpoint.
     """
+    plan = Plan.of(plan)
     counts: list[int | None] = [None for _ in plan.all_rules()]
     problems: list[str] = []
     notes: list[str] = []
@@ -192,11 +199,11 @@ class InvertReport(Record):
         return to_json("plan invert", self._asdict())
 
 
-def invert_plan(plan: Plan, checkpoint: str | Path | None = None) -> InvertReport:
+def invert_plan(plan: Plan | str | PathLike[str], checkpoint: str | Path | None = None) -> InvertReport:
     """The plan that undoes a plan which loses nothing.
 
     Args:
-        plan: The plan.
+        plan: A plan, or the path of a plan file.
         checkpoint: The one that the plan is for (not its result). Its names and shapes say how unequal pieces are cut
             again, and the inverse is tried on them.
 
@@ -204,6 +211,7 @@ def invert_plan(plan: Plan, checkpoint: str | Path | None = None) -> InvertRepor
         PlanError: It loses something, or only a checkpoint can tell; every rule is named with the reason.
         CheckpointError: The checkpoint cannot be read.
     """
+    plan = Plan.of(plan)
     names = None
     if checkpoint is not None:
         with opening(checkpoint):
@@ -245,13 +253,14 @@ class ShowReport(Record):
         return to_json("plan show", {**self._asdict(), "rows": [row._asdict() for row in self.rows]})
 
 
-def show_plan(plan: Plan, checkpoint: str | Path | None = None) -> ShowReport:
+def show_plan(plan: Plan | str | PathLike[str], checkpoint: str | Path | None = None) -> ShowReport:
     """What a plan says, and what it would do to a checkpoint.
 
     Raises:
         MigrationError: It does not fit the checkpoint.
         CheckpointError: The checkpoint cannot be read.
     """
+    plan = Plan.of(plan)
     names: dict[str, Shape | None] | None = None
     rows: tuple[Row, ...] = ()
     notes: list[str] = []

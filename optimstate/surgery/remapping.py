@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class RemapReport(Record):
 def remap(
     source: str | Path,
     destination: str | Path | None,
-    plan: Plan,
+    plan: Plan | str | PathLike[str],
     *,
     in_place: bool = False,
     dry_run: bool = False,
@@ -71,7 +72,7 @@ def remap(
     Args:
         source: A file or folder; never changed unless `in_place`.
         destination: Where to write, in the same container format; None with `in_place` or `dry_run`.
-        plan: What to do.
+        plan: What to do: a plan, or the path of a plan file.
         in_place: Rename inside the file, by appending to it.
         dry_run: Only report.
         force: Replace an existing destination.
@@ -83,7 +84,7 @@ def remap(
         MigrationError: The plan does not fit.
         DestinationError: The destination exists, is the source, or cannot be written.
     """
-    source = Path(source)
+    plan, source = Plan.of(plan), Path(source)
     if destination is not None and not dry_run:
         check_destination(Path(destination), [source], force=force)
     with opening(source):

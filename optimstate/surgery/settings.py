@@ -6,6 +6,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,14 +36,14 @@ class _Setting(NamedTuple):
         return self.where is None or self.where == group
 
 
-def with_options(plan: Plan, source: str | Path, settings: Sequence[str]) -> Plan:
+def with_options(plan: Plan | str | PathLike[str], source: str | Path, settings: Sequence[str]) -> Plan:
     """A plan that also sets options of param groups.
 
     The plan language names the groups of a result by the parameters in them, so the checkpoint is looked at: groups
     stay as they are, except that parameters which get other options than the rest of theirs form one of their own.
 
     Args:
-        plan: What else is done; it has no `[[group]]` tables.
+        plan: What else is done, as a plan or the path of a plan file; it has no `[[group]]` tables.
         source: The checkpoint that it is for.
         settings: `KEY=VALUE`, `GROUP:KEY=VALUE` with the number of a group, `TEMPLATE:KEY=VALUE` with a template of the
             result's parameter names. Values are TOML.
@@ -53,6 +54,7 @@ def with_options(plan: Plan, source: str | Path, settings: Sequence[str]) -> Pla
         MigrationError: The plan does not fit the checkpoint.
         CheckpointError: The checkpoint cannot be read.
     """
+    plan = Plan.of(plan)
     parsed = [_parsed(text) for text in settings]
     if plan.groups:
         raise PlanError("--set beside [[group]] tables of a plan", hint="Write `set = { ... }` in these tables.")

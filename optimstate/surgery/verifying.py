@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +102,7 @@ def verify(path: str | Path, *, numbers: bool = True, progress: Progress | None 
         return VerifyReport(str(path), tuple(findings), tuple(checked), BLIND)
 
 
-def verify_against(path: str | Path, source: str | Path, plan: Plan) -> VerifyReport:
+def verify_against(path: str | Path, source: str | Path, plan: Plan | str | PathLike[str]) -> VerifyReport:
     """Prove that a checkpoint is what a plan makes of another: every tensor byte, value, name and its order.
 
     Raises:
@@ -110,6 +111,7 @@ def verify_against(path: str | Path, source: str | Path, plan: Plan) -> VerifyRe
     """
     from optimstate.plan.apply.checkpoint import apply_plan
 
+    plan = Plan.of(plan)
     with opening(path):
         actual, origin = open_checkpoint(path), open_checkpoint(source)
         expected, _, _ = apply_plan(plan, origin.tree)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -291,6 +292,15 @@ class Plan(Record):
         rules.extend(Rule((Template(text),)) for text in drop)
         rules.extend(Rule((Template(text),), fresh=True) for text in fresh)
         return cls(tuple(rules))
+
+    @classmethod
+    def of(cls, plan: Plan | str | PathLike[str] | None) -> Plan:
+        """What every function with a plan takes: a plan, the path of a plan file, or None for one that says nothing.
+
+        Raises:
+            PlanSyntaxError: The file cannot be read or is wrong; the message has the line and the key.
+        """
+        return cls() if plan is None else plan if isinstance(plan, Plan) else cls.from_file(Path(plan))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Plan:
