@@ -14,7 +14,7 @@ from optimstate import hooks
 from optimstate.errors import PlanSyntaxError
 from optimstate.surgery.plans import check_plan, invert_plan, show_plan
 from optimstate.surgery.settings import with_options
-from optimstate.surgery.verify import verify_against
+from optimstate.surgery.verifying import verify_against
 
 
 @pytest.fixture
@@ -27,6 +27,10 @@ def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "plan.toml").write_text('[[rule]]\nfrom = "0.{p}"\nto = "a.{p}"\n')
     (tmp_path / "wrong.toml").write_text("[[rule]\n")
     return tmp_path
+
+
+def renamed() -> nn.Module:
+    return nn.ModuleDict({"a": nn.Linear(2, 2)})
 
 
 TAKERS: dict[str, Any] = {
