@@ -15,12 +15,13 @@ from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.language.rules import Guard, Plan
 from optimstate.plan.solve.migration import Inventory, SectionMoves
+from optimstate.state.flattened import find_flat_state
 from optimstate.state.names import mentions_wrapper
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors.compute import to_torch
-from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName, format_path
+from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tree import format_path
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +123,7 @@ class _Parts:
         self._original: dict[int, Any] = {}
         self._keep: list[Any] = []
         self._live: dict[int, Any] = {}
-        self._stand_in = GlobalName("torch._utils", "_rebuild_tensor")()
+        self._nothing = Storage((), 0)
         self._tree = self._shadow(tree)
         self._sections = find_sections(self._tree)
 
@@ -137,7 +138,7 @@ class _Parts:
             named = [section for section in found if section.path and str(section.path[-1]).startswith(kind)]
             found = named if len(named) == 1 else found
         if len(found) == 1:
-            return self._alive(self._original[id(found[0].node)])
+            return self._alive(self._in_file(found[0]))
         labels = ", ".join(_label(section) for section in found or self._sections) or "nothing that is known"
         if found:
             raise StateMismatchError(
@@ -145,6 +146,14 @@ class _Parts:
                 hint='Give a dict with one of each: {"model": ..., "optimizer": ...}.',
             )
         raise StateMismatchError(f"the checkpoint has no {kind}; it has {labels}")
+
+    def _in_file(self, section: Section) -> Any:
+        """The node that a section was found as, or what it stands for where it is a part of one."""
+        if section.host is None:
+            return self._original[id(section.node)]
+        flat = find_flat_state(self._original[id(section.host.host)])
+        assert flat is not None
+        return flat.optimizer if section.kind == "optimizer" else flat.rest
 
     def scaler(self) -> dict[str, Any]:
         """The state of a gradient scaler; empty for a disabled one.
@@ -158,11 +167,11 @@ class _Parts:
         raise StateMismatchError("the checkpoint has no state of a gradient scaler")
 
     def _shadow(self, node: Any) -> Any:
-        """The tree as `find_sections` reads it: of a live tensor it only needs to know that it is one."""
+        """The tree as `find_sections` reads it: of a live tensor it needs the dtype and the shape."""
         import torch
 
         if isinstance(node, torch.Tensor):
-            return self._stand_in
+            return LazyTensor(self._nothing, str(node.dtype).removeprefix("torch."), tuple(node.shape))
         made: Any = node
         if isinstance(node, Mapping):
             made = {key: self._shadow(value) for key, value in node.items()}

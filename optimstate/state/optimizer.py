@@ -257,6 +257,8 @@ class OptimizerState(Record):
     def from_flat(cls, flat: Mapping[str, Any]) -> OptimizerState:
         """Read the flattened form. Parameters with the same options, in the order of their names, make a group.
 
+        Those without options are a group too.
+
         Raises:
             CorruptCheckpointError: A key is neither state nor an option of a parameter.
         """
@@ -267,7 +269,8 @@ class OptimizerState(Record):
             name, _, last = rest.rpartition(".")
             if head not in ("state", "param_groups") or not name:
                 raise CorruptCheckpointError(f"{key!r} is no entry of a flattened optimizer state")
-            found = state.setdefault(name, {}) if head == "state" else options.setdefault(name, {})
+            own = options.setdefault(name, {})
+            found = state.setdefault(name, {}) if head == "state" else own
             found[last] = value
         groups: list[tuple[dict[str, Any], list[str]]] = []
         for name, found in options.items():

@@ -13,7 +13,7 @@ from optimstate.record import Record
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque
 
-__all__ = ["TensorRecord", "tensor_record"]
+__all__ = ["TensorRecord", "is_tensor", "tensor_record"]
 
 
 class TensorRecord(Record):
@@ -34,6 +34,13 @@ class TensorRecord(Record):
     def __str__(self) -> str:
         inside = ", ".join(f"{name} {part.dtype}{list(part.shape)}" for name, part in self.parts.items())
         return f"{self.kind} {self.dtype}{list(self.shape)}" + (f" ({inside})" if inside else "")
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a leaf is a tensor: in a file, or a record of a tensor subclass."""
+    return isinstance(value, LazyTensor) or (
+        isinstance(value, Opaque) and value.type.qualname.startswith(("_rebuild_", "DTensor", "ShardedTensor"))
+    )
 
 
 def tensor_record(value: Any) -> TensorRecord | None:

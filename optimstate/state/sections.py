@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from optimstate.errors import LimitExceededError
+from optimstate.errors import CorruptCheckpointError, LimitExceededError, MigrationError
 from optimstate.record import Record
+from optimstate.state.flattened import FlatState, find_flat_state
+from optimstate.state.judging import Candidate, Verdict, could_be_model, judge
 from optimstate.state.optimizer import OptimizerState, as_mapping
+from optimstate.state.records import is_tensor
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile, Path, children, format_path
+from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile, Path, children, difference, format_path, walk
 
-__all__ = ["Kind", "Section", "find_sections", "parameter_labels", "tied_names"]
+__all__ = [
+    "Judgement",
+    "Kind",
+    "Section",
+    "find_sections",
+    "judged",
+    "parameter_labels",
+    "section_called",
+    "tied_names",
+    "with_hosts",
+]
 
 Kind = Literal["optimizer", "model", "scheduler", "ema"]
-
-_FLOATING = ("float", "bfloat", "complex", "double", "half")
 
 
 class Section(Record):
     """A part of a checkpoint whose meaning is known.
 
     Attributes:
-        kind: What it is. An `ema` is a `torch.optim.swa_utils.AveragedModel` state: `n_averaged` and `module.*`, or
-            one that keeps `shadow_params` by position (torch_ema).
+        kind: What it is. An `ema` is a `torch.optim.swa_utils.AveragedModel` state: `n_averaged` and `module.*`, one
+            that keeps `shadow_params` by position (torch_ema), or the copy of a model that a callback keeps.
         path: Where it stands in the tree.
-        node: The mapping, or the pickled object, itself.
+        node: The mapping, or the pickled object, itself; of flattened optimizer state its nested form, which is not in
+            the tree (see `with_hosts`).
+        host: The mapping in the tree that it is a part of, where it is only a part.
     """
 
     kind: Kind
     path: Path
     node: Any
+    host: FlatState | None = None
+
+    @property
+    def in_tree(self) -> Any:
+        """The node of the tree that it is, or is a part of."""
+        return self.node if self.host is None else self.host.host
 
     @property
     def positional(self) -> bool:
@@ -59,13 +78,6 @@ class Section(Record):
         return {name: value for name, value in self.node.items() if is_tensor(value)}
 
 
-def is_tensor(value: Any) -> bool:
-    """Whether a leaf is a tensor: in a file, or a record of a tensor subclass."""
-    return isinstance(value, LazyTensor) or (
-        isinstance(value, Opaque) and value.type.qualname.startswith(("_rebuild_", "DTensor", "ShardedTensor"))
-    )
-
-
 def tied_names(tensors: Mapping[str, Any]) -> list[list[str]]:
     """Names whose tensors show the same bytes. Tensors side by side in one storage are not tied."""
     storages = [id(tensor.storage) for tensor in tensors.values() if isinstance(tensor, LazyTensor)]
@@ -90,26 +102,135 @@ def tied_names(tensors: Mapping[str, Any]) -> list[list[str]]:
     return [names for names in groups if len(names) > 1]
 
 
+class Judgement(Record):
+    """What a checkpoint was found to consist of.
+
+    Attributes:
+        sections: In order.
+        others: Mappings of names to tensors that are not models: path to the reason.
+    """
+
+    sections: tuple[Section, ...]
+    others: Mapping[Path, str]
+
+
 def find_sections(tree: Any) -> list[Section]:
     """Every section of a checkpoint, in order. Sections do not nest; a node met twice is listed once."""
-    return list(_find(tree))
+    return list(judged(tree).sections)
 
 
-def _find(tree: Any) -> Iterator[Section]:
+def judged(tree: Any) -> Judgement:
+    """Every section of a checkpoint, and what was not taken for one, judged on the whole tree."""
+    found: list[Section | Candidate] = []
+    others: dict[Path, str] = {}
+    for item in _find(tree):
+        if isinstance(item, Verdict):
+            others[item.candidate.path] = item.reason
+        else:
+            found += _parts(item) if isinstance(item, Candidate) else [item]
+    candidates = [item for item in found if isinstance(item, Candidate)]
+    optimizers = [item for item in found if isinstance(item, Section) and item.kind == "optimizer"]
+    verdicts = {id(verdict.candidate): verdict for verdict in judge(candidates, map(_state, optimizers))}
+    sections: list[Section] = []
+    for item in found:
+        if isinstance(item, Section):
+            sections.append(item)
+            continue
+        verdict = verdicts[id(item)]
+        if verdict.kind is None:
+            others[item.path] = verdict.reason
+        else:
+            sections.append(Section(cast("Kind", verdict.kind), item.path, item.node, item.host))
+    return Judgement(tuple(sections), others)
+
+
+def _state(section: Section) -> OptimizerState:
+    try:
+        return section.optimizer()
+    except CorruptCheckpointError:  # reported where the optimizer itself is asked for
+        return OptimizerState((), {})
+
+
+def _parts(candidate: Candidate) -> list[Section | Candidate]:
+    """A mapping of names to tensors as a model and an optimizer, where it holds both."""
+    flat = find_flat_state(candidate.node)
+    if flat is None or candidate.inside:
+        return [candidate]
+    model = Candidate(candidate.path, flat.rest, host=flat)
+    optimizer = Section("optimizer", candidate.path, flat.optimizer, flat)
+    return [model, optimizer] if could_be_model(flat.rest) else [optimizer]
+
+
+def with_hosts(sections: Sequence[Section], made: Mapping[int, Any], *, alone: bool = False) -> dict[int, Any]:
+    """What stands for the nodes of a tree, where some sections are only parts of their nodes.
+
+    Args:
+        sections: Those that were found in the tree.
+        made: What stands for each section's node, by the id of the node.
+        alone: Leave out parts that are not among the sections.
+    """
+    result = dict(made)
+    there = {id(section.node) for section in sections}
+    hosts = {id(section.host): section.host for section in sections if section.host is not None}
+    for host in hosts.values():
+        parts = (host.rest, host.optimizer)
+        if any(id(part) in made or (alone and id(part) not in there) for part in parts):
+            rest, optimizer = (result.pop(id(part), part) if not alone or id(part) in there else {} for part in parts)
+            result[id(host.host)] = host.joined(rest, optimizer)
+    return result
+
+
+def section_called(name: str, tree: Any, sections: Sequence[Section]) -> Section:
+    """The one section of that path, else of that kind, else whatever stands at that path.
+
+    Args:
+        name: A kind, or a path as it is shown (`callbacks['EMA']['weights']`) or with dots (`callbacks.EMA.weights`).
+        tree: The checkpoint.
+        sections: Those that were found in it.
+
+    Raises:
+        MigrationError: There is none, or there are several.
+    """
+    found = [section for section in sections if name in _spellings(section.path)]
+    found = found or [section for section in sections if section.kind == name]
+    if len(found) == 1:
+        return found[0]
+    there = ", ".join(f"{section.kind} at {section.label}" for section in found or sections)
+    if found:
+        raise MigrationError([f"{len(found)} sections are called {name!r}: {there}"], hint="Give the path of one.")
+    for path, node in walk(tree):
+        if name in _spellings(path) and isinstance(node, Mapping) and any(map(is_tensor, node.values())):
+            return Section("model", path, node)
+    known = f"There are: {there}." if sections else "No section was recognised; `optimstate inspect` shows what is."
+    raise MigrationError(
+        [f"no section is called {name!r}, and there is no mapping of names to tensors at such a path"], hint=known
+    )
+
+
+def _spellings(path: Path) -> tuple[str, str]:
+    return format_path(path), ".".join(map(str, path))
+
+
+def _find(tree: Any) -> Iterator[Section | Candidate | Verdict]:
     seen: set[int] = set()
-    stack: list[tuple[Path, Any]] = [((), tree)]
+    stack: list[tuple[Path, Any, bool]] = [((), tree, False)]
     while stack:
-        path, node = stack.pop()
+        path, node, inside = stack.pop()
         if not isinstance(node, Mapping | list | tuple | Opaque) or isinstance(node, OpaqueFile) or id(node) in seen:
             continue
         if len(path) > MAX_DEPTH:
             raise LimitExceededError(f"containers nested more than {MAX_DEPTH} deep")
         seen.add(id(node))
         kind = _kind(node)
-        if kind is not None:
+        if kind == "model" and isinstance(node, Mapping):
+            yield Candidate(path, node, inside)
+        elif kind is not None:
             yield Section(kind, path, node)
+        elif _lists_no_parameters(node):  # what is below `state` are slots, whoever they belong to
+            yield Verdict(Candidate(path, {}), None, "an optimizer whose param groups do not list their parameters")
         else:
-            inner = [((*path, key), child) for key, child in children(node)]
+            inside = inside or (isinstance(node, Opaque) and as_mapping(node) is None)
+            inner = [((*path, key), child, inside) for key, child in children(node)]
             stack.extend(reversed(inner))
 
 
@@ -131,12 +252,12 @@ def _kind(node: Any) -> Kind | None:
     if _is_scheduler(fields):
         return "scheduler"
     if isinstance(node, Opaque):
-        return "model" if "_parameters" in fields and "_modules" in fields else None
+        return "model" if "_parameters" in fields and "_modules" in fields and _has_tensors(node) else None
     if _is_shadow_list(fields):
         return "ema"
-    if "n_averaged" in fields and _is_model({key: value for key, value in fields.items() if key != "n_averaged"}):
+    if "n_averaged" in fields and could_be_model({key: value for key, value in fields.items() if key != "n_averaged"}):
         return "ema"
-    return "model" if _is_model(fields) else None
+    return "model" if could_be_model(fields) else None
 
 
 def _is_optimizer(fields: Mapping[Any, Any]) -> bool:
@@ -155,6 +276,17 @@ def _is_listed_optimizer(fields: Mapping[Any, Any]) -> bool:
         isinstance(state, list)
         and all(isinstance(slots, Mapping) for slots in state)
         and _options_of_groups(fields.get("hypers")) is not None
+    )
+
+
+def _lists_no_parameters(node: Any) -> bool:
+    """Whether it is an optimizer's state in a form that is not known."""
+    fields = _fields(node) or {}
+    groups = fields.get("param_groups")
+    return (
+        as_mapping(fields.get("state")) is not None
+        and isinstance(groups, list | tuple)
+        and any(isinstance(group, Mapping) for group in groups)
     )
 
 
@@ -177,7 +309,7 @@ def _keyed(fields: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and not isinstance(a, Opaque | LazyTensor) and bool(a == b)
+    return difference(a, b, aliases=False) is None
 
 
 def _is_shadow_list(fields: Mapping[Any, Any]) -> bool:
@@ -193,19 +325,6 @@ def _is_scheduler(fields: Mapping[Any, Any]) -> bool:
     return bool(fields.keys() & {"base_lrs", "_last_lr", "_step_count", "num_bad_epochs"})
 
 
-def _is_model(fields: Mapping[Any, Any]) -> bool:
-    """Names to tensors, at least one of them a floating one under a name a parameter could have."""
-    found = False
-    for name, value in fields.items():
-        if not isinstance(name, str):
-            return False
-        if is_tensor(value):
-            found = found or not isinstance(value, LazyTensor) or value.dtype.startswith(_FLOATING)
-        elif not (value is None or name.rpartition(".")[2].startswith("_extra_state")):
-            return False
-    return found
-
-
 def _module_tensors(module: Opaque, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """The parameters and buffers of a pickled `nn.Module`, named as `named_parameters` names them."""
     fields = _fields(module) or {}
@@ -216,6 +335,10 @@ def _module_tensors(module: Opaque, prefix: str = "", depth: int = 0) -> Iterato
     for name, child in (as_mapping(fields.get("_modules")) or {}).items():
         if isinstance(child, Opaque) and depth < 100:
             yield from _module_tensors(child, f"{prefix}{name}.", depth + 1)
+
+
+def _has_tensors(module: Opaque) -> bool:
+    return next(_module_tensors(module), None) is not None
 
 
 def parameter_labels(tree: Any) -> dict[Path, str]:

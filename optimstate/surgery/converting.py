@@ -153,7 +153,7 @@ class _Changes:
     def _change(
         self, names: Sequence[str], without: Sequence[str], dtypes: Mapping[str, str], optimizer: str | None
     ) -> None:
-        from optimstate.state.sections import find_sections
+        from optimstate.state.sections import find_sections, section_called, with_hosts
         from optimstate.surgery import selection
 
         sections = find_sections(self.tree)
@@ -162,8 +162,8 @@ class _Changes:
             self.notes += notes
             sections = find_sections(self.tree)
         if names:
-            alone = [selection.section_called(name, sections) for name in names]
-            sections = self.alone = [section for section in sections if any(section is one for one in alone)]
+            chosen = [section_called(name, self.tree, sections) for name in names]
+            sections = self.alone = list({id(section.node): section for section in chosen}.values())
         nodes = [self._plain(found) if names else found.node for found in sections]
         if optimizer is not None:
             nodes = self._converted(sections, nodes, optimizer)
@@ -174,9 +174,9 @@ class _Changes:
             self.tree = nodes[0]
         else:
             if self.alone:
-                self.tree = selection.only(self.tree, {id(found.node) for found in sections})
+                self.tree = selection.only(self.tree, {id(found.in_tree) for found in sections})
             made = {id(found.node): node for found, node in zip(sections, nodes, strict=True) if node is not found.node}
-            self.tree = replaced(self.tree, made)
+            self.tree = replaced(self.tree, with_hosts(sections, made, alone=bool(self.alone)))
         if self._casting is not None:
             self._casting.note_partings(self.tree)
             self.notes += self._casting.notes

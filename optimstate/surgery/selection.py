@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from optimstate.errors import MigrationError
-from optimstate.tree import OpaqueFile, Path, format_path, path_key, rebuilt_mapping
+from optimstate.state.sections import Section, find_sections, with_hosts
+from optimstate.tree import OpaqueFile, Path, format_path, path_key, rebuilt_mapping, replaced
 
-if TYPE_CHECKING:
-    from optimstate.state.sections import Section
-
-__all__ = ["only", "section_called", "without"]
-
-
-def section_called(name: str, sections: Sequence[Section]) -> Section:
-    """The one section of that path, else of that kind.
-
-    Raises:
-        MigrationError: There is none, or there are several.
-    """
-    found = _called(name, sections)
-    if len(found) > 1:
-        raise MigrationError(
-            [f"{len(found)} sections are called {name!r}: {_listed(found)}"], hint="Give the path of one."
-        )
-    return found[0]
+__all__ = ["only", "without"]
 
 
 def _called(name: str, sections: Sequence[Section]) -> list[Section]:
@@ -93,7 +77,9 @@ def without(tree: Any, names: Sequence[str], sections: Sequence[Section]) -> tup
     Raises:
         MigrationError: There is no such section, one is the whole checkpoint, or part of a pickled object.
     """
-    places = list(_places(tree, (), {id(section.node): section for section in sections}, set()))
+    tree, names, parts = _without_parts(tree, names, sections)
+    sections = find_sections(tree) if parts else sections
+    places = list(_places(tree, (), {id(section.in_tree): section for section in sections}, set()))
     gone: dict[tuple[int, Any], _Place] = {}
     for name in names:
         found = [place for place in places if format_path(place.path) == name]
@@ -107,7 +93,22 @@ def without(tree: Any, names: Sequence[str], sections: Sequence[Section]) -> tup
         for place in gone.values()
         if isinstance(place.key, int) and place.path[-1] == place.key and _is_in_list(tree, place)
     ]
-    return made, [str(place) for place in gone.values()], notes
+    return made, [*parts, *(str(place) for place in gone.values())], notes
+
+
+def _without_parts(tree: Any, names: Sequence[str], sections: Sequence[Section]) -> tuple[Any, list[str], list[str]]:
+    """The tree less the optimizers, or models, that are one mapping with the other; the names left, and what went."""
+    shared = [section for section in sections if section.host is not None]
+    gone = [section for section in shared if section.kind in names]
+    hosts = {id(section.host) for section in gone}
+    stay = [section for section in shared if id(section.host) in hosts and section.kind not in names]
+    gone = [section for section in gone if any(section.host is other.host for other in stay)]
+    if not gone:
+        return tree, list(names), []
+    kinds = {section.kind for section in sections if not any(section is one for one in gone)}
+    left = [name for name in names if not any(name == one.kind for one in gone) or name in kinds]
+    went = [f"{section.kind} at {section.label}" for section in gone]
+    return replaced(tree, with_hosts(stay, {}, alone=True)), left, went
 
 
 def _places(node: Any, path: Path, sections: Mapping[int, Section], seen: set[int]) -> Iterator[_Place]:
@@ -125,7 +126,7 @@ def _places(node: Any, path: Path, sections: Mapping[int, Section], seen: set[in
 
 
 def _refuse_unremovable(tree: Any, sections: Sequence[Section]) -> None:
-    if any(section.node is tree for section in sections):
+    if any(section.in_tree is tree for section in sections):
         raise MigrationError(
             [f"the {sections[0].kind} is the whole checkpoint: nothing would be left"],
             hint="Name a part of the checkpoint.",

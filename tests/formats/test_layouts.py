@@ -62,7 +62,7 @@ LAYOUTS: dict[str, list[tuple[Any, ...]]] = {
     "lightning/swa_callback": [
         ("model", "state_dict"),
         ("scheduler", "callbacks", "StochasticWeightAveraging", "scheduler_state"),
-        ("model", "callbacks", "StochasticWeightAveraging", "average_model_state"),
+        ("ema", "callbacks", "StochasticWeightAveraging", "average_model_state"),
         ("optimizer", "optimizer_states", 0),
         ("scheduler", "lr_schedulers", 0),
     ],

@@ -21,7 +21,7 @@ from optimstate.plan.solve.planner import (
 )
 from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
-from optimstate.state.sections import Section, find_sections
+from optimstate.state.sections import Section, find_sections, with_hosts
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, rebuilt_mapping, replaced
 
@@ -88,7 +88,7 @@ class _Checkpoint:
         if found is None:
             self.anonymous.append(section)
             return
-        prefix = "module." if section.kind == "ema" else ""
+        prefix = "module." if section.kind == "ema" and "n_averaged" in section.node else ""
         if not self.see_wrappers:
             prefix += wrapper_prefix([name.removeprefix(prefix) for name in found])
         self.named[key_of(section)] = section, prefix
@@ -143,7 +143,7 @@ class _Checkpoint:
                 made[id(section.node)] = _rebuilt_model(section, moves, prefix)
         if self.schedulers:
             made.update(self._followed(migration))
-        return made
+        return with_hosts([section for section, _ in self.named.values()], made)
 
     def _followed(self, migration: Migration) -> dict[int, Any]:
         """The schedulers whose optimizer has other param groups or options, by the id of the old one."""

@@ -1,0 +1,210 @@
+"""Judge which mappings of names to tensors are models, by everything else that the checkpoint holds.
+
+Metrics, normalizers and the best files of a callback are mappings of names to tensors too. Each such mapping is a
+candidate; what speaks for and against it is counted, and the candidates are judged together. `docs/checkpoints.md`
+explains the evidence to people.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from optimstate.record import Record
+from optimstate.state.names import wrapper_prefix
+from optimstate.state.optimizer import OptimizerState
+from optimstate.state.records import is_tensor
+from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import Opaque, Path, nodes
+
+__all__ = ["Candidate", "Verdict", "could_be_model", "judge"]
+
+_FLOATING = ("float", "bfloat", "complex", "double", "half")
+_SAMPLE = 512  # names that are looked at; the evidence of the first ones is that of all
+
+# Where programs keep what is not a model, whatever it looks like.
+_NEVER_BELOW = {"callbacks", "loops", "hyper_parameters", "hparams", "datamodule_hyper_parameters"}
+_SELDOM_BELOW = {"args", "config", "cfg", "metrics", "stats", "rng_state", "rng_states", "history", "results"}
+
+_CALLED_MODEL = re.compile(
+    r"(?<![a-z])(model|models|module|net|nets|network|networks|state_dict|params|parameters|weights?|policy|actor|"
+    r"critic|generator|discriminator|encoder|decoder|backbone|head|ema|teacher|student|shadow|adapter|lora|classifier|"
+    r"embedding|embedder|unet|vae|target)(?![a-z])"
+)
+_FILE = re.compile(r"\.(pt|pth|bin|ckpt|tar|pkl|safetensors|safetensors\.index\.json)$")
+_LEAVES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias"}
+_STATISTICS = {"mean", "std", "var", "min", "max", "count", "sum", "median", "q01", "q99"}
+
+
+class Candidate(Record):
+    """A mapping of names to tensors.
+
+    Attributes:
+        path: Where it stands in the tree.
+        node: The mapping.
+        inside: Whether it belongs to a pickled object.
+        host: The mapping in the file that it is a part of, where it is only a part.
+    """
+
+    path: Path
+    node: Mapping[str, Any]
+    inside: bool = False
+    host: Any = None
+
+
+class Verdict(Record):
+    """What a candidate was judged to be.
+
+    Attributes:
+        kind: `model`, `ema` for the copy of a model that a callback keeps, or None for neither.
+        reason: Why it is neither.
+    """
+
+    candidate: Candidate
+    kind: str | None
+    reason: str = ""
+
+
+def could_be_model(fields: Mapping[Any, Any]) -> bool:
+    """Whether it maps names to tensors, one of them floating, with few other values among them."""
+    count = others = of_modules = 0
+    floating = False
+    for name, value in fields.items():
+        if not isinstance(name, str):
+            return False
+        if type(value) is LazyTensor or is_tensor(value):
+            count += 1
+            floating = floating or not isinstance(value, LazyTensor) or value.dtype.startswith(_FLOATING)
+        elif not (value is None or name.rpartition(".")[2].startswith("_extra_state")):
+            if not _is_carried(name, value):
+                return False
+            of_modules += "." in name  # a value of a module, by its name, weighs less
+            others += "." not in name
+    return floating and others < count and of_modules <= 4 * count
+
+
+def _is_carried(name: str, value: Any) -> bool:
+    """Whether a value that is not a tensor can stand among those of a model: a number, a text, packed weights."""
+    if isinstance(value, Mapping | Opaque):
+        dotted = "." in name or isinstance(value, Opaque)
+        return dotted and not any(is_tensor(node) for node in nodes(value))
+    if isinstance(value, list | tuple):
+        return all(is_tensor(item) or not isinstance(item, Mapping | Opaque) for item in value)
+    return True
+
+
+def judge(candidates: Sequence[Candidate], optimizers: Iterable[OptimizerState]) -> list[Verdict]:
+    """What each of the candidates of a checkpoint is, in their order."""
+    if not candidates:
+        return []
+    states = list(optimizers) if len(candidates) > 1 else []
+    evidence = [_Evidence(candidate) for candidate in candidates]
+    agreed = [any(_agrees(one.candidate.node, state) for state in states) for one in evidence]
+    scores = [one.score + 3 * agrees for one, agrees in zip(evidence, agreed, strict=True)]
+    possible = [score for one, score in zip(evidence, scores, strict=True) if not one.never]
+    best = max(possible, default=0)
+    least = 1 if best < 5 else 5 if any(agreed) else 3
+    models = [
+        one.candidate.node
+        for one, score in zip(evidence, scores, strict=True)
+        if not one.never and score >= min(least, best) and score > 0
+    ]
+    shapes: list[dict[str, Any]] = []
+    verdicts = []
+    for one, score in zip(evidence, scores, strict=True):
+        if any(one.candidate.node is model for model in models):
+            verdicts.append(Verdict(one.candidate, "model"))
+            continue
+        shapes = shapes or [_shapes(model) for model in models]
+        if len(one.candidate.node) > 1 and not one.candidate.inside and _shapes(one.candidate.node) in shapes:
+            # Names and shapes are those of a model: weights that must be changed with it, or no longer fit it.
+            verdicts.append(Verdict(one.candidate, "ema" if one.never else "model"))
+            continue
+        against = one.never or one.against or ("less like a model than another mapping" if score > 0 else "")
+        verdicts.append(Verdict(one.candidate, None, against or "nothing speaks for a model"))
+    return verdicts
+
+
+class _Evidence:
+    """What speaks for a candidate and against it.
+
+    Attributes:
+        never: Why it is not a model whatever its score, or an empty string.
+        against: What speaks against it, in words.
+        score: For less against.
+    """
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.score = 0
+        reasons: list[str] = []
+        below = {str(key) for key in candidate.path}
+        self.never = "inside a pickled object" if candidate.inside else ""
+        for place in sorted(below & _NEVER_BELOW):
+            self.never = f"below {place!r}"
+        for place in sorted(below & _SELDOM_BELOW):
+            self.score -= 3
+            reasons.append(f"below {place!r}")
+        for points, reason in (*self._names(), *self._shapes(), *self._place()):
+            self.score += points
+            if points < 0:
+                reasons.append(reason)
+        self.against = ", ".join(reasons)
+
+    def _names(self) -> Iterator[tuple[int, str]]:
+        names = list(islice((name for name, value in self.candidate.node.items() if is_tensor(value)), _SAMPLE))
+        leaves = [name.rpartition(".")[2] for name in names]
+        half = len(names) / 2
+        paths = sum("/" in name or "\\" in name or _FILE.search(name) is not None for name in names)
+        if paths > half:
+            yield -6, "its keys are paths"
+        elif sum("." in name for name in names) > half:
+            yield 2, ""
+        if sum(leaf in _LEAVES for leaf in leaves) >= half:
+            yield 3, ""
+        if sum(leaf in _STATISTICS for leaf in leaves) > half:
+            yield -3, "its names are those of statistics"
+
+    def _shapes(self) -> Iterator[tuple[int, str]]:
+        most = 0
+        for value in self.candidate.node.values():
+            if is_tensor(value):
+                most = max(most, len(value.shape) if isinstance(value, LazyTensor) else 2)
+                if most >= 2:
+                    break
+        if most == 0:
+            yield -3, "its tensors are single numbers"
+        else:
+            yield most, ""
+
+    def _place(self) -> Iterator[tuple[int, str]]:
+        key = str(self.candidate.path[-1]) if self.candidate.path else ""
+        if not key or _FILE.search(key):
+            yield 3, ""  # a whole file of names and tensors
+        if _CALLED_MODEL.search(key.lower()):
+            yield 2, ""
+
+
+def _shapes(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.shape if isinstance(value, LazyTensor) else None for name, value in node.items() if is_tensor(value)
+    }
+
+
+def _agrees(node: Mapping[str, Any], state: OptimizerState) -> bool:
+    """Whether an optimizer's parameters can be the tensors of a mapping: by their names, else by their shapes."""
+    names = [name for _, name, _ in state.parameters() if name is not None]
+    if names:
+        wrapper = wrapper_prefix(node)
+        known = {name.removeprefix(wrapper) for name in node}
+        prefix = wrapper_prefix(names)
+        return 2 * sum(name.removeprefix(prefix) in known for name in names) > len(names)
+    wanted: Counter[tuple[int, ...]] = Counter()
+    for _, _, slots in state.parameters():
+        shapes = [v.shape for v in (slots or {}).values() if isinstance(v, LazyTensor) and v.shape]
+        wanted.update(shapes[:1])
+    there = Counter(value.shape for value in node.values() if isinstance(value, LazyTensor))
+    return bool(wanted) and not wanted - there
