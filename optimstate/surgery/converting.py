@@ -163,7 +163,9 @@ class _Changes:
             sections = find_sections(self.tree)
         if names:
             chosen = [section_called(name, self.tree, sections) for name in names]
-            sections = self.alone = list({id(section.node): section for section in chosen}.values())
+            ids = {id(section.node): section for section in chosen}
+            sections = [ids.pop(id(section.node)) for section in sections if id(section.node) in ids]
+            sections = self.alone = [*sections, *ids.values()]
         nodes = [self._plain(found) if names else found.node for found in sections]
         if optimizer is not None:
             nodes = self._converted(sections, nodes, optimizer)

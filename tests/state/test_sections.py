@@ -175,3 +175,17 @@ def test_a_path_where_nothing_is(tmp_path: Path) -> None:
     for name in ("epoch", "nothing", "optimizer"):
         with pytest.raises(MigrationError, match=f"no section is called '{name}'"):
             section_called(name, tree, find_sections(tree))
+
+
+def test_the_parts_of_one_mapping_are_written_and_left_out_by_themselves(tmp_path: Path) -> None:
+    names = ["a.weight", "b.weight"]
+    weights = {name: torch.randn(2) for name in names}
+    torch.save({"epoch": 1, "all": {**weights, **flat(names)}}, tmp_path / "a.pt")
+    optimstate.surgery.convert(tmp_path / "a.pt", tmp_path / "model.pt", section="model")
+    assert list(torch.load(tmp_path / "model.pt", weights_only=True)) == names
+    optimstate.surgery.convert(tmp_path / "a.pt", tmp_path / "optimizer.pt", section="optimizer")
+    assert list(torch.load(tmp_path / "optimizer.pt", weights_only=True)["state"]) == names
+    optimstate.surgery.convert(tmp_path / "a.pt", tmp_path / "rest.pt", without=["optimizer"])
+    rest = torch.load(tmp_path / "rest.pt", weights_only=True)
+    assert list(rest) == ["epoch", "all"]
+    assert list(rest["all"]) == names
