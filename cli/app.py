@@ -19,7 +19,7 @@ from typer.exceptions import TyperException
 from optimstate import __version__, errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from optimstate.plan.language.rules import Plan
@@ -198,6 +198,7 @@ def run() -> int:
             typer.echo(f"error: {line}", err=True)
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
+        _echo_json(type(error).__name__, error.message, error.hint, [problem.as_json() for problem in error.problems])
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
     except TyperException as error:
         return _wrong_usage(error)
@@ -210,6 +211,15 @@ def run() -> int:
     return code or 0
 
 
+def _echo_json(kind: str, message: str, hint: str, problems: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Print an error as the one JSON document of a command that fails, if JSON was asked for."""
+    if "--json" in sys.argv[1:]:
+        from optimstate.surgery.reports import to_json
+
+        fields = {"kind": kind, "message": message, "hint": hint, "problems": problems}
+        typer.echo(to_json("error", {"error": fields}))
+
+
 def _wrong_usage(error: TyperException) -> int:
     """What is wrong and where to read more; a command without its arguments shows its help."""
     message = error.format_message()
@@ -219,5 +229,7 @@ def _wrong_usage(error: TyperException) -> int:
         typer.echo(f"error: {message}", err=True)
         context: typer.Context | None = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "optimstate"
-        typer.echo(f"hint: `{command} --help` shows what it takes.", err=True)
+        hint = f"`{command} --help` shows what it takes."
+        typer.echo(f"hint: {hint}", err=True)
+        _echo_json("UsageError", message, hint)
     return error.exit_code

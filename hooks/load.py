@@ -22,6 +22,7 @@ from optimstate.plan.expressions.tree import Fill
 from optimstate.plan.language.operations import Concat, Operation, Resize, Split
 from optimstate.plan.language.rules import GroupRule, Plan, Policy, Rule
 from optimstate.plan.language.template import Template
+from optimstate.problems import Problem
 from optimstate.state.optimizer import Slots
 
 __all__ = [
@@ -140,7 +141,16 @@ def resize(
         rules = []
         for name in found:
             if name not in shapes:
-                raise MigrationError([f"resize: the live optimizer has no parameter {name!r} to take the shape of"])
+                raise MigrationError(
+                    [
+                        Problem(
+                            "name",
+                            f"the live optimizer has no parameter {name!r} to take the shape of",
+                            "resize",
+                            (name,),
+                        )
+                    ]
+                )
             steps: tuple[Operation, ...] = tuple(
                 Resize(dim, size, filling) for dim, size in enumerate(shapes[name] or ())
             )
@@ -294,7 +304,7 @@ def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
         applied = request.state.node.get(METADATA, {}).get("plans", ())
         if found.guard.once and found.digest in applied:
             raise MigrationError(
-                ["this plan made the state that is loaded: it is not applied a second time"],
+                [Problem("guard", "this plan made the state that is loaded: it is not applied a second time")],
                 hint="Resume without it, or take `once` out of the plan's [guard].",
             )
         request.add(found)
@@ -311,7 +321,9 @@ def _fill_like(request: LoadRequest, names: Mapping[str, str]) -> None:
         source, target = Template(f"{new}.{{rest**}}" if wide else new), Template(f"{old}.{{rest}}" if wide else old)
         matches = {name: captures for name in known if (captures := source.match(name)) is not None}
         if not matches:
-            raise MigrationError([f"fill_missing: {new!r} matches no parameter of the live optimizer"])
+            raise MigrationError(
+                [Problem("unmatched", f"{new!r} matches no parameter of the live optimizer", "fill_missing")]
+            )
         like.update({name: next(iter(target.produce(captures))) for name, captures in matches.items()})
     request.add(Plan(tuple(Rule((), (Template.literal(name),), fresh=True) for name in like)))
 
@@ -320,14 +332,22 @@ def _fill_like(request: LoadRequest, names: Mapping[str, str]) -> None:
             return None
         other = like[name]
         if other not in slots:
-            raise MigrationError([f"fill_missing: {name!r} is to be like {other!r}, which the live optimizer lacks"])
+            raise MigrationError(
+                [Problem("name", f"{name!r} is to be like {other!r}, which the live optimizer lacks", "fill_missing")]
+            )
         found = slots[other]
         if found is None:
             return None
         shape = dict(request.live.pairs())[other].shape
         if shape != parameter.shape:
             raise MigrationError(
-                [f"fill_missing: {name!r} has shape {list(parameter.shape)}, {other!r} has {list(shape)}"]
+                [
+                    Problem(
+                        "shape",
+                        f"{name!r} has shape {list(parameter.shape)}, {other!r} has {list(shape)}",
+                        "fill_missing",
+                    )
+                ]
             )
         return {key: copied(value) for key, value in found.items()}, f"a copy of the state of {other}"
 

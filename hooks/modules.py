@@ -17,6 +17,7 @@ from optimstate.plan.apply.schedulers import followed
 from optimstate.plan.language.rules import Plan
 from optimstate.plan.solve.migration import Inventory, SectionMoves, Target
 from optimstate.plan.solve.planner import model_inventory, plan_migration
+from optimstate.problems import Problem
 from optimstate.state.names import unwrapped
 
 __all__ = ["ModelHook", "ModelLoad", "migrate_model", "migrate_scheduler"]
@@ -45,7 +46,9 @@ class ModelLoad:
         self._live = {plain_live(name): (name, value) for name, value in own.items()}
         for before, after in ((tensors, self._tensors), (own, self._live)):
             if len(before) != len(after):
-                raise MigrationError(["two parameters have the same name when wrapper prefixes are taken off"])
+                raise MigrationError(
+                    [Problem("name", "two parameters have the same name when wrapper prefixes are taken off")]
+                )
 
     @property
     def is_settled(self) -> bool:

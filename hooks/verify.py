@@ -15,6 +15,7 @@ from optimstate.errors import OptimStateWarning, StateMismatchError
 from optimstate.hooks.engine.hook import LOGGER, LoadHook
 from optimstate.plan.expressions.evaluate import number_of, shape_of
 from optimstate.plan.slots.outcomes import flat_slots, slot_name
+from optimstate.problems import Problem
 from optimstate.state.algorithms.registry import Algorithm, conventional, recognise
 
 __all__ = ["report", "resume_problems", "verify_resume"]
@@ -26,7 +27,7 @@ CHECKS: tuple[Check, ...] = ("coverage", "zeros", "steps", "lr", "dtypes", "alia
 class _VerifyResume(LoadHook):
     """See `verify_resume`."""
 
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     def __init__(self, otherwise: Literal["raise", "warn"], skip: Sequence[Check], scheduler: Any) -> None:
         self._otherwise, self._skip, self._scheduler = otherwise, tuple(skip), scheduler
@@ -50,15 +51,14 @@ class _VerifyResume(LoadHook):
         before = self._before.pop(optimizer, None)
         lrs = before[2] if before is not None else None
         self.problems = tuple(resume_problems(optimizer, lrs=lrs, scheduler=self._scheduler, skip=self._skip))
-        told = f"verify_resume: {len(self.problems) or 'no'} problem{'s' * (len(self.problems) != 1)}"
         if LOGGER.isEnabledFor(logging.INFO):
-            LOGGER.info(told)
+            LOGGER.info(f"verify_resume: {len(self.problems) or 'no'} problem{'s' * (len(self.problems) != 1)}")
         if self.problems and self._otherwise == "raise":
             if before is not None:
                 optimizer.state, optimizer.param_groups = before[0], before[1]
-            raise StateMismatchError("\n".join(self.problems))
+            raise StateMismatchError("\n".join(map(str, self.problems)), problems=self.problems)
         for problem in self.problems:
-            warnings.warn(problem, OptimStateWarning, stacklevel=3)
+            warnings.warn(str(problem), OptimStateWarning, stacklevel=3)
         return None
 
     def __str__(self) -> str:
@@ -92,7 +92,7 @@ def resume_problems(
     lrs: Sequence[Any] | None = None,
     scheduler: Any = None,
     skip: Sequence[Check] = (),
-) -> list[str]:
+) -> list[Problem]:
     """What is wrong with the state of an optimizer that was resumed; see `verify_resume`.
 
     Args:
@@ -101,7 +101,7 @@ def resume_problems(
         scheduler: Its scheduler, as loaded.
         skip: What is not looked at.
     """
-    checks: Mapping[Check, Callable[[], Iterator[str]]] = {
+    checks: Mapping[Check, Callable[[], Iterator[Problem]]] = {
         "coverage": lambda: _uncovered(optimizer),
         "zeros": lambda: _zeros(optimizer),
         "steps": lambda: _steps(optimizer),
@@ -140,7 +140,7 @@ def _elementwise(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.
                 yield name, parameter, slot_name(path), value, slot.degree
 
 
-def _uncovered(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+def _uncovered(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
     algorithm = _algorithm(optimizer)
     members = list(_members(optimizer))
     having = sum(bool(slots) for _, _, slots in members)
@@ -148,13 +148,11 @@ def _uncovered(optimizer: torch.optim.Optimizer) -> Iterator[str]:
         return
     bare = [name for name, parameter, slots in members if parameter.requires_grad and not slots]
     if bare:
-        yield (
-            f"{_some(bare)} without state, while {having} others have some: they start afresh beside them; "
-            "if that is meant, skip coverage"
-        )
+        message = f"{_some(bare)} without state, while {having} others have some: they start without state beside them"
+        yield Problem("coverage", message, names=tuple(bare), remedy="if that is meant, skip coverage")
 
 
-def _zeros(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+def _zeros(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
     steps = {name: number_of(slots.get("step")) for name, _, slots in _members(optimizer)}
     found = [
         f"{name}.{slot}"
@@ -162,43 +160,45 @@ def _zeros(optimizer: torch.optim.Optimizer) -> Iterator[str]:
         if degree and steps[name] and value.numel() and not value.is_meta and not value.any()
     ]
     if found:
-        yield f"all zero, though steps were made: {_some(found)}"
+        yield Problem("zeros", f"all zero, though steps were made: {_some(found)}", names=tuple(found))
 
 
-def _steps(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+def _steps(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
     steps = {name: number_of(slots["step"]) for name, _, slots in _members(optimizer) if "step" in slots}
     counts = Counter(steps.values())
     if len(counts) > 1:
         usual = counts.most_common(1)[0][0]
         odd = [f"{name} at {step:g}" for name, step in steps.items() if step != usual]
-        yield f"step counts differ: {_some(odd)}, the others at {usual:g}"
+        yield Problem("steps", f"step counts differ: {_some(odd)}, the others at {usual:g}")
 
 
-def _learning_rates(optimizer: torch.optim.Optimizer, lrs: Sequence[Any] | None, scheduler: Any) -> Iterator[str]:
+def _learning_rates(optimizer: torch.optim.Optimizer, lrs: Sequence[Any] | None, scheduler: Any) -> Iterator[Problem]:
     now = [number_of(group.get("lr")) for group in optimizer.param_groups]
     sides: list[tuple[str, list[Any]]] = []
     if lrs is not None:
         sides.append(("was to be loaded", [number_of(lr) for lr in lrs]))
     if scheduler is not None:
         sides.append(("is what the scheduler set last", [number_of(lr) for lr in scheduler.get_last_lr()]))
-    for said, wanted in sides:
+    for origin, wanted in sides:
         if len(wanted) != len(now):
-            yield f"{len(now)} param groups, but {len(wanted)} learning rates: {wanted} {said}"
+            yield Problem("lr", f"{len(now)} param groups, but {len(wanted)} learning rates: {wanted} {origin}")
             continue
         for number, (have, want) in enumerate(zip(now, wanted, strict=True)):
             if have != want:
-                yield f"the learning rate of param group {number} is {have}, but {want} {said}"
+                yield Problem("lr", f"the learning rate of param group {number} is {have}, but {want} {origin}")
 
 
-def _dtypes(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+def _dtypes(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
     for name, parameter, slot, value, _ in _elementwise(optimizer):
         if value.device != parameter.device:
-            yield f"{name}.{slot} is on {value.device}, its parameter on {parameter.device}"
+            message = f"{name}.{slot} is on {value.device}, its parameter on {parameter.device}"
+            yield Problem("dtypes", message, names=(name,))
         elif value.dtype != parameter.dtype:
-            yield f"{name}.{slot} is {value.dtype}, its parameter {parameter.dtype}"
+            message = f"{name}.{slot} is {value.dtype}, its parameter {parameter.dtype}"
+            yield Problem("dtypes", message, names=(name,))
 
 
-def _aliases(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+def _aliases(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
     owners: dict[Any, str] = {}
     for name, parameter, slots in _members(optimizer):
         places = [("the parameter", parameter), *((slot_name(path), value) for path, value in flat_slots(slots))]
@@ -208,13 +208,15 @@ def _aliases(optimizer: torch.optim.Optimizer) -> Iterator[str]:
             start = value.data_ptr()
             other = owners.setdefault((value.device, start), f"{name}.{slot}")
             if other != f"{name}.{slot}":
-                yield f"{other} and {name}.{slot} share memory: each step would update it twice"
+                message = f"{other} and {name}.{slot} share memory: each step would update it twice"
+                yield Problem("aliases", message, names=(name,))
 
 
-def _shapes(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+def _shapes(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
     for name, parameter, slot, value, _ in _elementwise(optimizer):
         if value.shape != parameter.shape:
-            yield f"{name}.{slot} has shape {list(value.shape)}, its parameter {list(parameter.shape)}"
+            message = f"{name}.{slot} has shape {list(value.shape)}, its parameter {list(parameter.shape)}"
+            yield Problem("shapes", message, names=(name,))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.language.rules import Plan
 from optimstate.plan.solve.migration import Inventory, Migration, Target
 from optimstate.plan.solve.planner import model_inventory, optimizer_inventory, plan_migration
+from optimstate.problems import Problem
 from optimstate.state.names import names_in, unwrapped
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
@@ -259,7 +260,7 @@ def _plain_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
     rename = unwrapped(tensors)
     made = {rename(name): value for name, value in tensors.items()}
     if len(made) != len(tensors):
-        raise MigrationError(["two parameters have the same name when wrapper prefixes are taken off"])
+        raise MigrationError([Problem("name", "two parameters have the same name when wrapper prefixes are taken off")])
     return made
 
 

@@ -27,6 +27,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from optimstate.problems import Problem
+
 __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
@@ -54,12 +56,14 @@ class OptimStateError(Exception):
     Args:
         message: What is wrong, naming both sides where two things disagree.
         hint: What to do next, or an empty string.
+        problems: Every single problem, where it was several or code may ask for their kind.
     """
 
-    def __init__(self, message: str, *, hint: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.problems = tuple(problems)
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
@@ -136,9 +140,8 @@ class MigrationError(PlanError):
         problems: Every problem found, each naming the rule or parameter, both sides and the remedy.
     """
 
-    def __init__(self, problems: Sequence[str], *, hint: str = "") -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems), hint=hint)
+    def __init__(self, problems: Sequence[Problem], *, hint: str = "") -> None:
+        super().__init__("\n".join(map(str, problems)), hint=hint, problems=problems)
 
 
 class StateMismatchError(OptimStateError, ValueError):

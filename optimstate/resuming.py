@@ -15,6 +15,7 @@ from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.language.rules import Guard, Plan
 from optimstate.plan.solve.migration import Inventory, SectionMoves
+from optimstate.problems import Problem
 from optimstate.state.flattened import find_flat_state
 from optimstate.state.names import mentions_wrapper
 from optimstate.state.optimizer import OptimizerState
@@ -47,11 +48,11 @@ class Resumed:
 
     reports: Mapping[str, Report]
     notes: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{key}: {report}" for key, report in self.reports.items()]
-        return "\n".join([*lines, *self.notes, *self.problems])
+        return "\n".join([*lines, *self.notes, *map(str, self.problems)])
 
 
 def resume(
@@ -101,7 +102,7 @@ def resume(
         run.plan_scaler(scaler)
     run.refuse_unused()
     run.carry_out()
-    problems: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
     if optimizer is not None:
         from optimstate.hooks import resume_problems
 

@@ -16,6 +16,7 @@ from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.slots.outcomes import flat_slots
 from optimstate.plan.solve.migration import SectionMoves, Target
 from optimstate.plan.solve.planner import plan_optimizer
+from optimstate.problems import Kind, Problem
 from optimstate.state.algorithms.registry import ALGORITHMS, MASTERS, Algorithm, parameter_shape, recognise
 from optimstate.state.optimizer import Group, OptimizerState, Slots
 
@@ -146,7 +147,10 @@ def _without_orphans(request: LoadRequest) -> tuple[OptimizerState, list[Any]]:
         return state, []
     if request.plan.policy.unexpected == "error":
         raise MigrationError(
-            [f"the checkpoint has state under the key {key!r}, which is in no param group" for key in lost[:4]],
+            [
+                Problem("name", f"the checkpoint has state under the key {key!r}, which is in no param group")
+                for key in lost[:4]
+            ],
             hint="Drop it with hooks.drop_unexpected().",
         )
     return replace(state, state={key: value for key, value in state.state.items() if key not in set(lost)}), lost
@@ -216,19 +220,21 @@ def _planned(request: LoadRequest, state: OptimizerState, algorithm: Algorithm |
     return migration.sections["optimizer"]
 
 
-_REMEDIES = {
-    "nothing fills": "rename({old: new}), duplicate({old: [new, ...]}), or fill_missing()",
-    "is not in the target": "rename({old: new}) or drop_unexpected()",
-    "param groups": 'hyperparameters("live"), hyperparameters(<option>=<value>), or regroup(...)',
-    "gives the shape": 'resize("name"), split({...}), fuse({...}), or reset("name")',
-    "has no options": 'hyperparameters("live") or regroup(...)',
-    "give the model too": 'save with add_metadata(), which notes the shapes; or reset("all")',
-    "it differs": 'regroup(step="min"), or another plan policy with migrate(...)',
+# What hooks do about each kind of problem.
+_HOOKS: Mapping[Kind, str] = {
+    "unfilled": "rename({old: new}), duplicate({old: [new, ...]}), or fill_missing()",
+    "unexpected": "rename({old: new}) or drop_unexpected()",
+    "group": 'hyperparameters("live"), hyperparameters(<option>=<value>), or regroup(...)',
+    "shape": 'resize("name"), split({...}), fuse({...}), or reset("name")',
+    "options": 'hyperparameters("live") or regroup(...)',
+    "unknown-shape": 'save with add_metadata(), which notes the shapes; or reset("all")',
+    "disagreement": 'regroup(step="min"), or another plan policy with migrate(...)',
 }
 
 
-def _remedies(problems: Sequence[str]) -> str:
-    found = [remedy for mark, remedy in _REMEDIES.items() if any(mark in problem for problem in problems)]
+def _remedies(problems: Sequence[Problem]) -> str:
+    kinds = {problem.kind for problem in problems}
+    found = [remedy for kind, remedy in _HOOKS.items() if kind in kinds]
     return f"As hooks of optimstate.hooks: {'; '.join(found)}." if found else ""
 
 

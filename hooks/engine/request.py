@@ -12,6 +12,7 @@ from optimstate.errors import PlanError, StateMismatchError
 from optimstate.hooks.engine.live import Live
 from optimstate.plan.language.rules import Plan
 from optimstate.plan.solve.resolve import Resolver
+from optimstate.problems import Problem
 from optimstate.state.names import unwrapped
 from optimstate.state.optimizer import OptimizerState, Slots
 
@@ -61,7 +62,7 @@ class LoadRequest:
         rules = list(self.plan.all_rules())
         if not rules:
             return list(old)
-        problems: list[str] = []
+        problems: list[Problem] = []
         found = Resolver(self.plan.passes, "optimizer", [0] * len(rules), problems).resolve(old)
         return list(found.made)
 

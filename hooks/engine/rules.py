@@ -11,6 +11,7 @@ from optimstate.hooks.engine.request import LoadRequest
 from optimstate.plan.language.operations import Operation
 from optimstate.plan.language.rules import Plan, Rule
 from optimstate.plan.language.template import Template
+from optimstate.problems import Problem
 
 __all__ = ["HookStep", "below", "is_module", "literal", "matching", "ruled", "templates"]
 
@@ -105,6 +106,6 @@ def matching(names: Iterable[str], known: Sequence[str], hook: str) -> list[str]
         template = Template(below(name, set(known)))
         matches = [other for other in known if template.match(other) is not None]
         if not matches:
-            raise MigrationError([f"{hook}: {name!r} matches no parameter of the checkpoint"])
+            raise MigrationError([Problem("unmatched", f"{name!r} matches no parameter of the checkpoint", hook)])
         found.update(dict.fromkeys(matches))
     return list(found)

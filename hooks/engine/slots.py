@@ -11,6 +11,7 @@ import torch
 from optimstate.errors import MigrationError, PlanError
 from optimstate.plan.expressions.evaluate import copied, number_of, shape_of
 from optimstate.plan.slots.outcomes import SlotPath, flat_slots, slot_name
+from optimstate.problems import Problem
 from optimstate.state.algorithms.registry import conventional, recognise
 from optimstate.state.optimizer import Slots
 
@@ -58,7 +59,13 @@ def zeros_like_others(
             node[key] = _agreed(name, path, donor, others)
         else:
             raise MigrationError(
-                [f"fill_missing: nobody knows what zero is for the slot {slot_name(path)!r} that {donor!r} has"],
+                [
+                    Problem(
+                        "slot",
+                        f"it is not known what zero is for the slot {slot_name(path)!r} of {donor!r}",
+                        "fill_missing",
+                    )
+                ],
                 hint='Leave it fresh: fill_missing("fresh").',
             )
     return made, "zeros, at the others' step"
@@ -72,8 +79,13 @@ def _agreed(name: str, path: SlotPath, donor: str, others: Mapping[str, Slots]) 
         if number_of(its) != number_of(value):
             raise MigrationError(
                 [
-                    f"fill_missing: {name!r} is to get the others' {slot_name(path)}, but {donor!r} has "
-                    f"{number_of(value)} and {other!r} has {number_of(its)}"
+                    Problem(
+                        "disagreement",
+                        f"{name!r} is to get the others' {slot_name(path)}, but {donor!r} has "
+                        f"{number_of(value)} and {other!r} has {number_of(its)}",
+                        "fill_missing",
+                        (name, donor, other),
+                    )
                 ],
                 hint='Name the parameter it is to be like: fill_missing({"new": "other"}), or leave it fresh.',
             )

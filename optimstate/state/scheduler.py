@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from optimstate.errors import MigrationError
+from optimstate.problems import Problem
 
 __all__ = ["PER_GROUP_KEYS", "Merge", "regroup_scheduler_state", "representatives"]
 
@@ -120,28 +121,28 @@ def _lists(state: Mapping[str, Any], keys: Collection[str], path: str = "") -> I
         yield from _lists(nested, keys, f"{path}{_NESTED}[{index}].")
 
 
-def _misfits(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap, shared: set[str]) -> list[str]:
+def _misfits(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap, shared: set[str]) -> list[Problem]:
     """What stands in the way of any regrouping: lengths that disagree, and lists of unknown meaning."""
     lengths = {path: len(values) for path, values in _lists(state, keys) if not _refills(state, path)}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{path}: {length}" for path, length in lengths.items())
-        return [
+        message = (
             f"the scheduler state's lists disagree on the number of param groups ({found}), as after a group was added "
-            "to a running optimizer: complete the shorter ones first"
-        ]
+            "to a running optimizer"
+        )
+        return [Problem("scheduler", message, remedy="complete the shorter ones first")]
     groups = next(iter(lengths.values()), None)
     problems = [
-        f"new group {new} comes from old group {old}, but the scheduler state has {groups} groups"
+        Problem("scheduler", f"new group {new} comes from old group {old}, but the scheduler state has {groups} groups")
         for new, sources in enumerate(group_map)
         for old in sources
         if groups is not None and not 0 <= old < groups
     ]
     for path, value in _unknown_lists(state, keys, _SHARED_KEYS | shared):
         if len(value) == groups:
-            problems.append(
-                f"{path} has {groups} entries, as many as there are param groups, and is unknown: "
-                f"say per_group=[{path.rpartition('.')[2]!r}] or shared=[{path.rpartition('.')[2]!r}]"
-            )
+            message = f"{path} has {groups} entries, as many as there are param groups, and is unknown"
+            last = path.rpartition(".")[2]
+            problems.append(Problem("scheduler", message, remedy=f"say per_group=[{last!r}] or shared=[{last!r}]"))
     return problems
 
 
@@ -160,17 +161,18 @@ def _unknown_lists(
         yield from _unknown_lists(nested, keys, shared, f"{path}{_NESTED}[{index}].")
 
 
-def _ambiguities(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap) -> Iterator[str]:
+def _ambiguities(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap) -> Iterator[Problem]:
     for path, values in _lists(state, keys):
         if _refills(state, path):
             continue
         for new, sources in enumerate(group_map):
             for old in sources[1:]:
                 if not _same(values[sources[0]], values[old]):
-                    yield (
-                        f"{path}: new group {new} merges old group {sources[0]} ({values[sources[0]]!r}) "
+                    message = (
+                        f"new group {new} merges old group {sources[0]} ({values[sources[0]]!r}) "
                         f"and old group {old} ({values[old]!r})"
                     )
+                    yield Problem("scheduler", message, path)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -186,7 +188,12 @@ def _initial_lrs(state: Mapping[str, Any]) -> Sequence[Any]:
         for _, values in _lists(state, {key}):
             return values
     raise MigrationError(
-        ["the scheduler state has neither base_lrs nor _last_lr, by which 'min' and 'max' choose between groups"],
+        [
+            Problem(
+                "scheduler",
+                "the scheduler state has neither base_lrs nor _last_lr, by which 'min' and 'max' choose between groups",
+            )
+        ],
         hint="Use merge='first'.",
     )
 
@@ -196,17 +203,19 @@ def _unfilled(
     keys: Collection[str],
     sources: Sequence[int | None],
     fresh: Mapping[int, Mapping[str, Any]],
-) -> Iterator[str]:
+) -> Iterator[Problem]:
     for new in fresh:
         if not 0 <= new < len(sources):
-            yield f"`fresh` gives values to new group {new}, but there are {len(sources)} new groups"
+            message = f"`fresh` gives values to new group {new}, but there are {len(sources)} new groups"
+            yield Problem("scheduler", message)
         elif sources[new] is not None:
-            yield f"`fresh` gives values to new group {new}, which takes them from old group {sources[new]}"
+            message = f"`fresh` gives values to new group {new}, which takes them from old group {sources[new]}"
+            yield Problem("scheduler", message)
     for path, _ in _lists(state, keys):
         key = path.rpartition(".")[2]
         for new, old in enumerate(sources):
             if old is None and not _refills(state, path) and key not in fresh.get(new, {}):
-                yield f"{path}: new group {new} comes from no old group and has no value"
+                yield Problem("scheduler", f"new group {new} comes from no old group and has no value", path)
 
 
 def _rebuilt(

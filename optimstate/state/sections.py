@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from optimstate.errors import CorruptCheckpointError, LimitExceededError, MigrationError
+from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.flattened import FlatState, find_flat_state
 from optimstate.state.judging import Candidate, Verdict, could_be_model, judge
@@ -197,14 +198,14 @@ def section_called(name: str, tree: Any, sections: Sequence[Section]) -> Section
         return found[0]
     there = ", ".join(f"{section.kind} at {section.label}" for section in found or sections)
     if found:
-        raise MigrationError([f"{len(found)} sections are called {name!r}: {there}"], hint="Give the path of one.")
+        several = Problem("section", f"{len(found)} sections are called {name!r}: {there}")
+        raise MigrationError([several], hint="Give the path of one.")
     for path, node in walk(tree):
         if name in _spellings(path) and isinstance(node, Mapping) and any(map(is_tensor, node.values())):
             return Section("model", path, node)
     known = f"There are: {there}." if sections else "No section was recognised; `optimstate inspect` shows what is."
-    raise MigrationError(
-        [f"no section is called {name!r}, and there is no mapping of names to tensors at such a path"], hint=known
-    )
+    message = f"no section is called {name!r}, and there is no mapping of names to tensors at such a path"
+    raise MigrationError([Problem("section", message)], hint=known)
 
 
 def _spellings(path: Path) -> tuple[str, str]:

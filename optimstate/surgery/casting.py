@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from optimstate.errors import MigrationError, PlanSyntaxError
+from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import MASTERS
 from optimstate.state.sections import Section
@@ -161,7 +162,7 @@ class Casting:
             )
             raise MigrationError(
                 [
-                    f"dtype {key}={self._dtypes[key]}: no section or slot of this checkpoint is called so"
+                    Problem("unmatched", "no section or slot has this name", f"dtype {key}={self._dtypes[key]}")
                     for key in unused
                 ],
                 hint=f"There are: {', '.join(known)}.",
@@ -346,4 +347,4 @@ def _check_named(where: str, slot: Any, values: Sequence[Any], target: str) -> N
 
 
 def _refused(where: str, why: str, hint: str) -> MigrationError:
-    return MigrationError([f"{where}: cannot be cast: {why}"], hint=hint)
+    return MigrationError([Problem("cast", f"cannot be cast: {why}", where)], hint=hint)

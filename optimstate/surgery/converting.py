@@ -16,6 +16,7 @@ from optimstate.formats.registry import format_for_destination, get_format, open
 from optimstate.io.copying import BLOCK, SharedTasks, blocks
 from optimstate.io.extents import Progress
 from optimstate.io.output import check_destination
+from optimstate.problems import Problem
 from optimstate.surgery.reports import opening, to_json
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Opaque, format_path, nodes, replaced, walk
@@ -216,7 +217,7 @@ class _Changes:
         from optimstate.surgery.optimizer_conversion import convert_optimizer
 
         made = list(nodes)
-        problems: list[str] = []
+        problems: list[Problem] = []
         for place, section in enumerate(sections):
             if section.kind == "optimizer":
                 state, change = convert_optimizer(section, target, problems, self.notes)
@@ -224,7 +225,7 @@ class _Changes:
                     self.optimizers[f"optimizer at {section.label}"] = change
                     made[place] = state.to_node()
         if not any(section.kind == "optimizer" for section in sections):
-            problems.append(f"there is no optimizer whose state could become that of {target}")
+            problems.append(Problem("section", f"there is no optimizer whose state could become that of {target}"))
         if problems:
             raise MigrationError(problems)
         return made

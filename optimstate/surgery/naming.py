@@ -15,6 +15,7 @@ from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import get_format, open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.io.output import check_destination
+from optimstate.problems import Problem
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.naming import Candidate, Evidence, Naming, model_candidates, name_parameters
 from optimstate.state.optimizer import OptimizerState
@@ -134,20 +135,24 @@ def _built(model: str) -> list[Candidate]:
 
     module, _, factory = model.partition(":")
     if not module or not factory:
-        raise MigrationError([f"--model {model!r}: expected module:factory"])
+        raise MigrationError([Problem("setting", "expected module:factory", f"--model {model!r}")])
     try:
         with torch.device("meta"):
             made = getattr(import_module(module), factory)()
     except Exception as error:
-        raise MigrationError([f"--model {model}: {type(error).__name__}: {error}"]) from error
+        raise MigrationError([Problem("setting", f"{type(error).__name__}: {error}", f"--model {model}")]) from error
     return [Candidate(key, tuple(p.shape)) for key, p in made.named_parameters() if p.requires_grad]
 
 
 def _refuse_open_questions(found: list[tuple[Section, Naming]]) -> None:
-    problems = [f"optimizer at {section.label}: {problem}" for section, naming in found for problem in naming.problems]
+    problems = [
+        Problem("name", problem, f"optimizer at {section.label}")
+        for section, naming in found
+        for problem in naming.problems
+    ]
     for section, naming in found:
         twice = [key for key, count in Counter(naming.names).items() if key is not None and count > 1]
-        problems += [f"optimizer at {section.label}: {key} would be named twice" for key in twice]
+        problems += [Problem("name", f"{key} would be named twice", f"optimizer at {section.label}") for key in twice]
     if problems:
         raise MigrationError(
             problems,
@@ -159,7 +164,13 @@ def _refuse_open_questions(found: list[tuple[Section, Naming]]) -> None:
 def _with_names(section: Section, naming: Naming) -> Any:
     if isinstance(section.node, Opaque) or "param_groups" not in section.node:
         raise MigrationError(
-            [f"optimizer at {section.label} is no state_dict of torch's form: it has no place for parameter names"]
+            [
+                Problem(
+                    "name",
+                    "is not a state_dict of torch's form: it has no place for parameter names",
+                    f"optimizer at {section.label}",
+                )
+            ]
         )
     state: OptimizerState = section.optimizer()
     rest = iter(naming.names)

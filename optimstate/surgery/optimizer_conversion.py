@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from optimstate.plan.slots.conversion import Conversion, Lost, plan_conversion
 from optimstate.plan.slots.outcomes import flat_slots, slot_name
+from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import MASTERS, Algorithm, parameter_shape
 from optimstate.state.optimizer import OptimizerState
@@ -32,7 +33,7 @@ class OptimizerChange(Record):
 
 
 def convert_optimizer(
-    section: Section, target: str, problems: list[str], notes: list[str]
+    section: Section, target: str, problems: list[Problem], notes: list[str]
 ) -> tuple[OptimizerState, OptimizerChange | None]:
     """An optimizer's state as that of another algorithm.
 
@@ -48,14 +49,15 @@ def convert_optimizer(
     where = f"optimizer at {section.label}"
     state = section.optimizer()
     if section.positional or isinstance(section.node, Opaque):
-        problems.append(f"{where}: not in the form of a state dict, so it cannot become that of {target}")
+        message = f"not in the form of a state dict, so it cannot become that of {target}"
+        problems.append(Problem("conversion", message, where))
         return state, None
     algorithm = algorithm_of({slot for found in state.state.values() for slot in found}, state)
-    found: list[str] = []
+    found: list[Problem] = []
     conversion = plan_conversion(algorithm, target, state, _shapes(state, algorithm), found)
     if conversion is not None and not found:
         found += _unusable(state)
-    problems += [f"{where}: {problem}" for problem in found]
+    problems += [problem.at(where) for problem in found]
     if conversion is None or found:
         if not found:
             notes.append(f"{where}: its state is that of {target} already")
@@ -73,7 +75,7 @@ def _shapes(state: OptimizerState, algorithm: Algorithm | None) -> dict[str, tup
     return made
 
 
-def _unusable(state: OptimizerState) -> Iterator[str]:
+def _unusable(state: OptimizerState) -> Iterator[Problem]:
     """Parameters whose slots cannot be computed with, or that lack what the others have."""
     labelled = [
         (f"parameter {key}" if name is None else name, found) for key, name, found in state.parameters() if found
@@ -81,10 +83,10 @@ def _unusable(state: OptimizerState) -> Iterator[str]:
     everywhere = {"exp_avg", "exp_avg_sq", "exp_inf", "step"} & {slot for _, found in labelled for slot in found}
     for label, found in labelled:
         for slot in sorted(everywhere - set(found)):
-            yield f"{label} has no {slot}, which others have"
+            yield Problem("slot", f"{label} has no {slot}, which others have", names=(label,))
         for path, value in flat_slots(found):
             if not isinstance(value, LazyTensor | int | float | None):
-                yield f"{label}, {slot_name(path)}: {value!r} cannot be computed with"
+                yield Problem("slot", f"{value!r} cannot be computed with", f"{label}, {slot_name(path)}", (label,))
 
 
 def _with_masters(new: OptimizerState, old: OptimizerState) -> OptimizerState:

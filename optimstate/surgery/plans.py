@@ -16,6 +16,7 @@ from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.rules import Plan
 from optimstate.plan.solve.inverse import inverse
 from optimstate.plan.solve.planner import Inventory, Target, plan_migration
+from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.surgery.reports import opening, to_json
 
@@ -77,7 +78,7 @@ class CheckReport(Record):
     checkpoint: str
     target: str
     rules: tuple[tuple[str, int | None], ...]
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     irreversible: str
 
@@ -89,7 +90,8 @@ class CheckReport(Record):
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         rules = [{"rule": rule, "matches": count} for rule, count in self.rules]
-        return to_json("plan check", {**self._asdict(), "rules": rules, "fits": self.fits})
+        problems = [problem.as_json() for problem in self.problems]
+        return to_json("plan check", {**self._asdict(), "rules": rules, "problems": problems, "fits": self.fits})
 
 
 def check_plan(
@@ -111,7 +113,7 @@ def check_plan(
     """
     plan = Plan.of(plan)
     counts: list[int | None] = [None for _ in plan.all_rules()]
-    problems: list[str] = []
+    problems: list[Problem] = []
     notes: list[str] = []
     names: dict[str, Shape | None] | None = None
     if checkpoint is not None:
@@ -140,14 +142,15 @@ def check_plan(
     )
 
 
-def _target_problems(plan: Plan, old: Names, new: Names) -> Sequence[str]:
+def _target_problems(plan: Plan, old: Names, new: Names) -> Sequence[Problem]:
     """What keeps the names and shapes of the old sections from becoming those of the new ones."""
     inventories = {}
     for key, shapes in old.items():
         wanted = _counterpart(key, old, new)
         inventories[key] = Inventory(shapes, target=None if wanted is None else Target.of_names(wanted))
     if all(inventory.target is None for inventory in inventories.values()):
-        return ["the target has no section of the checkpoint's kinds: give one with a model or a named optimizer"]
+        message = "the target has no section of the checkpoint's kinds"
+        return [Problem("section", message, remedy="give one with a model or a named optimizer")]
     try:
         plan_migration(plan, inventories)
     except MigrationError as error:
@@ -175,7 +178,7 @@ def _irreversible(plan: Plan, names: Mapping[str, Shape | None] | None) -> str:
     try:
         inverse(plan, names)
     except PlanError as error:
-        return error.message.removeprefix("cannot invert: ")
+        return "; ".join(map(str, error.problems))
     return ""
 
 

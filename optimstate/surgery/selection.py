@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from optimstate.errors import MigrationError
+from optimstate.problems import Problem
 from optimstate.state.sections import Section, find_sections, with_hosts
 from optimstate.tree import OpaqueFile, Path, format_path, path_key, rebuilt_mapping, replaced
 
@@ -20,7 +21,7 @@ def _called(name: str, sections: Sequence[Section]) -> list[Section]:
             if sections
             else "No section was recognised; `optimstate inspect` shows what is."
         )
-        raise MigrationError([f"no section is called {name!r}"], hint=known)
+        raise MigrationError([Problem("section", f"no section is called {name!r}")], hint=known)
     return found
 
 
@@ -128,11 +129,14 @@ def _places(node: Any, path: Path, sections: Mapping[int, Section], seen: set[in
 def _refuse_unremovable(tree: Any, sections: Sequence[Section]) -> None:
     if any(section.in_tree is tree for section in sections):
         raise MigrationError(
-            [f"the {sections[0].kind} is the whole checkpoint: nothing would be left"],
+            [Problem("section", f"the {sections[0].kind} is the whole checkpoint: nothing would be left")],
             hint="Name a part of the checkpoint.",
         )
     raise MigrationError(
-        [f"{section.kind} at {section.label} is inside a pickled object, which is kept whole" for section in sections],
+        [
+            Problem("section", f"{section.kind} at {section.label} is inside a pickled object, which is kept whole")
+            for section in sections
+        ],
         hint="Write what you need with --section.",
     )
 

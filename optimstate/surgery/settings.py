@@ -16,6 +16,7 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.rules import GroupRule, Plan
 from optimstate.plan.language.template import Template
 from optimstate.plan.solve.planner import SectionMoves
+from optimstate.problems import Problem
 from optimstate.surgery.reports import opening
 
 __all__ = ["with_options"]
@@ -106,17 +107,23 @@ def _refuse_misplaced(settings: Sequence[_Setting], section: SectionMoves) -> No
         if setting.key not in known:
             close = difflib.get_close_matches(setting.key, known, n=1)
             said = f"is it {close[0]!r}?" if close else f"there are {', '.join(known)}"
-            problems.append(f"--set {setting.text!r}: no param group has an option {setting.key!r}; {said}")
+            message = f"no param group has an option {setting.key!r}; {said}"
+            problems.append(Problem("setting", message, f"--set {setting.text!r}"))
         if not any(setting.applies(n, name) for n, group in enumerate(section.groups) for name in group.members):
             counts = f"{len(section.groups)} param groups, {sum(len(group.members) for group in section.groups)} names"
-            problems.append(f"--set {setting.text!r}: applies to none of {counts}")
+            problems.append(Problem("unmatched", f"applies to none of {counts}", f"--set {setting.text!r}"))
         for group in section.groups:
             old = group.options.get(setting.key)
             if isinstance(old, bool | int | float) and _kind(old) != _kind(setting.value):
-                problems.append(f"--set {setting.text!r}: {setting.key} is {old!r} now, which is of another type")
+                message = f"{setting.key} is {old!r} now, which is of another type"
+                problems.append(Problem("setting", message, f"--set {setting.text!r}"))
                 break
     problems += [
-        f"param group {number} is empty, and the plan language names groups by their parameters: --set would lose it"
+        Problem(
+            "group",
+            f"param group {number} is empty, and the plan language names groups by their parameters: "
+            "--set would lose it",
+        )
         for number, group in enumerate(section.groups)
         if not group.members
     ]

@@ -13,6 +13,7 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.rules import Plan
 from optimstate.plan.solve import suggest as solve
+from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.surgery.comparing import by_content, model_tensors
 from optimstate.surgery.plans import kind_of, merged, names_of
@@ -46,7 +47,7 @@ class SuggestReport(Record):
     rules: tuple[SuggestedRule, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
     plan: str
 
     @property
@@ -57,7 +58,9 @@ class SuggestReport(Record):
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         rules = [rule._asdict() for rule in self.rules]
-        return to_json("plan suggest", {**self._asdict(), "rules": rules, "complete": self.complete})
+        problems = [problem.as_json() for problem in self.problems]
+        fields = {**self._asdict(), "rules": rules, "problems": problems, "complete": self.complete}
+        return to_json("plan suggest", fields)
 
 
 def suggest(
@@ -84,7 +87,7 @@ def suggest(
             SuggestedRule(str(item.rule), item.confidence, item.reason, Plan((item.rule,)).to_toml())
             for item in found.rules
         )
-        problems: tuple[str, ...] = ()
+        problems: tuple[Problem, ...] = ()
         if rules:
             try:
                 apply_plan(found.plan, trees[0])

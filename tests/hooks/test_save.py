@@ -142,7 +142,7 @@ def test_each_hook_logs_one_line(module: Any, caplog: pytest.LogCaptureFixture) 
 
 def problems(optimizer: torch.optim.Optimizer, **options: Any) -> list[str]:
     options = {"skip": ["coverage"], **options}
-    return hooks.resume_problems(optimizer, **options)
+    return [str(problem) for problem in hooks.resume_problems(optimizer, **options)]
 
 
 @layouts

@@ -63,7 +63,7 @@ def test_a_plan_is_undone_by_the_plan_turned_round(plan: str, undone: str) -> No
     [
         ('drop = "head.**"', "rule 2 drops 'head.**'"),
         ('fresh = "head.**"', "rule 2 leaves the optimizer state of 'head.**' behind"),
-        ('from = "head.{p}"\nto = "head{e=0..1}.{p}"', "rule 2 makes copies of 'head.{p}'"),
+        ('from = "head.{p}"\nto = "head{e=0..1}.{p}"', "rule 2 copies 'head.{p}'"),
         ('from = "head.{p}"\nto = "head.{p}"\nslice = { dim = 0, stop = 3 }', "rule 2: slice loses what it leaves out"),
         ('from = "head.{p}"\nto = "head.{p}"\ncast = "bfloat16"', "rule 2: cast does not keep what it rounds off"),
     ],
@@ -150,7 +150,7 @@ def both_set(option: str) -> Plan:
     ("groups", "reason"),
     [
         (None, "give the checkpoint"),
-        (optimizer(LAYERS).groups, "option 'note', which none takes away again"),
+        (optimizer(LAYERS).groups, "option 'note', which none takes away"),
         ((*optimizer(LAYERS).groups, Group({"lr": 0.1}, (), ())), "param group 1 has no parameters"),
     ],
 )

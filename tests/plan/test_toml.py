@@ -84,7 +84,7 @@ def test_a_plan_survives_being_written() -> None:
         ('[[rule]]\nfrom = "{i}.w"\nto = "w"', "plan:2: rule 1: {i}.w -> w: {i} is captured"),
         ('[[rule]]\nfrom = "a"\nto = "b{"', "plan:3: rule 1: template 'b{': unbalanced '{'"),
         ('[[rule]]\nfrom = "a"\nto = "b"\nsplit = "x"', 'plan:4: rule 1: `split` cannot be "x"'),
-        ('[[rule]]\nfrom = "a"\nto = "b"\nconcat = 0\nscale = 2', "plan:4: rule 1: `concat` and `scale` have no order"),
+        ('[[rule]]\nfrom = "a"\nto = "b"\nconcat = 0\nscale = 2', "plan:4: rule 1: `concat` and `scale` in one rule"),
         ('[[rule]]\nfrom = "a"\nto = "b"\nops = [{ splitt = 0 }]', "plan:4: rule 1: unknown operation 'splitt'"),
         ('[policy]\nmissing = "maybe"', "plan:2: policy: `missing` is one of error, fresh, not 'maybe'"),
         ('[polcy]\nmissing = "fresh"', "unknown key 'polcy'\nDid you mean `policy`?"),

@@ -159,10 +159,10 @@ def test_every_problem_is_found_at_once(tmp_path: Path) -> None:
     plan = Plan.from_options(rename=["encoder.{i}.{p**}=blocks.{i}.{p}", "nowhere.{p}=x.{p}"])
     report = plans.check_plan(plan, old, target=new)
     assert not report.fits
-    text = "\n".join(report.problems)
+    text = "\n".join(map(str, report.problems))
     for mention in ("'nowhere.{p}' matches none", "[5, 8], the target has [7, 8]", "[5], the target has [7]"):
         assert mention in text
-    assert sum("the target has" in problem for problem in report.problems) == 4  # the model's two, the optimizer's two
+    assert sum(problem.kind == "shape" for problem in report.problems) == 4  # the model's two, the optimizer's two
     assert len(set(report.problems)) == len(report.problems)
 
 
@@ -185,14 +185,14 @@ def test_parameters_of_the_target_can_be_declared_new_by_a_pattern(tmp_path: Pat
     assert plans.check_plan(declared, old, target=new).fits
     assert not plans.check_plan(declared, old).fits
     undeclared = plans.check_plan(Plan(), old, target=new)
-    assert any("nothing fills 'extra.0.weight'" in problem for problem in undeclared.problems)
+    assert any(p.kind == "unfilled" and p.names == ("extra.0.weight",) for p in undeclared.problems)
 
 
 def test_a_target_without_anything_to_compare_is_a_problem(tmp_path: Path) -> None:
     alone = tmp_path / "nothing.pt"
     torch.save({"epoch": 3}, alone)
     report = plans.check_plan(Plan(), saved(tmp_path / "old.pt", model_of("encoder")), target=alone)
-    assert any("no section" in problem for problem in report.problems)
+    assert any(problem.kind == "section" for problem in report.problems)
     with pytest.raises(ValueError, match="needs a checkpoint"):
         plans.check_plan(Plan(), target=alone)
 
@@ -200,7 +200,7 @@ def test_a_target_without_anything_to_compare_is_a_problem(tmp_path: Path) -> No
 def test_the_fate_of_an_optimizer_without_names_is_a_problem() -> None:
     anonymous = corpus.case("transformers/gpt2_adamw").entry
     report = plans.check_plan(Plan.from_options(drop=["transformer.wpe.weight"]), anonymous)
-    assert any("no parameter names" in problem for problem in report.problems)
+    assert any("no parameter names" in str(problem) for problem in report.problems)
 
 
 def test_neither_checking_nor_the_others_import_torch(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_an_inverse_gives_back_every_byte(tmp_path: Path) -> None:
 
 def test_what_cannot_be_undone_names_the_rules() -> None:
     plan = Plan.from_options(drop=["head.**"], duplicate=["fc=fc1,fc2"])
-    with pytest.raises(PlanError, match=r"rule 1 makes copies of 'fc'.*rule 2 drops 'head"):
+    with pytest.raises(PlanError, match=r"rule 1 copies 'fc'.*rule 2 drops 'head"):
         plans.invert_plan(plan)
     assert "rule 2 drops" in plans.show_plan(plan).irreversible
 

@@ -19,6 +19,7 @@ from optimstate.plan.solve.planner import (
     optimizer_inventory,
     plan_migration,
 )
+from optimstate.problems import Problem
 from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections, with_hosts
@@ -166,8 +167,11 @@ class _Checkpoint:
         else:
             raise MigrationError(
                 [
-                    f"{len(self.schedulers)} schedulers and {len(optimizers)} optimizers: nothing says which scheduler "
-                    "follows which optimizer's param groups"
+                    Problem(
+                        "scheduler",
+                        f"{len(self.schedulers)} schedulers and {len(optimizers)} optimizers: nothing says which "
+                        "scheduler follows which optimizer's param groups",
+                    )
                 ],
                 hint="Migrate the optimizers one at a time, or write the schedulers anew.",
             )
@@ -241,8 +245,11 @@ def _refuse_other_parameters(section: Section, migration: Migration) -> None:
         if moves.dropped or any(move.clone or not move.is_moved_whole for move in moves.moves):
             raise MigrationError(
                 [
-                    f"{key_of(section)} has no parameter names: "
-                    f"it cannot follow what is dropped, duplicated or cut in {key}"
+                    Problem(
+                        "name",
+                        f"has no parameter names: it cannot follow what is dropped, duplicated or cut in {key}",
+                        key_of(section),
+                    )
                 ],
                 hint="Save it with names (build the optimizer from model.named_parameters()), "
                 "or convert only the weights.",
@@ -306,7 +313,7 @@ def _moved_metadata(metadata: Mapping[str, Any], moves: SectionMoves, prefix: st
 def _refuse_second(plan: Plan, tree: Any) -> None:
     if plan.guard.once and isinstance(tree, Mapping) and plan.digest in tree.get(STAMP, ()):
         raise MigrationError(
-            ["this plan was applied to this checkpoint already"],
+            [Problem("guard", "this plan was applied to this checkpoint already")],
             hint="Apply it to the original, or take `once` out of the plan's [guard].",
         )
 
@@ -318,7 +325,11 @@ def _stamped(plan: Plan, tree: Any) -> Any:
     roots = [section for section in find_sections(tree) if section.path == ()]
     if not isinstance(tree, dict) or roots or not all(isinstance(key, str) for key in tree):
         raise MigrationError(
-            ["[guard] once = true needs a checkpoint that is a dict of sections, to note the plan in"],
+            [
+                Problem(
+                    "guard", "[guard] once = true needs a checkpoint that is a dict of sections, to note the plan in"
+                )
+            ],
             hint="Use has and lacks, which need no note.",
         )
     return rebuilt_mapping(tree, {**tree, STAMP: [*tree.get(STAMP, ()), plan.digest]})

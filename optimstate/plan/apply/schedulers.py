@@ -9,12 +9,13 @@ from optimstate.errors import MigrationError
 from optimstate.plan.expressions.evaluate import copied
 from optimstate.plan.solve.groups import GroupPlan, same_value
 from optimstate.plan.solve.migration import SectionMoves
+from optimstate.problems import Problem
 from optimstate.state.optimizer import Group
 from optimstate.state.scheduler import regroup_scheduler_state
 
 __all__ = ["followed", "reschedules"]
 
-# Half of a schedule is in the scheduler's lists, half in the groups: what a list has for a group, the group calls ...
+# Half of a schedule is in the scheduler's lists, half in the groups: the group option that corresponds to each list.
 _OPTION = {"base_lrs": "initial_lr", "_last_lr": "lr"}
 _NESTED = "_schedulers"
 
@@ -53,7 +54,7 @@ def followed(state: Mapping[str, Any], moves: SectionMoves) -> dict[str, Any]:
     group_map = [[] if group.base is None else [group.base] for group in moves.groups]
     same = group_map == [[number] for number in range(moves.old_groups)]
     made = _own(state) if same else regroup_scheduler_state(state, group_map, fresh=fresh)
-    problems: list[str] = []
+    problems: list[Problem] = []
     for number, group in enumerate(moves.groups):
         for key, option in _OPTION.items():
             if option in group.options:
@@ -69,7 +70,7 @@ def _own(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**made, _NESTED: [_own(nested) for nested in state[_NESTED]]} if state.get(_NESTED) else made
 
 
-def _set(made: dict[str, Any], number: int, key: str, group: GroupPlan, problems: list[str]) -> None:
+def _set(made: dict[str, Any], number: int, key: str, group: GroupPlan, problems: list[Problem]) -> None:
     """Put an option's value where the scheduler has another for this group."""
     wanted = group.options[_OPTION[key]]
     # `_last_lr` is the outermost scheduler's; the nested ones keep what they set last, each in its own time.
@@ -78,8 +79,8 @@ def _set(made: dict[str, Any], number: int, key: str, group: GroupPlan, problems
     if any(same_value(value, wanted) for value in found):
         return
     if any(not same_value(value, found[0]) for value in found):
-        told = " and ".join(map(str, found))
-        problems.append(f"param group {number} is to start from {wanted}, but its schedulers do from {told}")
+        message = f"should start at lr {wanted}, but its schedulers start at {' and '.join(map(str, found))}"
+        problems.append(Problem("scheduler", f"param group {number} {message}"))
         return
     for place in places:
         place[key][number] = copied(wanted)

@@ -20,7 +20,16 @@ class Misfit(Exception):
 
 
 class Irreversible(Exception):
-    """An operation loses something, so nothing undoes it; the message says what."""
+    """An operation loses something, so nothing undoes it.
+
+    Args:
+        message: What it loses.
+        needs_names: Whether it loses nothing once the names and shapes of the checkpoint are known.
+    """
+
+    def __init__(self, message: str, *, needs_names: bool = False) -> None:
+        super().__init__(message)
+        self.needs_names = needs_names
 
 
 class Operation(Record):

@@ -243,7 +243,7 @@ class ReshapeDims(Operation):
             first, old = self._exchanged(shape)
             new = self._sizes(prod(old), shape)
             return [ReshapeDims(old, first, new) if self.dim is not None else ReshapeDims(shape)]
-        raise Irreversible("reshape does not say what the shape was; give names with shapes")
+        raise Irreversible("reshape does not say what the shape was; give names with shapes", needs_names=True)
 
     def value(self) -> Any:
         if self.dim is None:
@@ -302,9 +302,9 @@ class Resize(Operation):
         sizes = {None if shape is None else shape[self.dim] for shape in before}
         size = sizes.pop() if len(sizes) == 1 else None
         if size is None:
-            raise Irreversible("resize does not say what the size was; give names with shapes")
+            raise Irreversible("resize does not say what the size was; give names with shapes", needs_names=True)
         if size > self.size:
-            raise Irreversible(f"resize cuts {size - self.size} places off")
+            raise Irreversible(f"resize cuts {size - self.size} rows off")
         return [Resize(self.dim, size)]
 
     def value(self) -> Any:
@@ -334,7 +334,7 @@ class Repeat(Operation):
         return Node(ex.Tile(dim, self.times, self.each), (tensor,), new)
 
     def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
-        raise Irreversible("repeat makes copies, which would have to become one again")
+        raise Irreversible("repeat cannot be inverted: its copies would have to become one again")
 
     def value(self) -> Any:
         table: dict[str, Any] = {"dim": self.dim, "times": self.times}

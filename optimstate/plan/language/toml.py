@@ -13,6 +13,7 @@ from optimstate.plan.language.operation import Operation, toml_value
 from optimstate.plan.language.operations import OPERATIONS
 from optimstate.plan.language.rules import GroupRule, Guard, Plan, Policy, Rule, templates
 from optimstate.plan.language.spelling import parse_operation
+from optimstate.plan.language.template import Template
 from optimstate.state.algorithms.registry import Slot, SlotKind
 
 __all__ = ["parse_plan", "read_plan", "written_plan"]
@@ -103,7 +104,7 @@ def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], where: str, 
 def _tables(document: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
     tables = document.get(key, [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise _Mistake(f"`{key}` is no array of tables", "", 0, key, f"Write [[{where}]].")
+        raise _Mistake(f"`{key}` is not an array of tables", "", 0, key, f"Write [[{where}]].")
     return tables
 
 
@@ -136,7 +137,7 @@ def _plan(document: Mapping[str, Any]) -> Plan:
 def _table_of(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     table = document.get(key, {})
     if not isinstance(table, dict):
-        raise _Mistake(f"`{key}` is no table", "", 0, key, f"Write [{key}].")
+        raise _Mistake(f"`{key}` is not a table", "", 0, key, f"Write [{key}].")
     return table
 
 
@@ -150,16 +151,16 @@ def _texts(value: Any, where: str, number: int, key: str) -> tuple[str, ...]:
 
 def _rule(table: Mapping[str, Any], where: str, number: int) -> Rule:
     _refuse_unknown(table, _RULE_KEYS, where, number)
-    source = _texts(table["from"], where, number, "from") if "from" in table else ()
+    source, taken = _texts(table["from"], where, number, "from") if "from" in table else (), "from"
     target = _texts(table["to"], where, number, "to") if "to" in table else ()
     drop, fresh, group = table.get("drop", False), table.get("fresh", False), table.get("group")
     for key, value in (("drop", drop), ("fresh", fresh)):
         if not isinstance(value, bool):
             if source or target:
-                raise _Mistake(f"`{key}` beside `from` or `to` is true or absent", where, number, key)
-            source = _texts(value, where, number, key)
+                raise _Mistake(f"with `from` or `to`, `{key}` must be true or left out", where, number, key)
+            source, taken = _texts(value, where, number, key), key
     if bool(drop) and (target or fresh):
-        raise _Mistake("`drop` goes with `from` alone", where, number, "drop")
+        raise _Mistake("`drop` cannot be combined with `to` or `fresh`", where, number, "drop")
     if not (drop or fresh or target):
         raise _Mistake("needs `to`, `drop` or `fresh`", where, number, "from", 'For example: to = "head.{p}"')
     if not source and not fresh:
@@ -167,23 +168,18 @@ def _rule(table: Mapping[str, Any], where: str, number: int) -> Rule:
     if group is not None and (not isinstance(group, int) or isinstance(group, bool) or not fresh):
         raise _Mistake("`group` is the number of a param group, for fresh parameters", where, number, "group")
     operations = _operations(table, where, number)
+    left, right = _checked_templates(source, where, number, taken), _checked_templates(target, where, number, "to")
     try:
-        return Rule(templates(source), templates(target), operations, bool(fresh), group)
+        return Rule(left, right, operations, bool(fresh), group)
     except PlanSyntaxError as error:
-        key = next((key for key in ("from", "to") if any(t in error.message for t in _listed(table, key))), "from")
-        raise _Mistake(error.message, where, number, key, error.hint) from None
-
-
-def _listed(table: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = table.get(key, ())
-    return tuple(f"template {text!r}" for text in ([value] if isinstance(value, str) else value))
+        raise _Mistake(error.message, where, number, taken, error.hint) from None
 
 
 def _operations(table: Mapping[str, Any], where: str, number: int) -> tuple[Operation, ...]:
     inline = [key for key in table if key in OPERATIONS]
     if len(inline) > 1 or (inline and "ops" in table):
         raise _Mistake(
-            f"`{inline[0]}` and `{[*inline, 'ops'][1]}` have no order",
+            f"`{inline[0]}` and `{[*inline, 'ops'][1]}` in one rule: the order is not defined",
             where,
             number,
             inline[0],
@@ -212,7 +208,7 @@ def _operation(key: str, value: Any, where: str, number: int, place: str) -> lis
         raise _Mistake(error.message, where, number, place, error.hint) from None
 
 
-def _checked_templates(texts: tuple[str, ...], where: str, number: int, key: str) -> Any:
+def _checked_templates(texts: tuple[str, ...], where: str, number: int, key: str) -> tuple[Template, ...]:
     try:
         return templates(texts)
     except PlanSyntaxError as error:

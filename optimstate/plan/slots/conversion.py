@@ -13,6 +13,7 @@ from typing import Any
 from optimstate.plan.expressions.evaluate import copied, kernel_of, number_of, shape_of
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.slots import quantized
+from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import ALGORITHMS, Algorithm
 from optimstate.state.optimizer import Group, OptimizerState, Slots
@@ -118,7 +119,7 @@ def plan_conversion(
     target: str,
     state: OptimizerState,
     shapes: Mapping[str, Shape | None],
-    problems: list[str],
+    problems: list[Problem],
 ) -> Conversion | None:
     """How to convert; None, with a problem noted, where it has no meaning, and None where nothing changes.
 
@@ -130,10 +131,12 @@ def plan_conversion(
         problems: Added to.
     """
     if target not in _DEFAULTS:
-        problems.append(f"optimizer = {target!r}: there is no conversion to it; there is to {', '.join(_DEFAULTS)}")
+        message = f"optimizer = {target!r}: there is no conversion to it"
+        problems.append(Problem("conversion", message, remedy=f"choose one of {', '.join(_DEFAULTS)}"))
         return None
     if source is None:
-        problems.append(f"the optimizer was not recognised, so its state cannot become that of {target}")
+        message = f"the optimizer was not recognised, so its state cannot become that of {target}"
+        problems.append(Problem("conversion", message))
         return None
     name = "Adam" if source.name == "Adam or AdamW" else source.name
     if name == target:
@@ -147,13 +150,13 @@ def plan_conversion(
         slots = {slot for found in state.state.values() for slot in quantized.unnested(found)}
         found = _packed(*found, bits=8 if target.endswith("8bit") else 32, old=slots)
     if found is None:
-        problems.append(
-            f"the state of {source.name} has no meaning in {target}: "
-            'rename and load the weights, and start the optimizer anew (fresh = "**")'
-        )
+        message = f"the state of {source.name} has no meaning in {target}"
+        remedy = 'rename and load the weights, and start the optimizer anew (fresh = "**")'
+        problems.append(Problem("conversion", message, remedy=remedy))
         return None
     if target == "Muon" and (other := [key for key, shape in shapes.items() if shape is not None and len(shape) != 2]):
-        problems.append(f"Muon takes matrices alone, and {other[0]!r} has the shape {list(shapes[other[0]] or ())}")
+        message = f"Muon takes matrices alone, and {other[0]!r} has the shape {list(shapes[other[0]] or ())}"
+        problems.append(Problem("conversion", message, names=tuple(other)))
     report, convert = found
     keeps_betas = goal != "Lion" or name in ("Lion", "bitsandbytes")
     return Conversion(source.name, target, tuple(Lost(*line) for line in report), convert, keeps_betas)

@@ -15,12 +15,16 @@ from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.slots.outcomes import Fate, Outcome, Parameter, SlotPath, slot_name
+from optimstate.problems import Problem
 from optimstate.state.algorithms.registry import Slot
 
 if TYPE_CHECKING:
     from optimstate.plan.slots.planner import SlotPlanner
 
 __all__ = ["factored_fates"]
+
+
+_REMEDY = "give the parameter no state (fresh = true)"
 
 
 class _Lost(Exception):
@@ -52,7 +56,7 @@ def factored_fates(
     names: Sequence[str],
     paths: Sequence[SlotPath],
     made: dict[SlotPath, Fate],
-    problems: list[str],
+    problems: list[Problem],
 ) -> None:
     """Decide for the row and column means of one target, and for what stands for them in vectors.
 
@@ -67,25 +71,26 @@ def factored_fates(
     """
     shape = expression.shape
     if shape is None:
-        problems.append(f"{target}: its shape is not known, so its row and column means cannot follow")
+        message = "its shape is not known, so its row and column means cannot follow"
+        problems.append(Problem("unknown-shape", message, target, tuple(names), "give the model too"))
         return
     if not paths:
         _raise_vectors(planner, expression, shape, made)
         return
     if len(shape) < 2:
-        problems.append(
-            f"{target}: {', '.join(map(slot_name, paths))} of {names[0]!r} are means over rows and columns, but the "
-            f"result has the shape {list(shape)}: give it no state (fresh = true)"
+        message = (
+            f"{', '.join(map(slot_name, paths))} of {names[0]!r} are means over rows and columns, but the result has "
+            f"the shape {list(shape)}"
         )
+        problems.append(Problem("slot", message, target, tuple(names), _REMEDY))
         return
     for row, col in _pairs(planner, names, paths):
         for path, dim in ((row, len(shape) - 1), (col, len(shape) - 2)):
             try:
                 made[path] = _fate(planner, expression, names, row, col, dim, path)
             except _Lost as lost:
-                problems.append(
-                    f"{target}: {slot_name(path)} cannot follow: {lost}; give the parameter no state (fresh = true)"
-                )
+                message = f"{slot_name(path)} cannot follow: {lost}"
+                problems.append(Problem("slot", message, target, tuple(names), _REMEDY))
 
 
 def _pairs(planner: SlotPlanner, names: Sequence[str], paths: Sequence[SlotPath]) -> list[tuple[SlotPath, SlotPath]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import LIVE, evaluated, kernel_of, shape_of
 from optimstate.plan.expressions.tree import Expr, Leaf, Shape
+from optimstate.problems import Kind, Problem
 from optimstate.record import Record
 from optimstate.state.optimizer import OptimizerState, Slots
 
@@ -68,7 +69,7 @@ def plan_flat(
     shapes: Mapping[str, Shape | None],
     moves: Sequence[Move],
     groups: Sequence[GroupPlan],
-    problems: list[str],
+    problems: list[Problem],
 ) -> FlatPlan | None:
     """How the vectors follow; None where there are none.
 
@@ -92,7 +93,7 @@ def plan_flat(
     refuse = _refusing(problems)
     unknown = [name for name in old if shapes.get(name) is None]
     if unknown:
-        refuse(f"the shape of {unknown[0]!r} is not known: give the model too")
+        refuse(f"the shape of {unknown[0]!r} is not known", "give the model too", "unknown-shape")
         return None
     segments: dict[str, tuple[int, int, Shape]] = {}
     start = 0
@@ -120,12 +121,11 @@ def _left_behind(move: Move) -> bool:
     return move.expression is None or isinstance(getattr(move.expression, "step", None), ex.Fresh)
 
 
-def _refusing(problems: list[str]) -> Callable[[str], None]:
-    def refuse(reason: str) -> None:
-        problems.append(
-            f"LBFGS keeps vectors over all parameters, which cannot follow: {reason}; "
-            'or start it anew: a rule fresh = "**"'
-        )
+def _refusing(problems: list[Problem]) -> Callable[..., None]:
+    def refuse(reason: str, remedy: str = "", kind: Kind = "slot") -> None:
+        message = f"LBFGS keeps vectors over all parameters, which cannot follow: {reason}"
+        anew = ", or ".join(filter(None, (remedy, 'start it anew: a rule fresh = "**"')))
+        problems.append(Problem(kind, message, remedy=anew))
 
     return refuse
 

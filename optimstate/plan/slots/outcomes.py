@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from optimstate.plan.expressions.evaluate import dtype_of, shape_of
 from optimstate.plan.expressions.tree import Expr, Shape
+from optimstate.problems import Kind, Problem
 from optimstate.state.algorithms.registry import SlotKind
 
 __all__ = [
@@ -70,7 +71,21 @@ class Parameter:
 
 
 class Refusal(Exception):
-    """A slot cannot follow its parameter; the message says why."""
+    """A slot cannot follow its parameter.
+
+    Args:
+        message: Why.
+        remedy: What to do next, if something special.
+        kind: What kind of problem that is.
+    """
+
+    def __init__(self, message: str, remedy: str = "", kind: Kind = "slot") -> None:
+        super().__init__(message)
+        self.message, self.remedy, self.kind = message, remedy, kind
+
+    def problem(self, place: str, names: Sequence[str]) -> Problem:
+        """The problem it is for a parameter of the result."""
+        return Problem(self.kind, self.message, place, tuple(names), self.remedy)
 
 
 def flattened(slots: Mapping[Any, Any], prefix: SlotPath = ()) -> dict[SlotPath, Any]:

@@ -15,6 +15,7 @@ from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.language.rules import Policy
 from optimstate.plan.slots.elementwise import Translation, Translator, fate_of
 from optimstate.plan.slots.outcomes import Fate, Form, Parameter, Refusal, SlotPath, slot_name
+from optimstate.problems import Problem
 from optimstate.state.algorithms.registry import RECOMPUTED, Algorithm, Slot, conventional, inferred_kind
 
 __all__ = ["SlotPlanner"]
@@ -59,7 +60,7 @@ class SlotPlanner:
         kind = inferred_kind(found, shape)
         return Slot(kind, 0 if kind == "scalar" else None), True
 
-    def fates(self, target: str, expression: Expr, problems: list[str]) -> Mapping[SlotPath, Fate]:
+    def fates(self, target: str, expression: Expr, problems: list[Problem]) -> Mapping[SlotPath, Fate]:
         """What becomes of every slot; where one cannot follow, a problem is noted."""
         if isinstance(expression, Leaf):
             return self._moved_whole(expression.name)
@@ -74,10 +75,9 @@ class SlotPlanner:
             return {path: Fate("fresh", "made fresh by a rule") for path in paths}
         if len(filled) < len(names) or fresh:
             empty = next(iter([name for name in names if name not in filled] + fresh))
-            problems.append(
-                f"{target}: {filled[0]!r} has optimizer state and {empty!r} has none; they cannot become one: "
-                "add fresh = true to the rule, or leave one of them apart"
-            )
+            message = f"{filled[0]!r} has optimizer state and {empty!r} has none; they cannot become one"
+            remedy = "add fresh = true to the rule, or leave one of them apart"
+            problems.append(Problem("no-state", message, target, (filled[0], empty), remedy))
             return {}
         key = tuple(filled) if layout else ()
         if key in self._alike:
@@ -140,7 +140,7 @@ class SlotPlanner:
         return made
 
     def _joined(
-        self, target: str, expression: Expr, names: Sequence[str], problems: list[str], *, layout: bool
+        self, target: str, expression: Expr, names: Sequence[str], problems: list[Problem], *, layout: bool
     ) -> tuple[dict[SlotPath, Fate], bool]:
         """What becomes of each slot, and whether another target made of the same sources may differ."""
         made: dict[SlotPath, Fate] = {}
@@ -163,10 +163,9 @@ class SlotPlanner:
             factored_fates(self, target, expression, names, factored, made, problems)
         for path, fate in made.items():
             if fate.outcome == "approximate" and self._policy.approximate == "refuse" and fate.kind != "scalar":
-                problems.append(
-                    f"{target}: {slot_name(path)} can only be approximated ({fate.reason}), "
-                    'which the policy refuses: say approximate = "allow", or make it fresh'
-                )
+                message = f"{slot_name(path)} can only be approximated ({fate.reason}), which the policy refuses"
+                remedy = 'say approximate = "allow", or make it fresh'
+                problems.append(Problem("approximate", message, target, tuple(names), remedy))
         return made, bool(factored) or self._factors()
 
     def _common(self, path: SlotPath, names: Sequence[str]) -> tuple[Slot, bool]:
@@ -181,7 +180,7 @@ class SlotPlanner:
         missing = [name for name in names if path not in self._parameters[name].slots]
         if missing:
             owner = next(name for name in names if name not in missing)
-            raise Refusal(f"{owner!r} has it and {missing[0]!r} has not")
+            raise Refusal(f"{owner!r} has this slot and {missing[0]!r} does not")
 
     def _fate_of(
         self, path: SlotPath, slot: Slot, inferred: bool, expression: Expr, names: Sequence[str], *, layout: bool
@@ -241,15 +240,16 @@ class SlotPlanner:
         value = parameter.slots[path]
         shape = shape_of(value)
         if shape is None:
-            raise Refusal(f"for {name!r} it is no plain tensor (quantized, sharded or of a subclass)")
+            raise Refusal(f"for {name!r} it is not a plain tensor (quantized, sharded or of a subclass)")
         if parameter.shape is None:
-            raise Refusal(f"the shape of {name!r} is not known, so it cannot be cut or joined: give the model too")
+            message = f"the shape of {name!r} is not known, so it cannot be cut or joined"
+            raise Refusal(message, "give the model too", "unknown-shape")
         if shape != parameter.shape:
             raise Refusal(f"it has shape {list(shape)} where {name!r} has {list(parameter.shape)}")
         if dtype_of(value) in _PACKED:
             raise Refusal(
-                f"for {name!r} it is packed in {dtype_of(value)} blocks, which cutting or joining would break "
-                '(of bitsandbytes\' it may be decoded and coded again: quantized = "requantize" in [policy])'
+                f"for {name!r} it is packed in {dtype_of(value)} blocks, which cutting or joining would break",
+                'bitsandbytes state can be re-quantized: quantized = "requantize" in [policy]',
             )
 
     def _agreed(self, path: SlotPath, names: Sequence[str]) -> Fate:
@@ -266,8 +266,9 @@ class SlotPlanner:
         if str(path[-1]) in RECOMPUTED:
             return Fate("approximate", "computed anew at the next step", "scalar", made=first)
         if self._policy.step == "error":
-            told = ", ".join(f"{value} for {name!r}" for name, value in zip(names[:4], values, strict=False))
-            raise Refusal(f'it differs ({told}): make them agree, or say step = "min", "max" or "keep" in [policy]')
+            shown = ", ".join(f"{value} for {name!r}" for name, value in zip(names[:4], values, strict=False))
+            remedy = 'make them agree, say step = "min", "max" or "keep" in [policy]'
+            raise Refusal(f"it differs ({shown})", remedy, "disagreement")
         if self._policy.step == "keep":
             chosen = 0
         else:
@@ -284,12 +285,11 @@ _OPAQUE: dict[str, str] = {
 _PACKED = {"uint8", "int8", "quint8", "qint8", "quint4x2", "quint2x4", "float4_e2m1fn_x2"}
 
 
-def _refused(target: str, path: SlotPath, refusal: Refusal, names: Sequence[str]) -> str:
+def _refused(target: str, path: SlotPath, refusal: Refusal, names: Sequence[str]) -> Problem:
     sources = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-    return (
-        f"{target}: {slot_name(path)} of {sources} cannot follow: {refusal}; "
-        "or give the parameter no state: fresh = true"
-    )
+    message = f"{slot_name(path)} of {sources} cannot follow: {refusal.message}"
+    remedy = ", or ".join(filter(None, (refusal.remedy, "give the parameter no state (fresh = true)")))
+    return Problem(refusal.kind, message, target, tuple(names), remedy)
 
 
 def _states(expression: Expr) -> tuple[list[str], list[str], bool]:

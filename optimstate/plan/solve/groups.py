@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from optimstate.plan.expressions.evaluate import number_of, shape_of
 from optimstate.plan.language.rules import GroupRule, Plan
+from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.optimizer import Group
 
@@ -44,7 +45,7 @@ def plan_groups(
     candidates: Sequence[Candidate],
     old: Sequence[Group],
     target: Sequence[tuple[Sequence[str], Mapping[str, Any]]] | None,
-    problems: list[str],
+    problems: list[Problem],
 ) -> tuple[GroupPlan, ...]:
     """The groups of the result.
 
@@ -76,31 +77,29 @@ def plan_groups(
     return tuple(made)
 
 
-def _kept(candidates: Sequence[Candidate], count: int, problems: list[str]) -> list[list[str]]:
+def _kept(candidates: Sequence[Candidate], count: int, problems: list[Problem]) -> list[list[str]]:
     split: list[list[str]] = [[] for _ in range(count)]
     for candidate in candidates:
         groups = candidate.groups
         if not groups:
             group = candidate.group if candidate.group is not None else 0 if count == 1 else None
             if group is None or not 0 <= group < count:
-                problems.append(
-                    f"{candidate.name!r} is new, and nothing says which of the {count} param groups it is in: "
-                    f"say group = 0 to {count - 1} in its rule, or write [[group]] tables"
-                )
+                message = f"{candidate.name!r} is new, and nothing says which of the {count} param groups it is in"
+                remedy = f"say group = 0 to {count - 1} in its rule, or write [[group]] tables"
+                problems.append(Problem("group", message, names=(candidate.name,), remedy=remedy))
                 continue
             groups = (group,)
         if len(set(groups)) > 1:
-            problems.append(
-                f"{candidate.name!r} is made from parameters of the param groups {sorted(set(groups))}: "
-                "say with [[group]] tables which one it is in"
-            )
+            message = f"{candidate.name!r} is made from parameters of the param groups {sorted(set(groups))}"
+            remedy = "say with [[group]] tables which one it is in"
+            problems.append(Problem("group", message, names=(candidate.name,), remedy=remedy))
             continue
         split[groups[0]].append(candidate.name)
     return split
 
 
 def _matched(
-    plan: Plan, by_name: Mapping[str, Candidate], problems: list[str]
+    plan: Plan, by_name: Mapping[str, Candidate], problems: list[Problem]
 ) -> tuple[list[list[str]], list[GroupRule | None]]:
     split: list[list[str]] = [[] for _ in plan.groups]
     outside = []
@@ -113,10 +112,9 @@ def _matched(
             outside.append(name)
     if outside:
         more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
-        problems.append(
-            f"no [[group]] matches {', '.join(map(repr, outside[:3]))}{more}: "
-            'end with a group for the rest, match = "**"'
-        )
+        message = f"no [[group]] matches {', '.join(map(repr, outside[:3]))}{more}"
+        remedy = 'end with a group for the rest, match = "**"'
+        problems.append(Problem("group", message, names=tuple(outside), remedy=remedy))
     for number, rule in enumerate(plan.groups):
         if all(template.is_literal for template in rule.match):  # names that are spelled out are in that order
             place = {template.text: order for order, template in enumerate(rule.match)}
@@ -125,11 +123,12 @@ def _matched(
     for number in kept:
         if not split[number]:
             texts = ", ".join(repr(template.text) for template in plan.groups[number].match)
-            problems.append(f"group {number + 1} ({texts}) matches no parameter that an earlier group leaves")
+            message = "matches no parameter that an earlier group leaves"
+            problems.append(Problem("unmatched", f"group {number + 1} ({texts}) {message}"))
     return [split[number] for number in kept], [plan.groups[number] for number in kept]
 
 
-def _rule_of(rules: Sequence[GroupRule], names: Sequence[str], problems: list[str]) -> GroupRule | None:
+def _rule_of(rules: Sequence[GroupRule], names: Sequence[str], problems: list[Problem]) -> GroupRule | None:
     """The `[[group]]` table that a group of the live optimizer is; all its parameters must say the same."""
     found: dict[int, str] = {}
     for name in names:
@@ -139,10 +138,11 @@ def _rule_of(rules: Sequence[GroupRule], names: Sequence[str], problems: list[st
                 break
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
-        problems.append(
+        message = (
             f"the live optimizer has {first!r} and {second!r} in one param group, "
             f"the plan in two, group {one + 1} and group {other + 1}"
         )
+        problems.append(Problem("unreached", message, names=(first, second)))
     return rules[next(iter(found))] if found else None
 
 
@@ -154,12 +154,13 @@ def _group(
     rule: GroupRule | None,
     old: Sequence[Group],
     live: Mapping[str, Any] | None,
-    problems: list[str],
+    problems: list[Problem],
 ) -> GroupPlan:
     chosen = dict(rule.set) if rule is not None else {}
     base = rule.like if rule is not None and rule.like is not None else None
     if base is not None and not 0 <= base < len(old):
-        problems.append(f"group {number + 1}: like = {base}, but the checkpoint has {len(old)} param groups")
+        message = f"like = {base}, but the checkpoint has {len(old)} param groups"
+        problems.append(Problem("group", message, f"group {number + 1}"))
         base = None
     if base is None and sources:
         base = _representative(plan, number, sources, old, chosen, problems)
@@ -171,10 +172,9 @@ def _group(
         options = {}
         if not rule or not rule.set:
             shown = f" ({', '.join(map(repr, names[:3]))})" if names else ""
-            problems.append(
-                f"group {number + 1}{shown} has no parameter from the checkpoint, so it has no options: "
-                "say like = 0 for those of an old group"
-            )
+            message = f"group {number + 1}{shown} has no parameter from the checkpoint, so it has no options"
+            remedy = "say like = 0 for those of an old group"
+            problems.append(Problem("options", message, names=tuple(names), remedy=remedy))
     return GroupPlan(tuple(names), {**options, **chosen}, sources, base, rule)
 
 
@@ -184,7 +184,7 @@ def _representative(
     sources: Sequence[int],
     old: Sequence[Group],
     chosen: Mapping[str, Any],
-    problems: list[str],
+    problems: list[Problem],
 ) -> int:
     if len(sources) == 1 or plan.policy.merge == "first" or plan.policy.hyperparameters == "live":
         return sources[0]
@@ -198,11 +198,10 @@ def _representative(
             key for key in {**first, **other} if key not in chosen and not same_value(first.get(key), other.get(key))
         ]
         if differing:
-            told = ", ".join(f"{key} ({first.get(key)!r} and {other.get(key)!r})" for key in differing[:4])
-            problems.append(
-                f"group {number + 1} joins the old param groups {sources[0]} and {index}, which differ in {told}: "
-                'set these in the [[group]], or say merge = "first", "min" or "max" in [policy]'
-            )
+            both = ", ".join(f"{key} ({first.get(key)!r} and {other.get(key)!r})" for key in differing[:4])
+            message = f"group {number + 1} joins the old param groups {sources[0]} and {index}, which differ in {both}"
+            remedy = 'set these in the [[group]], or say merge = "first", "min" or "max" in [policy]'
+            problems.append(Problem("group", message, remedy=remedy))
             break
     return sources[0]
 
@@ -229,7 +228,7 @@ def _refuse_lost_differences(
     made: Sequence[GroupPlan],
     live: Sequence[Mapping[str, Any] | None],
     rules: Sequence[GroupRule | None],
-    problems: list[str],
+    problems: list[Problem],
 ) -> None:
     """Live groups that differ on purpose, but would both take their options from one old group."""
     first: dict[int, int] = {}
@@ -243,9 +242,10 @@ def _refuse_lost_differences(
             key for key in mine if key in theirs and key not in decided and not same_value(mine[key], theirs[key])
         ]
         if differing:
-            told = ", ".join(f"{key} ({theirs[key]!r} and {mine[key]!r})" for key in differing[:4])
-            problems.append(
+            both = ", ".join(f"{key} ({theirs[key]!r} and {mine[key]!r})" for key in differing[:4])
+            message = (
                 f"the live optimizer's param groups {other} and {number} both come from group {group.base} of the "
-                f"checkpoint, but differ in {told}: set these in [[group]] tables, "
-                'or say hyperparameters = "live" in [policy]'
+                f"checkpoint, but differ in {both}"
             )
+            remedy = 'set these in [[group]] tables, or say hyperparameters = "live" in [policy]'
+            problems.append(Problem("group", message, remedy=remedy))

@@ -13,6 +13,7 @@ from optimstate.plan.language.rules import GroupRule, Guard, Plan, Rule, fan_out
 from optimstate.plan.language.template import Template, constrained
 from optimstate.plan.solve.groups import Candidate, GroupPlan, plan_groups, same_value
 from optimstate.plan.solve.resolve import Application, Made, Resolver
+from optimstate.problems import Problem
 from optimstate.state.optimizer import Group
 
 __all__ = ["inverse"]
@@ -35,49 +36,52 @@ def inverse(
     """
     problems = _losses(plan)
     if plan.groups and groups is None:
-        problems.append("the [[group]] tables do not say what the param groups were; give the checkpoint they are for")
+        message = "the [[group]] tables do not say what the param groups were"
+        problems.append(Problem("irreversible", message, remedy="give the checkpoint they are for"))
     if problems:
-        raise PlanError("cannot invert: " + "; ".join(problems), hint="Keep the original checkpoint.")
+        raise _refused(problems, hint="Keep the original checkpoint.")
     if plan.groups and groups is not None:
         shapes = names or dict.fromkeys(name for group in groups for name in group.names or ())
         return _regrouped(plan, inverse(plan._replace(groups=()), shapes), shapes, groups)
-    reasons: list[str] = []
+    reasons: list[Problem] = []
     made = _by_templates(plan, reasons)
     if names is None:
         if made is None:
-            raise PlanError(
-                "cannot invert without names: " + "; ".join(reasons),
-                hint="Give the names and shapes of the checkpoint.",
-            )
+            raise _refused(reasons, "cannot invert without names", hint="Give the names and shapes of the checkpoint.")
         return made
     if made is not None and _undoes(plan, made, names):
         return made
     return _spelled_out(plan, names)
 
 
-def _losses(plan: Plan) -> list[str]:
-    problems = []
+def _refused(problems: Sequence[Problem], what: str = "cannot invert", *, hint: str = "") -> PlanError:
+    return PlanError(f"{what}: {'; '.join(map(str, problems))}", hint=hint, problems=problems)
+
+
+def _losses(plan: Plan) -> list[Problem]:
+    reasons: list[str] = []
     for number, rule in enumerate(plan.all_rules(), 1):
         name = f"rule {number}"
         if rule.drops:
-            problems.append(f"{name} drops {', '.join(repr(source.text) for source in rule.sources)}")
+            reasons.append(f"{name} drops {', '.join(repr(source.text) for source in rule.sources)}")
         elif rule.fresh:
-            problems.append(f"{name} leaves the optimizer state of {rule.source.text!r} behind")
+            reasons.append(f"{name} leaves the optimizer state of {rule.source.text!r} behind")
         elif fan_out(rule) > 1 and not any(operation.CUTS for operation in rule.operations):
-            problems.append(f"{name} makes copies of {rule.source.text!r}, which train apart")
+            message = f"copies {rule.source.text!r}; the copies diverge in training and cannot be merged back"
+            reasons.append(f"{name} {message}")
         else:
             for operation in rule.operations:
                 try:
                     operation.inverse([None])
                 except Irreversible as reason:
-                    if "give names" not in str(reason):
-                        problems.append(f"{name}: {reason}")
+                    if not reason.needs_names:
+                        reasons.append(f"{name}: {reason}")
     if plan.optimizer:
-        problems.append(f"the conversion to {plan.optimizer} does not keep what it started from")
-    return problems
+        reasons.append(f"the conversion to {plan.optimizer} does not keep what it started from")
+    return [Problem("irreversible", reason) for reason in reasons]
 
 
-def _by_templates(plan: Plan, reasons: list[str]) -> Plan | None:
+def _by_templates(plan: Plan, reasons: list[Problem]) -> Plan | None:
     passes = []
     for rules in reversed(plan.passes):
         made = []
@@ -85,7 +89,7 @@ def _by_templates(plan: Plan, reasons: list[str]) -> Plan | None:
             try:
                 made.append(_inverted(rule))
             except (Irreversible, PlanSyntaxError) as reason:
-                reasons.append(f"{rule}: {reason}")
+                reasons.append(Problem("irreversible", str(reason), str(rule)))
         passes.append(tuple(made))
     return None if reasons else _of_passes(plan, passes)
 
@@ -112,7 +116,7 @@ def _inverted(rule: Rule) -> Rule:
 
 def _undoes(plan: Plan, made: Plan, names: Mapping[str, Shape | None]) -> bool:
     """Whether a plan and its supposed inverse, one after the other, give every name back with its shape."""
-    problems: list[str] = []
+    problems: list[Problem] = []
     passes = (*plan.passes, *made.passes)
     found = Resolver(passes, "", [0] * sum(map(len, passes)), problems).resolve(names)
     if problems or found.made.keys() != names.keys():
@@ -125,17 +129,17 @@ def _undoes(plan: Plan, made: Plan, names: Mapping[str, Shape | None]) -> bool:
 
 
 def _spelled_out(plan: Plan, names: Mapping[str, Shape | None]) -> Plan:
-    problems: list[str] = []
+    problems: list[Problem] = []
     found = Resolver(plan.passes, "the checkpoint", [0] * len(list(plan.all_rules())), problems).resolve(names)
     if problems:
-        raise PlanError("cannot invert: " + "; ".join(problems))
+        raise _refused(problems)
     passes = [
         tuple(_literal(use) for use in uses if use.sources != use.targets or use.rule.operations)
         for uses in reversed(found.applications)
     ]
     made = _of_passes(plan, passes)
     if not _undoes(plan, made, names):
-        raise PlanError("cannot invert: what the rules do to these names is not undone by undoing each")
+        raise _refused([Problem("irreversible", "no sequence of inverse rules restores these names")])
     return made
 
 
@@ -151,13 +155,13 @@ def _literal(use: Application) -> Rule:
             undoing = operation.inverse([tensor.shape for tensor in tensors]) + undoing
             tensors = operation.apply(tensors, len(use.targets))
         except (Irreversible, Misfit) as reason:
-            raise PlanError(f"cannot invert: {rule}: {reason}") from None
+            raise _refused([Problem("irreversible", str(reason), str(rule))]) from None
     return Rule(tuple(map(Template.literal, use.targets)), tuple(map(Template.literal, use.sources)), tuple(undoing))
 
 
 def _regrouped(plan: Plan, made: Plan, shapes: Mapping[str, Shape | None], groups: Sequence[Group]) -> Plan:
     """The inverse with tables that put the names back into the checkpoint's param groups."""
-    problems: list[str] = []
+    problems: list[Problem] = []
     group_of = {name: number for number, group in enumerate(groups) for name in group.names or ()}
     there = {name: shapes.get(name) for name in group_of}
     found = Resolver(plan.passes, "the checkpoint", [0] * len(list(plan.all_rules())), problems).resolve(there)
@@ -170,7 +174,7 @@ def _regrouped(plan: Plan, made: Plan, shapes: Mapping[str, Shape | None], group
     back = Resolver(made.passes, "the result", [0] * len(list(made.all_rules())), problems).resolve(moved)
     tables = [_table(number, group, new, found.made, list(back.made), problems) for number, group in enumerate(groups)]
     if problems:
-        raise PlanError("cannot invert: " + "; ".join(problems), hint="Keep the original checkpoint.")
+        raise _refused(problems, hint="Keep the original checkpoint.")
     return made._replace(groups=tuple(tables))
 
 
@@ -180,12 +184,13 @@ def _table(
     new: Sequence[GroupPlan],
     made: Mapping[str, Made],
     order: Sequence[str],
-    problems: list[str],
+    problems: list[Problem],
 ) -> GroupRule:
     """The table that makes one of the old groups from the new ones."""
     names = group.names or ()
     if not names:
-        problems.append(f"the checkpoint's param group {number} has no parameters, and a [[group]] table makes none")
+        message = f"the checkpoint's param group {number} has no parameters, and a [[group]] table makes none"
+        problems.append(Problem("irreversible", message))
         return GroupRule(())
     members = set(names)
     shares = [
@@ -195,7 +200,7 @@ def _table(
     there = new[like].options
     chosen = {key: value for key, value in group.options.items() if not same_value(value, there.get(key, _ABSENT))}
     problems.extend(
-        f"the [[group]] tables give param group {like} an option {key!r}, which none takes away again"
+        Problem("irreversible", f"a [[group]] table gives param group {like} an option {key!r}, which none takes away")
         for key in there
         if key not in group.options
     )
@@ -203,7 +208,8 @@ def _table(
         try:
             toml_value(value)
         except PlanSyntaxError:
-            problems.append(f"the option {key!r} of param group {number} was {value!r}, which no plan file can say")
+            message = f"the option {key!r} of param group {number} was {value!r}, which no plan file can say"
+            problems.append(Problem("irreversible", message))
     in_order = [name for name in order if name in members] == list(names)
     return GroupRule(tuple(_patterns(names, order) if in_order else map(Template.literal, names)), chosen, like)
 

@@ -23,6 +23,7 @@ from optimstate.plan.solve.inventory import decoded, model_inventory, optimizer_
 from optimstate.plan.solve.migration import Inventory, Migration, Move, SectionMoves, Target
 from optimstate.plan.solve.problems import Suggestions, guarded, shape_problem, shortened, unmatched
 from optimstate.plan.solve.resolve import Made, Resolved, Resolver
+from optimstate.problems import Problem
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tree import no_garbage_collection
 
@@ -93,7 +94,7 @@ def plan_migration(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
 
 
 def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
-    problems: list[str] = []
+    problems: list[Problem] = []
     rules = list(plan.all_rules())
     counts = [0] * len(rules)
     problems.extend(guarded(plan.guard, sections))
@@ -112,7 +113,7 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
 class _Section:
     """Plans one section."""
 
-    def __init__(self, plan: Plan, key: str, inventory: Inventory, counts: list[int], problems: list[str]) -> None:
+    def __init__(self, plan: Plan, key: str, inventory: Inventory, counts: list[int], problems: list[Problem]) -> None:
         self.rules, self.plan_, self.key, self.inventory = list(plan.all_rules()), plan, key, inventory
         self.counts, self.problems = counts, problems
         self.notes: list[str] = []
@@ -126,11 +127,11 @@ class _Section:
         if target is not None:
             made, lost = self._fitted(target, made, found)
             dropped.extend(lost)
-        local: list[str] = []
+        local: list[Problem] = []
         moves = self._optimizer(made, local) if self.inventory.state is not None else self._model(made, local)
         self._note_duplicates(found)
         section = self._finished(moves, dropped, found, new, local)
-        self.problems.extend(f"{self.key}: {problem}" for problem in shortened(local))
+        self.problems.extend(problem.at(self.key) for problem in shortened(local))
         return section
 
     def _new_parameters(self, made: dict[str, Made | None]) -> dict[str, int | None]:
@@ -166,13 +167,17 @@ class _Section:
         known = set(names)
         extra = [name for name in made if name not in known]
         policy = self.plan_.policy
-        local: list[str] = []
+        local: list[Problem] = []
         missing = [name for name in names if name not in made]
         if policy.missing == "error":
             hints = Suggestions(extra, {name: item.expression.shape for name, item in found.made.items()})
             local.extend(
-                f"nothing fills {name!r}{hints.of(name, target.shapes.get(name))}: "
-                f'add a rule, declare it new (fresh = "{name}"), or say missing = "fresh" in [policy]'
+                Problem(
+                    "unfilled",
+                    f"nothing fills {name!r}{hints.of(name, target.shapes.get(name))}",
+                    names=(name,),
+                    remedy=f'add a rule, declare it new (fresh = "{name}"), or say missing = "fresh" in [policy]',
+                )
                 for name in missing
             )
         if policy.unexpected == "error":
@@ -180,17 +185,16 @@ class _Section:
             for name in extra:
                 item = made[name]
                 shape = item.expression.shape if item is not None else None
-                local.append(
-                    f"{name!r} is not in the target{hints.of(name, shape)}: "
-                    f'rename it, drop it (drop = "{name}"), or say unexpected = "drop" in [policy]'
-                )
+                remedy = f'rename it, drop it (drop = "{name}"), or say unexpected = "drop" in [policy]'
+                message = f"{name!r} is not in the target{hints.of(name, shape)}"
+                local.append(Problem("unexpected", message, names=(name,), remedy=remedy))
         for name in names:
             item = made.get(name)
             wanted = target.shapes.get(name)
             shape = item.expression.shape if item is not None else None
             if shape is not None and wanted is not None and shape != tuple(wanted):
                 local.append(shape_problem(name, shape, tuple(wanted)))
-        self.problems.extend(f"{self.key}: {problem}" for problem in shortened(local))
+        self.problems.extend(problem.at(self.key) for problem in shortened(local))
         used = {leaf.name for name in known for item in [made.get(name)] if item for leaf in ex.leaves(item.expression)}
         lost = dict.fromkeys(
             leaf.name
@@ -202,7 +206,7 @@ class _Section:
         )
         return {name: made.get(name) for name in names}, [(name, None) for name in lost]
 
-    def _model(self, made: Mapping[str, Made | None], problems: list[str]) -> list[Move]:
+    def _model(self, made: Mapping[str, Made | None], problems: list[Problem]) -> list[Move]:
         dtypes = {name: dtype_of(value) for name, value in self.inventory.tensors.items()}
         moves = []
         used: set[str] = set()
@@ -213,15 +217,16 @@ class _Section:
             try:
                 value = translated(item.expression, dtypes)
             except Refusal as refusal:
-                problems.append(f"{name}: {refusal}")
+                problems.append(refusal.problem(name, (name,)))
                 continue
             if self.plan_.policy.approximate == "refuse" and value.outcome == "approximate":
-                problems.append(f"{name} can only be approximated ({value.reason}), which the policy refuses")
+                message = f"{name} can only be approximated ({value.reason}), which the policy refuses"
+                problems.append(Problem("approximate", message, names=(name,)))
             moves.append(self._move(name, item, used, value, {}))
         self._refuse_untying(moves, problems)
         return moves
 
-    def _optimizer(self, made: Mapping[str, Made | None], problems: list[str]) -> list[Move]:
+    def _optimizer(self, made: Mapping[str, Made | None], problems: list[Problem]) -> list[Move]:
         state = self.inventory.state
         assert state is not None
         parameters, algorithm = self.inventory.parameters, self.inventory.algorithm
@@ -252,7 +257,9 @@ class _Section:
         known = algorithm is not None and algorithm.name == "bitsandbytes"
         return known and self.plan_.policy.quantized == "requantize"
 
-    def _refuse_unsized(self, name: str, item: Made, parameters: Mapping[str, Parameter], problems: list[str]) -> None:
+    def _refuse_unsized(
+        self, name: str, item: Made, parameters: Mapping[str, Parameter], problems: list[Problem]
+    ) -> None:
         if isinstance(item.expression, Leaf):
             return
         if not any(isinstance(step, ex.Unsized) for step in ex.steps(item.expression)):
@@ -260,10 +267,8 @@ class _Section:
         for leaf in ex.leaves(item.expression):
             found = parameters.get(leaf.name)
             if found is not None and found.slots and found.shape is None and leaf.shape is None:
-                problems.append(
-                    f"{name}: the shape of {leaf.name!r} is not known, so it cannot be cut or joined: "
-                    "give the model too"
-                )
+                message = f"the shape of {leaf.name!r} is not known, so it cannot be cut or joined"
+                problems.append(Problem("unknown-shape", message, name, (leaf.name,), "give the model too"))
                 return
 
     def _move(self, name: str, item: Made, used: set[str], value: Fate | None, slots: Mapping[SlotPath, Fate]) -> Move:
@@ -275,7 +280,7 @@ class _Section:
             used.add(expression.name)
         return Move(name, expression, rules, value, slots, clone)
 
-    def _refuse_untying(self, moves: Sequence[Move], problems: list[str]) -> None:
+    def _refuse_untying(self, moves: Sequence[Move], problems: list[Problem]) -> None:
         """Names that share memory must go on holding the same."""
         by_identity: dict[Any, list[str]] = {}
         for name, value in self.inventory.tensors.items():
@@ -295,10 +300,12 @@ class _Section:
         for source, target in changed.items():
             left = next((name for name in tied[source] if name in moved), None)
             if left is not None and source not in moved:
-                problems.append(
+                message = (
                     f"{source!r} becomes {target!r} by operations, but {left!r}, which shares its memory, "
-                    f"stays as it is: give both the same rule, or drop {left!r}"
+                    "stays as it is"
                 )
+                remedy = f"give both the same rule, or drop {left!r}"
+                problems.append(Problem("tied", message, names=(source, left), remedy=remedy))
 
     def _note_duplicates(self, found: Resolved) -> None:
         if self.inventory.state is None:
@@ -318,7 +325,7 @@ class _Section:
         dropped: list[tuple[str, Rule | None]],
         found: Resolved,
         new: Mapping[str, int | None],
-        problems: list[str],
+        problems: list[Problem],
     ) -> SectionMoves:
         applications = tuple(tuple(items) for items in found.applications)
         order = [move.expression.name for move in moves if isinstance(move.expression, Leaf)]
@@ -345,8 +352,11 @@ class _Section:
             conversion = plan_conversion(algorithm, self.plan_.optimizer, state, new_shapes, problems)
             if conversion is not None and self.plan_.policy.approximate == "refuse":
                 problems.extend(
-                    f"{line.slot} can only be approximated in {conversion.target} ({line.reason}), "
-                    "which the policy refuses"
+                    Problem(
+                        "approximate",
+                        f"{line.slot} can only be approximated in {conversion.target} ({line.reason}), "
+                        "which the policy refuses",
+                    )
                     for line in conversion.report
                     if line.outcome == "approximate"
                 )
@@ -369,7 +379,7 @@ class _Section:
         )
 
     def _groups(
-        self, state: OptimizerState, moves: Sequence[Move], new: Mapping[str, int | None], problems: list[str]
+        self, state: OptimizerState, moves: Sequence[Move], new: Mapping[str, int | None], problems: list[Problem]
     ) -> tuple[GroupPlan, ...]:
         group_of = {name: index for index, group in enumerate(state.groups) for name in group.names or ()}
         candidates = [

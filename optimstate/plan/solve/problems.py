@@ -7,47 +7,48 @@ from collections.abc import Iterator, Mapping, Sequence
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.rules import Guard, Rule
 from optimstate.plan.solve.migration import Inventory
+from optimstate.problems import Problem
 
 __all__ = ["Suggestions", "guarded", "shape_problem", "shortened", "unmatched"]
 
 _SHOWN = 20  # problems of one kind that are spelled out
 
 
-def guarded(guard: Guard, sections: Mapping[str, Inventory]) -> Iterator[str]:
+def guarded(guard: Guard, sections: Mapping[str, Inventory]) -> Iterator[Problem]:
     """What a guard finds amiss."""
     names = dict.fromkeys(name for inventory in sections.values() for name in inventory.shapes)
     wrong = "this is another checkpoint than the plan is for, or the plan was applied already"
     for template in guard.has:
         if not any(template.match(name) is not None for name in names):
-            yield f"the guard asks for {template.text!r}, and no name is like that: {wrong}"
+            yield Problem("guard", f"the guard asks for {template.text!r}, and no name is like that: {wrong}")
     for template in guard.lacks:
         found = next((name for name in names if template.match(name) is not None), None)
         if found is not None:
-            yield f"the guard excludes {template.text!r}, and there is {found!r}: {wrong}"
+            message = f"the guard excludes {template.text!r}, and there is {found!r}: {wrong}"
+            yield Problem("guard", message, names=(found,))
 
 
-def unmatched(number: int, rule: Rule, sections: Mapping[str, Inventory]) -> str:
+def unmatched(number: int, rule: Rule, sections: Mapping[str, Inventory]) -> Problem:
     """A rule that matches nothing."""
     from difflib import get_close_matches
 
     known = list(dict.fromkeys(name for inventory in sections.values() for name in inventory.shapes))
+    place = f"rule {number} ({rule})"
     if not known:
-        return f"rule {number} ({rule}): the checkpoint names no parameters"
+        return Problem("unmatched", "the checkpoint names no parameters", place)
     close = get_close_matches(rule.source.text, known[:2000], n=3, cutoff=0.3) or known[:3]
-    return (
-        f"rule {number} ({rule}): {rule.source.text!r} matches none of {len(known)} names; "
-        f"there are {', '.join(map(repr, close))}"
-    )
+    message = f"{rule.source.text!r} matches none of {len(known)} names; there are {', '.join(map(repr, close))}"
+    return Problem("unmatched", message, place, tuple(close))
 
 
-def shortened(problems: Sequence[str]) -> list[str]:
+def shortened(problems: Sequence[Problem]) -> list[Problem]:
     """The first of them, and how many more there are."""
     if len(problems) <= _SHOWN:
         return list(problems)
-    return [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more problems like these"]
+    return [*problems[:_SHOWN], Problem("more", f"and {len(problems) - _SHOWN} more problems like these")]
 
 
-def shape_problem(name: str, shape: Shape, wanted: Shape) -> str:
+def shape_problem(name: str, shape: Shape, wanted: Shape) -> Problem:
     """A shape that is not the one the target has."""
     if sorted(shape) == sorted(wanted):
         remedy = "permute it (transpose = true)"
@@ -56,7 +57,8 @@ def shape_problem(name: str, shape: Shape, wanted: Shape) -> str:
         remedy = f"resize it (resize = {{ dim = {dim}, size = {wanted[dim]} }}), cut or join it"
     else:
         remedy = "give its rule the operations that make it fit, or make it fresh and drop the old one"
-    return f"{name!r}: the checkpoint gives the shape {list(shape)}, the target has {list(wanted)}: {remedy}"
+    message = f"the checkpoint gives the shape {list(shape)}, the target has {list(wanted)}"
+    return Problem("shape", message, repr(name), (name,), remedy)
 
 
 class Suggestions:

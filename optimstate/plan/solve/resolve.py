@@ -12,6 +12,7 @@ from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.language.operation import Misfit
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
+from optimstate.problems import Problem
 from optimstate.state.names import in_module_order
 
 __all__ = ["Application", "Made", "Resolved", "Resolver"]
@@ -66,7 +67,9 @@ class Resolver:
         problems: Added to.
     """
 
-    def __init__(self, passes: Sequence[Sequence[Rule]], where: str, counts: list[int], problems: list[str]) -> None:
+    def __init__(
+        self, passes: Sequence[Sequence[Rule]], where: str, counts: list[int], problems: list[Problem]
+    ) -> None:
         self._passes, self._where, self._counts, self._problems = passes, where, counts, problems
 
     def resolve(self, names: Mapping[str, Shape | None]) -> Resolved:
@@ -98,7 +101,7 @@ class _Gathering:
 
 class _Pass:
     def __init__(
-        self, rules: Sequence[Rule], first: int, number: int, where: str, counts: list[int], problems: list[str]
+        self, rules: Sequence[Rule], first: int, number: int, where: str, counts: list[int], problems: list[Problem]
     ) -> None:
         self.rules, self.first, self.number, self.where = rules, first, number, where
         self.counts, self.problems = counts, problems
@@ -171,7 +174,8 @@ class _Pass:
                 return found
             found.members[member] = name
         except PlanSyntaxError as error:
-            self.problems.append(f"{self.where}: rule {self.first + index + 1} on {name!r}: {error.message}")
+            where = f"{self.where}: rule {self.first + index + 1} on {name!r}"
+            self.problems.append(Problem("syntax", error.message, where, (name,)))
         return None
 
     def _emit(self, uses: Sequence[Application | _Gathering | str], before: Mapping[str, Made]) -> dict[str, Made]:
@@ -207,10 +211,8 @@ class _Pass:
     def _put(self, made: dict[str, Made], name: str, item: Made) -> None:
         other = made.setdefault(name, item)
         if other is not item:
-            self.problems.append(
-                f"{self.where}: {_origin(other)} and {_origin(item)} would both become {name!r}; "
-                "rename or drop one of them"
-            )
+            message = f"{_origin(other)} and {_origin(item)} would both become {name!r}"
+            self.problems.append(Problem("conflict", message, self.where, (name,), "rename or drop one of them"))
 
     def _completed(self, found: _Gathering) -> Application | None:
         """The members in order; None, with a problem noted, where one is missing."""
@@ -228,10 +230,11 @@ class _Pass:
                 else:
                     names.append(name)
         if missing:
-            self.problems.append(
-                f"{self.where}: {rule} joins {', '.join(map(repr, names[:3]))} into {found.names[0]!r}, "
+            message = (
+                f"{rule} joins {', '.join(map(repr, names[:3]))} into {found.names[0]!r}, "
                 f"but there is no {', '.join(map(repr, missing[:3]))}"
             )
+            self.problems.append(Problem("incomplete", message, self.where, tuple(missing)))
             return None
         found.application.sources, found.application.targets = names, found.names
         return found.application
@@ -245,7 +248,8 @@ class _Pass:
             expressions = _applied(application.rule, tensors, len(application.targets))
         except Misfit as misfit:
             sources = ", ".join(map(repr, application.sources[:4]))
-            self.problems.append(f"{self.where}: {application.rule} on {sources}: {misfit}")
+            place = f"{self.where}: {application.rule} on {sources}"
+            self.problems.append(Problem("operation", str(misfit), place, tuple(application.sources)))
             expressions = [Node(ex.Unsized("?"), tuple(tensors), None)] * len(application.targets)
         return [
             (name, Made(expression, history)) for name, expression in zip(application.targets, expressions, strict=True)

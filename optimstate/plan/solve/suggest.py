@@ -18,6 +18,7 @@ from optimstate.plan.language.operations import Concat, Resize, Split, Transpose
 from optimstate.plan.language.rules import Plan, Rule
 from optimstate.plan.language.template import Template
 from optimstate.plan.solve.resolve import Resolver
+from optimstate.problems import Problem
 from optimstate.record import Record
 
 __all__ = ["Suggested", "Suggestion", "suggest"]
@@ -151,7 +152,7 @@ class _Search:
         if any(source.match(name) is not None for source in rule.sources for name in self.kept):
             return False
         taken = {name: s for name, s in self.old.items() if any(t.match(name) is not None for t in rule.sources)}
-        problems: list[str] = []
+        problems: list[Problem] = []
         found = Resolver([[rule]], "", [0], problems).resolve(taken)
         made = found.made
         if problems or not made or any(self.new.get(name) != item.expression.shape for name, item in made.items()):
