@@ -242,15 +242,12 @@ def _refuse_other_parameters(section: Section, migration: Migration) -> None:
     elif not section.positional:
         return
     for key, moves in migration.sections.items():
-        if moves.dropped or any(move.clone or not move.is_moved_whole for move in moves.moves):
+        changed = [name for name, _ in moves.dropped]
+        changed += [move.target for move in moves.moves if move.clone or not move.is_moved_whole]
+        if changed:
+            message = f"has no parameter names: it cannot follow what is dropped, duplicated or cut in {key}"
             raise MigrationError(
-                [
-                    Problem(
-                        "name",
-                        f"has no parameter names: it cannot follow what is dropped, duplicated or cut in {key}",
-                        key_of(section),
-                    )
-                ],
+                [Problem("name", message, key_of(section), tuple(changed))],
                 hint="Save it with names (build the optimizer from model.named_parameters()), "
                 "or convert only the weights.",
             )
