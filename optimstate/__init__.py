@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimstate import distributed, hooks, optim, surgery
+    from optimstate.derivation.derive import derive
     from optimstate.errors import (
         CheckpointError,
         CheckpointNotFoundError,
         CorruptCheckpointError,
+        DerivationError,
         DestinationError,
         DestinationExistsError,
         LimitExceededError,
@@ -47,6 +49,7 @@ _HOMES = {
     "Plan": "plan.language.rules",
     "Resumed": "resuming",
     "Rule": "plan.language.rules",
+    "derive": "derivation.derive",
     "convert": "surgery.converting",
     "diff": "surgery.comparing",
     "inspect": "surgery.inspecting",
@@ -64,6 +67,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "CorruptCheckpointError",
+    "DerivationError",
     "DestinationError",
     "DestinationExistsError",
     "LimitExceededError",

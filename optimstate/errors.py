@@ -12,7 +12,8 @@
     │   └── DestinationExistsError (FileExistsError)
     ├── PlanError (ValueError)                  a plan cannot be applied as written
     │   ├── PlanSyntaxError                     a template, a rule or a plan file cannot be parsed
-    │   └── MigrationError                      the plan does not fit this checkpoint; carries every problem found
+    │   ├── MigrationError                      the plan does not fit this checkpoint; carries every problem found
+    │   └── DerivationError                     a function does something that no plan says
     └── StateMismatchError (ValueError)         state does not fit the optimizer or scheduler it is loaded into
 
     OptimStateWarning (UserWarning)
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "CorruptCheckpointError",
+    "DerivationError",
     "DestinationError",
     "DestinationExistsError",
     "LimitExceededError",
@@ -142,6 +144,10 @@ class MigrationError(PlanError):
 
     def __init__(self, problems: Sequence[Problem], *, hint: str = "") -> None:
         super().__init__("\n".join(map(str, problems)), hint=hint, problems=problems)
+
+
+class DerivationError(PlanError):
+    """No plan can be read off a function: it computes, drops what it should keep, or depends on values."""
 
 
 class StateMismatchError(OptimStateError, ValueError):

@@ -1,0 +1,339 @@
+"""Where every element of a function's results comes from, read off by calling it on tagged tensors.
+
+Element n of all sources, counted through, is given the digits of n in base 128, one call a digit: every floating dtype,
+bfloat16 too, holds such integers exactly, so that casts inside the function change nothing. Further calls, with zeros,
+ones and two draws of random integers, tell a layout from arithmetic: only the random inputs decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from optimstate.errors import DerivationError
+from optimstate.record import Record
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Combined", "Function", "Moved", "New", "Origin", "Probe", "Source", "Unexplained", "probe"]
+
+Function = Callable[[dict[str, Any]], Mapping[str, Any]]
+Shape = tuple[int, ...]
+
+_BASE = 128
+_MOST_SOURCES = 4096  # for linear combinations every source is tried by itself
+
+
+class Source(Record):
+    """A tensor that the function is given: its shape and dtype (as torch names it)."""
+
+    shape: Shape
+    dtype: str = "float32"
+
+
+class Moved(Record):
+    """An output whose elements are elements of the sources times one number, plus one number.
+
+    Attributes:
+        ids: int64, of the output's shape: the element of the sources, counted through from 0; -1 for one from nowhere.
+        scale: What every element is multiplied by.
+        shift: What is added to every element.
+        fill: What the elements from nowhere hold.
+        dtype: The output's, as torch names it.
+    """
+
+    ids: torch.Tensor
+    scale: float
+    shift: float
+    fill: float
+    dtype: str
+
+
+class Combined(Record):
+    """An output that is a sum of several layouts, each times a number.
+
+    Attributes:
+        parts: For each term its source elements (see `Moved.ids`) and its coefficient.
+        shift: What is added to every element.
+    """
+
+    parts: tuple[tuple[torch.Tensor, float], ...]
+    shift: float
+    dtype: str
+
+
+class New(Record):
+    """An output that depends on no source.
+
+    Attributes:
+        shape: Its shape.
+        random: Whether two calls with the same sources gave different values.
+    """
+
+    shape: Shape
+    random: bool
+
+
+class Unexplained(Record):
+    """An output that is not a linear layout: why, and some of the sources it depends on."""
+
+    reason: str
+    sources: tuple[str, ...]
+
+
+Origin = Moved | Combined | New | Unexplained
+
+
+class Probe(Record):
+    """What a function does.
+
+    Attributes:
+        sources: By name, in the order of the tags.
+        starts: The tag of each source's first element.
+        outputs: By name, in the order of the function's result.
+        calls: How often the function was called.
+    """
+
+    sources: Mapping[str, Source]
+    starts: Mapping[str, int]
+    outputs: Mapping[str, Origin]
+    calls: int
+
+
+def probe(function: Function, sources: Mapping[str, Source]) -> Probe:
+    """Call a function on tagged tensors and say where each element of its outputs comes from.
+
+    Raises:
+        DerivationError: It does not return a mapping of names to tensors, or what it returns depends on values.
+    """
+    return _Prober(function, sources).run()
+
+
+class _Prober:
+    def __init__(self, function: Function, sources: Mapping[str, Source]) -> None:
+        import torch
+
+        self.torch: Any = torch
+        self.function, self.sources = function, dict(sources)
+        self.starts: dict[str, int] = {}
+        total = 0
+        for name, source in self.sources.items():
+            self.starts[name] = total
+            total += prod(source.shape)
+        self.total, self.calls = total, 0
+        self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, str] = {}
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    def _call(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The outputs, as float64, for sources whose elements have these values (float64, one for each tag)."""
+        given = {}
+        for name, source in self.sources.items():
+            start = self.starts[name]
+            flat = values[start : start + prod(source.shape)]
+            given[name] = flat.reshape(source.shape).to(getattr(self.torch, source.dtype), copy=True)
+        self.calls += 1
+        with self.torch.no_grad():
+            made = self.function(given)
+        if not isinstance(made, Mapping):
+            raise DerivationError(f"the function returned {type(made).__name__}, not a mapping of names to tensors")
+        for name, value in made.items():
+            if not isinstance(value, self.torch.Tensor):
+                raise DerivationError(f"the function returned {type(value).__name__} for {name!r}, not a tensor")
+        shapes = {name: tuple(value.shape) for name, value in made.items()}
+        if self.shapes and shapes != self.shapes:
+            changed = min(set(shapes.items()) ^ set(self.shapes.items()))[0]
+            raise DerivationError(f"the names or shapes of the outputs depend on the values: {changed!r}")
+        self.shapes = shapes
+        self.dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in made.items()}
+        return {name: value.detach().to(self.torch.float64, copy=True).reshape(-1) for name, value in made.items()}
+
+    def _filled(self, value: float) -> torch.Tensor:
+        made: torch.Tensor = self.torch.full((self.total,), value, dtype=self.torch.float64)
+        return made
+
+    def _digit(self, place: int) -> torch.Tensor:
+        tags = self.torch.arange(self.total, dtype=self.torch.int64)
+        made: torch.Tensor = (tags // _BASE**place % _BASE).to(self.torch.float64)
+        return made
+
+    def _drawn(self, seed: int) -> torch.Tensor:
+        generator = self.torch.Generator().manual_seed(seed)
+        made: torch.Tensor = self.torch.randint(1, _BASE, (self.total,), generator=generator).to(self.torch.float64)
+        return made
+
+    # --- what they tell ---------------------------------------------------------------------------------------------
+
+    def run(self) -> Probe:
+        zeros, again, ones = self._call(self._filled(0)), self._call(self._filled(0)), self._call(self._filled(1))
+        places = 1
+        while _BASE**places < self.total:
+            places += 1
+        digits = [self._call(self._digit(place)) for place in range(places)]
+        draws = [self._drawn(seed) for seed in (1, 2)]
+        drawn = [self._call(values) for values in draws]
+        found: dict[str, Origin] = {}
+        open_: list[str] = []
+        for name in self.shapes:
+            z, o = zeros[name], ones[name]
+            if not self.torch.equal(z, again[name]):
+                found[name] = New(self.shapes[name], random=True)
+            elif not bool(self.torch.isfinite(z).all() and self.torch.isfinite(o).all()):
+                found[name] = Unexplained("it is not finite on zeros or ones", ())
+            elif not bool((o != z).any()) and all(self.torch.equal(r[name], z) for r in drawn) and z.numel():
+                found[name] = New(self.shapes[name], random=False)
+            else:
+                moved = self._moved(name, z, o, [d[name] for d in digits], draws, [r[name] for r in drawn])
+                if moved is None:
+                    open_.append(name)
+                else:
+                    found[name] = moved
+        if open_:
+            found.update(self._combinations(open_, zeros, draws, drawn, places))
+        named = {
+            name: origin if not isinstance(origin, Unexplained) or origin.sources else self._blamed(name, origin)
+            for name, origin in ((name, found[name]) for name in self.shapes)
+        }
+        return Probe(self.sources, self.starts, named, self.calls)
+
+    def _moved(
+        self,
+        name: str,
+        z: torch.Tensor,
+        o: torch.Tensor,
+        digits: list[torch.Tensor],
+        draws: list[torch.Tensor],
+        drawn: list[torch.Tensor],
+    ) -> Moved | None:
+        """The output as a layout of the sources, or None."""
+        import torch
+
+        factors = o - z
+        there = factors != 0
+        if not z.numel():
+            return Moved(torch.empty(self.shapes[name], dtype=torch.int64), 1.0, 0.0, 0.0, self.dtypes[name])
+        scale = _one_number(factors[there])
+        shift = _one_number(z[there])
+        fill = _one_number(z[~there]) if bool((~there).any()) else 0.0
+        if scale is None or shift is None or fill is None:
+            return None
+        ids = torch.full(z.shape, -1, dtype=torch.int64)
+        made = torch.zeros(int(there.sum()), dtype=torch.int64)
+        for place, values in enumerate(digits):
+            exact = (values[there] - shift) / scale
+            made += exact.round().to(torch.int64) * _BASE**place
+        if made.numel() and not (int(made.min()) >= 0 and int(made.max()) < self.total):
+            return None
+        ids[there] = made
+        room = _rounding(self.dtypes[name], scale, shift)
+        for values, seen in zip(draws, drawn, strict=True):
+            expected = torch.full_like(seen, fill)
+            expected[there] = values[made] * scale + shift
+            if not bool(((expected - seen).abs() <= room).all()):
+                return None
+        return Moved(ids.reshape(self.shapes[name]), scale, shift, fill, self.dtypes[name])
+
+    def _combinations(
+        self,
+        names: list[str],
+        zeros: dict[str, torch.Tensor],
+        draws: list[torch.Tensor],
+        drawn: list[dict[str, torch.Tensor]],
+        places: int,
+    ) -> dict[str, Origin]:
+        """The outputs as sums over sources, each tried by itself with all others zero."""
+        import torch
+
+        if len(self.sources) > _MOST_SOURCES:
+            return {name: Unexplained("it is no layout of single elements", ()) for name in names}
+        terms: dict[str, list[tuple[str, torch.Tensor, float]]] = {name: [] for name in names}
+        refused: dict[str, Unexplained] = {}
+        for source, spec in self.sources.items():
+            start, stop = self.starts[source], self.starts[source] + prod(spec.shape)
+            single = self._filled(0)
+            single[start:stop] = 1
+            ones = self._call(single)
+            touched = [name for name in names if name not in refused and not torch.equal(ones[name], zeros[name])]
+            if not touched:
+                continue
+            digits = []
+            for place in range(places):
+                tags = self._filled(0)
+                tags[start:stop] = self._digit(place)[start:stop]
+                digits.append(self._call(tags))
+            for name in touched:
+                factor = _one_number(ones[name] - zeros[name])
+                if factor is None:
+                    refused[name] = Unexplained("its elements are not all multiplied by one number", (source,))
+                    continue
+                room = _rounding(self.dtypes[name], factor, 0.0)
+                ids = sum(
+                    ((d[name] - zeros[name]) / factor).round().to(torch.int64) * _BASE**place
+                    for place, d in enumerate(digits)
+                )
+                assert not isinstance(ids, int)
+                good = room < 1 and bool(((ids >= start) & (ids < stop)).all())
+                if not good:
+                    refused[name] = Unexplained("it is not linear", (source,))
+                    continue
+                terms[name].append((source, ids, factor))
+        found: dict[str, Origin] = {}
+        for name in names:
+            if name in refused:
+                found[name] = refused[name]
+                continue
+            shift = _one_number(zeros[name])
+            blamed = tuple(source for source, _, _ in terms[name])[:4]
+            if shift is None or not terms[name]:
+                found[name] = Unexplained("a tensor of constants is added to it", blamed)
+                continue
+            explained = True
+            for values, seen in zip(draws, drawn, strict=True):
+                expected = sum((values[ids] * factor for _, ids, factor in terms[name])) + shift
+                largest = sum(abs(factor) for _, _, factor in terms[name])
+                explained &= bool(((expected - seen[name]).abs() <= _rounding(self.dtypes[name], largest, shift)).all())
+            if explained:
+                parts = tuple((ids.reshape(self.shapes[name]), factor) for _, ids, factor in terms[name])
+                found[name] = Combined(parts, shift, self.dtypes[name])
+            else:
+                found[name] = Unexplained("it is not linear", blamed)
+        return found
+
+    def _blamed(self, name: str, origin: Unexplained) -> Unexplained:
+        """The same with up to four sources on which the output depends."""
+        if len(self.sources) > _MOST_SOURCES:
+            return origin
+        base = self._call(self._filled(1))[name]
+        blamed = []
+        for source, spec in self.sources.items():
+            values = self._filled(1)
+            values[self.starts[source] : self.starts[source] + prod(spec.shape)] = 2
+            if not self.torch.equal(self._call(values)[name].nan_to_num(), base.nan_to_num()):
+                blamed.append(source)
+            if len(blamed) == 4:
+                break
+        return origin._replace(sources=tuple(blamed))
+
+
+def _one_number(values: Any) -> float | None:
+    """The number that all elements are, to rounding; 1.0 of none, None where they differ."""
+    if not values.numel():
+        return 1.0
+    first = float(values[0])
+    close = bool(((values - first).abs() <= abs(first) * 1e-6).all())
+    return first if close else None
+
+
+def _rounding(dtype: str, scale: float, shift: float) -> float:
+    """How far an element may be off by rounding alone: none for a factor that is a power of two, without a shift."""
+    digits = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}.get(dtype, 52)
+    mantissa = abs(scale)
+    while mantissa and mantissa != int(mantissa) and mantissa < 2**20:
+        mantissa *= 2
+    exact = mantissa == int(mantissa) and int(mantissa).bit_count() == 1
+    if exact and shift == 0:
+        return 0.0
+    return float((abs(scale) * _BASE + abs(shift)) * 2.0 ** (2 - digits))

@@ -1,0 +1,69 @@
+"""A derived plan held against its function, on random weights and on moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from optimstate.derivation.probe import Function, Source
+from optimstate.plan.apply.execute import execute_model
+from optimstate.plan.language.rules import Plan
+from optimstate.plan.solve.planner import plan_model
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["differences", "roundings"]
+
+
+def differences(plan: Plan, function: Function, sources: Mapping[str, Source], new: Sequence[str] = ()) -> list[str]:
+    """Where a plan and a function differ on random integers: one sentence for each output that does.
+
+    Every floating dtype holds the integers exactly, so that a cast inside the function is no difference.
+    """
+    return _differing(plan, function, _drawn(sources, whole=True), new)
+
+
+def roundings(plan: Plan, function: Function, sources: Mapping[str, Source], new: Sequence[str] = ()) -> list[str]:
+    """Outputs whose values the function rounds on the way and the plan does not."""
+    return _differing(plan, function, _drawn(sources, whole=False), new)
+
+
+def _differing(plan: Plan, function: Function, drawn: Mapping[str, torch.Tensor], new: Sequence[str]) -> list[str]:
+    expected = function({name: value.clone() for name, value in drawn.items()})
+    made = execute_model(plan_model(plan, drawn).sections["model"], drawn)
+    return list(_compared(expected, made, set(new)))
+
+
+def _drawn(sources: Mapping[str, Source], *, whole: bool) -> dict[str, torch.Tensor]:
+    """Random tensors of these shapes and dtypes."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for name, source in sources.items():
+        dtype = getattr(torch, source.dtype)
+        if whole or not dtype.is_floating_point:
+            low, high = (0, 2) if dtype == torch.bool else (1, 127)
+            made[name] = torch.randint(low, high, source.shape, generator=generator).to(dtype)
+        else:
+            made[name] = torch.randn(source.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return made
+
+
+def _compared(expected: Mapping[str, Any], made: Mapping[str, Any], new: set[str]) -> Iterator[str]:
+    import torch
+
+    for name in expected.keys() - made.keys() - new:
+        yield f"the plan does not make {name!r}"
+    for name in made.keys() - expected.keys():
+        yield f"the plan makes {name!r}, the function does not"
+    for name, value in expected.items():
+        if name in new or name not in made:
+            continue
+        other = made[name]
+        if value.dtype != other.dtype or value.shape != other.shape:
+            mine, theirs = (f"{item.dtype} {list(item.shape)}" for item in (other, value))
+            yield f"{name!r} is {mine} by the plan, {theirs} by the function"
+        elif not torch.allclose(value.double(), other.double(), rtol=1e-6, atol=0):
+            yield f"{name!r}: {int((value != other).sum())} of {value.numel()} elements differ"

@@ -1,0 +1,165 @@
+"""Derived plans do what their functions do, to weights and moments, bit for bit; no layout, no plan."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, event, given, reject
+from hypothesis import strategies as st
+
+from optimstate.derivation.derive import derive
+from optimstate.errors import DerivationError
+from optimstate.plan.apply.execute import execute_model, execute_optimizer
+from optimstate.plan.solve.planner import plan_model, plan_optimizer
+from optimstate.state.optimizer import OptimizerState
+from tests.derivation.functions import FUNCTIONS
+
+RULES = {
+    "llama_to_meta": 6, "gqa_fuse": 3, "gqa_unfuse": 2, "neox": 2, "conv1d": 3, "conv1d_cut": 4, "gqa_to_mha": 1,
+    "vit": 5, "mixtral": 3, "mixtral_back": 3, "gpt_oss": 3, "halves": 5, "many": 2, "vocab": 1, "tied": 2, "bf16": 1,
+    "gammabeta": 2, "everysecond": 2, "shifted": 3, "stacked": 1, "mla": 1, "mamba": 1, "dense37": 1,
+}  # fmt: skip
+REFUSED = {
+    "plus1": "'a' has 1 added",
+    "mean4": "'m' is a sum of 4 tensors",
+    "lora": "'w' is not a layout",
+    "wholemean": "'b'",
+    "flip": "'x' is made of elements of 'x'",
+}
+SCALED = {"tied"}
+ROUNDED = {"bf16"}
+
+
+def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_every_function_on_the_list_is_tested() -> None:
+    assert FUNCTIONS.keys() == RULES.keys() | REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_plan_does_what_the_function_does(name: str) -> None:
+    function, shapes = FUNCTIONS[name]
+    derived = derive(function, shapes, allow_drop=True)
+    assert len(list(derived.plan.all_rules())) <= RULES[name]
+    weights = drawn(shapes, 1)
+    expected = {key: value for key, value in function(dict(weights)).items() if key not in derived.new}
+    made = execute_model(plan_model(derived.plan, weights).sections["model"], weights)
+    assert made.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(made[key], value), key
+
+
+@pytest.mark.parametrize("name", sorted(RULES.keys() - SCALED - ROUNDED))
+def test_the_plan_moves_moments_as_the_function_moves_weights(name: str) -> None:
+    function, shapes = FUNCTIONS[name]
+    plan = derive(function, shapes, allow_drop=True).plan
+    names = list(shapes)
+    slots = {slot: drawn(shapes, seed) for seed, slot in enumerate(("exp_avg", "exp_avg_sq"), 2)}
+    state = {
+        number: {"step": torch.tensor(3.0), **{slot: values[key] for slot, values in slots.items()}}
+        for number, key in enumerate(names)
+    }
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
+    named = OptimizerState.from_node(
+        {"state": state, "param_groups": [{**group, "params": list(range(len(names))), "param_names": names}]}
+    )
+    moved = execute_optimizer(plan_optimizer(plan, named, shapes=shapes).sections["optimizer"], named)
+    made = {key: slots for _, key, slots in moved.parameters() if slots}
+    for slot, values in slots.items():
+        if name == "vocab" and slot == "exp_avg_sq":
+            continue  # new rows of second moments hold the mean of the old ones, unless the plan says otherwise
+        for key, value in function(dict(values)).items():
+            if key in made:
+                assert torch.equal(made[key][slot], value), (slot, key)
+    assert made
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_plan_says_is_refused_with_the_output(name: str) -> None:
+    function, shapes = FUNCTIONS[name]
+    with pytest.raises(DerivationError, match=REFUSED[name]):
+        derive(function, shapes)
+
+
+def test_a_dropped_source_must_be_allowed() -> None:
+    def forgetful(state: dict[str, Any]) -> dict[str, Any]:
+        return {"b": state["a"]}
+
+    shapes = {"a": (2, 2), "lost": (3,)}
+    with pytest.raises(DerivationError, match="no output takes 'lost'"):
+        derive(forgetful, shapes)
+    assert derive(forgetful, shapes, allow_drop=True).dropped == ("lost",)
+
+
+def test_a_random_output_is_new_and_not_called_arithmetic() -> None:
+    derived = derive(lambda state: {"a": state["a"].t(), "head": torch.randn(3, 3)}, {"a": (2, 3)})
+    assert derived.new == ("head",)
+
+
+def test_a_function_that_changes_its_argument_gives_the_same_plan() -> None:
+    def rude(state: dict[str, Any]) -> dict[str, Any]:
+        value = state.pop("a")
+        value.t_()
+        state["b"] = value
+        return state
+
+    assert "transpose" in str(derive(rude, {"a": (2, 3)}))
+
+
+def test_names_that_contain_another_are_told_apart() -> None:
+    def renamed(state: dict[str, Any]) -> dict[str, Any]:
+        return {re.sub(r"^layers\.1\.", "first.", name): value for name, value in state.items()}
+
+    shapes = {f"layers.{i}.w": (2, 2) for i in (0, 1, 10, 11)} | {"enc.layers.1.w": (2, 2)}
+    derived = derive(renamed, shapes)
+    made = execute_model(plan_model(derived.plan, drawn(shapes, 0)).sections["model"], drawn(shapes, 0))
+    assert set(made) == {"layers.0.w", "first.w", "layers.10.w", "layers.11.w", "enc.layers.1.w"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_more_elements_than_a_dtype_can_count(dtype: torch.dtype) -> None:
+    derived = derive(lambda state: {"a": state["a"].to(dtype).float().t()}, {"a": (300, 200)})
+    assert [str(rule) for rule in derived.plan.rules] == ["a -> a, transpose = true"]
+    assert bool(derived.notes) == (dtype is not torch.float32)  # the plan keeps what the function rounds off
+
+
+STEPS = {
+    "transpose": lambda value: value.transpose(-1, -2),
+    "flatten": lambda value: value.reshape(-1, value.shape[-1]),
+    "cut": lambda value: value.reshape(2, -1, *value.shape[1:]),
+    "swap": lambda value: value.transpose(0, 1),
+    "half": lambda value: value[: value.shape[0] // 2],
+    "repeat": lambda value: value.repeat_interleave(2, 0),
+}
+
+
+@given(steps=st.lists(st.sampled_from(sorted(STEPS)), max_size=4), parts=st.integers(1, 3))
+def test_whatever_is_composed_of_layouts_is_derived_or_refused_never_wrong(steps: list[str], parts: int) -> None:
+    def composed(state: dict[str, Any]) -> dict[str, Any]:
+        value = state["w"]
+        for step in steps:
+            value = STEPS[step](value)
+        return {f"out.{number}": part for number, part in enumerate(value.tensor_split(parts))}
+
+    shapes = {"w": (8, 12)}
+    try:
+        assume(all(value.numel() for value in composed({"w": torch.zeros(8, 12)}).values()))
+    except RuntimeError:  # the steps do not fit each other
+        reject()
+    try:
+        derived = derive(composed, shapes, allow_drop=True)
+    except DerivationError as error:
+        refused = "no operations of the plan language" in str(error)
+    else:
+        weights = drawn(shapes, 5)
+        made = execute_model(plan_model(derived.plan, weights).sections["model"], weights)
+        refused = False
+        for name, value in composed(dict(weights)).items():
+            assert torch.equal(made[name], value)
+    event("refused" if refused else "derived")
