@@ -29,10 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "hooks": {"__init__", "errors", "problems", "tensors", "tree", "state", "plan"},
     "resuming": {"errors", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
     "derivation": {"record", "errors", "problems", "tensors", "tree", "state", "plan", "formats"},
-    "derivation": {"record", "errors", "problems", "tensors", "tree", "state", "plan", "formats"},
     "demo": {"errors", "problems", "optim", "hooks"},
-    "cli": {"errors", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan"}
-    | {"demo", "derivation", "__init__"},
     "cli": {"errors", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan"}
     | {"demo", "derivation", "__init__"},
     "__init__": {
