@@ -104,7 +104,7 @@ def convert(
             force=force,
             options=options,
         )
-    terminal.show(report, terminal.converted, as_json=as_json, quiet=quiet)
+    terminal.show(report, as_json=as_json, quiet=quiet)
 
 
 def _parsed(dtypes: list[str] | None) -> dict[str, str]:

@@ -124,8 +124,8 @@ def _command(words: Sequence[str], *, quiet: bool) -> None:
 
 
 def _report(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> None:
-    from optimstate.cli.render import terminal
     from optimstate.demo.experiment import REWARM
+    from optimstate.surgery.text import table
 
     typer.echo("torch.optim.AdamW.load_state_dict with the old state:")
     typer.echo(f"  {refusal}")
@@ -141,7 +141,7 @@ def _report(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> None:
         back = "not yet" if arm.recovered is None else f"{arm.recovered:,}"
         losses = [f"{arm.at(step):.3f}" for step in (0, *looks)]
         rows.append([arm.label, *losses, f"{arm.worst:+.3f}", back])
-    typer.echo(terminal.table(["", "switch", *(f"+{look}" for look in looks), "worst", "below after"], rows))
+    typer.echo(table(["", "switch", *(f"+{look}" for look in looks), "worst", "below after"], rows))
     typer.echo()
     typer.echo(_plot(arms))
 

@@ -34,6 +34,6 @@ def diff(
 
     with terminal.progress("comparing", left, right, quiet=quiet or headers) as advance:
         report = optimstate.diff(left, right, headers=headers, progress=advance)
-    terminal.show(report, terminal.compared, as_json=as_json, quiet=quiet)
+    terminal.show(report, as_json=as_json, quiet=quiet)
     if report.changes:
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ import typer
 from optimstate.cli.app import Force, Json, Quiet, app, epilog, until_exit
 
 if TYPE_CHECKING:
-    from optimstate.surgery.reports import Inspection
+    pass
 
 
 @app.command(
@@ -61,11 +61,14 @@ def inspect(
 
         write_page(found, html)
 
-    def render(found: Inspection) -> None:
-        from optimstate.cli.render import inspect as render_inspect
+    from contextlib import redirect_stdout
+    from io import StringIO
 
-        render_inspect.inspection(found, params=params, groups=groups, stats=stats)
-        if html is not None:
-            typer.echo(f"\nwrote {html}")
+    from optimstate.cli.render import inspect as render_inspect
 
-    terminal.show(found, render, as_json=as_json, quiet=quiet)
+    with redirect_stdout(StringIO()) as text:
+        if not quiet and not as_json:
+            render_inspect.inspection(found, params=params, groups=groups, stats=stats)
+            if html is not None:
+                typer.echo(f"\nwrote {html}")
+    terminal.show(found, text.getvalue().removesuffix("\n"), as_json=as_json, quiet=quiet)

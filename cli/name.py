@@ -53,4 +53,4 @@ def name(
         report = optimstate.name(
             source, destination, names=given, model=model, dry_run=dry_run, force=force, progress=advance
         )
-    terminal.show(report, terminal.named, as_json=as_json, quiet=quiet)
+    terminal.show(report, as_json=as_json, quiet=quiet)

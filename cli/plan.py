@@ -61,14 +61,13 @@ def suggest(
     shape, the sizes add up. What no rule explains is listed. Read the plan before you use it.
     """
     import optimstate
-    from optimstate.cli.render import plan as render_plan
     from optimstate.cli.render import terminal
 
     _check(output, source, target, force=force, as_json=as_json)
     with terminal.progress("comparing", source, target, quiet=quiet or headers) as advance:
         report = optimstate.suggest(source, target, headers=headers, progress=advance)
     if not _put(report.plan, output):
-        terminal.show(report, render_plan.suggested, as_json=as_json, quiet=quiet)
+        terminal.show(report, as_json=as_json, quiet=quiet)
         _wrote(output, quiet=quiet or as_json)
     if not report.complete:
         raise typer.Exit(1)
@@ -99,14 +98,13 @@ def check(
 
     Each problem names the parameter, both sides and the remedy.
     """
-    from optimstate.cli.render import plan as render_plan
     from optimstate.cli.render import terminal
     from optimstate.surgery import plans
 
     if target is not None and checkpoint is None:
         raise typer.BadParameter("--target needs the checkpoint that the plan is for")
     report = plans.check_plan(read_plan(plan), checkpoint, target=target)
-    terminal.show(report, render_plan.checked, as_json=as_json, quiet=quiet)
+    terminal.show(report, as_json=as_json, quiet=quiet)
     if not report.fits:
         raise typer.Exit(4)
 
@@ -168,14 +166,11 @@ def show(
 
     A slot is exact, approximate, fresh or dropped; the reasons are given.
     """
-    from optimstate.cli.render import plan as render_plan
     from optimstate.cli.render import terminal
     from optimstate.surgery import plans
 
     report = plans.show_plan(read_plan(plan), checkpoint)
-    terminal.show(
-        report, lambda shown: render_plan.shown(str(plan), shown, params=params), as_json=as_json, quiet=quiet
-    )
+    terminal.show(report, report.text(str(plan), params=params), as_json=as_json, quiet=quiet)
 
 
 def _check(output: Path | None, *sources: Path, force: bool, as_json: bool) -> None:

@@ -101,4 +101,4 @@ def remap(
         return
     if plan_out is not None:
         plans.save_plan(report.plan, plan_out)
-    terminal.show(report, terminal.remapped, as_json=as_json, quiet=quiet)
+    terminal.show(report, as_json=as_json, quiet=quiet)

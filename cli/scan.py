@@ -31,6 +31,6 @@ def scan(
     from optimstate.cli.render import terminal
 
     report = optimstate.scan(path)
-    terminal.show(report, terminal.scanned, as_json=as_json, quiet=quiet)
+    terminal.show(report, as_json=as_json, quiet=quiet)
     if not report.clean:
         raise typer.Exit(1)

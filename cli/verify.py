@@ -47,6 +47,6 @@ def verify(
         sources = (path,) if no_numbers else (path, path)  # checksums, then numbers
         with terminal.progress("verifying", *sources, quiet=quiet) as advance:
             report = optimstate.verify(path, numbers=not no_numbers, progress=advance)
-    terminal.show(report, terminal.verified, as_json=as_json, quiet=quiet)
+    terminal.show(report, as_json=as_json, quiet=quiet)
     if not report.healthy:
         raise typer.Exit(1)

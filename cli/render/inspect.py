@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from optimstate.cli.render.terminal import plural, shown, size, table
 from optimstate.surgery.reports import ModelInfo, OptimizerInfo, SchedulerInfo, collapsed
+from optimstate.surgery.text import percent, plural, shown, size, table
 
 if TYPE_CHECKING:
     from optimstate.surgery.reports import Inspection, ParameterInfo
@@ -167,11 +167,3 @@ def _statistics(what: str, rows: Iterable[Row]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def percent(part: int, whole: int) -> str:
-    """A share: `0%` and `100%` only where it is exactly that."""
-    share = 100 * part / whole if whole else 0.0
-    if 0 < share < 0.1:
-        return "<0.1%"
-    return "<100%" if part < whole and share > 99.9 else f"{share:.3g}%"

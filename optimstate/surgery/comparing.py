@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from optimstate.state.names import wrapper_prefix
 from optimstate.state.sections import Section, find_sections, tied_names
 from optimstate.surgery.inspecting import describe, plain
 from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.text import plural, shown
 from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["Change", "DiffReport", "by_content", "diff", "model_tensors"]
@@ -57,6 +59,27 @@ class DiffReport:
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         return to_json("diff", asdict(self))
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        section = ""
+        for change in self.changes:
+            if change.section != section:
+                section = change.section
+                yield section
+            relative = "" if change.relative is None else f", relative difference {change.relative:.3g}"
+            sides = {
+                "added": f"+ {change.name}  {change.right}",
+                "removed": f"- {change.name}  {change.left}",
+                "renamed": f"> {change.left} -> {change.right}  (equal content)",
+            }
+            other = f"~ {change.name}  {change.kind}: {shown(change.left)} -> {shown(change.right)}{relative}"
+            yield f"  {sides.get(change.kind, other)}"
+        kinds = Counter(change.kind for change in self.changes)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no differences"
+        yield f"{plural(self.equal, 'tensor')} {'equal' if self.compared_contents else 'alike'}, {counts}"
 
 
 def diff(left: str | Path, right: str | Path, *, headers: bool = False, progress: Progress | None = None) -> DiffReport:

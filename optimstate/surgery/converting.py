@@ -18,6 +18,7 @@ from optimstate.io.extents import Progress
 from optimstate.io.output import check_destination
 from optimstate.problems import Problem
 from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.text import plural, size, table
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Opaque, format_path, nodes, replaced, walk
 
@@ -56,6 +57,29 @@ class ConvertReport:
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         return to_json("convert", asdict(self))
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for where in self.without:
+            yield f"left out: {where}"
+        for where, change in self.optimizers.items():
+            yield f"{where}: {change.source} -> {change.target}"
+            yield table(("slot", "outcome", "why"), ((line.slot, line.outcome, line.reason) for line in change.slots))
+        for cast in self.casts:
+            counts = "" if cast.elements is None else f", {cast.rounded:,} of {cast.elements:,} elements rounded"
+            lost = ((cast.overflowed, "no longer finite"), (cast.flushed, "became zero"))
+            counts += "".join(f", {count:,} {what}" for count, what in lost if count)
+            yield f"{cast.what}: {cast.source} -> {cast.target}, {plural(cast.tensors, 'tensor')}{counts}"
+        for note in self.notes:
+            yield f"note: {note}"
+        what = f"{plural(self.tensors, 'tensor')}, {size(self.nbytes)}"
+        what = f"{self.section}, {what}" if self.section else what
+        if self.written:
+            yield f"{self.source_format} -> {self.format}: {what}, wrote {self.destination}"
+        else:
+            yield f"{self.source_format} -> {self.format}: {what}; dry run: nothing was written"
 
 
 def convert(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +21,7 @@ from optimstate.state.naming import Candidate, Evidence, Naming, model_candidate
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
 from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.text import table
 from optimstate.tree import Opaque, replaced
 
 __all__ = ["NameReport", "name"]
@@ -43,6 +44,16 @@ class NameReport:
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         return to_json("name", asdict(self))
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for path, found in self.optimizers.items():
+            yield f"optimizer at {path}"
+            rows = [(str(index), given, evidence) for index, (given, evidence) in enumerate(found)]
+            yield table(("", "parameter", "evidence"), rows)
+        yield f"wrote {self.destination}" if self.written else "dry run: nothing was written"
 
 
 def name(

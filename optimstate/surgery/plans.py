@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from optimstate.plan.solve.planner import Inventory, Target, plan_migration
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.text import collapsed, plural, table
 
 __all__ = [
     "CheckReport",
@@ -92,6 +94,23 @@ class CheckReport(Record):
         rules = [{"rule": rule, "matches": count} for rule, count in self.rules]
         problems = [problem.as_json() for problem in self.problems]
         return to_json("plan check", {**self._asdict(), "rules": rules, "problems": problems, "fits": self.fits})
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for rule, count in self.rules:
+            yield rule if count is None else f"{rule}: {plural(count, 'match')}"
+        for problem in self.problems:
+            yield f"problem: {problem}"
+        for note in self.notes:
+            yield f"note: {note}"
+        if self.problems:
+            yield f"{plural(len(self.problems), 'problem')}: the plan does not fit"
+            return
+        sides = " ".join(filter(None, (self.checkpoint, self.target and f"and makes the names of {self.target}")))
+        yield f"the plan fits {sides}" if sides else "the plan can be read"
+        yield f"it cannot be undone: {self.irreversible}" if self.irreversible else "it can be undone"
 
 
 def check_plan(
@@ -201,6 +220,9 @@ class InvertReport(Record):
         """A JSON document of a stable form."""
         return to_json("plan invert", self._asdict())
 
+    def __str__(self) -> str:
+        return self.plan.rstrip("\n")
+
 
 def invert_plan(plan: Plan | str | PathLike[str], checkpoint: str | Path | None = None) -> InvertReport:
     """The plan that undoes a plan which loses nothing.
@@ -254,6 +276,37 @@ class ShowReport(Record):
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         return to_json("plan show", {**self._asdict(), "rows": [row._asdict() for row in self.rows]})
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, name: str = "plan", *, params: bool = False) -> str:
+        """What it says, in words.
+
+        Args:
+            name: What the plan is called.
+            params: List every parameter and slot instead of layers together.
+        """
+        return "\n".join(self._lines(name, params))
+
+    def _lines(self, name: str, params: bool) -> Iterator[str]:
+        yield f"{name}: {plural(sum(map(len, self.passes)), 'rule')}, digest {self.digest[:12]}"
+        number = 0
+        for place, rules in enumerate(self.passes):
+            if place:
+                yield f"  pass {place + 1}"
+            for rule in rules:
+                number += 1
+                yield f"  {number}. {rule}"
+        for heading, lines in (("group", self.groups), ("guard", self.guard), ("policy", self.policy)):
+            for line in lines:
+                yield f"  {heading}: {line}"
+        yield f"it cannot be undone: {self.irreversible}" if self.irreversible else "it can be undone"
+        for section, rows in groupby(self.rows, lambda row: row.section):
+            yield f"\n{section}"
+            yield from (_listed if params else _collapsed)(list(rows))
+        for note in self.notes:
+            yield f"note: {note}"
 
 
 def show_plan(plan: Plan | str | PathLike[str], checkpoint: str | Path | None = None) -> ShowReport:
@@ -332,3 +385,42 @@ def save_plan(text: str, path: str | Path) -> None:
     """
     with AtomicFile(path) as file:
         file.write(text.encode())
+
+
+# --- as text --------------------------------------------------------------------------------------------------------
+
+
+def _listed(rows: list[Row]) -> Iterator[str]:
+    made = [
+        (row.target or ", ".join(row.sources), row.slot or "(value)", row.outcome, _origin(row), row.reason)
+        for row in rows
+    ]
+    yield table(("name", "slot", "outcome", "from", "why"), made)
+
+
+def _collapsed(rows: list[Row]) -> Iterator[str]:
+    """Layers together: for each kind of move how many there are, and the outcomes of the slots."""
+    moves: dict[tuple[str, str], set[str]] = {}
+    outcomes: dict[tuple[str, str], dict[tuple[str, str], dict[str, None]]] = {}
+    kept: set[str] = set()
+    for row in rows:
+        name = row.target or ", ".join(row.sources)
+        if row.outcome == "exact" and not row.reason and (row.target,) == row.sources and not row.how:
+            kept.add(name)
+            continue
+        key = collapsed(name), collapsed(_origin(row))
+        moves.setdefault(key, set()).add(name)
+        slots = outcomes.setdefault(key, {}).setdefault((row.outcome, row.reason), {})
+        slots[row.slot] = None
+    for (target, origin), names in moves.items():
+        arrow = " <- ".join(filter(None, (target, origin)))
+        yield f"  {arrow}" + (f"  x {len(names)}" if len(names) > 1 else "")
+        for (outcome, reason), slots in outcomes[target, origin].items():
+            said = ", ".join(slot for slot in slots if slot)
+            yield f"    {outcome}" + (f": {said}" if said else "") + (f" ({reason})" if reason else "")
+    if kept:
+        yield f"  kept: {plural(len(kept), 'parameter')}"
+
+
+def _origin(row: Row) -> str:
+    return row.how or (", ".join(row.sources) if row.target else "")

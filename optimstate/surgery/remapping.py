@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from optimstate.plan.solve.planner import Migration
 from optimstate.record import Record
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
 from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.text import plural, shown, table
 
 __all__ = ["RemapReport", "remap"]
 
@@ -54,6 +55,32 @@ class RemapReport(Record):
         outcomes = {section: [found._asdict() for found in rows] for section, rows in self.outcomes.items()}
         groups = {section: [found._asdict() for found in rows] for section, rows in self.groups.items()}
         return to_json("remap", {**self._asdict(), "outcomes": outcomes, "groups": groups})
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for rule, count in self.rules:
+            yield f"{rule}: {plural(count, 'match')}"
+        for section, moves in self.moves.items():
+            dropped = self.dropped[section]
+            counts = [f"{len(moves)} moved", f"{len(dropped)} dropped", f"{self.kept[section]} kept"]
+            yield f"{section}: {', '.join(counts)}"
+            if any(outcome.outcome != "exact" or outcome.reason for outcome in self.outcomes[section]):
+                yield from _outcomes(self.outcomes[section], "all" if section.startswith("optimizer") else "value")
+            for group in self.groups.get(section, ()):
+                yield f"  {_regrouped(group)}"
+            if not self.written:
+                for source, target in moves:
+                    yield f"  {source} -> {target}"
+                for source in dropped:
+                    yield f"  {source} dropped"
+        for note in self.notes:
+            yield f"note: {note}"
+        yield "plan:"
+        for line in self.plan.splitlines():
+            yield f"  {line}".rstrip()
+        yield f"wrote {self.destination}" if self.written else "dry run: nothing was written"
 
 
 def remap(
@@ -149,3 +176,21 @@ def _remap_report(
         groups,
         migration.plan.to_toml(),
     )
+
+
+OUTCOMES_SHOWN = 20
+
+
+def _outcomes(found: Sequence[Outcome], whole: str) -> Iterator[str]:
+    """What became of each slot; of the parameters as a whole where no slot is named."""
+    rows = [(o.slot or f"({whole})", f"{o.parameters:,}", o.outcome, o.reason) for o in found[:OUTCOMES_SHOWN]]
+    yield table(("slot", "parameters", "outcome", "why"), rows)
+    if len(found) > OUTCOMES_SHOWN:
+        yield f"  ... and {len(found) - OUTCOMES_SHOWN} more (--json lists all)"
+
+
+def _regrouped(group: Group) -> str:
+    origin = " and ".join(map(str, group.sources))
+    changes = [f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in group.changed.items()]
+    counted = plural(group.parameters, "parameter") + (f" of group {origin}" if origin else ", all new")
+    return f"group {group.group}: " + ", ".join([counted, *changes])

@@ -19,6 +19,7 @@ from optimstate.formats.pickles.globals import Verdict, classify
 from optimstate.formats.pickles.mentions import mentions
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.text import plural, table
 
 __all__ = ["Finding", "ScanReport", "scan"]
 
@@ -67,6 +68,23 @@ class ScanReport:
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         return to_json("scan", asdict(self))
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        order = {"dangerous": 0, "unknown": 1, "data": 2}
+        found = sorted(self.findings, key=lambda finding: order[finding.verdict])
+        rows = [
+            (f.verdict, f.name, str(f.times), f.file, f.record, str(f.offset)) for f in found if f.verdict != "data"
+        ]
+        if rows:
+            yield table(("verdict", "name", "times", "file", "pickle", "at byte"), rows)
+        for line in self.unreadable:
+            yield f"  unreadable: {line}"
+        names = {verdict: len({f.name for f in found if f.verdict == verdict}) for verdict in order}
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in names.items())
+        yield f"{self.path}: {plural(self.pickles, 'pickle')} scanned, nothing run; names: {counts}"
 
 
 def scan(path: str | Path) -> ScanReport:

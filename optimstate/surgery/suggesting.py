@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from optimstate.record import Record
 from optimstate.surgery.comparing import by_content, model_tensors
 from optimstate.surgery.plans import kind_of, merged, names_of
 from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.text import families, plural
 
 __all__ = ["SuggestReport", "SuggestedRule", "suggest"]
 
@@ -61,6 +62,28 @@ class SuggestReport(Record):
         problems = [problem.as_json() for problem in self.problems]
         fields = {**self._asdict(), "rules": rules, "problems": problems, "complete": self.complete}
         return to_json("plan suggest", fields)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for rule in self.rules:
+            yield f"{rule.confidence:.2f}  {rule.rule}"
+            yield f"      {rule.reason}"
+        for names, said in (
+            (self.missing, f"nothing explains these of {self.target}:"),
+            (self.unused, f"nothing takes these of {self.source}; they stay, unless a rule drops them:"),
+        ):
+            if names:
+                yield said
+                for line in families(names):
+                    yield f"  {line}"
+        for problem in self.problems:
+            yield f"does not fit: {problem}"
+        if not self.rules and not self.missing:
+            yield "the same names and shapes: nothing to do"
+        else:
+            yield f"{plural(len(self.rules), 'rule')}, {plural(len(self.missing), 'name')} not explained"
 
 
 def suggest(

@@ -22,6 +22,7 @@ from optimstate.state.sections import Section, find_sections
 from optimstate.surgery.converting import verify_checksums
 from optimstate.surgery.inspecting import algorithm_of, describe, plain
 from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.text import plural
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, difference, nodes
 
@@ -68,6 +69,19 @@ class VerifyReport:
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         return to_json("verify", {**asdict(self), "healthy": self.healthy})
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for level in ("fault", "note"):
+            for finding in self.findings:
+                if finding.level == level:
+                    yield f"{level}: {finding.where}: {finding.message} [{finding.check}]"
+        for line in self.blind:
+            yield f"not visible: {line}"
+        faults = sum(finding.level == "fault" for finding in self.findings)
+        yield f"{self.path}: {plural(faults, 'fault') if faults else 'healthy'}; checked {', '.join(self.checked)}"
 
 
 BLIND = (

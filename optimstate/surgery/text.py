@@ -1,0 +1,75 @@
+"""Reports as text: what `str(report)` is made of. Plain, and the same for people, notebooks and pipes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+__all__ = ["collapsed", "families", "percent", "plural", "shown", "size", "table"]
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 group`, `2 groups`, `2 matches`."""
+    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+_RIGHT = {"parameters", "size", "group", "elements", "x", "norm", "rms", "min", "max", "zeros", "NaN", "inf"}
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns; those that hold numbers and sizes to the right."""
+    lines = [tuple(headings), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = [heading in _RIGHT for heading in headings]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        return ("  " + "  ".join(padded)).rstrip()
+
+    return "\n".join(map(line, lines))
+
+
+def shown(value: Any) -> str:
+    """A value in few characters."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(shown, value)) + "]"
+    return str(value)
+
+
+def percent(part: int, whole: int) -> str:
+    """A share: `0%` and `100%` only where it is exactly that."""
+    share = 100 * part / whole if whole else 0.0
+    if 0 < share < 0.1:
+        return "<0.1%"
+    return "<100%" if part < whole and share > 99.9 else f"{share:.3g}%"
+
+
+_NAME = re.compile(r"[^\W\d][\w.]*")
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def collapsed(text: str) -> str:
+    """A name, or names within an expression, with `*` for the indices: `blocks.*.mlp.weight`."""
+    return _NAME.sub(lambda name: _INDEX.sub("*", name[0]), text)
+
+
+def families(names: Iterable[str]) -> Iterator[str]:
+    """Names that differ in their indices alone, as one."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(collapsed(name), []).append(name)
+    for pattern, members in found.items():
+        yield members[0] if len(members) == 1 else f"{pattern}  x {len(members)}"
