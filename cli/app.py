@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 EXIT_CODES: tuple[tuple[type[errors.OptimStateError], int], ...] = (
+    (errors.UsageError, 2),
     (errors.CheckpointError, 3),
     (errors.PlanError, 4),
     (errors.DestinationError, 5),
@@ -168,7 +169,7 @@ def _print_version(value: bool) -> None:
 def _root(
     context: typer.Context,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     if os.environ.get("NO_COLOR"):
@@ -181,7 +182,7 @@ COMMANDS = ("inspect", "diff", "remap", "plan", "convert", "name", "verify", "sc
 
 def register(arguments: list[str]) -> None:
     """Import the command that was asked for, or all of them where none was: importing takes longer than most work."""
-    if arguments == ["--version"]:
+    if arguments in (["--version"], ["-V"]):
         return
     asked = arguments[0] if arguments and arguments[0] in COMMANDS else None
     for command in (asked,) if asked else COMMANDS:
@@ -190,9 +191,12 @@ def register(arguments: list[str]) -> None:
 
 def run() -> int:
     """Run the application; every known error becomes a message on stderr and an exit code."""
-    register(sys.argv[1:])
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["help"]:  # as git and others have it
+        arguments = [*arguments[1:], "--help"]
+    register(arguments)
     try:
-        code = app(standalone_mode=False, prog_name="optimstate")
+        code = app(arguments, standalone_mode=False, prog_name="optimstate")
     except errors.OptimStateError as error:
         for line in error.message.splitlines():
             typer.echo(f"error: {line}", err=True)

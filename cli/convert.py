@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from optimstate.cli import words
 from optimstate.cli.app import Force, Json, NoSync, Quiet, app, epilog
 
 
@@ -34,30 +35,51 @@ def parse_size(text: str) -> int:
 def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
     destination: Annotated[Path, typer.Argument(help="Where to write; the suffix says what.", show_default=False)],
-    to: Annotated[str | None, typer.Option(metavar="FORMAT", help="torch or safetensors.", show_default=False)] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="torch, safetensors, dcp or deepspeed-universal; without it the suffix decides.",
+            show_default=False,
+            autocompletion=words.formats,
+        ),
+    ] = None,
     section: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KIND|PATH",
-            help="Write this alone: model, optimizer, ... Given several times, these and nothing else.",
+            help="Write this alone: model, ema, optimizer or scheduler, or a path in the checkpoint. Given several "
+            "times, these and nothing else.",
             show_default=False,
+            autocompletion=words.sections,
         ),
     ] = None,
     without: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KIND|PATH", help="Leave this out and keep everything else where it is.", show_default=False
+            metavar="KIND|PATH",
+            help="Leave this out and keep everything else where it is.",
+            show_default=False,
+            autocompletion=words.sections,
         ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="WHAT=DTYPE", help="Cast a section or slot: model=bf16, exp_avg=bf16.", show_default=False
+            metavar="WHAT=DTYPE",
+            help="Cast a section or slot: model=bf16, exp_avg=bf16.",
+            show_default=False,
+            autocompletion=words.dtypes,
         ),
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Make the state that of Adam, Lion, Adafactor, ...", show_default=False),
+        typer.Option(
+            metavar="NAME",
+            help="Make the state that of Adam, Lion, Adafactor, ...",
+            show_default=False,
+            autocompletion=words.optimizers,
+        ),
     ] = None,
     shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Write a folder of shards of at most this size.")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         StateMismatchError,
         UnrecognizedFormatError,
         UnsupportedCheckpointError,
+        UsageError,
     )
     from optimstate.formats.registry import open_checkpoint
     from optimstate.plan.language.rules import Plan, Rule
@@ -85,6 +86,7 @@ __all__ = [
     "StateMismatchError",
     "UnrecognizedFormatError",
     "UnsupportedCheckpointError",
+    "UsageError",
     "__version__",
     "convert",
     "derive",

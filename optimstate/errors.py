@@ -14,6 +14,7 @@
     │   ├── PlanSyntaxError                     a template, a rule or a plan file cannot be parsed
     │   ├── MigrationError                      the plan does not fit this checkpoint; carries every problem found
     │   └── DerivationError                     a function does something that no plan says
+    ├── UsageError (ValueError)                 an argument is wrong by itself: a word that is none of those known
     └── StateMismatchError (ValueError)         state does not fit the optimizer or scheduler it is loaded into
 
     OptimStateWarning (UserWarning)
@@ -25,7 +26,7 @@ Each error also inherits the builtin a caller would catch who does not know this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from optimstate.problems import Problem
@@ -49,6 +50,7 @@ __all__ = [
     "StateMismatchError",
     "UnrecognizedFormatError",
     "UnsupportedCheckpointError",
+    "UsageError",
 ]
 
 
@@ -148,6 +150,26 @@ class MigrationError(PlanError):
 
 class DerivationError(PlanError):
     """No plan can be read off a function: it computes, drops what it should keep, or depends on values."""
+
+
+class UsageError(OptimStateError, ValueError):
+    """An argument is wrong by itself: a word that is none of those known, options that contradict each other."""
+
+    @classmethod
+    def unknown(cls, problem: str, word: str, known: Iterable[str]) -> UsageError:
+        """The error for a word that is none of a list.
+
+        Args:
+            problem: What is wrong, naming the word.
+            word: The word that was given.
+            known: Those there are; the nearest is suggested.
+        """
+        from difflib import get_close_matches
+
+        words = list(dict.fromkeys(known))
+        near = get_close_matches(word.lower(), words, n=1, cutoff=0.6)
+        suggestion = f"Did you mean {near[0]!r}? " if near else ""
+        return cls(problem, hint=f"{suggestion}There are: {', '.join(words)}." if words else "")
 
 
 class StateMismatchError(OptimStateError, ValueError):

@@ -21,6 +21,7 @@ from optimstate.errors import (
     LimitExceededError,
     RepresentationError,
     UnrecognizedFormatError,
+    UsageError,
 )
 from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, Format
 from optimstate.tree import no_garbage_collection
@@ -128,14 +129,13 @@ def get_format(name: str) -> Format:
     """The format of that name.
 
     Raises:
-        RepresentationError: There is none.
+        UsageError: There is none.
     """
     if name in FORMATS:
         return cast("Format", import_module(FORMATS[name].module))
     outside = _outside()
     if name not in outside:
-        known = ", ".join([*FORMATS, *outside])
-        raise RepresentationError(f"no container format is called {name!r}", hint=f"Known: {known}.")
+        raise UsageError.unknown(f"no container format is called {name!r}", name, [*FORMATS, *outside])
     return outside[name]
 
 
@@ -212,7 +212,7 @@ def format_for_destination(path: Path, name: str | None) -> Format:
     """The format to write: by name, else by the longest known suffix of the destination.
 
     Raises:
-        RepresentationError: Neither says which.
+        UsageError: Neither says which.
     """
     if name is not None:
         return get_format(name)
@@ -222,7 +222,7 @@ def format_for_destination(path: Path, name: str | None) -> Format:
     fitting = [suffix for suffix in known if path.name.endswith(suffix)]
     if fitting:
         return get_format(known[max(fitting, key=len)])
-    raise RepresentationError(
+    raise UsageError(
         f"{path.name!r}: the suffix does not say which container to write",
         hint="Use .pt, .pth, .bin, .ckpt or .safetensors, or give --to.",
     )

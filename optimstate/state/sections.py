@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
-from optimstate.errors import CorruptCheckpointError, LimitExceededError, MigrationError
+from optimstate.errors import CorruptCheckpointError, LimitExceededError, MigrationError, UsageError
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.flattened import FlatState, find_flat_state
@@ -16,6 +16,7 @@ from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile, Path, children, difference, format_path, walk
 
 __all__ = [
+    "KINDS",
     "Judgement",
     "Kind",
     "Section",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 Kind = Literal["optimizer", "model", "scheduler", "ema"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Section(Record):
@@ -190,7 +192,8 @@ def section_called(name: str, tree: Any, sections: Sequence[Section]) -> Section
         sections: Those that were found in it.
 
     Raises:
-        MigrationError: There is none, or there are several.
+        MigrationError: There is none of that kind, or there are several.
+        UsageError: It is neither a kind nor a path in this checkpoint.
     """
     found = [section for section in sections if name in _spellings(section.path)]
     found = found or [section for section in sections if section.kind == name]
@@ -203,9 +206,11 @@ def section_called(name: str, tree: Any, sections: Sequence[Section]) -> Section
     for path, node in walk(tree):
         if name in _spellings(path) and isinstance(node, Mapping) and any(map(is_tensor, node.values())):
             return Section("model", path, node)
+    problem = f"no section is called {name!r}, and there is no mapping of names to tensors at such a path"
+    if name not in KINDS:
+        raise UsageError.unknown(problem, name, (*KINDS, *(section.label for section in sections)))
     known = f"There are: {there}." if sections else "No section was recognised; `optimstate inspect` shows what is."
-    message = f"no section is called {name!r}, and there is no mapping of names to tensors at such a path"
-    raise MigrationError([Problem("section", message)], hint=known)
+    raise MigrationError([Problem("section", problem)], hint=known)
 
 
 def _spellings(path: Path) -> tuple[str, str]:

@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from optimstate.errors import MigrationError, PlanSyntaxError
+from optimstate.errors import MigrationError, UsageError
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import MASTERS
-from optimstate.state.sections import Section
+from optimstate.state.sections import KINDS, Section
 from optimstate.surgery.inspecting import algorithm_of
 from optimstate.surgery.statistics import second_moments
 from optimstate.tensors.compute import mapped
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import AttributedTensor, Opaque, nodes, rebuilt_mapping
 
-__all__ = ["Cast", "Casting", "parse_dtypes"]
+__all__ = ["DTYPES", "Cast", "Casting", "parse_dtypes"]
 
 _ALIASES = {
     "bf16": "bfloat16",
@@ -34,6 +34,8 @@ _ALIASES = {
     "double": "float64",
 }
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+DTYPES = (*_FLOATS, "bf16", "fp16", "fp32", "fp64")
+"""What can be cast to, with the short names that people use most."""
 _COUNTERS = ("float32", "float64")  # what can count steps for long
 
 
@@ -65,17 +67,17 @@ def parse_dtypes(texts: Iterable[str]) -> dict[str, str]:
     """From `model=bf16`, `exp_avg=float16`: section or slot to dtype, by torch's name.
 
     Raises:
-        PlanSyntaxError: One is not of this form, or asks for something twice.
+        UsageError: One is not of this form, or asks for something twice.
     """
     made: dict[str, str] = {}
     for text in texts:
         key, separator, name = text.rpartition("=")
         if not separator or not key or not name:
-            raise PlanSyntaxError(
-                f"dtype {text!r}: expected SECTION=DTYPE or SLOT=DTYPE", hint="For example: model=bf16"
+            raise UsageError(
+                f"dtype {text!r}: expected SECTION=DTYPE or SLOT=DTYPE", hint="For example: model=bfloat16."
             )
         if key in made:
-            raise PlanSyntaxError(f"dtype {text!r}: {key} has one already, {made[key]}")
+            raise UsageError(f"dtype {text!r}: {key} has one already, {made[key]}")
         made[key] = _dtype_of(key, name)
     return made
 
@@ -83,8 +85,7 @@ def parse_dtypes(texts: Iterable[str]) -> dict[str, str]:
 def _dtype_of(key: str, name: str) -> str:
     dtype = _ALIASES.get(name.lower(), name.lower())
     if dtype not in _FLOATS:
-        known = ", ".join((*_FLOATS, "bf16", "fp16", "fp32", "fp64"))
-        raise PlanSyntaxError(f"dtype {key}={name}: {name!r} is no dtype to cast to", hint=f"There are: {known}.")
+        raise UsageError.unknown(f"dtype {key}={name}: {name!r} is not a dtype to cast to", name, DTYPES)
     return dtype
 
 
@@ -160,13 +161,11 @@ class Casting:
                 for section, node in self._sections
                 for name in (section.kind, section.label, *(slot for slot, _ in _leaves(section, node) if slot))
             )
-            raise MigrationError(
-                [
-                    Problem("unmatched", "no section or slot has this name", f"dtype {key}={self._dtypes[key]}")
-                    for key in unused
-                ],
-                hint=f"There are: {', '.join(known)}.",
-            )
+            if set(unused) <= set(KINDS):
+                problems = [Problem("unmatched", "no section or slot has this name", f"dtype {key}") for key in unused]
+                raise MigrationError(problems, hint=f"There are: {', '.join(known)}.")
+            first = f"dtype {unused[0]}={self._dtypes[unused[0]]}: no section or slot has this name"
+            raise UsageError.unknown(first, unused[0], known)
         return made
 
     def note_partings(self, tree: Any) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimstate.errors import CorruptCheckpointError, MigrationError
+from optimstate.errors import CorruptCheckpointError, MigrationError, UsageError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
 from optimstate.io.copying import BLOCK, SharedTasks, blocks
@@ -116,17 +116,23 @@ def convert(
 
     Raises:
         CheckpointError: The source cannot be read, or `verify` finds damage.
-        PlanSyntaxError: There is no such dtype.
-        MigrationError: There is no such section or slot, it cannot be cast, or the state has no meaning in `optimizer`.
+        UsageError: There is no such format, dtype, section, slot or optimizer.
+        MigrationError: This checkpoint has no such section, it cannot be cast, or the state has no meaning in
+            `optimizer`.
         RepresentationError: The container cannot hold something; the message names it and the option that helps.
         DestinationError: The destination exists, is the source, or cannot be written.
-        ValueError: Both `section` and `without` are given.
+        UsageError: Both `section` and `without` are given.
     """
     source, destination = Path(source), Path(destination)
     options = options or WriteOptions()
     sections = [section] if isinstance(section, str) else list(section or ())
     if sections and without:
-        raise ValueError("section and without exclude each other: what is not chosen is left out")
+        raise UsageError("section and without exclude each other: what is not chosen is left out")
+    if optimizer is not None:
+        from optimstate.plan.slots.conversion import TARGETS
+
+        if optimizer not in TARGETS:
+            raise UsageError.unknown(f"no conversion to an optimizer {optimizer!r}", optimizer, TARGETS)
     if not dry_run:
         check_destination(destination, [source], force=force)
     with opening(source), ExitStack() as stack:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from optimstate.errors import MigrationError
+from optimstate.errors import MigrationError, UsageError
 from optimstate.problems import Problem
-from optimstate.state.sections import Section, find_sections, with_hosts
+from optimstate.state.sections import KINDS, Section, find_sections, with_hosts
 from optimstate.tree import OpaqueFile, Path, format_path, path_key, rebuilt_mapping, replaced
 
 __all__ = ["only", "without"]
@@ -15,6 +15,9 @@ __all__ = ["only", "without"]
 
 def _called(name: str, sections: Sequence[Section]) -> list[Section]:
     found = [section for section in sections if section.label == name] or [s for s in sections if s.kind == name]
+    if not found and name not in KINDS:
+        paths = (section.label for section in sections)
+        raise UsageError.unknown(f"no section is called {name!r}", name, (*KINDS, *paths))
     if not found:
         known = (
             f"There are: {_listed(sections)}."

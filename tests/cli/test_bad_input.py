@@ -190,7 +190,7 @@ def test_a_destination_without_a_folder_is_refused(place: Path) -> None:
 def test_a_suffix_of_another_container_stops_remap(place: Path) -> None:
     outcome = run("remap", str(place / "good.pt"), str(place / "out.safetensors"), *RENAME)
     check(outcome, CONTAINER, "optimstate convert")
-    check(run("convert", str(place / "good.pt"), str(place / "out.xyz")), CONTAINER, "--to")
+    check(run("convert", str(place / "good.pt"), str(place / "out.xyz")), USAGE, "--to")
 
 
 def test_what_a_container_cannot_hold_is_named_with_the_option_that_helps(place: Path) -> None:

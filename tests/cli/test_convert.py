@@ -35,9 +35,18 @@ def test_a_section_alone_is_named(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_done_is_said_in_two_lines(tmp_path: Path) -> None:
-    for words in (["--section", "ema"], ["--dtype", "exp_avgs=bf16"], ["--dtype", "model=int8"], ["--dtype", "model"]):
+    for code, words in (
+        (4, ["--section", "ema"]),
+        (4, ["--dtype", "ema=bf16"]),
+        (2, ["--section", "optimiser"]),
+        (2, ["--dtype", "exp_avgs=bf16"]),
+        (2, ["--dtype", "model=int8"]),
+        (2, ["--dtype", "model"]),
+        (2, ["--optimizer", "Lyon"]),
+        (2, ["--to", "safetensor"]),
+    ):
         outcome = run("convert", SOURCE, str(tmp_path / "out.pt"), *words)
-        assert (outcome.code, outcome.out) == (4, "")
+        assert (outcome.code, outcome.out) == (code, "")
         first, second = outcome.err.splitlines()
         assert first.startswith("error: ")
         assert second.startswith("hint: ")

@@ -319,6 +319,50 @@ def completed(shell: str, line: str) -> list[str]:
     return re.findall(r"[a-z-]{3,}", started(environment))
 
 
+def test_options_of_fixed_words_are_completed_with_them() -> None:
+    line = "optimstate convert a.pt b"
+    assert set(completed("bash", f"{line} --to ")) == {"torch", "safetensors", "dcp", "deepspeed-universal"}
+    assert completed("bash", f"{line} --section opt") == ["optimizer"]
+    assert completed("fish", f"{line} --optimizer Adafac") == ["dafactor"]  # found in small letters
+    assert "exp" in started(
+        {"_OPTIMSTATE_COMPLETE": "complete_bash", "COMP_WORDS": f"{line} --dtype e", "COMP_CWORD": "5"}
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--version"], ["inspect", "checkpoint.pt"], ["inspect", "missing.pt"], ["inspect"], ["diff", "--nothing"]],
+    ids=" ".join,
+)
+def test_python_dash_m_is_the_command(words: list[str], checkpoints: Path) -> None:
+    done = [
+        subprocess.run([sys.executable, *how, *words], capture_output=True, text=True, timeout=60)
+        for how in (["-m", "optimstate"], ["-m", "optimstate.cli"])
+    ]
+    assert len({(one.returncode, one.stdout, one.stderr) for one in done}) == 1
+    assert "__main__" not in done[0].stderr
+
+
+def test_the_habits_of_command_lines() -> None:
+    assert run("-V") == run("--version")
+    assert run("help", "inspect") == run("inspect", "--help")
+    assert run("help").out == run("-h").out
+    wrong = run("help", "inpsect")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "inspect" in wrong.err
+
+
+def test_nothing_is_said_about_a_missing_numpy(checkpoints: Path, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['numpy'] = None\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    for words in (["verify", "checkpoint.pt"], ["inspect", "checkpoint.pt", "--stats"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "optimstate", *words], capture_output=True, text=True, timeout=120, env=environment
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shells_complete_commands_verbs_and_options(shell: str) -> None:
     assert set(app.COMMANDS) <= set(completed(shell, "optimstate "))

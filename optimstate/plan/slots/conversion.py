@@ -18,7 +18,7 @@ from optimstate.record import Record
 from optimstate.state.algorithms.registry import ALGORITHMS, Algorithm
 from optimstate.state.optimizer import Group, OptimizerState, Slots
 
-__all__ = ["Conversion", "Lost", "plan_conversion"]
+__all__ = ["TARGETS", "Conversion", "Lost", "plan_conversion"]
 
 Convert = Callable[[Slots, Mapping[str, Any]], dict[str, Any]]
 
@@ -100,6 +100,8 @@ _CODED_LION = {**_CODED, "lr": 1e-4, "betas": (0.9, 0.99), "eps": 0.0}
 _DEFAULTS |= {f"{name}{bits}bit": _CODED_ADAM for name in ("Adam", "AdamW") for bits in (8, 32)}
 _DEFAULTS |= {f"Lion{bits}bit": _CODED_LION for bits in (8, 32)}
 _DEFAULTS["AdamW"] = {**_DEFAULTS["Adam"], "decoupled_weight_decay": True}
+TARGETS = tuple(_DEFAULTS)
+"""The optimizers that there is a conversion to."""
 # What a scheduler keeps in the groups is not the optimizer's and stays.
 _SCHEDULED = ("initial_lr", "max_lr", "min_lr", "swa_lr", "name")
 # The same word for other things: epsilons and decay rates do not carry over between these families.
