@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"errors", "problems", "optim", "hooks"},
     "cli": {"errors", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan"}
     | {"demo", "derivation", "__init__"},
+    "__main__": {"cli"},
     "__init__": {
         "derivation",
         "errors",
