@@ -162,7 +162,10 @@ class Casting:
                 for name in (section.kind, section.label, *(slot for slot, _ in _leaves(section, node) if slot))
             )
             if set(unused) <= set(KINDS):
-                problems = [Problem("unmatched", "no section or slot has this name", f"dtype {key}") for key in unused]
+                problems = [
+                    Problem("unmatched", "no section or slot has this name", f"dtype {k}={self._dtypes[k]}")
+                    for k in unused
+                ]
                 raise MigrationError(problems, hint=f"There are: {', '.join(known)}.")
             first = f"dtype {unused[0]}={self._dtypes[unused[0]]}: no section or slot has this name"
             raise UsageError.unknown(first, unused[0], known)
