@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optimstate.optim._blocks import fits
 from optimstate.optim._ops import one
-from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting
+from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting, repeats
 
 __all__ = ["ENDLESS", "AdamKernelOptimizer", "adam_kernel", "bodies"]
 
@@ -33,7 +33,6 @@ class AdamKernelOptimizer(RuleOptimizer):
     options that its formula lacks) is updated by the rule, and so are small tensors.
     """
 
-    _has_kernel = True
     _kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float64)
 
     def _kernel_suits(self, group: Group) -> bool:
@@ -44,16 +43,8 @@ class AdamKernelOptimizer(RuleOptimizer):
         """One step of parameters that suit the kernel."""
         raise NotImplementedError
 
-    def _check_fused(self, fused: bool | None, differentiable: bool, foreach: bool | None) -> dict[str, Any]:
-        """The option as an entry of the defaults, where given: torch's class has none."""
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        return {} if fused is None else {"fused": fused}
-
     def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
-        if group["capturable"] or group["differentiable"] or not self._kernel_suits(group):
+        if group["capturable"] or group["differentiable"] or not self._kernel_suits(group) or repeats(params):
             return False
         names = [name for name in self._columns if columns[name]]
         slots = [columns[name] for name in names if name not in self._scalars]

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from itertools import chain, repeat
 from typing import Any, ClassVar, NamedTuple
@@ -26,13 +28,73 @@ from torch.optim import optimizer as torch_machinery
 from optimstate.optim._blocks import Program, UnrecordedError, block_size, split
 from optimstate.optim._load import Slots
 from optimstate.optim._ops import Ops, many, one, traced
-from optimstate.optim.optimizer import Optimizer, aligned, to_scalar
+from optimstate.optim.optimizer import Optimizer, Options, ParamsT, aligned, to_scalar, zeros
 
-__all__ = ["Columns", "Condition", "Group", "Rule", "RuleOptimizer", "Setting", "effective", "fused_batches", "has_l2"]
+__all__ = [
+    "Columns",
+    "Complex",
+    "Condition",
+    "Group",
+    "Rule",
+    "RuleOptimizer",
+    "Setting",
+    "Traits",
+    "effective",
+    "fused_batches",
+    "has_l2",
+    "repeats",
+]
 
 Group = dict[str, Any]
 Columns = Mapping[str, list[Any]]
 Condition = Callable[[Group], bool]
+
+# What the driver does for every algorithm, and how, where neither constructor nor checkpoint says.
+COMMON: Options = {
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": False,
+}
+
+
+class Complex(Enum):
+    """When complex tensors become real ones with a last dimension of 2, for a rule that wants them real."""
+
+    AFTER_DECAY = "L2 decay is added to the complex gradient"
+    BEFORE_DECAY = "L2 decay is added to the real gradient"
+    NATIVE = "never: the rule takes complex numbers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What the driver has to know of an algorithm besides its rule.
+
+    Args:
+        options: The common options that its param groups have, in any order.
+        optional: Slots that only groups with certain options keep, and which groups those are.
+        kernel: Whether there is a fused implementation.
+        sparse_error: How sparse gradients are refused; empty where the rule takes them.
+        complex: When complex tensors become real ones.
+        complex_parameter: Whether the for-loop's rule wants the parameter complex all the same.
+        blocks: Whether the rule has enough passes over memory to gain from cache blocks.
+        live_when_differentiable: Whether autograd is to see the step count.
+        capturable_subjects: What torch says must be on an accelerator if ``capturable``: for loop, foreach.
+        capturable_on_xla: Whether XLA is such an accelerator: for loop, foreach.
+    """
+
+    options: tuple[str, ...] = ("maximize", "foreach", "capturable", "differentiable")
+    optional: Mapping[str, Condition] = field(default_factory=dict)
+    kernel: bool = False
+    sparse_error: str = ""
+    complex: Complex = Complex.AFTER_DECAY
+    complex_parameter: bool = False
+    blocks: bool = True
+    live_when_differentiable: bool = False
+    capturable_subjects: tuple[str, str] = ("params and state_steps", "params and state_steps")
+    capturable_on_xla: tuple[bool, bool] = (True, False)
 
 
 class Rule(NamedTuple):
@@ -47,7 +109,7 @@ class Rule(NamedTuple):
     """
 
     update: Callable[..., Any]
-    numbers: Callable[..., tuple[Any, ...]] | None = None
+    numbers: Callable[..., Sequence[Any]] | None = None
     rowwise: bool = True
 
 
@@ -76,27 +138,54 @@ class RuleOptimizer(Optimizer):
     """An optimizer whose step is a rule over each parameter's tensors.
 
     Subclasses say what state they keep and give the rule; `_columns` is in the order in which torch's `_init_group` of
-    the same class fills its lists, which `torch.compile` relies on.
+    the same class fills its lists, which `torch.compile` relies on. The common options that an algorithm has (see
+    `Traits`) are in every group, whether a constructor names them or not.
+
+    Args:
+        params: Tensors, ``(name, tensor)`` pairs, or dicts of either with options of their own.
+        defaults: The algorithm's own options.
+        common: Common options; those not given are off.
+
+    Raises:
+        TypeError: The algorithm has no such common option.
+        RuntimeError: ``fused`` goes with neither ``differentiable`` nor ``foreach``.
     """
 
-    _columns: ClassVar[tuple[str, ...]]
-    _optional: ClassVar[Mapping[str, Condition]] = {}  # slots that only groups with certain options keep
-    _has_kernel: ClassVar[bool] = False  # whether there is a fused implementation
-    _sparse_error: ClassVar[str] = ""  # how torch refuses sparse gradients; empty where they are accepted
-    _complex: ClassVar[str] = "decay first"  # when complex tensors become real views: "view first" or "never" else
-    _complex_parameter: ClassVar[bool] = False  # whether the rule wants the parameter still complex, tensor by tensor
-    _gains_from_blocks: ClassVar[bool] = True  # whether a rule has enough passes over memory to run it in cache blocks
-    _live_when_differentiable: ClassVar[bool] = False  # whether autograd is to see the step count
-    _capturable_subjects: ClassVar[tuple[str, str]] = ("params and state_steps", "params and state_steps")
-    _capturable_on_xla: ClassVar[tuple[bool, bool]] = (True, False)  # for loop, foreach
+    _columns: ClassVar[tuple[str, ...]] = ()
+    _traits: ClassVar[Traits] = Traits()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Checkpoints of torch before an option was invented lack it.
+        cls._later_options = {name: COMMON[name] for name in cls._traits.options} | {**cls._later_options}
+
+    def __init__(self, params: ParamsT, defaults: Options, **common: Any) -> None:
+        known = self._traits.options
+        # Only torch's own kernels make `fused` an option of every group; where it is ours, groups have it if given.
+        allowed = {*known, "fused"} if self._traits.kernel else {*known}
+        if unknown := sorted(common.keys() - allowed):
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
+        given = {name: value for name, value in common.items() if name in known or value is not None}
+        missing = {name: COMMON[name] for name in known if name not in given and name not in defaults}
+        super().__init__(params, {**defaults, **given, **missing})
+        if common.get("fused"):
+            if common.get("differentiable"):
+                raise RuntimeError("`fused` does not support `differentiable`")
+            if common.get("foreach"):
+                raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if common.get("fused") and "fused" in known:
+            self._step_supports_amp_scaling = True
+            self._need_device_dtype_check_for_fused = True
 
     def _rule(self, s: Setting) -> Rule:
         """The update rule."""
         raise NotImplementedError
 
     def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
-        """A parameter's state before its first step."""
-        raise NotImplementedError
+        """A parameter's state before its first step: zeros."""
+        slots = self._active(group)
+        scalars = {name: self._scalar(0.0, p, group) for name in self._scalars}
+        return scalars | {name: zeros(p) for name in slots if name not in scalars}
 
     def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
         """Run the fused kernel; False where it does not apply and the rule must be run instead."""
@@ -104,7 +193,7 @@ class RuleOptimizer(Optimizer):
 
     def _active(self, group: Group) -> list[str]:
         """The slots that a group with these options keeps, in the order of `_columns`."""
-        optional = self._optional
+        optional = self._traits.optional
         return [name for name in self._columns if name not in optional or optional[name](group)]
 
     def _slot_shapes(self, p: Tensor, group: Group) -> Slots:
@@ -151,8 +240,8 @@ class RuleOptimizer(Optimizer):
                 continue
             params.append(p)
             if grad.is_sparse:
-                if self._sparse_error:
-                    raise RuntimeError(self._sparse_error)
+                if self._traits.sparse_error:
+                    raise RuntimeError(self._traits.sparse_error)
                 has_sparse = True
             grads.append(grad)
             if p.is_complex():
@@ -177,7 +266,7 @@ class RuleOptimizer(Optimizer):
         has_sparse: bool,
         has_complex: bool,
     ) -> None:
-        fused, foreach = choose(group, params, has_kernel=self._has_kernel)
+        fused, foreach = choose(group, params, has_kernel=self._traits.kernel)
         if fused:
             self._align(group, params, columns)
             if self._fused(group, params, grads, columns):
@@ -190,7 +279,8 @@ class RuleOptimizer(Optimizer):
         if group.get("capturable") and not torch.compiler.is_compiling():
             self._check_capturable(params, columns, foreach)
         if not foreach:
-            self._run_each(group, params, grads, columns, has_complex)
+            for some_params, some_grads, some_columns in in_turn(params, grads, columns):
+                self._run_each(group, some_params, some_grads, some_columns, has_complex)
             return
         names = [name for name in self._columns if columns[name]]
         for _, (batch_params, batch_grads, *lists) in batches(
@@ -219,29 +309,24 @@ class RuleOptimizer(Optimizer):
         seen[id(group)] = list(chain(*tensors))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.pop("_aligned", None)  # lest it keep replaced state alive
+        self.__dict__.pop("_aligned", None)  # so that replaced state can be freed
         super().__setstate__(state)
 
     def _slots(self, columns: Columns, absent: Any) -> list[Any]:
         names = [name for name in self._columns if name not in self._scalars]
         return [columns[name] or absent for name in names] if any(columns[name] for name in names) else []
 
-    def _allow_fused(self, differentiable: bool, foreach: bool | None) -> None:
-        if differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        self._step_supports_amp_scaling = True
-        if foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
     def _check_capturable(self, params: list[Tensor], columns: Columns, foreach: bool) -> None:
-        supported = torch_machinery._get_capturable_supported_devices(supports_xla=self._capturable_on_xla[foreach])
+        supported = torch_machinery._get_capturable_supported_devices(
+            supports_xla=self._traits.capturable_on_xla[foreach]
+        )
         scalars = [columns[name] for name in self._scalars]
         if all(
             p.device.type in supported and all(row.device.type == p.device.type for row in rows)
             for p, *rows in zip(params, *scalars, strict=True)
         ):
             return
-        subjects = self._capturable_subjects[foreach]
+        subjects = self._traits.capturable_subjects[foreach]
         raise AssertionError(f"If capturable=True, {subjects} must be on supported devices: {supported}.")
 
     def _prepared(self, k: Ops, group: Group, columns: Columns, *, owned: bool) -> tuple[Rule, Sequence[Any]]:
@@ -252,6 +337,8 @@ class RuleOptimizer(Optimizer):
         count_steps(steps)
         if rule.numbers is None:
             return rule, ()
+        if not steps:
+            raise TypeError(f"{type(self).__name__}: a rule with numbers needs the slot 'step' in `_columns`")
         times = steps if live else [step.item() for step in steps]
         others = [columns[name] for name in self._scalars if name != "step"]
         if k.is_list and (live or not rule.rowwise):
@@ -259,13 +346,13 @@ class RuleOptimizer(Optimizer):
         if others or live:
             rows = list(map(rule.numbers, times, *others))
         else:
-            known: dict[float, tuple[Any, ...]] = {}
+            known: dict[float, Sequence[Any]] = {}
             rows = [known[t] if t in known else known.setdefault(t, rule.numbers(t)) for t in times]
         return rule, [list(column) for column in zip(*rows, strict=True)]
 
     def _live(self, group: Group) -> bool:
         """Whether step counts stay tensors."""
-        traced_step = self._live_when_differentiable and group.get("differentiable")
+        traced_step = self._traits.live_when_differentiable and group.get("differentiable")
         return bool(group.get("capturable") or traced_step or torch.compiler.is_compiling())
 
     def _run_lists(
@@ -273,7 +360,7 @@ class RuleOptimizer(Optimizer):
     ) -> None:
         """The rule over all tensors of one device and dtype at once."""
         slots = self._slots(columns, None)
-        if has_complex and self._complex != "never":
+        if has_complex and self._traits.complex is not Complex.NATIVE:
             params, grads, *slots = ([real(t) for t in c] if c else None for c in (params, grads, *slots))  # type: ignore[assignment]
         owned = bool(group["maximize"] or has_l2(group))
         rule, numbers = self._prepared(many, group, columns, owned=owned)
@@ -288,7 +375,7 @@ class RuleOptimizer(Optimizer):
         rule, numbers = self._prepared(traced if differentiable else one, group, columns, owned=False)
         slots = self._slots(columns, repeat(None))
         plain = not (differentiable or has_complex or torch.compiler.is_compiling())
-        size = block_size(params, len(slots)) if plain and self._gains_from_blocks else None
+        size = block_size(params, len(slots)) if plain and self._traits.blocks else None
         if size is None:
             self._run_column(rule.update, group, params, grads, slots, numbers, has_complex=has_complex)
             return
@@ -329,10 +416,10 @@ class RuleOptimizer(Optimizer):
         p_values: Iterable[Tensor] = params
         g_values: Iterable[Tensor] = grads
         decay = group.get("weight_decay", 0)
-        views = has_complex and self._complex != "never"
+        views = has_complex and self._traits.complex is not Complex.NATIVE
         if group["maximize"]:
             g_values = map(Tensor.neg, g_values)
-        if views and self._complex == "view first":
+        if views and self._traits.complex is Complex.BEFORE_DECAY:
             p_values, g_values = list(map(real, params)), map(real, g_values)
         if decay != 0 and group.get("decoupled_weight_decay", False):
             factor = 1 - to_scalar(group["lr"]) * decay
@@ -340,7 +427,7 @@ class RuleOptimizer(Optimizer):
         elif decay != 0:
             g_values = map(l2(decay), g_values, p_values)
         if views:
-            if not self._complex_parameter:
+            if not self._traits.complex_parameter:
                 p_values = map(real, p_values)
             g_values = map(real, g_values)
             slots = [map(real, column) for column in slots]
@@ -353,9 +440,24 @@ def choose(group: Group, params: list[Tensor], *, has_kernel: bool) -> tuple[boo
     fused, foreach = group.get("fused") if has_kernel else None, group.get("foreach")
     if fused is None and foreach is None:
         _, foreach = torch_machinery._default_to_fused_or_foreach(params, group.get("differentiable", False), False)
-        if foreach and isinstance(group["lr"], Tensor) and "amsgrad" in group and not group["capturable"]:
+        if foreach and isinstance(group.get("lr"), Tensor) and "amsgrad" in group and not group["capturable"]:
             foreach = False
     return bool(fused), bool(foreach)
+
+
+def repeats(params: list[Tensor]) -> bool:
+    """Whether a parameter is listed twice, as tied ones may be."""
+    return len(set(map(id, params))) < len(params)
+
+
+def in_turn(
+    params: list[Tensor], grads: list[Tensor], columns: Columns
+) -> Iterable[tuple[list[Tensor], list[Tensor], Columns]]:
+    """The lists whole; where a parameter is listed twice one row at a time, so that its step is counted in between."""
+    if torch.compiler.is_compiling() or not repeats(params):
+        return [(params, grads, columns)]
+    rows = range(len(params))
+    return [([params[i]], [grads[i]], {name: c[i : i + 1] for name, c in columns.items()}) for i in rows]
 
 
 def count_steps(steps: list[Tensor]) -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
-from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, zeros
+from optimstate.optim._step import Rule, RuleOptimizer, Setting, Traits
+from optimstate.optim.optimizer import ParamsT, check_lr, require
 
 __all__ = ["Adadelta"]
 
 
-class Adadelta(RuleOptimizer):
+class Adadelta(RuleOptimizer, torch.optim.Adadelta):
     r"""Adadelta: steps in the ratio of the running sizes of past steps and of gradients.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter:
@@ -47,15 +48,11 @@ class Adadelta(RuleOptimizer):
 
     _columns = ("square_avg", "acc_delta", "step")
     _scalars = ("step",)
-    _later_options: ClassVar[Options] = {
-        "foreach": None,
-        "maximize": False,
-        "differentiable": False,
-        "capturable": False,
-    }
-    _sparse_error = "Adadelta does not support sparse gradients"
-    _complex_parameter = True
-    _capturable_on_xla = (False, False)
+    _traits = Traits(
+        sparse_error="Adadelta does not support sparse gradients",
+        complex_parameter=True,
+        capturable_on_xla=(False, False),
+    )
 
     def __init__(
         self,
@@ -74,20 +71,14 @@ class Adadelta(RuleOptimizer):
         require(0.0 <= rho <= 1.0, f"Invalid rho value: {rho}")
         require(eps >= 0.0, f"Invalid epsilon value: {eps}")
         require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
-        defaults = {
-            "lr": lr,
-            "rho": rho,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "capturable": capturable,
-            "foreach": foreach,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults)
-
-    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
-        return {"step": self._scalar(0.0, p, group), "square_avg": zeros(p), "acc_delta": zeros(p)}
+        super().__init__(
+            params,
+            {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay},
+            maximize=maximize,
+            capturable=capturable,
+            foreach=foreach,
+            differentiable=differentiable,
+        )
 
     def _rule(self, s: Setting) -> Rule:
         k, group, lr, live = s.k, s.group, s.lr, s.live

@@ -16,7 +16,7 @@ from optimstate.optim.optimizer import Optimizer, Options, ParamsT, check_lr, re
 __all__ = ["Adafactor"]
 
 
-class Adafactor(Optimizer):
+class Adafactor(Optimizer, torch.optim.Adafactor):
     r"""Adafactor: the mean square of a matrix kept as one number per row and one per column; steps relative to the
     weights.
 
@@ -158,8 +158,8 @@ class Adafactor(Optimizer):
 
     def _update_each(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
         lr, (eps1, eps2) = to_scalar(group["lr"]), group["eps"]
-        count_steps(lists[-1])
         for p, g, row_var, col_var, variance, step in zip(*lists, strict=True):
+            count_steps([step])  # one by one: a tied parameter may be listed twice
             if group["maximize"]:
                 g = -g
             if eps1 is None:

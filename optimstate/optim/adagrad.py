@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, fused_batches
-from optimstate.optim.optimizer import Options, ParamsT, check_lr, require
+from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
+from optimstate.optim.optimizer import ParamsT, check_lr, require, sparse_like
 
 __all__ = ["Adagrad"]
 
 
-class Adagrad(RuleOptimizer):
+class Adagrad(RuleOptimizer, torch.optim.Adagrad):
     r"""Adagrad: steps scaled by the root of the sum of all squared gradients so far.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, at step :math:`t`:
@@ -48,10 +48,9 @@ class Adagrad(RuleOptimizer):
         RuntimeError: Options exclude each other, or a sparse gradient meets weight decay.
     """
 
-    _has_kernel = True
     _columns = ("sum", "step")
     _scalars = ("step",)
-    _later_options: ClassVar[Options] = {"foreach": None, "maximize": False, "differentiable": False, "fused": None}
+    _traits = Traits(options=("maximize", "foreach", "differentiable", "fused"), kernel=True)
 
     def __init__(
         self,
@@ -73,21 +72,20 @@ class Adagrad(RuleOptimizer):
         invalid = f"Invalid initial_accumulator_value value: {initial_accumulator_value}"
         require(initial_accumulator_value >= 0.0, invalid)
         require(eps >= 0.0, f"Invalid epsilon value: {eps}")
-        defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults)
-        if fused:
-            self._allow_fused(differentiable, foreach)
-            self._need_device_dtype_check_for_fused = True
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "lr_decay": lr_decay,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "initial_accumulator_value": initial_accumulator_value,
+            },
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+        )
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p].update(self._new_state(p, group))
@@ -172,7 +170,7 @@ class Adagrad(RuleOptimizer):
 def sparse_update(p: Tensor, g: Tensor, total: Tensor, rate: Any, eps: float) -> None:
     """The rule for the elements a sparse gradient has."""
     g = g.coalesce()  # the update is not linear, so no element may come twice
-    indices, values = g._indices(), g._values()
-    total.add_(torch.sparse_coo_tensor(indices, values.pow(2), g.size()))
+    values = g._values()
+    total.add_(sparse_like(g, values.pow(2)))
     std = total.sparse_mask(g)._values().sqrt_().add_(eps)
-    p.add_(torch.sparse_coo_tensor(indices, values / std, g.size()), alpha=rate)
+    p.add_(sparse_like(g, values / std), alpha=rate)

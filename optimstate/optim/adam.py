@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,13 +9,13 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from optimstate.optim._ops import Ops
-from optimstate.optim._step import Columns, Condition, Group, Rule, RuleOptimizer, Setting, fused_batches
-from optimstate.optim.optimizer import Options, ParamsT, check_betas, require, to_scalar, zeros
+from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
+from optimstate.optim.optimizer import Options, ParamsT, check_betas, require, to_scalar
 
 __all__ = ["Adam"]
 
 
-class Adam(RuleOptimizer):
+class Adam(RuleOptimizer, torch.optim.Adam):
     r"""Adam: steps along a running mean of gradients, scaled by a running mean of their squares.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, at step :math:`t`:
@@ -55,21 +54,16 @@ class Adam(RuleOptimizer):
         RuntimeError: Options exclude each other, or a gradient is sparse.
     """
 
-    _has_kernel = True
     _columns = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
     _scalars = ("step",)
-    _later_options: ClassVar[Options] = {
-        "amsgrad": False,
-        "maximize": False,
-        "foreach": None,
-        "capturable": False,
-        "differentiable": False,
-        "decoupled_weight_decay": False,
-        "fused": None,
-    }
-    _optional: ClassVar[Mapping[str, Condition]] = {"max_exp_avg_sq": lambda group: bool(group["amsgrad"])}
-    _sparse_error = "Adam does not support sparse gradients, please consider SparseAdam instead"
-    _live_when_differentiable = True
+    _later_options: ClassVar[Options] = {"amsgrad": False}
+    _traits = Traits(
+        options=("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"),
+        optional={"max_exp_avg_sq": lambda group: bool(group["amsgrad"])},
+        kernel=True,
+        sparse_error="Adam does not support sparse gradients, please consider SparseAdam instead",
+        live_when_differentiable=True,
+    )
 
     def __init__(
         self,
@@ -97,28 +91,27 @@ class Adam(RuleOptimizer):
         require(alike, "betas must be either both floats or both Tensors")
         check_tensor("betas[0]", betas[0], lists_only)
         check_tensor("betas[1]", betas[1], lists_only)
-        defaults = {
-            "lr": lr,
-            "betas": tuple(map(to_scalar, betas)),
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, defaults)
-        if fused:
-            self._allow_fused(differentiable, foreach)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": tuple(map(to_scalar, betas)),
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+            },
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
 
     def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         if group["fused"]:
             _device_dtype_check_for_fused(p)
-        slots = [name for name in self._active(group) if name != "step"]
-        return {"step": self._scalar(0.0, p, group)} | {name: zeros(p) for name in slots}
+        return super()._new_state(p, group)
 
     def _init_group(
         self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Any]

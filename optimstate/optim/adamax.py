@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
-from optimstate.optim.optimizer import Options, ParamsT, check_betas, check_lr, require, to_number, zeros
+from optimstate.optim._step import Rule, RuleOptimizer, Setting, Traits
+from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require, to_number
 
 __all__ = ["Adamax"]
 
 
-class Adamax(RuleOptimizer):
+class Adamax(RuleOptimizer, torch.optim.Adamax):
     r"""Adamax: Adam with a decaying maximum of gradient sizes in place of the mean square.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, at step :math:`t`:
@@ -46,13 +47,7 @@ class Adamax(RuleOptimizer):
 
     _columns = ("exp_avg", "exp_inf", "step")
     _scalars = ("step",)
-    _later_options: ClassVar[Options] = {
-        "foreach": None,
-        "maximize": False,
-        "differentiable": False,
-        "capturable": False,
-    }
-    _sparse_error = "Adamax does not support sparse gradients"
+    _traits = Traits(sparse_error="Adamax does not support sparse gradients")
 
     def __init__(
         self,
@@ -71,20 +66,14 @@ class Adamax(RuleOptimizer):
         require(eps >= 0.0, f"Invalid epsilon value: {eps}")
         check_betas(betas)
         require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults)
-
-    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
-        return {"step": self._scalar(0.0, p, group), "exp_avg": zeros(p), "exp_inf": zeros(p)}
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            capturable=capturable,
+        )
 
     def _rule(self, s: Setting) -> Rule:
         k, group, lr, live = s.k, s.group, s.lr, s.live

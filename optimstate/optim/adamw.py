@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optimstate.optim.adam import Adam
@@ -12,7 +13,7 @@ from optimstate.optim.optimizer import ParamsT
 __all__ = ["AdamW"]
 
 
-class AdamW(Adam):
+class AdamW(Adam, torch.optim.AdamW):
     r"""Adam whose weight decay shrinks the parameter directly and leaves both running means alone.
 
     .. math::

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from optimstate.optim._ops import Ops
-from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
-from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, scalar_dtype, to_scalar, zeros
+from optimstate.optim._step import Complex, Group, Rule, RuleOptimizer, Setting, Traits
+from optimstate.optim.optimizer import ParamsT, check_lr, require, scalar_dtype, to_scalar, zeros
 
 __all__ = ["ASGD"]
 
 
-class ASGD(RuleOptimizer):
+class ASGD(RuleOptimizer, torch.optim.ASGD):
     r"""Averaged stochastic gradient descent: plain steps, and beside the parameter the average of where it has been.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, at step :math:`t`:
@@ -52,15 +52,11 @@ class ASGD(RuleOptimizer):
 
     _columns = ("mu", "ax", "eta", "step")
     _scalars = ("step", "eta", "mu")
-    _later_options: ClassVar[Options] = {
-        "foreach": None,
-        "maximize": False,
-        "differentiable": False,
-        "capturable": False,
-    }
-    _sparse_error = "ASGD does not support sparse gradients"
-    _complex = "view first"
-    _capturable_subjects = ("params, mus, etas, and state_steps", "params, mus, etas, and state_steps")
+    _traits = Traits(
+        sparse_error="ASGD does not support sparse gradients",
+        complex=Complex.BEFORE_DECAY,
+        capturable_subjects=("params, mus, etas, and state_steps", "params, mus, etas, and state_steps"),
+    )
 
     def __init__(
         self,
@@ -77,18 +73,14 @@ class ASGD(RuleOptimizer):
     ) -> None:
         check_lr(lr)
         require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
-        defaults = {
-            "lr": lr,
-            "lambd": lambd,
-            "alpha": alpha,
-            "t0": t0,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay},
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            capturable=capturable,
+        )
 
     @override
     def _scalar(self, value: Any, p: Tensor, group: Group) -> Tensor:

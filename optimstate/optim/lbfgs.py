@@ -19,7 +19,7 @@ KEPT = ("d", "t", "old_dirs", "old_stps", "ro", "H_diag", "prev_flat_grad", "pre
 Closure = Callable[[], Any]
 
 
-class LBFGS(Optimizer):
+class LBFGS(Optimizer, torch.optim.LBFGS):
     r"""L-BFGS: Newton's direction from a short history of gradients, for the whole of the parameters at once.
 
     With :math:`s` and :math:`y` the last changes of parameters and gradient, :math:`H \approx` the inverse Hessian that

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from optimstate.optim.optimizer import Optimizer, ParamsT, check_lr, require, to
 __all__ = ["Muon"]
 
 
-class Muon(Optimizer):
+class Muon(Optimizer, torch.optim.Muon):
     r"""Muon: momentum whose matrix is made nearly orthogonal before each step. For the 2D parameters of hidden layers.
 
     With momentum :math:`\mu`, and :math:`\mathrm{NS}` some quintic Newton-Schulz steps in bfloat16 on the normalized
@@ -115,7 +115,7 @@ class Muon(Optimizer):
         return loss
 
     def _init_group(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]
+        self, group: MutableMapping[Any, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]
     ) -> bool:
         """Fill the lists from the parameters with gradients, starting their state where they have none."""
         for p in group["params"]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies
 from optimstate.optim._ops import Ops, one
-from optimstate.optim._step import Columns, Group, Rule, Setting, count_steps, effective, has_l2
-from optimstate.optim.optimizer import Options, ParamsT, check_betas, check_lr, require, to_number, zeros
+from optimstate.optim._step import Columns, Complex, Group, Rule, Setting, Traits, count_steps, effective, has_l2
+from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require, to_number
 
 __all__ = ["NAdam"]
 
 
-class NAdam(AdamKernelOptimizer):
+class NAdam(AdamKernelOptimizer, torch.optim.NAdam):
     r"""NAdam: Adam with Nesterov's look-ahead, whose momentum warms up.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, at step :math:`t`:
@@ -60,17 +60,14 @@ class NAdam(AdamKernelOptimizer):
 
     _columns = ("exp_avg", "exp_avg_sq", "mu_product", "step")
     _scalars = ("step", "mu_product")
-    _later_options: ClassVar[Options] = {
-        "maximize": False,
-        "foreach": None,
-        "capturable": False,
-        "differentiable": False,
-        "decoupled_weight_decay": False,
-    }
     _kernel_dtypes = (torch.float32,)
-    _sparse_error = "NAdam does not support sparse gradients"
-    _complex = "view first"
-    _capturable_subjects = ("params, mu_products and state_steps", "params, mu_products, and state_steps")
+    _traits = Traits(
+        options=("maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay"),
+        kernel=True,
+        sparse_error="NAdam does not support sparse gradients",
+        complex=Complex.BEFORE_DECAY,
+        capturable_subjects=("params, mu_products and state_steps", "params, mu_products, and state_steps"),
+    )
 
     def __init__(
         self,
@@ -93,24 +90,19 @@ class NAdam(AdamKernelOptimizer):
         check_betas(betas)
         require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
         require(momentum_decay >= 0.0, f"Invalid momentum_decay value: {momentum_decay}")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            **self._check_fused(fused, differentiable, foreach),
-        }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum_decay": momentum_decay},
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
-        scalars = {"step": self._scalar(0.0, p, group), "mu_product": self._scalar(1.0, p, group)}
-        return scalars | {"exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
+        return super()._new_state(p, group) | {"mu_product": self._scalar(1.0, p, group)}
 
     def _rule(self, s: Setting) -> Rule:
         k, group, lr, live = s.k, s.group, s.lr, s.live
@@ -134,13 +126,20 @@ class NAdam(AdamKernelOptimizer):
             k.add_(denom, eps)
             return denom
 
-        def numbers(t: float, mu_product: Tensor) -> tuple[Any, Any, Any]:
+        def factors(t: float, product: float) -> tuple[Any, Any, Any]:
             mu, mu_next = mu_at(t), mu_at(t + 1)
-            mu_product.mul_(mu)
-            product = mu_product.item()
             correction2 = 1 - beta2**t
             correction2 = correction2**0.5 if k.is_list else correction2
             return correction2, -lr * (1.0 - mu) / (1.0 - product), (-lr * mu_next) / (1.0 - product * mu_next)
+
+        def numbers(t: float, mu_product: Tensor) -> tuple[Any, Any, Any]:
+            return factors(t, mu_product.mul_(mu_at(t)).item())
+
+        def list_numbers(steps: list[Tensor], mu_products: list[Tensor]) -> list[list[Any]]:
+            times = [step.item() for step in steps]
+            k.mul_(mu_products, list(map(mu_at, times)))  # in a loaded bfloat16 state this rounds as torch's lists do
+            products = [mu_product.item() for mu_product in mu_products]
+            return [list(column) for column in zip(*map(factors, times, products), strict=True)]
 
         def update(p: Any, g: Any, exp_avg: Any, exp_avg_sq: Any, correction2: Any, for_g: Any, for_avg: Any) -> None:
             denom = denominator(g, exp_avg, exp_avg_sq, correction2)
@@ -174,7 +173,9 @@ class NAdam(AdamKernelOptimizer):
 
         if live and k.is_list:
             return Rule(live_update_lists, lambda steps, products: live_factors(k, group, lr, steps, products))
-        return Rule(tensor_update, tensor_numbers) if live or group["differentiable"] else Rule(update, numbers)
+        if live or group["differentiable"]:
+            return Rule(tensor_update, tensor_numbers)
+        return Rule(update, list_numbers, rowwise=False) if k.is_list else Rule(update, numbers)
 
     def _kernel_suits(self, group: Group) -> bool:
         beta1, beta2 = group["betas"]

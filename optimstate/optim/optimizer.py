@@ -47,6 +47,10 @@ class Optimizer(torch.optim.Optimizer):
     _scalars: ClassVar[tuple[str, ...]] = ()  # slots of one element
     _later_options: ClassVar[Options] = {}  # what older checkpoints' groups lack
 
+    def __init__(self, params: ParamsT, defaults: Options) -> None:
+        # Not super(): a class is also torch's of its name, of which it is to run nothing.
+        torch.optim.Optimizer.__init__(self, params, dict(defaults))
+
     def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:  # noqa: ARG002
         """The slots that a state of this parameter must have and may have, with their shapes."""
         return {}, {}
@@ -114,7 +118,7 @@ class Optimizer(torch.optim.Optimizer):
         return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        torch.optim.Optimizer.__setstate__(self, state)
         for group in self.param_groups:
             for name, value in self._later_options.items():
                 group.setdefault(name, value)
@@ -152,6 +156,13 @@ def aligned(value: Tensor, p: Tensor) -> Tensor:
 def zeros(p: Tensor) -> Tensor:
     """Zeros with the parameter's shape, dtype, device and strides."""
     return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def sparse_like(t: Tensor, values: Tensor) -> Tensor:
+    """A sparse tensor with the indices of a coalesced one and other values."""
+    # The state of the checks is said, because torch warns where it is not.
+    checked = torch.sparse.check_sparse_tensor_invariants.is_enabled()  # type: ignore[no-untyped-call]
+    return torch.sparse_coo_tensor(t._indices(), values, t.size(), check_invariants=checked)
 
 
 def scalar_dtype() -> torch.dtype:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimstate.optim._adam_kernel import AdamKernelOptimizer, adam_kernel, bodies
 from optimstate.optim._ops import Ops, traced
-from optimstate.optim._step import Columns, Group, Rule, Setting, count_steps
-from optimstate.optim.optimizer import Options, ParamsT, check_betas, check_lr, require, zeros
+from optimstate.optim._step import Columns, Complex, Group, Rule, Setting, Traits, count_steps
+from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require
 
 __all__ = ["RAdam"]
 
 
-class RAdam(AdamKernelOptimizer):
+class RAdam(AdamKernelOptimizer, torch.optim.RAdam):
     r"""RAdam: Adam that trusts its mean square only once enough gradients have been seen.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, at step :math:`t`:
@@ -58,15 +58,12 @@ class RAdam(AdamKernelOptimizer):
 
     _columns = ("exp_avg", "exp_avg_sq", "step")
     _scalars = ("step",)
-    _later_options: ClassVar[Options] = {
-        "foreach": None,
-        "maximize": False,
-        "differentiable": False,
-        "decoupled_weight_decay": False,
-        "capturable": False,
-    }
-    _sparse_error = "RAdam does not support sparse gradients"
-    _complex = "view first"
+    _traits = Traits(
+        options=("maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay"),
+        kernel=True,
+        sparse_error="RAdam does not support sparse gradients",
+        complex=Complex.BEFORE_DECAY,
+    )
 
     def __init__(
         self,
@@ -87,22 +84,16 @@ class RAdam(AdamKernelOptimizer):
         require(eps >= 0.0, f"Invalid epsilon value: {eps}")
         check_betas(betas)
         require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "differentiable": differentiable,
-            **self._check_fused(fused, differentiable, foreach),
-        }
-        super().__init__(params, defaults)
-
-    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
-        return {"step": self._scalar(0.0, p, group), "exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            decoupled_weight_decay=decoupled_weight_decay,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def _rule(self, s: Setting) -> Rule:
         k, group, lr, live = s.k, s.group, s.lr, s.live

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies
 from optimstate.optim._ops import one
-from optimstate.optim._step import Columns, Condition, Group, Rule, Setting, count_steps, effective
-from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, zeros
+from optimstate.optim._step import Columns, Group, Rule, Setting, Traits, count_steps, effective
+from optimstate.optim.optimizer import Options, ParamsT, check_lr, require
 
 __all__ = ["RMSprop"]
 
 
-class RMSprop(AdamKernelOptimizer):
+class RMSprop(AdamKernelOptimizer, torch.optim.RMSprop):
     r"""RMSprop: steps scaled by the root of a running mean of squared gradients.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter and momentum :math:`\mu`:
@@ -60,20 +60,16 @@ class RMSprop(AdamKernelOptimizer):
 
     _columns = ("square_avg", "momentum_buffer", "grad_avg", "step")
     _scalars = ("step",)
-    _later_options: ClassVar[Options] = {
-        "momentum": 0,
-        "centered": False,
-        "foreach": None,
-        "maximize": False,
-        "differentiable": False,
-        "capturable": False,
-    }
-    _optional: ClassVar[Mapping[str, Condition]] = {
-        "momentum_buffer": lambda group: bool(group["momentum"] > 0),
-        "grad_avg": lambda group: bool(group["centered"]),
-    }
-    _sparse_error = "RMSprop does not support sparse gradients"
-    _capturable_on_xla = (True, True)
+    _later_options: ClassVar[Options] = {"momentum": 0, "centered": False}
+    _traits = Traits(
+        optional={
+            "momentum_buffer": lambda group: bool(group["momentum"] > 0),
+            "grad_avg": lambda group: bool(group["centered"]),
+        },
+        kernel=True,
+        sparse_error="RMSprop does not support sparse gradients",
+        capturable_on_xla=(True, True),
+    )
 
     def __init__(
         self,
@@ -96,24 +92,22 @@ class RMSprop(AdamKernelOptimizer):
         require(momentum >= 0.0, f"Invalid momentum value: {momentum}")
         require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
         require(alpha >= 0.0, f"Invalid alpha value: {alpha}")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "alpha": alpha,
-            "eps": eps,
-            "centered": centered,
-            "weight_decay": weight_decay,
-            "capturable": capturable,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            **self._check_fused(fused, differentiable, foreach),
-        }
-        super().__init__(params, defaults)
-
-    def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
-        slots = [name for name in self._active(group) if name != "step"]
-        return {"step": self._scalar(0.0, p, group)} | {name: zeros(p) for name in slots}
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "alpha": alpha,
+                "eps": eps,
+                "centered": centered,
+                "weight_decay": weight_decay,
+            },
+            capturable=capturable,
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def _rule(self, s: Setting) -> Rule:
         k, group, lr, live = s.k, s.group, s.lr, s.live

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting
-from optimstate.optim.optimizer import Options, ParamsT, check_lr, require, to_scalar, zeros
+from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting, Traits
+from optimstate.optim.optimizer import ParamsT, check_lr, require, to_scalar, zeros
 
 __all__ = ["Rprop"]
 
 
-class Rprop(RuleOptimizer):
+class Rprop(RuleOptimizer, torch.optim.Rprop):
     r"""Resilient backpropagation: each element has its own step size and follows only the gradient's sign.
 
     The step size of an element grows by :math:`\eta^+` where the gradient kept its sign since the last step, and
@@ -51,14 +51,7 @@ class Rprop(RuleOptimizer):
 
     _columns = ("prev", "step_size", "step")
     _scalars = ("step",)
-    _later_options: ClassVar[Options] = {
-        "foreach": None,
-        "maximize": False,
-        "differentiable": False,
-        "capturable": False,
-    }
-    _sparse_error = "Rprop does not support sparse gradients"
-    _capturable_on_xla = (True, True)
+    _traits = Traits(sparse_error="Rprop does not support sparse gradients", capturable_on_xla=(True, True))
 
     def __init__(
         self,
@@ -74,16 +67,14 @@ class Rprop(RuleOptimizer):
     ) -> None:
         check_lr(lr)
         require(0.0 < etas[0] < 1.0 < etas[1], f"Invalid eta values: {etas[0]}, {etas[1]}")
-        defaults = {
-            "lr": lr,
-            "etas": etas,
-            "step_sizes": step_sizes,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            {"lr": lr, "etas": etas, "step_sizes": step_sizes},
+            foreach=foreach,
+            maximize=maximize,
+            differentiable=differentiable,
+            capturable=capturable,
+        )
 
     def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         lr = group["lr"]

@@ -13,13 +13,13 @@ from typing_extensions import override
 
 from optimstate.optim._load import Slots
 from optimstate.optim._ops import Ops
-from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, fused_batches
+from optimstate.optim._step import Columns, Complex, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
 from optimstate.optim.optimizer import Options, ParamsT, require
 
 __all__ = ["SGD"]
 
 
-class SGD(RuleOptimizer):
+class SGD(RuleOptimizer, torch.optim.SGD):
     r"""Stochastic gradient descent, with momentum if asked.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, momentum :math:`\mu` and dampening
@@ -54,17 +54,14 @@ class SGD(RuleOptimizer):
         RuntimeError: Options exclude each other.
     """
 
-    _has_kernel = True
     _columns = ("momentum_buffer",)
-    _later_options: ClassVar[Options] = {
-        "nesterov": False,
-        "maximize": False,
-        "foreach": None,
-        "differentiable": False,
-        "fused": False,
-    }
-    _complex = "never"
-    _gains_from_blocks = False
+    _later_options: ClassVar[Options] = {"nesterov": False, "fused": False}
+    _traits = Traits(
+        options=("maximize", "foreach", "differentiable", "fused"),
+        kernel=True,
+        complex=Complex.NATIVE,
+        blocks=False,
+    )
 
     def __init__(
         self,
@@ -84,23 +81,22 @@ class SGD(RuleOptimizer):
         require(not lr < 0.0, f"Invalid learning rate: {lr}")
         require(not momentum < 0.0, f"Invalid momentum value: {momentum}")
         require(not weight_decay < 0.0, f"Invalid weight_decay value: {weight_decay}")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
         steady = momentum > 0 and dampening == 0
         require(not nesterov or steady, "Nesterov momentum requires a momentum and zero dampening")
-        super().__init__(params, defaults)
-        if fused:
-            self._need_device_dtype_check_for_fused = True
-            self._allow_fused(differentiable, foreach)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+            },
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     @override
     def _slot_shapes(self, p: Tensor, group: Group) -> Slots:

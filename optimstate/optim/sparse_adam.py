@@ -11,12 +11,21 @@ from torch import Tensor
 from typing_extensions import override
 
 from optimstate.optim._load import Slots
-from optimstate.optim.optimizer import Optimizer, ParamsT, check_betas, check_lr, require, to_scalar, zeros
+from optimstate.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    check_betas,
+    check_lr,
+    require,
+    sparse_like,
+    to_scalar,
+    zeros,
+)
 
 __all__ = ["SparseAdam"]
 
 
-class SparseAdam(Optimizer):
+class SparseAdam(Optimizer, torch.optim.SparseAdam):
     r"""Adam that updates, of parameter and state alike, only the elements that a sparse gradient has.
 
     For those elements, at the parameter's step :math:`t`:
@@ -106,7 +115,7 @@ def update(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
     g = grad._values()
 
     def spread(values: Tensor) -> Tensor:
-        return torch.sparse_coo_tensor(grad._indices(), values, grad.size())
+        return sparse_like(grad, values)
 
     # The means move by a difference, because only a sum of dense and sparse touches nothing else.
     mean = state["exp_avg"].sparse_mask(grad)._values()

@@ -111,7 +111,7 @@ def get_swa_avg_fn() -> AvgFn:
     return update
 
 
-class AveragedModel(Module):
+class AveragedModel(torch.optim.swa_utils.AveragedModel):
     """A copy of a model whose weights are an average of the model's: SWA (arXiv:1803.05407) or EMA.
 
     Args:
@@ -136,7 +136,7 @@ class AveragedModel(Module):
         multi_avg_fn: MultiAvgFn | None = None,
         use_buffers: bool = False,
     ) -> None:
-        super().__init__()
+        Module.__init__(self)  # not super(): torch's class is there for isinstance alone
         if avg_fn is not None and multi_avg_fn is not None:
             raise AssertionError("Only one of avg_fn and multi_avg_fn should be provided")
         self.module = deepcopy(model)
@@ -211,7 +211,7 @@ def _check_same_tensors(averaged: Module, model: Module) -> None:
             )
 
 
-class SWALR(LRScheduler):
+class SWALR(LRScheduler, torch.optim.swa_utils.SWALR):
     """Takes the learning rate of each param group to a fixed value, `swa_lr`, and keeps it there (arXiv:1803.05407).
 
     `swa_lr` lives in the optimizer's param groups, not in the scheduler's state: resuming takes the states of both.

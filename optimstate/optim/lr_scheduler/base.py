@@ -23,8 +23,6 @@ StateDict = dict[str, Any]
 StateHook = Callable[["LRScheduler", StateDict], StateDict | None]
 LoadedHook = Callable[["LRScheduler"], None]
 
-# The attribute that holds a scheduler's hooks: it belongs to the live object, not to its state.
-_RUNTIME = "_optimstate_runtime"
 # Keys that states of older torch versions lack and that the constructor knows as well.
 _BOOKKEEPING = {"_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr", "default_min_lr", "use_beta1"}
 
@@ -58,17 +56,28 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         KeyError: `last_epoch` is not -1 and a group has no `initial_lr`.
     """
 
+    # Not among the attributes, which are the state: frameworks save and copy `vars(scheduler)`.
+    __slots__ = ("_live",)
+    _live: _Runtime
+
     # Attributes with one entry per param group; `optimstate.state.scheduler` rebuilds them when groups change.
     _per_group: ClassVar[tuple[str, ...]] = ("base_lrs", "_last_lr")
 
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
-        super().__init__(optimizer, last_epoch)
+        # Not super(): a class is also torch's of its name, of which it is to run nothing.
+        torch.optim.lr_scheduler.LRScheduler.__init__(self, optimizer, last_epoch)
         attach(self)
 
     @property
     def _runtime(self) -> _Runtime:
-        runtime: _Runtime = self.__dict__.setdefault(_RUNTIME, _Runtime())
-        return runtime
+        try:
+            return self._live
+        except AttributeError:
+            self._live = _Runtime()
+            return self._live
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__  # a copy starts without hooks, as an optimizer's does
 
     def get_lr(self) -> list[float | Tensor]:
         """The next learning rate of each param group; called by `step()`. To look, use `get_last_lr()`.
@@ -166,7 +175,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             loaded_hook(self)
 
     def _export(self) -> StateDict:
-        return {key: value for key, value in vars(self).items() if key not in ("optimizer", _RUNTIME)}
+        return {key: value for key, value in vars(self).items() if key != "optimizer"}
 
     def _import(self, state: StateDict) -> None:
         self.__dict__.update(state)
@@ -224,7 +233,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             )
 
     def _export_keys(self) -> Iterator[str]:
-        return (key for key in vars(self) if key not in ("optimizer", _RUNTIME))
+        return (key for key in vars(self) if key != "optimizer")
 
     def _check_learning_rates(self) -> None:
         """Warn when no scheduler of this optimizer agrees with the learning rates it shows.

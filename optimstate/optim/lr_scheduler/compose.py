@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 
 from optimstate.errors import StateMismatchError
 from optimstate.optim.lr_scheduler.base import LRScheduler, StateDict, attach, group_values, set_group_value
@@ -20,7 +20,7 @@ class _Composed(LRScheduler):
     """Schedulers of one optimizer behind one `step()`; their states are nested in its state."""
 
     _per_group: ClassVar[tuple[str, ...]] = ("_last_lr",)
-    _schedulers: list[AnyScheduler]
+    _schedulers: Any  # a list of schedulers; torch annotates it differently in its two classes
 
     def _adopt(self, schedulers: Sequence[AnyScheduler], optimizer: Optimizer) -> None:
         """Take over the schedulers.
@@ -69,7 +69,7 @@ class _Composed(LRScheduler):
             scheduler.load_state_dict(nested)
 
 
-class ChainedScheduler(_Composed):
+class ChainedScheduler(_Composed, lr_scheduler.ChainedScheduler):
     """Steps several schedulers one after the other, each from the learning rate the one before has left.
 
     Args:
@@ -99,7 +99,7 @@ class ChainedScheduler(_Composed):
         self._last_lr = group_values(self.optimizer, "lr")
 
 
-class SequentialLR(_Composed):
+class SequentialLR(_Composed, lr_scheduler.SequentialLR):
     """Runs one scheduler after the other, each starting at its epoch 0 at a milestone.
 
     Args:

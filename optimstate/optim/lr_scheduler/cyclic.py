@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 
 from optimstate.errors import StateMismatchError
 from optimstate.optim.lr_scheduler._functions import export_function, import_function, not_saved
@@ -58,7 +58,7 @@ class _MomentumCycle(LRScheduler):
             group["momentum"] = value
 
 
-class CyclicLR(_MomentumCycle):
+class CyclicLR(_MomentumCycle, lr_scheduler.CyclicLR):
     """The learning rate goes up and down between two bounds, and the momentum the other way (arXiv:1506.01186).
 
     Args:
@@ -111,12 +111,12 @@ class CyclicLR(_MomentumCycle):
                 set_group_value(group, "lr", lr)
         self.max_lrs = per_group("max_lr", optimizer, max_lr)
         up = float(step_size_up)
-        self.total_size = up + (up if step_size_down is None else float(step_size_down))
+        self.total_size: Any = up + (up if step_size_down is None else float(step_size_down))
         self.step_ratio = up / self.total_size
         self.mode = mode
         self.gamma = gamma
         self._scale_fn_custom = scale_fn
-        self.scale_mode: str = scale_mode if scale_fn is not None else _SCALE_MODES[mode]
+        self.scale_mode: Any = scale_mode if scale_fn is not None else _SCALE_MODES[mode]
         self.cycle_momentum = cycle_momentum
         if cycle_momentum:
             self.base_momentums, self.max_momentums = self._start_momentum(base_momentum, max_momentum, last_epoch)
@@ -182,7 +182,7 @@ class CyclicLR(_MomentumCycle):
             )
 
 
-class OneCycleLR(_MomentumCycle):
+class OneCycleLR(_MomentumCycle, lr_scheduler.OneCycleLR):
     """One rise to `max_lr` and one long fall far below the start, the momentum going the other way (arXiv:1708.07120).
 
     The bounds live in the optimizer's param groups (`initial_lr`, `max_lr`, `min_lr`, `max_momentum`,
@@ -232,7 +232,7 @@ class OneCycleLR(_MomentumCycle):
         self.total_steps = _cycle_length(total_steps, epochs, steps_per_epoch)
         if pct_start < 0 or pct_start > 1 or not isinstance(pct_start, float):
             raise ValueError(f"Expected float between 0 and 1 pct_start, but got {pct_start}")
-        self._schedule_phases = _phases(self.total_steps, pct_start, three_phase)
+        self._schedule_phases: Any = _phases(self.total_steps, pct_start, three_phase)
         if anneal_strategy not in ("cos", "linear"):
             raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {anneal_strategy}")
         self._anneal_func_type = anneal_strategy
@@ -323,7 +323,7 @@ def _phases(total_steps: int, pct_start: float, three_phase: bool) -> list[dict[
     ]
 
 
-class CosineAnnealingWarmRestarts(LRScheduler):
+class CosineAnnealingWarmRestarts(LRScheduler, lr_scheduler.CosineAnnealingWarmRestarts):
     """SGDR: half a cosine from the initial learning rate to `eta_min`, again and again (arXiv:1608.03983).
 
     `step()` may be given a fraction of an epoch, `epoch + batch / batches`.
@@ -352,7 +352,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         self.T_i = T_0
         self.T_mult = T_mult
         self.eta_min = eta_min
-        self.T_cur: float = last_epoch
+        self.T_cur: Any = last_epoch  # an int, or where `step` was given a fraction a float
         super().__init__(optimizer, last_epoch)
 
     def _next_lrs(self) -> list[float | Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 
 from optimstate.optim.lr_scheduler._functions import by_group, export_function, import_function, not_saved
 from optimstate.optim.lr_scheduler.base import LRScheduler, StateDict, group_values, warn
@@ -76,7 +76,7 @@ class _LambdaBase(LRScheduler):
             )
 
 
-class LambdaLR(_LambdaBase):
+class LambdaLR(_LambdaBase, lr_scheduler.LambdaLR):
     """The initial learning rate times a function of the epoch: `lr(t) = base_lr * lr_lambda(t)`.
 
     Args:
@@ -94,7 +94,7 @@ class LambdaLR(_LambdaBase):
         return [base * factor(self.last_epoch) for factor, base in zip(self.lr_lambdas, self.base_lrs, strict=True)]
 
 
-class MultiplicativeLR(_LambdaBase):
+class MultiplicativeLR(_LambdaBase, lr_scheduler.MultiplicativeLR):
     """The last learning rate times a function of the epoch: `lr(t) = lr(t - 1) * lr_lambda(t)`.
 
     Args:
@@ -137,7 +137,7 @@ class _FactorLR(LRScheduler):
         return [base_lr * factor for base_lr in self.base_lrs]
 
 
-class StepLR(_FactorLR):
+class StepLR(_FactorLR, lr_scheduler.StepLR):
     """The learning rate falls by `gamma` every `step_size` epochs.
 
     Args:
@@ -159,7 +159,7 @@ class StepLR(_FactorLR):
         return self.gamma ** (self.last_epoch // self.step_size)
 
 
-class MultiStepLR(_FactorLR):
+class MultiStepLR(_FactorLR, lr_scheduler.MultiStepLR):
     """The learning rate falls by `gamma` at each milestone; a milestone given twice counts twice.
 
     Args:
@@ -184,7 +184,7 @@ class MultiStepLR(_FactorLR):
         return self.gamma ** bisect_right(sorted(self.milestones.elements()), self.last_epoch)
 
 
-class ConstantLR(_FactorLR):
+class ConstantLR(_FactorLR, lr_scheduler.ConstantLR):
     """The learning rate is held at `factor` times its initial value for `total_iters` epochs.
 
     Args:
@@ -215,7 +215,7 @@ class ConstantLR(_FactorLR):
         return self.factor + (self.last_epoch >= self.total_iters) * (1 - self.factor)
 
 
-class LinearLR(_FactorLR):
+class LinearLR(_FactorLR, lr_scheduler.LinearLR):
     """The factor goes in a straight line from `start_factor` to `end_factor` in `total_iters` epochs, then stays.
 
     Args:
@@ -259,7 +259,7 @@ class LinearLR(_FactorLR):
         return self.start_factor + rise * min(self.total_iters, self.last_epoch) / self.total_iters
 
 
-class ExponentialLR(_FactorLR):
+class ExponentialLR(_FactorLR, lr_scheduler.ExponentialLR):
     """The learning rate falls by `gamma` every epoch.
 
     Args:
@@ -279,7 +279,7 @@ class ExponentialLR(_FactorLR):
         return self.gamma**self.last_epoch
 
 
-class PolynomialLR(_FactorLR):
+class PolynomialLR(_FactorLR, lr_scheduler.PolynomialLR):
     """The learning rate falls to zero: `lr(t) = base_lr * (1 - t / total_iters) ** power`.
 
     Args:
@@ -310,7 +310,7 @@ def cosine_lr(base_lr: Any, eta_min: float, epoch: float, period: float) -> Any:
     return eta_min + (base_lr - eta_min) * (1 + math.cos(math.pi * epoch / period)) / 2
 
 
-class CosineAnnealingLR(LRScheduler):
+class CosineAnnealingLR(LRScheduler, lr_scheduler.CosineAnnealingLR):
     """The learning rate follows half a cosine from its initial value to `eta_min` in `T_max` epochs, then back up.
 
     `step()` scales the last learning rate, so that schedulers can be chained; `cosine_lr` is the closed form. Without

@@ -6,17 +6,14 @@ import math
 import warnings
 from typing import ClassVar, Literal, SupportsFloat
 
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING
 
 from optimstate.optim.lr_scheduler.base import LRScheduler, StateDict, attach, group_values, set_group_value
 
 
-class ReduceLROnPlateau(LRScheduler):
+class ReduceLROnPlateau(LRScheduler, lr_scheduler.ReduceLROnPlateau):
     """The learning rate falls by `factor` when a metric has not improved for more than `patience` epochs.
-
-    It is no subclass of torch's class of that name: a trainer that asks for that one to know that `step()` takes a
-    metric has to be told so (Lightning: `{"scheduler": ..., "reduce_on_plateau": True, "monitor": ...}`).
 
     Args:
         optimizer: The optimizer whose param groups are scheduled.
@@ -96,7 +93,7 @@ class ReduceLROnPlateau(LRScheduler):
         sign = 1 if self.mode == "max" else -1
         margin = sign * self.threshold
         bar = best * (1.0 + margin) if self.threshold_mode == "rel" else best + margin
-        return metric > bar if self.mode == "max" else metric < bar
+        return bool(metric > bar if self.mode == "max" else metric < bar)
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take note of an epoch's metric, and reduce the learning rates when it is time.
