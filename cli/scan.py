@@ -15,7 +15,7 @@ from optimstate.cli.app import Json, Quiet, app, epilog
     epilog=epilog(
         "optimstate scan checkpoint.pt",
         "optimstate scan downloaded-checkpoint/ --quiet || echo 'look before you load'",
-        exits="0 plain data only, 1 something else is named, 2 wrong usage, 3 bad input.",
+        exits="0 plain data only, 1 something else is named or something was not scanned, 2 wrong usage, 3 bad input.",
     ),
 )
 def scan(
@@ -25,7 +25,8 @@ def scan(
 ) -> None:
     """List every class and function that the pickles of a checkpoint name, without running any.
 
-    Exits with 1 when one of them is not known to build plain data only.
+    Archives, compressed files and arrays are looked into, one within another. Exits with 1 when a name is not known to
+    build plain data only, or when there is anything that was not scanned.
     """
     import optimstate
     from optimstate.cli.render import terminal

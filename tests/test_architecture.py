@@ -59,6 +59,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"deepspeed"},
         {"archive"},
         {"folder"},
+        {"unpickled"},
     ),
     "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),
     "io": ({"extents"}, {"copying", "output"}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from optimstate.tensors.dtypes import DTYPES
+from optimstate.formats.pickles.known import DATA, INSTANCES
 
 __all__ = ["PLAIN_CLASSES", "Verdict", "classify", "dangerous"]
 
@@ -47,8 +47,8 @@ _DANGEROUS_MODULES = frozenset(
 )
 _DANGEROUS_BUILTINS = frozenset(
     """
-    __import__ apply breakpoint compile delattr eval exec execfile exit file globals help input locals memoryview open
-    quit setattr type vars
+    __import__ apply breakpoint bltns compile delattr eval exec execfile exit file globals help input locals memoryview
+    open quit setattr type vars
     """.split()  # noqa: SIM905
 )
 _DANGEROUS_NAMES = frozenset(
@@ -68,45 +68,27 @@ _DANGEROUS_NAMES = frozenset(
         "numpy.testing._private.utils.runstring",
     }
 )
-_DATA_MODULES = ("collections", "builtins", "__builtin__", "_codecs", "copyreg", "copy_reg", "enum", "decimal")
-_DATA_NAMES = frozenset(
-    {"torch._utils." + name for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")}
-    | {"torch._utils._rebuild_parameter", "torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_qtensor"}
-    | {"torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2", "torch.Tensor"}
-    | {"torch.nn.parameter.Parameter", "torch.storage.UntypedStorage", "torch.storage.TypedStorage"}
-    | {"torch.distributed.checkpoint.filesystem._StorageInfo"}
-    | {
-        "torch.distributed.checkpoint.metadata." + name
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    }
-    | {"torch." + name for name in DTYPES}
-    | {"torch." + row.storage for row in DTYPES.values() if row.storage}
-    | PLAIN_CLASSES
-)
 
 
-def classify(module: str, name: str) -> Verdict:
-    """What calling `module.name` could do: build data, something unknown, or run what the file's author chose."""
+def classify(module: str, name: str, *, called: bool = True) -> Verdict:
+    """What `module.name` could do: build data, something unknown, or run what the file's author chose.
+
+    Args:
+        module: As the pickle writes it.
+        name: Likewise; may be a path of attributes.
+        called: Whether it is called, or only mentioned and instances of it made without a call.
+    """
     path = f"{module}.{name}"
-    if path in _DATA_NAMES:
+    if path in DATA or (path in INSTANCES and not called):
         return "data"
-    top = module.partition(".")[0]
-    if top in ("builtins", "__builtin__"):
-        if name == "getattr":  # how older protocols spell nested classes
-            return "unknown"
-        return "dangerous" if name.partition(".")[0] in _DANGEROUS_BUILTINS else "data"
-    if top in _DANGEROUS_MODULES or path in _DANGEROUS_NAMES:
+    tops = {module.partition(".")[0], *name.split(".")[:-1]}  # a name may be a path of attributes through modules
+    last = name.rpartition(".")[2]
+    builtin = "builtins" in tops or "__builtin__" in tops
+    if tops & _DANGEROUS_MODULES or path in _DANGEROUS_NAMES or (builtin and last in _DANGEROUS_BUILTINS):
         return "dangerous"
-    return "data" if module in _DATA_MODULES else "unknown"
+    if "." in name and (last in _DANGEROUS_BUILTINS or "__" in name or "modules" in tops):
+        return "dangerous"
+    return "unknown"
 
 
 def dangerous(names: Iterable[tuple[str, str]]) -> list[str]:

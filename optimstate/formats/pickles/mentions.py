@@ -1,66 +1,192 @@
-"""Where in a pickle each class or function is named, read from the opcodes alone."""
+"""What a pickle would import if it were loaded: asked of an unpickler whose every look-up is answered by a stand-in.
+
+Opcodes are executed by CPython's own unpickler, so memo, marks, frames and texts mean exactly what they mean to whoever
+loads the file. A pickle has no conditions: what a loader would do after a call is what is done here after none.
+"""
 
 from __future__ import annotations
 
-import pickletools
-from collections.abc import Iterator
-from typing import NamedTuple
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from optimstate.errors import CorruptCheckpointError
-from optimstate.formats.pickles.opcodes import check_opcodes
+from optimstate.formats.pickles.opcodes import OpcodeError, find_end
+from optimstate.tree import no_garbage_collection
 
-__all__ = ["Mention", "mentions"]
+__all__ = ["Mention", "Mentions", "mentions"]
 
 
 class Mention(NamedTuple):
-    """A global: what the pickle calls it, and the byte of the opcode that fetches it."""
+    """A class or function.
+
+    Attributes:
+        module: As the pickle writes it.
+        name: Likewise.
+        offset: The byte of the pickle where the name is first written.
+        times: How often it is fetched.
+        called: Whether it is called; if not, instances are made of it, or it is only mentioned.
+    """
 
     module: str
     name: str
     offset: int
+    times: int
+    called: bool
 
 
-_STRING_OPCODES = frozenset(
-    {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
-)
-_MEMO_READS = frozenset({"GET", "BINGET", "LONG_BINGET"})
-_MEMO_WRITES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
-_NEUTRAL = frozenset({"MEMOIZE", "FRAME", "PROTO"}) | _MEMO_WRITES
+class Mentions(NamedTuple):
+    """What one pickle names.
 
-
-def mentions(data: bytes) -> Iterator[Mention]:
-    """Every global of one pickle, each time it is fetched.
-
-    `STACK_GLOBAL` takes module and name from the stack; they are known here when two strings were pushed last, directly
-    or from the memo, as every pickler writes it. Otherwise the mention is `?`.
-
-    Raises:
-        CorruptCheckpointError: The bytes are no pickle.
-        LimitExceededError: It declares more than it holds.
+    Attributes:
+        found: In order of first mention.
+        embedded: Pickles inside of it that loading it would load too.
+        problem: Why it cannot be followed to its end, or an empty text.
     """
-    check_opcodes(data)
-    memo: dict[int, str] = {}
-    pushed: list[str | None] = []  # the last values pushed: strings, or None for anything else
+
+    found: tuple[Mention, ...]
+    embedded: tuple[bytes, ...]
+    problem: str
+
+
+class _Sink:
+    """Whatever a pickle makes by a call: takes what is put into it, and keeps nothing."""
+
+    def __call__(self, *_: Any, **__: Any) -> _Sink:
+        return self
+
+    def _take(self, *_: Any) -> None:
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = _take
+
+
+_SINK = _Sink()
+
+
+class _Name(type):
+    """A stand-in for a class or function; a class itself, because pickles make instances without calling."""
+
+    uses: _Uses
+    path: tuple[str, str]
+
+    def __call__(cls, *arguments: Any) -> Any:
+        return cls.uses.call(cls.path, arguments)
+
+    def __setstate__(cls, _: Any) -> None:
+        cls.uses.problems.append(f"gives attributes to {'.'.join(cls.path)} itself")
+
+    def _alter(cls, *_: Any) -> None:
+        cls.uses.problems.append(f"alters {'.'.join(cls.path)} itself")
+
+    __setitem__ = append = extend = add = _alter
+
+
+class _Uses:
+    """Notes of what is fetched and called."""
+
+    def __init__(self) -> None:
+        self.times: dict[tuple[str, str], int] = {}
+        self.called: set[tuple[str, str]] = set()
+        self.embedded: list[bytes] = []
+        self.problems: list[str] = []
+        self._stand_ins: dict[tuple[str, str], _Name] = {}
+
+    def fetch(self, module: str, name: str) -> _Name:
+        """The stand-in for a global."""
+        path = (module, name)
+        self.times[path] = self.times.get(path, 0) + 1
+        if path not in self._stand_ins:
+            made = _Name("Name", (), {"__new__": lambda _, *__, **___: _SINK})
+            made.uses, made.path = self, path
+            self._stand_ins[path] = made
+        return self._stand_ins[path]
+
+    def call(self, path: tuple[str, str], arguments: tuple[Any, ...]) -> Any:
+        """What a call gives: a nested class, where it is only spelled as one; else nothing in particular."""
+        if path in _GETATTR and len(arguments) == 2 and type(arguments[0]) is _Name and type(arguments[1]) is str:
+            self.times.pop(path, None)
+            owner = arguments[0].path
+            return self.fetch(owner[0], f"{owner[1]}.{arguments[1]}")
+        if path == _LOAD_FROM_BYTES and len(arguments) == 1 and type(arguments[0]) in (bytes, bytearray):
+            self.times.pop(path, None)  # what it would load stands in its place
+            self.embedded.append(bytes(arguments[0]))
+            return _SINK
+        self.called.add(path)
+        return _SINK
+
+
+_GETATTR = {("builtins", "getattr"), ("__builtin__", "getattr")}
+_LOAD_FROM_BYTES = ("torch.storage", "_load_from_bytes")
+
+
+class _Follower(pickle.Unpickler):
+    def __init__(self, file: Any, uses: _Uses) -> None:
+        super().__init__(file, fix_imports=False, encoding="latin1")
+        self.find_class = uses.fetch  # type: ignore[method-assign]
+
+    def persistent_load(self, _: Any, /) -> Any:
+        return _SINK
+
+
+def mentions(read: Callable[[int], bytes], size: int) -> tuple[int, Mentions] | None:
+    """What the pickle names that begins at the first of `size` bytes, and how many of them it takes.
+
+    Args:
+        read: Gives so many of the first bytes.
+        size: How many there are.
+
+    Returns:
+        None where no unpickler gets as far as a name or an end: these bytes are no pickle. The length is 0 where there
+        is no end to be found.
+    """
+    data, end, error = find_end(read, size)
+    if end:
+        found = _followed(data[:end])
+        return (end, found) if found.found or not found.problem else None
+    assert error is not None
+    if not isinstance(error, OpcodeError):  # beyond a limit: what stands there cannot be known
+        return 0, Mentions((), (), error.message)
+    stopped = error.offset
+    found = _followed(data[:stopped])
+    if not found.found and not _extends(data[:stopped]):
+        return None
+    return 0, found._replace(problem=f"ends in what no unpickler reads: {error.message}")
+
+
+_EXTENSIONS = frozenset(b"\x82\x83\x84")
+
+
+def _extends(data: bytes) -> bool:
+    """Whether an extension code may be among the opcodes."""
+    return not _EXTENSIONS.isdisjoint(data)
+
+
+def _followed(data: bytes) -> Mentions:
+    uses = _Uses()
+    problem = ""
     try:
-        for opcode, argument, position in pickletools.genops(data):
-            name, offset = opcode.name, position or 0
-            if name in ("GLOBAL", "INST"):
-                module, _, qualname = str(argument).partition(" ")
-                yield Mention(module, qualname, offset)
-                pushed.append(None)
-            elif name == "STACK_GLOBAL":
-                owner, member = ([None, None, *pushed])[-2:]
-                yield Mention(owner or "?", member or "?", offset)
-                pushed = [None]
-            elif name in _STRING_OPCODES:
-                pushed.append(str(argument))
-            elif name in _MEMO_READS:
-                pushed.append(memo.get(int(str(argument))))
-            elif name in _MEMO_WRITES or name == "MEMOIZE":
-                key = len(memo) if name == "MEMOIZE" else int(str(argument))
-                memo[key] = pushed[-1] if pushed and pushed[-1] is not None else ""
-            elif name not in _NEUTRAL:
-                pushed.append(None)
-            del pushed[:-2]
-    except (ValueError, UnicodeDecodeError, KeyError, IndexError) as error:
-        raise CorruptCheckpointError(f"the pickle cannot be scanned: {error}"[:300]) from error
+        with no_garbage_collection():
+            _Follower(io.BufferedReader(io.BytesIO(data), 1 << 20), uses).load()
+    except Exception as error:  # noqa: BLE001  # whatever bytes that make no sense lead to
+        problem = f"cannot be followed to its end: {error}"[:200]
+        if type(error) is ValueError and _extends(data):
+            uses.times.setdefault(("copyreg", "an extension code"), 1)
+    except RecursionError:
+        problem = "is nested too deeply"
+    problem = problem or "; ".join(uses.problems[:3])
+    found = [
+        Mention(module, name, _place(data, module, name), times, (module, name) in uses.called)
+        for (module, name), times in uses.times.items()
+    ]
+    return Mentions(tuple(found), tuple(uses.embedded), problem)
+
+
+def _place(data: bytes, module: str, name: str) -> int:
+    """Where a name is first written; 0 where it is put together from parts."""
+    owner, member = (text.encode("utf-8", "surrogatepass") for text in (module, name))
+    for spelled in (b"c%s\n%s\n" % (owner, member), b"i%s\n%s\n" % (owner, member), member):
+        at = data.find(spelled)
+        if at >= 0:
+            return at
+    return 0

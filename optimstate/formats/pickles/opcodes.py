@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 
-from optimstate.errors import CorruptCheckpointError, LimitExceededError
+from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError
 
-__all__ = ["MAX_PICKLE_BYTES", "check_opcodes"]
+__all__ = ["MAX_PICKLE_BYTES", "OpcodeError", "check_opcodes", "find_end"]
 
 MAX_PICKLE_BYTES = 1 << 29
 """Largest pickle that is read. 80,000 tensors take 7 MB."""
@@ -54,12 +55,60 @@ _LENGTH_PREFIXED = {
     **dict.fromkeys(b"XTB\x8b", 4),
     **dict.fromkeys(b"\x8d\x8e\x96\x95", 8),
 }
-
-
 _ONE_LINE = frozenset(b"ILFSVgPp")
-
-
+_LONG_ARGUMENTS = frozenset(_LENGTH_PREFIXED) | _ONE_LINE | frozenset(b"ci")
 _STOP = ord(".")
+
+
+class OpcodeError(CorruptCheckpointError):
+    """What stands at a place of a pickle is not an opcode, or its argument is cut off: every unpickler stops there.
+
+    Attributes:
+        offset: The place.
+    """
+
+    offset = 0
+
+    @classmethod
+    def at(cls, offset: int, message: str) -> OpcodeError:
+        """An error at a place of the pickle."""
+        error = cls(message, place=f"byte {offset} of the pickle")
+        error.offset = offset
+        return error
+
+
+_FIRST_WINDOW = 1 << 16
+
+
+def find_end(read: Callable[[int], bytes], size: int) -> tuple[bytes, int, CheckpointError | None]:
+    """Find the end of a pickle that stands before other bytes, by reading more and more of them.
+
+    Args:
+        read: Gives so many of the first bytes.
+        size: How many bytes there are.
+
+    Returns:
+        The bytes that were read, the length of the pickle in them, and, where that is 0, why it has no end.
+    """
+    window = _FIRST_WINDOW
+    while True:
+        length = min(window, size)
+        data = read(length)
+        try:
+            return data, check_opcodes(data), None
+        except OpcodeError as error:
+            # An argument may only look cut off; what is not an opcode stays so however much is read.
+            if error.offset + 16 < length < size and data[error.offset] not in _LONG_ARGUMENTS:
+                return data, 0, error
+            if length == size:
+                return data, 0, error
+            if window >= MAX_PICKLE_BYTES:
+                message = f"a pickle of more than {MAX_PICKLE_BYTES} bytes, the limit"
+                return data, 0, LimitExceededError(message)
+        except LimitExceededError as error:
+            if length == size:
+                return data, 0, error
+        window *= 4
 
 
 def check_opcodes(data: bytes, start: int = 0) -> int:
@@ -84,7 +133,7 @@ def check_opcodes(data: bytes, start: int = 0) -> int:
             if data[at] == _STOP:
                 return at + 1
             at = _step(data, at)
-    raise CorruptCheckpointError("the pickle does not end with STOP", place=f"byte {len(data)} of the pickle")
+    raise OpcodeError.at(len(data), "the pickle does not end with STOP")
 
 
 def _step(data: bytes, at: int) -> int:
@@ -100,16 +149,20 @@ def _step(data: bytes, at: int) -> int:
         width = _LENGTH_PREFIXED[opcode]
         length = int.from_bytes(data[at + 1 : at + 1 + width], "little")
         if at + 1 + width + length > len(data):
-            raise CorruptCheckpointError(f"declares {length} bytes, past the end of the pickle", place=place)
+            raise OpcodeError.at(at, f"declares {length} bytes, past the end of the pickle")
         return at + 1 + width + (0 if opcode == 0x95 else length)  # a frame's contents are opcodes
     lines = 2 if opcode in b"ci" else 1 if opcode in _ONE_LINE else 0
     if not lines:
-        raise CorruptCheckpointError(f"0x{opcode:02x} is no opcode, or its argument is cut off", place=place)
+        raise OpcodeError.at(at, f"0x{opcode:02x} is not an opcode, or its argument is cut off")
     end = at
     for _ in range(lines):
         end = data.find(b"\n", end + 1)
         if end < 0:
-            raise CorruptCheckpointError("a line of text does not end", place=place)
+            raise OpcodeError.at(at, "a line of text does not end")
     if opcode in b"gp" and (not data[at + 1 : end].isdigit() or int(data[at + 1 : min(end, at + 12)]) > len(data)):
-        raise LimitExceededError(f"memo index {data[at + 1 : end][:20]!r}", place=place)
+        try:
+            int(data[at + 1 : min(end, at + 40)])
+        except ValueError:
+            raise OpcodeError.at(at, "the index of a memo entry is not a number") from None
+        raise LimitExceededError(f"memo index of {end - at - 1} digits in a pickle of {len(data)} bytes", place=place)
     return end + 1

@@ -23,13 +23,13 @@ from optimstate.tensors.dtypes import DTYPES, ITEMSIZE_OF_STORAGE
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import GlobalName
 
-__all__ = ["NAME", "SUFFIXES", "read", "read_stream", "sniff", "write"]
+__all__ = ["MAGIC_BYTES", "NAME", "SUFFIXES", "read", "read_stream", "read_tar", "sniff", "write"]
 
 NAME = "torch-legacy"
 SUFFIXES: tuple[str, ...] = ()  # nothing is written in it, so no destination asks for it
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-_MAGIC_BYTES = b"\x8a\n" + _MAGIC.to_bytes(10, "little")
+MAGIC_BYTES = b"\x8a\n" + _MAGIC.to_bytes(10, "little")
 _TAR_MEMBERS = (b"storages", b"tensors", b"pickle", b"sys_info")
 _DTYPE_OF = {row.storage: row for row in DTYPES.values() if row.storage}
 _FIRST_WINDOW = 1 << 16
@@ -45,7 +45,7 @@ class SizedSource(ByteSource, Protocol):
 
 def sniff(path: Path, head: bytes) -> Claim:
     """Whether a file begins with torch's magic number, or is a tar of the members torch wrote."""
-    if _MAGIC_BYTES in head[:32]:
+    if MAGIC_BYTES in head[:32]:
         return Claim.CERTAIN
     is_tar = head.split(b"\0", 1)[0] in _TAR_MEMBERS and path.is_file() and tarfile.is_tarfile(path)
     return Claim.CERTAIN if is_tar else Claim.NO
@@ -58,9 +58,9 @@ def read(path: Path) -> Document:
         CheckpointError: It is damaged, hostile or big-endian.
     """
     source = FileSource(path)
-    is_stream = _MAGIC_BYTES in source.read(0, min(source.size, 32))
+    is_stream = MAGIC_BYTES in source.read(0, min(source.size, 32))
     try:
-        tree, names = read_stream(source) if is_stream else _read_tar(source)
+        tree, names = read_stream(source) if is_stream else read_tar(source)
     except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
         if error.path:
             raise
@@ -194,7 +194,12 @@ def _check_system(info: Any) -> None:
 # --- the tar --------------------------------------------------------------------------------------------------------
 
 
-def _read_tar(source: FileSource) -> tuple[Any, Globals]:
+def read_tar(source: FileSource) -> tuple[Any, Globals]:
+    """The tree of a tar archive and the globals its pickles mention.
+
+    Raises:
+        CheckpointError: It is damaged or hostile.
+    """
     members = _tar_members(source)
     for name in ("storages", "tensors", "pickle"):
         if name not in members:

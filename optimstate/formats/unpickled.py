@@ -1,0 +1,570 @@
+"""What in a file its loaders would unpickle: every pickle in every container, and what could not be looked into.
+
+Nothing here decides what is harmless. A part of a file that no rule below accounts for is `Unread`, never passed over.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import json
+import lzma
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from optimstate.errors import CheckpointError, CorruptCheckpointError
+from optimstate.formats.pickles.mentions import Mention, Mentions, mentions
+from optimstate.formats.safetensors.file import MAX_HEADER
+from optimstate.formats.torch.legacy import MAGIC_BYTES, read_stream, read_tar
+from optimstate.formats.torch.zip_directory import CENTRAL, END, END64, LOCAL, LOCATOR64, Archive
+from optimstate.io.extents import FileSlice, FileSource
+
+__all__ = ["MAX_UNPACKED", "Pickled", "Unread", "pickles_in"]
+
+MAX_UNPACKED = 1 << 28
+"""Bytes that are unpacked from compressed parts of one file."""
+
+MAX_NESTING = 8
+"""Containers within one another."""
+
+_MAX_MEMBERS = 100_000
+_MAX_TEXT = 1 << 26
+
+
+class Pickled(NamedTuple):
+    """One pickle.
+
+    Attributes:
+        record: Where it stands: members of archives, one within another, and the byte it begins at.
+        mentions: What it names.
+    """
+
+    record: str
+    mentions: Mentions
+
+
+class Unread(NamedTuple):
+    """A part that was not looked into.
+
+    Attributes:
+        record: As in `Pickled`; empty for the file itself.
+        reason: Why.
+    """
+
+    record: str
+    reason: str
+
+
+class Source(Protocol):
+    """Bytes by position, so many of them."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`."""
+
+
+class _Memory:
+    """Bytes that were unpacked."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._data[offset : offset + length]
+
+
+class _Part:
+    """A part of a source under offsets of its own."""
+
+    def __init__(self, source: Source, start: int, size: int) -> None:
+        if start < 0 or size < 0 or start + size > source.size:
+            raise CorruptCheckpointError(f"a part of {size} bytes at offset {start} of {source.size} bytes")
+        self._source, self._start, self.size = source, start, size
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._source.read(self._start + offset, max(min(length, self.size - offset), 0))
+
+
+class _File(io.RawIOBase):
+    """A source as the file that libraries ask for."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._at = max(offset + (0, self._at, self._source.size)[whence], 0)
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        length = max(min(len(buffer), self._source.size - self._at), 0)
+        buffer[:length] = self._source.read(self._at, length)
+        self._at += length
+        return length
+
+
+Found = Iterator[Pickled | Unread]
+
+
+def pickles_in(source: Source, *, suffix: str = "") -> Found:
+    """Every pickle of a file, and every part of it that was not looked into.
+
+    Args:
+        source: The file.
+        suffix: The last part of its name, for the containers that are known by nothing else.
+    """
+    return _Search().whole(source, "", 0, suffix)
+
+
+class _Search:
+    def __init__(self) -> None:
+        self._room = MAX_UNPACKED
+        self._members = 0
+
+    def whole(self, source: Source, record: str, depth: int, suffix: str = "") -> Found:
+        """What a file or a member holds, whatever it is called."""
+        if depth > MAX_NESTING:
+            yield Unread(record, f"more than {MAX_NESTING} containers within one another")
+            return
+        try:
+            head = source.read(0, min(source.size, 512))
+            if suffix == ".distcp" and head[:4] == b"PK\x03\x04":
+                yield from self._items(source, record, depth)
+            elif head[:2] == b"PK" and head[2:4] in (b"\x03\x04", b"\x05\x06", b"\x01\x02", b"\x06\x06", b"\x07\x08"):
+                yield from self._zip(source, record, depth)
+            elif (unpacker := _unpacker(head)) is not None:
+                yield from self._compressed(source, record, depth, *unpacker)
+            elif head[:6] == b"\x93NUMPY":
+                yield from self._npy(source, record)
+            else:
+                yield from self._other(source, head, record, depth)
+        except CheckpointError as error:
+            yield Unread(record, error.message)
+        except _UNEXPECTED as error:
+            yield Unread(record, f"cannot be read: {type(error).__name__}")
+
+    def _other(self, source: Source, head: bytes, record: str, depth: int) -> Found:
+        """Tar archives, pickles one after another, or neither; a file can be a tar archive and a pickle at once."""
+        known = False
+        if head[257:262] == b"ustar" or (source.size >= 512 and _is_tar(head)):
+            known = True
+            yield from self._tar(source, record, depth)
+        end = 0
+        for start, stop, found in _in_a_row(source):
+            known, end = True, stop
+            yield Pickled(_at_byte(record, start), found)
+            for inner in found.embedded:
+                yield from self.whole(_Memory(inner), _inside(_at_byte(record, start), "storage"), depth + 1)
+        if end and MAGIC_BYTES in head[:32]:
+            read_stream(source)  # accounts for the storages that follow the pickles, or raises
+        elif 0 < end < source.size:
+            yield Unread(record, f"{source.size - end} bytes after the pickle that ends at byte {end}")
+        if not known:
+            yield from self._without_pickle(source, head, record, depth)
+
+    def _without_pickle(self, source: Source, head: bytes, record: str, depth: int) -> Found:
+        """What is known to hold no pickle."""
+        if not source.size or head.startswith(_IMAGES) or _is_safetensors(source):
+            return
+        if not _is_text(source, head):
+            yield Unread(record, "bytes of no known kind")
+        elif b'":serialized:"' in source.read(0, min(source.size, _MAX_TEXT)):
+            yield from self._serialized(source.read(0, source.size), record, depth)
+
+    def _serialized(self, text: bytes, record: str, depth: int) -> Found:
+        """The pickles that stable-baselines3 keeps as base64 in its JSON, and loads."""
+        import base64
+
+        data = json.loads(text)
+        for key, value in data.items() if isinstance(data, dict) else ():
+            if isinstance(value, dict) and isinstance(value.get(":serialized:"), str):
+                decoded = base64.b64decode(value[":serialized:"])
+                yield from self.whole(_Memory(decoded), _inside(record, str(key)), depth + 1)
+
+    # --- compressed -----------------------------------------------------------------------------------------------
+
+    def _compressed(self, source: Source, record: str, depth: int, kind: str, unpack: Any) -> Found:
+        data = self._unpacked(source, unpack)
+        if data is None:
+            yield Unread(record, f"unpacks to more than {MAX_UNPACKED} bytes, the limit")
+            return
+        yield from self.whole(_Memory(data), _inside(record, kind), depth + 1)
+
+    def _unpacked(self, source: Source, unpack: Any) -> bytes | None:
+        """All streams of a compressed source one after another; None where there is too much."""
+        parts: list[bytes] = []
+        stream = unpack()
+        at, rest = 0, b""
+        while at < source.size or rest:
+            if not rest:
+                rest = source.read(at, min(1 << 16, source.size - at))
+                at += len(rest)
+            if stream.eof:
+                stream = unpack()
+            part = stream.decompress(rest, self._room + 1)
+            self._room -= len(part)
+            if self._room < 0:
+                return None
+            parts.append(part)
+            rest = stream.unused_data if stream.eof else getattr(stream, "unconsumed_tail", b"")
+        if not stream.eof:
+            raise CorruptCheckpointError("the compressed data is cut off")
+        return b"".join(parts)
+
+    # --- archives -------------------------------------------------------------------------------------------------
+
+    def _tar(self, source: Source, record: str, depth: int) -> Found:
+        """The members of an archive; those that torch 0.1 wrote of pickles and raw numbers in turn, by their reader."""
+        read: tuple[str, ...] = ()
+        if isinstance(source, FileSource):
+            try:
+                _, names = read_tar(source)
+            except CheckpointError:
+                pass
+            else:
+                read = ("storages", "tensors")
+                found = tuple(Mention(module, name, 0, 1, True) for module, name in names)
+                yield Pickled(_inside(record, "storages and tensors"), Mentions(found, (), ""))
+        try:
+            with tarfile.open(fileobj=io.BufferedReader(_File(source)), mode="r:") as archive:
+                for member in archive:
+                    if self._too_many():
+                        yield Unread(record, f"more than {_MAX_MEMBERS} members, the limit")
+                        return
+                    name = _inside(record, member.name)
+                    if member.issparse():
+                        yield Unread(name, "a sparse member")
+                    elif member.isreg() and member.name not in read:
+                        yield from self.whole(_Part(source, member.offset_data, member.size), name, depth + 1)
+        except (tarfile.TarError, OverflowError) as error:
+            yield Unread(record, f"the tar archive cannot be read: {error}"[:200])
+
+    def _too_many(self) -> bool:
+        self._members += 1
+        return self._members > _MAX_MEMBERS
+
+    def _zip(self, source: Source, record: str, depth: int) -> Found:
+        if (why := _read_in_two_ways(source)) is not None:
+            yield Unread(record, f"an archive that programs read in different ways: {why}")
+        if isinstance(source, FileSource | FileSlice):
+            try:
+                archive = Archive(source)
+            except CheckpointError:
+                archive = None
+            if archive is not None and "data.pkl" in archive.records:
+                yield from self._torch_records(archive, record, depth)
+                return
+        yield from self._zip_members(source, record, depth)
+
+    def _torch_records(self, archive: Archive, record: str, depth: int) -> Found:
+        """All records but the storages, which are raw bytes to every loader of such an archive."""
+        for name, entry in archive.records.items():
+            if _RAW_STORAGE.fullmatch(name):
+                continue
+            where = _inside(record, archive.root + name)
+            extent = archive.extent(entry)
+            part = _Part(archive.source, extent.offset - _start(archive.source), extent.length)
+            yield from self.whole(part, where, depth + 1)
+            local = archive.source.read(entry.header, LOCAL.size + len((archive.root + name).encode()))
+            if local[LOCAL.size :] != (archive.root + name).encode():
+                yield Unread(where, "is called otherwise in its own header")
+
+    def _zip_members(self, source: Source, record: str, depth: int) -> Found:
+        try:
+            with zipfile.ZipFile(_File(source)) as opened:
+                entries = opened.infolist()
+        except Exception as error:  # noqa: BLE001  # zipfile raises many things for what it does not expect
+            yield Unread(record, f"the archive cannot be read: {error or type(error).__name__}"[:200])
+            return
+        roots = {e.filename[: -len("data.pkl")] for e in entries if e.filename.endswith("/data.pkl")}
+        for entry in entries:
+            if self._too_many():
+                yield Unread(record, f"more than {_MAX_MEMBERS} members, the limit")
+                return
+            name = _inside(record, entry.filename)
+            folder, _, last = entry.filename.rpartition("data/")
+            if folder in roots and last.isdigit() and last.isascii() and entry.compress_type == zipfile.ZIP_STORED:
+                continue
+            if entry.is_dir() and not entry.file_size and not entry.compress_size:
+                continue
+            try:
+                yield from self._member(source, entry, name, depth)
+            except CheckpointError as error:
+                yield Unread(name, error.message)
+            except (zlib.error, struct.error, EOFError) as error:
+                yield Unread(name, f"cannot be unpacked: {error}"[:200])
+
+    def _member(self, source: Source, entry: zipfile.ZipInfo, name: str, depth: int) -> Found:
+        header = source.read(entry.header_offset, LOCAL.size) if entry.header_offset >= 0 else b""
+        if len(header) < LOCAL.size or header[:4] != b"PK\x03\x04":
+            yield Unread(name, "has no header of its own")
+            return
+        fields = LOCAL.unpack(header)
+        called = source.read(entry.header_offset + LOCAL.size, int(fields[9]))
+        if called not in (_encoded(entry.orig_filename, "utf-8"), _encoded(entry.orig_filename, "cp437")):
+            yield Unread(name, "is called otherwise in its own header")
+        if int(fields[3]) != entry.compress_type:
+            yield Unread(name, "is stored otherwise by its own header")
+        if (entry.flag_bits | int(fields[2])) & 0x2061:
+            yield Unread(name, "is encrypted, or a patch")
+        start = entry.header_offset + LOCAL.size + int(fields[9]) + int(fields[10])
+        packed = _Part(source, start, entry.compress_size)
+        if entry.compress_type == zipfile.ZIP_STORED:
+            if entry.compress_size != entry.file_size:
+                yield Unread(name, f"has {entry.compress_size} stored bytes and declares {entry.file_size}")
+            yield from self.whole(packed, name, depth + 1)
+        elif entry.compress_type == zipfile.ZIP_DEFLATED:
+            data = self._unpacked(packed, lambda: zlib.decompressobj(-15))
+            if data is None:
+                yield Unread(name, f"unpacks to more than {MAX_UNPACKED} bytes, the limit")
+            else:
+                yield from self.whole(_Memory(data), name, depth + 1)
+        else:
+            yield Unread(name, f"is packed by method {entry.compress_type}")
+
+    def _items(self, source: Source, record: str, depth: int) -> Found:
+        """The archives of a file of torch.distributed.checkpoint, one after another."""
+        start = 0
+        while start < source.size:
+            size = _archive_length(source, start)
+            if not size:
+                rest = _Part(source, start, source.size - start)
+                if not _is_safetensors(rest):
+                    yield Unread(_at_byte(record, start), "bytes of no known kind")
+                return
+            yield from self.whole(_slice(source, start, size), _at_byte(record, start), depth + 1)
+            start += size
+
+    # --- arrays ---------------------------------------------------------------------------------------------------
+
+    def _npy(self, source: Source, record: str) -> Found:
+        """An array of numpy: raw numbers, or a pickle of its objects. numpy.lib.format describes the header."""
+        version = source.read(6, 2)
+        width, form = (2, "<H") if version[:1] == b"\x01" else (4, "<I")
+        (length,) = struct.unpack(form, source.read(8, width))
+        start = 8 + width + int(length)
+        if version[:1] not in b"\x01\x02\x03" or length > 1 << 16 or start > source.size:
+            yield Unread(record, "an array with a header that cannot be read")
+            return
+        header = source.read(8 + width, int(length))
+        if _PLAIN_ARRAY.search(header) and b"O" not in header.replace(b"'fortran_order'", b""):
+            return
+        objects = _Part(source, start, source.size - start)
+        end = 0
+        for begin, stop, found in _in_a_row(objects):
+            end = stop
+            yield Pickled(_at_byte(record, start + begin), found)
+        if end < objects.size or not objects.size:
+            yield Unread(record, "an array of objects that cannot be read to its end")
+
+
+# What libraries raise for bytes that they do not expect.
+_UNEXPECTED = (
+    OSError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    LookupError,
+    RecursionError,
+    EOFError,
+    MemoryError,
+    TypeError,
+)
+_RAW_STORAGE = re.compile(r"data/\d+")
+_PLAIN_ARRAY = re.compile(rb"'descr': *(?:'[<>|=]?[biufcSUVmM]\d+(?:\[\w+\])?'|\[)")
+_IMAGES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")
+
+
+def _inside(record: str, name: str) -> str:
+    return f"{record}/{name}" if record else name
+
+
+def _at_byte(record: str, at: int) -> str:
+    if not record:
+        return f"byte {at}"
+    return f"{record} byte {at}" if at else record
+
+
+def _encoded(text: str, encoding: str) -> bytes | None:
+    try:
+        return text.encode(encoding)
+    except UnicodeEncodeError:
+        return None
+
+
+def _start(source: FileSource | FileSlice) -> int:
+    return source.start if isinstance(source, FileSlice) else 0
+
+
+def _slice(source: Source, start: int, size: int) -> Source:
+    """A part, of the kind whose archives are read quickly where it can be."""
+    return FileSlice(source, start, size) if isinstance(source, FileSource) else _Part(source, start, size)
+
+
+def _in_a_row(source: Source) -> Iterator[tuple[int, int, Mentions]]:
+    """Where each pickle begins and ends, and what it names: one after another, as loaders take them."""
+    start = 0
+    while start < source.size:
+        begin = start
+        found = mentions(partial(source.read, begin), source.size - begin)
+        if found is None:
+            return
+        length, named = found
+        yield begin, (begin + length if length else source.size), named
+        if not length:
+            return
+        start = begin + length
+
+
+def _unpacker(head: bytes) -> tuple[str, Any] | None:
+    """How a stream is unpacked, by its first bytes."""
+    if head[:2] == b"\x1f\x8b":
+        return "gzip", lambda: zlib.decompressobj(31)
+    if head[:3] == b"BZh":
+        return "bz2", _Limited.of(bz2.BZ2Decompressor)
+    if head[:6] == b"\xfd7zXZ\x00" or head[:3] == b"\x5d\x00\x00":
+        return "xz", _Limited.of(lambda: lzma.LZMADecompressor(memlimit=1 << 28))
+    if head[:1] == b"\x78" and len(head) > 1 and int.from_bytes(head[:2], "big") % 31 == 0:
+        return "zlib", lambda: zlib.decompressobj(15)
+    return None
+
+
+class _Limited:
+    """The decompressors of bz2 and lzma, which keep what they have not used themselves, as those of zlib do."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    @classmethod
+    def of(cls, make: Any) -> Any:
+        return lambda: cls(make())
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._stream.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return bytes(self._stream.unused_data)
+
+    def decompress(self, data: bytes, limit: int) -> bytes:
+        try:
+            return bytes(self._stream.decompress(data, limit))
+        except lzma.LZMAError as error:
+            raise CorruptCheckpointError(f"the compressed data is damaged: {error}") from error
+
+
+def _is_safetensors(source: Source) -> bool:
+    """Whether all of a source is the header and the data of a safetensors file; of any dtypes."""
+    if source.size < 8 or source.read(8, 1) != b"{":
+        return False
+    (length,) = struct.unpack("<Q", source.read(0, 8))
+    if length > min(source.size - 8, MAX_HEADER):
+        return False
+    try:
+        header = json.loads(source.read(8, length))
+        header.pop("__metadata__", None)
+        ranges = sorted((int(start), int(stop)) for start, stop in (entry["data_offsets"] for entry in header.values()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+    end = 0
+    for start, stop in ranges:
+        if start != end or stop < start:
+            return False
+        end = stop
+    return bool(8 + length + end == source.size)
+
+
+def _is_tar(head: bytes) -> bool:
+    """Whether the sum of the first header is right; archives of before 1988 have no other mark."""
+    try:
+        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
+    except (tarfile.TarError, ValueError):
+        return False
+    return True
+
+
+def _is_text(source: Source, head: bytes) -> bool:
+    """Whether all of a source is text in UTF-8."""
+    if source.size > _MAX_TEXT or b"\0" in head:
+        return False
+    data = source.read(0, source.size)
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return not data.translate(None, _NOT_CONTROLS)
+
+
+_NOT_CONTROLS = bytes({*range(256)} - {*range(32), 127} | {*b"\t\n\v\f\r\x1b"})
+
+
+def _read_in_two_ways(source: Source) -> str | None:
+    """What makes programs disagree about the directory of an archive, or None where they agree.
+
+    Some take the last end record, others the first; some obey its offset, others look directly in front of it.
+    """
+    tail_size = min(source.size, END.size + 0xFFFF + LOCATOR64.size + END64.size)
+    tail = source.read(source.size - tail_size, tail_size)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or at + END.size > len(tail):
+        return "the directory at the end is missing"
+    _, disk, _, _, count, size, offset, comment = END.unpack_from(tail, at)
+    if at + END.size + comment != len(tail) or disk not in (0, 0xFFFF):
+        return "bytes follow the end record"
+    end = source.size - tail_size + at
+    large = tail[at - LOCATOR64.size : at - LOCATOR64.size + 4] == b"PK\x06\x07" if at >= LOCATOR64.size else False
+    if large:
+        _, _, where, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
+        end -= LOCATOR64.size + END64.size
+        if where != end:
+            return "the zip64 end record does not stand where it belongs"
+        end64 = source.read(end, END64.size)
+        if len(end64) < END64.size or end64[:4] != b"PK\x06\x06":
+            return "the zip64 end record is damaged"
+        *_, count64, size64, offset64 = END64.unpack(end64)
+        short = ((count, count64, 0xFFFF), (size, size64, 0xFFFFFFFF), (offset, offset64, 0xFFFFFFFF))
+        if any(small not in (full, most) for small, full, most in short):
+            return "the two end records contradict each other"
+        count, size, offset = count64, size64, offset64
+    if offset + size != end:
+        return "the directory does not stand in front of its end record"
+    if count and source.read(0, 4) != b"PK\x03\x04":
+        return "it does not begin with a member"
+    return None if count * CENTRAL.size <= size else "the directory cannot hold its entries"
+
+
+def _archive_length(source: Source, start: int) -> int:
+    """How long the archive is that begins at `start`, before others; 0 where there is none."""
+    block = 1 << 22
+    at = start
+    while at < source.size:
+        data = source.read(at, min(block + END.size + 0x10000, source.size - at))
+        found = data.find(b"PK\x05\x06")
+        while 0 <= found < block:
+            end = at + found
+            if found + END.size <= len(data):
+                comment = int(END.unpack_from(data, found)[7])
+                length = end + END.size + comment - start
+                if start + length <= source.size and _read_in_two_ways(_Part(source, start, length)) is None:
+                    return length
+            found = data.find(b"PK\x05\x06", found + 1)
+        at += block
+    return 0
