@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from optimstate.errors import UnsupportedCheckpointError
 
-__all__ = ["DTYPES", "ITEMSIZE_OF_STORAGE", "DType", "decode_scalar"]
+__all__ = ["DTYPES", "ITEMSIZE_OF_STORAGE", "DType", "decode_scalar", "encode_elements"]
 
 
 class DType(NamedTuple):
@@ -55,6 +56,12 @@ DTYPES: dict[str, DType] = {
         ("qint32", 4, "QInt32Storage", ""),
         ("quint4x2", 1, "QUInt4x2Storage", ""),
         ("quint2x4", 1, "QUInt2x4Storage", ""),
+        ("bits8", 1, "", ""),
+        ("bits16", 2, "", ""),
+        ("bits1x8", 1, "", ""),
+        ("bits2x4", 1, "", ""),
+        ("bits4x2", 1, "", ""),
+        *((f"{kind}{bits}", 1, "", "") for kind in ("int", "uint") for bits in range(1, 8)),
     )
 }
 
@@ -92,3 +99,18 @@ def decode_scalar(data: bytes, dtype: str) -> bool | int | float | complex:
         raise UnsupportedCheckpointError(f"an element of dtype {dtype} cannot be shown as a number")
     value: bool | int | float = struct.unpack("<" + _STRUCT_CODES[dtype], data)[0]
     return value
+
+
+def encode_elements(numbers: Sequence[Any], storage: str) -> bytes:
+    """The little-endian bytes of the elements of a typed storage.
+
+    Raises:
+        ValueError: It is not of a type with a Python value.
+        struct.error: A number is not of that type.
+    """
+    import struct
+
+    name = next((row.name for row in DTYPES.values() if row.storage == storage), "")
+    if name not in _STRUCT_CODES or not isinstance(numbers, list | tuple):
+        raise ValueError(f"elements of a {storage} cannot be made of {type(numbers).__name__}")
+    return struct.pack(f"<{len(numbers)}{_STRUCT_CODES[name]}", *numbers)

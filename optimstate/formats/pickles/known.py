@@ -6,6 +6,7 @@ author chose nor touch a file, a process or the network. Nested classes are spel
 
 from __future__ import annotations
 
+from optimstate.formats.pickles.tensors import READ, STORAGE_OF_TENSOR
 from optimstate.tensors.dtypes import DTYPES
 
 __all__ = ["DATA", "INSTANCES"]
@@ -174,6 +175,7 @@ INSTANCES = frozenset(_spelled(_INSTANCES))
 DATA = frozenset(
     _spelled(_PYTHON + _NUMPY + _TORCH + _TORCH_OPTIM + _TORCH_NN + _FRAMEWORKS)
     | {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTINS.split()}
+    | {*READ, *STORAGE_OF_TENSOR}
     | {"__builtin__.long", "__builtin__.unicode", "torch.nn.modules.module.Module"}
     | {"torch." + name for name in DTYPES}
     | {f"torch._utils.torch.{name}" for name in ("channels_last", "channels_last_3d", "contiguous_format")}

@@ -10,7 +10,7 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 from optimstate.errors import (
     CheckpointError,
@@ -20,9 +20,10 @@ from optimstate.errors import (
 )
 from optimstate.formats.pickles.checks import read_soundly
 from optimstate.formats.pickles.opcodes import check_opcodes
-from optimstate.tensors.dtypes import DTYPES, ITEMSIZE_OF_STORAGE
-from optimstate.tensors.lazy import LazyTensor, Storage
-from optimstate.tree import AttributedTensor, GlobalName, no_garbage_collection
+from optimstate.formats.pickles.tensors import TensorBuilder
+from optimstate.tensors.dtypes import ITEMSIZE_OF_STORAGE
+from optimstate.tensors.lazy import Storage
+from optimstate.tree import GlobalName, no_garbage_collection
 
 __all__ = ["InertUnpickler", "load"]
 
@@ -56,12 +57,16 @@ class InertUnpickler(pickle.Unpickler):
         self._storage = storage
         self._stand_ins: dict[tuple[str, str], Any] = {}
         self._kinds: dict[Any, tuple[str, int]] = {}
-        self._forms: dict[tuple[Any, ...], tuple[str, int]] = {}  # checkpoints have few shapes and many tensors
+        self._tensors = TensorBuilder()
 
     @property
     def globals(self) -> list[tuple[str, str]]:
         """Every class or function mentioned."""
         return list(self._stand_ins)
+
+    def finished(self) -> None:
+        """The pickle was read to its end."""
+        self._tensors.finished()
 
     def release(self) -> None:
         """Let go of the file: stand-ins and unpickler hold each other, and would keep it open until collected."""
@@ -84,8 +89,7 @@ class InertUnpickler(pickle.Unpickler):
         elif (module, name) == ("_codecs", "encode"):
             build = _encode
         else:
-            key = _REBUILDERS.get(f"{module}.{name}")
-            build = getattr(self, key) if key else None
+            build = self._tensors.find(f"{module}.{name}")
         return self.builder(module, name, build) if build else GlobalName(module, name)
 
     def builder(self, module: str, name: str, build: Callable[..., Any]) -> GlobalName:
@@ -124,116 +128,12 @@ class InertUnpickler(pickle.Unpickler):
         """Name and bytes per element of a class of storages."""
         if type(kind) is not GlobalName:
             raise CorruptCheckpointError(f"storage {key!r} is of class {kind!r}"[:200])
-        itemsize = 1 if kind.qualname == "UntypedStorage" else ITEMSIZE_OF_STORAGE.get(kind.qualname)
+        name = kind.qualname.removeprefix("_") if kind.module == "torch.storage" else kind.qualname  # _Untyped, in 1.11
+        itemsize = 1 if name == "UntypedStorage" else ITEMSIZE_OF_STORAGE.get(name)
         if itemsize is None:
             raise UnsupportedCheckpointError(f"storage {key!r} is of unknown class {kind.qualname!r}")
-        self._kinds[kind] = (kind.qualname, itemsize)
+        self._kinds[kind] = (name, itemsize)
         return self._kinds[kind]
-
-    def _tensor_v2(
-        self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
-    ) -> LazyTensor:
-        try:  # of a form that was seen before, as nearly all are
-            form = self._forms.get((storage.kind, offset, size, stride))
-            if type(offset) is not int or not _INT.issuperset(map(type, size + stride)):  # True and 1.0 equal 1
-                form = None
-        except (TypeError, AttributeError):
-            form = None
-        dtype, end = form or self._form(storage, offset, size, stride)
-        if hooks or end > storage.nbytes:
-            _refuse_tensor(storage, offset, size, stride, hooks)
-        made = _new(LazyTensor)  # of all calls the most frequent one; __init__ would take a third of its time
-        made.storage = storage
-        made.dtype = dtype
-        made.shape = size
-        made.stride = stride
-        made.offset = offset
-        made.requires_grad = bool(grad)
-        made.is_parameter = False
-        made.metadata = metadata
-        return made
-
-    def _form(self, storage: Any, offset: Any, size: Any, stride: Any) -> tuple[str, int]:
-        """The dtype of a tensor, and how many bytes of its storage it needs."""
-        dtype = _DTYPE_OF_STORAGE.get(storage.kind) if isinstance(storage, Storage) else None
-        if dtype is None:
-            raise CorruptCheckpointError(f"a tensor over {storage!r}"[:200])
-        form = self._forms[storage.kind, offset, size, stride] = dtype, _end(dtype, offset, size, stride)
-        return form
-
-    def _tensor_v3(
-        self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
-    ) -> LazyTensor:
-        name = dtype.qualname if isinstance(dtype, GlobalName) and dtype.module == "torch" else None
-        if not isinstance(storage, Storage) or name not in DTYPES:
-            raise UnsupportedCheckpointError(f"a tensor of dtype {dtype!r} over {storage!r}"[:200])
-        if hooks or _end(name, offset, size, stride) > storage.nbytes:
-            _refuse_tensor(storage, offset, size, stride, hooks)
-        return LazyTensor(storage, name, size, stride, offset, bool(grad), False, metadata)
-
-    def _parameter(self, data: Any, grad: Any, hooks: Any) -> Any:
-        if not isinstance(data, LazyTensor) or hooks or data.is_parameter:
-            return GlobalName("torch._utils", "_rebuild_parameter")(data, grad, hooks)
-        return LazyTensor(
-            data.storage, data.dtype, data.shape, data.stride, data.offset, bool(grad), True, data.metadata
-        )
-
-    def _parameter_with_state(self, data: Any, grad: Any, hooks: Any, state: Any) -> Any:
-        made = self._parameter(data, grad, hooks)
-        if isinstance(made, LazyTensor) and _are_plain(state):
-            return AttributedTensor.of(made, state)
-        return GlobalName("torch._utils", "_rebuild_parameter_with_state")(data, grad, hooks, state)
-
-    def _from_type_v2(self, build: Any, kind: Any, arguments: Any, state: Any) -> Any:
-        """A tensor with attributes; tensors of other classes stay records."""
-        known = isinstance(build, GlobalName) and build.path in _PLAIN_REBUILDERS and type(arguments) is tuple
-        if known and isinstance(kind, GlobalName) and kind.path == "torch.Tensor" and _are_plain(state):
-            return AttributedTensor.of(build(*arguments), state)
-        return GlobalName("torch._tensor", "_rebuild_from_type_v2")(build, kind, arguments, state)
-
-
-def _are_plain(attributes: Any) -> bool:
-    return type(attributes) is dict and all(
-        type(key) is str and (value is None or type(value) in (bool, int, float, str))
-        for key, value in attributes.items()
-    )
-
-
-def _end(dtype: str, offset: Any, size: Any, stride: Any) -> int:
-    """How many bytes of its storage a tensor needs."""
-    if type(size) is not tuple or type(stride) is not tuple or type(offset) is not int or offset < 0:
-        raise CorruptCheckpointError(f"a tensor with size {size!r}, stride {stride!r}, offset {offset!r}"[:200])
-    span = _span(size, stride)
-    return (offset + span) * DTYPES[dtype].itemsize if span else 0
-
-
-def _refuse_tensor(storage: Storage, offset: Any, size: Any, stride: Any, hooks: Any) -> NoReturn:
-    if hooks:
-        raise UnsupportedCheckpointError("a tensor with backward hooks")
-    raise CorruptCheckpointError(
-        f"a tensor of size {size!r}, stride {stride!r}, offset {offset} reaches past its storage of "
-        f"{storage.nbytes} bytes"[:300]
-    )
-
-
-def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
-    """Elements from the first to behind the last one of a view."""
-    if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (*size, *stride)):
-        raise CorruptCheckpointError(f"a tensor with size {size!r} and stride {stride!r}"[:200])
-    return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-
-
-_REBUILDERS = {
-    "torch._utils._rebuild_tensor_v2": "_tensor_v2",
-    "torch._utils._rebuild_tensor_v3": "_tensor_v3",
-    "torch._utils._rebuild_parameter": "_parameter",
-    "torch._utils._rebuild_parameter_with_state": "_parameter_with_state",
-    "torch._tensor._rebuild_from_type_v2": "_from_type_v2",
-}
-_new = object.__new__
-_INT = frozenset({int})
-_PLAIN_REBUILDERS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
-_DTYPE_OF_STORAGE = {row.storage: row.name for row in DTYPES.values() if row.storage}
 
 
 def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
@@ -297,6 +197,7 @@ def load(
     try:
         with no_garbage_collection():
             tree = read_soundly(data, reader.load)
+            reader.finished()
     except CheckpointError:
         raise
     except RecursionError:

@@ -144,6 +144,12 @@ _STAND_INS: dict[str, tuple[str, tuple[int, ...]]] = {
     "quint4x2": ("U8", ()),
     "quint2x4": ("U8", ()),
     "float4_e2m1fn_x2": ("U8", ()),
+    "bits8": ("U8", ()),
+    "bits16": ("U16", ()),
+    "bits1x8": ("U8", ()),
+    "bits2x4": ("U8", ()),
+    "bits4x2": ("U8", ()),
+    **{f"{kind}{bits}": ("U8", ()) for kind in ("int", "uint") for bits in range(1, 8)},
 }
 
 

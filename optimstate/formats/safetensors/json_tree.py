@@ -23,6 +23,7 @@ from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, RepresentationError
 from optimstate.formats.pickles.globals import PLAIN_CLASSES
+from optimstate.formats.pickles.tensors import tensor_record
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque, Path, format_path, path_key
 
@@ -100,7 +101,7 @@ class _Encoder:
             return {f"${type(node).__name__}": self.encode_items(path, list(node))}
         if isinstance(node, Opaque) and node.type.path in PLAIN_CLASSES:
             return {"$object": self.encode_object(path, node)}
-        what = f"{format_path(path)} is an object of {_describe(node)}"
+        what = f"{format_path(path)} is {tensor_record(node) or f'an object of {_describe(node)}'}"
         if self.drop is None:
             raise RepresentationError(
                 f"{what}, which this container cannot hold",

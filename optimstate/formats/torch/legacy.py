@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import tarfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES, check_opcodes
@@ -138,19 +138,40 @@ class _Reader:
 # --- the stream -----------------------------------------------------------------------------------------------------
 
 
+class _View(NamedTuple):
+    """A storage that is a part of another one, as torch before 0.4 saved them; counted in bytes."""
+
+    storage: Storage
+    root: Storage
+    start: int
+
+
 class _StreamUnpickler(InertUnpickler):
-    """Persistent ids of the stream: storages, windows into storages, and the source code of modules."""
+    """Persistent ids of the stream: storages, windows into storages, and the source code of modules.
+
+    Attributes:
+        views: The windows, by their keys.
+    """
+
+    views: dict[Any, _View]
 
     def persistent_load(self, pid: Any, /) -> Any:
         if type(pid) is tuple and len(pid) == 4 and pid[0] == "module":
             return pid[1]  # the class; the source code beside it is for people
-        found = super().persistent_load(pid)
-        if len(pid) > 5 and pid[5] is not None:
-            raise UnsupportedCheckpointError(
-                f"storage {pid[2]!r} is a window into another one, as torch before 0.4 saved them",
-                hint="Load it with torch and save it again.",
+        root = super().persistent_load(pid)
+        if len(pid) < 6 or pid[5] is None:
+            return root
+        key, offset, numel = _fields(pid[5], 3, "view of a storage")
+        itemsize = ITEMSIZE_OF_STORAGE.get(root.kind, 1)
+        if not (type(offset) is type(numel) is int and offset >= 0 and 0 <= numel <= root.nbytes // itemsize - offset):
+            raise CorruptCheckpointError(
+                f"a view of {numel!r} elements from {offset!r} reaches past storage {pid[2]!r}"
             )
-        return found
+        made = Storage((), numel * itemsize, root.kind, root.location)
+        view = self.views.setdefault(key, _View(made, root, offset * itemsize))
+        if (view.root, view.start, view.storage.nbytes) != (root, offset * itemsize, made.nbytes):
+            raise CorruptCheckpointError(f"the view {key!r} of storage {pid[2]!r} is described in two ways")
+        return view.storage
 
 
 def read_stream(source: SizedSource) -> tuple[Any, Globals]:
@@ -173,12 +194,21 @@ def read_stream(source: SizedSource) -> tuple[Any, Globals]:
             storages[key] = Storage((), nbytes, kind, location, key)
         return storages[key]
 
-    tree = reader.pickle(storage, _StreamUnpickler)
+    views: dict[Any, _View] = {}
+
+    class Unpickler(_StreamUnpickler):
+        def __init__(self, file: Any, storage: Any = None) -> None:
+            super().__init__(file, storage)
+            self.views = views
+
+    tree = reader.pickle(storage, Unpickler)
     keys = reader.pickle()
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
         raise CorruptCheckpointError("the list of storages is not that of the pickle", place=f"offset {reader.at}")
     for key in keys:
         reader.skip_storage(storages[key], key)
+    for view in views.values():
+        view.storage.pieces = view.root.cut(view.start, view.start + view.storage.nbytes)
     return tree, reader.globals
 
 

@@ -6,6 +6,8 @@ pickle. That container is read as inertly as the pickle around it; its bytes sta
 
 from __future__ import annotations
 
+import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
+from optimstate.formats.pickles.tensors import InMemory
 from optimstate.formats.pickles.unpickle import InertUnpickler, load
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch.legacy import Globals, read_stream
-from optimstate.io.extents import FileSource
+from optimstate.io.extents import Extent, FileSource
+from optimstate.tensors.dtypes import ITEMSIZE_OF_STORAGE, encode_elements
 from optimstate.tensors.lazy import Storage
 
 __all__ = ["NAME", "SUFFIXES", "read", "sniff", "write"]
@@ -59,6 +63,8 @@ def read(path: Path) -> Document:
         def _stand_in(self, module: str, name: str) -> Any:
             if (module, name) == _LOAD:
                 return self.builder(module, name, self.storage_from_bytes)
+            if module in ("torch", "torch.cuda") and name in ITEMSIZE_OF_STORAGE:
+                return self.builder(module, name, partial(_storage_of_numbers, name))
             return super()._stand_in(module, name)
 
     try:
@@ -83,21 +89,19 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     )
 
 
-class _Memory:
-    """Bytes that a pickle held."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.size = len(data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        return self._data[offset : offset + length]
+def _storage_of_numbers(kind: str, numbers: Any = ()) -> Storage:
+    """`torch.FloatStorage([1.0, 2.0])`, as torch before 0.4 pickles a storage."""
+    try:
+        data = encode_elements(numbers, kind)
+    except (TypeError, ValueError, struct.error) as error:
+        raise CorruptCheckpointError(f"a {kind} of {numbers!r}: {error}"[:200]) from None
+    return Storage((Extent(InMemory(data), 0, len(data)),) if data else (), len(data), kind)
 
 
 def _embedded_storage(data: Any) -> tuple[Storage, Globals]:
     if not isinstance(data, bytes | bytearray):
         raise CorruptCheckpointError(f"a storage made of {type(data).__name__}")
-    tree, names = read_stream(_Memory(bytes(data)))
+    tree, names = read_stream(InMemory(bytes(data)))
     if not isinstance(tree, Storage):
         raise UnsupportedCheckpointError(
             f"the bytes inside the pickle hold {tree!r} where a storage belongs"[:200],
