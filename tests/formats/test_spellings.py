@@ -100,7 +100,7 @@ def as_tensor(live: Any) -> Any:
 def test_what_an_old_release_wrote_is_read_as_torch_reads_it(name: str, tmp_path: Path) -> None:
     path = stream(
         tmp_path / "old.pt",
-        {"a": OLD[name], "n": Call(torch._utils._rebuild_tensor, LONGS, 0, (2,), (1,))},
+        {"a": OLD[name], "b": PLAIN, "n": Call(torch._utils._rebuild_tensor, LONGS, 0, (2,), (1,))},
         FLOATS,
         LONGS,
     )
