@@ -44,21 +44,26 @@ class Call:
 
 
 class Pickler(pickle.Pickler):
+    used: dict[str, Storage]
+
     def persistent_id(self, item: Any) -> Any:
         if isinstance(item, Storage):
+            self.used.setdefault(item.key, item)
             return "storage", item.kind, item.key, "cpu", len(item.values), item.view
         return None
 
 
-def stream(path: Path, tree: Any, *storages: Storage) -> Path:
+def stream(path: Path, tree: Any) -> Path:
     """The container of torch 0.2 to 1.5."""
     about = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     with path.open("wb") as file:
         for item in (0x1950A86A20F9469CFC6C, 1001, about):
             pickle.dump(item, file, 2)
-        Pickler(file, 2).dump(tree)
-        pickle.dump([storage.key for storage in storages], file, 2)
-        for storage in storages:
+        pickler = Pickler(file, 2)
+        pickler.used = {}
+        pickler.dump(tree)
+        pickle.dump(list(pickler.used), file, 2)
+        for storage in pickler.used.values():
             values = struct.pack(f"<{len(storage.values)}{storage.code}", *storage.values)
             file.write(struct.pack("<q", len(storage.values)) + values)
     return path
@@ -100,9 +105,7 @@ def as_tensor(live: Any) -> Any:
 def test_what_an_old_release_wrote_is_read_as_torch_reads_it(name: str, tmp_path: Path) -> None:
     path = stream(
         tmp_path / "old.pt",
-        {"a": OLD[name], "b": PLAIN, "n": Call(torch._utils._rebuild_tensor, LONGS, 0, (2,), (1,))},
-        FLOATS,
-        LONGS,
+        {"a": OLD[name], "n": Call(torch._utils._rebuild_tensor, LONGS, 0, (2,), (1,))},
     )
     live = torch.load(path, weights_only=False)
     tree = open_checkpoint(path).tree
@@ -120,7 +123,7 @@ def test_a_view_of_a_storage_is_read(tmp_path: Path) -> None:
     """Torch before 0.4 noted for a storage that is a part of another one where in it that is."""
     part = Storage("1", torch.FloatStorage, "f", FLOATS.values, view=("9", 2, 3))
     tree = [Call(torch._utils._rebuild_tensor, part, 1, (2,), (1,)), PLAIN]
-    path = stream(tmp_path / "old.pt", tree, FLOATS)
+    path = stream(tmp_path / "old.pt", tree)
     live = torch.load(path, weights_only=False)
     assert live[0].tolist() == [4.0, 5.0]
     assert differs(open_checkpoint(path).tree, live) is None
@@ -129,7 +132,7 @@ def test_a_view_of_a_storage_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("view", [("9", 6, 3), ("9", -1, 2), ("9", 0, 2.0), ("9", 0), ("9", 0, 1 << 70)])
 def test_a_view_outside_of_its_storage_is_refused(view: Any, tmp_path: Path) -> None:
     part = Storage("1", torch.FloatStorage, "f", FLOATS.values, view=view)
-    path = stream(tmp_path / "old.pt", Call(torch._utils._rebuild_tensor, part, 0, (1,), (1,)), FLOATS)
+    path = stream(tmp_path / "old.pt", Call(torch._utils._rebuild_tensor, part, 0, (1,), (1,)))
     with pytest.raises(CorruptCheckpointError):
         open_checkpoint(path)
 
@@ -149,7 +152,7 @@ def test_a_pickle_of_numbers_is_read(tmp_path: Path) -> None:
 def test_a_state_that_does_not_fit_is_refused(state: Any, tmp_path: Path) -> None:
     made = Call(torch.FloatTensor, state=state or 7)
     with pytest.raises(CheckpointError):
-        open_checkpoint(stream(tmp_path / "old.pt", made, FLOATS, LONGS))
+        open_checkpoint(stream(tmp_path / "old.pt", made))
 
 
 def test_state_is_given_once(tmp_path: Path) -> None:
