@@ -1,7 +1,8 @@
-"""`optimstate plan suggest | check | invert | show`."""
+"""`optimstate plan suggest | derive | check | invert | show`."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ plans = Application(
     name="plan",
     help="Write, check, undo and look at plans: the TOML files that say which parameters are made from which.\n\n"
     "Torch is never imported and no checkpoint is changed.",
-    short_help="Suggest, check, invert and show plans.",
+    short_help="Suggest, derive, check, invert and show plans.",
     epilog=epilog(
         "optimstate plan suggest old.pt new-model.pt -o plan.toml",
         "optimstate plan check plan.toml old.pt --target new-model.pt",
@@ -24,6 +25,14 @@ plans = Application(
     context_settings=SETTINGS,
 )
 app.add_typer(plans)
+
+
+class Layout(StrEnum):
+    """The two layouts of a transformers model."""
+
+    live = "live"
+    hub = "hub"
+
 
 PlanFile = Annotated[Path, typer.Argument(help="A plan file (TOML); - reads standard input.", show_default=False)]
 Out = Annotated[
@@ -71,6 +80,61 @@ def suggest(
         _wrote(output, quiet=quiet or as_json)
     if not report.complete:
         raise typer.Exit(1)
+
+
+@plans.command(
+    short_help="Read a plan off a weight-conversion function, or off transformers.",
+    epilog=epilog(
+        "optimstate plan derive old.safetensors --function mypkg.convert:hf_to_mine -o plan.toml",
+        "optimstate plan derive checkpoint-3 --transformers checkpoint-3 --to live -o to-live.toml",
+        exits="0 fine, 2 wrong usage, 3 bad input, 4 no plan says what the function does, 5 the destination.",
+    ),
+)
+def derive(
+    like: Annotated[
+        Path, typer.Argument(help="A checkpoint with the names and shapes that the function takes.", show_default=False)
+    ],
+    function: Annotated[
+        str, typer.Option(metavar="MODULE:NAME", help="A function from state dict to state dict.", show_default=False)
+    ] = "",
+    transformers: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="A folder or file with a config.json: the library's own converters."),
+    ] = None,
+    to: Annotated[Layout, typer.Option(help="With --transformers, the layout that the plan leads to.")] = Layout.live,
+    allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Let the function leave tensors out.")] = False,
+    python: Annotated[
+        Path | None, typer.Option(metavar="PYTHON", help="The interpreter that runs the function; this one by default.")
+    ] = None,
+    output: Out = None,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Derive the plan that does to a checkpoint, optimizer state included, what a function does to weights.
+
+    The function runs in a process of its own, a few times, on tensors whose elements carry their numbers; where they
+    end up is read off. No value of the checkpoint is read. The plan is compared with the function before it is printed.
+    """
+    import sys
+
+    from optimstate.cli.render import terminal
+    from optimstate.surgery.deriving import derive_plan
+
+    if bool(function) == (transformers is not None):
+        raise typer.BadParameter("give either --function or --transformers")
+    _check(output, like, force=force, as_json=as_json)
+    report = derive_plan(
+        like,
+        function=function,
+        transformers=transformers or "",
+        to=to.value,
+        allow_drop=allow_drop,
+        python=python or sys.executable,
+    )
+    if not _put(report.plan, output):
+        terminal.show(report, typer.echo, as_json=as_json, quiet=quiet)
+        _wrote(output, quiet=quiet or as_json)
 
 
 @plans.command(

@@ -1,0 +1,71 @@
+"""Derivation in a process of its own: a request as JSON on standard input, the result in the file that it names.
+
+The process runs the user's function; nothing of a checkpoint but names, shapes and dtypes reaches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from optimstate.derivation.derive import Derived, derive
+from optimstate.derivation.probe import Function, Source
+from optimstate.errors import DerivationError, OptimStateError
+
+
+def main() -> int:
+    """Answer one request."""
+    request = json.load(sys.stdin)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            answer = _answer(_derived(request))
+    except OptimStateError as error:
+        answer = {"error": error.message, "hint": error.hint}
+    Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+    return 0
+
+
+def _derived(request: dict[str, Any]) -> Derived:
+    sources = {name: Source(tuple(shape), dtype) for name, (shape, dtype) in request["sources"].items()}
+    if request["transformers"]:
+        from optimstate.derivation.transformers import derive_transformers
+
+        return derive_transformers(request["transformers"], to=request["to"], shapes=sources)
+    return derive(_function(request["function"]), sources, allow_drop=request["allow_drop"])
+
+
+def _function(place: str) -> Function:
+    """The function at `package.module:name`; the current folder is searched as `python -m` does."""
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise DerivationError(f"{place!r} does not name a function", hint="Write package.module:function.")
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
+    try:
+        found = import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise DerivationError(f"{place}: {error}") from None
+    if not callable(found):
+        raise DerivationError(f"{place} is not a function")
+    return found
+
+
+def _answer(derived: Derived) -> dict[str, Any]:
+    return {
+        "plan": derived.plan.to_toml(),
+        "rules": [str(rule) for rule in derived.plan.all_rules()],
+        "dropped": list(derived.dropped),
+        "new": list(derived.new),
+        "notes": list(derived.notes),
+        "calls": derived.calls,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

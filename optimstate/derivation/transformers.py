@@ -1,0 +1,133 @@
+"""The weight conversions of the installed transformers, as functions that plans are derived from.
+
+A model of transformers has a hub layout, in which weights are published and Trainer saves them, and a live layout, that
+of its modules; for mixtures of experts they differ since transformers 5. The library's own converters are run here on a
+model on the meta device; what they do is read off, never translated.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from optimstate.derivation.derive import Derived, derive
+from optimstate.derivation.probe import Function
+from optimstate.errors import DerivationError
+
+__all__ = ["Layout", "derive_transformers", "live_model", "to_hub", "to_live"]
+
+Layout = Literal["live", "hub"]
+
+
+def derive_transformers(source: Any, *, to: Layout = "live", shapes: Mapping[str, Any] | None = None) -> Derived:
+    """The plan between the two layouts of a transformers model.
+
+    Args:
+        source: A model, a configuration, or a folder or file with one (`config.json`).
+        to: The layout that the plan leads to.
+        shapes: Names with tensors or shapes of the checkpoint; without, those of the model in the other layout.
+
+    Raises:
+        DerivationError: transformers is not installed or too old, builds no such model, or its converters do something
+            that no plan says.
+    """
+    model = live_model(source)
+    live = {name: value for name, value in model.state_dict().items() if not _is_tied(model, name)}
+    if to == "hub":
+        return derive(to_hub(model), shapes or live, allow_drop=True)
+    if shapes is None:
+        shapes = to_hub(model)(dict(live))
+    return derive(to_live(model), shapes, allow_drop=True)
+
+
+def live_model(source: Any) -> Any:
+    """A model on the meta device: given, or built from a configuration.
+
+    Raises:
+        DerivationError: transformers is not installed, or no model can be built.
+    """
+    transformers = _library()
+    if hasattr(source, "state_dict"):
+        return source
+    import torch
+
+    try:
+        config = source
+        if isinstance(source, str | Path):
+            path = Path(source)
+            config = transformers.AutoConfig.from_pretrained(path.parent if path.is_file() else path)
+        names = getattr(config, "architectures", None) or []
+        kind = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+        with torch.device("meta"):
+            return kind(config) if kind is not None else transformers.AutoModel.from_config(config)
+    except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as error:
+        raise DerivationError(f"{source}: transformers builds no model from it: {error}") from error
+
+
+def to_hub(model: Any) -> Function:
+    """What transformers does to a model's state dict when it saves it."""
+    loading = _loading()
+
+    def saved(state: dict[str, Any]) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = loading.revert_weight_conversion(model, dict(state))
+        return found
+
+    return saved
+
+
+def to_live(model: Any) -> Function:
+    """What transformers does to the tensors of a published checkpoint when it loads them."""
+    loading = _loading()
+    from transformers import conversion_mapping
+
+    steps = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+    # Whether prefixes were changed depends on how the model was made; the checkpoint's own names decide.
+    steps = [step for step in steps if not isinstance(step, loading.PrefixChange)]
+    renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
+    by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
+
+    def loaded(state: dict[str, Any]) -> Mapping[str, Any]:
+        gathered: dict[str, Any] = {}
+        for name, tensor in sorted(state.items(), key=lambda item: loading.dot_natural_key(item[0])):
+            new, pattern = loading.rename_source_key(name, copy.deepcopy(renamings), copy.deepcopy(converters))
+            if pattern is None:
+                step, pattern = gathered.setdefault(new, loading.WeightRenaming(name, new)), name
+            else:
+                step = gathered.setdefault(new, copy.deepcopy(by_pattern[pattern]))
+            step.add_tensor(new, name, pattern, tensor)
+        made: dict[str, Any] = {}
+        for first, step in gathered.items():
+            for name, value in step.convert(first, model=model, config=model.config).items():
+                made[name] = value[0] if isinstance(value, list) else value
+        return made
+
+    return loaded
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise DerivationError("transformers is not installed", hint="pip install transformers") from None
+    return transformers
+
+
+def _loading() -> Any:
+    _library()
+    try:
+        from transformers import core_model_loading
+    except ImportError:
+        import transformers
+
+        raise DerivationError(
+            f"transformers {transformers.__version__} has no weight converters", hint="Version 5 and later have."
+        ) from None
+    return core_model_loading
+
+
+def _is_tied(model: Any, name: str) -> bool:
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return name in tied

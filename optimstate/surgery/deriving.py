@@ -1,0 +1,114 @@
+"""Derive: the plan that does what a function, or the installed transformers, does to the weights of a checkpoint.
+
+The function runs in a process of its own, which gets names, shapes and dtypes and nothing else of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from optimstate.errors import CheckpointError, DerivationError
+from optimstate.formats.registry import open_checkpoint
+from optimstate.record import Record
+from optimstate.surgery.comparing import model_tensors
+from optimstate.surgery.reports import opening, to_json
+
+__all__ = ["DeriveReport", "derive_plan"]
+
+
+class DeriveReport(Record):
+    """A plan that was read off code.
+
+    Attributes:
+        source: The checkpoint whose names and shapes were used.
+        code: The function, or the configuration whose converters were run.
+        rules: In order, as text.
+        dropped: Names that the function leaves out.
+        new: Names that it makes of nothing: they start without state.
+        notes: What deserves attention though nothing is wrong.
+        calls: How often the function was called.
+        plan: The plan as a file.
+    """
+
+    source: str
+    code: str
+    rules: tuple[str, ...]
+    dropped: tuple[str, ...]
+    new: tuple[str, ...]
+    notes: tuple[str, ...]
+    calls: int
+    plan: str
+
+    def to_json(self) -> str:
+        """A JSON document of a stable form."""
+        return to_json("plan derive", self._asdict())
+
+    def __str__(self) -> str:
+        lines = list(self.rules) or ["the function changes nothing: the plan is empty"]
+        for names, what in ((self.dropped, "left out"), (self.new, "made of nothing, without state")):
+            lines += [f"{what}: {name}" for name in names[:10]]
+            if len(names) > 10:
+                lines.append(f"{what}: {len(names) - 10} more")
+        rules = f"{len(self.rules)} rule{'s' * (len(self.rules) != 1)}"
+        return "\n".join([*lines, *self.notes, f"{rules}, compared with the function after {self.calls} calls"])
+
+
+def derive_plan(
+    like: str | Path,
+    *,
+    function: str = "",
+    transformers: str | Path = "",
+    to: Literal["live", "hub"] = "live",
+    allow_drop: bool = False,
+    python: str | Path = sys.executable,
+) -> DeriveReport:
+    """Derive the plan for checkpoints like this one.
+
+    Args:
+        like: A checkpoint with the names, shapes and dtypes that the function is given; no tensor of it is read.
+        function: `package.module:name`, from a state dict to a state dict, in the current folder or installed.
+        transformers: In place of it a folder or file with a `config.json`: the installed library's own converters.
+        to: With `transformers`, the layout that the plan leads to.
+        allow_drop: Whether the function may leave tensors out.
+        python: The interpreter that runs the function.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or holds no weights.
+        DerivationError: No plan says what the function does, it failed, or it is not there.
+    """
+    if bool(function) == bool(transformers):
+        raise DerivationError("give either a function or a transformers configuration")
+    with opening(like):
+        tensors = model_tensors(open_checkpoint(like).tree)
+        sources = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if not sources:
+        raise CheckpointError("no weights in it", path=like, hint="Give a checkpoint that holds the model.")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "answer.json")
+        request = {
+            "sources": sources,
+            "function": function,
+            "transformers": str(transformers),
+            "to": to,
+            "allow_drop": allow_drop,
+            "answer": str(place),
+        }
+        command = [str(python), "-m", "optimstate.derivation"]
+        try:
+            done = subprocess.run(command, input=json.dumps(request), text=True, stderr=subprocess.PIPE, check=False)
+        except OSError as error:
+            raise DerivationError(f"{python} cannot be run: {error.strerror}") from None
+        if not place.exists():
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            raise DerivationError(f"{function or transformers} failed: {last[0]}")
+        answer = json.loads(place.read_text(encoding="utf-8"))
+    if "error" in answer:
+        raise DerivationError(answer["error"], hint=answer["hint"])
+    listed = {key: tuple(answer[key]) for key in ("rules", "dropped", "new", "notes")}
+    code = function or str(transformers)
+    return DeriveReport(source=str(like), code=code, calls=answer["calls"], plan=answer["plan"], **listed)
