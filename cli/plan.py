@@ -133,7 +133,7 @@ def derive(
         python=python or sys.executable,
     )
     if not _put(report.plan, output):
-        terminal.show(report, typer.echo, as_json=as_json, quiet=quiet)
+        terminal.show(report, as_json=as_json, quiet=quiet)
         _wrote(output, quiet=quiet or as_json)
 
 
