@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from optimstate.plan.language.rules import Plan
+    from optimstate.plan.language.plan import Plan
 
 __all__ = [
     "COMMANDS",
@@ -141,13 +141,12 @@ def until_exit(value: T) -> T:
 
 def read_plan(path: Path) -> Plan:
     """The plan in a file, or on standard input where the path is `-`."""
-    from optimstate.plan.language.rules import Plan
-    from optimstate.plan.language.toml import parse_plan
+    from optimstate.plan.language.plan import Plan
 
     if str(path) != "-":
         return Plan.from_file(path)
     try:
-        return parse_plan(sys.stdin.read(), name="standard input")
+        return Plan.from_toml(sys.stdin.read(), name="standard input")
     except UnicodeDecodeError as error:
         raise errors.PlanSyntaxError(f"standard input: the plan is not UTF-8 text: {error}") from None
 

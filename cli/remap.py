@@ -67,7 +67,7 @@ def remap(
     """
     import optimstate
     from optimstate.cli.render import terminal
-    from optimstate.plan.language.rules import Plan
+    from optimstate.plan.language.plan import Plan
     from optimstate.surgery import plans
     from optimstate.surgery.settings import with_options
 

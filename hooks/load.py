@@ -19,8 +19,11 @@ from optimstate.hooks.engine.rules import HookStep, below, is_module, literal, m
 from optimstate.hooks.engine.slots import Casts, zeros_like_others
 from optimstate.plan.expressions.evaluate import copied
 from optimstate.plan.expressions.tree import Fill
-from optimstate.plan.language.operations import Concat, Operation, Resize, Split
-from optimstate.plan.language.rules import GroupRule, Plan, Policy, Rule
+from optimstate.plan.language.dimensions import Resize
+from optimstate.plan.language.joining import Concat, Split
+from optimstate.plan.language.operation import Operation
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import GroupRule, Policy, Rule
 from optimstate.plan.language.template import Template
 from optimstate.problems import Problem
 from optimstate.state.optimizer import Slots

@@ -14,7 +14,7 @@ from optimstate.hooks.engine.hook import LOGGER
 from optimstate.hooks.engine.report import Report
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.apply.schedulers import followed
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Inventory, SectionMoves, Target
 from optimstate.plan.solve.planner import model_inventory, plan_migration
 from optimstate.problems import Problem

@@ -18,7 +18,7 @@ from optimstate.errors import StateMismatchError
 from optimstate.hooks.engine.hook import LOGGER
 from optimstate.hooks.engine.request import METADATA
 from optimstate.hooks.engine.slots import as_dtype
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.state.names import names_in
 
 __all__ = ["SaveHook", "add_metadata", "cast_slots", "drop_slots", "name_params", "to_cpu"]

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
         UsageError,
     )
     from optimstate.formats.registry import open_checkpoint
-    from optimstate.plan.language.rules import Plan, Rule
+    from optimstate.plan.language.plan import Plan
+    from optimstate.plan.language.rules import Rule
     from optimstate.resuming import Resumed, resume
     from optimstate.surgery.comparing import diff
     from optimstate.surgery.converting import convert
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Plan": "plan.language.rules",
+    "Plan": "plan.language.plan",
     "Resumed": "resuming",
     "Rule": "plan.language.rules",
     "convert": "surgery.converting",

@@ -25,7 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from optimstate.errors import MigrationError, OptimStateError, StateMismatchError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Inventory, Migration, Target
 from optimstate.plan.solve.planner import model_inventory, optimizer_inventory, plan_migration
 from optimstate.problems import Problem

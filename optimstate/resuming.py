@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.formats.registry import open_checkpoint
-from optimstate.plan.language.rules import Guard, Plan
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import Guard
 from optimstate.plan.solve.migration import Inventory, SectionMoves
 from optimstate.problems import Problem
 from optimstate.state.flattened import find_flat_state

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from optimstate.distributed import NamedSavePlanner, load, optimizer_names
 from optimstate.errors import MigrationError, StateMismatchError
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.9), "weight_decay": 0.1}
 PLAN = """

@@ -22,7 +22,7 @@ from optimstate.distributed import NamedSavePlanner, load, optimizer_names
 from optimstate.errors import CheckpointNotFoundError, MigrationError, StateMismatchError
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.state.sections import find_sections
 from tests import corpus
 from tests.distributed_worker import OPTIONS, PLAN, TRANSPOSED, After, Before, filled, groups, train

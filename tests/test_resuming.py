@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import optimstate
 from optimstate import hooks
 from optimstate.errors import MigrationError, OptimStateError, StateMismatchError
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from tests import oracle
 from tests.hooks.models import MODULES, Net, adam, one_group, seeded, two_groups
 

@@ -10,7 +10,7 @@ import torch
 
 from optimstate.errors import PlanError, StateMismatchError
 from optimstate.hooks.engine.live import Live
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.resolve import Resolver
 from optimstate.problems import Problem
 from optimstate.state.names import unwrapped

@@ -9,7 +9,8 @@ from optimstate.errors import MigrationError, PlanError
 from optimstate.hooks.engine.hook import LoadHook
 from optimstate.hooks.engine.request import LoadRequest
 from optimstate.plan.language.operations import Operation
-from optimstate.plan.language.rules import Plan, Rule
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
 from optimstate.problems import Problem
 

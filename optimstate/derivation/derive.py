@@ -14,7 +14,7 @@ from optimstate.derivation.templates import Moves, drops, generalised
 from optimstate.errors import DerivationError
 from optimstate.plan.language.operation import Operation
 from optimstate.plan.language.operations import OPERATIONS
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.record import Record
 
 if TYPE_CHECKING:

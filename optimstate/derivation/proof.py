@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.derivation.probe import Function, Source
 from optimstate.plan.apply.execute import execute_model
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import plan_model
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from optimstate.io.output import AtomicFile, check_destination
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.apply.explain import Row, explained
 from optimstate.plan.expressions.tree import Shape
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.inverse import inverse
 from optimstate.plan.solve.planner import Inventory, Target, plan_migration
 from optimstate.problems import Problem

@@ -14,7 +14,7 @@ from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Progress
 from optimstate.io.output import check_destination
 from optimstate.plan.apply.checkpoint import apply_plan
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import Migration
 from optimstate.record import Record
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped

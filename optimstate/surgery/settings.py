@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.apply.checkpoint import apply_plan
-from optimstate.plan.language.rules import GroupRule, Plan
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import GroupRule
 from optimstate.plan.language.template import Template
 from optimstate.plan.solve.planner import SectionMoves
 from optimstate.problems import Problem

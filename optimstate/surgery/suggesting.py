@@ -11,7 +11,7 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.expressions.tree import Shape
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve import suggest as solve
 from optimstate.problems import Problem
 from optimstate.record import Record

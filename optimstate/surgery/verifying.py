@@ -14,7 +14,7 @@ from optimstate.errors import CorruptCheckpointError
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.state.algorithms.registry import Algorithm
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState

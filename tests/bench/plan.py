@@ -7,7 +7,7 @@ import time
 
 from optimstate.io.extents import Extent
 from optimstate.plan.apply.execute import execute_optimizer
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import plan_optimizer
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tensors.lazy import LazyTensor, Storage

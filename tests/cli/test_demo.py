@@ -19,7 +19,7 @@ from optimstate.demo.model import EXPERTS, Text, Transformer
 from optimstate.demo.proof import prove, tensors_by_name
 from optimstate.demo.training import TOKENS, Run
 from optimstate.errors import MigrationError
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.surgery.remapping import remap
 from tests import corpus
 from tests.cli.running import run

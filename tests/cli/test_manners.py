@@ -21,7 +21,7 @@ import typer.main
 
 from optimstate.cli import app
 from optimstate.cli.render import terminal
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from tests import corpus
 from tests.cli.golden import Terminal
 from tests.cli.running import run

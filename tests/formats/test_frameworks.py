@@ -22,7 +22,7 @@ from torch import nn
 
 import optimstate
 from optimstate.formats.protocol import WriteOptions
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = WriteOptions(sync=False)

@@ -32,7 +32,7 @@ from optimstate.formats.safetensors import container as safetensors
 from optimstate.formats.safetensors import json_tree
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.state.sections import find_sections
 from optimstate.tensors.lazy import Storage
 from optimstate.tree import Opaque, difference, tensors, walk

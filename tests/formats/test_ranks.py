@@ -26,7 +26,7 @@ from optimstate.formats.ranks import files as ranks
 from optimstate.formats.ranks.shards import _box_at, _shard_order
 from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.surgery.converting import convert
 from optimstate.surgery.remapping import remap
 from optimstate.tensors.lazy import LazyTensor

@@ -13,7 +13,7 @@ from torch import nn
 import optimstate
 from optimstate import hooks
 from optimstate.errors import StateMismatchError
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from tests import oracle
 
 SHIFT = '[[rule]]\nfrom = "{i:int}.{p}"\nto = "{i+1}.{p}"\n[[rule]]\nfresh = "0.*"\n'

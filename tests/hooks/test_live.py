@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from optimstate import hooks
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from tests import oracle
 
 

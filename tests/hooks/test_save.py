@@ -13,7 +13,7 @@ from torch import nn
 
 from optimstate import hooks
 from optimstate.errors import OptimStateWarning, PlanError, StateMismatchError
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from tests import oracle
 from tests.hooks.models import MODULES, Net, adam, named_state, one_group, register, seeded, train, two_groups
 

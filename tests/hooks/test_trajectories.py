@@ -17,7 +17,7 @@ from torch import nn
 
 from optimstate import hooks
 from optimstate.errors import PlanError
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from tests import oracle
 from tests.hooks.models import MODULES, Net, adam, loaded, one_group, register, seeded, train, two_groups
 from tests.hooks.optimizers import ELEMENTWISE, OTHERS_WARN, Make, runs_hooks

@@ -12,7 +12,7 @@ from torch import nn
 from optimstate.errors import MigrationError
 from optimstate.formats.registry import get_format, open_checkpoint
 from optimstate.plan.apply.checkpoint import STAMP, apply_plan
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import difference
 from tests.plan.models import WIDTH, Attention, Twins, made

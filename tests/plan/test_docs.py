@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from optimstate.plan.language.operations import OPERATIONS
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 
 TEXT = (Path(__file__).parent.parent.parent / "docs" / "plan-language.md").read_text(encoding="utf-8")
 

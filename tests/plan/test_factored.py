@@ -9,7 +9,7 @@ import torch
 
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_optimizer
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import plan_optimizer
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tensors.compute import to_torch

@@ -9,7 +9,7 @@ import torch
 
 from optimstate.errors import PlanError
 from optimstate.plan.apply.execute import execute_optimizer
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.groups import same_value
 from optimstate.plan.solve.inverse import inverse
 from optimstate.plan.solve.planner import plan_optimizer

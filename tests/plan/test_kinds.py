@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from optimstate.errors import MigrationError
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.state.scheduler import regroup_scheduler_state
 from tests.plan.models import WIDTH, Attention, Deeper, Feed, Tied, Twins, made
 from tests.plan.training import ELEMENTWISE, batches, migrate, slots_by_name, train

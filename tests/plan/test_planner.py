@@ -10,7 +10,8 @@ import torch
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.apply.explain import explained, summary
-from optimstate.plan.language.rules import Plan, Rule
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import Rule
 from optimstate.plan.solve.planner import Target, plan_model, plan_optimizer
 from optimstate.state.optimizer import OptimizerState
 

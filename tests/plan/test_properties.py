@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.inverse import inverse
 from optimstate.plan.solve.planner import plan_model, plan_optimizer
 from optimstate.state.optimizer import OptimizerState

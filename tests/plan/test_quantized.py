@@ -14,7 +14,7 @@ import optimstate
 from optimstate.errors import MigrationError, PlanError
 from optimstate.plan.apply.execute import execute_optimizer
 from optimstate.plan.apply.explain import explained
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.slots import quantized
 from optimstate.plan.slots.outcomes import flat_slots
 from optimstate.plan.solve.planner import plan_optimizer

@@ -13,7 +13,7 @@ from optimstate import hooks
 from optimstate.errors import MigrationError
 from optimstate.formats.registry import get_format, open_checkpoint
 from optimstate.plan.apply.checkpoint import apply_plan
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 
 Schedules = torch.optim.lr_scheduler
 

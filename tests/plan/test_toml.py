@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 
 EVERYTHING = """\
 optimizer = "AdamW"

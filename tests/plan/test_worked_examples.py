@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from tests.hooks.recipes import (
     DUPLICATED,
     WITH_BYPASS,

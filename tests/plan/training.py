@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration, Target
 from optimstate.plan.solve.planner import plan_model, plan_optimizer
 from optimstate.state.optimizer import OptimizerState

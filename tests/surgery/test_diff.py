@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.surgery.comparing import diff
 from optimstate.surgery.converting import convert
 from optimstate.surgery.remapping import remap

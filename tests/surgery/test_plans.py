@@ -14,7 +14,7 @@ from torch import nn
 import optimstate
 from optimstate.errors import CheckpointError, DestinationExistsError, PlanError
 from optimstate.formats.protocol import WriteOptions
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.surgery import plans
 from tests import corpus
 from tests.support import digest, unlike

@@ -17,7 +17,7 @@ from torch import nn
 import optimstate
 from optimstate.errors import DestinationError, MigrationError, PlanSyntaxError
 from optimstate.formats.registry import open_checkpoint
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.state.sections import find_sections
 from optimstate.surgery.remapping import RemapReport
 from optimstate.tree import OpaqueFile, difference

@@ -11,7 +11,8 @@ import torch
 
 import optimstate
 from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
-from optimstate.plan.language.rules import GroupRule, Plan
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import GroupRule
 from optimstate.plan.language.template import Template
 from optimstate.surgery.settings import with_options
 from tests import corpus

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from optimstate import surgery
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from tests.cli.place import furnish
 from tests.cli.running import run
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from optimstate.errors import CheckpointError
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.surgery.remapping import remap
 from optimstate.surgery.verifying import verify, verify_against
 from tests.corpus import Case, all_cases

@@ -10,7 +10,7 @@ from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Shape
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import (
     Inventory,
     Migration,

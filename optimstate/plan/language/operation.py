@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from optimstate.errors import PlanSyntaxError
@@ -12,7 +13,22 @@ from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Node, Shape
 from optimstate.record import Record
 
-__all__ = ["Irreversible", "Misfit", "Operation", "counted", "known_shape", "listed", "toml_value", "unsized"]
+__all__ = [
+    "Irreversible",
+    "Misfit",
+    "OPERATIONS",
+    "Operation",
+    "are_integers",
+    "counted",
+    "is_integer",
+    "is_number",
+    "is_table",
+    "known_shape",
+    "listed",
+    "toml_key",
+    "toml_value",
+    "unsized",
+]
 
 
 class Misfit(Exception):
@@ -32,12 +48,31 @@ class Irreversible(Exception):
         self.needs_names = needs_names
 
 
-class Operation(Record):
-    """One step of a rule."""
+OPERATIONS: dict[str, type[Operation]] = {}
+"""Every operation by its key; a class with a key of its own adds itself."""
 
-    KEY: ClassVar[str]
+
+class Operation(Record):
+    """One step of a rule.
+
+    A subclass is a whole operation: its key and an example of how it is written, how a value is parsed and written,
+    what it does to tensors, and what undoes it.
+    """
+
+    KEY: ClassVar[str] = ""
+    EXAMPLE: ClassVar[str] = ""
     JOINS: ClassVar[bool] = False  # makes one tensor of many
     CUTS: ClassVar[bool] = False  # makes many of one
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.KEY:
+            OPERATIONS[cls.KEY] = cls
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        """What `KEY = value` of a plan file means; None where it means nothing."""
+        raise NotImplementedError
 
     def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
         """The tensors that come out.
@@ -83,13 +118,14 @@ def toml_value(value: Any) -> str:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c >= " " else f"\\u{ord(c):04x}" for c in escaped) + '"'
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{toml_key(key)} = {toml_value(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     raise PlanSyntaxError(f"{value!r} cannot be written in a plan file")
 
 
-def _key(key: str) -> str:
+def toml_key(key: str) -> str:
+    """A key as TOML writes it."""
     return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else toml_value(key)
 
 
@@ -116,3 +152,23 @@ def counted(key: str, dim: int, shape: Shape, room: int = 0) -> int:
 def listed(shapes: Sequence[Shape]) -> str:
     """Shapes as messages show them."""
     return ", ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value of a plan file is an integer."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def are_integers(value: Any) -> bool:
+    """Whether it is a list of integers, at least one."""
+    return isinstance(value, list) and bool(value) and all(map(is_integer, value))
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an integer or a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_table(value: Any, required: Collection[str], optional: Collection[str] = ()) -> bool:
+    """Whether it is a table with these keys and no others."""
+    return isinstance(value, dict) and set(required) <= value.keys() <= {*required, *optional}

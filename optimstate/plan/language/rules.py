@@ -1,20 +1,17 @@
-"""Rules and plans: what the planner follows. `files` reads and writes them as TOML."""
+"""What a plan is made of: rules, tables of param groups, a guard and policies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.language.operation import Operation
+from optimstate.plan.language.operations import Operation, parse_operation
 from optimstate.plan.language.template import Template
 from optimstate.record import Record, field
-from optimstate.state.algorithms.registry import Slot
 
-__all__ = ["GroupRule", "Guard", "Plan", "Policy", "Rule"]
+__all__ = ["GroupRule", "Guard", "Policy", "Rule"]
 
 Renamed = list[tuple[str, dict[str, str]]]
 
@@ -53,8 +50,6 @@ class Rule(Record):
         Raises:
             PlanSyntaxError: A template or operation is wrong, or they do not belong together.
         """
-        from optimstate.plan.language.spelling import parse_operation
-
         made = [operation for key, value in named.items() for operation in parse_operation(key, value)]
         return cls(templates(source), templates(target), (*operations, *made), fresh, group)
 
@@ -242,145 +237,6 @@ class Policy(Record):
     quantized: Literal["refuse", "requantize"] = "refuse"
     hyperparameters: Literal["checkpoint", "live"] = "checkpoint"
     merge: Literal["refuse", "first", "min", "max"] = "refuse"
-
-
-class Plan(Record):
-    """Rules in order; for each name the first that matches decides, and a result is not matched again.
-
-    Attributes:
-        rules: The first pass.
-        stages: Further passes, each over the names that the one before produced.
-        groups: The param groups of the result; empty to keep those of the checkpoint.
-        guard: What the checkpoint must look like.
-        policy: What is done about mismatches.
-        slots: Meanings of slots that are not known, by name.
-        optimizer: The algorithm whose state the result has; empty for the one it has.
-    """
-
-    rules: tuple[Rule, ...] = ()
-    stages: tuple[tuple[Rule, ...], ...] = ()
-    groups: tuple[GroupRule, ...] = ()
-    guard: Guard = Guard()
-    policy: Policy = Policy()
-    slots: Mapping[str, Slot] = field(default_factory=dict)
-    optimizer: str = ""
-
-    @classmethod
-    def from_options(
-        cls,
-        *,
-        rename: Iterable[str] = (),
-        duplicate: Iterable[str] = (),
-        drop: Iterable[str] = (),
-        fresh: Iterable[str] = (),
-    ) -> Plan:
-        """From one-liners: `OLD=NEW`, `OLD=NEW1,NEW2`, `OLD`, `NAME`.
-
-        Raises:
-            PlanSyntaxError: One of them is not of this form.
-        """
-        rules = []
-        for option, texts in (("rename", rename), ("duplicate", duplicate)):
-            for text in texts:
-                sides = _split(text, "=")
-                if len(sides) != 2 or not all(sides):
-                    raise PlanSyntaxError(f"--{option} {text!r}: expected OLD=NEW", hint="For example: fc.{p}=head.{p}")
-                rule = Rule((Template(sides[0]),), tuple(Template(target) for target in _split(sides[1], ",")))
-                if option == "rename" and fan_out(rule) != 1:
-                    raise PlanSyntaxError(f"--rename {text!r}: names several targets", hint="Use --duplicate.")
-                rules.append(rule)
-        rules.extend(Rule((Template(text),)) for text in drop)
-        rules.extend(Rule((Template(text),), fresh=True) for text in fresh)
-        return cls(tuple(rules))
-
-    @classmethod
-    def of(cls, plan: Plan | str | PathLike[str] | None) -> Plan:
-        """What every function with a plan takes: a plan, the path of a plan file, or None for one that says nothing.
-
-        Raises:
-            PlanSyntaxError: The file cannot be read or is wrong; the message has the line and the key.
-        """
-        return cls() if plan is None else plan if isinstance(plan, Plan) else cls.from_file(Path(plan))
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> Plan:
-        """From a plan file (TOML).
-
-        Raises:
-            PlanSyntaxError: The file cannot be read or is wrong; the message has the line and the key.
-        """
-        from optimstate.plan.language.toml import read_plan
-
-        return read_plan(path)
-
-    @classmethod
-    def from_toml(cls, text: str) -> Plan:
-        """From the text of a plan file.
-
-        Raises:
-            PlanSyntaxError: It is wrong; the message has the line and the key.
-        """
-        from optimstate.plan.language.toml import parse_plan
-
-        return parse_plan(text)
-
-    def to_toml(self) -> str:
-        """The plan as a file."""
-        from optimstate.plan.language.toml import written_plan
-
-        return written_plan(self)
-
-    @property
-    def passes(self) -> tuple[tuple[Rule, ...], ...]:
-        """The rules of every pass."""
-        return (self.rules, *self.stages)
-
-    def all_rules(self) -> Iterator[Rule]:
-        """The rules of every pass, in order."""
-        for rules in self.passes:
-            yield from rules
-
-    @property
-    def digest(self) -> str:
-        """A SHA-256 of what the plan says, in hexadecimal."""
-        from hashlib import sha256
-
-        return sha256(self.to_toml().encode()).hexdigest()
-
-    def with_policy(self, **policies: Any) -> Plan:
-        """The same plan with other policies."""
-        return self._replace(policy=self.policy._replace(**policies))
-
-    def __add__(self, other: Plan) -> Plan:
-        """Both plans in one pass where neither has stages, otherwise one after the other."""
-        if self.stages:
-            later = (*self.stages, *(rules for rules in other.passes if rules))
-            joined = self._replace(stages=later)
-        else:
-            joined = self._replace(rules=self.rules + other.rules, stages=other.stages)
-        guard = Guard(
-            self.guard.has + other.guard.has, self.guard.lacks + other.guard.lacks, self.guard.once or other.guard.once
-        )
-        default = Policy()._asdict()
-        changed = {key: value for key, value in other.policy._asdict().items() if value != default[key]}
-        return joined._replace(
-            groups=self.groups + other.groups,
-            guard=guard,
-            policy=self.policy._replace(**changed),
-            slots={**self.slots, **other.slots},
-            optimizer=other.optimizer or self.optimizer,
-        )
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Split at separators outside of braces."""
-    parts, depth, start = [], 0, 0
-    for index, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if character == separator and depth == 0:
-            parts.append(text[start:index].strip())
-            start = index + 1
-    return [*parts, text[start:].strip()]
 
 
 def fan_out(rule: Rule) -> int:

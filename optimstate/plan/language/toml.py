@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.language.operation import Operation, toml_value
-from optimstate.plan.language.operations import OPERATIONS
-from optimstate.plan.language.rules import GroupRule, Guard, Plan, Policy, Rule, templates
-from optimstate.plan.language.spelling import parse_operation
+from optimstate.plan.language.operation import Operation, toml_key, toml_value
+from optimstate.plan.language.operations import OPERATIONS, parse_operation
+from optimstate.plan.language.rules import GroupRule, Guard, Policy, Rule, templates
 from optimstate.plan.language.template import Template
 from optimstate.state.algorithms.registry import Slot, SlotKind
 
-__all__ = ["parse_plan", "read_plan", "written_plan"]
+if TYPE_CHECKING:
+    from optimstate.plan.language.plan import Plan
+
+__all__ = ["parsed", "written"]
 
 _RULE_KEYS = {"from", "to", "drop", "fresh", "group", "ops", *OPERATIONS}
 _PLAN_KEYS = {"rule", "stage", "group", "guard", "policy", "slots", "optimizer"}
@@ -30,28 +31,16 @@ class _Mistake(Exception):
         self.message, self.table, self.number, self.key, self.hint = message, table, number, key, hint
 
 
-def read_plan(path: str | Path) -> Plan:
-    """The plan in a file.
-
-    Raises:
-        PlanSyntaxError: The file cannot be read or is wrong.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanSyntaxError(f"{path}: the plan cannot be read: {getattr(error, 'strerror', error)}") from None
-    return parse_plan(text, name=str(path))
-
-
-def parse_plan(text: str, *, name: str = "plan") -> Plan:
-    """The plan a text spells.
+def parsed(text: str, name: str, folder: Path) -> dict[str, Any]:
+    """What a text says, as the fields of a `Plan`.
 
     Args:
         text: TOML.
         name: What messages call it.
+        folder: Where the files are that it names.
 
     Raises:
-        PlanSyntaxError: It is wrong.
+        PlanSyntaxError: It is wrong; the message has the line and the key.
     """
     import tomllib  # writing plans, which every remap does, needs none of it
 
@@ -60,7 +49,7 @@ def parse_plan(text: str, *, name: str = "plan") -> Plan:
     except tomllib.TOMLDecodeError as error:
         raise PlanSyntaxError(f"{name}: {error}") from None
     try:
-        return _plan(document)
+        return _fields(document, folder)
     except _Mistake as mistake:
         line = _line_of(text, mistake.table, mistake.number, mistake.key)
         place = f" {mistake.number}" if mistake.number else ""
@@ -96,7 +85,9 @@ def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], where: str, 
     known = sorted(known)
     for key in table:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+            from difflib import get_close_matches
+
+            close = get_close_matches(key, known, n=1)
             hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
             raise _Mistake(f"unknown key {key!r}", where, number, key, hint)
 
@@ -108,30 +99,32 @@ def _tables(document: Mapping[str, Any], key: str, where: str) -> list[dict[str,
     return tables
 
 
-def _plan(document: Mapping[str, Any]) -> Plan:
+def _fields(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     _refuse_unknown(document, _PLAN_KEYS, "")
-    rules = tuple(_rule(table, "rule", number) for number, table in enumerate(_tables(document, "rule", "rule"), 1))
+    rules = tuple(
+        _rule(table, "rule", number, folder) for number, table in enumerate(_tables(document, "rule", "rule"), 1)
+    )
     stages, number = [], 0
     for place, stage in enumerate(_tables(document, "stage", "stage"), 1):
         _refuse_unknown(stage, {"rule"}, "stage", place)
         made = []
         for table in _tables(stage, "rule", "stage.rule"):
             number += 1
-            made.append(_rule(table, "stage.rule", number))
+            made.append(_rule(table, "stage.rule", number, folder))
         stages.append(tuple(made))
     groups = tuple(_group(table, number) for number, table in enumerate(_tables(document, "group", "group"), 1))
     optimizer = document.get("optimizer", "")
     if not isinstance(optimizer, str):
         raise _Mistake('`optimizer` is the name of an algorithm, as "AdamW"', "", 0, "optimizer")
-    return Plan(
-        rules,
-        tuple(stages),
-        groups,
-        _guard(_table_of(document, "guard")),
-        _policy(_table_of(document, "policy")),
-        _slots(_table_of(document, "slots")),
-        optimizer,
-    )
+    return {
+        "rules": rules,
+        "stages": tuple(stages),
+        "groups": groups,
+        "guard": _guard(_table_of(document, "guard")),
+        "policy": _policy(_table_of(document, "policy")),
+        "slots": _slots(_table_of(document, "slots")),
+        "optimizer": optimizer,
+    }
 
 
 def _table_of(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -149,7 +142,7 @@ def _texts(value: Any, where: str, number: int, key: str) -> tuple[str, ...]:
     raise _Mistake(f"`{key}` must be a template or a list of templates", where, number, key)
 
 
-def _rule(table: Mapping[str, Any], where: str, number: int) -> Rule:
+def _rule(table: Mapping[str, Any], where: str, number: int, folder: Path) -> Rule:
     _refuse_unknown(table, _RULE_KEYS, where, number)
     source, taken = _texts(table["from"], where, number, "from") if "from" in table else (), "from"
     target = _texts(table["to"], where, number, "to") if "to" in table else ()
@@ -167,7 +160,7 @@ def _rule(table: Mapping[str, Any], where: str, number: int) -> Rule:
         raise _Mistake("needs `from`", where, number, "to", 'For example: from = "fc.{p}"')
     if group is not None and (not isinstance(group, int) or isinstance(group, bool) or not fresh):
         raise _Mistake("`group` is the number of a param group, for fresh parameters", where, number, "group")
-    operations = _operations(table, where, number)
+    operations = _operations(table, where, number, folder)
     left, right = _checked_templates(source, where, number, taken), _checked_templates(target, where, number, "to")
     try:
         return Rule(left, right, operations, bool(fresh), group)
@@ -175,7 +168,7 @@ def _rule(table: Mapping[str, Any], where: str, number: int) -> Rule:
         raise _Mistake(error.message, where, number, taken, error.hint) from None
 
 
-def _operations(table: Mapping[str, Any], where: str, number: int) -> tuple[Operation, ...]:
+def _operations(table: Mapping[str, Any], where: str, number: int, folder: Path) -> tuple[Operation, ...]:
     inline = [key for key in table if key in OPERATIONS]
     if len(inline) > 1 or (inline and "ops" in table):
         raise _Mistake(
@@ -186,7 +179,7 @@ def _operations(table: Mapping[str, Any], where: str, number: int) -> tuple[Oper
             "Write them in order: ops = [{ ... }, { ... }]",
         )
     if inline:
-        return tuple(_operation(inline[0], table[inline[0]], where, number, inline[0]))
+        return tuple(_operation(inline[0], table[inline[0]], where, number, inline[0], folder))
     steps = table.get("ops", [])
     if not isinstance(steps, list) or not all(isinstance(step, dict) and len(step) == 1 for step in steps):
         raise _Mistake("`ops` is a list of tables of one operation each", where, number, "ops")
@@ -194,16 +187,18 @@ def _operations(table: Mapping[str, Any], where: str, number: int) -> tuple[Oper
     for step in steps:
         ((key, value),) = step.items()
         if key not in OPERATIONS:
-            close = difflib.get_close_matches(key, OPERATIONS, n=1)
+            from difflib import get_close_matches
+
+            close = get_close_matches(key, OPERATIONS, n=1)
             hint = f"Did you mean `{close[0]}`?" if close else f"Operations: {', '.join(sorted(OPERATIONS))}."
             raise _Mistake(f"unknown operation {key!r}", where, number, "ops", hint)
-        made.extend(_operation(key, value, where, number, "ops"))
+        made.extend(_operation(key, value, where, number, "ops", folder))
     return tuple(made)
 
 
-def _operation(key: str, value: Any, where: str, number: int, place: str) -> list[Operation]:
+def _operation(key: str, value: Any, where: str, number: int, place: str, folder: Path) -> list[Operation]:
     try:
-        return parse_operation(key, value)
+        return parse_operation(key, value, folder)
     except PlanSyntaxError as error:
         raise _Mistake(error.message, where, number, place, error.hint) from None
 
@@ -264,8 +259,8 @@ def _slots(table: Mapping[str, Any]) -> dict[str, Slot]:
     return made
 
 
-def written_plan(plan: Plan) -> str:
-    """The plan as the text of a file; `parse_plan` of it is the same plan."""
+def written(plan: Plan) -> str:
+    """The plan as the text of a file; `parsed`, it is the same plan."""
     blocks = [f"optimizer = {toml_value(plan.optimizer)}\n"] if plan.optimizer else []
     guard = {
         "has": [template.text for template in plan.guard.has],
@@ -320,8 +315,4 @@ def _written_rule(header: str, rule: Rule) -> str:
 def _block(header: str, table: Mapping[str, Any]) -> list[str]:
     if not table:
         return []
-    return [header + "\n" + "".join(f"{_key(key)} = {toml_value(value)}\n" for key, value in table.items())]
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
+    return [header + "\n" + "".join(f"{toml_key(key)} = {toml_value(value)}\n" for key, value in table.items())]

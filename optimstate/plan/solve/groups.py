@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from optimstate.plan.expressions.evaluate import number_of, shape_of
-from optimstate.plan.language.rules import GroupRule, Plan
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import GroupRule
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.optimizer import Group

@@ -9,7 +9,8 @@ from optimstate.errors import PlanError, PlanSyntaxError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Shape
 from optimstate.plan.language.operation import Irreversible, Misfit, Operation, toml_value
-from optimstate.plan.language.rules import GroupRule, Guard, Plan, Rule, fan_out
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import GroupRule, Guard, Rule, fan_out
 from optimstate.plan.language.template import Template, constrained
 from optimstate.plan.solve.groups import Candidate, GroupPlan, plan_groups, same_value
 from optimstate.plan.solve.resolve import Application, Made, Resolver

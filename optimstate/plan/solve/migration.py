@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Shape
-from optimstate.plan.language.rules import Plan, Rule
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import Rule
 from optimstate.plan.slots.outcomes import Fate, Parameter, SlotPath
 from optimstate.plan.solve.groups import GroupPlan
 from optimstate.plan.solve.resolve import Application

@@ -13,7 +13,8 @@ from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import dtype_of, identity
 from optimstate.plan.expressions.tree import Leaf, Shape
-from optimstate.plan.language.rules import Plan, Rule
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
 from optimstate.plan.slots.elementwise import translated
 from optimstate.plan.slots.outcomes import Fate, Parameter, Refusal, SlotPath

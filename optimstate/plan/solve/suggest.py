@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.expressions.tree import Shape
+from optimstate.plan.language.dimensions import Resize, Transpose
+from optimstate.plan.language.joining import Concat, Split
 from optimstate.plan.language.operation import Operation
-from optimstate.plan.language.operations import Concat, Resize, Split, Transpose
-from optimstate.plan.language.rules import Plan, Rule
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
 from optimstate.plan.solve.resolve import Resolver
 from optimstate.problems import Problem

@@ -1,0 +1,290 @@
+"""Operations on the dimensions of each tensor."""
+
+# ruff: noqa: ARG002, ARG003, D102 - all operations are called alike, and `Operation` says how
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from optimstate.plan.expressions import tree as ex
+from optimstate.plan.expressions.tree import Expr, Node, Shape
+from optimstate.plan.language.operation import (
+    Irreversible,
+    Misfit,
+    Operation,
+    are_integers,
+    counted,
+    is_integer,
+    is_number,
+    is_table,
+    known_shape,
+    unsized,
+)
+from optimstate.record import field
+
+__all__ = ["PermuteDims", "Transpose", "ReshapeDims", "Slice", "Resize", "Repeat"]
+
+
+def fill_of(value: Any) -> ex.Fill | None:
+    policies = list(value.values()) if isinstance(value, dict) else [value]
+    if not policies or not all(is_number(policy) or policy in ("zeros", "mean", "wrap") for policy in policies):
+        return None
+    if isinstance(value, dict):
+        return ex.Fill(value.get("default"), {key: item for key, item in value.items() if key != "default"})
+    return ex.Fill(value)
+
+
+class PermuteDims(Operation):
+    """Dimensions in another order; those beyond the ones listed stay where they are."""
+
+    KEY = "permute"
+    EXAMPLE = "permute = [1, 0, 2]"
+    dims: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        return cls(tuple(value)) if are_integers(value) and sorted(value) == list(range(len(value))) else None
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = known_shape(tensor)
+        if shape is None:
+            return unsized(self.KEY, tensor)
+        if len(self.dims) > len(shape):
+            raise Misfit(f"permute: {list(self.dims)} has more dimensions than shape {list(shape)}")
+        dims = (*self.dims, *range(len(self.dims), len(shape)))
+        return Node(ex.Permute(dims), (tensor,), tuple(shape[dim] for dim in dims))
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        return [PermuteDims(tuple(self.dims.index(place) for place in range(len(self.dims))))]
+
+    def value(self) -> Any:
+        return list(self.dims)
+
+
+class Transpose(Operation):
+    """Two dimensions exchanged: the last two unless others are named."""
+
+    KEY = "transpose"
+    EXAMPLE = "transpose = true, or transpose = [0, 2]"
+    dims: tuple[int, int] = (-2, -1)
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        if value is True:
+            return cls()
+        return cls((value[0], value[1])) if are_integers(value) and len(value) == 2 else None
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = known_shape(tensor)
+        if shape is None:
+            return unsized(self.KEY, tensor)
+        one, other = (counted(self.KEY, dim, shape) for dim in self.dims)
+        dims = list(range(len(shape)))
+        dims[one], dims[other] = other, one
+        return Node(ex.Permute(tuple(dims)), (tensor,), tuple(shape[dim] for dim in dims))
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        return [self]
+
+    def value(self) -> Any:
+        return True if self.dims == (-2, -1) else list(self.dims)
+
+
+class ReshapeDims(Operation):
+    """Neighbouring dimensions exchanged for others of as many elements; the whole shape without `dim`.
+
+    Attributes:
+        to: The new sizes; one may be -1.
+        dim: The first of the dimensions that are exchanged; None for all.
+        old: Their sizes; empty for the one at `dim`, whatever its size.
+    """
+
+    KEY = "reshape"
+    EXAMPLE = "reshape = { dim = 0, to = [8, 3, 64] }, or reshape = [64, -1]"
+    to: Shape = ()
+    dim: int | None = None
+    old: Shape = ()
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        if isinstance(value, list) and all(map(is_integer, value)):
+            return cls(tuple(value)) if value.count(-1) < 2 and min(value, default=0) >= -1 else None
+        if not is_table(value, {"dim", "to"}, {"from"}) or not is_integer(value["dim"]):
+            return None
+        old, new = value.get("from", []), value["to"]
+        if not (
+            isinstance(old, list) and isinstance(new, list) and all(map(is_integer, old + new)) and new.count(-1) < 2
+        ):
+            return None
+        return cls(tuple(new), value["dim"], tuple(old)) if min(old + new, default=0) >= -1 else None
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = known_shape(tensor)
+        if shape is None:
+            return unsized(self.KEY, tensor)
+        first, old = self._exchanged(shape)
+        return ex.reshaped(tensor, (*shape[:first], *self._sizes(prod(old), shape), *shape[first + len(old) :]))
+
+    def _exchanged(self, shape: Shape) -> tuple[int, Shape]:
+        if self.dim is None:
+            return 0, shape
+        first = counted(self.KEY, self.dim, shape)
+        old = self.old or (shape[first],)
+        if shape[first : first + len(old)] != old:
+            raise Misfit(f"reshape: shape {list(shape)} has not {list(old)} at dimension {self.dim}")
+        return first, old
+
+    def _sizes(self, count: int, shape: Shape) -> Shape:
+        known = prod(size for size in self.to if size != -1)
+        sizes = tuple(size if size != -1 else count // max(known, 1) for size in self.to)
+        if prod(sizes) != count:
+            raise Misfit(f"reshape: {list(self.to)} does not have the {count} places of shape {list(shape)}")
+        return sizes
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        shapes = set(before)
+        if self.dim is not None and self.old and -1 not in self.to:
+            return [ReshapeDims(self.old, self.dim, self.to)]
+        if self.dim is not None and -1 not in self.to:
+            return [ReshapeDims((prod(self.to),), self.dim, self.to)]
+        if len(shapes) == 1 and None not in shapes:
+            (shape,) = shapes
+            assert shape is not None
+            first, old = self._exchanged(shape)
+            new = self._sizes(prod(old), shape)
+            return [ReshapeDims(old, first, new) if self.dim is not None else ReshapeDims(shape)]
+        raise Irreversible("reshape does not say what the shape was; give names with shapes", needs_names=True)
+
+    def value(self) -> Any:
+        if self.dim is None:
+            return list(self.to)
+        table: dict[str, Any] = {"dim": self.dim, "to": list(self.to)}
+        return {"dim": self.dim, "from": list(self.old), "to": list(self.to)} if self.old else table
+
+
+class Slice(Operation):
+    """The places [start, stop) of a dimension, `step` apart; the others are lost."""
+
+    KEY = "slice"
+    EXAMPLE = "slice = { dim = 0, start = 0, stop = 1000 }"
+    dim: int = 0
+    start: int = 0
+    stop: int | None = None
+    step: int = 1
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        if not is_table(value, {"dim"}, {"start", "stop", "step"}) or not all(map(is_integer, value.values())):
+            return None
+        start, stop, step = value.get("start", 0), value.get("stop"), value.get("step", 1)
+        return (
+            cls(value["dim"], start, stop, step) if start >= 0 and step >= 1 and (stop is None or stop >= 0) else None
+        )
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = known_shape(tensor)
+        if shape is None:
+            return unsized(self.KEY, tensor)
+        dim = counted(self.KEY, self.dim, shape)
+        places = range(shape[dim])[self.start : self.stop : self.step]
+        if not places or (self.stop is not None and self.stop > shape[dim]):
+            raise Misfit(f"slice: [{self.start}, {self.stop}) is not inside dimension {dim} of shape {list(shape)}")
+        step = ex.Narrow(dim, places.start, len(places), self.step)
+        return Node(step, (tensor,), (*shape[:dim], len(places), *shape[dim + 1 :]))
+
+    def value(self) -> Any:
+        table = {"dim": self.dim, "start": self.start, "stop": self.stop, "step": self.step}
+        defaults = {"start": 0, "stop": None, "step": 1}
+        return {key: value for key, value in table.items() if key == "dim" or value != defaults[key]}
+
+
+class Resize(Operation):
+    """A dimension cut, or grown at its end by places that `fill` describes."""
+
+    KEY = "resize"
+    EXAMPLE = 'resize = { dim = 0, size = 50304, fill = "mean" }, or resize = [50304, 768]'
+    dim: int = 0
+    size: int = 0
+    fill: ex.Fill = field(default_factory=ex.Fill)
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        if are_integers(value) and min(value) >= 0:
+            return [cls(dim, size) for dim, size in enumerate(value)]
+        if (
+            not is_table(value, {"dim", "size"}, {"fill"})
+            or not is_integer(value["dim"])
+            or not is_integer(value["size"])
+        ):
+            return None
+        fill = fill_of(value["fill"]) if "fill" in value else ex.Fill()
+        return [cls(value["dim"], value["size"], fill)] if fill is not None and value["size"] >= 0 else None
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = known_shape(tensor)
+        if shape is None:
+            return unsized(self.KEY, tensor)
+        dim = counted(self.KEY, self.dim, shape)
+        new = (*shape[:dim], self.size, *shape[dim + 1 :])
+        if self.size == shape[dim]:
+            return tensor
+        if self.size < shape[dim]:
+            return Node(ex.Narrow(dim, 0, self.size), (tensor,), new)
+        return Node(ex.Pad(dim, self.size - shape[dim], self.fill), (tensor,), new)
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        sizes = {None if shape is None else shape[self.dim] for shape in before}
+        size = sizes.pop() if len(sizes) == 1 else None
+        if size is None:
+            raise Irreversible("resize does not say what the size was; give names with shapes", needs_names=True)
+        if size > self.size:
+            raise Irreversible(f"resize cuts {size - self.size} rows off")
+        return [Resize(self.dim, size)]
+
+    def value(self) -> Any:
+        table: dict[str, Any] = {"dim": self.dim, "size": self.size}
+        if self.fill.by_name:
+            default = {} if self.fill.default is None else {"default": self.fill.default}
+            table["fill"] = {**default, **self.fill.by_name}
+        elif self.fill.default is not None:
+            table["fill"] = self.fill.default
+        return table
+
+
+class Repeat(Operation):
+    """A dimension repeated as a whole, or every place of it."""
+
+    KEY = "repeat"
+    EXAMPLE = "repeat = { dim = 0, times = 2, each = true }"
+    dim: int = 0
+    times: int = 1
+    each: bool = False
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        if (
+            not is_table(value, {"dim", "times"}, {"each"})
+            or not is_integer(value["dim"])
+            or not is_integer(value["times"])
+        ):
+            return None
+        each = value.get("each", False)
+        return cls(value["dim"], value["times"], each) if value["times"] >= 1 and isinstance(each, bool) else None
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = known_shape(tensor)
+        if shape is None:
+            return unsized(self.KEY, tensor)
+        dim = counted(self.KEY, self.dim, shape)
+        new = (*shape[:dim], shape[dim] * self.times, *shape[dim + 1 :])
+        return Node(ex.Tile(dim, self.times, self.each), (tensor,), new)
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        raise Irreversible("repeat cannot be inverted: its copies would have to become one again")
+
+    def value(self) -> Any:
+        table: dict[str, Any] = {"dim": self.dim, "times": self.times}
+        return {**table, "each": True} if self.each else table

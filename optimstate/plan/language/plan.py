@@ -1,0 +1,158 @@
+"""Plans: what the planner follows, as objects, files and text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import PlanSyntaxError
+from optimstate.plan.language import toml
+from optimstate.plan.language.rules import GroupRule, Guard, Policy, Rule, fan_out
+from optimstate.plan.language.template import Template
+from optimstate.record import Record, field
+from optimstate.state.algorithms.registry import Slot
+
+__all__ = ["Plan"]
+
+
+class Plan(Record):
+    """Rules in order; for each name the first that matches decides, and a result is not matched again.
+
+    Attributes:
+        rules: The first pass.
+        stages: Further passes, each over the names that the one before produced.
+        groups: The param groups of the result; empty to keep those of the checkpoint.
+        guard: What the checkpoint must look like.
+        policy: What is done about mismatches.
+        slots: Meanings of slots that are not known, by name.
+        optimizer: The algorithm whose state the result has; empty for the one it has.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    stages: tuple[tuple[Rule, ...], ...] = ()
+    groups: tuple[GroupRule, ...] = ()
+    guard: Guard = Guard()
+    policy: Policy = Policy()
+    slots: Mapping[str, Slot] = field(default_factory=dict)
+    optimizer: str = ""
+
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        rename: Iterable[str] = (),
+        duplicate: Iterable[str] = (),
+        drop: Iterable[str] = (),
+        fresh: Iterable[str] = (),
+    ) -> Plan:
+        """From one-liners: `OLD=NEW`, `OLD=NEW1,NEW2`, `OLD`, `NAME`.
+
+        Raises:
+            PlanSyntaxError: One of them is not of this form.
+        """
+        rules = []
+        for option, texts in (("rename", rename), ("duplicate", duplicate)):
+            for text in texts:
+                sides = split_outside(text, "=")
+                if len(sides) != 2 or not all(sides):
+                    raise PlanSyntaxError(f"--{option} {text!r}: expected OLD=NEW", hint="For example: fc.{p}=head.{p}")
+                rule = Rule((Template(sides[0]),), tuple(Template(target) for target in split_outside(sides[1], ",")))
+                if option == "rename" and fan_out(rule) != 1:
+                    raise PlanSyntaxError(f"--rename {text!r}: names several targets", hint="Use --duplicate.")
+                rules.append(rule)
+        rules.extend(Rule((Template(text),)) for text in drop)
+        rules.extend(Rule((Template(text),), fresh=True) for text in fresh)
+        return cls(tuple(rules))
+
+    @classmethod
+    def of(cls, plan: Plan | str | PathLike[str] | None) -> Plan:
+        """What every function with a plan takes: a plan, the path of a plan file, or None for one that says nothing.
+
+        Raises:
+            PlanSyntaxError: The file cannot be read or is wrong; the message has the line and the key.
+        """
+        return cls() if plan is None else plan if isinstance(plan, Plan) else cls.from_file(Path(plan))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Plan:
+        """From a plan file (TOML).
+
+        Raises:
+            PlanSyntaxError: The file cannot be read or is wrong; the message has the line and the key.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanSyntaxError(f"{path}: the plan cannot be read: {getattr(error, 'strerror', error)}") from None
+        return cls(**toml.parsed(text, str(path), Path(path).parent))
+
+    @classmethod
+    def from_toml(cls, text: str, *, name: str = "plan") -> Plan:
+        """From the text of a plan file.
+
+        Args:
+            text: TOML.
+            name: What messages call it.
+
+        Raises:
+            PlanSyntaxError: It is wrong; the message has the line and the key.
+        """
+        return cls(**toml.parsed(text, name, Path()))
+
+    def to_toml(self) -> str:
+        """The plan as a file."""
+        return toml.written(self)
+
+    @property
+    def passes(self) -> tuple[tuple[Rule, ...], ...]:
+        """The rules of every pass."""
+        return (self.rules, *self.stages)
+
+    def all_rules(self) -> Iterator[Rule]:
+        """The rules of every pass, in order."""
+        for rules in self.passes:
+            yield from rules
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of what the plan says, in hexadecimal."""
+        from hashlib import sha256
+
+        return sha256(self.to_toml().encode()).hexdigest()
+
+    def with_policy(self, **policies: Any) -> Plan:
+        """The same plan with other policies."""
+        return self._replace(policy=self.policy._replace(**policies))
+
+    def __add__(self, other: Plan) -> Plan:
+        """Both plans in one pass where neither has stages, otherwise one after the other."""
+        if self.stages:
+            later = (*self.stages, *(rules for rules in other.passes if rules))
+            joined = self._replace(stages=later)
+        else:
+            joined = self._replace(rules=self.rules + other.rules, stages=other.stages)
+        guard = Guard(
+            self.guard.has + other.guard.has, self.guard.lacks + other.guard.lacks, self.guard.once or other.guard.once
+        )
+        default = Policy()._asdict()
+        changed = {key: value for key, value in other.policy._asdict().items() if value != default[key]}
+        return joined._replace(
+            groups=self.groups + other.groups,
+            guard=guard,
+            policy=self.policy._replace(**changed),
+            slots={**self.slots, **other.slots},
+            optimizer=other.optimizer or self.optimizer,
+        )
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """Split at separators outside of braces."""
+    parts, depth, start = [], 0, 0
+    for index, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if character == separator and depth == 0:
+            parts.append(text[start:index].strip())
+            start = index + 1
+    return [*parts, text[start:].strip()]
