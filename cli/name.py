@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,22 @@ import typer
 from optimstate.cli.app import Force, Json, Quiet, app, epilog
 
 
+class Order(StrEnum):
+    """Of which list the names have the order."""
+
+    model = "model"
+    optimizer = "optimizer"
+
+
 @app.command(
     short_help="Give an anonymous optimizer its parameter names.",
     epilog=epilog(
         "optimstate name checkpoint-1000/ --dry-run --model mypackage.models:build",
         "optimstate name checkpoint-1000/ named/ --model mypackage.models:build",
+        "optimstate name checkpoint-1000/ named/ --hf checkpoint-1000/",
         "optimstate name checkpoint.pt named.pt --names names.txt",
+        "optimstate name optimizer.pt named.pt --names names.txt --order optimizer",
+        "optimstate name gan.pt named.pt --names 'optimizers[0]=g.txt' --names 'optimizers[1]=d.txt'",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 the names are not determined, 5 the destination, "
         "6 the container cannot hold it.",
     ),
@@ -27,12 +38,25 @@ def name(
         Path | None, typer.Argument(help="Where to write; left out with --dry-run.", show_default=False)
     ] = None,
     names: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Names in the order of named_parameters().", show_default=False),
+        list[str] | None,
+        typer.Option(
+            metavar="[PATH=]FILE",
+            help="The parameters' names; PATH says of which optimizer, as `inspect` prints it. Repeatable.",
+            show_default=False,
+        ),
     ] = None,
+    order: Annotated[
+        Order, typer.Option(help="The order of the names: named_parameters(), or the optimizer's, group by group.")
+    ] = Order.model,
     model: Annotated[
         str | None,
         typer.Option(metavar="MODULE:FACTORY", help="Builds the model; runs that module's code.", show_default=False),
+    ] = None,
+    hf: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG|FOLDER", help="Builds the model of transformers that a config names.", show_default=False
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report and write nothing.")] = False,
     force: Force = False,
@@ -48,9 +72,21 @@ def name(
         raise typer.BadParameter("give a destination or --dry-run")
     if model is not None and "" not in sys.path:
         sys.path.insert(0, "")  # a module in the current folder is found, as by `python -m`
-    given = read_names(names) if names is not None else None
+    if order is Order.optimizer and not names:
+        raise typer.BadParameter("--order says how the names of --names are ordered, and there are none")
+    if names and (model is not None or hf is not None):
+        raise typer.BadParameter("--names beside a model: give one of them")
+    given = read_names(source, names) if names else None
     with terminal.progress("naming", source, quiet=quiet) as advance:
         report = optimstate.name(
-            source, destination, names=given, model=model, dry_run=dry_run, force=force, progress=advance
+            source,
+            destination,
+            names=given,
+            order=order.value,
+            model=model,
+            hf=hf,
+            dry_run=dry_run,
+            force=force,
+            progress=advance,
         )
     terminal.show(report, as_json=as_json, quiet=quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ def unwrapped(names: Iterable[str]) -> Callable[[str], str]:
     """How the parameters of a model lose what wrappers put into their names, in any nesting and at any depth.
 
     `layers.0._checkpoint_wrapped_module.weight` becomes `layers.0.weight`. `module.` is also an honest name of a
-    submodule: it is a wrapper's only in front, and only where all names begin with it.
+    submodule: it is a wrapper's only in front, and only where all names begin with it. The name of PEFT's adapter goes
+    too, where there is one: `q.lora_A.default.weight` becomes `q.lora_A.weight`, as in PEFT's own files.
 
     Args:
         names: All of the model's, or of the optimizer's.
@@ -44,7 +46,34 @@ def unwrapped(names: Iterable[str]) -> Callable[[str], str]:
     prefix = ""
     while plain and all(name.startswith(_PARALLEL, len(prefix)) for name in plain):
         prefix += _PARALLEL
+    adapter = _adapter(plain)
+    if adapter:
+        return lambda name: _without_adapter(_without_markers(name), adapter).removeprefix(prefix)
     return lambda name: _without_markers(name).removeprefix(prefix)
+
+
+# PEFT keeps each tensor of an adapter in a dict by the adapter's name, which it leaves out of what it saves.
+_ADAPTED = re.compile(
+    r"(?:^|\.)(?:(modules_to_save)|((?:lora|vera|dora|hada|lokr|oft|boft|ia3|fourier|vblora|trainable_tokens)_\w+))"
+    r"\.([^.]+)(?=\.|$)"
+)
+
+
+def _adapter(names: Iterable[str]) -> str:
+    """The name of the one adapter whose tensors these are; empty where there is none, or several."""
+    found = {match[3] for name in names if (match := _ADAPTED.search(name)) is not None}
+    return next(iter(found)) if len(found) == 1 and not found & {"weight", "bias"} else ""
+
+
+def _without_adapter(name: str, adapter: str) -> str:
+    """A parameter's name as PEFT saves it."""
+
+    def saved(match: re.Match[str]) -> str:
+        if match[3] != adapter:
+            return match[0]
+        return "" if match[1] else match[0].removesuffix(f".{adapter}")
+
+    return _ADAPTED.sub(saved, name, count=1).removeprefix(".")
 
 
 def _without_markers(name: str) -> str:

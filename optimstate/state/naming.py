@@ -1,23 +1,35 @@
-"""Names for an optimizer that has none: concluded from a model's names, order and shapes, never guessed.
+"""Names for an optimizer that has none: concluded from what is known, with the evidence, never guessed.
 
-A parameter's slots have its shape. Parameters of one shape that stand in one group can be told apart only by their
-order, and only when the names come in the order of `named_parameters()` and are as many. Whatever is left open is
-reported with what would settle it.
+A parameter's state shows its shape: slots of its own shape, means over rows and columns, the sides of preconditioners.
+Its group and its place there say more, if every group lists its parameters in the model's order, as groups made from
+`named_parameters()` do; where one shows that it does not, none is taken to. `matching` proves that only one assignment
+of names fits; whatever is left open is reported with the alternatives and with what would settle it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from optimstate.record import Record
-from optimstate.state.algorithms.registry import recognise
+from optimstate.state.algorithms.registry import Algorithm, parameter_shape, recognise
+from optimstate.state.matching import Matching, match
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tensors.lazy import LazyTensor
 
-__all__ = ["Candidate", "Evidence", "Naming", "name_parameters"]
+__all__ = [
+    "Candidate",
+    "Evidence",
+    "Naming",
+    "model_candidates",
+    "name_in_order",
+    "name_parameters",
+    "observed_shapes",
+    "trainer_excludes",
+]
 
-Evidence = Literal["confirmed", "inferred", "unknown"]
+Evidence = Literal["confirmed", "given", "group", "inferred", "unknown"]
 Shape = tuple[int, ...]
 
 # Buffers that batch normalisation keeps beside its weight and bias, in every state dict.
@@ -41,13 +53,16 @@ class Naming(Record):
 
     Attributes:
         names: For each parameter in group order its name, or None.
-        evidence: How each name is known: `confirmed` was in the file, `inferred` is the only possibility.
+        evidence: How each name is known: `confirmed` was in the file, `given` was said, `group` is the name of the
+            group, `inferred` is the only possibility.
         problems: Why names are missing, each with the parameters concerned; empty when all are named.
+        unused: How many parameters of the model the optimizer does not have.
     """
 
     names: tuple[str | None, ...]
     evidence: tuple[Evidence, ...]
     problems: tuple[str, ...]
+    unused: int = 0
 
     @property
     def complete(self) -> bool:
@@ -74,103 +89,212 @@ def model_candidates(tensors: Mapping[str, Any]) -> list[Candidate]:
     return found
 
 
-def parameter_shapes(state: OptimizerState) -> list[Shape | None]:
-    """For each parameter in group order the shape its slots show, or None where they show none."""
-    slots = {slot for found in state.state.values() for slot in found}
+# --- what the optimizer's state shows ---------------------------------------------------------------------------------
+
+
+def observed_shapes(state: OptimizerState) -> list[list[Shape | None]]:
+    """The shapes of an optimizer's parameters as far as their slots show them, group by group."""
+    slots = dict.fromkeys(str(slot) for found in state.state.values() for slot in found)
     algorithm = recognise(slots, state.groups[0].options) if state.groups else None
-    like = {slot for slot, kind in algorithm.slots.items() if kind.kind == "like_param"} if algorithm else None
-    return [_shape(found or {}, like) for _, _, found in state.parameters()]
+    return [[_shape(state.state.get(key) or {}, algorithm) for key in group.params] for group in state.groups]
 
 
-def _shape(slots: Mapping[str, Any], like: set[str] | None) -> Shape | None:
-    tensors = {slot: value for slot, value in slots.items() if isinstance(value, LazyTensor)}
-    if like is not None:
-        shapes = {value.shape for slot, value in tensors.items() if slot in like}
-    else:  # an unknown algorithm: only what several slots agree on
-        counted: dict[Shape, int] = {}
-        for slot, value in tensors.items():
-            if slot != "step":
-                counted[value.shape] = counted.get(value.shape, 0) + 1
-        shapes = set(counted) if len(counted) == 1 else set()
-    return shapes.pop() if len(shapes) == 1 else None
+def _shape(slots: Mapping[Any, Any], algorithm: Algorithm | None) -> Shape | None:
+    flat = _flat(slots)
+    shapes = {name: value.shape for name, value in flat.items() if isinstance(value, LazyTensor)}
+    found = parameter_shape(shapes, algorithm)
+    return found if found is not None else _of_preconditioners(slots)
 
 
-def name_parameters(state: OptimizerState, candidates: Sequence[Candidate], *, ordered: bool) -> Naming:
-    """Name the parameters of an optimizer.
+def _flat(slots: Mapping[Any, Any]) -> dict[str, Any]:
+    """Slots by name, those that a library keeps one level down (bitsandbytes) among the others."""
+    made: dict[str, Any] = {}
+    for name, value in slots.items():
+        if isinstance(value, Mapping):
+            made.update((str(inner), found) for inner, found in value.items())
+        else:
+            made[str(name)] = value
+    return made
+
+
+_PRECONDITIONER = re.compile(r"^(?:precond_(\d+)|pre_conds|GG)$")
+
+
+def _of_preconditioners(slots: Mapping[Any, Any]) -> Shape | None:
+    """One square matrix for each dimension of the parameter, as Shampoo and its kin keep them."""
+    sides: dict[int, int] = {}
+    for name, value in slots.items():
+        found = _PRECONDITIONER.match(str(name))
+        if found is None:
+            continue
+        matrices = [value] if found[1] is not None else value if isinstance(value, list | tuple) else []
+        for number, matrix in enumerate(matrices, int(found[1] or 0)):
+            if not isinstance(matrix, LazyTensor) or len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
+                return None
+            sides[number] = matrix.shape[0]
+    complete = bool(sides) and sides.keys() == set(range(len(sides)))
+    return tuple(sides[number] for number in range(len(sides))) if complete else None
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def name_in_order(state: OptimizerState, names: Sequence[str], shapes: Mapping[str, Shape | None]) -> Naming:
+    """Take names that are given in the optimizer's own order, group by group, after checking them.
+
+    Args:
+        state: The optimizer.
+        names: One for each parameter.
+        shapes: Of the model's parameters, as far as they are known.
+    """
+    observed = [shape for group in observed_shapes(state) for shape in group]
+    if len(names) != len(observed):
+        problem = f"{len(names)} names are given for {len(observed)} parameters"
+        return _nothing(observed, problem)
+    problems = [
+        f"parameter {index} has shape {list(shape)}, but {name!r} has {list(known)}"
+        for index, (shape, name) in enumerate(zip(observed, names, strict=True))
+        if shape is not None and (known := shapes.get(name)) is not None and known != shape
+    ]
+    return (
+        Naming(tuple(names), tuple("given" for _ in names), tuple(problems))
+        if not problems
+        else _nothing(observed, *problems)
+    )
+
+
+def name_parameters(
+    state: OptimizerState,
+    candidates: Sequence[Candidate],
+    *,
+    ordered: bool,
+    given: bool = False,
+    excluded: Mapping[int, frozenset[int]] | None = None,
+) -> Naming:
+    """Name the parameters of an optimizer from a model's.
 
     Args:
         state: The optimizer; names it has already are kept.
-        candidates: What the model has.
+        candidates: What the model has; empty where there is no model.
         ordered: Whether the candidates are in the order of `named_parameters()`. Safetensors files are not: they are
             sorted by name.
+        given: Whether the names were given for this optimizer, rather than read from a model.
+        excluded: For param groups made by a known rule, the candidates that it keeps out of them (`trainer_excludes`).
     """
     if state.is_named:
         names = tuple(name for _, name, _ in state.parameters())
-        return Naming(names, _all("confirmed", names), ())
-    shapes = parameter_shapes(state)
-    if ordered and len(state.groups) == 1 and len(shapes) == len(candidates):
-        return _by_position(shapes, candidates)
-    group_of = [index for index, group in enumerate(state.groups) for _ in group.params]
-    return _by_shape(shapes, group_of, candidates, ordered=ordered)
+        return Naming(names, tuple("confirmed" for _ in names), ())
+    groups = observed_shapes(state)
+    observed = [shape for group in groups for shape in group]
+    known = {candidate.name: candidate.shape for candidate in candidates}
+    own = _group_names(state)
+    if own is not None and (not candidates or _are_the_models(own, observed, known)):
+        return Naming(tuple(own), tuple("group" for _ in own), (), max(0, len(candidates) - len(own)))
+    if not candidates:
+        return _nothing(observed, "there is no model beside it, so nothing says what its parameters are called")
+    if len(observed) > len(candidates):
+        source = "given names" if given else "parameters of the model"
+        return _nothing(observed, f"it has {len(observed)} parameters, and there are only {len(candidates)} {source}")
+    model = [candidate.shape for candidate in candidates]
+    found = match(groups, model, in_order=ordered, excluded=excluded)
+    keeps_order = ordered and found.fits
+    if ordered and not found.fits:
+        found = match(groups, model, in_order=False, excluded=excluded)
+    if not found.unique:
+        return _nothing(observed, *_obstacles(groups, candidates, found, ordered=ordered, keeps_order=keeps_order))
+    evidence: Evidence = "given" if given else "inferred"
+    named = tuple(candidates[places[0]].name for places in found.domains)
+    return Naming(named, tuple(evidence for _ in named), (), len(candidates) - len(named))
 
 
-def _all(evidence: Evidence, items: Sequence[Any]) -> tuple[Evidence, ...]:
-    return tuple(evidence for _ in items)
+def _are_the_models(names: Sequence[str], observed: Sequence[Shape | None], known: Mapping[str, Shape | None]) -> bool:
+    """Whether the model has parameters of these names, and of the shapes that are seen."""
+    pairs = [(known[name], shape) for name, shape in zip(names, observed, strict=True) if name in known]
+    return len(pairs) == len(names) and all(a is None or b is None or a == b for a, b in pairs)
 
 
-def _by_position(shapes: Sequence[Shape | None], candidates: Sequence[Candidate]) -> Naming:
-    """One group with as many parameters as the model has: they are in the model's order, or something is wrong."""
-    problems = [
-        f"parameter {index} has shape {list(shape)}, but {candidate.name!r} has {list(candidate.shape)}"
-        for index, (shape, candidate) in enumerate(zip(shapes, candidates, strict=True))
-        if shape is not None and candidate.shape is not None and shape != candidate.shape
-    ]
-    if problems:
-        return Naming((None,) * len(shapes), _all("unknown", shapes), tuple(problems))
-    return Naming(tuple(candidate.name for candidate in candidates), _all("inferred", shapes), ())
+def _nothing(observed: Sequence[Any], *problems: str) -> Naming:
+    return Naming((None,) * len(observed), tuple("unknown" for _ in observed), problems)
 
 
-def _by_shape(
-    shapes: Sequence[Shape | None], group_of: Sequence[int], candidates: Sequence[Candidate], *, ordered: bool
-) -> Naming:
-    by_shape: dict[Shape | None, list[str]] = {}
-    for candidate in candidates:
-        by_shape.setdefault(candidate.shape, []).append(candidate.name)
-    members: dict[Shape | None, list[int]] = {}
-    for index, shape in enumerate(shapes):
-        members.setdefault(shape, []).append(index)
-    names: list[str | None] = [None] * len(shapes)
-    problems: list[str] = []
-    for shape, indices in members.items():
-        possible = by_shape.get(shape, [])
-        problem = _obstacle(shape, indices, possible, {group_of[index] for index in indices}, ordered=ordered)
-        if problem:
-            problems.append(problem)
-            continue
-        for index, name in zip(indices, possible, strict=True):
-            names[index] = name
-    evidence: list[Evidence] = ["unknown" if name is None else "inferred" for name in names]
-    return Naming(tuple(names), tuple(evidence), tuple(problems))
+def _group_names(state: OptimizerState) -> list[str] | None:
+    """The groups' own names, where each has one parameter and a name of its own, as Gaussian splatting has them."""
+    groups = [group for group in state.groups if group.params]
+    names = [group.options.get("name") for group in groups]
+    if any(len(group.params) != 1 for group in groups):
+        return None
+    found = [name for name in names if isinstance(name, str) and name]
+    return found if found and len(set(found)) == len(groups) else None
 
 
-def _obstacle(
-    shape: Shape | None, indices: Sequence[int], possible: Sequence[str], groups: set[int], *, ordered: bool
-) -> str | None:
-    """Why the parameters of one shape cannot be named, or None."""
-    shown = f"{_listed(indices)} of shape {list(shape)}" if shape is not None else _listed(indices)
+# --- the rule of a known trainer --------------------------------------------------------------------------------------
+
+_TRAINERS_REST = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def trainer_excludes(state: OptimizerState, candidates: Sequence[Candidate]) -> dict[int, frozenset[int]]:
+    """Which candidates the Trainer of transformers keeps out of its two groups: those with and without weight decay.
+
+    Biases and norms do not decay. A module's class, which counts too, does not show in a name, so that of other vectors
+    nothing is said; matrices decay.
+    """
+    if len(state.groups) != 2 or state.groups[1].options.get("weight_decay") != 0.0:
+        return {}
+    rest = {i for i, candidate in enumerate(candidates) if _TRAINERS_REST.search(candidate.name.lower())}
+    decaying = {i for i, c in enumerate(candidates) if i not in rest and c.shape is not None and len(c.shape) > 1}
+    return {0: frozenset(rest), 1: frozenset(decaying)}
+
+
+# --- what is left open ------------------------------------------------------------------------------------------------
+
+
+def _obstacles(
+    groups: Sequence[Sequence[Shape | None]],
+    candidates: Sequence[Candidate],
+    found: Matching,
+    *,
+    ordered: bool,
+    keeps_order: bool,
+) -> list[str]:
+    """Why names are not determined: for parameters of one shape the alternatives, and the fact that would decide."""
+    observed = [shape for group in groups for shape in group]
+    group_of = [number for number, group in enumerate(groups) for _ in group]
+    by_shape: dict[Shape | None, list[int]] = {}
+    for index, shape in enumerate(observed):
+        by_shape.setdefault(shape, []).append(index)
+    problems = []
+    for shape, indices in by_shape.items():
+        possible = [c.name for c in candidates if shape is None or c.shape is None or c.shape == shape]
+        shown = f"{_listed(indices)} of shape {list(shape)}" if shape is not None else _listed(indices)
+        if not possible:
+            problems.append(f"{shown}: the model has no parameter of that shape")
+        elif len(possible) < len(indices):
+            problems.append(f"{shown}: the model has only {len(possible)} ({_some(possible)})")
+        elif any(len(found.domains[index]) != 1 for index in indices) or not found.fits:
+            if len(possible) == 1 == len(indices):
+                continue
+            numbers = sorted({group_of[index] for index in indices})
+            reason = _reason(shape, len(indices), len(possible), numbers, ordered=ordered, keeps_order=keeps_order)
+            problems.append(f"{shown} can be {_some(possible)}: {reason}")
+    return problems or ["no assignment of the model's parameters fits its param groups"]
+
+
+def _reason(
+    shape: Shape | None, count: int, possible: int, groups: Sequence[int], *, ordered: bool, keeps_order: bool
+) -> str:
+    if shape is None and count == possible == 1:
+        return "no state shows its shape"
     if shape is None:
-        return f"{shown}: no state shows their shape"
-    if not possible:
-        return f"{shown}: the model has no parameter of that shape"
-    if len(indices) > len(possible):
-        return f"{shown}: the model has only {len(possible)} ({_some(possible)})"
-    if len(indices) < len(possible):
-        return f"{shown}: the model has {len(possible)} ({_some(possible)}), and not all are in the optimizer"
-    if len(possible) > 1 and not ordered:
-        return f"{shown}: {_some(possible)} have it, and this container does not keep the model's order"
-    if len(possible) > 1 and len(groups) > 1:
-        return f"{shown}: {_some(possible)} have it, spread over groups {', '.join(map(str, sorted(groups)))}"
-    return None
+        return "no state shows their shape"
+    if count < possible:
+        return "not all are in the optimizer, and nothing says which"
+    if not ordered:
+        return "this container does not keep the model's order"
+    if not keeps_order:
+        return "the param groups do not list their parameters in the model's order"
+    if len(groups) > 1:
+        return f"nothing says which of them is in which of the groups {', '.join(map(str, groups))}"
+    return "several assignments fit"
 
 
 def _listed(indices: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from optimstate.errors import CheckpointError, MigrationError
 from optimstate.state.names import wrapper_prefix
 from optimstate.surgery.naming import name
-from tests.corpus import Case, cases
+from tests.corpus import FILES, Case, case, cases
 
 
 def unwrapped(names: list[str]) -> list[str]:
@@ -66,7 +67,7 @@ def anonymous(folder: Path, model: nn.Module) -> Path:
 def test_names_from_a_list_are_matched_by_shape_and_order(tmp_path: Path) -> None:
     model = Net()
     source, target = anonymous(tmp_path, model), tmp_path / "named.pt"
-    with pytest.raises(MigrationError, match="no parameter of that shape"):
+    with pytest.raises(MigrationError, match="there is no model beside it"):
         name(source, target)
     assert not target.exists()
 
@@ -93,3 +94,35 @@ def test_frozen_parameters_of_repeated_shapes_are_refused(tmp_path: Path) -> Non
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
     with pytest.raises(MigrationError, match=r"first\.weight, second\.weight.*not all are in the optimizer"):
         name(path, None, dry_run=True)
+
+
+def test_every_optimizer_is_named_from_its_own_model(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {}
+    for key, layers in (("gen", 2), ("dis", 3)):
+        model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)])
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        tree |= {key: model.state_dict(), f"{key}_optimizer": optimizer.state_dict()}
+    torch.save(tree, tmp_path / "gan.pt")
+    report = name(tmp_path / "gan.pt", None, dry_run=True)
+    for key in ("gen", "dis"):
+        assert [given for given, _ in report.optimizers[f"{key}_optimizer"]] == list(tree[key])
+    one = {"gen_optimizer": list(tree["gen"])[::-1]}
+    with pytest.raises(MigrationError, match=r"gen_optimizer: parameter 0 has shape \[4, 4\], but '1.bias' has \[4\]"):
+        name(tmp_path / "gan.pt", None, names=one, order="optimizer", dry_run=True)
+    with pytest.raises(MigrationError, match="where there is no optimizer"):
+        name(tmp_path / "gan.pt", None, names={"opt": []}, dry_run=True)
+
+
+def test_a_config_of_transformers_gives_the_order(tmp_path: Path) -> None:
+    """Where the weights are in safetensors, which sorts them, the config builds the model in its own order."""
+    found = case("transformers/gpt2_adamw")
+    checkpoint = next((FILES / found.name).glob("checkpoint-*"))
+    with pytest.raises(MigrationError, match="does not keep the model's order"):
+        name(checkpoint, None, dry_run=True)
+    report = name(checkpoint, None, hf=checkpoint, dry_run=True)
+    expected = [param for group in found.truth()["groups"] for param in group["params"]]
+    assert [given for given, _ in report.optimizers["optimizer.pt"]] == expected
+    with pytest.raises(MigrationError, match="--hf"):
+        name(checkpoint, None, hf=tmp_path, dry_run=True)
