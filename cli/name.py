@@ -24,10 +24,8 @@ class Order(StrEnum):
     epilog=epilog(
         "optimstate name checkpoint-1000/ --dry-run --model mypackage.models:build",
         "optimstate name checkpoint-1000/ named/ --model mypackage.models:build",
-        "optimstate name checkpoint-1000/ named/ --hf checkpoint-1000/",
         "optimstate name checkpoint.pt named.pt --names names.txt",
-        "optimstate name optimizer.pt named.pt --names names.txt --order optimizer",
-        "optimstate name gan.pt named.pt --names 'optimizers[0]=g.txt' --names 'optimizers[1]=d.txt'",
+        "optimstate name checkpoint.pt --dry-run --names 'optimizer=names.txt' --order optimizer",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 the names are not determined, 5 the destination, "
         "6 the container cannot hold it.",
     ),

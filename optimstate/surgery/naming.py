@@ -197,6 +197,17 @@ class _Namer:
         return found._replace(names=tuple(name and spelling.saved(name) for name in found.names))
 
 
+def _confirmed(state: OptimizerState, names: Sequence[str]) -> Naming:
+    """The names that an optimizer has, where those that are given are not others."""
+    own = name_parameters(state, [], ordered=False)
+    rename = unwrapped(names)
+    known = {name: None for given in names for name in (given, rename(given))}
+    other = next((name for name in own.names if name not in known), None)
+    if other is None:
+        return own
+    return own._replace(problems=(f"the file calls a parameter {other!r}, which is not among the given names",))
+
+
 class _Model:
     """A model of the checkpoint, as far as naming needs it."""
 
