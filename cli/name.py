@@ -25,7 +25,7 @@ class Order(StrEnum):
         "optimstate name checkpoint-1000/ --dry-run --model mypackage.models:build",
         "optimstate name checkpoint-1000/ named/ --model mypackage.models:build",
         "optimstate name checkpoint.pt named.pt --names names.txt",
-        "optimstate name checkpoint.pt --dry-run --names 'optimizer=names.txt' --order optimizer",
+        "optimstate name checkpoint.pt --dry-run --names 'optimizer=names.txt'",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 the names are not determined, 5 the destination, "
         "6 the container cannot hold it.",
     ),

@@ -111,7 +111,9 @@ def name(
             raise CheckpointError("no optimizer in it", path=source)
         namer = _Namer(document, sections, _by_path(names, optimizers), order, _model_of(model, hf))
         found = [(section, namer.named(section)) for section in optimizers]
-        _refuse_open_questions(found, given=names is not None, built=model is not None or hf is not None)
+        _refuse_open_questions(
+            found, given=order if names is not None else None, built=model is not None or hf is not None
+        )
         if not dry_run:
             if destination is None:
                 raise DestinationError("no destination", hint="Give one, or ask for a dry run.")
@@ -324,7 +326,7 @@ def _from_config(path: Path) -> Any:
     raise ValueError(f"the config names no class of transformers: architectures = {config.architectures!r}")
 
 
-def _refuse_open_questions(found: list[tuple[Section, Naming]], *, given: bool, built: bool) -> None:
+def _refuse_open_questions(found: list[tuple[Section, Naming]], *, given: Order | None, built: bool) -> None:
     problems = [
         Problem("name", problem, f"optimizer at {section.label}")
         for section, naming in found
@@ -336,7 +338,9 @@ def _refuse_open_questions(found: list[tuple[Section, Naming]], *, given: bool, 
     if not problems:
         return
     lone = "" if len(found) == 1 else f" Of one optimizer: --names '{found[0][0].label}=FILE'."
-    if given:
+    if given == "optimizer":
+        hint = "Give a name for every parameter of every param group, in their order."
+    elif given == "model":
         hint = "Give the names in the optimizer's own order, group by group: --names FILE --order optimizer."
     elif built:
         hint = "Give the names in the optimizer's own order, group by group, with --names FILE --order optimizer."
