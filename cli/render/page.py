@@ -48,8 +48,8 @@ def write_page(found: Inspection, path: Path) -> None:
 def page(found: Inspection) -> str:
     """The page of an inspection that has statistics."""
     folder = Path(__file__).parent
-    style = (folder / "page.css").read_text(encoding="utf-8")
-    script = (folder / "page.js").read_text(encoding="utf-8")
+    style = (folder / "_page.css").read_text(encoding="utf-8")
+    script = (folder / "_page.js").read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'"

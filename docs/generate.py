@@ -1,0 +1,174 @@
+"""The pages that are made from the code: `python -m docs.generate` writes them, a test compares them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from optimstate.cli.app import COMMANDS
+from optimstate.state.algorithms.registry import ALGORITHMS, Algorithm, Slot
+
+__all__ = ["PAGES", "command_line", "slots"]
+
+DOCS = Path(__file__).parent
+VERBS = {"plan": ("suggest", "check", "invert", "show")}
+MADE = "<!-- Made by `python -m docs.generate`: change the code, not this page. -->\n"
+
+
+def command_line() -> str:
+    """The help of every command."""
+    parts = [
+        f"# Options of every command\n\n{MADE}\nWhat `--help` prints. What the commands do, exit codes and the JSON "
+        "forms: [command line](../command-line.md).\n"
+    ]
+    for command in COMMANDS:
+        listed = _subcommands(command)
+        found = [(command,), *((command, verb) for verb in listed)]
+        parts += [f"\n## {' '.join(words)}\n\n```text\n{_help(*words)}\n```\n" for words in found]
+    return "".join(parts)
+
+
+def _help(*words: str) -> str:
+    environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "optimstate", *words, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+
+
+def _subcommands(command: str) -> list[str]:
+    """The verbs of a group of commands, as its help lists them."""
+    text = _help(command)
+    if "\nCommands:\n" not in text:
+        return []
+    lines = text.partition("\nCommands:\n")[2].partition("\n\n")[0].splitlines()
+    return [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "]
+
+
+# --- slots ----------------------------------------------------------------------------------------------------------
+
+KINDS: dict[str, tuple[str, str, str, str, str]] = {
+    # kind: what it is, cut and joined, transposed, new rows, copied
+    "like_param": (
+        "one number for each number of the parameter",
+        "as the parameter, exactly",
+        "as the parameter, exactly",
+        "zeros; the mean of the old rows where the degree is 2",
+        "copied",
+    ),
+    "weight": (
+        "a copy of the parameter itself",
+        "as the parameter, exactly",
+        "as the parameter, exactly",
+        "the parameter's own fill",
+        "copied",
+    ),
+    "scalar": ("one number", "kept; numbers that become one must agree", "kept", "kept", "copied"),
+    "row": (
+        "means over the last dimension",
+        "along dimension 0 exactly; along the last approximately",
+        "becomes the column's",
+        "the mean",
+        "copied",
+    ),
+    "col": (
+        "means over the dimension before the last",
+        "joined by the weighted mean, exactly; cut approximately",
+        "becomes the row's",
+        "the mean",
+        "copied",
+    ),
+    "flat": (
+        "one vector over all parameters, in their order",
+        "cut into the parameters and put together again",
+        "as the parameter",
+        "refused",
+        "refused",
+    ),
+    "opaque": (
+        "a form of its own: codes, preconditioners",
+        "refused with the reason; 8-bit codes where the policy allows it",
+        "refused",
+        "refused",
+        "copied",
+    ),
+}
+
+
+def slots() -> str:
+    """Every slot of every optimizer."""
+    return "\n".join(_slot_lines()) + "\n"
+
+
+def _slot_lines() -> Iterator[str]:
+    yield f"# Every slot of every optimizer\n\n{MADE}"
+    yield (
+        "A *slot* is one named piece of state that an optimizer keeps for a parameter. Its **kind** says how it "
+        "follows the parameter, its **degree** is the power of the gradient that it grows with: [why](moments.md).\n"
+    )
+    yield "## What an operation does to a kind\n"
+    yield "| kind | what it is | split, concat, slice | transpose, permute | new rows | duplicate |"
+    yield "|---|---|---|---|---|---|"
+    used = {slot.kind for algorithm in ALGORITHMS for slot in algorithm.slots.values()}
+    for kind, words in KINDS.items():
+        if kind in used:
+            yield f"| `{kind}` | {' | '.join(words)} |"
+    yield ""
+    yield _NOTES
+    yield "## By optimizer\n"
+    seen: dict[str, int] = {}
+    for algorithm in ALGORITHMS:
+        seen[algorithm.name] = seen.get(algorithm.name, 0) + 1
+        again = f" (form {seen[algorithm.name]})" if seen[algorithm.name] > 1 else ""
+        yield from _algorithm(algorithm, again)
+
+
+_NOTES = """\
+`rename` moves every kind exactly, `drop` and `fresh` leave every kind behind, `cast` changes floating-point slots.
+`scale = { param = c, grad = g }` multiplies a slot as the last column of the tables below says.
+
+So, for `exp_avg_sq` of AdamW: splitting QKV cuts it as the weight, exactly; scaling a weight by c while the function
+stays the same divides it by c²; growing the vocabulary fills its new rows with the mean of the old ones.
+"""
+
+
+def _algorithm(algorithm: Algorithm, again: str) -> Iterator[str]:
+    yield f"### {algorithm.name}{again}\n"
+    if algorithm.whole:
+        yield (
+            "The update of an element depends on its whole tensor: split or joined parameters train differently from "
+            "before, even though their state is moved exactly.\n"
+        )
+    yield "| slot | kind | degree | under `scale` |"
+    yield "|---|---|---|---|"
+    for name, slot in algorithm.slots.items():
+        shown = f"{name}0, {name}1, ..." if name.endswith("_") and not name.startswith("__") else name
+        yield f"| `{shown}` | `{slot.kind}` | {'unknown' if slot.degree is None else slot.degree} | {_scaled(slot)} |"
+    yield ""
+
+
+def _scaled(slot: Slot) -> str:
+    if slot.kind == "opaque":
+        return "refused"
+    if slot.degree is None:
+        return "refused: its degree is unknown"
+    factors = [_power("c", slot.power), _power("g", slot.degree)]
+    return " · ".join(filter(None, factors)) or "the same"
+
+
+def _power(letter: str, power: int) -> str:
+    return "" if not power else letter if power == 1 else f"{letter}{'²³⁴'[power - 2]}"
+
+
+PAGES: dict[str, Callable[[], str]] = {"reference/cli.md": command_line, "explanation/slots.md": slots}
+
+if __name__ == "__main__":
+    for name, make in PAGES.items():
+        (DOCS / name).write_text(make(), encoding="utf-8")
