@@ -1,7 +1,7 @@
 """The Typer application: options shared by commands, and how errors become messages and exit codes.
 
 Exit codes: 0 fine, 1 findings, 2 wrong usage, 3 bad input, 4 the plan does not fit, 5 the destination, 6 the container
-cannot hold it, 130 interrupted.
+cannot hold it, 7 torch is missing or too old, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ EXIT_CODES: tuple[tuple[type[errors.OptimStateError], int], ...] = (
     (errors.PlanError, 4),
     (errors.DestinationError, 5),
     (errors.RepresentationError, 6),
+    (errors.TorchError, 7),
 )
 INTERRUPTED = 130
 
@@ -162,7 +163,7 @@ def _print_version(value: bool) -> None:
         "optimstate inspect checkpoint.pt",
         "optimstate remap checkpoint.pt new.pt --rename 'layers.{i}.{p**}=blocks.{i}.{p**}'",
         exits="0 fine, 1 findings, 2 wrong usage, 3 bad input, 4 the plan does not fit, 5 the destination, "
-        "6 the container cannot hold it, 130 interrupted.",
+        "6 the container cannot hold it, 7 torch is missing or too old, 130 interrupted.",
     )
 )
 def _root(

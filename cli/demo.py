@@ -59,9 +59,8 @@ def demo(
 
 def _run(seed: int, steps: int, after: int, as_json: bool) -> None:
     """The whole demonstration, in the working directory."""
-    import torch
-
     from optimstate.demo.experiment import Experiment
+    from optimstate.installed_torch import torch
 
     say: Callable[..., Any] = (lambda *_, **__: None) if as_json else typer.secho
     # One thread, so that the numbers do not depend on how many cores there are.

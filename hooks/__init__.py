@@ -21,6 +21,9 @@ from optimstate.hooks.load import (
 from optimstate.hooks.modules import ModelHook, migrate_model, migrate_scheduler
 from optimstate.hooks.save import SaveHook, add_metadata, cast_slots, drop_slots, name_params, to_cpu
 from optimstate.hooks.verify import report, resume_problems, verify_resume
+from optimstate.installed_torch import require_named_parameters
+
+require_named_parameters()
 
 __all__ = [
     "LoadHook",

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
-import torch
-
 from optimstate.errors import MigrationError, PlanError
 from optimstate.hooks.engine.hook import LoadHook
 from optimstate.hooks.engine.request import METADATA, LoadRequest, Source
 from optimstate.hooks.engine.rules import HookStep, below, is_module, literal, matching, ruled, templates
 from optimstate.hooks.engine.slots import Casts, zeros_like_others
+from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import copied
 from optimstate.plan.expressions.tree import Fill
 from optimstate.plan.language.dimensions import Resize

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-import torch
-
 from optimstate.errors import MigrationError
 from optimstate.hooks.engine.hook import LOGGER
 from optimstate.hooks.engine.report import Report
+from optimstate.installed_torch import torch
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.apply.schedulers import followed
 from optimstate.plan.language.plan import Plan

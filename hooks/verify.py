@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import torch
-
 from optimstate.errors import OptimStateWarning, StateMismatchError
 from optimstate.hooks.engine.hook import LOGGER, LoadHook
+from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import number_of, shape_of
 from optimstate.plan.slots.outcomes import flat_slots, slot_name
 from optimstate.problems import Problem

@@ -15,7 +15,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
+from optimstate.installed_torch import require_named_parameters, torch  # isort: split
+
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -34,6 +35,8 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.lazy import LazyTensor
+
+require_named_parameters()
 
 __all__ = ["Loaded", "NamedSavePlanner", "load", "optimizer_names"]
 

@@ -15,11 +15,15 @@
     │   ├── MigrationError                      the plan does not fit this checkpoint; carries every problem found
     │   └── DerivationError                     a function does something that no plan says
     ├── UsageError (ValueError)                 an argument is wrong by itself: a word that is none of those known
+    ├── TorchError                              the installed torch cannot do what is asked
+    │   ├── MissingTorchError (ImportError)     there is none
+    │   └── UnsupportedTorchError (RuntimeError) it is too old
     └── StateMismatchError (ValueError)         state does not fit the optimizer or scheduler it is loaded into
 
     OptimStateWarning (UserWarning)
     ├── ParameterNameWarning                    positional loading would give state to a parameter of another name
-    └── SchedulerStateWarning                   a scheduler state is incomplete or contradicts its optimizer
+    ├── SchedulerStateWarning                   a scheduler state is incomplete or contradicts its optimizer
+    └── UntestedTorchWarning                    torch is newer than any that was tested
 
 Each error also inherits the builtin a caller would catch who does not know this library.
 """
@@ -40,6 +44,7 @@ __all__ = [
     "DestinationExistsError",
     "LimitExceededError",
     "MigrationError",
+    "MissingTorchError",
     "OptimStateError",
     "OptimStateWarning",
     "ParameterNameWarning",
@@ -48,8 +53,11 @@ __all__ = [
     "RepresentationError",
     "SchedulerStateWarning",
     "StateMismatchError",
+    "TorchError",
     "UnrecognizedFormatError",
     "UnsupportedCheckpointError",
+    "UnsupportedTorchError",
+    "UntestedTorchWarning",
     "UsageError",
 ]
 
@@ -176,6 +184,18 @@ class StateMismatchError(OptimStateError, ValueError):
     """State does not fit the optimizer, scheduler or model it is loaded into."""
 
 
+class TorchError(OptimStateError):
+    """The installed torch cannot do what is asked."""
+
+
+class MissingTorchError(TorchError, ImportError):
+    """What is asked needs torch, and there is none."""
+
+
+class UnsupportedTorchError(TorchError, RuntimeError):
+    """The installed torch is too old for what is asked."""
+
+
 class OptimStateWarning(UserWarning):
     """Base of every warning issued by optimstate."""
 
@@ -186,3 +206,7 @@ class ParameterNameWarning(OptimStateWarning):
 
 class SchedulerStateWarning(OptimStateWarning):
     """A scheduler state is incomplete or contradicts its optimizer."""
+
+
+class UntestedTorchWarning(OptimStateWarning):
+    """The installed torch is newer than any that the tests have run with."""

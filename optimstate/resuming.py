@@ -170,7 +170,7 @@ class _Parts:
 
     def _shadow(self, node: Any) -> Any:
         """The tree as `find_sections` reads it: of a live tensor it needs the dtype and the shape."""
-        import torch
+        from optimstate.installed_torch import torch
 
         if isinstance(node, torch.Tensor):
             return LazyTensor(self._nothing, str(node.dtype).removeprefix("torch."), tuple(node.shape))

@@ -16,21 +16,22 @@ ROOT = Path(__file__).parent.parent
 ALLOWED: dict[str, set[str]] = {
     "errors": {"problems"},
     "problems": {"record"},
+    "installed_torch": {"errors"},
     "record": set(),
     "io": {"errors"},
-    "tensors": {"errors", "io"},
+    "tensors": {"errors", "installed_torch", "io"},
     "tree": {"errors", "io", "tensors"},
-    "state": {"record", "errors", "problems", "tensors", "tree"},
+    "state": {"record", "errors", "installed_torch", "problems", "tensors", "tree"},
     "formats": {"record", "errors", "io", "tensors", "tree", "state"},
-    "plan": {"record", "errors", "problems", "tensors", "tree", "state"},
-    "optim": {"errors", "state.names"},
-    "surgery": {"record", "errors", "problems", "io", "tensors", "tree", "state", "formats", "plan"},
-    "distributed": {"errors", "problems", "tensors", "tree", "state", "plan", "formats"},
-    "hooks": {"__init__", "errors", "problems", "tensors", "tree", "state", "plan"},
-    "resuming": {"errors", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
-    "derivation": {"record", "errors", "problems", "tensors", "tree", "state", "plan", "formats"},
-    "demo": {"errors", "problems", "optim", "hooks"},
-    "cli": {"errors", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan"}
+    "plan": {"record", "errors", "installed_torch", "problems", "tensors", "tree", "state"},
+    "optim": {"errors", "installed_torch", "state.names"},
+    "surgery": {"record", "errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "formats", "plan"},
+    "distributed": {"errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},
+    "hooks": {"__init__", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan"},
+    "resuming": {"errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
+    "derivation": {"record", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},
+    "demo": {"errors", "installed_torch", "problems", "optim", "hooks"},
+    "cli": {"errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan"}
     | {"demo", "derivation", "__init__"},
     "__main__": {"cli"},
     "__init__": {
@@ -65,7 +66,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
     "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),
     "io": ({"extents"}, {"copying", "output"}),
 }
-MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "demo"}
+MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "demo", "installed_torch"}
 MAY_IMPORT_TERMINAL = {"cli"}
 
 
@@ -188,6 +189,10 @@ def test_heavy_packages_stay_where_they_belong(name: str) -> None:
     roots = {found.target.split(".")[0] for found in imports(name) if not found.late and not found.typing}
     if part not in MAY_IMPORT_TORCH:
         assert not roots & {"torch", "numpy"}, f"{name} imports torch or numpy at module level"
+        early = {found.target for found in imports(name) if not found.late and not found.typing}
+        assert "optimstate.installed_torch" not in early, f"{name} imports torch at module level"
+        late = {found.target for found in imports(name) if found.late}
+        assert "torch" not in late, f"{name}: from optimstate.installed_torch import torch, which says if it is missing"
     everywhere = {found.target.split(".")[0] for found in imports(name)}
     if part not in MAY_IMPORT_TERMINAL:
         assert not everywhere & {"typer", "rich"}, f"{name} renders"

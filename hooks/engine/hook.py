@@ -10,13 +10,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from optimstate.errors import PlanError, StateMismatchError
 from optimstate.hooks.engine.live import Live
 from optimstate.hooks.engine.match import LoadOutcome, matched, own_containers
 from optimstate.hooks.engine.report import Report
 from optimstate.hooks.engine.request import LoadRequest, StateDict, named
+from optimstate.installed_torch import torch
 from optimstate.plan.solve.migration import SectionMoves
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tree import no_garbage_collection

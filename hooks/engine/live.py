@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import torch
-
 from optimstate.errors import StateMismatchError
+from optimstate.installed_torch import torch
 from optimstate.state.algorithms.registry import ALGORITHMS, recognise
 from optimstate.state.names import names_in
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-
 from optimstate.errors import PlanError, StateMismatchError
 from optimstate.hooks.engine.live import Live
+from optimstate.installed_torch import torch
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.resolve import Resolver
 from optimstate.problems import Problem

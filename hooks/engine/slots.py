@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-
 from optimstate.errors import MigrationError, PlanError
+from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import copied, number_of, shape_of
 from optimstate.plan.slots.outcomes import SlotPath, flat_slots, slot_name
 from optimstate.problems import Problem

@@ -160,7 +160,7 @@ class _Derivation:
 
     def _across(self, component: _Component, moved: Mapping[str, Moved], owners: _Owners) -> None:
         """Many to many: every source is cut into the parts that outputs take, and these are joined in a stage."""
-        import torch
+        from optimstate.installed_torch import torch
 
         pieces: dict[tuple[str, str], str] = {}
         for source in component.sources:
@@ -212,7 +212,7 @@ class _Derivation:
     def _joined(
         self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners
     ) -> tuple[Program, tuple[int, ...]] | None:
-        import torch
+        from optimstate.installed_torch import torch
 
         shapes = [self.sources[name].shape for name in sources]
         ids = torch.full((moved[output].ids.numel(),), -1, dtype=torch.int64)
@@ -303,7 +303,7 @@ class _Owners:
     """Which source each element of each output belongs to."""
 
     def __init__(self, found: Probe, moved: Mapping[str, Moved]) -> None:
-        import torch
+        from optimstate.installed_torch import torch
 
         self.names = list(found.sources)
         self.starts = torch.tensor([found.starts[name] for name in self.names], dtype=torch.int64)
@@ -334,7 +334,7 @@ class _Owners:
 
     def relative(self, output: str, source: str) -> Wanted:
         """An output of one source alone."""
-        import torch
+        from optimstate.installed_torch import torch
 
         flat = self._flat[output]
         start = int(self.starts[self._number[source]])

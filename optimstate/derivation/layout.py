@@ -85,7 +85,7 @@ def cut(shape: Shape, wanted: Sequence[Wanted]) -> tuple[Program, tuple[int, ...
     Returns:
         The operations and the order in which they give the outputs; None where there are none.
     """
-    import torch
+    from optimstate.installed_torch import torch
 
     source = torch.arange(1, prod(shape) + 1, dtype=torch.int64).reshape(shape)  # growth fills with 0
     best: tuple[Program, tuple[int, ...]] | None = None
@@ -116,7 +116,7 @@ def joined(shapes: Sequence[Shape], wanted: Wanted, owner: torch.Tensor) -> tupl
     Returns:
         The operations and the order in which they take the sources; None where there are none.
     """
-    import torch
+    from optimstate.installed_torch import torch
 
     places = torch.arange(wanted.ids.numel(), dtype=torch.int64)
     parts = []

@@ -113,7 +113,7 @@ def probe(function: Function, sources: Mapping[str, Source]) -> Probe:
 
 class _Prober:
     def __init__(self, function: Function, sources: Mapping[str, Source]) -> None:
-        import torch
+        from optimstate.installed_torch import torch
 
         self.torch: Any = torch
         self.function, self.sources = function, dict(sources)
@@ -209,7 +209,7 @@ class _Prober:
         drawn: list[torch.Tensor],
     ) -> Moved | None:
         """The output as a layout of the sources, or None."""
-        import torch
+        from optimstate.installed_torch import torch
 
         factors = o - z
         there = factors != 0
@@ -245,7 +245,7 @@ class _Prober:
         places: int,
     ) -> dict[str, Origin]:
         """The outputs as sums over sources, each tried by itself with all others zero."""
-        import torch
+        from optimstate.installed_torch import torch
 
         if len(self.sources) > _MOST_SOURCES:
             return {name: Unexplained("it is no layout of single elements", ()) for name in names}

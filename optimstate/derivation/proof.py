@@ -37,12 +37,12 @@ def _differing(plan: Plan, function: Function, drawn: Mapping[str, torch.Tensor]
 
 def _drawn(sources: Mapping[str, Source], *, whole: bool) -> dict[str, torch.Tensor]:
     """Random tensors of these shapes and dtypes."""
-    import torch
+    from optimstate.installed_torch import dtype_of, torch
 
     generator = torch.Generator().manual_seed(0)
     made = {}
     for name, source in sources.items():
-        dtype = getattr(torch, source.dtype)
+        dtype = dtype_of(source.dtype)
         if whole or not dtype.is_floating_point:
             low, high = (0, 2) if dtype == torch.bool else (1, 127)
             made[name] = torch.randint(low, high, source.shape, generator=generator).to(dtype)
@@ -52,7 +52,7 @@ def _drawn(sources: Mapping[str, Source], *, whole: bool) -> dict[str, torch.Ten
 
 
 def _compared(expected: Mapping[str, Any], made: Mapping[str, Any], new: set[str]) -> Iterator[str]:
-    import torch
+    from optimstate.installed_torch import torch
 
     for name in expected.keys() - made.keys() - new:
         yield f"the plan does not make {name!r}"

@@ -1,6 +1,6 @@
 """Every optimizer of torch.optim, one definition each, with state that carries names."""
 
-from torch.optim import swap_in_optimizer_params_and_state
+from optimstate.installed_torch import require_named_parameters, swap_in_optimizer_params_and_state  # isort: split
 
 from optimstate.optim import lr_scheduler, swa_utils
 from optimstate.optim.adadelta import Adadelta
@@ -19,6 +19,8 @@ from optimstate.optim.rmsprop import RMSprop
 from optimstate.optim.rprop import Rprop
 from optimstate.optim.sgd import SGD
 from optimstate.optim.sparse_adam import SparseAdam
+
+require_named_parameters()
 
 __all__ = [
     "ASGD",

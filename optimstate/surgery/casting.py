@@ -106,7 +106,7 @@ class _Tally:
 
     def count(self, old: Any, new: Any) -> None:
         """Count a block before and after."""
-        import torch
+        from optimstate.installed_torch import torch
 
         self.elements += old.numel()
         back = new.to(old.dtype)
@@ -292,10 +292,10 @@ def _cast_storage(storage: Storage, source: str, target: str, tally: _Tally) -> 
     seen = 0
 
     def function(block: Any) -> Any:
-        import torch
+        from optimstate.installed_torch import dtype_of
 
         nonlocal seen
-        made = block.to(getattr(torch, target))
+        made = block.to(dtype_of(target))
         if seen < count:  # a container that reads twice is counted once
             tally.count(block, made)
         seen += block.numel()

@@ -23,7 +23,7 @@ def blocks(tensor: LazyTensor) -> Iterator[Any]:
     Raises:
         UnsupportedCheckpointError: Torch has no conversion from the dtype.
     """
-    import torch
+    from optimstate.installed_torch import torch
 
     wide = torch.complex128 if tensor.dtype.startswith("complex") else torch.float64
     return (block.to(wide) for block in _blocks(tensor))
@@ -31,9 +31,9 @@ def blocks(tensor: LazyTensor) -> Iterator[Any]:
 
 def _blocks(tensor: LazyTensor) -> Iterator[Any]:
     """The same in a dtype that torch computes with, where that holds every element exactly: float32 at the least."""
-    import torch
+    from optimstate.installed_torch import dtype_of, torch
 
-    dtype = getattr(torch, tensor.dtype)
+    dtype = dtype_of(tensor.dtype)
     for data in chunks(tensor.extents(), BLOCK_ELEMENTS * tensor.itemsize):
         block = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype)
         try:
@@ -46,7 +46,7 @@ def _blocks(tensor: LazyTensor) -> Iterator[Any]:
 
 
 def _exact(dtype: str) -> Any:
-    import torch
+    from optimstate.installed_torch import torch
 
     return torch.float32 if dtype.startswith(("float", "bfloat")) else torch.float64
 
@@ -121,7 +121,7 @@ def statistics(tensor: LazyTensor, progress: Progress | None = None) -> Statisti
 
 
 def _of_block(block: Any) -> Statistics:
-    import torch
+    from optimstate.installed_torch import torch
 
     count = block.numel()
     zeros = count - int(torch.count_nonzero(block))
@@ -141,7 +141,7 @@ def _of_block(block: Any) -> Statistics:
 
 
 def _norm(block: Any) -> float | None:
-    import torch
+    from optimstate.installed_torch import torch
 
     wide = (torch.view_as_real(block).reshape(-1) if block.is_complex() else block).double()
     square = float(torch.dot(wide, wide))

@@ -17,9 +17,9 @@ __all__ = ["computed", "concatenated", "filled", "mapped", "reduced", "to_torch"
 
 def to_torch(tensor: LazyTensor) -> Any:
     """The tensor as a `torch.Tensor`: memory-mapped where the file allows, and never written back to it."""
-    import torch
+    from optimstate.installed_torch import dtype_of, torch
 
-    dtype = getattr(torch, tensor.dtype)
+    dtype = dtype_of(tensor.dtype)
     if not tensor.numel:
         return torch.empty(tensor.shape, dtype=dtype)
     if tensor.metadata:
@@ -81,7 +81,7 @@ _SHORT_RUN = 1 << 16
 
 
 def _interleaved(parts: Sequence[Storage], widths: Sequence[int], first: int, last: int) -> bytes:
-    import torch
+    from optimstate.installed_torch import torch
 
     blocks = [
         torch.frombuffer(_joined(part.cut(first * width, last * width)), dtype=torch.uint8).view(-1, width)

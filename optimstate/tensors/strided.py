@@ -25,7 +25,7 @@ class StridedSource:
         self._view: Any = None
 
     def _strided(self) -> Any:
-        import torch
+        from optimstate.installed_torch import torch
 
         if self._view is None:
             tensor = self._tensor
@@ -61,7 +61,7 @@ class ScatteredSource:
     def read(self, offset: int, length: int) -> bytes:
         """Bytes [offset, offset + length) of the storage."""
         if not self._built:
-            import torch
+            from optimstate.installed_torch import torch
 
             view = self._view
             buffer = bytearray(view.span()[1])
@@ -90,7 +90,7 @@ def _may_overlap(view: LazyTensor) -> bool:
 
 def moving_dtype(itemsize: int) -> Any:
     """A torch dtype of this width: elements are only moved, so that one type stands for all."""
-    import torch
+    from optimstate.installed_torch import torch
 
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[itemsize]
 

@@ -189,9 +189,9 @@ class _Lazy:
 
     def cast(self, value: LazyTensor, dtype: str) -> LazyTensor:
         def function(block: Any) -> Any:
-            import torch
+            from optimstate.installed_torch import dtype_of
 
-            return block.to(getattr(torch, dtype))
+            return block.to(dtype_of(dtype))
 
         return value if value.dtype == dtype else mapped(value, dtype, function)
 
@@ -226,7 +226,7 @@ class _Live:
         return value.expand(*value.shape[:dim], size, *value.shape[dim + 1 :])
 
     def concatenate(self, values: Sequence[Any], dim: int) -> Any:
-        import torch
+        from optimstate.installed_torch import torch
 
         return torch.cat(list(values), dim)
 
@@ -237,9 +237,9 @@ class _Live:
         return value**exponent
 
     def cast(self, value: Any, dtype: str) -> Any:
-        import torch
+        from optimstate.installed_torch import dtype_of
 
-        return value.to(getattr(torch, dtype))
+        return value.to(dtype_of(dtype))
 
     def mean(self, values: Sequence[Any], dims: Sequence[int], weights: Sequence[float]) -> Any:
         if dims:
@@ -257,7 +257,7 @@ class _Live:
         return like.new_full(shape, value)
 
     def own(self, value: Any, taken: set[int]) -> Any:
-        import torch
+        from optimstate.installed_torch import torch
 
         storage = value.untyped_storage()
         whole = storage.nbytes() == value.numel() * value.element_size() and value.is_contiguous()
