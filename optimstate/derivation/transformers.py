@@ -51,7 +51,7 @@ def live_model(source: Any) -> Any:
     transformers = _library()
     if hasattr(source, "state_dict"):
         return source
-    import torch
+    from optimstate.installed_torch import torch
 
     try:
         config = source
