@@ -297,7 +297,7 @@ def _model_of(model: str | None, hf: str | Path | None) -> list[Candidate] | Non
         raise UsageError("model and hf both say what the model is", hint="Give one of them.")
     if model is None and hf is None:
         return None
-    import torch
+    from optimstate.installed_torch import torch
 
     try:
         with torch.device("meta"):
