@@ -1,11 +1,8 @@
-"""Everything that is shown to people.
-
-Plain text goes out as it is; Rich is imported for progress bars alone, because importing it takes as long as
-inspecting a checkpoint.
-"""
+"""Everything that is shown to people: as text where it is piped or colour is not wanted, drawn on terminals."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +12,7 @@ from typing import Protocol
 
 import typer
 
-__all__ = ["progress", "show"]
+__all__ = ["is_drawn", "progress", "show"]
 
 PROGRESS_FROM = 1 << 28  # bytes below which nobody waits long enough to need a bar
 
@@ -32,7 +29,18 @@ def show(report: Report, text: str | None = None, *, as_json: bool, quiet: bool)
     if as_json:
         typer.echo(report.to_json())
     elif not quiet:
-        typer.echo(_folded((str(report) if text is None else text) + "\n"), nl=False)
+        text = str(report) if text is None else text
+        if is_drawn():
+            from optimstate.cli.render.drawn import draw
+
+            draw(text)
+        else:
+            typer.echo(_folded(text + "\n"), nl=False)
+
+
+def is_drawn() -> bool:
+    """Whether standard output is a terminal that shows colours, and they are wanted."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 def _folded(text: str) -> str:
