@@ -31,7 +31,7 @@ def test_every_operation_has_a_row_with_examples_that_parse() -> None:
     for text in examples:
         key = text.split(" ")[0]
         assert key in OPERATIONS
-        joined = '"{x=a|b}"' if key in ("concat", "stack") else '"a"'
+        joined = '"{x=a|b}"' if key in ("concat", "stack", "mean") else '"a"'
         assert Plan.from_toml(f'[[rule]]\nfrom = {joined}\nto = "c"\n{text}\n').rules[0].operations
         seen.add(key)
     assert seen == set(OPERATIONS)

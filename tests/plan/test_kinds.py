@@ -198,7 +198,7 @@ def test_a_tied_vocabulary_grows_in_both_places() -> None:
         for p, f in m.slots.items()
     }
     assert fates["exp_avg_sq"].outcome == "approximate"
-    assert "5 new places of dimension 0 hold the mean" in fates["exp_avg_sq"].reason
+    assert "5 new rows of dimension 0 are filled with the mean" in fates["exp_avg_sq"].reason
     train(new, after, batches(3, WIDTH))
 
 
@@ -288,7 +288,7 @@ def test_qkv_split_under_adafactor_is_approximate_and_says_so() -> None:
     assert fates["q.weight", "row_var"].outcome == "exact"
     assert fates["q.weight", "col_var"].outcome == "approximate"
     assert (
-        f"the mean over all {3 * WIDTH} places of dimension 0 stands for {WIDTH}" in fates["q.weight", "col_var"].reason
+        f"the mean over all {3 * WIDTH} rows of dimension 0 stands for {WIDTH}" in fates["q.weight", "col_var"].reason
     )
     source, moved = slots_by_name(old, before), slots_by_name(new, after)
     assert torch.equal(moved["k.weight"]["row_var"], source["qkv.weight"]["row_var"][WIDTH : 2 * WIDTH])

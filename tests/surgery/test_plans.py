@@ -212,7 +212,7 @@ import optimstate
 from optimstate.surgery import plans
 from optimstate.surgery.settings import with_options
 from optimstate.formats.protocol import WriteOptions
-from optimstate.plan.language.rules import Plan
+from optimstate.plan.language.plan import Plan
 plan = Plan.from_file({str(plan)!r})
 plans.check_plan(plan, {str(DENSE)!r}, target={str(EXPERTS)!r})
 plans.show_plan(plan, {str(DENSE)!r})

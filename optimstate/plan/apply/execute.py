@@ -170,12 +170,14 @@ class _Builder:
             return identity(value) if isinstance(value, LazyTensor) or hasattr(value, "shape") else id(value)
         step = expression.step
         if isinstance(step, ex.Pad):
-            said: Any = ("pad", step.dim, step.count, step.fill.default)
+            made: Any = ("pad", step.dim, step.count, step.fill.default)
+        elif isinstance(step, ex.Full):
+            made = ("full", step.fill.default)
         elif isinstance(step, ex.Cast):
-            said = ("cast", step.dtypes[""])
+            made = ("cast", step.dtypes[""])
         else:
-            said = step
-        return said, tuple(self._key(item, path) for item in expression.inputs)
+            made = step
+        return made, tuple(self._key(item, path) for item in expression.inputs)
 
 
 def outcome_of(move: Move) -> Fate:

@@ -308,6 +308,8 @@ def _step(node: ex.Node, inputs: Sequence[Any]) -> Any:
             return _tiled(kernel, value, step, tuple(value.shape))
         case ex.Pad():
             return _padded(kernel, value, step, tuple(value.shape))
+        case ex.Full():
+            return _full(kernel, value, step, tuple(value.shape))
         case ex.Multiply():
             return kernel.multiply(value, step.factor)
         case ex.Cast():
@@ -319,6 +321,20 @@ def _step(node: ex.Node, inputs: Sequence[Any]) -> Any:
             return kernel.outer(inputs[0], inputs[1], node.shape)
         case _:
             raise AssertionError(f"{step} is no step of a slot")
+
+
+def _number(fill: str | float | None) -> float:
+    """The value of a fill; where the live model's is to stand, zero stands until that is put there."""
+    return float(fill) if isinstance(fill, int | float) else 0.0
+
+
+def _full(kernel: Kernel, value: Any, step: ex.Full, shape: Shape) -> Any:
+    if step.fill.default != "mean":
+        return kernel.full(value, shape, _number(step.fill.default))
+    made = kernel.mean([value], range(len(shape)), ()) if shape else value
+    for dim, size in enumerate(shape):
+        made = kernel.expand(made, dim, size)
+    return made
 
 
 def _tiled(kernel: Kernel, value: Any, step: ex.Tile, shape: Shape) -> Any:
@@ -338,5 +354,5 @@ def _padded(kernel: Kernel, value: Any, step: ex.Pad, shape: Shape) -> Any:
         parts = [value] * whole + ([kernel.narrow(value, step.dim, 0, rest, 1)] if rest else [])
         return kernel.concatenate([value, *parts], step.dim)
     else:
-        more = kernel.full(value, new, 0.0 if fill == "zeros" else float(fill or 0))
+        more = kernel.full(value, new, _number(fill))
     return kernel.concatenate([value, more], step.dim)

@@ -19,6 +19,7 @@ __all__ = [
     "Expr",
     "Fill",
     "Fresh",
+    "Full",
     "Leaf",
     "Mean",
     "Multiply",
@@ -49,7 +50,7 @@ class Cat(Record):
 
 
 class Narrow(Record):
-    """`length` places of `dim` from `start`, `step` apart."""
+    """`length` rows of `dim` from `start`, `step` apart."""
 
     dim: int
     start: int
@@ -70,7 +71,9 @@ class Reshape(Record):
 
 
 class Fill(Record):
-    """What new places of a tensor hold: `zeros`, `mean` (of the old places), `wrap` (the old ones again), a number.
+    """What rows of a tensor hold: `zeros`, `mean` (of the old ones), `wrap` (the old ones again), `live`, a number.
+
+    `live` is the value that the live model has there; a slot is then filled as if nothing were said.
 
     Attributes:
         default: For every tensor without an entry of its own; None means 0 for parameters and slots of odd degree, the
@@ -83,14 +86,21 @@ class Fill(Record):
 
     def of(self, name: str) -> str | float | None:
         """The policy for a slot, or for `param`."""
-        return (self.by_name or {}).get(name, self.default)
+        found = (self.by_name or {}).get(name, self.default)
+        return None if found == "live" and name != "param" else found
 
 
 class Pad(Record):
-    """`count` new places at the end of `dim`."""
+    """`count` new rows at the end of `dim`."""
 
     dim: int
     count: int
+    fill: Fill
+
+
+class Full(Record):
+    """The same shape with a value in every place: that of `fill` for the tensor, which stays as it is without one."""
+
     fill: Fill
 
 
@@ -149,7 +159,7 @@ class Product(Record):
     """The outer product of a mean over columns and one over rows, over their common mean."""
 
 
-Step = Cat | Narrow | Permute | Reshape | Pad | Tile | Scale | Cast | Fresh | Unsized | Multiply | Mean | Product
+Step = Cat | Narrow | Permute | Reshape | Pad | Full | Tile | Scale | Cast | Fresh | Unsized | Multiply | Mean | Product
 
 
 LAYOUT = Cat | Narrow | Permute | Reshape | Tile

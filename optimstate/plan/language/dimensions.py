@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from optimstate.errors import PlanSyntaxError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Node, Shape
 from optimstate.plan.language.operation import (
@@ -25,16 +27,26 @@ from optimstate.plan.language.operation import (
 )
 from optimstate.record import field
 
-__all__ = ["PermuteDims", "Transpose", "ReshapeDims", "Slice", "Resize", "Repeat"]
+__all__ = ["PermuteDims", "Transpose", "ReshapeDims", "Slice", "Select", "Resize", "Repeat"]
 
 
-def fill_of(value: Any) -> ex.Fill | None:
+def fill_of(value: Any, words: Sequence[str] = ("zeros", "mean", "wrap", "live")) -> ex.Fill | None:
+    """What `fill` says, of policies in these words or numbers; None where it says nothing."""
     policies = list(value.values()) if isinstance(value, dict) else [value]
-    if not policies or not all(is_number(policy) or policy in ("zeros", "mean", "wrap") for policy in policies):
+    if not policies or not all(is_number(policy) or policy in words for policy in policies):
         return None
-    if isinstance(value, dict):
-        return ex.Fill(value.get("default"), {key: item for key, item in value.items() if key != "default"})
-    return ex.Fill(value)
+    if not isinstance(value, dict):
+        return ex.Fill(value)
+    if any(policy == "live" and name not in ("param", "default") for name, policy in value.items()):
+        return None  # the live model has values of parameters, none of slots
+    return ex.Fill(value.get("default"), {key: item for key, item in value.items() if key != "default"})
+
+
+def written_fill(fill: ex.Fill) -> Any:
+    """A fill as a plan file has it."""
+    if not fill.by_name:
+        return fill.default
+    return {**({} if fill.default is None else {"default": fill.default}), **fill.by_name}
 
 
 class PermuteDims(Operation):
@@ -201,6 +213,79 @@ class Slice(Operation):
         return {key: value for key, value in table.items() if key == "dim" or value != defaults[key]}
 
 
+class Select(Operation):
+    """Chosen rows of a dimension, in the order of the list; the others are lost."""
+
+    KEY = "select"
+    EXAMPLE = 'select = { dim = 0, index = [0, 2, 3] }, or select = { dim = 0, index = "rows.json" }'
+    dim: int = 0
+    index: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        if not is_table(value, {"dim", "index"}) or not is_integer(value["dim"]):
+            return None
+        index = value["index"]
+        if isinstance(index, str):
+            index = _listed_in(folder / index)
+        return cls(value["dim"], tuple(index)) if are_integers(index) and min(index) >= 0 else None
+
+    def _each(self, tensor: Expr) -> Expr:
+        shape = known_shape(tensor)
+        if shape is None:
+            return unsized(self.KEY, tensor)
+        dim = counted(self.KEY, self.dim, shape)
+        if max(self.index) >= shape[dim]:
+            raise Misfit(
+                f"select: dimension {self.dim} of shape {list(shape)} does not have the index {max(self.index)}"
+            )
+        parts = [
+            Node(ex.Narrow(dim, run.start, len(run), run.step), (tensor,), (*shape[:dim], len(run), *shape[dim + 1 :]))
+            for run in _runs(self.index)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return Node(ex.Cat(dim), tuple(parts), (*shape[:dim], len(self.index), *shape[dim + 1 :]))
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        if None in before:
+            raise Irreversible("select does not say how many rows there were; give names with shapes", needs_names=True)
+        if any(sorted(self.index) != list(range((shape or ())[self.dim])) for shape in before):
+            return super().inverse(before)
+        return [Select(self.dim, tuple(sorted(range(len(self.index)), key=self.index.__getitem__)))]
+
+    def value(self) -> Any:
+        return {"dim": self.dim, "index": list(self.index)}
+
+
+def _listed_in(path: Path) -> Any:
+    """The integers in a text file, as a JSON list or separated by white space."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if text.lstrip().startswith("[") else [int(word) for word in text.split()]
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PlanSyntaxError(
+            f"select: the index cannot be read from {path}: {reason}", hint="Write integers, or a JSON list of them."
+        ) from None
+
+
+def _runs(index: Sequence[int]) -> list[range]:
+    """The indices as few ascending ranges, in order."""
+    runs: list[range] = []
+    start = 0
+    while start < len(index):
+        step = index[start + 1] - index[start] if start + 1 < len(index) else 1
+        stop = start + 1
+        while step > 0 and stop < len(index) and index[stop] - index[stop - 1] == step:
+            stop += 1
+        if stop == start + 2 and step > 1:  # two rows far apart are two rows
+            stop, step = start + 1, 1
+        runs.append(range(index[start], index[stop - 1] + 1, step if stop > start + 1 else 1))
+        start = stop
+    return runs
+
+
 class Resize(Operation):
     """A dimension cut, or grown at its end by places that `fill` describes."""
 
@@ -246,12 +331,7 @@ class Resize(Operation):
 
     def value(self) -> Any:
         table: dict[str, Any] = {"dim": self.dim, "size": self.size}
-        if self.fill.by_name:
-            default = {} if self.fill.default is None else {"default": self.fill.default}
-            table["fill"] = {**default, **self.fill.by_name}
-        elif self.fill.default is not None:
-            table["fill"] = self.fill.default
-        return table
+        return table if self.fill == ex.Fill() else {**table, "fill": written_fill(self.fill)}
 
 
 class Repeat(Operation):

@@ -11,6 +11,7 @@ from typing import Any
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Node, Shape
 from optimstate.plan.language.operation import (
+    Irreversible,
     Misfit,
     Operation,
     are_integers,
@@ -22,7 +23,7 @@ from optimstate.plan.language.operation import (
     unsized,
 )
 
-__all__ = ["Concat", "Stack", "Split", "Unstack"]
+__all__ = ["Concat", "Mean", "Stack", "Split", "Unstack"]
 
 
 class _Joining(Operation):
@@ -90,6 +91,31 @@ class Stack(_Joining):
 
     def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
         return [Unstack(self.dim)]
+
+
+class Mean(_Joining):
+    """The mean over a dimension, which disappears; of several tensors, their mean place by place."""
+
+    KEY = "mean"
+    EXAMPLE = "mean = 1"
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        return cls(value) if is_integer(value) else None
+
+    def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
+        (whole,) = Stack(self.dim).apply(tensors, targets) if len(tensors) > 1 else tensors
+        shape = known_shape(whole)
+        if shape is None:
+            return [unsized(self.KEY, whole)]
+        dim = counted(self.KEY, self.dim, shape)
+        if not shape[dim]:
+            raise Misfit(f"mean: dimension {self.dim} of shape {list(shape)} is empty")
+        mean = Node(ex.Mean((dim,)), (whole,), (*shape[:dim], 1, *shape[dim + 1 :]))
+        return [ex.reshaped(mean, (*shape[:dim], *shape[dim + 1 :]))]
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        raise Irreversible("a mean does not keep what it is made of")
 
 
 class Split(Operation):

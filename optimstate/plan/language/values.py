@@ -10,6 +10,7 @@ from typing import Any
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Node, Shape
+from optimstate.plan.language.dimensions import fill_of, written_fill
 from optimstate.plan.language.operation import (
     Irreversible,
     Operation,
@@ -20,7 +21,7 @@ from optimstate.plan.language.operation import (
 from optimstate.record import field
 from optimstate.tensors.dtypes import DTYPES
 
-__all__ = ["ScaleBy", "CastTo"]
+__all__ = ["CastTo", "FillWith", "ScaleBy"]
 
 
 class ScaleBy(Operation):
@@ -33,8 +34,10 @@ class ScaleBy(Operation):
 
     @classmethod
     def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
-        if is_number(value) and value:
-            return cls(float(value), 1 / value)
+        if is_number(value):
+            return cls(float(value), 1 / value) if value else FillWith(ex.Fill(0.0))
+        if is_table(value, {"param"}) and is_number(value["param"]) and not value["param"]:
+            return FillWith(ex.Fill(0.0))
         if not is_table(value, set(), {"param", "grad"}) or not all(
             is_number(item) and item for item in value.values()
         ):
@@ -49,6 +52,31 @@ class ScaleBy(Operation):
 
     def value(self) -> Any:
         return {"param": self.param, "grad": self.grad}
+
+
+class FillWith(Operation):
+    """A value in every place of the parameter; of a slot too where the table says one, otherwise no state is left."""
+
+    KEY = "fill"
+    EXAMPLE = 'fill = 0.0, or fill = { param = "mean", exp_avg = "zeros", exp_avg_sq = "mean" }'
+    fill: ex.Fill = field(default_factory=ex.Fill)
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        fill = fill_of(value, ("zeros", "mean", "live"))
+        return None if fill is None else cls(fill)
+
+    def _each(self, tensor: Expr) -> Expr:
+        made = Node(ex.Full(self.fill), (tensor,), known_shape(tensor))
+        by_name = self.fill.by_name
+        keeps_slots = by_name is not None and (self.fill.default is not None or by_name.keys() != {"param"})
+        return made if keeps_slots else Node(ex.Fresh(), (made,), made.shape)
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        raise Irreversible("fill does not keep what was there")
+
+    def value(self) -> Any:
+        return written_fill(self.fill)
 
 
 class CastTo(Operation):

@@ -90,8 +90,20 @@ class Translator:
         if isinstance(step, ex.Pad):
             step = self._filled(step)
             reason = {"zeros": "zeros", "mean": "the mean of the old ones", "wrap": "the old ones again"}
-            said = reason.get(str(step.fill.default), str(step.fill.default))
-            approximate.append(f"{step.count} new places of dimension {step.dim} hold {said}")
+            reason["live"] = "the values of the live model"
+            filled = reason.get(str(step.fill.default), str(step.fill.default))
+            approximate.append(f"{step.count} new rows of dimension {step.dim} are filled with {filled}")
+        if isinstance(step, ex.Full):
+            fill = step.fill.of(self.name)
+            if fill is None:
+                return made[0], dtype, approximate, remarks
+            step = ex.Full(ex.Fill(fill))
+            approximate.append(f"{fill} in every place")
+        if isinstance(step, ex.Mean):
+            if dtype is not None and not dtype.startswith(("float", "bfloat", "complex")):
+                raise Refusal(f"{dtype} has no mean", "cast it first, or leave it out of the rule")
+            size = next((made[0].shape or ())[dim] for dim in step.dims)
+            approximate.append(f"the mean of {size} rows")
         if isinstance(step, ex.Narrow):
             whole = inputs[0][0].shape
             if whole is not None and step.length * step.step == whole[step.dim] == step.length:

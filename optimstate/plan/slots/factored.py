@@ -167,10 +167,12 @@ class _Carrier:
             case ex.Pad():
                 whole = self._sized(first, step.dim, first.whole[step.dim] + step.count)
                 if step.dim in first.over:
-                    first.approximate.append(f"the mean over the old places of dimension {step.dim} stands for all")
+                    first.approximate.append(f"the mean over the old rows of dimension {step.dim} stands for all")
                     return _Carried(first.made, whole, first.over, first.approximate)
                 fill = step.fill.of(str(self._path[-1]))
-                first.approximate.append(f"{step.count} new places hold {'their mean' if fill is None else fill}")
+                first.approximate.append(
+                    f"{step.count} new rows are filled with {'their mean' if fill is None else fill}"
+                )
                 return self._next(first, ex.Pad(step.dim, step.count, ex.Fill("mean" if fill is None else fill)), whole)
             case ex.Tile():
                 whole = self._sized(first, step.dim, first.whole[step.dim] * step.times)
@@ -221,7 +223,7 @@ class _Carrier:
         if step.dim in first.over:
             if step.length != first.whole[step.dim]:
                 first.approximate.append(
-                    f"the mean over all {first.whole[step.dim]} places of dimension {step.dim} stands for {step.length}"
+                    f"the mean over all {first.whole[step.dim]} rows of dimension {step.dim} stands for {step.length}"
                 )
             return _Carried(first.made, whole, first.over, first.approximate)
         return self._next(first, step, whole)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import LIVE, evaluated, kernel_of, shape_of
-from optimstate.plan.expressions.tree import Expr, Leaf, Shape
+from optimstate.plan.expressions.tree import Expr, Shape
 from optimstate.problems import Kind, Problem
 from optimstate.record import Record
 from optimstate.state.optimizer import OptimizerState, Slots
@@ -40,6 +39,12 @@ class FlatPlan(Record):
         """The whole state with every vector rebuilt."""
         total = sum(count for _, count, _ in self.segments.values())
         return {str(slot): self._value(value, total) for slot, value in slots.items()}
+
+    def moves_each_element_once(self, total: int) -> bool:
+        """Whether a rebuilt vector has every element once, which is seen by rebuilding the vector of their numbers."""
+        import torch
+
+        return torch.equal(self._vector(torch.arange(total)).sort().values, torch.arange(total))
 
     def _value(self, value: Any, total: int) -> Any:
         if isinstance(value, list | tuple):
@@ -111,10 +116,11 @@ def plan_flat(
             refuse(f"{move.target!r} is new, or made by more than moving elements")
             return None
         expressions.append(move.expression)
-    if not _each_element_once(expressions, segments, start):
+    made = FlatPlan(holder, segments, tuple(expressions))
+    if not made.moves_each_element_once(start):
         refuse("something is dropped or duplicated")
         return None
-    return FlatPlan(holder, segments, tuple(expressions))
+    return made
 
 
 def _left_behind(move: Move) -> bool:
@@ -128,38 +134,3 @@ def _refusing(problems: list[Problem]) -> Callable[..., None]:
         problems.append(Problem(kind, message, remedy=anew))
 
     return refuse
-
-
-def _each_element_once(expressions: Sequence[Expr], segments: Mapping[str, tuple[int, int, Shape]], total: int) -> bool:
-    """Whether the expressions move every element exactly once, followed as sets of places."""
-    if sum(prod(expression.shape or ()) for expression in expressions) != total:
-        return False
-    whole = {leaf.name for expression in expressions for leaf in ex.leaves(expression)}
-    if whole != segments.keys():
-        return False
-    taken: dict[int, list[tuple[int, int, int, int]]] = {}
-    for expression in expressions:
-        for node in _narrowed(expression):
-            step = node.step
-            assert isinstance(step, ex.Narrow)
-            taken.setdefault(id(node.inputs[0]), []).append((step.dim, step.start, step.length, step.step))
-    for cuts in taken.values():
-        ordered = sorted(set(cuts))
-        if len({dim for dim, *_ in ordered}) > 1 or len(ordered) != len(set(ordered)):
-            return False
-        if any(a[1] + a[2] != b[1] for a, b in pairwise(ordered)):
-            return False
-    return True
-
-
-def _narrowed(expression: Expr) -> list[ex.Node]:
-    found: list[ex.Node] = []
-    stack: list[Expr] = [expression]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, Leaf):
-            continue
-        if isinstance(item.step, ex.Narrow):
-            found.append(item)
-        stack.extend(item.inputs)
-    return found

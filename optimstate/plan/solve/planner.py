@@ -21,6 +21,7 @@ from optimstate.plan.slots.outcomes import Fate, Parameter, Refusal, SlotPath
 from optimstate.plan.slots.planner import SlotPlanner
 from optimstate.plan.solve.groups import Candidate, GroupPlan, plan_groups
 from optimstate.plan.solve.inventory import decoded, model_inventory, optimizer_inventory
+from optimstate.plan.solve.losses import with_losses
 from optimstate.plan.solve.migration import Inventory, Migration, Move, SectionMoves, Target
 from optimstate.plan.solve.problems import Suggestions, guarded, shape_problem, shortened, unmatched
 from optimstate.plan.solve.resolve import Made, Resolved, Resolver
@@ -130,6 +131,7 @@ class _Section:
             dropped.extend(lost)
         local: list[Problem] = []
         moves = self._optimizer(made, local) if self.inventory.state is not None else self._model(made, local)
+        moves = with_losses(moves)
         self._note_duplicates(found)
         section = self._finished(moves, dropped, found, new, local)
         self.problems.extend(problem.at(self.key) for problem in shortened(local))
@@ -364,6 +366,7 @@ class _Section:
         regrouped = [list(group.sources) for group in groups] != [[index] for index in range(len(state.groups))] or any(
             group.options != old.options for group, old in zip(groups, state.groups, strict=False)
         )
+        reordered = reordered or [name for group in groups for name in group.members] != [move.target for move in moves]
         return SectionMoves(
             tuple(moves),
             tuple(dropped),
