@@ -42,7 +42,7 @@ class FlatPlan(Record):
 
     def moves_each_element_once(self, total: int) -> bool:
         """Whether a rebuilt vector has every element once, which is seen by rebuilding the vector of their numbers."""
-        import torch
+        from optimstate.installed_torch import torch
 
         return torch.equal(self._vector(torch.arange(total)).sort().values, torch.arange(total))
 
