@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -76,6 +77,12 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 class _Command(TyperCommand):
     """A command that refuses an option of one value that is given twice: which of the values is meant is not known."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        for parameter in self.params:
+            if hasattr(parameter.type, "readable"):
+                parameter.type.readable = False  # that an input cannot be read is for the verbs to say
 
     def make_parser(self, ctx: Any) -> Any:
         """The parser, told to refuse a second value."""
@@ -210,6 +217,11 @@ def run() -> int:
         if isinstance(stop.__context__, BrokenPipeError):  # the reader of our output went away, which is its right
             return 0
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except OSError as error:  # of our output: what a verb meets is an error of its own
+        reason = f"{error.filename}: {error.strerror}" if error.filename else f"output: {error.strerror or error}"
+        with suppress(OSError, ValueError):
+            typer.echo(f"error: {reason}", err=True)
+        return 5
     if code == INTERRUPTED:
         typer.echo("interrupted; nothing was left behind", err=True)
     return code or 0

@@ -150,7 +150,7 @@ def load_torch(path: Path) -> Any:
 
     import torch
 
-    assert "hostile" not in str(path)
+    assert not any(part.startswith("hostile_") for part in path.parts)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Detected pickle protocol")
         try:

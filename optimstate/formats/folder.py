@@ -13,10 +13,11 @@ from optimstate.errors import CheckpointError, RepresentationError, Unrecognized
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.ranks import files as ranks
 from optimstate.formats.registry import detect, get_format
-from optimstate.formats.safetensors.container import read_index
+from optimstate.formats.safetensors.container import is_fresh_shard, read_index
 from optimstate.formats.safetensors.hf_shards import join_shards, shard_files
 from optimstate.io.copying import copy_extents
 from optimstate.io.extents import Extent, FileSource
+from optimstate.io.folders import kind_of, listed
 from optimstate.io.output import AtomicDirectory, AtomicFile
 from optimstate.tree import OpaqueFile
 
@@ -49,7 +50,7 @@ def read(path: Path) -> Document:
 
 def _read_folder(path: Path, root: Path) -> Document:
     document = Document(path, NAME, {})
-    files = sorted(path.iterdir())
+    files = listed(path)
     if len(files) > MAX_FILES:
         raise CheckpointError(f"{len(files)} files in one folder, over the limit of {MAX_FILES}", path=path)
     shards: set[str] = set()
@@ -57,6 +58,9 @@ def _read_folder(path: Path, root: Path) -> Document:
         if file.name.endswith(".safetensors.index.json"):
             shards.update(read_index(file)[0].values())
     for file in files:
+        if shards and is_fresh_shard(file.name) and file.name not in shards:
+            document.notes.append(f"{file.name} is a shard that no index names: a writer was killed; it may be deleted")
+            continue
         if file.name in shards or (file.is_symlink() and root.resolve() not in file.resolve().parents):
             continue
         part = _read_entry(file, root)
@@ -86,8 +90,7 @@ def _join_ranks(document: Document) -> None:
 
 
 def _read_entry(file: Path, root: Path) -> Document | None:
-    if not file.is_dir() and not file.is_file():
-        return None
+    kind_of(file)
     found = detect(file)
     if found is not None and found.NAME == NAME:
         return _read_folder(file, root)
@@ -107,7 +110,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     if like is None or like.format != NAME:
         raise RepresentationError("only what was read from a folder can be written as one", hint="Give a file name.")
     notes: list[str] = []
-    with AtomicDirectory(path) as folder:
+    with AtomicDirectory(path, sync=options.sync) as folder:
         _write_entries(tree, folder, like, options, notes)
         options.confirmed()
     return notes
@@ -147,7 +150,7 @@ def _files_of(part: Document) -> list[Path]:
 def _copy_folder(source: Path, target: Path, options: WriteOptions) -> None:
     """A checkpoint that is a folder of its own, unchanged."""
     target.mkdir()
-    for file in sorted(source.iterdir()):
+    for file in listed(source):
         if file.is_dir():
             _copy_folder(file, target / file.name, options)
         else:

@@ -17,13 +17,14 @@ from typing import NamedTuple, cast
 
 from optimstate.errors import (
     CheckpointError,
-    CheckpointNotFoundError,
     LimitExceededError,
+    OptimStateError,
     RepresentationError,
     UnrecognizedFormatError,
     UsageError,
 )
 from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, Format
+from optimstate.io.folders import kind_of, leftover_notes
 from optimstate.tree import no_garbage_collection
 
 __all__ = ["ENTRY_POINTS", "FORMATS", "Registration", "format_for_destination", "get_format", "open_checkpoint"]
@@ -146,16 +147,19 @@ def detect(path: Path) -> Format | None:
         CheckpointNotFoundError: There is nothing at `path`.
         UnrecognizedFormatError: Two formats claim it equally.
     """
-    if not path.exists():
-        raise CheckpointNotFoundError("no such file or folder", path=path, hint="Check the path for a typing mistake.")
     head = b""
-    if path.is_file():
+    if kind_of(path) == "file":
         try:
             with path.open("rb") as file:
                 head = file.read(HEAD_BYTES)
         except OSError as error:
             raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from error
-    claims = list(_claims(path, head))
+    try:
+        claims = list(_claims(path, head))
+    except OSError as error:
+        if isinstance(error, OptimStateError):
+            raise
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", path=error.filename or path) from error
     surest = max((claim for claim, _ in claims), default=Claim.NO)
     if surest < Claim.CERTAIN:
         claims += [(_checked(found.sniff(path, head), found), found) for found in _outside().values()]
@@ -203,9 +207,16 @@ def open_checkpoint(path: str | Path) -> Document:
         )
     try:
         with no_garbage_collection():
-            return found.read(path)
+            document = found.read(path)
     except RecursionError:
         raise LimitExceededError("nested too deeply", path=path) from None
+    except OSError as error:
+        if isinstance(error, OptimStateError):
+            raise
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", path=error.filename or path) from error
+    if path.is_dir():
+        document.notes.extend(leftover_notes(path))
+    return document
 
 
 def format_for_destination(path: Path, name: str | None) -> Format:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple, Protocol
 
 from optimstate.errors import (
@@ -39,12 +40,18 @@ class FileSource:
         self.path = Path(path)
         self._fd = -1
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            # Opening a pipe must not wait for its other end.
+            flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+            self._fd = os.open(self.path, flags)
             status = os.fstat(self._fd)
         except FileNotFoundError:
             raise CheckpointNotFoundError("no such file or folder", path=self.path) from None
         except OSError as error:
             raise CheckpointError(f"cannot be opened: {error.strerror}", path=self.path) from error
+        except ValueError as error:
+            raise CheckpointError(f"cannot be opened: {error}", path=self.path) from error
+        if not S_ISREG(status.st_mode):
+            raise CheckpointError("is not a regular file", path=self.path)
         self.size = status.st_size
         self.inode = (status.st_dev, status.st_ino)
 

@@ -12,6 +12,7 @@ from optimstate.formats.pickles.globals import dangerous
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
+from optimstate.io.output import is_leftover
 from optimstate.state.algorithms.registry import MASTERS, Algorithm, parameter_shape, recognise
 from optimstate.state.optimizer import Group, OptimizerState
 from optimstate.state.records import tensor_record
@@ -95,7 +96,7 @@ def _size(path: Path) -> int:
     return (
         path.stat().st_size
         if path.is_file()
-        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not is_leftover(file.name))
     )
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimstate.errors import LimitExceededError
+from optimstate.errors import CheckpointError, LimitExceededError, OptimStateError
 from optimstate.record import Record, field
 from optimstate.tree import no_garbage_collection
 
@@ -47,6 +47,11 @@ def opening(path: str | Path) -> Iterator[None]:
             yield
     except RecursionError:
         raise LimitExceededError("nested too deeply", path=path) from None
+    except OSError as error:
+        if isinstance(error, OptimStateError):
+            raise
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"cannot be read: {reason}", path=error.filename or path) from error
 
 
 class SlotInfo(Record):

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 
-from optimstate.errors import CheckpointError, CheckpointNotFoundError
+from optimstate.errors import CheckpointError
 from optimstate.formats.pickles.globals import Verdict, classify
 from optimstate.formats.unpickled import Unread, pickles_in
 from optimstate.io.extents import FileSource
+from optimstate.io.folders import kind_of, leftover_notes
+from optimstate.io.output import is_leftover
 from optimstate.surgery.reports import opening, to_json
 from optimstate.surgery.text import plural, table
 
@@ -47,12 +49,14 @@ class ScanReport:
         pickles: How many pickles were read.
         findings: In the order of the files.
         unreadable: What was not scanned, or not to its end, and why: to be treated as dangerous.
+        notes: What is passed over, and why.
     """
 
     path: str
     pickles: int
     findings: tuple[Finding, ...]
     unreadable: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -76,6 +80,8 @@ class ScanReport:
             yield table(("verdict", "name", "times", "file", "pickle", "at byte"), rows)
         for line in self.unreadable:
             yield f"  {line}"
+        for note in self.notes:
+            yield f"note: {note}"
         names = {verdict: len({f.name for f in found if f.verdict == verdict}) for verdict in order}
         counts = ", ".join(f"{count} {verdict}" for verdict, count in names.items())
         yield f"{self.path}: {plural(self.pickles, 'pickle')} scanned, nothing run; names: {counts}"
@@ -115,7 +121,8 @@ def scan(path: str | Path) -> ScanReport:
                 for module, member, offset, times, called in found.mentions.found:
                     verdict = classify(module, member, called=called)
                     findings.append(Finding(name, found.record, offset, f"{module}.{member}", times, verdict))
-    return ScanReport(str(path), pickles, tuple(findings), tuple(unreadable))
+    notes = leftover_notes(path) if path.is_dir() else []
+    return ScanReport(str(path), pickles, tuple(findings), tuple(unreadable), tuple(notes))
 
 
 def _within(file: str, record: str) -> str:
@@ -129,23 +136,16 @@ def _files(path: Path) -> Iterator[tuple[str, Path, str]]:
         CheckpointNotFoundError: There is nothing at the path.
         CheckpointError: It cannot be looked at.
     """
-    try:
-        is_folder = path.is_dir()
-        if not is_folder:
-            path.stat()
-    except FileNotFoundError:
-        raise CheckpointNotFoundError("no such file or folder", path=path) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(f"cannot be read: {reason}", path=path) from error
-    if not is_folder:
+    if kind_of(path) == "file":
         FileSource(path)  # one file that cannot be opened is an error, not a finding
         yield path.name, path, ""
         return
     failed: list[OSError] = []
     for folder, folders, files in os.walk(path, onerror=failed.append):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_leftover(name))
         for name in sorted([*files, *(name for name in folders if Path(folder, name).is_symlink())]):
+            if is_leftover(name):
+                continue
             file = Path(folder, name)
             yield str(file.relative_to(path)), file, _unfit(file)
     for failure in failed:

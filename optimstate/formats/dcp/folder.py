@@ -35,6 +35,7 @@ from optimstate.formats.registry import detect, get_format
 from optimstate.formats.safetensors.file import MAX_HEADER
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import FileSlice, FileSource
+from optimstate.io.folders import listed
 from optimstate.io.output import AtomicDirectory, AtomicFile
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
@@ -87,7 +88,7 @@ def _metadata_files(path: Path) -> list[Path]:
     """The metadata of all ranks in one file, or of each in its own where they were saved without collectives."""
     if (path / ".metadata").is_file():
         return [path / ".metadata"]
-    found = {int(match[1]): file for file in path.iterdir() if (match := _RANK_METADATA.fullmatch(file.name))}
+    found = {int(match[1]): file for file in listed(path) if (match := _RANK_METADATA.fullmatch(file.name))}
     if not found:
         raise CorruptCheckpointError(
             ".distcp files without .metadata: names and shapes are unknown",
@@ -109,7 +110,7 @@ def _read_metadata(path: Path) -> tuple[Metadata, list[tuple[str, str]]]:
 
 def _other_files(document: Document) -> dict[str, Document]:
     """The checkpoint files beside the distributed one; others are only noted."""
-    for file in sorted(document.path.iterdir()):
+    for file in listed(document.path):
         if file.suffix in (".metadata", ".distcp") or file.name == ".metadata" or not file.is_file():
             continue
         found = detect(file)
@@ -241,7 +242,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     leaves, notes = tree_of_metadata.leaves(
         {key: v for key, v in tree.items() if key not in beside}, flattened=flattened
     )
-    with AtomicDirectory(path) as folder:
+    with AtomicDirectory(path, sync=options.sync) as folder:
         metadata = _write_items(leaves, folder / _DATA_FILE, options)
         for name, part in beside.items():
             made = get_format(part.format).write(tree[name], folder / name, like=part, options=options)

@@ -116,7 +116,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     groups: list[tuple[Mapping[str, Any], tuple[str, ...]]] = [
         (group.options, group.names or ()) for group in optimizer.groups
     ]
-    with AtomicDirectory(path) as folder:
+    with AtomicDirectory(path, sync=options.sync) as folder:
         (folder / "zero").mkdir()
         for _, name, slots in optimizer.parameters():
             assert name is not None

@@ -28,6 +28,7 @@ from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.registry import detect
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent
+from optimstate.io.folders import listed
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Opaque
@@ -59,7 +60,7 @@ def sniff(path: Path, head: bytes) -> Claim:
     """Whether it is a folder of one tag, with optimizer states of ranks and model states."""
     if head or not path.is_dir():
         return Claim.NO
-    names = [file.name for file in path.iterdir()]
+    names = [file.name for file in listed(path)]
     whole = any(map(_OPTIMIZER_FILE.fullmatch, names)) and any(map(_MODEL_FILE.fullmatch, names))
     return Claim.CERTAIN if whole else Claim.NO
 
@@ -115,7 +116,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
 def _rank_files(path: Path, pattern: re.Pattern[str]) -> list[Path]:
     """The files of all data-parallel ranks, in order."""
     found: dict[int, Path] = {}
-    for file in path.iterdir():
+    for file in listed(path):
         match = pattern.fullmatch(file.name)
         if match is None:
             continue
@@ -140,7 +141,7 @@ def _part(document: Document, file: Path) -> Any:
 
 def _add_other_files(document: Document) -> None:
     """Files of experts and whatever else lies there, by name."""
-    for file in sorted(document.path.iterdir()):
+    for file in listed(document.path):
         if _OPTIMIZER_FILE.fullmatch(file.name) or _MODEL_FILE.fullmatch(file.name) or not file.is_file():
             continue
         found = detect(file)

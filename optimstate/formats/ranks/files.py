@@ -21,6 +21,7 @@ from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.ranks.shards import SHARDED_CLASSES, Box, ShardRecord, is_sharded, shard_record
 from optimstate.formats.ranks.tiles import Tile, check_tiling, region, tensor_of_pieces
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.folders import listed
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Path as TreePath
 from optimstate.tree import difference, format_path, nodes, rebuilt_mapping
@@ -43,7 +44,7 @@ def read(path: Path) -> Document:
     Raises:
         CheckpointError: One is damaged, or they are not the ranks of one run.
     """
-    return join_ranks(path, {file.name: torch_zip.read(file) for file in sorted(path.iterdir())})
+    return join_ranks(path, {file.name: torch_zip.read(file) for file in listed(path)})
 
 
 def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:

@@ -7,6 +7,8 @@ A plain file becomes a tree of one level; a whole checkpoint has the rest of its
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.safetensors.checkpoint import Layout, decode_checkpoint
 from optimstate.formats.safetensors.file import MAX_HEADER, Entry, read_file, write_file
 from optimstate.io.extents import FileSource
-from optimstate.io.output import AtomicDirectory, AtomicFile
+from optimstate.io.output import AtomicDirectory, AtomicFile, AtomicGroup
 from optimstate.tensors.lazy import LazyTensor
 
 NAME = "safetensors"
@@ -118,7 +120,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     elif options.shard_size is None:
         write_file(layout.entries, metadata, path, options)
     else:
-        with AtomicDirectory(path) as folder:
+        with AtomicDirectory(path, sync=options.sync) as folder:
             shards = _shards_by_size(layout.entries, options.shard_size)
             if len(shards) == 1:
                 write_file(layout.entries, metadata, folder / "model.safetensors", options)
@@ -151,11 +153,40 @@ def _shards_by_origin(entries: list[Entry]) -> dict[str, list[Entry]]:
 
 
 def _write_shards(shards: dict[str, list[Entry]], metadata: dict[str, str], index: Path, options: WriteOptions) -> None:
-    """The files beside `index`, then the index itself."""
-    for file, entries in shards.items():
-        write_file(entries, {"format": "pt"}, index.parent / file, options)
-    weight_map = {entry.name: file for file, entries in shards.items() for entry in entries}
+    """The files beside `index`, then the index itself; shards of the index that it replaces are removed at last."""
+    replaced = _shards_of(index)
+    taken = replaced | {file.name for file in index.parent.iterdir()}
+    names = {file: _fresh_shard_name(file) if file in taken else file for file in shards}
+    weight_map = {entry.name: names[file] for file, entries in shards.items() for entry in entries}
     total = sum(entry.tensor.nbytes for entries in shards.values() for entry in entries)
-    with AtomicFile(index, sync=options.sync) as out:
-        document = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
-        out.write(json.dumps(document, indent=1).encode())
+    with AtomicGroup(sync=options.sync) as group:
+        for file, entries in shards.items():
+            write_file(entries, {"format": "pt"}, index.parent / names[file], options, group=group)
+        with AtomicFile(index, sync=options.sync, group=group) as out:
+            document = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
+            out.write(json.dumps(document, indent=1).encode())
+    abandoned = {file for file in taken if is_fresh_shard(file)} - set(names.values())
+    for file in replaced | abandoned:
+        if "/" not in file:
+            (index.parent / file).unlink(missing_ok=True)
+
+
+_FRESH = re.compile(r"\.[0-9a-f]{12}\.safetensors$")
+
+
+def is_fresh_shard(file: str) -> bool:
+    """Whether a shard is called as those are that were written beside an index they do not belong to yet."""
+    return _FRESH.search(file) is not None
+
+
+def _fresh_shard_name(file: str) -> str:
+    """A name that no index has: readers of the old one never meet a new shard."""
+    return f"{_FRESH.sub('.safetensors', file)[: -len('.safetensors')]}.{os.urandom(6).hex()}.safetensors"
+
+
+def _shards_of(index: Path) -> set[str]:
+    """The files that an index names which is about to be replaced; none where it cannot be read."""
+    try:
+        return set(read_index(index)[0].values()) if index.is_file() else set()
+    except CheckpointError:
+        return set()

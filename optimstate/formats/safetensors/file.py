@@ -20,7 +20,7 @@ from optimstate.errors import (
 from optimstate.formats.protocol import WriteOptions
 from optimstate.io.copying import copy_extents
 from optimstate.io.extents import Extent, FileSource
-from optimstate.io.output import AtomicFile
+from optimstate.io.output import AtomicFile, AtomicGroup
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
 
@@ -122,8 +122,15 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def write_file(entries: list[Entry], metadata: dict[str, str], path: Path, options: WriteOptions) -> None:
-    """Write one safetensors file: the header, then the tensors in order.
+def write_file(
+    entries: list[Entry],
+    metadata: dict[str, str],
+    path: Path,
+    options: WriteOptions,
+    *,
+    group: AtomicGroup | None = None,
+) -> None:
+    """Write one safetensors file: the header, then the tensors in order; with a group it waits for the others' names.
 
     Raises:
         DestinationError: It cannot be written.
@@ -133,6 +140,7 @@ def write_file(entries: list[Entry], metadata: dict[str, str], path: Path, optio
         path,
         expected_size=len(header) + sum(entry.tensor.nbytes for entry in entries),
         sync=options.sync,
+        group=group,
     ) as out:
         out.write(header)
         pieces: Iterator[Extent] = (extent for entry in entries for extent in entry.tensor.extents())

@@ -1,0 +1,57 @@
+"""Folders listed: what unfinished writers left is passed over, what cannot be looked at is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+
+from optimstate.errors import CheckpointError, CheckpointNotFoundError
+from optimstate.io.output import is_leftover, leftovers
+
+__all__ = ["kind_of", "leftover_notes", "listed"]
+
+_MAX_NOTES = 5
+
+
+def listed(folder: Path) -> list[Path]:
+    """What a folder holds, by name, without the leftovers of writers that were killed.
+
+    Raises:
+        CheckpointError: It cannot be listed.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not is_leftover(path.name))
+    except OSError as error:
+        raise CheckpointError(f"cannot be listed: {error.strerror}", path=folder) from error
+
+
+def kind_of(path: Path) -> str:
+    """`file` or `folder`, through links.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing.
+        CheckpointError: It cannot be looked at, or is a pipe, a socket or a device.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        hint = "Check the path for a typing mistake."
+        raise CheckpointNotFoundError("no such file or folder", path=path, hint=hint) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"cannot be read: {reason}", path=path) from error
+    if S_ISREG(mode):
+        return "file"
+    if S_ISDIR(mode):
+        return "folder"
+    raise CheckpointError("is not a regular file or folder", path=path, hint="Copy what it gives into a file first.")
+
+
+def leftover_notes(folder: Path) -> list[str]:
+    """What is said of the leftovers in a folder and below."""
+    found = list(leftovers(folder))
+    notes = [
+        f"{path.relative_to(folder)} was left by an optimstate that was killed; it is passed over and may be deleted"
+        for path in found[:_MAX_NOTES]
+    ]
+    return notes + ([f"and {len(found) - _MAX_NOTES} more of its kind"] if len(found) > _MAX_NOTES else [])
