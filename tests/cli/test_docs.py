@@ -151,7 +151,12 @@ INVOCATIONS = {
     ],
     "name": [["name", str(ANY / "torch/adam_unnamed_wd"), "--dry-run"]],
     "verify": [["verify", "checkpoint.pt", "--no-numbers"], ["verify", "faulty.pt", "--no-numbers"]],
-    "scan": [["scan", "checkpoint.pt"], ["scan", str(ANY / "optimstate/hostile_zip")], ["scan", "cut.pkl"]],
+    "scan": [
+        ["scan", "checkpoint.pt"],
+        ["scan", str(ANY / "optimstate/hostile_zip")],
+        ["scan", "cut.pkl"],
+        ["scan", "left"],
+    ],
 }
 
 COPIES = """
@@ -177,6 +182,8 @@ def test_json_has_the_documented_form(command: str, checkpoints: Path) -> None:
 
     Path("copies.toml").write_text(COPIES)
     Path("cut.pkl").write_bytes(b"\x80\x02(cos\nsystem\n")
+    Path("left").mkdir()
+    Path("left/.new.pt.0123456789ab.part").touch()
     whole = torch.load("checkpoint.pt")
     torch.save({"model": {"embed.weight": torch.zeros(12, 7)}}, "less.pt")
     whole["optimizer"]["param_groups"][0]["lr"] = 1.0
