@@ -64,7 +64,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"unpickled"},
     ),
     "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),
-    "io": ({"extents"}, {"copying", "output"}),
+    "io": ({"extents"}, {"copying", "output"}, {"folders"}),
 }
 MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "demo", "installed_torch"}
 MAY_IMPORT_TERMINAL = {"cli"}
