@@ -43,7 +43,17 @@ def remap(
             "--set",
             metavar="[WHERE:]KEY=VALUE",
             help="An option of the param groups: of all, of group number WHERE, or of the parameters that the "
-            "template WHERE matches ('**.bias:weight_decay=0.0'), which then have a group of their own.",
+            "template WHERE matches ('**.bias:weight_decay=0.0'), which then have a group of their own. Before it, or "
+            "alone, the path of one of several optimizers: 'dis_optimizer:0:lr=1e-4'.",
+        ),
+    ] = None,
+    schedules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set-schedule",
+            metavar="[PATH:]KEY=VALUE",
+            help="An argument of a scheduler, as if it had been so from the start (T_max=40): of every one, of that at "
+            "PATH, or of a part ('_schedulers[1]:T_max=40').",
         ),
     ] = None,
     plan_out: Annotated[
@@ -69,12 +79,14 @@ def remap(
     from optimstate.cli.render import terminal
     from optimstate.plan.language.plan import Plan
     from optimstate.surgery import plans
-    from optimstate.surgery.settings import with_options
+    from optimstate.surgery.settings import with_options, with_schedules
 
     rules = read_plan(plan) if plan else Plan()
     rules += Plan.from_options(rename=rename or (), duplicate=duplicate or (), drop=drop or (), fresh=fresh or ())
-    if rules == Plan() and not settings:
-        raise typer.BadParameter("nothing to do: give --plan, --rename, --duplicate, --drop, --fresh or --set")
+    if rules == Plan() and not settings and not schedules:
+        raise typer.BadParameter(
+            "nothing to do: give --plan, --rename, --duplicate, --drop, --fresh, --set or --set-schedule"
+        )
     if destination is None and not (in_place or dry_run):
         raise typer.BadParameter("give a destination, --in-place or --dry-run")
     if destination is not None and in_place:
@@ -83,6 +95,8 @@ def remap(
         raise typer.BadParameter("--json has the plan in it: leave out --plan-out -")
     if settings:
         rules = with_options(rules, source, settings)
+    if schedules:
+        rules = with_schedules(rules, schedules)
     if plan_out is not None:
         plans.check_plan_destination(plan_out, source, force=force)
     with terminal.progress("remapping", source, quiet=quiet) as advance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -12,12 +12,13 @@ from optimstate.hooks.engine.hook import LOGGER
 from optimstate.hooks.engine.report import Report
 from optimstate.installed_torch import torch
 from optimstate.plan.apply.execute import execute_model
-from optimstate.plan.apply.schedulers import followed
+from optimstate.plan.apply.schedulers import Groups, LiveScheduler, followed
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Inventory, SectionMoves, Target
 from optimstate.plan.solve.planner import model_inventory, plan_migration
 from optimstate.problems import Problem
 from optimstate.state.names import unwrapped
+from optimstate.state.schedules import schedule_of
 
 __all__ = ["ModelHook", "ModelLoad", "migrate_model", "migrate_scheduler"]
 
@@ -125,14 +126,44 @@ def migrate_model(plan: Plan | str | PathLike[str]) -> ModelHook:
     return ModelHook(Plan.of(plan))
 
 
-def migrate_scheduler(state_dict: Mapping[str, Any], moves: SectionMoves | None) -> dict[str, Any]:
+def migrate_scheduler(state_dict: Mapping[str, Any], moves: SectionMoves | None, *, live: Any = None) -> dict[str, Any]:
     """The state of a scheduler for the param groups that an optimizer has after a load hook.
 
     Args:
         state_dict: The scheduler's, not changed.
-        moves: What became of the optimizer's groups: a load hook's `moves`. None changes nothing.
+        moves: What became of the optimizer's groups: a load hook's `moves`. None where nothing did.
+        live: The scheduler that keeps its own arguments and takes the position of the state; set the `lr` of each param
+            group to `get_last_lr()` when it is loaded. None to take the arguments of the state.
 
     Raises:
         MigrationError: The state does not fit the old groups, or holds lists of unknown meaning.
     """
-    return dict(state_dict) if moves is None else followed(state_dict, moves)
+    if moves is None and live is None:
+        return dict(state_dict)
+    scheduler = None if live is None else LiveScheduler.of(live)
+    groups = _groups(state_dict, moves, () if scheduler is None else scheduler.groups)
+    if groups.unchanged and live is None:
+        return dict(state_dict)
+    plan = Plan().with_policy(schedule="checkpoint" if live is None else "live")
+    return followed(state_dict, groups, plan=plan, live=scheduler).state
+
+
+def _groups(state: Mapping[str, Any], moves: SectionMoves | None, live: Sequence[Mapping[str, Any]]) -> Groups:
+    """The param groups of a load; the old ones as the scheduler's state remembers them."""
+    schedule = schedule_of(dict(state))
+    last = state.get("_last_lr")
+    count = len(live) if moves is None else moves.old_groups
+    before: list[dict[str, Any]] = []
+    for number in range(count):
+        initial = schedule.initial(number, {})
+        known = {"lr": last[number]} if isinstance(last, list) and number < len(last) else {}
+        before.append(known if initial is None else {**known, "initial_lr": initial})
+    if moves is None:
+        return Groups([dict(options) for options in before], list(range(count)), before, [frozenset()] * count)
+    made = Groups.of(moves, before)
+    for number, base in enumerate(made.bases):
+        if base is not None:  # what a hook decides is not among the options, and the bounds are the optimizer's
+            made.options[number] = {**before[base], **made.options[number]}
+            own = {key: value for key, value in made.options[number].items() if key not in before[base]}
+            before[base].update({key: value for key, value in own.items() if key not in ("lr", "initial_lr")})
+    return made._replace(before=before)

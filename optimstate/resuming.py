@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.formats.registry import open_checkpoint
@@ -65,6 +65,7 @@ def resume(
     ema: torch.nn.Module | None = None,
     scaler: Any = None,
     plan: Plan | str | PathLike[str] | None = None,
+    schedule: Literal["checkpoint", "live"] | None = None,
 ) -> Resumed:
     """Load a checkpoint into a run whose model, groups or wrappers may have changed: all of it, or nothing.
 
@@ -80,6 +81,8 @@ def resume(
         ema: An `AveragedModel`.
         scaler: A `GradScaler`; the state of one that was disabled, which is empty, leaves it as it is.
         plan: What has changed, as a plan or the path of a plan file; without, only wrappers, order and groups may have.
+        schedule: Whether the scheduler has its arguments from the checkpoint or keeps its own, `live`, and takes the
+            position alone; None for what the plan's policy says. Where the two differ, a note says so.
 
     Returns:
         What became of everything.
@@ -90,6 +93,8 @@ def resume(
         StateMismatchError: The checkpoint lacks a part, or has several that could be meant.
     """
     given = Plan() if plan is None else plan if isinstance(plan, Plan) else Plan.from_file(Path(plan))
+    if schedule is not None:
+        given = given.with_policy(schedule=schedule)
     run = _Run(_Parts(checkpoint), given)
     if model is not None:
         run.plan_module("model", model)
@@ -231,6 +236,8 @@ class _Run:
     _counts: list[int] = field(default_factory=list)
     _settled: list[bool] = field(default_factory=list)
     _moves: SectionMoves | None = None
+    _made: dict[str, Any] | None = None
+    _before: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def _lenient(self) -> Plan:
@@ -292,13 +299,29 @@ class _Run:
         def undo() -> None:
             optimizer.state, optimizer.param_groups = before
 
+        self._made, self._before = made, [dict(group.options) for group in request.state.groups]
         self._steps.append(_Step(lambda: optimizer.load_state_dict(made), undo))
 
     def plan_scheduler(self, scheduler: Any) -> None:
-        """Plan the state of a scheduler, for the optimizer's groups."""
+        """Plan the state of a scheduler for the optimizer's groups, which get the rates that it gives them."""
         from optimstate.hooks import migrate_scheduler
+        from optimstate.plan.apply.schedulers import Groups, LiveScheduler, followed
 
-        made = migrate_scheduler(self.parts.take("scheduler"), self._moves)
+        state = self.parts.take("scheduler")
+        if self._made is None:
+            made = migrate_scheduler(state, None)
+        else:
+            options = [{k: v for k, v in group.items() if k != "params"} for group in self._made["param_groups"]]
+            bases: list[int | None] = list(range(len(options)))
+            groups = Groups(options, bases, self._before, [frozenset()] * len(options))
+            if self._moves is not None:
+                groups = Groups.of(self._moves, self._before)._replace(options=options)
+            found = followed(state, groups, plan=self.plan, live=LiveScheduler.of(scheduler))
+            made = found.state
+            self._made["param_groups"] = [
+                {**group, **new} for group, new in zip(self._made["param_groups"], found.options, strict=True)
+            ]
+            self.notes += [f"scheduler: {note}" for note in found.notes]
         before = copy.copy(vars(scheduler))
 
         def undo() -> None:

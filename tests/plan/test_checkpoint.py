@@ -188,18 +188,20 @@ def test_metadata_of_modules_without_parameters_follows_the_root(
         assert vars(moved)["_metadata"] == vars(holder.state_dict())["_metadata"]
 
 
-def test_a_schedule_that_goes_on_as_before_is_noted(tmp_path: Path) -> None:
+def test_a_rate_that_is_set_says_what_the_schedule_began_with(tmp_path: Path) -> None:
     tree = saved(tmp_path, everything())
     group = '[[group]]\nmatch = "**"\nlike = 0\nset = {{ {} }}\n'
     merge = '[policy]\nmerge = "first"\n'
     moved, _, notes = apply_plan(Plan.from_toml(merge + group.format("lr = 0.5")), tree)
-    assert any("gets lr = 0.5, but scheduler scheduler goes on" in note for note in notes)
-    assert moved["optimizer"]["param_groups"][0]["lr"] == 0.5
-    assert moved["scheduler"]["base_lrs"] == tree["scheduler"]["base_lrs"][:1]
+    made = moved["optimizer"]["param_groups"][0]
+    factor = 0.5 / tree["optimizer"]["param_groups"][0]["lr"]
+    assert made["lr"] == 0.5
+    assert moved["scheduler"]["base_lrs"] == [made["initial_lr"]] == [pytest.approx(0.01 * factor)]
+    assert any("has initial_lr = 0.5" in note and "CosineAnnealingLR" in note for note in notes)
     both = Plan.from_toml(merge + group.format("lr = 0.5, initial_lr = 0.7"))
     moved, _, notes = apply_plan(both, tree)
-    assert not any("goes on" in note for note in notes)
     assert moved["scheduler"]["base_lrs"] == [0.7]
+    assert any("has lr = 0.5 now, but CosineAnnealingLR gives 0.6" in note for note in notes)
 
 
 def test_composed_schedules_start_from_the_new_initial_rate_though_groups_stay(tmp_path: Path) -> None:

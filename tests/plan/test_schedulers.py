@@ -144,5 +144,5 @@ def test_nested_schedulers_that_start_from_different_rates_are_not_set_to_one(do
     saved = states(*started(make, 0.01))
     optimizer, _ = started(make, 0.01)
     plan = Plan.from_toml('[[group]]\nmatch = "**"\nset = { initial_lr = 0.25 }\n')
-    with pytest.raises(MigrationError, match=r"at lr 0\.25, but its schedulers start at 0\.0?0?1 and 0\.5"):
+    with pytest.raises(MigrationError, match=r"start from 0\.25, but its schedulers start from 0\.0?0?1 and 0\.5"):
         door(tmp_path, plan, saved, optimizer)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
+from optimstate.plan.apply.options import scheduled, with_group_options, with_options
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
@@ -57,9 +58,10 @@ def apply_plan(
     migration = plan_migration(plan, checkpoint.inventories())
     for section in checkpoint.anonymous:
         _refuse_other_parameters(section, migration)
-    rebuilt = checkpoint.rebuilt(migration)
-    notes = [f"{key_of(section)}: no parameter names, left as it is" for section in checkpoint.anonymous]
-    notes += checkpoint.schedules_left(migration)
+    migration = with_options(plan, migration, checkpoint.optimizers, checkpoint.states.keys())
+    migration, schedules, notes = scheduled(plan, migration, checkpoint.schedulers, checkpoint.optimizers)
+    rebuilt = {**checkpoint.rebuilt(migration), **schedules}
+    notes = [*checkpoint.left_alone(migration), *notes]
     return _stamped(plan, replaced(tree, rebuilt)), migration, notes + migration.notes
 
 
@@ -78,6 +80,7 @@ class _Checkpoint:
         self.schedulers: list[Section] = []
         self.named: dict[str, tuple[Section, str]] = {}
         self.states: dict[str, OptimizerState] = {}
+        self.optimizers: dict[str, OptimizerState] = {}
         for section in find_sections(tree):
             self._sort(section)
 
@@ -85,6 +88,8 @@ class _Checkpoint:
         if section.kind == "scheduler":
             self.schedulers.append(section)
             return
+        if section.kind == "optimizer" and not isinstance(section.node, Opaque):
+            self.optimizers[key_of(section)] = section.optimizer()
         found = self._names_of(section)
         if found is None:
             self.anonymous.append(section)
@@ -107,6 +112,13 @@ class _Checkpoint:
             return None
         self.states[key_of(section)] = state
         return [str(name) for _, name, _ in state.parameters()]
+
+    def left_alone(self, migration: Migration) -> Iterator[str]:
+        """Notes on sections without names, which no rule can move."""
+        rules = any(True for _ in self.plan.all_rules())
+        for section in self.anonymous:
+            if rules or key_of(section) not in migration.sections:
+                yield f"{key_of(section)}: no parameter names, left as it is"
 
     def inventories(self) -> dict[str, Inventory]:
         """What the planner is told."""
@@ -142,66 +154,11 @@ class _Checkpoint:
                     made[id(section.node)] = _with_prefix(state, prefix).to_node()
             elif moves.changes:
                 made[id(section.node)] = _rebuilt_model(section, moves, prefix)
-        if self.schedulers:
-            made.update(self._followed(migration))
+        for section in self.anonymous:
+            options = migration.sections.get(key_of(section))
+            if options is not None and options.regrouped:
+                made[id(section.node)] = with_group_options(self.optimizers[key_of(section)], options).to_node()
         return with_hosts([section for section, _ in self.named.values()], made)
-
-    def _followed(self, migration: Migration) -> dict[int, Any]:
-        """The schedulers whose optimizer has other param groups or options, by the id of the old one."""
-        from optimstate.plan.apply.schedulers import followed, reschedules
-
-        optimizers = [
-            migration.sections[key] for key, (section, _) in self.named.items() if section.kind == "optimizer"
-        ]
-        changed = [
-            moves
-            for key, moves in migration.sections.items()
-            if key in self.states and reschedules(moves, self.states[key].groups)
-        ]
-        if not changed:
-            return {}
-        if len(optimizers) == 1 and not any(section.kind == "optimizer" for section in self.anonymous):
-            pairs = [(section, optimizers[0]) for section in self.schedulers]
-        elif len(self.schedulers) == len(optimizers):
-            pairs = list(zip(self.schedulers, optimizers, strict=True))
-        else:
-            raise MigrationError(
-                [
-                    Problem(
-                        "scheduler",
-                        f"{len(self.schedulers)} schedulers and {len(optimizers)} optimizers: nothing says which "
-                        "scheduler follows which optimizer's param groups",
-                    )
-                ],
-                hint="Migrate the optimizers one at a time, or write the schedulers anew.",
-            )
-        return {
-            id(section.node): rebuilt_mapping(section.node, followed(section.node, moves))
-            for section, moves in pairs
-            if any(moves is other for other in changed) and isinstance(section.node, Mapping)
-        }
-
-    def schedules_left(self, migration: Migration) -> list[str]:
-        """Learning rates that the plan sets although a schedule computes them from something else."""
-        if not self.schedulers:
-            return []
-        return [
-            f"{key}: param group {number} gets lr = {group.options['lr']!r}, but {key_of(self.schedulers[0])} goes on "
-            "from the initial learning rate it had, to which most schedules return at the next step: set initial_lr too"
-            for key, moves in migration.sections.items()
-            for number, group in enumerate(moves.groups)
-            if number in _set_in(self.plan, moves, "lr") and number not in _set_in(self.plan, moves, "initial_lr")
-        ]
-
-
-def _set_in(plan: Plan, moves: SectionMoves, option: str) -> set[int]:
-    """The param groups of the result whose `[[group]]` table sets an option."""
-    tables = [rule for rule in plan.groups if option in rule.set]
-    return {
-        number
-        for number, group in enumerate(moves.groups)
-        if any(option in group.options and rule is group.rule for rule in tables)
-    }
 
 
 def _plain_tensors(section: Section, prefix: str) -> dict[str, Any]:

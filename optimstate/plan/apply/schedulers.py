@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 from optimstate.errors import MigrationError
 from optimstate.plan.expressions.evaluate import copied, number_of
-from optimstate.plan.language.rules import Plan, SchedulerRule
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import SchedulerRule
 from optimstate.plan.solve.groups import same_value
 from optimstate.plan.solve.migration import SectionMoves
+from optimstate.problems import Problem
 from optimstate.state.scheduler import PER_GROUP_KEYS, regroup_scheduler_state
 from optimstate.state.schedules import Line, Schedule, parts, schedule_of
 
@@ -31,11 +33,13 @@ class Groups(NamedTuple):
         options: Of each group of the result.
         bases: For each of them the old group whose options it has; None for a new one.
         before: The options of the old groups.
+        given: Which options of each group the plan sets, be they others than before or not.
     """
 
     options: list[dict[str, Any]]
     bases: list[int | None]
     before: list[dict[str, Any]]
+    given: list[frozenset[str]]
 
     @classmethod
     def of(cls, moves: SectionMoves, before: Sequence[Mapping[str, Any]]) -> Groups:
@@ -44,6 +48,7 @@ class Groups(NamedTuple):
             [dict(group.options) for group in moves.groups],
             [group.base for group in moves.groups],
             [dict(options) for options in before],
+            [frozenset(group.rule.set if group.rule else ()) for group in moves.groups],
         )
 
     @property
@@ -97,7 +102,7 @@ def followed(
     state: Mapping[str, Any],
     groups: Groups,
     *,
-    plan: Plan = Plan(),
+    plan: Plan | None = None,
     label: str = "",
     live: LiveScheduler | None = None,
 ) -> Followed:
@@ -114,6 +119,7 @@ def followed(
         MigrationError: The state does not fit the old groups or the live scheduler, or something that is asked cannot
             be made true at the next step.
     """
+    plan = plan or Plan()
     work = _Work(groups, plan, live)
     work.take(state)
     if live is not None and plan.policy.schedule == "live":
@@ -150,14 +156,18 @@ def differences(state: Mapping[str, Any], live: LiveScheduler) -> list[str]:
     saved, own = schedule_of(_own(state)), schedule_of(_own(live.state))
     if type(saved) is not type(own) or len(list(parts(saved))) != len(list(parts(own))):
         raise MigrationError(
-            [f"the checkpoint's scheduler is {_named(saved)}, the live one is {live.name}"],
-            hint='Build the same scheduler, or say schedule = "live" in [policy]: the live one then takes the position.',
+            [Problem("scheduler", f"the checkpoint's scheduler is {_named(saved)}, the live one is {live.name}")],
+            hint='Build the same scheduler, or let the live one take the position: schedule = "live" in [policy].',
         )
     found = []
     for (path, old), (_, new) in zip(parts(saved), parts(own), strict=True):
         if type(old) is not type(new):
             raise MigrationError(
-                [f"{path} of the checkpoint's scheduler is {_named(old)}, of the live one {_named(new)}"],
+                [
+                    Problem(
+                        "scheduler", f"in the checkpoint it is {_named(old)}, in the live scheduler {_named(new)}", path
+                    )
+                ],
                 hint='Build the same scheduler, or say schedule = "live" in [policy].',
             )
         for key in old.ARGUMENTS:
@@ -192,7 +202,7 @@ class _Work:
     def __init__(self, groups: Groups, plan: Plan, live: LiveScheduler | None) -> None:
         self.groups, self.plan, self.live = groups, plan, live
         self.options = [dict(options) for options in groups.options]
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.notes: list[str] = []
         self.schedule = schedule_of({})
         self.first: list[float | None] = []
@@ -240,7 +250,12 @@ class _Work:
         if rate is None:
             return
         lr_set = not same_value(options.get("lr"), had.get("lr"))
+        given = self.groups.given[number]
         initial_set = "initial_lr" in options and not same_value(options["initial_lr"], had.get("initial_lr"))
+        lr_set, initial_set = (
+            lr_set or (initial_set and "lr" in given),
+            initial_set or (lr_set and "initial_lr" in given),
+        )
         if self.plan.policy.hyperparameters == "live" and initial is not None and (lr_set or initial_set):
             options.setdefault("initial_lr", options.get("lr"))
             lr_set, initial_set = False, True
@@ -259,7 +274,12 @@ class _Work:
         if wanted is None or not self._start_from(number, wanted, dict(options)):
             return
         line, rate = self.schedule.line(number, options), _rate(options.get("lr"))
-        if self.schedule.USES_BASE and line is not None and rate is not None and not _near(line.at(wanted), rate, wanted):
+        if (
+            self.schedule.USES_BASE
+            and line is not None
+            and rate is not None
+            and not _near(line.at(wanted), rate, wanted)
+        ):
             self._note(number, f"has lr = {rate!r} now, but {_named(self.schedule)} gives {line.at(wanted):.6g} there")
         self._last(number, options["lr"])
 
@@ -269,9 +289,7 @@ class _Work:
         """Another initial rate: everything is as if the group had had it from the start."""
         wanted = _rate(options["initial_lr"])
         if initial is None or wanted is None:
-            self._refuse(
-                number, f"{_named(self.schedule)} does not compute from initial_lr, which is set here: set lr instead"
-            )
+            self._refuse(number, f"{_named(self.schedule)} does not compute from initial_lr", "set lr instead")
             return
         line = self.schedule.line(number, had)
         options["initial_lr"] = had.get("initial_lr")
@@ -286,11 +304,13 @@ class _Work:
             if line is not None:
                 self._note(number, f"had lr = {rate:.6g} where its schedule gives {line.at(initial):.6g}: that is kept")
         else:
-            self._refuse(number, f"it has lr = {rate!r}, which its schedule does not give: set lr, not initial_lr")
+            self._refuse(number, f"it has lr = {rate!r}, which its schedule does not give", "set lr, not initial_lr")
             return
         self._set_lr(number, made)
         if not same_value(options["lr"], had["lr"]):
-            self._note(number, f"has lr = {made:.9g} now, which {_named(self.schedule)} gives for initial_lr = {wanted:.9g}")
+            self._note(
+                number, f"has lr = {made:.9g} now, which {_named(self.schedule)} gives for initial_lr = {wanted:.9g}"
+            )
 
     def _be_at(
         self, number: int, options: dict[str, Any], had: Mapping[str, Any], rate: float, initial: float | None
@@ -306,7 +326,9 @@ class _Work:
             return
         if self.schedule.scalable:
             if not rate:
-                self._refuse(number, "its lr is 0 now, which nothing can be multiplied with: set initial_lr instead")
+                self._refuse(
+                    number, "its lr is 0 now, and no factor makes another rate of it", "set initial_lr instead"
+                )
                 return
             self.schedule.grow(number, wanted / rate, options)
             started = initial * wanted / rate
@@ -316,7 +338,7 @@ class _Work:
             if found is None or line is None or abs(rate - line.constant) <= 1e-9 * abs(initial):
                 self._refuse(
                     number,
-                    f"{_named(self.schedule)} is at lr = {rate:.6g}, where every initial_lr leads: "
+                    f"{_named(self.schedule)} is at lr = {rate:.6g}, which every initial_lr leads to",
                     "set initial_lr instead, or change the schedule",
                 )
                 return
@@ -327,9 +349,7 @@ class _Work:
             options["initial_lr"] = started
         self._note(number, f"has initial_lr = {started:.9g} now, from which {_named(self.schedule)} gives its lr")
 
-    def _be_where_it_leads(
-        self, number: int, options: dict[str, Any], had: Mapping[str, Any], rate: float
-    ) -> None:
+    def _be_where_it_leads(self, number: int, options: dict[str, Any], had: Mapping[str, Any], rate: float) -> None:
         """A bound of the schedule is another: the rate is what it gives."""
         initial = _rate(self.schedule.initial(number, options))
         old, new = self.schedule.line(number, had), self.schedule.line(number, options)
@@ -348,7 +368,7 @@ class _Work:
         if line is None:
             self._refuse(
                 number,
-                f"it is new, and what {_named(self.schedule)} gives it cannot be told from the state: "
+                f"it is new, and the state does not tell which rate {_named(self.schedule)} gives it",
                 "say like = 0 for the options of an old group",
             )
             return
@@ -393,19 +413,19 @@ class _Work:
     def _change_argument(
         self, path: str, part: Schedule, key: str, value: Any, there: Sequence[tuple[str, Schedule]]
     ) -> None:
-        name = f"{_named(part)}{' at ' + path if path else ''}"
+        name = f"scheduler {_named(part)}{' at ' + path if path else ''}"
         check = part.ARGUMENTS.get(key)
         if check is None:
             others = [where for where, other in there if key in other.ARGUMENTS and where != path]
-            known = ", ".join(part.ARGUMENTS) or "no argument that a state holds"
-            hint = f"; {others[0]} has it: say path = {others[0]!r}" if others else f"; there is {known}"
-            self.problems.append(f"the scheduler {name} has no argument {key!r} that can be changed{hint}")
+            known = ", ".join(part.ARGUMENTS) or "nothing: what it computes with is not in its state"
+            remedy = f"{others[0]} has it: say path = {others[0]!r}" if others else f"it has {known}"
+            self._wrong(name, f"there is no argument {key!r} that can be changed", remedy)
             return
         if not check(value):
-            self.problems.append(f"the scheduler {name}: {key} cannot be {value!r}; it is {part.argument(key)!r} now")
+            self._wrong(name, f"{key} cannot be {value!r}", f"it is {part.argument(key)!r} now")
             return
         if key == "total_steps" and value <= part.position:
-            self.problems.append(f"the scheduler {name} is at step {part.position}: total_steps must be more than that")
+            self._wrong(name, f"it is at step {part.position} already", "total_steps must be more than that")
             return
         old = [self._now(number) for number in range(len(self.options))]
         own = [part.line(number, options) for number, options in enumerate(self.options)]
@@ -433,7 +453,11 @@ class _Work:
             if old is not None:
                 self._note(number, f"had lr = {rate:.6g} where its schedule gave {old.at(initial):.6g}: that is kept")
         else:
-            self._refuse(number, f"it has lr = {rate!r}, which its schedule does not give: set lr, then the schedule")
+            self._refuse(
+                number,
+                f"it has lr = {rate!r}, which its schedule does not give",
+                "change the schedule first, then set lr",
+            )
             return
         self._set_lr(number, made)
 
@@ -461,7 +485,7 @@ class _Work:
         mine = self.live.groups[number] if number < len(self.live.groups) else {}
         options.update({key: mine[key] for key in _BOUNDS if key in mine})
         wanted = _rate(options.get("initial_lr"))
-        if self.schedule.scalable and not self.schedule.proportional or wanted is None:
+        if (self.schedule.scalable and not self.schedule.proportional) or wanted is None:
             wanted = _rate(mine.get("initial_lr"))  # the schedule has bounds of its own
         if wanted is None:
             self._last(number, options.get("lr"))
@@ -480,7 +504,9 @@ class _Work:
 
     def _start_from(self, number: int, initial: float, options: dict[str, Any]) -> bool:
         """Set what the group began with, in every part of the schedule; False where the parts began differently."""
-        lists = [part.state["base_lrs"] for _, part in parts(self.schedule) if isinstance(part.state.get("base_lrs"), list)]
+        lists = [
+            part.state["base_lrs"] for _, part in parts(self.schedule) if isinstance(part.state.get("base_lrs"), list)
+        ]
         found = [values[number] for values in lists if number < len(values)]
         if any(same_value(value, initial) for value in found) and not same_value(initial, found[0]):
             return True
@@ -488,7 +514,7 @@ class _Work:
             told = " and ".join(map(str, found))
             self._refuse(
                 number,
-                f"it should start from {initial}, but its schedulers start from {told}: "
+                f"it should start from {initial}, but its schedulers start from {told}",
                 "leave initial_lr out of the plan, and set it in the schedulers",
             )
             return False
@@ -505,8 +531,11 @@ class _Work:
         if isinstance(last, list) and number < len(last) and rate is not None:
             last[number] = copied(rate)
 
-    def _refuse(self, number: int, why: str) -> None:
-        self.problems.append(f"param group {number}: {why}")
+    def _refuse(self, number: int, message: str, remedy: str) -> None:
+        self.problems.append(Problem("scheduler", message, f"param group {number}", remedy=remedy))
+
+    def _wrong(self, name: str, message: str, remedy: str) -> None:
+        self.problems.append(Problem("setting", message, name, remedy=remedy))
 
     def _note(self, number: int, what: str) -> None:
         self.notes.append(f"param group {number} {what}")

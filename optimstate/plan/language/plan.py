@@ -9,7 +9,7 @@ from typing import Any
 
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language import toml
-from optimstate.plan.language.rules import GroupRule, Guard, Policy, Rule, fan_out
+from optimstate.plan.language.rules import GroupRule, Guard, Policy, Rule, SchedulerRule, fan_out
 from optimstate.plan.language.template import Template
 from optimstate.record import Record, field
 from optimstate.state.algorithms.registry import Slot
@@ -28,6 +28,7 @@ class Plan(Record):
         policy: What is done about mismatches.
         slots: Meanings of slots that are not known, by name.
         optimizer: The algorithm whose state the result has; empty for the one it has.
+        schedulers: Arguments of schedulers that change.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -37,6 +38,7 @@ class Plan(Record):
     policy: Policy = Policy()
     slots: Mapping[str, Slot] = field(default_factory=dict)
     optimizer: str = ""
+    schedulers: tuple[SchedulerRule, ...] = ()
 
     @classmethod
     def from_options(
@@ -144,6 +146,7 @@ class Plan(Record):
             policy=self.policy._replace(**changed),
             slots={**self.slots, **other.slots},
             optimizer=other.optimizer or self.optimizer,
+            schedulers=self.schedulers + other.schedulers,
         )
 
 

@@ -11,7 +11,7 @@ from optimstate.plan.language.operations import Operation, parse_operation
 from optimstate.plan.language.template import Template
 from optimstate.record import Record, field
 
-__all__ = ["GroupRule", "Guard", "Policy", "Rule"]
+__all__ = ["GroupRule", "Guard", "Policy", "Rule", "SchedulerRule"]
 
 Renamed = list[tuple[str, dict[str, str]]]
 
@@ -187,17 +187,37 @@ def templates(texts: str | Iterable[str]) -> tuple[Template, ...]:
 
 
 class GroupRule(Record):
-    """One param group of the result.
+    """One param group of the result; or, without `match`, options of groups whose members stay as they are.
 
     Attributes:
         match: Templates of the parameters in it; the first group that matches a parameter takes it.
         set: Options that replace those of the checkpoint.
         like: The old group whose options it starts from; None for the one its parameters were in.
+        optimizer: The path of the optimizer it is for; empty for every one.
+        number: Without `match`: the group whose options are set; None for all of them.
     """
 
     match: tuple[Template, ...]
     set: Mapping[str, Any] = field(default_factory=dict)
     like: int | None = None
+    optimizer: str = ""
+    number: int | None = None
+
+    def is_for(self, label: str) -> bool:
+        """Whether it is for the optimizer at a path."""
+        return self.optimizer in ("", label)
+
+
+class SchedulerRule(Record):
+    """Arguments of a scheduler that change, as if it had had them from the start.
+
+    Attributes:
+        set: By name, as the scheduler's constructor has them.
+        path: The scheduler, or a part of it (`_schedulers[1]`); empty for every scheduler.
+    """
+
+    set: Mapping[str, Any]
+    path: str = ""
 
 
 class Guard(Record):
@@ -225,6 +245,7 @@ class Policy(Record):
         approximate: A slot that can only be approximated.
         quantized: 8-bit slots of parameters that are cut, joined or scaled: refused, or decoded and coded again.
         hyperparameters: Whether groups take their options from the checkpoint or from the live optimizer.
+        schedule: Whether a scheduler has the arguments of the checkpoint or of the live one.
         merge: Old groups with different options that become one: which of them stands for all (`min` and `max` choose
             by initial learning rate).
     """
@@ -237,6 +258,7 @@ class Policy(Record):
     quantized: Literal["refuse", "requantize"] = "refuse"
     hyperparameters: Literal["checkpoint", "live"] = "checkpoint"
     merge: Literal["refuse", "first", "min", "max"] = "refuse"
+    schedule: Literal["checkpoint", "live"] = "checkpoint"
 
 
 def fan_out(rule: Rule) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language.operation import Operation, toml_key, toml_value
 from optimstate.plan.language.operations import OPERATIONS, parse_operation
-from optimstate.plan.language.rules import GroupRule, Guard, Policy, Rule, templates
+from optimstate.plan.language.rules import GroupRule, Guard, Policy, Rule, SchedulerRule, templates
 from optimstate.plan.language.template import Template
 from optimstate.state.algorithms.registry import Slot, SlotKind
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["parsed", "written"]
 
 _RULE_KEYS = {"from", "to", "drop", "fresh", "group", "ops", *OPERATIONS}
-_PLAN_KEYS = {"rule", "stage", "group", "guard", "policy", "slots", "optimizer"}
+_PLAN_KEYS = {"rule", "stage", "group", "guard", "policy", "slots", "optimizer", "scheduler"}
 
 
 class _Mistake(Exception):
@@ -124,6 +124,7 @@ def _fields(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "policy": _policy(_table_of(document, "policy")),
         "slots": _slots(_table_of(document, "slots")),
         "optimizer": optimizer,
+        "schedulers": _schedulers(document.get("scheduler", [])),
     }
 
 
@@ -211,18 +212,42 @@ def _checked_templates(texts: tuple[str, ...], where: str, number: int, key: str
 
 
 def _group(table: Mapping[str, Any], number: int) -> GroupRule:
-    _refuse_unknown(table, {"match", "set", "like"}, "group", number)
-    if "match" not in table:
-        raise _Mistake("needs `match`", "group", number, "", 'For example: match = ["**.bias", "**.norm.*"]')
-    match = _checked_templates(_texts(table["match"], "group", number, "match"), "group", number, "match")
-    options, like = table.get("set", {}), table.get("like")
+    _refuse_unknown(table, {"match", "set", "like", "optimizer", "number"}, "group", number)
+    options, like, optimizer = table.get("set", {}), table.get("like"), table.get("optimizer", "")
     if not isinstance(options, dict):
         raise _Mistake(
             "`set` is a table of options", "group", number, "set", "For example: set = { weight_decay = 0.0 }"
         )
-    if like is not None and (not isinstance(like, int) or isinstance(like, bool)):
-        raise _Mistake("`like` is the number of an old param group", "group", number, "like")
-    return GroupRule(match, options, like)
+    for key in ("like", "number"):
+        if key in table and (not isinstance(table[key], int) or isinstance(table[key], bool)):
+            raise _Mistake(f"`{key}` is the number of a param group", "group", number, key)
+    if not isinstance(optimizer, str):
+        raise _Mistake("`optimizer` is the path of an optimizer", "group", number, "optimizer")
+    if "match" in table:
+        if "number" in table:
+            raise _Mistake("`number` cannot be combined with `match`", "group", number, "number")
+        match = _checked_templates(_texts(table["match"], "group", number, "match"), "group", number, "match")
+        return GroupRule(match, options, like, optimizer)
+    if not options or like is not None:
+        raise _Mistake("needs `match`", "group", number, "", 'For example: match = ["**.bias", "**.norm.*"]')
+    return GroupRule((), options, None, optimizer, table.get("number"))
+
+
+def _schedulers(tables: Any) -> tuple[SchedulerRule, ...]:
+    made = []
+    for number, table in enumerate([tables] if isinstance(tables, dict) else tables, 1):
+        if not isinstance(table, dict):
+            raise _Mistake("`scheduler` is not a table", "", 0, "scheduler", "Write [scheduler] or [[scheduler]].")
+        _refuse_unknown(table, {"set", "path"}, "scheduler", number)
+        options, path = table.get("set"), table.get("path", "")
+        if not isinstance(options, dict) or not options:
+            raise _Mistake(
+                "needs `set`, a table of arguments", "scheduler", number, "set", "For example: set = { T_max = 40 }"
+            )
+        if not isinstance(path, str):
+            raise _Mistake("`path` is the path of a scheduler", "scheduler", number, "path")
+        made.append(SchedulerRule(options, path))
+    return tuple(made)
 
 
 def _guard(table: Mapping[str, Any]) -> Guard:
@@ -275,12 +300,18 @@ def written(plan: Plan) -> str:
     for stage in plan.stages:
         blocks += ["[[stage]]\n", *(_written_rule("[[stage.rule]]", rule) for rule in stage)]
     for group in plan.groups:
-        table: dict[str, Any] = {"match": _one_or_list([template.text for template in group.match])}
+        table: dict[str, Any] = {"optimizer": group.optimizer} if group.optimizer else {}
+        if group.match:
+            table["match"] = _one_or_list([template.text for template in group.match])
+        if group.number is not None:
+            table["number"] = group.number
         if group.like is not None:
             table["like"] = group.like
         if group.set:
             table["set"] = group.set
         blocks += _block("[[group]]", table)
+    for rule in plan.schedulers:
+        blocks += _block("[[scheduler]]", {**({"path": rule.path} if rule.path else {}), "set": rule.set})
     return "\n".join(blocks)
 
 

@@ -12,7 +12,7 @@ from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.optimizer import Group
 
-__all__ = ["Candidate", "GroupPlan", "plan_groups"]
+__all__ = ["Candidate", "GroupPlan", "plan_groups", "with_tables"]
 
 
 class GroupPlan(Record):
@@ -23,7 +23,7 @@ class GroupPlan(Record):
         options: Everything but the parameters.
         sources: The old groups its parameters come from, in order.
         base: The old group that stands for them; None where there is none.
-        rule: The `[[group]]` table it was made by; None without one.
+        rule: The `[[group]]` table it was made by, or that sets its options; None without one.
     """
 
     members: tuple[str, ...]
@@ -57,6 +57,8 @@ def plan_groups(
         target: For each group of the live optimizer its parameters and options; None without one.
         problems: Added to.
     """
+    tables = tuple(rule for rule in plan.groups if not rule.match)
+    plan = plan._replace(groups=tuple(rule for rule in plan.groups if rule.match))
     by_name = {candidate.name: candidate for candidate in candidates}
     if target is not None:
         split = [[name for name in names if name in by_name] for names, _ in target]
@@ -72,10 +74,34 @@ def plan_groups(
         sources = tuple(sorted({group for name in names for group in by_name[name].groups}))
         if target is None and not plan.groups:
             sources = (number,)
+        elif not sources and not plan.groups and number < len(old) and not old[number].params:
+            sources = (number,)  # a group that was empty, and gets its first parameters
         made.append(_group(plan, number, names, sources, rules[number], old, live[number], problems))
     if target is not None and plan.policy.hyperparameters == "checkpoint":
         _refuse_lost_differences(made, live, rules, problems)
-    return tuple(made)
+    return tuple(with_tables(made, tables, problems))
+
+
+def with_tables(groups: Sequence[GroupPlan], tables: Sequence[GroupRule], problems: list[Problem]) -> list[GroupPlan]:
+    """Groups with the options of the `[[group]]` tables that name no parameters.
+
+    Args:
+        groups: Those of the result.
+        tables: For this optimizer.
+        problems: Added to.
+    """
+    made = list(groups)
+    for table in tables:
+        if table.number is not None and not 0 <= table.number < len(made):
+            message = f"there is no param group {table.number} whose options could be set: there are {len(made)}"
+            problems.append(Problem("group", message))
+        for number, group in enumerate(made):
+            if table.number in (None, number):
+                said = {**(group.rule.set if group.rule else {}), **table.set}
+                made[number] = group._replace(
+                    options={**group.options, **table.set}, rule=GroupRule(table.match, said, None, table.optimizer)
+                )
+    return made
 
 
 def _kept(candidates: Sequence[Candidate], count: int, problems: list[Problem]) -> list[list[str]]:

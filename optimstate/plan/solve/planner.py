@@ -401,7 +401,9 @@ class _Section:
         if target is not None:
             options = target.options or ({},) * len(target.groups)
             live = list(zip(target.groups, options, strict=True))
-        return plan_groups(self.plan_, candidates, state.groups, live, problems)
+        label = self.key.removeprefix("optimizer").strip()
+        plan = self.plan_._replace(groups=tuple(rule for rule in self.plan_.groups if rule.is_for(label)))
+        return plan_groups(plan, candidates, state.groups, live, problems)
 
 
 def _coded_again(fate: Fate) -> Fate:

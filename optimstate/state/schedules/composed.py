@@ -1,0 +1,115 @@
+"""Schedulers of schedulers."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from optimstate.state.schedules.schedule import Check, Line, Options, Schedule, is_steps, schedule_of
+
+__all__ = ["Chained", "Parts", "Sequential", "parts"]
+
+
+class Parts(Schedule):
+    """A scheduler of schedulers."""
+
+    USES_BASE = True
+    NESTS = True
+
+    @property
+    def parts(self) -> list[Schedule]:
+        return [schedule_of(part) for part in self.state["_schedulers"]]
+
+    @property
+    def proportional(self) -> bool:
+        return all(part.proportional for part in self.parts)
+
+    def initial(self, number: int, options: Mapping[str, Any]) -> Any:
+        found = [part.initial(number, options) for part in self.parts]
+        known = [value for value in found if value is not None]
+        return known[0] if known else options.get("initial_lr")
+
+    def start_from(self, number: int, initial: float, options: Options) -> None:
+        for part in self.parts:
+            part.start_from(number, initial, options)
+
+    @property
+    def scalable(self) -> bool:
+        return all(part.scalable for part in self.parts)
+
+    def grow(self, number: int, factor: float, options: Options) -> None:
+        for part in self.parts:
+            part.grow(number, factor, options)
+
+    def turn(self, number: int, options: Options) -> None:
+        for part in self.parts:
+            part.turn(number, options)
+
+
+class Sequential(Parts):
+    """One part after the other."""
+
+    NAME = "SequentialLR"
+    KEYS = frozenset({"_milestones"})
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {"milestones": is_steps}
+
+    @property
+    def present(self) -> Schedule:
+        """The part that has its turn."""
+        return self.parts[bisect_right(self.state["_milestones"], self.position)]
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        return self.present.line(number, options)
+
+    def argument(self, key: str) -> Any:
+        return self.state["_milestones"]
+
+    def set(self, key: str, value: Any, groups: Sequence[Options]) -> None:
+        self.state["_milestones"] = list(value)
+        self.move_to(self.position)
+
+    def move_to(self, position: int) -> None:
+        self.state["last_epoch"] = position
+        starts = [0, *self.state["_milestones"]]
+        turn = bisect_right(self.state["_milestones"], position)
+        for number, part in enumerate(self.parts):
+            if number <= turn:
+                part.move_to(position - starts[number] if number == turn else starts[number + 1] - starts[number] - 1)
+                part.state["_is_initial"] = False
+
+    def turn(self, number: int, options: Options) -> None:
+        self.present.turn(number, options)
+
+
+class Chained(Parts):
+    """All parts at every step."""
+
+    NAME = "ChainedScheduler"
+
+    @property
+    def position(self) -> int:
+        return self.parts[0].position
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        if not self.proportional or any(part.USES_BASE for part in self.parts):
+            return None
+        slope = 1.0
+        for part in self.parts:
+            found = part.line(number, options)
+            if found is None:
+                return None
+            slope *= found.slope
+        return Line(0.0, slope)
+
+    def move_to(self, position: int) -> None:
+        for part in self.parts:
+            part.move_to(position)
+
+
+def parts(schedule: Schedule, path: str = "") -> Iterator[tuple[str, Schedule]]:
+    """A scheduler and those inside it, each with the path that its state has: `_schedulers[1]`."""
+    yield path, schedule
+    if isinstance(schedule, Parts):
+        for number, part in enumerate(schedule.parts):
+            yield from parts(part, f"{path}{'.' if path else ''}_schedulers[{number}]")

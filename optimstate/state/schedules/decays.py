@@ -1,0 +1,220 @@
+"""Schedulers that go down, or up, once: functions, steps, curves, plateaus, and the way to an averaged model's rate."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from optimstate.state.schedules.schedule import (
+    Check,
+    Line,
+    Options,
+    Schedule,
+    is_count,
+    is_count_or_zero,
+    is_fraction,
+    is_number,
+    is_steps,
+    one_of,
+)
+from optimstate.tree import Opaque, cloned
+
+
+class Function(Schedule):
+    """A factor from a function of the step, which the state seldom holds."""
+
+    NAME = "LambdaLR or MultiplicativeLR"
+    KEYS = frozenset({"lr_lambdas"})
+    USES_BASE = True
+
+
+class Step(Schedule):
+    """A factor every so many steps."""
+
+    NAME = "StepLR"
+    KEYS = frozenset({"step_size", "gamma"})
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {"step_size": is_count, "gamma": is_number}
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        return Line(0.0, self.state["gamma"] ** (self.position // self.state["step_size"]))
+
+
+class MultiStep(Schedule):
+    """A factor at each milestone."""
+
+    NAME = "MultiStepLR"
+    KEYS = frozenset({"milestones", "gamma"})
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {"milestones": is_steps, "gamma": is_number}
+
+    def argument(self, key: str) -> Any:
+        found = self.state[key]
+        return found if key == "gamma" else sorted(Counter(_counted(found)).elements())
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        passed = sum(times for step, times in _counted(self.state["milestones"]).items() if step <= self.position)
+        return Line(0.0, self.state["gamma"] ** passed)
+
+    def set(self, key: str, value: Any, groups: Sequence[Options]) -> None:
+        old = self.state[key]
+        if key == "milestones" and isinstance(old, Opaque):
+            made = cloned(old)
+            made.arguments, made.entries = (dict(Counter(value)),), []
+            self.state[key] = made
+        else:
+            self.state[key] = Counter(value) if key == "milestones" else value
+
+
+def _counted(milestones: Any) -> Mapping[int, int]:
+    """How often each step is a milestone; a pickle's record of a `Counter` is read as one."""
+    if isinstance(milestones, Opaque):
+        return dict(milestones.arguments[0]) if milestones.arguments else dict(milestones.entries)
+    return milestones if isinstance(milestones, Mapping) else Counter(milestones)
+
+
+class Constant(Schedule):
+    """A factor until a step."""
+
+    NAME = "ConstantLR"
+    KEYS = frozenset({"factor", "total_iters"})
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {"factor": is_fraction, "total_iters": is_count_or_zero}
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        return Line(0.0, 1.0 if self.position >= self.state["total_iters"] else self.state["factor"])
+
+
+class Linear(Schedule):
+    """A factor that goes from one value to another."""
+
+    NAME = "LinearLR"
+    KEYS = frozenset({"start_factor", "end_factor", "total_iters"})
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {
+        "start_factor": lambda value: is_fraction(value) and value > 0,
+        "end_factor": is_fraction,
+        "total_iters": is_count,
+    }
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        start, end, total = (self.state[key] for key in ("start_factor", "end_factor", "total_iters"))
+        return Line(0.0, start + (end - start) * min(total, self.position) / total)
+
+
+class Exponential(Schedule):
+    """A factor at every step."""
+
+    NAME = "ExponentialLR"
+    KEYS = frozenset({"gamma"})
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {"gamma": is_number}
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        return Line(0.0, self.state["gamma"] ** self.position)
+
+
+class Polynomial(Schedule):
+    """A power of what is left."""
+
+    NAME = "PolynomialLR"
+    KEYS = frozenset({"total_iters", "power"})
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {"total_iters": is_count, "power": is_number}
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        total = self.state["total_iters"]
+        return Line(0.0, (1.0 - min(total, self.position) / total) ** self.state["power"])
+
+
+def _cosine(lowest: float, done: float) -> Line:
+    height = (1 + math.cos(math.pi * done)) / 2
+    return Line(lowest * (1 - height), height)
+
+
+class Cosine(Schedule):
+    """Half a cosine down, and up again."""
+
+    NAME = "CosineAnnealingLR"
+    KEYS = frozenset({"T_max", "eta_min"})
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {"T_max": is_count, "eta_min": is_number}
+    USES_BASE = True
+
+    @property
+    def proportional(self) -> bool:
+        return bool(self.state["eta_min"] == 0)
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        return _cosine(self.state["eta_min"], self.position / self.state["T_max"])
+
+
+class WarmRestarts(Schedule):
+    """Half a cosine down, again and again."""
+
+    NAME = "CosineAnnealingWarmRestarts"
+    KEYS = frozenset({"T_0", "T_i", "T_mult", "eta_min", "T_cur"})
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {"T_0": is_count, "T_mult": is_count, "eta_min": is_number}
+    USES_BASE = True
+
+    @property
+    def proportional(self) -> bool:
+        return bool(self.state["eta_min"] == 0)
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        return _cosine(self.state["eta_min"], self.state["T_cur"] / self.state["T_i"])
+
+    def set(self, key: str, value: Any, groups: Sequence[Options]) -> None:
+        self.state[key] = value
+        self.move_to(self.position)
+
+    def move_to(self, position: int) -> None:
+        fraction = self.state["T_cur"] % 1 if position == self.position else 0
+        self.state["last_epoch"] = position
+        length, left = self.state["T_0"], position
+        while left >= length:
+            left -= length
+            length *= self.state["T_mult"]
+        self.state["T_cur"], self.state["T_i"] = left + fraction, length
+
+
+class Plateau(Schedule):
+    """A factor whenever a metric stops improving."""
+
+    NAME = "ReduceLROnPlateau"
+    KEYS = frozenset({"factor", "patience", "num_bad_epochs", "mode"})
+    OPTIONAL = frozenset(
+        {"default_min_lr", "min_lrs", "cooldown", "eps", "mode_worse", "threshold", "threshold_mode", "best"}
+        | {"cooldown_counter", "_scale_fn"}
+    )
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {
+        "factor": lambda value: is_number(value) and value < 1,
+        "patience": is_count_or_zero,
+        "cooldown": is_count_or_zero,
+        "threshold": is_number,
+        "threshold_mode": one_of("rel", "abs"),
+        "eps": is_number,
+    }
+
+
+class SWA(Schedule):
+    """The way to the rate of weight averaging."""
+
+    NAME = "SWALR"
+    KEYS = frozenset({"anneal_epochs"})
+    OPTIONAL = frozenset({"_anneal_strategy", "anneal_func", "swa_lrs"})
+    ARGUMENTS: ClassVar[Mapping[str, Check]] = {"anneal_epochs": is_count_or_zero}
+
+    @property
+    def proportional(self) -> bool:
+        return False
+
+    @property
+    def _share(self) -> float | None:
+        step, epochs = self.state["_step_count"] - 1, self.state["anneal_epochs"]
+        done = max(0.0, min(1.0, (max(1, step) if epochs == 0 else step) / max(1, epochs)))
+        strategy = self.state.get("_anneal_strategy")
+        return {"linear": done, "cos": (1 - math.cos(math.pi * done)) / 2}.get(strategy or "")
+
+    def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
+        share = self._share
+        return None if share is None or "swa_lr" not in options else Line(options["swa_lr"] * share, 1 - share)
+
+    @property
+    def is_over(self) -> bool:
+        return self._share == 1

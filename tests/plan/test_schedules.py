@@ -1,0 +1,228 @@
+"""Every scheduler of torch with another rate, length or group: the next 50 rates are those of a run that had it so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler as S
+from torch.optim.swa_utils import SWALR
+
+from optimstate.errors import MigrationError
+from optimstate.formats.registry import get_format, open_checkpoint
+from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.language.plan import Plan
+
+STEPS = 50
+AT = (1, 4, 11)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+Make = Callable[..., Any]
+
+
+def chained(optimizer: Any, total_iters: int = 20) -> Any:
+    return S.ChainedScheduler([S.LinearLR(optimizer, 0.5, total_iters=total_iters), S.ExponentialLR(optimizer, 0.97)])
+
+
+def sequential(optimizer: Any, T_max: int = 30, milestone: int = 6) -> Any:
+    parts = [S.LinearLR(optimizer, 0.1, total_iters=6), S.CosineAnnealingLR(optimizer, T_max)]
+    return S.SequentialLR(optimizer, parts, [milestone])
+
+
+def cyclic(optimizer: Any, size: int = 7) -> Any:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return S.CyclicLR(optimizer, rates, [rate * 5 for rate in rates], size, cycle_momentum=False)
+
+
+def one_cycle(optimizer: Any, total_steps: int = 70) -> Any:
+    return S.OneCycleLR(optimizer, [group["lr"] * 20 for group in optimizer.param_groups], total_steps, div_factor=20)
+
+
+def halved(epoch: int) -> float:
+    return 1 / (1 + epoch)
+
+
+def shrunk(epoch: int) -> float:
+    return 0.98
+
+
+# For each: how it is made (from a length), the length in the file, another one, and how a plan says the other one.
+SCHEDULERS: dict[str, tuple[Make, Any, Any, str]] = {
+    "LambdaLR": (lambda o, n=None: S.LambdaLR(o, halved), None, None, ""),
+    "MultiplicativeLR": (lambda o, n=None: S.MultiplicativeLR(o, shrunk), None, None, ""),
+    "StepLR": (lambda o, n=5: S.StepLR(o, n, 0.6), 5, 3, "set = { step_size = 3 }"),
+    "MultiStepLR": (
+        lambda o, n=(3, 9, 30): S.MultiStepLR(o, list(n), 0.6),
+        (3, 9, 30),
+        (2, 2, 25),
+        "set = { milestones = [2, 2, 25] }",
+    ),
+    "ConstantLR": (lambda o, n=9: S.ConstantLR(o, 0.25, n), 9, 20, "set = { total_iters = 20 }"),
+    "LinearLR": (lambda o, n=20: S.LinearLR(o, 0.2, 0.9, n), 20, 45, "set = { total_iters = 45 }"),
+    "ExponentialLR": (lambda o, n=0.95: S.ExponentialLR(o, n), 0.95, 0.9, "set = { gamma = 0.9 }"),
+    "PolynomialLR": (lambda o, n=80: S.PolynomialLR(o, n, 2.0), 80, 65, "set = { total_iters = 65 }"),
+    "CosineAnnealingLR": (lambda o, n=24: S.CosineAnnealingLR(o, n), 24, 40, "set = { T_max = 40 }"),
+    "CosineAnnealingLR above 0": (
+        lambda o, n=24: S.CosineAnnealingLR(o, n, eta_min=0.002),
+        24,
+        40,
+        "set = { T_max = 40 }",
+    ),
+    "CosineAnnealingWarmRestarts": (
+        lambda o, n=5: S.CosineAnnealingWarmRestarts(o, n, 2, eta_min=0.002),
+        5,
+        8,
+        "set = { T_0 = 8 }",
+    ),
+    "ChainedScheduler": (chained, 20, 30, 'path = "_schedulers[0]"\nset = { total_iters = 30 }'),
+    "SequentialLR": (sequential, 30, 17, 'path = "_schedulers[1]"\nset = { T_max = 17 }'),
+    "SequentialLR's milestones": (
+        lambda o, n=6: sequential(o, milestone=n),
+        6,
+        8,
+        "set = { milestones = [8] }",
+    ),
+    "ReduceLROnPlateau": (lambda o, n=2: S.ReduceLROnPlateau(o, patience=n), 2, 4, "set = { patience = 4 }"),
+    "CyclicLR": (cyclic, 7, 10, "set = { step_size_up = 10 }"),
+    "OneCycleLR": (one_cycle, 70, 90, "set = { total_steps = 90 }"),
+    "SWALR": (lambda o, n=30: SWALR(o, 0.02, n), 30, 45, "set = { anneal_epochs = 45 }"),
+}
+
+
+def test_all_sixteen_are_there() -> None:
+    every = {name for name, kind in vars(S).items() if isinstance(kind, type) and issubclass(kind, S.LRScheduler)} - {
+        "LRScheduler",
+        "_LRScheduler",
+    }
+    assert every | {"SWALR", "ReduceLROnPlateau"} <= set(SCHEDULERS)
+
+
+def started(make: Make, rates: tuple[float, ...], steps: int, *length: Any) -> tuple[Any, Any]:
+    """An optimizer with one named parameter a rate, two with one rate, and its scheduler, after some steps."""
+    named = [(name, torch.nn.Parameter(torch.ones(2))) for name in "ab"]
+    split = [[named[0]], [named[1]]] if len(rates) > 1 else [named]
+    groups = [{"params": members, "lr": rate} for members, rate in zip(split, rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, lr=9.0)
+    scheduler = make(optimizer, *length)
+    going_on(optimizer, scheduler, steps)
+    return optimizer, scheduler
+
+
+def going_on(optimizer: Any, scheduler: Any, steps: int) -> list[list[float]]:
+    rates = []
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step(*((1.0,) if isinstance(scheduler, S.ReduceLROnPlateau) else ()))
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    return rates
+
+
+def planned(text: str, optimizer: Any, scheduler: Any, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    torch.save(
+        copy.deepcopy({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}), folder / "old.pt"
+    )
+    document = open_checkpoint(folder / "old.pt")
+    tree, _, notes = apply_plan(Plan.from_toml(text), document.tree)
+    get_format("torch").write(tree, folder / "new.pt", like=document)
+    made: dict[str, Any] = torch.load(folder / "new.pt", weights_only=False)
+    return made, notes
+
+
+def goes_on_as(
+    made: dict[str, Any], make: Make, wanted: tuple[Any, Any], rates: tuple[float, ...], *length: Any
+) -> None:
+    """Loaded into a run of any rate, what was written has the present and the next 50 rates of another run."""
+    reference, schedule = wanted
+    optimizer, scheduler = started(make, rates, 0, *length)
+    for group in optimizer.param_groups:
+        group["lr"] = 7.0
+    optimizer.load_state_dict(made["optimizer"])
+    scheduler.load_state_dict(made["scheduler"])
+    now = [[group["lr"] for group in run.param_groups] for run in (optimizer, reference)]
+    got = [now[0], *going_on(optimizer, scheduler, STEPS)]
+    right = [now[1], *going_on(reference, schedule, STEPS)]
+    for step, (mine, truth) in enumerate(zip(got, right, strict=True)):
+        assert mine == pytest.approx(truth, rel=1e-9, abs=1e-15), f"after {step} steps: {mine}, not {truth}"
+
+
+TABLE = pytest.mark.parametrize("name", SCHEDULERS)
+POSITIONS = pytest.mark.parametrize("at", AT)
+
+
+@TABLE
+@POSITIONS
+def test_another_rate_now(name: str, at: int, tmp_path: Path) -> None:
+    make, *_ = SCHEDULERS[name]
+    optimizer, scheduler = started(make, (0.01,), at)
+    wanted = started(make, (0.03,), at)
+    if name == "SWALR":  # its end is a rate of its own: the way there starts elsewhere, and ends where it ended
+        wanted = started(lambda o, n=30: SWALR(o, 0.02, n), (0.03,), at)
+    rate = wanted[0].param_groups[0]["lr"]
+    made, _ = planned(f'[[group]]\nmatch = "**"\nset = {{ lr = {rate!r} }}\n', optimizer, scheduler, tmp_path)
+    goes_on_as(made, make, wanted, (0.5,))
+
+
+@TABLE
+@POSITIONS
+def test_another_initial_rate(name: str, at: int, tmp_path: Path) -> None:
+    make, *_ = SCHEDULERS[name]
+    optimizer, scheduler = started(make, (0.01,), at)
+    text = '[[group]]\nmatch = "**"\nset = { initial_lr = 0.03 }\n'
+    if name == "ReduceLROnPlateau":
+        with pytest.raises(MigrationError, match="ReduceLROnPlateau does not compute from initial_lr: set lr instead"):
+            planned(text, optimizer, scheduler, tmp_path)
+        return
+    bounds = {  # the upper bounds are arguments of their own, and stay
+        "CyclicLR": lambda o, n=7: S.CyclicLR(o, 0.03, 0.05, n, cycle_momentum=False),
+        "OneCycleLR": lambda o, n=70: S.OneCycleLR(o, 0.2, n, div_factor=0.2 / 0.03),
+    }
+    made, _ = planned(text, optimizer, scheduler, tmp_path)
+    goes_on_as(made, make, started(bounds.get(name, make), (0.03,), at), (0.5,))
+    assert made["optimizer"]["param_groups"][0]["initial_lr"] == 0.03
+
+
+@TABLE
+@POSITIONS
+def test_another_length(name: str, at: int, tmp_path: Path) -> None:
+    make, old, new, table = SCHEDULERS[name]
+    optimizer, scheduler = started(make, (0.01,), at, *(() if old is None else (old,)))
+    if not table:
+        with pytest.raises(MigrationError, match="no argument 'T_max' that can be changed"):
+            planned("[scheduler]\nset = { T_max = 40 }\n", optimizer, scheduler, tmp_path)
+        return
+    made, _ = planned(f"[scheduler]\n{table}\n", optimizer, scheduler, tmp_path)
+    wanted = started(make, (0.01,), at, new)
+    if name == "ReduceLROnPlateau":  # what it did depends on the metrics it saw: only what it will do changes
+        wanted = started(make, (0.01,), at, old)
+        wanted[1].patience = new
+    assert made["scheduler"].keys() == torch.load(tmp_path / "old.pt", weights_only=False)["scheduler"].keys()
+    goes_on_as(made, make, wanted, (0.5,), old)
+
+
+@TABLE
+@POSITIONS
+def test_a_group_split_in_two_rates(name: str, at: int, tmp_path: Path) -> None:
+    make, *_ = SCHEDULERS[name]
+    if name == "LambdaLR":
+        make = lambda o: S.LambdaLR(o, [halved] * len(o.param_groups))  # noqa: E731
+    optimizer, scheduler = started(make, (0.01,), at)
+    rate = "lr" if name in ("ReduceLROnPlateau", "CyclicLR", "OneCycleLR") else "initial_lr"
+    wanted = started(make, (0.03, 0.01), at)
+    value = 0.03 if rate == "initial_lr" else wanted[0].param_groups[0]["lr"]
+    text = f'[[group]]\nmatch = "a"\nset = {{ {rate} = {value!r} }}\n[[group]]\nmatch = "b"\n'
+    made, _ = planned(text, optimizer, scheduler, tmp_path)
+    goes_on_as(made, make, wanted, (0.5, 0.7))
+
+
+@TABLE
+def test_a_plan_that_sets_no_rate_leaves_the_schedule_alone(name: str, tmp_path: Path) -> None:
+    make, *_ = SCHEDULERS[name]
+    optimizer, scheduler = started(make, (0.01,), 4)
+    made, notes = planned("[[group]]\nset = { weight_decay = 0.3 }\n", optimizer, scheduler, tmp_path)
+    assert str(made["scheduler"]) == str(scheduler.state_dict())
+    assert made["optimizer"]["param_groups"][0]["weight_decay"] == 0.3
+    assert notes == []
