@@ -127,6 +127,7 @@ INVOCATIONS = {
     ],
     "diff": [["diff", "checkpoint.pt", str(ANY / "optimstate/moe_experts/checkpoint.pt")]],
     "remap": [
+        ["remap", "checkpoint.pt", "--dry-run", "--set", "initial_lr=0.5"],
         ["remap", "checkpoint.pt", "--dry-run", "--drop", "**.norm.*", "--set", "lr=0.1", "--fresh", "**.fc1.*"],
         ["remap", "checkpoint.pt", "--dry-run", "--rename", "embed.{p}=wte.{p}"],
     ],
