@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from optimstate.optim._step import Rule, RuleOptimizer, Setting, Traits
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import ParamsT, check_lr, require
 
-__all__ = ["Adadelta"]
+__all__ = ["Adadelta", "adadelta"]
 
 
 class Adadelta(RuleOptimizer, torch.optim.Adadelta):
@@ -104,3 +105,6 @@ class Adadelta(RuleOptimizer, torch.optim.Adadelta):
                 k.add_(p, k.as_complex(delta, p), alpha=-lr)
 
         return Rule(update)
+
+
+adadelta = function_of(Adadelta)

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import ParamsT, check_lr, require, sparse_like
 
-__all__ = ["Adagrad"]
+__all__ = ["Adagrad", "adagrad"]
 
 
 class Adagrad(RuleOptimizer, torch.optim.Adagrad):
@@ -174,3 +175,6 @@ def sparse_update(p: Tensor, g: Tensor, total: Tensor, rate: Any, eps: float) ->
     total.add_(sparse_like(g, values.pow(2)))
     std = total.sparse_mask(g)._values().sqrt_().add_(eps)
     p.add_(sparse_like(g, values / std), alpha=rate)
+
+
+adagrad = function_of(Adagrad)

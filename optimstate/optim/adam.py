@@ -10,9 +10,10 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from optimstate.optim._ops import Ops
 from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import Options, ParamsT, check_betas, require, to_scalar
 
-__all__ = ["Adam"]
+__all__ = ["Adam", "adam"]
 
 
 class Adam(RuleOptimizer, torch.optim.Adam):
@@ -240,3 +241,6 @@ def tensor_moments(k: Ops, g: Any, exp_avg: Any, exp_avg_sq: Any, beta1: Any, be
     else:
         k.mul_(exp_avg_sq, beta2)
         k.addcmul_(exp_avg_sq, g, g, value=1 - beta2)
+
+
+adam = function_of(Adam)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from optimstate.optim._step import Rule, RuleOptimizer, Setting, Traits
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require, to_number
 
-__all__ = ["Adamax"]
+__all__ = ["Adamax", "adamax"]
 
 
 class Adamax(RuleOptimizer, torch.optim.Adamax):
@@ -108,3 +109,6 @@ class Adamax(RuleOptimizer, torch.optim.Adamax):
             k.addcdiv_(p, exp_avg, k.mul(exp_inf, inverse_rate))
 
         return Rule(live_update, live_numbers) if live else Rule(update, numbers)
+
+
+adamax = function_of(Adamax)

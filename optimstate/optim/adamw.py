@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimstate.optim._surface import function_of
 from optimstate.optim.adam import Adam
 from optimstate.optim.optimizer import ParamsT
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "adamw"]
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -76,3 +77,6 @@ class AdamW(Adam, torch.optim.AdamW):
         super().__setstate__(state)
         for group in self.param_groups:  # whatever Adam's checkpoint says
             group["decoupled_weight_decay"] = True
+
+
+adamw = function_of(AdamW, decoupled_weight_decay=True)

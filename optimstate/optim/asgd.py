@@ -10,9 +10,10 @@ from typing_extensions import override
 
 from optimstate.optim._ops import Ops
 from optimstate.optim._step import Complex, Group, Rule, RuleOptimizer, Setting, Traits
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import ParamsT, check_lr, require, scalar_dtype, to_scalar, zeros
 
-__all__ = ["ASGD"]
+__all__ = ["ASGD", "asgd"]
 
 
 class ASGD(RuleOptimizer, torch.optim.ASGD):
@@ -164,3 +165,6 @@ class ASGD(RuleOptimizer, torch.optim.ASGD):
             k.copy_(etas, new_etas)
 
         return Rule(update, lambda steps, etas, mus: (steps, etas, mus), rowwise=False)
+
+
+asgd = function_of(ASGD)

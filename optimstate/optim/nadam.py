@@ -12,9 +12,10 @@ from torch import Tensor
 from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies
 from optimstate.optim._ops import Ops, one
 from optimstate.optim._step import Columns, Complex, Group, Rule, Setting, Traits, count_steps, effective, has_l2
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require, to_number
 
-__all__ = ["NAdam"]
+__all__ = ["NAdam", "nadam"]
 
 
 class NAdam(AdamKernelOptimizer, torch.optim.NAdam):
@@ -246,3 +247,6 @@ def live_factors(k: Ops, group: Group, lr: Any, steps: Any, mu_products: Any) ->
     k.sub_(denom, 1.0)
     k.div_(following, denom)
     return correction2, now, following
+
+
+nadam = function_of(NAdam)

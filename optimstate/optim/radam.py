@@ -10,9 +10,10 @@ from torch import Tensor
 from optimstate.optim._adam_kernel import AdamKernelOptimizer, adam_kernel, bodies
 from optimstate.optim._ops import Ops, traced
 from optimstate.optim._step import Columns, Complex, Group, Rule, Setting, Traits, count_steps
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require
 
-__all__ = ["RAdam"]
+__all__ = ["RAdam", "radam"]
 
 
 class RAdam(AdamKernelOptimizer, torch.optim.RAdam):
@@ -243,3 +244,6 @@ def live_factors(k: Ops, group: Group, lr: Any, steps: Any) -> tuple[Any, Any]:
     torch._foreach_neg_(rectified)
     k.div_(rectified, correction1)
     return rectified, plain
+
+
+radam = function_of(RAdam)

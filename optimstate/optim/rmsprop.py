@@ -10,9 +10,10 @@ from torch import Tensor
 from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_kernel, bodies
 from optimstate.optim._ops import one
 from optimstate.optim._step import Columns, Group, Rule, Setting, Traits, count_steps, effective
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import Options, ParamsT, check_lr, require
 
-__all__ = ["RMSprop"]
+__all__ = ["RMSprop", "rmsprop"]
 
 
 class RMSprop(AdamKernelOptimizer, torch.optim.RMSprop):
@@ -162,3 +163,6 @@ class RMSprop(AdamKernelOptimizer, torch.optim.RMSprop):
                 changed = [effective(one, group, body, grad)]
                 adam_kernel([body], changed, changed, [average], **options)
         self._run_tails(group, params, grads, [columns["square_avg"], [], []], ())
+
+
+rmsprop = function_of(RMSprop)

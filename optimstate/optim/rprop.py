@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from optimstate.optim._step import Group, Rule, RuleOptimizer, Setting, Traits
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import ParamsT, check_lr, require, to_scalar, zeros
 
-__all__ = ["Rprop"]
+__all__ = ["Rprop", "rprop"]
 
 
 class Rprop(RuleOptimizer, torch.optim.Rprop):
@@ -101,3 +102,6 @@ class Rprop(RuleOptimizer, torch.optim.Rprop):
             k.addcmul_(p, k.sign(prev), step_size, value=-1)
 
         return Rule(update)
+
+
+rprop = function_of(Rprop)

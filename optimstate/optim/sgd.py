@@ -14,9 +14,10 @@ from typing_extensions import override
 from optimstate.optim._load import Slots
 from optimstate.optim._ops import Ops
 from optimstate.optim._step import Columns, Complex, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import Options, ParamsT, require
 
-__all__ = ["SGD"]
+__all__ = ["SGD", "sgd"]
 
 
 class SGD(RuleOptimizer, torch.optim.SGD):
@@ -58,6 +59,7 @@ class SGD(RuleOptimizer, torch.optim.SGD):
     _later_options: ClassVar[Options] = {"nesterov": False, "fused": False}
     _traits = Traits(
         options=("maximize", "foreach", "differentiable", "fused"),
+        optional={"momentum_buffer": lambda group: bool(group["momentum"] != 0)},
         kernel=True,
         complex=Complex.NATIVE,
         blocks=False,
@@ -208,3 +210,6 @@ class SGD(RuleOptimizer, torch.optim.SGD):
         if (grad_scale := getattr(self, "grad_scale", None)) is not None:
             torch._foreach_div_(grads, grad_scale.item())
         self._run_each(group, params, grads, {"momentum_buffer": buffers}, False)
+
+
+sgd = function_of(SGD)

@@ -128,3 +128,11 @@ def update(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
     denom = square_change.add_(square).sqrt_().add_(group["eps"])
     step_size = to_scalar(group["lr"]) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
     p.add_(spread(-step_size * numer.div_(denom)))
+
+
+def lists_step(_: Any, group: dict[str, Any], lists: dict[str, list[Any]]) -> None:
+    """One step on lists of parameters, gradients and slots; the step counts, numbers here, are counted already."""
+    for p, grad, exp_avg, exp_avg_sq, step in zip(*lists.values(), strict=True):
+        coalesced = (-grad if group["maximize"] else grad).coalesce()
+        if coalesced._values().numel() != 0:
+            update(p, coalesced, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, group)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING as EPOCH_DEPRECATION_WARNING
+
 from optimstate.optim.lr_scheduler.base import LRScheduler
 from optimstate.optim.lr_scheduler.compose import ChainedScheduler, SequentialLR
 from optimstate.optim.lr_scheduler.cyclic import CosineAnnealingWarmRestarts, CyclicLR, OneCycleLR
@@ -36,3 +39,7 @@ __all__ = [
     "SequentialLR",
     "StepLR",
 ]
+
+
+class _LRScheduler(LRScheduler, lr_scheduler._LRScheduler):
+    """The base under the name that it had before torch 2.0."""

@@ -11,9 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from optimstate.optim._load import Slots
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import Optimizer, ParamsT, check_lr, require, to_scalar
 
-__all__ = ["Muon"]
+__all__ = ["Muon", "muon"]
 
 
 class Muon(Optimizer, torch.optim.Muon):
@@ -166,3 +167,12 @@ def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], ste
         gram = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.addmm(x, gram, x, beta=a)
     return x.T if tall else x
+
+
+def lists_step(_: Any, group: dict[str, Any], lists: dict[str, list[Any]]) -> None:
+    """One step on lists of parameters, gradients and momentum."""
+    for p, grad, buffer in zip(lists["param"], lists["grad"], lists["momentum_buffer"], strict=True):
+        update(p, grad, buffer, group)
+
+
+muon = function_of(Muon, lists_step)

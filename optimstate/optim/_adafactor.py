@@ -11,9 +11,10 @@ from typing_extensions import override
 
 from optimstate.optim._load import Slots
 from optimstate.optim._step import batches, count_steps
+from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import Optimizer, Options, ParamsT, check_lr, require, to_scalar
 
-__all__ = ["Adafactor"]
+__all__ = ["Adafactor", "adafactor"]
 
 
 class Adafactor(Optimizer, torch.optim.Adafactor):
@@ -238,3 +239,13 @@ def clipping(update: Tensor, d: float) -> float:
     """What to divide an update by so that its root mean square is at most d."""
     size: float = update.norm(2).item() / ((update.numel() ** 0.5) * d)
     return max(1.0, size)
+
+
+def lists_step(optimizer: Any, group: dict[str, Any], lists: dict[str, list[Any]]) -> None:
+    """One step on lists of parameters, gradients and slots."""
+    columns = [lists[name] for name in ("param", "grad", "row_var", "col_var", "variance", "step")]
+    if columns[0]:
+        (optimizer._update_lists if group["foreach"] else optimizer._update_each)(group, columns)
+
+
+adafactor = function_of(Adafactor, lists_step)
