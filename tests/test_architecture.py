@@ -60,6 +60,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"dcp"},
         {"deepspeed"},
         {"archive"},
+        {"numpy_files"},
         {"folder"},
         {"unpickled"},
     ),

@@ -47,8 +47,8 @@ def read(path: Path) -> Document:
     """
     source = FileSource(path)
     document = Document(path, NAME, {}, handle={})
-    for info in _members(path):
-        part = FileSlice(source, _data_offset(source, info), info.compress_size)
+    for info in members(path):
+        part = FileSlice(source, data_offset(source, info), info.compress_size)
         head = part.read(0, min(HEAD_BYTES, part.size)) if info.compress_type == zipfile.ZIP_STORED else b""
         document.handle[info.filename] = (info, part)
         if torch_zip.sniff(path, head):  # likely or certain
@@ -69,7 +69,12 @@ def read(path: Path) -> Document:
     return document
 
 
-def _members(path: Path) -> list[zipfile.ZipInfo]:
+def members(path: Path) -> list[zipfile.ZipInfo]:
+    """The files in an archive.
+
+    Raises:
+        CorruptCheckpointError: Its directory is damaged, has a name twice, or has too many.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -81,7 +86,12 @@ def _members(path: Path) -> list[zipfile.ZipInfo]:
     return [info for info in members if not info.is_dir()]
 
 
-def _data_offset(source: FileSource, info: zipfile.ZipInfo) -> int:
+def data_offset(source: FileSource, info: zipfile.ZipInfo) -> int:
+    """Where the bytes of a member begin.
+
+    Raises:
+        CorruptCheckpointError: It is not where the directory says.
+    """
     fields = _LOCAL.unpack(source.read(info.header_offset, _LOCAL.size))
     if fields[0] != b"PK\x03\x04":
         raise CorruptCheckpointError(

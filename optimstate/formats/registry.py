@@ -67,6 +67,7 @@ _ZIP = _begins(rb"PK[\x03\x05]")
 
 FORMATS: dict[str, Registration] = {
     "torch": Registration(f"{_MODULE}.torch.zip", (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th"), _ZIP),
+    "torchscript": Registration(f"{_MODULE}.torch.script"),  # what the archives of `torch` are, their directory says
     "zip": Registration(f"{_MODULE}.archive", (".zip",), _ZIP),
     "safetensors": Registration(
         f"{_MODULE}.safetensors.container",
@@ -82,6 +83,8 @@ FORMATS: dict[str, Registration] = {
         (),
         _begins(rb".{0,24}\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19|(?:storages|tensors|pickle|sys_info)\0"),
     ),
+    "torch-unpacked": Registration(f"{_MODULE}.torch.unpacked", folders=True),
+    "numpy": Registration(f"{_MODULE}.numpy_files", (), _begins(rb"PK[\x03\x05]|\x93NUMPY")),
     "pickle": Registration(
         f"{_MODULE}.torch.pickle_file", (), _begins(rb"\x80[\x02-\x05]"), re.compile(r"\.pkl$|\.pickle$")
     ),

@@ -20,7 +20,7 @@ from optimstate.problems import Problem
 from optimstate.surgery.reports import opening, to_json
 from optimstate.surgery.text import plural, size, table
 from optimstate.tensors.lazy import LazyTensor, Storage
-from optimstate.tree import Opaque, format_path, nodes, replaced, walk
+from optimstate.tree import Opaque, OpaqueFile, format_path, nodes, replaced, walk
 
 if TYPE_CHECKING:
     from optimstate.state.sections import Section
@@ -287,22 +287,32 @@ _FOLDERS = ("folder", "zip")
 
 
 def _without_files(document: Document) -> tuple[Any, list[str]]:
-    """A folder's tree without the files that are no checkpoints, which a single container cannot hold."""
-    if document.format not in _FOLDERS:
-        return document.tree, []
+    """The tree without files that are no checkpoints, which a single container cannot hold."""
+    tree = document.tree
+    holds_files = isinstance(tree, dict) and any(map(_is_files, tree.values()))
+    if not holds_files and document.format not in _FOLDERS:
+        return tree, []
     notes: list[str] = []
 
-    def strip(node: dict[str, Any], like: Document, prefix: str) -> dict[str, Any]:
+    def strip(node: dict[str, Any], like: Document | None, prefix: str) -> dict[str, Any]:
         made: dict[str, Any] = {}
         for name, value in node.items():
-            part = like.parts.get(name)
-            if part is None:
+            part = None if like is None else like.parts.get(name)
+            if _is_files(value) or (like is not None and like.format in _FOLDERS and part is None):
                 notes.append(f"left out: {prefix}{name} is no checkpoint")
+            elif part is not None and part.format in _FOLDERS:
+                made[name] = strip(value, part, f"{prefix}{name}/")
             else:
-                made[name] = strip(value, part, f"{prefix}{name}/") if part.format in _FOLDERS else value
+                made[name] = value
         return made
 
-    return strip(document.tree, document, ""), notes
+    return strip(tree, document, ""), notes
+
+
+def _is_files(node: Any) -> bool:
+    """Whether it is a file that is no checkpoint, or a folder of such files alone."""
+    inner = list(node.values()) if isinstance(node, dict) else []
+    return isinstance(node, OpaqueFile) or (bool(inner) and all(map(_is_files, inner)))
 
 
 @contextmanager

@@ -18,16 +18,20 @@ class DType(NamedTuple):
         itemsize: Bytes per element.
         storage: The class of torch's typed storage, empty where torch has none and saves an untyped one.
         safetensors: The code in safetensors headers, empty where the format has none.
+        packed: How many numbers an element is; safetensors counts them in the last dimension, torch the elements.
+        in_torch: Whether torch has it.
     """
 
     name: str
     itemsize: int
     storage: str
     safetensors: str
+    packed: int = 1
+    in_torch: bool = True
 
 
 DTYPES: dict[str, DType] = {
-    row[0]: DType(*row)
+    str(row[0]): DType(*row)  # type: ignore[arg-type]
     for row in (
         ("float64", 8, "DoubleStorage", "F64"),
         ("float32", 4, "FloatStorage", "F32"),
@@ -50,7 +54,11 @@ DTYPES: dict[str, DType] = {
         ("float8_e4m3fnuz", 1, "", "F8_E4M3FNUZ"),
         ("float8_e5m2fnuz", 1, "", "F8_E5M2FNUZ"),
         ("float8_e8m0fnu", 1, "", "F8_E8M0"),
-        ("float4_e2m1fn_x2", 1, "", ""),
+        ("float4_e2m1fn_x2", 1, "", "F4", 2),
+        ("float6_e2m3fn_x4", 3, "", "F6_E2M3", 4, False),
+        ("float6_e3m2fn_x4", 3, "", "F6_E3M2", 4, False),
+        ("float8_e3m4", 1, "", "F8_E3M4", 1, False),
+        ("float8_e4m3b11fnuz", 1, "", "F8_E4M3B11FNUZ", 1, False),
         ("quint8", 1, "QUInt8Storage", ""),
         ("qint8", 1, "QInt8Storage", ""),
         ("qint32", 4, "QInt32Storage", ""),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from optimstate.errors import LimitExceededError, RepresentationError
-from optimstate.tensors.dtypes import ITEMSIZE_OF_STORAGE
+from optimstate.tensors.dtypes import DTYPES, ITEMSIZE_OF_STORAGE
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import GlobalName, Opaque, no_garbage_collection
 
@@ -226,6 +226,11 @@ class _Pickler:
         self.put()
 
     def save_tensor(self, tensor: LazyTensor) -> None:
+        if not DTYPES[tensor.dtype].in_torch:
+            raise RepresentationError(
+                f"a tensor of dtype {tensor.dtype} ({DTYPES[tensor.dtype].safetensors}), which torch does not have",
+                hint="Write a safetensors file.",
+            )
         attributes = getattr(tensor, "attributes", None)
         if tensor.is_parameter:
             stateful = attributes is not None

@@ -143,7 +143,6 @@ _STAND_INS: dict[str, tuple[str, tuple[int, ...]]] = {
     "qint32": ("I32", ()),
     "quint4x2": ("U8", ()),
     "quint2x4": ("U8", ()),
-    "float4_e2m1fn_x2": ("U8", ()),
     "bits8": ("U8", ()),
     "bits16": ("U16", ()),
     "bits1x8": ("U8", ()),
@@ -188,11 +187,9 @@ class Layout:
         )
         if view not in self.names:
             self.names[view] = self._name(path)
-            code = DTYPES[tensor.dtype].safetensors
-            code, trailing = (code, ()) if code else _STAND_INS[tensor.dtype]
-            self.entries.append(Entry(self.names[view], tensor, code, (*tensor.shape, *trailing)))
+            self.entries.append(Entry(self.names[view], tensor, *_spelled(tensor)))
         node: dict[str, Any] = {"$tensor": self.names[view]}
-        if not DTYPES[tensor.dtype].safetensors:
+        if BY_CODE[_spelled(tensor)[0]].name != tensor.dtype:
             node["dtype"] = tensor.dtype
             node["shape"] = list(tensor.shape)
         if tensor.stride != contiguous_strides(tensor.shape):
@@ -226,6 +223,17 @@ class Layout:
             name = f"{base}~{count}"
         self.used.add(name)
         return name
+
+
+def _spelled(tensor: LazyTensor) -> tuple[str, tuple[int, ...]]:
+    """Code and shape in the header."""
+    row, shape = DTYPES[tensor.dtype], tensor.shape
+    if row.safetensors and row.packed == 1:
+        return row.safetensors, shape
+    if row.safetensors and shape:
+        return row.safetensors, (*shape[:-1], shape[-1] * row.packed)
+    code, trailing = _STAND_INS.get(tensor.dtype, ("U8", (row.itemsize,)))
+    return code, (*shape, *trailing)
 
 
 def _shared_storages(tree: Any, *, clone: bool) -> set[int]:

@@ -28,7 +28,6 @@ __all__ = ["BY_CODE", "MAX_HEADER", "Entry", "are_natural", "read_file", "write_
 
 MAX_HEADER = 100_000_000
 BY_CODE = {row.safetensors: row for row in DTYPES.values() if row.safetensors}
-_SUB_BYTE = {"F4", "F6_E2M3", "F6_E3M2"}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -92,9 +91,20 @@ def _read_tensor(source: FileSource, base: int, name: str, entry: Any) -> LazyTe
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(f"the entry of {name!r} is malformed: {error!r}", path=source.path) from None
     if code not in BY_CODE:
-        kind = UnsupportedCheckpointError if code in _SUB_BYTE else CorruptCheckpointError
-        raise kind(f"tensor {name!r} has dtype {code!r}", path=source.path)
+        raise UnsupportedCheckpointError(
+            f"tensor {name!r} has dtype {code!r}, whose width is not known"[:300],
+            path=source.path,
+            hint="A newer version may know it.",
+        )
     dtype = BY_CODE[code]
+    if dtype.packed > 1:
+        if not shape or shape[-1] % dtype.packed:
+            raise UnsupportedCheckpointError(
+                f"tensor {name!r} of {code} has shape {shape}: {dtype.packed} numbers of its last dimension are "
+                f"{dtype.itemsize} bytes",
+                path=source.path,
+            )
+        shape = [*shape[:-1], shape[-1] // dtype.packed]
     storage = Storage((Extent(source, base + start, stop - start),), stop - start, dtype.storage or "UntypedStorage")
     tensor = LazyTensor(storage, dtype.name, tuple(shape))
     if tensor.nbytes != stop - start:

@@ -60,6 +60,14 @@ def read(path: Path) -> Document:
             inner.extend(names)
             return storage
 
+        def persistent_load(self, pid: Any, /) -> Any:
+            if type(pid) is tuple and pid[:1] == ("storage",):
+                raise UnsupportedCheckpointError(
+                    "its tensors are in other files: this is the data.pkl of an unpacked archive of torch.save",
+                    hint="Give the folder in which data.pkl and the folder `data` are.",
+                )
+            return super().persistent_load(pid)
+
         def _stand_in(self, module: str, name: str) -> Any:
             if (module, name) == _LOAD:
                 return self.builder(module, name, self.storage_from_bytes)

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.errors import (
-    CorruptCheckpointError,
     DestinationError,
-    LimitExceededError,
     UnrecognizedFormatError,
     UnsupportedCheckpointError,
 )
-from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.pickles.pickle import dump
-from optimstate.formats.pickles.unpickle import load
 from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.formats.torch import script
 from optimstate.formats.torch.zip_directory import LOCAL, Archive, RecordStorage
+from optimstate.formats.torch.zip_reader import read_pickle
 from optimstate.formats.torch.zip_records import RecordWriter, write_records
 from optimstate.io.copying import Copier, copy_extents
 from optimstate.io.extents import Extent, FileSlice, FileSource
@@ -52,12 +50,15 @@ def sniff(path: Path, head: bytes) -> Claim:
 
 
 def read(path: Path) -> Document:
-    """Open a checkpoint of `torch.save`.
+    """Open a checkpoint of `torch.save`, or an archive of TorchScript (see `script`).
 
     Raises:
-        CheckpointError: It is damaged, hostile, compressed, big-endian or TorchScript.
+        CheckpointError: It is damaged, hostile, compressed or big-endian.
     """
-    tree, names, archive = read_archive(FileSource(path))
+    archive = Archive(FileSource(path))
+    if script.is_script(archive):
+        return script.read_script(path, archive)
+    tree, names = _read_checkpoint(archive)
     notes = [] if "version" in archive.records else ["the record 'version' is missing: torch.load refuses this file"]
     return Document(path, NAME, tree, names, notes, handle=archive)
 
@@ -66,62 +67,22 @@ def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, s
     """The tree of an archive, the globals its pickle mentions, and its directory.
 
     Raises:
-        CheckpointError: As `read`.
+        CheckpointError: As `read`, or it is of TorchScript.
     """
-    path = source.path
     archive = Archive(source)
-    records = archive.records
-    if "constants.pkl" in records:
+    if script.is_script(archive):
         raise UnsupportedCheckpointError(
-            "a TorchScript archive, not a checkpoint", path=path, hint="Save the module's state_dict() with torch.save."
+            "an archive of TorchScript inside of another file", path=source.path, hint="Take it out and read it alone."
         )
-    if "data.pkl" not in records:
-        raise UnrecognizedFormatError("a zip file, but not one of torch.save: no data.pkl", path=path)
-    if "byteorder" in records and archive.read(records["byteorder"], 16).strip() == b"big":
-        raise UnsupportedCheckpointError(
-            "written on a big-endian machine", path=path, hint="Load it with torch, which swaps the bytes, and save it."
-        )
+    return *_read_checkpoint(archive), archive
 
-    positions, sizes = records.positions, records.sizes
-    order = [*positions, ""]
-    new = object.__new__
-    made: list[RecordStorage | None] = [None] * len(records)
-    following = 0
 
-    def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
-        nonlocal following
-        name = "data/" + key
-        # Most are mentioned in the order of the records, where comparing a name is quicker than looking it up.
-        position = following if order[following] == name else positions.get(name, -1)
-        following = position + 1
-        if position < 0:
-            raise CorruptCheckpointError(f"storage {key!r} has no record", path=path)
-        if sizes[position] != nbytes:
-            raise CorruptCheckpointError(
-                f"storage {key!r} is declared with {nbytes} bytes, its record has {sizes[position]}",
-                path=path,
-                place=f"offset {records.headers[position]}",
-            )
-        found = made[position]
-        if found is None:
-            # A call of __init__ would take as long as all of this, once for each tensor.
-            found = made[position] = new(RecordStorage)
-            found.archive = archive
-            found.position = position
-            found.nbytes = nbytes
-            found.kind = kind
-            found.location = location
-            found.key = key
-        return found
-
-    pickled = archive.read(records["data.pkl"], MAX_PICKLE_BYTES)
-    try:
-        tree, names = load(pickled, storage)
-    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
-        if error.path:
-            raise
-        raise type(error)(error.message, path=path, place=f"data.pkl {error.place}".strip(), hint=error.hint) from error
-    return tree, names, archive
+def _read_checkpoint(archive: Archive) -> tuple[Any, list[tuple[str, str]]]:
+    archive.refuse_compressed()
+    if "data.pkl" not in archive.records:
+        what = script.other_archive(archive) or "a zip file, but not one of torch.save: no data.pkl"
+        raise UnrecognizedFormatError(what, path=archive.source.path)
+    return read_pickle(archive, "data.pkl", "data/")
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

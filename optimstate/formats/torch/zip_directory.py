@@ -110,11 +110,13 @@ class Records(Mapping[str, Record]):
     """Records by name, in directory order; made when they are asked for.
 
     Attributes:
+        names: In directory order.
         positions: Name -> position in the columns.
         headers, sizes, crcs: The fields of all records, column by column.
     """
 
     def __init__(self, names: Sequence[str], headers: Sequence[int], sizes: Sequence[int], crcs: Sequence[int]) -> None:
+        self.names = names
         self.positions = dict(zip(names, range(len(names)), strict=True))
         self.headers = headers
         self.sizes = sizes
@@ -142,10 +144,12 @@ class Archive:
         root: The folder all records are in, with its slash.
         records: By name without the root, in directory order.
         directory_offset: Where the directory begins.
+        compressed: The names of records that are not stored as they are; they cannot be read.
     """
 
     def __init__(self, source: FileSource | FileSlice) -> None:
         self.source = source
+        self.compressed: set[str] = set()
         self.directory_offset, size, count = _find_directory(source)
         if count * CENTRAL.size > size:
             raise CorruptCheckpointError(
@@ -231,15 +235,13 @@ class Archive:
         return found
 
     def _check_entries(self, entries: Iterable[tuple[str, int, int, int, int, int]]) -> None:
-        """Refuse the first record that cannot be read."""
+        """Refuse the first record that is not in the file as it says."""
         for name, flag, method, size, full_size, header in entries:
-            if method or flag & 1:
-                raise UnsupportedCheckpointError(
-                    f"record {name!r} is {'encrypted' if flag & 1 else 'compressed'}",
-                    path=self.source.path,
-                    hint="torch.save stores records as they are; load the file with torch and save it again.",
-                )
-            if size != full_size or header + LOCAL.size + size > self.directory_offset:
+            if flag & 1:
+                raise UnsupportedCheckpointError(f"record {name!r} is encrypted", path=self.source.path)
+            if method:
+                self.compressed.add(name)
+            if (size != full_size and not method) or header + LOCAL.size + size > self.directory_offset:
                 raise self.corrupt(f"record {name!r} of {size} bytes reaches past the data", header)
 
     def _check_overlaps(self, records: Records) -> None:
@@ -249,6 +251,19 @@ class Archive:
             if header < end:
                 raise self.corrupt(f"record {name!r} overlaps another", header)
             end = header + LOCAL.size + size
+
+    def refuse_compressed(self) -> None:
+        """Refuse an archive with compressed records.
+
+        Raises:
+            UnsupportedCheckpointError: There are some.
+        """
+        for name in sorted(self.compressed):
+            raise UnsupportedCheckpointError(
+                f"record {name!r} is compressed",
+                path=self.source.path,
+                hint="torch.save stores records as they are; load the file with torch and save it again.",
+            )
 
     def data_offset(self, record: Record) -> int:
         """Where a record's contents begin; the local header has a padding of its own."""
@@ -312,7 +327,8 @@ class RecordStorage(Storage):
             return self._pieces
         except AttributeError:
             archive = self.archive
-            self._pieces = (archive.extent(archive.records["data/" + self.key]),) if self.nbytes else ()
+            record = archive.records[archive.records.names[self.position]]
+            self._pieces = (archive.extent(record),) if self.nbytes else ()
             return self._pieces
 
 

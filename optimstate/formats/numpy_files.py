@@ -1,0 +1,128 @@
+"""Arrays of NumPy, `.npy` and `.npz`, as tensors: read only, and never objects, which are pickles.
+
+Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+"""
+
+from __future__ import annotations
+
+import ast
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import CorruptCheckpointError, RepresentationError, UnsupportedCheckpointError
+from optimstate.formats.archive import data_offset, members
+from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.io.extents import FileSlice, FileSource
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
+from optimstate.tree import OpaqueFile
+
+__all__ = ["NAME", "SUFFIXES", "read", "sniff", "write"]
+
+NAME = "numpy"
+SUFFIXES: tuple[str, ...] = ()
+
+_MAGIC = b"\x93NUMPY"
+_MAX_HEADER = 1 << 16
+_DTYPES = {
+    **{f"<f{size}": f"float{8 * size}" for size in (2, 4, 8)},
+    **{f"<i{size}": f"int{8 * size}" for size in (2, 4, 8)},
+    **{f"<u{size}": f"uint{8 * size}" for size in (2, 4, 8)},
+    "|i1": "int8",
+    "|u1": "uint8",
+    "|b1": "bool",
+    "<c8": "complex64",
+    "<c16": "complex128",
+}
+
+
+def sniff(path: Path, head: bytes) -> Claim:
+    """An array, or a zip archive whose first member is one."""
+    if head.startswith(_MAGIC):
+        return Claim.CERTAIN
+    if head[:4] != b"PK\x03\x04":
+        return Claim.CERTAIN if head[:4] == b"PK\x05\x06" and path.suffix == ".npz" else Claim.NO
+    (length,) = struct.unpack_from("<H", head, 26) if len(head) >= 30 else (0,)
+    return Claim.CERTAIN if head[30 : 30 + length].endswith(b".npy") else Claim.NO
+
+
+def read(path: Path) -> Document:
+    """Open an array, or an archive of arrays as a dict by their names.
+
+    Raises:
+        CheckpointError: It is damaged, compressed or has arrays of objects.
+    """
+    source = FileSource(path)
+    if source.read(0, min(source.size, len(_MAGIC))) == _MAGIC:
+        return Document(path, NAME, _array(FileSlice(source, 0, source.size), path.name))
+    tree: dict[str, Any] = {}
+    for info in members(path):
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise UnsupportedCheckpointError(
+                f"array {info.filename!r} is compressed",
+                path=path,
+                hint="Load it with numpy.load and save it with numpy.savez, which does not compress.",
+            )
+        part = FileSlice(source, data_offset(source, info), info.compress_size)
+        name = info.filename.removesuffix(".npy")
+        is_array = name != info.filename
+        tree[name] = _array(part, name) if is_array else OpaqueFile(f"{path}:{info.filename}", info.file_size)
+    return Document(path, NAME, tree)
+
+
+def _array(part: FileSlice, name: str) -> Any:
+    """One array; of text or dates, which no tensor holds, only that it is there."""
+    where = f"array {name!r}"
+    head = part.read(0, min(12, part.size))
+    if len(head) < 10 or head[:6] != _MAGIC or head[6] not in (1, 2, 3):
+        raise CorruptCheckpointError("not an array of NumPy", path=part.path, place=where)
+    wide = head[6] > 1
+    start = 12 if wide else 10
+    (length,) = struct.unpack_from("<I" if wide else "<H", head.ljust(12, b"\0"), 8)
+    if length > _MAX_HEADER or start + length > part.size:
+        raise CorruptCheckpointError(f"a header of {length} bytes", path=part.path, place=where)
+    try:
+        header = ast.literal_eval(part.read(start, length).decode("utf-8" if head[6] == 3 else "latin-1").strip())
+        code, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
+        if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
+            raise ValueError(f"a shape of {shape!r}")
+    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError, UnicodeDecodeError) as error:
+        message = f"the header cannot be read: {error!r}"[:200]
+        raise CorruptCheckpointError(message, path=part.path, place=where) from None
+    at = start + length
+    if isinstance(code, str) and code[1:2] in ("S", "U", "M", "m") and code not in _DTYPES:
+        return OpaqueFile(f"{part.path}:{name}", part.size - at)
+    if not isinstance(code, str) or code not in _DTYPES:
+        objects = code == "|O"
+        raise UnsupportedCheckpointError(
+            "an array of objects, which is a pickle" if objects else f"an array of dtype {code!r}"[:200],
+            path=part.path,
+            place=where,
+            hint="Save its contents with torch.save." if objects else "Save it as a little-endian array of numbers.",
+        )
+    dtype = DTYPES[_DTYPES[code]]
+    stride = tuple(reversed(contiguous_strides(shape[::-1]))) if fortran else None
+    nbytes = part.size - at
+    storage = Storage((part.extent(at, nbytes),) if nbytes else (), nbytes, dtype.storage or "UntypedStorage")
+    tensor = LazyTensor(storage, dtype.name, shape, stride)
+    if tensor.nbytes != nbytes:
+        raise CorruptCheckpointError(
+            f"{nbytes} bytes for an array of {dtype.name}{list(shape)}, which has {tensor.nbytes}",
+            path=part.path,
+            place=where,
+        )
+    return tensor
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
+    """Refused: an archive of arrays holds neither options nor half of torch's dtypes.
+
+    Raises:
+        RepresentationError: Always.
+    """
+    raise RepresentationError(
+        f"{path.name}: arrays of NumPy are read, but not written",
+        hint="`optimstate convert` writes a .pt or .safetensors file.",
+    )

@@ -1,0 +1,118 @@
+"""Archives of TorchScript (`torch.jit.save`): their parameters, buffers and attributes are read, their code is not.
+
+The archive has the module in `data.pkl`, as `torch.save` would, with classes that its own code defines; constants of
+the code in `constants.pkl`; and the code, compressed. The tree is
+
+    {"model": {NAME: TENSOR}, "attributes": {NAME: VALUE}, "constants": (...), "code": {FILE: ...}}
+
+where names are joined by dots, as in `state_dict()`. Attributes that are tensors cannot be told from buffers: they
+are in `model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import LimitExceededError, RepresentationError
+from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.formats.torch.zip_directory import Archive
+from optimstate.formats.torch.zip_reader import read_pickle
+from optimstate.io.extents import FileSource
+from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile
+
+__all__ = ["NAME", "SUFFIXES", "is_script", "other_archive", "read", "read_script", "sniff", "write"]
+
+NAME = "torchscript"
+SUFFIXES: tuple[str, ...] = ()
+
+_OWN_CLASSES = "__torch__"  # the module of what the archive's code defines
+_NOT_CODE = ("data.pkl", "constants.pkl", "version", "byteorder", ".data/serialization_id")
+
+
+def sniff(path: Path, head: bytes) -> Claim:  # noqa: ARG001
+    """Never: that an archive of torch is one of TorchScript is seen in its directory."""
+    return Claim.NO
+
+
+def read(path: Path) -> Document:
+    """Open an archive.
+
+    Raises:
+        CheckpointError: It is damaged or hostile.
+    """
+    return read_script(path, Archive(FileSource(path)))
+
+
+def is_script(archive: Archive) -> bool:
+    """Whether an archive of torch is one of TorchScript."""
+    return "constants.pkl" in archive.records and "data.pkl" in archive.records
+
+
+def other_archive(archive: Archive) -> str:
+    """What an archive without a `data.pkl` is, where that is known, and what to do."""
+    records = archive.records
+    if "model.json" in records:
+        return "a TorchScript archive of torch 1.0; load it with torch.jit.load and save it with torch.jit.save"
+    if "archive_format" in records:
+        return "an exported program (torch.export.save); load it with torch.export.load and save its state_dict()"
+    if ".data/extern_modules" in records:
+        return "a package (torch.package); import what is in it and save the module's state_dict()"
+    return ""
+
+
+def read_script(path: Path, archive: Archive) -> Document:
+    """The document of an archive that `is_script`.
+
+    Raises:
+        CheckpointError: It is damaged or hostile.
+    """
+    module, names = read_pickle(archive, "data.pkl", "data/")
+    constants, more = read_pickle(archive, "constants.pkl", "constants/")
+    model: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
+    for name, value in _named(module):
+        (model if isinstance(value, LazyTensor) else attributes)[name] = value
+    records = archive.records
+    code = {
+        name: OpaqueFile(f"{path}:{name}", records[name].size)
+        for name in records
+        if name not in _NOT_CODE and not name.startswith(("data/", "constants/"))
+    }
+    tree = {"model": model, "attributes": attributes, "constants": constants, "code": code}
+    note = "TorchScript: its tensors and attributes are read, its code is not"
+    return Document(path, NAME, tree, list(dict.fromkeys([*names, *more])), [note], handle=archive)
+
+
+def _named(module: Any) -> Iterator[tuple[str, Any]]:
+    """Everything that is no submodule, under the name of its place; a module within itself is a value."""
+    entered: set[int] = set()
+    stack: list[tuple[str, Any]] = [("", module)]
+    while stack:
+        prefix, node = stack.pop()
+        if not _is_module(node) or id(node) in entered:
+            yield prefix.removesuffix("."), node
+            continue
+        if prefix.count(".") > MAX_DEPTH:
+            raise LimitExceededError(f"modules nested more than {MAX_DEPTH} deep")
+        inner = [(f"{prefix}{key}.", value) for key, value in node.state.items()]
+        stack.extend(reversed(inner))
+
+
+def _is_module(node: Any) -> bool:
+    named = isinstance(node, Opaque) and node.type.module.split(".")[0] == _OWN_CLASSES
+    return named and isinstance(node.state, Mapping) and all(isinstance(key, str) for key in node.state)
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
+    """Refused: the code of a module belongs to its names and shapes.
+
+    Raises:
+        RepresentationError: Always.
+    """
+    raise RepresentationError(
+        f"{path.name}: TorchScript is read, but not written",
+        hint="`optimstate convert --section model` writes its weights to a .pt or .safetensors file.",
+    )
