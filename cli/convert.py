@@ -89,7 +89,7 @@ def convert(
         bool, typer.Option("--no-checksums", help="Write zip records without CRC-32, as torch can too.")
     ] = False,
     drop_opaque: Annotated[
-        bool, typer.Option("--drop-opaque", help="Leave out objects that safetensors cannot hold.")
+        bool, typer.Option("--drop-opaque", help="Leave out objects of other classes; what is lost is named.")
     ] = False,
     clone_views: Annotated[
         bool, typer.Option("--clone-views", help="Store tensors that share memory each on its own.")
@@ -112,7 +112,7 @@ def convert(
         raise typer.BadParameter("--section and --without exclude each other: what is not chosen is left out")
     size = None if shard_size is None else parse_size(shard_size)
     with terminal.progress("converting", source, quiet=quiet) as advance:
-        options = WriteOptions(not no_checksums, drop_opaque, clone_views, size, not no_sync, advance)
+        options = WriteOptions(not no_checksums, clone_views, size, not no_sync, advance)
         report = optimstate.convert(
             source,
             destination,
@@ -121,6 +121,7 @@ def convert(
             without=without or (),
             dtypes=_parsed(dtype),
             optimizer=optimizer,
+            drop_opaque=drop_opaque,
             verify=verify,
             dry_run=dry_run,
             force=force,

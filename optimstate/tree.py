@@ -22,6 +22,7 @@ __all__ = [
     "Opaque",
     "OpaqueFile",
     "Path",
+    "bare_value",
     "difference",
     "format_path",
     "opaques",
@@ -153,6 +154,15 @@ class Opaque:
 
     def __repr__(self) -> str:
         return f"<{self.type.path} object>"
+
+
+def bare_value(node: Any) -> str | int | float | None:
+    """What an object of a subclass of text or numbers is, if it is nothing but that: `torch.__version__`."""
+    if not isinstance(node, Opaque) or node.called or len(node.arguments) != 1 or node.keywords:
+        return None
+    (value,) = node.arguments
+    alone = not node.items and not node.entries and (node.state is Opaque.NOTHING or not node.state)
+    return value if alone and type(value) in (str, int, float) else None
 
 
 class AttributedTensor(LazyTensor):

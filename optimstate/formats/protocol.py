@@ -67,7 +67,6 @@ class WriteOptions:
 
     Attributes:
         checksums: Compute checksums the container asks for where none is known; False leaves them out.
-        drop_opaque: Leave out objects the container cannot represent, instead of refusing.
         clone_views: Store tensors that share memory each on its own where the container cannot express the sharing.
         shard_size: Largest number of bytes per file where the container can be split, or None.
         sync: Flush what is written to the disk before it takes its name.
@@ -76,7 +75,6 @@ class WriteOptions:
     """
 
     checksums: bool = True
-    drop_opaque: bool = False
     clone_views: bool = False
     shard_size: int | None = None
     sync: bool = True

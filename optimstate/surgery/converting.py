@@ -91,6 +91,7 @@ def convert(
     without: Sequence[str] = (),
     dtypes: Mapping[str, str] | None = None,
     optimizer: str | None = None,
+    drop_opaque: bool = False,
     verify: bool = False,
     dry_run: bool = False,
     force: bool = False,
@@ -109,6 +110,9 @@ def convert(
         dtypes: Floating-point dtypes by torch's names, for a slot (`exp_avg`) or a section, by kind or path. Elements
             are cast as torch casts them, a block at a time. Step counts and fp32 masters are not cast with a section.
         optimizer: The algorithm whose state the optimizers are to have: `Adam`, `Adafactor`, `Lion`, ...
+        drop_opaque: Leave out objects of classes that the container does not hold, or, for a torch file, that
+            `torch.load(weights_only=True)` refuses. Containers that are nothing but their entries become dicts and
+            lists. Every loss is noted.
         verify: Check every checksum the source has before anything is written.
         dry_run: Only check that it can be done.
         force: Replace an existing destination.
@@ -145,8 +149,8 @@ def convert(
         changes = _Changes(document, target, sections, without, dtypes or {}, optimizer)
         if target == "safetensors" and not options.clone_views:
             changes.notes += [_stored_once(names) for names in changes.tied]
-        if options.drop_opaque and target == "torch" and any(isinstance(node, Opaque) for node in nodes(changes.tree)):
-            changes.notes.append("nothing was left out: a torch file holds objects of other classes as they are")
+        if drop_opaque:
+            changes.drop_opaque(target)
         if not dry_run:
             like = None if sections else document
             changes.notes += get_format(target).write(changes.tree, destination, like=like, options=options)
@@ -213,6 +217,15 @@ class _Changes:
         if self._casting is not None:
             self._casting.note_partings(self.tree)
             self.notes += self._casting.notes
+
+    def drop_opaque(self, target: str) -> None:
+        """Leave out what the container does not hold."""
+        from optimstate.surgery import dropping
+
+        holds = dropping.held_by_json if target == "safetensors" else dropping.held_by_weights_only
+        copy = dropping.plain_copy(self.tree, holds)
+        self.tree = copy.tree
+        self.notes += copy.notes
 
     def report(self, document: Document, destination: Path, target: str, *, written: bool) -> ConvertReport:
         """What was done."""

@@ -16,7 +16,7 @@ import torch
 from optimstate import convert
 from optimstate.errors import CheckpointError, CorruptCheckpointError, RepresentationError
 from optimstate.formats.pickles import tensors as spellings
-from optimstate.formats.pickles.tensors import tensor_record
+from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.formats.registry import open_checkpoint
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
@@ -252,7 +252,7 @@ def test_other_tensors_are_named_and_copied(name: str, tmp_path: Path) -> None:
     live, words = foreign()[name]
     torch.save({"w": live, "b": torch.ones(1)}, tmp_path / "a.pt")
     document = open_checkpoint(tmp_path / "a.pt")
-    assert tensor_record(document.tree["w"]) == words
+    assert tensor_kind(document.tree["w"]) == words
     convert(tmp_path / "a.pt", tmp_path / "b.pt")
     back = torch.load(tmp_path / "b.pt", weights_only=False)["w"]
     assert type(back) is type(live)
@@ -275,8 +275,8 @@ def test_the_tables_name_every_constructor_of_the_installed_torch() -> None:
 
 def test_what_is_no_tensor_is_not_called_one() -> None:
     for node in (3, {}, GlobalName("argparse", "Namespace").record(), GlobalName("my", "_rebuild_tensor")(1)):
-        assert tensor_record(node) is None
+        assert tensor_kind(node) is None
     assert (
-        tensor_record(GlobalName("torch._utils", "_rebuild_new")())
+        tensor_kind(GlobalName("torch._utils", "_rebuild_new")())
         == "a tensor that is spelled torch._utils._rebuild_new"
     )

@@ -13,7 +13,6 @@ from torch import nn
 
 import optimstate
 from optimstate.errors import CheckpointError, DestinationExistsError, PlanError
-from optimstate.formats.protocol import WriteOptions
 from optimstate.plan.language.plan import Plan
 from optimstate.surgery import plans
 from tests import corpus
@@ -90,7 +89,7 @@ def test_real_checkpoints_whose_modules_are_renamed(name: str, headers: bool, tm
     """What renames the commonest outermost module is found again, and does to the file what the rename did."""
     source = corpus.case(name).entry
     if name.startswith("deepspeed"):  # read, but not written, as it is
-        optimstate.convert(source, tmp_path / "whole.pt", options=WriteOptions(drop_opaque=True))
+        optimstate.convert(source, tmp_path / "whole.pt", drop_opaque=True)
         source = tmp_path / "whole.pt"
     names = [row.target for row in plans.show_plan(Plan(), source).rows if row.section.startswith("model")]
     ((top, _),) = Counter(name.split(".")[0] for name in names if "." in name).most_common(1)
@@ -211,7 +210,6 @@ import sys
 import optimstate
 from optimstate.surgery import plans
 from optimstate.surgery.settings import with_options
-from optimstate.formats.protocol import WriteOptions
 from optimstate.plan.language.plan import Plan
 plan = Plan.from_file({str(plan)!r})
 plans.check_plan(plan, {str(DENSE)!r}, target={str(EXPERTS)!r})

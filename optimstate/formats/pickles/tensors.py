@@ -13,11 +13,20 @@ from typing import Any, NoReturn
 
 from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.io.extents import Extent
-from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.dtypes import DTYPES, decode_scalar
 from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
 from optimstate.tree import AttributedTensor, GlobalName, Opaque
 
-__all__ = ["READ", "RECORDS", "STORAGE_OF_TENSOR", "InMemory", "TensorBuilder", "tensor_record"]
+__all__ = [
+    "READ",
+    "RECORDS",
+    "STORAGE_OF_TENSOR",
+    "InMemory",
+    "TensorBuilder",
+    "numpy_array",
+    "numpy_scalar",
+    "tensor_kind",
+]
 
 READ = {
     "torch._utils._rebuild_tensor": "_tensor_v1",  # 0.1.10 to 0.3
@@ -59,7 +68,7 @@ _FROM_TYPE = frozenset(path for path, method in READ.items() if method == "_from
 _PARAMETERS = frozenset(path for path, method in READ.items() if "parameter" in method)
 
 
-def tensor_record(node: Any) -> str | None:
+def tensor_kind(node: Any) -> str | None:
     """What a record says that it is, if it stands for a tensor: `a sparse tensor`, `a tensor of class my.Tensor`.
 
     A tensor that was read is no record: for it, and for anything else, None.
@@ -68,7 +77,7 @@ def tensor_record(node: Any) -> str | None:
         return None
     path = node.type.path
     if path in _PARAMETERS and node.arguments:
-        return tensor_record(node.arguments[0])
+        return tensor_kind(node.arguments[0])
     if path in _FROM_TYPE and len(node.arguments) == 4:
         build, kind = node.arguments[:2]
         if isinstance(kind, GlobalName) and kind.path != "torch.Tensor":
@@ -243,9 +252,7 @@ class TensorBuilder:
         array = _ndarray(data)
         if array is None or not isinstance(dtype, GlobalName) or dtype.path != f"torch.{array[0]}":
             return GlobalName("torch._utils", "_rebuild_device_tensor_from_numpy")(data, dtype, device, grad)
-        name, shape, content = array
-        storage = Storage((Extent(InMemory(content), 0, len(content)),), len(content), DTYPES[name].storage)
-        return LazyTensor(storage, name, shape, requires_grad=bool(grad))
+        return _in_memory(*array, bool(grad))
 
     def _from_cpu(self, data: Any, dtype: Any, device: Any, grad: Any) -> Any:
         same = isinstance(data, LazyTensor) and isinstance(dtype, GlobalName) and dtype.path == f"torch.{data.dtype}"
@@ -285,19 +292,48 @@ def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
     return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
+def numpy_array(record: Any) -> LazyTensor | None:
+    """The record of a NumPy array as a tensor; None for anything else, and for arrays that no tensor is like."""
+    found = _ndarray(record)
+    return None if found is None else _in_memory(*found)
+
+
+def numpy_scalar(record: Any) -> bool | int | float | complex | None:
+    """The value of the record of a NumPy scalar; None for anything else."""
+    if not isinstance(record, Opaque) or record.type.qualname != "scalar" or len(record.arguments) != 2:
+        return None
+    kind, content = record.arguments
+    name = _numpy_dtype(kind)
+    if name is None or not isinstance(content, bytes) or len(content) != DTYPES[name].itemsize:
+        return None
+    return decode_scalar(content, name)
+
+
+def _in_memory(name: str, shape: tuple[int, ...], content: bytes, grad: bool = False) -> LazyTensor:
+    pieces = (Extent(InMemory(content), 0, len(content)),) if content else ()
+    storage = Storage(pieces, len(content), DTYPES[name].storage or "UntypedStorage")
+    return LazyTensor(storage, name, shape, requires_grad=grad)
+
+
 def _ndarray(record: Any) -> tuple[str, tuple[int, ...], bytes] | None:
-    """Dtype, shape and row-major bytes of the record of a numpy array; None where it is of another form."""
+    """Dtype, shape and row-major bytes of the record of a NumPy array; None where it is of another form."""
     if not isinstance(record, Opaque) or record.type.qualname != "_reconstruct" or type(record.state) is not tuple:
         return None
     if len(record.state) != 5:
         return None
     _, shape, kind, fortran, content = record.state
-    code = kind.arguments[0] if isinstance(kind, Opaque) and kind.arguments else None
-    order = kind.state[1] if isinstance(kind, Opaque) and type(kind.state) is tuple and len(kind.state) > 1 else "<"
-    name = _NUMPY_CODES.get(code) if isinstance(code, str) else None
-    if name is None or fortran or order == ">" or not isinstance(content, bytes) or type(shape) is not tuple:
+    name = _numpy_dtype(kind)
+    if name is None or fortran or not isinstance(content, bytes) or type(shape) is not tuple:
         return None
     return (name, shape, content) if _end(name, 0, shape, contiguous_strides(shape)) == len(content) else None
+
+
+def _numpy_dtype(record: Any) -> str | None:
+    """The dtype that the record of a little-endian NumPy dtype names."""
+    if not isinstance(record, Opaque) or not record.arguments or not isinstance(record.arguments[0], str):
+        return None
+    order = record.state[1] if type(record.state) is tuple and len(record.state) > 1 else "<"
+    return None if order == ">" else _NUMPY_CODES.get(record.arguments[0])
 
 
 _new = object.__new__

@@ -165,7 +165,7 @@ class Layout:
         self.shared = _shared_storages(tree, clone=options.clone_views)
         self.storages: dict[str, dict[str, Any]] = {}
         self.entries: list[Entry] = []
-        encoded = json_tree.encode(tree, self._tensor, self._dropped if options.drop_opaque else None)
+        encoded = json_tree.encode(tree, self._tensor, self.notes.append)
         in_order = [entry.name for entry in self.entries]
         # Larger items first: every tensor is then aligned to its item size, whatever stands before it.
         self.entries.sort(key=lambda entry: -DTYPES[BY_CODE[entry.code].name].itemsize)
@@ -174,9 +174,6 @@ class Layout:
         if not plain:
             document = {"version": 1, "tree": encoded, "storages": self.storages}
             self.metadata["optimstate"] = json.dumps(document, separators=(",", ":"), allow_nan=False)
-
-    def _dropped(self, _: TreePath, what: str) -> None:
-        self.notes.append(f"left out: {what}")
 
     def _tensor(self, path: TreePath, tensor: LazyTensor) -> dict[str, Any]:
         shared = not self.options.clone_views and id(tensor.storage) in self.shared

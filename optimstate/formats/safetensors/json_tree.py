@@ -23,45 +23,37 @@ from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, RepresentationError
 from optimstate.formats.pickles.globals import PLAIN_CLASSES
-from optimstate.formats.pickles.tensors import tensor_record
+from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName, Opaque, Path, format_path, path_key
+from optimstate.tree import GlobalName, Opaque, Path, bare_value, format_path, path_key
 
 __all__ = ["decode", "encode"]
 
 MAX_NODES = 2_000_000
 """Written containers: one that stands in several places is written in each, so a small tree can have a huge text."""
 
-Drop = Callable[[Path, str], None]
+Note = Callable[[str], None]
 
 
-class _Dropped:
-    pass
-
-
-DROPPED = _Dropped()
-
-
-def encode(tree: Any, tensor: Callable[[Path, LazyTensor], Any], drop: Drop | None = None) -> Any:
+def encode(tree: Any, tensor: Callable[[Path, LazyTensor], Any], note: Note | None = None) -> Any:
     """A JSON value for `tree`.
 
     Args:
         tree: The tree.
         tensor: Gives the JSON value for a tensor.
-        drop: Called with the path and description of each object that has no representation, which is then left out.
-            Without it such an object is an error.
+        note: Called with what was changed: an object that is nothing but a text or number becomes that.
 
     Raises:
         LimitExceededError: The text would be beyond any honest checkpoint's.
         RepresentationError: An object has no representation; the message names it.
     """
-    return _Encoder(tensor, drop).encode((), tree)
+    return _Encoder(tensor, note or (lambda _: None)).encode((), tree)
 
 
 class _Encoder:
-    def __init__(self, tensor: Callable[[Path, LazyTensor], Any], drop: Drop | None) -> None:
+    def __init__(self, tensor: Callable[[Path, LazyTensor], Any], note: Note) -> None:
         self.tensor = tensor
-        self.drop = drop
+        self.note = note
         self.open: set[int] = set()
         self.count = 0
 
@@ -101,18 +93,18 @@ class _Encoder:
             return {f"${type(node).__name__}": self.encode_items(path, list(node))}
         if isinstance(node, Opaque) and node.type.path in PLAIN_CLASSES:
             return {"$object": self.encode_object(path, node)}
-        what = f"{format_path(path)} is {tensor_record(node) or f'an object of {_describe(node)}'}"
-        if self.drop is None:
-            raise RepresentationError(
-                f"{what}, which this container cannot hold",
-                hint="Give --drop-opaque to leave such objects out, or convert to a torch container.",
-            )
-        self.drop(path, what)
-        return DROPPED
+        value = bare_value(node)
+        if value is not None:
+            self.note(f"{format_path(path)}, an object of {node.type.path}, is kept as {value!r}")
+            return self.encode(path, value)
+        raise RepresentationError(
+            f"{format_path(path)} is {tensor_kind(node) or f'an object of {_describe(node)}'}, "
+            "which this container cannot hold",
+            hint="Give --drop-opaque to leave such objects out, or convert to a torch container.",
+        )
 
     def encode_dict(self, path: Path, node: dict[Any, Any]) -> Any:
         pairs = [(key, self.encode((*path, path_key(key)), value)) for key, value in node.items()]
-        pairs = [(key, value) for key, value in pairs if value is not DROPPED]
         if isinstance(node, OrderedDict):
             made: dict[str, Any] = {"$ordered": [[self.encode(path, key), value] for key, value in pairs]}
             if vars(node):
@@ -123,8 +115,7 @@ class _Encoder:
         return {"$dict": [[self.encode(path, key), value] for key, value in pairs]}
 
     def encode_items(self, path: Path, items: list[Any]) -> list[Any]:
-        encoded = [self.encode((*path, index), item) for index, item in enumerate(items)]
-        return [None if item is DROPPED else item for item in encoded]  # positions must not move
+        return [self.encode((*path, index), item) for index, item in enumerate(items)]
 
     def encode_object(self, path: Path, node: Opaque) -> dict[str, Any]:
         made: dict[str, Any] = {"class": node.type.path, "called": node.called}
