@@ -55,6 +55,7 @@ def apply_plan(
     """
     _refuse_second(plan, tree)
     checkpoint = _Checkpoint(plan, tree, names or {})
+    _refuse_unreached(plan, checkpoint)
     migration = plan_migration(plan, checkpoint.inventories())
     for section in checkpoint.anonymous:
         _refuse_other_parameters(section, migration)
@@ -189,6 +190,38 @@ def _renamed(state: OptimizerState, rename: Callable[[Any], str]) -> OptimizerSt
     known = {key for group in state.groups for key in group.params} if by_name else set()
     moved = {rename(key) if key in known else key: slots for key, slots in state.state.items()}
     return state._replace(groups=groups, state=moved)
+
+
+def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint) -> None:
+    """What a plan says of optimizers must reach every one of them."""
+    asked = [
+        text
+        for text, said in (
+            ("[[group]] tables", plan.groups),
+            (f'optimizer = "{plan.optimizer}"', plan.optimizer),
+            ("[slots]", plan.slots),
+            ("`group` of a rule", any(rule.group is not None for rule in plan.all_rules())),
+        )
+        if said
+    ]
+    if plan.policy.unused != "error" or not asked:
+        return
+    anonymous = [section for section in checkpoint.anonymous if section.kind == "optimizer"]
+    what = " and ".join(asked)
+    problems = [
+        Problem(
+            "unreached",
+            f"has no parameter names, so {what} cannot reach it",
+            key_of(section),
+            remedy="give it names (optimstate name), or leave that out of the plan",
+        )
+        for section in anonymous
+    ]
+    if not anonymous and not checkpoint.states:
+        remedy = 'leave that out of the plan, or say unused = "ignore" in [policy]'
+        problems = [Problem("unreached", f"the checkpoint has no optimizer that {what} could change", remedy=remedy)]
+    if problems:
+        raise MigrationError(problems)
 
 
 def _refuse_other_parameters(section: Section, migration: Migration) -> None:

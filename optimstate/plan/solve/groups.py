@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from optimstate.plan.expressions.evaluate import number_of, shape_of
+from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import GroupRule
 from optimstate.problems import Problem
@@ -62,7 +63,7 @@ def plan_groups(
     by_name = {candidate.name: candidate for candidate in candidates}
     if target is not None:
         split = [[name for name in names if name in by_name] for names, _ in target]
-        rules = [_rule_of(plan.groups, names, problems) for names in split]
+        rules = [_rule_of(plan.groups, names, Modules(by_name), problems) for names in split]
         live: list[Mapping[str, Any] | None] = [options for _, options in target]
     elif plan.groups:
         split, rules = _matched(plan, by_name, problems)
@@ -130,9 +131,11 @@ def _matched(
 ) -> tuple[list[list[str]], list[GroupRule | None]]:
     split: list[list[str]] = [[] for _ in plan.groups]
     outside = []
+    modules = Modules(by_name)
+    matches = [tuple(map(modules.reading, rule.match)) for rule in plan.groups]
     for name in by_name:
-        for number, rule in enumerate(plan.groups):
-            if any(template.match(name) is not None for template in rule.match):
+        for number, match in enumerate(matches):
+            if any(template.match(name) is not None for template in match):
                 split[number].append(name)
                 break
         else:
@@ -143,7 +146,7 @@ def _matched(
         remedy = 'end with a group for the rest, match = "**"'
         problems.append(Problem("group", message, names=tuple(outside), remedy=remedy))
     for number, rule in enumerate(plan.groups):
-        if all(template.is_literal for template in rule.match):  # names that are spelled out are in that order
+        if all(template.is_literal for template in matches[number]):  # names that are spelled out are in that order
             place = {template.text: order for order, template in enumerate(rule.match)}
             split[number].sort(key=place.__getitem__)
     kept = [number for number, names in enumerate(split) if names or plan.policy.unused == "error"]
@@ -155,12 +158,15 @@ def _matched(
     return [split[number] for number in kept], [plan.groups[number] for number in kept]
 
 
-def _rule_of(rules: Sequence[GroupRule], names: Sequence[str], problems: list[Problem]) -> GroupRule | None:
+def _rule_of(
+    rules: Sequence[GroupRule], names: Sequence[str], modules: Modules, problems: list[Problem]
+) -> GroupRule | None:
     """The `[[group]]` table that a group of the live optimizer is; all its parameters must say the same."""
     found: dict[int, str] = {}
+    matches = [tuple(map(modules.reading, rule.match)) for rule in rules]
     for name in names:
-        for number, rule in enumerate(rules):
-            if any(template.match(name) is not None for template in rule.match):
+        for number, match in enumerate(matches):
+            if any(template.match(name) is not None for template in match):
                 found.setdefault(number, name)
                 break
     if len(found) > 1:

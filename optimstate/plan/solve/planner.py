@@ -13,6 +13,7 @@ from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import dtype_of, identity
 from optimstate.plan.expressions.tree import Leaf, Shape
+from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
@@ -102,7 +103,17 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
     problems.extend(guarded(plan.guard, sections))
     if plan.policy.quantized == "requantize":
         sections = {key: decoded(inventory) for key, inventory in sections.items()}
-    made = {key: _Section(plan, key, inventory, counts, problems).plan() for key, inventory in sections.items()}
+    found: dict[str, SectionMoves] = {}
+    weights: dict[str, Any] = {}
+    optimizers = [key for key, inventory in sections.items() if inventory.state is not None]
+    for key in sorted(sections, key=optimizers.__contains__):  # what joins an optimizer is known from the models
+        taken = {name for other in optimizers if other != key for name in sections[other].shapes}
+        section = _Section(plan, key, sections[key], problems, {n: w for n, w in weights.items() if n not in taken})
+        found[key] = section.plan()
+        if sections[key].state is None:
+            weights.update(section.trainable(found[key]))
+        counts = [a + b for a, b in zip(counts, section.counts, strict=True)]
+    made = {key: found[key] for key in sections}
     if plan.policy.unused == "error":
         for number, (rule, count) in enumerate(zip(rules, counts, strict=True), 1):
             if not count:
@@ -115,15 +126,17 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
 class _Section:
     """Plans one section."""
 
-    def __init__(self, plan: Plan, key: str, inventory: Inventory, counts: list[int], problems: list[Problem]) -> None:
+    def __init__(
+        self, plan: Plan, key: str, inventory: Inventory, problems: list[Problem], weights: Mapping[str, Any]
+    ) -> None:
         self.rules, self.plan_, self.key, self.inventory = list(plan.all_rules()), plan, key, inventory
-        self.counts, self.problems = counts, problems
+        self.counts, self.problems, self.weights = [0] * len(self.rules), problems, weights
         self.notes: list[str] = []
 
     def plan(self) -> SectionMoves:
         found = Resolver(self.plan_.passes, self.key, self.counts, self.problems).resolve(self.inventory.shapes)
         made: dict[str, Made | None] = dict(found.made)
-        new = self._new_parameters(made)
+        new = self._new_parameters(made, found)
         dropped: list[tuple[str, Rule | None]] = list(found.dropped)
         target = self.inventory.target
         if target is not None:
@@ -137,30 +150,70 @@ class _Section:
         self.problems.extend(problem.at(self.key) for problem in shortened(local))
         return section
 
-    def _new_parameters(self, made: dict[str, Made | None]) -> dict[str, int | None]:
-        """Parameters a rule declares: those of the target that it matches, or without a target those it spells out."""
+    def trainable(self, moves: SectionMoves) -> dict[str, None]:
+        """The names of a model's result that an optimizer may have: of floating tensors that are no known buffers."""
+        dtypes = {name: dtype_of(value) or "" for name, value in self.inventory.tensors.items()}
+        return {
+            move.target: None
+            for move in moves.moves
+            if move.target.rpartition(".")[2] not in _BUFFERS
+            and all(dtypes.get(name, "").startswith(_FLOATING) for name in move.sources)
+        }
+
+    def _new_parameters(self, made: dict[str, Made | None], found: Resolved) -> dict[str, int | None]:
+        """Parameters a rule declares.
+
+        With a target they are those of the target that it matches. Without, they are those it spells out, and if it
+        matches no parameter of this optimizer, the weights of the checkpoint that it matches.
+        """
         new: dict[str, int | None] = {}
         target = self.inventory.target
         wanted = [name for name in target.names() if name not in made] if target is not None else []
-        first = 0
-        for rule in self.rules:
-            index, first = first, first + 1
+        others = [name for name in self.weights if name not in made]
+        matched = {name for uses in found.applications for use in uses for name in use.sources}
+        modules = Modules(wanted if target is not None else others)
+        for index, rule in enumerate(self.rules):
             if not rule.fresh or (rule.sources and rule.targets):
                 continue
-            templates = rule.sources or rule.targets
+            templates = tuple(map(modules.reading, rule.sources or rule.targets))
+            names: list[str] = []
             if target is not None:
                 names = [name for name in wanted if any(t.match(name) is not None for t in templates)]
-            elif self.inventory.state is not None and not self.counts[index]:
-                names = [name for t in templates for name in _spelled(t) if name not in made]
-            else:
-                names = []
+            elif self.inventory.state is not None:
+                names = [name for t in templates for name in _spelled(t) if name not in made and name not in matched]
+                if not self.counts[index]:
+                    names += [name for name in others if any(t.match(name) is not None for t in templates)]
             if names or any(t.match(name) is not None for t in templates for name in new):
                 self.counts[index] += max(len(names), 1)
             for name in names:
                 if name not in new:
                     new[name] = rule.group
                     made[name] = None
+        self._refuse_other_groups(found, new)
         return new
+
+    def _refuse_other_groups(self, found: Resolved, new: Mapping[str, int | None]) -> None:
+        """A rule's `group` is for new parameters: one whose group is decided elsewhere keeps it."""
+        if self.inventory.state is None or not any(rule.group is not None for rule in self.rules):
+            return
+        group_of = {name: n for n, group in enumerate(self.inventory.state.groups) for name in group.names or ()}
+        target = self.inventory.target
+        live = {name: n for n, names in enumerate(target.groups) for name in names} if target is not None else {}
+        asked = [
+            (name, use.rule.group, group_of.get(name), "in the checkpoint")
+            for uses in found.applications
+            for use in uses
+            for name in use.sources
+        ]
+        asked += [(name, group, live.get(name), "in the live optimizer") for name, group in new.items()]
+        for name, group, has, where in asked:
+            if group is not None and has is not None and group != has:
+                message = f"group = {group}, but {name!r} is in param group {has} {where}"
+                remedy = "leave `group` out, or write [[group]] tables"
+                self.problems.append(Problem("unreached", message, self.key, (name,), remedy))
+        if self.plan_.groups and any(group is not None for group in new.values()):
+            message = "`group` of a rule has no effect beside [[group]] tables, which say where every parameter is"
+            self.problems.append(Problem("unreached", message, self.key, tuple(new), "leave `group` out"))
 
     def _fitted(
         self, target: Target, made: Mapping[str, Made | None], found: Resolved
@@ -313,9 +366,9 @@ class _Section:
     def _note_duplicates(self, found: Resolved) -> None:
         if self.inventory.state is None:
             return
-        several = {id(use.rule) for uses in found.applications for use in uses if len(use.targets) > 1}
+        several = {str(use.rule) for uses in found.applications for use in uses if len(use.targets) > 1}
         for rule in self.rules:
-            if id(rule) not in several or rule.fresh or rule.operations:
+            if str(rule) not in several or rule.fresh or rule.operations:
                 continue
             self.notes.append(
                 f"{rule}: each copy gets the whole state, which is exact as long as each sees the gradients "
@@ -404,6 +457,10 @@ class _Section:
         label = self.key.removeprefix("optimizer").strip()
         plan = self.plan_._replace(groups=tuple(rule for rule in self.plan_.groups if rule.is_for(label)))
         return plan_groups(plan, candidates, state.groups, live, problems)
+
+
+_BUFFERS = frozenset({"num_batches_tracked", "running_mean", "running_var"})
+_FLOATING = ("float", "bfloat", "complex")
 
 
 def _coded_again(fate: Fate) -> Fate:

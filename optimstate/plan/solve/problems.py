@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from optimstate.plan.expressions.tree import Shape
+from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.rules import Guard, Rule
 from optimstate.plan.solve.migration import Inventory
 from optimstate.problems import Problem
@@ -17,12 +18,13 @@ _SHOWN = 20  # problems of one kind that are spelled out
 def guarded(guard: Guard, sections: Mapping[str, Inventory]) -> Iterator[Problem]:
     """What a guard finds amiss."""
     names = dict.fromkeys(name for inventory in sections.values() for name in inventory.shapes)
+    modules = Modules(names)
     wrong = "this is another checkpoint than the plan is for, or the plan was applied already"
     for template in guard.has:
-        if not any(template.match(name) is not None for name in names):
+        if not any(modules.reading(template).match(name) is not None for name in names):
             yield Problem("guard", f"the guard asks for {template.text!r}, and no name is like that: {wrong}")
     for template in guard.lacks:
-        found = next((name for name in names if template.match(name) is not None), None)
+        found = next((name for name in names if modules.reading(template).match(name) is not None), None)
         if found is not None:
             message = f"the guard excludes {template.text!r}, and there is {found!r}: {wrong}"
             yield Problem("guard", message, names=(found,))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
+from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.operation import Misfit
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
@@ -79,7 +80,10 @@ class Resolver:
         applications: list[list[Application]] = []
         first = 0
         for number, rules in enumerate(self._passes):
-            found = _Pass(rules, first, number, self._where, self._counts, self._problems)
+            modules = Modules(made)
+            found = _Pass(
+                [modules.rule(rule) for rule in rules], first, number, self._where, self._counts, self._problems
+            )
             made = found.run(made)
             gone.extend(found.gone)
             applications.append(found.applications)
