@@ -14,6 +14,7 @@ from optimstate.cli.app import Json, Quiet, app, epilog
     short_help="Compare two checkpoints by name.",
     epilog=epilog(
         "optimstate diff checkpoint-1000/ checkpoint-2000/ --headers",
+        "optimstate diff checkpoint-1000/ checkpoint-2000/ --stat --tolerance 1e-6",
         "optimstate diff checkpoint.pt checkpoint.safetensors --quiet && echo 'the same'",
         exits="0 no differences, 1 differences, 2 wrong usage, 3 bad input.",
     ),
@@ -22,18 +23,30 @@ def diff(
     left: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
     right: Annotated[Path, typer.Argument(help="Another, of any container.", show_default=False)],
     headers: Annotated[bool, typer.Option("--headers", help="Compare names, shapes, dtypes and values only.")] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEMPLATE", help="Compare only what has such a name, e.g. 'layers.3.**'.", show_default=False
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Relative differences up to this, by the norm, are none.", show_default=False)
+    ] = 0.0,
+    params: Annotated[bool, typer.Option("--params", help="A line for every difference, not layers together.")] = False,
+    stat: Annotated[bool, typer.Option("--stat", help="Only how many differences each part has.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compare two checkpoints by name: added, removed, renamed, reshaped, changed tensors and hyperparameters.
+    """Compare everything in two checkpoints by name: tensors, hyperparameters, and every other value.
 
-    Exits with 1 when there are differences. Torch is imported only to measure how far changed tensors are apart.
+    Layers are shown together, what differs most first. Exits with 1 when there are differences. Torch is imported only
+    to measure how far changed tensors are apart.
     """
     import optimstate
     from optimstate.cli.render import terminal
 
     with terminal.progress("comparing", left, right, quiet=quiet or headers) as advance:
-        report = optimstate.diff(left, right, headers=headers, progress=advance)
-    terminal.show(report, as_json=as_json, quiet=quiet)
+        report = optimstate.diff(left, right, headers=headers, name=name, tolerance=tolerance, progress=advance)
+    terminal.show(report, report.text(params=params, stat=stat), as_json=as_json, quiet=quiet)
     if report.changes:
         raise typer.Exit(1)

@@ -1,242 +1,349 @@
-"""Diff: what differs between two checkpoints, by name and across containers."""
+"""Diff: what differs between two checkpoints, by name and across containers. Every leaf of both trees is compared."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar, cast
 
+from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
-from optimstate.state.names import wrapper_prefix
+from optimstate.plan.language.template import Template
+from optimstate.state.optimizer import OptimizerState
+from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, find_sections, tied_names
+from optimstate.surgery.differences import Change, ChangeKind, DiffReport
 from optimstate.surgery.inspecting import describe, plain
-from optimstate.surgery.reports import opening, to_json
-from optimstate.surgery.text import plural, shown
+from optimstate.surgery.leaves import Shape, same
+from optimstate.surgery.naming import concluded_names
+from optimstate.surgery.reports import opening
+from optimstate.surgery.views import MEMBERS, OTHER, Key, View
 from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import path_key
 
 __all__ = ["Change", "DiffReport", "by_content", "diff", "model_tensors"]
 
-ChangeKind = Literal["added", "removed", "renamed", "reshaped", "retyped", "changed", "option", "sharing"]
 
+def diff(
+    left: str | Path,
+    right: str | Path,
+    *,
+    headers: bool = False,
+    name: str | None = None,
+    tolerance: float = 0.0,
+    progress: Progress | None = None,
+) -> DiffReport:
+    """Compare everything in two checkpoints, by name.
 
-@dataclass(frozen=True)
-class Change:
-    """One difference.
-
-    Attributes:
-        section: Which part of the checkpoints: `model`, `optimizer`, ... with its path.
-        kind: `renamed` is a tensor of equal content under another name; `reshaped` and `retyped` differ in shape and
-            dtype; `changed` in content; `option` is a hyperparameter or another plain value; `sharing` is memory that
-            tensors share on one side only.
-        name: The name, on the left side where it is there.
-        left: What the left side has.
-        right: What the right side has.
-        relative: Norm of the difference over norm of the left tensor, for `changed` tensors where it was computed.
-    """
-
-    section: str
-    kind: ChangeKind
-    name: str
-    left: str
-    right: str
-    relative: float | None = None
-
-
-@dataclass(frozen=True)
-class DiffReport:
-    """Every difference, and how many tensors are equal."""
-
-    left: str
-    right: str
-    equal: int
-    compared_contents: bool
-    changes: tuple[Change, ...]
-
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("diff", asdict(self))
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        section = ""
-        for change in self.changes:
-            if change.section != section:
-                section = change.section
-                yield section
-            relative = "" if change.relative is None else f", relative difference {change.relative:.3g}"
-            sides = {
-                "added": f"+ {change.name}  {change.right}",
-                "removed": f"- {change.name}  {change.left}",
-                "renamed": f"> {change.left} -> {change.right}  (equal content)",
-            }
-            other = f"~ {change.name}  {change.kind}: {shown(change.left)} -> {shown(change.right)}{relative}"
-            yield f"  {sides.get(change.kind, other)}"
-        kinds = Counter(change.kind for change in self.changes)
-        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no differences"
-        yield f"{plural(self.equal, 'tensor')} {'equal' if self.compared_contents else 'alike'}, {counts}"
-
-
-def diff(left: str | Path, right: str | Path, *, headers: bool = False, progress: Progress | None = None) -> DiffReport:
-    """Compare two checkpoints by name.
-
-    Parts are paired by kind and path, else by kind and order. Wrapper prefixes that all names share are ignored.
+    Sections are paired by kind and path, else by kind and order. Parameters of an optimizer without names get those
+    that the weights beside it determine. What is in no section is compared by path.
 
     Args:
         left: A file or folder.
         right: Another, of any container.
         headers: Compare names, shapes, dtypes and plain values only; tensors of equal name are then not read.
+        name: Compare only parameters and entries whose names this template of the plan language matches.
+        tolerance: Do not report tensors whose relative difference, by the 2-norm, is at most this, and numbers alike.
         progress: Called with the bytes of both sides compared since the last call.
 
     Raises:
         CheckpointError: One of them cannot be read.
+        PlanSyntaxError: The template cannot be parsed.
     """
+    template = None if name is None else Template(name)
     with opening(left):
         a, b = open_checkpoint(left), open_checkpoint(right)
-        comparison = _Comparison(headers, progress)
-        for mine, theirs in _pairs(find_sections(a.tree), find_sections(b.tree)):
-            comparison.compare(mine, theirs)
-        return DiffReport(str(left), str(right), comparison.equal, not headers, tuple(comparison.changes))
+        comparison = _Comparison(headers, template, tolerance, progress)
+        sides = _Side(a), _Side(b)
+        for mine, theirs in _pairs(*sides):
+            comparison.compare_sections(mine, theirs, sides)
+        rest = [View.of_rest(side.document.tree, side.sections) for side in sides]
+        comparison.compare(OTHER, *rest)
+        if not any((rest[0].tensors, rest[1].tensors)):
+            comparison.drop_if_equal(OTHER)
+        return comparison.report(str(left), str(right))
 
 
-def _pairs(left: list[Section], right: list[Section]) -> Iterator[tuple[Section | None, Section | None]]:
-    rest = list(right)
+class _Side:
+    """One of the two checkpoints."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.sections = find_sections(document.tree)
+        self._names: dict[str, tuple[str, ...] | str] | None = None
+
+    def names_of(self, section: Section) -> tuple[str, ...] | str:
+        """The names that the weights of the file determine for an optimizer without names, or why they do not."""
+        if self._names is None:
+            self._names = concluded_names(self.document, self.sections)
+        return self._names[section.label]
+
+    def section_at(self, other: Section) -> Section | None:
+        """What stands where the other side has a section, if it can be read as one."""
+        node: Any = self.document.tree
+        for key in other.path:
+            node = _child(node, key)
+        for section in self.sections:
+            if section.in_tree is node and section.kind == other.kind:
+                return section
+        if other.kind not in ("model", "ema") or not isinstance(node, Mapping) or other.host is not None:
+            return None
+        if not any(map(is_tensor, node.values())) or any(section.in_tree is node for section in self.sections):
+            return None
+        made = Section(other.kind, other.path, node)
+        self.sections.append(made)
+        return made
+
+
+def _child(node: Any, key: str | int) -> Any:
+    if isinstance(node, Mapping):
+        return next((value for inner, value in node.items() if path_key(inner) == key), None)
+    if isinstance(node, list | tuple) and isinstance(key, int) and key < len(node):
+        return node[key]
+    return None
+
+
+def _pairs(left: _Side, right: _Side) -> Iterator[tuple[Section | None, Section | None]]:
+    rest = list(right.sections)
     unpaired: list[Section] = []
-    for section in left:
-        same = next((other for other in rest if (other.kind, other.path) == (section.kind, section.path)), None)
-        if same is None:
+    for section in list(left.sections):
+        same_place = next((other for other in rest if (other.kind, other.path) == (section.kind, section.path)), None)
+        if same_place is None:
             unpaired.append(section)
         else:
-            rest.remove(same)
-            yield section, same
+            rest.remove(same_place)
+            yield section, same_place
     for section in unpaired:
-        alike = next((other for other in rest if other.kind == section.kind), None)
-        if alike is not None:
-            rest.remove(alike)
+        alike = right.section_at(section) or next((other for other in rest if other.kind == section.kind), None)
+        rest = [other for other in rest if other is not alike]
         yield section, alike
     for other in rest:
-        yield None, other
-
-
-class _View:
-    """A section as named tensors and plain values."""
-
-    def __init__(self, section: Section | None) -> None:
-        self.tensors: dict[str, Any] = {}
-        self.values: dict[str, Any] = {}
-        if section is None:
-            return
-        if section.kind == "optimizer":
-            self._read_optimizer(section)
-        elif section.kind == "scheduler":
-            fields = section.node if isinstance(section.node, Mapping) else section.node.state
-            self.values = {str(key): plain(value) for key, value in fields.items()}
-        else:
-            found = section.tensors()
-            prefix = wrapper_prefix([name for name in found if name != "n_averaged"])
-            self.tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-
-    def _read_optimizer(self, section: Section) -> None:
-        state = section.optimizer()
-        names = [name for _, name, _ in state.parameters() if name is not None]
-        prefix = wrapper_prefix(names)
-        for position, (_, name, slots) in enumerate(state.parameters()):
-            label = f"#{position}" if name is None else name.removeprefix(prefix)
-            for slot, value in (slots or {}).items():
-                if isinstance(value, LazyTensor) and value.numel != 1:
-                    self.tensors[f"{label} {slot}"] = value
-                else:
-                    self.values[f"{label} {slot}"] = plain(value)
-        for index, group in enumerate(state.groups):
-            for key, value in group.options.items():
-                self.values[f"group {index} {key}"] = plain(value)
+        yield left.section_at(other), other
 
 
 class _Comparison:
-    def __init__(self, headers: bool, progress: Progress | None) -> None:
-        self.headers, self.progress = headers, progress or (lambda _: None)
+    def __init__(self, headers: bool, template: Template | None, tolerance: float, progress: Progress | None) -> None:
+        self.headers, self.tolerance = headers, tolerance
+        self.template = template
+        self.progress = progress or (lambda _: None)
         self.changes: list[Change] = []
-        self.equal = 0
+        self.notes: list[str] = []
+        self.equal: dict[str, int] = {}
+        self.within = 0
 
-    def compare(self, left: Section | None, right: Section | None) -> None:
-        shown = left or right
-        assert shown is not None
-        label = f"{shown.kind} at {shown.label}"
-        mine, theirs = _View(left), _View(right)
-        renamed = self._compare_tensors(label, mine.tensors, theirs.tensors)
-        self._compare_values(label, _followed(mine.values, renamed), theirs.values)
+    def report(self, left: str, right: str) -> DiffReport:
+        """What was found."""
+        return DiffReport(
+            left,
+            right,
+            sum(self.equal.values()),
+            not self.headers,
+            tuple(self.changes),
+            tuple(dict.fromkeys(self.notes)),
+            self.within,
+            dict(self.equal),
+        )
+
+    def drop_if_equal(self, label: str) -> None:
+        """Do not list a part that has no tensors and no differences."""
+        if not any(change.section == label for change in self.changes):
+            self.equal.pop(label, None)
+
+    def compare_sections(self, left: Section | None, right: Section | None, sides: Sequence[_Side]) -> None:
+        """Compare two sections, one of which may be missing."""
+        section = left or right
+        assert section is not None
+        label = f"{section.kind} at {section.label}"
+        names = self._names(label, (left, right), sides) if section.kind == "optimizer" else (None, None)
+        mine, theirs = View.of(left, names[0]), View.of(right, names[1])
+        if left is not None and right is not None and mine.prefix != theirs.prefix and self.template is None:
+            self._add(label, "prefix", ("all names", ""), _begin(mine.prefix), _begin(theirs.prefix))
+        if left is not None and right is not None and left.path != right.path and self.template is None:
+            self._add(label, "moved", (section.kind, ""), left.label, right.label)
+        self.compare(label, mine, theirs)
         if left is not None and right is not None and left.kind == "model":
             self._compare_sharing(label, mine.tensors, theirs.tensors)
 
-    def _compare_tensors(self, label: str, mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, str]:
-        """Note the differences; gives the renamed ones."""
-        removed = [name for name in mine if name not in theirs]
-        added = [name for name in theirs if name not in mine]
-        renamed = (
-            {}
-            if self.headers
-            else _renames({n: mine[n] for n in removed}, {n: theirs[n] for n in added}, self.progress)
-        )
-        for name, tensor in mine.items():
-            if name in renamed:
-                self.changes.append(Change(label, "renamed", name, name, renamed[name]))
-            elif name not in theirs:
-                self.changes.append(Change(label, "removed", name, describe(tensor), ""))
+    def _names(
+        self, label: str, pair: Sequence[Section | None], sides: Sequence[_Side]
+    ) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+        """The names of optimizers that have none, where the two would be compared by position otherwise."""
+        anonymous = [one is not None and not one.optimizer().is_named for one in pair]
+        if not any(anonymous) or None in pair:
+            return None, None
+        states = [one.optimizer() for one in pair if one is not None]
+        told: list[tuple[str, ...] | str | None] = [
+            side.names_of(one) if unnamed and one is not None else None
+            for one, side, unnamed in zip(pair, sides, anonymous, strict=True)
+        ]
+        if any(isinstance(names, str) for names in told):
+            if not all(anonymous) and _alike_by_position(*states):
+                names = tuple(str(name) for state in states if state.is_named for _, name, _ in state.parameters())
+                self.notes.append(f"{label}: no parameter names on one side; concluded from the order of the other's")
+                return (names, None) if anonymous[0] else (None, names)
+            if all(anonymous):
+                self.notes.append(f"{label}: no parameter names on either side; compared by position")
             else:
-                self._compare_tensor(label, name, tensor, theirs[name])
-                self.progress(getattr(tensor, "nbytes", 0) + getattr(theirs[name], "nbytes", 0))
-        for name in added:
-            if name not in renamed.values():
-                self.changes.append(Change(label, "added", name, "", describe(theirs[name])))
+                why = "; ".join(names for names in told if isinstance(names, str))
+                self.notes.append(f"{label}: compared by position, as names are not determined: {why}")
+            return None, None
+        which = " and ".join(word for word, unnamed in zip(("left", "right"), anonymous, strict=True) if unnamed)
+        self.notes.append(f"{label}: no parameter names on the {which} side; concluded from the weights beside it")
+        return cast("tuple[tuple[str, ...] | None, tuple[str, ...] | None]", tuple(told))
+
+    # --- one part ---------------------------------------------------------------------------------------------------
+
+    def compare(self, label: str, mine: View, theirs: View) -> None:
+        """Compare all leaves of a part."""
+        self.equal.setdefault(label, 0)
+        tensors = [self._chosen(view.tensors) for view in (mine, theirs)]
+        values = [self._chosen(view.values) for view in (mine, theirs)]
+        renamed = self._compare_tensors(label, *tensors)
+        self._compare_values(label, _followed(values[0], renamed), values[1])
+
+    def _chosen(self, found: dict[Key, Any]) -> dict[Key, Any]:
+        if self.template is None:
+            return found
+        return {key: value for key, value in found.items() if self.template.match(key[0]) is not None}
+
+    def _compare_tensors(self, label: str, mine: dict[Key, Any], theirs: dict[Key, Any]) -> dict[Key, Key]:
+        """Note the differences; gives the renamed ones."""
+        removed = {key: value for key, value in mine.items() if key not in theirs}
+        added = {key: value for key, value in theirs.items() if key not in mine}
+        renamed = {} if self.headers else _renames(removed, added, self.progress)
+        taken = set(renamed.values())
+        for key, tensor in mine.items():
+            if key in renamed:
+                self._add(label, "renamed", key, _named(key), _named(renamed[key]))
+            elif key not in theirs:
+                self._add(label, "removed", key, describe(tensor), "")
+            else:
+                self._compare_tensor(label, key, tensor, theirs[key])
+                self.progress(getattr(tensor, "nbytes", 0) + getattr(theirs[key], "nbytes", 0))
+        for key, tensor in added.items():
+            if key not in taken:
+                self._add(label, "added", key, "", describe(tensor))
         return renamed
 
-    def _compare_tensor(self, label: str, name: str, a: Any, b: Any) -> None:
+    def _compare_tensor(self, label: str, key: Key, a: Any, b: Any) -> None:
+        kind: ChangeKind
         if not isinstance(a, LazyTensor) or not isinstance(b, LazyTensor):
-            if plain(a) != plain(b):
-                self.changes.append(Change(label, "changed", name, describe(a), describe(b)))
+            if same(a, b):
+                self.equal[label] += 1
+            else:
+                self._add(label, "changed", key, describe(a), describe(b))
             return
         if a.shape != b.shape:
-            self.changes.append(Change(label, "reshaped", name, describe(a), describe(b)))
-        elif a.dtype != b.dtype:
-            self.changes.append(Change(label, "retyped", name, describe(a), describe(b), _relative(a, b, self.headers)))
-        elif not self.headers and any(x != y for x, y in zip(a.chunks(), b.chunks(), strict=True)):
-            self.changes.append(Change(label, "changed", name, describe(a), describe(b), _relative(a, b)))
+            self._add(label, "reshaped", key, describe(a), describe(b))
+            return
+        if a.dtype != b.dtype:
+            kind = "retyped"
+        elif self.headers or same(a, b):
+            self.equal[label] += 1
+            return
         else:
-            self.equal += 1
+            kind = "changed"
+        relative = None if self.headers else _relative(a, b)
+        if kind == "changed" and self.tolerance and relative is not None and relative <= self.tolerance:
+            self.within += 1
+            return
+        self._add(label, kind, key, describe(a), describe(b), relative)
 
-    def _compare_values(self, label: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-        for name in [*mine, *(name for name in theirs if name not in mine)]:
-            absent = object()
-            a, b = mine.get(name, absent), theirs.get(name, absent)
-            if a != b and not (a != a and b != b):
-                left, right = ("(absent)" if value is absent else str(value) for value in (a, b))
-                self.changes.append(Change(label, "option", name, left, right))
+    def _compare_values(self, label: str, mine: dict[Key, Any], theirs: dict[Key, Any]) -> None:
+        for key in [*mine, *(key for key in theirs if key not in mine)]:
+            absent = key not in mine or key not in theirs
+            a, b = mine.get(key), theirs.get(key)
+            if absent and any(isinstance(value, Shape) and value.size for value in (a, b)):
+                continue  # what is in it is listed
+            if not absent and same(a, b):
+                self.equal[label] += isinstance(a, LazyTensor)
+            elif not absent and self._is_close(a, b):
+                self.within += 1
+            elif not absent and isinstance(a, LazyTensor) and isinstance(b, LazyTensor) and a.dtype != b.dtype:
+                self._add(label, "retyped", key, describe(a), describe(b))
+            elif not absent and key[1] == MEMBERS:
+                self._add(label, "option", key, *_members(cast("Sequence[str]", a), cast("Sequence[str]", b)))
+            else:
+                left, right = _told(a, b) if not absent else (_shown(key in mine, a), _shown(key in theirs, b))
+                self._add(label, "option", key, left, right)
 
-    def _compare_sharing(self, label: str, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-        for names, other in ((tied_names(mine), theirs), (tied_names(theirs), mine)):
+    def _is_close(self, a: Any, b: Any) -> bool:
+        if not self.tolerance:
+            return False
+        x, y = plain(a), plain(b)
+        return type(x) is type(y) is float and abs(x - y) <= self.tolerance * abs(x)
+
+    def _add(
+        self, label: str, kind: ChangeKind, key: Key, left: str, right: str, relative: float | None = None
+    ) -> None:
+        self.changes.append(Change(label, kind, _named(key), left, right, relative, key[1]))
+
+    def _compare_sharing(self, label: str, mine: Mapping[Key, Any], theirs: Mapping[Key, Any]) -> None:
+        one, other = ({key[0]: value for key, value in side.items()} for side in (mine, theirs))
+        for names, opposite in ((tied_names(one), other), (tied_names(other), one)):
             for first, *rest in names:
                 for name in rest:
-                    if first in other and name in other and not _share(other[first], other[name]):
-                        left, right = ("shared", "separate") if other is theirs else ("separate", "shared")
-                        self.changes.append(Change(label, "sharing", f"{first}, {name}", left, right))
+                    if first in opposite and name in opposite and not _share(opposite[first], opposite[name]):
+                        sides = ("shared", "separate") if opposite is other else ("separate", "shared")
+                        self._add(label, "sharing", (f"{first}, {name}", ""), *sides)
 
 
-def _followed(values: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+def _alike_by_position(a: OptimizerState, b: OptimizerState) -> bool:
+    """Whether two optimizers have as many parameters in each group, with slots of the same shapes."""
+    if [len(group.params) for group in a.groups] != [len(group.params) for group in b.groups]:
+        return False
+    return all(_shapes(x) == _shapes(y) for (_, _, x), (_, _, y) in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def _shapes(slots: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {str(slot): getattr(value, "shape", None) for slot, value in (slots or {}).items()}
+
+
+def _begin(prefix: str) -> str:
+    return f"begin with {prefix}" if prefix else "have no wrapper prefix"
+
+
+def _named(key: Key) -> str:
+    return f"{key[0]} {key[1]}" if key[1] else key[0]
+
+
+def _shown(there: bool, value: Any) -> str:
+    return str(plain(value) if not isinstance(value, Shape) else value) if there else "(absent)"
+
+
+def _told(a: Any, b: Any) -> tuple[str, str]:
+    """Both values; with their types where they look alike."""
+    left, right = _shown(True, a), _shown(True, b)
+    if left == right:
+        return f"{left} ({type(a).__name__})", f"{right} ({type(b).__name__})"
+    return left, right
+
+
+def _members(a: Sequence[str], b: Sequence[str]) -> tuple[str, str]:
+    """What only one of two groups has; where both have the same, that the order differs."""
+    sides = []
+    for own, other in ((a, set(b)), (b, set(a))):
+        only = [name for name in own if name not in other]
+        shown = ", ".join(only[:3]) + (f" and {len(only) - 3} more" if len(only) > 3 else "")
+        sides.append(f"{len(own)} parameters" + (f", only here {shown}" if only else ""))
+    if set(a) == set(b):
+        first = next(index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+        sides = [f"{side}, in another order: {names[first]} at {first}" for side, names in zip(sides, (a, b))]  # noqa: B905
+    return sides[0], sides[1]
+
+
+def _followed(values: dict[Key, Any], renamed: Mapping[Key, Key]) -> dict[Key, Any]:
     """The values of an optimizer's slots under the new names of parameters whose other slots were renamed."""
-    names: dict[str, str] = {}
-    for old, new in renamed.items():
-        parameter, _, slot = old.rpartition(" ")
-        if parameter and new.endswith(f" {slot}"):
-            names[parameter] = new.removesuffix(f" {slot}")
-    moved: dict[str, Any] = {}
-    for key, value in values.items():
-        parameter, _, slot = key.rpartition(" ")
-        moved[f"{names[parameter]} {slot}" if parameter in names else key] = value
+    names = {old[0]: new[0] for old, new in renamed.items() if old[1] == new[1] and old[1]}
+    if not names:
+        return values
+    moved: dict[Key, Any] = {}
+    for (owner, slot), value in values.items():
+        if slot == MEMBERS and isinstance(value, tuple):
+            value = tuple(names.get(name, name) for name in value)
+        moved[names.get(owner, owner), slot] = value
     return moved
 
 
@@ -244,7 +351,7 @@ def _share(a: Any, b: Any) -> bool:
     return isinstance(a, LazyTensor) and isinstance(b, LazyTensor) and a.storage is b.storage
 
 
-def _renames(removed: dict[str, Any], added: dict[str, Any], progress: Progress) -> dict[str, str]:
+def _renames(removed: dict[Key, Any], added: dict[Key, Any], progress: Progress) -> dict[Key, Key]:
     """Pairs of equal type, shape and content; content that several tensors have (zeros, ones) decides nothing."""
     kinds = {(t.dtype, t.shape) for t in added.values() if isinstance(t, LazyTensor)}
     mine = by_content(_of_kinds(removed, kinds), progress)
@@ -257,26 +364,29 @@ def _renames(removed: dict[str, Any], added: dict[str, Any], progress: Progress)
     }
 
 
-def _of_kinds(tensors: dict[str, Any], kinds: set[tuple[str, tuple[int, ...]]]) -> dict[str, LazyTensor]:
+def _of_kinds(tensors: dict[Key, Any], kinds: Collection[tuple[str, tuple[int, ...]]]) -> dict[Key, LazyTensor]:
     return {n: t for n, t in tensors.items() if isinstance(t, LazyTensor) and (t.dtype, t.shape) in kinds}
 
 
 def model_tensors(tree: Any) -> dict[str, LazyTensor]:
     """The tensors of the models in a checkpoint, without wrapper prefixes."""
-    views = [_View(section) for section in find_sections(tree) if section.kind == "model"]
-    return {n: t for view in views for n, t in view.tensors.items() if isinstance(t, LazyTensor)}
+    views = [View.of(section) for section in find_sections(tree) if section.kind == "model"]
+    return {key[0]: t for view in views for key, t in view.tensors.items() if isinstance(t, LazyTensor)}
+
+
+K = TypeVar("K")
 
 
 def by_content(
-    tensors: dict[str, LazyTensor], progress: Progress | None = None
-) -> dict[tuple[str, tuple[int, ...], bytes], list[str]]:
+    tensors: Mapping[K, LazyTensor], progress: Progress | None = None
+) -> dict[tuple[str, tuple[int, ...], bytes], list[K]]:
     """The names of each content: a dtype, a shape and a digest of the elements.
 
     Args:
         tensors: By name; all are read.
         progress: Called with the bytes read since the last call.
     """
-    found: dict[tuple[str, tuple[int, ...], bytes], list[str]] = {}
+    found: dict[tuple[str, tuple[int, ...], bytes], list[K]] = {}
     for name, tensor in tensors.items():
         digest = hashlib.blake2b(digest_size=16)
         for block in tensor.chunks():
@@ -287,9 +397,9 @@ def by_content(
     return found
 
 
-def _relative(a: LazyTensor, b: LazyTensor, skip: bool = False) -> float | None:
+def _relative(a: LazyTensor, b: LazyTensor) -> float | None:
     """|a - b| / |a| in double precision, block by block; None where elements are no numbers torch can subtract."""
-    if skip or not a.numel:
+    if not a.numel:
         return None
     from optimstate.surgery.statistics import blocks
 

@@ -31,7 +31,7 @@ from optimstate.surgery.reports import (
 )
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName, Opaque, census
+from optimstate.tree import GlobalName, Opaque, OpaqueFile, census
 
 if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
@@ -251,6 +251,8 @@ def _plain(value: Any, room: list[int]) -> Any:
     if isinstance(value, LazyTensor):
         shown = value.numel == 1 and value.dtype in _SHOWN_AS_NUMBER
         return _plain(value.item(), room) if shown else describe(value)
+    if isinstance(value, OpaqueFile):
+        return f"file of {value.nbytes:,} bytes"
     if isinstance(value, list | tuple | Mapping):
         room[0] -= len(value)
         if room[0] < 0:

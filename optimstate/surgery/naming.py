@@ -34,7 +34,7 @@ from optimstate.surgery.reports import opening, to_json
 from optimstate.surgery.text import table
 from optimstate.tree import Opaque, replaced
 
-__all__ = ["NameReport", "name", "read_names"]
+__all__ = ["NameReport", "concluded_names", "name", "read_names"]
 
 Order = Literal["model", "optimizer"]
 
@@ -126,6 +126,27 @@ def name(
             section.label: tuple(zip(map(str, naming.names), naming.evidence, strict=True)) for section, naming in found
         }
         return NameReport(str(source), str(destination or ""), not dry_run, listing)
+
+
+def concluded_names(document: Document, sections: Sequence[Section]) -> dict[str, tuple[str, ...] | str]:
+    """The names of each optimizer's parameters, by its path, as the weights of the checkpoint determine them.
+
+    Args:
+        document: The checkpoint.
+        sections: Those that were found in it.
+
+    Returns:
+        For each optimizer its names in group order; a sentence where they are not determined.
+    """
+    namer = _Namer(document, sections, {}, "model", None)
+    found: dict[str, tuple[str, ...] | str] = {}
+    for section in sections:
+        if section.kind == "optimizer":
+            naming = namer.named(section)
+            names = tuple(name for name in naming.names if name is not None)
+            complete = len(names) == len(naming.names) == len(set(names)) and not naming.problems
+            found[section.label] = names if complete else str(next(iter(naming.problems), "several have one name"))
+    return found
 
 
 def _by_path(

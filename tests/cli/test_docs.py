@@ -125,7 +125,10 @@ INVOCATIONS = {
         ["inspect", str(ANY / "fsdp1/raw_flatparam_per_rank")],
         ["inspect", str(ANY / "torch/adam_unnamed_wd"), "--params"],
     ],
-    "diff": [["diff", "checkpoint.pt", str(ANY / "optimstate/moe_experts/checkpoint.pt")]],
+    "diff": [
+        ["diff", "checkpoint.pt", str(ANY / "optimstate/moe_experts/checkpoint.pt")],
+        ["diff", str(ANY / "torch/adam_unnamed_wd"), str(ANY / "torch/adam_unnamed_wd")],
+    ],
     "remap": [
         ["remap", "checkpoint.pt", "--dry-run", "--set", "initial_lr=0.5"],
         ["remap", "checkpoint.pt", "--dry-run", "--drop", "**.norm.*", "--set", "lr=0.1", "--fresh", "**.fc1.*"],

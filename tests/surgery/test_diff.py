@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from optimstate.plan.language.plan import Plan
 from optimstate.surgery.comparing import diff
 from optimstate.surgery.converting import convert
 from optimstate.surgery.remapping import remap
+from tests.corpus import Case, all_cases
 from tests.surgery.test_verify import saved, trained
 
 
@@ -18,7 +26,7 @@ def test_equal_checkpoints_of_two_containers_differ_in_nothing(tmp_path: Path) -
     convert(path, other)
     report = diff(path, other)
     assert report.changes == ()
-    assert report.equal == 6 + 12
+    assert report.equal == 6 + 18
 
 
 def test_each_kind_of_difference(tmp_path: Path) -> None:
@@ -76,3 +84,131 @@ def test_tying_is_a_difference(tmp_path: Path) -> None:
     torch.save({"model": {"a": weight, "b": weight.clone()}}, right)
     (change,) = diff(left, right).changes
     assert (change.kind, change.name, change.left, change.right) == ("sharing", "a, b", "shared", "separate")
+
+
+# --- everything is compared -----------------------------------------------------------------------------------------
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two trees that torch loaded are equal: in types, keys, values, dtypes, shapes and bytes."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return (
+            isinstance(a, torch.Tensor)
+            and isinstance(b, torch.Tensor)
+            and (a.dtype, a.shape) == (b.dtype, b.shape)
+            and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+        )
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        one, other = ({(type(key), key): value for key, value in side.items()} for side in (a, b))
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b or (a != a and b != b))
+
+
+TENSORS = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+    st.sampled_from([(), (1,), (2,), (2, 3)]),
+    st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool]),
+    st.sampled_from([0.0, 1.0, 2.0]),
+)
+PLAIN = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 2), st.floats(width=16), st.sampled_from(["", "1", "True", "model"])
+)
+KEYS = st.sampled_from(
+    [
+        "a",
+        "b.weight",
+        "c.d.bias",
+        "model",
+        "state",
+        "param_groups",
+        "module.x",
+        "last_epoch",
+        "1",
+        1,
+        0,
+        True,
+        None,
+        1.5,
+    ]
+)
+TREES = st.recursive(
+    st.one_of(PLAIN, TENSORS),
+    lambda inner: st.one_of(
+        st.dictionaries(KEYS, inner, max_size=4),
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.sampled_from(["l.0.weight", "l.0.bias", "l.1.weight"]), TENSORS, min_size=1),
+    ),
+    max_leaves=12,
+)
+
+
+@st.composite
+def two_trees(draw: st.DrawFn) -> tuple[Any, Any]:
+    """A tree, and the same, one with one place changed, or another."""
+    tree = draw(TREES)
+    if draw(st.integers(0, 4)) == 0:
+        return tree, draw(TREES)
+    return tree, changed(tree, draw(TREES), draw) if draw(st.booleans()) else tree
+
+
+def changed(tree: Any, new: Any, draw: st.DrawFn) -> Any:
+    if isinstance(tree, dict) and tree and draw(st.integers(0, 3)):
+        key = draw(st.sampled_from(list(tree)))
+        return {**tree, key: changed(tree[key], new, draw)}
+    if isinstance(tree, list | tuple) and tree and draw(st.integers(0, 3)):
+        place = draw(st.integers(0, len(tree) - 1))
+        return type(tree)([*tree[:place], changed(tree[place], new, draw), *tree[place + 1 :]])
+    return new
+
+
+@settings(max_examples=300, deadline=None)
+@given(two_trees())
+def test_there_is_no_difference_exactly_where_the_trees_are_equal(
+    tmp_path_factory: pytest.TempPathFactory, trees: tuple[Any, Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("trees")
+    for name, tree in zip("ab", trees, strict=True):
+        torch.save(tree, folder / f"{name}.pt")
+    loaded = [torch.load(folder / f"{name}.pt", weights_only=True) for name in "ab"]
+    report = diff(folder / "a.pt", folder / "b.pt")
+    assert (report.changes == ()) == equal(*loaded), report
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_a_checkpoint_does_not_differ_from_itself(case: Case) -> None:
+    report = diff(case.entry, case.entry)
+    assert report.changes == ()
+
+
+def loadable() -> dict[str, tuple[Path, Any]]:
+    """The fixtures of one file each that torch loads."""
+    found = {}
+    for case in all_cases():
+        if case.entry.is_file() and not case.is_hostile and "protocol_4" not in case.name:
+            try:
+                found[case.name] = case.entry, torch.load(case.entry, weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError):  # classes that torch does not allow, other archives
+                continue
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Detected pickle protocol")
+def test_pairs_of_real_checkpoints_differ_exactly_where_torch_sees_it() -> None:
+    found = loadable()
+    assert len(found) > 40
+    for number, (one, other) in enumerate(itertools.combinations(found, 2)):
+        if number % 9 == 0:
+            (left, mine), (right, theirs) = found[one], found[other]
+            assert (diff(left, right).changes == ()) == comparable(mine, theirs), (one, other)
+
+
+def comparable(a: Any, b: Any) -> bool:
+    try:
+        return equal(a, b)
+    except (TypeError, RuntimeError):  # tensors that numpy has no form for
+        return False

@@ -1,0 +1,151 @@
+"""A tree as its leaves by path: what `inspect` shows of the rest of a checkpoint, and what `diff` compares."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+from typing import IO, Any
+
+from optimstate.errors import LimitExceededError
+from optimstate.state.records import is_tensor
+from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import GlobalName, Opaque, OpaqueFile, Path, children, difference, format_path, path_key
+
+__all__ = ["Shape", "is_leaf", "leaves", "opened_file", "same"]
+
+MAX_LEAVES = 5_000_000
+MAX_JSON = 1 << 24  # bytes of a JSON file that is looked into
+
+
+class Shape:
+    """Stands among leaves for the container that holds those below it: its type, and for an object its class."""
+
+    def __init__(self, node: Any) -> None:
+        if isinstance(node, Opaque):
+            self.text = node.type.path + ("" if node.called else " (made without a call)")
+        else:
+            self.text = "dict" if isinstance(node, Mapping) else type(node).__name__
+        self.size = 0 if isinstance(node, Opaque) else len(node)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shape) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __str__(self) -> str:
+        return f"{self.text} of {self.size}" if self.size else self.text
+
+
+def is_leaf(value: Any) -> bool:
+    """Whether there is nothing inside that has a path of its own."""
+    return not isinstance(value, Mapping | list | tuple | Opaque) or isinstance(value, OpaqueFile) or is_tensor(value)
+
+
+def leaves(node: Any, path: Path = (), *, skip: Collection[int] = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf with its path, and for every container a `Shape`; JSON files of a folder are looked into.
+
+    Keys of a mapping that only look alike (`1`, `"1"`, `True`) have different paths.
+
+    Args:
+        node: A tree.
+        path: Where it stands.
+        skip: The `id`s of nodes to leave out, with all that is in them.
+
+    Raises:
+        LimitExceededError: There are more than five million: a small file can say one list a thousand times over.
+    """
+    count = 0
+    around: set[int] = set()
+    stack: list[tuple[Path, Any, bool]] = [(path, node, False)]
+    while stack:
+        place, found, done = stack.pop()
+        if done:
+            around.discard(id(found))
+            continue
+        if id(found) in skip:
+            continue
+        count += 1
+        if count > MAX_LEAVES:
+            raise LimitExceededError(f"more than {MAX_LEAVES:,} values, at {format_path(place)}")
+        if isinstance(found, OpaqueFile):
+            found = opened_file(found)
+        if is_leaf(found):
+            yield place, found
+            continue
+        if id(found) in around:
+            yield place, "(contains itself)"
+            continue
+        yield place, Shape(found)
+        around.add(id(found))
+        stack.append((place, found, True))
+        stack += [((*place, key), child, False) for key, child in reversed(list(_children(found)))]
+
+
+def _children(node: Any) -> Iterator[tuple[str | int, Any]]:
+    """What is directly inside; keys that are neither text nor numbers are marked as such."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            plain = isinstance(key, str) or type(key) is int
+            yield key if plain else f"({type(key).__name__}) {path_key(key)}", value
+    else:
+        yield from children(node)
+
+
+def opened_file(file: OpaqueFile) -> Any:
+    """What a JSON file of a folder says; the file itself where it is of another kind, or cannot be read as JSON."""
+    if file.path.endswith(".json") and file.nbytes <= MAX_JSON:
+        try:
+            with _opened(file) as stream:
+                return json.loads(stream.read(MAX_JSON + 1))
+        except (OSError, ValueError, RecursionError, zipfile.BadZipFile):
+            pass
+    return file
+
+
+@contextmanager
+def _opened(file: OpaqueFile) -> Iterator[IO[bytes]]:
+    """The bytes of a file: of a folder, or a member of an archive, whose path is `archive:member`."""
+    path = FilePath(file.path)
+    if path.is_file():
+        with path.open("rb") as stream:
+            yield stream
+        return
+    at = file.path.find(":")
+    while at >= 0 and not FilePath(file.path[:at]).is_file():
+        at = file.path.find(":", at + 1)
+    if at < 0:
+        raise FileNotFoundError(file.path)
+    with zipfile.ZipFile(file.path[:at]) as archive, archive.open(file.path[at + 1 :]) as stream:
+        yield stream
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two leaves are equal: in type, value and, for tensors, dtype, shape and every byte."""
+    if isinstance(a, OpaqueFile) and isinstance(b, OpaqueFile):
+        return a.nbytes == b.nbytes and _equal_files(a, b)
+    if isinstance(a, Shape) or isinstance(b, Shape):
+        return bool(a == b)
+    if isinstance(a, GlobalName) and isinstance(b, GlobalName):
+        return a.path == b.path
+    if isinstance(a, LazyTensor) and isinstance(b, LazyTensor):
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and all(
+            x == y for x, y in zip(a.chunks(), b.chunks(), strict=True)
+        )
+    if isinstance(a, Opaque) or isinstance(b, Opaque):
+        return difference(a, b, strides=False, aliases=False) is None
+    return type(a) is type(b) and bool(a == b or (a != a and b != b))
+
+
+def _equal_files(a: OpaqueFile, b: OpaqueFile) -> bool:
+    try:
+        with _opened(a) as one, _opened(b) as other:
+            while block := one.read(1 << 20):
+                if block != other.read(1 << 20):
+                    return False
+            return not other.read(1)
+    except (OSError, zipfile.BadZipFile):
+        return False
