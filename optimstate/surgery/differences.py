@@ -140,6 +140,7 @@ def _folded(changes: list[Change]) -> list[str]:
     """
     together: dict[tuple[str, ...], list[Change]] = {}
     for change in changes:
+        key: tuple[str, ...]
         if change.kind == "renamed":
             key = (change.kind, collapsed(change.name), collapsed(change.right))
         elif change.kind == "option" and change.slot:
