@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     )
     from optimstate.formats.registry import open_checkpoint
     from optimstate.plan.language.plan import Plan
-    from optimstate.plan.language.rules import Rule
+    from optimstate.plan.language.rules import Plan, Rule
+    from optimstate.rehearsal import rehearse
     from optimstate.resuming import Resumed, resume
     from optimstate.surgery.comparing import diff
     from optimstate.surgery.converting import convert
@@ -61,6 +62,7 @@ _HOMES = {
     "inspect": "surgery.inspecting",
     "name": "surgery.naming",
     "open_checkpoint": "formats.registry",
+    "rehearse": "rehearsal",
     "remap": "surgery.remapping",
     "resume": "resuming",
     "scan": "surgery.scanning",
@@ -106,6 +108,7 @@ __all__ = [
     "name",
     "open_checkpoint",
     "optim",
+    "rehearse",
     "remap",
     "resume",
     "scan",

@@ -1,0 +1,60 @@
+"""`optimstate rehearse`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optimstate.cli.app import SETTINGS, Json, Quiet, app, epilog
+
+
+@app.command(
+    context_settings=SETTINGS,
+    short_help="Run old and new side by side for a few steps and say what a resume would lose.",
+    epilog=epilog(
+        "optimstate rehearse --script resume_check.py",
+        "optimstate rehearse --script resume_check.py --steps 5 --json",
+        exits="0 the run goes on as the plan says, 1 it does not, 2 wrong usage, 3 bad input, 4 the plan does not fit.",
+    ),
+)
+def rehearse(
+    script: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Defines old, new, batch, loss; plan, checkpoint, load if needed."),
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="How many steps both runs make.")] = 2,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compare a run with its continuation in a changed model: function, gradients, then parameters and slots.
+
+    The script is Python that you wrote and is executed. `old()` and `new()` build (model, optimizer); `batch` is what
+    `loss(model, batch)` takes; `plan` is a plan or the path of one, `checkpoint` what the old run is loaded from, and
+    `load(state, model, optimizer)` loads the new run where that is not optimstate's.
+    """
+    import runpy
+
+    from optimstate.cli.render import terminal
+    from optimstate.rehearsal import rehearse as rehearsed
+
+    if not script.is_file():
+        raise typer.BadParameter(f"{script} is not a file")
+    given = runpy.run_path(str(script))
+    missing = [name for name in ("old", "new", "batch", "loss") if name not in given]
+    if missing:
+        raise typer.BadParameter(f"{script} does not define {', '.join(missing)}")
+    report = rehearsed(
+        given["old"],
+        given["new"],
+        given.get("plan"),
+        given["batch"],
+        given["loss"],
+        steps=steps,
+        checkpoint=given.get("checkpoint"),
+        load=given.get("load"),
+    )
+    terminal.show(report, as_json=as_json, quiet=quiet)
+    if not report.holds:
+        raise typer.Exit(1)
