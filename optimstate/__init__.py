@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     )
     from optimstate.formats.registry import open_checkpoint
     from optimstate.plan.language.plan import Plan
-    from optimstate.plan.language.rules import Plan, Rule
     from optimstate.rehearsal import rehearse
     from optimstate.resuming import Resumed, resume
     from optimstate.surgery.comparing import diff

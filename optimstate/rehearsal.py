@@ -15,7 +15,8 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
-from optimstate.plan.language.rules import Guard, Plan
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import Guard
 from optimstate.plan.solve.planner import plan_model, plan_optimizer
 from optimstate.record import Record
 from optimstate.resuming import resume

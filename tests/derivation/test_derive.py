@@ -10,6 +10,7 @@ import torch
 from hypothesis import assume, event, given, reject
 from hypothesis import strategies as st
 
+from optimstate import Plan
 from optimstate.derivation.derive import derive
 from optimstate.errors import DerivationError
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
@@ -163,3 +164,8 @@ def test_whatever_is_composed_of_layouts_is_derived_or_refused_never_wrong(steps
         for name, value in composed(dict(weights)).items():
             assert torch.equal(made[name], value)
     event("refused" if refused else "derived")
+
+
+def test_a_plan_derives_itself() -> None:
+    derived = Plan.derive(lambda state: {"b": state["a"].t()}, {"a": (2, 3)})
+    assert derived.plan == derive(lambda state: {"b": state["a"].t()}, {"a": (2, 3)}).plan

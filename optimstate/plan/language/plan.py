@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,24 @@ class Plan(Record):
             PlanSyntaxError: It is wrong; the message has the line and the key.
         """
         return cls(**toml.parsed(text, name, Path()))
+
+    @classmethod
+    def derive(cls, function: Any, sources: Mapping[str, Any], *, allow_drop: bool = False) -> Any:
+        """Read a plan off a function from state dict to state dict: see `optimstate.derive`, which this is.
+
+        Args:
+            function: From a mapping of names to tensors to another.
+            sources: Names, with a tensor or a shape for each.
+            allow_drop: Whether sources may go nowhere.
+
+        Returns:
+            A `Derived`, whose `plan` is compared with the function.
+
+        Raises:
+            DerivationError: No plan says what the function does.
+        """
+        # Derivation stands above plans; it is found by name when it is asked for, as containers are.
+        return import_module("optimstate.derivation.derive").derive(function, sources, allow_drop=allow_drop)
 
     def to_toml(self) -> str:
         """The plan as a file."""
