@@ -12,7 +12,7 @@ from optimstate.cli.app import SETTINGS, Json, Quiet, app, epilog
 
 @app.command(
     context_settings=SETTINGS,
-    short_help="Run old and new side by side for a few steps and say what a resume would lose.",
+    short_help="Run old and new side by side: what would a resume lose?",
     epilog=epilog(
         "optimstate rehearse --script resume_check.py",
         "optimstate rehearse --script resume_check.py --steps 5 --json",

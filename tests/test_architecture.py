@@ -30,19 +30,9 @@ ALLOWED: dict[str, set[str]] = {
     "hooks": {"__init__", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan"},
     "resuming": {"errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
     "derivation": {"record", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},
+    "rehearsal": {"record", "errors", "plan", "state", "hooks", "resuming", "surgery.reports"},
     "demo": {"errors", "installed_torch", "problems", "optim", "hooks"},
     "cli": {"errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan"}
-    | {"demo", "derivation", "__init__"},
-    "plan": {"record", "errors", "problems", "tensors", "tree", "state"},
-    "optim": {"errors", "state.names"},
-    "surgery": {"record", "errors", "problems", "io", "tensors", "tree", "state", "formats", "plan"},
-    "distributed": {"errors", "problems", "tensors", "tree", "state", "plan", "formats"},
-    "hooks": {"__init__", "errors", "problems", "tensors", "tree", "state", "plan"},
-    "resuming": {"errors", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
-    "derivation": {"record", "errors", "problems", "tensors", "tree", "state", "plan", "formats"},
-    "rehearsal": {"record", "errors", "plan", "state", "hooks", "resuming", "surgery.reports"},
-    "demo": {"errors", "problems", "optim", "hooks"},
-    "cli": {"errors", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan"}
     | {"demo", "derivation", "rehearsal", "__init__"},
     "__main__": {"cli"},
     "__init__": {
