@@ -169,7 +169,7 @@ class _Run:
 
     @classmethod
     def of(cls, given: Any, double: bool) -> _Run:
-        import torch
+        from optimstate.installed_torch import torch
 
         model, optimizer = given() if callable(given) else copy.deepcopy(given)
         if double:
@@ -256,7 +256,7 @@ class _Comparison:
 
     def _backward(self, run: _Run) -> tuple[Any, Any, dict[str, Any]]:
         """The loss, the outputs that `loss` gave, and what each module gave, in the order of their calls."""
-        import torch
+        from optimstate.installed_torch import torch
 
         torch.manual_seed(0)
         run.optimizer.zero_grad()
@@ -395,7 +395,7 @@ def _numbered() -> Iterator[str]:
 
 def _flat(value: Any) -> list[Any]:
     """The tensors in a value, in order."""
-    import torch
+    from optimstate.installed_torch import torch
 
     if isinstance(value, torch.Tensor):
         return [value]
@@ -408,7 +408,7 @@ def _flat(value: Any) -> list[Any]:
 
 def _converted(value: Any) -> Any:
     """A batch with its floating tensors in float64."""
-    import torch
+    from optimstate.installed_torch import torch
 
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
@@ -421,7 +421,7 @@ def _converted(value: Any) -> Any:
 
 def _difference(mine: Any, expected: Any) -> float:
     """The largest difference over the largest value; infinite where there is nothing to compare with."""
-    import torch
+    from optimstate.installed_torch import torch
 
     if not isinstance(mine, torch.Tensor) or not isinstance(expected, torch.Tensor) or mine.shape != expected.shape:
         return float("inf")

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "hooks": {"__init__", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan"},
     "resuming": {"errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
     "derivation": {"record", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},
-    "rehearsal": {"record", "errors", "plan", "state", "hooks", "resuming", "surgery.reports"},
+    "rehearsal": {"record", "errors", "installed_torch", "plan", "state", "hooks", "resuming", "surgery.reports"},
     "demo": {"errors", "installed_torch", "problems", "optim", "hooks"},
     "cli": {"errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan"}
     | {"demo", "derivation", "rehearsal", "__init__"},

@@ -18,7 +18,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.record import Record
 
 if TYPE_CHECKING:
-    import torch
+    from optimstate.installed_torch import torch
 
 __all__ = ["Derived", "derive"]
 

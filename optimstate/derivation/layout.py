@@ -19,7 +19,7 @@ from optimstate.plan.language.operation import Irreversible, Misfit, Operation
 from optimstate.plan.language.operations import OPERATIONS
 
 if TYPE_CHECKING:
-    import torch
+    from optimstate.installed_torch import torch
 
 __all__ = ["Program", "Wanted", "applied", "core", "cut", "joined"]
 

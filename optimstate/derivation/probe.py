@@ -15,7 +15,7 @@ from optimstate.errors import DerivationError
 from optimstate.record import Record
 
 if TYPE_CHECKING:
-    import torch
+    from optimstate.installed_torch import torch
 
 __all__ = ["Combined", "Function", "Moved", "New", "Origin", "Probe", "Source", "Unexplained", "probe"]
 

@@ -11,7 +11,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import plan_model
 
 if TYPE_CHECKING:
-    import torch
+    from optimstate.installed_torch import torch
 
 __all__ = ["differences", "roundings"]
 
