@@ -65,6 +65,25 @@ def build():
 """
 
 
+REHEARSAL = """
+import torch
+from torch import nn
+
+def build(layer):
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module(layer, nn.Linear(4, 4))
+    return model, torch.optim.AdamW(model.named_parameters())
+
+old = new = lambda: build("encoder")
+batch = torch.ones(2, 4)
+plan = None
+
+def loss(model, batch):
+    return model(batch).square().mean()
+"""
+
+
 def gpt2_names(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
     """The parameters of a GPT-2 checkpoint in the order in which that model registers them."""
     (section,) = (s for s in find_sections(open_checkpoint(folder).tree) if s.kind == "model")
@@ -89,6 +108,7 @@ def furnish(folder: Path) -> None:
     (folder / "names.txt").write_text("\n".join(names))
     for name in ("checkpoint-1000", "checkpoint-2000", "downloaded-checkpoint"):
         shutil.copytree(corpus.case("transformers/gpt2_adamw").entry, folder / name)
+    (folder / "resume_check.py").write_text(REHEARSAL)
     (folder / "mypackage").mkdir()
     (folder / "mypackage" / "models.py").write_text(MODELS.format(names=gpt2_names(folder / "checkpoint-1000")))
 
