@@ -85,8 +85,8 @@ def suggest(
 @plans.command(
     short_help="Read a plan off a weight-conversion function, or off transformers.",
     epilog=epilog(
-        "optimstate plan derive old.safetensors --function mypkg.convert:hf_to_mine -o plan.toml",
-        "optimstate plan derive checkpoint-3 --transformers checkpoint-3 --to live -o to-live.toml",
+        "optimstate plan derive old.pt --function converter:renamed -o plan.toml",
+        "optimstate plan derive checkpoint-1000 --transformers checkpoint-1000 --to live --json",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 no plan says what the function does, 5 the destination.",
     ),
 )

@@ -105,7 +105,8 @@ class Rehearsal(Record):
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        fields = {**self._asdict(), "holds": self.holds, "deviations": [item._asdict() for item in self.deviations]}
+        rows = [{**item._asdict(), "size": item.size if item.size < float("inf") else None} for item in self.deviations]
+        fields = {**self._asdict(), "holds": self.holds, "deviations": rows}
         return to_json("rehearse", fields)
 
 

@@ -17,12 +17,11 @@ from unittest import mock
 
 from optimstate.cli import app
 from tests import corpus
-from tests.cli.place import furnish
+from tests.cli.place import PLAN_VERBS, furnish
 
 FOLDER = Path(__file__).parent / "golden"
 
-VERBS = ("inspect", "diff", "remap", "plan", "convert", "name", "verify", "scan")
-PLAN_VERBS = ("suggest", "check", "invert", "show")
+VERBS = ("inspect", "diff", "remap", "plan", "convert", "name", "verify", "rehearse", "scan")
 HELP = {f"help-{verb}": f"optimstate {verb} --help" for verb in VERBS}
 HELP |= {f"help-plan-{verb}": f"optimstate plan {verb} --help" for verb in PLAN_VERBS}
 
@@ -42,6 +41,8 @@ CASES = HELP | {
     "remap-misfit": "optimstate remap checkpoint.pt out.pt --rename 'encoder.{p**}=blocks.{p}' --drop '**'",
     "plan-suggest": "optimstate plan suggest checkpoint.pt experts.pt",
     "plan-suggest-pipe": "optimstate plan suggest old.pt new-model.pt -o -",
+    "plan-derive": "optimstate plan derive old.pt --function converter:renamed",
+    "rehearse": "optimstate rehearse --script resume_check.py",
     "plan-check": "optimstate plan check plan.toml old.pt --target new-model.pt",
     "plan-check-misfit": "optimstate plan check wide.toml old.pt --target new-model.pt",
     "plan-check-syntax": "optimstate plan check wrong.toml",

@@ -19,6 +19,7 @@ from tests import corpus
 from tests.cli.running import Outcome, run
 
 PLAN = '[[rule]]\nfrom = "encoder.{i}.{p**}"\nto = "blocks.{i}.{p}"\n'
+PLAN_VERBS = ("suggest", "derive", "check", "invert", "show")
 FINDINGS = {"diff", "scan", "verify", "suggest"}
 """The verbs that exit with 1 when there is something to tell."""
 
@@ -69,10 +70,11 @@ REHEARSAL = """
 import torch
 from torch import nn
 
-def build(layer):
+def build(*layers):
     torch.manual_seed(0)
     model = nn.Sequential()
-    model.add_module(layer, nn.Linear(4, 4))
+    for layer in layers:
+        model.add_module(layer, nn.Linear(4, 4))
     return model, torch.optim.AdamW(model.named_parameters())
 
 old = new = lambda: build("encoder")
@@ -81,6 +83,18 @@ plan = None
 
 def loss(model, batch):
     return model(batch).square().mean()
+"""
+
+
+CONVERTER = """
+import torch
+
+def upgraded(state):
+    kept = {name: value.bfloat16().float() for name, value in state.items() if "norm" not in name}
+    return {**kept, "head": torch.zeros(2)}
+
+def renamed(state):
+    return {name.replace("encoder", "blocks"): value for name, value in state.items()}
 """
 
 
@@ -109,6 +123,7 @@ def furnish(folder: Path) -> None:
     for name in ("checkpoint-1000", "checkpoint-2000", "downloaded-checkpoint"):
         shutil.copytree(corpus.case("transformers/gpt2_adamw").entry, folder / name)
     (folder / "resume_check.py").write_text(REHEARSAL)
+    (folder / "converter.py").write_text(CONVERTER)
     (folder / "mypackage").mkdir()
     (folder / "mypackage" / "models.py").write_text(MODELS.format(names=gpt2_names(folder / "checkpoint-1000")))
 

@@ -11,13 +11,12 @@ import pytest
 
 from optimstate.cli import app
 from tests import corpus
-from tests.cli.place import check
+from tests.cli.place import PLAN_VERBS, check
 from tests.cli.running import run
 
 ROOT = corpus.FIXTURES.parent
 MANUAL = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLAN_VERBS = ("suggest", "check", "invert", "show")
 COMMANDS = [[name] for name in app.COMMANDS] + [["plan", verb] for verb in PLAN_VERBS]
 SLOW = {"demo"}
 """Run by tests of their own."""
@@ -161,6 +160,12 @@ INVOCATIONS = {
         ["scan", "cut.pkl"],
         ["scan", "left"],
     ],
+    "plan derive": [["plan", "derive", "checkpoint.pt", "--function", "converter:upgraded", "--allow-drop"]],
+    "rehearse": [
+        ["rehearse", "--script", "resume_check.py"],
+        ["rehearse", "--script", "lost_check.py"],
+        ["rehearse", "--script", "copies_check.py"],
+    ],
 }
 
 COPIES = """
@@ -185,6 +190,16 @@ def test_json_has_the_documented_form(command: str, checkpoints: Path) -> None:
     import torch
 
     Path("copies.toml").write_text(COPIES)
+    script = Path("resume_check.py").read_text()
+    Path("lost_check.py").write_text(
+        script + "\ndef old():\n    model, optimizer = build('encoder')\n    loss(model, batch).backward()\n"
+        "    optimizer.step()\n    return model, optimizer\n"
+        "def load(state, model, optimizer):\n    model.load_state_dict(state['model'])\n"
+    )
+    Path("copies_check.py").write_text(
+        script + "\nnew = lambda: build('a', 'b')\n"
+        "from optimstate import Plan\nplan = Plan.from_options(duplicate=['encoder.{p}=a.{p},b.{p}'])\n"
+    )
     Path("cut.pkl").write_bytes(b"\x80\x02(cos\nsystem\n")
     Path("left").mkdir()
     Path("left/.new.pt.0123456789ab.part").touch()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.golden import CASES, FOLDER, PLAN_VERBS, VERBS, equip, golden
+from tests.cli.golden import CASES, FOLDER, VERBS, equip, golden
+from tests.cli.place import PLAN_VERBS
 
 
 @pytest.fixture(scope="module")

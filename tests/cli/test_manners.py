@@ -24,10 +24,10 @@ from optimstate.cli.render import terminal
 from optimstate.plan.language.plan import Plan
 from tests import corpus
 from tests.cli.golden import Terminal
+from tests.cli.place import PLAN_VERBS
 from tests.cli.running import run
 
 ROOT = corpus.FIXTURES.parent
-PLAN_VERBS = ("suggest", "check", "invert", "show")
 
 LINES = {
     "inspect": ["inspect", "checkpoint.pt"],
@@ -40,6 +40,8 @@ LINES = {
     "convert": ["convert", "old.pt", "out.safetensors", "--dry-run"],
     "name": ["name", str(corpus.case("torch/adam_unnamed_wd").entry), "--dry-run"],
     "verify": ["verify", "checkpoint.pt", "--no-numbers"],
+    "rehearse": ["rehearse", "--script", "resume_check.py"],
+    "plan derive": ["plan", "derive", "old.pt", "--function", "converter:renamed"],
     "scan": ["scan", str(corpus.case("optimstate/hostile_zip").entry)],
 }
 
@@ -140,7 +142,11 @@ def test_bytes_that_are_no_text_are_no_plan(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_contradictions_are_wrong_usage(words: list[str], checkpoints: Path) -> None:
     outcome = run(*words)
-    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.code == 2
+    if "--json" in words:
+        assert json.loads(outcome.out)["error"]["kind"] == "UsageError"
+    else:
+        assert outcome.out == ""
     assert re.fullmatch(r"error: .*\nhint: `optimstate [a-z ]+ --help` .*\n", outcome.err)
 
 
