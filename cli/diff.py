@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Json, Quiet, app, epilog
+from optimstate.cli.app import Force, Json, Quiet, app, epilog
 
 
 @app.command(
@@ -34,6 +34,11 @@ def diff(
     ] = 0.0,
     params: Annotated[bool, typer.Option("--params", help="A line for every difference, not layers together.")] = False,
     stat: Annotated[bool, typer.Option("--stat", help="Only how many differences each part has.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page: heat maps of the differences, a table.", show_default=False),
+    ] = None,
+    force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -45,8 +50,18 @@ def diff(
     import optimstate
     from optimstate.cli.render import terminal
 
+    if html is not None:
+        from optimstate.io.output import check_destination
+
+        check_destination(html, [left, right], force=force)
     with terminal.progress("comparing", left, right, quiet=quiet or headers) as advance:
         report = optimstate.diff(left, right, headers=headers, name=name, tolerance=tolerance, progress=advance)
+    if html is not None:
+        from optimstate.cli.render.page import diff_page, write_page
+
+        write_page(diff_page(report), html)
     terminal.show(report, report.text(params=params, stat=stat), as_json=as_json, quiet=quiet)
+    if html is not None and not (quiet or as_json):
+        typer.echo(f"wrote {html}")
     if report.changes:
         raise typer.Exit(1)

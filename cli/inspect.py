@@ -33,7 +33,9 @@ def inspect(
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a page with tables and heat maps of norms.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Write a page: histograms of moments and steps, heat maps, tables.", show_default=False
+        ),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -57,9 +59,10 @@ def inspect(
     with terminal.progress("measuring", *([path] if measure else []), quiet=quiet) as advance:
         found = optimstate.inspect(document, parameters=params, statistics=measure, progress=advance)
     if html is not None:
-        from optimstate.cli.render.page import write_page
+        from optimstate.cli.render.page import inspection_page, write_page
+        from optimstate.surgery.updates import updates
 
-        write_page(found, html)
+        write_page(inspection_page(found, list(updates(document))), html)
 
     from contextlib import redirect_stdout
     from io import StringIO

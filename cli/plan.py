@@ -223,6 +223,13 @@ def show(
     params: Annotated[
         bool, typer.Option("--params", help="List every parameter and slot, not layers together.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write a page: which old parameters feed which new ones.", show_default=False
+        ),
+    ] = None,
+    force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -233,8 +240,16 @@ def show(
     from optimstate.cli.render import terminal
     from optimstate.surgery import plans
 
+    if html is not None:
+        plans.check_plan_destination(html, plan, *([] if checkpoint is None else [checkpoint]), force=force)
     report = plans.show_plan(read_plan(plan), checkpoint)
+    if html is not None:
+        from optimstate.cli.render.lineage import lineage_page
+        from optimstate.cli.render.page import write_page
+
+        write_page(lineage_page(plan.name, report), html)
     terminal.show(report, report.text(str(plan), params=params), as_json=as_json, quiet=quiet)
+    _wrote(html, quiet=quiet or as_json)
 
 
 def _check(output: Path | None, *sources: Path, force: bool, as_json: bool) -> None:

@@ -1,7 +1,9 @@
 "use strict";
 // Everything from the file reaches the page as text: textContent, setAttribute, never markup.
 (() => {
-  const { series, squares, rows } = JSON.parse(document.getElementById("data").textContent);
+  const { series, squares, names, kinds, rows: numbered, columns, measures, histograms } =
+    JSON.parse(document.getElementById("data").textContent);
+  const rows = numbered.map(([of, name, group, kind, ...numbers]) => [of, ...names[name], group, kinds[kind], ...numbers]);
   const [SERIES, NAME, ROW, COLUMN, GROUP, KIND, ELEMENTS, NORM, RMS, MIN, MAX, ZEROS, NAN, INF, NEGATIVE] =
     Array(15).keys();
   const PAGE = 100;
@@ -18,8 +20,9 @@
     made.append(make("bdi", text));
     return made;
   };
-  const number = (value) => (value === null ? "–" : value === 0 ? "0" : Number(value.toPrecision(4)).toString());
-  const share = (row) => row[ZEROS] / row[ELEMENTS];
+  const number = (value) => (value === null || value === undefined ? "–" : value === 0 ? "0" : Number(value.toPrecision(4)).toString());
+  const share = (row) => (row[ELEMENTS] === null ? null : row[ZEROS] / row[ELEMENTS]);
+  const allZero = (row) => row[ELEMENTS] !== null && row[ELEMENTS] > 0 && row[ZEROS] === row[ELEMENTS];
   const percent = (row) => {
     const value = 100 * share(row);
     return value === 0 || value === 100 ? `${value}%` : value < 0.1 ? "<0.1%" : `${Math.min(value, 99.9).toFixed(1)}%`;
@@ -27,10 +30,12 @@
   const isBroken = (row) => row[NAN] + row[INF] > 0;
   const isOdd = (row) => isBroken(row) || (row[NEGATIVE] > 0 && squares.includes(row[SERIES]));
   const describe = (row) =>
-    `${row[NAME]}, ${series[row[SERIES]]}, ${row[KIND]}: norm ${number(row[NORM])}, rms ${number(row[RMS])}, ` +
-    `from ${number(row[MIN])} to ${number(row[MAX])}, ${percent(row)} zeros` +
-    (row[NAN] ? `, ${row[NAN]} NaN` : "") + (row[INF] ? `, ${row[INF]} infinite` : "") +
-    (row[NEGATIVE] ? `, ${row[NEGATIVE]} negative` : "");
+    row[ELEMENTS] === null
+      ? `${row[NAME]}, ${series[row[SERIES]]}, ${row[GROUP]}: ${row[KIND]}` + (row[NORM] === null ? "" : `, relative difference ${number(row[NORM])}`)
+      : `${row[NAME]}, ${series[row[SERIES]]}, ${row[KIND]}: norm ${number(row[NORM])}, rms ${number(row[RMS])}, ` +
+        `from ${number(row[MIN])} to ${number(row[MAX])}, ${percent(row)} zeros` +
+        (row[NAN] ? `, ${row[NAN]} NaN` : "") + (row[INF] ? `, ${row[INF]} infinite` : "") +
+        (row[NEGATIVE] ? `, ${row[NEGATIVE]} negative` : "");
 
   // --- heat maps ---
 
@@ -39,7 +44,8 @@
     ["norm", (row) => row[NORM], true],
     ["largest magnitude", (row) => (row[MIN] === null ? null : Math.max(Math.abs(row[MIN]), Math.abs(row[MAX]))), true],
     ["share of zeros", share, false],
-  ];
+    ["relative difference", (row) => row[NORM], true],
+  ].filter(([name]) => measures.includes(name));
   const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
   const color = (at) => {
     const x = Math.min(Math.max(at, 0), 1) * (RAMP.length - 1);
@@ -102,13 +108,12 @@
 
   const drawCell = (row, measure, scale) => {
     if (!row) return make("td", undefined, { class: "none" });
-    const text = describe(row);
-    const cell = make("td", undefined, { "aria-label": text, title: text, tabindex: "-1", role: "gridcell" });
+    const cell = make("td", undefined, { "aria-label": describe(row), tabindex: "-1", role: "gridcell" });
     const value = measure(row);
     if (isBroken(row)) { cell.className = "broken"; cell.textContent = "!"; }
-    else if (row[ZEROS] === row[ELEMENTS]) { cell.className = "zero"; cell.textContent = "0"; }
+    else if (allZero(row)) { cell.className = "zero"; cell.textContent = "0"; }
     else if (value === null) cell.className = "none";
-    else cell.style.background = color(scale.at(value));
+    else { cell.className = "some"; cell.style.background = color(scale.at(value)); }
     return cell;
   };
 
@@ -144,12 +149,11 @@
   // --- the table ---
 
   const COLUMNS = [
-    ["parameter", (row) => row[NAME]], ["of", (row) => series[row[SERIES]]], ["group", (row) => row[GROUP]],
-    ["type", (row) => row[KIND]], ["elements", (row) => row[ELEMENTS], (row) => row[ELEMENTS].toLocaleString("en")],
-    ["norm", (row) => row[NORM]], ["rms", (row) => row[RMS]], ["min", (row) => row[MIN]], ["max", (row) => row[MAX]],
-    ["zeros", share, percent], ["NaN", (row) => row[NAN]], ["inf", (row) => row[INF]],
-    ["negative", (row) => row[NEGATIVE]],
-  ];
+    [(row) => row[NAME]], [(row) => series[row[SERIES]]], [(row) => row[GROUP]], [(row) => row[KIND]],
+    [(row) => row[ELEMENTS], (row) => (row[ELEMENTS] === null ? "" : row[ELEMENTS].toLocaleString("en"))],
+    [(row) => row[NORM]], [(row) => row[RMS]], [(row) => row[MIN]], [(row) => row[MAX]],
+    [share, percent], [(row) => row[NAN]], [(row) => row[INF]], [(row) => row[NEGATIVE]],
+  ].map((column, index) => [columns[index], ...column]).filter(([title]) => title);
   const TEXTS = 4;  // the columns of text come first
   let sorted = { column: -1, down: false };
   let start = 0;
@@ -210,12 +214,71 @@
     drawHead();
   };
 
+  // --- histograms ---
+
+  const SVG = "http://www.w3.org/2000/svg";
+  const draw = (tag, attributes, text) => {
+    const made = document.createElementNS(SVG, tag);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    if (text !== undefined) made.textContent = text;
+    return made;
+  };
+
+  const drawHistograms = () => {
+    const kind = byId("histogram-kind").value;
+    byId("histogram-box").replaceChildren(...Object.entries(histograms.of).map(([title, kinds]) => {
+      const chosen = kind === "" ? Object.values(kinds) : kinds[kind] ? [kinds[kind]] : [];
+      const sums = chosen.reduce((sum, counts) => sum.map((value, i) => value + counts[i]), Array(1 + 56).fill(0));
+      return drawHistogram(title, sums[0], sums.slice(1));
+    }));
+  };
+
+  const drawHistogram = (title, zeros, counts) => {
+    const figure = make("figure");
+    const all = counts.reduce((a, b) => a + b, 0);
+    const used = counts.map((count, i) => [count, i]).filter(([count]) => count).map(([, i]) => i);
+    const caption = make("figcaption", title);
+    figure.append(caption);
+    if (!used.length) {
+      figure.append(make("p", zeros ? `all ${zeros.toLocaleString("en")} are zero` : "nothing to draw", { class: "hint" }));
+      return figure;
+    }
+    const per = histograms.perDecade;
+    const low = Math.max(Math.floor(used[0] / per) * per - per, 0);
+    const high = Math.min(Math.ceil((used[used.length - 1] + 1) / per) * per + per, counts.length);
+    const [width, height, top] = [320, 130, 8];
+    const step = width / (high - low);
+    const most = Math.max(...counts);
+    let seen = 0;
+    const median = counts.findIndex((count) => (seen += count) * 2 >= all);
+    const magnitude = (bin) => `1e${histograms.least + Math.floor(bin / per)}`;
+    const drawn = draw("svg", {
+      viewBox: `0 0 ${width} ${height + 34}`, role: "img",
+      "aria-label": `${title}: ${all.toLocaleString("en")} numbers, half of them below about ${magnitude(median)}` +
+        (zeros ? `, and ${zeros.toLocaleString("en")} zeros` : ""),
+    });
+    for (let i = low; i < high; i++) {
+      const tall = counts[i] ? Math.max((counts[i] / most) * (height - top), 1) : 0;
+      drawn.append(draw("rect", { x: (i - low) * step + 0.5, y: height - tall, width: Math.max(step - 1, 1), height: tall, class: "bar" }));
+    }
+    drawn.append(draw("path", { d: `M0 ${height}h${width}`, class: "axis" }));
+    const decades = (high - low) / per;
+    const every = Math.ceil(decades / 6);
+    for (let decade = 0; decade <= decades; decade += every) {
+      const at = Math.min(Math.max(decade * per * step, 12), width - 14);
+      drawn.append(draw("text", { x: at, y: height + 16, "text-anchor": "middle" }, magnitude(low + decade * per)));
+    }
+    figure.append(drawn);
+    if (zeros) figure.append(make("p", `and ${zeros.toLocaleString("en")} zeros`, { class: "hint" }));
+    return figure;
+  };
+
   // --- controls ---
 
   const fill = (select, names) => select.append(...names.map(([value, name]) => make("option", name, { value })));
   const present = new Set(rows.map((row) => row[SERIES]));
   const named = series.map((name, index) => [String(index), name]).filter(([index]) => present.has(Number(index)));
-  const telling = new Set(rows.filter((row) => row[ELEMENTS] > 1).map((row) => String(row[SERIES])));
+  const telling = new Set(rows.filter((row) => row[ELEMENTS] === null || row[ELEMENTS] > 1).map((row) => String(row[SERIES])));
   const mapped = named.filter(([index]) => telling.has(index));
   fill(byId("map-series"), mapped.length ? mapped : named);
   fill(byId("map-measure"), MEASURES.map(([name], index) => [String(index), name]));
@@ -229,6 +292,12 @@
   }
   byId("before").addEventListener("click", () => { start = Math.max(0, start - PAGE); drawTable(); });
   byId("next").addEventListener("click", () => { start += PAGE; drawTable(); });
+  if (histograms && Object.keys(histograms.of).length) {
+    const kinds = [...new Set(Object.values(histograms.of).flatMap((by) => Object.keys(by)))];
+    fill(byId("histogram-kind"), [["", "all parameters"], ...kinds.map((kind) => [kind, kind])]);
+    byId("histogram-kind").addEventListener("change", drawHistograms);
+    drawHistograms();
+  } else if (byId("histograms")) byId("histograms").hidden = true;
   if (rows.length) drawMap();
   drawTable();
 })();

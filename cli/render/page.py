@@ -1,4 +1,4 @@
-"""An inspection as one page: no external resources, and nothing of a file's contents becomes markup or script.
+"""Reports as one page each: no external resources, and nothing of a file's contents becomes markup or script.
 
 Text is escaped, the numbers are a block of JSON that the script turns into text nodes alone, and a content security
 policy admits only the page's own style and script, by their digests.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -21,52 +23,86 @@ from optimstate.state.algorithms.registry import ALGORITHMS
 from optimstate.surgery.reports import ModelInfo, OptimizerInfo, SchedulerInfo
 from optimstate.surgery.statistics import second_moments
 from optimstate.surgery.text import plural, shown, size
+from optimstate.surgery.updates import BINS, LEAST, PER_DECADE, Histogram
 
 if TYPE_CHECKING:
+    from optimstate.surgery.comparing import DiffReport
     from optimstate.surgery.reports import GroupInfo, Inspection, ParameterInfo
     from optimstate.surgery.statistics import Statistics
+    from optimstate.surgery.updates import Update
 
-__all__ = ["page", "write_page"]
+__all__ = ["diff_page", "document", "head", "inspection_page", "messages", "write_page"]
 
 ANONYMOUS_PER_ROW = 32  # parameters without names in a row of the heat map
 
 
-def write_page(found: Inspection, path: Path) -> None:
-    """Write the page, all or nothing.
+def write_page(text: str, path: Path) -> None:
+    """Write a page, all or nothing.
 
     Args:
-        found: An inspection with statistics.
+        text: The page.
         path: The file; replaced where it exists.
 
     Raises:
         DestinationError: It cannot be written.
     """
     with AtomicFile(path) as out:
-        out.write(page(found).encode("utf-8", "xmlcharrefreplace"))
+        out.write(text.encode("utf-8", "xmlcharrefreplace"))
 
 
-def page(found: Inspection) -> str:
-    """The page of an inspection that has statistics."""
+def inspection_page(found: Inspection, steps: Sequence[Update]) -> str:
+    """The page of an inspection that has statistics.
+
+    Args:
+        found: The inspection.
+        steps: The moments of every parameter and the steps they make.
+    """
+    sections = sorted(found.sections, key=lambda section: not isinstance(section, OptimizerInfo))
+    cards = f'<div class="cards">{"".join(map(_section, sections))}{_opaque(found)}</div>'
+    body = f"{_messages(found)}\n{cards}\n{_HISTOGRAMS}\n{_MAPS}\n{_TABLE}"
+    return document(Path(found.path).name or found.path, _header(found), body, _data(found, steps))
+
+
+def diff_page(report: DiffReport) -> str:
+    """The page of a comparison."""
+    names = [Path(path).name or path for path in (report.left, report.right)]
+    kinds = Counter(change.kind for change in report.changes)
+    facts = [f"{plural(report.equal, 'tensor')} {'equal' if report.compared_contents else 'alike'}"]
+    facts += [f"{count:,} {kind}" for kind, count in kinds.items()]
+    lines = [("good", "No differences.")] if not report.changes else []
+    body = f"{messages(lines)}\n{_MAPS}\n{_TABLE}"
+    title = " and ".join(names)
+    return document(title, head(title, f"{report.left} and {report.right}", facts), body, _changes(report))
+
+
+def document(title: str, header: str, body: str, data: Any, script: str = "_page.js") -> str:
+    """A whole page.
+
+    Args:
+        title: What it is about, as text.
+        header: Markup.
+        body: Markup.
+        data: What the script draws, as JSON.
+        script: The file of the script, beside this one.
+    """
     folder = Path(__file__).parent
     style = (folder / "_page.css").read_text(encoding="utf-8")
-    script = (folder / "_page.js").read_text(encoding="utf-8")
+    code = (folder / script).read_text(encoding="utf-8")
     policy = (
-        f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'; "
+        f"default-src 'none'; style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(code)}'; "
         "base-uri 'none'; form-action 'none'"
     )
     # Inside a script element only "<" could end it; the others keep XML parsers and old engines from trouble.
-    data = json.dumps(_data(found), separators=(",", ":"), allow_nan=False)
-    data = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    title = escape(Path(found.path).name or found.path)
+    numbers = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    numbers = numbers.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title} - optimstate</title>\n<style>{style}</style>\n</head>\n<body>\n"
-        f"{_header(found)}\n<main>\n{_messages(found)}\n"
-        f'<div class="cards">{"".join(map(_section, found.sections))}{_opaque(found)}</div>\n{_MAPS}\n{_TABLE}\n'
+        f"<title>{escape(title)} - optimstate</title>\n<style>{style}</style>\n</head>\n<body>\n"
+        f"{header}\n<main>\n{body}\n"
         f"</main>\n<footer>optimstate {__version__}. Nothing in the file was executed.</footer>\n"
-        f'<script type="application/json" id="data">{data}</script>\n<script>{script}</script>\n</body>\n</html>\n'
+        f'<script type="application/json" id="data">{numbers}</script>\n<script>{code}</script>\n</body>\n</html>\n'
     )
 
 
@@ -77,33 +113,129 @@ def _digest(text: str) -> str:
 # --- the numbers ----------------------------------------------------------------------------------------------------
 
 
-def _data(found: Inspection) -> dict[str, Any]:
-    """The series (weights, and each slot), which of them are averages of squares, and a row for every tensor."""
-    series: list[str] = []
-    squares: list[int] = []
-    rows: list[list[Any]] = []
-    several = sum(isinstance(section, OptimizerInfo) for section in found.sections) > 1
-    for section in found.sections:
-        if isinstance(section, ModelInfo):
-            series.append(f"{_kind(section)}: {section.path}")
-            for name, numbers in section.statistics.items():
-                rows.append([len(series) - 1, name, *_place(name), "", section.tensors[name], *_numbers(numbers)])
-        elif isinstance(section, OptimizerInfo):
-            at = f" ({section.path})" if several else ""
-            number: dict[str, int] = {}
-            second = second_moments(next((a for a in ALGORITHMS if a.name == section.algorithm), None))
-            for parameter, name, place in _parameters(section):
-                for slot, numbers in parameter.statistics.items():
-                    if is_step(slot):
-                        continue
-                    if slot not in number:
-                        number[slot] = len(series)
-                        squares += [len(series)] if slot in second else []
-                        series.append(f"{slot}{at}")
+COLUMNS = (
+    "parameter",
+    "of",
+    "group",
+    "type",
+    "elements",
+    "norm",
+    "rms",
+    "min",
+    "max",
+    "zeros",
+    "NaN",
+    "inf",
+    "negative",
+)
+MEASURES = ("root mean square", "norm", "largest magnitude", "share of zeros")
+EFFECTIVE, RATIO = "effective step", "step / weight"
+
+
+def _short(value: Any) -> Any:
+    """A number with as many digits as anybody reads."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+class _Rows:
+    """The rows of a page: a series (weights, or a slot), a name, its place in the heat map, and the columns' cells."""
+
+    def __init__(self) -> None:
+        self.series: list[str] = []
+        self.squares: list[int] = []
+        self.names: dict[tuple[str, str, str], int] = {}
+        self.kinds: dict[str, int] = {}
+        self.rows: list[list[Any]] = []
+        self._number: dict[str, int] = {}
+
+    def add(
+        self, series: str, name: str, place: tuple[str, str], group: str, kind: str, *cells: Any, square: bool = False
+    ) -> None:
+        """One row of a series, which begins with its first; names and kinds are written once and numbered."""
+        if series not in self._number:
+            self._number[series] = len(self.series)
+            self.squares += [len(self.series)] if square else []
+            self.series.append(series)
+        which = self.names.setdefault((name, *place), len(self.names))
+        what = self.kinds.setdefault(kind, len(self.kinds))
+        self.rows.append([self._number[series], which, group, what, *map(_short, cells)])
+
+    def data(self, columns: Sequence[str], measures: Sequence[str], **more: Any) -> dict[str, Any]:
+        """What the script is given."""
+        fields = {"series": self.series, "squares": self.squares, "rows": self.rows}
+        fields |= {"names": list(self.names), "kinds": list(self.kinds)}
+        return {**fields, "columns": columns, "measures": measures, **more}
+
+
+def _data(found: Inspection, steps: Sequence[Update]) -> dict[str, Any]:
+    """The series, which of them are averages of squares, a row for every tensor, and histograms."""
+    made = _Rows()
+    optimizers = [section for section in found.sections if isinstance(section, OptimizerInfo)]
+    by_key = {(step.section, step.key): step for step in steps}
+    histograms: dict[str, dict[str, Histogram]] = {}
+    for section in optimizers:
+        at = f" ({section.path})" if len(optimizers) > 1 else ""
+        second = second_moments(next((a for a in ALGORITHMS if a.name == section.algorithm), None))
+        for parameter, name, place in _parameters(section):
+            group = str(parameter.group)
+            for slot, numbers in parameter.statistics.items():
+                if not is_step(slot):
                     described = parameter.slots.get(slot, "")
                     kind = described if isinstance(described, str) else "one number"
-                    rows.append([number[slot], name, *place, str(parameter.group), kind, *_numbers(numbers)])
-    return {"series": series, "squares": squares, "rows": rows}
+                    made.add(f"{slot}{at}", name, place, group, kind, *_numbers(numbers), square=slot in second)
+            step = by_key.get((section.path, parameter.key))
+            if step is not None:
+                _add_step(made, histograms, step, name, place, group, at)
+    for model in found.sections:
+        if isinstance(model, ModelInfo):
+            for name, numbers in model.statistics.items():
+                made.add(
+                    f"{_kind(model)}: {model.path}", name, _place(name), "", model.tensors[name], *_numbers(numbers)
+                )
+    drawn = {title: {key: [h.zeros, *h.counts] for key, h in by.items()} for title, by in histograms.items()}
+    return made.data(COLUMNS, MEASURES, histograms={"least": LEAST, "perDecade": PER_DECADE, "of": drawn})
+
+
+def _add_step(
+    made: _Rows,
+    histograms: dict[str, dict[str, Histogram]],
+    step: Update,
+    name: str,
+    place: tuple[str, str],
+    group: str,
+    at: str,
+) -> None:
+    """What a parameter's moments make: the rows of its step, and its share of its kind's histograms."""
+    found = dict(step.histograms)
+    if step.step is not None:
+        made.add(f"{EFFECTIVE}{at}", name, place, group, "from lr and moments", *_numbers(step.step))
+    if step.ratio is not None:
+        ratio = step.ratio
+        elements = 0 if step.step is None else step.step.elements
+        made.add(f"{RATIO}{at}", name, place, group, "norms", elements, *[ratio] * 4, 0, 0, 0, 0)
+        found[f"{RATIO}, of parameters"] = Histogram(*_binned(ratio))
+    for title, histogram in found.items():
+        kinds = histograms.setdefault(f"{title}{at}", {})
+        kinds[place[0]] = kinds.get(place[0], Histogram()) + histogram
+
+
+def _binned(value: float) -> tuple[tuple[int, ...], int]:
+    """The counts of one number, and of zeros."""
+    counts = [0] * BINS
+    if value:
+        counts[min(max(int((math.log10(value) - LEAST) * PER_DECADE), 0), BINS - 1)] = 1
+    return tuple(counts), int(not value)
+
+
+def _changes(report: DiffReport) -> dict[str, Any]:
+    """A row for every difference."""
+    made = _Rows()
+    for change in report.changes:
+        name, _, slot = change.name.partition(" ")
+        sides = " → ".join(shown(side) for side in (change.left, change.right) if side)
+        series = f"{change.section}{f', {slot}' if slot else ''}"
+        made.add(series, name, _place(name), change.kind, sides, None, change.relative, *[None] * 3, *[0] * 4)
+    return made.data(("parameter", "of", "difference", "left and right", "", "relative"), ("relative difference",))
 
 
 def _parameters(section: OptimizerInfo) -> Iterator[tuple[ParameterInfo, str, tuple[str, str]]]:
@@ -137,17 +269,19 @@ def _numbers(found: Statistics) -> list[Any]:
 
 
 def _header(found: Inspection) -> str:
-    path = Path(found.path)
     facts = [found.format, size(found.nbytes), plural(found.tensors, "tensor")]
     for section in found.sections:
         if isinstance(section, OptimizerInfo):
             step = next(iter(section.steps)) if len(section.steps) == 1 else "mixed" if section.steps else "none"
             facts.append(f"{section.algorithm or 'unrecognised optimizer'}, step {step}")
+    return head(Path(found.path).name or found.path, found.path, facts)
+
+
+def head(title: str, path: str, facts: Sequence[str]) -> str:
+    """The head of a page: what it is about, where that is, and facts about it."""
     items = "".join(f"<li>{escape(fact)}</li>" for fact in facts)
-    where = f'<p class="path"><bdi>{escape(found.path)}</bdi></p>' if str(path) != path.name else ""
-    return (
-        f'<header><h1><bdi>{escape(path.name or found.path)}</bdi></h1>{where}<ul class="facts">{items}</ul></header>'
-    )
+    where = f'<p class="path"><bdi>{escape(path)}</bdi></p>' if path != title else ""
+    return f'<header><h1><bdi>{escape(title)}</bdi></h1>{where}<ul class="facts">{items}</ul></header>'
 
 
 def _messages(found: Inspection) -> str:
@@ -156,8 +290,23 @@ def _messages(found: Inspection) -> str:
     lines += [("warn", note) for note in found.notes]
     if not found.resume and found.sections:
         lines.insert(0, ("good", "To resume, nothing is missing that names, sizes and steps can show."))
+    return messages(lines)
+
+
+def messages(lines: Sequence[tuple[str, str]]) -> str:
+    """Findings, each `good`, `warn` or `bad`."""
     items = "".join(f'<li class="{kind}"><bdi>{escape(text)}</bdi></li>' for kind, text in lines)
-    return f'<ul class="messages" aria-label="Findings">{items}</ul>'
+    return f'<ul class="messages" aria-label="Findings">{items}</ul>' if items else ""
+
+
+_HISTOGRAMS = """<section class="panel" aria-labelledby="histograms-title" id="histograms">
+<h2 id="histograms-title">Magnitudes</h2>
+<p class="hint">How many elements have which magnitude. The effective step is lr·m̂/(√v̂+ε), the step that the moments
+alone
+make; step / weight is its norm over the weight's, one number for each parameter: about 1e-3 is usual.</p>
+<div class="controls"><label>Of <select id="histogram-kind"></select></label></div>
+<div id="histogram-box" class="histograms"></div>
+</section>"""
 
 
 _MAPS = """<section class="panel" aria-labelledby="maps-title">
@@ -166,7 +315,8 @@ _MAPS = """<section class="panel" aria-labelledby="maps-title">
 <label>by <select id="map-measure"></select></label></div>
 <div id="legend" class="legend"></div>
 <p id="detail" class="detail" role="status" aria-live="polite">Point at a cell, or use the arrow keys.</p>
-<div class="scroll" id="map-box"><table id="map" class="map" role="grid" aria-labelledby="maps-title"></table></div>
+<div class="scroll" id="map-box" tabindex="0" role="region" aria-label="Heat map">
+<table id="map" class="map" role="grid" aria-labelledby="maps-title"></table></div>
 <noscript>The heat maps and the table of parameters are drawn by the script in this page.</noscript>
 </section>"""
 
@@ -176,7 +326,8 @@ _TABLE = """<section class="panel" aria-labelledby="table-title">
 <label>Of <select id="table-series"></select></label>
 <label><input id="odd" type="checkbox"> only odd ones</label>
 <span id="count" role="status" aria-live="polite"></span></div>
-<div class="scroll" id="rows-box"><table id="rows" class="rows"><thead></thead><tbody></tbody></table></div>
+<div class="scroll" id="rows-box" tabindex="0" role="region" aria-label="Table of parameters">
+<table id="rows" class="rows"><thead></thead><tbody></tbody></table></div>
 <div class="controls">
 <button id="before" type="button">Before</button><button id="next" type="button">Next</button></div>
 </section>"""
@@ -258,4 +409,5 @@ def _facts(facts: Iterable[tuple[str, Any]]) -> str:
 def _html_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
     body = "".join("<tr>" + "".join(f"<td><bdi>{escape(c)}</bdi></td>" for c in cells) + "</tr>" for cells in rows)
-    return f'<div class="scroll"><table class="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f'<table class="rows"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll" tabindex="0">{table}</div>'

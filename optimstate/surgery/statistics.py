@@ -12,7 +12,7 @@ from optimstate.record import Record
 from optimstate.state.algorithms.registry import Algorithm
 from optimstate.tensors.lazy import LazyTensor
 
-__all__ = ["Statistics", "blocks", "measured", "oddities", "second_moments", "statistics"]
+__all__ = ["Statistics", "blocks", "is_measurable", "measured", "oddities", "second_moments", "statistics"]
 
 BLOCK_ELEMENTS = 1 << 16  # a block and its copy in double precision stay in the cache of a core
 
@@ -114,13 +114,13 @@ def statistics(tensor: LazyTensor, progress: Progress | None = None) -> Statisti
     """
     found = Statistics()
     for block in _blocks(tensor):
-        found += _of_block(block)
+        found += of_block(block)
         if progress is not None:
             progress(block.numel() * tensor.itemsize)
     return found
 
 
-def _of_block(block: Any) -> Statistics:
+def of_block(block: Any) -> Statistics:
     from optimstate.installed_torch import torch
 
     count = block.numel()
