@@ -15,7 +15,8 @@ from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import number_of, shape_of
 from optimstate.plan.slots.outcomes import flat_slots, slot_name
 from optimstate.problems import Problem
-from optimstate.state.algorithms.registry import Algorithm, conventional, recognise
+from optimstate.state.algorithms.registry import conventional, recognise_state
+from optimstate.state.algorithms.slots import Algorithm
 
 __all__ = ["report", "resume_problems", "verify_resume"]
 
@@ -113,8 +114,8 @@ def resume_problems(
 
 
 def _algorithm(optimizer: torch.optim.Optimizer) -> Algorithm | None:
-    slots = dict.fromkeys(slot for found in optimizer.state.values() if isinstance(found, dict) for slot in found)
-    return recognise(slots, optimizer.param_groups[0])
+    slots = (found for found in optimizer.state.values() if isinstance(found, dict))
+    return recognise_state(slots, optimizer.param_groups[0])
 
 
 def _members(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor, Mapping[Any, Any]]]:
@@ -135,7 +136,7 @@ def _elementwise(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.
             last = str(path[-1])
             slot = algorithm.slot(last) if algorithm is not None else None
             slot = slot or conventional(last, tuple(value.shape), tuple(value.shape))
-            if slot is not None and slot.kind == "like_param" and value.is_floating_point():
+            if slot is not None and slot.is_elementwise and value.is_floating_point():
                 yield name, parameter, slot_name(path), value, slot.degree
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from optimstate.errors import StateMismatchError
 from optimstate.installed_torch import torch
-from optimstate.state.algorithms.registry import ALGORITHMS, recognise
+from optimstate.state.algorithms.registry import ALGORITHMS, recognise_state
 from optimstate.state.names import names_in
 
 __all__ = ["Consecutive", "Live", "algorithm_name"]
@@ -47,8 +47,7 @@ def algorithm_name(optimizer: torch.optim.Optimizer) -> str:
         if library in ("torch", "optimstate"):
             return cls.__name__ if cls.__name__ in _NAMES else ""
         if cls.__name__ in _NAMES and optimizer.param_groups:
-            slots = dict.fromkeys(str(slot) for found in optimizer.state.values() for slot in found)
-            found = recognise(slots, optimizer.param_groups[0])
+            found = recognise_state(optimizer.state.values(), optimizer.param_groups[0])
             if found is not None and found.name.partition(" (")[0] == cls.__name__:
                 return found.name
     return ""

@@ -17,7 +17,8 @@ from optimstate.plan.slots.outcomes import flat_slots
 from optimstate.plan.solve.migration import SectionMoves, Target
 from optimstate.plan.solve.planner import plan_optimizer
 from optimstate.problems import Kind, Problem
-from optimstate.state.algorithms.registry import ALGORITHMS, MASTERS, Algorithm, parameter_shape, recognise
+from optimstate.state.algorithms.registry import ALGORITHMS, parameter_shape, recognise_state
+from optimstate.state.algorithms.slots import MASTERS, Algorithm
 from optimstate.state.optimizer import Group, OptimizerState, Slots
 
 __all__ = ["LoadOutcome", "matched", "own_containers", "refuse_other_algorithm"]
@@ -192,8 +193,8 @@ def _kept(state: OptimizerState, request: LoadRequest, algorithm: Algorithm | No
 
 
 def _algorithm(state: OptimizerState) -> Algorithm | None:
-    slots = dict.fromkeys(slot for _, _, found in state.parameters() for slot in found or ())
-    return recognise(slots, state.groups[0].options) if state.groups else None
+    slots = (found for _, _, found in state.parameters())
+    return recognise_state(slots, state.groups[0].options) if state.groups else None
 
 
 def _saved_shapes(request: LoadRequest) -> dict[str, tuple[int, ...] | None]:

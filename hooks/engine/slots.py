@@ -11,7 +11,7 @@ from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import copied, number_of, shape_of
 from optimstate.plan.slots.outcomes import SlotPath, flat_slots, slot_name
 from optimstate.problems import Problem
-from optimstate.state.algorithms.registry import conventional, recognise
+from optimstate.state.algorithms.registry import conventional, recognise_state
 from optimstate.state.optimizer import Slots
 
 __all__ = ["Casts", "as_dtype", "zeros_like_others"]
@@ -40,7 +40,7 @@ def zeros_like_others(
     others = {other: found for other, found in slots.items() if found}
     if not others:
         return None
-    algorithm = recognise(dict.fromkeys(slot for found in others.values() for slot in found), options)
+    algorithm = recognise_state(others.values(), options)
     donor, pattern = next(iter(others.items()))
     made: dict[Any, Any] = {}
     for path, value in flat_slots(pattern):

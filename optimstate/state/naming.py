@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from optimstate.record import Record
-from optimstate.state.algorithms.registry import Algorithm, parameter_shape, recognise
+from optimstate.state.algorithms.registry import parameter_shape, recognise_state
+from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.matching import Matching, match
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tensors.lazy import LazyTensor
@@ -94,8 +95,7 @@ def model_candidates(tensors: Mapping[str, Any]) -> list[Candidate]:
 
 def observed_shapes(state: OptimizerState) -> list[list[Shape | None]]:
     """The shapes of an optimizer's parameters as far as their slots show them, group by group."""
-    slots = dict.fromkeys(str(slot) for found in state.state.values() for slot in found)
-    algorithm = recognise(slots, state.groups[0].options) if state.groups else None
+    algorithm = recognise_state(state.state.values(), state.groups[0].options) if state.groups else None
     return [[_shape(state.state.get(key) or {}, algorithm) for key in group.params] for group in state.groups]
 
 

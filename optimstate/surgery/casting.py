@@ -11,7 +11,7 @@ from typing import Any
 from optimstate.errors import MigrationError, UsageError
 from optimstate.problems import Problem
 from optimstate.record import Record
-from optimstate.state.algorithms.registry import MASTERS
+from optimstate.state.algorithms.slots import MASTERS
 from optimstate.state.sections import KINDS, Section
 from optimstate.surgery.inspecting import algorithm_of
 from optimstate.surgery.statistics import second_moments

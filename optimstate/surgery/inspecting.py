@@ -13,7 +13,8 @@ from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.io.output import is_leftover
-from optimstate.state.algorithms.registry import MASTERS, Algorithm, parameter_shape, recognise
+from optimstate.state.algorithms.registry import parameter_shape, recognise
+from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.optimizer import Group, OptimizerState
 from optimstate.state.records import tensor_record
 from optimstate.state.sections import Section, find_sections, scheduler_name, tied_names
@@ -206,7 +207,7 @@ def algorithm_of(slots: Iterable[Any], state: OptimizerState) -> Algorithm | Non
     if not state.groups:
         return None
     names = {str(slot).partition(".")[0] for slot in slots}
-    return recognise(names - MASTERS or names, state.groups[0].options)
+    return recognise(sorted(names), state.groups[0].options)
 
 
 def _kinds_of_names(

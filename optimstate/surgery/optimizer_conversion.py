@@ -8,7 +8,8 @@ from optimstate.plan.slots.conversion import Conversion, Lost, plan_conversion
 from optimstate.plan.slots.outcomes import flat_slots, slot_name
 from optimstate.problems import Problem
 from optimstate.record import Record
-from optimstate.state.algorithms.registry import MASTERS, Algorithm, parameter_shape
+from optimstate.state.algorithms.registry import parameter_shape
+from optimstate.state.algorithms.slots import MASTERS, Algorithm
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
 from optimstate.surgery.inspecting import algorithm_of

@@ -9,7 +9,7 @@ from typing import Any
 from optimstate.errors import UnsupportedCheckpointError
 from optimstate.io.extents import Progress, chunks
 from optimstate.record import Record
-from optimstate.state.algorithms.registry import Algorithm
+from optimstate.state.algorithms.slots import Algorithm
 from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["Statistics", "blocks", "is_measurable", "measured", "oddities", "second_moments", "statistics"]

@@ -15,7 +15,7 @@ from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.plan.language.plan import Plan
-from optimstate.state.algorithms.registry import Algorithm
+from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
@@ -294,7 +294,7 @@ def _shapes(where: str, state: OptimizerState, algorithm: Algorithm | None, mode
     for model in _model_tensors(models):
         weights.update(model)
     prefix = wrapper_prefix([name for _, name, _ in state.parameters() if name is not None])
-    like = {slot for slot, kind in algorithm.slots.items() if kind.kind == "like_param"} if algorithm else set()
+    like = {slot for slot, kind in algorithm.slots.items() if kind.is_elementwise} if algorithm else set()
     for label, slots in _labelled(state):
         shapes = {
             slot: value.shape for slot, value in (slots or {}).items() if slot in like and isinstance(value, LazyTensor)

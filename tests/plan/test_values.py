@@ -183,3 +183,72 @@ def test_rows_lost_in_a_stage_are_told_and_rows_that_stay_are_not() -> None:
     assert {fate.outcome for move in section.moves for fate in move.slots.values()} == {"exact"}
     _, section = moved(Plan.from_toml(cut + '[[stage]]\n[[stage.rule]]\ndrop = "rest"\n'), old)
     assert "2 of 5 rows of dimension 0 are lost" in section.moves[0].slots["exp_avg",].reason
+
+
+# --- slots that are weights -----------------------------------------------------------------------------------------
+
+
+def schedule_free(weight: torch.Tensor) -> OptimizerState:
+    """What schedule-free SGD keeps, with a master beside it as mixed-precision training has."""
+    z = weight * 3
+    group = {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "weight_sum": 1.0,
+        "r": 0.0,
+        "lr_max": 0.1,
+        "params": [0],
+        "param_names": ["w"],
+    }
+    return OptimizerState.from_node({"state": {0: {"z": z, "fp32_param": weight.double()}}, "param_groups": [group]})
+
+
+@pytest.mark.parametrize(
+    ("fill", "rows"),
+    [
+        ('"mean"', lambda w: w.mean(0, keepdim=True).expand(2, -1)),
+        ("0.5", lambda w: torch.full((2, 3), 0.5, dtype=w.dtype)),
+        ('"wrap"', lambda w: w[:2]),
+        ('{ param = "mean" }', lambda w: w.mean(0, keepdim=True).expand(2, -1)),
+        ('{ param = "mean", z = "zeros", fp32_param = "zeros" }', lambda w: torch.zeros(2, 3, dtype=w.dtype)),
+    ],
+)
+def test_slots_that_are_weights_are_filled_as_the_parameter(fill: str, rows: Any) -> None:
+    weight = torch.randn(SHAPE)
+    made, section = moved(rule(f"resize = {{ dim = 0, size = 7, fill = {fill} }}"), schedule_free(weight))
+    assert {fate.kind for fate in section.moves[0].slots.values()} == {"weight"}
+    for slot, old in (("z", weight * 3), ("fp32_param", weight.double())):
+        assert torch.allclose(made["w"][slot], torch.cat([old, rows(old)]))
+
+
+def test_weights_are_scaled_and_cast_as_the_parameter_and_masters_keep_their_precision() -> None:
+    weight = torch.randn(SHAPE)
+    made, _ = moved(
+        rule('ops = [{ scale = { param = 0.5, grad = 2.0 } }, { cast = "bfloat16" }]'), schedule_free(weight)
+    )
+    assert torch.equal(made["w"]["z"], (weight * 3 * 0.5).bfloat16())
+    assert torch.equal(made["w"]["fp32_param"], weight.double() * 0.5)
+
+
+def test_a_cast_that_rounds_is_not_exact() -> None:
+    for before, after, outcome in (
+        (torch.bfloat16, "float16", "approximate"),
+        (torch.float16, "bfloat16", "approximate"),
+        (torch.bfloat16, "float32", "exact"),
+        (torch.float32, "float64", "exact"),
+        (torch.float32, "float16", "approximate"),
+    ):
+        migration = plan_model(rule(f'cast = "{after}"'), {"w": torch.zeros(SHAPE, dtype=before)})
+        assert migration.sections["model"].moves[0].value.outcome == outcome, (before, after)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("degree", "filled"), [(0, "zeros"), (1, "zeros"), (2, "mean"), (3, "zeros"), (4, "mean")])
+def test_new_rows_of_a_slot_are_filled_by_its_degree(degree: int, filled: str) -> None:
+    text = f'[slots]\nhidden = {{ kind = "like_param", degree = {degree} }}\n'
+    text += '[[rule]]\nfrom = "w"\nto = "w"\nresize = { dim = 0, size = 7 }\n'
+    hidden = torch.randn(SHAPE)
+    group = {"params": [0], "param_names": ["w"], "lr": 0.1}
+    old = OptimizerState.from_node({"state": {0: {"hidden": hidden}}, "param_groups": [group]})
+    made, _ = moved(Plan.from_toml(text), old)
+    wanted = hidden.mean(0).expand(2, 3) if filled == "mean" else torch.zeros(2, 3)
+    assert torch.allclose(made["w"]["hidden"][5:], wanted)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,3 +108,22 @@ def test_kinds_by_shape(shape: Any, parameter: Any, kind: str) -> None:
 def test_unknown_options_are_no_algorithm() -> None:
     assert recognise(["mystery"], {"lr": 0.1}) is None
     assert recognise(["exp_avg"], {}) is None
+
+
+def test_algorithms_of_other_packages_are_recognised(tmp_path: Path) -> None:
+    (tmp_path / "novel.py").write_text(
+        "from optimstate.state.algorithms.slots import GRADIENT, SCALAR, algorithm\n"
+        'NOVEL = algorithm("Novel", {"step": SCALAR, "glance": GRADIENT}, "lr novelty")\n'
+    )
+    package = tmp_path / "novel-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: novel\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[optimstate.algorithms]\nnovel = novel:NOVEL\n")
+    code = (
+        "from optimstate.state.algorithms.registry import recognise\n"
+        "print(recognise(['step', 'glance'], {'lr': 0.1, 'novelty': 1}).name)\n"
+        "print(recognise(['step', 'exp_avg'], {'lr': 0.1, 'novelty': 1}))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["Novel", "None"]

@@ -13,7 +13,7 @@ from optimstate.plan.language import toml
 from optimstate.plan.language.rules import GroupRule, Guard, Policy, Rule, SchedulerRule, fan_out
 from optimstate.plan.language.template import Template
 from optimstate.record import Record, field
-from optimstate.state.algorithms.registry import Slot
+from optimstate.state.algorithms.slots import Slot
 
 __all__ = ["Plan"]
 

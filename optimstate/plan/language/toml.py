@@ -12,7 +12,7 @@ from optimstate.plan.language.operation import Operation, toml_key, toml_value
 from optimstate.plan.language.operations import OPERATIONS, parse_operation
 from optimstate.plan.language.rules import GroupRule, Guard, Policy, Rule, SchedulerRule, templates
 from optimstate.plan.language.template import Template
-from optimstate.state.algorithms.registry import Slot, SlotKind
+from optimstate.state.algorithms.slots import Slot, SlotKind
 
 if TYPE_CHECKING:
     from optimstate.plan.language.plan import Plan
@@ -280,7 +280,7 @@ def _slots(table: Mapping[str, Any]) -> dict[str, Slot]:
             )
             raise _Mistake(f"`{name}` does not say what kind of slot it is", "slots", 0, name, hint)
         _refuse_unknown(value, Slot._fields, f"slots.{name}")
-        made[name] = Slot(**value)
+        made[name] = Slot(**{"power": int(value["kind"] == "weight"), **value})
     return made
 
 

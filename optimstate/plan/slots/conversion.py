@@ -15,7 +15,8 @@ from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.slots import quantized
 from optimstate.problems import Problem
 from optimstate.record import Record
-from optimstate.state.algorithms.registry import ALGORITHMS, Algorithm
+from optimstate.state.algorithms.registry import ALGORITHMS
+from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.optimizer import Group, OptimizerState, Slots
 
 __all__ = ["TARGETS", "Conversion", "Lost", "plan_conversion"]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.slots.outcomes import Fate, Refusal, SlotPath
-from optimstate.state.algorithms.registry import Slot, SlotKind
+from optimstate.state.algorithms.slots import MASTERS, WEIGHT, Slot, SlotKind
 
 __all__ = ["Translation", "Translator", "fate_of", "translated"]
 
@@ -94,7 +94,7 @@ class Translator:
             filled = reason.get(str(step.fill.default), str(step.fill.default))
             approximate.append(f"{step.count} new rows of dimension {step.dim} are filled with {filled}")
         if isinstance(step, ex.Full):
-            fill = step.fill.of(self.name)
+            fill = self._fill(step.fill)
             if fill is None:
                 return made[0], dtype, approximate, remarks
             step = ex.Full(ex.Fill(fill))
@@ -128,6 +128,8 @@ class Translator:
         shape: Shape | None,
     ) -> tuple[Expr, str | None, list[str], list[str]]:
         wanted = step.of(self.name)
+        if wanted is None and self.slot.kind == "weight" and self.name not in MASTERS:  # masters keep their precision
+            wanted = step.of("param")
         floating = dtype is None or dtype.startswith(("float", "bfloat"))
         if wanted is None or wanted == dtype or (not floating and self.name not in step.dtypes):
             return made[0], dtype, approximate, remarks
@@ -137,8 +139,13 @@ class Translator:
             remarks.append(f"{dtype} to {wanted}")
         return Node(ex.Cast({"": wanted}), made, shape), wanted, approximate, remarks
 
+    def _fill(self, fill: ex.Fill) -> str | float | None:
+        """What new rows hold; a weight is filled as its parameter is, unless it has an entry of its own."""
+        weight = self.slot.kind == "weight" and self.name not in (fill.by_name or {})
+        return fill.of("param" if weight else self.name)
+
     def _filled(self, step: ex.Pad) -> ex.Pad:
-        fill = step.fill.of(self.name)
+        fill = self._fill(step.fill)
         if fill is None:
             # A zero second moment beside a large step count makes the first updates of the new places several times
             # too large, so that the old places' mean stands for it.
@@ -155,7 +162,7 @@ def translated(expression: Expr, dtypes: Mapping[str, str | None]) -> Fate:
     """
     if isinstance(expression, Leaf):
         return Fate("exact", made=expression)
-    found = Translator("param", (), Slot("like_param", 0, 1), dtypes).translate(expression)
+    found = Translator("param", (), WEIGHT, dtypes).translate(expression)
     return fate_of(found, "like_param", inferred=False)
 
 

@@ -16,7 +16,7 @@ from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.slots.outcomes import Fate, Outcome, Parameter, SlotPath, slot_name
 from optimstate.problems import Problem
-from optimstate.state.algorithms.registry import Slot
+from optimstate.state.algorithms.slots import Slot
 
 if TYPE_CHECKING:
     from optimstate.plan.slots.planner import SlotPlanner

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from optimstate.plan.expressions.evaluate import dtype_of, shape_of
 from optimstate.plan.expressions.tree import Expr, Shape
 from optimstate.problems import Kind, Problem
-from optimstate.state.algorithms.registry import SlotKind
+from optimstate.state.algorithms.slots import SlotKind
 
 __all__ = [
     "OUTCOMES",

@@ -16,7 +16,8 @@ from optimstate.plan.language.rules import Policy
 from optimstate.plan.slots.elementwise import Translation, Translator, fate_of
 from optimstate.plan.slots.outcomes import Fate, Form, Parameter, Refusal, SlotPath, slot_name
 from optimstate.problems import Problem
-from optimstate.state.algorithms.registry import RECOMPUTED, Algorithm, Slot, conventional, inferred_kind
+from optimstate.state.algorithms.registry import conventional, inferred_kind
+from optimstate.state.algorithms.slots import RECOMPUTED, Algorithm, Slot
 
 __all__ = ["SlotPlanner"]
 
@@ -115,7 +116,7 @@ class SlotPlanner:
             slot, inferred = self._meaning(path, shape, whole)
             if slot.kind == "scalar":
                 made[path] = None
-            elif slot.kind == "like_param" and shape == whole is not None and dtype not in (None, *_PACKED):
+            elif slot.is_elementwise and shape == whole is not None and dtype not in (None, *_PACKED):
                 made[path] = _INFERRED if inferred else _ALIKE
             else:
                 return None
@@ -188,14 +189,14 @@ class SlotPlanner:
         empty = all(self._parameters[name].slots[path] is None for name in names)
         if slot.kind == "scalar" or empty:
             return self._agreed(path, names)
-        if slot.kind != "like_param":
+        if not slot.is_elementwise:
             raise Refusal(_OPAQUE[slot.kind])
         for name in names:
             parameter = self._parameters[name]
             self._refuse_other_layout(path, parameter, name)
         if layout and len({dtype_of(self._parameters[name].slots[path]) for name in names}) == 1:
             return _INFERRED if inferred else _ALIKE
-        return fate_of(self.translate(path, slot, expression), "like_param", inferred=inferred)
+        return fate_of(self.translate(path, slot, expression), slot.kind, inferred=inferred)
 
     def translate(self, path: SlotPath, slot: Slot, expression: Expr) -> Translation:
         """The expression for an elementwise slot.

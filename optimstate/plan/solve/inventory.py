@@ -11,7 +11,7 @@ from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.slots.outcomes import Parameter, SlotPath, flattened, nested
 from optimstate.plan.solve.migration import Inventory, Target
 from optimstate.problems import Problem
-from optimstate.state.algorithms.registry import parameter_shape, recognise
+from optimstate.state.algorithms.registry import parameter_shape, recognise_state
 from optimstate.state.optimizer import OptimizerState
 
 __all__ = ["decoded", "model_inventory", "optimizer_inventory"]
@@ -41,9 +41,9 @@ def optimizer_inventory(
     used: dict[str, None] = {}
     for slots in state.state.values():
         used.update(dict.fromkeys(slots))
-    algorithm = recognise(used, state.groups[0].options) if state.groups else None
+    algorithm = recognise_state(state.state.values(), state.groups[0].options) if state.groups else None
     kinds = {slot: algorithm.slot(slot) for slot in used} if algorithm is not None else {}
-    telling = [(slot,) for slot, kind in kinds.items() if kind is not None and kind.kind == "like_param"]
+    telling = [(slot,) for slot, kind in kinds.items() if kind is not None and kind.is_elementwise]
     parameters: dict[str, Parameter] = {}
     paths: dict[tuple[Any, ...], list[SlotPath]] = {}
     for _, name, found in state.parameters():

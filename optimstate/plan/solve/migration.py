@@ -13,7 +13,7 @@ from optimstate.plan.slots.outcomes import Fate, Parameter, SlotPath
 from optimstate.plan.solve.groups import GroupPlan
 from optimstate.plan.solve.resolve import Application
 from optimstate.record import Record, field
-from optimstate.state.algorithms.registry import Algorithm
+from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.optimizer import OptimizerState
 
 if TYPE_CHECKING:

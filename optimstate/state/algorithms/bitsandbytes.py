@@ -1,0 +1,24 @@
+"""The optimizers of bitsandbytes, whose 8-bit blocks are seen by their dtype."""
+
+from __future__ import annotations
+
+from optimstate.state.algorithms.slots import (
+    GRADIENT,
+    OPAQUE,
+    SCALAR,
+    SQUARE,
+    Algorithm,
+    algorithm,
+)
+
+__all__ = ["ALGORITHMS"]
+
+_QUANTIZED = {"state1": GRADIENT, "state2": SQUARE, "step": SCALAR} | dict.fromkeys(
+    ("qmap1", "qmap2", "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2", "gnorm_vec", "unorm_vec"), OPAQUE
+)
+
+# In order: the first that matches is taken, so what has more marks stands before what has fewer.
+ALGORITHMS: tuple[Algorithm, ...] = (
+    # bitsandbytes: 32-bit states have the parameter's shape; blocks of 8 bits are seen by their dtype.
+    algorithm("bitsandbytes", {**_QUANTIZED, "__bnb_optimizer_quant_state__": OPAQUE}, "betas eps lr", lacks="foreach"),
+)

@@ -1,0 +1,138 @@
+"""What a slot and an optimizer are, in the words that the tables of libraries use.
+
+A slot's kind says how it follows its parameter; its degree is the power of the gradient it grows with (`exp_avg` 1,
+`exp_avg_sq` 2) and its power that of the parameter (an average of weights 1), which is what a rescaled weight needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from optimstate.record import Record
+
+__all__ = [
+    "COL",
+    "FLAT",
+    "GRADIENT",
+    "MASTERS",
+    "MOMENTS",
+    "OPAQUE",
+    "RECOMPUTED",
+    "ROW",
+    "SCALAR",
+    "SQUARE",
+    "WEIGHT",
+    "Algorithm",
+    "Slot",
+    "SlotKind",
+    "algorithm",
+]
+
+SlotKind = Literal["like_param", "weight", "scalar", "row", "col", "flat", "opaque"]
+Shape = tuple[int, ...]
+
+
+class Slot(Record):
+    """One named piece of state per parameter.
+
+    Attributes:
+        kind: `like_param` has the parameter's shape; `weight` too, and is a copy or an average of the parameter itself;
+            `scalar` is one number; `row` is the mean over the last dimension, (..., m, 1) or (..., m) for a parameter
+            (..., m, n), and `col` that over the one before it, (..., 1, n) or (..., n); `flat` is one vector over all
+            parameters; `opaque` has a form of its own.
+        degree: The power of the gradient it scales with; None where that is not known.
+        power: The power of the parameter it scales with.
+    """
+
+    kind: SlotKind
+    degree: int | None = 0
+    power: int = 0
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether it has the parameter's shape by what it is, place by place."""
+        return self.kind in ("like_param", "weight")
+
+
+class Algorithm(Record):
+    """An optimizer that can be recognised from its state dict.
+
+    Attributes:
+        name: The class.
+        slots: Every slot it can have. `precond_` stands for precond_0, precond_1, ...
+        options: Options that every group has.
+        lacks: Options that no group has.
+        values: Options and the value that tells it from a sibling.
+        whole: Whether the update of an element depends on the others of its tensor: then fused or split parameters
+            train differently from before, however exact their state.
+    """
+
+    name: str
+    slots: Mapping[str, Slot]
+    options: frozenset[str]
+    lacks: frozenset[str] = frozenset()
+    values: tuple[tuple[str, Any], ...] = ()
+    whole: bool = False
+
+    def slot(self, name: str | int) -> Slot | None:
+        """What a slot is, or None."""
+        found = self.slots.get(str(name)) or self.slots.get(_NUMBERED.sub("_", str(name)))
+        return found or (WEIGHT if name in MASTERS else None)
+
+    @property
+    def factors_every_matrix(self) -> bool:
+        """Whether it keeps the second moment of every matrix as means, and that of vectors in full."""
+        return self.name in ("Adafactor", "Adafactor (transformers)", "CAME")
+
+    def holds(self, name: str, rank: int) -> bool:
+        """Whether a parameter of so many dimensions has a slot that some parameters have."""
+        slot = self.slot(name)
+        if slot is None or not self.factors_every_matrix:
+            return slot is not None
+        return rank >= 2 if slot.kind in ("row", "col") else rank < 2 or slot.degree != 2
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it keeps one state for all parameters."""
+        return any(slot.kind == "flat" for slot in self.slots.values())
+
+    def matches(self, slots: Iterable[str], options: Mapping[str, Any]) -> bool:
+        """Whether slots and a group's options are this algorithm's."""
+        return (
+            all(self.slot(name) is not None for name in slots)
+            and self.options <= options.keys()
+            and not self.lacks & options.keys()
+            and all(options.get(key) == value for key, value in self.values)
+        )
+
+
+RECOMPUTED = frozenset({"RMS"})
+"""Numbers that an optimizer keeps in its state but computes anew at every step."""
+
+MASTERS = frozenset({"fp32_param", "param"})
+"""Slots that hold the parameter itself in full precision, for mixed-precision training: DeepSpeed's and Megatron's."""
+
+_NUMBERED = re.compile(r"_\d+$")
+
+GRADIENT, SQUARE, WEIGHT = Slot("like_param", 1), Slot("like_param", 2), Slot("weight", 0, 1)
+SCALAR, FLAT, OPAQUE = Slot("scalar"), Slot("flat"), Slot("opaque")
+ROW, COL = Slot("row", 2), Slot("col", 2)
+MOMENTS: Mapping[str, Slot] = {"step": SCALAR, "exp_avg": GRADIENT, "exp_avg_sq": SQUARE}
+
+
+def algorithm(
+    name: str, slots: Mapping[str, Slot], options: str, lacks: str = "", *, whole: bool = False, **values: Any
+) -> Algorithm:
+    """An algorithm, its options written as words.
+
+    Args:
+        name: The class.
+        slots: Every slot it can have.
+        options: That every group has.
+        lacks: Options that no group has.
+        whole: Whether the update of an element depends on the others of its tensor.
+        values: Options and the value that tells it from a sibling.
+    """
+    return Algorithm(name, slots, frozenset(options.split()), frozenset(lacks.split()), tuple(values.items()), whole)

@@ -1,0 +1,82 @@
+"""The optimizers of torch.optim."""
+
+from __future__ import annotations
+
+from optimstate.state.algorithms.slots import (
+    COL,
+    FLAT,
+    GRADIENT,
+    MOMENTS,
+    OPAQUE,
+    ROW,
+    SCALAR,
+    SQUARE,
+    WEIGHT,
+    Algorithm,
+    Slot,
+    algorithm,
+)
+
+__all__ = ["ALGORITHMS"]
+
+_ADAM = {**MOMENTS, "max_exp_avg_sq": SQUARE}
+
+# In order: the first that matches is taken, so what has more marks stands before what has fewer.
+ALGORITHMS: tuple[Algorithm, ...] = (
+    algorithm("AdamW", _ADAM, "betas eps amsgrad fused", decoupled_weight_decay=True),
+    algorithm("Adam", _ADAM, "betas eps amsgrad fused", decoupled_weight_decay=False),
+    algorithm("Adam or AdamW", _ADAM, "betas eps weight_decay amsgrad", lacks="decoupled_weight_decay"),
+    algorithm("NAdam", {**MOMENTS, "mu_product": SCALAR}, "betas eps momentum_decay"),
+    algorithm(
+        "RAdam",
+        MOMENTS,
+        "betas eps weight_decay decoupled_weight_decay capturable",
+        lacks="amsgrad momentum_decay",
+    ),
+    algorithm(
+        "Adamax",
+        {"step": SCALAR, "exp_avg": GRADIENT, "exp_inf": GRADIENT},
+        "betas eps weight_decay maximize",
+        lacks="amsgrad decoupled_weight_decay fused caution",
+    ),
+    algorithm("SparseAdam", MOMENTS, "betas eps maximize", lacks="weight_decay"),
+    algorithm("Adagrad", {"step": SCALAR, "sum": SQUARE}, "lr_decay eps initial_accumulator_value"),
+    algorithm(
+        "Adadelta",
+        {"step": SCALAR, "square_avg": SQUARE, "acc_delta": Slot("like_param", 0, 2)},
+        "rho eps weight_decay",
+    ),
+    algorithm(
+        "Adafactor",
+        {"step": SCALAR, "row_var": ROW, "col_var": COL, "variance": SQUARE},
+        "beta2_decay d eps",
+        whole=True,
+    ),
+    algorithm("ASGD", {"step": SCALAR, "eta": SCALAR, "mu": SCALAR, "ax": WEIGHT}, "lambd alpha t0"),
+    algorithm(
+        "RMSprop",
+        {"step": SCALAR, "square_avg": SQUARE, "momentum_buffer": Slot("like_param", 0), "grad_avg": GRADIENT},
+        "alpha eps centered momentum",
+    ),
+    algorithm("Rprop", {"step": SCALAR, "prev": GRADIENT, "step_size": Slot("like_param", 0, 1)}, "etas step_sizes"),
+    algorithm("SGD", {"momentum_buffer": GRADIENT}, "momentum dampening nesterov"),
+    algorithm("Muon", {"momentum_buffer": GRADIENT}, "momentum nesterov ns_coefficients ns_steps", whole=True),
+    algorithm(
+        "LBFGS",
+        {
+            "func_evals": SCALAR,
+            "n_iter": SCALAR,
+            "al": OPAQUE,
+            "d": FLAT,
+            "t": SCALAR,
+            "old_dirs": FLAT,
+            "old_stps": FLAT,
+            "ro": OPAQUE,
+            "H_diag": SCALAR,
+            "prev_flat_grad": FLAT,
+            "prev_loss": SCALAR,
+        },
+        "max_iter max_eval tolerance_grad history_size",
+        whole=True,
+    ),
+)
