@@ -19,6 +19,7 @@ from optimstate.plan.solve.planner import model_inventory, plan_migration
 from optimstate.problems import Problem
 from optimstate.state.names import unwrapped
 from optimstate.state.schedules import schedule_of
+from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["ModelHook", "ModelLoad", "migrate_model", "migrate_scheduler"]
 
@@ -38,7 +39,7 @@ class ModelLoad:
         live = module.state_dict()
         ours = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         self._prefix = prefix
-        self._rest = {name: value for name, value in ours.items() if not torch.is_tensor(value) or name == _COUNT}
+        self._rest = {name: value for name, value in ours.items() if not _is_tensor(value) or name == _COUNT}
         tensors = {name: value for name, value in ours.items() if name not in self._rest}
         own = {name: value for name, value in live.items() if torch.is_tensor(value) and name != _COUNT}
         plain, plain_live = unwrapped(tensors), unwrapped(own)
@@ -65,6 +66,10 @@ class ModelLoad:
         values = execute_model(moves, self._tensors)
         made = {name: values.get(plain, own) for plain, (name, own) in self._live.items()}
         return {self._prefix + name: value for name, value in {**made, **self._rest}.items()}
+
+
+def _is_tensor(value: Any) -> bool:
+    return torch.is_tensor(value) or isinstance(value, LazyTensor)
 
 
 class ModelHook:

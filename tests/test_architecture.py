@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"record", "errors", "installed_torch", "problems", "tensors", "tree", "state"},
     "optim": {"errors", "installed_torch", "state.names"},
     "surgery": {"record", "errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "formats", "plan"},
-    "distributed": {"errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},
+    "distributed": {"errors", "installed_torch", "problems", "state", "plan", "resuming"},
     "hooks": {"__init__", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan"},
     "resuming": {"errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
     "derivation": {"record", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},

@@ -156,7 +156,7 @@ def test_any_container_loads_into_one_process(name: str, trained: tuple[Path, li
     net, optimizer = after(folder)
     found = load(folder / name, net, optimizer, plan=Plan.from_toml(TRANSPOSED))
     assert train(net, optimizer, range(5, 10)) == pytest.approx(losses, rel=1e-6)
-    assert {move.target for move in found.migration.sections["optimizer"].moves} == set(optimizer_names(optimizer, net))
+    assert set(found.reports["optimizer"].exact) == set(optimizer_names(optimizer, net))
 
 
 def test_an_optimizer_without_names_is_named_by_the_model(trained: tuple[Path, list[float]], tmp_path: Path) -> None:
@@ -242,5 +242,5 @@ def test_the_guide_names_what_is_there() -> None:
         if isinstance(node, ast.ImportFrom) and node.module == "optimstate.distributed"
         for alias in node.names
     }
-    assert names == set(distributed.__all__) - {"Loaded"}
-    assert {"migration", "nbytes"} <= {field.name for field in dataclasses.fields(distributed.Loaded)}
+    assert names == set(distributed.__all__) - {"load"}
+    assert {"reports", "nbytes"} <= {field.name for field in dataclasses.fields(optimstate.Resumed)}

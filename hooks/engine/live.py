@@ -111,6 +111,20 @@ class Live:
         made.refuse_twins(lambda name: name)
         return made
 
+    @classmethod
+    def by_position(cls, optimizer: torch.optim.Optimizer) -> Self:
+        """Read a live optimizer whose parameters nothing names: they are called by their numbers."""
+        number = iter(range(sum(len(group["params"]) for group in optimizer.param_groups)))
+        groups = optimizer.param_groups
+        return cls(
+            tuple(tuple(str(next(number)) for _ in group["params"]) for group in groups),
+            tuple(tuple(group["params"]) for group in groups),
+            tuple({key: group[key] for key in group if key not in ("params", "param_names")} for group in groups),
+            tuple(tuple(key for key in group if key != "params") for group in groups),
+            False,
+            algorithm_name(optimizer),
+        )
+
     def refuse_twins(self, rename: Callable[[str], str]) -> None:
         """Raise StateMismatchError if two parameters would have one name."""
         seen: dict[str, str] = {}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from optimstate.errors import CheckpointError, DestinationError, MigrationError, UsageError
 from optimstate.formats.protocol import Document, WriteOptions
@@ -17,26 +15,16 @@ from optimstate.formats.registry import get_format, open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.io.output import check_destination
 from optimstate.problems import Problem
-from optimstate.record import Record
-from optimstate.state.names import unwrapped, wrapper_prefix
-from optimstate.state.naming import (
-    Candidate,
-    Evidence,
-    Naming,
-    model_candidates,
-    name_in_order,
-    name_parameters,
-    trainer_excludes,
-)
+from optimstate.state.building import from_config, imported, parameters_of
+from optimstate.state.naming import Candidate, Evidence, Naming
 from optimstate.state.optimizer import OptimizerState
+from optimstate.state.pairing import ModelNames, Namer, Order
 from optimstate.state.sections import Section, find_sections
 from optimstate.surgery.reports import opening, to_json
 from optimstate.surgery.text import table
 from optimstate.tree import Opaque, replaced
 
 __all__ = ["NameReport", "concluded_names", "name", "read_names"]
-
-Order = Literal["model", "optimizer"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +97,18 @@ def name(
         optimizers = [section for section in sections if section.kind == "optimizer"]
         if not optimizers:
             raise CheckpointError("no optimizer in it", path=source)
-        namer = _Namer(document, sections, _by_path(names, optimizers), order, _model_of(model, hf))
+        models = [
+            ModelNames(section, ordered=_format_of(document, section) != "safetensors")
+            for section in sections
+            if section.kind == "model"
+        ]
+        namer = Namer(
+            models,
+            _by_path(names, optimizers),
+            order=order,
+            built=_model_of(model, hf),
+            by_trainer=isinstance(document.tree, Mapping) and "trainer_state.json" in document.tree,
+        )
         found = [(section, namer.named(section)) for section in optimizers]
         _refuse_open_questions(
             found, given=order if names is not None else None, built=model is not None or hf is not None
@@ -166,142 +165,6 @@ def _by_path(
     return dict.fromkeys(labels, names)
 
 
-class _Namer:
-    """Finds for each optimizer the model that it belongs to, and its parameters' names."""
-
-    def __init__(
-        self,
-        document: Document,
-        sections: Sequence[Section],
-        given: Mapping[str, Sequence[str]],
-        order: Order,
-        built: list[Candidate] | None,
-    ) -> None:
-        self._given, self._order, self._built = given, order, built
-        self._by_trainer = "trainer_state.json" in document.parts or (
-            isinstance(document.tree, Mapping) and "trainer_state.json" in document.tree
-        )
-        self._models = [
-            _Model(section, _format_of(document, section) != "safetensors")
-            for section in sections
-            if section.kind == "model"
-        ]
-
-    def named(self, section: Section) -> Naming:
-        """The names of one optimizer's parameters."""
-        state = section.optimizer()
-        names = self._given.get(section.label)
-        if names is not None:
-            return self._as_given(state, names)
-        if self._built is not None:
-            return self._inferred(state, self._built, ordered=True)
-        tried = [(model, self._inferred(state, model.candidates, ordered=model.ordered)) for model in self._models]
-        if not tried:
-            return name_parameters(state, [], ordered=False)
-        return _of_the_right_model(section, tried)
-
-    def _inferred(self, state: OptimizerState, candidates: Sequence[Candidate], *, ordered: bool) -> Naming:
-        excluded = trainer_excludes(state, candidates) if self._by_trainer else {}
-        found = name_parameters(state, candidates, ordered=ordered, excluded=excluded)
-        return found if found.complete or not excluded else name_parameters(state, candidates, ordered=ordered)
-
-    def _as_given(self, state: OptimizerState, names: Sequence[str]) -> Naming:
-        best = max(
-            self._models, key=lambda model: sum(model.spelled(names).shape(n) is not None for n in names), default=None
-        )
-        spelling = best.spelled(names) if best is not None else _Spelling({}, {})
-        if self._order == "optimizer":
-            found = name_in_order(state, names, {given: spelling.shape(given) for given in names})
-        else:
-            candidates = [Candidate(given, spelling.shape(given)) for given in names]
-            found = name_parameters(state, candidates, ordered=True, given=True)
-            if not found.complete and self._by_trainer and (excluded := trainer_excludes(state, candidates)):
-                found = name_parameters(state, candidates, ordered=True, given=True, excluded=excluded)
-        return found._replace(names=tuple(name and spelling.saved(name) for name in found.names))
-
-
-def _confirmed(state: OptimizerState, names: Sequence[str]) -> Naming:
-    """The names that an optimizer has, where those that are given are not others."""
-    own = name_parameters(state, [], ordered=False)
-    rename = unwrapped(names)
-    known = {name: None for given in names for name in (given, rename(given))}
-    other = next((name for name in own.names if name not in known), None)
-    if other is None:
-        return own
-    return own._replace(problems=(f"the file calls a parameter {other!r}, which is not among the given names",))
-
-
-class _Model:
-    """A model of the checkpoint, as far as naming needs it."""
-
-    def __init__(self, section: Section, ordered: bool) -> None:
-        self.section, self.ordered = section, ordered
-        tensors = section.tensors()
-        prefix = wrapper_prefix(tensors)
-        self.candidates = model_candidates({key.removeprefix(prefix): value for key, value in tensors.items()})
-        self._shapes = {candidate.name: candidate.shape for candidate in self.candidates}
-        self._plain = {unwrapped([key])(key): key for key in self._shapes}
-
-    def spelled(self, names: Sequence[str]) -> _Spelling:
-        """How names that are given are spelled in this model."""
-        rename = unwrapped(names)
-        places = {given: given if given in self._shapes else self._plain.get(rename(given)) for given in names}
-        return _Spelling({given: place for given, place in places.items() if place is not None}, self._shapes)
-
-
-class _Spelling(Record):
-    """Names as they are given, and as the weights beside the optimizer have them: without an adapter's name.
-
-    Attributes:
-        places: Given name to the weights' one, where they have it.
-        shapes: By the weights' names.
-    """
-
-    places: Mapping[str, str]
-    shapes: Mapping[str, Any]
-
-    def shape(self, given: str) -> tuple[int, ...] | None:
-        """The shape of a parameter, where the weights show it."""
-        place = self.places.get(given)
-        return self.shapes.get(place) if place is not None else None
-
-    def saved(self, given: str) -> str:
-        """The weights' name, so that rules see one parameter in both."""
-        return self.places.get(given, given)
-
-
-def _of_the_right_model(section: Section, tried: Sequence[tuple[_Model, Naming]]) -> Naming:
-    """The naming by the model that an optimizer belongs to: whose parameters are used up, or whose key says so."""
-    fitting = [(model, naming) for model, naming in tried if naming.complete]
-    for choice in ([found for found in fitting if not found[1].unused], fitting):
-        distinct = {naming.names: naming for _, naming in choice}
-        if len(distinct) == 1:
-            return next(iter(distinct.values()))
-        if distinct:
-            related = max(_kinship(section.path, model.section.path) for model, _ in choice)
-            nearest = {n.names: n for m, n in choice if _kinship(section.path, m.section.path) == related}
-            if len(nearest) == 1 and related > 0:
-                return next(iter(nearest.values()))
-            labels = " and ".join(model.section.label for model, _ in choice[:3])
-            naming = choice[0][1]
-            problem = f"its parameters fit the models at {labels} alike, and nothing says which it belongs to"
-            return Naming((None,) * len(naming.names), tuple("unknown" for _ in naming.names), (problem,))
-    best = max(tried, key=lambda found: (_kinship(section.path, found[0].section.path), len(found[0].candidates)))
-    return best[1]
-
-
-def _kinship(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How much two paths have in common: shared keys, equal places in lists, words that both keys have."""
-    score = 0
-    for a, b in zip(one, other, strict=False):
-        if a == b:
-            score += 2
-        else:
-            words = ({w for w in re.split(r"[^a-z0-9]+", str(key).lower()) if w} for key in (a, b))
-            score += len(set.intersection(*words) - {"optimizer", "model", "state", "dict", "optim", "opt", "net"})
-    return score
-
-
 def _format_of(document: Document, section: Section) -> str:
     """The container that a section was read from."""
     for key in section.path:
@@ -318,33 +181,12 @@ def _model_of(model: str | None, hf: str | Path | None) -> list[Candidate] | Non
         raise UsageError("model and hf both say what the model is", hint="Give one of them.")
     if model is None and hf is None:
         return None
-    from optimstate.installed_torch import torch
-
     try:
-        with torch.device("meta"):
-            made = _imported(model) if model is not None else _from_config(Path(str(hf)))
+        return parameters_of(lambda: imported(model) if model is not None else from_config(Path(str(hf))))
     except Exception as error:
         option = f"--model {model}" if model is not None else f"--hf {hf}"
         message = str(error) or type(error).__name__
         raise MigrationError([Problem("setting", f"{type(error).__name__}: {message}", option)]) from error
-    return [Candidate(key, tuple(p.shape)) for key, p in made.named_parameters() if p.requires_grad]
-
-
-def _imported(model: str) -> Any:
-    module, _, factory = model.partition(":")
-    if not module or not factory:
-        raise ValueError("expected module:factory")
-    return getattr(import_module(module), factory)()
-
-
-def _from_config(path: Path) -> Any:
-    """A model of transformers, by its config alone: no weights, no code of the checkpoint, no network."""
-    transformers = import_module("transformers")
-    config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    classes = [getattr(transformers, found, None) for found in config.architectures or ()]
-    if len(classes) == 1 and classes[0] is not None:
-        return classes[0](config)
-    raise ValueError(f"the config names no class of transformers: architectures = {config.architectures!r}")
 
 
 def _refuse_open_questions(found: list[tuple[Section, Naming]], *, given: Order | None, built: bool) -> None:

@@ -43,7 +43,9 @@ class Meddler(hooks.LoadHook):
             group["tags"].append("changed")
 
 
-@pytest.mark.parametrize("beside", [[], [hooks.match_names], [lambda: hooks.rename({"9": "8"})]], ids=str)
+@pytest.mark.parametrize(
+    "beside", [[], [hooks.match_names], [lambda: hooks.rename({"9": "8"})]], ids=["alone", "match", "rename"]
+)
 def test_a_hook_of_ones_own_changes_neither_the_dict_nor_its_optimizer(beside: list[Any]) -> None:
     source = trained(net(1))
     for group in source.param_groups:
@@ -90,7 +92,7 @@ def test_equal_values_in_other_memory_are_a_resumption() -> None:
         ("NAdam", torch.optim.NAdam),
         ("Adafactor", torch.optim.Adafactor),
     ],
-    ids=str,
+    ids=["Lion", "NAdam", "Adafactor"],
 )
 @pytest.mark.parametrize("by_resume", [True, False])
 def test_a_plan_converts_into_the_live_optimizer(target: str, make: Any, by_resume: bool) -> None:

@@ -1,0 +1,266 @@
+"""The checkpoint's side of a resumption: which of its parts is meant, with tensors that can be loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import permutations
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import StateMismatchError
+from optimstate.formats.registry import open_checkpoint
+from optimstate.state.building import from_config, parameters_of
+from optimstate.state.flattened import find_flat_state
+from optimstate.state.names import unwrapped
+from optimstate.state.naming import Candidate, Naming
+from optimstate.state.optimizer import OptimizerState
+from optimstate.state.pairing import ModelNames, Namer
+from optimstate.state.sections import Section, find_sections
+from optimstate.tensors.compute import to_torch
+from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tree import format_path
+
+__all__ = ["Named", "Parts"]
+
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval"}
+_SMALL = 1 << 20  # bytes; smaller tensors are read, so that the number of maps stays within what systems allow
+_AVERAGES = ("ema", "averag", "shadow", "polyak", "teacher", "target", "swa")
+
+Named = tuple[str | None, Any]
+"""A live object, and the path of the part that is meant for it, where that is given."""
+
+
+class Parts:
+    """The sections of a checkpoint.
+
+    Args:
+        checkpoint: A file or folder, or what was read from one.
+        lazily: Whether tensors in files stay there until each process reads its own part.
+    """
+
+    def __init__(self, checkpoint: str | PathLike[str] | Mapping[str, Any], *, lazily: bool) -> None:
+        self._document = None if isinstance(checkpoint, Mapping) else open_checkpoint(Path(checkpoint))
+        self.notes = [] if self._document is None else list(self._document.notes)
+        tree = checkpoint if self._document is None else self._document.tree
+        self._lazily = lazily
+        self._original: dict[int, Any] = {}
+        self._keep: list[Any] = []
+        self._live: dict[int, Any] = {}
+        self._storages: dict[int, Storage] = {}
+        self._tree = self._shadow(tree)
+        self._sections = find_sections(self._tree)
+
+    # --- which part is meant ------------------------------------------------------------------------------------------
+
+    def choose(self, kind: str, wanted: Sequence[Named], likeness: Callable[[Section, Any], int]) -> list[Section]:
+        """The section of a kind for each of some live objects.
+
+        Args:
+            kind: What is looked for.
+            wanted: The live objects.
+            likeness: How many names a section and a live object have in common.
+
+        Raises:
+            StateMismatchError: There is none, there are several that could be meant, or fewer than there are objects.
+        """
+        found = self._of_kind(kind)
+        at_paths = [self._at(path, kind, found) for path, _ in wanted if path is not None]
+        if len(at_paths) == len(wanted):
+            return at_paths
+        if not found:
+            raise StateMismatchError(f"the checkpoint has no {kind}; it has {self._labels(self._sections)}")
+        if len(found) < len(wanted):
+            raise StateMismatchError(
+                f"{len(wanted)} objects are given as {kind}, and the checkpoint has {self._labels(found)}"
+            )
+        if len(found) == len(wanted) == 1:
+            return found
+        scores = [[likeness(section, live) for section in found] for _, live in wanted]
+        chosen = self._by_keys(kind, found) if len(wanted) == 1 else None
+        chosen = chosen or _alike(scores, in_order=len(found) == len(wanted))
+        if chosen is None:
+            example = ", ".join(f'"{format_path(section.path)}": ...' for section in found[: max(2, len(wanted))])
+            raise StateMismatchError(
+                f"the checkpoint has several parts that could be the {kind}: {self._labels(found)}",
+                hint=f"Say which is meant: {kind}={{{example}}}.",
+            )
+        return [found[index] for index in chosen]
+
+    def _of_kind(self, kind: str) -> list[Section]:
+        found = [section for section in self._sections if section.kind == kind]
+        if kind == "ema" and not found:  # a plain dict of weights beside the model's
+            return [section for section in self._sections if section.kind == "model" and _is_average(section)]
+        return found
+
+    def _by_keys(self, kind: str, found: Sequence[Section]) -> list[int] | None:
+        """The one whose key says that it is meant; of models, the one that is not an average of another."""
+        named = [i for i, section in enumerate(found) if section.path and str(section.path[-1]).startswith(kind)]
+        if kind == "model" and len(named) != 1:
+            named = [index for index, section in enumerate(found) if not _is_average(section)]
+        return named if len(named) == 1 else None
+
+    def _at(self, path: str | None, kind: str, found: Sequence[Section]) -> Section:
+        for section in found:
+            if path in (format_path(section.path), ".".join(map(str, section.path))):
+                return section
+        raise StateMismatchError(f"the checkpoint has no {kind} at {path!r}; it has {self._labels(self._sections)}")
+
+    def _labels(self, sections: Sequence[Section]) -> str:
+        shown = (f"{section.kind} {format_path(section.path) or '(the whole)'}" for section in sections)
+        return ", ".join(shown) or "nothing that is known"
+
+    # --- what is in it ------------------------------------------------------------------------------------------------
+
+    def node(self, section: Section) -> Any:
+        """A section with tensors that can be loaded."""
+        if section.host is None:
+            return self._loadable(self._original[id(section.node)])
+        flat = find_flat_state(self._original[id(section.host.host)])
+        assert flat is not None
+        return self._loadable(flat.optimizer if section.kind == "optimizer" else flat.rest)
+
+    def optimizer(self, section: Section) -> OptimizerState:
+        """An optimizer's state."""
+        if section.host is None and section.positional:
+            return self._loaded_state(section.optimizer())
+        return OptimizerState.from_node(self.node(section))
+
+    def _loaded_state(self, state: OptimizerState) -> OptimizerState:
+        return state._replace(state={key: self._loadable(dict(slots)) for key, slots in state.state.items()})
+
+    def names(self, section: Section, models: Sequence[Any]) -> Naming | None:
+        """Names for an optimizer that has none, by the models beside it; None where there is no model.
+
+        Args:
+            section: The optimizer.
+            models: The live ones: where one has just the parameters of the checkpoint's, its order is the checkpoint's.
+        """
+        sections = [part for part in self._sections if part.kind == "model"]
+        if not sections:
+            return None
+        beside = [ModelNames(part, ordered=self._keeps_order(part)) for part in sections]
+        for found in beside:
+            for live in models:
+                found.order_like(_parameters(live))
+        by_trainer = isinstance(self._tree, Mapping) and "trainer_state.json" in self._tree
+        naming = Namer(beside, by_trainer=by_trainer).named(section)
+        config = None if self._document is None else self._document.path / "config.json"
+        if naming.complete or config is None or not config.is_file():
+            return naming
+        try:
+            built = parameters_of(lambda: from_config(config.parent))
+        except Exception:  # noqa: BLE001  # a model of somebody's own, or no transformers: what was found stands
+            return naming
+        return Namer(beside, built=built, by_trainer=by_trainer).named(section)
+
+    def _keeps_order(self, section: Section) -> bool:
+        document = self._document
+        for key in section.path if document is not None else ():
+            inner = document.parts.get(str(key)) if document is not None else None
+            if inner is None:
+                break
+            document = inner
+        return document is None or document.format != "safetensors"
+
+    def scaler(self) -> dict[str, Any]:
+        """The state of a gradient scaler; empty for a disabled one.
+
+        Raises:
+            StateMismatchError: There is none.
+        """
+        for key, node in _mappings(self._tree):
+            if node.keys() >= _SCALER or (not node and "scaler" in str(key)):
+                return dict(self._alive(self._original[id(node)]))
+        raise StateMismatchError("the checkpoint has no state of a gradient scaler")
+
+    # --- tensors ------------------------------------------------------------------------------------------------------
+
+    def _shadow(self, node: Any) -> Any:
+        """The tree as sections and names are found in it: of a live tensor all but its elements."""
+        from optimstate.installed_torch import torch
+
+        if isinstance(node, torch.Tensor):
+            return self._stand_in(node)
+        made: Any = node
+        if isinstance(node, Mapping):
+            made = {key: self._shadow(value) for key, value in node.items()}
+        elif type(node) in (list, tuple):
+            made = [self._shadow(value) for value in node]
+        self._original[id(made)] = node
+        self._keep.append(made)
+        return made
+
+    def _stand_in(self, tensor: Any) -> LazyTensor:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        try:
+            place, offset = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        except (NotImplementedError, RuntimeError):  # sparse, or of a subclass without a storage
+            place, offset = 0, 0
+        storage = self._storages.setdefault(place or id(tensor), Storage((), 0))
+        made = LazyTensor(storage, dtype, tuple(tensor.shape), offset=int(offset))
+        self._keep.append(made)
+        self._live[id(made)] = tensor
+        return made
+
+    def _loadable(self, node: Any) -> Any:
+        return node if self._lazily else self._alive(node)
+
+    def _alive(self, node: Any) -> Any:
+        if isinstance(node, LazyTensor):
+            if id(node) not in self._live:
+                tensor = to_torch(node)
+                self._live[id(node)] = tensor.clone() if node.nbytes < _SMALL else tensor
+            return self._live[id(node)]
+        if isinstance(node, Counter):  # the milestones of a schedule
+            return Counter(node)
+        if isinstance(node, Mapping):
+            return {key: self._alive(value) for key, value in node.items()}
+        if type(node) in (list, tuple):
+            return type(node)(self._alive(value) for value in node)
+        return node
+
+
+def _is_average(section: Section) -> bool:
+    return any(word in str(key).lower() for key in section.path for word in _AVERAGES)
+
+
+def _alike(scores: Sequence[Sequence[int]], *, in_order: bool) -> list[int] | None:
+    """For each live object the part that is most like it; in the order of the objects where names tell nothing."""
+    objects, parts = len(scores), len(scores[0])
+    if objects > 6 or parts > 8:
+        return list(range(objects)) if in_order else None
+    totals: dict[tuple[int, ...], int] = {
+        order: sum(scores[a][b] for a, b in enumerate(order)) for order in permutations(range(parts), objects)
+    }
+    best = max(totals.values())
+    ways = [order for order, total in totals.items() if total == best]
+    plain = tuple(range(objects))
+    if in_order and plain in ways:
+        return list(plain)
+    return list(ways[0]) if len(ways) == 1 and best else None
+
+
+def _parameters(model: Any) -> list[tuple[Candidate, list[str]]]:
+    """The parameters of a live model that an optimizer can have, in order, each with all its names."""
+    every = list(model.named_parameters(remove_duplicate=False))
+    rename = unwrapped(name for name, _ in every)
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in every:
+        aliases.setdefault(id(parameter), []).append(rename(name))
+    return [
+        (Candidate(rename(name), tuple(parameter.shape)), aliases[id(parameter)])
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _mappings(node: Any, key: Any = "") -> Iterator[tuple[Any, Mapping[Any, Any]]]:
+    if isinstance(node, Mapping):
+        yield key, node
+        for inner, value in node.items():
+            yield from _mappings(value, inner)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _mappings(value, key)

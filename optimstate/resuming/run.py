@@ -1,0 +1,379 @@
+"""Plans every part of a resumption, then loads them all or none."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from optimstate.errors import MigrationError, StateMismatchError
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import Guard
+from optimstate.plan.solve.migration import Inventory, SectionMoves
+from optimstate.problems import Problem
+from optimstate.resuming.parts import Named, Parts
+from optimstate.state.names import mentions_wrapper, names_in, unwrapped
+from optimstate.state.optimizer import OptimizerState
+from optimstate.state.sections import Section
+from optimstate.tree import format_path
+
+if TYPE_CHECKING:
+    import torch
+
+    from optimstate.hooks import Report
+
+__all__ = ["Run"]
+
+
+@dataclass
+class _Step:
+    """A part that is ready to be loaded, and how that is undone."""
+
+    load: Callable[[], object]
+    undo: Callable[[], object]
+
+
+@dataclass
+class _Load:
+    """What an optimizer is about to load.
+
+    Attributes:
+        made: Its dict; schedulers may still change the options of its groups.
+        before: The options of the checkpoint's groups.
+        moves: What became of the groups.
+    """
+
+    made: dict[str, Any]
+    before: list[dict[str, Any]]
+    moves: SectionMoves | None
+
+
+@dataclass
+class Run:
+    """A resumption.
+
+    Args:
+        parts: What the checkpoint has.
+        plan: What has changed.
+        saved: Names for optimizers of the checkpoint that have none.
+    """
+
+    parts: Parts
+    plan: Plan
+    saved: Sequence[str] | Mapping[str, Sequence[str]] | None = None
+    reports: dict[str, Report] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    nbytes: int = 0
+    _modules: list[_Step] = field(default_factory=list)
+    _steps: list[_Step] = field(default_factory=list)
+    _inventories: dict[str, Inventory] = field(default_factory=dict)
+    _counts: list[int] = field(default_factory=list)
+    _settled: list[bool] = field(default_factory=list)
+    _loads: dict[int, _Load] = field(default_factory=dict)
+    _optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    _schedulers: list[Any] = field(default_factory=list)
+    _casts: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    @property
+    def _lenient(self) -> Plan:
+        """The plan for one part: whether every rule matches, and the guard, is asked of all parts together."""
+        return replace(self.plan.with_policy(unused="ignore"), guard=Guard())
+
+    def _count(self, counts: list[int]) -> None:
+        counts = counts or [0] * len(list(self.plan.all_rules()))
+        self._counts = [a + b for a, b in zip(self._counts or [0] * len(counts), counts, strict=True)]
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def choose(self, kind: str, wanted: Sequence[Named], models: Sequence[torch.nn.Module] = ()) -> list[Section]:
+        """The part of the checkpoint for each live object of a kind."""
+        if not wanted:
+            return []
+        likeness = {
+            "optimizer": lambda part, live: _common_names(part, live, models),
+            "scheduler": lambda _, __: 0,
+        }.get(kind, _common_tensors)
+        return self.parts.choose(kind, wanted, likeness)
+
+    def plan_modules(self, kind: str, modules: Sequence[Named], sections: Sequence[Section]) -> None:
+        """Plan the weights of models or of averages."""
+        for (_, module), section in zip(modules, sections, strict=True):
+            self._plan_module(kind, _key(kind, section, len(modules)), module, section)
+
+    def _plan_module(self, kind: str, key: str, module: torch.nn.Module, section: Section) -> None:
+        from optimstate.hooks import Report
+        from optimstate.hooks.modules import ModelLoad
+        from optimstate.plan.solve.planner import plan_migration
+        from optimstate.resuming import shards
+
+        load = ModelLoad(module, self.parts.node(section))
+        self._inventories[key] = load.inventory()
+        self._settled.append(load.is_settled)
+        migration = plan_migration(self._lenient, {key: load.inventory()})
+        made = load.made(migration.sections[key])
+        live = module.state_dict()
+        if kind == "ema" and "n_averaged" in live and "n_averaged" not in made:
+            made["n_averaged"] = live["n_averaged"]
+            self.notes.append(f"{key}: the checkpoint does not say how many models were averaged")
+        absent = [name for name in live if name not in made and not name.endswith("_extra_state")]
+        if absent:
+            raise StateMismatchError(f"the checkpoint's {key} has no {absent[0]!r}")
+        reader = shards.Reader(self._casts)
+        made = {name: reader.part(name, live[name], value) if name in live else value for name, value in made.items()}
+        self.nbytes += reader.nbytes
+        self._count([count for _, count in migration.counts])
+        self.reports[key] = Report.of((key,), migration.sections[key])
+        self.notes += migration.notes
+        before: dict[str, Any] = {}
+
+        def apply() -> None:
+            before.update({name: shards.kept(value) for name, value in module.state_dict().items()})
+            module.load_state_dict(made)
+
+        self._modules.append(_Step(apply, lambda: module.load_state_dict(before) if before else None))
+
+    # --- optimizers ---------------------------------------------------------------------------------------------------
+
+    def plan_optimizers(
+        self, optimizers: Sequence[Named], sections: Sequence[Section], models: Sequence[torch.nn.Module]
+    ) -> None:
+        """Plan the state of optimizers, whose parameters the models name where they do not themselves."""
+        for (_, optimizer), section in zip(optimizers, sections, strict=True):
+            self._plan_optimizer(_key("optimizer", section, len(optimizers)), optimizer, section, models)
+
+    def _plan_optimizer(
+        self, key: str, optimizer: torch.optim.Optimizer, section: Section, models: Sequence[torch.nn.Module]
+    ) -> None:
+        from optimstate.hooks.engine.live import Live
+        from optimstate.hooks.engine.match import matched
+        from optimstate.hooks.engine.request import LoadRequest, is_settled
+        from optimstate.plan.solve.planner import optimizer_inventory
+        from optimstate.resuming import shards
+
+        state = self.parts.optimizer(section)
+        if _keeps_names(optimizer):
+            live = Live.of(optimizer)
+            if models and not any(_shares(optimizer, model) for model in models):
+                names_in(optimizer, models[-1])  # which says that it is of another model
+        elif models or state.is_named:
+            live = Live.of(optimizer, _owner(optimizer, models))
+        else:
+            live = Live.by_position(optimizer)
+        request = LoadRequest(self._named(key, state, section, live, models), live)
+        if not any(mentions_wrapper(t.text) for rule in self.plan.all_rules() for t in rule.sources or rule.targets):
+            request.strip_prefixes()
+        self._inventories[key] = optimizer_inventory(request.state)
+        request.add(self._lenient)
+        self._settled.append(is_settled(request))
+        made, outcome = matched(request, (key,), live.names)
+        reader = shards.Reader(self._casts)
+        made = reader.optimizer(optimizer, made)
+        self.nbytes += reader.nbytes
+        self._loads[id(optimizer)] = _Load(made, [dict(group.options) for group in request.state.groups], outcome.moves)
+        self._count(request.counts)
+        self.reports[key] = outcome.report
+        self.notes += outcome.report.notes
+        self._optimizers.append(optimizer)
+        before = optimizer.state, optimizer.param_groups
+
+        def undo() -> None:
+            optimizer.state, optimizer.param_groups = before
+
+        self._steps.append(_Step(lambda: optimizer.load_state_dict(made), undo))
+
+    def _named(
+        self, key: str, state: OptimizerState, section: Section, live: Any, models: Sequence[torch.nn.Module]
+    ) -> OptimizerState:
+        """The state with names: its own, those that are given, or those that can be concluded."""
+        given = self.saved
+        if isinstance(given, Mapping):
+            given = given.get(format_path(section.path))
+        if given is not None:
+            return state.named(given)
+        if state.is_named or not any(group.params for group in state.groups):
+            return state
+        naming = self.parts.names(section, models)
+        if naming is not None and naming.complete:
+            return state.named([str(name) for name in naming.names])
+        sizes = [len(group.params) for group in state.groups]
+        if naming is None or not state.state:
+            if sizes == list(map(len, live.names)):
+                if state.state:
+                    self._refuse_other_shapes(key, section, live)
+                    self.notes.append(
+                        f"{key}: the checkpoint has neither names nor a model: its parameters are taken to be in the "
+                        "order of the live optimizer's, as torch takes them"
+                    )
+                return state.named(live.names)
+            reasons: Sequence[str] = (f"its groups have {sizes} parameters, the live ones {[*map(len, live.names)]}",)
+        else:
+            reasons = naming.problems
+        raise StateMismatchError(
+            f"the {sum(sizes)} parameters of the checkpoint's {key} have no names, so they cannot be matched: "
+            + "; ".join(reasons[:3]),
+            hint="Give them in the order they had, resume(..., saved=[...]), or write them into the file with "
+            "`optimstate name`.",
+        )
+
+    def _refuse_other_shapes(self, key: str, section: Section, live: Any) -> None:
+        from optimstate.state.naming import observed_shapes
+
+        seen = [shape for group in observed_shapes(section.optimizer()) for shape in group]
+        for (name, parameter), shape in zip(live.pairs(), seen, strict=True):
+            if shape is not None and shape != tuple(parameter.shape):
+                raise StateMismatchError(
+                    f"{key}: {name!r} has the shape {list(parameter.shape)}, and the parameter in its place in the "
+                    f"checkpoint {list(shape)}",
+                    hint="Give the names that the checkpoint's parameters had: resume(..., saved=[...]).",
+                )
+
+    # --- the rest -----------------------------------------------------------------------------------------------------
+
+    def plan_schedulers(self, schedulers: Sequence[Named], sections: Sequence[Section]) -> None:
+        """Plan the state of schedulers, each for its own optimizer's groups."""
+        for (_, scheduler), section in zip(schedulers, sections, strict=True):
+            self._plan_scheduler(scheduler, section)
+
+    def _plan_scheduler(self, scheduler: Any, section: Section) -> None:
+        """Plan a scheduler's state for the groups of its optimizer, which get the rates that it gives them."""
+        from optimstate.hooks import migrate_scheduler
+        from optimstate.plan.apply.schedulers import Groups, LiveScheduler, followed
+
+        state = self.parts.node(section)
+        only = next(iter(self._loads.values())) if len(self._loads) == 1 else None
+        load = self._loads.get(id(getattr(scheduler, "optimizer", None)), only)
+        if load is None:
+            made = migrate_scheduler(state, None)
+        else:
+            options = [{k: v for k, v in group.items() if k != "params"} for group in load.made["param_groups"]]
+            groups = Groups(options, list(range(len(options))), load.before, [frozenset()] * len(options))
+            if load.moves is not None:
+                groups = Groups.of(load.moves, load.before)._replace(options=options)
+            found = followed(state, groups, plan=self.plan, live=LiveScheduler.of(scheduler))
+            made = found.state
+            load.made["param_groups"] = [
+                {**group, **new} for group, new in zip(load.made["param_groups"], found.options, strict=True)
+            ]
+            self.notes += [f"scheduler: {note}" for note in found.notes]
+        self._schedulers.append(scheduler)
+        self._steps.append(_Step(lambda: scheduler.load_state_dict(made), _restoring(scheduler)))
+
+    def plan_scaler(self, scaler: Any) -> None:
+        """Plan the state of a gradient scaler."""
+        made = self.parts.scaler()
+        if not made or not scaler.is_enabled():
+            self.notes.append("the gradient scaler keeps its own state, because one of the two is disabled")
+            return
+        before = scaler.state_dict()
+        self._steps.append(_Step(lambda: scaler.load_state_dict(made), lambda: scaler.load_state_dict(before)))
+
+    def refuse_unused(self) -> None:
+        """Raise MigrationError where the guard, or a rule that matches nothing in any part, says that this is wrong."""
+        from optimstate.plan.solve.problems import guarded, unmatched
+
+        problems = list(guarded(self.plan.guard, self._inventories))
+        if self.plan.policy.unused == "error" and not all(self._settled):
+            rules = zip(self.plan.all_rules(), self._counts, strict=True)
+            problems += [
+                unmatched(number, rule, self._inventories) for number, (rule, count) in enumerate(rules, 1) if not count
+            ]
+        if problems:
+            raise MigrationError(problems)
+        for (old, new), names in self._casts.items():
+            self.notes.append(f"{len(names)} tensors are {old} in the checkpoint and become {new}: {names[0]!r}, ...")
+        self.notes += self.parts.notes
+
+    def carry_out(self) -> None:
+        """Load every part; if one fails, put all of them back."""
+        with ExitStack() as undone:
+            # Weights last: they alone are changed in place, and checked to fit.
+            for step in [*self._steps, *self._modules]:
+                undone.callback(step.undo)
+                step.load()
+            undone.pop_all()
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What is wrong with the optimizers now."""
+        from optimstate.hooks import resume_problems
+
+        found: list[Problem] = []
+        for optimizer in self._optimizers:
+            mine = [each for each in self._schedulers if getattr(each, "optimizer", None) is optimizer]
+            if not mine and len(self._optimizers) == len(self._schedulers) == 1:
+                mine = self._schedulers
+            scheduler = mine[0] if mine else None
+            # Which parameters start without state is planned and reported.
+            found += resume_problems(optimizer, scheduler=scheduler, skip=["coverage"])
+        return tuple(found)
+
+
+def _key(kind: str, section: Section, count: int) -> str:
+    return kind if count == 1 else f"{kind} {format_path(section.path)}"
+
+
+def _keeps_names(optimizer: torch.optim.Optimizer) -> bool:
+    return all("param_names" in group for group in optimizer.param_groups)
+
+
+def _shares(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return not own or any(id(parameter) in own for parameter in model.parameters())
+
+
+def _owner(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> torch.nn.Module | None:
+    """The model that an optimizer was built from; the last one where none has all its parameters, for the message."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for model in models:
+        if own <= {id(parameter) for parameter in model.parameters()}:
+            return model
+    return models[-1] if models else None
+
+
+def _common_tensors(section: Section, module: torch.nn.Module) -> int:
+    """How many names with their shapes a part and a module have in common."""
+    live = {name: tuple(value.shape) for name, value in module.state_dict().items() if hasattr(value, "shape")}
+    tensors = section.tensors()
+    plain, plain_live = unwrapped(tensors), unwrapped(live)
+    known = {plain_live(name): shape for name, shape in live.items()}
+    return sum(known.get(plain(name)) == getattr(tensor, "shape", ()) for name, tensor in tensors.items())
+
+
+def _common_names(section: Section, optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> int:
+    """How many names a part and an optimizer have in common."""
+    state, owner = section.optimizer(), _owner(optimizer, models)
+    if not state.is_named:
+        return 0
+    if _keeps_names(optimizer):
+        own = [name for group in optimizer.param_groups for name in group["param_names"]]
+    elif owner is not None:
+        own = [name for group in names_in(optimizer, owner) for name in group]
+    else:
+        return 0
+    saved = [str(name) for _, name, _ in state.parameters()]
+    return len(set(map(unwrapped(own), own)) & set(map(unwrapped(saved), saved)))
+
+
+def _restoring(scheduler: Any) -> Callable[[], None]:
+    """How a scheduler gets back what it has now, with the schedulers inside it."""
+    before = {key: _own(value) for key, value in vars(scheduler).items()}
+    inner = [_restoring(each) for each in getattr(scheduler, "_schedulers", ())]
+
+    def undo() -> None:
+        vars(scheduler).clear()
+        vars(scheduler).update(before)
+        for each in inner:
+            each()
+
+    return undo
+
+
+def _own(node: Any) -> Any:
+    """The same values in containers of their own."""
+    if isinstance(node, Counter):
+        return copy.copy(node)
+    if type(node) is dict:
+        return {key: _own(value) for key, value in node.items()}
+    return type(node)(map(_own, node)) if type(node) in (list, tuple) else node

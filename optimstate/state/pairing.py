@@ -1,0 +1,177 @@
+"""Which model of a checkpoint an optimizer belongs to, and what its parameters are called by it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from optimstate.record import Record
+from optimstate.state.names import unwrapped, wrapper_prefix
+from optimstate.state.naming import (
+    Candidate,
+    Naming,
+    model_candidates,
+    name_in_order,
+    name_parameters,
+    trainer_excludes,
+)
+from optimstate.state.optimizer import OptimizerState
+from optimstate.state.sections import Section
+
+__all__ = ["ModelNames", "Namer", "Order"]
+
+Order = Literal["model", "optimizer"]
+
+
+class Namer:
+    """Finds for each optimizer the model that it belongs to, and its parameters' names.
+
+    Args:
+        models: Those of the checkpoint.
+        given: Names by the label of the optimizer.
+        order: Of the given names: the model's, or the optimizer's.
+        built: The parameters of a model that was built for this, in its order.
+        by_trainer: Whether the Trainer of transformers made the param groups.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ModelNames],
+        given: Mapping[str, Sequence[str]] | None = None,
+        *,
+        order: Order = "model",
+        built: list[Candidate] | None = None,
+        by_trainer: bool = False,
+    ) -> None:
+        self._models, self._given, self._order, self._built = models, given or {}, order, built
+        self._by_trainer = by_trainer
+
+    def named(self, section: Section) -> Naming:
+        """The names of one optimizer's parameters."""
+        state = section.optimizer()
+        names = self._given.get(section.label)
+        if names is not None:
+            return self._as_given(state, names)
+        if self._built is not None:
+            return self._inferred(state, self._built, ordered=True)
+        tried = [(model, self._inferred(state, model.candidates, ordered=model.ordered)) for model in self._models]
+        if not tried:
+            return name_parameters(state, [], ordered=False)
+        return _of_the_right_model(section, tried)
+
+    def _inferred(self, state: OptimizerState, candidates: Sequence[Candidate], *, ordered: bool) -> Naming:
+        excluded = trainer_excludes(state, candidates) if self._by_trainer else {}
+        found = name_parameters(state, candidates, ordered=ordered, excluded=excluded)
+        return found if found.complete or not excluded else name_parameters(state, candidates, ordered=ordered)
+
+    def _as_given(self, state: OptimizerState, names: Sequence[str]) -> Naming:
+        best = max(
+            self._models, key=lambda model: sum(model.spelled(names).shape(n) is not None for n in names), default=None
+        )
+        spelling = best.spelled(names) if best is not None else _Spelling({}, {})
+        if self._order == "optimizer":
+            found = name_in_order(state, names, {given: spelling.shape(given) for given in names})
+        else:
+            candidates = [Candidate(given, spelling.shape(given)) for given in names]
+            found = name_parameters(state, candidates, ordered=True, given=True)
+            if not found.complete and self._by_trainer and (excluded := trainer_excludes(state, candidates)):
+                found = name_parameters(state, candidates, ordered=True, given=True, excluded=excluded)
+        return found._replace(names=tuple(name and spelling.saved(name) for name in found.names))
+
+
+def _confirmed(state: OptimizerState, names: Sequence[str]) -> Naming:
+    """The names that an optimizer has, where those that are given are not others."""
+    own = name_parameters(state, [], ordered=False)
+    rename = unwrapped(names)
+    known = {name: None for given in names for name in (given, rename(given))}
+    other = next((name for name in own.names if name not in known), None)
+    if other is None:
+        return own
+    return own._replace(problems=(f"the file calls a parameter {other!r}, which is not among the given names",))
+
+
+class ModelNames:
+    """A model of the checkpoint, as far as naming needs it.
+
+    Args:
+        section: The model.
+        ordered: Whether its tensors are in the order of `named_parameters()`.
+    """
+
+    def __init__(self, section: Section, *, ordered: bool) -> None:
+        self.section, self.ordered = section, ordered
+        tensors = section.tensors()
+        prefix = wrapper_prefix(tensors)
+        self.candidates = model_candidates({key.removeprefix(prefix): value for key, value in tensors.items()})
+        self._shapes = {candidate.name: candidate.shape for candidate in self.candidates}
+        self._plain = {unwrapped([key])(key): key for key in self._shapes}
+
+    def order_like(self, parameters: Sequence[tuple[Candidate, Sequence[str]]]) -> None:
+        """Take over the order of a live model that has just these parameters, with all names that each has."""
+        own = {unwrapped([name])(name): shape for name, shape in self._shapes.items()}
+        if self.ordered or not parameters:
+            return
+        found = [next((name for name in names if own.get(name) == one.shape), None) for one, names in parameters]
+        if all(name is not None for name in found) and len(set(found)) == len(found):
+            self.candidates = [one for one, _ in parameters]
+            self.ordered = True
+
+    def spelled(self, names: Sequence[str]) -> _Spelling:
+        """How names that are given are spelled in this model."""
+        rename = unwrapped(names)
+        places = {given: given if given in self._shapes else self._plain.get(rename(given)) for given in names}
+        return _Spelling({given: place for given, place in places.items() if place is not None}, self._shapes)
+
+
+class _Spelling(Record):
+    """Names as they are given, and as the weights beside the optimizer have them: without an adapter's name.
+
+    Attributes:
+        places: Given name to the weights' one, where they have it.
+        shapes: By the weights' names.
+    """
+
+    places: Mapping[str, str]
+    shapes: Mapping[str, Any]
+
+    def shape(self, given: str) -> tuple[int, ...] | None:
+        """The shape of a parameter, where the weights show it."""
+        place = self.places.get(given)
+        return self.shapes.get(place) if place is not None else None
+
+    def saved(self, given: str) -> str:
+        """The weights' name, so that rules see one parameter in both."""
+        return self.places.get(given, given)
+
+
+def _of_the_right_model(section: Section, tried: Sequence[tuple[ModelNames, Naming]]) -> Naming:
+    """The naming by the model that an optimizer belongs to: whose parameters are used up, or whose key says so."""
+    fitting = [(model, naming) for model, naming in tried if naming.complete]
+    for choice in ([found for found in fitting if not found[1].unused], fitting):
+        distinct = {naming.names: naming for _, naming in choice}
+        if len(distinct) == 1:
+            return next(iter(distinct.values()))
+        if distinct:
+            related = max(_kinship(section.path, model.section.path) for model, _ in choice)
+            nearest = {n.names: n for m, n in choice if _kinship(section.path, m.section.path) == related}
+            if len(nearest) == 1 and related > 0:
+                return next(iter(nearest.values()))
+            labels = " and ".join(model.section.label for model, _ in choice[:3])
+            naming = choice[0][1]
+            problem = f"its parameters fit the models at {labels} alike, and nothing says which it belongs to"
+            return Naming((None,) * len(naming.names), tuple("unknown" for _ in naming.names), (problem,))
+    best = max(tried, key=lambda found: (_kinship(section.path, found[0].section.path), len(found[0].candidates)))
+    return best[1]
+
+
+def _kinship(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How much two paths have in common: shared keys, equal places in lists, words that both keys have."""
+    score = 0
+    for a, b in zip(one, other, strict=False):
+        if a == b:
+            score += 2
+        else:
+            words = ({w for w in re.split(r"[^a-z0-9]+", str(key).lower()) if w} for key in (a, b))
+            score += len(set.intersection(*words) - {"optimizer", "model", "state", "dict", "optim", "opt", "net"})
+    return score

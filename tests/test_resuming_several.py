@@ -1,0 +1,194 @@
+"""`optimstate.resume` of several parts, of anonymous optimizers, and of averages in plain dicts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import optimstate
+from optimstate.errors import OptimStateError, StateMismatchError
+from optimstate.plan.language.plan import Plan
+from tests import oracle
+
+S = torch.optim.lr_scheduler
+
+
+def part(key: str, lr: float, steps: int = 0) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    model = nn.ModuleDict({key: nn.Linear(4, 4)})
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=lr)
+    scheduler = S.StepLR(optimizer, 1, 0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum((p**2).sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        scheduler.step()
+    return model, optimizer, scheduler
+
+
+def tree_of(parts: list[Any], keys: tuple[str, ...] = ("models", "optimizers", "schedulers")) -> dict[str, Any]:
+    return copy.deepcopy({key: [p[i].state_dict() for p in parts] for i, key in enumerate(keys)})
+
+
+def image(parts: Any) -> Any:
+    return copy.deepcopy([[each.state_dict() for each in p] for p in parts])
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_lists_are_in_order_unless_names_say_otherwise(swapped: bool) -> None:
+    old = [part("a", 0.1, 2), part("b", 0.01, 2)]
+    new = [part("a", 1.0), part("b", 1.0)]
+    given = new[::-1] if swapped else new
+    # Schedules have no names: their order is the checkpoint's.
+    optimstate.resume(
+        tree_of(old), model=[p[0] for p in given], optimizer=[p[1] for p in given], scheduler=[p[2] for p in new]
+    )
+    assert not oracle.differences(image(new), image(old))
+
+
+def test_paths_say_which_part_is_meant(tmp_path: Path) -> None:
+    old = [part("a", 0.1, 2), part("a", 0.01, 2)]
+    torch.save(tree_of(old), tmp_path / "two.pt")
+    new = part("a", 1.0)
+    model, optimizer, scheduler = new
+    with pytest.raises(StateMismatchError, match=r"several parts.*\n.*model=\{\"models\[0\]\": \.\.\."):
+        optimstate.resume(tmp_path / "two.pt", model=model)
+    with pytest.raises(StateMismatchError, match=r"no optimizer at 'optimizers\[2\]'"):
+        optimstate.resume(tmp_path / "two.pt", optimizer={"optimizers[2]": optimizer})
+    found = optimstate.resume(
+        tmp_path / "two.pt",
+        model={"models[1]": model},
+        optimizer={"optimizers[1]": optimizer},
+        scheduler={"schedulers[1]": scheduler},
+    )
+    assert not oracle.differences(image([new]), image(old[1:]))
+    assert set(found.reports) == {"model", "optimizer"}
+
+
+def test_one_part_that_fails_leaves_all_as_they_were() -> None:
+    old = [part("a", 0.1, 2), part("b", 0.01, 2)]
+    new = [part("a", 1.0), part("c", 1.0)]
+    before = image(new)
+    with pytest.raises(OptimStateError):
+        optimstate.resume(tree_of(old), optimizer=[p[1] for p in new])
+    assert not oracle.differences(image(new), before)
+
+
+def net(*names: str) -> nn.Sequential:
+    model = nn.Sequential()
+    for name in names:
+        model.add_module(name, nn.Linear(4, 4))
+    model.add_module("out", nn.Linear(4, 2))
+    return model
+
+
+def anonymous(model: nn.Module, steps: int = 1) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("where", ["dict", "torch", "safetensors"])
+def test_names_are_concluded_where_they_are_determined(where: str, tmp_path: Path) -> None:
+    """A folder of safetensors has lost the order, and a live model with the same parameters has it."""
+    from safetensors.torch import save_file
+
+    old = net("z", "a")
+    source = anonymous(old)
+    tree: Any = copy.deepcopy({"model": old.state_dict(), "optimizer": source.state_dict()})
+    if where == "torch":
+        torch.save(tree, tmp_path / "c.pt")
+        tree = tmp_path / "c.pt"
+    elif where == "safetensors":
+        save_file(dict(old.state_dict()), tmp_path / "model.safetensors")
+        torch.save(source.state_dict(), tmp_path / "optimizer.pt")
+        tree = tmp_path
+    new = net("z", "a")
+    optimizer = anonymous(new, 0)
+    optimstate.resume(tree, model=new, optimizer=optimizer)
+    assert not oracle.differences(optimizer.state_dict(), source.state_dict())
+
+
+def test_an_optimizer_alone_is_loaded_by_order_and_that_is_said() -> None:
+    old = net("a")
+    source = anonymous(old)
+    optimizer = anonymous(net("a"), 0)
+    found = optimstate.resume({"optimizer": source.state_dict()}, optimizer=optimizer)
+    assert not oracle.differences(optimizer.state_dict(), source.state_dict())
+    assert any("order of the live optimizer" in note for note in found.notes)
+    other = anonymous(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4)), 0)
+    with pytest.raises(StateMismatchError, match=r"'0' has the shape \[2, 4\].*\[4, 4\]"):
+        optimstate.resume({"optimizer": source.state_dict()}, optimizer=other)
+    assert not other.state
+
+
+def test_names_that_are_given_are_taken() -> None:
+    old = net("a", "b")
+    source = anonymous(old)
+    new = net("b", "c")
+    optimizer = torch.optim.AdamW(new.named_parameters(), lr=1e-2)
+    tree = {"optimizer": source.state_dict()}
+    plan = Plan.from_options(rename=["a.{p}=c.{p}"])
+    saved = [name for name, _ in old.named_parameters()]
+    optimstate.resume(tree, optimizer=optimizer, plan=plan, saved=saved)
+    assert torch.equal(optimizer.state[new.c.weight]["exp_avg"], source.state[old.a.weight]["exp_avg"])
+    assert torch.equal(optimizer.state[new.b.weight]["exp_avg"], source.state[old.b.weight]["exp_avg"])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_average_in_a_plain_dict(wrapped: bool) -> None:
+    model, average = net("a"), net("a")
+    tree = {"state_dict": model.state_dict(), "state_dict_ema": average.state_dict()}
+    new, ema = net("a"), net("a")
+    live: nn.Module = AveragedModel(ema) if wrapped else ema
+    found = optimstate.resume(tree, model=new, ema=live)
+    own = live.module if isinstance(live, AveragedModel) else live
+    assert not oracle.differences(own.state_dict(), average.state_dict())
+    assert not oracle.differences(new.state_dict(), model.state_dict())
+    assert any("how many models were averaged" in note for note in found.notes) == wrapped
+
+
+class Stopped(BaseException):
+    """What ends a run in the middle."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: S.SequentialLR(o, [S.ConstantLR(o, 0.5, 3), S.ExponentialLR(o, 0.9)], [2]),
+        lambda o: S.ChainedScheduler([S.SequentialLR(o, [S.ConstantLR(o), S.ExponentialLR(o, 0.9)], [2])], optimizer=o),
+        lambda o: S.MultiStepLR(o, [2, 4, 4]),
+    ],
+    ids=["sequential", "chained", "milestones"],
+)
+def test_schedulers_inside_schedulers_are_put_back(make: Any) -> None:
+    def run(steps: int) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model = net("a")
+        optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.1)
+        scheduler = make(optimizer)
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+        return model, optimizer, scheduler
+
+    old, new = run(5), run(1)
+    tree = {key: each.state_dict() for key, each in zip(("model", "optimizer", "scheduler"), old, strict=True)}
+
+    def stop(*_: Any) -> None:
+        raise Stopped
+
+    before = image([new])
+    handle = new[0].register_load_state_dict_pre_hook(stop)
+    with pytest.raises(Stopped):
+        optimstate.resume(tree, model=new[0], optimizer=new[1], scheduler=new[2])
+    assert not oracle.differences(image([new]), before)
+    handle.remove()
+    optimstate.resume(tree, model=new[0], optimizer=new[1], scheduler=new[2])
+    assert not oracle.differences(new[2].state_dict(), old[2].state_dict())
