@@ -97,18 +97,7 @@ def name(
         optimizers = [section for section in sections if section.kind == "optimizer"]
         if not optimizers:
             raise CheckpointError("no optimizer in it", path=source)
-        models = [
-            ModelNames(section, ordered=_format_of(document, section) != "safetensors")
-            for section in sections
-            if section.kind == "model"
-        ]
-        namer = Namer(
-            models,
-            _by_path(names, optimizers),
-            order=order,
-            built=_model_of(model, hf),
-            by_trainer=isinstance(document.tree, Mapping) and "trainer_state.json" in document.tree,
-        )
+        namer = _namer(document, sections, _by_path(names, optimizers), order=order, built=_model_of(model, hf))
         found = [(section, namer.named(section)) for section in optimizers]
         _refuse_open_questions(
             found, given=order if names is not None else None, built=model is not None or hf is not None
@@ -127,6 +116,23 @@ def name(
         return NameReport(str(source), str(destination or ""), not dry_run, listing)
 
 
+def _namer(
+    document: Document,
+    sections: Sequence[Section],
+    given: Mapping[str, Sequence[str]] | None = None,
+    *,
+    order: Order = "model",
+    built: list[Candidate] | None = None,
+) -> Namer:
+    models = [
+        ModelNames(section, ordered=_format_of(document, section) != "safetensors")
+        for section in sections
+        if section.kind == "model"
+    ]
+    by_trainer = isinstance(document.tree, Mapping) and "trainer_state.json" in document.tree
+    return Namer(models, given, order=order, built=built, by_trainer=by_trainer)
+
+
 def concluded_names(document: Document, sections: Sequence[Section]) -> dict[str, tuple[str, ...] | str]:
     """The names of each optimizer's parameters, by its path, as the weights of the checkpoint determine them.
 
@@ -137,7 +143,7 @@ def concluded_names(document: Document, sections: Sequence[Section]) -> dict[str
     Returns:
         For each optimizer its names in group order; a sentence where they are not determined.
     """
-    namer = _Namer(document, sections, {}, "model", None)
+    namer = _namer(document, sections)
     found: dict[str, tuple[str, ...] | str] = {}
     for section in sections:
         if section.kind == "optimizer":
