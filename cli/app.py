@@ -50,6 +50,8 @@ EXIT_CODES: tuple[tuple[type[errors.OptimStateError], int], ...] = (
     (errors.RepresentationError, 6),
     (errors.TorchError, 7),
 )
+CRASHED = 70
+"""What sysexits calls an internal software error: never a finding."""
 INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -170,7 +172,7 @@ def _print_version(value: bool) -> None:
         "optimstate inspect checkpoint.pt",
         "optimstate remap checkpoint.pt new.pt --rename 'layers.{i}.{p**}=blocks.{i}.{p**}'",
         exits="0 fine, 1 findings, 2 wrong usage, 3 bad input, 4 the plan does not fit, 5 the destination, "
-        "6 the container cannot hold it, 7 torch is missing or too old, 130 interrupted.",
+        "6 the container cannot hold it, 7 torch is missing or too old, 70 a fault of optimstate, 130 interrupted.",
     )
 )
 def _root(
@@ -197,7 +199,26 @@ def register(arguments: list[str]) -> None:
 
 
 def run() -> int:
-    """Run the application; every known error becomes a message on stderr and an exit code."""
+    """Run the application; every error becomes a message on stderr and an exit code, even one that nobody foresaw."""
+    try:
+        return _run()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must not look like a finding
+        if os.environ.get("OPTIMSTATE_DEBUG"):
+            import traceback
+
+            traceback.print_exc()
+        with suppress(OSError, ValueError):
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            typer.echo(f"error: this is a fault of optimstate {__version__}, not of the file: {what}", err=True)
+            typer.echo(
+                "hint: Please report it with the command and what OPTIMSTATE_DEBUG=1 prints before this line "
+                "(CONTRIBUTING.md says how).",
+                err=True,
+            )
+        return CRASHED
+
+
+def _run() -> int:
     arguments = sys.argv[1:]
     if arguments[:1] == ["help"]:  # as git and others have it
         arguments = [*arguments[1:], "--help"]

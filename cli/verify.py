@@ -15,7 +15,7 @@ from optimstate.cli.app import Json, Quiet, app, epilog, read_plan
     epilog=epilog(
         "optimstate verify checkpoint.pt",
         "optimstate verify new.pt --against old.pt --plan plan.toml",
-        exits="0 healthy, 1 a fault, 2 wrong usage, 3 bad input, 4 the plan does not fit SRC.",
+        exits="0 healthy, 1 a fault or nothing recognised, 2 wrong usage, 3 bad input, 4 the plan does not fit SRC.",
     ),
 )
 def verify(
@@ -33,7 +33,8 @@ def verify(
 ) -> None:
     """Prove that a run can resume: coverage, steps, moments, dtypes, aliases, learning rates, names, checksums.
 
-    Exits with 1 when there is a fault. With --against and --plan, every byte is accounted for.
+    Exits with 1 when there is a fault, or nothing was recognised. With --against and --plan, every byte is accounted
+    for.
     """
     import optimstate
     from optimstate.cli.render import terminal

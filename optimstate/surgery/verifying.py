@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from os import PathLike
@@ -18,17 +18,21 @@ from optimstate.plan.language.plan import Plan
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
-from optimstate.state.sections import Section, find_sections
+from optimstate.state.records import is_tensor
+from optimstate.state.sections import Section, judged
 from optimstate.surgery.converting import verify_checksums
 from optimstate.surgery.inspecting import algorithm_of, describe, plain
+from optimstate.surgery.layouts import stored_in_another_layout
 from optimstate.surgery.reports import opening, to_json
 from optimstate.surgery.text import plural
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Opaque, difference, nodes
+from optimstate.tree import Opaque, OpaqueFile, difference, format_path, nodes, walk
 
 __all__ = ["Finding", "VerifyReport", "verify", "verify_against"]
 
 Level = Literal["fault", "note"]
+FINDINGS_SHOWN = 20  # of one check
+Verdict = Literal["healthy", "faulty", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -53,35 +57,55 @@ class VerifyReport:
 
     Attributes:
         checked: What was compared, in words.
-        blind: What no check can see from the file alone.
+        blind: What no check can see from the file alone, and what was not looked at.
+        recognised: Whether there is anything whose meaning is known; where there is not, nothing can be healthy.
     """
 
     path: str
     findings: tuple[Finding, ...]
     checked: tuple[str, ...]
     blind: tuple[str, ...]
+    recognised: bool = True
 
     @property
     def healthy(self) -> bool:
-        """Whether there is no fault."""
-        return all(finding.level != "fault" for finding in self.findings)
+        """Whether something was checked and has no fault."""
+        return self.verdict == "healthy"
+
+    @property
+    def verdict(self) -> Verdict:
+        """`faulty`, `healthy`, or `unknown` where nothing was recognised that could be checked."""
+        if any(finding.level == "fault" for finding in self.findings):
+            return "faulty"
+        return "healthy" if self.recognised else "unknown"
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("verify", {**asdict(self), "healthy": self.healthy})
+        return to_json("verify", {**asdict(self), "healthy": self.healthy, "verdict": self.verdict})
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
         for level in ("fault", "note"):
+            counts: Counter[str] = Counter()
             for finding in self.findings:
                 if finding.level == level:
-                    yield f"{level}: {finding.where}: {finding.message} [{finding.check}]"
+                    counts[finding.check] += 1
+                    if counts[finding.check] <= FINDINGS_SHOWN:
+                        yield f"{level}: {finding.where}: {finding.message} [{finding.check}]"
+            for check, count in counts.items():
+                if count > FINDINGS_SHOWN:
+                    yield f"{level}: and {count - FINDINGS_SHOWN} more [{check}] (--json lists all)"
         for line in self.blind:
             yield f"not visible: {line}"
         faults = sum(finding.level == "fault" for finding in self.findings)
-        yield f"{self.path}: {plural(faults, 'fault') if faults else 'healthy'}; checked {', '.join(self.checked)}"
+        said = {
+            "faulty": plural(faults, "fault"),
+            "healthy": "healthy",
+            "unknown": "nothing was recognised, so whether a run can resume from it is unknown",
+        }
+        yield f"{self.path}: {said[self.verdict]}; checked {', '.join(self.checked)}"
 
 
 BLIND = (
@@ -103,8 +127,9 @@ def verify(path: str | Path, *, numbers: bool = True, progress: Progress | None 
     """
     with opening(path):
         document = open_checkpoint(path)
-        sections = find_sections(document.tree)
-        checked = [f"{len(sections)} sections"]
+        judgement = judged(document.tree)
+        sections = judgement.sections
+        checked = [plural(len(sections), "section")]
         findings = [*_damaged(document, checked, progress)]
         models = [section for section in sections if section.kind == "model"]
         schedulers = [section for section in sections if section.kind == "scheduler"]
@@ -112,8 +137,14 @@ def verify(path: str | Path, *, numbers: bool = True, progress: Progress | None 
         for section in optimizers:
             findings += _check_optimizer(section, models, numbers, progress)
         findings += _check_schedulers(optimizers, schedulers)
-        checked.append(f"{len(optimizers)} optimizers, {len(schedulers)} schedulers")
-        return VerifyReport(str(path), tuple(findings), tuple(checked), BLIND)
+        checked.append(f"{plural(len(optimizers), 'optimizer')}, {plural(len(schedulers), 'scheduler')}")
+        rest = _Rest(document, sections)
+        if numbers:
+            findings += rest.check(progress)
+        checked.append(plural(rest.tensors, "tensor") + ("" if numbers else " by name, dtype and shape"))
+        blind = [*(BLIND if optimizers else ()), *rest.unseen(numbers=numbers)]
+        blind += [f"{format_path(path)} was not taken for a section: {why}" for path, why in judgement.others.items()]
+        return VerifyReport(str(path), tuple(findings), tuple(checked), tuple(blind), bool(sections))
 
 
 def verify_against(path: str | Path, source: str | Path, plan: Plan | str | PathLike[str]) -> VerifyReport:
@@ -160,6 +191,57 @@ def _documents(document: Document) -> Iterator[Document]:
         yield document
     for part in document.parts.values():
         yield from _documents(part)
+
+
+class _Rest:
+    """Everything but the state of optimizers, which has checks of its own: weights, random state, what a run keeps."""
+
+    def __init__(self, document: Document, sections: Sequence[Section]) -> None:
+        self.found = list(nodes(document.tree))
+        unique = {id(node): node for node in self.found if isinstance(node, LazyTensor)}
+        self.tensors = len(unique)
+        self._weights: dict[int, str] = {}
+        state: set[int] = set()
+        for section in sections:
+            if section.kind == "optimizer":
+                inside = (node for slots in section.optimizer().state.values() for node in nodes(slots))
+                state.update(id(node) for node in inside)
+            elif section.kind != "scheduler":
+                where = f"{section.kind} at {section.label}"
+                self._weights.update((id(value), f"{where}, {name}") for name, value in section.tensors().items())
+        self._others = [tensor for key, tensor in unique.items() if key not in state and key not in self._weights]
+        self._of_models = [tensor for key, tensor in unique.items() if key in self._weights]
+        self._tree = document.tree
+
+    def check(self, progress: Progress | None) -> Iterator[Finding]:
+        """Numbers that are not finite: NaN spreads from weights into everything; elsewhere it may be meant."""
+        from optimstate.surgery.statistics import is_measurable, statistics
+
+        for tensor in self._of_models:
+            numbers = statistics(tensor, progress) if is_measurable(tensor) else None
+            if numbers is not None and numbers.nonfinite:
+                level: Level = "fault" if numbers.nan else "note"
+                told = f"{numbers.nonfinite} of {numbers.elements} are NaN or inf"
+                yield Finding(level, "numbers", self._weights[id(tensor)], told)
+        odd: dict[int, str] = {}
+        for tensor in self._others:
+            numbers = statistics(tensor, progress) if is_measurable(tensor) else None
+            if numbers is not None and numbers.nonfinite:
+                odd[id(tensor)] = f"{numbers.nonfinite} of {numbers.elements} are NaN or inf"
+        for path, node in walk(self._tree) if odd else ():
+            if id(node) in odd:
+                yield Finding("note", "numbers", format_path(path), odd.pop(id(node)))
+
+    def unseen(self, *, numbers: bool) -> Iterator[str]:
+        """What no check looked into."""
+        if not numbers and self.tensors:
+            yield f"the contents of {plural(self.tensors, 'tensor')}: they were not read (--no-numbers)"
+        records = Counter(node.type.qualname for node in self.found if is_tensor(node) and isinstance(node, Opaque))
+        for name, count in records.items():
+            yield f"{count} of class {name}: only dtypes and shapes are known"
+        files = [node for node in self.found if isinstance(node, OpaqueFile)]
+        if files:
+            yield f"{plural(len(files), 'file')} of other kinds, such as {Path(files[0].path).name}"
 
 
 # --- optimizers -----------------------------------------------------------------------------------------------------
@@ -226,7 +308,10 @@ def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
             if step != usual:
                 shown = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
                 yield Finding(
-                    "fault", "steps", f"{where}, {shown}", f"step {step}, but {len(steps[usual])} others have {usual}"
+                    "note",
+                    "steps",
+                    f"{where}, {shown}",
+                    f"step {step}, but {len(steps[usual])} others have {usual}: right if it was frozen for a while",
                 )
 
 
@@ -277,15 +362,37 @@ def _names(where: str, state: OptimizerState, models: list[Section]) -> Iterator
     if not state.is_named or not models:
         return
     prefix = wrapper_prefix(names)
-    found = [model.keys() for model in _model_tensors(models)]
-    best = max(found, key=lambda keys: len(keys & {name.removeprefix(prefix) for name in names}))
-    unknown = [name for name in names if name.removeprefix(prefix) not in best]
+    plain = [name.removeprefix(prefix) for name in names]
+    best = max(_model_tensors(models), key=lambda model: len(model.keys() & set(plain)))
+    unknown = [name for name in plain if name not in best]
+    if unknown and len(unknown) < len(names):
+        known = {name: getattr(tensor, "shape", None) for name, tensor in best.items()}
+        elsewhere = stored_in_another_layout(unknown, known, _parameter_shapes(state, prefix))
+        if elsewhere:
+            yield Finding(
+                "note",
+                "names",
+                where,
+                f"the model is stored in another layout than the optimizer's, for {plural(len(elsewhere), 'parameter')}"
+                f" such as {min(elsewhere)}",
+            )
+        unknown = [name for name in unknown if name not in elsewhere]
     if unknown and len(unknown) < len(names):
         shown = ", ".join(unknown[:3]) + (" ..." if len(unknown) > 3 else "")
         yield Finding("fault", "names", where, f"{len(unknown)} parameters are not in the model of this file: {shown}")
     twice = [name for name, count in Counter(names).items() if count > 1]
     for name in twice:
         yield Finding("fault", "names", where, f"{name} is named twice")
+
+
+def _parameter_shapes(state: OptimizerState, prefix: str) -> dict[str, tuple[int, ...] | None]:
+    """By name the shape of the first slot that is not a single number."""
+    return {
+        str(name).removeprefix(prefix): next(
+            (value.shape for value in (slots or {}).values() if isinstance(value, LazyTensor) and value.numel > 1), None
+        )
+        for _, name, slots in state.parameters()
+    }
 
 
 def _shapes(where: str, state: OptimizerState, algorithm: Algorithm | None, models: list[Section]) -> Iterator[Finding]:

@@ -412,3 +412,20 @@ def test_help_imports_nothing_that_does_work(words: list[str]) -> None:
     )
     assert "optimstate" in done.stdout
     assert not HEAVY & set(done.stderr.split())
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ZeroDivisionError, AttributeError, MemoryError])
+def test_what_nobody_foresaw_is_not_a_finding(
+    kind: type[Exception], checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise kind("made up")
+
+    monkeypatch.setattr("json.dumps", fail)
+    outcome = run("inspect", "checkpoint.pt", "--json")
+    assert outcome.code == app.CRASHED == 70
+    assert f"{kind.__name__}: made up" in outcome.err
+    assert "report it" in outcome.err
+    assert "Traceback" not in outcome.err
+    monkeypatch.setenv("OPTIMSTATE_DEBUG", "1")
+    assert "Traceback" in run("inspect", "checkpoint.pt", "--json").err

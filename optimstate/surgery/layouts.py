@@ -1,0 +1,61 @@
+"""Models that are stored under other names than their optimizer knows: what a framework's save does by itself.
+
+transformers 5 keeps the experts of a layer in one tensor (`mlp.experts.gate_up_proj`) and writes them one by one, as
+the hub has them (`mlp.experts.0.gate_proj.weight`, in Mixtral `block_sparse_moe.experts.0.w1.weight`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from math import prod
+
+from optimstate.plan.expressions.tree import Shape
+from optimstate.state.names import unwrapped
+
+__all__ = ["stored_in_another_layout"]
+
+_RENAMED = {"block_sparse_moe": "mlp"}
+_EXPERTS = re.compile(r"(.*\bexperts)\.(?:\d+\.)?(.+)")
+
+
+def stored_in_another_layout(
+    missing: Collection[str], known: Mapping[str, Shape | None], shapes: Mapping[str, Shape | None]
+) -> set[str]:
+    """Which of the parameters that the model does not have are in it in another layout.
+
+    Args:
+        missing: Names of the optimizer that the model does not have.
+        known: The model's tensors with their shapes.
+        shapes: The optimizer's parameters with their shapes, None where no slot shows one.
+    """
+    respelled = {_respelled(name): shape for name, shape in known.items()}
+    found = {name for name in missing if name in respelled and shapes.get(name) in (None, respelled[name])}
+    plain = {_without_adapter(name): shape for name, shape in known.items()}
+    found |= {name for name in missing if _without_adapter(name) in plain}
+    stored, fused = _by_experts(respelled), _by_experts({name: shapes.get(name) for name in missing})
+    for module, (elements, names) in fused.items():
+        if module in stored and (elements is None or elements == stored[module][0]):
+            found.update(names)
+    return found
+
+
+def _respelled(name: str) -> str:
+    return ".".join(_RENAMED.get(part, part) for part in name.split("."))
+
+
+def _without_adapter(name: str) -> str:
+    """PEFT leaves the name of the adapter out of what it saves."""
+    return unwrapped([name])(name).replace(".default.", ".")
+
+
+def _by_experts(tensors: Mapping[str, Shape | None]) -> dict[str, tuple[int | None, list[str]]]:
+    """The tensors of each module called `experts`: how many elements they have together, and their names."""
+    found: dict[str, tuple[int | None, list[str]]] = {}
+    for name, shape in tensors.items():
+        match = _EXPERTS.fullmatch(name)
+        if match is not None:
+            elements, names = found.get(match[1], (0, []))
+            total = None if elements is None or shape is None else elements + prod(shape)
+            found[match[1]] = total, [*names, name]
+    return found
