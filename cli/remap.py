@@ -16,7 +16,7 @@ from optimstate.cli.app import Force, Json, NoSync, Quiet, app, epilog, read_pla
         "optimstate remap old.pt new.pt --rename 'encoder.{i}.{p**}=blocks.{i}.{p**}'",
         "optimstate remap old.pt new.pt --duplicate 'mlp.{p}=experts.{e=0..3}.{p}'",
         "optimstate remap old.pt --dry-run --drop 'head.**' --set 'weight_decay=0.05'",
-        "optimstate remap old.pt new.pt --plan plan.toml --force",
+        "optimstate remap old.pt new.pt --plan plan.toml --like new-model.pt --force",
         "optimstate plan suggest old.pt new-model.pt -o - | optimstate remap old.pt new.pt --plan -",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 the plan does not fit, 5 the destination, "
         "6 the container cannot hold it, 130 interrupted.",
@@ -56,6 +56,14 @@ def remap(
             "PATH, or of a part ('_schedulers[1]:T_max=40').",
         ),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL|NAMES.txt",
+            help="Write the optimizer in the order (and groups) of the new model, by which torch loads it. MODEL is a "
+            "checkpoint of it, whose weights are enough; NAMES.txt has its parameters' names, one a line.",
+        ),
+    ] = None,
     plan_out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Save all of this as a plan; - prints the plan in place of the report."),
@@ -83,9 +91,9 @@ def remap(
 
     rules = read_plan(plan) if plan else Plan()
     rules += Plan.from_options(rename=rename or (), duplicate=duplicate or (), drop=drop or (), fresh=fresh or ())
-    if rules == Plan() and not settings and not schedules:
+    if rules == Plan() and not (settings or schedules or like):
         raise typer.BadParameter(
-            "nothing to do: give --plan, --rename, --duplicate, --drop, --fresh, --set or --set-schedule"
+            "nothing to do: give --plan, --rename, --duplicate, --drop, --fresh, --set, --set-schedule or --like"
         )
     if destination is None and not (in_place or dry_run):
         raise typer.BadParameter("give a destination, --in-place or --dry-run")
@@ -104,6 +112,7 @@ def remap(
             source,
             destination,
             rules,
+            like=like,
             in_place=in_place,
             dry_run=dry_run,
             force=force,

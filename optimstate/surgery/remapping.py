@@ -17,6 +17,7 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import Migration
 from optimstate.record import Record
+from optimstate.surgery.ordering import order_notes, read_like
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
 from optimstate.surgery.reports import opening, to_json
 from optimstate.surgery.text import plural, shown, table
@@ -88,6 +89,7 @@ def remap(
     destination: str | Path | None,
     plan: Plan | str | PathLike[str],
     *,
+    like: str | Path | None = None,
     in_place: bool = False,
     dry_run: bool = False,
     force: bool = False,
@@ -100,6 +102,8 @@ def remap(
         source: A file or folder; never changed unless `in_place`.
         destination: Where to write, in the same container format; None with `in_place` or `dry_run`.
         plan: What to do: a plan, or the path of a plan file.
+        like: A checkpoint of the new model, or a text file of its parameters' names: optimizers are written in its
+            order, and in its param groups where it has an optimizer with names. Without, they keep that of the source.
         in_place: Rename inside the file, by appending to it.
         dry_run: Only report.
         force: Replace an existing destination.
@@ -116,7 +120,9 @@ def remap(
         check_destination(Path(destination), [source], force=force)
     with opening(source):
         document = open_checkpoint(source)
-        tree, migration, notes = apply_plan(plan, document.tree)
+        model = None if like is None else read_like(like)
+        tree, migration, notes = apply_plan(plan, document.tree, like=model)
+        notes += order_notes(migration, document.tree, model)
         groups = regrouped(migration, document.tree)
         if not dry_run:
             if in_place:

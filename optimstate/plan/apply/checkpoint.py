@@ -12,6 +12,7 @@ from optimstate.plan.apply.options import scheduled, with_group_options, with_op
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
+from optimstate.plan.solve.migration import Like
 from optimstate.plan.solve.planner import (
     Inventory,
     Migration,
@@ -34,7 +35,7 @@ STAMP = "optimstate_plans"
 
 
 def apply_plan(
-    plan: Plan, tree: Any, *, names: Mapping[str, Sequence[str]] | None = None
+    plan: Plan, tree: Any, *, names: Mapping[str, Sequence[str]] | None = None, like: Like | None = None
 ) -> tuple[Any, Migration, list[str]]:
     """Move every model, optimizer, averaged model and scheduler of a checkpoint by one plan.
 
@@ -45,6 +46,7 @@ def apply_plan(
         plan: What to do.
         tree: The checkpoint; not changed.
         names: For optimizers without names, by the section's label: their parameters' names in order.
+        like: The new model, in whose order and groups the optimizers are written.
 
     Returns:
         The new tree, the migration, and notes: sections that have no names and were left as they are, and whatever else
@@ -56,7 +58,7 @@ def apply_plan(
     _refuse_second(plan, tree)
     checkpoint = _Checkpoint(plan, tree, names or {})
     _refuse_unreached(plan, checkpoint)
-    migration = plan_migration(plan, checkpoint.inventories())
+    migration = plan_migration(plan, checkpoint.inventories(like))
     for section in checkpoint.anonymous:
         _refuse_other_parameters(section, migration)
     migration = with_options(plan, migration, checkpoint.optimizers, checkpoint.states.keys())
@@ -121,14 +123,16 @@ class _Checkpoint:
             if rules or key_of(section) not in migration.sections:
                 yield f"{key_of(section)}: no parameter names, left as it is"
 
-    def inventories(self) -> dict[str, Inventory]:
+    def inventories(self, like: Like | None) -> dict[str, Inventory]:
         """What the planner is told."""
         shapes = self._shapes()
         made = {}
         for key, (section, prefix) in self.named.items():
             if section.kind == "optimizer":
                 self.states[key] = _without_prefix(self.states[key], prefix)
-                made[key] = optimizer_inventory(self.states[key], shapes=shapes)
+                target = None if like is None else like.target(section.label, len(self.optimizers))
+                found = optimizer_inventory(self.states[key], shapes=shapes, target=target)
+                made[key] = found if like is None or target is not None else found._replace(order=like.names)
             else:
                 made[key] = model_inventory(_plain_tensors(section, prefix))
         return made

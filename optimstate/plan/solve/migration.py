@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from optimstate.plan.slots.conversion import Conversion
     from optimstate.plan.slots.flat import FlatPlan
 
-__all__ = ["Inventory", "Migration", "Move", "SectionMoves", "Target"]
+__all__ = ["Inventory", "Like", "Migration", "Move", "SectionMoves", "Target"]
 
 
 class Target(Record):
@@ -47,6 +47,29 @@ class Target(Record):
             yield from group
 
 
+class Like(Record):
+    """A new model, in whose order an optimizer's state is written, because torch loads it by position.
+
+    Attributes:
+        names: Of its parameters (and buffers), in order.
+        targets: By the path of each optimizer whose param groups are known too, its parameters.
+    """
+
+    names: tuple[str, ...]
+    targets: Mapping[str, Target] = field(default_factory=dict)
+
+    def target(self, label: str, count: int) -> Target | None:
+        """The param groups for the optimizer at a path; of the only one for the only one.
+
+        Args:
+            label: The path.
+            count: How many optimizers the checkpoint has.
+        """
+        if label in self.targets or count > 1 or len(self.targets) != 1:
+            return self.targets.get(label)
+        return next(iter(self.targets.values()))
+
+
 class Inventory(Record):
     """What the planner is told of a section.
 
@@ -57,6 +80,7 @@ class Inventory(Record):
         target: What the result must be.
         parameters: The optimizer's, with their slots.
         algorithm: Whose state it is, where known.
+        order: Of an optimizer's parameters in the result, by more names than it has; empty to keep that of the file.
     """
 
     shapes: Mapping[str, Shape | None]
@@ -65,6 +89,7 @@ class Inventory(Record):
     target: Target | None = None
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     algorithm: Algorithm | None = None
+    order: tuple[str, ...] = ()
 
 
 class Move:

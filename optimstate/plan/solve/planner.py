@@ -456,7 +456,20 @@ class _Section:
             live = list(zip(target.groups, options, strict=True))
         label = self.key.removeprefix("optimizer").strip()
         plan = self.plan_._replace(groups=tuple(rule for rule in self.plan_.groups if rule.is_for(label)))
-        return plan_groups(plan, candidates, state.groups, live, problems)
+        groups = plan_groups(plan, candidates, state.groups, live, problems)
+        return self._in_order(groups, problems) if self.inventory.order else groups
+
+    def _in_order(self, groups: Sequence[GroupPlan], problems: list[Problem]) -> tuple[GroupPlan, ...]:
+        """The groups with their members in the order that is wanted."""
+        place = {name: number for number, name in enumerate(self.inventory.order)}
+        if unknown := tuple(name for group in groups for name in group.members if name not in place):
+            told = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            message = f"the new model, whose order is asked for, does not have {told}"
+            problems.append(
+                Problem("unexpected", message, names=unknown, remedy="rename or drop what it does not have")
+            )
+            return tuple(groups)
+        return tuple(group._replace(members=tuple(sorted(group.members, key=place.__getitem__))) for group in groups)
 
 
 _BUFFERS = frozenset({"num_batches_tracked", "running_mean", "running_var"})
