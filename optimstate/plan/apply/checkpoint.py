@@ -197,33 +197,27 @@ def _renamed(state: OptimizerState, rename: Callable[[Any], str]) -> OptimizerSt
 
 
 def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint) -> None:
-    """What a plan says of optimizers must reach every one of them."""
-    asked = [
-        text
-        for text, said in (
-            ("[[group]] tables", plan.groups),
-            (f'optimizer = "{plan.optimizer}"', plan.optimizer),
-            ("[slots]", plan.slots),
-            ("`group` of a rule", any(rule.group is not None for rule in plan.all_rules())),
-        )
-        if said
-    ]
-    if plan.policy.unused != "error" or not asked:
+    """What a plan says of optimizers by their parameters' names must reach every one of them."""
+    if plan.policy.unused != "error":
         return
+    rest = (
+        (f'optimizer = "{plan.optimizer}"', bool(plan.optimizer)),
+        ("[slots]", bool(plan.slots)),
+        ("`group` of a rule", any(rule.group is not None for rule in plan.all_rules())),
+    )
+    problems = []
     anonymous = [section for section in checkpoint.anonymous if section.kind == "optimizer"]
-    what = " and ".join(asked)
-    problems = [
-        Problem(
-            "unreached",
-            f"has no parameter names, so {what} cannot reach it",
-            key_of(section),
-            remedy="give it names (optimstate name), or leave that out of the plan",
-        )
-        for section in anonymous
-    ]
-    if not anonymous and not checkpoint.states:
+    for section in anonymous:
+        tables = any(rule.match and rule.is_for(section.label) for rule in plan.groups)
+        if asked := [text for text, said in (("[[group]] tables with `match`", tables), *rest) if said]:
+            message = f"has no parameter names, so {' and '.join(asked)} cannot reach it"
+            remedy = "give it names (optimstate name), or leave that out of the plan"
+            problems.append(Problem("unreached", message, key_of(section), remedy=remedy))
+    asked = [text for text, said in (("[[group]] tables", bool(plan.groups)), *rest) if said]
+    if asked and not anonymous and not checkpoint.states:
+        message = f"the checkpoint has no optimizer that {' and '.join(asked)} could change"
         remedy = 'leave that out of the plan, or say unused = "ignore" in [policy]'
-        problems = [Problem("unreached", f"the checkpoint has no optimizer that {what} could change", remedy=remedy)]
+        problems = [Problem("unreached", message, remedy=remedy)]
     if problems:
         raise MigrationError(problems)
 

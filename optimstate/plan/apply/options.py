@@ -38,18 +38,12 @@ def with_options(
         if rule.optimizer and rule.optimizer not in labels:
             message = f"no optimizer is at {rule.optimizer!r}, which a [[group]] is for"
             problems.append(Problem("unreached", message, remedy=f"there are {', '.join(labels) or 'none'}"))
-    if plan.groups and not optimizers:
-        problems.append(Problem("unreached", "there is no optimizer whose param groups a [[group]] could change"))
     sections = dict(migration.sections)
     for key, state in optimizers.items():
         tables = [rule for rule in plan.groups if rule.is_for(key.removeprefix("optimizer "))]
         if key in named or not (tables or plan.schedulers):
             continue
-        if any(rule.match for rule in tables):
-            message = "it has no parameter names, which the `match` of a [[group]] needs"
-            remedy = "give it names first (optimstate name), or leave `match` out"
-            problems.append(Problem("group", message, key, remedy=remedy))
-            continue
+        tables = [rule for rule in tables if not rule.match]
         old = [
             GroupPlan(tuple(map(str, group.params)), group.options, (number,), number)
             for number, group in enumerate(state.groups)

@@ -170,7 +170,7 @@ class _Section:
         target = self.inventory.target
         wanted = [name for name in target.names() if name not in made] if target is not None else []
         others = [name for name in self.weights if name not in made]
-        matched = {name for uses in found.applications for use in uses for name in use.sources}
+        matched = [(use.rule, name) for uses in found.applications for use in uses for name in use.sources]
         modules = Modules(wanted if target is not None else others)
         for index, rule in enumerate(self.rules):
             if not rule.fresh or (rule.sources and rule.targets):
@@ -180,7 +180,8 @@ class _Section:
             if target is not None:
                 names = [name for name in wanted if any(t.match(name) is not None for t in templates)]
             elif self.inventory.state is not None:
-                names = [name for t in templates for name in _spelled(t) if name not in made and name not in matched]
+                own = {name for used, name in matched if used is rule}
+                names = [name for t in templates for name in _spelled(t) if name not in made and name not in own]
                 if not self.counts[index]:
                     names += [name for name in others if any(t.match(name) is not None for t in templates)]
             if names or any(t.match(name) is not None for t in templates for name in new):
