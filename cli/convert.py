@@ -28,8 +28,8 @@ def parse_size(text: str) -> int:
         "optimstate convert checkpoint.pt weights.safetensors --section model --dtype model=bf16",
         "optimstate convert checkpoint.pt small.pt --without optimizer",
         "optimstate convert checkpoint.pt sharded --shard-size 500MB --verify",
-        exits="0 fine, 2 wrong usage, 3 bad input, 4 the state has no such form, 5 the destination, 6 the container "
-        "cannot hold it, 130 interrupted.",
+        exits="0 fine, 1 something was lost (--salvage), 2 wrong usage, 3 bad input, 4 the state has no such form, "
+        "5 the destination, 6 the container cannot hold it, 130 interrupted.",
     ),
 )
 def convert(
@@ -91,6 +91,9 @@ def convert(
     drop_opaque: Annotated[
         bool, typer.Option("--drop-opaque", help="Leave out objects of other classes; what is lost is named.")
     ] = False,
+    salvage: Annotated[
+        bool, typer.Option("--salvage", help="Of a damaged source, write what is whole and name what is lost.")
+    ] = False,
     clone_views: Annotated[
         bool, typer.Option("--clone-views", help="Store tensors that share memory each on its own.")
     ] = False,
@@ -122,12 +125,15 @@ def convert(
             dtypes=_parsed(dtype),
             optimizer=optimizer,
             drop_opaque=drop_opaque,
+            salvage=salvage,
             verify=verify,
             dry_run=dry_run,
             force=force,
             options=options,
         )
     terminal.show(report, as_json=as_json, quiet=quiet)
+    if report.lost:
+        raise typer.Exit(1)
 
 
 def _parsed(dtypes: list[str] | None) -> dict[str, str]:

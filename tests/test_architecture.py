@@ -55,7 +55,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
     "formats": (
         {"protocol"},
         {"registry"},  # knows the containers by name and loads one when it is asked for
-        {"pickles"},
+        {"pickles", "pruning"},
         {"torch"},
         {"ranks"},
         {"safetensors"},

@@ -6,13 +6,14 @@ several ranks wrote of the same tensors are one entry (see `ranks` and `_hf_shar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CheckpointError, RepresentationError, UnrecognizedFormatError
-from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, Format, WriteOptions
 from optimstate.formats.ranks import files as ranks
-from optimstate.formats.registry import detect, get_format
+from optimstate.formats.registry import detect, get_format, salvaged
 from optimstate.formats.safetensors.container import is_fresh_shard, read_index
 from optimstate.formats.safetensors.hf_shards import join_shards, shard_files
 from optimstate.io.copying import copy_extents
@@ -24,6 +25,8 @@ from optimstate.tree import OpaqueFile
 NAME = "folder"
 SUFFIXES: tuple[str, ...] = ()
 MAX_FILES = 10_000
+LOST = "lost"
+"""The format of a document that stands for a file of which nothing can be read."""
 
 
 def sniff(path: Path, head: bytes) -> Claim:
@@ -38,7 +41,36 @@ def read(path: Path) -> Document:
         UnrecognizedFormatError: There is none in it.
         CheckpointError: One that looks like a checkpoint cannot be read.
     """
-    document = _read_folder(path, path)
+    return _read(path, _opened)
+
+
+def salvage(path: Path) -> Document:
+    """What is whole in a folder: every checkpoint that can be read, and of damaged ones what is whole in them.
+
+    Raises:
+        CheckpointError: There is nothing.
+    """
+    return _read(path, _rescued)
+
+
+Open = Callable[[Format, Path], Document]
+
+
+def _opened(found: Format, path: Path) -> Document:
+    return found.read(path)
+
+
+def _rescued(found: Format, path: Path) -> Document:
+    try:
+        return salvaged(found, path)
+    except UnrecognizedFormatError:
+        raise
+    except CheckpointError as error:
+        return Document(path, LOST, None, lost=[error.message])
+
+
+def _read(path: Path, opened: Open) -> Document:
+    document = _read_folder(path, path, opened)
     if not document.parts:
         raise UnrecognizedFormatError(
             "a folder without a checkpoint",
@@ -48,7 +80,7 @@ def read(path: Path) -> Document:
     return document
 
 
-def _read_folder(path: Path, root: Path) -> Document:
+def _read_folder(path: Path, root: Path, opened: Open) -> Document:
     document = Document(path, NAME, {})
     files = listed(path)
     if len(files) > MAX_FILES:
@@ -63,9 +95,12 @@ def _read_folder(path: Path, root: Path) -> Document:
             continue
         if file.name in shards or (file.is_symlink() and root.resolve() not in file.resolve().parents):
             continue
-        part = _read_entry(file, root)
+        part = _read_entry(file, root, opened)
         if part is None:
             document.tree[file.name] = OpaqueFile(str(file), file.stat().st_size)
+            continue
+        document.lost.extend(f"{file.name}: {lost}" for lost in part.lost)
+        if part.format == LOST:
             continue
         document.tree[file.name] = part.tree
         if part.parts or part.format != NAME:
@@ -89,13 +124,13 @@ def _join_ranks(document: Document) -> None:
             document.tree[name] = part.tree
 
 
-def _read_entry(file: Path, root: Path) -> Document | None:
+def _read_entry(file: Path, root: Path, opened: Open) -> Document | None:
     kind_of(file)
     found = detect(file)
     if found is not None and found.NAME == NAME:
-        return _read_folder(file, root)
+        return _read_folder(file, root, opened)
     try:
-        return found.read(file) if found is not None else None
+        return opened(found, file) if found is not None else None
     except UnrecognizedFormatError:
         return None
 

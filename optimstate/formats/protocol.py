@@ -49,6 +49,7 @@ class Document:
         globals: Every `(module, name)` its pickles mention.
         notes: Oddities met while reading, for people.
         parts: For folders: the documents of the files inside, by name.
+        lost: What a salvaged checkpoint held and cannot be read any more, by name.
         handle: What the format needs to write a variant of this file cheaply; private to the format.
     """
 
@@ -58,6 +59,7 @@ class Document:
     globals: Sequence[tuple[str, str]] = ()
     notes: list[str] = field(default_factory=list)
     parts: dict[str, Document] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
     handle: Any = None
 
 
@@ -94,6 +96,9 @@ class Format(Protocol):
         NAME: What it is called (`--to NAME`).
         SUFFIXES: The endings of file names for which it is written unless another format is named; no other has them.
             Empty where it is not written, or only by name.
+
+    A format may also have `salvage(path) -> Document`: what is whole in a file that `read` refuses as damaged, with
+    the names of everything else in `lost`; refused where nothing is whole.
     """
 
     NAME: str

@@ -17,6 +17,8 @@ from typing import NamedTuple, cast
 
 from optimstate.errors import (
     CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
     LimitExceededError,
     OptimStateError,
     RepresentationError,
@@ -27,7 +29,15 @@ from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, Format
 from optimstate.io.folders import kind_of, leftover_notes
 from optimstate.tree import no_garbage_collection
 
-__all__ = ["ENTRY_POINTS", "FORMATS", "Registration", "format_for_destination", "get_format", "open_checkpoint"]
+__all__ = [
+    "ENTRY_POINTS",
+    "FORMATS",
+    "Registration",
+    "format_for_destination",
+    "get_format",
+    "open_checkpoint",
+    "salvaged",
+]
 
 ENTRY_POINTS = "optimstate.formats"
 """The group of entry points by which other packages add formats."""
@@ -192,8 +202,12 @@ def _checked(claim: Claim, found: Format) -> Claim:
     return claim
 
 
-def open_checkpoint(path: str | Path) -> Document:
+def open_checkpoint(path: str | Path, *, salvage: bool = False) -> Document:
     """Open a checkpoint of any known container format.
+
+    Args:
+        path: A file or folder.
+        salvage: Of a damaged one, read what is whole; `Document.lost` names the rest.
 
     Raises:
         CheckpointError: It does not exist, is of no known format, or is damaged.
@@ -210,7 +224,7 @@ def open_checkpoint(path: str | Path) -> Document:
         )
     try:
         with no_garbage_collection():
-            document = found.read(path)
+            document = salvaged(found, path) if salvage else found.read(path)
     except RecursionError:
         raise LimitExceededError("nested too deeply", path=path) from None
     except OSError as error:
@@ -220,6 +234,21 @@ def open_checkpoint(path: str | Path) -> Document:
     if path.is_dir():
         document.notes.extend(leftover_notes(path))
     return document
+
+
+def salvaged(found: Format, path: Path) -> Document:
+    """What a format can read of a file: all of it, or of a damaged one what is whole.
+
+    Raises:
+        CheckpointError: It cannot be read, and nothing in it is whole.
+    """
+    rescue = getattr(found, "salvage", None)
+    if rescue is None:
+        return found.read(path)
+    try:
+        return found.read(path)
+    except (CorruptCheckpointError, CheckpointNotFoundError):
+        return cast("Document", rescue(path))
 
 
 def format_for_destination(path: Path, name: str | None) -> Format:

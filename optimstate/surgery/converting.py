@@ -39,6 +39,7 @@ class ConvertReport:
         without: The sections that were left out, by kind and path.
         casts: What was cast, and what that rounded.
         optimizers: By section: the algorithm its state was and is of, and what became of each slot.
+        lost: What a damaged source held and could not be read, by name.
     """
 
     source: str
@@ -53,6 +54,7 @@ class ConvertReport:
     without: tuple[str, ...] = ()
     casts: tuple[Cast, ...] = ()
     optimizers: Mapping[str, OptimizerChange] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
@@ -72,6 +74,8 @@ class ConvertReport:
             lost = ((cast.overflowed, "no longer finite"), (cast.flushed, "became zero"))
             counts += "".join(f", {count:,} {what}" for count, what in lost if count)
             yield f"{cast.what}: {cast.source} -> {cast.target}, {plural(cast.tensors, 'tensor')}{counts}"
+        for name in self.lost:
+            yield f"lost: {name}"
         for note in self.notes:
             yield f"note: {note}"
         what = f"{plural(self.tensors, 'tensor')}, {size(self.nbytes)}"
@@ -92,6 +96,7 @@ def convert(
     dtypes: Mapping[str, str] | None = None,
     optimizer: str | None = None,
     drop_opaque: bool = False,
+    salvage: bool = False,
     verify: bool = False,
     dry_run: bool = False,
     force: bool = False,
@@ -113,6 +118,7 @@ def convert(
         drop_opaque: Leave out objects of classes that the container does not hold, or, for a torch file, that
             `torch.load(weights_only=True)` refuses. Containers that are nothing but their entries become dicts and
             lists. Every loss is noted.
+        salvage: Of a damaged source, write what is whole. What is lost is named in the report.
         verify: Check every checksum the source has before anything is written.
         dry_run: Only check that it can be done.
         force: Replace an existing destination.
@@ -140,7 +146,7 @@ def convert(
     if not dry_run:
         check_destination(destination, [source], force=force)
     with opening(source), ExitStack() as stack:
-        document = open_checkpoint(source)
+        document = open_checkpoint(source, salvage=salvage)
         target = _target_format(destination, to, options, document)
         if verify and dry_run:
             verify_checksums(document)
@@ -244,6 +250,7 @@ class _Changes:
             tuple(self.left_out),
             () if self._casting is None else self._casting.reports(written=written),
             self.optimizers,
+            tuple(document.lost),
         )
 
     def _plain(self, section: Section) -> Any:

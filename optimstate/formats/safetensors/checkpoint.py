@@ -17,6 +17,7 @@ from typing import Any
 
 from optimstate.errors import CorruptCheckpointError, LimitExceededError, RepresentationError
 from optimstate.formats.protocol import WriteOptions
+from optimstate.formats.pruning import LostStorage
 from optimstate.formats.safetensors import json_tree
 from optimstate.formats.safetensors.file import BY_CODE, Entry, are_natural
 from optimstate.io.extents import Extent
@@ -48,6 +49,8 @@ def decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
 
     def tensor(node: dict[str, Any]) -> LazyTensor:
         stored = found[node["$tensor"]]
+        if isinstance(stored.storage, LostStorage):
+            return stored
         dtype = node.get("dtype", stored.dtype)
         shape = tuple(node["shape"]) if "shape" in node else stored.shape
         stride = tuple(node["stride"]) if "stride" in node else contiguous_strides(shape)

@@ -15,6 +15,7 @@ from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.formats.pruning import LostStorage, without_lost
 from optimstate.formats.safetensors.checkpoint import Layout, decode_checkpoint
 from optimstate.formats.safetensors.file import MAX_HEADER, Entry, read_file, write_file
 from optimstate.io.extents import FileSource
@@ -48,9 +49,20 @@ def read(path: Path) -> Document:
         CheckpointError: It is damaged, or a shard is missing.
     """
     if path.name.endswith(_INDEX_SUFFIX):
-        return _read_sharded(path)
-    found, metadata = read_file(path)
-    return _document(path, found, metadata)
+        return _read_sharded(path, salvage=False)
+    return _document(path, *read_file(path))
+
+
+def salvage(path: Path) -> Document:
+    """What is whole in a file that ends too early, or in the shards of an index that are there.
+
+    Raises:
+        CheckpointError: Nothing is.
+    """
+    sharded = path.name.endswith(_INDEX_SUFFIX)
+    document = _read_sharded(path, salvage=True) if sharded else _document(path, *read_file(path, salvage=True))
+    document.tree, document.lost = without_lost(document.tree, path)
+    return document
 
 
 def _document(path: Path, found: dict[str, LazyTensor], metadata: dict[str, str]) -> Document:
@@ -86,10 +98,18 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     return names, metadata
 
 
-def _read_sharded(path: Path) -> Document:
+def _read_sharded(path: Path, *, salvage: bool) -> Document:
     weight_map, metadata = read_index(path)
     tree: dict[str, LazyTensor] = {}
-    shards = {file: read_file(path.parent / file) for file in dict.fromkeys(weight_map.values())}
+    shards: dict[str, tuple[dict[str, LazyTensor], dict[str, str]]] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        try:
+            shards[file] = read_file(path.parent / file, salvage=salvage)
+        except CheckpointError:
+            if not salvage:
+                raise
+            lost = (name for name, where in weight_map.items() if where == file)
+            shards[file] = {name: LazyTensor(LostStorage((), 0), "uint8", (0,)) for name in lost}, {}
     for file, (found, _) in shards.items():
         for name in found:
             if weight_map.get(name) != file:

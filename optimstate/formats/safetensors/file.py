@@ -18,6 +18,7 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.formats.protocol import WriteOptions
+from optimstate.formats.pruning import LostStorage
 from optimstate.io.copying import copy_extents
 from optimstate.io.extents import Extent, FileSource
 from optimstate.io.output import AtomicFile, AtomicGroup
@@ -33,19 +34,32 @@ BY_CODE = {row.safetensors: row for row in DTYPES.values() if row.safetensors}
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors in the order of the header, and the metadata."""
+def read_file(path: Path, *, salvage: bool = False) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors in the order of the header, and the metadata.
+
+    Args:
+        path: The file.
+        salvage: Take a file that ends too early; what is not whole is over a `LostStorage`.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
     source = FileSource(path)
     header, base = _read_header(source)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CorruptCheckpointError("__metadata__ is no mapping of strings", path=path, place="header")
+        raise CorruptCheckpointError("__metadata__ is not a mapping of strings", path=path, place="header")
     found = {name: _read_tensor(source, base, name, entry) for name, entry in header.items()}
     end = base
     for extent in sorted((tensor.storage.pieces[0] for tensor in found.values()), key=lambda e: (e.offset, e.length)):
         if extent.offset != end:
             raise CorruptCheckpointError("tensors overlap or leave a hole", path=path, place=f"offset {extent.offset}")
         end += extent.length
+    if salvage and end > source.size:
+        for tensor in found.values():
+            if tensor.nbytes and tensor.storage.pieces[0].offset + tensor.nbytes > source.size:
+                tensor.storage = LostStorage((), tensor.nbytes, tensor.storage.kind)
+        return found, metadata
     if end != source.size:
         raise CorruptCheckpointError(
             f"the tensors end at byte {end}, the file has {source.size}",

@@ -18,6 +18,7 @@ from optimstate.errors import (
 )
 from optimstate.formats.pickles.pickle import dump
 from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.formats.torch import salvage as salvaging
 from optimstate.formats.torch import script
 from optimstate.formats.torch.zip_directory import LOCAL, Archive, RecordStorage
 from optimstate.formats.torch.zip_reader import read_pickle
@@ -61,6 +62,15 @@ def read(path: Path) -> Document:
     tree, names = _read_checkpoint(archive)
     notes = [] if "version" in archive.records else ["the record 'version' is missing: torch.load refuses this file"]
     return Document(path, NAME, tree, names, notes, handle=archive)
+
+
+def salvage(path: Path) -> Document:
+    """What is whole in an archive that was cut off (see `salvage`).
+
+    Raises:
+        CorruptCheckpointError: Nothing is.
+    """
+    return salvaging.salvage(path, NAME)
 
 
 def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, str]], Archive]:

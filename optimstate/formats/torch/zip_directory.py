@@ -25,7 +25,7 @@ from optimstate.io.extents import Extent, FileSlice, FileSource
 from optimstate.tensors.lazy import Storage
 from optimstate.tree import no_garbage_collection
 
-__all__ = ["CENTRAL", "END", "END64", "LOCAL", "LOCATOR64", "MAX32", "Archive", "Record", "RecordStorage"]
+__all__ = ["CENTRAL", "END", "END64", "LOCAL", "LOCATOR64", "MAX32", "Archive", "Record", "RecordStorage", "Records"]
 
 # Structures of the zip format (PKWARE's APPNOTE.TXT, section 4.3), with their signatures.
 LOCAL = struct.Struct("<4s5H3L2H")
@@ -158,6 +158,14 @@ class Archive:
         self._directory = source.read(self.directory_offset, size)
         with no_garbage_collection():
             self.root, self.records = self._parsed(count)
+
+    @classmethod
+    def of_records(cls, source: FileSource | FileSlice, root: str, records: Records) -> Archive:
+        """An archive without a directory, whose records were found one by one."""
+        made = object.__new__(cls)
+        made.source, made.root, made.records, made.compressed = source, root, records, set()
+        made.directory_offset, made._directory = source.size, b""
+        return made
 
     def entries(self) -> Iterator[tuple[str, bytes]]:
         """Name of each record, and the bytes of its entry in the directory."""

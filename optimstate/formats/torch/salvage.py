@@ -1,0 +1,114 @@
+"""What is whole in an archive of `torch.save` that was cut off: its directory is lost, every record has a header.
+
+Records follow one another: a local header, the contents, and behind them a descriptor with their checksum and size. A
+record counts as whole where the descriptor says so and the checksum agrees.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+from optimstate.errors import CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
+from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
+from optimstate.formats.pickles.unpickle import load
+from optimstate.formats.protocol import Document
+from optimstate.formats.pruning import LostStorage, without_lost
+from optimstate.formats.torch.zip_directory import LOCAL, Archive, Records
+from optimstate.formats.torch.zip_reader import storages_of
+from optimstate.io.extents import FileSource
+
+__all__ = ["salvage"]
+
+_HAS_DESCRIPTOR = 8
+_DESCRIPTOR = b"PK\x07\x08"
+_BLOCK = 1 << 22
+
+
+def salvage(path: Path, name: str) -> Document:
+    """The document of the records that are whole.
+
+    Args:
+        path: The file.
+        name: What the format is called.
+
+    Raises:
+        CorruptCheckpointError: The pickle that says what the records are is not whole, or no tensor is.
+    """
+    source = FileSource(path)
+    root, records = _whole_records(source)
+    archive = Archive.of_records(source, root, records)
+    if "data.pkl" not in records:
+        raise CorruptCheckpointError(
+            "nothing can be read: the record that says which tensors there are (data.pkl) is not whole", path=path
+        )
+    try:
+        loader = storages_of(archive, "data/", lambda kind, key, at, n: LostStorage((), n, kind, at, key))
+        tree, names = load(archive.read(records["data.pkl"], MAX_PICKLE_BYTES), loader)
+    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
+        if error.path:
+            raise
+        raise type(error)(error.message, path=path, place=f"data.pkl {error.place}".strip(), hint=error.hint) from error
+    tree, lost = without_lost(tree, path)
+    return Document(path, name, tree, names, lost=lost)
+
+
+def _whole_records(source: FileSource) -> tuple[str, Records]:
+    """The records from the beginning on, up to the first that is not whole."""
+    found: list[tuple[str, int, int, int]] = []
+    at, root = 0, ""
+    while (record := _record(source, at)) is not None:
+        full_name, start, size, crc, following = record
+        folder, _, name = full_name.partition("/")
+        root = root or f"{folder}/"
+        if full_name.startswith(root) and (not crc or _checksum(source, start, size) == crc):
+            found.append((name, at, size, crc))
+        at = following
+    names = dict.fromkeys(name for name, *_ in found)
+    last = {name: entry for name, *entry in found}  # an edit in place writes a record again
+    columns = [array("Q", (last[name][column] for name in names)) for column in range(3)]
+    return root, Records(list(names), *columns)
+
+
+def _record(source: FileSource, at: int) -> tuple[str, int, int, int, int] | None:
+    """Name, place, size and checksum of the record whose header is at `at`, and where the next one begins."""
+    if at + LOCAL.size > source.size:
+        return None
+    mark, _, flags, method, _, _, crc, size, full, name_length, extra_length = LOCAL.unpack(source.read(at, LOCAL.size))
+    start = at + LOCAL.size + name_length + extra_length
+    if mark != b"PK\x03\x04" or method or start > source.size:
+        return None
+    name = source.read(at + LOCAL.size, name_length).decode("utf-8", "replace")
+    if flags & _HAS_DESCRIPTOR:
+        described = next(_descriptors(source, start), None)
+        return None if described is None else (name, start, *described)
+    if size != full or start + size > source.size:
+        return None
+    return name, start, size, crc, start + size
+
+
+def _descriptors(source: FileSource, start: int) -> Iterator[tuple[int, int, int]]:
+    """Size and checksum of contents that begin at `start`, and where their descriptor ends, wherever one fits them."""
+    for block in range(start, source.size, _BLOCK):
+        data = source.read(block, min(_BLOCK + 24, source.size - block))
+        found = data.find(_DESCRIPTOR)
+        while 0 <= found < _BLOCK:
+            size = block + found - start
+            fields = data[found + 4 : found + 24]
+            crc = int.from_bytes(fields[:4], "little")
+            short, long = struct.pack("<2L", size & 0xFFFFFFFF, size & 0xFFFFFFFF), struct.pack("<2Q", size, size)
+            if fields[4:20] == long:
+                yield size, crc, block + found + 24
+            elif fields[4:12] == short and size < 1 << 32:
+                yield size, crc, block + found + 16
+            found = data.find(_DESCRIPTOR, found + 1)
+
+
+def _checksum(source: FileSource, start: int, size: int) -> int:
+    value = 0
+    for at in range(start, start + size, _BLOCK):
+        value = zlib.crc32(source.read(at, min(_BLOCK, start + size - at)), value)
+    return value
