@@ -86,11 +86,16 @@ def test_a_healthy_file_is_read_as_ever(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_renamed_in_place_and_cut_has_its_new_names(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(70000), "b": torch.zeros(3)}, tmp_path / "a.pt")
-    optimstate.remap(tmp_path / "a.pt", None, optimstate.Plan.from_options(rename=["a=c"]), in_place=True)
-    data = (tmp_path / "a.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(data[:-10])
-    assert list(open_checkpoint(tmp_path / "cut.pt", salvage=True).tree) == ["c", "b"]
+    live = {f"t{number}": torch.full((2,), float(number)) for number in range(1500)}
+    torch.save(live, tmp_path / "a.pt")
+    optimstate.remap(tmp_path / "a.pt", None, optimstate.Plan.from_options(rename=["t7=new"]), in_place=True)
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:-10])
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / "cut.pt")
+    document = open_checkpoint(tmp_path / "cut.pt", salvage=True)
+    assert document.lost == []
+    assert document.tree["new"].tobytes() == live["t7"].numpy().tobytes()
+    assert "t7" not in document.tree
 
 
 def test_shards_that_are_missing_or_cut(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def _whole_records(source: FileSource) -> tuple[str, Records]:
     """The records from the beginning on, up to the first that is not whole."""
     found: list[tuple[str, int, int, int]] = []
     at, root = 0, ""
-    while (record := _record(source, at)) is not None:
+    while (record := _record(source, at)) is not None or (at := _behind_directory(source, at)):
+        if record is None:
+            continue
         full_name, start, size, crc, following = record
         folder, _, name = full_name.partition("/")
         root = root or f"{folder}/"
@@ -71,6 +73,17 @@ def _whole_records(source: FileSource) -> tuple[str, Records]:
     last = {name: entry for name, *entry in found}  # an edit in place writes a record again
     columns = [array("Q", (last[name][column] for name in names)) for column in range(3)]
     return root, Records(list(names), *columns)
+
+
+def _behind_directory(source: FileSource, at: int) -> int:
+    """Where records go on behind an older directory, which an edit in place leaves in the file; 0 where none do."""
+    if at + 4 > source.size or source.read(at, 4) != b"PK\x01\x02":
+        return 0
+    for block in range(at, source.size, _BLOCK):
+        found = source.read(block, min(_BLOCK + 3, source.size - block)).find(b"PK\x03\x04")
+        if found >= 0:
+            return block + found
+    return 0
 
 
 def _record(source: FileSource, at: int) -> tuple[str, int, int, int, int] | None:
