@@ -17,13 +17,13 @@ from optimstate.cli.app import Force, Json, app, epilog, register
 if TYPE_CHECKING:
     from optimstate.demo.experiment import Arm, Experiment
 
-FILES = ("old.pt", "plan.toml", "new.pt", "losses.csv", "losses.svg")
+FILES = ("old.pt", "reordered.pt", "reorder.svg", "plan.toml", "new.pt", "losses.csv", "losses.svg")
 COLOURS = (("red", "#d62728"), ("yellow", "#e69f00"), ("green", "#2ca02c"), ("magenta", "#9467bd"), ("blue", "#1f77b4"))
 """Of the ways to go on, in a terminal and in the SVG."""
 
 
 @app.command(
-    short_help="Train, make experts, resume with and without the state.",
+    short_help="Train, change the model, resume with and without the state.",
     epilog=epilog("optimstate demo", "optimstate demo --out there --seed 1 --steps 1000"),
 )
 def demo(
@@ -34,10 +34,11 @@ def demo(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train a small transformer, make its MLPs experts by a plan, and go on with and without the optimizer's state.
+    """Train a small transformer, change its model, and go on with and without the optimizer's state.
 
+    First its layers are reordered and renamed: torch alone, fresh, and by name. Then its MLPs become experts by a plan.
     Takes about half a minute on one core. The model learns the help topics of Python's pydoc, character by character.
-    Leaves both checkpoints, the plan, the losses as CSV and a drawing of them as SVG.
+    Leaves the checkpoints, the plan, the losses as CSV and drawings of them as SVG.
     """
     import tempfile
     from contextlib import chdir
@@ -72,14 +73,16 @@ def _run(seed: int, steps: int, after: int, as_json: bool) -> None:
             _report_start(experiment, say)
             experiment.train()
             say(f"trained {steps} steps: held-out loss {experiment.before[0][1]:.3f} -> {experiment.before[-1][1]:.3f}")
+            reordered = _reorder(experiment, say, quiet=as_json)
             _migrate(experiment, say, quiet=as_json)
             refusal = experiment.torch_refuses()
             arms = experiment.resume()
     finally:
         torch.set_num_threads(threads)
     _draw(experiment, arms)
+    _draw_reordered(experiment, reordered)
     if as_json:
-        typer.echo(_json(experiment, arms, refusal))
+        typer.echo(_json(experiment, reordered, arms, refusal))
     else:
         _report(experiment, arms, refusal)
 
@@ -93,11 +96,45 @@ def _report_start(experiment: Experiment, say: Callable[..., Any]) -> None:
     )
 
 
+def _reorder(experiment: Experiment, say: Callable[..., Any], *, quiet: bool) -> list[Arm]:
+    """The first story: the same function, whose layers are declared in another order under another name."""
+    from optimstate.demo.experiment import RENAME
+    from optimstate.surgery.text import table
+
+    say("\n1. The layers are declared in another order, and are called blocks\n", bold=True)
+    words = ("remap", "old.pt", "reordered.pt", "--rename", RENAME)
+    say(f"$ optimstate remap old.pt reordered.pt --rename '{RENAME}'")
+    _command((*words, "--quiet"), quiet=quiet)
+    arms = experiment.reorder()
+    if quiet:
+        return arms
+    whole, *ways = arms
+    say("\nheld-out loss after the same batches; weights are the same, only the state differs\n")
+    looks = _looks(experiment)
+    rows = [[arm.label, *(f"{arm.at(step):.4f}" for step in looks), _apart(arm, whole)] for arm in arms]
+    say(table(["", *(f"+{look}" for look in looks), "largest difference"], rows))
+    say("")
+    say(_plot(arms[1:], [COLOURS[0], COLOURS[1], COLOURS[2]]))
+    said = "By name it is the run that was never interrupted, bit for bit." if ways[-1].apart(whole) == 0 else ""
+    say("\ntorch alone gave every layer the moments of another one, without an error or a warning.")
+    say(f"{said}\n")
+    return arms
+
+
+def _apart(arm: Arm, whole: Arm) -> str:
+    return "" if arm is whole else "0.0" if arm.apart(whole) == 0 else f"{arm.apart(whole):.4f}"
+
+
+def _looks(experiment: Experiment) -> list[int]:
+    return sorted({min(look, experiment.after) for look in (16, 32, experiment.after)})
+
+
 def _migrate(experiment: Experiment, say: Callable[..., Any], *, quiet: bool) -> None:
     """`new.pt` from `old.pt` by the plan, with the program's own commands, and the proof that torch gives."""
     from optimstate.demo.experiment import became
     from optimstate.demo.proof import prove
 
+    say("\n2. Every MLP becomes four experts", bold=True)
     experiment.write_plan()
     for words in (
         ("remap", "old.pt", "new.pt", "--plan", "plan.toml"),
@@ -134,7 +171,7 @@ def _report(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> None:
     typer.echo("same, only the optimizer's state differs (and in d the learning rate, which")
     typer.echo(f"rises again over {REWARM} steps). worst: the highest rise over the loss at the")
     typer.echo("switch; below after: tokens until the loss stays below that\n")
-    looks = sorted({min(look, experiment.after) for look in (16, 32, experiment.after)})
+    looks = _looks(experiment)
     rows = []
     for arm in arms:
         back = "not yet" if arm.recovered is None else f"{arm.recovered:,}"
@@ -142,10 +179,26 @@ def _report(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> None:
         rows.append([arm.label, *losses, f"{arm.worst:+.3f}", back])
     typer.echo(table(["", "switch", *(f"+{look}" for look in looks), "worst", "below after"], rows))
     typer.echo()
-    typer.echo(_plot(arms))
+    typer.echo(_on_warming_up(arms))
 
 
-def _plot(arms: Sequence[Arm]) -> str:
+def _on_warming_up(arms: Sequence[Arm]) -> str:
+    """What warming up again bought, and what it cannot buy."""
+    ways = {arm.key: arm for arm in arms}
+    fresh, warmed, moved = (ways[key] for key in ("fresh", "rewarmed", "migrated"))
+    avoided = "avoids" if warmed.worst < fresh.worst / 2 else "does not avoid"
+    last = warmed.curve[-1][1] - moved.curve[-1][1]
+    compared = f"{abs(last):.3f} {'above' if last > 0 else 'below'} the migrated run"
+    return (
+        f"Warming up again (d) {avoided} the rise of a fresh state, by training at a lower learning\n"
+        f"rate meanwhile; at the end it is {compared}. It cannot bring the state\n"
+        "back: it is another run from the switch on, and what the moments knew is learned again.\n"
+        "A copied state (c) is a choice too: an expert sees a part of the tokens, so its gradients\n"
+        "are smaller than those that the copied moments hold."
+    )
+
+
+def _plot(arms: Sequence[Arm], colours: Sequence[tuple[str, str]]) -> str:
     """Coloured dots where the terminal has both, else letters."""
     from optimstate.demo.chart import text_plot
 
@@ -155,8 +208,7 @@ def _plot(arms: Sequence[Arm]) -> str:
     def paint(text: str, number: int) -> str:
         return typer.style(text, fg=shown[number][1][0])
 
-    # The three that differ in their state alone, the migrated one on top.
-    shown = [(arm, colour) for arm, colour in zip(arms, COLOURS, strict=True) if arm.key in _PLOTTED]
+    shown = list(zip(arms, colours, strict=True))
     lines = [(arm.label, colour[1], arm.tokens) for arm, colour in shown]
     columns = min(max(shutil.get_terminal_size((80, 24)).columns - 10, 40), 100)
     colour = not plain and encoding == "utf8"
@@ -164,9 +216,6 @@ def _plot(arms: Sequence[Arm]) -> str:
     legend = "\n      ".join(paint(arm.label, n) if colour else arm.label for n, (arm, _) in enumerate(shown))
     last = f"{arms[0].tokens[-1][0]:,} tokens after the switch"
     return f"{drawn}\n      0{last:>{columns - 1}}\n      {legend}"
-
-
-_PLOTTED = ("fresh", "torch", "migrated")
 
 
 def _draw(experiment: Experiment, arms: Sequence[Arm]) -> None:
@@ -186,7 +235,25 @@ def _draw(experiment: Experiment, arms: Sequence[Arm]) -> None:
     Path("losses.svg").write_text(drawing, encoding="utf-8")
 
 
-def _json(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> str:
+def _draw_reordered(experiment: Experiment, arms: Sequence[Arm]) -> None:
+    from optimstate.demo.chart import svg
+
+    notes = (
+        f"AdamW, seed {experiment.seed}, switch at step {experiment.steps}: layers reordered and renamed.",
+        "Weights, batches and learning rate are the same. By name lies on the run that was never interrupted.",
+    )
+    colours = ("#999999", COLOURS[0][1], COLOURS[1][1], COLOURS[2][1])
+    drawing = svg(
+        [(arm.label, colour, arm.tokens) for arm, colour in zip(arms, colours, strict=True)],
+        title="Two layers change places: torch alone, fresh, by name",
+        notes=notes,
+        across="tokens after the switch",
+        up="held-out loss, nats a character",
+    )
+    Path("reorder.svg").write_text(drawing, encoding="utf-8")
+
+
+def _json(experiment: Experiment, reordered: Sequence[Arm], arms: Sequence[Arm], refusal: str) -> str:
     from dataclasses import asdict
 
     from optimstate.surgery.reports import to_json
@@ -198,6 +265,7 @@ def _json(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> str:
         "after": experiment.after,
         "before": experiment.before,
     }
+    fields["reorder"] = [{**asdict(arm), "apart": arm.apart(reordered[0])} for arm in reordered]
     return to_json("demo", {**fields, "torch": [refusal, experiment.torch_silence], "arms": rows})
 
 

@@ -1,10 +1,10 @@
-"""One run that becomes a run with experts, and what that costs with and without its optimizer state."""
+"""One run whose model is reordered, and becomes one with experts; and what that costs without its optimizer state."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from optimstate import hooks, optim
 from optimstate.demo.model import EXPERTS, LAYERS, Text, read_text
 from optimstate.demo.training import TOKENS, Curve, Run
 
-__all__ = ["PLAN", "REWARM", "Arm", "Experiment", "became"]
+__all__ = ["PLAN", "RENAME", "REWARM", "Arm", "Experiment", "became"]
 
 LOOK_BEFORE, LOOK_AFTER = 20, 4  # steps from one look at the held-out loss to the next
 REWARM = 30  # steps over which the learning rate rises again in the comparison that does so
+
+RENAME = "layers.{rest**}=blocks.{rest**}"
+"""What the reordered model calls its layers."""
 
 PLAN = f"""\
 # Every MLP becomes {EXPERTS} experts: each has its weights and its optimizer state.
@@ -63,6 +66,10 @@ class Arm:
             return None
         return next(step for step, _ in self.curve[1:] if not above or step > above[-1]) * TOKENS
 
+    def apart(self, other: Arm) -> float:
+        """The largest difference from the loss of another."""
+        return max(abs(mine[1] - theirs[1]) for mine, theirs in zip(self.curve, other.curve, strict=True))
+
     @property
     def tokens(self) -> Curve:
         """The curve over tokens in place of steps."""
@@ -83,7 +90,7 @@ class Experiment:
     """Train, save, move by a plan, and resume in several ways.
 
     Args:
-        folder: Where `old.pt`, `plan.toml`, `new.pt` and `losses.csv` are written; files of these names are replaced.
+        folder: Where `old.pt`, `reordered.pt`, `plan.toml`, `new.pt` and `losses.csv` are written or looked for.
         seed: Of everything that is drawn.
         steps: Before the switch.
         after: After it.
@@ -94,23 +101,58 @@ class Experiment:
         torch_silence: What torch's loading by name did without saying so.
     """
 
-    WAYS = 5  # to go on
+    WAYS = 8  # to go on
 
     def __init__(
         self, folder: Path, *, seed: int, steps: int, after: int, advance: Callable[[int], None] = lambda _: None
     ) -> None:
         self.seed, self.steps, self.after, self.advance = seed, steps, after, advance
         self.old, self.plan, self.new = folder / "old.pt", folder / "plan.toml", folder / "new.pt"
+        self.renamed = folder / "reordered.pt"
         self.losses = folder / "losses.csv"
         self.text: Text = read_text()
         self.dense = Run.start(self.text, seed)
         self.before: Curve = []
         self.torch_silence = ""
+        self._uninterrupted: Arm | None = None
+        self._torch_state: dict[str, Any] = {}
 
     def train(self) -> None:
         """The dense run until the switch, saved as `old.pt`."""
         self.before = self.dense.train(0, self.steps, every=LOOK_BEFORE, advance=self.advance)
         torch.save(self.dense.state_dict(), self.old)
+        # Taken before the dense run goes on, because it shares its tensors.
+        self._torch_state = _cloned(by_name.get_optimizer_state_dict(self.dense.model, self.dense.optimizer))
+
+    @property
+    def uninterrupted(self) -> Arm:
+        """The dense run that just goes on."""
+        if self._uninterrupted is None:
+            self._uninterrupted = Arm("dense", "e  no experts, no change", self._continued(self.dense))
+        return self._uninterrupted
+
+    def reorder(self) -> list[Arm]:
+        """The reordered model goes on in three ways, after the run that was not interrupted.
+
+        `reordered.pt` was made by `optimstate remap old.pt reordered.pt --rename` with `RENAME`.
+        """
+        return [
+            replace(self.uninterrupted, key="uninterrupted", label="never interrupted"),
+            Arm("swapped", "torch alone, by position", self._continued(self.by_position())),
+            Arm("fresh", "fresh state", self._continued(self._reordered(hooks.match_names(), hooks.reset("all")))),
+            Arm("named", "by name", self._continued(self._reordered(hooks.match_names()))),
+        ]
+
+    def by_position(self) -> Run:
+        """Torch's own optimizer, given the state that it saved: the counts and shapes agree, and nothing is said."""
+        run, new = self._with_weights(self.renamed, torch.optim.AdamW, reordered=True)
+        run.optimizer.load_state_dict(torch.load(self.old, weights_only=True)["optimizer"])
+        run.scheduler.load_state_dict(new["scheduler"])
+        return run
+
+    def _reordered(self, *load_hooks: Any) -> Run:
+        run, new = self._with_weights(self.renamed, reordered=True)
+        return _loaded(run, new, load_hooks)
 
     def write_plan(self) -> None:
         """`plan.toml`; `new.pt` is then made by `optimstate remap old.pt new.pt --plan plan.toml`."""
@@ -128,19 +170,16 @@ class Experiment:
 
     def resume(self) -> list[Arm]:
         """Go on from the same weights with the same batches and learning rate; only the optimizer's state differs."""
-        # Taken before the dense run goes on, because it shares its tensors.
-        torch_state = by_name.get_optimizer_state_dict(self.dense.model, self.dense.optimizer)
-        torch_state = _cloned(torch_state)
         arms = [
             Arm("fresh", "a  fresh optimizer state", self._continued(self.migrated(hooks.reset("all")))),
-            Arm("torch", "b  torch by name, not strict", self._continued(self.torch_resumed(torch_state))),
+            Arm("torch", "b  torch by name, not strict", self._continued(self.torch_resumed(self._torch_state))),
             Arm("migrated", "c  migrated by the plan", self._continued(self.migrated())),
             Arm(
                 "rewarmed",
                 "d  fresh, lr warmed up again",
                 self._continued(self.migrated(hooks.reset("all")), warm_up=REWARM),
             ),
-            Arm("dense", "e  no experts, no change", self._continued(self.dense)),
+            self.uninterrupted,
         ]
         self._write(arms)
         return arms
@@ -150,16 +189,12 @@ class Experiment:
 
     def migrated(self, *others: Any) -> Run:
         """A run with experts that goes on from `new.pt`, with further load hooks."""
-        run, new = self._with_weights()
-        for hook in (hooks.match_names(), *others):
-            run.optimizer.register_load_state_dict_pre_hook(hook)
-        run.optimizer.load_state_dict(new["optimizer"])
-        run.scheduler.load_state_dict(new["scheduler"])
-        return run
+        run, new = self._with_weights(self.new, experts=True)
+        return _loaded(run, new, (hooks.match_names(), *others))
 
     def torch_resumed(self, state: Any) -> Run:
         """The same with torch's own loading by name, which is silent about parameters that it finds no state for."""
-        run, new = self._with_weights(torch.optim.AdamW)
+        run, new = self._with_weights(self.new, torch.optim.AdamW, experts=True)
         lenient = by_name.StateDictOptions(strict=False)
         by_name.set_optimizer_state_dict(run.model, run.optimizer, state, options=lenient)
         run.scheduler.load_state_dict(new["scheduler"])
@@ -172,9 +207,11 @@ class Experiment:
         )
         return run
 
-    def _with_weights(self, optimizer: type[torch.optim.Optimizer] = optim.AdamW) -> tuple[Run, dict[str, Any]]:
-        run = Run.start(self.text, self.seed, experts=True, optimizer=optimizer)
-        new = torch.load(self.new, weights_only=True)
+    def _with_weights(
+        self, path: Path, optimizer: type[torch.optim.Optimizer] = optim.AdamW, **model: bool
+    ) -> tuple[Run, dict[str, Any]]:
+        run = Run.start(self.text, self.seed, optimizer=optimizer, **model)
+        new = torch.load(path, weights_only=True)
         missing, unexpected = run.model.load_state_dict(new["model"], strict=False)
         if unexpected or any("router" not in name for name in missing):
             raise AssertionError(f"{missing} {unexpected}")  # pragma: no cover
@@ -189,6 +226,14 @@ class Experiment:
             for column in zip(*(arm.curve for arm in arms), strict=True):
                 step = self.steps + column[0][0]
                 rows.writerow([step, step * TOKENS, *(f"{loss:.6f}" for _, loss in column)])
+
+
+def _loaded(run: Run, saved: dict[str, Any], load_hooks: Iterable[Any]) -> Run:
+    for hook in load_hooks:
+        run.optimizer.register_load_state_dict_pre_hook(hook)
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.scheduler.load_state_dict(saved["scheduler"])
+    return run
 
 
 def _cloned(node: Any) -> Any:

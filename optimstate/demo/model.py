@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["CONTEXT", "EXPERTS", "Text", "Transformer", "read_text"]
+__all__ = ["CONTEXT", "EXPERTS", "Reordered", "Text", "Transformer", "read_text"]
 
 CONTEXT = 64  # characters that the model sees
 WIDTH = 64
@@ -131,14 +131,34 @@ class Transformer(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(letters, WIDTH)
         self.position = nn.Embedding(CONTEXT, WIDTH)
-        self.layers = nn.ModuleList(Layer(Experts if experts else Dense) for _ in range(LAYERS))
+        self.declare_layers(Experts if experts else Dense)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, letters)
+
+    def declare_layers(self, mlp: type[nn.Module]) -> None:
+        """Make the layers, between the embeddings and the head."""
+        self.layers = nn.ModuleList(Layer(mlp) for _ in range(LAYERS))
+
+    def in_order(self) -> list[nn.Module]:
+        """The layers, the first first."""
+        return list(self.layers)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """int64[batch, CONTEXT] to scores of the next character, float32[batch, CONTEXT, letters]."""
         x = self.embed(codes) + self.position.weight
-        for layer in self.layers:
+        for layer in self.in_order():
             x = layer(x)
         scores: torch.Tensor = self.head(self.norm(x))
         return scores
+
+
+class Reordered(Transformer):
+    """The same function with its layers under another name, and declared the last first."""
+
+    def declare_layers(self, mlp: type[nn.Module]) -> None:
+        """Make the layers, the last first."""
+        self.blocks = nn.ModuleDict({str(number): Layer(mlp) for number in reversed(range(LAYERS))})
+
+    def in_order(self) -> list[nn.Module]:
+        """The layers, the first first."""
+        return [self.blocks[str(number)] for number in range(LAYERS)]

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from optimstate import optim
-from optimstate.demo.model import CONTEXT, Text, Transformer
+from optimstate.demo.model import CONTEXT, Reordered, Text, Transformer
 
 __all__ = ["TOKENS", "Curve", "Run"]
 
@@ -41,11 +41,18 @@ class Run:
 
     @classmethod
     def start(
-        cls, text: Text, seed: int, *, experts: bool = False, optimizer: type[torch.optim.Optimizer] = optim.AdamW
+        cls,
+        text: Text,
+        seed: int,
+        *,
+        experts: bool = False,
+        reordered: bool = False,
+        optimizer: type[torch.optim.Optimizer] = optim.AdamW,
     ) -> Run:
         """A run before its first step."""
         torch.manual_seed(seed)
-        model = Transformer(len(text.alphabet), experts=experts)
+        letters = len(text.alphabet)
+        model = Reordered(letters) if reordered else Transformer(letters, experts=experts)
         options: dict[str, Any] = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "fused": True}
         made = optimizer(model.named_parameters(), **options)
         scheduler = optim.lr_scheduler.LinearLR(made, start_factor=1 / WARM_UP, total_iters=WARM_UP)

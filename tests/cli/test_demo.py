@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from optimstate.demo.chart import BRAILLE, _ticks, svg, text_plot
-from optimstate.demo.experiment import Arm, Experiment, became
+from optimstate.demo.experiment import RENAME, Arm, Experiment, became
 from optimstate.demo.model import EXPERTS, Text, Transformer
 from optimstate.demo.proof import prove, tensors_by_name
 from optimstate.demo.training import TOKENS, Run
@@ -24,7 +24,7 @@ from optimstate.surgery.remapping import remap
 from tests import corpus
 from tests.cli.running import run
 
-FILES = {"old.pt", "plan.toml", "new.pt", "losses.csv", "losses.svg"}
+FILES = {"old.pt", "reordered.pt", "reorder.svg", "plan.toml", "new.pt", "losses.csv", "losses.svg"}
 SMALL = ("--steps", "4", "--after", "4")
 
 
@@ -115,6 +115,23 @@ def test_each_way_has_the_state_that_it_says(experiment: Experiment) -> None:
     assert len({found.scheduler.last_epoch for found in runs}) == 1
     losses = [found.held_out_loss() for found in runs]
     assert losses[0] == losses[1] == pytest.approx(losses[2], abs=1e-5), "the experts are another function"
+
+
+def test_by_name_is_the_run_that_was_never_interrupted(experiment: Experiment) -> None:
+    moved = run("remap", str(experiment.old), str(experiment.renamed), "--rename", RENAME)
+    assert (moved.code, moved.err) == (0, "")
+    whole, swapped, fresh, named = experiment.reorder()
+    assert named.curve == whole.curve
+    assert named.apart(whole) == 0
+    assert swapped.apart(whole) > 0
+    assert fresh.apart(whole) > 0
+    # Torch alone has given each layer the moments of the other.
+    old = experiment.by_position()
+    saved = torch.load(experiment.old)["optimizer"]
+    by_name = dict(zip(saved["param_groups"][0]["param_names"], saved["state"].values(), strict=True))
+    for name, parameter in old.model.named_parameters():
+        was = name.replace("blocks.0", "layers.1").replace("blocks.1", "layers.0")
+        assert torch.equal(old.optimizer.state[parameter]["exp_avg"], by_name[was]["exp_avg"])
 
 
 def test_training_in_two_parts_is_training_in_one() -> None:
