@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from optimstate.installed_torch import lbfgs_maximizes, muon_adjustments
+
 Options = Mapping[str, Any]
 
 REAL = ("float32", "float64", "bfloat16", "float16")
@@ -111,6 +113,12 @@ ADAM_OPTIONS: Sequence[Options] = (
 )
 WITH_FUSED = (*LOOPS, "fused", "differentiable")
 
+# A loss that falls without end: few steps, or the search for its top overflows.
+LBFGS_MAXIMIZE: Sequence[Options] = (
+    {"maximize": True, "lr": 1e-3, "max_iter": 2},
+    {"maximize": True, "line_search_fn": "strong_wolfe", "max_iter": 2, "lr": 1e-3},
+)
+
 TABLE: Mapping[str, Row] = {
     "ASGD": Row(
         product={"weight_decay": DECAY, "maximize": BOTH},
@@ -164,6 +172,7 @@ TABLE: Mapping[str, Row] = {
             {"tolerance_grad": 1e2},
             {"tolerance_change": 1e-1},
             {"tolerance_change": 1e-1, "line_search_fn": "strong_wolfe"},
+            *(LBFGS_MAXIMIZE if lbfgs_maximizes() else ()),
         ),
         implementations=("default",),
         dtypes=("float32", "float64", "complex64"),
@@ -171,7 +180,7 @@ TABLE: Mapping[str, Row] = {
         second_group=None,
     ),
     "Muon": Row(
-        product={"weight_decay": (0, 0.1), "nesterov": BOTH, "adjust_lr_fn": (None, "original", "match_rms_adamw")},
+        product={"weight_decay": (0, 0.1), "nesterov": BOTH, "adjust_lr_fn": muon_adjustments()},
         extras=({"lr": 0.1, "momentum": 0.0}, {"ns_steps": 2, "eps": 1e-3}, {"ns_coefficients": (3.0, -3.2, 1.2)}),
         implementations=("default",),
         dtypes=REAL_ONLY,

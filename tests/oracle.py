@@ -327,7 +327,8 @@ def compare(
         return [f"{case}: after construction: {line}" for line in told]
     one.steps(0, steps)
     other.steps(0, steps)
-    assert one.finite_fraction() >= LEAST_FINITE, f"{case}: only {one.finite_fraction():.0%} finite proves little"
+    climbs = case.problem == "closure" and case.options.get("maximize")  # a loss without a top
+    assert climbs or one.finite_fraction() >= LEAST_FINITE, f"{case}: {one.finite_fraction():.0%} finite proves little"
     told = differences(one.view(), other.view())
     if not told:
         return []

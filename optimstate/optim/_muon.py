@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from optimstate.installed_torch import HAS_MUON, TorchMuon, muon_adjustments, muon_divides_in_place
 from optimstate.optim._load import Slots
 from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import Optimizer, ParamsT, check_lr, require, to_scalar
 
 __all__ = ["Muon", "muon"]
 
+# Asked before the first optimizer is made, in which nothing of torch's may run.
+ADJUSTMENTS = muon_adjustments()
+DIVIDED_IN_PLACE = muon_divides_in_place()
 
-class Muon(Optimizer, torch.optim.Muon):
+
+class Muon(Optimizer, TorchMuon):
     r"""Muon: momentum whose matrix is made nearly orthogonal before each step. For the 2D parameters of hidden layers.
 
     With momentum :math:`\mu`, and :math:`\mathrm{NS}` some quintic Newton-Schulz steps in bfloat16 on the normalized
@@ -45,7 +50,8 @@ class Muon(Optimizer, torch.optim.Muon):
         ns_coefficients: The three coefficients of a Newton-Schulz step.
         eps: Smallest norm to divide by.
         ns_steps: Number of Newton-Schulz steps, below 100.
-        adjust_lr_fn: "original" (the default) or "match_rms_adamw".
+        adjust_lr_fn: "original" (the default), "match_rms_adamw" or, where torch has it (2.14), "spectral_unclamped":
+            :math:`c = \sqrt{A / B}`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter is not 2D.
@@ -67,8 +73,7 @@ class Muon(Optimizer, torch.optim.Muon):
         check_lr(lr, "Learning rate should be >= 0 but is: ")
         require(momentum >= 0.0, f"momentum should be >= 0 but is: {momentum}")
         require(weight_decay >= 0.0, f"weight decay should be >= 0 but is: {weight_decay}")
-        known = adjust_lr_fn in (None, "original", "match_rms_adamw")
-        require(known, f"Adjust learning rate function {adjust_lr_fn} is not supported")
+        require(adjust_lr_fn in ADJUSTMENTS, f"Adjust learning rate function {adjust_lr_fn} is not supported")
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -148,6 +153,8 @@ def update(p: Tensor, grad: Tensor, buffer: Tensor, group: dict[str, Any]) -> No
         ratio = math.sqrt(max(1, rows / columns))
     elif group["adjust_lr_fn"] == "match_rms_adamw":
         ratio = 0.2 * math.sqrt(max(rows, columns))
+    elif group["adjust_lr_fn"] == "spectral_unclamped":
+        ratio = math.sqrt(rows / columns)
     p.mul_(1 - lr * group["weight_decay"])
     p.add_(direction, alpha=-(lr * ratio))
 
@@ -158,10 +165,10 @@ def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], ste
     require(len(coefficients) == 3, "Coefficients must be a tuple of exactly 3 values")
     a, b, c = coefficients
     tall = matrix.size(0) > matrix.size(1)
-    x = matrix.bfloat16()
+    x = matrix.to(torch.bfloat16, copy=not DIVIDED_IN_PLACE)
     if tall:
         x = x.T
-    x.div_(x.norm().clamp(min=eps))  # in place: a bfloat16 matrix is itself divided, as torch does
+    x.div_(x.norm().clamp(min=eps))
     for _ in range(steps):
         gram = x @ x.T
         gram = torch.addmm(gram, gram, gram, beta=b, alpha=c)
@@ -175,4 +182,4 @@ def lists_step(_: Any, group: dict[str, Any], lists: dict[str, list[Any]]) -> No
         update(p, grad, buffer, group)
 
 
-muon = function_of(Muon, lists_step)
+muon: Any = function_of(Muon, lists_step) if HAS_MUON else None  # torch has none to be like

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from optimstate.installed_torch import asgd_checks
 from optimstate.optim._ops import Ops
 from optimstate.optim._step import Complex, Group, Rule, RuleOptimizer, Setting, Traits
 from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import ParamsT, check_lr, require, scalar_dtype, to_scalar, zeros
 
 __all__ = ["ASGD", "asgd"]
+
+CHECKED = asgd_checks()
 
 
 class ASGD(RuleOptimizer, torch.optim.ASGD):
@@ -73,6 +76,8 @@ class ASGD(RuleOptimizer, torch.optim.ASGD):
         capturable: bool = False,
     ) -> None:
         check_lr(lr)
+        require(lambd >= 0.0 or not CHECKED, f"Invalid lambd value: {lambd}")
+        require(alpha >= 0.0 or not CHECKED, f"Invalid alpha value: {alpha}")
         require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
         super().__init__(
             params,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from optimstate.installed_torch import lbfgs_maximizes
 from optimstate.optim._line_search import strong_wolfe
 from optimstate.optim._load import Slots
 from optimstate.optim.optimizer import Optimizer, ParamsT, check_lr, require, to_scalar
@@ -54,6 +55,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         tolerance_change: Stop when parameters or loss change no more than this.
         history_size: How many pairs to keep.
         line_search_fn: None, or "strong_wolfe".
+        maximize: Ascend instead of descend. torch's class has it since 2.14, and its groups the key.
 
     Raises:
         ValueError: A hyperparameter is out of range, or there are several param groups.
@@ -70,9 +72,11 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         tolerance_change: float = 1e-9,
         history_size: int = 100,
         line_search_fn: str | None = None,
+        *,
+        maximize: bool = False,
     ) -> None:
         check_lr(lr)
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "max_iter": max_iter,
             "max_eval": max_iter * 5 // 4 if max_eval is None else max_eval,
@@ -81,6 +85,8 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             "history_size": history_size,
             "line_search_fn": line_search_fn,
         }
+        if maximize or lbfgs_maximizes():
+            defaults["maximize"] = maximize
         super().__init__(params, defaults)
         require(len(self.param_groups) == 1, "LBFGS doesn't support per-parameter options (parameter groups)")
 
@@ -111,11 +117,13 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             raise AssertionError(f"Expected exactly one param_group, but got {len(self.param_groups)}")
         group = self.param_groups[0]
         closure = torch.enable_grad()(closure)
+        if not self._params:
+            return closure()
         state = self.state[self._params[0]]  # what is global is kept by the first parameter
         state.setdefault("func_evals", 0)
         state.setdefault("n_iter", 0)
         first_loss = closure()
-        loss = float(first_loss)
+        loss = self._descending(first_loss)
         evaluations = 1
         state["func_evals"] += 1
         grad = self._flat_grad()
@@ -188,7 +196,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             self._add_flat(now["t"], d)
             if last:  # nobody will look at another evaluation
                 return loss, grad, 0
-            loss = float(closure())
+            loss = self._descending(closure())
             return loss, self._flat_grad(), 1
         if search != "strong_wolfe":
             raise RuntimeError("only 'strong_wolfe' is supported")
@@ -196,7 +204,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
 
         def evaluate(t: Any) -> tuple[float, Tensor]:
             self._add_flat(t, d)
-            loss = float(closure())
+            loss = self._descending(closure())
             grad = self._flat_grad()
             for p, value in zip(self._params, start, strict=True):
                 p.copy_(value)
@@ -224,7 +232,16 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             else:
                 piece = (p.grad.to_dense() if p.grad.is_sparse else p.grad).reshape(-1)
             pieces.append(torch.view_as_real(piece).view(-1) if piece.is_complex() else piece)
-        return torch.cat(pieces, 0)
+        flat = torch.cat(pieces, 0)
+        return flat.neg_() if self._maximize else flat
+
+    @property
+    def _maximize(self) -> bool:
+        return bool(self.param_groups[0].get("maximize", False))
+
+    def _descending(self, loss: Any) -> float:
+        """A loss as a number to be made small."""
+        return -float(loss) if self._maximize else float(loss)
 
     def _add_flat(self, t: Any, direction: Tensor) -> None:
         """Add `t` times a flat vector to the parameters."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from optimstate.installed_torch import OptimizerBase
 from optimstate.optim._load import (
     Group,
     Slots,
@@ -30,7 +31,7 @@ Options = Mapping[str, Any]
 PLAIN = (Tensor, torch.nn.Parameter)  # tensors whose memory is what it seems, unlike a subclass's
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(OptimizerBase):
     """Base class of all optimizers: torch's, and a `load_state_dict` that knows what it loads.
 
     A subclass that only defines `step` works as with torch's base.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 from typing_extensions import override
 
+from optimstate.installed_torch import fused_sgd_takes_half_precision
 from optimstate.optim._load import Slots
 from optimstate.optim._ops import Ops
 from optimstate.optim._step import Columns, Complex, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
@@ -47,8 +48,8 @@ class SGD(RuleOptimizer, torch.optim.SGD):
         maximize: Ascend instead of descend.
         foreach: Whether to update lists of tensors at a time; None lets the device decide.
         differentiable: Whether autograd records the step.
-        fused: Whether to use torch's fused kernel (floating-point parameters only). torch's CPU kernel corrupts
-            momentum in bfloat16 and float16; such parameters are updated tensor by tensor instead.
+        fused: Whether to use torch's fused kernel (floating-point parameters only). Before torch 2.14 its CPU kernel
+            corrupts momentum in bfloat16 and float16; such parameters are updated tensor by tensor then.
 
     Raises:
         ValueError: A hyperparameter is out of range.
@@ -185,7 +186,7 @@ class SGD(RuleOptimizer, torch.optim.SGD):
         lists = [buffers] if buffers else []
         for (some_params, some_grads, *held), _, scaling in fused_batches(self, group, params, grads, lists):
             some_buffers = held[0] if held else []
-            if some_params[0].is_cpu and some_params[0].dtype in (torch.bfloat16, torch.float16):
+            if is_half_on_cpu(some_params[0]) and not fused_sgd_takes_half_precision():
                 self._unfused(group, some_params, some_grads, [None] * len(some_params) if first else some_buffers)
                 continue
             kernel: Any = torch._fused_sgd_
@@ -210,6 +211,11 @@ class SGD(RuleOptimizer, torch.optim.SGD):
         if (grad_scale := getattr(self, "grad_scale", None)) is not None:
             torch._foreach_div_(grads, grad_scale.item())
         self._run_each(group, params, grads, {"momentum_buffer": buffers}, False)
+
+
+def is_half_on_cpu(p: Tensor) -> bool:
+    """Whether a parameter is one that older kernels get wrong."""
+    return p.is_cpu and p.dtype in (torch.bfloat16, torch.float16)
 
 
 sgd = function_of(SGD)

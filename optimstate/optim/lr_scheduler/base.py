@@ -18,13 +18,22 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from optimstate.errors import SchedulerStateWarning, StateMismatchError
+from optimstate.installed_torch import SchedulerBase
 
 StateDict = dict[str, Any]
 StateHook = Callable[["LRScheduler", StateDict], StateDict | None]
 LoadedHook = Callable[["LRScheduler"], None]
 
 # Keys that states of older torch versions lack and that the constructor knows as well.
-_BOOKKEEPING = {"_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr", "default_min_lr", "use_beta1"}
+_BOOKKEEPING = {
+    "verbose",
+    "_step_count",
+    "_is_initial",
+    "_get_lr_called_within_step",
+    "_last_lr",
+    "default_min_lr",
+    "use_beta1",
+}
 
 
 @dataclass
@@ -42,7 +51,7 @@ class _Runtime:
 _ATTACHED: WeakKeyDictionary[Optimizer, WeakSet[LRScheduler]] = WeakKeyDictionary()
 
 
-class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
+class LRScheduler(SchedulerBase):
     """Base of all schedulers: sets the learning rate of every param group, once per `step()`.
 
     A subclass defines either `get_lr`, as with torch, or `_next_lrs`, which `get_lr` calls.
