@@ -60,7 +60,7 @@ def follow(page: str, folder: Path, scope: dict[str, Any] | None = None) -> dict
             with redirect_stdout(io.StringIO()) as out:
                 exec(compile(text, where, "exec"), scope)
             printed = out.getvalue()
-        elif language == "text":
+        elif language == "text" and printed:
             compare(text.splitlines(), printed.splitlines(), where)
         elif language == "console":
             console(text, where)
@@ -71,6 +71,7 @@ def console(text: str, where: str) -> None:
     """Run the commands of a block and compare what they print; `diff` finds differences, which is its exit code 1."""
     for session in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, *shown = re.sub(r" \\\n\s*", " ", session).splitlines()
+        shown = shown[:-1] if shown and not shown[-1] else shown  # a blank line between two commands
         words = shlex.split(command)
         assert words[0] == "optimstate", f"{where}: {command}"
         outcome = run(*words[1:])

@@ -13,6 +13,7 @@ from optimstate.cli import app
 from tests import corpus
 from tests.cli.place import PLAN_VERBS, check
 from tests.cli.running import run
+from tests.documents import follow
 
 ROOT = corpus.FIXTURES.parent
 MANUAL = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
@@ -60,6 +61,10 @@ def test_the_command_lines_of_documents_run(text: str, checkpoints: Path) -> Non
             check(line)
         else:
             assert line.split()[1] in (*app.COMMANDS, "--help", "--version"), line
+
+
+def test_the_readme_shows_what_is_printed(checkpoints: Path) -> None:
+    follow(README.partition("## In a training script")[0], checkpoints)
 
 
 def test_the_manual_has_every_command() -> None:
