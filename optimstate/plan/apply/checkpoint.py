@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from optimstate.errors import MigrationError
+from optimstate.plan.apply.division import optimizers_of, placed, reported, schedulers_of
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
-from optimstate.plan.apply.options import scheduled, with_group_options, with_options
+from optimstate.plan.apply.options import followers_of, scheduled, with_group_options, with_options
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
+from optimstate.plan.solve.division import divided
 from optimstate.plan.solve.migration import Like
 from optimstate.plan.solve.planner import (
     Inventory,
@@ -26,7 +28,7 @@ from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections, with_hosts
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Opaque, rebuilt_mapping, replaced
+from optimstate.tree import Opaque, Path, rebuilt_mapping, replaced
 
 __all__ = ["STAMP", "apply_plan"]
 
@@ -63,9 +65,12 @@ def apply_plan(
         _refuse_other_parameters(section, migration)
     migration = with_options(plan, migration, checkpoint.optimizers, checkpoint.states.keys())
     migration, schedules, notes = scheduled(plan, migration, checkpoint.schedulers, checkpoint.optimizers)
-    rebuilt = {**checkpoint.rebuilt(migration), **schedules}
     notes = [*checkpoint.left_alone(migration), *notes]
-    return _stamped(plan, replaced(tree, rebuilt)), migration, notes + migration.notes
+    if plan.optimizers:
+        made, migration = checkpoint.divided(tree, migration, schedules)
+    else:
+        made = replaced(tree, {**checkpoint.rebuilt(migration), **schedules})
+    return _stamped(plan, made), migration, notes + migration.notes
 
 
 def key_of(section: Section) -> str:
@@ -148,10 +153,32 @@ class _Checkpoint:
                 found[name] = shape if found.get(name, shape) == shape else None
         return found
 
+    def divided(self, tree: Any, migration: Migration, schedules: Mapping[int, Any]) -> tuple[Any, Migration]:
+        """The tree with the optimizers that the plan's tables make, and the migration as it is reported."""
+        parts = divided(self.plan, migration, self.states)
+        states = optimizers_of(parts, self.states)
+        prefix = {part.rule.path: self.named[part.key][1] for part in parts}
+        nodes = {path: _with_prefix(state, prefix[path]).to_node() for path, state in states.items()}
+        followers: dict[Path, Mapping[str, Mapping[str, Any]]] = {}
+        for section, key, _ in followers_of(
+            self.plan, migration.sections, self.schedulers, self.optimizers, all_of=True
+        ):
+            own = [part for part in parts if part.key == key]
+            followers[section.path] = schedulers_of(schedules.get(id(section.node), section.node), own)
+        models = {key: moves for key, moves in migration.sections.items() if key not in self.states}
+        made = replaced(tree, {**self.rebuilt(migration._replace(sections=models)), **schedules})
+        old = [self.named[key][0] for key in self.states]
+        if any(section.host is not None for section in old):
+            message = "flattened optimizer state cannot become other optimizers: convert the checkpoint first"
+            raise MigrationError([Problem("unreached", message)])
+        return placed(made, nodes, [section.path for section in old], followers), reported(migration, parts)
+
     def rebuilt(self, migration: Migration) -> dict[int, Any]:
         """The nodes that change, by the id of the old one."""
         made: dict[int, Any] = {}
         for key, (section, prefix) in self.named.items():
+            if key not in migration.sections:
+                continue
             moves = migration.sections[key]
             if section.kind == "optimizer":
                 state = execute_optimizer(moves, self.states[key])
@@ -201,6 +228,7 @@ def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint) -> None:
     if plan.policy.unused != "error":
         return
     rest = (
+        ("[[optimizer]] tables", bool(plan.optimizers)),
         (f'optimizer = "{plan.optimizer}"', bool(plan.optimizer)),
         ("[slots]", bool(plan.slots)),
         ("`group` of a rule", any(rule.group is not None for rule in plan.all_rules())),

@@ -15,7 +15,7 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
 from optimstate.tree import rebuilt_mapping
 
-__all__ = ["scheduled", "with_group_options", "with_options"]
+__all__ = ["followers_of", "scheduled", "with_group_options", "with_options"]
 
 
 def with_options(
@@ -86,7 +86,7 @@ def scheduled(
     if problems := list(_unreached(plan, found)):
         raise MigrationError(problems)
     sections, made, notes = dict(migration.sections), dict[int, Any](), list[str]()
-    for section, key, certain in _followers(plan, sections, found, optimizers):
+    for section, key, certain in followers_of(plan, sections, found, optimizers):
         groups = Groups.of(sections[key], [group.options for group in optimizers[key].groups])
         asked = any(reaches(rule, section.node, section.label) for rule in plan.schedulers)
         if groups.unchanged and not asked:
@@ -121,11 +121,13 @@ def _unreached(plan: Plan, schedulers: Sequence[Section]) -> Iterator[Problem]:
             yield Problem("unreached", message, remedy=known)
 
 
-def _followers(
+def followers_of(
     plan: Plan,
     sections: Mapping[str, SectionMoves],
     schedulers: Sequence[Section],
     optimizers: Mapping[str, OptimizerState],
+    *,
+    all_of: bool = False,
 ) -> list[tuple[Section, str, bool]]:
     """Each scheduler with the optimizer whose param groups it follows, and whether that is certain.
 
@@ -137,7 +139,7 @@ def _followers(
         for key, state in optimizers.items()
         if key in sections and not Groups.of(sections[key], [group.options for group in state.groups]).unchanged
     ]
-    if not schedulers or not (changed or plan.schedulers):
+    if not schedulers or not (all_of or changed or plan.schedulers):
         return []
     if len(optimizers) == 1:
         pairs = [(section, next(iter(optimizers)), True) for section in schedulers]

@@ -10,7 +10,7 @@ from typing import Any
 
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language import toml
-from optimstate.plan.language.rules import GroupRule, Guard, Policy, Rule, SchedulerRule, fan_out
+from optimstate.plan.language.rules import GroupRule, Guard, OptimizerRule, Policy, Rule, SchedulerRule, fan_out
 from optimstate.plan.language.template import Template
 from optimstate.record import Record, field
 from optimstate.state.algorithms.slots import Slot
@@ -29,6 +29,7 @@ class Plan(Record):
         policy: What is done about mismatches.
         slots: Meanings of slots that are not known, by name.
         optimizer: The algorithm whose state the result has; empty for the one it has.
+        optimizers: The optimizers of the result; empty to keep those of the checkpoint.
         schedulers: Arguments of schedulers that change.
     """
 
@@ -40,6 +41,7 @@ class Plan(Record):
     slots: Mapping[str, Slot] = field(default_factory=dict)
     optimizer: str = ""
     schedulers: tuple[SchedulerRule, ...] = ()
+    optimizers: tuple[OptimizerRule, ...] = ()
 
     @classmethod
     def from_options(
@@ -165,6 +167,7 @@ class Plan(Record):
             policy=self.policy._replace(**changed),
             slots={**self.slots, **other.slots},
             optimizer=other.optimizer or self.optimizer,
+            optimizers=self.optimizers + other.optimizers,
             schedulers=self.schedulers + other.schedulers,
         )
 

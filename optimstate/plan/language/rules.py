@@ -11,7 +11,7 @@ from optimstate.plan.language.operations import Operation, parse_operation
 from optimstate.plan.language.template import Template
 from optimstate.record import Record, field
 
-__all__ = ["GroupRule", "Guard", "Policy", "Rule", "SchedulerRule"]
+__all__ = ["GroupRule", "Guard", "OptimizerRule", "Policy", "Rule", "SchedulerRule"]
 
 Renamed = list[tuple[str, dict[str, str]]]
 
@@ -206,6 +206,25 @@ class GroupRule(Record):
     def is_for(self, label: str) -> bool:
         """Whether it is for the optimizer at a path."""
         return self.optimizer in ("", label)
+
+
+class OptimizerRule(Record):
+    """One optimizer of the result.
+
+    Attributes:
+        path: Where it stands in the result: its keys, joined by dots.
+        match: Templates of the parameters in it; the first table that matches a parameter takes it.
+        algorithm: Whose state it has; empty for that of the optimizer its parameters were in.
+        set: Options of its groups that replace those of the checkpoint.
+    """
+
+    path: str
+    match: tuple[Template, ...]
+    algorithm: str = ""
+    set: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"[[optimizer]] {self.path!r}"
 
 
 class SchedulerRule(Record):

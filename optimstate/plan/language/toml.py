@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language.operation import Operation, toml_key, toml_value
 from optimstate.plan.language.operations import OPERATIONS, parse_operation
-from optimstate.plan.language.rules import GroupRule, Guard, Policy, Rule, SchedulerRule, templates
+from optimstate.plan.language.rules import GroupRule, Guard, OptimizerRule, Policy, Rule, SchedulerRule, templates
 from optimstate.plan.language.template import Template
 from optimstate.state.algorithms.slots import Slot, SlotKind
 
@@ -114,8 +114,13 @@ def _fields(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         stages.append(tuple(made))
     groups = tuple(_group(table, number) for number, table in enumerate(_tables(document, "group", "group"), 1))
     optimizer = document.get("optimizer", "")
+    optimizers: tuple[OptimizerRule, ...] = ()
+    if isinstance(optimizer, list):
+        tables = enumerate(_tables(document, "optimizer", "optimizer"), 1)
+        optimizer, optimizers = "", tuple(_optimizer(table, number) for number, table in tables)
     if not isinstance(optimizer, str):
-        raise _Mistake('`optimizer` is the name of an algorithm, as "AdamW"', "", 0, "optimizer")
+        message = '`optimizer` is the name of an algorithm, as "AdamW", or [[optimizer]] tables'
+        raise _Mistake(message, "", 0, "optimizer")
     return {
         "rules": rules,
         "stages": tuple(stages),
@@ -124,8 +129,25 @@ def _fields(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "policy": _policy(_table_of(document, "policy")),
         "slots": _slots(_table_of(document, "slots")),
         "optimizer": optimizer,
+        "optimizers": optimizers,
         "schedulers": _schedulers(document.get("scheduler", [])),
     }
+
+
+def _optimizer(table: Mapping[str, Any], number: int) -> OptimizerRule:
+    _refuse_unknown(table, {"path", "match", "algorithm", "set"}, "optimizer", number)
+    for key, example in (("path", 'path = "muon"'), ("match", 'match = "blocks.*.weight"')):
+        if key not in table:
+            raise _Mistake(f"needs `{key}`", "optimizer", number, "", f"For example: {example}")
+    for key in ("path", "algorithm"):
+        value = table.get(key, "-")
+        if not isinstance(value, str) or not value or not all(value.split(".")):
+            raise _Mistake(f"`{key}` must be text that is not empty", "optimizer", number, key)
+    options = table.get("set", {})
+    if not isinstance(options, dict):
+        raise _Mistake("`set` is a table of options", "optimizer", number, "set", "For example: set = { lr = 0.02 }")
+    match = _checked_templates(_texts(table["match"], "optimizer", number, "match"), "optimizer", number, "match")
+    return OptimizerRule(table["path"], match, table.get("algorithm", ""), options)
 
 
 def _table_of(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -299,6 +321,10 @@ def written(plan: Plan) -> str:
     blocks += [_written_rule("[[rule]]", rule) for rule in plan.rules]
     for stage in plan.stages:
         blocks += ["[[stage]]\n", *(_written_rule("[[stage.rule]]", rule) for rule in stage)]
+    for part in plan.optimizers:
+        fields = {"path": part.path, "match": _one_or_list([template.text for template in part.match])}
+        extra = {"algorithm": part.algorithm, "set": part.set}
+        blocks += _block("[[optimizer]]", {**fields, **{key: value for key, value in extra.items() if value}})
     for group in plan.groups:
         table: dict[str, Any] = {"optimizer": group.optimizer} if group.optimizer else {}
         if group.match:

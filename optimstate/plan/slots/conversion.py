@@ -1,8 +1,9 @@
 """From the state of one optimizer to that of another: what has a meaning in both, and what is lost.
 
-The exponential averages of the gradient and of its square mean the same in the whole Adam family; Adafactor keeps means
-of the latter; a momentum buffer of SGD is the average that Muon keeps, but for a factor. bitsandbytes' optimizers are
-those of the same name with slots of their own, which `lowbit` codes and decodes. What has no meaning is refused.
+The exponential averages of the gradient and of its square mean the same in the whole Adam family; Adafactor keeps
+means of the latter; a momentum buffer of SGD is the average that Muon keeps, but for a factor, and the first average of
+Adam is that of Muon. bitsandbytes' optimizers are those of the same name with slots of their own, which `quantized` codes
+and decodes. What has no meaning is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from optimstate.state.algorithms.registry import ALGORITHMS
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.optimizer import Group, OptimizerState, Slots
 
-__all__ = ["TARGETS", "Conversion", "Lost", "plan_conversion"]
+__all__ = ["TARGETS", "Conversion", "Lost", "option_names", "plan_conversion"]
 
 Convert = Callable[[Slots, Mapping[str, Any]], dict[str, Any]]
 
@@ -47,6 +48,7 @@ class Conversion(Record):
         keeps_betas: Whether decay rates mean the same in both.
         report: What becomes of each slot.
         convert: Makes the new slots of a parameter from the old ones and its group's new options.
+        given: Options that the plan sets, which stay as they are.
     """
 
     source: str
@@ -54,6 +56,7 @@ class Conversion(Record):
     report: tuple[Lost, ...]
     convert: Convert
     keeps_betas: bool = True
+    given: frozenset[str] = frozenset()
 
     def new_slots(self, shape: Shape | None) -> Iterator[Lost]:
         """The lines of slots that a parameter of this shape has afterwards, each of one slot."""
@@ -68,11 +71,11 @@ class Conversion(Record):
         made: dict[Any, Slots] = {}
         groups = []
         for group in state.groups:
-            options = _options(self.target, group.options, keeps_betas=self.keeps_betas)
+            options = _options(self.target, group.options, keeps_betas=self.keeps_betas, given=self.given)
             for key in group.params:
                 slots = state.state.get(key)
-                if slots:
-                    made[key] = self.convert(slots, options)
+                if slots and (found := self.convert(slots, options)):
+                    made[key] = found
             order = tuple(options) + tuple(key for key in group.keys if key in ("params", "param_names"))
             groups.append(Group(options, group.params, group.names, order))
         ordered = {key: made[key] for key in state.state if key in made}
@@ -109,10 +112,12 @@ _SCHEDULED = ("initial_lr", "max_lr", "min_lr", "swa_lr", "name")
 _OWN = {"Adafactor": {"eps"}, "Muon": {"eps"}, "Lion8bit": {"eps"}, "Lion32bit": {"eps"}}
 
 
-def _options(target: str, old: Mapping[str, Any], *, keeps_betas: bool) -> dict[str, Any]:
+def _options(
+    target: str, old: Mapping[str, Any], *, keeps_betas: bool, given: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """The options of a group: those both have as they were, the others at the new algorithm's defaults."""
     own = _OWN.get(target, set()) | ({"eps"} if isinstance(old.get("eps"), tuple | list) else set())
-    own |= {"decoupled_weight_decay"} | (set() if keeps_betas else {"betas"})
+    own = (own | {"decoupled_weight_decay"} | (set() if keeps_betas else {"betas"})) - given
     made = {key: old.get(key, value) if key not in own else value for key, value in _DEFAULTS[target].items()}
     return {**made, **{key: old[key] for key in _SCHEDULED if key in old}}
 
@@ -123,6 +128,9 @@ def plan_conversion(
     state: OptimizerState,
     shapes: Mapping[str, Shape | None],
     problems: list[Problem],
+    *,
+    options: Sequence[Mapping[str, Any]] | None = None,
+    given: frozenset[str] = frozenset(),
 ) -> Conversion | None:
     """How to convert; None, with a problem noted, where it has no meaning, and None where nothing changes.
 
@@ -132,7 +140,10 @@ def plan_conversion(
         state: What is converted, of which nothing is read but the names of slots and options.
         shapes: Of the result's parameters, where known.
         problems: Added to.
+        options: Of the groups that are converted; those of `state` by default.
+        given: Options that the plan sets, which stay as they are.
     """
+    options = [group.options for group in state.groups] if options is None else options
     if target not in _DEFAULTS:
         message = f"optimizer = {target!r}: there is no conversion to it"
         problems.append(Problem("conversion", message, remedy=f"choose one of {', '.join(_DEFAULTS)}"))
@@ -162,7 +173,20 @@ def plan_conversion(
         problems.append(Problem("conversion", message, names=tuple(other)))
     report, convert = found
     keeps_betas = goal != "Lion" or name in ("Lion", "bitsandbytes")
-    return Conversion(source.name, target, tuple(Lost(*line) for line in report), convert, keeps_betas)
+    if name in _ADAMS and goal == "Muon" and any(_other_average(group, given) for group in options):
+        reason = "an average over the decay rate betas[0], which Muon continues with its momentum"
+        report = [("momentum_buffer", "approximate", reason), *report[1:]]
+    return Conversion(source.name, target, tuple(Lost(*line) for line in report), convert, keeps_betas, given)
+
+
+def option_names(target: str) -> tuple[str, ...]:
+    """The options that groups of an algorithm have, and those that schedulers add."""
+    return (*_DEFAULTS.get(target, ()), *_SCHEDULED) if target in _DEFAULTS else ()
+
+
+def _other_average(group: Mapping[str, Any], given: frozenset[str]) -> bool:
+    momentum = _options("Muon", group, keeps_betas=True, given=given)["momentum"]
+    return "betas" not in group or number_of(group["betas"][0]) != number_of(momentum)
 
 
 Found = tuple[Sequence[tuple[str, str, str]], Convert]
@@ -290,6 +314,17 @@ def _conversion(source: str, target: str) -> Found | None:
             ("row_var, col_var, variance", "dropped", f"{target} has none: they went into exp_avg_sq"),
         ]
         return report, lambda old, new: _with_product(_unfactored(old), target, new)
+    if source in _ADAMS and target == "Muon":
+        report = [
+            ("momentum_buffer", "exact", "the same average of gradients as exp_avg"),
+            ("exp_avg", "exact", "it became momentum_buffer"),
+            ("exp_avg_sq", "dropped", "Muon has no second moment"),
+            ("step, max_exp_avg_sq", "dropped", "Muon has none"),
+        ]
+        return report, lambda old, _: {"momentum_buffer": old["exp_avg"]} if "exp_avg" in old else {}
+    if source == "Muon" and target in _ADAMS:
+        reason = f"{target} needs a second moment beside it, which Muon does not keep: it starts without state"
+        return [("momentum_buffer", "dropped", reason)], lambda *_: {}
     if (source, target) in (("SGD", "Muon"), ("Muon", "SGD")):
         report = [("momentum_buffer", "exact", "a sum in SGD and an average in Muon: times 1 - momentum, or over it")]
         return report, lambda old, new: _momentum(old, new, to_average=target == "Muon")

@@ -77,6 +77,8 @@ def _losses(plan: Plan) -> list[Problem]:
                 except Irreversible as reason:
                     if not reason.needs_names:
                         reasons.append(f"{name}: {reason}")
+    if plan.optimizers:
+        reasons.append("[[optimizer]] divides the optimizer: write tables that join what it makes")
     if plan.optimizer:
         reasons.append(f"the conversion to {plan.optimizer} does not keep what it started from")
     return [Problem("irreversible", reason) for reason in reasons]

@@ -1,0 +1,228 @@
+"""`[[optimizer]]` tables: one optimizer becomes several, several become one, and what it means for each slot."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
+from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.apply.explain import explained
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.solve.inverse import inverse
+from optimstate.tensors.compute import to_torch
+from optimstate.tree import walk
+from tests.plan.lazy import lazy_tree
+
+MUON = '[[optimizer]]\npath = "muon"\nmatch = "blocks.*.weight"\nalgorithm = "Muon"\n'
+REST = '[[optimizer]]\npath = "adamw"\nmatch = "**"\n'
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x).tanh()
+        return x
+
+
+def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 3) -> list[float]:
+    torch.manual_seed(5)
+    losses = []
+    for _ in range(steps):
+        model.zero_grad()
+        loss = model(torch.randint(6, (8,))).square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def trained(beta: float = 0.95, groups: int = 1, schedule: bool = False) -> tuple[Model, Any]:
+    model = Model()
+    named = list(model.named_parameters())
+    parts = [{"params": named[n::groups], "lr": 1e-3 / (n + 1)} for n in range(groups)]
+    optimizer = torch.optim.AdamW(parts, betas=(beta, 0.999))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    train(model, [optimizer])
+    tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 2}
+    if schedule:
+        scheduler.step()
+        tree |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    return model, copy.deepcopy(tree)
+
+
+def live(node: Any) -> Any:
+    """A tree with its tensors in memory."""
+    if isinstance(node, dict):
+        return {key: live(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(map(live, node))
+    return to_torch(node) if hasattr(node, "storage") else node
+
+
+def apply(text: str, tree: Any) -> Any:
+    return live(apply_plan(Plan.from_toml(text), lazy_tree(tree))[0])
+
+
+def by_name(state: Any) -> dict[str, Any]:
+    return {
+        name: state["state"].get(key, {})
+        for group in state["param_groups"]
+        for name, key in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def kinds(text: str, tree: Any) -> set[str]:
+    with pytest.raises(MigrationError) as error:
+        apply(text, tree)
+    return {problem.kind for problem in error.value.problems}
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_every_parameter_is_in_one_optimizer_with_its_state(groups: int) -> None:
+    _, tree = trained(groups=groups)
+    made, old = apply(MUON + REST, tree), by_name(tree["optimizer"])
+    assert list(made) == ["model", "epoch", "muon", "adamw"]
+    muon, adamw = by_name(made["muon"]), by_name(made["adamw"])
+    assert muon.keys() | adamw.keys() == old.keys()
+    assert not muon.keys() & adamw.keys()
+    for name, slots in muon.items():
+        assert list(slots) == ["momentum_buffer"]
+        assert torch.equal(slots["momentum_buffer"], old[name]["exp_avg"])
+    assert all(same(slots, old[name]) for name, slots in adamw.items())
+    for state in (made["muon"], made["adamw"]):
+        assert [key for group in state["param_groups"] for key in group["params"]] == list(range(len(by_name(state))))
+    rates = {name: group["lr"] for group in tree["optimizer"]["param_groups"] for name in group["param_names"]}
+    for group in (*made["muon"]["param_groups"], *made["adamw"]["param_groups"]):
+        assert {rates[name] for name in group["param_names"]} == {group["lr"]}
+
+
+@pytest.mark.parametrize(("beta", "outcome"), [(0.95, "exact"), (0.9, "approximate")])
+def test_momentum_is_exact_where_the_decay_rates_are_the_same(beta: float, outcome: str) -> None:
+    _, tree = trained(beta)
+    _, migration, _ = apply_plan(Plan.from_toml(MUON + REST), lazy_tree(tree))
+    rows = [row for row in explained(migration) if row.section == "optimizer muon"]
+    found = {row.slot: row.outcome for row in rows}
+    assert found["momentum_buffer"] == outcome
+    assert found["exp_avg_sq"] == found["step"] == "dropped"
+    assert {row.outcome for row in explained(migration) if row.section == "optimizer adamw"} == {"exact"}
+    chosen = MUON + f"set = {{ momentum = {beta} }}\n" + REST
+    _, migration, _ = apply_plan(Plan.from_toml(chosen), lazy_tree(tree))
+    assert {row.outcome for row in explained(migration) if row.slot == "momentum_buffer"} == {"exact"}
+
+
+def test_there_and_back_the_part_that_stays_is_the_same_bit_for_bit() -> None:
+    _, tree = trained()
+    divided = apply(MUON + REST, tree)
+    back = apply('[[optimizer]]\npath = "optimizer"\nmatch = "**"\nalgorithm = "AdamW"\n', divided)
+    old, new = by_name(tree["optimizer"]), by_name(back["optimizer"])
+    assert new.keys() == old.keys()
+    for name, slots in new.items():
+        assert same(slots, old[name]) if not name.startswith("blocks") or "bias" in name else slots == {}
+    again = Model()
+    again.load_state_dict(back["model"])
+    named = dict(again.named_parameters())
+    groups = [{"params": [(n, named[n]) for n in g["param_names"]]} for g in back["optimizer"]["param_groups"]]
+    optimizer = torch.optim.AdamW(groups)
+    optimizer.load_state_dict(back["optimizer"])
+    train(again, [optimizer])
+
+
+def test_two_of_one_algorithm_train_on_as_the_one_would_have() -> None:
+    model, tree = trained()
+    made = apply(
+        '[[optimizer]]\npath = "optim.blocks"\nmatch = "blocks"\n'
+        '[[optimizer]]\npath = "optim.embed"\nmatch = "embed"\n',
+        tree,
+    )
+    wanted = torch.optim.AdamW(model.named_parameters())
+    wanted.load_state_dict(tree["optimizer"])
+    again = copy.deepcopy(model)
+    parts = []
+    for key in ("blocks", "embed"):
+        own = [(name, p) for name, p in again.named_parameters() if name.startswith(key)]
+        parts.append(torch.optim.AdamW(own))
+        parts[-1].load_state_dict(made["optim"][key])
+    assert train(model, [wanted]) == train(again, [*parts])
+
+
+def test_two_become_one_again_with_rules_in_between() -> None:
+    _, tree = trained(groups=2)
+    halves = '[[optimizer]]\npath = "a"\nmatch = "blocks"\n[[optimizer]]\npath = "b"\nmatch = "**"\n'
+    renamed = '[[rule]]\nfrom = "blocks"\nto = "layers"\n' + halves.replace("blocks", "layers")
+    made = apply('[[optimizer]]\npath = "optimizer"\nmatch = "**"\n', apply(renamed, tree))
+    old = {name.replace("blocks", "layers"): slots for name, slots in by_name(tree["optimizer"]).items()}
+    new = by_name(made["optimizer"])
+    assert new.keys() == old.keys()
+    assert all(same(slots, old[name]) for name, slots in new.items())
+
+
+def test_schedulers_are_divided_and_joined_with_their_groups() -> None:
+    _, tree = trained(groups=2, schedule=True)
+    made = apply(MUON + REST, tree)
+    assert made["scheduler"].keys() == {"muon", "adamw"}
+    for key, state in made["scheduler"].items():
+        assert state["last_epoch"] == tree["scheduler"]["last_epoch"]
+        assert len(state["base_lrs"]) == len(made[key]["param_groups"])
+        assert state["_last_lr"] == [group["lr"] for group in made[key]["param_groups"]]
+    back = apply('[[optimizer]]\npath = "optimizer"\nmatch = "**"\nalgorithm = "AdamW"\n', made)
+    (found,) = [node for _, node in walk(back) if isinstance(node, dict) and "base_lrs" in node]
+    assert found["_last_lr"] == [group["lr"] for group in back["optimizer"]["param_groups"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (MUON, "group"),
+        (MUON + REST + '[[optimizer]]\npath = "third"\nmatch = "nowhere.*"\n', "unmatched"),
+        (MUON.replace("blocks.*.weight", "**"), "conversion"),
+        (MUON.replace("Muon", "Novel") + REST, "conversion"),
+        (MUON + "set = { momentun = 0.9 }\n" + REST, "setting"),
+        (MUON.replace('"muon"', '"model"') + REST, "conflict"),
+        (MUON.replace('"muon"', '"epoch.muon"') + REST, "conflict"),
+        ('[[optimizer]]\npath = "sgd"\nmatch = "**"\nalgorithm = "SGD"\n', "conversion"),
+    ],
+)
+def test_what_cannot_be_is_refused(text: str, kind: str) -> None:
+    assert kind in kinds(text, trained()[1])
+
+
+def test_state_of_two_algorithms_is_not_one_optimizer() -> None:
+    divided = apply(MUON + REST, trained()[1])
+    assert "conversion" in kinds('[[optimizer]]\npath = "optimizer"\nmatch = "**"\n', divided)
+
+
+def test_an_anonymous_optimizer_is_not_divided_silently() -> None:
+    _, tree = trained()
+    for group in tree["optimizer"]["param_groups"]:
+        del group["param_names"]
+    assert kinds(MUON + REST, tree) == {"unreached"}
+
+
+def test_tables_are_written_and_read() -> None:
+    plan = Plan.from_toml(MUON + "set = { lr = 0.02 }\n" + REST)
+    assert Plan.from_toml(plan.to_toml()) == plan
+    with pytest.raises(PlanError, match="divides the optimizer"):
+        inverse(plan)
+    for text in (
+        '[[optimizer]]\nmatch = "**"\n',
+        '[[optimizer]]\npath = "a"\n',
+        '[[optimizer]]\npath = ""\nmatch = "a"\n',
+    ):
+        with pytest.raises(PlanSyntaxError, match=r"plan:\d: optimizer 1"):
+            Plan.from_toml(text)
