@@ -2,8 +2,8 @@
 
 The exponential averages of the gradient and of its square mean the same in the whole Adam family; Adafactor keeps
 means of the latter; a momentum buffer of SGD is the average that Muon keeps, but for a factor, and the first average of
-Adam is that of Muon. bitsandbytes' optimizers are those of the same name with slots of their own, which `quantized` codes
-and decodes. What has no meaning is refused.
+Adam is that of Muon. bitsandbytes' optimizers are those of the same name with slots of their own, which `quantized`
+codes and decodes. What has no meaning is refused.
 """
 
 from __future__ import annotations
