@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"errors", "installed_torch", "problems", "state", "plan", "resuming"},
     "hooks": {"__init__", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan"},
     "resuming": {"errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
+    "integrations": {"errors", "installed_torch", "state", "plan", "hooks", "resuming"},
     "derivation": {"record", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},
     "rehearsal": {"record", "errors", "installed_torch", "plan", "state", "hooks", "resuming", "surgery.reports"},
     "demo": {"errors", "installed_torch", "problems", "optim", "hooks"},

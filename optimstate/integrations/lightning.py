@@ -1,0 +1,105 @@
+"""Lightning: `trainer.fit(..., ckpt_path=...)` of a changed model.
+
+```python
+trainer = Trainer(callbacks=[ResumeCallback("plan.toml")])
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from os import PathLike
+from typing import Any, Literal
+
+from optimstate.hooks.modules import ModelLoad
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.solve.planner import plan_migration
+from optimstate.resuming import Resumed, resume
+
+__all__ = ["ResumeCallback"]
+
+
+_lightning: Any = import_module("lightning.pytorch" if find_spec("lightning") else "pytorch_lightning")
+
+
+class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
+    """Loads weights, optimizers and schedules by one plan, before the first step.
+
+    What other callbacks keep by the model's names (an average) gets the new names too, if they load after this one.
+
+    Args:
+        plan: What has changed, as a plan or the path of a plan file.
+        schedule: `live` lets schedules keep their arguments and take the position alone.
+        saved: The names that the checkpoint's optimizers have not got.
+
+    Attributes:
+        resumed: What the last resumption did; None before.
+    """
+
+    resumed: Resumed | None = None
+
+    def __init__(
+        self,
+        plan: Plan | str | PathLike[str] | None = None,
+        *,
+        schedule: Literal["checkpoint", "live"] | None = None,
+        saved: Any = None,
+    ) -> None:
+        self._plan, self._schedule, self._saved = Plan.of(plan), schedule, saved
+        self._loaded: dict[str, Any] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
+        """Take over what the module is about to load."""
+        if stage != "fit":
+            return
+        inherited = type(pl_module).on_load_checkpoint
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            inherited(pl_module, checkpoint)
+            self._take(pl_module, checkpoint)
+
+        pl_module.on_load_checkpoint = on_load_checkpoint
+
+    def _take(self, module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep the parts that the plan is for, and leave Lightning what changes nothing."""
+        self._loaded = {key: checkpoint.get(key) for key in ("state_dict", "optimizer_states", "lr_schedulers")}
+        checkpoint["state_dict"] = module.state_dict()
+        checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+        for key, state in checkpoint.get("callbacks", {}).items():
+            checkpoint["callbacks"][key] = self._renamed(module, state, self._loaded["state_dict"])
+
+    def _renamed(self, module: Any, node: Any, weights: Mapping[str, Any]) -> Any:
+        """What a callback keeps, with dicts of all the model's weights under the new names."""
+        if not isinstance(node, dict):
+            return node
+        if node and weights.keys() <= node.keys():
+            load = ModelLoad(module, node)
+            plan = self._plan.with_policy(unused="ignore")
+            return load.made(plan_migration(plan, {"model": load.inventory()}).sections["model"])
+        return {key: self._renamed(module, value, weights) for key, value in node.items()}
+
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        """Load, once the optimizers are there."""
+        self._load(trainer, pl_module)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Load, where no sanity check came before."""
+        self._load(trainer, pl_module)
+
+    def _load(self, trainer: Any, module: Any) -> None:
+        if self._loaded is None:
+            return
+        checkpoint, self._loaded = self._loaded, None
+        optimizers = list(trainer.optimizers)
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self.resumed = resume(
+            {key: value for key, value in checkpoint.items() if value},
+            model=module,
+            optimizer=optimizers[0] if len(optimizers) == 1 else optimizers or None,
+            scheduler=schedulers[0] if len(schedulers) == 1 else schedulers or None,
+            plan=self._plan,
+            schedule=self._schedule,
+            saved=self._saved,
+        )

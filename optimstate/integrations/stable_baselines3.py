@@ -1,0 +1,52 @@
+"""Stable-Baselines3: an algorithm with a changed policy goes on from what `model.save` wrote.
+
+```python
+model = PPO("MlpPolicy", env, policy_kwargs=...)
+resume_algorithm(model, "ppo.zip", plan="plan.toml")
+model.learn(10_000, reset_num_timesteps=False)
+```
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from optimstate.plan.language.plan import Plan
+from optimstate.resuming import Resumed, resume
+
+__all__ = ["resume_algorithm"]
+
+
+def resume_algorithm(
+    algorithm: Any,
+    path: str | PathLike[str],
+    *,
+    plan: Plan | str | PathLike[str] | None = None,
+    saved: Any = None,
+) -> Resumed:
+    """Load the policy, its optimizer and the number of steps.
+
+    Args:
+        algorithm: A new one (PPO, A2C and others whose policy has one optimizer).
+        path: What `algorithm.save` wrote; nothing in it is executed.
+        plan: What has changed, as a plan or the path of a plan file.
+        saved: The names that the checkpoint's optimizer has not got, in the order of its groups.
+
+    Raises:
+        OptimStateError: As `optimstate.resume` raises it; nothing is changed.
+    """
+    policy = algorithm.policy
+    file = Path(path) if Path(path).suffix or Path(path).is_file() else Path(path).with_suffix(".zip")
+    found = resume(
+        file, model={"policy.pth": policy}, optimizer={"policy.optimizer.pth": policy.optimizer}, plan=plan, saved=saved
+    )
+    with zipfile.ZipFile(file) as archive:
+        data = json.loads(archive.read("data"))
+    for key in ("num_timesteps", "_n_updates", "_episode_num"):
+        if isinstance(data.get(key), int) and hasattr(algorithm, key):
+            setattr(algorithm, key, data[key])
+    return found

@@ -1,0 +1,91 @@
+"""The Trainer of transformers: `resume_from_checkpoint` of a changed model, weights, optimizer and schedule together.
+
+```python
+class MyTrainer(ResumeMixin, Trainer):
+    resume_plan = "plan.toml"
+```
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+from optimstate.plan.language.plan import Plan
+from optimstate.resuming import Resumed, resume
+from optimstate.state.names import names_in
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ResumeMixin"]
+
+
+class ResumeMixin:
+    """Put before `Trainer` among the bases. Checkpoints have parameter names from then on.
+
+    A model of PEFT gets its adapter's weights as before, and its optimizer by name. Runs of DeepSpeed, FSDP1 and XLA
+    load by themselves and are refused where there is a plan.
+
+    Attributes:
+        resume_plan: What has changed, as a plan or the path of a plan file.
+        resume_schedule: `live` lets the schedule of this run keep its arguments (a longer `max_steps`) and take the
+            position alone.
+        resume_saved: The names that an older checkpoint's optimizer has not got, in the order of its groups.
+        resumed: What the last resumption did; None before.
+    """
+
+    resume_plan: Plan | str | PathLike[str] | None = None
+    resume_schedule: Literal["checkpoint", "live"] | None = None
+    resume_saved: Any = None
+    resumed: Resumed | None = None
+
+    if TYPE_CHECKING:
+        model: Any
+        optimizer: Any
+        lr_scheduler: Any
+        is_deepspeed_enabled: bool
+        is_fsdp_enabled: bool
+
+    def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
+        """The Trainer's own optimizer, which knows its parameters' names."""
+        made: torch.optim.Optimizer = super().create_optimizer(*args, **options)  # type: ignore[misc]
+        if not all("param_names" in group for group in made.param_groups):
+            for group, names in zip(made.param_groups, names_in(made, self.model), strict=True):
+                group["param_names"] = names
+        return made
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._loads_itself() or _is_adapted(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self._loads_itself():
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        self.resumed = resume(
+            checkpoint,
+            model=None if _is_adapted(self.model) else self.model,
+            optimizer=self.optimizer,
+            scheduler=self.lr_scheduler,
+            plan=self.resume_plan,
+            schedule=self.resume_schedule,
+            saved=self.resume_saved,
+        )
+
+    def _loads_itself(self) -> bool:
+        itself = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if itself and self.resume_plan is not None:
+            from optimstate.errors import StateMismatchError
+
+            raise StateMismatchError(
+                "DeepSpeed and FSDP load checkpoints by themselves, and would not follow the plan",
+                hint="Migrate the checkpoint first: optimstate remap CHECKPOINT NEW --plan PLAN.",
+            )
+        return itself
+
+
+def _is_adapted(model: Any) -> bool:
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(model).__mro__)
