@@ -59,11 +59,15 @@ class ModelLoad:
     def inventory(self) -> Inventory:
         """What the planner is told."""
         shapes = {name: tuple(value.shape) for name, (_, value) in self._live.items()}
-        return model_inventory(self._tensors, target=Target.of_names(shapes))
+        return model_inventory(self._tensors, target=Target.of_names(shapes, self._own()))
+
+    def _own(self) -> dict[str, Any]:
+        """The values that the module has."""
+        return {plain: value for plain, (_, value) in self._live.items()}
 
     def made(self, moves: SectionMoves) -> dict[str, Any]:
         """The entries to load instead; a new parameter's is its own value, so that it stays as it is."""
-        values = execute_model(moves, self._tensors)
+        values = execute_model(moves, self._tensors, live=self._own())
         made = {name: values.get(plain, own) for plain, (name, own) in self._live.items()}
         return {self._prefix + name: value for name, value in {**made, **self._rest}.items()}
 

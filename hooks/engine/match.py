@@ -80,7 +80,7 @@ def matched(
         bases: list[int | None] = list(range(len(options)))
     else:
         moves = _planned(request, state, algorithm)
-        result = execute_optimizer(moves, state)
+        result = execute_optimizer(moves, state, live=dict(request.live.pairs()))
         options = [dict(group.options) for group in moves.groups]
         if moves.conversion is not None:
             options = [
@@ -213,7 +213,7 @@ def _planned(request: LoadRequest, state: OptimizerState, algorithm: Algorithm |
     options = tuple({key: group[key] for key in group if key not in decided} for group in live.options)
     shapes = _saved_shapes(request) if algorithm is not None and algorithm.is_flat else None
     try:
-        target = Target(live.names, options, live.shapes())
+        target = Target(live.names, options, live.shapes(), dict(live.pairs()))
         migration = plan_optimizer(request.plan, state, target=target, shapes=shapes)
     except MigrationError as error:
         raise MigrationError(error.problems, hint=_remedies(error.problems)) from error

@@ -14,6 +14,7 @@ from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.inverse import inverse
+from optimstate.plan.solve.migration import Target
 from optimstate.plan.solve.planner import plan_model, plan_optimizer
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tensors.compute import to_torch
@@ -252,3 +253,45 @@ def test_new_rows_of_a_slot_are_filled_by_its_degree(degree: int, filled: str) -
     made, _ = moved(Plan.from_toml(text), old)
     wanted = hidden.mean(0).expand(2, 3) if filled == "mean" else torch.zeros(2, 3)
     assert torch.allclose(made["w"]["hidden"][5:], wanted)
+
+
+# --- the live model's values ------------------------------------------------------------------------------------------
+
+
+def grown(old: torch.Tensor, text: str, own: torch.Tensor) -> torch.Tensor:
+    target = Target.of_names({"w": tuple(own.shape)}, {"w": own})
+    moves = plan_model(rule(text), {"w": old}, target=target).sections["model"]
+    return execute_model(moves, {"w": old}, live={"w": own})["w"]  # type: ignore[no-any-return]
+
+
+def test_new_rows_hold_the_live_values_in_every_layout() -> None:
+    old, own = torch.randn(2, 3), torch.randn(5, 4)
+    both = '{ resize = { dim = 0, size = 4, fill = "live" } }, { resize = { dim = 1, size = 5, fill = "live" } }'
+    made = grown(old, f"ops = [{both}, {{ transpose = true }}]", own)
+    wanted = own.clone()
+    wanted[:3, :2] = old.t()
+    assert torch.equal(made, wanted)
+    half = grown(old, 'ops = [{ scale = 0.5 }, { resize = { dim = 0, size = 4, fill = "live" } }]', own[:4, :3])
+    assert torch.equal(half[:2], old * 0.5)
+    assert torch.equal(half[2:], own[2:4, :3])
+    assert torch.equal(grown(old, 'fill = "live"', own[:2, :3]), own[:2, :3])
+
+
+@pytest.mark.parametrize("text", ['resize = { dim = 0, size = 7, fill = "live" }', 'fill = "live"'])
+def test_without_a_live_model_its_values_are_refused(text: str) -> None:
+    with pytest.raises(MigrationError) as error:
+        plan_model(rule(text), {"w": torch.zeros(SHAPE)})
+    assert {problem.kind for problem in error.value.problems} == {"unreached"}
+
+
+def test_slots_are_filled_as_if_nothing_were_said_and_weights_have_the_live_values() -> None:
+    old = state(w=torch.randn(SHAPE))
+    live = rule('resize = { dim = 0, size = 7, fill = "live" }')
+    made, _ = moved(live, old)
+    plain, _ = moved(rule("resize = { dim = 0, size = 7 }"), old)
+    assert all(torch.equal(made["w"][slot], plain["w"][slot]) for slot in made["w"])
+    free, own = schedule_free(torch.randn(SHAPE)), torch.randn(7, 3)
+    target = Target((("w",),), (), {"w": (7, 3)}, {"w": own})
+    moves = plan_optimizer(live, free, target=target).sections["optimizer"]
+    z = slots(execute_optimizer(moves, free, live={"w": own}))["w"]["z"]
+    assert torch.equal(z, torch.cat([slots(free)["w"]["z"], own[5:]]))

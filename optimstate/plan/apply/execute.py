@@ -9,23 +9,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import LIVE, copied, evaluated, identity, kernel_of
 from optimstate.plan.expressions.tree import Expr, Leaf
 from optimstate.plan.slots.outcomes import Fate, SlotPath, nested
 from optimstate.plan.solve.migration import Move, SectionMoves
+from optimstate.problems import Problem
 from optimstate.state.optimizer import Group, Member, OptimizerState, ParameterKey, Slots
 from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["execute_model", "execute_optimizer"]
 
 
-def execute_optimizer(section: SectionMoves, state: OptimizerState) -> OptimizerState:
+def execute_optimizer(
+    section: SectionMoves, state: OptimizerState, *, live: Mapping[str, Any] | None = None
+) -> OptimizerState:
     """The state of the optimizer after a migration.
 
     Args:
         section: What becomes of its parameters.
         state: The state the migration was planned for; not changed.
+        live: The parameters of the live optimizer by name, for `fill = "live"`.
 
     Returns:
         A state whose tensors are those of `state` where they are only moved.
@@ -33,7 +38,7 @@ def execute_optimizer(section: SectionMoves, state: OptimizerState) -> Optimizer
     if not section.changes:
         return state
     old = {str(name): (key, slots) for key, name, slots in state.parameters()}
-    builder = _Builder({name: slots for name, (_, slots) in old.items()})
+    builder = _Builder({name: slots for name, (_, slots) in old.items()}, live)
     apart = [move for move in section.moves if section.requantized and not move.is_moved_whole]
     slots = _requantized(apart, old) if apart else {}
     slots |= {move.target: builder.slots(move) for move in section.moves if move.target not in slots}
@@ -88,7 +93,9 @@ def _with_flat(
     return made
 
 
-def execute_model(section: SectionMoves, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def execute_model(
+    section: SectionMoves, tensors: Mapping[str, Any], *, live: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The tensors of a model after a migration, in the order of the result; new parameters have none.
 
     Names that share memory go on sharing it where the same is done to both.
@@ -96,20 +103,21 @@ def execute_model(section: SectionMoves, tensors: Mapping[str, Any]) -> dict[str
     Args:
         section: What becomes of its parameters.
         tensors: By name; not changed.
+        live: The live model's tensors by name, for `fill = "live"`.
     """
-    builder = _Builder({name: {None: value} for name, value in tensors.items()})
+    builder = _Builder({name: {None: value} for name, value in tensors.items()}, live)
     made = {}
     for move in section.moves:
         if move.expression is not None and move.value is not None:
-            made[move.target] = builder.value(move.value.made or move.expression)
+            made[move.target] = builder.value(move.value.made or move.expression, target=move.target)
     return made
 
 
 class _Builder:
     """Builds results one after the other, remembering what has been moved and computed."""
 
-    def __init__(self, sources: Mapping[str, Mapping[Any, Any] | None]) -> None:
-        self._sources = sources
+    def __init__(self, sources: Mapping[str, Mapping[Any, Any] | None], live: Mapping[str, Any] | None = None) -> None:
+        self._sources, self._live = sources, live or {}
         self._moved: set[tuple[str, SlotPath]] = set()
         self._taken: set[int] = set()
         self._memo: dict[SlotPath, dict[int, Any]] = {}
@@ -121,18 +129,20 @@ class _Builder:
             slots = self._sources.get(move.expression.name)
             if slots is None:
                 return None
-            first = (move.expression.name, ()) not in self._moved
+            first = (move.expression.name, ()) not in self._moved and not move.clone
             self._moved.add((move.expression.name, ()))
             return slots if first else {key: copied(value) for key, value in slots.items()}
         made: dict[SlotPath, Any] = {}
         for path, fate in move.slots.items():
             expression = fate.made if fate.made is not None else move.expression
             if expression is not None and fate.outcome in ("exact", "approximate"):
-                made[path] = self.value(expression, path)
+                made[path] = self.value(expression, path, target=move.target)
         return nested(made) or None
 
-    def value(self, expression: Expr, path: SlotPath = ()) -> Any:
+    def value(self, expression: Expr, path: SlotPath = (), *, target: str = "") -> Any:
         """The value of a translated expression; leaves that name no slot stand for the one at `path`."""
+        if not isinstance(expression, Leaf) and ex.takes_live(expression):
+            return self._with_live(expression, path, self._live[target])
         if isinstance(expression, Leaf):
             return self._leaf(expression, expression.slot or path)
         names = frozenset(leaf.name for leaf in ex.leaves(expression))
@@ -148,6 +158,19 @@ class _Builder:
         made = kernel_of(found).own(found, self._taken)
         self._tied[key] = made, names | (tied[1] if tied else frozenset())
         return made
+
+    def _with_live(self, expression: Expr, path: SlotPath, live: Any) -> Any:
+        """A value with those of the live model where the expression asks for them."""
+        from optimstate.installed_torch import torch
+
+        leaves = {id(leaf): self._raw(leaf, leaf.slot or path).detach() for leaf in ex.leaves(expression)}
+        found = evaluated(expression, leaves, {})
+        ones = {key: torch.ones_like(value, dtype=torch.float32) for key, value in leaves.items()}
+        kept = evaluated(ex.kept_places(expression), ones, {})
+        if not ((kept == 0) | (kept == 1)).all():
+            message = "a mean over places that hold the live model's values (fill = \"live\") is neither side's"
+            raise MigrationError([Problem("operation", message)])
+        return torch.where(kept.bool(), found, live.detach().to(found.device, found.dtype))
 
     def _leaf(self, leaf: Leaf, path: SlotPath) -> Any:
         value = self._raw(leaf, path)

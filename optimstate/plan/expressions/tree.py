@@ -34,10 +34,12 @@ __all__ = [
     "Step",
     "Tile",
     "Unsized",
+    "kept_places",
     "leaves",
     "reshaped",
     "simplified",
     "steps",
+    "takes_live",
 ]
 
 Shape = tuple[int, ...]
@@ -216,6 +218,30 @@ def steps(expression: Expr) -> Iterator[Step]:
         if isinstance(found, Node):
             yield found.step
             stack.extend(reversed(found.inputs))
+
+
+def takes_live(expression: Expr) -> bool:
+    """Whether a translated expression has places that hold the live model's values."""
+    return any(isinstance(step, Pad | Full) and step.fill.default == "live" for step in steps(expression))
+
+
+def kept_places(expression: Expr) -> Expr:
+    """An expression that is 1 where a translated one has a value of its own, and 0 where the live model's is to be.
+
+    Its leaves hold ones.
+    """
+    if isinstance(expression, Leaf):
+        return expression
+    inputs = tuple(map(kept_places, expression.inputs))
+    match expression.step:
+        case Multiply() | Cast():
+            return inputs[0]
+        case Pad(dim, count, fill):
+            return Node(Pad(dim, count, Fill(float(fill.default != "live"))), inputs, expression.shape)
+        case Full(fill):
+            return Node(Full(Fill(float(fill.default != "live"))), inputs, expression.shape)
+        case step:
+            return Node(step, inputs, expression.shape)
 
 
 def reshaped(expression: Expr, shape: Shape) -> Expr:

@@ -30,16 +30,18 @@ class Target(Record):
         groups: For each param group its parameters' names, in order; a model has one.
         options: For each param group its options; empty where they are not known.
         shapes: Of the parameters, where known.
+        values: Of the parameters, where `fill = "live"` may take them.
     """
 
     groups: tuple[tuple[str, ...], ...]
     options: tuple[Mapping[str, Any], ...] = ()
     shapes: Mapping[str, Shape | None] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_names(cls, shapes: Mapping[str, Shape | None]) -> Target:
+    def of_names(cls, shapes: Mapping[str, Shape | None], values: Mapping[str, Any] | None = None) -> Target:
         """Parameters by name, with their shapes where known, in one group."""
-        return cls((tuple(shapes),), (), shapes)
+        return cls((tuple(shapes),), (), shapes, values or {})
 
     def names(self) -> Iterator[str]:
         """All of them, in order."""

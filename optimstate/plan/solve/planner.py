@@ -5,7 +5,7 @@ Nothing here touches elements; every problem is found before anything is moved, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -145,10 +145,22 @@ class _Section:
         local: list[Problem] = []
         moves = self._optimizer(made, local) if self.inventory.state is not None else self._model(made, local)
         moves = with_losses(moves)
+        local += self._without_live_values(moves)
         self._note_duplicates(found)
         section = self._finished(moves, dropped, found, new, local)
         self.problems.extend(problem.at(self.key) for problem in shortened(local))
         return section
+
+    def _without_live_values(self, moves: Sequence[Move]) -> Iterator[Problem]:
+        """What is to hold the live model's values where there is none."""
+        values = self.inventory.target.values if self.inventory.target is not None else {}
+        for move in moves:
+            fates = [*([move.value] if move.value is not None else []), *move.slots.values()]
+            asked = any(fate.made is not None and ex.takes_live(fate.made) for fate in fates)
+            if asked and move.target not in values:
+                message = f'{move.target!r} is to hold values of the live model (fill = "live"), and there is none'
+                remedy = "use such a plan in optimstate.resume or hooks.migrate_model"
+                yield Problem("unreached", message, names=(move.target,), remedy=remedy)
 
     def trainable(self, moves: SectionMoves) -> dict[str, None]:
         """The names of a model's result that an optimizer may have: of floating tensors that are no known buffers."""
