@@ -4,31 +4,37 @@
     <tag>_universal/zero/optimizer_state.pt            param groups, loss scaler
     <tag>_universal/mp_rank_00_model_states.pt         model, shapes by param group, counters
 
-Stages 1 and 2 write {"param": tensor, "cat_dim": 0}, stage 3 a bare flat tensor. The tree is that of `deepspeed`.
+Stages 1 and 2 write {"param": tensor, "cat_dim": 0}. Stage 3 writes bare flat tensors, the steps in optimizer_state.pt,
+and a file of model states for each rank, zero_pp_rank_<r>_mp_rank_00_model_states.pt, whose weights are empty: they are
+the masters. Which of the two is written follows from the tree (`zero_stage`), which is that of `deepspeed`.
 """
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CorruptCheckpointError, RepresentationError
-from optimstate.formats.deepspeed.zero import MASTER, Shapes, shape_of
+from optimstate.formats.deepspeed.zero import MASTER, PARTITIONING, Shapes, frozen, is_stage_3, shape_of
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.extents import Extent
 from optimstate.io.output import AtomicDirectory
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
-from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tree import GlobalName, difference, rebuilt_mapping
 
 NAME = "deepspeed-universal"
 SUFFIXES = ("_universal",)
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
+_RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")
 _OPTIMIZER_FILE = "optimizer_state.pt"
 _MASTER_FILE = "fp32"
 
@@ -48,27 +54,71 @@ def read(path: Path) -> Document:
         CheckpointError: A file is missing or damaged, or a shape is not that of the model.
     """
     document = Document(path, NAME, {})
-    main = _load(document, path / _MODEL_FILE)
-    optimizer = dict(_load(document, path / "zero" / _OPTIMIZER_FILE))
+    models = [_load(document, file) for file in _model_files(path)]
+    main = models[0]
+    stored = dict(_load(document, path / "zero" / _OPTIMIZER_FILE))
+    by_rank = not (path / _MODEL_FILE).is_file()
     try:
         shapes: list[Shapes] = [
             {name: shape_of(size) for name, size in group.items()} for group in main["param_shapes"] or ()
         ]
-        groups = optimizer.pop("param_groups")
+        groups = stored["param_groups"]
         if len(groups) != len(shapes):
             raise CorruptCheckpointError(f"{len(groups)} param groups, but shapes of {len(shapes)}", path=path)
         param_groups = [{**group, "params": list(names)} for group, names in zip(groups, shapes, strict=True)]
-    except (KeyError, TypeError, AttributeError) as error:
+        steps = list(_steps(stored, len(groups)))
+        state = {
+            name: {**steps[index], **_slots(document, path / "zero" / name, name, shape)}
+            for index, group in enumerate(shapes)
+            for name, shape in group.items()
+        }
+        model = _weights(models, state) if by_rank else main.get("module")
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CorruptCheckpointError(f"the checkpoint is malformed: {error!r}"[:300], path=path) from error
-    state = {
-        name: _slots(document, path / "zero" / name, name, shape) for group in shapes for name, shape in group.items()
-    }
+    zero = {key: value for key, value in stored.items() if key not in PARTITIONING and key != "param_groups"}
+    if by_rank:
+        zero.setdefault("zero_stage", 3)
+        zero["partition_count"] = len(models)
     document.tree = {
-        "model": main.get("module"),
-        "optimizer": {"state": state, "param_groups": param_groups, "zero": optimizer},
+        "model": model,
+        "optimizer": {"state": state, "param_groups": param_groups, "zero": zero},
         **{key: value for key, value in main.items() if key not in ("module", "optimizer")},
     }
     return document
+
+
+def _model_files(path: Path) -> list[Path]:
+    """The model states: one file, or of stage 3 one for each rank, in order."""
+    if (path / _MODEL_FILE).is_file():
+        return [path / _MODEL_FILE]
+    found = {int(match[1]): file for file in path.iterdir() if (match := _RANK_FILE.fullmatch(file.name))}
+    missing = min(set(range(max(found, default=0) + 1)) - found.keys(), default=None)
+    if missing is not None:
+        where = f"the model states of rank {missing} are missing" if found else "there are no model states"
+        raise CorruptCheckpointError(where, path=path, hint="Copy the folder again; it has a *_model_states.pt file.")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _steps(stored: Mapping[str, Any], groups: int) -> Iterator[dict[str, Any]]:
+    """For each param group what stage 3 keeps for all of its parameters: the step."""
+    base = stored.get("optimizer_state_dict")
+    states = base.get("state", {}) if isinstance(base, Mapping) else {}
+    for index in range(groups):
+        common = states.get(index, states.get(0, {}))  # a group may be several vectors, or all groups be one
+        yield {slot: value for slot, value in common.items() if not (isinstance(value, LazyTensor) and value.shape)}
+
+
+def _weights(models: Sequence[Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The model of stage 3: trained weights are the masters, the others are in pieces or whole beside the model."""
+    main = models[0]
+    others = dict(frozen(models))
+    made: dict[str, Any] = {}
+    for name, value in main["module"].items():
+        trained = state.get(name, {}).get(MASTER)
+        made[name] = others.get(name, value) if trained is None else trained.clone()
+    for alias, name in (main.get("shared_params") or {}).items():
+        made[alias] = made[name]
+    return made
 
 
 def _load(document: Document, file: Path) -> Any:
@@ -116,18 +166,28 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     groups: list[tuple[Mapping[str, Any], tuple[str, ...]]] = [
         (group.options, group.names or ()) for group in optimizer.groups
     ]
+    zero = dict(optimizer.node.get("zero", {}))
+    stage_3 = is_stage_3(zero)
     with AtomicDirectory(path, sync=options.sync) as folder:
         (folder / "zero").mkdir()
         for _, name, slots in optimizer.parameters():
             assert name is not None
-            _write_slots(folder / "zero" / name, _with_master(name, model, slots), options)
-        states = {
-            **optimizer.node.get("zero", {}),
-            "param_groups": [{**group, "params": [index]} for index, (group, _) in enumerate(groups)],
-        }
+            _write_slots(folder / "zero" / name, _with_master(name, model, slots), options, flat=stage_3)
+        param_groups = [{**group, "params": [index]} for index, (group, _) in enumerate(groups)]
+        states = {**zero, "param_groups": param_groups}
+        if stage_3:
+            states["optimizer_state_dict"] = {"state": _common_slots(optimizer), "param_groups": param_groups}
         torch_zip.write(states, folder / "zero" / _OPTIMIZER_FILE, options=options)
         counters = _model_states(tree, model, [names for _, names in groups], notes)
-        torch_zip.write(counters, folder / _MODEL_FILE, options=options)
+        if stage_3:
+            world = _number_of_ranks(zero, counters)
+            for rank in range(world):
+                made = _of_rank(counters, rank, world)
+                file = folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+                torch_zip.write(made, file, options=options)
+        else:
+            torch_zip.write(counters, folder / _MODEL_FILE, options=options)
+        options.confirmed()
     orphans = optimizer.orphans()
     if orphans:
         notes.append(f"left out: state of {len(orphans)} parameters that are in no group, first {orphans[0]!r}")
@@ -171,12 +231,70 @@ def _with_master(name: str, model: Mapping[str, Any], slots: Mapping[str, Any] |
     return made
 
 
-def _write_slots(folder: Path, slots: Mapping[str, Any], options: WriteOptions) -> None:
+def _write_slots(folder: Path, slots: Mapping[str, Any], options: WriteOptions, *, flat: bool) -> None:
     folder.mkdir()
     for slot, value in slots.items():
         file = folder / f"{_MASTER_FILE if slot == MASTER else slot}.pt"
         like_param = isinstance(value, LazyTensor) and bool(value.shape)
-        torch_zip.write({"cat_dim": 0, "param": value} if like_param else value, file, options=options)
+        if like_param:
+            value = value.reshape((value.numel,)) if flat else {"cat_dim": 0, "param": value}
+        elif flat:
+            continue  # of all parameters together
+        torch_zip.write(value, file, options=options)
+
+
+def _common_slots(optimizer: OptimizerState) -> dict[int, dict[str, Any]]:
+    """What stage 3 keeps once for a group of parameters: the step.
+
+    Raises:
+        RepresentationError: The parameters of one group differ in it.
+    """
+    made: dict[int, dict[str, Any]] = {}
+    index_of = {name: index for index, group in enumerate(optimizer.groups) for name in group.names or ()}
+    for _, name, slots in optimizer.parameters():
+        assert name is not None
+        kept = {slot: v for slot, v in (slots or {}).items() if not (isinstance(v, LazyTensor) and v.shape)}
+        first = made.setdefault(index_of[name], kept)
+        if difference(first, kept, aliases=False) is not None:
+            raise RepresentationError(
+                f"parameter {name!r} is at another step than the first one of its group, and stage 3 keeps one step",
+                hint="Fill in or drop the state of new parameters first.",
+            )
+    return made
+
+
+def _number_of_ranks(zero: Mapping[str, Any], counters: Mapping[str, Any]) -> int:
+    for found in (zero.get("partition_count"), counters.get("dp_world_size")):
+        if type(found) is int and found > 0:
+            return found
+    return 1
+
+
+def _of_rank(counters: Mapping[str, Any], rank: int, world: int) -> dict[str, Any]:
+    """The model states of one rank of stage 3: no weights, and its pieces of those that are not trained."""
+    module, buffers = counters["module"], set(counters["buffer_names"])
+    not_trained = dict.fromkeys(counters.get("frozen_param_shapes") or ())
+    empty = {
+        name: value if name in buffers or not isinstance(value, LazyTensor) else _placeholder(value)
+        for name, value in module.items()
+    }
+    pieces = OrderedDict((name, _piece(module[name], rank, world)) for name in not_trained if name in module)
+    return {**counters, "module": rebuilt_mapping(module, empty), "frozen_param_fragments": pieces}
+
+
+def _placeholder(like: LazyTensor) -> LazyTensor:
+    return LazyTensor(Storage((), 0, DTYPES[like.dtype].storage or "UntypedStorage"), like.dtype, (0,))
+
+
+def _piece(tensor: LazyTensor, rank: int, world: int) -> LazyTensor:
+    """One rank's part of a tensor, as stage 3 cuts it: rounded up, the last ones padded with zeros."""
+    numel = -(-tensor.numel // world)
+    whole = tensor.contiguous()
+    start, stop = (min(edge * numel, tensor.numel) * tensor.itemsize for edge in (rank, rank + 1))
+    padding = numel * tensor.itemsize - (stop - start)
+    pieces = whole.storage.cut(start, stop) + ((Extent(None, 0, padding),) if padding else ())
+    kind = DTYPES[tensor.dtype].storage or "UntypedStorage"
+    return LazyTensor(Storage(pieces, numel * tensor.itemsize, kind), tensor.dtype, (numel,))
 
 
 # What DeepSpeed's engine asks of model states beside the model, as it is before the first step.
@@ -195,22 +313,26 @@ _COUNTERS: dict[str, Any] = {
 }
 
 
+_REBUILT = ("model", "optimizer", "param_shapes", "buffer_names")
+
+
 def _model_states(
     tree: Mapping[str, Any], model: Mapping[str, Any], groups: list[tuple[str, ...]], notes: list[str]
 ) -> dict[str, Any]:
     size = GlobalName("torch", "Size")
     shapes = [OrderedDict((name, size(tuple(model[name].shape))) for name in names) for names in groups]
     trained = {name for names in groups for name in names}
+    not_trained = tree.get("frozen_param_shapes")
     made: dict[str, Any] = {
         "module": model,
-        "buffer_names": [name for name in model if name not in trained],
+        "buffer_names": [name for name in model if name not in trained and name not in (not_trained or ())],
         "optimizer": None,
         "param_shapes": shapes,
         "frozen_param_shapes": None,
         "shared_params": {},
         "frozen_param_fragments": None,
     }
-    made.update({key: value for key, value in tree.items() if key not in ("model", "optimizer", "param_shapes")})
+    made.update({key: value for key, value in tree.items() if key not in _REBUILT})
     if "global_steps" not in made:
         notes.append("DeepSpeed's counters (global_steps, global_samples, skipped_steps) start at 0")
         made.update({key: value for key, value in _COUNTERS.items() if key not in made})

@@ -41,7 +41,7 @@ MASTER = "fp32_param"
 _OPTIMIZER_FILE = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 # What describes the cuts, and is no longer true of whole tensors.
-_PARTITIONING = {
+PARTITIONING = {
     "base_optimizer_state",
     "ds_zero_partition_groups",
     "fp32_flat_groups",
@@ -91,11 +91,21 @@ def read(path: Path) -> Document:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise CorruptCheckpointError(f"the optimizer states are malformed: {error!r}"[:300], path=path) from error
-    rest = {key: value for key, value in states[0].items() if key not in _PARTITIONING}
+    rest = {key: value for key, value in states[0].items() if key not in PARTITIONING}
+    if is_stage_3(rest):
+        rest["partition_count"] = len(ranks)
     document.tree = {"model": model, "optimizer": {"state": state, "param_groups": param_groups, "zero": rest}}
     document.tree.update({key: value for key, value in main.items() if key not in ("module", "optimizer")})
     _add_other_files(document)
     return document
+
+
+def is_stage_3(zero: Mapping[str, Any]) -> bool:
+    """Whether what an optimizer keeps under `zero` is of stage 3: a number, or the record of an enum."""
+    stage = zero.get("zero_stage")
+    if isinstance(stage, Opaque) and stage.arguments:
+        stage = stage.arguments[0]
+    return type(stage) is int and stage == 3
 
 
 def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
@@ -288,7 +298,7 @@ def _stage_3(
         state[name] = slots
     main = models[0]
     weights: dict[str, Any] = {name: slots[MASTER].clone() for name, slots in state.items()}
-    weights.update(_frozen(models))
+    weights.update(frozen(models))
     weights.update({name: main["module"][name] for name in main["buffer_names"] if name in main["module"]})
     for alias, name in (main.get("shared_params") or {}).items():
         weights[alias] = weights[name]
@@ -312,7 +322,7 @@ def _joined(flats: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor(Storage(pieces, nbytes), flats[0].dtype, (sum(flat.numel for flat in flats),))
 
 
-def _frozen(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, LazyTensor]]:
+def frozen(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, LazyTensor]]:
     """Parameters that were not trained: each rank has a fragment of them beside the model."""
     for name, size in (models[0].get("frozen_param_shapes") or {}).items():
         fragments = [model["frozen_param_fragments"][name] for model in models]
