@@ -1,4 +1,4 @@
-"""A run of DeepSpeed on the CPU: `python -m tests.formats.deepspeed_worker FOLDER PORT [TAG]` prints four losses.
+"""A run of DeepSpeed on the CPU: `python -m tests.formats.deepspeed_worker STAGE FOLDER PORT [TAG]` prints losses.
 
 Without a tag it trains four steps, saves them as `step4`, and trains on; with one it resumes from that universal
 checkpoint.
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 
-def engine(*, universal: bool) -> Any:
+def engine(stage: int, *, universal: bool) -> Any:
     import deepspeed
     import deepspeed.ops
 
@@ -27,7 +27,7 @@ def engine(*, universal: bool) -> Any:
     options: dict[str, Any] = {
         "train_batch_size": 4,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -49,11 +49,11 @@ def train(running: Any, steps: range) -> list[float]:
 
 
 def main() -> None:
-    folder, port, *tag = sys.argv[1:]
+    stage, folder, port, *tag = sys.argv[1:]
     warnings.simplefilter("ignore")
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ["DS_ACCELERATOR"] = "cpu"
-    running = engine(universal=bool(tag))
+    running = engine(int(stage), universal=bool(tag))
     if tag:
         running.load_checkpoint(folder, tag=tag[0])
     else:

@@ -22,7 +22,9 @@ from torch import nn
 
 import optimstate
 from optimstate.formats.protocol import WriteOptions
+from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.language.plan import Plan
+from optimstate.tree import difference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = WriteOptions(sync=False)
@@ -188,11 +190,11 @@ def test_trainer_resumes_from_what_was_converted_and_renamed(tmp_path: Path) -> 
 # --- DeepSpeed ------------------------------------------------------------------------------------------------------
 
 
-def deepspeed_losses(folder: Path, *tag: str) -> list[float]:
+def deepspeed_losses(stage: int, folder: Path, *tag: str) -> list[float]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "tests.formats.deepspeed_worker", str(folder), port, *tag]
+    command = [sys.executable, "-m", "tests.formats.deepspeed_worker", str(stage), str(folder), port, *tag]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("losses "))
@@ -201,10 +203,23 @@ def deepspeed_losses(folder: Path, *tag: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_deepspeed_resumes_from_a_universal_checkpoint_made_of_its_partitions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_resumes_from_a_universal_checkpoint_made_of_its_partitions(stage: int, tmp_path: Path) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    expected = deepspeed_losses(tmp_path)
+    expected = deepspeed_losses(stage, tmp_path)
     optimstate.convert(tmp_path / "step4", tmp_path / "universal", to="deepspeed-universal", options=QUICK)
     assert len(set(expected)) == 4
-    assert deepspeed_losses(tmp_path, "universal") == expected
+    assert deepspeed_losses(stage, tmp_path, "universal") == expected
+    theirs = tmp_path / "theirs"
+    tool = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(tmp_path / "step4")]
+    done = subprocess.run([sys.executable, *tool, "--output_folder", str(theirs)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, made = (open_checkpoint(folder).tree for folder in (tmp_path / "universal", theirs))
+    assert {name: w.tobytes() for name, w in ours["model"].items()} == {
+        n: w.tobytes() for n, w in made["model"].items()
+    }
+    for name, slots in ours["optimizer"]["state"].items():
+        found = made["optimizer"]["state"][name]
+        assert {slot: value.tobytes() for slot, value in slots.items()} == {s: v.tobytes() for s, v in found.items()}
+    assert difference(*(side["optimizer"]["param_groups"] for side in (ours, made))) is None

@@ -156,3 +156,44 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     torch.save({"param": torch.zeros(3, 3), "cat_dim": 0}, folder / "zero" / "fc1.bias" / "exp_avg.pt")
     with pytest.raises(CorruptCheckpointError, match=r"exp_avg\.pt: shape \(3, 3\), but the parameter has \(17,\)"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_stage_3_has_a_file_of_model_states_for_each_rank(world: int, tmp_path: Path) -> None:
+    """Weights that are not trained are cut as the engine cuts them, buffers stand in every file."""
+    shapes = {"a": (5, 3), "b": (4,)}
+    state = zero.named_state(shapes)
+    zero.write_stage_3(tmp_path / "tag", state, ["a", "b"], world, torch.arange(7.0))
+    document = open_checkpoint(tmp_path / "tag")
+    deepspeed_universal.write(document.tree, tmp_path / "uni")
+    files = sorted(file.name for file in (tmp_path / "uni").glob("*.pt"))
+    assert files == [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world)]
+    again = open_checkpoint(tmp_path / "uni")
+    for part in ("model", "optimizer"):
+        assert difference(document.tree[part], again.tree[part], aliases=False) is None or part == "optimizer"
+    for name, slots in document.tree["optimizer"]["state"].items():
+        found = again.tree["optimizer"]["state"][name]
+        assert {slot: value.tobytes() for slot, value in slots.items()} == {s: v.tobytes() for s, v in found.items()}
+    live = torch.load(tmp_path / "uni" / files[0], weights_only=False)
+    assert all(live["module"][name].shape == (0,) for name in shapes)
+    deepspeed_universal.write(again.tree, tmp_path / "twice")
+    assert difference(open_checkpoint(tmp_path / "twice").tree, again.tree, aliases=False) is None
+
+
+def test_a_rank_that_is_missing_is_named(tmp_path: Path) -> None:
+    state = zero.named_state({"a": (5, 3), "b": (4,)})
+    zero.write_stage_3(tmp_path / "tag", state, ["a", "b"], 3, torch.zeros(2))
+    deepspeed_universal.write(open_checkpoint(tmp_path / "tag").tree, tmp_path / "uni")
+    (tmp_path / "uni" / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(CorruptCheckpointError, match="the model states of rank 1 are missing"):
+        open_checkpoint(tmp_path / "uni")
+
+
+def test_stage_3_keeps_one_step_for_all(tmp_path: Path) -> None:
+    state = zero.named_state({"a": (5, 3), "b": (4,)})
+    zero.write_stage_3(tmp_path / "tag", state, ["a", "b"], 1, torch.zeros(2))
+    tree = open_checkpoint(tmp_path / "tag").tree
+    tree["optimizer"]["state"]["b"]["step"] = 99
+    with pytest.raises(RepresentationError, match="'b' is at another step"):
+        deepspeed_universal.write(tree, tmp_path / "uni")
+    assert not (tmp_path / "uni").exists()
