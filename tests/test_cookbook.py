@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests import corpus
+from tests import corpus, documents
 from tests.cli.running import run
 from tests.support import unlike
 
@@ -135,7 +135,7 @@ def renamed(ran: Ran) -> None:
 
 
 def in_front(ran: Ran) -> None:
-    old, model, optimizer = ran.load("train.pt"), ran.scope["model"], ran.scope["optimizer"]
+    old, model, optimizer = ran.load("train.pt"), ran.scope["deeper"], ran.scope["its_optimizer"]
     assert len(model.layers) == 3
     slots, weights = by_name(old), dict(model.named_parameters())
     above = {re.sub(r"(?<=layers\.)\d", lambda i: str(int(i[0]) + 1), name): name for name in slots}
@@ -145,8 +145,8 @@ def in_front(ran: Ran) -> None:
         else:
             assert torch.equal(parameter, old["model"][above[name]])
             assert unlike(dict(optimizer.state[parameter]), slots[above[name]]) is None
-    assert ran.scope["scheduler"].last_epoch == 20
-    ran.scope["train"](model, optimizer, ran.scope["scheduler"], 2)
+    assert ran.scope["its_scheduler"].last_epoch == 20
+    ran.scope["train"](model, optimizer, ran.scope["its_scheduler"], 2)
 
 
 def experts(ran: Ran) -> None:
@@ -293,7 +293,7 @@ def checked(ran: Ran) -> None:
 
 
 def hooked(ran: Ran) -> None:
-    old, optimizer = by_name(ran.load("train.pt")), ran.scope["optimizer"]
+    old, optimizer = by_name(ran.load("train.pt")), ran.scope["its_optimizer"]
     for name, parameter in ran.scope["changed"].named_parameters():
         assert unlike(dict(optimizer.state[parameter]), old[name.replace("words", "embed")]) is None
     plain = torch.optim.AdamW(ran.scope["changed"].named_parameters())
@@ -316,7 +316,7 @@ def to_lion(ran: Ran) -> None:
 
 
 def suggested(ran: Ran) -> None:
-    moved(ran, ran.load("new.pt"), lambda name: name.replace("layers.", "decoder.blocks."))
+    moved(ran, ran.load("suggested.pt"), lambda name: name.replace("layers.", "decoder.blocks."))
 
 
 CHECKS: dict[int, Callable[[Ran], None]] = dict(
@@ -338,6 +338,12 @@ def test_a_task(number: int, section: str, tmp_path: Path, monkeypatch: pytest.M
     provide(tmp_path)
     monkeypatch.chdir(tmp_path)
     CHECKS[number](follow(section, tmp_path))
+
+
+def test_the_page_works_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    provide(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    documents.follow(TEXT, tmp_path)
 
 
 def test_every_task_is_checked_and_takes_at_most_two_commands() -> None:
