@@ -9,6 +9,7 @@ from typing import Any
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.division import optimizers_of, placed, reported, schedulers_of
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
+from optimstate.plan.apply.masters import masters_beside
 from optimstate.plan.apply.options import followers_of, scheduled, with_group_options, with_options
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Shape
@@ -28,7 +29,7 @@ from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections, with_hosts
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Opaque, Path, rebuilt_mapping, replaced
+from optimstate.tree import Opaque, Path, format_path, rebuilt_mapping, replaced
 
 __all__ = ["STAMP", "apply_plan"]
 
@@ -83,7 +84,7 @@ class _Checkpoint:
 
     def __init__(self, plan: Plan, tree: Any, names: Mapping[str, Sequence[str]]) -> None:
         self.see_wrappers = any(rule.source.text.startswith(WRAPPERS) for rule in plan.all_rules())
-        self.plan, self.names = plan, names
+        self.plan, self.names, self.tree = plan, names, tree
         self.anonymous: list[Section] = []
         self.schedulers: list[Section] = []
         self.named: dict[str, tuple[Section, str]] = {}
@@ -168,6 +169,10 @@ class _Checkpoint:
         models = {key: moves for key, moves in migration.sections.items() if key not in self.states}
         made = replaced(tree, {**self.rebuilt(migration._replace(sections=models)), **schedules})
         old = [self.named[key][0] for key in self.states]
+        for section in old:
+            for masters in masters_beside(tree, section.path, self.states[key_of(section)], self._shapes()):
+                message = "weights in the order of the optimizer's parameters stand beside it, and cannot be divided"
+                raise MigrationError([Problem("unreached", message, format_path(masters.path))])
         if any(section.host is not None for section in old):
             message = "flattened optimizer state cannot become other optimizers: convert the checkpoint first"
             raise MigrationError([Problem("unreached", message)])
@@ -184,6 +189,7 @@ class _Checkpoint:
                 state = execute_optimizer(moves, self.states[key])
                 if state is not self.states[key] or (prefix and moves.changes):
                     made[id(section.node)] = _with_prefix(state, prefix).to_node()
+                made.update(self._masters(key, section, migration))
             elif moves.changes:
                 made[id(section.node)] = _rebuilt_model(section, moves, prefix)
         for section in self.anonymous:
@@ -191,6 +197,27 @@ class _Checkpoint:
             if options is not None and options.regrouped:
                 made[id(section.node)] = with_group_options(self.optimizers[key_of(section)], options).to_node()
         return with_hosts([section for section, _ in self.named.values()], made)
+
+    def _masters(self, key: str, section: Section, migration: Migration) -> dict[int, Any]:
+        """What lists of weights beside an optimizer become, by the id of the old one."""
+        moves, state = migration.sections[key], self.states[key]
+        if section.host is not None or not moves.changes:
+            return {}
+        made = {}
+        for masters in masters_beside(self.tree, section.path, state, self._shapes()):
+            names = [[str(name) for name in group.names or ()] for group in state.groups]
+            found = masters.followed(moves, names, lambda: self._weights(migration))
+            if found is not None:
+                made[id(masters.node)] = found
+        return made
+
+    def _weights(self, migration: Migration) -> dict[str, Any]:
+        """The tensors of all models of the result."""
+        made: dict[str, Any] = {}
+        for key, (section, prefix) in self.named.items():
+            if section.kind == "model":
+                made.update(execute_model(migration.sections[key], _plain_tensors(section, prefix)))
+        return made
 
 
 def _plain_tensors(section: Section, prefix: str) -> dict[str, Any]:
