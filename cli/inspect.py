@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from optimstate import errors
 from optimstate.cli.app import Force, Json, Quiet, app, epilog, until_exit
-
-if TYPE_CHECKING:
-    pass
+from optimstate.surgery.inspection_text import Sort
 
 
 @app.command(
@@ -18,12 +18,21 @@ if TYPE_CHECKING:
     epilog=epilog(
         "optimstate inspect checkpoint.pt",
         "optimstate inspect checkpoint-1000/ --params",
+        "optimstate inspect checkpoint.pt --section model --sort size --top 10",
+        "optimstate inspect checkpoint-*/ --stats",
         "optimstate inspect checkpoint.pt --stats --html report.html",
         exits="0 fine, 2 wrong usage, 3 bad input, 5 the page cannot be written.",
     ),
 )
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...",
+            help="A checkpoint file or folder; several, or a pattern, are a table.",
+            show_default=False,
+        ),
+    ],
     params: Annotated[
         bool, typer.Option("--params", help="List every parameter with its slots (in --json too).")
     ] = False,
@@ -31,6 +40,19 @@ def inspect(
     stats: Annotated[
         bool, typer.Option("--stats", help="Read every tensor: norms, ranges, zeros, NaN (imports torch).")
     ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="TEMPLATE", help="Only such parameters, e.g. 'layers.3.**'.", show_default=False),
+    ] = None,
+    section: Annotated[
+        str | None, typer.Option(metavar="KIND|PATH", help="Only this part.", show_default=False)
+    ] = None,
+    sort: Annotated[
+        Sort | None, typer.Option(help="List parameters in this order, the largest first.", show_default=False)
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, metavar="N", help="List so many.", show_default=False)] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Show names as a tree of modules.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List every other entry, without limits.")] = False,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -43,35 +65,66 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds, and whether a run can resume from it.
 
-    Sections, algorithm, groups, parameters, slots, steps, sizes, oddities. Nothing in the file is executed, and torch
-    is imported for --stats and --html alone.
+    Sections, algorithm, groups, parameters, slots, steps, sizes, every other entry, oddities. Nothing in the file is
+    executed, and torch is imported for --stats, --sort norm and --html alone.
     """
     import optimstate
     from optimstate.cli.render import terminal
     from optimstate.formats.registry import open_checkpoint
+    from optimstate.surgery.inspection_text import View
 
+    found_paths = _expanded(paths)
     if html is not None:
         from optimstate.io.output import check_destination
 
-        check_destination(html, [path], force=force)
+        if len(found_paths) > 1:
+            raise typer.BadParameter("--html shows one checkpoint: give one path")
+        check_destination(html, found_paths, force=force)
     measure = stats or html is not None
-    document = until_exit(open_checkpoint(path))
-    with terminal.progress("measuring", *([path] if measure else []), quiet=quiet) as advance:
-        found = optimstate.inspect(document, parameters=params, statistics=measure, progress=advance)
+    reads = measure or sort == "norm"
+    documents = [until_exit(open_checkpoint(path)) for path in found_paths]
+    inspections = []
+    with terminal.progress("measuring", *(found_paths if reads else []), quiet=quiet) as advance:
+        for document in documents:
+            try:
+                found = optimstate.inspect(
+                    document,
+                    parameters=params,
+                    statistics=measure,
+                    name=name,
+                    section=section,
+                    sort=sort,
+                    top=top,
+                    everything=everything,
+                    progress=advance,
+                )
+            except errors.MigrationError as error:
+                raise typer.BadParameter(f"--section: {error.message}") from None
+            inspections.append(found)
+    if len(inspections) > 1:
+        from optimstate.surgery.history import History
+
+        terminal.show(History(tuple(inspections)), as_json=as_json, quiet=quiet)
+        return
+    (found,) = inspections
     if html is not None:
         from optimstate.cli.render.page import inspection_page, write_page
         from optimstate.surgery.updates import updates
 
-        write_page(inspection_page(found, list(updates(document))), html)
+        write_page(inspection_page(found, list(updates(documents[0]))), html)
+    text = None
+    if not quiet and not as_json:
+        text = found.text(View(params, groups, stats or sort == "norm", sort, top, tree, everything))
+        text += f"\n\nwrote {html}" if html is not None else ""
+    terminal.show(found, text, as_json=as_json, quiet=quiet)
 
-    from contextlib import redirect_stdout
-    from io import StringIO
 
-    from optimstate.cli.render import inspect as render_inspect
-
-    with redirect_stdout(StringIO()) as text:
-        if not quiet and not as_json:
-            render_inspect.inspection(found, params=params, groups=groups, stats=stats)
-            if html is not None:
-                typer.echo(f"\nwrote {html}")
-    terminal.show(found, text.getvalue().removesuffix("\n"), as_json=as_json, quiet=quiet)
+def _expanded(paths: list[Path]) -> list[Path]:
+    """The paths, and what patterns stand for that the shell left alone."""
+    found: list[Path] = []
+    for path in paths:
+        pattern = str(path)
+        left_alone = any(sign in pattern for sign in "*?[") and not path.exists()
+        matches = sorted(glob(pattern)) if left_alone else []  # noqa: PTH207 - of absolute patterns too
+        found += map(Path, matches) if matches else [path]
+    return found

@@ -281,8 +281,13 @@ def nodes(node: Any) -> Iterator[Any]:
                 stack.extend(child for _, child in children(found))
 
 
-def census(node: Any) -> tuple[int, Counter[str]]:
-    """How many tensors there are, and how many objects of each class known by name only."""
+def census(node: Any, is_tensor: Callable[[Any], bool] = lambda _: False) -> tuple[int, Counter[str]]:
+    """How many tensors there are, and how many objects of each class known by name only.
+
+    Args:
+        node: A tree.
+        is_tensor: Whether an object is the record of one tensor, whatever is in it.
+    """
     tensor_count = 0
     records: Counter[str] = Counter()
     seen: set[int] = {id(node)}
@@ -299,9 +304,14 @@ def census(node: Any) -> tuple[int, Counter[str]]:
             continue
         tensor_count += kinds.count(AttributedTensor)
         for child, kind in zip(inner, kinds, strict=True):
-            if kind not in _LEAVES and isinstance(child, dict | list | tuple | Opaque) and id(child) not in seen:
-                seen.add(id(child))
-                stack.append(child)
+            if kind not in _LEAVES and isinstance(child, dict | list | tuple | Opaque):
+                if isinstance(child, Opaque) and is_tensor(child):
+                    tensor_count += 1
+                    records[child.type.path] += id(child) not in seen
+                    seen.add(id(child))
+                elif id(child) not in seen:
+                    seen.add(id(child))
+                    stack.append(child)
     return tensor_count + isinstance(node, LazyTensor), records
 
 

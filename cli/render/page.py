@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimstate import __version__
-from optimstate.cli.render.inspect import is_step, telling_options
 from optimstate.io.output import AtomicFile
 from optimstate.state.algorithms.registry import ALGORITHMS
+from optimstate.surgery.inspection_text import is_step, telling_options
 from optimstate.surgery.reports import ModelInfo, OptimizerInfo, SchedulerInfo
 from optimstate.surgery.statistics import second_moments
 from optimstate.surgery.text import plural, shown, size

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimstate.formats.pickles.globals import dangerous
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.io.output import is_leftover
+from optimstate.plan.language.template import Template
+from optimstate.record import Record
 from optimstate.state.algorithms.registry import parameter_shape, recognise
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.optimizer import Group, OptimizerState
-from optimstate.state.records import tensor_record
-from optimstate.state.sections import Section, find_sections, scheduler_name, tied_names
+from optimstate.state.records import is_tensor, tensor_record
+from optimstate.state.sections import Section, judged, scheduler_name, section_called, tied_names
+from optimstate.surgery.inspection_text import Sort
 from optimstate.surgery.reports import (
     GroupInfo,
     Inspection,
@@ -30,14 +34,17 @@ from optimstate.surgery.reports import (
     missing_for_resume,
     opening,
 )
+from optimstate.surgery.rest import rest_of
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName, Opaque, OpaqueFile, census
+from optimstate.tree import GlobalName, Opaque, OpaqueFile, census, format_path
 
 if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
 
 __all__ = ["Inspection", "inspect"]
+
+T = TypeVar("T")
 
 
 def inspect(
@@ -45,6 +52,11 @@ def inspect(
     *,
     parameters: bool = False,
     statistics: bool = False,
+    name: str | None = None,
+    section: str | None = None,
+    sort: Sort | None = None,
+    top: int | None = None,
+    everything: bool = False,
     progress: Progress | None = None,
 ) -> Inspection:
     """What is in a checkpoint.
@@ -54,34 +66,92 @@ def inspect(
         parameters: List every parameter and tensor too.
         statistics: Read every tensor, which imports torch: norms, ranges, counts of NaN, infinities, zeros and negative
             numbers. In constant memory. The parameters are then listed too.
+        name: List, and read, only parameters and tensors whose names this template of the plan language matches.
+        section: Only sections of this kind, or the part at this path.
+        sort: List by name, or the largest size or norm first; a norm is read.
+        top: List only so many parameters and tensors of each section.
+        everything: List every other entry, without limits.
         progress: Called with the bytes read for the statistics since the last call.
 
     Raises:
         CheckpointError: It cannot be read.
+        PlanSyntaxError: The template cannot be parsed.
+        MigrationError: There is no such section.
     """
     path = checkpoint.path if isinstance(checkpoint, Document) else checkpoint
     with opening(path):
         document = checkpoint if isinstance(checkpoint, Document) else open_checkpoint(checkpoint)
-        sections = find_sections(document.tree)
-        tensors, opaque = census(document.tree)
-        for section in sections:  # what is shown as a section is not counted as an unknown object
-            if isinstance(section.node, Opaque):
-                opaque[section.node.type.path] -= 1
-        alone = not any(section.kind in ("model", "ema") for section in sections)
-        look = _Look(parameters or statistics, statistics, alone, progress)
+        judgement = judged(document.tree)
+        sections = list(judgement.sections) if section is None else _chosen(section, document.tree, judgement.sections)
+        tensors, opaque = census(document.tree, is_tensor)
+        for found in sections:  # what is shown as a section is not counted as an unknown object
+            if isinstance(found.node, Opaque):
+                opaque[found.node.type.path] -= 1
+        alone = not any(found.kind in ("model", "ema") for found in judgement.sections)
+        listed = parameters or statistics or sort is not None or top is not None
+        choice = _Choice(None if name is None else Template(name), sort, top)
+        look = _Look(listed, statistics or sort == "norm", alone, choice, progress)
         states = {id(section): section.optimizer() for section in sections if section.kind == "optimizer"}
-        found = tuple(look.section_info(section, states.get(id(section))) for section in sections)
+        infos = tuple(look.section_info(section, states.get(id(section))) for section in sections)
+        inside = {id(one.in_tree) for one in judgement.sections}
+        entries, hidden = (
+            rest_of(document.tree, inside, plain, everything=everything)
+            if section is None and name is None
+            else ((), 0)
+        )
         return Inspection(
             str(path),
             document.format,
             _size(Path(path)),
             tensors,
-            found,
-            {name: count for name, count in opaque.most_common() if count > 0},
+            infos,
+            {kind: count for kind, count in opaque.most_common() if count > 0},
             tuple(dangerous(document.globals)),
-            tuple(missing_for_resume(found)),
+            tuple(missing_for_resume(infos)) if section is None else (),
             (*document.notes, *_notes(sections, states), *look.oddities()),
+            entries,
+            hidden,
+            {format_path(place): reason for place, reason in judgement.others.items()} if section is None else {},
         )
+
+
+def _chosen(name: str, tree: Any, sections: Sequence[Section]) -> list[Section]:
+    """All sections of a kind, or the one part at a path."""
+    return [found for found in sections if found.kind == name] or [section_called(name, tree, sections)]
+
+
+class _Choice(Record):
+    """Which parameters are listed, and in which order.
+
+    Attributes:
+        template: Their names match it.
+        sort: The order; None for that of the file.
+        top: How many.
+    """
+
+    template: Template | None
+    sort: Sort | None
+    top: int | None
+
+    def matching(self, named: Iterable[tuple[str, T]]) -> Iterable[tuple[str, T]]:
+        """Those of the names that are asked for."""
+        template = self.template
+        return named if template is None else [item for item in named if template.match(item[0]) is not None]
+
+    def first(self, items: Sequence[T], name: Callable[[T], str], size: Callable[[T], float | None]) -> list[T]:
+        """The items in order, as many as are asked for.
+
+        Args:
+            items: Parameters or tensors.
+            name: Of one.
+            size: Its bytes, or its norm.
+        """
+        made = list(items)
+        if self.sort == "name":
+            made.sort(key=name)
+        elif self.sort is not None:
+            made.sort(key=lambda item: -(size(item) or 0.0))
+        return made[: self.top]
 
 
 def _notes(sections: Sequence[Section], states: Mapping[int, OptimizerState]) -> Iterator[str]:
@@ -108,11 +178,13 @@ class _Look:
         listed: List every parameter and tensor.
         measured: Read them.
         alone: Whether the checkpoint has no model whose names would be shown.
+        choice: Which of them.
         progress: Called with the bytes read.
     """
 
-    def __init__(self, listed: bool, measured: bool, alone: bool, progress: Progress | None) -> None:
+    def __init__(self, listed: bool, measured: bool, alone: bool, choice: _Choice, progress: Progress | None) -> None:
         self.listed, self.measured, self.alone, self.progress = listed, measured, alone, progress
+        self.choice = choice
         self._odd: list[str] = []
 
     def section_info(self, section: Section, state: OptimizerState | None) -> OptimizerInfo | ModelInfo | SchedulerInfo:
@@ -143,6 +215,15 @@ class _Look:
         for (dtype, shape), times in Counter([(tensor.dtype, tensor.shape) for tensor in lazy.values()]).items():
             dtypes[dtype] += times
             elements[dtype] += times * math.prod(shape)
+        asked = dict(self.choice.matching(found.items()))
+        statistics = self._weights(f"{section.kind} at {section.label}", asked) if self.measured else {}
+
+        def size(item: tuple[str, Any]) -> float | None:
+            if self.choice.sort == "norm":
+                return statistics[item[0]].norm if item[0] in statistics else None
+            return float(getattr(item[1], "nbytes", 0))
+
+        listing = self.choice.first(list(asked.items()), itemgetter(0), size) if self.listed else []
         return ModelInfo(
             section.kind,
             section.label,
@@ -151,9 +232,9 @@ class _Look:
             dict(dtypes),
             sum(count * DTYPES[dtype].itemsize for dtype, count in elements.items()),
             tuple(tuple(names) for names in tied_names(lazy)),
-            _kinds_of_names(found.items()),
-            {name: describe(tensor) for name, tensor in found.items()} if self.listed else {},
-            self._weights(f"{section.kind} at {section.label}", found) if self.measured else {},
+            _kinds_of_names(asked.items()),
+            {name: describe(tensor) for name, tensor in listing},
+            {name: statistics[name] for name, _ in listing if name in statistics},
         )
 
     def _weights(self, where: str, tensors: Mapping[str, Any]) -> dict[str, Statistics]:
@@ -176,16 +257,37 @@ class _Look:
             fresh,
             len(state.orphans()),
             sum(count.nbytes for count in slots.values()),
-            _kinds_of_names(list(_named_slots(state)), algorithm) if self.alone and state.is_named else {},
-            tuple(self._parameter_infos(path, state, algorithm)) if self.listed else (),
+            self._names_of(state, algorithm) if self.alone and state.is_named else {},
+            self._listing(path, state, algorithm) if self.listed else (),
         )
+
+    def _names_of(self, state: OptimizerState, algorithm: Algorithm | None) -> dict[str, tuple[int, str]]:
+        return _kinds_of_names(list(self.choice.matching(_named_slots(state))), algorithm)
+
+    def _listing(self, path: str, state: OptimizerState, algorithm: Algorithm | None) -> tuple[ParameterInfo, ...]:
+        sizes = [float(sum(getattr(v, "nbytes", 0) for _, v in _slots(s or {}))) for _, _, s in state.parameters()]
+        made = [
+            (info, size)
+            for info, size in zip(self._parameter_infos(path, state, algorithm), sizes, strict=True)
+            if info is not None
+        ]
+
+        def size(item: tuple[ParameterInfo, float]) -> float:
+            norms = [found.norm for found in item[0].statistics.values() if found.norm is not None]
+            return math.hypot(*norms) if self.choice.sort == "norm" else item[1]
+
+        return tuple(info for info, _ in self.choice.first(made, lambda item: item[0].name or item[0].key, size))
 
     def _parameter_infos(
         self, path: str, state: OptimizerState, algorithm: Algorithm | None
-    ) -> Iterator[ParameterInfo]:
+    ) -> Iterator[ParameterInfo | None]:
+        """Every parameter in order; None for those that are not asked for."""
         group_of = [index for index, group in enumerate(state.groups) for _ in group.params]
         for position, ((key, name, found), group) in enumerate(zip(state.parameters(), group_of, strict=True)):
             shown = str(key) if isinstance(key, int | str) else f"#{position}"
+            if not list(self.choice.matching([(name or shown, None)])):
+                yield None
+                continue
             slots = {str(slot): plain(value) for slot, value in (found or {}).items()}
             if not self.measured:
                 yield ParameterInfo(name, shown, group, slots)
@@ -217,7 +319,26 @@ def _kinds_of_names(
     names, values = zip(*found, strict=True) if found else ((), ())
     patterns = list(map(collapsed, names))
     first = dict(zip(reversed(patterns), reversed(values), strict=True))
-    return {pattern: (count, _described(first[pattern], algorithm)) for pattern, count in Counter(patterns).items()}
+    varied = _of_several_shapes(patterns, values)
+    return {
+        pattern: (
+            count,
+            _described(first[pattern], algorithm) + (" and other shapes" if pattern in varied else ""),
+        )
+        for pattern, count in Counter(patterns).items()
+    }
+
+
+def _of_several_shapes(patterns: Sequence[str], values: Sequence[Any]) -> set[str]:
+    shapes = {(pattern, _first_shape(value)) for pattern, value in zip(patterns, values, strict=True)}
+    return {pattern for pattern, times in Counter(pattern for pattern, _ in shapes).items() if times > 1}
+
+
+def _first_shape(value: Any) -> Any:
+    """Of a tensor its shape, of a parameter's slots that of the first that has dimensions."""
+    if isinstance(value, dict):
+        return next((slot.shape for slot in value.values() if isinstance(slot, LazyTensor) and slot.shape), None)
+    return getattr(value, "shape", None)
 
 
 def _described(value: Any, algorithm: Algorithm | None) -> str:

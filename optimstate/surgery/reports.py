@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import CheckpointError, LimitExceededError, OptimStateError
 from optimstate.record import Record, field
+from optimstate.surgery.inspection_text import View, inspection_lines
+from optimstate.surgery.rest import Entry
 from optimstate.tree import no_garbage_collection
 
 if TYPE_CHECKING:
@@ -154,6 +156,9 @@ class Inspection(Record):
         dangerous: Names in its pickles that would run code if the file were loaded without care.
         resume: What a run that resumes from it would miss, as far as names, sizes and steps show it.
         notes: Oddities.
+        entries: What is in no section, as far as it is listed: values by path.
+        hidden: How many entries more there are at least.
+        others: Mappings of names to tensors that were not taken for a model: path to the reason.
     """
 
     path: str
@@ -165,12 +170,26 @@ class Inspection(Record):
     dangerous: tuple[str, ...]
     resume: tuple[str, ...]
     notes: tuple[str, ...]
+    entries: tuple[Entry, ...] = ()
+    hidden: int = 0
+    others: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
+        return to_json("inspect", self.fields())
+
+    def fields(self) -> dict[str, Any]:
+        """What the JSON document says of it."""
         from dataclasses import asdict
 
-        return to_json("inspect", asdict(self))
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, view: View | None = None) -> str:
+        """The report for people: layers together unless the view says otherwise."""
+        return "\n".join(inspection_lines(self, view or View()))
 
 
 def collapsed(name: str) -> str:

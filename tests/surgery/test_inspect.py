@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ import optimstate
 from optimstate.surgery.reports import ModelInfo, OptimizerInfo, ParameterInfo
 from optimstate.surgery.statistics import Statistics, statistics
 from optimstate.tree import tensors
+from tests.cli.running import run
 from tests.corpus import Case, all_cases, case
 from tests.surgery.test_verify import saved, slots, trained
 
@@ -267,13 +270,123 @@ def test_an_optimizer_alone_shows_the_names_of_its_layers(tmp_path: Path) -> Non
     del checkpoint["model"]
     [alone, _] = optimstate.inspect(saved(checkpoint, tmp_path)).sections
     assert isinstance(alone, OptimizerInfo)
-    assert alone.names == {"*.weight": (3, "[8, 6]"), "*.bias": (3, "[8]")}
+    more = " and other shapes"
+    assert alone.names == {"*.weight": (3, f"[8, 6]{more}"), "*.bias": (3, f"[8]{more}")}
     assert isinstance(with_model[0], ModelInfo)
     assert isinstance(with_model[1], OptimizerInfo)
     assert not with_model[1].names
-    assert with_model[0].names["*.weight"] == (3, "float32[8, 6]")
+    assert with_model[0].names["*.weight"] == (3, f"float32[8, 6]{more}")
 
 
 def test_masters_and_nested_slots_do_not_hide_the_algorithm() -> None:
     assert optimizers(case("deepspeed/bf16opt_ws2_z1_universal").entry)[0].algorithm == "AdamW"
     assert optimizers(case("bitsandbytes/adamw8bit").entry)[0].algorithm == "bitsandbytes"
+
+
+# --- everything that is there ---------------------------------------------------------------------------------------
+
+
+def run_of(folder: Path, **more: Any) -> Path:
+    tree = {**trained(), "epoch": 73, "best_acc1": 71.25, "config": {"layers": 2, "activation": "gelu"}, **more}
+    return saved(tree, folder)
+
+
+def test_what_is_in_no_section_is_listed(tmp_path: Path) -> None:
+    args = argparse.Namespace(arch="resnet50", lr=0.1)
+    path = run_of(tmp_path, args=args, rng_state=torch.get_rng_state(), note="x" * 5000, history=[0.5] * 4000)
+    found = optimstate.inspect(path)
+    values = {entry.path: entry.value for entry in found.entries}
+    assert values["epoch"] == 73
+    assert values["config['activation']"] == "gelu"
+    assert values["args['arch']"] == "resnet50"
+    assert values["rng_state"].startswith("uint8[")
+    assert len(values["note"]) < 300
+    assert values["history"] == "list of 4000: 0.5, 0.5, 0.5, ..."
+    text = str(found)
+    assert all(word in text for word in ("epoch 73", "best_acc1 71.25", "layers 2", "arch resnet50", "list of 4000"))
+    assert len(text.splitlines()) < 40
+
+
+def test_long_containers_are_cut_and_all_lists_them(tmp_path: Path) -> None:
+    path = run_of(tmp_path, options={f"key{i}": i for i in range(500)})
+    found = optimstate.inspect(path)
+    assert len(found.entries) < 60
+    assert found.hidden >= 480
+    every = optimstate.inspect(path, everything=True)
+    assert every.hidden == 0
+    assert {entry.value for entry in every.entries} >= set(range(500))
+
+
+def test_what_only_looks_like_a_model_is_shown_with_the_reason(tmp_path: Path) -> None:
+    path = run_of(tmp_path, callbacks={"best_k_models": {"/home/u/a.ckpt": torch.tensor(0.5)}})
+    found = optimstate.inspect(path)
+    assert found.others == {"callbacks['best_k_models']": "below 'callbacks'"}
+    assert "below 'callbacks'" in str(found)
+
+
+def test_containers_that_hold_themselves_end(tmp_path: Path) -> None:
+    endless: list[Any] = [1]
+    endless.append(endless)
+    found = optimstate.inspect(run_of(tmp_path, endless=endless), everything=True)
+    assert any(entry.path.startswith("endless") for entry in found.entries)
+
+
+@pytest.mark.parametrize("case", [found for found in all_cases() if found.entry.is_file()], ids=str)
+@pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Detected pickle protocol")
+def test_as_many_tensors_are_counted_as_torch_loads(case: Case) -> None:
+    try:
+        tree = torch.load(case.entry, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        pytest.skip("torch does not load it by itself")
+    assert optimstate.inspect(case.entry).tensors == count(tree)
+
+
+def count(node: Any) -> int:
+    if isinstance(node, torch.Tensor):
+        return 1
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
+    return sum(map(count, inner))
+
+
+# --- ways of looking ------------------------------------------------------------------------------------------------
+
+
+def model_of(path: Path, **options: Any) -> ModelInfo:
+    return next(found for found in optimstate.inspect(path, **options).sections if isinstance(found, ModelInfo))
+
+
+def test_names_sections_order_and_number(tmp_path: Path) -> None:
+    path = run_of(tmp_path)
+    assert list(model_of(path, parameters=True, name="0.*").tensors) == ["0.weight", "0.bias"]
+    every = torch.load(path, weights_only=True)["model"]
+    largest = sorted(every, key=lambda name: -every[name].numel())
+    assert list(model_of(path, sort="size").tensors) == largest
+    assert list(model_of(path, sort="size", top=2).tensors) == largest[:2]
+    assert list(model_of(path, sort="name").tensors) == sorted(every)
+    norms = sorted(every, key=lambda name: -float(every[name].norm()))
+    assert list(model_of(path, sort="norm", top=3).tensors) == norms[:3]
+    only = optimstate.inspect(path, section="optimizer", name="2.*", parameters=True)
+    assert [section.kind for section in only.sections] == ["optimizer"]
+    assert {parameter.name for parameter in optimizers(path, name="2.*")[0].parameters} == {"2.weight", "2.bias"}
+
+
+def test_several_checkpoints_are_a_table(tmp_path: Path) -> None:
+    paths = []
+    for number in range(3):
+        (tmp_path / f"{number}").mkdir()
+        paths.append(str(run_of(tmp_path / f"{number}", global_step=number)))
+    shown = run("inspect", *paths)
+    assert shown.code == 0
+    rows = shown.out.splitlines()
+    assert len(rows) == 1 + 3 + 1
+    assert all(word in rows[0] for word in ("checkpoint", "size", "step", "lr", "epoch", "global_step"))
+    assert run("inspect", str(tmp_path / "*" / "checkpoint.pt")).out == shown.out
+    document = json.loads(run("inspect", "--json", *paths).out)
+    assert [found["path"] for found in document["checkpoints"]] == paths
+
+
+def test_wrong_words_are_wrong_usage(tmp_path: Path) -> None:
+    path = str(run_of(tmp_path))
+    for words in (["--sort", "colour"], ["--section", "nothing"], ["--top", "0"]):
+        outcome = run("inspect", path, *words)
+        assert (outcome.code, outcome.out) == (2, "")

@@ -13,6 +13,7 @@ from tests.cli.place import furnish
 from tests.cli.running import run
 
 REPORTS = {
+    "inspect old.pt": lambda: surgery.inspect("old.pt"),
     "scan old.pt": lambda: surgery.scan("old.pt"),
     "verify old.pt": lambda: surgery.verify("old.pt"),
     "diff old.pt new-model.pt": lambda: surgery.diff("old.pt", "new-model.pt"),
