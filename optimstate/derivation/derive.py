@@ -20,7 +20,9 @@ from optimstate.record import Record
 if TYPE_CHECKING:
     from optimstate.installed_torch import torch
 
-__all__ = ["Derived", "derive"]
+__all__ = ["Derivation", "Derived", "derive", "source_of"]
+
+_SCALED_FROM = 1 << 27  # elements: eight gigabytes of tags and more
 
 Shape = tuple[int, ...]
 
@@ -46,26 +48,37 @@ class Derived(Record):
         return self.plan.to_toml()
 
 
-def derive(function: Function, sources: Mapping[str, Any], *, allow_drop: bool = False) -> Derived:
+def derive(
+    function: Function, sources: Mapping[str, Any], *, allow_drop: bool = False, scaled: bool | None = None
+) -> Derived:
     """Read off what a function does to tensors and say it as the shortest plan that is found.
 
     The function is called a few times on tensors whose elements carry their numbers; nothing need be known of it. The
-    plan is compared with the function on random weights and moments before it is returned.
+    plan is compared with the function on random integers before it is returned.
 
     Args:
         function: From a mapping of names to tensors to another. Each call gets tensors of its own, which it may change.
         sources: Names, with a tensor or a shape for each; shapes stand for float32.
         allow_drop: Whether sources may go nowhere. An unintended drop is the typical fault of such functions.
+        scaled: Whether large dimensions are shrunk, at three scales, and what is found is carried to the real ones; a
+            function that knows sizes by itself cannot be derived so. None: from 2**27 elements on.
 
     Raises:
         DerivationError: The function is not a layout (with the output and the sources that show it), drops sources
             without `allow_drop`, or the plan language cannot say what it does.
     """
-    given = {name: _source(value) for name, value in sources.items()}
-    return _Derivation(function, given, allow_drop).run()
+    given = {name: source_of(value) for name, value in sources.items()}
+    if scaled is None:
+        scaled = sum(prod(source.shape) for source in given.values()) >= _SCALED_FROM
+    if scaled:
+        from optimstate.derivation.scaled import derive_scaled
+
+        return derive_scaled(lambda _: function, given, allow_drop=allow_drop)
+    return Derivation(function, given, allow_drop).run()
 
 
-def _source(value: Any) -> Source:
+def source_of(value: Any) -> Source:
+    """What a function is given for a tensor, a shape, or a source."""
     if isinstance(value, Source):
         return value
     if hasattr(value, "shape"):
@@ -80,33 +93,57 @@ class _Component(NamedTuple):
     outputs: tuple[str, ...]
 
 
-class _Derivation:
+class Derivation:
+    """One derivation: what was found, as moves of a first pass and of a second."""
+
     def __init__(self, function: Function, sources: Mapping[str, Source], allow_drop: bool) -> None:
         self.function, self.sources, self.allow_drop = function, sources, allow_drop
         self.first: list[Moves] = []
         self.second: list[Moves] = []
         self.notes: list[str] = []
+        self.dropped: tuple[str, ...] = ()
+        self.new: tuple[str, ...] = ()
+        self.calls = 0
         self._known: dict[Any, Any] = {}
 
     def run(self) -> Derived:
+        """The plan, proved.
+
+        Raises:
+            DerivationError: No plan says what the function does.
+        """
+        self.explain()
+        plan = self.plan()
+        self.prove(plan)
+        return self.derived(plan)
+
+    def derived(self, plan: Plan) -> Derived:
+        """What was found, with the plan that says it."""
+        return Derived(plan, self.dropped, self.new, tuple(self.notes), self.calls)
+
+    def explain(self) -> None:
+        """Find the moves.
+
+        Raises:
+            DerivationError: There are none that do what the function does.
+        """
         found = probe(self.function, self.sources)
+        self.calls = found.calls
         self._refuse(found)
         moved = {name: origin for name, origin in found.outputs.items() if isinstance(origin, Moved)}
         owners = _Owners(found, moved)
         for component in owners.components():
             self._explain(component, moved, owners)
         used = {name for component in owners.components() for name in component.sources}
-        dropped = tuple(name for name in self.sources if name not in used)
-        if dropped and not self.allow_drop:
-            shown = ", ".join(map(repr, dropped[:5])) + (f" and {len(dropped) - 5} more" if len(dropped) > 5 else "")
+        self.dropped = tuple(name for name in self.sources if name not in used)
+        if self.dropped and not self.allow_drop:
+            more = len(self.dropped) - 5
+            shown = ", ".join(map(repr, self.dropped[:5])) + (f" and {more} more" if more > 0 else "")
             raise DerivationError(
                 f"no output takes {shown}",
                 hint="If they are to be left out, allow it: allow_drop=True, or --allow-drop.",
             )
-        new = tuple(name for name, origin in found.outputs.items() if isinstance(origin, New))
-        plan = self._plan(dropped)
-        self._prove(plan, new)
-        return Derived(plan, dropped, new, tuple(self.notes), found.calls)
+        self.new = tuple(name for name, origin in found.outputs.items() if isinstance(origin, New))
 
     def _refuse(self, found: Probe) -> None:
         wrong = []
@@ -260,9 +297,10 @@ class _Derivation:
 
     # --- the plan ---------------------------------------------------------------------------------------------------
 
-    def _plan(self, dropped: Sequence[str]) -> Plan:
-        names = list(self.sources)
-        rules = [*drops(dropped, names), *generalised(self.first, [name for name in names if name not in dropped])]
+    def plan(self) -> Plan:
+        """The moves as rules."""
+        names, dropped = list(self.sources), set(self.dropped)
+        rules = [*drops(self.dropped, names), *generalised(self.first, [name for name in names if name not in dropped])]
         taken = {name for move in self.first for name in move.sources}
         kept = [name for name in names if name not in taken and name not in dropped]
         if not self.second:
@@ -270,14 +308,19 @@ class _Derivation:
         between = [*kept, *(name for move in self.first for name in move.targets)]
         return Plan(tuple(rules), (tuple(generalised(self.second, between)),))
 
-    def _prove(self, plan: Plan, new: Sequence[str]) -> None:
-        wrong = differences(plan, self.function, self.sources, new)
+    def prove(self, plan: Plan) -> None:
+        """Compare a plan with the function.
+
+        Raises:
+            DerivationError: They differ.
+        """
+        wrong = differences(plan, self.function, self.sources, self.new)
         if wrong:
             raise DerivationError(
                 "the plan that was found does not do what the function does:\n" + "\n".join(wrong[:5]),
                 hint="Please report this with the function.",
             )
-        rounded = roundings(plan, self.function, self.sources, new)
+        rounded = roundings(plan, self.function, self.sources, self.new)
         if rounded:
             self.notes.append(f"the function rounds values on the way, the plan keeps them: {rounded[0]}")
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from optimstate.derivation.derive import Derived, derive
+from optimstate.derivation.derive import Derived, derive, source_of
 from optimstate.derivation.probe import Function
+from optimstate.derivation.scaled import derive_scaled
 from optimstate.errors import DerivationError
 
 __all__ = ["Layout", "derive_transformers", "live_model", "to_hub", "to_live"]
 
 Layout = Literal["live", "hub"]
+_SCALED_FROM = 1 << 22  # elements; the converters know sizes by the model alone, so that shrinking is safe
 
 
 def derive_transformers(source: Any, *, to: Layout = "live", shapes: Mapping[str, Any] | None = None) -> Derived:
@@ -34,12 +37,26 @@ def derive_transformers(source: Any, *, to: Layout = "live", shapes: Mapping[str
             that no plan says.
     """
     model = live_model(source)
-    live = {name: value for name, value in model.state_dict().items() if not _is_tied(model, name)}
-    if to == "hub":
-        return derive(to_hub(model), shapes or live, allow_drop=True)
+    convert = to_hub if to == "hub" else to_live
     if shapes is None:
-        shapes = to_hub(model)(dict(live))
-    return derive(to_live(model), shapes, allow_drop=True)
+        shapes = {name: value for name, value in model.state_dict().items() if not _is_tied(model, name)}
+        if to == "live":
+            shapes = to_hub(model)({name: value.to("meta") for name, value in shapes.items()})
+    given = {name: source_of(value) for name, value in shapes.items()}
+    if sum(prod(value.shape) for value in given.values()) < _SCALED_FROM:
+        return derive(convert(model), given, allow_drop=True, scaled=False)
+    return derive_scaled(lambda scale: convert(_shrunk(model, scale)), given, allow_drop=True)
+
+
+def _shrunk(model: Any, scale: Mapping[int, int]) -> Any:
+    """A model on the meta device that answers with shrunk shapes where converters ask for its parameters."""
+    from optimstate.installed_torch import torch
+
+    with torch.device("meta"):
+        made = copy.deepcopy(model).to("meta")
+        for parameter in made.parameters():
+            parameter.data = torch.empty([scale.get(size, size) for size in parameter.shape], dtype=parameter.dtype)
+    return made
 
 
 def live_model(source: Any) -> Any:

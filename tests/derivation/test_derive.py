@@ -169,3 +169,31 @@ def test_whatever_is_composed_of_layouts_is_derived_or_refused_never_wrong(steps
 def test_a_plan_derives_itself() -> None:
     derived = Plan.derive(lambda state: {"b": state["a"].t()}, {"a": (2, 3)})
     assert derived.plan == derive(lambda state: {"b": state["a"].t()}, {"a": (2, 3)}).plan
+
+
+BIG = {f"layers.{i}.{x}.weight": (4096, 1024) if x != "o" else (1024, 4096) for i in range(3) for x in ("q", "k", "o")}
+
+
+def heads_turned(state: dict[str, Any]) -> dict[str, Any]:
+    made = {}
+    for i in range(3):
+        q, k, o = (state[f"layers.{i}.{x}.weight"] for x in "qko")
+        made[f"h.{i}.qk"] = torch.cat([q, k]).t()
+        made[f"h.{i}.o"] = o.unflatten(1, (4, -1)).transpose(1, 2).flatten(1)
+    return made
+
+
+def test_equal_and_unequal_dimensions_are_carried_to_their_real_sizes() -> None:
+    small = {name: tuple(size // 128 for size in shape) for name, shape in BIG.items()}
+    derived = derive(heads_turned, BIG, scaled=True)
+    assert len(list(derived.plan.all_rules())) == 2
+    whole = derive(heads_turned, small).plan
+    assert len(list(whole.all_rules())) == 2
+    given = {name: torch.empty(shape, device="meta") for name, shape in BIG.items()}
+    moves = plan_model(derived.plan, given).sections["model"].moves
+    assert {tuple(move.expression.shape or ()) for move in moves if move.expression} == {(1024, 8192), (1024, 4096)}
+
+
+def test_a_function_that_knows_the_sizes_is_refused_at_shrunk_ones() -> None:
+    with pytest.raises(DerivationError, match="shrunk dimensions"):
+        derive(lambda state: {"a": state["a"].reshape(1000, 64)}, {"a": (64000,)}, scaled=True)

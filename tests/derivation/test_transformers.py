@@ -61,3 +61,18 @@ def test_mixtral_takes_three_rules_each_way() -> None:
 def test_a_folder_without_a_configuration_is_refused(tmp_path: Any) -> None:
     with pytest.raises(DerivationError, match="transformers builds no model"):
         live_model(tmp_path)
+
+
+def test_a_model_of_47_billion_elements_is_derived_without_any_of_them() -> None:
+    config = transformers.MixtralConfig(architectures=["MixtralForCausalLM"], num_hidden_layers=3)
+    model = live_model(config)
+    live = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    hub = {name: tuple(value.shape) for name, value in to_hub(model)(dict(model.state_dict())).items()}
+    for to, sources, targets in (("hub", live, hub), ("live", hub, live)):
+        derived = derive_transformers(model, to=to)  # type: ignore[arg-type]
+        assert len(list(derived.plan.all_rules())) == 3
+        with torch.device("meta"):
+            given = {name: torch.empty(shape) for name, shape in sources.items()}
+        moves = plan_model(derived.plan, given).sections["model"].moves
+        assert {move.target: move.expression.shape for move in moves if move.expression} == targets
+        assert any("shrunk dimensions" in note for note in derived.notes)

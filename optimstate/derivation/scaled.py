@@ -1,0 +1,186 @@
+"""Derivation for models whose elements cannot be numbered: all names, shrunk dimensions.
+
+Each large dimension gets a small size of its own, at two scales whose ratios differ from one dimension to the next.
+What is the same at both is structure (the number of experts, the two of gate and up); what differs is a multiple of a
+product of source dimensions, which the ratio tells. It is carried over to a third scale, proved there, and to the real
+shapes, where the function is run on the meta device and every shape compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+from optimstate.derivation.derive import Derivation, Derived
+from optimstate.derivation.probe import Function, Source
+from optimstate.derivation.templates import Moves
+from optimstate.errors import DerivationError
+from optimstate.plan.language.operation import OPERATIONS, Operation
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.solve.planner import plan_model
+
+__all__ = ["Maker", "derive_scaled"]
+
+Maker = Callable[[Mapping[int, int]], Function]
+"""The function for shrunk dimensions: old sizes to new ones; empty for the real ones."""
+
+Shape = tuple[int, ...]
+_LARGE = 48  # smaller dimensions are kept
+_PRIMES = ((3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41), (5, 3, 11, 7, 17, 13, 23, 19, 31, 29, 41, 37))
+_THIRD = (7, 11, 3, 5, 19, 23, 13, 17, 37, 41, 29, 31)
+_UNITS = (4, 16, 64)  # a function that cuts heads or halves needs sizes that they divide
+
+
+def derive_scaled(make: Maker, sources: Mapping[str, Source], *, allow_drop: bool = False) -> Derived:
+    """Derive at shrunk dimensions and carry the plan over to the real ones.
+
+    Args:
+        make: The function, for shrunk dimensions where it must know them.
+        sources: Of the real shapes.
+        allow_drop: Whether sources may go nowhere.
+
+    Raises:
+        DerivationError: The function is no layout, knows sizes that were shrunk, or lays shrunk tensors out otherwise.
+    """
+    reason: Exception | None = None
+    for unit in _UNITS:
+        try:
+            return _Scaled(make, sources, allow_drop, unit).run()
+        except DerivationError as error:
+            reason = reason or error
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # the function met a size it cannot take
+            reason = error
+    raise DerivationError(
+        f"the function cannot be derived at shrunk dimensions: {reason}",
+        hint="Derive it on one layer at its real size, or without scaling where memory allows.",
+    )
+
+
+class _Scaled:
+    def __init__(self, make: Maker, sources: Mapping[str, Source], allow_drop: bool, unit: int) -> None:
+        self.make, self.sources, self.allow_drop = make, sources, allow_drop
+        large = sorted({size for source in sources.values() for size in source.shape if size > _LARGE})
+        if len(large) > len(_THIRD):
+            raise DerivationError(f"{len(large)} different dimensions are too many to tell apart")
+        columns = zip(large, *_PRIMES, _THIRD, strict=False)
+        self.scales: list[dict[int, int]] = [{}, {}, {}]
+        for size, *primes in columns:
+            for scale, prime in zip(self.scales, primes, strict=True):
+                scale[size] = unit * prime
+
+    def run(self) -> Derived:
+        first, second = (self._at(scale) for scale in self.scales[:2])
+        for one, other in zip((first.first, first.second), (second.first, second.second), strict=True):
+            if [(move.sources, move.targets) for move in one] != [(move.sources, move.targets) for move in other]:
+                raise DerivationError("it moves other tensors at one size than at another")
+        third = self.scales[2]
+        self._derivation(third, self._lifted(first, second, third), prove=True)
+        whole = self._derivation({}, self._lifted(first, second, {}), prove=False)
+        plan = whole.plan()
+        self._compare_shapes(plan, whole.new)
+        whole.calls = 3 * first.calls + 1
+        whole.notes.append("derived at shrunk dimensions; at the real ones every shape was compared, no values")
+        return whole.derived(plan)
+
+    def _shrunk(self, scale: Mapping[int, int]) -> dict[str, Source]:
+        return {
+            name: source._replace(shape=tuple(scale.get(size, size) for size in source.shape))
+            for name, source in self.sources.items()
+        }
+
+    def _at(self, scale: Mapping[int, int]) -> Derivation:
+        made = Derivation(self.make(scale), self._shrunk(scale), self.allow_drop)
+        made.explain()
+        return made
+
+    def _derivation(
+        self, scale: Mapping[int, int], found: tuple[list[Moves], list[Moves], Derivation], *, prove: bool
+    ) -> Derivation:
+        made = Derivation(self.make(scale), self._shrunk(scale), self.allow_drop)
+        made.first, made.second = found[0], found[1]
+        made.dropped, made.new = found[2].dropped, found[2].new
+        if prove:
+            made.prove(made.plan())
+        return made
+
+    # --- sizes -------------------------------------------------------------------------------------------------------
+
+    def _lifted(
+        self, first: Derivation, second: Derivation, scale: Mapping[int, int]
+    ) -> tuple[list[Moves], list[Moves], Derivation]:
+        """The moves with the sizes of another scale."""
+        passes = []
+        for one, other in zip((first.first, first.second), (second.first, second.second), strict=True):
+            made = []
+            for move, twin in zip(one, other, strict=True):
+                dims = self._dims(move.sources, scale)
+                made.append(move._replace(operations=tuple(_lift_all(move.operations, twin.operations, dims))))
+            passes.append(made)
+        return passes[0], passes[1], first
+
+    def _dims(self, names: Sequence[str], scale: Mapping[int, int]) -> list[tuple[int, int, int]]:
+        """Dimensions of some sources: shrunk to the first scale, to the second, and to the one that is asked for."""
+        known = [name for name in names if name in self.sources] or list(self.sources)
+        sizes = {size for name in known for size in self.sources[name].shape if size > _LARGE}
+        return [(self.scales[0][size], self.scales[1][size], scale.get(size, size)) for size in sorted(sizes)]
+
+    def _compare_shapes(self, plan: Plan, new: Sequence[str]) -> None:
+        """Run the function at the real shapes on the meta device, and compare every shape with the plan's."""
+        from optimstate.installed_torch import torch
+
+        given = {
+            name: torch.empty(source.shape, dtype=getattr(torch, source.dtype), device="meta")
+            for name, source in self.sources.items()
+        }
+        expected = {name: tuple(value.shape) for name, value in self.make({})(dict(given)).items() if name not in new}
+        moves = plan_model(plan, given).sections["model"].moves
+        made = {move.target: move.expression.shape for move in moves if move.expression is not None}
+        wrong = [name for name in expected.keys() | made.keys() if expected.get(name) != made.get(name)]
+        if wrong:
+            name = min(wrong)
+            raise DerivationError(f"{name!r} has shape {expected.get(name)}, the plan makes {made.get(name)}")
+
+
+def _lift_all(
+    one: Sequence[Operation], other: Sequence[Operation], dims: Sequence[tuple[int, int, int]]
+) -> Iterator[Operation]:
+    if [operation.KEY for operation in one] != [operation.KEY for operation in other]:
+        raise DerivationError("it needs other operations at one size than at another")
+    for mine, twin in zip(one, other, strict=True):
+        value = _lift(mine.value(), twin.value(), dims)
+        parsed = OPERATIONS[mine.KEY].parse(value, Path())
+        if not isinstance(parsed, Operation):
+            raise DerivationError(f"{mine.KEY} = {value} cannot be written")
+        yield parsed
+
+
+def _lift(one: Any, other: Any, dims: Sequence[tuple[int, int, int]]) -> Any:
+    """A value of a plan at another scale: what is the same at both scales stays, other integers follow dimensions."""
+    if isinstance(one, dict):
+        if not isinstance(other, dict) or one.keys() != other.keys():
+            raise DerivationError("it needs other operations at one size than at another")
+        return {key: _lift(value, other[key], dims) for key, value in one.items()}
+    if isinstance(one, list):
+        if not isinstance(other, list) or len(one) != len(other):
+            raise DerivationError("it needs other operations at one size than at another")
+        return [_lift(a, b, dims) for a, b in zip(one, other, strict=True)]
+    if one == other:
+        return one
+    found = set()
+    for count in (1, 2):
+        for chosen in combinations_with_replacement(dims, count):
+            products = [1, 1, 1]
+            for triple in chosen:
+                products = [product * size for product, size in zip(products, triple, strict=True)]
+            factor = Fraction(one, products[0])
+            lifted = factor * products[2]
+            if factor == Fraction(other, products[1]) and lifted.denominator == 1:
+                found.add(int(lifted))
+        if found:
+            break
+    if len(found) != 1:
+        raise DerivationError(f"a size, {one} and {other} at two scales, follows from no dimension of the sources")
+    return found.pop()
