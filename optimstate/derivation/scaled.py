@@ -14,7 +14,7 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
-from optimstate.derivation.derive import Derivation, Derived
+from optimstate.derivation.moves import Derivation, Derived
 from optimstate.derivation.probe import Function, Source
 from optimstate.derivation.templates import Moves
 from optimstate.errors import DerivationError

@@ -1,0 +1,379 @@
+"""What a function does to tensors as moves of the plan language, and the plan that says them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from optimstate.derivation.layout import Program, Wanted, core, cut, joined
+from optimstate.derivation.probe import Combined, Function, Moved, New, Probe, Source, Unexplained, probe
+from optimstate.derivation.proof import differences, roundings
+from optimstate.derivation.templates import Moves, drops, generalised
+from optimstate.errors import DerivationError
+from optimstate.plan.language.operation import Operation
+from optimstate.plan.language.operations import OPERATIONS
+from optimstate.plan.language.plan import Plan
+from optimstate.record import Record
+
+if TYPE_CHECKING:
+    from optimstate.installed_torch import torch
+
+__all__ = ["Derivation", "Derived", "source_of"]
+
+Shape = tuple[int, ...]
+
+
+class Derived(Record):
+    """A plan that was read off a function.
+
+    Attributes:
+        plan: What the function does, in the plan language.
+        dropped: Sources that no output takes.
+        new: Outputs that depend on no source: they start fresh.
+        notes: What deserves attention though nothing is wrong.
+        calls: How often the function was called.
+    """
+
+    plan: Plan
+    dropped: tuple[str, ...]
+    new: tuple[str, ...]
+    notes: tuple[str, ...]
+    calls: int
+
+    def __str__(self) -> str:
+        return self.plan.to_toml()
+
+
+def source_of(value: Any) -> Source:
+    """What a function is given for a tensor, a shape, or a source."""
+    if isinstance(value, Source):
+        return value
+    if hasattr(value, "shape"):
+        return Source(tuple(value.shape), str(value.dtype).removeprefix("torch."))
+    return Source(tuple(value))
+
+
+class _Component(NamedTuple):
+    """Sources and outputs that share elements."""
+
+    sources: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Derivation:
+    """One derivation: what was found, as moves of a first pass and of a second."""
+
+    def __init__(self, function: Function, sources: Mapping[str, Source], allow_drop: bool) -> None:
+        self.function, self.sources, self.allow_drop = function, sources, allow_drop
+        self.first: list[Moves] = []
+        self.second: list[Moves] = []
+        self.notes: list[str] = []
+        self.dropped: tuple[str, ...] = ()
+        self.new: tuple[str, ...] = ()
+        self.calls = 0
+        self._known: dict[Any, Any] = {}
+
+    def run(self) -> Derived:
+        """The plan, proved.
+
+        Raises:
+            DerivationError: No plan says what the function does.
+        """
+        self.explain()
+        plan = self.plan()
+        self.prove(plan)
+        return self.derived(plan)
+
+    def derived(self, plan: Plan) -> Derived:
+        """What was found, with the plan that says it."""
+        return Derived(plan, self.dropped, self.new, tuple(self.notes), self.calls)
+
+    def explain(self) -> None:
+        """Find the moves.
+
+        Raises:
+            DerivationError: There are none that do what the function does.
+        """
+        found = probe(self.function, self.sources)
+        self.calls = found.calls
+        self._refuse(found)
+        moved = {name: origin for name, origin in found.outputs.items() if isinstance(origin, Moved)}
+        owners = _Owners(found, moved)
+        for component in owners.components():
+            self._explain(component, moved, owners)
+        used = {name for component in owners.components() for name in component.sources}
+        self.dropped = tuple(name for name in self.sources if name not in used)
+        if self.dropped and not self.allow_drop:
+            more = len(self.dropped) - 5
+            shown = ", ".join(map(repr, self.dropped[:5])) + (f" and {more} more" if more > 0 else "")
+            raise DerivationError(
+                f"no output takes {shown}",
+                hint="If they are to be left out, allow it: allow_drop=True, or --allow-drop.",
+            )
+        self.new = tuple(name for name, origin in found.outputs.items() if isinstance(origin, New))
+
+    def _refuse(self, found: Probe) -> None:
+        wrong = []
+        for name, origin in found.outputs.items():
+            if isinstance(origin, Unexplained):
+                of = f" (it depends on {', '.join(map(repr, origin.sources))})" if origin.sources else ""
+                wrong.append(f"{name!r} is not a layout of the sources: {origin.reason}{of}")
+            elif isinstance(origin, Combined):
+                terms = " + ".join(f"{factor:g} * ..." for _, factor in origin.parts[:4])
+                wrong.append(f"{name!r} is a sum of {len(origin.parts)} tensors ({terms}): no rule can say it yet")
+            elif isinstance(origin, Moved) and origin.shift:
+                wrong.append(f"{name!r} has {origin.shift:g} added to every element: no rule can say it yet")
+        if wrong:
+            raise DerivationError("\n".join(wrong))
+
+    # --- one component ----------------------------------------------------------------------------------------------
+
+    def _explain(self, component: _Component, moved: Mapping[str, Moved], owners: _Owners) -> None:
+        if len(component.sources) == 1:
+            self._fan_out(component.sources[0], component.outputs, moved, owners)
+        elif len(component.outputs) == 1:
+            self._gather(component.sources, component.outputs[0], moved, owners)
+        else:
+            self._across(component, moved, owners)
+
+    def _fan_out(self, source: str, outputs: Sequence[str], moved: Mapping[str, Moved], owners: _Owners) -> None:
+        shape = self.sources[source].shape
+        wanted = [owners.relative(name, source) for name in outputs]
+        extras = [self._extras(moved[name], [source]) for name in outputs]
+        found = self._cut(shape, wanted) if len({tuple(map(str, extra)) for extra in extras}) == 1 else None
+        if found is not None:
+            program, order = found
+            self._add((source,), tuple(outputs[number] for number in order), (*program, *extras[0]))
+            return
+        if len(outputs) == 1:
+            raise self._unsayable(outputs[0], [source])
+        copies = tuple(f"{name}.copy" for name in outputs)
+        self.first.append(Moves((source,), copies))
+        for name, copy, item, extra in zip(outputs, copies, wanted, extras, strict=True):
+            single = self._cut(shape, [item])
+            if single is None:
+                raise self._unsayable(name, [source])
+            self.second.append(Moves((copy,), (name,), (*single[0], *extra)))
+
+    def _gather(self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners) -> None:
+        found = self._joined(sources, output, moved, owners)
+        if found is None:
+            raise self._unsayable(output, sources)
+        program, order = found
+        self._add(tuple(sources[number] for number in order), (output,), program)
+
+    def _across(self, component: _Component, moved: Mapping[str, Moved], owners: _Owners) -> None:
+        """Many to many: every source is cut into the parts that outputs take, and these are joined in a stage."""
+        from optimstate.installed_torch import torch
+
+        pieces: dict[tuple[str, str], str] = {}
+        for source in component.sources:
+            takers = [name for name in component.outputs if source in owners.sources_of(name)]
+            if len(takers) == 1:
+                pieces[source, takers[0]] = source
+                continue
+            wanted = []
+            for name in takers:
+                ids = owners.own_ids(name, source).sort().values
+                wanted.append(_block(self.sources[source].shape, ids))
+            found = self._cut(self.sources[source].shape, wanted)
+            if found is None:
+                raise self._unsayable(takers[0], [source])
+            program, order = found
+            names = tuple(f"{source}.part{number}" for number in range(len(order)))
+            for place, number in enumerate(order):
+                pieces[source, takers[number]] = names[place]
+            self.first.append(Moves((source,), names, program))
+        for name in component.outputs:
+            sources = owners.sources_of(name)
+            shapes, owner, ids = [], torch.zeros(0), torch.zeros(0)
+            owner = torch.full((moved[name].ids.numel(),), -1, dtype=torch.int64)
+            ids = torch.full_like(owner, -1)
+            for number, source in enumerate(sources):
+                mine = owners.mask(name, source)
+                own = owners.own_ids(name, source)
+                if pieces[source, name] == source:
+                    shapes.append(self.sources[source].shape)
+                    ids[mine] = own
+                else:
+                    inside = own.sort().values
+                    shapes.append(_block(self.sources[source].shape, inside).shape)
+                    ids[mine] = torch.searchsorted(inside, own)
+                owner[mine] = number
+            item = Wanted(tuple(moved[name].ids.shape), ids)
+            extra = self._extras(moved[name], sources)
+            if len(sources) == 1:
+                single = self._cut(shapes[0], [item])
+                result: tuple[Program, tuple[int, ...]] | None = None if single is None else (single[0], (0,))
+            else:
+                result = joined(shapes, item, owner)
+            if result is None:
+                raise self._unsayable(name, sources)
+            program, order = result
+            taken = tuple(pieces[sources[number], name] for number in order)
+            self.second.append(Moves(taken, (name,), (*program, *extra)))
+
+    def _joined(
+        self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners
+    ) -> tuple[Program, tuple[int, ...]] | None:
+        from optimstate.installed_torch import torch
+
+        shapes = [self.sources[name].shape for name in sources]
+        ids = torch.full((moved[output].ids.numel(),), -1, dtype=torch.int64)
+        owner = torch.full_like(ids, -1)
+        for number, source in enumerate(sources):
+            mine = owners.mask(output, source)
+            ids[mine] = owners.own_ids(output, source)
+            owner[mine] = number
+        key = ("joined", tuple(shapes), tuple(moved[output].ids.shape), _digest(ids, owner))
+        if key not in self._known:
+            whole = Wanted(tuple(moved[output].ids.shape), ids)
+            inner, growth = core(whole)
+            kept = owner if not growth else owner.reshape(whole.shape)[tuple(map(slice, inner.shape))].reshape(-1)
+            found = joined(shapes, inner, kept)
+            self._known[key] = None if found is None else ((*found[0], *growth), found[1])
+        found = self._known[key]
+        extra = self._extras(moved[output], sources)
+        return None if found is None else ((*found[0], *extra), found[1])
+
+    def _cut(self, shape: Shape, wanted: Sequence[Wanted]) -> tuple[Program, tuple[int, ...]] | None:
+        key = ("cut", shape, tuple(item.shape for item in wanted), _digest(*(item.ids for item in wanted)))
+        if key not in self._known:
+            self._known[key] = cut(shape, wanted)
+        found: tuple[Program, tuple[int, ...]] | None = self._known[key]
+        return found
+
+    def _extras(self, origin: Moved, sources: Sequence[str]) -> tuple[Operation, ...]:
+        """What is done beside the layout: a factor, another dtype."""
+        extra: list[Operation] = []
+        if origin.scale != 1:
+            extra.append(OPERATIONS["scale"](origin.scale, 1 / origin.scale))
+        if {self.sources[name].dtype for name in sources} != {origin.dtype}:
+            extra.append(OPERATIONS["cast"]({"param": origin.dtype}))
+        return tuple(extra)
+
+    def _unsayable(self, output: str, sources: Sequence[str]) -> DerivationError:
+        of = ", ".join(map(repr, list(sources)[:4]))
+        return DerivationError(
+            f"{output!r} is made of elements of {of}, in an order that no operations of the plan language give"
+        )
+
+    def _add(self, sources: tuple[str, ...], targets: tuple[str, ...], program: Program) -> None:
+        if sources != targets or program:
+            self.first.append(Moves(sources, targets, program))
+
+    # --- the plan ---------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """The moves as rules."""
+        names, dropped = list(self.sources), set(self.dropped)
+        rules = [*drops(self.dropped, names), *generalised(self.first, [name for name in names if name not in dropped])]
+        taken = {name for move in self.first for name in move.sources}
+        kept = [name for name in names if name not in taken and name not in dropped]
+        if not self.second:
+            return Plan(tuple(rules))
+        between = [*kept, *(name for move in self.first for name in move.targets)]
+        return Plan(tuple(rules), (tuple(generalised(self.second, between)),))
+
+    def prove(self, plan: Plan) -> None:
+        """Compare a plan with the function.
+
+        Raises:
+            DerivationError: They differ.
+        """
+        wrong = differences(plan, self.function, self.sources, self.new)
+        if wrong:
+            raise DerivationError(
+                "the plan that was found does not do what the function does:\n" + "\n".join(wrong[:5]),
+                hint="Please report this with the function.",
+            )
+        rounded = roundings(plan, self.function, self.sources, self.new)
+        if rounded:
+            self.notes.append(f"the function rounds values on the way, the plan keeps them: {rounded[0]}")
+
+
+def _block(shape: Shape, ids: torch.Tensor) -> Wanted:
+    """A part of a source, its elements in the source's order, in the shape that follows the source's where it can."""
+    rows = shape[0] if shape else 1
+    width = prod(shape[1:])
+    whole = ids.numel() % width == 0 if width else False
+    return Wanted((ids.numel() // width, *shape[1:]) if rows and whole and shape else (ids.numel(),), ids)
+
+
+def _digest(*tensors: torch.Tensor) -> str:
+    from hashlib import sha256
+
+    made = sha256()
+    for tensor in tensors:
+        made.update(tensor.numpy().tobytes())
+    return made.hexdigest()
+
+
+class _Owners:
+    """Which source each element of each output belongs to."""
+
+    def __init__(self, found: Probe, moved: Mapping[str, Moved]) -> None:
+        from optimstate.installed_torch import torch
+
+        self.names = list(found.sources)
+        self.starts = torch.tensor([found.starts[name] for name in self.names], dtype=torch.int64)
+        self._flat = {name: origin.ids.reshape(-1) for name, origin in moved.items()}
+        self._shapes = {name: tuple(origin.ids.shape) for name, origin in moved.items()}
+        self._owner = {
+            name: torch.where(flat >= 0, torch.searchsorted(self.starts, flat, right=True) - 1, -1)
+            for name, flat in self._flat.items()
+        }
+        self._sources = {
+            name: [self.names[number] for number in owner.unique().tolist() if number >= 0]  # type: ignore[no-untyped-call]
+            for name, owner in self._owner.items()
+        }
+        self._number = {name: number for number, name in enumerate(self.names)}
+
+    def sources_of(self, output: str) -> list[str]:
+        """The sources that an output takes elements of, in order."""
+        return self._sources[output]
+
+    def mask(self, output: str, source: str) -> torch.Tensor:
+        """Which elements of an output, flat, are the source's."""
+        return self._owner[output] == self._number[source]
+
+    def own_ids(self, output: str, source: str) -> torch.Tensor:
+        """For those elements, in the output's order, the place in the source."""
+        number = self._number[source]
+        return self._flat[output][self._owner[output] == number] - int(self.starts[number])
+
+    def relative(self, output: str, source: str) -> Wanted:
+        """An output of one source alone."""
+        from optimstate.installed_torch import torch
+
+        flat = self._flat[output]
+        start = int(self.starts[self._number[source]])
+        return Wanted(self._shapes[output], torch.where(flat >= 0, flat - start, -1))
+
+    def components(self) -> list[_Component]:
+        """Sources and outputs that share elements, in the order of the sources."""
+        parent: dict[str, str] = {name: name for name in self.names}
+
+        def root(name: str) -> str:
+            while parent[name] != name:
+                parent[name] = parent[parent[name]]
+                name = parent[name]
+            return name
+
+        for sources in self._sources.values():
+            for name in sources[1:]:
+                one, other = root(sources[0]), root(name)
+                if one != other:
+                    parent[max(one, other, key=self._number.__getitem__)] = min(
+                        one, other, key=self._number.__getitem__
+                    )
+        members: dict[str, list[str]] = defaultdict(list)
+        outputs: dict[str, list[str]] = defaultdict(list)
+        for output, sources in self._sources.items():
+            if sources:
+                outputs[root(sources[0])].append(output)
+        for name in self.names:
+            members[root(name)].append(name)
+        return [_Component(tuple(members[key]), tuple(outputs[key])) for key in members if key in outputs]
