@@ -32,6 +32,7 @@ Kind = Literal[
     "algorithm",  # state of one algorithm for an optimizer of another
     "group",  # which param group, or which of several groups' options
     "options",  # a group without options
+    "order",  # parameters in another order than the one by which they will be loaded
     "scheduler",  # a scheduler cannot follow its optimizer
     # sections, names and values of a checkpoint
     "section",  # no section, or several, of a name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Like, Migration, SectionMoves, Target
+from optimstate.problems import Problem
 from optimstate.state.sections import find_sections
 from optimstate.surgery.naming import read_names
 from optimstate.surgery.reports import opening
 
-__all__ = ["order_notes", "read_like"]
+__all__ = ["order_notes", "read_like", "wrong_positions"]
 
 _TEXT = (".txt", ".names", ".list")
 _SHOWN = 3
@@ -37,7 +39,19 @@ def read_like(path: str | Path) -> Like:
         assert isinstance(names, list)
         return Like(tuple(names))
     with opening(path):
-        _, migration, _ = apply_plan(Plan(), open_checkpoint(path).tree)
+        like = _like(open_checkpoint(path).tree)
+    if not like.names and not like.targets:
+        raise CheckpointError(
+            "it names no parameters, whose order is asked for",
+            path=path,
+            hint="Give a checkpoint with the new model's weights, or a .txt file of names, one a line.",
+        )
+    return like
+
+
+def _like(tree: Any) -> Like:
+    """The order of the models of a checkpoint, and the param groups of its optimizers with names."""
+    _, migration, _ = apply_plan(Plan(), tree)
     order: dict[str, None] = {}
     targets = {}
     for key, section in migration.sections.items():
@@ -48,12 +62,6 @@ def read_like(path: str | Path) -> Like:
             targets[label] = Target(groups, tuple(group.options for group in section.groups), shapes)
         elif kind == "model":
             order.update(dict.fromkeys(move.target for move in section.moves))
-    if not order and not targets:
-        raise CheckpointError(
-            "it names no parameters, whose order is asked for",
-            path=path,
-            hint="Give a checkpoint with the new model's weights, or a .txt file of names, one a line.",
-        )
     return Like(tuple(order), targets)
 
 
@@ -116,3 +124,71 @@ def _missing(migration: Migration, section: SectionMoves, like: Like) -> list[st
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
+
+
+def wrong_positions(migration: Migration, tree: Any, target: Any, missing: Collection[str] = ()) -> Iterator[Problem]:
+    """Optimizers of a result that torch, by position, would load into other parameters or refuse.
+
+    Args:
+        migration: How the result is made.
+        tree: The checkpoint it is made of.
+        target: One of the new model.
+        missing: Names of the target that the result does not have, which is said elsewhere.
+    """
+    like = _like(target)
+    theirs = [found.optimizer() for found in find_sections(target) if found.kind == "optimizer"]
+    optimizers = [found for found in find_sections(tree) if found.kind == "optimizer"]
+    order = [move.target for key, found in migration.sections.items() if key[:6] == "model " for move in found.moves]
+    for found in optimizers:
+        state = found.optimizer()
+        if any(isinstance(key, str) for group in state.groups for key in group.params):
+            continue  # state by name is not loaded by position
+        key = f"optimizer {found.label}"
+        section = migration.sections.get(key)
+        named = section is not None and bool(section.moves)
+        mine = [group.members for group in section.groups] if named and section is not None else []
+        wanted = like.target(found.label, len(optimizers))
+        if wanted is not None and named:
+            yield from _against(key, mine, [[n for n in names if n not in missing] for names in wanted.groups])
+            continue
+        sizes = [len(members) for members in mine] if named else [len(group.params) for group in state.groups]
+        if (
+            not missing
+            and len(theirs) == len(optimizers) == 1
+            and sizes != [len(group.params) for group in theirs[0].groups]
+        ):
+            message = f"{_groups_of(sizes)} here, {_groups_of([len(group.params) for group in theirs[0].groups])} there"
+            yield Problem("group", message, key, remedy="divide them with [[group]] tables, or remap --like")
+        elif misplaced := _misplaced([name for members in mine for name in members] or order, like.names):
+            why = "" if named else "it has no names, and "
+            remedy = "remap --like TARGET" if named else "name it first (optimstate name), then remap --like TARGET"
+            message = f"{why}the order of the parameters is another: {' before '.join(map(repr, misplaced))} there"
+            yield Problem("order", message, key, misplaced, remedy)
+
+
+def _against(key: str, mine: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> Iterator[Problem]:
+    """Param groups of a result that are not those of the target."""
+    if [set(members) for members in mine] != [set(members) for members in wanted]:
+        sizes = [_groups_of([len(members) for members in side]) for side in (mine, wanted)]
+        what = (
+            f"{sizes[0]} here, {sizes[1]} there" if sizes[0] != sizes[1] else "other parameters are in the param groups"
+        )
+        remedy = "divide them with [[group]] tables, or remap --like TARGET"
+        yield Problem("group", what, key, remedy=remedy)
+    elif any(list(a) != list(b) for a, b in zip(mine, wanted, strict=True)):
+        a, b = next((a, b) for a, b in zip(mine, wanted, strict=True) if list(a) != list(b))
+        names = next((y, x) for x, y in zip(a, b, strict=True) if x != y)
+        message = f"the order of the parameters is another: {' before '.join(map(repr, names))} there"
+        yield Problem("order", message, key, names, "remap --like TARGET")
+
+
+def _groups_of(sizes: Sequence[int]) -> str:
+    counts = ", ".join(map(str, sizes))
+    return f"{len(sizes)} param group{'' if len(sizes) == 1 else 's'} of {counts} parameters"
+
+
+def _misplaced(mine: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    """Two names that stand in the other order in what is wanted; empty where all are in order."""
+    place = {name: number for number, name in enumerate(wanted)}
+    known = [name for name in mine if name in place]
+    return next(((later, earlier) for earlier, later in pairwise(known) if place[later] < place[earlier]), ())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +18,17 @@ from optimstate.plan.solve import suggest as solve
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.surgery.comparing import by_content, model_tensors
+from optimstate.surgery.ordering import wrong_positions
 from optimstate.surgery.plans import kind_of, merged, names_of
 from optimstate.surgery.reports import opening, to_json
 from optimstate.surgery.text import families, plural
+from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["SuggestReport", "SuggestedRule", "suggest"]
+
+
+_ROWS_UP_TO = 1 << 28
+"""Bytes of a tensor whose rows are compared one by one."""
 
 
 class SuggestedRule(NamedTuple):
@@ -40,6 +48,9 @@ class SuggestReport(Record):
         missing: Names of the target that nothing explains.
         unused: Names of the source that nothing takes; the plan leaves them as they are.
         problems: Why the plan does not fit the source as it stands; empty where it does.
+        positions: Where an optimizer stands in another order or other param groups than the target: torch loads it by
+            position, and would give state to the wrong parameters or refuse.
+        options: What names and shapes leave open, and what would decide.
         plan: The plan as a file, with the confidence and the reason of each rule beside it.
     """
 
@@ -49,18 +60,22 @@ class SuggestReport(Record):
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     problems: tuple[Problem, ...]
+    positions: tuple[Problem, ...]
+    options: tuple[str, ...]
     plan: str
 
     @property
     def complete(self) -> bool:
-        """Whether the plan makes every name of the target."""
-        return not self.missing and not self.problems
+        """Whether the plan makes every name of the target, in its order and groups as far as they are known."""
+        return not self.missing and not self.problems and not self.positions
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         rules = [rule._asdict() for rule in self.rules]
         problems = [problem.as_json() for problem in self.problems]
-        fields = {**self._asdict(), "rules": rules, "problems": problems, "complete": self.complete}
+        positions = [problem.as_json() for problem in self.positions]
+        fields = {**self._asdict(), "rules": rules, "problems": problems, "positions": positions}
+        fields["complete"] = self.complete
         return to_json("plan suggest", fields)
 
     def __str__(self) -> str:
@@ -80,8 +95,12 @@ class SuggestReport(Record):
                     yield f"  {line}"
         for problem in self.problems:
             yield f"does not fit: {problem}"
+        for problem in self.positions:
+            yield f"by position: {problem}"
+        for option in self.options:
+            yield f"open: {option}"
         if not self.rules and not self.missing:
-            yield "the same names and shapes: nothing to do"
+            yield "the same names and shapes" + ("" if self.positions else ": nothing to do")
         else:
             yield f"{plural(len(self.rules), 'rule')}, {plural(len(self.missing), 'name')} not explained"
 
@@ -105,19 +124,23 @@ def suggest(
         trees = [open_checkpoint(path).tree for path in (source, target)]
         old, new = (_model(tree, path) for tree, path in zip(trees, (source, target), strict=True))
         contents: list[dict[str, str]] = [{}, {}] if headers else _contents(trees, progress)
-        found = solve.suggest(old, new, old_contents=contents[0], new_contents=contents[1])
+        rows = None if headers else _Rows(trees)
+        found = solve.suggest(old, new, old_contents=contents[0], new_contents=contents[1], rows=rows)
         rules = tuple(
             SuggestedRule(str(item.rule), item.confidence, item.reason, Plan((item.rule,)).to_toml())
             for item in found.rules
         )
         problems: tuple[Problem, ...] = ()
-        if rules:
-            try:
-                apply_plan(found.plan, trees[0])
-            except MigrationError as error:
-                problems = error.problems
-    text = _suggested_file(source, target, rules, found.missing, found.unused)
-    return SuggestReport(str(source), str(target), rules, found.missing, found.unused, problems, text)
+        positions: tuple[Problem, ...] = ()
+        try:
+            _, migration, _ = apply_plan(found.plan, trees[0])
+            positions = tuple(wrong_positions(migration, *trees, set(found.missing)))
+        except MigrationError as error:
+            problems = error.problems
+    text = _suggested_file(source, target, rules, found, positions)
+    return SuggestReport(
+        str(source), str(target), rules, found.missing, found.unused, problems, positions, found.options, text
+    )
 
 
 def _model(tree: Any, path: str | Path) -> dict[str, Shape]:
@@ -133,28 +156,58 @@ def _model(tree: Any, path: str | Path) -> dict[str, Shape]:
 
 
 def _contents(trees: Sequence[Any], progress: Progress | None) -> list[dict[str, str]]:
-    """For each side a digest by name, of what exactly one name of either side holds."""
-    found = [by_content(model_tensors(tree), progress) for tree in trees]
-    alike = [
-        key for key, names in found[0].items() if len(names) == 1 and len(found[1].get(key, ())) == 1 and any(key[1])
-    ]
-    return [{side[key][0]: key[2].hex() for key in alike} for side in found]
+    """For each side a digest by name, of what exactly one name of either side holds, whatever its shape is."""
+    found: list[dict[tuple[str, bytes], list[str]]] = []
+    for tree in trees:
+        side: dict[tuple[str, bytes], list[str]] = {}
+        for (dtype, shape, digest), names in by_content(model_tensors(tree), progress).items():
+            if prod(shape):
+                side.setdefault((dtype, digest), []).extend(names)
+        found.append(side)
+    alike = [key for key, names in found[0].items() if len(names) == 1 and len(found[1].get(key, ())) == 1]
+    return [{side[key][0]: key[1].hex() for key in alike} for side in found]
+
+
+class _Rows:
+    """The rows of models' tensors, each by a digest."""
+
+    def __init__(self, trees: Sequence[Any]) -> None:
+        self._tensors = [model_tensors(tree) for tree in trees]
+        self._known: dict[tuple[int, str], list[bytes] | None] = {}
+
+    def __call__(self, side: int, name: str) -> list[bytes] | None:
+        """Digests of the rows of a tensor; None for one that has no rows, or too many bytes."""
+        if (side, name) not in self._known:
+            tensor = self._tensors[side].get(name)
+            self._known[side, name] = None if tensor is None else _row_digests(tensor)
+        return self._known[side, name]
+
+
+def _row_digests(tensor: LazyTensor) -> list[bytes] | None:
+    if not tensor.shape or not tensor.numel or tensor.nbytes > _ROWS_UP_TO:
+        return None
+    content = b"".join(tensor.chunks())
+    size = len(content) // tensor.shape[0]
+    rows = (content[start : start + size] for start in range(0, len(content), size))
+    return [hashlib.blake2b(row, digest_size=16, person=tensor.dtype.encode()[:16]).digest() for row in rows]
 
 
 def _suggested_file(
     source: str | Path,
     target: str | Path,
     rules: Sequence[SuggestedRule],
-    missing: Sequence[str],
-    unused: Sequence[str],
+    found: solve.Suggestion,
+    positions: Sequence[Problem],
 ) -> str:
     blocks = [
         _comment(f"From {source} to {target}."),
         *(_comment(f"{rule.confidence:.2f}: {rule.reason}") + rule.toml for rule in rules),
     ]
     for names, said in (
-        (missing, "Nothing explains these of the target:"),
-        (unused, "Nothing takes these of the source; they stay, unless a rule drops them:"),
+        (found.missing, "Nothing explains these of the target:"),
+        (found.unused, "Nothing takes these of the source; they stay, unless a rule drops them:"),
+        ([str(problem) for problem in positions], "Torch loads by position:"),
+        (found.options, "Names and shapes leave open:"),
     ):
         if names:
             blocks.append(_comment(said) + "".join(_comment(f"  {name}") for name in names))

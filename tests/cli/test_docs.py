@@ -140,6 +140,7 @@ INVOCATIONS = {
         ["remap", "checkpoint.pt", "--dry-run", "--rename", "embed.{p}=wte.{p}"],
     ],
     "plan suggest": [
+        ["plan", "suggest", "fused.pt", "cut.pt", "--headers"],
         ["plan", "suggest", "old.pt", "new-model.pt"],
         ["plan", "suggest", "checkpoint.pt", "new-model.pt"],
         ["plan", "suggest", str(ANY / "torch/adam_unnamed_wd/checkpoint.pt"), "less.pt"],
@@ -213,6 +214,25 @@ def test_json_has_the_documented_form(command: str, checkpoints: Path) -> None:
     torch.save({"model": {"embed.weight": torch.zeros(12, 7)}}, "less.pt")
     whole["optimizer"]["param_groups"][0]["lr"] = 1.0
     torch.save(whole, "faulty.pt")
+    turned = torch.optim.AdamW([(name, torch.nn.Parameter(torch.ones(4, 4))) for name in ("b", "a")])
+    torch.save(
+        {
+            "model": {"a": torch.ones(4, 4), "b": torch.ones(4, 4), "m.qk.weight": torch.ones(4, 4)},
+            "optimizer": turned.state_dict(),
+        },
+        "fused.pt",
+    )
+    torch.save(
+        {
+            "model": {
+                "a": torch.ones(4, 4),
+                "b": torch.ones(4, 4),
+                "m.q.weight": torch.ones(2, 4),
+                "m.k.weight": torch.ones(2, 4),
+            }
+        },
+        "cut.pt",
+    )
     known = documented(command)
     assert len(known) > 3
     seen: set[str] = set()

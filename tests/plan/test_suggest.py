@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from optimstate.plan.solve.resolve import Resolver
 from optimstate.plan.solve.suggest import Suggestion, suggest
 
@@ -101,3 +105,73 @@ def test_ambiguity_lowers_the_confidence() -> None:
     found = suggest({"a.x": (4,), "a.y": (4,)}, {"b.u": (4,), "b.v": (4,)})
     assert found.rules
     assert all(item.confidence < 0.7 and "of 2 names" in item.reason for item in found.rules)
+
+
+def test_the_same_elements_in_another_shape() -> None:
+    old, new = layers("h.{i}.proj.weight", (8, 3, 2, 2)), layers("h.{i}.proj.weight", (8, 12))
+    found = suggest(old, new)
+    assert [str(item.rule) for item in found.rules] == ["h.{i}.proj.weight -> h.{i}.proj.weight, reshape = [8, 12]"]
+    assert applied(found, old) == new
+    assert suggest({"w": (4, 6)}, {"w": (5, 5)}).rules == ()
+
+
+def test_equal_contents_decide_between_a_transpose_and_a_reshape_and_find_a_rename() -> None:
+    def rule(same: bool, target: str = "w") -> str:
+        contents = [{"w": "x"}, {target: "x"}] if same else [{}, {}]
+        found = suggest({"w": (4, 6)}, {target: (6, 4)}, old_contents=contents[0], new_contents=contents[1])
+        return str(found.rules[0].rule)
+
+    assert "transpose" in rule(same=False)
+    assert "reshape = [6, 4]" in rule(same=True)
+    assert rule(same=True, target="v") == "w -> v, reshape = [6, 4]"
+
+
+def rows_of(*sides: dict[str, str]) -> Any:
+    """Rows that are letters."""
+    return lambda side, name: [letter.encode() for letter in sides[side][name]] if name in sides[side] else None
+
+
+def test_chosen_rows_are_found_by_their_contents() -> None:
+    old, new = {"embed.weight": (6, 2)}, {"embed.weight": (3, 2)}
+    found = suggest(old, new, rows=rows_of({"embed.weight": "abcdef"}, {"embed.weight": "eac"}))
+    assert [(str(item.rule).partition(", ")[2], item.confidence) for item in found.rules] == [
+        ("select = { dim = 0, index = [4, 0, 2] }", 1.0)
+    ]
+    unsure = suggest(old, new, rows=rows_of({"embed.weight": "abcdee"}, {"embed.weight": "eac"}))
+    assert "resize" in str(unsure.rules[0].rule)
+
+
+PARTS = {"a.q.weight": "abcd", "a.k.weight": "efgh", "a.v.weight": "ijkl"}
+
+
+@pytest.mark.parametrize(
+    ("whole", "steps"),
+    [
+        ("abcdefghijkl", {"cut": "split = 0", "join": "concat = 0"}),
+        ("aeibfjcgkdhl", {"cut": "interleaved", "join": "interleaved"}),
+        ("abefijcdghkl", {"cut": "interleaved", "join": "interleaved"}),
+    ],
+    ids=["blocks", "row by row", "head by head"],
+)
+def test_rows_decide_how_a_tensor_is_cut_and_joined(whole: str, steps: dict[str, str]) -> None:
+    parts: Shapes = dict.fromkeys(PARTS, (4, 2))
+    fused: Shapes = {"a.qkv.weight": (12, 2)}
+    for name, old, new, rows in (
+        ("cut", fused, parts, rows_of({"a.qkv.weight": whole}, PARTS)),
+        ("join", parts, fused, rows_of(PARTS, {"a.qkv.weight": whole})),
+    ):
+        found = suggest(old, new, rows=rows)
+        (item,) = found.rules
+        assert item.confidence == 1.0
+        assert steps[name] in f"{item.rule} {item.reason}"
+        assert found.options == ()
+        assert applied(found, old) == new
+
+
+def test_without_contents_the_ways_to_cut_are_named_and_what_decides() -> None:
+    found = suggest({"a.qkv.weight": (12, 2)}, dict.fromkeys(PARTS, (4, 2)))
+    assert found.rules[0].confidence < 1
+    (option,) = found.options
+    assert "a.qkv.weight may hold a.q.weight and a.k.weight and a.v.weight in blocks" in option
+    assert "interleaved" in option
+    assert "would decide" in option

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -312,3 +313,61 @@ def test_the_counts_are_those_of_the_rows() -> None:
         for row in found
     }
     assert counted == rows
+
+
+def states(names: str, *, named: bool = True, groups: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A model of parameters of one shape, and AdamW with some param groups."""
+    torch.manual_seed(0)
+    values = {name: torch.nn.Parameter(torch.randn(3, 3)) for name in sorted(names)}
+    parameters = {name: values[name] for name in names}
+    made = [[(name, parameters[name]) for name in group] for group in groups or (names,)]
+    if not named:
+        made = [[parameter for _, parameter in group] for group in made]
+    optimizer = torch.optim.AdamW([{"params": group} for group in made], lr=0.1)
+    return {"model": {n: p.detach() for n, p in parameters.items()}, "optimizer": optimizer.state_dict()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kinds"),
+    [
+        (states("abc"), states("abc"), []),
+        (states("abc", named=False), states("abc", named=False), []),
+        (states("abc"), states("acb"), ["order"]),
+        (states("abc", named=False), states("acb", named=False), ["order"]),
+        (states("abc"), {"model": states("acb")["model"]}, ["order"]),
+        (states("abc"), states("abc", groups=("ab", "c")), ["group"]),
+        (states("abc", groups=("ab", "c")), states("abc", groups=("a", "bc")), ["group"]),
+        (states("abc", groups=("ab", "c")), states("abc", named=False, groups=("a", "bc")), ["group"]),
+        (states("abc", named=False), states("abc", named=False, groups=("ab", "c")), ["group"]),
+        (states("abc", groups=("ab", "c")), states("abc", groups=("ba", "c")), ["order"]),
+    ],
+)
+def test_what_a_load_by_position_would_get_wrong_is_said(
+    old: dict[str, Any], new: dict[str, Any], kinds: list[str], tmp_path: Path
+) -> None:
+    torch.save(old, tmp_path / "old.pt")
+    torch.save(new, tmp_path / "new.pt")
+    report = optimstate.suggest(tmp_path / "old.pt", tmp_path / "new.pt")
+    assert [problem.kind for problem in report.positions] == kinds
+    assert report.complete == (not kinds)
+    assert ("nothing to do" in str(report)) == (not kinds)
+    assert all(problem.remedy for problem in report.positions)
+
+
+def test_reshapes_chosen_and_interleaved_rows_are_found_in_files_and_the_plan_makes_them(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    old = {"patch.weight": torch.randn(4, 3, 2, 2), "embed.weight": torch.randn(9, 4), "qkv.weight": torch.randn(12, 4)}
+    new = {
+        "patch.linear.weight": old["patch.weight"].reshape(4, 12).clone(),
+        "embed.weight": old["embed.weight"][[7, 0, 3]].clone(),
+        **{f"{name}.weight": old["qkv.weight"][start::3].clone() for start, name in enumerate("qkv")},
+    }
+    torch.save({"model": old}, tmp_path / "old.pt")
+    torch.save({"model": new}, tmp_path / "new.pt")
+    report = optimstate.suggest(tmp_path / "old.pt", tmp_path / "new.pt")
+    assert report.complete, str(report)
+    assert {rule.confidence for rule in report.rules} == {1.0}
+    optimstate.remap(tmp_path / "old.pt", tmp_path / "made.pt", Plan.from_toml(report.plan))
+    made = torch.load(tmp_path / "made.pt")["model"]
+    assert made.keys() == new.keys()
+    assert all(torch.equal(made[name], value) for name, value in new.items())

@@ -10,10 +10,11 @@ import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.expressions.tree import Shape
-from optimstate.plan.language.dimensions import Resize, Transpose
+from optimstate.plan.language.dimensions import ReshapeDims, Resize, Select, Transpose
 from optimstate.plan.language.joining import Concat, Split
 from optimstate.plan.language.operation import Operation
 from optimstate.plan.language.plan import Plan
@@ -26,6 +27,7 @@ from optimstate.record import Record
 __all__ = ["Suggested", "Suggestion", "suggest"]
 
 Indices = tuple[int, ...]
+Rows = Callable[[int, str], Sequence[bytes] | None]
 _LETTERS = "ijklmn"
 _JOINED_UP_TO = 4
 
@@ -45,11 +47,13 @@ class Suggestion(Record):
         rules: In order.
         missing: Wanted names that nothing explains.
         unused: Names of the checkpoint that nothing takes.
+        options: What names and shapes leave open, and what would decide.
     """
 
     rules: tuple[Suggested, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+    options: tuple[str, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -101,6 +105,7 @@ def suggest(
     *,
     old_contents: Mapping[str, str] | None = None,
     new_contents: Mapping[str, str] | None = None,
+    rows: Rows | None = None,
 ) -> Suggestion:
     """Propose a plan.
 
@@ -109,25 +114,44 @@ def suggest(
         new: Names and shapes that are wanted.
         old_contents: Something equal for equal contents, such as a digest, by name.
         new_contents: The same for what is wanted, where it has contents already.
+        rows: Something equal for equal rows of a tensor, by the side (0 for old) and name; None where it is not known.
 
     Returns:
         Rules with reasons. A name that is there on both sides with the same shape is kept, unless the contents say
         otherwise, and needs no rule.
     """
-    search = _Search(old, new, old_contents or {}, new_contents or {})
-    for step in (search.by_content, search.renamed, search.resized, search.joined, search.cut, search.copied):
+    search = _Search(old, new, old_contents or {}, new_contents or {}, rows or _no_rows)
+    for step in (
+        search.by_content,
+        search.renamed,
+        search.chosen,
+        search.resized,
+        search.joined,
+        search.cut,
+        search.copied,
+    ):
         step()
     merged = _merged(search.found, old)
-    return Suggestion(tuple(merged), tuple(search.new), tuple(search.old))
+    return Suggestion(tuple(merged), tuple(search.new), tuple(search.old), tuple(search.options))
+
+
+def _no_rows(_side: int, _name: str) -> None:
+    """Rows that are not known."""
 
 
 class _Search:
     """What is not explained yet, and the rules found so far."""
 
     def __init__(
-        self, old: Mapping[str, Shape], new: Mapping[str, Shape], had: Mapping[str, str], wanted: Mapping[str, str]
+        self,
+        old: Mapping[str, Shape],
+        new: Mapping[str, Shape],
+        had: Mapping[str, str],
+        wanted: Mapping[str, str],
+        rows: Rows,
     ) -> None:
-        self.all_old, self.had, self.wanted = old, had, wanted
+        self.had, self.wanted, self.rows = had, wanted, rows
+        self.options: list[str] = []
         kept = {
             name
             for name, shape in new.items()
@@ -144,11 +168,11 @@ class _Search:
         targets: Sequence[str],
         confidence: float,
         reason: str,
-        operation: Operation | None = None,
+        *operations: Operation,
     ) -> bool:
         """Add a rule if it makes wanted names of unexplained ones, with their shapes, and nothing else."""
         try:
-            rule = Rule(tuple(map(Template, sources)), tuple(map(Template, targets)), (operation,) if operation else ())
+            rule = Rule(tuple(map(Template, sources)), tuple(map(Template, targets)), operations)
         except PlanSyntaxError:
             return False
         if any(source.match(name) is not None for source in rule.sources for name in self.kept):
@@ -186,10 +210,43 @@ class _Search:
             if other is not None and all(
                 pairs.get(name) == other.members.get(i, ("",))[0] for i, (name, _) in family.members.items()
             ):
-                self.propose([family.template()], [other.template()], 1.0, "the contents are the same")
+                self._same_content(family.template(), other.template(), *_first_shapes(family, other))
         for source, target_name in pairs.items():
             if source in self.old and target_name in self.new:
-                self.propose([source], [target_name], 1.0, "the contents are the same")
+                self._same_content(source, target_name, self.old[source], self.new[target_name])
+
+    def _same_content(self, source: str, target: str, had: Shape, wanted: Shape) -> None:
+        if had == wanted:
+            self.propose([source], [target], 1.0, "the contents are the same")
+        else:
+            self.propose([source], [target], 1.0, "the same contents in another shape", ReshapeDims(wanted))
+
+    def chosen(self) -> None:
+        """The same name with fewer rows, or the same in another order, all of which the old one has."""
+        news = _families(self.new)
+        for pattern, family in _families(self.old).items():
+            other = news.get(pattern)
+            if other is None or other.members.keys() != family.members.keys():
+                continue
+            found = {self._places([name], [other.members[index][0]]) for index, (name, _) in family.members.items()}
+            index = found.pop() if len(found) == 1 else None
+            if index:
+                had, wanted = (shape[0] for shape in _first_shapes(family, other))
+                said = f"{wanted} of the {had} rows are there, with the same contents"
+                self.propose([family.template()], [other.template()], 1.0, said, Select(0, index))
+
+    def _places(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, ...] | None:
+        """Where in the old tensors, one below the other, each row of the new ones is; None where it is not certain."""
+        sides = [[self.rows(side, name) for name in names] for side, names in enumerate((sources, targets))]
+        if any(rows is None for side in sides for rows in side):
+            return None
+        had, wanted = ([row for rows in side for row in rows or ()] for side in sides)
+        if had == wanted:
+            return tuple(range(len(had)))
+        places = {row: place for place, row in enumerate(had)}
+        if len(places) != len(had) or any(row not in places for row in wanted):
+            return None
+        return tuple(places[row] for row in wanted)
 
     def renamed(self) -> None:
         """Families with the same shapes at the same indices, or at shifted ones."""
@@ -211,13 +268,13 @@ class _Search:
             self.propose([family.template(counting=bool(shift))], [target], sure, said)
 
     def resized(self) -> None:
-        """The same name with one dimension of another size, or transposed."""
+        """The same name with one dimension of another size, transposed, or in another shape."""
         news = _families(self.new)
         for pattern, family in _families(self.old).items():
             other = news.get(pattern)
             if other is None or other.members.keys() != family.members.keys():
                 continue
-            shape, wanted = (next(iter(f.shapes.values())) for f in (family, other))
+            shape, wanted = _first_shapes(family, other)
             operation: Operation | None = None
             sure, said = 0.0, ""
             if shape[::-1] == wanted and len(shape) == 2:
@@ -226,7 +283,10 @@ class _Search:
                 dims = [dim for dim, (a, b) in enumerate(zip(shape, wanted, strict=True)) if a != b]
                 if len(dims) == 1:
                     operation, sure = Resize(dims[0], wanted[dims[0]]), 0.5
-                    said = f"dimension {dims[0]} has {wanted[dims[0]]} places instead of {shape[dims[0]]}"
+                    said = f"dimension {dims[0]} has the size {wanted[dims[0]]} instead of {shape[dims[0]]}"
+            if operation is None and prod(shape) == prod(wanted):
+                operation, sure = ReshapeDims(wanted), 0.6
+                said = f"the same {prod(shape)} elements in another shape"
             if operation is not None:
                 self.propose([family.template()], [other.template()], sure, said, operation)
 
@@ -261,15 +321,46 @@ class _Search:
                         return
 
     def _join(self, parts: Sequence[_Family], one: _Family, dim: int) -> bool:
-        said = f"the sizes of dimension {dim} add up; the order is that of the checkpoint"
+        sure, said, select = self._order_of(parts, one, dim, joining=True)
         sources = [part.template() for part in parts]
-        return self.propose(sources, [one.template()], _order_known(parts), said, Concat(dim))
+        done = self.propose(sources, [one.template()], sure, said, Concat(dim), *select)
+        return done and self._leave_open(parts, one, sure)
 
     def _cut(self, parts: Sequence[_Family], one: _Family, dim: int) -> bool:
         sizes = tuple(next(iter(part.shapes.values()))[dim] for part in parts)
-        operation = Split(dim, () if len(set(sizes)) == 1 else sizes)
-        said = f"the sizes of dimension {dim} add up; the order is that of the target"
-        return self.propose([one.template()], [part.template() for part in parts], _order_known(parts), said, operation)
+        sure, said, select = self._order_of(parts, one, dim, joining=False)
+        split = Split(dim, () if len(set(sizes)) == 1 else sizes)
+        targets = [part.template() for part in parts]
+        done = self.propose([one.template()], targets, sure, said, *select, split)
+        return done and self._leave_open(parts, one, sure)
+
+    def _order_of(
+        self, parts: Sequence[_Family], one: _Family, dim: int, *, joining: bool
+    ) -> tuple[float, str, tuple[Select, ...]]:
+        """How sure the order of parts in a whole is, why, and what orders the rows where they are interleaved."""
+        if dim == 0:
+            found = set()
+            for index, (name, _) in one.members.items():
+                names = [part.members[index][0] for part in parts]
+                found.add(self._places(names, [name]) if joining else self._places([name], names))
+            places = found.pop() if len(found) == 1 else None
+            if places is not None and places == tuple(range(len(places))):
+                return 1.0, "the rows are the same, one part below the other", ()
+            if places is not None:
+                return 1.0, "the rows are the same, and interleaved", (Select(0, places),)
+        side = "checkpoint" if joining else "target"
+        return _order_known(parts), f"the sizes of dimension {dim} add up; the order is that of the {side}", ()
+
+    def _leave_open(self, parts: Sequence[_Family], one: _Family, sure: float) -> bool:
+        """Say what names and shapes do not tell of a joined or cut tensor."""
+        if sure < 1:
+            told = " and ".join(part.pattern.replace("#", "*") for part in parts)
+            self.options.append(
+                f"{one.pattern.replace('#', '*')} may hold {told} in blocks, as is proposed, in another order, or "
+                "interleaved (a row of each in turn, or head by head): names and shapes are the same for all. The old "
+                "weights in the layout of the new model would decide, or the model's code does"
+            )
+        return True
 
     def copied(self) -> None:
         """Families that have one index more, and the shape of one that has not."""
@@ -286,6 +377,11 @@ class _Search:
                 sure = (0.6 if len(rivals) == 1 else 0.4) + 0.2 * _likeness(family.pattern, other.pattern)
                 said = f"{count} of its shape are wanted, with an index of their own"
                 self.propose([family.template()], [other.template(known=depth)], sure, said)
+
+
+def _first_shapes(family: _Family, other: _Family) -> tuple[Shape, Shape]:
+    """The shapes of one member of each."""
+    return next(iter(family.shapes.values())), next(iter(other.shapes.values()))
 
 
 def _shift(family: _Family, other: _Family) -> int | None:
