@@ -134,7 +134,7 @@ def suggest(
         positions: tuple[Problem, ...] = ()
         try:
             _, migration, _ = apply_plan(found.plan, trees[0])
-            positions = tuple(wrong_positions(migration, *trees, set(found.missing)))
+            positions = tuple(wrong_positions(migration, trees[0], trees[1], set(found.missing)))
         except MigrationError as error:
             problems = error.problems
     text = _suggested_file(source, target, rules, found, positions)
