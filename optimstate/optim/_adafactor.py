@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from typing_extensions import override
 
 from optimstate.optim._load import Slots
@@ -157,6 +158,8 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
             return step | {"variance": torch.zeros_like(grad, memory_format=torch.preserve_format)}
         return step | {name: grad.new_zeros(shape) for name, shape in factor_shapes(grad).items()}
 
+    # Both read numbers off tensors all the time, on which a compiler breaks its graph each time.
+    @_disable_dynamo
     def _update_each(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
         lr, (eps1, eps2) = to_scalar(group["lr"]), group["eps"]
         for p, g, row_var, col_var, variance, step in zip(*lists, strict=True):
@@ -183,6 +186,7 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
 
     # torch's lists round the scaled update before adding it, its loop does not; norms and products have no list
     # kernels. Of the arithmetic above nothing remains that both could share.
+    @_disable_dynamo
     def _update_lists(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
         eps1 = group["eps"][0]
         for _, batch in batches(self, lists):

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import optimizer as torch_machinery
 
 from optimstate.optim._blocks import Program, UnrecordedError, block_size, split
@@ -268,8 +269,7 @@ class RuleOptimizer(Optimizer):
     ) -> None:
         fused, foreach = choose(group, params, has_kernel=self._traits.kernel)
         if fused:
-            self._align(group, params, columns)
-            if self._fused(group, params, grads, columns):
+            if self._by_kernel(group, params, grads, columns):
                 return
             _, foreach = choose(group, params, has_kernel=False)
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
@@ -291,6 +291,12 @@ class RuleOptimizer(Optimizer):
                 self._run_each(group, batch_params, batch_grads, batch, has_complex)
             else:
                 self._run_lists(group, batch_params, batch_grads, batch, has_complex)
+
+    @_disable_dynamo  # as torch does: kernels of many tensors cannot be made functional
+    def _by_kernel(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
+        """The fused kernel on state laid out for it; False where the rule must be run instead."""
+        self._align(group, params, columns)
+        return self._fused(group, params, grads, columns)
 
     def _align(self, group: Group, params: list[Tensor], columns: Columns) -> None:
         """Lay state out as its parameters, once for every state that has come in."""

@@ -145,7 +145,9 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
                 k.mul_(g, rates)
             k.addcdiv_(p, g if owned else k.mul(g, rates), std)
 
-        return Rule(update_lists if k.is_list else update_each, numbers, rowwise=True)
+        if k.is_list and s.live:  # compiled: the rates of all tensors at once, as tensors
+            return Rule(update_lists, lambda steps: ([rate for t in steps for rate in numbers(t)],))
+        return Rule(update_lists if k.is_list else update_each, numbers)
 
     def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
         if group["differentiable"]:

@@ -352,36 +352,6 @@ def test_distributed_checkpoint_functions_work_as_with_torchs_class(name: str, f
     assert all(other == losses[0] for other in losses)
 
 
-# --- compilation ------------------------------------------------------------------------------------------------------
-
-# The compiler itself uses what torch has deprecated.
-COMPILING = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-
-
-@COMPILING
-@pytest.mark.parametrize("implementation", ["forloop", "foreach"])
-@pytest.mark.parametrize(
-    ("name", "backend"), [("Adam", "aot_eager"), ("SGD", "aot_eager"), ("NAdam", "eager"), ("RMSprop", "eager")]
-)
-def test_a_compiled_step_equals_torchs_compiled_step(name: str, implementation: str, backend: str) -> None:
-    """Traced (and with "aot_eager" made functional) and run op by op: the compiler sees what torch's class shows it."""
-
-    def act(module: Any) -> Any:
-        torch._dynamo.reset()
-        network = model()
-        optimizer = getattr(module, name)(network.parameters(), lr=0.1, **cases.FLAGS[implementation])
-        step = torch.compile(optimizer.step, backend=backend)
-        for number in range(4):
-            x, y = data(number)
-            optimizer.zero_grad()
-            torch.autograd.backward(nn.functional.mse_loss(network(x), y))
-            step()
-        state = [{**slots} for slots in optimizer.state.values()]
-        return [p.detach() for p in network.parameters()], state
-
-    assert same(act) == []
-
-
 # --- warnings ---------------------------------------------------------------------------------------------------------
 
 SPARSE_RUN = """
