@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -16,6 +16,7 @@ from optimstate.plan.apply.schedulers import Groups, LiveScheduler, followed
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Inventory, SectionMoves, Target
 from optimstate.plan.solve.planner import model_inventory, plan_migration
+from optimstate.plan.solve.resolve import Resolver
 from optimstate.problems import Problem
 from optimstate.state.names import unwrapped
 from optimstate.state.schedules import schedule_of
@@ -42,6 +43,7 @@ class ModelLoad:
         self._rest = {name: value for name, value in ours.items() if not _is_tensor(value) or name == _COUNT}
         tensors = {name: value for name, value in ours.items() if name not in self._rest}
         own = {name: value for name, value in live.items() if torch.is_tensor(value) and name != _COUNT}
+        self._filled_by: dict[str, str] = {}
         plain, plain_live = unwrapped(tensors), unwrapped(own)
         self._tensors = {plain(name): value for name, value in tensors.items()}
         self._live = {plain_live(name): (name, value) for name, value in own.items()}
@@ -54,26 +56,54 @@ class ModelLoad:
     @property
     def is_settled(self) -> bool:
         """Whether it has the module's names already, so that rules that match nothing have done their work before."""
-        return self._tensors.keys() == self._live.keys()
+        return self._tensors.keys() == self._live.keys() - self._saved_once(self._tensors).keys()
 
-    def inventory(self) -> Inventory:
-        """What the planner is told."""
-        shapes = {name: tuple(value.shape) for name, (_, value) in self._live.items()}
+    def inventory(self, plan: Plan) -> Inventory:
+        """What the planner is told.
+
+        Args:
+            plan: The one that is applied: which of several names of a tied parameter it fills is enough.
+        """
+        found = Resolver(plan.passes, "model", [0] * len(list(plan.all_rules())), []).resolve(
+            dict.fromkeys(self._tensors)
+        )
+        self._filled_by = self._saved_once(found.made)
+        shapes = {name: tuple(value.shape) for name, (_, value) in self._live.items() if name not in self._filled_by}
         return model_inventory(self._tensors, target=Target.of_names(shapes, self._own()))
 
     def _own(self) -> dict[str, Any]:
         """The values that the module has."""
         return {plain: value for plain, (_, value) in self._live.items()}
 
+    def _saved_once(self, there: Iterable[str]) -> dict[str, str]:
+        """Names of tied parameters that are not there, each with one that is: safetensors holds every tensor once."""
+        known = set(there)
+        absent = [name for name in self._live if name not in known]
+        if not absent:
+            return {}
+        memory = {_memory(value): name for name, (_, value) in self._live.items() if name in known}
+        pairs = ((name, memory.get(_memory(self._live[name][1]))) for name in absent)
+        return {name: other for name, other in pairs if other is not None}
+
     def made(self, moves: SectionMoves) -> dict[str, Any]:
         """The entries to load instead; a new parameter's is its own value, so that it stays as it is."""
         values = execute_model(moves, self._tensors, live=self._own())
+        values.update({name: values[other] for name, other in self._filled_by.items() if other in values})
         made = {name: values.get(plain, own) for plain, (name, own) in self._live.items()}
         return {self._prefix + name: value for name, value in {**made, **self._rest}.items()}
 
 
 def _is_tensor(value: Any) -> bool:
     return torch.is_tensor(value) or isinstance(value, LazyTensor)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same memory seen alike; a tensor without memory is like none but itself."""
+    try:
+        place = tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        place = 0
+    return (place, tensor.storage_offset(), tuple(tensor.shape)) if place else (id(tensor),)
 
 
 class ModelHook:
@@ -106,7 +136,7 @@ class ModelHook:
         """
         load = ModelLoad(module, state_dict, prefix)
         plan = self._plan.with_policy(unused="ignore") if load.is_settled else self._plan
-        moves = plan_migration(plan, {"model": load.inventory()}).sections["model"]
+        moves = plan_migration(plan, {"model": load.inventory(plan)}).sections["model"]
         made = load.made(moves)
         for name in [name for name in state_dict if name.startswith(prefix)]:
             del state_dict[name]

@@ -192,3 +192,41 @@ def test_schedulers_inside_schedulers_are_put_back(make: Any) -> None:
     handle.remove()
     optimstate.resume(tree, model=new[0], optimizer=new[1], scheduler=new[2])
     assert not oracle.differences(new[2].state_dict(), old[2].state_dict())
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output's too, as language models have it."""
+
+    def __init__(self, name: str, words: int = 6) -> None:
+        super().__init__()
+        self.add_module(name, nn.Embedding(words, 4))
+        self.body, self.out, self.name = nn.Linear(4, 4), nn.Linear(4, words, bias=False), name
+        self.out.weight = getattr(self, name).weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.body(getattr(self, self.name)(x)))
+
+
+@pytest.mark.parametrize("kept", ["emb.weight", "out.weight"])
+@pytest.mark.parametrize("words", [6, 9])
+def test_a_tied_parameter_is_saved_once_under_either_name(kept: str, words: int, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    old = Tied("emb")
+    source = torch.optim.AdamW(old.named_parameters())
+    old(torch.arange(6)).square().sum().backward()
+    source.step()
+    save_file(
+        {k: v for k, v in old.state_dict().items() if k in (kept, "body.weight", "body.bias")},
+        tmp_path / "model.safetensors",
+    )
+    torch.save(source.state_dict(), tmp_path / "optimizer.pt")
+    new = Tied("words", words)
+    optimizer = torch.optim.AdamW(new.named_parameters())
+    grow = f"resize = {{ dim = 0, size = {words}, fill = 0.0 }}"
+    rename = f'{{ from = "emb.weight", to = "words.weight", {grow} }}'
+    text = f'rule = [{rename}, {{ from = "out.weight", to = "out.weight", {grow} }}]\n'
+    optimstate.resume(tmp_path, model=new, optimizer=optimizer, plan=Plan.from_toml(text).with_policy(unused="ignore"))
+    assert new.out.weight is new.words.weight
+    assert torch.equal(new.words.weight[:6], old.emb.weight)
+    assert torch.equal(optimizer.state[new.words.weight]["exp_avg"][:6], source.state[old.emb.weight]["exp_avg"])

@@ -77,7 +77,7 @@ class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
         if node and weights.keys() <= node.keys():
             load = ModelLoad(module, node)
             plan = self._plan.with_policy(unused="ignore")
-            return load.made(plan_migration(plan, {"model": load.inventory()}).sections["model"])
+            return load.made(plan_migration(plan, {"model": load.inventory(plan)}).sections["model"])
         return {key: self._renamed(module, value, weights) for key, value in node.items()}
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:

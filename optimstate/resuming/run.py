@@ -110,9 +110,9 @@ class Run:
         from optimstate.resuming import shards
 
         load = ModelLoad(module, self.parts.node(section))
-        self._inventories[key] = load.inventory()
+        self._inventories[key] = inventory = load.inventory(self._lenient)
         self._settled.append(load.is_settled)
-        migration = plan_migration(self._lenient, {key: load.inventory()})
+        migration = plan_migration(self._lenient, {key: inventory})
         made = load.made(migration.sections[key])
         live = module.state_dict()
         if kind == "ema" and "n_averaged" in live and "n_averaged" not in made:
