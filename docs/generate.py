@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from pathlib import Path
 
 from optimstate.cli.app import COMMANDS
@@ -167,7 +171,74 @@ def _power(letter: str, power: int) -> str:
     return "" if not power else letter if power == 1 else f"{letter}{'²³⁴'[power - 2]}"
 
 
-PAGES: dict[str, Callable[[], str]] = {"reference/cli.md": command_line, "explanation/slots.md": slots}
+# --- screens --------------------------------------------------------------------------------------------------------
+
+SCREENS = (
+    ("inspect", "inspect checkpoint.pt"),
+    ("diff", "diff checkpoint.pt experts.pt --name 'layers.0.**'"),
+    ("remap", "remap checkpoint.pt --dry-run --fresh '**.norm.*' --set weight_decay=0.05"),
+    ("verify", "verify checkpoint.pt"),
+    ("scan", "scan hostile.pt"),
+)
+
+
+def screens() -> str:
+    """What commands show on terminals of three widths, and piped."""
+    from optimstate.cli.render.drawn import drawn
+    from tests import corpus
+    from tests.cli.place import furnish
+
+    parts = [
+        f"# Screens\n\n{MADE}\nOn a terminal reports are drawn as wide as it is, with colours that mean something (left "
+        "out here), and go through `PAGER` when they are longer than the screen. Piped, with `NO_COLOR` or `TERM=dumb`, "
+        f"they are plain text.\n\n{_PICTURES}"
+    ]
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        furnish(Path(folder))
+        shutil.copy(corpus.case("optimstate/hostile_zip").entry, "hostile.pt")
+        _run("remap", "checkpoint.pt", "experts.pt", "--duplicate", "layers.{i}.mlp.{p**}=layers.{i}.e.{e=0..1}.{p**}")
+        for title, line in SCREENS:
+            piped = _run(*shlex.split(line))
+            parts.append(f"\n## {title}\n\n`optimstate {line}`\n")
+            for width in (60, 80, 200):
+                shown = drawn(piped, width=width, colour=False).rstrip()
+                parts.append(f"\nA terminal of {width} columns:\n\n```text\n{shown}\n```\n")
+            parts.append(f"\nPiped:\n\n```text\n{piped}\n```\n")
+    return "".join(parts)
+
+
+def _run(*words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "optimstate", *words], capture_output=True, text=True, check=False, env=environment
+    )
+    return done.stdout.rstrip()
+
+
+_PICTURES = """\
+## Pages
+
+`optimstate inspect --html`, in both modes and on a phone:
+
+![The page of an inspection, light](images/inspect-light.png)
+![The page of an inspection, dark](images/inspect-dark.png)
+![The page of an inspection on a phone](images/inspect-phone.png)
+
+`optimstate plan show plan.toml old.pt --html`:
+
+![The lineage of a plan, light](images/lineage-light.png)
+![The lineage of a plan, dark](images/lineage-dark.png)
+
+`optimstate diff --html`:
+
+![The page of a comparison](images/diff-light.png)
+"""
+
+PAGES: dict[str, Callable[[], str]] = {
+    "reference/cli.md": command_line,
+    "explanation/slots.md": slots,
+    "screens.md": screens,
+}
 
 if __name__ == "__main__":
     for name, make in PAGES.items():
