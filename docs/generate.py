@@ -189,9 +189,9 @@ def screens() -> str:
     from tests.cli.place import furnish
 
     parts = [
-        f"# Screens\n\n{MADE}\nOn a terminal reports are drawn as wide as it is, with colours that mean something (left "
-        "out here), and go through `PAGER` when they are longer than the screen. Piped, with `NO_COLOR` or `TERM=dumb`, "
-        f"they are plain text.\n\n{_PICTURES}"
+        f"# Screens\n\n{MADE}\nOn a terminal reports are drawn as wide as it is, with colours that mean something "
+        "(left out here), and go through `PAGER` when they are longer than the screen. Piped, with `NO_COLOR` or "
+        f"`TERM=dumb`, they are plain text.\n\n{_PICTURES}"
     ]
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         furnish(Path(folder))

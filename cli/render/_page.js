@@ -265,7 +265,7 @@
     const decades = (high - low) / per;
     const every = Math.ceil(decades / 6);
     for (let decade = 0; decade <= decades; decade += every) {
-      const at = Math.min(Math.max(decade * per * step, 12), width - 14);
+      const at = Math.min(Math.max(decade * per * step, 18), width - 16);
       drawn.append(draw("text", { x: at, y: height + 16, "text-anchor": "middle" }, magnitude(low + decade * per)));
     }
     figure.append(drawn);
