@@ -15,7 +15,7 @@ from optimstate.hooks.engine.live import Live
 from optimstate.hooks.engine.match import LoadOutcome, matched, own_containers
 from optimstate.hooks.engine.report import Report
 from optimstate.hooks.engine.request import LoadRequest, StateDict, named
-from optimstate.installed_torch import torch
+from optimstate.installed_torch import adagrad_starts_late, torch
 from optimstate.plan.solve.migration import SectionMoves
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tree import no_garbage_collection
@@ -137,11 +137,27 @@ def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequen
         made, outcome = matched(request, tuple(map(str, hooks)), live.names)
     if any(type(hook).finish is not LoadHook.finish for hook in hooks):
         made = own_containers(made)
+    made = _with_adagrads_start(optimizer, made)
     for hook in hooks:
         hook.finish(optimizer, made)
         hook._outcome, hook.moves = outcome, outcome.moves
     if LOGGER.isEnabledFor(logging.INFO):
         LOGGER.info(outcome.report.summary())
+    return made
+
+
+def _with_adagrads_start(optimizer: torch.optim.Optimizer, made: StateDict) -> StateDict:
+    """State for the parameters that have none, where torch's Adagrad makes it in its constructor alone."""
+    adagrad: Any = torch.optim.Adagrad
+    if getattr(type(optimizer), "_init_group", None) is not adagrad._init_group or adagrad_starts_late():
+        return made
+    made = own_containers(made)
+    for group, live in zip(made["param_groups"], optimizer.param_groups, strict=True):
+        for key, p in zip(group["params"], live["params"], strict=True):
+            if not made["state"].get(key):
+                start = group.get("initial_accumulator_value", 0.0)
+                value = complex(start, start) if p.is_complex() else start
+                made["state"][key] = {"step": torch.tensor(0.0), "sum": torch.full_like(p, value).detach()}
     return made
 
 

@@ -32,6 +32,9 @@ from tests.optim.lr_scheduler.cases import (
     state_loss_allowed,
 )
 
+# Until 2.7 torch's SequentialLR warns of itself in every construction.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+
 FILES = Path(__file__).parents[2] / "fixtures" / "files"
 
 
