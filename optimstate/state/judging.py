@@ -36,6 +36,7 @@ _CALLED_MODEL = re.compile(
 )
 _FILE = re.compile(r"\.(pt|pth|bin|ckpt|tar|pkl|safetensors|safetensors\.index\.json)$")
 _LEAVES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias"}
+_SLOTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta"}
 _STATISTICS = {"mean", "std", "var", "min", "max", "count", "sum", "median", "q01", "q99"}
 
 
@@ -165,6 +166,8 @@ class _Evidence:
             yield 2, ""
         if sum(leaf in _LEAVES for leaf in leaves) >= half:
             yield 3, ""
+        if sum(leaf in _SLOTS for leaf in leaves) > half:
+            yield -6, "its names are those of an optimizer's state"
         if sum(leaf in _STATISTICS for leaf in leaves) > half:
             yield -3, "its names are those of statistics"
 

@@ -96,11 +96,38 @@ def test_megatron_keeps_names_slots_and_the_file_beside() -> None:
     assert optimizer.is_named
     assert set(optimizer.state) <= set(model)
     for name, slots in optimizer.state.items():
-        assert set(slots) == {"param", "exp_avg", "exp_avg_sq"}
-        assert {slot.shape for slot in slots.values()} == {model[name].shape}
+        assert set(slots) == {"param", "exp_avg", "exp_avg_sq", "step"}
+        assert {slots[slot].shape for slot in ("param", "exp_avg", "exp_avg_sq")} == {model[name].shape}
         assert slots["param"].tobytes() == model[name].tobytes()  # trained in fp32: the master is the weight
     assert document.tree["common.pt"]["iteration"] == 3
     assert any("param groups" in note for note in document.notes)
+    common = document.tree["common.pt"]["optimizer"]["optimizer"]["param_groups"]
+    assert optimizer.groups[0].options["lr"] == common[0]["lr"]
+
+
+def test_megatrons_names_are_written_again(tmp_path: Path) -> None:
+    document = open_checkpoint(corpus.case("megatron/distopt-fully_reshardable").entry)
+    dcp.write(document.tree, tmp_path / "a", like=document)
+    again = open_checkpoint(tmp_path / "a")
+    assert set(again.handle.order) == set(document.handle.order)
+    assert not again.handle.paths
+    assert difference(document.tree, again.tree, aliases=False) is None
+    document.tree["optimizer"]["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(RepresentationError, match=r"common\.pt"):
+        dcp.write(document.tree, tmp_path / "b", like=open_checkpoint(tmp_path / "a"))
+
+
+def test_flat_buckets_of_megatron_do_not_hide_the_model(tmp_path: Path) -> None:
+    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0."
+    live = {"decoder.weight": torch.randn(3, 2), "decoder._extra_state/shard_0_2": [None]}
+    live |= {bucket + slot: torch.rand(6) for slot in ("param", "exp_avg", "exp_avg_sq")}
+    planner = distributed.DefaultSavePlanner(flatten_state_dict=False)
+    distributed.save(live, checkpoint_id=tmp_path / "a", planner=planner, no_dist=True)
+    document = open_checkpoint(tmp_path / "a")
+    assert [(s.kind, list(s.tensors())) for s in find_sections(document.tree)] == [("model", ["decoder.weight"])]
+    assert any("carried along" in note for note in document.notes)
+    dcp.write(document.tree, tmp_path / "b", like=document)
+    assert set(open_checkpoint(tmp_path / "b").handle.order) == set(live)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from optimstate.errors import (
     RepresentationError,
     UnsupportedCheckpointError,
 )
+from optimstate.formats.dcp import megatron
 from optimstate.formats.dcp import tree as tree_of_metadata
 from optimstate.formats.dcp.metadata import Item, Metadata, TensorItem, dump_metadata, load_metadata, merged
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
@@ -239,11 +240,16 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     kept = like if like is not None and like.format == NAME else None
     beside = {name: part for name, part in (kept.parts if kept else {}).items() if name in tree}
     flattened = kept is not None and tree_of_metadata.is_flattened(kept.handle.paths)
-    leaves, notes = tree_of_metadata.leaves(
-        {key: v for key, v in tree.items() if key not in beside}, flattened=flattened
-    )
+    items = {key: v for key, v in tree.items() if key not in beside}
+    named = megatron.flat_names(items, kept.tree) if kept is not None and not kept.handle.paths else None
+    if named is not None:
+        leaves, notes = {name: ((name,), value) for name, value in named.items()}, []
+    else:
+        leaves, notes = tree_of_metadata.leaves(items, flattened=flattened)
     with AtomicDirectory(path, sync=options.sync) as folder:
         metadata = _write_items(leaves, folder / _DATA_FILE, options)
+        if named is not None:
+            metadata.paths.clear()
         for name, part in beside.items():
             made = get_format(part.format).write(tree[name], folder / name, like=part, options=options)
             notes.extend(f"{name}: {note}" for note in made)

@@ -5,7 +5,7 @@ Torch flattens a state dict by joining its keys with dots and notes the path of 
 - nested: the paths say everything;
 - flattened optimizers: keys `state.<parameter>.<slot>` and `param_groups.<parameter>.<option>` of one dict become
   `state` and `param_groups`; parameters whose options are all equal make a group;
-- Megatron's, which has no paths: `optimizer.state.<slot>.<parameter>` become `optimizer`, all other names `model`.
+- Megatron's, which has no paths (see `megatron`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from optimstate.errors import CorruptCheckpointError, RepresentationError
+from optimstate.formats.dcp.megatron import tree_of_names
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, Path, format_path
 
@@ -23,7 +24,6 @@ __all__ = ["Leaves", "is_flattened", "leaves", "nested"]
 Leaves = dict[str, tuple[Path, Any]]
 """Name -> its path and what it is."""
 
-_MEGATRON = "optimizer.state."
 _DEEP = 100  # lists of lists beyond this are one item
 
 
@@ -44,7 +44,7 @@ def nested(
         The tree, and notes for people.
     """
     if not paths:
-        tree, notes = _without_paths(values)
+        tree, notes = tree_of_names(values, beside)
     else:
         tree, notes = {}, []
         for name, value in values.items():
@@ -152,22 +152,6 @@ def _comparable(value: Any) -> str:
     if isinstance(value, LazyTensor):
         return f"{value!r} {value.tobytes()!r}" if value.numel == 1 else f"tensor {id(value)}"
     return repr(value) if isinstance(value, bool | int | float | str | tuple | list | None) else f"object {id(value)}"
-
-
-def _without_paths(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    model: dict[str, Any] = {}
-    state: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        if name.startswith(_MEGATRON):
-            slot, _, parameter = name.removeprefix(_MEGATRON).partition(".")
-            state.setdefault(parameter, {})[slot] = value
-        else:
-            model[name] = value
-    if not state or not all(name in model for name in state):
-        return dict(values), []
-    group = {"params": [name for name in model if name in state]}
-    note = "param groups are not stored by parameter: all are listed in one, whose options are in another file"
-    return {"model": model, "optimizer": {"state": state, "param_groups": [group]}}, [note]
 
 
 # --- tree to names --------------------------------------------------------------------------------------------------
