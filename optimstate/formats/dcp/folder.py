@@ -242,8 +242,10 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     flattened = kept is not None and tree_of_metadata.is_flattened(kept.handle.paths)
     items = {key: v for key, v in tree.items() if key not in beside}
     named = megatron.flat_names(items, kept.tree) if kept is not None and not kept.handle.paths else None
+    leaves: tree_of_metadata.Leaves = {}
+    notes: list[str] = []
     if named is not None:
-        leaves, notes = {name: ((name,), value) for name, value in named.items()}, []
+        leaves.update((name, ((name,), value)) for name, value in named.items())
     else:
         leaves, notes = tree_of_metadata.leaves(items, flattened=flattened)
     with AtomicDirectory(path, sync=options.sync) as folder:
