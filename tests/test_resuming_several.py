@@ -230,3 +230,19 @@ def test_a_tied_parameter_is_saved_once_under_either_name(kept: str, words: int,
     assert new.out.weight is new.words.weight
     assert torch.equal(new.words.weight[:6], old.emb.weight)
     assert torch.equal(optimizer.state[new.words.weight]["exp_avg"][:6], source.state[old.emb.weight]["exp_avg"])
+
+
+def test_anonymous_optimizers_of_several_models_in_a_folder(tmp_path: Path) -> None:
+    """As Accelerate writes it: weights sorted by name, one model's names among another's."""
+    from safetensors.torch import save_file
+
+    models = [net("a"), net("a", "b")]
+    sources = [anonymous(model) for model in models]
+    for end, model, source in zip(("", "_1"), models, sources, strict=True):
+        save_file(dict(model.state_dict()), tmp_path / f"model{end}.safetensors")
+        torch.save(source.state_dict(), tmp_path / f"optimizer{end}.bin")
+    new = [net("a"), net("a", "b")]
+    optimizers = [anonymous(model, 0) for model in new]
+    optimstate.resume(tmp_path, model=new, optimizer=optimizers)
+    for optimizer, source in zip(optimizers, sources, strict=True):
+        assert not oracle.differences(optimizer.state_dict(), source.state_dict())

@@ -44,8 +44,7 @@ class Resumed:
     nbytes: int = 0
 
     def __str__(self) -> str:
-        lines = [f"{key}: {report}" for key, report in self.reports.items()]
-        return "\n".join([*lines, *self.notes, *map(str, self.problems)])
+        return "\n".join(map(str, (*self.reports.values(), *self.notes, *self.problems)))
 
 
 def resume(

@@ -143,7 +143,8 @@ class Parts:
         beside = [ModelNames(part, ordered=self._keeps_order(part)) for part in sections]
         for found in beside:
             for live in models:
-                found.order_like(_parameters(live))
+                names = list(live.state_dict())
+                found.order_like(_parameters(live), list(map(unwrapped(names), names)))
         by_trainer = isinstance(self._tree, Mapping) and "trainer_state.json" in self._tree
         naming = Namer(beside, by_trainer=by_trainer).named(section)
         config = None if self._document is None else self._document.path / "config.json"

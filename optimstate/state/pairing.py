@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from optimstate.record import Record
@@ -107,10 +107,15 @@ class ModelNames:
         self._shapes = {candidate.name: candidate.shape for candidate in self.candidates}
         self._plain = {unwrapped([key])(key): key for key in self._shapes}
 
-    def order_like(self, parameters: Sequence[tuple[Candidate, Sequence[str]]]) -> None:
-        """Take over the order of a live model that has just these parameters, with all names that each has."""
+    def order_like(self, parameters: Sequence[tuple[Candidate, Sequence[str]]], every: Collection[str]) -> None:
+        """Take over the order of a live model that has just these tensors.
+
+        Args:
+            parameters: Those of the live model that an optimizer can have, in its order, each with all its names.
+            every: The names of all its tensors, buffers and frozen parameters among them.
+        """
         own = {unwrapped([name])(name): shape for name, shape in self._shapes.items()}
-        if self.ordered or not parameters:
+        if self.ordered or not parameters or not own.keys() <= set(every):
             return
         found = [next((name for name in names if own.get(name) == one.shape), None) for one, names in parameters]
         if all(name is not None for name in found) and len(set(found)) == len(found):
