@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 from optimstate.problems import Problem
 
@@ -89,14 +90,29 @@ class CheckpointError(OptimStateError, ValueError):
         path: The file.
         place: Where in the file: a byte offset, a record or a key; may be empty.
         hint: What to do next.
+
+    Attributes:
+        reason: The message without the file and the place.
     """
 
     def __init__(self, message: str, *, path: str | Path = "", place: str = "", hint: str = "") -> None:
+        self.reason = message
         self.path = str(path)
         self.place = place
         where = f"{self.path}: " if self.path else ""
         at = f" ({place})" if place else ""
         super().__init__(f"{where}{message}{at}", hint=hint)
+
+    def within(self, *, path: str | Path = "", place: str = "", part: str = "") -> Self:
+        """The same error, told of the file and the place that the caller knows, so that each is named once.
+
+        Args:
+            path: The file; its own where none is given.
+            place: Where in the file, in the place of its own.
+            part: What it is about: `tensor 'x' in rank0.pt`.
+        """
+        message = f"{part}: {self.reason}" if part else self.reason
+        return type(self)(message, path=path or self.path, place=place or self.place, hint=self.hint)
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):

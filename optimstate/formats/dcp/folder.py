@@ -106,7 +106,7 @@ def _read_metadata(path: Path) -> tuple[Metadata, list[tuple[str, str]]]:
     try:
         return load_metadata(source.read(0, source.size))
     except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
-        raise type(error)(error.message, path=path, place=error.place, hint=error.hint) from error
+        raise error.within(path=path) from error
 
 
 def _other_files(document: Document) -> dict[str, Document]:
@@ -157,7 +157,7 @@ class _Items:
         try:
             check_tiling(about.shape, [(offsets, sizes) for offsets, sizes, _ in about.chunks])
         except CheckpointError as error:
-            raise type(error)(f"tensor {name!r}: {error.message}", path=self.folder) from error
+            raise error.within(path=self.folder, part=f"tensor {name!r}") from error
         for _, _, item in about.chunks:
             self.slice(item)  # a missing or short file is an error of opening
         made = tensor_of_pieces(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -203,7 +204,17 @@ def load(
     except RecursionError:
         raise LimitExceededError("the pickle is nested too deeply") from None
     except Exception as error:
-        raise CorruptCheckpointError(f"the pickle cannot be read: {error}"[:300]) from error
+        raise CorruptCheckpointError(f"the pickle cannot be read: {_in_words(error)}"[:300]) from error
     finally:
         reader.release()
     return tree, reader.globals
+
+
+# Python's own words about the objects that stand for those of the file.
+_OF_STAND_INS = re.compile(r"\b(Opaque|GlobalName|\w*Tensor|\w*Unpickler|Storage)\b|__\w+__")
+
+
+def _in_words(error: Exception) -> str:
+    """What an interpreter's error says of the file, not of what stands for its objects here."""
+    text = str(error)
+    return "it does to an object what such objects do not take" if _OF_STAND_INS.search(text) else text

@@ -101,7 +101,7 @@ def join_ranks(path: Path, files: Mapping[str, Document]) -> Document:
     try:
         document.tree = joiner.root([rank.tree for rank in files.values()])
     except CheckpointError as error:
-        raise type(error)(error.message, path=path, hint=error.hint) from error
+        raise error.within(path=path) from error
     document.globals = list(dict.fromkeys(name for rank in files.values() for name in rank.globals))
     document.notes = [f"{len(files)} files of ranks are one: {', '.join(files)}", *joiner.notes]
     return document
@@ -191,7 +191,7 @@ class _Joiner:
             try:
                 records.append(shard_record(value))
             except CheckpointError as error:
-                raise type(error)(f"{format_path(path)} in {file}: {error.message}", hint=error.hint) from error
+                raise error.within(part=f"{format_path(path)} in {file}") from error
         found = [record for record in records if record is not None]
         if not found:
             return None
@@ -225,7 +225,7 @@ class _Joiner:
         try:
             check_tiling(first.shape, list(parts))
         except CheckpointError as error:
-            raise type(error)(f"{format_path(path)}: {error.message}") from error
+            raise error.within(part=format_path(path)) from error
         tiles = [Tile(*box, Storage(tensor.extents(), tensor.nbytes)) for box, tensor in parts.items()]
         made = tensor_of_pieces(first.dtype, first.shape, lambda: tiles)
         made.requires_grad, made.is_parameter = first.requires_grad, first.is_parameter

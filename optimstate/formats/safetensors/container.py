@@ -72,7 +72,7 @@ def _document(path: Path, found: dict[str, LazyTensor], metadata: dict[str, str]
     try:
         tree = decode_checkpoint(json.loads(metadata["optimstate"]), found)
     except CheckpointError as error:
-        raise type(error)(error.message, path=path, place="header entry 'optimstate'", hint=error.hint) from error
+        raise error.within(path=path, place="header entry 'optimstate'") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = f"the description of the tree is malformed: {error!r}"[:300]
         raise CorruptCheckpointError(message, path=path, place="header entry 'optimstate'") from error

@@ -107,7 +107,7 @@ def _whole(path: Path, key: str, pieces: Mapping[tuple[int, ...], tuple[str, Laz
     except CheckpointError as error:
         files = ", ".join(name for name, _ in pieces.values())
         raise type(error)(
-            f"tensor {key!r} in {files}: {error.message}", path=path, hint="A file is missing or of another run."
+            f"tensor {key!r} in {files}: {error.reason}", path=path, hint="A file is missing or of another run."
         ) from error
     tiles = [Tile(at, tensor.shape, tensor.storage) for at, (_, tensor) in pieces.items()]
     return tensor_of_pieces(first.dtype, shape, lambda: tiles)

@@ -64,7 +64,7 @@ def read(path: Path) -> Document:
     except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
         if error.path:
             raise
-        raise type(error)(error.message, path=path, place=error.place, hint=error.hint) from error
+        raise error.within(path=path) from error
     notes = [] if is_stream else ["a tar archive of torch 0.1: torch.load opens it only with weights_only=False"]
     return Document(path, NAME, tree, names, notes)
 
@@ -115,7 +115,7 @@ class _Reader:
             if length == window < MAX_PICKLE_BYTES:
                 return self._pickle_bytes(window * 4)
             place = f"the pickle at offset {self.at}, {error.place}"
-            raise CorruptCheckpointError(error.message, place=place, hint=error.hint) from None
+            raise error.within(place=place) from None
 
     def skip_storage(self, storage: Storage, name: object) -> None:
         """Give the storage the bytes that come next, after their number of elements."""

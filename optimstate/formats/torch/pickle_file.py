@@ -80,7 +80,7 @@ def read(path: Path) -> Document:
     except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
         if error.path:
             raise
-        raise type(error)(error.message, path=path, place=error.place, hint=error.hint) from error
+        raise error.within(path=path) from error
     outer = [name for name in names if name != _LOAD]  # what it would load was read, and is listed in its place
     return Document(path, NAME, tree, list(dict.fromkeys([*outer, *inner])))
 

@@ -51,7 +51,7 @@ def salvage(path: Path, name: str) -> Document:
     except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
         if error.path:
             raise
-        raise type(error)(error.message, path=path, place=f"data.pkl {error.place}".strip(), hint=error.hint) from error
+        raise error.within(path=path, place=f"data.pkl {error.place}".strip()) from error
     tree, lost = without_lost(tree, path)
     return Document(path, name, tree, names, lost=lost)
 

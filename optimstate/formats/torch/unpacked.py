@@ -60,7 +60,7 @@ def read(path: Path) -> Document:
     except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
         if error.path:
             raise
-        raise type(error)(error.message, path=source.path, place=error.place, hint=error.hint) from error
+        raise error.within(path=source.path) from error
     return Document(path, NAME, tree, names, ["an unpacked archive: torch.load reads it when it is packed again"])
 
 

@@ -39,7 +39,7 @@ def read_pickle(archive: Archive, record: str, folder: str) -> tuple[Any, list[t
     except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
         if error.path:
             raise
-        raise type(error)(error.message, path=path, place=f"{record} {error.place}".strip(), hint=error.hint) from error
+        raise error.within(path=path, place=f"{record} {error.place}".strip()) from error
 
 
 def storages_of(archive: Archive, folder: str, missing: Missing | None = None) -> Missing:
