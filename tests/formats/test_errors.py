@@ -27,9 +27,7 @@ def damaged() -> dict[str, bytes]:
     whole = {"old.pth": legacy(), "plain.pkl": pickle.dumps({"a": [1, 2, 3], "b": "text"}, 2)}
     whole["new.pt"] = corpus.case("torch/adam_named_wd").entry.read_bytes()
     found = {f"{share}-{name}": data[: len(data) * share // 8] for name, data in whole.items() for share in range(1, 8)}
-    found["build.pkl"] = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)Rq\x00K\x01b."
     found["twice.pkl"] = b"\x80\x02cjoblib.numpy_pickle\nNumpyArrayWrapper\n)R)R."
-    found["items.pkl"] = b"\x80\x02cjoblib.numpy_pickle\nNumpyArrayWrapper\n)RK\x01K\x02s."
     found["nested.pkl"] = pickle.dumps({"w": 1}, 2)[:-1] + b"\x80\x02ctorch.storage\n_load_from_bytes\nC\x03abc\x85R."
     return found
 
