@@ -76,12 +76,19 @@ def match_names(model: torch.nn.Module | None = None, *, saved: Sequence[str] | 
     Args:
         model: Names the live parameters, for an optimizer that was built without names.
         saved: The checkpoint's names in the order of its groups, for one that has none.
+
+    Example:
+        `optimizer.register_load_state_dict_pre_hook(hooks.match_names())`
     """
     return _Matching(model, saved)
 
 
 def rename(names: Mapping[str, str]) -> LoadHook:
-    """Parameters or modules that have another name now, old to new; all at once, so that two can be swapped."""
+    """Parameters or modules that have another name now, old to new; all at once, so that two can be swapped.
+
+    Example:
+        `hooks.rename({"encoder": "blocks", "head": "classifier"})`
+    """
     return ruled("rename", names, lambda old, new: Rule(templates(old), templates(new)))
 
 
@@ -89,12 +96,19 @@ def strip_prefix() -> LoadHook:
     """Take off what wrappers put into names (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, ...), on both sides.
 
     The live optimizer keeps its own names. Hooks with rules that follow see the names without prefixes.
+
+    Example:
+        `hooks.strip_prefix()`
     """
     return HookStep("strip_prefix", LoadRequest.strip_prefixes)
 
 
 def duplicate(names: Mapping[str, Iterable[str]]) -> LoadHook:
-    """Give several parameters or modules a copy of the state of one, old to new ones."""
+    """Give several parameters or modules a copy of the state of one, old to new ones.
+
+    Example:
+        `hooks.duplicate({"fc": ["fc1", "fc2"]})`
+    """
     return ruled("duplicate", names, lambda old, new: Rule(templates(old), templates(*new)), several=True)
 
 
@@ -105,6 +119,9 @@ def split(names: Mapping[str, Iterable[str]], *, dim: int = 0, sizes: Sequence[i
         names: Old to new ones, in the order of the parts.
         dim: The dimension that is cut.
         sizes: Of the parts; equal ones without.
+
+    Example:
+        `hooks.split({"attn.qkv": ["attn.q", "attn.k", "attn.v"]}, dim=0)`
     """
     cut = Split(dim, tuple(sizes))
     return ruled("split", names, lambda old, new: Rule(templates(old), templates(*new), (cut,)), several=True)
@@ -116,6 +133,9 @@ def fuse(names: Mapping[str, Iterable[str]], *, dim: int = 0) -> LoadHook:
     Args:
         names: The new one to the old ones, in order.
         dim: The dimension along which they are joined.
+
+    Example:
+        `hooks.fuse({"attn.qkv": ["attn.q", "attn.k", "attn.v"]}, dim=0)`
     """
 
     def rule(new: str, old: Iterable[str]) -> Rule:
@@ -134,6 +154,9 @@ def resize(
         fill: What new places hold, for all slots or by slot: `zeros`, `mean` (of the old places), `wrap` (the old
             places again), or a number. Without: zeros for first moments, the mean for second ones, because a zero
             second moment beside a large step count makes the first updates of new places several times too large.
+
+    Example:
+        `hooks.resize("embed.weight", fill={"exp_avg": "zeros", "exp_avg_sq": "mean"})`
     """
     filling = Fill(None, dict(fill)) if isinstance(fill, Mapping) else Fill(fill)
 
@@ -170,6 +193,9 @@ def fill_missing(with_: Literal["fresh", "zeros"] | Mapping[str, str] = "fresh")
             of the others with zeros and the others' step count, as if they had been there with zero gradients. A
             mapping gives the parameters or modules it names a copy of the state of others (by the new names), and
             allows no more than these.
+
+    Example:
+        `hooks.fill_missing()`
     """
     if isinstance(with_, Mapping):
         return HookStep("fill_missing", lambda request: _fill_like(request, with_))
@@ -190,6 +216,9 @@ def drop_unexpected(*names: str) -> LoadHook:
 
     Args:
         *names: Only these parameters or modules, each of which must be there; without any, all.
+
+    Example:
+        `hooks.drop_unexpected("old_head")`
     """
     if not names:
         return HookStep("drop_unexpected", lambda request: request.add(Plan(policy=Policy(unexpected="drop"))))
@@ -216,6 +245,9 @@ def regroup(
         merge: Which of several old groups with different options gives them: the first, or the one with the lowest or
             highest initial learning rate.
         step: Which step count a parameter gets that several become.
+
+    Example:
+        `hooks.regroup({"**.bias": {"weight_decay": 0.0}, "**": {}})`
     """
     tables = tuple(GroupRule(templates(match), dict(options)) for match, options in (groups or {}).items())
     plan = Plan(groups=tables, policy=Policy(merge=merge, step=step))
@@ -235,6 +267,9 @@ def hyperparameters(
 
     Raises:
         PlanError: An option is decided twice.
+
+    Example:
+        `hooks.hyperparameters("live", lr=1e-4)`
     """
     given: dict[str, Source] = {**dict(sources or {}), "*": default}
     for key, source in given.items():
@@ -265,6 +300,9 @@ def cast_state(dtypes: Mapping[str, str | torch.dtype] | str | torch.dtype) -> L
         dtypes: For every slot, or by slot name with `*` for the others: a dtype or its name, `file` for the
             checkpoint's, `param` for the parameter's. Whether the optimizer can step with it is its own affair: torch's
             for-loop kernels, for one, want moments in the parameter's dtype.
+
+    Example:
+        `hooks.cast_state({"exp_avg": "bfloat16"})`
     """
     return _Casting(Casts(dtypes))
 
@@ -277,6 +315,9 @@ def reset(*names: str) -> LoadHook:
 
     Raises:
         PlanError: No name is given, or `all` or `none` among others.
+
+    Example:
+        `hooks.reset("head")`
     """
     if not names or (len(names) > 1 and {"all", "none"} & set(names)):
         raise PlanError(f"reset{names}: expected names, or 'all', or 'none'")
@@ -299,6 +340,9 @@ def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
 
     Raises:
         PlanError: The plan cannot be read.
+
+    Example:
+        `hooks.migrate("plan.toml")`
     """
     found = Plan.of(plan)
 

@@ -161,6 +161,9 @@ def migrate_model(plan: Plan | str | PathLike[str]) -> ModelHook:
 
     Raises:
         PlanError: The plan cannot be read.
+
+    Example:
+        `model.register_load_state_dict_pre_hook(hooks.migrate_model("plan.toml"))`
     """
     return ModelHook(Plan.of(plan))
 

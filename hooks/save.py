@@ -58,6 +58,9 @@ def name_params(model: torch.nn.Module) -> SaveHook:
 
     Args:
         model: Which has all parameters of the optimizer.
+
+    Example:
+        `optimizer.register_state_dict_post_hook(hooks.name_params(model))`
     """
 
     def change(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> tuple[StateDict, str]:
@@ -88,6 +91,9 @@ def add_metadata(model: torch.nn.Module | None = None, *, plan: Plan | str | Pat
         model: Names the parameters of an optimizer that was built without names.
         plan: The plan, or the path of the plan file, that this run was resumed with; `migrate` refuses to apply it
             again if its guard says `once`.
+
+    Example:
+        `optimizer.register_state_dict_post_hook(hooks.add_metadata(model))`
     """
 
     def change(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> tuple[StateDict, str]:
@@ -112,6 +118,9 @@ def drop_slots(*slots: str) -> SaveHook:
 
     Args:
         *slots: Their names, such as `max_exp_avg_sq`. One that no parameter has is refused once there is any state.
+
+    Example:
+        `hooks.drop_slots("max_exp_avg_sq")`
     """
 
     def change(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> tuple[StateDict, str]:  # noqa: ARG001
@@ -131,6 +140,9 @@ def cast_slots(dtypes: Mapping[str, str | torch.dtype] | str | torch.dtype) -> S
 
     Raises:
         PlanError: A dtype does not exist.
+
+    Example:
+        `hooks.cast_slots({"exp_avg": "bfloat16"})`
     """
     given = dtypes if isinstance(dtypes, Mapping) else {"*": dtypes}
     wanted = {slot: as_dtype(dtype) for slot, dtype in given.items()}
@@ -153,7 +165,11 @@ def cast_slots(dtypes: Mapping[str, str | torch.dtype] | str | torch.dtype) -> S
 
 
 def to_cpu() -> SaveHook:
-    """Write every tensor as it is on the CPU; those that are there already are not copied."""
+    """Write every tensor as it is on the CPU; those that are there already are not copied.
+
+    Example:
+        `hooks.to_cpu()`
+    """
 
     def change(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> tuple[StateDict, str]:  # noqa: ARG001
         count = 0

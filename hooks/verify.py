@@ -82,6 +82,9 @@ def verify_resume(
         otherwise: `raise` or `warn` (an OptimStateWarning for each problem).
         skip: What is not looked at.
         scheduler: The optimizer's, already loaded.
+
+    Example:
+        `optimizer.register_load_state_dict_post_hook(hooks.verify_resume("warn"))`
     """
     return _VerifyResume(otherwise, skip, scheduler)
 
@@ -100,6 +103,9 @@ def resume_problems(
         lrs: The learning rates it should have, group by group.
         scheduler: Its scheduler, as loaded.
         skip: What is not looked at.
+
+    Example:
+        `hooks.resume_problems(optimizer)`
     """
     checks: Mapping[Check, Callable[[], Iterator[Problem]]] = {
         "coverage": lambda: _uncovered(optimizer),
@@ -258,5 +264,8 @@ def report(write: Callable[[str], object] | None = None) -> _Report:
 
     Args:
         write: Gets the text, one line a group; without, it is only logged and kept as `report`.
+
+    Example:
+        `optimizer.register_load_state_dict_post_hook(hooks.report(print))`
     """
     return _Report(write)
