@@ -2,6 +2,7 @@
 
 from optimstate.hooks.engine.hook import LoadHook, adapt
 from optimstate.hooks.engine.report import Report
+from optimstate.hooks.hub import hub_layout
 from optimstate.hooks.load import (
     cast_state,
     drop_unexpected,
@@ -39,6 +40,7 @@ __all__ = [
     "duplicate",
     "fill_missing",
     "fuse",
+    "hub_layout",
     "hyperparameters",
     "match_names",
     "migrate",

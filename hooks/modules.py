@@ -58,6 +58,13 @@ class ModelLoad:
         """Whether it has the module's names already, so that rules that match nothing have done their work before."""
         return self._tensors.keys() == self._live.keys() - self._saved_once(self._tensors).keys()
 
+    @property
+    def has_the_same_shapes(self) -> bool:
+        """Whether every entry has the name and the shape of one of the module's."""
+        return all(
+            name in self._live and value.shape == self._live[name][1].shape for name, value in self._tensors.items()
+        )
+
     def inventory(self, plan: Plan) -> Inventory:
         """What the planner is told.
 

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"errors", "installed_torch", "state.names"},
     "surgery": {"record", "errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "formats", "plan"},
     "distributed": {"errors", "installed_torch", "problems", "state", "plan", "resuming"},
-    "hooks": {"__init__", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan"},
+    "hooks": {"derivation", "__init__", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan"},
     "resuming": {"errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "plan", "formats", "hooks"},
     "integrations": {"errors", "installed_torch", "state", "plan", "hooks", "resuming"},
     "derivation": {"record", "errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},
