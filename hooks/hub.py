@@ -44,5 +44,5 @@ def hub_layout(model: torch.nn.Module) -> ModelHook:
     """
     plan = derive_transformers(model, to="live").plan
     hook = _HubHook(plan.with_policy(missing="fresh"))  # Trainers save tied weights once
-    model.register_load_state_dict_pre_hook(hook)
+    model.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
     return hook
