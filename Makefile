@@ -1,5 +1,5 @@
 # Every target makes .venv and installs what it needs, once.
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs matrix matrix-quick clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -20,6 +20,15 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench
+
+# Other releases of torch, hours; the oldest and the newest, minutes. INDEX is pip's for torch (CPU wheels), MAKE_ENV a program
+# that makes an environment, called with release, folder and interpreter; PYTHONS are the interpreters.
+MATRIX := $(if $(INDEX),--index $(INDEX)) $(if $(MAKE_ENV),--make '$(MAKE_ENV)') $(if $(PYTHONS),--python $(PYTHONS))
+matrix:
+	$(PYTHON) -m tests.matrix $(MATRIX)
+
+matrix-quick:
+	$(PYTHON) -m tests.matrix --quick $(MATRIX)
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]' --no-build-isolation --config-settings editable_mode=compat
