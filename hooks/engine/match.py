@@ -14,6 +14,7 @@ from optimstate.hooks.engine.request import METADATA, LoadRequest, StateDict, is
 from optimstate.plan.apply.execute import execute_optimizer
 from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.slots.outcomes import flat_slots
+from optimstate.plan.solve.division import takers
 from optimstate.plan.solve.migration import SectionMoves, Target
 from optimstate.plan.solve.planner import plan_optimizer
 from optimstate.problems import Kind, Problem
@@ -65,6 +66,8 @@ def matched(
     """
     if request.plan.policy.hyperparameters == "live":
         request.options.setdefault("*", "live")
+    if request.plan.optimizers:
+        _choose_table(request)
     if is_settled(request):
         request.plan = request.plan.with_policy(unused="ignore")
     state, orphans = _without_orphans(request)
@@ -95,6 +98,28 @@ def matched(
         for made, base, live in zip(options, bases, request.live.options, strict=True)
     ]
     return _as_dict(request, slots, chosen, names), LoadOutcome(hooks, tuple(kept or ()), moves, filled, tuple(orphans))
+
+
+def _choose_table(request: LoadRequest) -> None:
+    """Of a plan's `[[optimizer]]` tables keep what the one says that is the live optimizer.
+
+    Raises:
+        MigrationError: The live optimizer has parameters of several tables, or of none.
+    """
+    live = [name for names in request.live.names for name in names]
+    taken = takers(request.plan.optimizers, list(dict.fromkeys((*request.names(), *live))))
+    own = {id(rule): rule for rule in (taken[name] for name in live)}
+    if len(own) != 1 or None in own.values():
+        which = " and ".join(str(rule) if rule is not None else "no table" for rule in own.values())
+        message = f"the live optimizer has parameters of {which}; the tables and the live optimizers must agree"
+        raise MigrationError([Problem("group", message, names=tuple(live[:3]))])
+    (rule,) = own.values()
+    assert rule is not None
+    request.elsewhere |= {name for name, taker in taken.items() if taker is not rule}
+    request.values.update({key: value for key, value in rule.set.items() if key not in request.values})
+    saved = _algorithm(request.state)
+    same = saved is not None and saved.name == rule.algorithm
+    request.plan = replace(request.plan, optimizers=(), optimizer="" if same else rule.algorithm)
 
 
 def refuse_other_algorithm(wanted: str, saved: Algorithm | None, state: OptimizerState, live: str) -> None:
@@ -213,7 +238,7 @@ def _planned(request: LoadRequest, state: OptimizerState, algorithm: Algorithm |
     options = tuple({key: group[key] for key in group if key not in decided} for group in live.options)
     shapes = _saved_shapes(request) if algorithm is not None and algorithm.is_flat else None
     try:
-        target = Target(live.names, options, live.shapes(), dict(live.pairs()))
+        target = Target(live.names, options, live.shapes(), dict(live.pairs()), request.elsewhere)
         migration = plan_optimizer(request.plan, state, target=target, shapes=shapes)
     except MigrationError as error:
         raise MigrationError(error.problems, hint=_remedies(error.problems)) from error

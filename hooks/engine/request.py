@@ -37,6 +37,7 @@ class LoadRequest:
         values: Options whose value is given.
         fills: How parameters that nothing fills get state.
         counts: How many parameters each rule matched, once that is known.
+        elsewhere: Parameters that other live optimizers have.
     """
 
     state: OptimizerState
@@ -46,6 +47,7 @@ class LoadRequest:
     values: dict[str, Any] = field(default_factory=dict)
     fills: list[Fill] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    elsewhere: frozenset[str] = frozenset()
 
     def add(self, plan: Plan) -> None:
         """Let a plan follow those of the hooks before.

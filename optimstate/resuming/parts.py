@@ -71,6 +71,8 @@ class Parts:
             return at_paths
         if not found:
             raise StateMismatchError(f"the checkpoint has no {kind}; it has {self._labels(self._sections)}")
+        if kind == "optimizer" and len(found) == 1:  # which one had, several have now
+            return found * len(wanted)
         if len(found) < len(wanted):
             raise StateMismatchError(
                 f"{len(wanted)} objects are given as {kind}, and the checkpoint has {self._labels(found)}"

@@ -141,11 +141,31 @@ class Run:
         self, optimizers: Sequence[Named], sections: Sequence[Section], models: Sequence[torch.nn.Module]
     ) -> None:
         """Plan the state of optimizers, whose parameters the models name where they do not themselves."""
-        for (_, optimizer), section in zip(optimizers, sections, strict=True):
-            self._plan_optimizer(_key("optimizer", section, len(optimizers)), optimizer, section, models)
+        names = [self._live_names(optimizer, models) for _, optimizer in optimizers]
+        for number, ((_, optimizer), section) in enumerate(zip(optimizers, sections, strict=True)):
+            sharing = [other for other, theirs in enumerate(sections) if theirs is section and other != number]
+            key = _key("optimizer", section, len(optimizers)) + (f" ({number})" if sharing else "")
+            elsewhere = frozenset(name for other in sharing for name in names[other])
+            self._plan_optimizer(key, optimizer, section, models, elsewhere)
+
+    def _live_names(self, optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> list[str]:
+        """The names of a live optimizer's parameters without wrapper prefixes; none where they have none."""
+        if not _keeps_names(optimizer) and not models:
+            return []
+        from optimstate.hooks.engine.live import Live
+
+        live = Live.of(optimizer, None if _keeps_names(optimizer) else _owner(optimizer, models))
+        own = [name for group in live.names for name in group]
+        rename = unwrapped(own)
+        return [rename(name) for name in own]
 
     def _plan_optimizer(
-        self, key: str, optimizer: torch.optim.Optimizer, section: Section, models: Sequence[torch.nn.Module]
+        self,
+        key: str,
+        optimizer: torch.optim.Optimizer,
+        section: Section,
+        models: Sequence[torch.nn.Module],
+        elsewhere: frozenset[str],
     ) -> None:
         from optimstate.hooks.engine.live import Live
         from optimstate.hooks.engine.match import matched
@@ -167,6 +187,9 @@ class Run:
             request.strip_prefixes()
         self._inventories[key] = optimizer_inventory(request.state)
         request.add(self._lenient)
+        request.elsewhere = elsewhere
+        if elsewhere and not (self.plan.optimizer or self.plan.optimizers):
+            request.add(Plan(optimizer=_becomes(request.state, live.algorithm)))
         self._settled.append(is_settled(request))
         made, outcome = matched(request, (key,), live.names)
         reader = shards.Reader(self._casts)
@@ -312,6 +335,16 @@ class Run:
 
 def _key(kind: str, section: Section, count: int) -> str:
     return kind if count == 1 else f"{kind} {format_path(section.path)}"
+
+
+def _becomes(state: OptimizerState, live: str) -> str:
+    """What part of a state is to become for a live optimizer of another algorithm; empty where it stays what it is."""
+    from optimstate.plan.slots.conversion import option_names
+    from optimstate.state.algorithms.registry import recognise_state
+
+    saved = recognise_state(state.state.values(), state.groups[0].options) if state.groups else None
+    other = saved is not None and saved.name != live and bool(option_names(live))
+    return live if other else ""
 
 
 def _keeps_names(optimizer: torch.optim.Optimizer) -> bool:

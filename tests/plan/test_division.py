@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+import optimstate
+from optimstate import hooks
 from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.apply.explain import explained
@@ -226,3 +228,65 @@ def test_tables_are_written_and_read() -> None:
     ):
         with pytest.raises(PlanSyntaxError, match=r"plan:\d: optimizer 1"):
             Plan.from_toml(text)
+
+
+# --- into live optimizers ---------------------------------------------------------------------------------------------
+
+
+def parts(model: nn.Module, beta: float = 0.95) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    named = list(model.named_parameters())
+    matrices = [(name, p) for name, p in named if name.startswith("blocks") and p.dim() == 2]
+    rest = [pair for pair in named if pair[0] not in dict(matrices)]
+    return torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3, betas=(beta, 0.999))
+
+
+def judged(muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer, tree: Any) -> None:
+    old = by_name(tree["optimizer"])
+    for optimizer, slot in ((muon, "momentum_buffer"), (adamw, "")):
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                state = optimizer.state[parameter]
+                assert same(state, {slot: old[name]["exp_avg"]} if slot else old[name]), name
+
+
+@pytest.mark.parametrize("tables", [True, False], ids=["tables", "by name"])
+def test_resume_divides_among_live_optimizers(tables: bool) -> None:
+    old, tree = trained()
+    model = Model()
+    muon, adamw = parts(model)
+    plan = Plan.from_toml(MUON + "set = { lr = 0.5 }\n" + REST) if tables else None
+    optimstate.resume(tree, model=model, optimizer=[muon, adamw], plan=plan)
+    judged(muon, adamw, tree)
+    assert muon.param_groups[0]["lr"] == (0.5 if tables else 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), old.parameters(), strict=True))
+    train(model, [muon, adamw], 1)
+
+
+def test_a_hook_takes_the_part_that_is_its_optimizers() -> None:
+    _, tree = trained()
+    model = Model()
+    muon, adamw = parts(model)
+    for optimizer in (muon, adamw):
+        optimizer.register_load_state_dict_pre_hook(hooks.migrate(Plan.from_toml(MUON + REST)))
+        optimizer.load_state_dict(copy.deepcopy(tree["optimizer"]))
+    judged(muon, adamw, tree)
+
+
+def test_live_optimizers_that_are_not_the_tables_are_refused_and_unchanged() -> None:
+    _, tree = trained()
+    model = Model()
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    optimizer.register_load_state_dict_pre_hook(hooks.migrate(Plan.from_toml(MUON + REST)))
+    with pytest.raises(MigrationError, match="parameters of .*'adamw'.* and .*'muon'"):
+        optimizer.load_state_dict(copy.deepcopy(tree["optimizer"]))
+    assert not optimizer.state
+
+
+def test_a_parameter_that_no_live_optimizer_has_is_refused() -> None:
+    _, tree = trained()
+    model = Model()
+    muon, adamw = parts(model)
+    name, _ = adamw.param_groups[0]["param_names"].pop(), adamw.param_groups[0]["params"].pop()
+    with pytest.raises(MigrationError, match=f"{name!r} is not in the target"):
+        optimstate.resume(tree, model=model, optimizer=[muon, adamw])
+    assert not muon.state

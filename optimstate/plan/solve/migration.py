@@ -31,12 +31,14 @@ class Target(Record):
         options: For each param group its options; empty where they are not known.
         shapes: Of the parameters, where known.
         values: Of the parameters, where `fill = "live"` may take them.
+        elsewhere: Parameters that other optimizers of the result have.
     """
 
     groups: tuple[tuple[str, ...], ...]
     options: tuple[Mapping[str, Any], ...] = ()
     shapes: Mapping[str, Shape | None] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
 
     @classmethod
     def of_names(cls, shapes: Mapping[str, Shape | None], values: Mapping[str, Any] | None = None) -> Target:

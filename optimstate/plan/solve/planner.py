@@ -234,7 +234,7 @@ class _Section:
         """The targets in the order of the live parameters, every one of them there and of its shape."""
         names = list(target.names())
         known = set(names)
-        extra = [name for name in made if name not in known]
+        extra = [name for name in made if name not in known and name not in target.elsewhere]
         policy = self.plan_.policy
         local: list[Problem] = []
         missing = [name for name in names if name not in made]
