@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import pytest
@@ -278,7 +277,7 @@ def test_live_optimizers_that_are_not_the_tables_are_refused_and_unchanged() -> 
     model = Model()
     optimizer = torch.optim.AdamW(model.named_parameters())
     optimizer.register_load_state_dict_pre_hook(hooks.migrate(Plan.from_toml(MUON + REST)))
-    with pytest.raises(MigrationError, match="parameters of .*'adamw'.* and .*'muon'"):
+    with pytest.raises(MigrationError, match=r"parameters of .*'adamw'.* and .*'muon'"):
         optimizer.load_state_dict(copy.deepcopy(tree["optimizer"]))
     assert not optimizer.state
 
