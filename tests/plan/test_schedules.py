@@ -12,6 +12,7 @@ import torch
 from torch.optim import lr_scheduler as S
 from torch.optim.swa_utils import SWALR
 
+import optimstate
 from optimstate.errors import MigrationError
 from optimstate.formats.registry import get_format, open_checkpoint
 from optimstate.plan.apply.checkpoint import apply_plan
@@ -226,3 +227,78 @@ def test_a_plan_that_sets_no_rate_leaves_the_schedule_alone(name: str, tmp_path:
     assert str(made["scheduler"]) == str(scheduler.state_dict())
     assert made["optimizer"]["param_groups"][0]["weight_decay"] == 0.3
     assert notes == []
+
+
+# --- live schedulers ------------------------------------------------------------------------------------------------
+
+
+def states(optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    return copy.deepcopy({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+
+
+@TABLE
+@POSITIONS
+def test_the_live_schedule_keeps_its_arguments_and_takes_the_position(name: str, at: int) -> None:
+    make, old, new, _ = SCHEDULERS[name]
+    lengths = ((), ()) if old is None else ((old,), (new,))
+    saved = states(*started(make, (0.01,), at, *lengths[0]))
+    wanted = started(make, (0.01,), at, *lengths[1])
+    if name == "ReduceLROnPlateau":
+        wanted = started(make, (0.01,), at, *lengths[0])
+        wanted[1].patience = new
+    optimizer, scheduler = started(make, (0.01,), 0, *lengths[1])
+    made = optimstate.resume(saved, optimizer=optimizer, scheduler=scheduler, schedule="live")
+    now = [[group["lr"] for group in run.param_groups] for run in (optimizer, wanted[0])]
+    got, right = (
+        [rates, *going_on(*run, STEPS)] for rates, run in zip(now, ((optimizer, scheduler), wanted), strict=True)
+    )
+    for mine, truth in zip(got, right, strict=True):
+        assert mine == pytest.approx(truth, rel=1e-9, abs=1e-15)
+    assert bool([note for note in made.notes if "the live one is used" in note]) == (old is not None)
+
+
+@TABLE
+def test_a_difference_is_a_note_and_none_is_none(name: str) -> None:
+    make, old, new, _ = SCHEDULERS[name]
+    saved = states(*started(make, (0.01,), 4, *(() if old is None else (old,))))
+    for length, differs in ((old, False), (new, True)):
+        optimizer, scheduler = started(make, (0.01,), 0, *(() if length is None else (length,)))
+        made = optimstate.resume(copy.deepcopy(saved), optimizer=optimizer, scheduler=scheduler)
+        noted = [note for note in made.notes if "the checkpoint's is used" in note]
+        assert bool(noted) == (differs and old is not None)
+
+
+def test_the_state_of_another_scheduler_is_refused_and_nothing_is_loaded() -> None:
+    saved = states(*started(SCHEDULERS["CosineAnnealingLR"][0], (0.01,), 4))
+    optimizer, scheduler = started(SCHEDULERS["StepLR"][0], (0.01,), 0)
+    with pytest.raises(MigrationError, match="the checkpoint's scheduler is CosineAnnealingLR, the live one is StepLR"):
+        optimstate.resume(copy.deepcopy(saved), optimizer=optimizer, scheduler=scheduler)
+    assert scheduler.last_epoch == 0
+    assert not hasattr(scheduler, "T_max")
+    optimstate.resume(saved, optimizer=optimizer, scheduler=scheduler, schedule="live")
+    wanted = started(SCHEDULERS["StepLR"][0], (0.01,), 4)
+    assert going_on(optimizer, scheduler, 9) == going_on(*wanted, 9)
+    assert not hasattr(scheduler, "T_max")
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ReduceLROnPlateau"])
+@POSITIONS
+def test_a_group_that_is_new_gets_the_rate_that_it_would_have_had(name: str, at: int) -> None:
+    make, *_ = SCHEDULERS[name]
+    if name == "LambdaLR":
+        make = lambda o: S.LambdaLR(o, [halved] * len(o.param_groups))  # noqa: E731
+
+    def run(names: str, steps: int) -> tuple[Any, Any]:
+        groups = [{"params": [(n, torch.nn.Parameter(torch.ones(2)))], "lr": 0.01 * (1 + (n == "b"))} for n in names]
+        optimizer = torch.optim.AdamW(groups)
+        scheduler = make(optimizer)
+        going_on(optimizer, scheduler, steps)
+        return optimizer, scheduler
+
+    saved = states(*run("a", at))
+    optimizer, scheduler = run("ab", 0)
+    optimstate.resume(saved, optimizer=optimizer, scheduler=scheduler, plan=Plan.from_options(fresh=["b"]))
+    wanted = run("ab", at)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([g["lr"] for g in wanted[0].param_groups])
+    for mine, truth in zip(going_on(optimizer, scheduler, STEPS), going_on(*wanted, STEPS), strict=True):
+        assert mine == pytest.approx(truth, rel=1e-9, abs=1e-15)
