@@ -175,9 +175,8 @@ class Casting:
         """Note how many tensors of the result shared memory with ones that were cast, and do not any more."""
         left = {id(node.storage) for node in nodes(tree) if isinstance(node, LazyTensor)} & self._cast_from
         if left:
-            self.notes.append(
-                f"memory that was cast and not cast in different places is not shared any more: {len(left)}"
-            )
+            count = f"{len(left)} storage{'' if len(left) == 1 else 's'} no longer shared"
+            self.notes.append(f"{count}, because only some of the tensors in them were cast")
 
     def reports(self, *, written: bool) -> tuple[Cast, ...]:
         """What was cast; with counts once it is written."""

@@ -307,7 +307,7 @@ _FOLDERS = ("folder", "zip")
 
 
 def _without_files(document: Document) -> tuple[Any, list[str]]:
-    """The tree without files that are no checkpoints, which a single container cannot hold."""
+    """The tree without files that are not checkpoints, which a single container cannot hold."""
     tree = document.tree
     holds_files = isinstance(tree, dict) and any(map(_is_files, tree.values()))
     if not holds_files and document.format not in _FOLDERS:
@@ -319,7 +319,7 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
         for name, value in node.items():
             part = None if like is None else like.parts.get(name)
             if _is_files(value) or (like is not None and like.format in _FOLDERS and part is None):
-                notes.append(f"left out: {prefix}{name} is no checkpoint")
+                notes.append(f"left out: {prefix}{name} is not a checkpoint")
             elif part is not None and part.format in _FOLDERS:
                 made[name] = strip(value, part, f"{prefix}{name}/")
             else:
@@ -330,7 +330,7 @@ def _without_files(document: Document) -> tuple[Any, list[str]]:
 
 
 def _is_files(node: Any) -> bool:
-    """Whether it is a file that is no checkpoint, or a folder of such files alone."""
+    """Whether it is a file that is not a checkpoint, or a folder of such files alone."""
     inner = list(node.values()) if isinstance(node, dict) else []
     return isinstance(node, OpaqueFile) or (bool(inner) and all(map(_is_files, inner)))
 

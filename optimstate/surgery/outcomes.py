@@ -81,20 +81,20 @@ def outcomes(migration: Migration) -> dict[str, tuple[Outcome, ...]]:
 def _outcomes(migration: Migration, key: str, section: SectionMoves) -> tuple[Outcome, ...]:
     # Most moves only rename: a row for each of their slots would take as long as planning did.
     plain: dict[tuple[SlotPath, ...], list[Move]] = {}
-    told = []
+    rest = []
     for move in section.moves:
         if section.conversion is None and _is_exact(move):
             plain.setdefault(tuple(move.slots), []).append(move)
         else:
-            told.append(move)
+            rest.append(move)
     counts: Counter[tuple[str, str, str]] = Counter()
     examples: dict[tuple[str, str, str], str] = {}
     for paths, moves in plain.items():
         for slot in [".".join(map(str, path)) for path in paths] or [""]:
             counts[slot, "exact", ""] += len(moves)
             examples.setdefault((slot, "exact", ""), moves[0].target)
-    rest = section._replace(moves=tuple(told))
-    for row in _rows(migration, key, rest) if told or section.dropped else ():
+    changed = section._replace(moves=tuple(rest))
+    for row in _rows(migration, key, changed) if rest or section.dropped else ():
         found = (row.slot, row.outcome, row.reason)
         counts[found] += 1
         examples.setdefault(found, row.target or ", ".join(row.sources))

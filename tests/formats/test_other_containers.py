@@ -67,7 +67,7 @@ def test_a_script_is_converted_and_its_code_is_said_to_be_left_out(script: Path,
     found = load_file(tmp_path / "net.safetensors")
     assert all(torch.equal(found[name], live[name]) for name in set(live) & set(found))
     report = optimstate.convert(script, tmp_path / "whole.pt")
-    assert "left out: code is no checkpoint" in report.notes
+    assert "left out: code is not a checkpoint" in report.notes
     loaded = torch.load(tmp_path / "whole.pt", weights_only=True)["model"]
     assert all(torch.equal(loaded[name], tensor) for name, tensor in live.items())
 
@@ -164,7 +164,7 @@ def test_an_archive_of_arrays_is_a_model(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **{"fc.weight": ARRAYS[1], "fc/bias": ARRAYS[1][0], "names": np.array(["a", "b"])})
     report = optimstate.convert(tmp_path / "a.npz", tmp_path / "b.safetensors")
     assert report.tensors == 2
-    assert report.notes == ("left out: names is no checkpoint",)
+    assert report.notes == ("left out: names is not a checkpoint",)
     assert load_file(tmp_path / "b.safetensors")["fc.weight"].tolist() == ARRAYS[1].tolist()
 
 

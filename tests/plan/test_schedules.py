@@ -302,3 +302,13 @@ def test_a_group_that_is_new_gets_the_rate_that_it_would_have_had(name: str, at:
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([g["lr"] for g in wanted[0].param_groups])
     for mine, truth in zip(going_on(optimizer, scheduler, STEPS), going_on(*wanted, STEPS), strict=True):
         assert mine == pytest.approx(truth, rel=1e-9, abs=1e-15)
+
+
+def test_a_scheduler_that_is_not_torchs_is_never_passed_over(tmp_path: Path) -> None:
+    optimizer, scheduler = started(SCHEDULERS["ExponentialLR"][0], (0.01,), 4)
+    scheduler.warmup = 3
+    made, notes = planned("[[group]]\nset = { initial_lr = 0.03 }\n", optimizer, scheduler, tmp_path)
+    assert made["optimizer"]["param_groups"][0]["lr"] == pytest.approx(3 * optimizer.param_groups[0]["lr"])
+    assert any("a scheduler which is not torch's" in note and "check the next rates" in note for note in notes)
+    with pytest.raises(MigrationError, match="no argument 'gamma' that can be changed"):
+        planned("[scheduler]\nset = { gamma = 0.9 }\n", optimizer, scheduler, tmp_path)

@@ -141,7 +141,7 @@ def test_what_shares_memory_goes_on_sharing_it(tmp_path: Path) -> None:
     for name, tensor in model.items():
         assert torch.equal(made["model"][name], tensor.half())
     assert torch.equal(made["kept"], flat[:5])
-    assert any("not shared any more" in note for note in report.notes)
+    assert any("no longer shared" in note for note in report.notes)
     assert report.casts[0].elements == 40
 
 

@@ -306,7 +306,7 @@ def _rebuilt_model(section: Section, moves: SectionMoves, prefix: str) -> dict[s
         if move.target in values:
             at.setdefault(prefix + move.sources[0], []).append(prefix + move.target)
     made: dict[str, Any] = {}
-    # What is no tensor keeps its place among those it stood between.
+    # Non-tensor entries keep their position.
     for key, value in node.items():
         if key in taken:
             made.update(dict.fromkeys(at.get(key, ())))

@@ -182,7 +182,7 @@ def differences(state: Mapping[str, Any], live: LiveScheduler) -> list[str]:
 
 
 def _named(schedule: Schedule) -> str:
-    return schedule.NAME or "not one of torch's"
+    return schedule.NAME or "a scheduler that is not torch's"
 
 
 def _own(node: Any) -> Any:
@@ -259,6 +259,9 @@ class _Work:
         if self.plan.policy.hyperparameters == "live" and initial is not None and (lr_set or initial_set):
             options.setdefault("initial_lr", options.get("lr"))
             lr_set, initial_set = False, True
+        if (lr_set or initial_set) and not self.schedule.NAME:
+            what = "which is not torch's: its lr and initial_lr grow by one factor; check the next rates"
+            self._note(number, f"follows a scheduler {what}")
         if initial_set and lr_set:
             self._both(number, options)
         elif initial_set:
