@@ -142,3 +142,33 @@ def test_state_of_another_algorithm_is_refused(plan: str, by_resume: bool) -> No
         with pytest.raises(StateMismatchError, match=message):
             optimizer.load_state_dict(tree["optimizer"])
     assert not oracle.differences([model.state_dict(), optimizer.state_dict()], before)
+
+
+def test_the_adafactor_of_transformers_is_a_target() -> None:
+    """Its own run with the same gradients keeps the same means."""
+    from transformers.optimization import Adafactor
+
+    old, new = net(1), net(1)
+    new.load_state_dict(old.state_dict())
+    source = torch.optim.AdamW(old.named_parameters(), lr=1e-3)
+    gradient = [torch.randn_like(p) for p in old.parameters()]
+    for p, g in zip(old.parameters(), gradient, strict=True):
+        p.grad = g.clone()
+    source.step()
+    options = {"lr": 1e-3, "relative_step": False, "scale_parameter": False}
+    optimizer = Adafactor(new.named_parameters(), **options)
+    optimizer.register_load_state_dict_pre_hook(
+        hooks.migrate(Plan.from_toml('optimizer = "Adafactor (transformers)"\n'))
+    )
+    optimizer.load_state_dict(source.state_dict())
+    square = source.state[old[0].weight]["exp_avg_sq"]
+    found = optimizer.state[new[0].weight]
+    assert torch.allclose(found["exp_avg_sq_row"], square.mean(-1))
+    assert torch.allclose(found["exp_avg_sq_col"], square.mean(-2))
+    assert torch.equal(optimizer.state[new[0].bias]["exp_avg_sq"], source.state[old[0].bias]["exp_avg_sq"])
+    assert found["step"] == 1
+    for p, g in zip(new.parameters(), gradient, strict=True):
+        p.grad = g.clone()
+    optimizer.step()
+    assert optimizer.state[new[0].weight]["step"] == 2
+    assert optimizer.param_groups[0]["relative_step"] is False

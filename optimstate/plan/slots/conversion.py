@@ -94,6 +94,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "Adamax": {"betas": (0.9, 0.999), "eps": 1e-8, **_BASIC, **_TRACED},
     "Lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
     "Adafactor": {"beta2_decay": -0.8, "eps": (None, 1e-3), "d": 1.0, **_BASIC},
+    "Adafactor (transformers)": {"lr": None, "eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8}
+    | {"beta1": None, "weight_decay": 0.0, "scale_parameter": True, "relative_step": True, "warmup_init": False},
     "SGD": {"momentum": 0.9, "dampening": 0.0, "nesterov": False, **_BASIC, "differentiable": False, "fused": None},
     "Muon": {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, "eps": 1e-7, "ns_steps": 5}
     | {"ns_coefficients": (3.4445, -4.775, 2.0315), "adjust_lr_fn": None},
@@ -109,7 +111,13 @@ TARGETS = tuple(_DEFAULTS)
 # What a scheduler keeps in the groups is not the optimizer's and stays.
 _SCHEDULED = ("initial_lr", "max_lr", "min_lr", "swa_lr", "name")
 # The same word for other things: epsilons and decay rates do not carry over between these families.
-_OWN = {"Adafactor": {"eps"}, "Muon": {"eps"}, "Lion8bit": {"eps"}, "Lion32bit": {"eps"}}
+_OWN = {
+    "Adafactor": {"eps"},
+    "Adafactor (transformers)": {"eps"},
+    "Muon": {"eps"},
+    "Lion8bit": {"eps"},
+    "Lion32bit": {"eps"},
+}
 
 
 def _options(
@@ -306,6 +314,16 @@ def _conversion(source: str, target: str) -> Found | None:
             ("exp_avg_sq", "dropped", "Adafactor keeps its means over rows and columns instead, or the variance"),
         ]
         return report, lambda old, _: _factored(old)
+    if source in _ADAMS and target == "Adafactor (transformers)":
+        report = [
+            ("exp_avg_sq_row, exp_avg_sq_col", "exact", "the means of the average square over columns and rows"),
+            ("exp_avg_sq", "exact", "of vectors; matrices have its means instead"),
+            ("step", "exact", "Adafactor's decay rate follows it"),
+            ("RMS", "fresh", "computed anew at every step"),
+            ("exp_avg", "dropped", "Adafactor without beta1 has no first moment"),
+            ("max_exp_avg_sq", "dropped", "Adafactor has none"),
+        ]
+        return report, lambda old, _: _factored_as_transformers(old)
     if source == "Adafactor" and target in _ADAMS:
         report = [
             ("exp_avg_sq", "approximate", "rebuilt from its means over rows and columns"),
@@ -374,6 +392,17 @@ def _factored(old: Slots) -> dict[str, Any]:
         return {"step": old["step"], "variance": square}
     means = {slot: kernel.mean([square], [dim], ()) for slot, dim in _means(len(shape))}
     return {"step": old["step"], **means}
+
+
+def _factored_as_transformers(old: Slots) -> dict[str, Any]:
+    found = _factored(old)
+    made: dict[str, Any] = {"step": int(number_of(found["step"])), "RMS": 0.0}
+    if "variance" in found:
+        return {**made, "exp_avg_sq": found["variance"]}
+    kernel, shape = kernel_of(found["row_var"]), shape_of(old["exp_avg_sq"]) or ()
+    rows, cols = shape[:-1], (*shape[:-2], shape[-1])
+    made["exp_avg_sq_row"] = kernel.reshape(found["row_var"], rows)
+    return {**made, "exp_avg_sq_col": kernel.reshape(found["col_var"], cols)}
 
 
 def _means(rank: int) -> tuple[tuple[str, int], tuple[str, int]]:
