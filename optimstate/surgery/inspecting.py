@@ -37,7 +37,8 @@ from optimstate.surgery.reports import (
 from optimstate.surgery.rest import rest_of
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName, Opaque, OpaqueFile, census, format_path
+from optimstate.tree import GlobalName, Opaque, OpaqueFile, census, format_path, nodes
+from optimstate.tree import tensors as walked_tensors
 
 if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
@@ -112,6 +113,7 @@ def inspect(
             entries,
             hidden,
             {format_path(place): reason for place, reason in judgement.others.items()} if section is None else {},
+            look.rest(document.tree, judgement.sections) if section is None and name is None else {},
         )
 
 
@@ -200,6 +202,16 @@ class _Look:
                 plain(fields.get("_last_lr")),
             )
         return self._model_info(section)
+
+    def rest(self, tree: Any, sections: Iterable[Section]) -> dict[str, Statistics]:
+        """The statistics of the tensors that are in no section, by path, where they are asked for."""
+        if not self.measured:
+            return {}
+        from optimstate.surgery.statistics import measured
+
+        inside = {id(node) for section in sections for node in nodes(section.in_tree)}
+        found = ((format_path(path), tensor) for path, tensor in walked_tensors(tree) if id(tensor) not in inside)
+        return measured(found, self.progress)
 
     def oddities(self) -> Iterator[str]:
         """What is odd about the numbers that were read, no more lines of it than people read."""

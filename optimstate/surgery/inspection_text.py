@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
 
 __all__ = ["Sort", "View", "inspection_lines", "is_step", "telling_options"]
+
+_FILE = re.compile(r"\.(pt|pth|bin|ckpt|tar|pkl|json)$|^(checkpoint|global_step|epoch|iter)\S*\d$")
 
 KINDS_SHOWN = 12
 VALUES_SHOWN = 20  # of a container of containers
@@ -88,6 +91,9 @@ def _entries(found: Inspection, view: View) -> Iterator[str]:
             yield from _folded(_nested(found), 1)
         if found.hidden:
             yield f"  ... and at least {found.hidden:,} more (--all lists them)"
+    if view.stats and found.statistics:
+        yield "\ntensors in no section:"
+        yield _statistics("tensor", ((collapsed(path), "", numbers) for path, numbers in found.statistics.items()))
     if found.others:
         yield "\nnames and tensors, but not a section:"
         yield from (f"  {path}  {reason}" for path, reason in found.others.items())
@@ -104,29 +110,36 @@ def _nested(found: Inspection) -> dict[str, Any]:
     return root
 
 
-def _folded(node: Mapping[str, Any], depth: int) -> Iterator[str]:
-    """Values side by side, then each container: in one line where it is small, in numbers where it is large."""
+def _folded(node: Mapping[str, Any], depth: int, level: int = 0) -> Iterator[str]:
+    """Values side by side, then each container: in one line where it is small, in numbers where it is large.
+
+    Args:
+        node: Dicts in one another; values as text.
+        depth: How far the lines stand in.
+        level: How many containers are around, files and folders not counted.
+    """
     indent = "  " * depth
     values = [f"{_short(key, 60)} {value}" for key, value in node.items() if not isinstance(value, dict)]
     yield from (indent + line for line in _side_by_side(values))
     for name, inner in node.items():
+        below = level + (not _FILE.search(name))
         while isinstance(inner, dict) and len(inner) == 1 and isinstance(next(iter(inner.values())), dict):
             ((key, inner),) = inner.items()
             name = f"{name}.{key}"
         if not isinstance(inner, dict):
             continue
-        count = _count(inner)
-        if all(not isinstance(value, dict) for value in inner.values()):
+        direct = {key: value for key, value in inner.items() if not isinstance(value, dict)}
+        rest = _count(inner) - len(direct)
+        if not rest:
             lines = list(_side_by_side([f"{_short(key, 60)} {value}" for key, value in inner.items()]))
             yield f"{indent}{_short(name, 80)}: {lines[0]}"
             yield from (f"{indent}    {line}" for line in lines[1:])
-        elif depth > 1 and count > VALUES_SHOWN:
-            direct = {key: value for key, value in inner.items() if not isinstance(value, dict)}
-            yield f"{indent}{_short(name, 80)}: {plural(count - len(direct), 'value')} (--all lists them)"
-            yield from _folded(direct, depth + 1)
+        elif below and rest > VALUES_SHOWN:
+            yield f"{indent}{_short(name, 80)}: {plural(rest, 'value')} (--all lists them)"
+            yield from _folded(direct, depth + 1, below)
         else:
             yield f"{indent}{_short(name, 80)}:"
-            yield from _folded(inner, depth + 1)
+            yield from _folded(inner, depth + 1, below)
 
 
 def _side_by_side(values: list[str]) -> Iterator[str]:

@@ -159,6 +159,7 @@ class Inspection(Record):
         entries: What is in no section, as far as it is listed: values by path.
         hidden: How many entries more there are at least.
         others: Mappings of names to tensors that were not taken for a model: path to the reason.
+        statistics: Of every tensor that is in no section, by path, when asked for.
     """
 
     path: str
@@ -173,6 +174,7 @@ class Inspection(Record):
     entries: tuple[Entry, ...] = ()
     hidden: int = 0
     others: Mapping[str, str] = field(default_factory=dict)
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""

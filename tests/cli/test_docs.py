@@ -125,7 +125,7 @@ INVOCATIONS = {
         ["inspect", str(ANY / "torch/tied_adam_named/checkpoint.pt")],
         ["inspect", str(ANY / "optimstate/hostile_zip")],
         ["inspect", str(ANY / "torch/wholeobject/checkpoint.pt")],
-        ["inspect", str(ANY / "optimstate/objects_containers/checkpoint.pt")],
+        ["inspect", str(ANY / "optimstate/objects_containers/checkpoint.pt"), "--stats"],
         ["inspect", str(ANY / "mmengine/sgd_paramwise")],
         ["inspect", str(ANY / "fsdp1/raw_flatparam_per_rank")],
         ["inspect", str(ANY / "torch/adam_unnamed_wd"), "--params"],

@@ -307,6 +307,13 @@ def test_what_is_in_no_section_is_listed(tmp_path: Path) -> None:
     assert len(text.splitlines()) < 40
 
 
+def test_statistics_are_of_every_tensor(tmp_path: Path) -> None:
+    queue = torch.arange(6.0)
+    found = optimstate.inspect(run_of(tmp_path, buffers=[queue, torch.ones(2)]), statistics=True)
+    assert found.statistics == {"buffers[0]": expected(queue), "buffers[1]": expected(torch.ones(2))}
+    assert "tensors in no section" in str(found)
+
+
 def test_long_containers_are_cut_and_all_lists_them(tmp_path: Path) -> None:
     path = run_of(tmp_path, options={f"key{i}": i for i in range(500)})
     found = optimstate.inspect(path)
@@ -315,6 +322,16 @@ def test_long_containers_are_cut_and_all_lists_them(tmp_path: Path) -> None:
     every = optimstate.inspect(path, everything=True)
     assert every.hidden == 0
     assert {entry.value for entry in every.entries} >= set(range(500))
+
+
+@pytest.mark.parametrize(
+    "name", ["lightning/adamw_onecycle", "transformers/gpt2_adamw", "torch/argparse_numpy_container"]
+)
+def test_a_checkpoint_of_a_framework_is_about_one_screen(name: str) -> None:
+    text = str(optimstate.inspect(case(name).entry))
+    assert len(text.splitlines()) < 85
+    if name.startswith("lightning"):
+        assert all(word in text for word in ("epoch 1", "global_step 8", "loops: ", "ModelCheckpoint", "hidden 12"))
 
 
 def test_what_only_looks_like_a_model_is_shown_with_the_reason(tmp_path: Path) -> None:
