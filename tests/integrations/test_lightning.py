@@ -1,0 +1,79 @@
+"""`ResumeCallback` beside a callback that keeps an average by the model's names, and where a plan does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optimstate.errors import OptimStateError
+from optimstate.plan.language.plan import Plan
+
+lightning = pytest.importorskip("pytorch_lightning")
+pytestmark = pytest.mark.filterwarnings("ignore")  # the framework's own
+
+
+class Task(lightning.LightningModule):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.Linear(4, 4))
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        return getattr(self, self.name)(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Average(lightning.Callback):
+    """An average of the weights, which it swaps in for validation, as many projects write their own."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        for name, value in pl_module.state_dict().items():
+            self.weights[name] = self.weights.get(name, value.detach().clone()).lerp(value.detach(), 0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decay": 0.5, "weights": self.weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.weights = dict(state_dict["weights"])
+
+
+def fit(folder: Path, task: Task, epochs: int, *callbacks: Any, path: str | None = None) -> Any:
+    trainer = lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=list(callbacks), default_root_dir=folder,
+    )  # fmt: skip
+    data = torch.utils.data.TensorDataset(torch.ones(4, 4))
+    trainer.fit(task, torch.utils.data.DataLoader(data, batch_size=2), ckpt_path=path)
+    return trainer
+
+
+def test_what_other_callbacks_keep_gets_the_new_names(tmp_path: Path) -> None:
+    from optimstate.integrations.lightning import ResumeCallback
+
+    average = Average()
+    path = str(tmp_path / "last.ckpt")
+    fit(tmp_path, Task("old"), 1, average).save_checkpoint(path)
+    expected = {name.replace("old.", "new."): value.clone() for name, value in average.weights.items()}
+    later = Average()
+    resume = ResumeCallback(Plan.from_options(rename=["old.{p}=new.{p}"]))
+    fit(tmp_path, Task("new"), 1, resume, later, path=path)  # nothing is left to train
+    assert later.weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in later.weights.items())
+
+
+def test_a_plan_that_does_not_fit_stops_the_run(tmp_path: Path) -> None:
+    from optimstate.integrations.lightning import ResumeCallback
+
+    path = str(tmp_path / "last.ckpt")
+    fit(tmp_path, Task("old"), 1).save_checkpoint(path)
+    with pytest.raises(OptimStateError, match=r"new\.weight"):
+        fit(tmp_path, Task("new"), 2, ResumeCallback(), path=path)
