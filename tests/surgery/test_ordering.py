@@ -228,3 +228,17 @@ def test_what_the_new_model_lacks_or_has_besides_is_said(tmp_path: Path) -> None
     torch.save({"epoch": 3}, tmp_path / "nothing.pt")
     with pytest.raises(CheckpointError, match="it names no parameters"):
         read_like(tmp_path / "nothing.pt")
+
+
+def test_an_order_that_reaches_no_optimizer_is_refused(tmp_path: Path) -> None:
+    model = Net(layers("ab"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "anonymous.pt")
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
+    for name, said in (
+        ("anonymous", "has no parameter names, so it cannot be written"),
+        ("weights", "has no optimizer"),
+    ):
+        with pytest.raises(MigrationError, match=said):
+            optimstate.remap(tmp_path / f"{name}.pt", tmp_path / "out.pt", Plan(), like=tmp_path / "weights.pt")
+    assert not (tmp_path / "out.pt").exists()

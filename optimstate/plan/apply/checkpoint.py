@@ -61,6 +61,8 @@ def apply_plan(
     _refuse_second(plan, tree)
     checkpoint = _Checkpoint(plan, tree, names or {})
     _refuse_unreached(plan, checkpoint)
+    if like is not None:
+        _refuse_unordered(checkpoint)
     migration = plan_migration(plan, checkpoint.inventories(like))
     for section in checkpoint.anonymous:
         _refuse_other_parameters(section, migration)
@@ -125,6 +127,8 @@ class _Checkpoint:
     def left_alone(self, migration: Migration) -> Iterator[str]:
         """Notes on sections without names, which no rule can move."""
         rules = any(True for _ in self.plan.all_rules())
+        if not rules and (self.plan.groups or self.plan.schedulers):
+            return  # options and schedules need no names
         for section in self.anonymous:
             if rules or key_of(section) not in migration.sections:
                 yield f"{key_of(section)}: no parameter names, left as it is"
@@ -248,6 +252,25 @@ def _renamed(state: OptimizerState, rename: Callable[[Any], str]) -> OptimizerSt
     known = {key for group in state.groups for key in group.params} if by_name else set()
     moved = {rename(key) if key in known else key: slots for key, slots in state.state.items()}
     return state._replace(groups=groups, state=moved)
+
+
+def _refuse_unordered(checkpoint: _Checkpoint) -> None:
+    """An order by names must reach every optimizer."""
+    problems = [
+        Problem(
+            "unreached",
+            "has no parameter names, so it cannot be written in the order of the new model",
+            key_of(section),
+            remedy="give it names first (optimstate name)",
+        )
+        for section in checkpoint.anonymous
+        if section.kind == "optimizer"
+    ]
+    if not problems and not checkpoint.states:
+        message = "the checkpoint has no optimizer that could be written in the order of the new model"
+        problems = [Problem("unreached", message, remedy="leave out the order")]
+    if problems:
+        raise MigrationError(problems)
 
 
 def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint) -> None:
