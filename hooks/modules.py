@@ -14,8 +14,9 @@ from optimstate.installed_torch import torch
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.apply.schedulers import Groups, LiveScheduler, followed
 from optimstate.plan.language.plan import Plan
+from optimstate.plan.solve.inventory import model_inventory
 from optimstate.plan.solve.migration import Inventory, SectionMoves, Target
-from optimstate.plan.solve.planner import model_inventory, plan_migration
+from optimstate.plan.solve.planner import plan_migration
 from optimstate.plan.solve.resolve import Resolver
 from optimstate.problems import Problem
 from optimstate.state.names import unwrapped

@@ -170,7 +170,7 @@ class Run:
         from optimstate.hooks.engine.live import Live
         from optimstate.hooks.engine.match import matched
         from optimstate.hooks.engine.request import LoadRequest, is_settled
-        from optimstate.plan.solve.planner import optimizer_inventory
+        from optimstate.plan.solve.inventory import optimizer_inventory
         from optimstate.resuming import shards
 
         state = self.parts.optimizer(section)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from optimstate.plan.apply.checkpoint import key_of
 from optimstate.plan.slots.outcomes import OUTCOMES, SlotPath
-from optimstate.plan.solve.planner import Migration, Move, SectionMoves
+from optimstate.plan.solve.migration import Migration, Move, SectionMoves
 from optimstate.state.sections import find_sections
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from optimstate.plan.apply.explain import Row, explained
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.inverse import inverse
-from optimstate.plan.solve.planner import Inventory, Target, plan_migration
+from optimstate.plan.solve.migration import Inventory, Target
+from optimstate.plan.solve.planner import plan_migration
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.surgery.reports import opening, to_json

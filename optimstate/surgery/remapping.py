@@ -15,7 +15,7 @@ from optimstate.io.extents import Progress
 from optimstate.io.output import check_destination
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
-from optimstate.plan.solve.planner import Migration
+from optimstate.plan.solve.migration import Migration
 from optimstate.record import Record
 from optimstate.surgery.ordering import order_notes, read_like
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped

@@ -16,7 +16,7 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import GroupRule, SchedulerRule
 from optimstate.plan.language.template import Template
-from optimstate.plan.solve.planner import SectionMoves
+from optimstate.plan.solve.migration import SectionMoves
 from optimstate.problems import Problem
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections

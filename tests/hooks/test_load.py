@@ -602,3 +602,17 @@ def test_once_is_held_by_the_metadata(module: Any) -> None:
     resumed.register_state_dict_post_hook(hooks.add_metadata(plan=plan))
     again = adam(module, seeded(Net).named_parameters())
     assert "not applied a second time" in refused(again, resumed.state_dict(), hooks.migrate(plan))
+
+
+def test_options_of_the_file_alone_are_not_merged_with_live_ones(module: Any) -> None:
+    """An option that only the live optimizer has is there with `merge`, and not with `file`."""
+    model = torch.nn.Linear(2, 2)
+    saved = module.SGD(model.named_parameters(), lr=0.1, momentum=0.9).state_dict()
+    del saved["param_groups"][0]["nesterov"]
+    for source, there in (("file", False), ("merge", True)):
+        optimizer = module.SGD(model.named_parameters(), lr=0.5, momentum=0.9, nesterov=True)
+        optimizer.register_load_state_dict_pre_hook(hooks.hyperparameters(source))  # type: ignore[arg-type]
+        seen: list[dict[str, object]] = []
+        optimizer.register_load_state_dict_pre_hook(lambda _, state, seen=seen: seen.append(state))  # type: ignore[misc]
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        assert ("nesterov" in seen[0]["param_groups"][0]) == there, source  # type: ignore[index]

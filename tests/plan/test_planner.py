@@ -12,7 +12,8 @@ from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.apply.explain import explained, summary
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Rule
-from optimstate.plan.solve.planner import Target, plan_model, plan_optimizer
+from optimstate.plan.solve.migration import Target
+from optimstate.plan.solve.planner import plan_model, plan_optimizer
 from optimstate.state.optimizer import OptimizerState
 
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "fused": None}

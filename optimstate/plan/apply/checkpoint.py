@@ -15,15 +15,9 @@ from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.division import divided
-from optimstate.plan.solve.migration import Like
-from optimstate.plan.solve.planner import (
-    Inventory,
-    Migration,
-    SectionMoves,
-    model_inventory,
-    optimizer_inventory,
-    plan_migration,
-)
+from optimstate.plan.solve.inventory import model_inventory, optimizer_inventory
+from optimstate.plan.solve.migration import Inventory, Like, Migration, SectionMoves
+from optimstate.plan.solve.planner import plan_migration
 from optimstate.problems import Problem
 from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
 from optimstate.state.optimizer import OptimizerState

@@ -24,24 +24,13 @@ from optimstate.plan.solve.groups import Candidate, GroupPlan, plan_groups
 from optimstate.plan.solve.inventory import decoded, model_inventory, optimizer_inventory
 from optimstate.plan.solve.losses import with_losses
 from optimstate.plan.solve.migration import Inventory, Migration, Move, SectionMoves, Target
-from optimstate.plan.solve.problems import Suggestions, guarded, shape_problem, shortened, unmatched
+from optimstate.plan.solve.problems import Suggestions, guarded, shape_problem, shortened, unknown_slots, unmatched
 from optimstate.plan.solve.resolve import Made, Resolved, Resolver
 from optimstate.problems import Problem
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tree import no_garbage_collection
 
-__all__ = [
-    "Inventory",
-    "Migration",
-    "Move",
-    "SectionMoves",
-    "Target",
-    "model_inventory",
-    "optimizer_inventory",
-    "plan_migration",
-    "plan_model",
-    "plan_optimizer",
-]
+__all__ = ["plan_migration", "plan_model", "plan_optimizer"]
 
 
 def plan_optimizer(
@@ -118,6 +107,7 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
         for number, (rule, count) in enumerate(zip(rules, counts, strict=True), 1):
             if not count:
                 problems.append(unmatched(number, rule, sections))
+        problems.extend(unknown_slots(plan.slots, sections))
     if problems:
         raise MigrationError(list(dict.fromkeys(problems)))
     return Migration(plan, made, tuple(zip(rules, counts, strict=True)))
