@@ -17,10 +17,13 @@ def listed(folder: Path) -> list[Path]:
     """What a folder holds, by name, without the leftovers of writers that were killed.
 
     Raises:
+        CheckpointNotFoundError: It is not there.
         CheckpointError: It cannot be listed.
     """
     try:
         return sorted(path for path in folder.iterdir() if not is_leftover(path.name))
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError("no such folder", path=folder) from error
     except OSError as error:
         raise CheckpointError(f"cannot be listed: {error.strerror}", path=folder) from error
 
