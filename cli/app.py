@@ -257,6 +257,16 @@ def _echo_json(kind: str, message: str, hint: str, problems: Sequence[Mapping[st
         typer.echo(to_json("error", {"error": fields}))
 
 
+def _nearest_choice(error: TyperException) -> str:
+    """For an option of fixed words: which of them was probably meant."""
+    from difflib import get_close_matches
+
+    choices = [str(word) for word in getattr(getattr(getattr(error, "param", None), "type", None), "choices", ())]
+    given = (word.rpartition("=")[2] for word in sys.argv[1:])
+    near = [found for word in given if word not in choices for found in get_close_matches(word, choices, n=1)]
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
 def _wrong_usage(error: TyperException) -> int:
     """What is wrong and where to read more; a command without its arguments shows its help."""
     message = error.format_message()
@@ -266,7 +276,7 @@ def _wrong_usage(error: TyperException) -> int:
         typer.echo(f"error: {message}", err=True)
         context: typer.Context | None = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "optimstate"
-        hint = f"`{command} --help` shows what it takes."
+        hint = f"{_nearest_choice(error)}`{command} --help` shows what it takes."
         typer.echo(f"hint: {hint}", err=True)
         _echo_json("UsageError", message, hint)
     return error.exit_code

@@ -358,6 +358,18 @@ def test_the_habits_of_command_lines() -> None:
     assert "inspect" in wrong.err
 
 
+def test_the_nearest_of_fixed_words_is_suggested(checkpoints: Path) -> None:
+    for words, meant in (
+        (["inspect", "checkpoint.pt", "--sort", "sze"], "'size'"),
+        (["inspect", "checkpoint.pt", "--sort=nmae"], "'name'"),
+        (["convert", "checkpoint.pt", "b", "--to", "safetensor"], "'safetensors'"),
+        (["convert", "checkpoint.pt", "b.pt", "--optimizer", "Adafactr"], "'Adafactor'"),
+    ):
+        outcome = run(*words)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert f"Did you mean {meant}?" in outcome.err
+
+
 def test_nothing_is_said_about_a_missing_numpy(checkpoints: Path, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['numpy'] = None\n")
