@@ -49,7 +49,7 @@ class Record:
     __dataclass_fields__: ClassVar[dict[str, Any]] = _Fields()  # type: ignore[assignment]
 
     def __init_subclass__(cls) -> None:
-        own = [name for name, kind in cls.__annotations__.items() if "ClassVar" not in kind]
+        own = [name for name, kind in cls.__annotations__.items() if "ClassVar" not in str(kind)]
         made = {name: value.make for name in own if isinstance(value := cls.__dict__.get(name), _Factory)}
         cls._required += sum(name not in cls.__dict__ for name in own)
         cls._factories = {**cls._factories, **made}

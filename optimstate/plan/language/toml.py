@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["parsed", "written"]
 
-_RULE_KEYS = {"from", "to", "drop", "fresh", "group", "ops", *OPERATIONS}
+_RULE_KEYS = {"from", "to", "drop", "fresh", "group", "ops"}
 _PLAN_KEYS = {"rule", "stage", "group", "guard", "policy", "slots", "optimizer", "scheduler"}
 
 
@@ -166,7 +166,7 @@ def _texts(value: Any, where: str, number: int, key: str) -> tuple[str, ...]:
 
 
 def _rule(table: Mapping[str, Any], where: str, number: int, folder: Path) -> Rule:
-    _refuse_unknown(table, _RULE_KEYS, where, number)
+    _refuse_unknown(table, _RULE_KEYS | OPERATIONS.keys(), where, number)
     source, taken = _texts(table["from"], where, number, "from") if "from" in table else (), "from"
     target = _texts(table["to"], where, number, "to") if "to" in table else ()
     drop, fresh, group = table.get("drop", False), table.get("fresh", False), table.get("group")
