@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.language.operations import Operation, parse_operation
+from optimstate.plan.language.operation import Operation
 from optimstate.plan.language.template import Template
 from optimstate.record import Record, field
 
@@ -50,6 +50,8 @@ class Rule(Record):
         Raises:
             PlanSyntaxError: A template or operation is wrong, or they do not belong together.
         """
+        from optimstate.plan.language.operations import parse_operation  # a rename at the command line needs none
+
         made = [operation for key, value in named.items() for operation in parse_operation(key, value)]
         return cls(templates(source), templates(target), (*operations, *made), fresh, group)
 

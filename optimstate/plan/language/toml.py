@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language.operation import Operation, toml_key, toml_value
-from optimstate.plan.language.operations import OPERATIONS, parse_operation
 from optimstate.plan.language.rules import GroupRule, Guard, OptimizerRule, Policy, Rule, SchedulerRule, templates
 from optimstate.plan.language.template import Template
 from optimstate.state.algorithms.slots import Slot, SlotKind
@@ -166,6 +165,8 @@ def _texts(value: Any, where: str, number: int, key: str) -> tuple[str, ...]:
 
 
 def _rule(table: Mapping[str, Any], where: str, number: int, folder: Path) -> Rule:
+    from optimstate.plan.language.operations import OPERATIONS  # a rename at the command line needs none
+
     _refuse_unknown(table, _RULE_KEYS | OPERATIONS.keys(), where, number)
     source, taken = _texts(table["from"], where, number, "from") if "from" in table else (), "from"
     target = _texts(table["to"], where, number, "to") if "to" in table else ()
@@ -192,6 +193,8 @@ def _rule(table: Mapping[str, Any], where: str, number: int, folder: Path) -> Ru
 
 
 def _operations(table: Mapping[str, Any], where: str, number: int, folder: Path) -> tuple[Operation, ...]:
+    from optimstate.plan.language.operations import OPERATIONS
+
     inline = [key for key in table if key in OPERATIONS]
     if len(inline) > 1 or (inline and "ops" in table):
         raise _Mistake(
@@ -220,6 +223,8 @@ def _operations(table: Mapping[str, Any], where: str, number: int, folder: Path)
 
 
 def _operation(key: str, value: Any, where: str, number: int, place: str, folder: Path) -> list[Operation]:
+    from optimstate.plan.language.operations import parse_operation
+
     try:
         return parse_operation(key, value, folder)
     except PlanSyntaxError as error:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from optimstate.errors import MigrationError
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import OptimizerRule
-from optimstate.plan.slots.conversion import Conversion, option_names, plan_conversion
 from optimstate.plan.solve.groups import GroupPlan
 from optimstate.plan.solve.migration import Migration, SectionMoves
 from optimstate.problems import Problem
 from optimstate.state.optimizer import OptimizerState
+
+if TYPE_CHECKING:
+    from optimstate.plan.slots.conversion import Conversion
 
 __all__ = ["Part", "divided", "takers"]
 
@@ -105,6 +107,8 @@ def _part(
         shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
         found: list[Problem] = []
         options = [group.options for group in groups]
+        from optimstate.plan.slots.conversion import plan_conversion
+
         conversion = plan_conversion(
             section.algorithm, rule.algorithm, state, shapes, found, options=options, given=frozenset(rule.set)
         )
@@ -122,6 +126,8 @@ def _cut(group: GroupPlan, names: set[str], rule: OptimizerRule) -> GroupPlan:
 
 
 def _unknown_options(rule: OptimizerRule, groups: Sequence[GroupPlan]) -> Iterator[Problem]:
+    from optimstate.plan.slots.conversion import option_names
+
     known = set(option_names(rule.algorithm)) if rule.algorithm else {key for group in groups for key in group.options}
     for key in rule.set:
         if known and key not in known:
