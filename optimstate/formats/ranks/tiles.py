@@ -58,7 +58,7 @@ class DeferredStorage(Storage):
             self._pieces = self._locate() if self.nbytes else ()
             found = sum(piece.length for piece in self._pieces)
             if found != self.nbytes:
-                raise CorruptCheckpointError(f"{found} bytes where {self.nbytes} are declared")
+                raise CorruptCheckpointError(f"expected {self.nbytes} bytes, found {found}")
         return self._pieces
 
 

@@ -84,7 +84,7 @@ def _read_header(source: FileSource) -> tuple[dict[str, Any], int]:
             f"the header cannot be read: {error}"[:300], path=source.path, place="header"
         ) from None
     if not isinstance(header, dict):
-        raise CorruptCheckpointError("the header is no JSON object", path=source.path, place="header")
+        raise CorruptCheckpointError("the header is not a JSON object", path=source.path, place="header")
     return header, 8 + length
 
 
@@ -101,7 +101,7 @@ def _read_tensor(source: FileSource, base: int, name: str, entry: Any) -> LazyTe
     try:
         code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not are_natural((*shape, start, stop)) or not isinstance(code, str):
-            raise ValueError("a size or offset is no natural number, or the dtype no text")
+            raise ValueError("a size or offset is not a natural number, or the dtype is not text")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(f"the entry of {name!r} is malformed: {error!r}", path=source.path) from None
     if code not in BY_CODE:

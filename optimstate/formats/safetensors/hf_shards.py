@@ -52,7 +52,7 @@ def join_shards(path: Path, files: Mapping[str, Document]) -> Document:
         for key, tensor in part.tree.items():
             at = offsets.get(key)
             if at is None or len(at) != len(tensor.shape):
-                raise CorruptCheckpointError(f"where {key!r} begins is {at!r}", path=part.path, place="header")
+                raise CorruptCheckpointError(f"invalid offset {at!r} for {key!r}", path=part.path, place="header")
             if tensor.numel or not tensor.shape:
                 tiles.setdefault(key, {}).setdefault(at, (name, tensor))
             else:
@@ -71,7 +71,7 @@ def _check_numbers(path: Path, names: list[str]) -> None:
     matches = [match for name in names if (match := _NAME.fullmatch(name))]
     ranks = {int(match[1]) for match in matches}
     if max(ranks) > _MAX_RANK:
-        raise CorruptCheckpointError(f"the number of a rank is {max(ranks)}", path=path)
+        raise CorruptCheckpointError(f"rank {max(ranks)} is out of range", path=path)
     missing = set(range(1, max(ranks) + 1)) - ranks
     if missing:
         raise CorruptCheckpointError(
@@ -86,7 +86,7 @@ def _offsets(part: Document) -> dict[str, tuple[int, ...]]:
         about: Any = json.loads(part.handle[_ENTRY])
         found = {str(key): tuple(value["saved_offsets"]) for key, value in about.items()}
         if not all(type(n) is int and n >= 0 for offsets in found.values() for n in offsets):
-            raise ValueError("an offset is no natural number")
+            raise ValueError("an offset is not a natural number")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = f"{_ENTRY} cannot be read: {error!r}"[:300]
         raise CorruptCheckpointError(message, path=part.path, place="header") from None
