@@ -111,7 +111,7 @@ def test_opaque_slots_can_be_moved_and_copied_but_not_cut() -> None:
     assert torch.equal(made[1]["precond"][0], made[0]["precond"][0])
     assert made[1]["precond"][0].data_ptr() != made[0]["precond"][0].data_ptr()
     said = refused('[[rule]]\nfrom = "w"\nto = "w{n=0..1}"\nsplit = 0\n', state)
-    assert "precond of 'w' cannot follow: it has a form of its own" in said
+    assert "precond of 'w' cannot follow: it has a layout of its own" in said
 
 
 def test_slots_of_unknown_optimizers_are_inferred_or_declared() -> None:

@@ -49,7 +49,7 @@ def test_mistakes(text: str) -> None:
 
 
 def test_indices_that_are_no_integers_or_negative() -> None:
-    with pytest.raises(PlanSyntaxError, match="no integer to compute with"):
+    with pytest.raises(PlanSyntaxError, match="not an integer to compute with"):
         list(Template("{i+1}").produce({"i": "x"}))
     with pytest.raises(PlanSyntaxError, match="gives the index -1"):
         list(Template("{i-1}").produce({"i": "0"}))

@@ -146,7 +146,8 @@ class ReshapeDims(Operation):
         first = counted(self.KEY, self.dim, shape)
         old = self.old or (shape[first],)
         if shape[first : first + len(old)] != old:
-            raise Misfit(f"reshape: shape {list(shape)} has not {list(old)} at dimension {self.dim}")
+            found = list(shape[first : first + len(old)])
+            raise Misfit(f"reshape: dimensions {self.dim}.. of shape {list(shape)} are {found}, not {list(old)}")
         return first, old
 
     def _sizes(self, count: int, shape: Shape) -> Shape:

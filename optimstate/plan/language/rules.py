@@ -61,7 +61,7 @@ class Rule(Record):
 
     def _check_presence(self) -> None:
         if not self.sources and not (self.fresh and self.targets):
-            raise PlanSyntaxError(f"{self}: nothing says where it comes from", hint="Add `from`, or `fresh = true`.")
+            raise PlanSyntaxError(f"{self}: the rule has no `from`", hint="Add `from`, or `fresh = true`.")
         if self.operations and not self.targets:
             raise PlanSyntaxError(f"{self}: operations need `to`")
         for target in self.targets:

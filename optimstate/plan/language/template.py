@@ -103,7 +103,7 @@ class Template(Record):
             if scale:
                 return _Affine(match["name"], scale, shift)
         raise PlanSyntaxError(
-            f"template {self.text!r}: {{{braces}}} is no capture",
+            f"template {self.text!r}: {{{braces}}} is not a capture",
             hint="Captures are {i}, {i:int}, {rest**}, {x=a|b}, {e=0..7} and {2*i+1}.",
         )
 
@@ -268,7 +268,7 @@ class Template(Record):
                 value = captures[part.name]
                 if not value.isdigit() or not _CANONICAL.fullmatch(value):
                     raise PlanSyntaxError(
-                        f"template {self.text!r}: {{{part.name}}} is {value!r}, no integer to compute with",
+                        f"template {self.text!r}: {{{part.name}}} is {value!r}, not an integer to compute with",
                         hint=f"Write {{{part.name}:int}} where it is matched.",
                     )
                 index = part.scale * int(value) + part.shift

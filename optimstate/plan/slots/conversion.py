@@ -108,7 +108,7 @@ _DEFAULTS |= {f"Lion{bits}bit": _CODED_LION for bits in (8, 32)}
 _DEFAULTS["AdamW"] = {**_DEFAULTS["Adam"], "decoupled_weight_decay": True}
 TARGETS = tuple(_DEFAULTS)
 """The optimizers that there is a conversion to."""
-# What a scheduler keeps in the groups is not the optimizer's and stays.
+# Keys that schedulers store in groups; kept as they are.
 _SCHEDULED = ("initial_lr", "max_lr", "min_lr", "swa_lr", "name")
 # The same word for other things: epsilons and decay rates do not carry over between these families.
 _OWN = {

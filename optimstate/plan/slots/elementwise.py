@@ -113,7 +113,7 @@ class Translator:
     def _factor(self, step: ex.Scale) -> float:
         if self.slot.degree is None:
             raise Refusal(
-                f"nobody knows how it grows with the gradient; say so in the plan: [slots] {self.name} = "
+                f"its gradient degree is unknown; say so in the plan: [slots] {self.name} = "
                 '{ kind = "like_param", degree = ... }'
             )
         return step.grad**self.slot.degree * step.param**self.slot.power

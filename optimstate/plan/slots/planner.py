@@ -14,6 +14,7 @@ from optimstate.plan.expressions.evaluate import dtype_of, number_of, shape_of
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.language.rules import Policy
 from optimstate.plan.slots.elementwise import Translation, Translator, fate_of
+from optimstate.plan.slots.factored import factored_fates
 from optimstate.plan.slots.outcomes import Fate, Form, Parameter, Refusal, SlotPath, slot_name
 from optimstate.problems import Problem
 from optimstate.state.algorithms.registry import conventional, inferred_kind
@@ -159,8 +160,6 @@ class SlotPlanner:
             except Refusal as refusal:
                 problems.append(_refused(target, path, refusal, names))
         if factored or self._factors():
-            from optimstate.plan.slots.factored import factored_fates
-
             factored_fates(self, target, expression, names, factored, made, problems)
         for path, fate in made.items():
             if fate.outcome == "approximate" and self._policy.approximate == "refuse" and fate.kind != "scalar":
@@ -280,7 +279,7 @@ class SlotPlanner:
 
 _ALIKE, _INFERRED = Fate("exact"), Fate("exact", inferred=True)
 _OPAQUE: dict[str, str] = {
-    "opaque": "it has a form of its own, which can be renamed, duplicated or dropped, but not cut, joined or scaled",
+    "opaque": "it has a layout of its own, which can be renamed, duplicated or dropped, but not cut, joined or scaled",
     "flat": "it is one vector over all parameters",
 }
 _PACKED = {"uint8", "int8", "quint8", "qint8", "quint4x2", "quint2x4", "float4_e2m1fn_x2"}

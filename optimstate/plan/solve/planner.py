@@ -17,7 +17,9 @@ from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
+from optimstate.plan.slots.conversion import plan_conversion
 from optimstate.plan.slots.elementwise import translated
+from optimstate.plan.slots.flat import plan_flat
 from optimstate.plan.slots.outcomes import Fate, Parameter, Refusal, SlotPath
 from optimstate.plan.slots.planner import SlotPlanner
 from optimstate.plan.solve.groups import Candidate, GroupPlan, plan_groups
@@ -306,8 +308,8 @@ class _Section:
             moves.append(self._move(name, item, used, None, slots))
         if algorithm is not None and algorithm.whole and any(_joins(move) for move in moves):
             self.notes.append(
-                f"{algorithm.name} updates a tensor as a whole: joined or cut parameters train differently "
-                "from before, however exact their state is"
+                f"{algorithm.name} updates a tensor as a whole: joined or cut parameters will train "
+                "differently, even though the state is moved exactly"
             )
         return moves
 
@@ -400,13 +402,9 @@ class _Section:
         algorithm = self.inventory.algorithm
         flat = None
         if algorithm is not None and algorithm.is_flat and not problems:
-            from optimstate.plan.slots.flat import plan_flat
-
             flat = plan_flat(state, self.inventory.shapes, moves, groups, problems)
         conversion = None
         if self.plan_.optimizer:
-            from optimstate.plan.slots.conversion import plan_conversion
-
             new_shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
             conversion = plan_conversion(algorithm, self.plan_.optimizer, state, new_shapes, problems)
             if conversion is not None and self.plan_.policy.approximate == "refuse":
