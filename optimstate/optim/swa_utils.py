@@ -253,6 +253,12 @@ class SWALR(LRScheduler, torch.optim.swa_utils.SWALR):
     def _group_options(self) -> set[str]:
         return {"swa_lr"}
 
+    def _check_keys(self, state: dict[str, Any]) -> None:
+        super()._check_keys(_with_strategy(state))
+
+    def _import(self, state: dict[str, Any]) -> None:
+        super()._import(_with_strategy(state))
+
     def _next_lrs(self) -> list[float | Tensor]:
         step = self._step_count - 1
         if self.anneal_epochs == 0:
@@ -264,6 +270,15 @@ class SWALR(LRScheduler, torch.optim.swa_utils.SWALR):
             group["swa_lr"] * now + _without(group["lr"], group["swa_lr"], before) * (1 - now)
             for group in self.optimizer.param_groups
         ]
+
+
+def _with_strategy(state: dict[str, Any]) -> dict[str, Any]:
+    """A state in today's form: until torch 2.9 it holds the annealing function, of which the name tells."""
+    names = {"_linear_anneal": "linear", "_cosine_anneal": "cos"}
+    strategy = names.get(getattr(state.get("anneal_func"), "__name__", ""))
+    if strategy is None or "_anneal_strategy" in state:
+        return state
+    return {**{key: value for key, value in state.items() if key != "anneal_func"}, "_anneal_strategy": strategy}
 
 
 def _without(lr: Any, swa_lr: Any, alpha: float) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -331,3 +332,23 @@ def test_public_names_are_torchs() -> None:
     assert set(ours.__all__) == set(theirs.__all__)
     for name in ours.__all__:
         assert getattr(ours, name).__module__ == "optimstate.optim.swa_utils"
+
+
+@pytest.mark.parametrize("strategy", ["linear", "cos"])
+def test_a_swalr_state_that_holds_its_function_loads(strategy: str) -> None:
+    """As torch wrote it until 2.9; no warning comes, which would be an error here."""
+
+    def _linear_anneal(t: float) -> float:
+        return t
+
+    def _cosine_anneal(t: float) -> float:
+        return (1 - math.cos(math.pi * t)) / 2
+
+    function = {"linear": _linear_anneal, "cos": _cosine_anneal}[strategy]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    old = ours.SWALR(optimizer, 0.05, anneal_strategy=strategy).state_dict()
+    del old["_anneal_strategy"]
+    new = ours.SWALR(optimizer, 0.05, anneal_strategy="linear" if strategy == "cos" else "cos")
+    new.load_state_dict({**old, "anneal_func": function})
+    assert new.anneal_func(0.25) == function(0.25)
+    assert "anneal_func" not in vars(new)
