@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from optimstate import __version__, errors
+from optimstate.describe import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -269,7 +270,7 @@ def _nearest_choice(error: TyperException) -> str:
 
 def _wrong_usage(error: TyperException) -> int:
     """What is wrong and where to read more; a command without its arguments shows its help."""
-    message = error.format_message()
+    message = escaped(error.format_message(), lines=True)
     if message.startswith("Usage:"):
         typer.echo(message, err=True)
     else:

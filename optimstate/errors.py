@@ -34,6 +34,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
+from optimstate.describe import escaped
 from optimstate.problems import Problem
 
 __all__ = [
@@ -73,9 +74,10 @@ class OptimStateError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
+        message = escaped(message, lines=True)  # whatever is in it of a file: errors are printed
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = escaped(hint, lines=True)
         self.problems = tuple(problems)
 
     def __str__(self) -> str:
@@ -101,7 +103,7 @@ class CheckpointError(OptimStateError, ValueError):
         self.place = place
         where = f"{self.path}: " if self.path else ""
         at = f" ({place})" if place else ""
-        super().__init__(f"{where}{message}{at}", hint=hint)
+        super().__init__(escaped(f"{where}{message}{at}"), hint=hint)
 
     def within(self, *, path: str | Path = "", place: str = "", part: str = "") -> Self:
         """The same error, told of the file and the place that the caller knows, so that each is named once.
@@ -143,6 +145,9 @@ class RepresentationError(OptimStateError, TypeError):
 
 class DestinationError(OptimStateError, OSError):
     """The output cannot be written where it was asked for."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(escaped(message), hint=hint)
 
     __str__ = OptimStateError.__str__
 

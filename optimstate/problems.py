@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
+from optimstate.describe import escaped
 from optimstate.record import Record
 
 __all__ = ["Kind", "Problem"]
@@ -79,4 +80,4 @@ class Problem(Record):
         return {**self._asdict(), "names": list(self.names)}
 
     def __str__(self) -> str:
-        return ": ".join(filter(None, (self.place, self.message, self.remedy)))
+        return escaped(": ".join(filter(None, (self.place, self.message, self.remedy))))

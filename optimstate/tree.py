@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
+from optimstate.describe import describe, exact
 from optimstate.errors import LimitExceededError, UnsupportedCheckpointError
 from optimstate.io.extents import chunks
 from optimstate.tensors.lazy import LazyTensor, Storage
@@ -71,6 +72,9 @@ class GlobalName(type):
         return cast("Opaque", cast("Any", cls).__new__(cls, *arguments, **keywords))
 
     def __repr__(cls) -> str:
+        return f"<{cls.path}>"
+
+    def __describe__(cls) -> str:
         return f"<{cls.path}>"
 
     @property
@@ -155,6 +159,8 @@ class Opaque:
     def __repr__(self) -> str:
         return f"<{self.type.path} object>"
 
+    __describe__ = __repr__
+
 
 def bare_value(node: Any) -> str | int | float | None:
     """What an object of a subclass of text or numbers is, if it is nothing but that: `torch.__version__`."""
@@ -218,7 +224,10 @@ def no_garbage_collection() -> Iterator[None]:
 
 def path_key(key: Any) -> str | int:
     """A mapping key as it appears in a path."""
-    return key if isinstance(key, str | int) and not isinstance(key, bool) else repr(key)
+    return key if type(key) is str or (type(key) is int and -_MOST < key < _MOST) else exact(key)
+
+
+_MOST = 1 << 4096  # integers beyond have more digits than Python prints
 
 
 def format_path(path: Path) -> str:
@@ -226,8 +235,8 @@ def format_path(path: Path) -> str:
     if not path:
         return "(root)"
     first, *rest = path
-    head = str(first) if isinstance(first, str) else f"[{first!r}]"
-    return head + "".join(f"[{key!r}]" for key in rest)
+    head = str(first) if isinstance(first, str) else f"[{describe(first)}]"
+    return head + "".join(f"[{describe(key)}]" for key in rest)
 
 
 def children(node: Any) -> Iterator[tuple[str | int, Any]]:
@@ -436,17 +445,17 @@ class _Comparison:
         if isinstance(a, LazyTensor) and isinstance(b, LazyTensor):
             return self._differ_tensor(where, a, b)
         if isinstance(a, GlobalName) and isinstance(b, GlobalName):
-            return None if a.path == b.path else f"{where}: {a!r} != {b!r}"
+            return None if a.path == b.path else f"{where}: {describe(a)} != {describe(b)}"
         if isinstance(a, Opaque) and isinstance(b, Opaque):
             if a.type.path != b.type.path or a.called != b.called:
-                return f"{where}: {a!r} != {b!r}"
+                return f"{where}: {describe(a)} != {describe(b)}"
         elif isinstance(a, Storage) and isinstance(b, Storage):
             return self._differ_storage(where, a, b)
         elif type(a) is not type(b):
             return f"{where}: {type(a).__name__} != {type(b).__name__}"
         if not isinstance(a, dict | list | tuple | Opaque):
             same = a == b or (a != a and b != b)
-            return None if same else f"{where}: {a!r} != {b!r}"
+            return None if same else f"{where}: {describe(a)} != {describe(b)}"
         if (id(a), id(b)) in self.visited:
             return None
         self.visited.add((id(a), id(b)))
@@ -473,7 +482,7 @@ class _Comparison:
                 return f"{where}: {name} {x} != {y}"
         one, other = getattr(a, "attributes", {}), getattr(b, "attributes", {})
         if one != other:
-            return f"{where}: attributes {one!r} != {other!r}"
+            return f"{where}: attributes {describe(one)} != {describe(other)}"
         if any(x != y for x, y in zip(a.chunks(), b.chunks(), strict=True)):
             return f"{where}: contents differ"
         return self._differ_sharing(where, a.storage, b.storage)
@@ -494,5 +503,5 @@ class _Comparison:
 def _first_difference(a: list[Any], b: list[Any]) -> str:
     for index, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y or type(x) is not type(y):
-            return f"{x!r} != {y!r} at position {index}"
+            return f"{describe(x)} != {describe(y)} at position {index}"
     return f"{len(a)} != {len(b)} entries"

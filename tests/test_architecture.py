@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # What each room may import (a room may always import itself); a name stands for all that is below it.
 ALLOWED: dict[str, set[str]] = {
+    "describe": set(),  # imported by all: the one way a value of a file becomes text
     "errors": {"problems"},
     "problems": {"record"},
     "installed_torch": {"errors"},
@@ -144,7 +145,7 @@ def test_a_module_imports_only_what_stands_below_it(name: str) -> None:
         if root != "optimstate":
             continue
         inner = found.target.removeprefix("optimstate.") if "." in found.target else "__init__"
-        allowed = {part, *ALLOWED[part]}
+        allowed = {part, "describe", *ALLOWED[part]}
         assert any(inner == p or inner.startswith(f"{p}.") for p in allowed), f"{name} imports {found.target}"
         if room(found.target) == part and not found.typing and None not in (storey(name), storey(found.target)):
             assert storey(name) >= storey(found.target), f"{name} imports {found.target}, which stands above it"  # type: ignore[operator]
@@ -235,3 +236,16 @@ def test_a_wrong_import_is_seen(place: str, line: str, tmp_path: Path, monkeypat
             test_a_module_imports_only_what_stands_below_it(place)
     finally:
         imports.cache_clear()
+
+
+FILE_HANDLERS = {"describe", "formats", "io", "state", "surgery", "tensors", "tree"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if room(name) in FILE_HANDLERS - {"describe"}))
+def test_values_of_files_become_text_in_one_way(name: str) -> None:
+    """`describe` is bounded in length and work; `repr` of what a file holds is neither."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.FormattedValue):
+            assert node.conversion != ord("r"), f"{name}, line {node.lineno}: !r"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"repr", "ascii"}, f"{name}, line {node.lineno}: {node.func.id}"

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import typer
 
+from optimstate.describe import escaped
+
 __all__ = ["is_drawn", "progress", "show"]
 
 PROGRESS_FROM = 1 << 28  # bytes below which nobody waits long enough to need a bar
@@ -29,7 +31,7 @@ def show(report: Report, text: str | None = None, *, as_json: bool, quiet: bool)
     if as_json:
         typer.echo(report.to_json())
     elif not quiet:
-        text = str(report) if text is None else text
+        text = escaped(str(report) if text is None else text, lines=True)
         if is_drawn():
             from optimstate.cli.render.drawn import draw
 

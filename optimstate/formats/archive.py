@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
+from optimstate.describe import describe
 from optimstate.errors import (
+    CheckpointError,
     CorruptCheckpointError,
     RepresentationError,
     UnrecognizedFormatError,
@@ -58,7 +60,7 @@ def read(path: Path) -> Document:
             document.globals = list(dict.fromkeys([*document.globals, *names]))
         elif info.filename.endswith(torch_zip.SUFFIXES) and info.compress_type != zipfile.ZIP_STORED:
             raise UnsupportedCheckpointError(
-                f"member {info.filename!r} is compressed",
+                f"member {describe(info.filename)} is compressed",
                 path=path,
                 hint="Unpack the archive and give the folder.",
             )
@@ -78,12 +80,15 @@ def members(path: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
-        raise CorruptCheckpointError(f"the zip directory cannot be read: {error}", path=path) from error
+        folders = {id(info) for info in members if info.is_dir()}
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from error
+    except Exception as error:  # zipfile raises many things for bytes it does not expect
+        raise CorruptCheckpointError(f"the zip directory cannot be read: {describe(error)}", path=path) from error
     names = {info.filename for info in members}
     if len(names) != len(members) or len(members) > _MAX_MEMBERS:
         raise CorruptCheckpointError(f"{len(members)} members with {len(names)} names", path=path)
-    return [info for info in members if not info.is_dir()]
+    return [info for info in members if id(info) not in folders]
 
 
 def data_offset(source: FileSource, info: zipfile.ZipInfo) -> int:
@@ -95,7 +100,9 @@ def data_offset(source: FileSource, info: zipfile.ZipInfo) -> int:
     fields = _LOCAL.unpack(source.read(info.header_offset, _LOCAL.size))
     if fields[0] != b"PK\x03\x04":
         raise CorruptCheckpointError(
-            f"member {info.filename!r} has no local header", path=source.path, place=f"offset {info.header_offset}"
+            f"member {describe(info.filename)} has no local header",
+            path=source.path,
+            place=f"offset {info.header_offset}",
         )
     return info.header_offset + _LOCAL.size + int(fields[9]) + int(fields[10])
 

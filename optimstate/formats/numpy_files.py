@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, RepresentationError, UnsupportedCheckpointError
 from optimstate.formats.archive import data_offset, members
 from optimstate.formats.protocol import Claim, Document, WriteOptions
@@ -61,7 +62,7 @@ def read(path: Path) -> Document:
     for info in members(path):
         if info.compress_type != zipfile.ZIP_STORED:
             raise UnsupportedCheckpointError(
-                f"array {info.filename!r} is compressed",
+                f"array {describe(info.filename)} is compressed",
                 path=path,
                 hint="Load it with numpy.load and save it with numpy.savez, which does not compress.",
             )
@@ -74,7 +75,7 @@ def read(path: Path) -> Document:
 
 def _array(part: FileSlice, name: str) -> Any:
     """One array; of text or dates, which no tensor holds, only that it is there."""
-    where = f"array {name!r}"
+    where = f"array {describe(name)}"
     head = part.read(0, min(12, part.size))
     if len(head) < 10 or head[:6] != _MAGIC or head[6] not in (1, 2, 3):
         raise CorruptCheckpointError("not an array of NumPy", path=part.path, place=where)
@@ -87,9 +88,9 @@ def _array(part: FileSlice, name: str) -> Any:
         header = ast.literal_eval(part.read(start, length).decode("utf-8" if head[6] == 3 else "latin-1").strip())
         code, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
         if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
-            raise ValueError(f"a shape of {shape!r}")
+            raise ValueError(f"a shape of {describe(shape)}")
     except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError, UnicodeDecodeError) as error:
-        message = f"the header cannot be read: {error!r}"[:200]
+        message = f"the header cannot be read: {describe(error)}"[:200]
         raise CorruptCheckpointError(message, path=part.path, place=where) from None
     at = start + length
     if isinstance(code, str) and code[1:2] in ("S", "U", "M", "m") and code not in _DTYPES:
@@ -97,7 +98,7 @@ def _array(part: FileSlice, name: str) -> Any:
     if not isinstance(code, str) or code not in _DTYPES:
         objects = code == "|O"
         raise UnsupportedCheckpointError(
-            "an array of objects, which is a pickle" if objects else f"an array of dtype {code!r}"[:200],
+            "an array of objects, which is a pickle" if objects else f"an array of dtype {describe(code)}"[:200],
             path=part.path,
             place=where,
             hint="Save its contents with torch.save." if objects else "Save it as a little-endian array of numbers.",

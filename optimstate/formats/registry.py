@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, cast
 
+from optimstate.describe import describe
 from optimstate.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -125,14 +126,14 @@ def _outside() -> Mapping[str, Format]:
         made = point.load()
         missing = [name for name in ("NAME", "SUFFIXES", "sniff", "read", "write") if not hasattr(made, name)]
         if missing or point.name != made.NAME:
-            what = f"has no {missing[0]}" if missing else f"calls itself {made.NAME!r}"
+            what = f"has no {missing[0]}" if missing else f"calls itself {describe(made.NAME)}"
             raise RepresentationError(
-                f"the container format {point.name!r} of {point.value} {what}",
+                f"the container format {describe(point.name)} of {point.value} {what}",
                 hint="`optimstate.formats.protocol` describes what a format provides.",
             )
         if point.name in FORMATS or point.name in found:
             raise RepresentationError(
-                f"{point.value} adds a container format {point.name!r}, but there is one of that name",
+                f"{point.value} adds a container format {describe(point.name)}, but there is one of that name",
                 hint="Uninstall one of the packages.",
             )
         found[point.name] = made
@@ -149,7 +150,7 @@ def get_format(name: str) -> Format:
         return cast("Format", import_module(FORMATS[name].module))
     outside = _outside()
     if name not in outside:
-        raise UsageError.unknown(f"no container format is called {name!r}", name, [*FORMATS, *outside])
+        raise UsageError.unknown(f"no container format is called {describe(name)}", name, [*FORMATS, *outside])
     return outside[name]
 
 
@@ -181,7 +182,7 @@ def detect(path: Path) -> Format | None:
         return None
     best = [found for claim, found in claims if claim is surest]
     if len(best) > 1:
-        names = " and ".join(repr(found.NAME) for found in best)
+        names = " and ".join(f"'{found.NAME}'" for found in best)
         raise UnrecognizedFormatError(
             f"the formats {names} both claim it", path=path, hint="Report this: one of them claims too much."
         )
@@ -198,7 +199,7 @@ def _claims(path: Path, head: bytes) -> Iterator[tuple[Claim, Format]]:
 
 def _checked(claim: Claim, found: Format) -> Claim:
     if not isinstance(claim, Claim):
-        raise TypeError(f"`sniff` of the format {found.NAME!r} must return a Claim, not {claim!r}")
+        raise TypeError(f"`sniff` of the format {describe(found.NAME)} must return a Claim, not {describe(claim)}")
     return claim
 
 
@@ -266,6 +267,6 @@ def format_for_destination(path: Path, name: str | None) -> Format:
     if fitting:
         return get_format(known[max(fitting, key=len)])
     raise UsageError(
-        f"{path.name!r}: the suffix does not say which container to write",
+        f"{describe(path.name)}: the suffix does not say which container to write",
         hint="Use .pt, .pth, .bin, .ckpt or .safetensors, or give --to.",
     )

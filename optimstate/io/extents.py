@@ -131,7 +131,7 @@ class FileSource:
             self.close()
 
     def __repr__(self) -> str:
-        return f"FileSource({str(self.path)!r}, {self.size} bytes)"
+        return f"FileSource({self.path}, {self.size} bytes)"
 
 
 class ByteSource(Protocol):

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.state.naming import Candidate
 
 __all__ = ["from_config", "imported", "parameters_of"]
@@ -36,4 +37,4 @@ def from_config(path: Path) -> Any:
     classes = [getattr(transformers, found, None) for found in config.architectures or ()]
     if len(classes) == 1 and classes[0] is not None:
         return classes[0](config)
-    raise ValueError(f"the config names no class of transformers: architectures = {config.architectures!r}")
+    raise ValueError(f"the config names no class of transformers: architectures = {describe(config.architectures)}")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.record import Record
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
@@ -145,10 +146,10 @@ class _Evidence:
         below = {str(key) for key in candidate.path}
         self.never = "inside a pickled object" if candidate.inside else ""
         for place in sorted(below & _NEVER_BELOW):
-            self.never = f"below {place!r}"
+            self.never = f"below {describe(place)}"
         for place in sorted(below & _SELDOM_BELOW):
             self.score -= 3
-            reasons.append(f"below {place!r}")
+            reasons.append(f"below {describe(place)}")
         for points, reason in (*self._names(), *self._shapes(), *self._place()):
             self.score += points
             if points < 0:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from optimstate.describe import describe
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import parameter_shape, recognise_state
 from optimstate.state.algorithms.slots import Algorithm
@@ -152,7 +153,7 @@ def name_in_order(state: OptimizerState, names: Sequence[str], shapes: Mapping[s
         problem = f"{len(names)} names are given for {len(observed)} parameters"
         return _nothing(observed, problem)
     problems = [
-        f"parameter {index} has shape {list(shape)}, but {name!r} has {list(known)}"
+        f"parameter {index} has shape {list(shape)}, but {describe(name)} has {list(known)}"
         for index, (shape, name) in enumerate(zip(observed, names, strict=True))
         if shape is not None and (known := shapes.get(name)) is not None and known != shape
     ]

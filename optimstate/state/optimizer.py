@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, StateMismatchError
 from optimstate.record import Record, field
 from optimstate.tree import Opaque, rebuilt_mapping
@@ -47,7 +48,9 @@ class Group(Record):
         """Read a dict of `param_groups`."""
         params, names = node["params"], node.get("param_names")
         if names is not None and (not isinstance(names, list | tuple) or len(names) != len(params)):
-            raise CorruptCheckpointError(f"a param group has {len(params)} params, but param_names {names!r}"[:300])
+            raise CorruptCheckpointError(
+                f"a param group has {len(params)} params, but param_names {describe(names)}"[:300]
+            )
         if names is None and params and all(isinstance(key, str) for key in params):
             names = params
         options = {key: value for key, value in node.items() if key not in ("params", "param_names")}
@@ -104,7 +107,7 @@ class OptimizerState(Record):
             raise CorruptCheckpointError("param_groups has a parameter that cannot be a key of state") from None
         if distinct != len(keys):
             twice = next(key for key, times in Counter(keys).items() if times > 1)
-            raise CorruptCheckpointError(f"parameter {twice!r} is twice in param_groups")
+            raise CorruptCheckpointError(f"parameter {describe(twice)} is twice in param_groups")
         return cls(groups, {key: as_mapping(slots) or {} for key, slots in state.items()}, node)
 
     def to_node(self) -> dict[str, Any]:
@@ -147,7 +150,7 @@ class OptimizerState(Record):
             raise StateMismatchError(f"{len(flat)} names for an optimizer of {count} parameters")
         if len(set(flat)) != len(flat):
             twice = next(name for name, times in Counter(flat).items() if times > 1)
-            raise StateMismatchError(f"two parameters would be called {twice!r}")
+            raise StateMismatchError(f"two parameters would be called {describe(twice)}")
         rest = iter(flat)
         made = tuple(
             group._replace(
@@ -194,7 +197,9 @@ class OptimizerState(Record):
         orphans = {key: self.state[key] for key in self.orphans()}
         clash = orphans.keys() & state.keys()
         if clash:
-            raise CorruptCheckpointError(f"state of {min(map(str, clash))!r} belongs to no parameter of any group")
+            raise CorruptCheckpointError(
+                f"state of {describe(min(map(str, clash)))} belongs to no parameter of any group"
+            )
         return self._replace(groups=tuple(made), state={**state, **orphans})
 
     def by_name(self) -> OptimizerState:
@@ -227,7 +232,7 @@ class OptimizerState(Record):
         orphans = {key: self.state[key] for key in self.orphans()}
         clash = orphans.keys() & known.keys()
         if clash:
-            raise StateMismatchError(f"state of {min(map(str, clash))!r} belongs to no parameter of any group")
+            raise StateMismatchError(f"state of {describe(min(map(str, clash)))} belongs to no parameter of any group")
         return self._replace(groups=tuple(made), state={**known, **orphans})
 
     def _refuse_unnamed(self) -> None:
@@ -244,7 +249,7 @@ class OptimizerState(Record):
         """
         self._refuse_unnamed()
         if self.orphans():
-            raise StateMismatchError(f"state of {self.orphans()[0]!r} belongs to no parameter of any group")
+            raise StateMismatchError(f"state of {describe(self.orphans()[0])} belongs to no parameter of any group")
         made: dict[str, Any] = {}
         for _, name, slots in self.parameters():
             made.update({f"state.{name}.{slot}": value for slot, value in (slots or {}).items()})
@@ -268,7 +273,7 @@ class OptimizerState(Record):
             head, _, rest = key.partition(".")
             name, _, last = rest.rpartition(".")
             if head not in ("state", "param_groups") or not name:
-                raise CorruptCheckpointError(f"{key!r} is no entry of a flattened optimizer state")
+                raise CorruptCheckpointError(f"{describe(key)} is no entry of a flattened optimizer state")
             own = options.setdefault(name, {})
             found = state.setdefault(name, {}) if head == "state" else own
             found[last] = value

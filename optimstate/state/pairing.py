@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+from optimstate.describe import describe
 from optimstate.record import Record
 from optimstate.state.names import unwrapped, wrapper_prefix
 from optimstate.state.naming import (
@@ -88,7 +89,7 @@ def _confirmed(state: OptimizerState, names: Sequence[str]) -> Naming:
     other = next((name for name in own.names if name not in known), None)
     if other is None:
         return own
-    return own._replace(problems=(f"the file calls a parameter {other!r}, which is not among the given names",))
+    return own._replace(problems=(f"the file calls a parameter {describe(other)}, which is not among the given names",))
 
 
 class ModelNames:

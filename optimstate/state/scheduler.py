@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError
 from optimstate.problems import Problem
 
@@ -93,7 +94,7 @@ def representatives(
         ValueError: `merge` is no policy.
     """
     if merge not in get_args(Merge):
-        raise ValueError(f"merge must be one of {', '.join(get_args(Merge))}, got {merge!r}")
+        raise ValueError(f"merge must be one of {', '.join(get_args(Merge))}, got {describe(merge)}")
     keys = PER_GROUP_KEYS.union(per_group).difference(shared)
     if problems := _misfits(state, keys, group_map, set(shared)):
         raise MigrationError(problems)
@@ -142,7 +143,9 @@ def _misfits(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMa
         if len(value) == groups:
             message = f"{path} has {groups} entries, as many as there are param groups, and is unknown"
             last = path.rpartition(".")[2]
-            problems.append(Problem("scheduler", message, remedy=f"say per_group=[{last!r}] or shared=[{last!r}]"))
+            problems.append(
+                Problem("scheduler", message, remedy=f"say per_group=[{describe(last)}] or shared=[{describe(last)}]")
+            )
     return problems
 
 
@@ -169,8 +172,8 @@ def _ambiguities(state: Mapping[str, Any], keys: Collection[str], group_map: Gro
             for old in sources[1:]:
                 if not _same(values[sources[0]], values[old]):
                     message = (
-                        f"new group {new} merges old group {sources[0]} ({values[sources[0]]!r}) "
-                        f"and old group {old} ({values[old]!r})"
+                        f"new group {new} merges old group {sources[0]} ({describe(values[sources[0]])}) "
+                        f"and old group {old} ({describe(values[old])})"
                     )
                     yield Problem("scheduler", message, path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
+from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, LimitExceededError, MigrationError, UsageError
 from optimstate.problems import Problem
 from optimstate.record import Record
@@ -201,12 +202,12 @@ def section_called(name: str, tree: Any, sections: Sequence[Section]) -> Section
         return found[0]
     there = ", ".join(f"{section.kind} at {section.label}" for section in found or sections)
     if found:
-        several = Problem("section", f"{len(found)} sections are called {name!r}: {there}")
+        several = Problem("section", f"{len(found)} sections are called {describe(name)}: {there}")
         raise MigrationError([several], hint="Give the path of one.")
     for path, node in walk(tree):
         if name in _spellings(path) and isinstance(node, Mapping) and any(map(is_tensor, node.values())):
             return Section("model", path, node)
-    problem = f"no section is called {name!r}, and there is no mapping of names to tensors at such a path"
+    problem = f"no section is called {describe(name)}, and there is no mapping of names to tensors at such a path"
     if name not in KINDS:
         raise UsageError.unknown(problem, name, (*KINDS, *(section.label for section in sections)))
     known = f"There are: {there}." if sections else "No section was recognised; `optimstate inspect` shows what is."

@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from optimstate.describe import describe
+
 if TYPE_CHECKING:
     from optimstate.surgery.comparing import DiffReport, diff
     from optimstate.surgery.converting import ConvertReport, convert
@@ -93,7 +95,7 @@ __all__ = [
 
 def __getattr__(attribute: str) -> Any:
     if attribute not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+        raise AttributeError(f"module {describe(__name__)} has no attribute {describe(attribute)}")
     home = import_module(f"{__name__}.{_HOMES[attribute]}")
     value = globals()[attribute] = getattr(home, attribute.replace("suggest_plan", "suggest"))
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError, UsageError
 from optimstate.problems import Problem
 from optimstate.record import Record
@@ -74,10 +75,10 @@ def parse_dtypes(texts: Iterable[str]) -> dict[str, str]:
         key, separator, name = text.rpartition("=")
         if not separator or not key or not name:
             raise UsageError(
-                f"dtype {text!r}: expected SECTION=DTYPE or SLOT=DTYPE", hint="For example: model=bfloat16."
+                f"dtype {describe(text)}: expected SECTION=DTYPE or SLOT=DTYPE", hint="For example: model=bfloat16."
             )
         if key in made:
-            raise UsageError(f"dtype {text!r}: {key} has one already, {made[key]}")
+            raise UsageError(f"dtype {describe(text)}: {key} has one already, {made[key]}")
         made[key] = _dtype_of(key, name)
     return made
 
@@ -85,7 +86,7 @@ def parse_dtypes(texts: Iterable[str]) -> dict[str, str]:
 def _dtype_of(key: str, name: str) -> str:
     dtype = _ALIASES.get(name.lower(), name.lower())
     if dtype not in _FLOATS:
-        raise UsageError.unknown(f"dtype {key}={name}: {name!r} is not a dtype to cast to", name, DTYPES)
+        raise UsageError.unknown(f"dtype {key}={name}: {describe(name)} is not a dtype to cast to", name, DTYPES)
     return dtype
 
 
@@ -216,7 +217,7 @@ class Casting:
     def _floating(self, what: str, value: Any, target: str, name: str) -> Any:
         """The value cast where it is a tensor of real floats; complex ones and integers stay, as in torch's modules."""
         if isinstance(value, Opaque):
-            raise _refused(f"{what}, {name}", f"a {value!r}, which has no plain elements", "")
+            raise _refused(f"{what}, {name}", f"a {describe(value)}, which has no plain elements", "")
         if not isinstance(value, LazyTensor) or not value.dtype.startswith(("float", "bfloat")):
             return value
         return value if value.dtype == target else self._tensor(what, value, target)
@@ -340,7 +341,9 @@ def _reason_to_keep(slot: Any, values: Sequence[Any]) -> str:
 def _check_named(where: str, slot: Any, values: Sequence[Any], target: str) -> None:
     for value in values:
         if not isinstance(value, LazyTensor) or not value.dtype.startswith(("float", "bfloat")):
-            what = f"{value.dtype} tensors" if isinstance(value, LazyTensor) else f"values such as {value!r}"[:80]
+            what = (
+                f"{value.dtype} tensors" if isinstance(value, LazyTensor) else f"values such as {describe(value)}"[:80]
+            )
             raise _refused(where, f"it holds {what}", "Only tensors of floats can be cast.")
     if _is_scalar(slot, values) and target not in _COUNTERS:
         hint = f"Use {' or '.join(_COUNTERS)}, or leave it as it is."

@@ -15,7 +15,7 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, find_sections, tied_names
 from optimstate.surgery.differences import Change, ChangeKind, DiffReport
-from optimstate.surgery.inspecting import describe, plain
+from optimstate.surgery.inspecting import form_of, plain
 from optimstate.surgery.leaves import Shape, same
 from optimstate.surgery.naming import concluded_names
 from optimstate.surgery.reports import opening
@@ -218,13 +218,13 @@ class _Comparison:
             if key in renamed:
                 self._add(label, "renamed", key, _named(key), _named(renamed[key]))
             elif key not in theirs:
-                self._add(label, "removed", key, describe(tensor), "")
+                self._add(label, "removed", key, form_of(tensor), "")
             else:
                 self._compare_tensor(label, key, tensor, theirs[key])
                 self.progress(getattr(tensor, "nbytes", 0) + getattr(theirs[key], "nbytes", 0))
         for key, tensor in added.items():
             if key not in taken:
-                self._add(label, "added", key, "", describe(tensor))
+                self._add(label, "added", key, "", form_of(tensor))
         return renamed
 
     def _compare_tensor(self, label: str, key: Key, a: Any, b: Any) -> None:
@@ -233,10 +233,10 @@ class _Comparison:
             if same(a, b):
                 self.equal[label] += 1
             else:
-                self._add(label, "changed", key, describe(a), describe(b))
+                self._add(label, "changed", key, form_of(a), form_of(b))
             return
         if a.shape != b.shape:
-            self._add(label, "reshaped", key, describe(a), describe(b))
+            self._add(label, "reshaped", key, form_of(a), form_of(b))
             return
         if a.dtype != b.dtype:
             kind = "retyped"
@@ -249,7 +249,7 @@ class _Comparison:
         if kind == "changed" and self.tolerance and relative is not None and relative <= self.tolerance:
             self.within += 1
             return
-        self._add(label, kind, key, describe(a), describe(b), relative)
+        self._add(label, kind, key, form_of(a), form_of(b), relative)
 
     def _compare_values(self, label: str, mine: dict[Key, Any], theirs: dict[Key, Any]) -> None:
         for key in [*mine, *(key for key in theirs if key not in mine)]:
@@ -262,7 +262,7 @@ class _Comparison:
             elif not absent and self._is_close(a, b):
                 self.within += 1
             elif not absent and isinstance(a, LazyTensor) and isinstance(b, LazyTensor) and a.dtype != b.dtype:
-                self._add(label, "retyped", key, describe(a), describe(b))
+                self._add(label, "retyped", key, form_of(a), form_of(b))
             elif not absent and key[1] == MEMBERS:
                 self._add(label, "option", key, *_members(cast("Sequence[str]", a), cast("Sequence[str]", b)))
             else:

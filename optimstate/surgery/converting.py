@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, MigrationError, UsageError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
@@ -18,7 +19,7 @@ from optimstate.io.extents import Progress
 from optimstate.io.output import check_destination
 from optimstate.problems import Problem
 from optimstate.surgery.reports import opening, to_json
-from optimstate.surgery.text import plural, size, table
+from optimstate.surgery.text import plural, readable, size, table
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Opaque, OpaqueFile, format_path, nodes, replaced, walk
 
@@ -61,7 +62,7 @@ class ConvertReport:
         return to_json("convert", asdict(self))
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for where in self.without:
@@ -142,7 +143,7 @@ def convert(
         from optimstate.plan.slots.conversion import TARGETS
 
         if optimizer not in TARGETS:
-            raise UsageError.unknown(f"no conversion to an optimizer {optimizer!r}", optimizer, TARGETS)
+            raise UsageError.unknown(f"no conversion to an optimizer {describe(optimizer)}", optimizer, TARGETS)
     if not dry_run:
         check_destination(destination, [source], force=force)
     with opening(source), ExitStack() as stack:

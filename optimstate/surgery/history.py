@@ -8,7 +8,7 @@ from typing import Any
 
 from optimstate.record import Record
 from optimstate.surgery.reports import Inspection, ModelInfo, OptimizerInfo, to_json
-from optimstate.surgery.text import plural, shown, size, table
+from optimstate.surgery.text import plural, readable, shown, size, table
 
 __all__ = ["History"]
 
@@ -29,7 +29,7 @@ class History(Record):
         return to_json("inspect", {"checkpoints": [found.fields() for found in self.checkpoints]})
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         rows = [_row(found) for found in self.checkpoints]

@@ -9,6 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from optimstate.describe import bounded, describe
 from optimstate.formats.pickles.globals import dangerous
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
@@ -245,7 +246,7 @@ class _Look:
             sum(count * DTYPES[dtype].itemsize for dtype, count in elements.items()),
             tuple(tuple(names) for names in tied_names(lazy)),
             _kinds_of_names(asked.items()),
-            {name: describe(tensor) for name, tensor in listing},
+            {name: form_of(tensor) for name, tensor in listing},
             {name: statistics[name] for name, _ in listing if name in statistics},
         )
 
@@ -355,7 +356,7 @@ def _first_shape(value: Any) -> Any:
 
 def _described(value: Any, algorithm: Algorithm | None) -> str:
     if not isinstance(value, dict):
-        return describe(value)
+        return form_of(value)
     shape = parameter_shape({s: v.shape if isinstance(v, LazyTensor) else None for s, v in value.items()}, algorithm)
     return "shape unknown" if shape is None else str(list(shape))
 
@@ -364,7 +365,7 @@ def _named_slots(state: OptimizerState) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((str(name), dict(slots or {})) for _, name, slots in state.parameters())
 
 
-def describe(value: Any) -> str:
+def form_of(value: Any) -> str:
     """A leaf in few words: `float32[12, 8]`, a number, or the class of a record."""
     if isinstance(value, LazyTensor):
         return f"{value.dtype}{list(value.shape)}"
@@ -384,7 +385,7 @@ def plain(value: Any) -> Any:
 def _plain(value: Any, room: list[int]) -> Any:
     if isinstance(value, LazyTensor):
         shown = value.numel == 1 and value.dtype in _SHOWN_AS_NUMBER
-        return _plain(value.item(), room) if shown else describe(value)
+        return _plain(value.item(), room) if shown else form_of(value)
     if isinstance(value, OpaqueFile):
         return f"file of {value.nbytes:,} bytes"
     if isinstance(value, list | tuple | Mapping):
@@ -392,16 +393,14 @@ def _plain(value: Any, room: list[int]) -> Any:
         if room[0] < 0:
             return f"{type(value).__name__} of {len(value)}"
         if isinstance(value, Mapping):
-            return {str(key): _plain(item, room) for key, item in value.items()}
+            return {str(path_key(key)): _plain(item, room) for key, item in value.items()}
         return [_plain(item, room) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
     if isinstance(value, Opaque | GlobalName):
         record = tensor_record(value)
-        return repr(value) if record is None else str(record)
-    return str(value)
+        return describe(value) if record is None else str(record)
+    return bounded(value) if value is None or isinstance(value, bool | int | float | str) else describe(value)
 
 
 _SHOWN_AS_NUMBER = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from optimstate.record import Record
-from optimstate.surgery.text import collapsed, percent, plural, shown, size, table
+from optimstate.surgery.text import collapsed, percent, plural, readable, shown, size, table
 
 Sort = Literal["name", "size", "norm"]
 
@@ -53,6 +53,7 @@ class View(Record):
 
 def inspection_lines(found: Inspection, view: View) -> Iterator[str]:
     """The lines of an inspection; some hold several."""
+    found = readable(found, without=("parameters", "tensors", "statistics"))
     yield f"{found.path}: {found.format}, {size(found.nbytes)}, {plural(found.tensors, 'tensor')}"
     for section in found.sections:
         yield ""

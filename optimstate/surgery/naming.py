@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CheckpointError, DestinationError, MigrationError, UsageError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import get_format, open_checkpoint
@@ -21,7 +22,7 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.pairing import ModelNames, Namer, Order
 from optimstate.state.sections import Section, find_sections
 from optimstate.surgery.reports import opening, to_json
-from optimstate.surgery.text import table
+from optimstate.surgery.text import readable, table
 from optimstate.tree import Opaque, replaced
 
 __all__ = ["NameReport", "concluded_names", "name", "read_names"]
@@ -46,7 +47,7 @@ class NameReport:
         return to_json("name", asdict(self))
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for path, found in self.optimizers.items():
@@ -164,7 +165,7 @@ def _by_path(
     if isinstance(names, Mapping):
         if unknown := [path for path in names if path not in labels]:
             raise MigrationError(
-                [Problem("name", f"names are given for {unknown[0]!r}, where there is no optimizer")],
+                [Problem("name", f"names are given for {describe(unknown[0])}, where there is no optimizer")],
                 hint=f"There are optimizers at {', '.join(labels)}.",
             )
         return dict(names)

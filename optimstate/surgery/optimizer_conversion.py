@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from optimstate.describe import describe
 from optimstate.plan.slots.conversion import Conversion, Lost, plan_conversion
 from optimstate.plan.slots.outcomes import flat_slots, slot_name
 from optimstate.problems import Problem
@@ -87,7 +88,9 @@ def _unusable(state: OptimizerState) -> Iterator[Problem]:
             yield Problem("slot", f"{label} has no {slot}, which others have", names=(label,))
         for path, value in flat_slots(found):
             if not isinstance(value, LazyTensor | int | float | None):
-                yield Problem("slot", f"{value!r} cannot be computed with", f"{label}, {slot_name(path)}", (label,))
+                yield Problem(
+                    "slot", f"{describe(value)} cannot be computed with", f"{label}, {slot_name(path)}", (label,)
+                )
 
 
 def _with_masters(new: OptimizerState, old: OptimizerState) -> OptimizerState:

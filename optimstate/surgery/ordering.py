@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CheckpointError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.apply.checkpoint import apply_plan
@@ -110,7 +111,10 @@ def _changed_order(section: SectionMoves) -> Iterator[str]:
             kinds["copied or cut"].append(move.target)
     for kind, names in kinds.items():
         if names:
-            shown = [f"{name!r} after {before[name]!r}" if name in before else f"{name!r} first" for name in names]
+            shown = [
+                f"{describe(name)} after {describe(before[name])}" if name in before else f"{describe(name)} first"
+                for name in names
+            ]
             yield f"{_listed(shown)} ({kind})"
     if section.reordered:
         yield "the plan changes the order"

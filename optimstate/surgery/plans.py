@@ -21,7 +21,7 @@ from optimstate.plan.solve.planner import plan_migration
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.surgery.reports import opening, to_json
-from optimstate.surgery.text import collapsed, plural, table
+from optimstate.surgery.text import collapsed, plural, readable, table
 
 __all__ = [
     "CheckReport",
@@ -97,7 +97,7 @@ class CheckReport(Record):
         return to_json("plan check", {**self._asdict(), "rules": rules, "problems": problems, "fits": self.fits})
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for rule, count in self.rules:
@@ -288,7 +288,7 @@ class ShowReport(Record):
             name: What the plan is called.
             params: List every parameter and slot instead of layers together.
         """
-        return "\n".join(self._lines(name, params))
+        return "\n".join(readable(self)._lines(name, params))
 
     def _lines(self, name: str, params: bool) -> Iterator[str]:
         yield f"{name}: {plural(sum(map(len, self.passes)), 'rule')}, digest {self.digest[:12]}"

@@ -20,7 +20,7 @@ from optimstate.record import Record
 from optimstate.surgery.ordering import order_notes, read_like
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
 from optimstate.surgery.reports import opening, to_json
-from optimstate.surgery.text import plural, shown, table
+from optimstate.surgery.text import plural, readable, shown, table
 
 __all__ = ["RemapReport", "remap"]
 
@@ -58,7 +58,7 @@ class RemapReport(Record):
         return to_json("remap", {**self._asdict(), "outcomes": outcomes, "groups": groups})
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for rule, count in self.rules:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optimstate.describe import bounded, describe
 from optimstate.errors import CheckpointError, LimitExceededError, OptimStateError
 from optimstate.record import Record, field
 from optimstate.surgery.inspection_text import View, inspection_lines
 from optimstate.surgery.rest import Entry
-from optimstate.tree import no_garbage_collection
+from optimstate.tree import no_garbage_collection, path_key
 
 if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
@@ -38,7 +40,24 @@ SCHEMA = 1
 
 def to_json(verb: str, fields: dict[str, Any]) -> str:
     """A report as a JSON document."""
-    return json.dumps({"schema": SCHEMA, "command": verb, **fields}, indent=2, default=str, ensure_ascii=False)
+    document = {"schema": SCHEMA, "command": verb, **fields}
+    try:
+        text = json.dumps(document, indent=2, default=describe, ensure_ascii=False)
+    except ValueError:  # an integer of more digits than Python prints
+        text = json.dumps(_printable(document), indent=2, default=describe, ensure_ascii=False)
+    return _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+# What JSON lets stand and a terminal obeys, or no encoding has.
+_UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+
+
+def _printable(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {str(path_key(key)): _printable(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_printable(item) for item in node]
+    return bounded(node)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from optimstate.io.extents import FileSource
 from optimstate.io.folders import kind_of, leftover_notes
 from optimstate.io.output import is_leftover
 from optimstate.surgery.reports import opening, to_json
-from optimstate.surgery.text import plural, table
+from optimstate.surgery.text import plural, readable, table
 
 __all__ = ["Finding", "ScanReport", "scan"]
 
@@ -68,7 +68,7 @@ class ScanReport:
         return to_json("scan", asdict(self))
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         order = {"dangerous": 0, "unknown": 1, "data": 2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError, UsageError
 from optimstate.problems import Problem
 from optimstate.state.sections import KINDS, Section, find_sections, with_hosts
@@ -17,14 +18,14 @@ def _called(name: str, sections: Sequence[Section]) -> list[Section]:
     found = [section for section in sections if section.label == name] or [s for s in sections if s.kind == name]
     if not found and name not in KINDS:
         paths = (section.label for section in sections)
-        raise UsageError.unknown(f"no section is called {name!r}", name, (*KINDS, *paths))
+        raise UsageError.unknown(f"no section is called {describe(name)}", name, (*KINDS, *paths))
     if not found:
         known = (
             f"There are: {_listed(sections)}."
             if sections
             else "No section was recognised; `optimstate inspect` shows what is."
         )
-        raise MigrationError([Problem("section", f"no section is called {name!r}")], hint=known)
+        raise MigrationError([Problem("section", f"no section is called {describe(name)}")], hint=known)
     return found
 
 

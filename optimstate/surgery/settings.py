@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.apply.checkpoint import apply_plan
@@ -155,12 +156,12 @@ def _split(text: str, option: str, example: str) -> tuple[str, str, Any]:
     left, equals, right = _cut(text, "=")
     where, _, key = _cut(left, ":", last=True)
     if not equals or not re.fullmatch(r"\w+", key.strip()):
-        raise PlanSyntaxError(f"{option} {text!r}: expected KEY=VALUE", hint=f"For example: {example}")
+        raise PlanSyntaxError(f"{option} {describe(text)}: expected KEY=VALUE", hint=f"For example: {example}")
     try:
         value = tomllib.loads(f"value = {right}")["value"]
     except (tomllib.TOMLDecodeError, KeyError):
         raise PlanSyntaxError(
-            f"{option} {text!r}: {right.strip()!r} is not a value",
+            f"{option} {describe(text)}: {describe(right.strip())} is not a value",
             hint="Write numbers, true, false, [0.9, 0.95], or text in double quotes; None cannot be set.",
         ) from None
     return where.strip(), key.strip(), value
@@ -183,7 +184,7 @@ def _misplaced(settings: Sequence[_Setting], groups: Mapping[str, _Found]) -> It
     """Settings that no group has an option for, that match nothing, or that are given twice."""
     seen: set[tuple[str, str, str]] = set()
     for setting in settings:
-        place = f"--set {setting.text!r}"
+        place = f"--set {describe(setting.text)}"
         key = setting.optimizer, str(setting.where), setting.key
         if key in seen:
             yield Problem("setting", f"{setting.key} is set twice for the same groups", place)
@@ -204,12 +205,12 @@ def _misplaced(settings: Sequence[_Setting], groups: Mapping[str, _Found]) -> It
         known = dict.fromkeys(key for group in reached for key in group.options)
         if setting.key not in known:
             close = difflib.get_close_matches(setting.key, known, n=1)
-            remedy = f"is it {close[0]!r}?" if close else f"there are {', '.join(known)}"
-            yield Problem("setting", f"no param group has an option {setting.key!r}", place, remedy=remedy)
+            remedy = f"is it {describe(close[0])}?" if close else f"there are {', '.join(known)}"
+            yield Problem("setting", f"no param group has an option {describe(setting.key)}", place, remedy=remedy)
         for group in reached:
             old = group.options.get(setting.key)
             if isinstance(old, bool | int | float) and _kind(old) != _kind(setting.value):
-                message = f"{setting.key} is {old!r} now, which is of another type"
+                message = f"{setting.key} is {describe(old)} now, which is of another type"
                 yield Problem("setting", message, place)
                 break
 

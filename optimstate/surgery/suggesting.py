@@ -21,7 +21,7 @@ from optimstate.surgery.comparing import by_content, model_tensors
 from optimstate.surgery.ordering import wrong_positions
 from optimstate.surgery.plans import kind_of, merged, names_of
 from optimstate.surgery.reports import opening, to_json
-from optimstate.surgery.text import families, plural
+from optimstate.surgery.text import families, plural, readable
 from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["SuggestReport", "SuggestedRule", "suggest"]
@@ -79,7 +79,7 @@ class SuggestReport(Record):
         return to_json("plan suggest", fields)
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for rule in self.rules:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from typing import Any, TypeVar, cast
 
-__all__ = ["collapsed", "families", "percent", "plural", "shown", "size", "table"]
+from optimstate.describe import describe, escaped
+
+R = TypeVar("R")
+
+__all__ = ["collapsed", "families", "percent", "plural", "readable", "shown", "size", "table"]
 
 
 def size(nbytes: float) -> str:
@@ -27,9 +32,41 @@ def plural(count: int, noun: str) -> str:
 _RIGHT = {"parameters", "size", "group", "elements", "x", "norm", "rms", "min", "max", "zeros", "NaN", "inf"}
 
 
+def readable(report: R, *, without: Container[str] = ()) -> R:
+    """The report with what it has from files spelled out harmlessly: its own lines end where it ends them.
+
+    Args:
+        report: A record or dataclass of texts, numbers, and containers and records of them.
+        without: Fields that are left as they are, because only tables show them, which do the same for their cells.
+    """
+    return cast("R", _readable(report, without, lines=False))
+
+
+def _readable(value: Any, without: Container[str], *, lines: bool) -> Any:
+    if isinstance(value, str):
+        return escaped(value, lines=lines)
+    if isinstance(value, Mapping):
+        return {_readable(k, without, lines=lines): _readable(v, without, lines=lines) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        made = [_readable(item, without, lines=lines) for item in value]
+        return made if isinstance(value, list) else tuple(made) if type(value) is tuple else type(value)(*made)
+    names = getattr(type(value), "_fields", None) or getattr(type(value), "__dataclass_fields__", None)
+    if not names:
+        return value
+    made = copy(value)
+    for name in names:
+        if name not in without:
+            field = _readable(getattr(value, name), without, lines=name in _OF_SEVERAL_LINES)
+            object.__setattr__(made, name, field)
+    return made
+
+
+_OF_SEVERAL_LINES = frozenset({"plan", "toml"})  # plans as text, which escape what is in them themselves
+
+
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Aligned columns; those that hold numbers and sizes to the right."""
-    lines = [tuple(headings), *map(tuple, rows)]
+    lines = [tuple(headings), *(tuple(map(escaped, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     right = [heading in _RIGHT for heading in headings]
 
@@ -46,7 +83,7 @@ def shown(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list):
         return "[" + ", ".join(map(shown, value)) + "]"
-    return str(value)
+    return escaped(value) if isinstance(value, str) else describe(value)
 
 
 def percent(part: int, whole: int) -> str:

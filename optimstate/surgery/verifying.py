@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
@@ -21,10 +22,10 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged
 from optimstate.surgery.converting import verify_checksums
-from optimstate.surgery.inspecting import algorithm_of, describe, plain
+from optimstate.surgery.inspecting import algorithm_of, form_of, plain
 from optimstate.surgery.layouts import stored_in_another_layout
 from optimstate.surgery.reports import opening, to_json
-from optimstate.surgery.text import plural
+from optimstate.surgery.text import plural, readable
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, OpaqueFile, difference, format_path, nodes, walk
 
@@ -84,7 +85,7 @@ class VerifyReport:
         return to_json("verify", {**asdict(self), "healthy": self.healthy, "verdict": self.verdict})
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for level in ("fault", "note"):
@@ -294,7 +295,7 @@ def _coverage(where: str, state: OptimizerState) -> Iterator[Finding]:
             missing = ", ".join(sorted(larger - mine))
             yield Finding("fault", "coverage", place, f"has no {missing}, which {kinds[larger]} others have")
     for key in state.orphans():
-        yield Finding("fault", "coverage", where, f"state for {key!r}, which is in no param group")
+        yield Finding("fault", "coverage", where, f"state for {describe(key)}, which is in no param group")
 
 
 def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
@@ -434,7 +435,7 @@ def _equal_moments(where: str, slots: Mapping[str, Any], found: Mapping[str, Any
         return
     alike = first.dtype == second.dtype and first.shape == second.shape and "exp_avg" in found and found["exp_avg"].norm
     if alike and first.tobytes() == second.tobytes():
-        yield Finding("fault", "moments", where, f"exp_avg and exp_avg_sq are equal bit for bit: {describe(first)}")
+        yield Finding("fault", "moments", where, f"exp_avg and exp_avg_sq are equal bit for bit: {form_of(first)}")
 
 
 # --- schedulers -----------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from optimstate.errors import UnsupportedCheckpointError
+from optimstate.describe import describe
+from optimstate.errors import LimitExceededError, UnsupportedCheckpointError
 
-__all__ = ["DTYPES", "ITEMSIZE_OF_STORAGE", "DType", "decode_scalar", "encode_elements"]
+__all__ = ["DTYPES", "ITEMSIZE_OF_STORAGE", "DType", "check_sizes", "decode_scalar", "encode_elements"]
 
 
 class DType(NamedTuple):
@@ -122,3 +123,25 @@ def encode_elements(numbers: Sequence[Any], storage: str) -> bytes:
     if name not in _STRUCT_CODES or not isinstance(numbers, list | tuple):
         raise ValueError(f"elements of a {storage} cannot be made of {type(numbers).__name__}")
     return struct.pack(f"<{len(numbers)}{_STRUCT_CODES[name]}", *numbers)
+
+
+MAX_DIMENSIONS = 64
+"""As many as torch and NumPy allow."""
+
+_MAX_SIZE = 1 << 63
+
+
+def check_sizes(numbers: Sequence[int], dimensions: int) -> None:
+    """Refuse what no tensor has, before anything is computed with it.
+
+    Args:
+        numbers: Sizes, strides and offsets.
+        dimensions: How many sizes there are.
+
+    Raises:
+        LimitExceededError: There are too many, or one is too large.
+    """
+    if dimensions > MAX_DIMENSIONS:
+        raise LimitExceededError(f"a tensor of {dimensions} dimensions, over the limit of {MAX_DIMENSIONS}")
+    if numbers and max(numbers) >= _MAX_SIZE:
+        raise LimitExceededError(f"a size or stride of {describe(max(numbers))}, over the limit of 2**63 - 1")

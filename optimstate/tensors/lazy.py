@@ -240,6 +240,8 @@ class LazyTensor(_Sealed):
     def __repr__(self) -> str:
         return f"LazyTensor({self.dtype}, {list(self.shape)})"
 
+    __describe__ = __repr__
+
 
 def storages(tensors: Iterable[LazyTensor]) -> list[Storage]:
     """The distinct storages of `tensors`, in order of first use."""

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -157,7 +158,7 @@ class _Items:
         try:
             check_tiling(about.shape, [(offsets, sizes) for offsets, sizes, _ in about.chunks])
         except CheckpointError as error:
-            raise error.within(path=self.folder, part=f"tensor {name!r}") from error
+            raise error.within(path=self.folder, part=f"tensor {describe(name)}") from error
         for _, _, item in about.chunks:
             self.slice(item)  # a missing or short file is an error of opening
         made = tensor_of_pieces(
@@ -175,7 +176,9 @@ class _Items:
         piece, _, _ = torch_zip.read_archive(part)
         if not isinstance(piece, LazyTensor) or piece.dtype != dtype or piece.shape != sizes:
             raise CorruptCheckpointError(
-                f"a piece of tensor {name!r} should be {dtype}{list(sizes)}, the file has {piece!r}"[:300],
+                f"a piece of tensor {describe(name)} should be {dtype}{list(sizes)}, the file has {describe(piece)}"[
+                    :300
+                ],
                 path=part.path,
                 place=f"offset {item.offset}",
             )
@@ -201,7 +204,9 @@ class _Items:
             nbytes *= size
         if not fits or stop - start != nbytes:
             raise CorruptCheckpointError(
-                f"a piece of tensor {name!r} should be {dtype}{list(sizes)}, the file has {entry!r}"[:300],
+                f"a piece of tensor {describe(name)} should be {dtype}{list(sizes)}, the file has {describe(entry)}"[
+                    :300
+                ],
                 path=file.path,
                 place=f"offset {item.offset}",
             )

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats.pickles.pickle import dump
 from optimstate.formats.pickles.unpickle import load
-from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.dtypes import DTYPES, check_sizes
 from optimstate.tree import GlobalName, Opaque, Path
 
 __all__ = ["Item", "Metadata", "TensorItem", "dump_metadata", "load_metadata", "merged"]
@@ -76,7 +77,7 @@ def load_metadata(data: bytes) -> tuple[Metadata, list[tuple[str, str]]]:
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CorruptCheckpointError(f"the metadata is malformed: {error!r}"[:300]) from error
+        raise CorruptCheckpointError(f"the metadata is malformed: {describe(error)}"[:300]) from error
 
 
 def merged(ranks: Sequence[Metadata], path: FilePath) -> tuple[Metadata, list[str]]:
@@ -103,7 +104,7 @@ def merged(ranks: Sequence[Metadata], path: FilePath) -> tuple[Metadata, list[st
             known = made.tensors.get(name, tensor)
             if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
                 raise CorruptCheckpointError(
-                    f"tensor {name!r} is {known.dtype}{list(known.shape)} in the metadata of one rank and "
+                    f"tensor {describe(name)} is {known.dtype}{list(known.shape)} in the metadata of one rank and "
                     f"{tensor.dtype}{list(tensor.shape)} in that of another",
                     path=path,
                     hint="The folder holds files of several checkpoints.",
@@ -113,7 +114,9 @@ def merged(ranks: Sequence[Metadata], path: FilePath) -> tuple[Metadata, list[st
     made.order = list(dict.fromkeys(name for rank in ranks for name in rank.order))
     clash = made.objects.keys() & made.tensors.keys()
     if clash:
-        raise CorruptCheckpointError(f"item {min(clash)!r} is a tensor for one rank and none for another", path=path)
+        raise CorruptCheckpointError(
+            f"item {describe(min(clash))} is a tensor for one rank and none for another", path=path
+        )
     notes = [f"the metadata of {len(ranks)} ranks is put together"]
     if made.objects:
         notes.append(f"what is no tensor is the first rank's: {', '.join(sorted(made.objects)[:5])}")
@@ -122,7 +125,7 @@ def merged(ranks: Sequence[Metadata], path: FilePath) -> tuple[Metadata, list[st
 
 def _metadata(tree: Any) -> Metadata:
     if not isinstance(tree, Opaque) or tree.type.qualname != "Metadata":
-        raise CorruptCheckpointError(f"the metadata is {tree!r}"[:200])
+        raise CorruptCheckpointError(f"the metadata is {describe(tree)}"[:200])
     fields = tree.state
     places: dict[tuple[str, tuple[int, ...] | None], Item] = {}
     for index, info in (fields["storage_data"] or {}).items():
@@ -136,7 +139,7 @@ def _metadata(tree: Any) -> Metadata:
         elif (name, None) in places:
             made.objects[name] = places[name, None]
         else:
-            raise CorruptCheckpointError(f"item {name!r} has no place in any file")
+            raise CorruptCheckpointError(f"item {describe(name)} has no place in any file")
     paths = fields.get("planner_data")
     if isinstance(paths, Mapping):
         made.paths = {name: tuple(path) for name, path in paths.items()}
@@ -147,14 +150,16 @@ def _item(name: str, info: Mapping[str, Any]) -> Item:
     transforms = info.get("transform_descriptors")
     if transforms:
         raise UnsupportedCheckpointError(
-            f"item {name!r} went through {', '.join(map(str, transforms))} when it was written",
+            f"item {describe(name)} went through {', '.join(map(str, transforms))} when it was written",
             hint="Load it with torch and save it without extensions.",
         )
     file, offset, length = info["relative_path"], info["offset"], info["length"]
     if type(file) is not str or "/" in file or "\\" in file or file in ("", ".", ".."):
-        raise CorruptCheckpointError(f"item {name!r} is said to be in {file!r}, outside the folder")
+        raise CorruptCheckpointError(f"item {describe(name)} is said to be in {describe(file)}, outside the folder")
     if type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
-        raise CorruptCheckpointError(f"item {name!r} is said to be at {offset!r}, {length!r} bytes long")
+        raise CorruptCheckpointError(
+            f"item {describe(name)} is said to be at {describe(offset)}, {describe(length)} bytes long"
+        )
     return Item(file, offset, length)
 
 
@@ -163,12 +168,12 @@ def _tensor_item(
 ) -> TensorItem:
     dtype, _, requires_grad, *_ = fields["properties"].state
     if not isinstance(dtype, GlobalName) or dtype.qualname not in DTYPES:
-        raise UnsupportedCheckpointError(f"tensor {name!r} has dtype {dtype!r}")
+        raise UnsupportedCheckpointError(f"tensor {describe(name)} has dtype {describe(dtype)}")
     chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], Item] = {}
     for chunk in fields["chunks"]:
         offsets, sizes = _size(chunk.state["offsets"]), _size(chunk.state["sizes"])
         if (name, offsets) not in places:
-            raise CorruptCheckpointError(f"the piece of tensor {name!r} at {offsets} has no place in any file")
+            raise CorruptCheckpointError(f"the piece of tensor {describe(name)} at {offsets} has no place in any file")
         chunks[offsets, sizes] = places[name, offsets]  # a copy on another rank may be listed too
     listed = tuple((*box, item) for box, item in chunks.items())
     return TensorItem(dtype.qualname, _size(fields["size"]), requires_grad is True, listed)
@@ -177,7 +182,8 @@ def _tensor_item(
 def _size(value: Any) -> tuple[int, ...]:
     numbers = value.arguments[0] if isinstance(value, Opaque) else value
     if not isinstance(numbers, tuple | list) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise CorruptCheckpointError(f"a size or offset is {numbers!r}"[:200])
+        raise CorruptCheckpointError(f"a size or offset is {describe(numbers)}"[:200])
+    check_sizes(numbers, len(numbers))
     return tuple(numbers)
 
 

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from optimstate.describe import describe, exact
 from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.dcp.megatron import tree_of_names
 from optimstate.tensors.lazy import LazyTensor
@@ -52,33 +53,33 @@ def nested(
         tree = _restored(tree)
     clash = tree.keys() & beside.keys()
     if clash:
-        raise CorruptCheckpointError(f"{min(clash)!r} is an item of the checkpoint and a file beside it")
+        raise CorruptCheckpointError(f"{describe(min(clash))} is an item of the checkpoint and a file beside it")
     return {**tree, **beside}, notes
 
 
 def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
     """Put a value at a path; an int is an index of a list, as torch writes them."""
     if not path or not all(type(key) is str or (type(key) is int and key >= 0) for key in path):
-        raise CorruptCheckpointError(f"a path is {path!r}"[:200])
+        raise CorruptCheckpointError(f"a path is {describe(path)}"[:200])
     node: Any = tree
     for key, following in zip(path, (*path[1:], None), strict=True):
         if isinstance(node, list) != (type(key) is int):
-            raise CorruptCheckpointError(f"the path {path!r} contradicts another one"[:300])
+            raise CorruptCheckpointError(f"the path {describe(path)} contradicts another one"[:300])
         if isinstance(node, list):
             if key > len(node) + (1 << 16):
-                raise CorruptCheckpointError(f"the path {path!r} leaves a hole in a list"[:300])
+                raise CorruptCheckpointError(f"the path {describe(path)} leaves a hole in a list"[:300])
             node.extend([_ABSENT] * (key + 1 - len(node)))
         found = node[key] if isinstance(node, list) else node.get(key, _ABSENT)
         if following is None:
             if found is not _ABSENT:
-                raise CorruptCheckpointError(f"the path {path!r} is there twice"[:300])
+                raise CorruptCheckpointError(f"the path {describe(path)} is there twice"[:300])
             node[key] = value
         elif found is _ABSENT:
             node[key] = node = [] if type(following) is int else {}
         elif isinstance(found, dict | list):
             node = found
         else:
-            raise CorruptCheckpointError(f"the path {path!r} leads through a value"[:300])
+            raise CorruptCheckpointError(f"the path {describe(path)} leads through a value"[:300])
 
 
 _ABSENT = object()
@@ -150,8 +151,8 @@ def _groups(options: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]
 
 def _comparable(value: Any) -> str:
     if isinstance(value, LazyTensor):
-        return f"{value!r} {value.tobytes()!r}" if value.numel == 1 else f"tensor {id(value)}"
-    return repr(value) if isinstance(value, bool | int | float | str | tuple | list | None) else f"object {id(value)}"
+        return f"{describe(value)} {describe(value.tobytes())}" if value.numel == 1 else f"tensor {id(value)}"
+    return exact(value) if isinstance(value, bool | int | float | str | tuple | list | None) else f"object {id(value)}"
 
 
 # --- tree to names --------------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ class _Leaves:
         name = ".".join(map(str, path))
         if name in self.found:
             raise RepresentationError(
-                f"{format_path(self.found[name][0])} and {format_path(path)} would both be named {name!r}",
+                f"{format_path(self.found[name][0])} and {format_path(path)} would both be named {describe(name)}",
                 hint="Rename one of them.",
             )
         self.found[name] = (path, leaf)

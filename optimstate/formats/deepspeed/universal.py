@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.deepspeed.zero import MASTER, PARTITIONING, Shapes, frozen, is_stage_3, shape_of
 from optimstate.formats.protocol import Claim, Document, WriteOptions
@@ -74,7 +75,7 @@ def read(path: Path) -> Document:
         }
         model = _weights(models, state) if by_rank else main.get("module")
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CorruptCheckpointError(f"the checkpoint is malformed: {error!r}"[:300], path=path) from error
+        raise CorruptCheckpointError(f"the checkpoint is malformed: {describe(error)}"[:300], path=path) from error
     zero = {key: value for key, value in stored.items() if key not in PARTITIONING and key != "param_groups"}
     if by_rank:
         zero.setdefault("zero_stage", 3)
@@ -129,7 +130,7 @@ def _load(document: Document, file: Path) -> Any:
 
 def _slots(document: Document, folder: Path, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     if not folder.is_dir():
-        raise CorruptCheckpointError(f"parameter {name!r} has no folder", path=folder)
+        raise CorruptCheckpointError(f"parameter {describe(name)} has no folder", path=folder)
     found: dict[str, Any] = {}
     for file in sorted(folder.glob("*.pt")):
         slot = MASTER if file.stem == _MASTER_FILE else file.stem
@@ -190,7 +191,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
         options.confirmed()
     orphans = optimizer.orphans()
     if orphans:
-        notes.append(f"left out: state of {len(orphans)} parameters that are in no group, first {orphans[0]!r}")
+        notes.append(f"left out: state of {len(orphans)} parameters that are in no group, first {describe(orphans[0])}")
     return notes
 
 
@@ -214,7 +215,7 @@ def _parts(tree: Any, path: Path) -> tuple[Mapping[str, Any], OptimizerState]:
                 hint="Take wrapper prefixes (module., _orig_mod.) off both with a plan first.",
             )
         if Path(name).name != name or name in (".", ".."):
-            raise RepresentationError(f"parameter {name!r} cannot be the name of a folder")
+            raise RepresentationError(f"parameter {describe(name)} cannot be the name of a folder")
     return model, found
 
 
@@ -224,7 +225,7 @@ def _with_master(name: str, model: Mapping[str, Any], slots: Mapping[str, Any] |
     if MASTER not in made:
         if weight.dtype != "float32":
             raise RepresentationError(
-                f"parameter {name!r} is {weight.dtype} and has no fp32 master (slot {MASTER!r})",
+                f"parameter {describe(name)} is {weight.dtype} and has no fp32 master (slot {describe(MASTER)})",
                 hint="Convert the model to float32 first.",
             )
         made[MASTER] = weight
@@ -257,7 +258,8 @@ def _common_slots(optimizer: OptimizerState) -> dict[int, dict[str, Any]]:
         first = made.setdefault(index_of[name], kept)
         if difference(first, kept, aliases=False) is not None:
             raise RepresentationError(
-                f"parameter {name!r} is at another step than the first one of its group, and stage 3 keeps one step",
+                f"parameter {describe(name)} is at another step than the first one of its group, "
+                "and stage 3 keeps one step",
                 hint="Fill in or drop the state of new parameters first.",
             )
     return made

@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from optimstate.describe import describe
 from optimstate.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -90,7 +91,9 @@ def read(path: Path) -> Document:
     except CheckpointError:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise CorruptCheckpointError(f"the optimizer states are malformed: {error!r}"[:300], path=path) from error
+        raise CorruptCheckpointError(
+            f"the optimizer states are malformed: {describe(error)}"[:300], path=path
+        ) from error
     rest = {key: value for key, value in states[0].items() if key not in PARTITIONING}
     if is_stage_3(rest):
         rest["partition_count"] = len(ranks)
@@ -164,7 +167,7 @@ def _add_other_files(document: Document) -> None:
 
 def _field(tree: Any, name: str, path: Path) -> Any:
     if not isinstance(tree, Mapping) or name not in tree:
-        raise CorruptCheckpointError(f"there is no {name!r}", path=path)
+        raise CorruptCheckpointError(f"there is no {describe(name)}", path=path)
     return tree[name]
 
 
@@ -176,7 +179,7 @@ def shape_of(size: Any) -> tuple[int, ...]:
     """
     numbers = size.arguments[0] if isinstance(size, Opaque) and size.arguments else size
     if not isinstance(numbers, tuple) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise CorruptCheckpointError(f"a shape is {size!r}"[:200])
+        raise CorruptCheckpointError(f"a shape is {describe(size)}"[:200])
     return numbers
 
 
@@ -202,13 +205,14 @@ def _gathered(name: str, shape: tuple[int, ...], flats: Sequence[LazyTensor], sl
         taken = min(numel, missing)
         if start < 0 or numel < 0 or start + taken > flat.numel or flat.dtype != dtype:
             raise CorruptCheckpointError(
-                f"{name!r} needs {dtype} elements {start} to {start + taken} of rank {rank}, which has {flat!r}"
+                f"{describe(name)} needs {dtype} elements {start} to {start + taken} of rank {rank}, "
+                f"which has {describe(flat)}"
             )
         first = flat.offset + start
         pieces += flat.storage.cut(first * itemsize, (first + taken) * itemsize)
         missing -= taken
     if missing:
-        raise CorruptCheckpointError(f"{name!r} of shape {shape} lacks {missing} elements in the ranks' files")
+        raise CorruptCheckpointError(f"{describe(name)} of shape {shape} lacks {missing} elements in the ranks' files")
     nbytes = prod(shape) * itemsize
     return LazyTensor(Storage(tuple(pieces), nbytes, DTYPES[dtype].storage or "UntypedStorage"), dtype, shape)
 

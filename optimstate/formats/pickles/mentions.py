@@ -9,9 +9,12 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from optimstate.formats.pickles.opcodes import OpcodeError, find_end
+from optimstate.describe import describe
+from optimstate.formats.pickles.opcodes import OpcodeError, check_opcodes, find_end
+from optimstate.formats.pickles.sharing import check_sharing
 from optimstate.tree import no_garbage_collection
 
 __all__ = ["Mention", "Mentions", "mentions"]
@@ -167,9 +170,13 @@ def _followed(data: bytes) -> Mentions:
     problem = ""
     try:
         with no_garbage_collection():
+            loose: list[int] = []
+            with suppress(OpcodeError):
+                check_opcodes(data, loose=loose)
+            check_sharing(data, loose)
             _Follower(io.BufferedReader(io.BytesIO(data), 1 << 20), uses).load()
     except Exception as error:  # noqa: BLE001  # whatever bytes that make no sense lead to
-        problem = f"cannot be followed to its end: {error}"[:200]
+        problem = f"cannot be followed to its end: {describe(error)}"
         if type(error) is ValueError and _extends(data):
             uses.times.setdefault(("copyreg", "an extension code"), 1)
     except RecursionError:

@@ -8,7 +8,7 @@ from functools import cache
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError
 
-__all__ = ["MAX_PICKLE_BYTES", "OpcodeError", "check_opcodes", "find_end"]
+__all__ = ["LENGTH_PREFIXED", "MAX_PICKLE_BYTES", "ONE_LINE", "OpcodeError", "check_opcodes", "find_end"]
 
 MAX_PICKLE_BYTES = 1 << 29
 """Largest pickle that is read. 80,000 tensors take 7 MB."""
@@ -26,14 +26,22 @@ def _opcode_pattern(high: int) -> re.Pattern[bytes]:
         rows = (re.escape(n.to_bytes(length_bytes, "little")) + b".{%d}" % n for n in lengths)
         return re.escape(opcode) + b"(?:" + b"|".join(rows) + b")"
 
-    bare = rb"[(012NQRabdelostu})\]\x81\x85-\x89\x8f-\x94]"
+    bare = rb"[(012NQRabdelosu})\]\x81\x88\x89\x8f-\x94]"
     memo = rb"r..[\x00-" + re.escape(bytes([high])) + rb"]\x00"
     number = rb"(?:K.|M..|J.{4})"
     numbers = rb"(?:\(?+" + number + rb"++[\x85-\x87t]" + memo + rb"|\))"
     storage = rb"\(h.h." + counted(b"X", 4, range(1, 9)) + memo + rb"h." + number + rb"t" + memo + rb"Q"
     tensor = number + numbers + numbers + rb"[\x88\x89]h.\)R" + memo + rb"t" + memo + rb"R" + memo
+    put = rb"(?:q.|" + memo + rb")"
+    item = rb"(?:h.|j.{4}|" + counted(b"X", 4, range(1, 48)) + put + rb"|c[^\n]*\n[^\n]*\n" + put + rb")"
+    flat = rb"\(?+(?:" + number + rb"++|(?:G.{8})++)[\x85-\x87t]"
+    sizes = rb"(?:" + flat + put + rb"|\))"
+    early = item + rb"\(\(" + item * 4 + number + rb"t" + put + rb"Q" + number + sizes + sizes
+    early += rb"[\x88\x89]" + item + rb"\)R" + put + rb"t" + put + rb"R" + put
     rows = [  # the most frequent first
         rb"h.\(" + storage + tensor,  # a whole tensor as torch writes nearly all of them
+        early,  # the first ones, which spell names out that the others recall
+        flat,
         memo + bare + b"?+",
         rb"[hqK\x80\x82]." + bare + b"?+",
         bare,
@@ -50,13 +58,14 @@ def _opcode_pattern(high: int) -> re.Pattern[bytes]:
     return re.compile(rb"(?s:" + rb"|".join(rows) + rb")*+")
 
 
-_LENGTH_PREFIXED = {
+LENGTH_PREFIXED = {
     **dict.fromkeys(b"U\x8c\x8aC", 1),
     **dict.fromkeys(b"XTB\x8b", 4),
     **dict.fromkeys(b"\x8d\x8e\x96\x95", 8),
 }
-_ONE_LINE = frozenset(b"ILFSVgPp")
-_LONG_ARGUMENTS = frozenset(_LENGTH_PREFIXED) | _ONE_LINE | frozenset(b"ci")
+ONE_LINE = frozenset(b"ILFSVgPp")
+_LONG_ARGUMENTS = frozenset(LENGTH_PREFIXED) | ONE_LINE | frozenset(b"ci")
+_TUPLES = frozenset(b"t\x85\x86\x87")
 _STOP = ord(".")
 
 
@@ -111,8 +120,13 @@ def find_end(read: Callable[[int], bytes], size: int) -> tuple[bytes, int, Check
         window *= 4
 
 
-def check_opcodes(data: bytes, start: int = 0) -> int:
+def check_opcodes(data: bytes, start: int = 0, *, loose: list[int] | None = None) -> int:
     """Refuse a pickle whose opcodes declare more than `data` holds, before anything is unpickled.
+
+    Args:
+        data: The pickle, and what follows it.
+        start: Where it begins.
+        loose: Is given the places of the opcodes of tuples that are not part of a tensor as torch writes it.
 
     Returns:
         Where the pickle that begins at `start` ends.
@@ -132,7 +146,12 @@ def check_opcodes(data: bytes, start: int = 0) -> int:
         if at < len(data):
             if data[at] == _STOP:
                 return at + 1
-            at = _step(data, at)
+            if data[at] in _TUPLES:
+                if loose is not None:
+                    loose.append(at)
+                at += 1
+            else:
+                at = _step(data, at)
     raise OpcodeError.at(len(data), "the pickle does not end with STOP")
 
 
@@ -145,13 +164,13 @@ def _step(data: bytes, at: int) -> int:
         if len(data) < at + 5 or index > len(data):
             raise LimitExceededError(f"memo index {index} in a pickle of {len(data)} bytes", place=place)
         return at + 5
-    if opcode in _LENGTH_PREFIXED:
-        width = _LENGTH_PREFIXED[opcode]
+    if opcode in LENGTH_PREFIXED:
+        width = LENGTH_PREFIXED[opcode]
         length = int.from_bytes(data[at + 1 : at + 1 + width], "little")
         if at + 1 + width + length > len(data):
             raise OpcodeError.at(at, f"declares {length} bytes, past the end of the pickle")
         return at + 1 + width + (0 if opcode == 0x95 else length)  # a frame's contents are opcodes
-    lines = 2 if opcode in b"ci" else 1 if opcode in _ONE_LINE else 0
+    lines = 2 if opcode in b"ci" else 1 if opcode in ONE_LINE else 0
     if not lines:
         raise OpcodeError.at(at, f"0x{opcode:02x} is not an opcode, or its argument is cut off")
     end = at

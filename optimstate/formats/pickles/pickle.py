@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import LimitExceededError, RepresentationError
 from optimstate.tensors.dtypes import DTYPES, ITEMSIZE_OF_STORAGE
 from optimstate.tensors.lazy import LazyTensor, Storage
@@ -182,7 +183,9 @@ class _Pickler:
 
     def save_opaque(self, record: Opaque) -> None:
         if record.keywords:
-            raise RepresentationError(f"{record!r} was created with keyword arguments, which protocol 2 cannot express")
+            raise RepresentationError(
+                f"{describe(record)} was created with keyword arguments, which protocol 2 cannot express"
+            )
         self.save_global(record.type.module, record.type.qualname)
         self.save(record.arguments)
         self.out.append(b"R" if record.called else b"\x81")

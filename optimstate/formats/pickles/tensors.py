@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.io.extents import Extent
-from optimstate.tensors.dtypes import DTYPES, decode_scalar
+from optimstate.tensors.dtypes import DTYPES, check_sizes, decode_scalar
 from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
 from optimstate.tree import AttributedTensor, GlobalName, Opaque
 
@@ -108,7 +109,7 @@ class _Variable(LazyTensor):
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not tuple or len(state) not in (3, 5):
-            raise CorruptCheckpointError(f"the state of a Variable is {state!r}"[:200])
+            raise CorruptCheckpointError(f"the state of a Variable is {describe(state)}"[:200])
         grad, hooks = (state[0], state[2]) if len(state) == 3 else (state[3], state[2])
         if hooks:
             raise UnsupportedCheckpointError("a tensor with backward hooks")
@@ -123,10 +124,10 @@ class _Empty(LazyTensor):
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not tuple or len(state) != 4:
-            raise CorruptCheckpointError(f"the state of a tensor is {state!r}"[:200])
+            raise CorruptCheckpointError(f"the state of a tensor is {describe(state)}"[:200])
         storage, offset, size, stride = state
         if not isinstance(storage, Storage) or storage.kind != self.storage.kind:
-            raise CorruptCheckpointError(f"a {self.dtype} tensor over {storage!r}"[:200])
+            raise CorruptCheckpointError(f"a {self.dtype} tensor over {describe(storage)}"[:200])
         if _end(self.dtype, offset, size, stride) > storage.nbytes:
             _refuse_tensor(storage, offset, size, stride, ())
         self.storage, self.shape, self.stride, self.offset = storage, size, stride, offset
@@ -156,9 +157,8 @@ class TensorBuilder:
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
     ) -> LazyTensor:
         try:  # of a signature that was seen before, as nearly all are
-            signature = self._signatures.get((storage.kind, offset, size, stride))
-            if type(offset) is not int or not _INT.issuperset(map(type, size + stride)):  # True and 1.0 equal 1
-                signature = None
+            plain = type(offset) is int and _INT.issuperset(map(type, size + stride))  # True and 1.0 equal 1
+            signature = self._signatures.get((storage.kind, offset, size, stride)) if plain else None
         except (TypeError, AttributeError):
             signature = None
         dtype, end = signature or self._signature(storage, offset, size, stride)
@@ -179,7 +179,7 @@ class TensorBuilder:
         """The dtype of a tensor, and how many bytes of its storage it needs."""
         dtype = _DTYPE_OF_STORAGE.get(storage.kind) if isinstance(storage, Storage) else None
         if dtype is None:
-            raise CorruptCheckpointError(f"a tensor over {storage!r}"[:200])
+            raise CorruptCheckpointError(f"a tensor over {describe(storage)}"[:200])
         found = self._signatures[storage.kind, offset, size, stride] = dtype, _end(dtype, offset, size, stride)
         return found
 
@@ -188,7 +188,7 @@ class TensorBuilder:
     ) -> LazyTensor:
         name = dtype.qualname if isinstance(dtype, GlobalName) and dtype.module == "torch" else None
         if not isinstance(storage, Storage) or name not in DTYPES:
-            raise UnsupportedCheckpointError(f"a tensor of dtype {dtype!r} over {storage!r}"[:200])
+            raise UnsupportedCheckpointError(f"a tensor of dtype {describe(dtype)} over {describe(storage)}"[:200])
         if hooks or _end(name, offset, size, stride) > storage.nbytes:
             _refuse_tensor(storage, offset, size, stride, hooks)
         return LazyTensor(storage, name, size, stride, offset, bool(grad), False, metadata)
@@ -271,7 +271,9 @@ def _are_plain(attributes: Any) -> bool:
 def _end(dtype: str, offset: Any, size: Any, stride: Any) -> int:
     """How many bytes of its storage a tensor needs."""
     if type(size) is not tuple or type(stride) is not tuple or type(offset) is not int or offset < 0:
-        raise CorruptCheckpointError(f"a tensor with size {size!r}, stride {stride!r}, offset {offset!r}"[:200])
+        raise CorruptCheckpointError(
+            f"a tensor with size {describe(size)}, stride {describe(stride)}, offset {describe(offset)}"[:200]
+        )
     span = _span(size, stride)
     return (offset + span) * DTYPES[dtype].itemsize if span else 0
 
@@ -280,7 +282,7 @@ def _refuse_tensor(storage: Storage, offset: Any, size: Any, stride: Any, hooks:
     if hooks:
         raise UnsupportedCheckpointError("a tensor with backward hooks")
     raise CorruptCheckpointError(
-        f"a tensor of size {size!r}, stride {stride!r}, offset {offset} reaches past its storage of "
+        f"a tensor of size {describe(size)}, stride {describe(stride)}, offset {offset} reaches past its storage of "
         f"{storage.nbytes} bytes"[:300]
     )
 
@@ -288,7 +290,8 @@ def _refuse_tensor(storage: Storage, offset: Any, size: Any, stride: Any, hooks:
 def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
     """Elements from the first to behind the last one of a view."""
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (*size, *stride)):
-        raise CorruptCheckpointError(f"a tensor with size {size!r} and stride {stride!r}"[:200])
+        raise CorruptCheckpointError(f"a tensor with size {describe(size)} and stride {describe(stride)}"[:200])
+    check_sizes((*size, *stride), len(size))
     return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 

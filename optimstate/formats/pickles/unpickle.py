@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -21,6 +22,7 @@ from optimstate.errors import (
 )
 from optimstate.formats.pickles.checks import read_soundly
 from optimstate.formats.pickles.opcodes import check_opcodes
+from optimstate.formats.pickles.sharing import check_sharing
 from optimstate.formats.pickles.tensors import TensorBuilder
 from optimstate.tensors.dtypes import ITEMSIZE_OF_STORAGE
 from optimstate.tensors.lazy import Storage
@@ -107,32 +109,34 @@ class InertUnpickler(pickle.Unpickler):
         """The storage a persistent id names: ('storage', class, key, location, number of elements, ...)."""
         try:
             mark, kind, key, location, numel = pid if len(pid) == 5 else pid[:5]
-            known = self._kinds.get(kind)
+            known = self._kinds.get(kind) if type(kind) is GlobalName else None
         except (TypeError, ValueError):
-            raise CorruptCheckpointError(f"an unknown persistent id {pid!r}"[:200]) from None
+            raise CorruptCheckpointError(f"an unknown persistent id {describe(pid)}"[:200]) from None
         if mark != "storage" or self._storage is None or type(pid) is not tuple:
-            raise CorruptCheckpointError(f"an unknown persistent id {pid!r}"[:200])
+            raise CorruptCheckpointError(f"an unknown persistent id {describe(pid)}"[:200])
         name, itemsize = known or self._kind(kind, key)
         if type(key) is not str or type(location) is not str:
-            raise CorruptCheckpointError(f"a malformed storage id {pid!r}"[:200])
+            raise CorruptCheckpointError(f"a malformed storage id {describe(pid)}"[:200])
         if type(numel) is not int or numel < 0:
-            raise CorruptCheckpointError(f"storage {key!r} declares {numel!r} elements")
+            raise CorruptCheckpointError(f"storage {describe(key)} declares {describe(numel)} elements")
         nbytes = numel * itemsize
         found = self._storage(name, key, location, nbytes)
         if found.nbytes != nbytes:
-            raise CorruptCheckpointError(f"storage {key!r} has {found.nbytes} bytes and is used with {numel} elements")
+            raise CorruptCheckpointError(
+                f"storage {describe(key)} has {found.nbytes} bytes and is used with {numel} elements"
+            )
         if found.kind != name:
-            raise UnsupportedCheckpointError(f"storage {key!r} is used as {found.kind} and as {name}")
+            raise UnsupportedCheckpointError(f"storage {describe(key)} is used as {found.kind} and as {name}")
         return found
 
     def _kind(self, kind: Any, key: Any) -> tuple[str, int]:
         """Name and bytes per element of a class of storages."""
         if type(kind) is not GlobalName:
-            raise CorruptCheckpointError(f"storage {key!r} is of class {kind!r}"[:200])
+            raise CorruptCheckpointError(f"storage {describe(key)} is of class {describe(kind)}"[:200])
         name = kind.qualname.removeprefix("_") if kind.module == "torch.storage" else kind.qualname  # _Untyped, in 1.11
         itemsize = 1 if name == "UntypedStorage" else ITEMSIZE_OF_STORAGE.get(name)
         if itemsize is None:
-            raise UnsupportedCheckpointError(f"storage {key!r} is of unknown class {kind.qualname!r}")
+            raise UnsupportedCheckpointError(f"storage {describe(key)} is of unknown class {describe(kind.qualname)}")
         self._kinds[kind] = (name, itemsize)
         return self._kinds[kind]
 
@@ -140,7 +144,7 @@ class InertUnpickler(pickle.Unpickler):
 def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
     if isinstance(text, str) and encoding in ("latin1", "latin-1"):
         return text.encode("latin1")
-    raise UnsupportedCheckpointError(f"bytes spelled as text in {encoding!r}")
+    raise UnsupportedCheckpointError(f"bytes spelled as text in {describe(encoding)}")
 
 
 def _bytearray(data: Any = b"", encoding: Any = "latin-1") -> bytearray:
@@ -190,9 +194,11 @@ def load(
     Raises:
         CheckpointError: The pickle is damaged, hostile or uses something unknown.
     """
-    end = check_opcodes(data)
+    loose: list[int] = []
+    end = check_opcodes(data, loose=loose)
     if end != len(data):
         raise CorruptCheckpointError(f"{len(data) - end} bytes follow the pickle", place=f"byte {end} of the pickle")
+    check_sharing(data, loose)
     # The C unpickler reads through `peek` of a buffered file without calling back into Python for each opcode.
     reader = unpickler(io.BufferedReader(io.BytesIO(data), 1 << 20), storage)
     try:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.ranks.shards import SHARDED_CLASSES, Box, ShardRecord, is_sharded, shard_record
@@ -24,7 +25,7 @@ from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.folders import listed
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Path as TreePath
-from optimstate.tree import difference, format_path, nodes, rebuilt_mapping
+from optimstate.tree import difference, format_path, nodes, path_key, rebuilt_mapping
 
 NAME = "ranks"
 SUFFIXES: tuple[str, ...] = ()
@@ -125,7 +126,7 @@ class _Joiner:
                 made[key] = self.visit((str(key),), values)
             elif self._differ(values):
                 made[key] = {f"rank{rank}": value for rank, value in enumerate(values)}
-                self.notes.append(f"{key!r} differs from rank to rank and is kept for each")
+                self.notes.append(f"{describe(key)} differs from rank to rank and is kept for each")
             else:
                 made[key] = values[0]
         return rebuilt_mapping(first, made)
@@ -152,7 +153,7 @@ class _Joiner:
 
     def _entry(self, path: TreePath, key: Any, values: Sequence[Mapping[Any, Any]]) -> Any:
         inner = [value[key] for value in values]
-        place = (*path, key if isinstance(key, str | int) else repr(key))
+        place = (*path, path_key(key))
         if isinstance(inner[0], LazyTensor) and "state" not in path and self._differ(inner):
             self.notes.append(f"{format_path(place)} differs from rank to rank: it is that of the first")
             return inner[0]

@@ -14,6 +14,7 @@ from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
+from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats.ranks.tiles import region
 from optimstate.tensors.dtypes import DTYPES
@@ -85,11 +86,11 @@ def shard_record(node: Any) -> ShardRecord | None:
         parts, boxes = _dtensor(shape, state) if kind.qualname == "DTensor" else _sharded_tensor(shape, state)
         for box, tensor in parts:
             if box not in boxes or tensor.shape != box[1] or tensor.dtype != dtype:
-                raise CorruptCheckpointError(f"the part {region(*box)} of a {dtype}{list(shape)} is {tensor!r}")
+                raise CorruptCheckpointError(f"the part {region(*box)} of a {dtype}{list(shape)} is {describe(tensor)}")
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        message = f"the record of a {kind.qualname} is of a form that is not known: {error!r}"
+        message = f"the record of a {kind.qualname} is of a form that is not known: {describe(error)}"
         hint = "Save it with a newer torch, or as a full state."
         raise UnsupportedCheckpointError(message[:300], hint=hint) from None
     is_parameter = node.type.path == "torch._utils._rebuild_parameter"
@@ -110,7 +111,7 @@ def _fields(record: Any) -> Mapping[str, Any]:
     if isinstance(state, tuple) and len(state) == 2:
         return {**(state[0] or {}), **(state[1] or {})}
     if not isinstance(state, Mapping):
-        raise TypeError(f"{record!r} has no attributes")
+        raise TypeError(f"{describe(record)} has no attributes")
     return state
 
 
@@ -120,7 +121,7 @@ def _fields(record: Any) -> Mapping[str, Any]:
 def _sharded_tensor(shape: tuple[int, ...], state: Any) -> tuple[tuple[tuple[Box, LazyTensor], ...], Mapping[Box, str]]:
     local, metadata = state[0], _fields(state[1])
     if _numbers(metadata["size"]) != shape:
-        raise ValueError(f"its metadata says {metadata['size']!r}")
+        raise ValueError(f"its metadata says {describe(metadata['size'])}")
     boxes = {}
     for shard in metadata["shards_metadata"]:
         rank = _fields(_fields(shard)["placement"]).get("_rank")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, LimitExceededError, RepresentationError
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.pruning import LostStorage
@@ -43,7 +44,7 @@ def decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
         CorruptCheckpointError: The document contradicts itself or the tensors.
     """
     if document.get("version") != 1:
-        raise CorruptCheckpointError(f"version {document.get('version')!r} of the checkpoint form is not known")
+        raise CorruptCheckpointError(f"version {describe(document.get('version'))} of the checkpoint form is not known")
     members: dict[str, list[tuple[int, LazyTensor]]] = {}
     views: list[tuple[LazyTensor, str]] = []
 
@@ -57,8 +58,9 @@ def decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
         offset = node.get("offset", 0)
         if dtype not in DTYPES or len(shape) != len(stride) or not are_natural((*shape, *stride, offset)):
             raise CorruptCheckpointError(
-                f"tensor {node['$tensor']!r} is described with dtype {dtype!r}, shape {shape!r}, stride {stride!r} "
-                f"and offset {offset!r}"
+                f"tensor {describe(node['$tensor'])} is described with dtype {describe(dtype)}, "
+                f"shape {describe(shape)}, "
+                f"stride {describe(stride)} and offset {describe(offset)}"
             )
         made = LazyTensor(
             stored.storage,
@@ -74,7 +76,7 @@ def decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
             made = AttributedTensor.of(made, json_tree.decode(node["attributes"], _no_tensor))
         if made.nbytes != stored.nbytes:
             raise CorruptCheckpointError(
-                f"tensor {node['$tensor']!r} has {stored.nbytes} bytes, described {made.nbytes}"
+                f"tensor {describe(node['$tensor'])} has {stored.nbytes} bytes, described {made.nbytes}"
             )
         if "storage" in node:
             members.setdefault(node["storage"], []).append((made.span()[0], stored))
@@ -90,7 +92,7 @@ def decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
     for made, key in views:
         made.storage = shared[key]
         if made.span()[1] > made.storage.nbytes:
-            raise CorruptCheckpointError(f"a tensor reaches past its storage {key!r}")
+            raise CorruptCheckpointError(f"a tensor reaches past its storage {describe(key)}")
     return tree
 
 
@@ -101,7 +103,7 @@ def _check_gaps(total: int, stored: int) -> None:
 
 
 def _no_tensor(node: dict[str, Any]) -> LazyTensor:
-    raise CorruptCheckpointError(f"an attribute is the tensor {node['$tensor']!r}")
+    raise CorruptCheckpointError(f"an attribute is the tensor {describe(node['$tensor'])}")
 
 
 def _laid_out(made: LazyTensor, stored: LazyTensor, kind: str, location: str) -> Storage:
@@ -118,7 +120,7 @@ def _assembled(description: dict[str, Any], pieces: list[tuple[int, LazyTensor]]
     at = 0
     total, kind, location = description["nbytes"], description["kind"], description["location"]
     if not are_natural([total]) or kind not in _STORAGE_KINDS or not isinstance(location, str):
-        raise CorruptCheckpointError(f"a storage described as {description!r}"[:200])
+        raise CorruptCheckpointError(f"a storage described as {describe(description)}"[:200])
     _check_gaps(total, sum(stored.nbytes for _, stored in pieces))
     for start, stored in sorted(pieces, key=lambda piece: (piece[0], -piece[1].nbytes)):
         if start > at:

@@ -13,6 +13,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.pruning import LostStorage, without_lost
@@ -74,7 +75,7 @@ def _document(path: Path, found: dict[str, LazyTensor], metadata: dict[str, str]
     except CheckpointError as error:
         raise error.within(path=path, place="header entry 'optimstate'") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        message = f"the description of the tree is malformed: {error!r}"[:300]
+        message = f"the description of the tree is malformed: {describe(error)}"[:300]
         raise CorruptCheckpointError(message, path=path, place="header entry 'optimstate'") from error
     return Document(path, NAME, tree, handle=rest)
 
@@ -91,10 +92,10 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         names = {str(name): str(file) for name, file in index["weight_map"].items()}
         metadata = {key: value for key, value in index.get("metadata", {}).items() if isinstance(value, str)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptCheckpointError(f"the index cannot be read: {error!r}"[:300], path=path) from None
+        raise CorruptCheckpointError(f"the index cannot be read: {describe(error)}"[:300], path=path) from None
     for file in names.values():
         if Path(file).name != file:
-            raise CorruptCheckpointError(f"the index names {file!r}, outside its folder", path=path)
+            raise CorruptCheckpointError(f"the index names {describe(file)}, outside its folder", path=path)
     return names, metadata
 
 
@@ -113,10 +114,12 @@ def _read_sharded(path: Path, *, salvage: bool) -> Document:
     for file, (found, _) in shards.items():
         for name in found:
             if weight_map.get(name) != file:
-                raise CorruptCheckpointError(f"{file} holds {name!r}, which the index does not place there", path=path)
+                raise CorruptCheckpointError(
+                    f"{file} holds {describe(name)}, which the index does not place there", path=path
+                )
     for name, file in weight_map.items():
         if name not in shards[file][0]:
-            raise CorruptCheckpointError(f"{name!r} is not in {file}, where the index places it", path=path)
+            raise CorruptCheckpointError(f"{describe(name)} is not in {file}, where the index places it", path=path)
         tree[name] = shards[file][0][name]
     return _document(path, tree, metadata)
 

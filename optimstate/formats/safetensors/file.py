@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from optimstate.describe import describe
 from optimstate.errors import (
     CorruptCheckpointError,
     LimitExceededError,
@@ -22,7 +23,7 @@ from optimstate.formats.pruning import LostStorage
 from optimstate.io.copying import copy_extents
 from optimstate.io.extents import Extent, FileSource
 from optimstate.io.output import AtomicFile, AtomicGroup
-from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.dtypes import DTYPES, check_sizes
 from optimstate.tensors.lazy import LazyTensor, Storage
 
 __all__ = ["BY_CODE", "MAX_HEADER", "Entry", "are_natural", "read_file", "write_file"]
@@ -93,7 +94,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {name!r} is there twice")
+        raise ValueError(f"the key {describe(name)} is there twice")
     return made
 
 
@@ -103,19 +104,22 @@ def _read_tensor(source: FileSource, base: int, name: str, entry: Any) -> LazyTe
         if not are_natural((*shape, start, stop)) or not isinstance(code, str):
             raise ValueError("a size or offset is not a natural number, or the dtype is not text")
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCheckpointError(f"the entry of {name!r} is malformed: {error!r}", path=source.path) from None
+        raise CorruptCheckpointError(
+            f"the entry of {describe(name)} is malformed: {describe(error)}", path=source.path
+        ) from None
     if code not in BY_CODE:
         raise UnsupportedCheckpointError(
-            f"tensor {name!r} has dtype {code!r}, whose width is not known"[:300],
+            f"tensor {describe(name)} has dtype {describe(code)}, whose width is not known"[:300],
             path=source.path,
             hint="A newer version may know it.",
         )
+    check_sizes(shape, len(shape))
     dtype = BY_CODE[code]
     if dtype.packed > 1:
         if not shape or shape[-1] % dtype.packed:
             raise UnsupportedCheckpointError(
-                f"tensor {name!r} of {code} has shape {shape}: {dtype.packed} numbers of its last dimension are "
-                f"{dtype.itemsize} bytes",
+                f"tensor {describe(name)} of {code} has shape {describe(shape)}: {dtype.packed} numbers of its last "
+                f"dimension are {dtype.itemsize} bytes",
                 path=source.path,
             )
         shape = [*shape[:-1], shape[-1] // dtype.packed]
@@ -123,7 +127,8 @@ def _read_tensor(source: FileSource, base: int, name: str, entry: Any) -> LazyTe
     tensor = LazyTensor(storage, dtype.name, tuple(shape))
     if tensor.nbytes != stop - start:
         raise CorruptCheckpointError(
-            f"tensor {name!r} of shape {shape} and dtype {code} has {tensor.nbytes} bytes, its range {stop - start}",
+            f"tensor {describe(name)} of shape {describe(shape)} and dtype {code} has {describe(tensor.nbytes)} bytes, "
+            f"its range {stop - start}",
             path=source.path,
         )
     return tensor

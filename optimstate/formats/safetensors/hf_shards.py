@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.protocol import Document
 from optimstate.formats.ranks.tiles import Tile, check_tiling, tensor_of_pieces
@@ -88,7 +89,7 @@ def _offsets(part: Document) -> dict[str, tuple[int, ...]]:
         if not all(type(n) is int and n >= 0 for offsets in found.values() for n in offsets):
             raise ValueError("an offset is not a natural number")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        message = f"{_ENTRY} cannot be read: {error!r}"[:300]
+        message = f"{_ENTRY} cannot be read: {describe(error)}"[:300]
         raise CorruptCheckpointError(message, path=part.path, place="header") from None
     return found
 
@@ -100,14 +101,14 @@ def _whole(path: Path, key: str, pieces: Mapping[tuple[int, ...], tuple[str, Laz
     for name, tensor in pieces.values():
         if tensor.dtype != first.dtype:
             raise CorruptCheckpointError(
-                f"{key!r} is {first.dtype} in one file and {tensor.dtype} in {name}", path=path
+                f"{describe(key)} is {first.dtype} in one file and {tensor.dtype} in {name}", path=path
             )
     try:
         check_tiling(shape, [(at, tensor.shape) for at, (_, tensor) in pieces.items()])
     except CheckpointError as error:
         files = ", ".join(name for name, _ in pieces.values())
         raise type(error)(
-            f"tensor {key!r} in {files}: {error.reason}", path=path, hint="A file is missing or of another run."
+            f"tensor {describe(key)} in {files}: {error.reason}", path=path, hint="A file is missing or of another run."
         ) from error
     tiles = [Tile(at, tensor.shape, tensor.storage) for at, (_, tensor) in pieces.items()]
     return tensor_of_pieces(first.dtype, shape, lambda: tiles)

@@ -7,7 +7,7 @@ themselves. Everything else is an object with one key that begins with `$`:
     {"$tuple": [...]}  {"$set": [...]}  {"$frozenset": [...]}
     {"$dict": [[KEY, VALUE], ...]}         a dict whose keys are not all strings, or one begins with `$`
     {"$ordered": [[KEY, VALUE], ...]}      an OrderedDict; "attributes" holds what was set on it (`_metadata`)
-    {"$float": "inf" | "-inf" | "nan"}  {"$complex": [REAL, IMAGINARY]}
+    {"$float": "inf" | "-inf" | "nan"}  {"$complex": [REAL, IMAGINARY]}  {"$int": HEXADECIMAL}, from 2**4096 on
     {"$bytes": BASE64}  {"$bytearray": BASE64}
     {"$global": "module.name"}             a torch dtype, a class: by name only; "module" where the name has dots
     {"$object": {...}}                     a call or an instance of a class known to hold data only (`PLAIN_CLASSES`)
@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, RepresentationError
 from optimstate.formats.pickles.globals import PLAIN_CLASSES
 from optimstate.formats.pickles.tensors import tensor_kind
@@ -50,6 +51,9 @@ def encode(tree: Any, tensor: Callable[[Path, LazyTensor], Any], note: Note | No
     return _Encoder(tensor, note or (lambda _: None)).encode((), tree)
 
 
+_MOST = 1 << 4096  # parsers of JSON refuse, or round, integers of thousands of digits
+
+
 class _Encoder:
     def __init__(self, tensor: Callable[[Path, LazyTensor], Any], note: Note) -> None:
         self.tensor = tensor
@@ -59,10 +63,12 @@ class _Encoder:
 
     def encode(self, path: Path, node: Any) -> Any:
         kind = type(node)
+        if kind is int and not -_MOST < node < _MOST:
+            return {"$int": hex(node)}
         if node is None or kind is bool or kind is int or kind is str:
             return node
         if kind is float:
-            return node if math.isfinite(node) else {"$float": repr(node)}
+            return node if math.isfinite(node) else {"$float": str(node)}
         if isinstance(node, LazyTensor):
             return self.tensor(path, node)
         if kind is complex:
@@ -95,7 +101,7 @@ class _Encoder:
             return {"$object": self.encode_object(path, node)}
         value = bare_value(node)
         if value is not None:
-            self.note(f"{format_path(path)}, an object of {node.type.path}, is kept as {value!r}")
+            self.note(f"{format_path(path)}, an object of {node.type.path}, is kept as {describe(value)}")
             return self.encode(path, value)
         raise RepresentationError(
             f"{format_path(path)} is {tensor_kind(node) or f'an object of {_describe(node)}'}, "
@@ -150,7 +156,7 @@ def decode(value: Any, tensor: Callable[[dict[str, Any]], LazyTensor]) -> Any:
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CorruptCheckpointError(f"the description of the tree is malformed: {error!r}") from error
+        raise CorruptCheckpointError(f"the description of the tree is malformed: {describe(error)}") from error
 
 
 _METHODS = frozenset(dir(OrderedDict))
@@ -185,6 +191,8 @@ class _Decoder:
             return _SEQUENCES[tag](self.decode(content))
         if tag == "$float" and content in ("inf", "-inf", "nan"):
             return float(content)
+        if tag == "$int":
+            return int(content, 16)
         if tag == "$complex":
             return complex(*self.decode(content))
         if tag in ("$bytes", "$bytearray"):
@@ -194,7 +202,7 @@ class _Decoder:
             return self.name(content, value.get("module"))
         if tag == "$object":
             return self.object(content)
-        raise CorruptCheckpointError(f"unknown kind of node {tag!r}")
+        raise CorruptCheckpointError(f"unknown kind of node {describe(tag)}")
 
     def pairs(self, content: list[list[Any]]) -> list[tuple[Any, Any]]:
         return [(self.decode(key), self.decode(value)) for key, value in content]
@@ -209,7 +217,9 @@ class _Decoder:
 
     def object(self, content: dict[str, Any]) -> Opaque:
         if content["class"] not in PLAIN_CLASSES:
-            raise CorruptCheckpointError(f"an object of {content['class']!r}, which this container does not hold")
+            raise CorruptCheckpointError(
+                f"an object of {describe(content['class'])}, which this container does not hold"
+            )
         kind: GlobalName = self.name(content["class"])
         record = kind.record(*self.decode(content["arguments"]), **self.decode(content.get("keywords", {})))
         record.called = bool(content["called"])

@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES, check_opcodes
 from optimstate.formats.pickles.unpickle import InertUnpickler, load
@@ -123,11 +124,12 @@ class _Reader:
         itemsize = ITEMSIZE_OF_STORAGE.get(storage.kind, 1)
         if numel < 0 or numel * itemsize > self.source.size - self.at:
             raise CorruptCheckpointError(
-                f"storage {name!r} declares {numel} elements, past the end of the file", place=f"offset {self.at}"
+                f"storage {describe(name)} declares {numel} elements, past the end of the file",
+                place=f"offset {self.at}",
             )
         if storage.nbytes not in (-1, numel * itemsize):
             raise CorruptCheckpointError(
-                f"storage {name!r} has {numel * itemsize} bytes, the pickle says {storage.nbytes}",
+                f"storage {describe(name)} has {numel * itemsize} bytes, the pickle says {storage.nbytes}",
                 place=f"offset {self.at}",
             )
         storage.nbytes = numel * itemsize
@@ -165,12 +167,14 @@ class _StreamUnpickler(InertUnpickler):
         itemsize = ITEMSIZE_OF_STORAGE.get(root.kind, 1)
         if not (type(offset) is type(numel) is int and offset >= 0 and 0 <= numel <= root.nbytes // itemsize - offset):
             raise CorruptCheckpointError(
-                f"a view of {numel!r} elements from {offset!r} reaches past storage {pid[2]!r}"
+                f"a view of {describe(numel)} elements from {describe(offset)} reaches past storage {describe(pid[2])}"
             )
         made = Storage((), numel * itemsize, root.kind, root.location)
         view = self.views.setdefault(key, _View(made, root, offset * itemsize))
         if (view.root, view.start, view.storage.nbytes) != (root, offset * itemsize, made.nbytes):
-            raise CorruptCheckpointError(f"the view {key!r} of storage {pid[2]!r} is described in two ways")
+            raise CorruptCheckpointError(
+                f"the view {describe(key)} of storage {describe(pid[2])} is described in two ways"
+            )
         return view.storage
 
 
@@ -185,7 +189,7 @@ def read_stream(source: SizedSource) -> tuple[Any, Globals]:
         raise CorruptCheckpointError("the magic number is missing")
     version = reader.pickle()
     if version != 1001:
-        raise UnsupportedCheckpointError(f"version {version!r} of the legacy container is not known")
+        raise UnsupportedCheckpointError(f"version {describe(version)} of the legacy container is not known")
     _check_system(reader.pickle())
     storages: dict[str, Storage] = {}
 
@@ -214,7 +218,7 @@ def read_stream(source: SizedSource) -> tuple[Any, Globals]:
 
 def _check_system(info: Any) -> None:
     if not isinstance(info, dict):
-        raise CorruptCheckpointError(f"the description of the machine is {info!r}"[:200])
+        raise CorruptCheckpointError(f"the description of the machine is {describe(info)}"[:200])
     if info.get("little_endian") is False:
         raise UnsupportedCheckpointError(
             "written on a big-endian machine", hint="Load it with torch, which swaps the bytes, and save it."
@@ -233,7 +237,7 @@ def read_tar(source: FileSource) -> tuple[Any, Globals]:
     members = _tar_members(source)
     for name in ("storages", "tensors", "pickle"):
         if name not in members:
-            raise CorruptCheckpointError(f"the tar archive has no member {name!r}")
+            raise CorruptCheckpointError(f"the tar archive has no member {describe(name)}")
     reader = _Reader(_Window(source, *members["storages"]))
     storages = _tar_storages(reader)
     objects: dict[int, Any] = {}
@@ -241,7 +245,7 @@ def read_tar(source: FileSource) -> tuple[Any, Globals]:
     for _ in range(_count(tensors.pickle(), tensors)):
         key, storage_key, _ = _fields(tensors.pickle(), 3, "tensor")
         if storage_key not in storages:
-            raise CorruptCheckpointError(f"tensor {key!r} is in the unknown storage {storage_key!r}")
+            raise CorruptCheckpointError(f"tensor {describe(key)} is in the unknown storage {describe(storage_key)}")
         objects[key] = _tar_tensor(tensors, storages[storage_key], key)
     objects = {**storages, **objects}
 
@@ -251,7 +255,7 @@ def read_tar(source: FileSource) -> tuple[Any, Globals]:
                 return pid[0]  # a class with its source code
             number = int(pid) if str(pid).lstrip("-").isdigit() else None
             if number not in objects:
-                raise CorruptCheckpointError(f"the pickle refers to {pid!r}, which is nowhere defined"[:200])
+                raise CorruptCheckpointError(f"the pickle refers to {describe(pid)}, which is nowhere defined"[:200])
             return objects[number]
 
     trees = _Reader(_Window(source, *members["pickle"]))
@@ -273,14 +277,14 @@ def _tar_storages(reader: _Reader) -> dict[int, Storage]:
     for _ in range(_count(reader.pickle(), reader)):
         key, location, kind = _fields(reader.pickle(), 3, "storage")
         if not isinstance(kind, GlobalName) or kind.qualname not in _DTYPE_OF:
-            raise UnsupportedCheckpointError(f"storage {key!r} is of unknown class {kind!r}")
+            raise UnsupportedCheckpointError(f"storage {describe(key)} is of unknown class {describe(kind)}")
         found[key] = Storage((), -1, kind.qualname, str(location))
         reader.skip_storage(found[key], key)
     for target, root, offset, numel in (_fields(view, 4, "view") for view in reader.pickle()):
         itemsize = _DTYPE_OF[found[root].kind].itemsize
         start, stop = offset * itemsize, (offset + numel) * itemsize
         if not 0 <= start <= stop <= found[root].nbytes:
-            raise CorruptCheckpointError(f"view {target!r} reaches past its storage {root!r}")
+            raise CorruptCheckpointError(f"view {describe(target)} reaches past its storage {describe(root)}")
         found[target] = Storage(found[root].cut(start, stop), stop - start, found[root].kind, found[root].location)
     return found
 
@@ -288,25 +292,25 @@ def _tar_storages(reader: _Reader) -> dict[int, Storage]:
 def _tar_tensor(reader: _Reader, storage: Storage, key: object) -> LazyTensor:
     ndim = reader.number("i")
     if not 0 <= ndim <= 64:
-        raise CorruptCheckpointError(f"tensor {key!r} has {ndim} dimensions", place=f"offset {reader.at}")
+        raise CorruptCheckpointError(f"tensor {describe(key)} has {ndim} dimensions", place=f"offset {reader.at}")
     reader.take(4)
     shape = tuple(reader.number("q") for _ in range(ndim))
     stride = tuple(reader.number("q") for _ in range(ndim))
     tensor = LazyTensor(storage, _DTYPE_OF[storage.kind].name, shape, stride, reader.number("q"))
     if min((*shape, *stride, tensor.offset), default=0) < 0 or tensor.span()[1] > storage.nbytes:
-        raise CorruptCheckpointError(f"tensor {key!r} of shape {shape} reaches past its storage")
+        raise CorruptCheckpointError(f"tensor {describe(key)} of shape {shape} reaches past its storage")
     return tensor
 
 
 def _count(value: Any, reader: _Reader) -> int:
     if type(value) is not int or not 0 <= value <= reader.source.size:
-        raise CorruptCheckpointError(f"a number of items is {value!r}"[:100], place=f"offset {reader.at}")
+        raise CorruptCheckpointError(f"a number of items is {describe(value)}"[:100], place=f"offset {reader.at}")
     return value
 
 
 def _fields(value: Any, count: int, what: str) -> tuple[Any, ...]:
     if not isinstance(value, tuple) or len(value) != count:
-        raise CorruptCheckpointError(f"a {what} is described by {value!r}"[:200])
+        raise CorruptCheckpointError(f"a {what} is described by {describe(value)}"[:200])
     return value
 
 

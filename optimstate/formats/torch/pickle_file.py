@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import (
     CorruptCheckpointError,
     LimitExceededError,
@@ -102,7 +103,7 @@ def _storage_of_numbers(kind: str, numbers: Any = ()) -> Storage:
     try:
         data = encode_elements(numbers, kind)
     except (TypeError, ValueError, struct.error) as error:
-        raise CorruptCheckpointError(f"a {kind} of {numbers!r}: {error}"[:200]) from None
+        raise CorruptCheckpointError(f"a {kind} of {describe(numbers)}: {error}"[:200]) from None
     return Storage((Extent(InMemory(data), 0, len(data)),) if data else (), len(data), kind)
 
 
@@ -112,7 +113,7 @@ def _embedded_storage(data: Any) -> tuple[Storage, Globals]:
     tree, names = read_stream(InMemory(bytes(data)))
     if not isinstance(tree, Storage):
         raise UnsupportedCheckpointError(
-            f"the bytes inside the pickle hold {tree!r} where a storage belongs"[:200],
+            f"the bytes inside the pickle hold {describe(tree)} where a storage belongs"[:200],
             hint="Only pickled state dicts are read; save this object with torch.save.",
         )
     return tree, names

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import (
     CorruptCheckpointError,
     LimitExceededError,
@@ -66,11 +67,11 @@ def read(path: Path) -> Document:
 
 def _storage(folder: Path, kind: str, key: str, location: str, nbytes: int) -> Storage:
     if Path(key).name != key:
-        raise CorruptCheckpointError(f"storage {key!r} is outside of the folder")
+        raise CorruptCheckpointError(f"storage {describe(key)} is outside of the folder")
     file = FileSource(folder / key)
     if file.size != nbytes:
         raise CorruptCheckpointError(
-            f"storage {key!r} is declared with {nbytes} bytes, its file has {file.size}", path=file.path
+            f"storage {describe(key)} is declared with {nbytes} bytes, its file has {file.size}", path=file.path
         )
     return Storage((Extent(file, 0, nbytes),) if nbytes else (), nbytes, kind, location, key)
 

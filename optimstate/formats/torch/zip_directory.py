@@ -15,6 +15,7 @@ from itertools import chain
 from operator import sub
 from typing import NamedTuple
 
+from optimstate.describe import describe
 from optimstate.errors import (
     CorruptCheckpointError,
     LimitExceededError,
@@ -246,18 +247,18 @@ class Archive:
         """Refuse the first record that is not in the file as it says."""
         for name, flag, method, size, full_size, header in entries:
             if flag & 1:
-                raise UnsupportedCheckpointError(f"record {name!r} is encrypted", path=self.source.path)
+                raise UnsupportedCheckpointError(f"record {describe(name)} is encrypted", path=self.source.path)
             if method:
                 self.compressed.add(name)
             if (size != full_size and not method) or header + LOCAL.size + size > self.directory_offset:
-                raise self.corrupt(f"record {name!r} of {size} bytes reaches past the data", header)
+                raise self.corrupt(f"record {describe(name)} of {size} bytes reaches past the data", header)
 
     def _check_overlaps(self, records: Records) -> None:
         """Refuse a record that begins inside another; they may stand in any order."""
         end = 0
         for header, size, name in sorted(zip(records.headers, records.sizes, records, strict=True)):
             if header < end:
-                raise self.corrupt(f"record {name!r} overlaps another", header)
+                raise self.corrupt(f"record {describe(name)} overlaps another", header)
             end = header + LOCAL.size + size
 
     def refuse_compressed(self) -> None:
@@ -268,7 +269,7 @@ class Archive:
         """
         for name in sorted(self.compressed):
             raise UnsupportedCheckpointError(
-                f"record {name!r} is compressed",
+                f"record {describe(name)} is compressed",
                 path=self.source.path,
                 hint="torch.save stores records as they are; load the file with torch and save it again.",
             )
@@ -278,10 +279,10 @@ class Archive:
         header = self.source.read(record.header, LOCAL.size)
         fields = LOCAL.unpack(header)
         if fields[0] != b"PK\x03\x04":
-            raise self.corrupt(f"record {record.name!r} has no local header", record.header)
+            raise self.corrupt(f"record {describe(record.name)} has no local header", record.header)
         start = record.header + LOCAL.size + int(fields[9]) + int(fields[10])
         if start + record.size > self.directory_offset:
-            raise self.corrupt(f"record {record.name!r} reaches into the directory", record.header)
+            raise self.corrupt(f"record {describe(record.name)} reaches into the directory", record.header)
         return start
 
     def extent(self, record: Record) -> Extent:
@@ -292,11 +293,12 @@ class Archive:
         """The contents of a small record, checked against its checksum."""
         if record.size > limit:
             raise LimitExceededError(
-                f"record {record.name!r} has {record.size} bytes, over the limit of {limit}", path=self.source.path
+                f"record {describe(record.name)} has {record.size} bytes, over the limit of {limit}",
+                path=self.source.path,
             )
         data = self.extent(record).read()
         if record.crc and zlib.crc32(data) != record.crc:
-            raise self.corrupt(f"record {record.name!r} does not match its checksum", record.header)
+            raise self.corrupt(f"record {describe(record.name)} does not match its checksum", record.header)
         return data
 
     def corrupt(self, message: str, offset: int) -> CorruptCheckpointError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.pickles.unpickle import load
@@ -67,9 +68,9 @@ def storages_of(archive: Archive, folder: str, missing: Missing | None = None) -
             if missing is not None:
                 return missing(kind, key, location, nbytes)
             if position < 0:
-                raise CorruptCheckpointError(f"storage {key!r} has no record", path=path)
+                raise CorruptCheckpointError(f"storage {describe(key)} has no record", path=path)
             raise CorruptCheckpointError(
-                f"storage {key!r} is declared with {nbytes} bytes, its record has {sizes[position]}",
+                f"storage {describe(key)} is declared with {nbytes} bytes, its record has {sizes[position]}",
                 path=path,
                 place=f"offset {records.headers[position]}",
             )

@@ -342,8 +342,8 @@ def _in_order_of(made: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str
     return dict(next(wanted) if key in values else (key, value) for key, value in made.items())
 
 
-def _moved_metadata(metadata: Mapping[str, Any], moves: SectionMoves, prefix: str) -> dict[str, Any]:
-    """The version numbers torch keeps per module, under the modules' new names."""
+def _moved_metadata(metadata: Mapping[Any, Any], moves: SectionMoves, prefix: str) -> Mapping[Any, Any]:
+    """The version numbers torch keeps per module, under the modules' new names; what is not by name stays."""
     pairs = [
         (prefix + leaf.name, prefix + move.target)
         for move in moves.moves
@@ -354,8 +354,11 @@ def _moved_metadata(metadata: Mapping[str, Any], moves: SectionMoves, prefix: st
     lost = renamed_modules((prefix + name, prefix + name) for name, _ in moves.dropped).keys() - modules.keys() - {""}
     if "" in modules.get("", ()):  # what is beside modules that stayed, stays
         modules[""] = [""]
-    made: dict[str, Any] = {"": metadata[""]} if "" in metadata else {}  # there is always a root
+    made: dict[Any, Any] = {"": metadata[""]} if "" in metadata else {}  # there is always a root
     for name, value in metadata.items():
+        if not isinstance(name, str):
+            made[name] = value
+            continue
         if name in lost:
             continue
         owner = name

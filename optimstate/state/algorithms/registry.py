@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
 from optimstate.state.algorithms import bitsandbytes, libraries, torch
 from optimstate.state.algorithms.slots import GRADIENT, MASTERS, SCALAR, SQUARE, Algorithm, Slot, SlotKind
@@ -77,7 +78,7 @@ def _outside() -> tuple[Algorithm, ...]:
         several = [made] if isinstance(made, Algorithm) else list(made)
         if not all(isinstance(item, Algorithm) for item in several):
             raise StateMismatchError(
-                f"the entry point {point.name!r} of {point.value} is not an algorithm",
+                f"the entry point {describe(point.name)} of {point.value} is not an algorithm",
                 hint="`optimstate.state.algorithms.slots` describes what an algorithm says.",
             )
         found.extend(several)
