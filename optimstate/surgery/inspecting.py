@@ -38,7 +38,7 @@ from optimstate.surgery.reports import (
 from optimstate.surgery.rest import rest_of
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName, Opaque, OpaqueFile, census, format_path, nodes
+from optimstate.tree import GlobalName, Opaque, OpaqueFile, census, format_path, nodes, path_key
 from optimstate.tree import tensors as walked_tensors
 
 if TYPE_CHECKING:
