@@ -211,7 +211,7 @@ def _parts(tree: Any, path: Path) -> tuple[Mapping[str, Any], OptimizerState]:
         assert name is not None
         if not isinstance(model.get(name), LazyTensor):
             raise RepresentationError(
-                f"parameter {name!r} of the optimizer is not a tensor of the model",
+                f"parameter {describe(name)} of the optimizer is not a tensor of the model",
                 hint="Take wrapper prefixes (module., _orig_mod.) off both with a plan first.",
             )
         if Path(name).name != name or name in (".", ".."):

@@ -101,7 +101,7 @@ def _numbers(value: Any) -> tuple[int, ...]:
     if isinstance(value, Opaque):  # a torch.Size
         (value,) = value.arguments
     if not isinstance(value, tuple | list) or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"{value!r} is not a list of sizes")
+        raise ValueError(f"{describe(value)} is not a list of sizes")
     return tuple(value)
 
 

@@ -53,7 +53,9 @@ def join_shards(path: Path, files: Mapping[str, Document]) -> Document:
         for key, tensor in part.tree.items():
             at = offsets.get(key)
             if at is None or len(at) != len(tensor.shape):
-                raise CorruptCheckpointError(f"invalid offset {at!r} for {key!r}", path=part.path, place="header")
+                raise CorruptCheckpointError(
+                    f"invalid offset {describe(at)} for {describe(key)}", path=part.path, place="header"
+                )
             if tensor.numel or not tensor.shape:
                 tiles.setdefault(key, {}).setdefault(at, (name, tensor))
             else:
