@@ -10,7 +10,7 @@ import typer
 
 from optimstate import errors
 from optimstate.cli.app import Force, Json, Quiet, app, epilog, until_exit
-from optimstate.surgery.inspection_text import Sort
+from optimstate.cli.words import Sort
 
 
 @app.command(

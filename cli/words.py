@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
-__all__ = ["dtypes", "formats", "optimizers", "sections"]
+__all__ = ["Sort", "dtypes", "formats", "optimizers", "sections"]
 
+Sort = Literal["name", "size", "norm"]  # as `View.sort`, whose module takes longer to import than to print help
 WRITABLE = ("torch", "safetensors", "dcp", "deepspeed-universal")
 
 

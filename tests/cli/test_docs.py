@@ -155,6 +155,7 @@ INVOCATIONS = {
     "plan show": [["plan", "show", "copies.toml", "checkpoint.pt"]],
     "convert": [
         ["convert", "checkpoint.pt", "less2.pt", "--without", "optimizer"],
+        ["convert", "torn.pt", "whole.pt", "--salvage"],
         ["convert", str(ANY / "transformers/gpt2_adamw/checkpoint-4"), "whole.pt", "--dry-run"],
         ["convert", "checkpoint.pt", "cast.pt", "--section", "optimizer", "--dtype", "exp_avg=bf16"],
         ["convert", "checkpoint.pt", "lion.pt", "--dry-run", "--optimizer", "Lion", "--dtype", "model=bf16"],
@@ -207,6 +208,7 @@ def test_json_has_the_documented_form(command: str, checkpoints: Path) -> None:
         script + "\nnew = lambda: build('a', 'b')\n"
         "from optimstate import Plan\nplan = Plan.from_options(duplicate=['encoder.{p}=a.{p},b.{p}'])\n"
     )
+    Path("torn.pt").write_bytes(Path("checkpoint.pt").read_bytes()[:-9000])
     Path("cut.pkl").write_bytes(b"\x80\x02(cos\nsystem\n")
     Path("left").mkdir()
     Path("left/.new.pt.0123456789ab.part").touch()

@@ -329,7 +329,7 @@ def test_options_of_fixed_words_are_completed_with_them() -> None:
     line = "optimstate convert a.pt b"
     assert set(completed("bash", f"{line} --to ")) == {"torch", "safetensors", "dcp", "deepspeed-universal"}
     assert completed("bash", f"{line} --section opt") == ["optimizer"]
-    assert completed("fish", f"{line} --optimizer Adafac") == ["dafactor"]  # found in small letters
+    assert "dafactor" in completed("fish", f"{line} --optimizer Adafac")  # found in small letters
     assert "exp" in started(
         {"_OPTIMSTATE_COMPLETE": "complete_bash", "COMP_WORDS": f"{line} --dtype e", "COMP_CWORD": "5"}
     )

@@ -127,3 +127,33 @@ def test_algorithms_of_other_packages_are_recognised(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.split() == ["Novel", "None"]
+
+
+FOREIGN = {
+    "LARS": ({"momentum_buffer"}, "momentum dampening nesterov trust_coeff trust_clip"),
+    "SGDP": ({"momentum_buffer"}, "momentum dampening nesterov delta wd_ratio"),
+    "LAMB": ({"step", "exp_avg", "exp_avg_sq"}, "betas eps amsgrad fused trust_clip"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_hyperparameter_of_its_own_rules_an_algorithm_out(name: str) -> None:
+    slots, options = FOREIGN[name]
+    group = {"lr": 0.1, "weight_decay": 0.0, **dict.fromkeys(options.split(), 0.5)}
+    assert recognise(slots, group) is None
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam])
+def test_what_frameworks_write_into_groups_rules_nothing_out(kind: type[torch.optim.Optimizer]) -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    group = dict(kind([p], lr=0.1).param_groups[0])
+    notes = {
+        "initial_lr": 0.1,
+        "lr_scale": 0.5,
+        "name": "decay",
+        "max_lr": 0.1,
+        "lr_mult": 2.0,
+        "layer_id": 3,
+        "tag": "x",
+    }
+    assert recognise([], {**group, **notes}) == recognise([], group) is not None

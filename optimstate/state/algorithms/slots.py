@@ -67,6 +67,8 @@ class Algorithm(Record):
         values: Options and the value that tells it from a sibling.
         whole: Whether the update of an element depends on the others of its tensor: then fused or split parameters
             train differently from before, however exact their state.
+        own: Every option that it has in any release, besides those that most optimizers have; a number under another
+            name rules it out. Empty where that is not known.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Algorithm(Record):
     lacks: frozenset[str] = frozenset()
     values: tuple[tuple[str, Any], ...] = ()
     whole: bool = False
+    own: frozenset[str] = frozenset()
 
     def slot(self, name: str | int) -> Slot | None:
         """What a slot is, or None."""
@@ -105,8 +108,43 @@ class Algorithm(Record):
             and self.options <= options.keys()
             and not self.lacks & options.keys()
             and all(options.get(key) == value for key, value in self.values)
+            and not (self.own and any(self._is_foreign(key, value) for key, value in options.items()))
         )
 
+    def _is_foreign(self, key: str, value: Any) -> bool:
+        """Whether an option is a hyperparameter that the algorithm does not have, and no note of a framework's."""
+        if key in self.own or key in COMMON_OPTIONS or key.endswith(_NOTES):
+            return False
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        return all(item is None or isinstance(item, bool | int | float) for item in numbers)
+
+
+COMMON_OPTIONS = frozenset(
+    [
+        "params",
+        "param_names",
+        "lr",
+        "weight_decay",
+        "maximize",
+        "foreach",
+        "capturable",
+        "differentiable",
+        "fused",
+        "decoupled_weight_decay",
+        "bias_correction",
+        "correct_bias",
+        "adam_w_mode",
+        "grad_averaging",
+        "set_grad_none",
+        "max_grad_norm",
+        "default_config",
+        "step",
+    ]
+)
+"""Options that many optimizers have, and those of the fused kernels of apex, DeepSpeed and Megatron."""
+
+_NOTES = ("_lr", "lr_scale", "_mult", "name", "_momentum", "_id", "_index", "_type", "is_expert_parallel")
+"""Ends of what schedulers, trainers and users write into groups beside the hyperparameters."""
 
 RECOMPUTED = frozenset({"RMS"})
 """Numbers that an optimizer keeps in its state but computes anew at every step."""

@@ -22,7 +22,7 @@ __all__ = ["ALGORITHMS"]
 _ADAM = {**MOMENTS, "max_exp_avg_sq": SQUARE}
 
 # In order: the first that matches is taken, so what has more marks stands before what has fewer.
-ALGORITHMS: tuple[Algorithm, ...] = (
+_TABLE: tuple[Algorithm, ...] = (
     algorithm("AdamW", _ADAM, "betas eps amsgrad fused", decoupled_weight_decay=True),
     algorithm("Adam", _ADAM, "betas eps amsgrad fused", decoupled_weight_decay=False),
     algorithm("Adam or AdamW", _ADAM, "betas eps weight_decay amsgrad", lacks="decoupled_weight_decay"),
@@ -79,4 +79,25 @@ ALGORITHMS: tuple[Algorithm, ...] = (
         "max_iter max_eval tolerance_grad history_size",
         whole=True,
     ),
+)
+
+_OWN = {
+    "SGD": "momentum dampening nesterov",
+    "Adam": "betas eps amsgrad",
+    "AdamW": "betas eps amsgrad",
+    "Adam or AdamW": "betas eps amsgrad",
+    "NAdam": "betas eps momentum_decay",
+    "RAdam": "betas eps",
+    "Adamax": "betas eps",
+    "SparseAdam": "betas eps",
+    "Adagrad": "lr_decay eps initial_accumulator_value",
+    "Adadelta": "rho eps",
+    "Adafactor": "beta2_decay d eps",
+    "ASGD": "lambd alpha t0",
+    "RMSprop": "momentum alpha eps centered",
+    "Rprop": "etas step_sizes",
+    "Muon": "momentum nesterov eps ns_coefficients ns_steps adjust_lr_fn spectral_unclamped",
+}
+ALGORITHMS: tuple[Algorithm, ...] = tuple(
+    found._replace(own=frozenset(_OWN.get(found.name, "").split())) for found in _TABLE
 )
