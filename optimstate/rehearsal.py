@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Deviation", "Rehearsal", "rehearse"]
 
-Built = "tuple[torch.nn.Module, torch.optim.Optimizer]"
 Verdict = Literal["exact", "approximate", "wrong state", "another function"]
 Tensors = dict[str, Any]
 

@@ -208,25 +208,14 @@ class OptimizerState(Record):
         Raises:
             StateMismatchError: A parameter has no name.
         """
-        return self._rekeyed([[str(name) for name in group.names or ()] for group in self.groups], names=False)
-
-    def by_index(self) -> OptimizerState:
-        """The same state keyed by position, as torch has it, with the names in `param_names`.
-
-        Raises:
-            StateMismatchError: A parameter has no name.
-        """
-        count = iter(range(sum(len(group.params) for group in self.groups)))
-        return self._rekeyed([[next(count) for _ in group.params] for group in self.groups], names=True)
-
-    def _rekeyed(self, keys: Sequence[Sequence[ParameterKey]], *, names: bool) -> OptimizerState:
         self._refuse_unnamed()
         rename: dict[ParameterKey, ParameterKey] = {}
         made = []
-        for group, new in zip(self.groups, keys, strict=True):
-            rename.update(zip(group.params, new, strict=True))
-            order = tuple(key for key in group.keys if key != "param_names") + (("param_names",) if names else ())
-            made.append(group._replace(params=tuple(new), keys=order))
+        for group in self.groups:
+            names = tuple(str(name) for name in group.names or ())
+            rename.update(zip(group.params, names, strict=True))
+            order = tuple(key for key in group.keys if key != "param_names")
+            made.append(group._replace(params=names, keys=order))
         # Entries of parameters come in the order of the groups, as torch writes them.
         known = {rename[key]: self.state[key] for group in self.groups for key in group.params if key in self.state}
         orphans = {key: self.state[key] for key in self.orphans()}

@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from optimstate.describe import describe
 from optimstate.record import Record
 from optimstate.state.names import unwrapped, wrapper_prefix
 from optimstate.state.naming import (
@@ -79,17 +78,6 @@ class Namer:
             if not found.complete and self._by_trainer and (excluded := trainer_excludes(state, candidates)):
                 found = name_parameters(state, candidates, ordered=True, given=True, excluded=excluded)
         return found._replace(names=tuple(name and spelling.saved(name) for name in found.names))
-
-
-def _confirmed(state: OptimizerState, names: Sequence[str]) -> Naming:
-    """The names that an optimizer has, where those that are given are not others."""
-    own = name_parameters(state, [], ordered=False)
-    rename = unwrapped(names)
-    known = {name: None for given in names for name in (given, rename(given))}
-    other = next((name for name in own.names if name not in known), None)
-    if other is None:
-        return own
-    return own._replace(problems=(f"the file calls a parameter {describe(other)}, which is not among the given names",))
 
 
 class ModelNames:
