@@ -1,7 +1,7 @@
 """The tests on other releases of torch and Python: `python -m tests.matrix [--quick] [--torch 2.6.0 ...]`.
 
 Each release gets an environment of its own, one after the other, with the packages of the tests that ask for no torch.
-What the tests say is printed as rows of the table in docs/versions.md. The whole takes hours, `--quick` some minutes.
+What the tests say is printed as rows of a table, for docs/versions.md. The whole takes hours, `--quick` some minutes.
 """
 
 from __future__ import annotations
