@@ -25,7 +25,7 @@ __all__ = ["Program", "Wanted", "applied", "core", "cut", "joined"]
 
 Concat, Stack, Split, Unstack = (OPERATIONS[key] for key in ("concat", "stack", "split", "unstack"))
 Permute, Transpose, Reshape = (OPERATIONS[key] for key in ("permute", "transpose", "reshape"))
-Slice, Resize, Repeat = (OPERATIONS[key] for key in ("slice", "resize", "repeat"))
+Slice, Select, Resize, Repeat = (OPERATIONS[key] for key in ("slice", "select", "resize", "repeat"))
 
 Program = tuple[Operation, ...]
 
@@ -214,6 +214,8 @@ def _simple(shape: Shape, wanted: Wanted) -> Iterator[Program]:
         yield ()
     if prod(new) == prod(shape) and new != shape:
         yield from _reshapes(shape, new)
+    if len(new) == len(shape) and not bool((wanted.ids < 0).any()):
+        yield from _selections(shape, wanted)
     if len(new) == len(shape):
         for dim, (old, size) in enumerate(zip(shape, new, strict=True)):
             if (
@@ -224,6 +226,15 @@ def _simple(shape: Shape, wanted: Wanted) -> Iterator[Program]:
             ):
                 yield (Repeat(dim, size // old),)
                 yield (Repeat(dim, size // old, True),)
+
+
+def _selections(shape: Shape, wanted: Wanted) -> Iterator[Program]:
+    """Rows of one dimension chosen by a list that follows no pattern: a permutation, a flip."""
+    for dim, (old, size) in enumerate(zip(shape, wanted.shape, strict=True)):
+        if not size or any(a != b for at, (a, b) in enumerate(zip(shape, wanted.shape, strict=True)) if at != dim):
+            continue
+        first = wanted.ids.reshape(wanted.shape).movedim(dim, 0).reshape(size, -1)[:, 0]
+        yield (Select(dim, tuple((first // prod(shape[dim + 1 :]) % old).tolist())),)
 
 
 def core(wanted: Wanted) -> tuple[Wanted, Program]:

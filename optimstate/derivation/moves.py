@@ -104,6 +104,15 @@ class Derivation:
         for component in owners.components():
             self._explain(component, moved, owners)
         used = {name for component in owners.components() for name in component.sources}
+        for name, origin in found.outputs.items():
+            if isinstance(origin, Combined):
+                terms = tuple(self._owner(part) for part, _ in origin.parts)
+                if used & set(terms):
+                    shared = min(used & set(terms))
+                    raise DerivationError(f"{shared!r} is part of the mean {name!r} and of another output")
+                used |= set(terms)
+                self.first.append(Moves(terms, (name,), (OPERATIONS["mean"](0),)))
+                self.notes.append(f"{name!r} is a mean: its weights are exact, its optimizer state is approximate")
         self.dropped = tuple(name for name in self.sources if name not in used)
         if self.dropped and not self.allow_drop:
             more = len(self.dropped) - 5
@@ -120,13 +129,36 @@ class Derivation:
             if isinstance(origin, Unexplained):
                 of = f" (it depends on {', '.join(map(repr, origin.sources))})" if origin.sources else ""
                 wrong.append(f"{name!r} is not a layout of the sources: {origin.reason}{of}")
-            elif isinstance(origin, Combined):
+            elif isinstance(origin, Combined) and not self._is_mean(origin):
                 terms = " + ".join(f"{factor:g} * ..." for _, factor in origin.parts[:4])
                 wrong.append(f"{name!r} is a sum of {len(origin.parts)} tensors ({terms}): no rule can say it yet")
             elif isinstance(origin, Moved) and origin.shift:
                 wrong.append(f"{name!r} has {origin.shift:g} added to every element: no rule can say it yet")
         if wrong:
             raise DerivationError("\n".join(wrong))
+
+    def _is_mean(self, origin: Combined) -> bool:
+        """Whether it is the mean of whole tensors."""
+        from optimstate.installed_torch import torch
+
+        count = len(origin.parts)
+        sizes = {part.numel() for part, _ in origin.parts}
+        return not origin.shift and all(
+            abs(factor * count - 1) < 1e-6
+            and sizes == {part.numel()}
+            and bool((part.reshape(-1) == torch.arange(part.numel()) + int(part.reshape(-1)[0])).all())
+            and part.shape == self.sources[self._owner(part)].shape
+            for part, factor in origin.parts
+        )
+
+    def _owner(self, part: torch.Tensor) -> str:
+        """The source that a term begins with."""
+        first, start = int(part.reshape(-1)[0]), 0
+        for name, source in self.sources.items():
+            if start <= first < start + prod(source.shape):
+                return name
+            start += prod(source.shape)
+        raise AssertionError("every term is of some source")
 
     # --- one component ----------------------------------------------------------------------------------------------
 

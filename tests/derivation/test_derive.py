@@ -22,13 +22,12 @@ RULES = {
     "llama_to_meta": 6, "gqa_fuse": 3, "gqa_unfuse": 2, "neox": 2, "conv1d": 3, "conv1d_cut": 4, "gqa_to_mha": 1,
     "vit": 5, "mixtral": 3, "mixtral_back": 3, "gpt_oss": 3, "halves": 5, "many": 2, "vocab": 1, "tied": 2, "bf16": 1,
     "gammabeta": 2, "everysecond": 2, "shifted": 3, "stacked": 1, "mla": 1, "mamba": 1, "dense37": 1,
+    "mean4": 1, "flip": 1,
 }  # fmt: skip
 REFUSED = {
     "plus1": "'a' has 1 added",
-    "mean4": "'m' is a sum of 4 tensors",
     "lora": "'w' is not a layout",
     "wholemean": "'b'",
-    "flip": "'x' is made of elements of 'x'",
 }
 SCALED = {"tied"}
 ROUNDED = {"bf16"}
@@ -197,3 +196,14 @@ def test_equal_and_unequal_dimensions_are_carried_to_their_real_sizes() -> None:
 def test_a_function_that_knows_the_sizes_is_refused_at_shrunk_ones() -> None:
     with pytest.raises(DerivationError, match="shrunk dimensions"):
         derive(lambda state: {"a": state["a"].reshape(1000, 64)}, {"a": (64000,)}, scaled=True)
+
+
+def test_a_permutation_without_a_pattern_is_a_list_of_rows() -> None:
+    order = [3, 0, 4, 1, 2]
+    derived = derive(lambda state: {"b": state["a"][:, order]}, {"a": (2, 5)})
+    assert [str(rule) for rule in derived.plan.rules] == ["a -> b, select = { dim = 1, index = [3, 0, 4, 1, 2] }"]
+
+
+def test_a_sum_that_is_no_mean_is_refused() -> None:
+    with pytest.raises(DerivationError, match="'c' is a sum of 2 tensors"):
+        derive(lambda state: {"c": state["a"] * 0.75 + state["b"] * 0.25}, {"a": (2, 2), "b": (2, 2)})
