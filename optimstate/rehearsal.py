@@ -235,8 +235,8 @@ class _Comparison:
                 sources[name] = sources.get(name, 0) + 1
         for section in (weights, optimizer):
             for move in section.moves:
-                slots = [outcome.outcome for outcome in move.slots.values()]
-                value = move.value.outcome if move.value is not None else "exact"
+                slots = [outcome.level for outcome in move.slots.values()]
+                value = move.value.level if move.value is not None else "exact"
                 copied = any(sources.get(name, 0) > 1 for name in move.sources) and move.is_moved_whole
                 if move.expression is None or copied or value != "exact" or any(item != "exact" for item in slots):
                     self.announced.add(move.target)

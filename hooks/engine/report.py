@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Self
 
 from optimstate.plan.apply.execute import outcome_of
-from optimstate.plan.slots.outcomes import slot_name
+from optimstate.plan.slots.outcomes import Level, slot_name
 from optimstate.plan.solve.migration import Move, SectionMoves
 
 __all__ = ["Report"]
-
-Outcome = Literal["exact", "approximate", "fresh", "dropped"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Report:
         approximate: dict[str, str] = dict(filled or {})
         fresh: dict[str, str] = {}
         for move in section.moves:
-            outcome = "fresh" if move.expression is None else outcome_of(move).outcome
+            outcome = "fresh" if move.expression is None else outcome_of(move).level
             if move.target in approximate:
                 continue
             if outcome == "approximate":
@@ -78,8 +76,8 @@ class Report:
             "fresh": len(self.fresh),
             "dropped": len(self.dropped),
         }
-        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "no parameters"
-        return f"{' + '.join(self.hooks)}: {told}"
+        listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count) or "no parameters"
+        return f"{' + '.join(self.hooks)}: {listed}"
 
     def lines(self) -> Iterator[str]:
         """One line for each parameter that is not simply kept, then the notes."""
@@ -100,8 +98,10 @@ class Report:
         return "\n".join([self.summary(), *self.lines()])
 
 
-def _reasons(move: Move, outcome: Outcome) -> str:
+def _reasons(move: Move, level: Level) -> str:
     found = {
-        fate.reason: slot_name(path) for path, fate in move.slots.items() if fate.outcome == outcome and fate.reason
+        outcome.reason: slot_name(path)
+        for path, outcome in move.slots.items()
+        if outcome.level == level and outcome.reason
     }
     return "; ".join(f"{name}: {reason}" for reason, name in found.items())

@@ -112,5 +112,5 @@ def _is_exact(move: Move) -> bool:
     """Whether it is moved whole, and there is nothing to say about it."""
     if not move.is_moved_whole or move.clone or not (move.value or move.slots):
         return False
-    fates = move.slots.values() if move.value is None else (move.value,)
-    return all(fate.outcome == "exact" and not fate.reason and not fate.inferred for fate in fates)
+    outcomes = move.slots.values() if move.value is None else (move.value,)
+    return all(outcome.level == "exact" and not outcome.reason and not outcome.inferred for outcome in outcomes)

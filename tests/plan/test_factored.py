@@ -96,7 +96,7 @@ def test_what_is_called_exact_are_the_means_of_the_result(name: str, form: str, 
     torch.manual_seed(0)
     full = {key: torch.rand(shape, dtype=torch.float64) for key, shape in shapes.items()}
     made, section = migrated(f"[[rule]]\n{text}\n", full, form, lazy=lazy)
-    assert {fate.outcome for move in section.moves for fate in move.slots.values()} == {"exact"}
+    assert {outcome.level for move in section.moves for outcome in move.slots.values()} == {"exact"}
     for target, slots in factored(function(full), form).items():
         assert made[target].keys() - {"step"} == slots.keys()
         for slot, value in slots.items():
@@ -119,7 +119,7 @@ def test_what_the_means_do_not_tell_is_called_approximate(text: str, slot: int, 
     made, section = migrated(f"[[rule]]\n{text}\n", {"a": torch.rand(4, 4)}, form)
     name = FORMS[form][0][slot]
     for move in section.moves:
-        assert move.slots[(name,)].outcome == "approximate"
+        assert move.slots[(name,)].level == "approximate"
         assert move.slots[(name,)].reason
     assert all(torch.isfinite(value).all() for slots in made.values() for value in slots.values())
 

@@ -81,9 +81,9 @@ def test_training_goes_on_as_if_nothing_had_changed(name: str, kind: str) -> Non
     after = optimizer_type(new.named_parameters() if change.named else new.parameters(), **options)
     names = None if change.named else [n for n, _ in old.named_parameters()]
     migration = migrate(Plan.from_toml(change.plan), old, before, new, after, names)
-    fates = [fate.outcome for move in migration.sections["optimizer"].moves for fate in move.slots.values()]
-    assert fates
-    assert set(fates) == {"exact"}
+    outcomes = [outcome.level for move in migration.sections["optimizer"].moves for outcome in move.slots.values()]
+    assert outcomes
+    assert set(outcomes) == {"exact"}
     unchanged, changed = train(old, before, inputs[10:]), train(new, after, inputs[10:])
     # The losses must have moved for their agreement to mean anything.
     assert max(unchanged) - min(unchanged) > 1e-3
@@ -191,14 +191,14 @@ def test_a_tied_vocabulary_grows_in_both_places() -> None:
     assert torch.equal(grown["exp_avg"], torch.cat([source["exp_avg"], torch.zeros(5, WIDTH)]))
     mean = source["exp_avg_sq"].mean(0, keepdim=True).expand(5, -1)
     assert torch.equal(grown["exp_avg_sq"], torch.cat([source["exp_avg_sq"], mean]))
-    fates = {
+    outcomes = {
         p[-1]: f
         for m in migration.sections["optimizer"].moves
         if m.target == "embed.weight"
         for p, f in m.slots.items()
     }
-    assert fates["exp_avg_sq"].outcome == "approximate"
-    assert "5 new rows of dimension 0 are filled with the mean" in fates["exp_avg_sq"].reason
+    assert outcomes["exp_avg_sq"].level == "approximate"
+    assert "5 new rows of dimension 0 are filled with the mean" in outcomes["exp_avg_sq"].reason
     train(new, after, batches(3, WIDTH))
 
 
@@ -280,15 +280,16 @@ def test_qkv_split_under_adafactor_is_approximate_and_says_so() -> None:
     before, after = adafactor(old), adafactor(new)
     train(old, before, batches(10, WIDTH))
     migration = migrate(Plan.from_toml(SPLIT), old, before, new, after)
-    fates = {
-        (move.target, path[-1]): fate
+    outcomes = {
+        (move.target, path[-1]): outcome
         for move in migration.sections["optimizer"].moves
-        for path, fate in move.slots.items()
+        for path, outcome in move.slots.items()
     }
-    assert fates["q.weight", "row_var"].outcome == "exact"
-    assert fates["q.weight", "col_var"].outcome == "approximate"
+    assert outcomes["q.weight", "row_var"].level == "exact"
+    assert outcomes["q.weight", "col_var"].level == "approximate"
     assert (
-        f"the mean over all {3 * WIDTH} rows of dimension 0 stands for {WIDTH}" in fates["q.weight", "col_var"].reason
+        f"the mean over all {3 * WIDTH} rows of dimension 0 stands for {WIDTH}"
+        in outcomes["q.weight", "col_var"].reason
     )
     source, moved = slots_by_name(old, before), slots_by_name(new, after)
     assert torch.equal(moved["k.weight"]["row_var"], source["qkv.weight"]["row_var"][WIDTH : 2 * WIDTH])
@@ -305,7 +306,7 @@ def test_qkv_fused_under_adafactor_is_the_weighted_mean() -> None:
     before, after = adafactor(old), adafactor(new)
     train(old, before, batches(10, WIDTH))
     migration = migrate(Plan.from_toml(FUSE), old, before, new, after)
-    assert {f.outcome for m in migration.sections["optimizer"].moves for f in m.slots.values()} == {"exact"}
+    assert {f.level for m in migration.sections["optimizer"].moves for f in m.slots.values()} == {"exact"}
     source, fused = slots_by_name(old, before), slots_by_name(new, after)["qkv.weight"]
     parts = [source[f"{x}.weight"] for x in "qkv"]
     assert torch.equal(fused["row_var"], torch.cat([p["row_var"] for p in parts]))

@@ -92,7 +92,7 @@ def test_steps_must_agree_before_joining() -> None:
     for policy, step in (("min", 5.0), ("max", 9.0), ("keep", 5.0)):
         section = planned(f'[policy]\nstep = "{policy}"\n{text}', state)
         assert execute_optimizer(section, state).state[0]["step"].item() == step
-        assert section.moves[0].slots[("step",)].outcome == "approximate"
+        assert section.moves[0].slots[("step",)].level == "approximate"
 
 
 def test_state_and_no_state_do_not_mix() -> None:
@@ -118,8 +118,8 @@ def test_slots_of_unknown_optimizers_are_inferred_or_declared() -> None:
     state = adamw({"w": (4, 2)}, hidden=torch.rand)
     text = '[[rule]]\nfrom = "w"\nto = "v"\nscale = { param = 2.0, grad = 0.5 }\n'
     section = planned('[[rule]]\nfrom = "w"\nto = "v"\ntranspose = true\n', state)
-    fate = section.moves[0].slots[("hidden",)]
-    assert (fate.outcome, fate.kind, fate.inferred) == ("exact", "like_param", True)
+    outcome = section.moves[0].slots[("hidden",)]
+    assert (outcome.level, outcome.kind, outcome.inferred) == ("exact", "like_param", True)
     assert 'say so in the plan: [slots] hidden = { kind = "like_param", degree = ... }' in refused(text, state)
     declared = planned('[slots]\nhidden = { kind = "like_param", degree = 3 }\n' + text, state)
     made = execute_optimizer(declared, state).state[0]

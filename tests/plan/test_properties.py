@@ -187,7 +187,7 @@ def test_no_two_tensors_share_memory_and_none_is_lost_in_silence(case: tuple[dic
         assert used | dropped == set(names)
         assert not used & dropped
     told = {
-        move.target: {p[-1] for p, f in move.slots.items() if f.outcome in ("exact", "approximate")}
+        move.target: {p[-1] for p, f in move.slots.items() if f.level in ("exact", "approximate")}
         for move in optimizer.sections["optimizer"].moves
     }
     assert {name: set(slots or ()) for name, slots in by_name(state).items()} == told

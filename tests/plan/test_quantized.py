@@ -84,9 +84,9 @@ def test_bitsandbytes_trains_on_as_torch_would(name: str) -> None:
     assert other.param_groups[0]["lr"] == 1e-3
     got = train(model, other, 5, 1)
     assert got == pytest.approx(expected, rel=1e-6 if "32" in name else 1e-3)
-    fates = {row.slot: row.outcome for row in explained(migration) if row.how.endswith(name)}
+    outcomes = {row.slot: row.outcome for row in explained(migration) if row.how.endswith(name)}
     kind = "exact" if "32" in name else "approximate"
-    assert fates == {"step": "exact", "exp_avg": kind, "exp_avg_sq": kind}
+    assert outcomes == {"step": "exact", "exp_avg": kind, "exp_avg_sq": kind}
 
 
 def test_the_state_has_the_form_that_bitsandbytes_itself_saves() -> None:
@@ -230,8 +230,8 @@ def test_coded_slots_are_decoded_joined_and_coded_again() -> None:
     assert (again - whole[:45]).abs().max() <= quantized.error_bound(signed=True) * greatest
     rest = tensors(saved["state"][1])
     assert by_name["0.bias"]["state1"] is rest["state1"], "what is moved whole stays as it is"
-    fates = {row.slot: row.outcome for row in explained(migration) if row.target == "a.weight"}
-    assert fates == {"step": "exact", "state1": "approximate", "state2": "approximate"}
+    outcomes = {row.slot: row.outcome for row in explained(migration) if row.target == "a.weight"}
+    assert outcomes == {"step": "exact", "state1": "approximate", "state2": "approximate"}
     lazy, _ = converted(lazy_tree(saved), "", text)
     for (_, name, slots), (_, _, other) in zip(state.parameters(), lazy.parameters(), strict=True):
         for slot, value in tensors(slots).items():

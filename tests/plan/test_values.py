@@ -62,9 +62,9 @@ def test_select_is_what_torch_selects(dim: int, data: st.DataObject) -> None:
         assert torch.equal(made["w"][slot], slots(old)["w"][slot].index_select(dim, at))
     lost = SHAPE[dim] - len(set(index))
     (move,) = section.moves
-    for path, fate in move.slots.items():
-        assert fate.outcome == ("approximate" if lost and path != ("step",) else "exact")
-        assert (f"{lost} of {SHAPE[dim]} rows of dimension {dim} are lost" in fate.reason) == bool(
+    for path, outcome in move.slots.items():
+        assert outcome.level == ("approximate" if lost and path != ("step",) else "exact")
+        assert (f"{lost} of {SHAPE[dim]} rows of dimension {dim} are lost" in outcome.reason) == bool(
             lost and path != ("step",)
         )
 
@@ -112,7 +112,7 @@ def test_mean_over_a_dimension_and_over_parameters() -> None:
     for slot in ("exp_avg", "exp_avg_sq"):
         sources = torch.stack([slots(old)[name][slot] for name in "ab"])
         assert torch.equal(made["m"][slot], sources.mean(0))
-        assert section.moves[0].slots[slot,].outcome == "approximate"
+        assert section.moves[0].slots[slot,].level == "approximate"
     assert (made["m"]["exp_avg_sq"] > 0).all()
     alone, _ = moved(Plan.from_toml('[[rule]]\nfrom = "a"\nto = "a"\nmean = 1\n'), old)
     assert torch.equal(alone["a"]["exp_avg"], slots(old)["a"]["exp_avg"].mean(1))
@@ -141,14 +141,14 @@ def test_a_value_fills_every_place_in_any_dtype(dtype: torch.dtype, text: str) -
         to_torch(execute_model(plan_model(rule(text), lazy).sections["model"], lazy)["w"]), torch.full_like(weight, 2)
     )
     assert migration.moves[0].value is not None
-    assert migration.moves[0].value.outcome != "exact"
+    assert migration.moves[0].value.level != "exact"
 
 
 @pytest.mark.parametrize("text", ["fill = 0.0", "scale = 0", "scale = { param = 0 }", 'fill = { param = "zeros" }'])
 def test_zero_leaves_the_state_behind(text: str) -> None:
     made, section = moved(rule(text), state(w=torch.randn(SHAPE)))
     assert made["w"] == {}
-    assert {fate.outcome for fate in section.moves[0].slots.values()} == {"fresh"}
+    assert {outcome.level for outcome in section.moves[0].slots.values()} == {"fresh"}
     weight = torch.randn(SHAPE)
     assert not execute_model(plan_model(rule(text), {"w": weight}).sections["model"], {"w": weight})["w"].any()
 
@@ -181,7 +181,7 @@ def test_rows_lost_in_a_stage_are_told_and_rows_that_stay_are_not() -> None:
     old = state(w=torch.randn(SHAPE))
     cut = '[[rule]]\nfrom = "w"\nto = ["w", "rest"]\nsplit = { dim = 0, sizes = [3, 2] }\n'
     _, section = moved(Plan.from_toml(cut), old)
-    assert {fate.outcome for move in section.moves for fate in move.slots.values()} == {"exact"}
+    assert {outcome.level for move in section.moves for outcome in move.slots.values()} == {"exact"}
     _, section = moved(Plan.from_toml(cut + '[[stage]]\n[[stage.rule]]\ndrop = "rest"\n'), old)
     assert "2 of 5 rows of dimension 0 are lost" in section.moves[0].slots["exp_avg",].reason
 
@@ -217,7 +217,7 @@ def schedule_free(weight: torch.Tensor) -> OptimizerState:
 def test_slots_that_are_weights_are_filled_as_the_parameter(fill: str, rows: Any) -> None:
     weight = torch.randn(SHAPE)
     made, section = moved(rule(f"resize = {{ dim = 0, size = 7, fill = {fill} }}"), schedule_free(weight))
-    assert {fate.kind for fate in section.moves[0].slots.values()} == {"weight"}
+    assert {outcome.kind for outcome in section.moves[0].slots.values()} == {"weight"}
     for slot, old in (("z", weight * 3), ("fp32_param", weight.double())):
         assert torch.allclose(made["w"][slot], torch.cat([old, rows(old)]))
 
@@ -240,7 +240,7 @@ def test_a_cast_that_rounds_is_not_exact() -> None:
         (torch.float32, "float16", "approximate"),
     ):
         migration = plan_model(rule(f'cast = "{after}"'), {"w": torch.zeros(SHAPE, dtype=before)})
-        assert migration.sections["model"].moves[0].value.outcome == outcome, (before, after)  # type: ignore[union-attr]
+        assert migration.sections["model"].moves[0].value.level == outcome, (before, after)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("degree", "filled"), [(0, "zeros"), (1, "zeros"), (2, "mean"), (3, "zeros"), (4, "mean")])

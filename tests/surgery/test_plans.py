@@ -197,7 +197,7 @@ def test_a_target_without_anything_to_compare_is_a_problem(tmp_path: Path) -> No
         plans.check_plan(Plan(), target=alone)
 
 
-def test_the_fate_of_an_optimizer_without_names_is_a_problem() -> None:
+def test_what_becomes_of_an_optimizer_without_names_is_a_problem() -> None:
     anonymous = corpus.case("transformers/gpt2_adamw").entry
     report = plans.check_plan(Plan.from_options(drop=["transformer.wpe.weight"]), anonymous)
     assert any("no parameter names" in str(problem) for problem in report.problems)

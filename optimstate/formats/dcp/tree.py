@@ -25,8 +25,6 @@ __all__ = ["Leaves", "is_flattened", "leaves", "nested"]
 Leaves = dict[str, tuple[Path, Any]]
 """Name -> its path and what it is."""
 
-_DEEP = 100  # lists of lists beyond this are one item
-
 
 # --- names to tree --------------------------------------------------------------------------------------------------
 

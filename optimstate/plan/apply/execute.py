@@ -13,7 +13,7 @@ from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import LIVE, copied, evaluated, identity, kernel_of
 from optimstate.plan.expressions.tree import Expr, Leaf
-from optimstate.plan.slots.outcomes import Fate, SlotPath, nested
+from optimstate.plan.slots.outcomes import Outcome, SlotPath, nested
 from optimstate.plan.solve.migration import Move, SectionMoves
 from optimstate.problems import Problem
 from optimstate.state.optimizer import Group, Member, OptimizerState, ParameterKey, Slots
@@ -133,9 +133,9 @@ class _Builder:
             self._moved.add((move.expression.name, ()))
             return slots if first else {key: copied(value) for key, value in slots.items()}
         made: dict[SlotPath, Any] = {}
-        for path, fate in move.slots.items():
-            expression = fate.made if fate.made is not None else move.expression
-            if expression is not None and fate.outcome in ("exact", "approximate"):
+        for path, outcome in move.slots.items():
+            expression = outcome.made if outcome.made is not None else move.expression
+            if expression is not None and outcome.level in ("exact", "approximate"):
                 made[path] = self.value(expression, path, target=move.target)
         return nested(made) or None
 
@@ -203,8 +203,8 @@ class _Builder:
         return made, tuple(self._key(item, path) for item in expression.inputs)
 
 
-def outcome_of(move: Move) -> Fate:
-    """The least exact fate of a parameter and its slots."""
-    fates = [*([move.value] if move.value is not None else []), *move.slots.values()]
+def outcome_of(move: Move) -> Outcome:
+    """The least exact outcome of a parameter and its slots."""
+    outcomes = [*([move.value] if move.value is not None else []), *move.slots.values()]
     order = ("dropped", "fresh", "approximate", "exact")
-    return min(fates, key=lambda fate: order.index(fate.outcome), default=Fate("fresh"))
+    return min(outcomes, key=lambda outcome: order.index(outcome.level), default=Outcome("fresh"))

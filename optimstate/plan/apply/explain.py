@@ -54,7 +54,7 @@ def _rows(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
     copied = "a copy" if move.clone else ""
     if move.value is not None:
         reason = move.value.reason or copied
-        yield Row(key, move.target, "", move.sources, how, move.value.outcome, reason, rule)
+        yield Row(key, move.target, "", move.sources, how, move.value.level, reason, rule)
     elif not move.slots and not (section.flat and move.expression is not None):
         reason = "new" if move.expression is None else "it has no state in the checkpoint"
         yield Row(key, move.target, "", move.sources, how, "fresh", reason, rule)
@@ -62,19 +62,19 @@ def _rows(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
     report = conversion.report if conversion else ()
     lines = {slot: line for line in report for slot in line.slot.split(", ")}  # a line may speak of several
     changed = f"{conversion.source} to {conversion.target}" if conversion else ""
-    told = set()
-    for path, fate in move.slots.items():
+    known = set()
+    for path, outcome in move.slots.items():
         slot = ".".join(map(str, path))
-        told.add(slot)
+        known.add(slot)
         line = lines.get(slot)
-        inferred = f"taken for {fate.kind} by its shape" if fate.inferred else ""
-        reason = "; ".join(filter(None, (fate.reason, inferred, copied, line.reason if line else "")))
-        outcome = max(fate.outcome, line.outcome if line else "exact", key=OUTCOMES.index)
+        inferred = f"taken for {outcome.kind} by its shape" if outcome.inferred else ""
+        reason = "; ".join(filter(None, (outcome.reason, inferred, copied, line.reason if line else "")))
+        level = max(outcome.level, line.outcome if line else "exact", key=OUTCOMES.index)
         done = "; ".join(filter(None, (how, changed)))
-        yield Row(key, move.target, slot, move.sources, done, outcome, reason, rule)
+        yield Row(key, move.target, slot, move.sources, done, level, reason, rule)
     shape = None if move.expression is None else move.expression.shape
     for new in conversion.new_slots(shape) if conversion else ():
-        if new.slot not in told:
+        if new.slot not in known:
             yield Row(key, move.target, new.slot, (), changed, new.outcome, new.reason, rule)
 
 

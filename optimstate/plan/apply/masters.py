@@ -14,7 +14,7 @@ from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.expressions.evaluate import dtype_of, kernel_of
 from optimstate.plan.expressions.tree import Shape
-from optimstate.plan.slots.elementwise import Translator, fate_of
+from optimstate.plan.slots.elementwise import Translator, translation_outcome
 from optimstate.plan.slots.outcomes import Refusal
 from optimstate.plan.solve.migration import Move, SectionMoves
 from optimstate.problems import Problem
@@ -69,7 +69,7 @@ class Masters(NamedTuple):
                 found = Translator("fp32_param", (), WEIGHT, dtypes).translate(move.expression)
             except Refusal as refusal:
                 raise MigrationError([refusal.problem(f"{place}: {move.target}", move.sources)]) from None
-            value = fate_of(found, "weight", inferred=False)
+            value = translation_outcome(found, "weight", inferred=False)
             made.append(Move(move.target, move.expression, move.rules, value, {}, move.clone))
         values = execute_model(SectionMoves(tuple(made), ()), tensors)
         missing = [move.target for move in moves.moves if move.target not in values]

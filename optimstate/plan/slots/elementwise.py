@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
-from optimstate.plan.slots.outcomes import Fate, Refusal, SlotPath
+from optimstate.plan.slots.outcomes import Outcome, Refusal, SlotPath
 from optimstate.state.algorithms.slots import MASTERS, WEIGHT, Slot, SlotKind
 
-__all__ = ["Translation", "Translator", "fate_of", "translated"]
+__all__ = ["Translation", "Translator", "translation_outcome", "translated"]
 
 
 def _power_of_two(factor: float) -> bool:
@@ -154,19 +154,19 @@ class Translator:
         return ex.Pad(step.dim, step.count, ex.Fill(fill))
 
 
-def translated(expression: Expr, dtypes: Mapping[str, str | None]) -> Fate:
+def translated(expression: Expr, dtypes: Mapping[str, str | None]) -> Outcome:
     """What becomes of a parameter itself.
 
     Raises:
         Refusal: Its parts do not fit.
     """
     if isinstance(expression, Leaf):
-        return Fate("exact", made=expression)
+        return Outcome("exact", made=expression)
     found = Translator("param", (), WEIGHT, dtypes).translate(expression)
-    return fate_of(found, "like_param", inferred=False)
+    return translation_outcome(found, "like_param", inferred=False)
 
 
-def fate_of(found: Translation, kind: SlotKind, *, inferred: bool) -> Fate:
-    """The fate that a translation is."""
+def translation_outcome(found: Translation, kind: SlotKind, *, inferred: bool) -> Outcome:
+    """What becomes of a slot that is translated."""
     said = "; ".join(found.approximate + found.remarks)
-    return Fate("approximate" if found.approximate else "exact", said, kind, inferred, found.made)
+    return Outcome("approximate" if found.approximate else "exact", said, kind, inferred, found.made)

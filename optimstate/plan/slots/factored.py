@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
-from optimstate.plan.slots.outcomes import Fate, Outcome, Parameter, SlotPath, slot_name
+from optimstate.plan.slots.outcomes import Level, Outcome, Parameter, SlotPath, slot_name
 from optimstate.problems import Problem
 from optimstate.state.algorithms.slots import Slot
 
 if TYPE_CHECKING:
     from optimstate.plan.slots.planner import SlotPlanner
 
-__all__ = ["factored_fates"]
+__all__ = ["factored_outcomes"]
 
 
 _REMEDY = "give the parameter no state (fresh = true)"
@@ -49,13 +49,13 @@ class _Carried:
         return tuple(1 if dim in self.over else size for dim, size in enumerate(self.whole))
 
 
-def factored_fates(
+def factored_outcomes(
     planner: SlotPlanner,
     target: str,
     expression: Expr,
     names: Sequence[str],
     paths: Sequence[SlotPath],
-    made: dict[SlotPath, Fate],
+    made: dict[SlotPath, Outcome],
     problems: list[Problem],
 ) -> None:
     """Decide for the row and column means of one target, and for what stands for them in vectors.
@@ -66,7 +66,7 @@ def factored_fates(
         expression: How it is made.
         names: The sources with state.
         paths: The row and column slots that any of them has.
-        made: The other slots' fates; the ones decided here are added.
+        made: The other slots' outcomes; the ones decided here are added.
         problems: What cannot be decided is added.
     """
     shape = expression.shape
@@ -87,7 +87,7 @@ def factored_fates(
     for row, col in _pairs(planner, names, paths):
         for path, dim in ((row, len(shape) - 1), (col, len(shape) - 2)):
             try:
-                made[path] = _fate(planner, expression, names, row, col, dim, path)
+                made[path] = _outcome(planner, expression, names, row, col, dim, path)
             except _Lost as lost:
                 message = f"{slot_name(path)} cannot follow: {lost}"
                 problems.append(Problem("slot", message, target, tuple(names), _REMEDY))
@@ -100,7 +100,7 @@ def _pairs(planner: SlotPlanner, names: Sequence[str], paths: Sequence[SlotPath]
     return list(zip(rows, cols, strict=False))
 
 
-def _fate(
+def _outcome(
     planner: SlotPlanner,
     expression: Expr,
     names: Sequence[str],
@@ -108,7 +108,7 @@ def _fate(
     col: SlotPath,
     dim: int,
     path: SlotPath,
-) -> Fate:
+) -> Outcome:
     """The mean over `dim` of the result, from whichever of the two means is one over it."""
     reasons = []
     for source, axis in ((row, -1), (col, -2)) if path == row else ((col, -2), (row, -1)):
@@ -124,8 +124,8 @@ def _fate(
             if _squeezed(parameter, path, axis if path == source else -3 - axis):
                 result = (*result[:dim], *result[dim + 1 :])
             reason = "; ".join(dict.fromkeys(carried.approximate))
-            outcome: Outcome = "approximate" if carried.approximate else "exact"
-            return Fate(outcome, reason, "row" if path == row else "col", False, ex.reshaped(carried.made, result))
+            level: Level = "approximate" if carried.approximate else "exact"
+            return Outcome(level, reason, "row" if path == row else "col", False, ex.reshaped(carried.made, result))
         reasons.append("the dimension it is a mean over is another in the result")
     raise _Lost(reasons[0])
 
@@ -276,18 +276,20 @@ def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     return blocks
 
 
-def _raise_vectors(planner: SlotPlanner, expression: Expr, shape: Shape, made: dict[SlotPath, Fate]) -> None:
+def _raise_vectors(planner: SlotPlanner, expression: Expr, shape: Shape, made: dict[SlotPath, Outcome]) -> None:
     """Vectors that became a matrix: their full second moment becomes means over rows and columns."""
     full = planner.vector_moment()
     path = next((path for path in made if path[-1] == full), None)
     if len(shape) < 2 or path is None:
         return
-    fate = made.pop(path)
-    value = fate.made or planner.translate(path, Slot("like_param", 2), expression).made
+    outcome = made.pop(path)
+    value = outcome.made or planner.translate(path, Slot("like_param", 2), expression).made
     names, squeezed = planner.mean_slots()
     for name, dim in zip(names, (len(shape) - 1, len(shape) - 2), strict=True):
         kept = tuple(1 if place == dim else size for place, size in enumerate(shape))
         mean: Expr = Node(ex.Mean((dim,)), (value,), kept)
         if squeezed:
             mean = ex.reshaped(mean, (*shape[:dim], *shape[dim + 1 :]))
-        made[(*path[:-1], name)] = Fate(fate.outcome, fate.reason, "row" if name == names[0] else "col", False, mean)
+        made[(*path[:-1], name)] = Outcome(
+            outcome.level, outcome.reason, "row" if name == names[0] else "col", False, mean
+        )

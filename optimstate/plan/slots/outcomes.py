@@ -12,8 +12,8 @@ from optimstate.state.algorithms.slots import SlotKind
 
 __all__ = [
     "OUTCOMES",
-    "Fate",
     "Form",
+    "Level",
     "Outcome",
     "Parameter",
     "Refusal",
@@ -25,24 +25,24 @@ __all__ = [
 ]
 
 SlotPath = tuple[str | int, ...]
-Outcome = Literal["exact", "approximate", "fresh", "dropped"]
+Level = Literal["exact", "approximate", "fresh", "dropped"]
 
-OUTCOMES: tuple[Outcome, ...] = ("exact", "approximate", "fresh", "dropped")
+OUTCOMES: tuple[Level, ...] = ("exact", "approximate", "fresh", "dropped")
 """From what loses nothing to what loses all."""
 
 
-class Fate(NamedTuple):
+class Outcome(NamedTuple):
     """What becomes of a slot, or of a parameter itself.
 
     Attributes:
-        outcome: How much of it arrives.
+        level: How much of it arrives.
         reason: Why, or an empty string where there is nothing to say.
         kind: What the slot is.
         inferred: Whether that was concluded from its shape.
         made: How it is computed, a leaf alone being moved as it is; None where it is made as its parameter is.
     """
 
-    outcome: Outcome
+    level: Level
     reason: str = ""
     kind: SlotKind = "like_param"
     inferred: bool = False

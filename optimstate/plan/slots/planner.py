@@ -13,9 +13,9 @@ from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import dtype_of, number_of, shape_of
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.language.rules import Policy
-from optimstate.plan.slots.elementwise import Translation, Translator, fate_of
-from optimstate.plan.slots.factored import factored_fates
-from optimstate.plan.slots.outcomes import Fate, Form, Parameter, Refusal, SlotPath, slot_name
+from optimstate.plan.slots.elementwise import Translation, Translator, translation_outcome
+from optimstate.plan.slots.factored import factored_outcomes
+from optimstate.plan.slots.outcomes import Form, Outcome, Parameter, Refusal, SlotPath, slot_name
 from optimstate.problems import Problem
 from optimstate.state.algorithms.registry import conventional, inferred_kind
 from optimstate.state.algorithms.slots import RECOMPUTED, Algorithm, Slot
@@ -43,10 +43,10 @@ class SlotPlanner:
         self._parameters, self._algorithm, self._declared, self._policy = parameters, algorithm, declared, policy
         self._translators: dict[SlotPath, Translator] = {}
         # What only moves elements does the same to the slots of all targets that the same sources make.
-        self._alike: dict[tuple[str, ...], Mapping[SlotPath, Fate]] = {}
-        self._by_form: dict[Form, Mapping[SlotPath, Fate | None] | None] = {}
+        self._alike: dict[tuple[str, ...], Mapping[SlotPath, Outcome]] = {}
+        self._by_form: dict[Form, Mapping[SlotPath, Outcome | None] | None] = {}
         self._known: dict[SlotPath, tuple[Slot, bool]] = {}
-        self._moved: dict[tuple[SlotPath, ...], Mapping[SlotPath, Fate]] = {}
+        self._moved: dict[tuple[SlotPath, ...], Mapping[SlotPath, Outcome]] = {}
 
     def meaning(self, path: SlotPath, value: Any, shape: Shape | None) -> tuple[Slot, bool]:
         """What a slot is, and whether that was inferred."""
@@ -62,7 +62,7 @@ class SlotPlanner:
         kind = inferred_kind(found, shape)
         return Slot(kind, 0 if kind == "scalar" else None), True
 
-    def fates(self, target: str, expression: Expr, problems: list[Problem]) -> Mapping[SlotPath, Fate]:
+    def outcomes(self, target: str, expression: Expr, problems: list[Problem]) -> Mapping[SlotPath, Outcome]:
         """What becomes of every slot; where one cannot follow, a problem is noted."""
         if isinstance(expression, Leaf):
             return self._moved_whole(expression.name)
@@ -74,7 +74,7 @@ class SlotPlanner:
             paths = dict.fromkeys(
                 path for name in old if name in self._parameters for path in self._parameters[name].slots
             )
-            return {path: Fate("fresh", "made fresh by a rule") for path in paths}
+            return {path: Outcome("fresh", "made fresh by a rule") for path in paths}
         if len(filled) < len(names) or fresh:
             empty = next(iter([name for name in names if name not in filled] + fresh))
             message = f"{filled[0]!r} has optimizer state and {empty!r} has none; they cannot become one"
@@ -91,27 +91,27 @@ class SlotPlanner:
             made, may_differ = self._joined(target, expression, filled, problems, layout=layout)
         else:
             made, may_differ = {}, False
-            for path, fate in known.items():
+            for path, outcome in known.items():
                 try:
-                    made[path] = fate or self._agreed(path, filled)
+                    made[path] = outcome or self._agreed(path, filled)
                 except Refusal as refusal:
                     problems.append(_refused(target, path, refusal, filled))
         if layout and not may_differ and len(problems) == before:
             self._alike[key] = made
         return made
 
-    def _told_by(self, form: Form) -> Mapping[SlotPath, Fate | None] | None:
+    def _told_by(self, form: Form) -> Mapping[SlotPath, Outcome | None] | None:
         """What becomes of each slot where elements are only moved between parameters of one form.
 
         Returns:
-            For each slot its fate, None for numbers that must agree; None altogether where the form does not tell.
+            For each slot its outcome, None for numbers that must agree; None altogether where the form does not tell.
         """
         if form not in self._by_form:
-            self._by_form[form] = self._fates_by(form)
+            self._by_form[form] = self._outcomes_by(form)
         return self._by_form[form]
 
-    def _fates_by(self, form: Form) -> Mapping[SlotPath, Fate | None] | None:
-        made: dict[SlotPath, Fate | None] = {}
+    def _outcomes_by(self, form: Form) -> Mapping[SlotPath, Outcome | None] | None:
+        made: dict[SlotPath, Outcome | None] = {}
         whole, slots = form
         for path, shape, dtype in slots:
             slot, inferred = self._meaning(path, shape, whole)
@@ -123,7 +123,7 @@ class SlotPlanner:
                 return None
         return None if self._factors() else made
 
-    def _moved_whole(self, name: str) -> Mapping[SlotPath, Fate]:
+    def _moved_whole(self, name: str) -> Mapping[SlotPath, Outcome]:
         parameter = self._parameters.get(name)
         if parameter is None or not parameter.slots:
             return {}
@@ -134,18 +134,18 @@ class SlotPlanner:
             self._moved[key] = self._exact(parameter)
         return self._moved[key]
 
-    def _exact(self, parameter: Parameter) -> Mapping[SlotPath, Fate]:
+    def _exact(self, parameter: Parameter) -> Mapping[SlotPath, Outcome]:
         made = {}
         for path, value in parameter.slots.items():
             slot, inferred = self.meaning(path, value, parameter.shape)
-            made[path] = Fate("exact", "", slot.kind, inferred)
+            made[path] = Outcome("exact", "", slot.kind, inferred)
         return made
 
     def _joined(
         self, target: str, expression: Expr, names: Sequence[str], problems: list[Problem], *, layout: bool
-    ) -> tuple[dict[SlotPath, Fate], bool]:
+    ) -> tuple[dict[SlotPath, Outcome], bool]:
         """What becomes of each slot, and whether another target made of the same sources may differ."""
-        made: dict[SlotPath, Fate] = {}
+        made: dict[SlotPath, Outcome] = {}
         sources = [self._parameters[name].slots for name in names]
         paths = dict.fromkeys(path for slots in sources for path in slots)
         factored: list[SlotPath] = []
@@ -156,14 +156,14 @@ class SlotPlanner:
                 continue
             try:
                 self._refuse_missing(path, names)
-                made[path] = self._fate_of(path, slot, inferred, expression, names, layout=layout)
+                made[path] = self._outcome_of(path, slot, inferred, expression, names, layout=layout)
             except Refusal as refusal:
                 problems.append(_refused(target, path, refusal, names))
         if factored or self._factors():
-            factored_fates(self, target, expression, names, factored, made, problems)
-        for path, fate in made.items():
-            if fate.outcome == "approximate" and self._policy.approximate == "refuse" and fate.kind != "scalar":
-                message = f"{slot_name(path)} can only be approximated ({fate.reason}), which the policy refuses"
+            factored_outcomes(self, target, expression, names, factored, made, problems)
+        for path, outcome in made.items():
+            if outcome.level == "approximate" and self._policy.approximate == "refuse" and outcome.kind != "scalar":
+                message = f"{slot_name(path)} can only be approximated ({outcome.reason}), which the policy refuses"
                 remedy = 'say approximate = "allow", or make it fresh'
                 problems.append(Problem("approximate", message, target, tuple(names), remedy))
         return made, bool(factored) or self._factors()
@@ -182,9 +182,9 @@ class SlotPlanner:
             owner = next(name for name in names if name not in missing)
             raise Refusal(f"{owner!r} has this slot and {missing[0]!r} does not")
 
-    def _fate_of(
+    def _outcome_of(
         self, path: SlotPath, slot: Slot, inferred: bool, expression: Expr, names: Sequence[str], *, layout: bool
-    ) -> Fate:
+    ) -> Outcome:
         empty = all(self._parameters[name].slots[path] is None for name in names)
         if slot.kind == "scalar" or empty:
             return self._agreed(path, names)
@@ -195,7 +195,7 @@ class SlotPlanner:
             self._refuse_other_layout(path, parameter, name)
         if layout and len({dtype_of(self._parameters[name].slots[path]) for name in names}) == 1:
             return _INFERRED if inferred else _ALIKE
-        return fate_of(self.translate(path, slot, expression), slot.kind, inferred=inferred)
+        return translation_outcome(self.translate(path, slot, expression), slot.kind, inferred=inferred)
 
     def translate(self, path: SlotPath, slot: Slot, expression: Expr) -> Translation:
         """The expression for an elementwise slot.
@@ -252,19 +252,19 @@ class SlotPlanner:
                 'bitsandbytes state can be re-quantized: quantized = "requantize" in [policy]',
             )
 
-    def _agreed(self, path: SlotPath, names: Sequence[str]) -> Fate:
+    def _agreed(self, path: SlotPath, names: Sequence[str]) -> Outcome:
         """One number for all: they must agree, unless the policy chooses."""
         first = Leaf(names[0], None, path)
         if len(names) == 1:
-            return Fate("exact", "", "scalar", made=first)
+            return Outcome("exact", "", "scalar", made=first)
         slots = [self._parameters[name].slots[path] for name in names]
         if all(value is slots[0] for value in slots):
-            return Fate("exact", "", "scalar", made=first)
+            return Outcome("exact", "", "scalar", made=first)
         values = [number_of(value) for value in slots]
         if all(value == values[0] for value in values):
-            return Fate("exact", "", "scalar", made=first)
+            return Outcome("exact", "", "scalar", made=first)
         if str(path[-1]) in RECOMPUTED:
-            return Fate("approximate", "computed anew at the next step", "scalar", made=first)
+            return Outcome("approximate", "computed anew at the next step", "scalar", made=first)
         if self._policy.step == "error":
             shown = ", ".join(f"{value} for {name!r}" for name, value in zip(names[:4], values, strict=False))
             remedy = 'make them agree, say step = "min", "max" or "keep" in [policy]'
@@ -274,10 +274,10 @@ class SlotPlanner:
         else:
             chosen = values.index((min if self._policy.step == "min" else max)(values))
         reason = f"{values[chosen]} of {', '.join(map(str, dict.fromkeys(values)))}, by the policy {self._policy.step}"
-        return Fate("approximate", reason, "scalar", made=Leaf(names[chosen], None, path))
+        return Outcome("approximate", reason, "scalar", made=Leaf(names[chosen], None, path))
 
 
-_ALIKE, _INFERRED = Fate("exact"), Fate("exact", inferred=True)
+_ALIKE, _INFERRED = Outcome("exact"), Outcome("exact", inferred=True)
 _OPAQUE: dict[str, str] = {
     "opaque": "it has a layout of its own, which can be renamed, duplicated or dropped, but not cut, joined or scaled",
     "flat": "it is one vector over all parameters",

@@ -8,7 +8,7 @@ from math import prod
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Node
-from optimstate.plan.slots.outcomes import Fate
+from optimstate.plan.slots.outcomes import Outcome
 from optimstate.plan.solve.migration import Move
 
 __all__ = ["with_losses"]
@@ -90,11 +90,11 @@ def _labelled(move: Move, lost: str) -> Move:
     if not lost:
         return move
 
-    def labelled(fate: Fate) -> Fate:
-        if fate.kind == "scalar" or fate.outcome not in ("exact", "approximate"):
-            return fate
-        return fate._replace(outcome="approximate", reason="; ".join(filter(None, (fate.reason, lost))))
+    def labelled(outcome: Outcome) -> Outcome:
+        if outcome.kind == "scalar" or outcome.level not in ("exact", "approximate"):
+            return outcome
+        return outcome._replace(level="approximate", reason="; ".join(filter(None, (outcome.reason, lost))))
 
     value = None if move.value is None else labelled(move.value)
-    slots = {path: labelled(fate) for path, fate in move.slots.items()}
+    slots = {path: labelled(outcome) for path, outcome in move.slots.items()}
     return Move(move.target, move.expression, move.rules, value, slots, move.clone)

@@ -9,7 +9,7 @@ from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Rule
-from optimstate.plan.slots.outcomes import Fate, Parameter, SlotPath
+from optimstate.plan.slots.outcomes import Outcome, Parameter, SlotPath
 from optimstate.plan.solve.groups import GroupPlan
 from optimstate.plan.solve.resolve import Application
 from optimstate.record import Record, field
@@ -115,12 +115,12 @@ class Move:
         target: str,
         expression: Expr | None,
         rules: tuple[Rule, ...] = (),
-        value: Fate | None = None,
-        slots: Mapping[SlotPath, Fate] | None = None,
+        value: Outcome | None = None,
+        slots: Mapping[SlotPath, Outcome] | None = None,
         clone: bool = False,
     ) -> None:
         self.target, self.expression, self.rules, self.value, self.clone = target, expression, rules, value, clone
-        self.slots: Mapping[SlotPath, Fate] = slots or {}
+        self.slots: Mapping[SlotPath, Outcome] = slots or {}
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from optimstate.plan.language.template import Template
 from optimstate.plan.slots.conversion import plan_conversion
 from optimstate.plan.slots.elementwise import translated
 from optimstate.plan.slots.flat import plan_flat
-from optimstate.plan.slots.outcomes import Fate, Parameter, Refusal, SlotPath
+from optimstate.plan.slots.outcomes import Outcome, Parameter, Refusal, SlotPath
 from optimstate.plan.slots.planner import SlotPlanner
 from optimstate.plan.solve.groups import Candidate, GroupPlan, plan_groups
 from optimstate.plan.solve.inventory import decoded, model_inventory, optimizer_inventory
@@ -147,8 +147,8 @@ class _Section:
         """What is to hold the live model's values where there is none."""
         values = self.inventory.target.values if self.inventory.target is not None else {}
         for move in moves:
-            fates = [*([move.value] if move.value is not None else []), *move.slots.values()]
-            asked = any(fate.made is not None and ex.takes_live(fate.made) for fate in fates)
+            outcomes = [*([move.value] if move.value is not None else []), *move.slots.values()]
+            asked = any(outcome.made is not None and ex.takes_live(outcome.made) for outcome in outcomes)
             if asked and move.target not in values:
                 message = f'{move.target!r} is to hold values of the live model (fill = "live"), and there is none'
                 remedy = "use such a plan in optimstate.resume or hooks.migrate_model"
@@ -273,14 +273,14 @@ class _Section:
         used: set[str] = set()
         for name, item in made.items():
             if item is None:
-                moves.append(Move(name, None, value=Fate("fresh", "new")))
+                moves.append(Move(name, None, value=Outcome("fresh", "new")))
                 continue
             try:
                 value = translated(item.expression, dtypes)
             except Refusal as refusal:
                 problems.append(refusal.problem(name, (name,)))
                 continue
-            if self.plan_.policy.approximate == "refuse" and value.outcome == "approximate":
+            if self.plan_.policy.approximate == "refuse" and value.level == "approximate":
                 message = f"{name} can only be approximated ({value.reason}), which the policy refuses"
                 problems.append(Problem("approximate", message, names=(name,)))
             moves.append(self._move(name, item, used, value, {}))
@@ -302,9 +302,12 @@ class _Section:
                 continue
             if item.expression.shape is None:
                 self._refuse_unsized(name, item, parameters, problems)
-            slots = {} if flat else planner.fates(name, item.expression, problems)
+            slots = {} if flat else planner.outcomes(name, item.expression, problems)
             if requantized and not isinstance(item.expression, Leaf):
-                slots = {path: fate if fate.kind == "scalar" else _coded_again(fate) for path, fate in slots.items()}
+                slots = {
+                    path: outcome if outcome.kind == "scalar" else _coded_again(outcome)
+                    for path, outcome in slots.items()
+                }
             moves.append(self._move(name, item, used, None, slots))
         if algorithm is not None and algorithm.whole and any(_joins(move) for move in moves):
             self.notes.append(
@@ -332,7 +335,9 @@ class _Section:
                 problems.append(Problem("unknown-shape", message, name, (leaf.name,), "give the model too"))
                 return
 
-    def _move(self, name: str, item: Made, used: set[str], value: Fate | None, slots: Mapping[SlotPath, Fate]) -> Move:
+    def _move(
+        self, name: str, item: Made, used: set[str], value: Outcome | None, slots: Mapping[SlotPath, Outcome]
+    ) -> Move:
         rules = tuple(application.rule for application in item.applications)
         expression = item.expression
         clone = False
@@ -477,9 +482,11 @@ _BUFFERS = frozenset({"num_batches_tracked", "running_mean", "running_var"})
 _FLOATING = ("float", "bfloat", "complex")
 
 
-def _coded_again(fate: Fate) -> Fate:
-    reason = "; ".join(filter(None, (fate.reason, "decoded, and coded in 8 bits again")))
-    return fate._replace(outcome="approximate", reason=reason) if fate.outcome in ("exact", "approximate") else fate
+def _coded_again(outcome: Outcome) -> Outcome:
+    reason = "; ".join(filter(None, (outcome.reason, "decoded, and coded in 8 bits again")))
+    return (
+        outcome._replace(level="approximate", reason=reason) if outcome.level in ("exact", "approximate") else outcome
+    )
 
 
 def _joins(move: Move) -> bool:
