@@ -43,8 +43,8 @@ class SaveHook:
         Raises:
             StateMismatchError: The optimizer is not what the hook was made for.
         """
-        made, told = self._change(optimizer, state_dict)
-        self.report = f"{self._name}: {told}"
+        made, message = self._change(optimizer, state_dict)
+        self.report = f"{self._name}: {message}"
         if LOGGER.isEnabledFor(logging.INFO):
             LOGGER.info(self.report)
         return made

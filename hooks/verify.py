@@ -245,10 +245,10 @@ class _Report:
             found = [optimizer.state.get(parameter) or {} for parameter in group["params"]]
             slots = Counter(str(slot) for held in found for slot in held)
             steps = sorted({number_of(held["step"]) for held in found if "step" in held})
-            told = ", ".join(f"{slot} {count}" for slot, count in slots.items()) or "no state"
+            listed = ", ".join(f"{slot} {count}" for slot, count in slots.items()) or "no state"
             at = f", step {steps[0]:g}" + (f" to {steps[-1]:g}" if len(steps) > 1 else "") if steps else ""
             lr = f", lr {number_of(group['lr']):g}" if number_of(group.get("lr")) is not None else ""
-            lines.append(f"group {number}: {len(found)} parameters{lr}{at}; {told}")
+            lines.append(f"group {number}: {len(found)} parameters{lr}{at}; {listed}")
         self.report = "\n".join(lines)
         if LOGGER.isEnabledFor(logging.INFO):
             LOGGER.info("report: %s", " | ".join(lines))

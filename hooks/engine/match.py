@@ -148,9 +148,9 @@ def refuse_other_algorithm(wanted: str, saved: Algorithm | None, state: Optimize
     strange = sorted(slot for slot in present if known.slot(slot) is None and slot not in MASTERS)
     absent = sorted((_NEEDED & known.slots.keys()) - present)
     if strange or absent:
-        told = f"has {strange[0]!r}, which {live} does not keep" if strange else f"lacks {absent[0]!r}"
+        difference = f"has {strange[0]!r}, which {live} does not keep" if strange else f"lacks {absent[0]!r}"
         raise StateMismatchError(
-            f"the checkpoint has the state of {saved.name}, and the live optimizer is {live}: its state {told}",
+            f"the checkpoint has the state of {saved.name}, and the live optimizer is {live}: its state {difference}",
             hint=f'Convert it: optimizer = "{live}" in the plan; or start without state: fresh = "**".',
         )
 
@@ -271,14 +271,14 @@ def _filled(
     if not new or not request.fills:
         return slots, {}
     made = dict(slots)
-    said: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name, parameter in request.live.pairs():
         for fill in request.fills if name in new else ():
             found = fill(name, parameter, slots)
             if found is not None:
-                made[name], said[name] = found
+                made[name], reasons[name] = found
                 break
-    return made, said
+    return made, reasons
 
 
 def _options(

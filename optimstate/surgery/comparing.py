@@ -174,11 +174,11 @@ class _Comparison:
         if not any(anonymous) or None in pair:
             return None, None
         states = [one.optimizer() for one in pair if one is not None]
-        told: list[tuple[str, ...] | str | None] = [
+        found_names: list[tuple[str, ...] | str | None] = [
             side.names_of(one) if unnamed and one is not None else None
             for one, side, unnamed in zip(pair, sides, anonymous, strict=True)
         ]
-        if any(isinstance(names, str) for names in told):
+        if any(isinstance(names, str) for names in found_names):
             if not all(anonymous) and _alike_by_position(*states):
                 names = tuple(str(name) for state in states if state.is_named for _, name, _ in state.parameters())
                 self.notes.append(f"{label}: no parameter names on one side; concluded from the order of the other's")
@@ -186,12 +186,12 @@ class _Comparison:
             if all(anonymous):
                 self.notes.append(f"{label}: no parameter names on either side; compared by position")
             else:
-                why = "; ".join(names for names in told if isinstance(names, str))
+                why = "; ".join(names for names in found_names if isinstance(names, str))
                 self.notes.append(f"{label}: compared by position, as names are not determined: {why}")
             return None, None
         which = " and ".join(word for word, unnamed in zip(("left", "right"), anonymous, strict=True) if unnamed)
         self.notes.append(f"{label}: no parameter names on the {which} side; concluded from the weights beside it")
-        return cast("tuple[tuple[str, ...] | None, tuple[str, ...] | None]", tuple(told))
+        return cast("tuple[tuple[str, ...] | None, tuple[str, ...] | None]", tuple(found_names))
 
     # --- one part ---------------------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class _Comparison:
             elif not absent and key[1] == MEMBERS:
                 self._add(label, "option", key, *_members(cast("Sequence[str]", a), cast("Sequence[str]", b)))
             else:
-                left, right = _told(a, b) if not absent else (_shown(key in mine, a), _shown(key in theirs, b))
+                left, right = _texts(a, b) if not absent else (_shown(key in mine, a), _shown(key in theirs, b))
                 self._add(label, "option", key, left, right)
 
     def _is_close(self, a: Any, b: Any) -> bool:
@@ -313,7 +313,7 @@ def _shown(there: bool, value: Any) -> str:
     return str(plain(value) if not isinstance(value, Shape) else value) if there else "(absent)"
 
 
-def _told(a: Any, b: Any) -> tuple[str, str]:
+def _texts(a: Any, b: Any) -> tuple[str, str]:
     """Both values; with their types where they look alike."""
     left, right = _shown(True, a), _shown(True, b)
     if left == right:

@@ -106,12 +106,12 @@ def _every_slot(conversion: Conversion, old: OptimizerState, new: OptimizerState
         return conversion.report
     before, after = (list(dict.fromkeys(s for slots in state.state.values() for s in slots)) for state in (old, new))
     report = [line for line in conversion.report if {*line.slot.split(", ")} & {*before, *after}]
-    told = {slot for line in report for slot in line.slot.split(", ")}
+    reported = {slot for line in report for slot in line.slot.split(", ")}
     report += [Lost(slot, "exact", "the parameter itself") for slot in before if slot in MASTERS]
     report += [
         Lost(slot, "dropped", f"{conversion.target} has none")
         for slot in before
-        if slot not in after and slot not in told
+        if slot not in after and slot not in reported
     ]
     return tuple(report)
 

@@ -80,11 +80,11 @@ def order_notes(migration: Migration, tree: Any, like: Like | None) -> Iterator[
             continue
         if all(isinstance(key, str) for group in found.optimizer().groups for key in group.params):
             continue  # state by name is not loaded by position
-        said = list(_changed_order(section))
-        if like is None and said:
+        messages = list(_changed_order(section))
+        if like is None and messages:
             yield (
-                f"optimizer {found.label}: torch loads it by position, in the order of the file: {'; '.join(said)}. "
-                "Where the new model has another order, say --like MODEL"
+                f"optimizer {found.label}: torch loads it by position, in the order of the file: "
+                f"{'; '.join(messages)}. Where the new model has another order, say --like MODEL"
             )
         elif like is not None:
             missing = _missing(migration, section, like)

@@ -345,8 +345,8 @@ def _groups_in_words(plan: Plan) -> Iterator[str]:
     for group in plan.groups:
         options = ", ".join(f"{key} = {value}" for key, value in group.set.items())
         like = "" if group.like is None else f"like group {group.like}"
-        said = "; ".join(filter(None, (like, options)))
-        yield ", ".join(template.text for template in group.match) + (f": {said}" if said else "")
+        listed = "; ".join(filter(None, (like, options)))
+        yield ", ".join(template.text for template in group.match) + (f": {listed}" if listed else "")
 
 
 def _guard_in_words(plan: Plan) -> Iterator[str]:
@@ -417,8 +417,8 @@ def _collapsed(rows: list[Row]) -> Iterator[str]:
         arrow = " <- ".join(filter(None, (target, origin)))
         yield f"  {arrow}" + (f"  x {len(names)}" if len(names) > 1 else "")
         for (outcome, reason), slots in outcomes[target, origin].items():
-            said = ", ".join(slot for slot in slots if slot)
-            yield f"    {outcome}" + (f": {said}" if said else "") + (f" ({reason})" if reason else "")
+            listed = ", ".join(slot for slot in slots if slot)
+            yield f"    {outcome}" + (f": {listed}" if listed else "") + (f" ({reason})" if reason else "")
     if kept:
         yield f"  kept: {plural(len(kept), 'parameter')}"
 

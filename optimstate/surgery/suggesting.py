@@ -85,12 +85,12 @@ class SuggestReport(Record):
         for rule in self.rules:
             yield f"{rule.confidence:.2f}  {rule.rule}"
             yield f"      {rule.reason}"
-        for names, said in (
+        for names, message in (
             (self.missing, f"nothing explains these of {self.target}:"),
             (self.unused, f"nothing takes these of {self.source}; they stay, unless a rule drops them:"),
         ):
             if names:
-                yield said
+                yield message
                 for line in families(names):
                     yield f"  {line}"
         for problem in self.problems:
@@ -203,14 +203,14 @@ def _suggested_file(
         _comment(f"From {source} to {target}."),
         *(_comment(f"{rule.confidence:.2f}: {rule.reason}") + rule.toml for rule in rules),
     ]
-    for names, said in (
+    for names, message in (
         (found.missing, "Nothing explains these of the target:"),
         (found.unused, "Nothing takes these of the source; they stay, unless a rule drops them:"),
         ([str(problem) for problem in positions], "Torch loads by position:"),
         (found.options, "Names and shapes leave open:"),
     ):
         if names:
-            blocks.append(_comment(said) + "".join(_comment(f"  {name}") for name in names))
+            blocks.append(_comment(message) + "".join(_comment(f"  {name}") for name in names))
     return "\n".join(blocks)
 
 

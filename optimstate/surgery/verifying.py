@@ -101,12 +101,12 @@ class VerifyReport:
         for line in self.blind:
             yield f"not visible: {line}"
         faults = sum(finding.level == "fault" for finding in self.findings)
-        said = {
+        words = {
             "faulty": plural(faults, "fault"),
             "healthy": "healthy",
             "unknown": "nothing was recognised, so whether a run can resume from it is unknown",
         }
-        yield f"{self.path}: {said[self.verdict]}; checked {', '.join(self.checked)}"
+        yield f"{self.path}: {words[self.verdict]}; checked {', '.join(self.checked)}"
 
 
 BLIND = (
@@ -222,8 +222,8 @@ class _Rest:
             numbers = statistics(tensor, progress) if is_measurable(tensor) else None
             if numbers is not None and numbers.nonfinite:
                 level: Level = "fault" if numbers.nan else "note"
-                told = f"{numbers.nonfinite} of {numbers.elements} are NaN or inf"
-                yield Finding(level, "numbers", self._weights[id(tensor)], told)
+                message = f"{numbers.nonfinite} of {numbers.elements} are NaN or inf"
+                yield Finding(level, "numbers", self._weights[id(tensor)], message)
         odd: dict[int, str] = {}
         for tensor in self._others:
             numbers = statistics(tensor, progress) if is_measurable(tensor) else None

@@ -281,11 +281,11 @@ def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint) -> None:
     anonymous = [section for section in checkpoint.anonymous if section.kind == "optimizer"]
     for section in anonymous:
         tables = any(rule.match and rule.is_for(section.label) for rule in plan.groups)
-        if asked := [text for text, said in (("[[group]] tables with `match`", tables), *rest) if said]:
+        if asked := [text for text, given in (("[[group]] tables with `match`", tables), *rest) if given]:
             message = f"has no parameter names, so {' and '.join(asked)} cannot reach it"
             remedy = "give it names (optimstate name), or leave that out of the plan"
             problems.append(Problem("unreached", message, key_of(section), remedy=remedy))
-    asked = [text for text, said in (("[[group]] tables", bool(plan.groups)), *rest) if said]
+    asked = [text for text, given in (("[[group]] tables", bool(plan.groups)), *rest) if given]
     if asked and not anonymous and not checkpoint.states:
         message = f"the checkpoint has no optimizer that {' and '.join(asked)} could change"
         remedy = 'leave that out of the plan, or say unused = "ignore" in [policy]'

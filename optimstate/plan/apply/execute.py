@@ -11,7 +11,7 @@ from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
-from optimstate.plan.expressions.evaluate import LIVE, copied, evaluated, identity, kernel_of
+from optimstate.plan.expressions.evaluate import LIVE, backend_of, copied, evaluated, identity
 from optimstate.plan.expressions.tree import Expr, Leaf
 from optimstate.plan.slots.outcomes import Outcome, SlotPath, nested
 from optimstate.plan.solve.migration import Move, SectionMoves
@@ -153,9 +153,9 @@ class _Builder:
         leaves = {}
         for leaf in ex.leaves(expression):
             value = self._raw(leaf, leaf.slot or path)
-            leaves[id(leaf)] = value.detach() if kernel_of(value) is LIVE else value
+            leaves[id(leaf)] = value.detach() if backend_of(value) is LIVE else value
         found = evaluated(expression, leaves, self._memo.setdefault(path, {}))
-        made = kernel_of(found).own(found, self._taken)
+        made = backend_of(found).own(found, self._taken)
         self._tied[key] = made, names | (tied[1] if tied else frozenset())
         return made
 

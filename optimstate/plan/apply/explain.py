@@ -44,8 +44,8 @@ def explained(migration: Migration) -> Iterator[Row]:
         for move in section.moves:
             yield from _rows(key, move, section)
         for name, rule in section.dropped:
-            said = str(rule) if rule is not None else 'the policy unexpected = "drop"'
-            yield Row(key, "", "", (name,), "", "dropped", "", said)
+            origin = str(rule) if rule is not None else 'the policy unexpected = "drop"'
+            yield Row(key, "", "", (name,), "", "dropped", "", origin)
 
 
 def _rows(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_model
-from optimstate.plan.expressions.evaluate import dtype_of, kernel_of
+from optimstate.plan.expressions.evaluate import backend_of, dtype_of
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.slots.elementwise import Translator, translation_outcome
 from optimstate.plan.slots.outcomes import Refusal
@@ -86,7 +86,7 @@ class Masters(NamedTuple):
         if weight is None:
             message = f"{name!r} is new, and no model in the checkpoint has the weight for its place in these lists"
             raise MigrationError([Problem("unfilled", message, format_path(self.path), (name,))])
-        return kernel_of(weight).cast(weight, dtype)
+        return backend_of(weight).cast(weight, dtype)
 
 
 def _like(node: Sequence[Any], items: list[Any]) -> Sequence[Any]:

@@ -514,10 +514,10 @@ class _Work:
         if any(same_value(value, initial) for value in found) and not same_value(initial, found[0]):
             return True
         if any(not same_value(value, found[0]) for value in found):
-            told = " and ".join(map(str, found))
+            listed = " and ".join(map(str, found))
             self._refuse(
                 number,
-                f"it should start from {initial}, but its schedulers start from {told}",
+                f"it should start from {initial}, but its schedulers start from {listed}",
                 "leave initial_lr out of the plan, and set it in the schedulers",
             )
             return False

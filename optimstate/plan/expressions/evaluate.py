@@ -22,12 +22,12 @@ from optimstate.tree import Opaque, cloned
 __all__ = [
     "LAZY",
     "LIVE",
-    "Kernel",
+    "Backend",
     "copied",
     "dtype_of",
     "evaluated",
     "identity",
-    "kernel_of",
+    "backend_of",
     "number_of",
     "shape_of",
 ]
@@ -123,7 +123,7 @@ def _copied_container(value: Any, done: dict[int, Any]) -> Any:
     return copy.deepcopy(value)
 
 
-class Kernel(Protocol):
+class Backend(Protocol):
     """What expressions are computed with."""
 
     def narrow(self, value: Any, dim: int, start: int, length: int, step: int) -> Any:
@@ -267,12 +267,12 @@ class _Live:
         return value
 
 
-LAZY: Kernel = _Lazy()
-LIVE: Kernel = _Live()
+LAZY: Backend = _Lazy()
+LIVE: Backend = _Live()
 
 
-def kernel_of(value: Any) -> Kernel:
-    """The kernel for a tensor."""
+def backend_of(value: Any) -> Backend:
+    """The backend for a tensor."""
     return LAZY if isinstance(value, LazyTensor) else LIVE
 
 
@@ -294,31 +294,31 @@ def evaluated(expression: Expr, leaves: Mapping[int, Any], memo: dict[int, Any])
 
 
 def _step(node: ex.Node, inputs: Sequence[Any]) -> Any:
-    kernel, step, value = kernel_of(inputs[0]), node.step, inputs[0]
+    backend, step, value = backend_of(inputs[0]), node.step, inputs[0]
     match step:
         case ex.Narrow():
-            return kernel.narrow(value, step.dim, step.start, step.length, step.step)
+            return backend.narrow(value, step.dim, step.start, step.length, step.step)
         case ex.Cat():
-            return kernel.concatenate(inputs, step.dim)
+            return backend.concatenate(inputs, step.dim)
         case ex.Permute():
-            return kernel.permute(value, step.dims)
+            return backend.permute(value, step.dims)
         case ex.Reshape():
-            return kernel.reshape(value, step.shape)
+            return backend.reshape(value, step.shape)
         case ex.Tile():
-            return _tiled(kernel, value, step, tuple(value.shape))
+            return _tiled(backend, value, step, tuple(value.shape))
         case ex.Pad():
-            return _padded(kernel, value, step, tuple(value.shape))
+            return _padded(backend, value, step, tuple(value.shape))
         case ex.Full():
-            return _full(kernel, value, step, tuple(value.shape))
+            return _full(backend, value, step, tuple(value.shape))
         case ex.Multiply():
-            return kernel.multiply(value, step.factor)
+            return backend.multiply(value, step.factor)
         case ex.Cast():
-            return kernel.cast(value, step.dtypes[""])
+            return backend.cast(value, step.dtypes[""])
         case ex.Mean():
-            return kernel.mean(inputs, step.dims, step.weights)
+            return backend.mean(inputs, step.dims, step.weights)
         case ex.Product():
             assert node.shape is not None
-            return kernel.outer(inputs[0], inputs[1], node.shape)
+            return backend.outer(inputs[0], inputs[1], node.shape)
         case _:
             raise AssertionError(f"{step} is no step of a slot")
 
@@ -328,31 +328,31 @@ def _number(fill: str | float | None) -> float:
     return float(fill) if isinstance(fill, int | float) else 0.0
 
 
-def _full(kernel: Kernel, value: Any, step: ex.Full, shape: Shape) -> Any:
+def _full(backend: Backend, value: Any, step: ex.Full, shape: Shape) -> Any:
     if step.fill.default != "mean":
-        return kernel.full(value, shape, _number(step.fill.default))
-    made = kernel.mean([value], range(len(shape)), ()) if shape else value
+        return backend.full(value, shape, _number(step.fill.default))
+    made = backend.mean([value], range(len(shape)), ()) if shape else value
     for dim, size in enumerate(shape):
-        made = kernel.expand(made, dim, size)
+        made = backend.expand(made, dim, size)
     return made
 
 
-def _tiled(kernel: Kernel, value: Any, step: ex.Tile, shape: Shape) -> Any:
+def _tiled(backend: Backend, value: Any, step: ex.Tile, shape: Shape) -> Any:
     place = step.dim + 1 if step.each else step.dim
-    raised = kernel.reshape(value, (*shape[:place], 1, *shape[place:]))
-    times = kernel.expand(raised, place, step.times)
-    return kernel.reshape(times, (*shape[: step.dim], shape[step.dim] * step.times, *shape[step.dim + 1 :]))
+    raised = backend.reshape(value, (*shape[:place], 1, *shape[place:]))
+    times = backend.expand(raised, place, step.times)
+    return backend.reshape(times, (*shape[: step.dim], shape[step.dim] * step.times, *shape[step.dim + 1 :]))
 
 
-def _padded(kernel: Kernel, value: Any, step: ex.Pad, shape: Shape) -> Any:
+def _padded(backend: Backend, value: Any, step: ex.Pad, shape: Shape) -> Any:
     fill = step.fill.default
     new = (*shape[: step.dim], step.count, *shape[step.dim + 1 :])
     if fill == "mean":
-        more = kernel.expand(kernel.mean([value], [step.dim], ()), step.dim, step.count)
+        more = backend.expand(backend.mean([value], [step.dim], ()), step.dim, step.count)
     elif fill == "wrap":
         whole, rest = divmod(step.count, shape[step.dim])
-        parts = [value] * whole + ([kernel.narrow(value, step.dim, 0, rest, 1)] if rest else [])
-        return kernel.concatenate([value, *parts], step.dim)
+        parts = [value] * whole + ([backend.narrow(value, step.dim, 0, rest, 1)] if rest else [])
+        return backend.concatenate([value, *parts], step.dim)
     else:
-        more = kernel.full(value, new, _number(fill))
-    return kernel.concatenate([value, more], step.dim)
+        more = backend.full(value, new, _number(fill))
+    return backend.concatenate([value, more], step.dim)

@@ -284,19 +284,19 @@ class Template(Record):
 
 def constrained(template: Template, others: Iterable[Template]) -> Template:
     """The template with what others say of the captures it leaves open: `{x}` and `{x=a|b}` make `{x=a|b}`."""
-    said: dict[str, str] = {}
+    written: dict[str, str] = {}
     for other in others:
         for match in _TOKEN.finditer(other.text):
             found = _CAPTURE.fullmatch((match[1] or "").strip())
             if found is not None and found["kind"]:
-                said.setdefault(found["name"], found[0])
+                written.setdefault(found["name"], found[0])
     if template.is_literal:
         return template
 
     def spelled(match: re.Match[str]) -> str:
         found = _CAPTURE.fullmatch((match[1] or "").strip())
-        if found is None or found["kind"] or found["name"] not in said:
+        if found is None or found["kind"] or found["name"] not in written:
             return match[0]
-        return "{" + said[found["name"]] + "}"
+        return "{" + written[found["name"]] + "}"
 
     return Template(_TOKEN.sub(spelled, template.text))

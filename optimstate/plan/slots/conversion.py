@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from optimstate.plan.expressions.evaluate import copied, kernel_of, number_of, shape_of
+from optimstate.plan.expressions.evaluate import backend_of, copied, number_of, shape_of
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.slots import quantized
 from optimstate.problems import Problem
@@ -253,8 +253,8 @@ def _packed(report: Sequence[tuple[str, str, str]], convert: Convert, *, bits: i
     for slot, outcome, reason in report:
         if bits == 8 and slot in _CODED_SLOTS and outcome != "dropped" and not (stays and outcome == "exact"):
             bound = quantized.error_bound(signed=slot == "exp_avg")
-            said = f"in codes of 8 bits, within {bound:.2%} of the greatest of each {quantized.BLOCK} neighbours"
-            lines.append((slot, "approximate", "; ".join(filter(None, (reason, said)))))
+            loss = f"in codes of 8 bits, within {bound:.2%} of the greatest of each {quantized.BLOCK} neighbours"
+            lines.append((slot, "approximate", "; ".join(filter(None, (reason, loss)))))
         else:
             lines.append((slot, outcome, reason))
     if "max_exp_avg_sq" in old:
@@ -366,7 +366,7 @@ def _kept(old: Slots, *slots: str) -> dict[str, Any]:
 
 
 def _power(value: Any, exponent: float) -> Any:
-    return kernel_of(value).power(value, exponent)
+    return backend_of(value).power(value, exponent)
 
 
 def _with_product(made: dict[str, Any], target: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -382,15 +382,15 @@ def _with_product(made: dict[str, Any], target: str, options: Mapping[str, Any])
 
 
 def _scalar_like(like: Any, value: float) -> Any:
-    return kernel_of(like).full(like, (), value)
+    return backend_of(like).full(like, (), value)
 
 
 def _factored(old: Slots) -> dict[str, Any]:
     square = old["exp_avg_sq"]
-    kernel, shape = kernel_of(square), shape_of(square) or ()
+    backend, shape = backend_of(square), shape_of(square) or ()
     if len(shape) < 2:
         return {"step": old["step"], "variance": square}
-    means = {slot: kernel.mean([square], [dim], ()) for slot, dim in _means(len(shape))}
+    means = {slot: backend.mean([square], [dim], ()) for slot, dim in _means(len(shape))}
     return {"step": old["step"], **means}
 
 
@@ -399,10 +399,10 @@ def _factored_as_transformers(old: Slots) -> dict[str, Any]:
     made: dict[str, Any] = {"step": int(number_of(found["step"])), "RMS": 0.0}
     if "variance" in found:
         return {**made, "exp_avg_sq": found["variance"]}
-    kernel, shape = kernel_of(found["row_var"]), shape_of(old["exp_avg_sq"]) or ()
+    backend, shape = backend_of(found["row_var"]), shape_of(old["exp_avg_sq"]) or ()
     rows, cols = shape[:-1], (*shape[:-2], shape[-1])
-    made["exp_avg_sq_row"] = kernel.reshape(found["row_var"], rows)
-    return {**made, "exp_avg_sq_col": kernel.reshape(found["col_var"], cols)}
+    made["exp_avg_sq_row"] = backend.reshape(found["row_var"], rows)
+    return {**made, "exp_avg_sq_col": backend.reshape(found["col_var"], cols)}
 
 
 def _means(rank: int) -> tuple[tuple[str, int], tuple[str, int]]:
@@ -414,8 +414,8 @@ def _unfactored(old: Slots) -> dict[str, Any]:
     if square is None:
         row, col = old["row_var"], old["col_var"]
         rows, cols = shape_of(row) or (), shape_of(col) or ()
-        square = kernel_of(row).outer(row, col, (*rows[:-1], cols[-1]))
-    average = kernel_of(square).full(square, shape_of(square) or (), 0.0)
+        square = backend_of(row).outer(row, col, (*rows[:-1], cols[-1]))
+    average = backend_of(square).full(square, shape_of(square) or (), 0.0)
     return {"step": old["step"], "exp_avg": average, "exp_avg_sq": square}
 
 
@@ -426,4 +426,4 @@ def _momentum(old: Slots, options: Mapping[str, Any], *, to_average: bool) -> di
     factor = 1.0 - float(number_of(options["momentum"]))
     if not factor:
         return {"momentum_buffer": copied(buffer)}
-    return {"momentum_buffer": kernel_of(buffer).multiply(buffer, factor if to_average else 1.0 / factor)}
+    return {"momentum_buffer": backend_of(buffer).multiply(buffer, factor if to_average else 1.0 / factor)}

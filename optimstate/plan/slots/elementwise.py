@@ -168,5 +168,5 @@ def translated(expression: Expr, dtypes: Mapping[str, str | None]) -> Outcome:
 
 def translation_outcome(found: Translation, kind: SlotKind, *, inferred: bool) -> Outcome:
     """What becomes of a slot that is translated."""
-    said = "; ".join(found.approximate + found.remarks)
-    return Outcome("approximate" if found.approximate else "exact", said, kind, inferred, found.made)
+    reason = "; ".join(found.approximate + found.remarks)
+    return Outcome("approximate" if found.approximate else "exact", reason, kind, inferred, found.made)

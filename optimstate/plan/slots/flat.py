@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from optimstate.plan.expressions import tree as ex
-from optimstate.plan.expressions.evaluate import LIVE, evaluated, kernel_of, shape_of
+from optimstate.plan.expressions.evaluate import LIVE, backend_of, evaluated, shape_of
 from optimstate.plan.expressions.tree import Expr, Shape
 from optimstate.problems import Kind, Problem
 from optimstate.record import Record
@@ -54,19 +54,19 @@ class FlatPlan(Record):
         return self._vector(value)
 
     def _vector(self, vector: Any) -> Any:
-        kernel = kernel_of(vector)
+        backend = backend_of(vector)
         leaves: dict[int, Any] = {}
         for expression in self.order:
             for leaf in ex.leaves(expression):
                 start, count, shape = self.segments[leaf.name]
-                leaves[id(leaf)] = kernel.reshape(kernel.narrow(vector, 0, start, count, 1), shape)
+                leaves[id(leaf)] = backend.reshape(backend.narrow(vector, 0, start, count, 1), shape)
         memo: dict[int, Any] = {}
         parts = [
-            kernel.reshape(evaluated(expression, leaves, memo), (prod(expression.shape or ()),))
+            backend.reshape(evaluated(expression, leaves, memo), (prod(expression.shape or ()),))
             for expression in self.order
         ]
-        joined = kernel.concatenate(parts, 0)
-        return joined if kernel is LIVE else kernel.own(joined, set())
+        joined = backend.concatenate(parts, 0)
+        return joined if backend is LIVE else backend.own(joined, set())
 
 
 def plan_flat(

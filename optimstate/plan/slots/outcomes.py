@@ -12,7 +12,7 @@ from optimstate.state.algorithms.slots import SlotKind
 
 __all__ = [
     "OUTCOMES",
-    "Form",
+    "Signature",
     "Level",
     "Outcome",
     "Parameter",
@@ -49,25 +49,25 @@ class Outcome(NamedTuple):
     made: Expr | None = None
 
 
-Form = tuple[Shape | None, tuple[tuple[SlotPath, Shape | None, str | None], ...]]
+Signature = tuple[Shape | None, tuple[tuple[SlotPath, Shape | None, str | None], ...]]
 
 
 class Parameter:
     """What is known of a parameter: its shape, and its slots by their path."""
 
-    __slots__ = ("_form", "shape", "slots")
+    __slots__ = ("_signature", "shape", "slots")
 
     def __init__(self, shape: Shape | None, slots: Mapping[SlotPath, Any]) -> None:
         self.shape, self.slots = shape, slots
-        self._form: Form | None = None
+        self._signature: Signature | None = None
 
     @property
-    def form(self) -> Form:
+    def signature(self) -> Signature:
         """Its shape, and the path, shape and dtype of each slot: all that most decisions depend on."""
-        if self._form is None:
+        if self._signature is None:
             slots = tuple([(path, shape_of(value), dtype_of(value)) for path, value in self.slots.items()])
-            self._form = self.shape, slots
-        return self._form
+            self._signature = self.shape, slots
+        return self._signature
 
 
 class Refusal(Exception):

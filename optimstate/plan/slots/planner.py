@@ -15,7 +15,7 @@ from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.language.rules import Policy
 from optimstate.plan.slots.elementwise import Translation, Translator, translation_outcome
 from optimstate.plan.slots.factored import factored_outcomes
-from optimstate.plan.slots.outcomes import Form, Outcome, Parameter, Refusal, SlotPath, slot_name
+from optimstate.plan.slots.outcomes import Outcome, Parameter, Refusal, Signature, SlotPath, slot_name
 from optimstate.problems import Problem
 from optimstate.state.algorithms.registry import conventional, inferred_kind
 from optimstate.state.algorithms.slots import RECOMPUTED, Algorithm, Slot
@@ -44,7 +44,7 @@ class SlotPlanner:
         self._translators: dict[SlotPath, Translator] = {}
         # What only moves elements does the same to the slots of all targets that the same sources make.
         self._alike: dict[tuple[str, ...], Mapping[SlotPath, Outcome]] = {}
-        self._by_form: dict[Form, Mapping[SlotPath, Outcome | None] | None] = {}
+        self._by_signature: dict[Signature, Mapping[SlotPath, Outcome | None] | None] = {}
         self._known: dict[SlotPath, tuple[Slot, bool]] = {}
         self._moved: dict[tuple[SlotPath, ...], Mapping[SlotPath, Outcome]] = {}
 
@@ -85,8 +85,8 @@ class SlotPlanner:
         if key in self._alike:
             return self._alike[key]
         before = len(problems)
-        forms = {self._parameters[name].form for name in filled} if layout else set()
-        known = self._told_by(forms.pop()) if len(forms) == 1 else None
+        signatures = {self._parameters[name].signature for name in filled} if layout else set()
+        known = self._decided_by(signatures.pop()) if len(signatures) == 1 else None
         if known is None:
             made, may_differ = self._joined(target, expression, filled, problems, layout=layout)
         else:
@@ -100,19 +100,19 @@ class SlotPlanner:
             self._alike[key] = made
         return made
 
-    def _told_by(self, form: Form) -> Mapping[SlotPath, Outcome | None] | None:
-        """What becomes of each slot where elements are only moved between parameters of one form.
+    def _decided_by(self, signature: Signature) -> Mapping[SlotPath, Outcome | None] | None:
+        """What becomes of each slot where elements are only moved between parameters of one signature.
 
         Returns:
-            For each slot its outcome, None for numbers that must agree; None altogether where the form does not tell.
+            For each slot its outcome, None for numbers that must agree; None where it does not decide.
         """
-        if form not in self._by_form:
-            self._by_form[form] = self._outcomes_by(form)
-        return self._by_form[form]
+        if signature not in self._by_signature:
+            self._by_signature[signature] = self._outcomes_by(signature)
+        return self._by_signature[signature]
 
-    def _outcomes_by(self, form: Form) -> Mapping[SlotPath, Outcome | None] | None:
+    def _outcomes_by(self, signature: Signature) -> Mapping[SlotPath, Outcome | None] | None:
         made: dict[SlotPath, Outcome | None] = {}
-        whole, slots = form
+        whole, slots = signature
         for path, shape, dtype in slots:
             slot, inferred = self._meaning(path, shape, whole)
             if slot.kind == "scalar":

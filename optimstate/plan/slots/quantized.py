@@ -161,6 +161,6 @@ def _part(value: LazyTensor, first: int, last: int) -> Any:
 
 
 def _float(value: Any) -> Any:
-    from optimstate.plan.expressions.evaluate import kernel_of
+    from optimstate.plan.expressions.evaluate import backend_of
 
-    return value if dtype_of(value) == "float32" else kernel_of(value).cast(value, "float32")
+    return value if dtype_of(value) == "float32" else backend_of(value).cast(value, "float32")

@@ -98,9 +98,9 @@ def with_tables(groups: Sequence[GroupPlan], tables: Sequence[GroupRule], proble
             problems.append(Problem("group", message))
         for number, group in enumerate(made):
             if table.number in (None, number):
-                said = {**(group.rule.set if group.rule else {}), **table.set}
+                given = {**(group.rule.set if group.rule else {}), **table.set}
                 made[number] = group._replace(
-                    options={**group.options, **table.set}, rule=GroupRule(table.match, said, None, table.optimizer)
+                    options={**group.options, **table.set}, rule=GroupRule(table.match, given, None, table.optimizer)
                 )
     return made
 

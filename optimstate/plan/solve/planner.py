@@ -469,8 +469,8 @@ class _Section:
         """The groups with their members in the order that is wanted."""
         place = {name: number for number, name in enumerate(self.inventory.order)}
         if unknown := tuple(name for group in groups for name in group.members if name not in place):
-            told = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-            message = f"the new model, whose order is asked for, does not have {told}"
+            listed = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            message = f"the new model, whose order is asked for, does not have {listed}"
             problems.append(
                 Problem("unexpected", message, names=unknown, remedy="rename or drop what it does not have")
             )

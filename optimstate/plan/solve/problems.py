@@ -91,5 +91,5 @@ class Suggestions:
         close = get_close_matches(name, alike or self._names, n=1, cutoff=0.3)
         if not close:
             return ""
-        said = f" of its shape {list(shape)}" if alike and shape is not None else ""
-        return f" (is it {close[0]!r}{said}?)"
+        note = f" of its shape {list(shape)}" if alike and shape is not None else ""
+        return f" (is it {close[0]!r}{note}?)"

@@ -232,8 +232,8 @@ class _Search:
             index = found.pop() if len(found) == 1 else None
             if index:
                 had, wanted = (shape[0] for shape in _first_shapes(family, other))
-                said = f"{wanted} of the {had} rows are there, with the same contents"
-                self.propose([family.template()], [other.template()], 1.0, said, Select(0, index))
+                reason = f"{wanted} of the {had} rows are there, with the same contents"
+                self.propose([family.template()], [other.template()], 1.0, reason, Select(0, index))
 
     def _places(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, ...] | None:
         """Where in the old tensors, one below the other, each row of the new ones is; None where it is not certain."""
@@ -259,13 +259,13 @@ class _Search:
         for likeness, rivals, shift, family, other in sorted(ranked, key=lambda entry: (-entry[0], entry[1])):
             shapes = sorted({str(list(shape)) for shape in family.shapes.values()})
             if rivals == 1:
-                said, sure = f"nothing else wanted has the shape {shapes[0]} at these places", 0.7 + 0.25 * likeness
+                reason, sure = f"nothing else wanted has the shape {shapes[0]} at these places", 0.7 + 0.25 * likeness
             else:
-                said, sure = f"the most alike of {rivals} names of the shape {shapes[0]}", 0.4 + 0.4 * likeness
+                reason, sure = f"the most alike of {rivals} names of the shape {shapes[0]}", 0.4 + 0.4 * likeness
             if shift:
-                said += f"; the index moves by {shift}"
+                reason += f"; the index moves by {shift}"
             target = other.template(shift=shift)
-            self.propose([family.template(counting=bool(shift))], [target], sure, said)
+            self.propose([family.template(counting=bool(shift))], [target], sure, reason)
 
     def resized(self) -> None:
         """The same name with one dimension of another size, transposed, or in another shape."""
@@ -276,19 +276,19 @@ class _Search:
                 continue
             shape, wanted = _first_shapes(family, other)
             operation: Operation | None = None
-            sure, said = 0.0, ""
+            sure, reason = 0.0, ""
             if shape[::-1] == wanted and len(shape) == 2:
-                operation, sure, said = Transpose(), 0.6, "rows and columns are exchanged"
+                operation, sure, reason = Transpose(), 0.6, "rows and columns are exchanged"
             elif len(shape) == len(wanted):
                 dims = [dim for dim, (a, b) in enumerate(zip(shape, wanted, strict=True)) if a != b]
                 if len(dims) == 1:
                     operation, sure = Resize(dims[0], wanted[dims[0]]), 0.5
-                    said = f"dimension {dims[0]} has the size {wanted[dims[0]]} instead of {shape[dims[0]]}"
+                    reason = f"dimension {dims[0]} has the size {wanted[dims[0]]} instead of {shape[dims[0]]}"
             if operation is None and prod(shape) == prod(wanted):
                 operation, sure = ReshapeDims(wanted), 0.6
-                said = f"the same {prod(shape)} elements in another shape"
+                reason = f"the same {prod(shape)} elements in another shape"
             if operation is not None:
-                self.propose([family.template()], [other.template()], sure, said, operation)
+                self.propose([family.template()], [other.template()], sure, reason, operation)
 
     def joined(self) -> None:
         """Several neighbours whose sizes add up to one that is wanted."""
@@ -321,17 +321,17 @@ class _Search:
                         return
 
     def _join(self, parts: Sequence[_Family], one: _Family, dim: int) -> bool:
-        sure, said, select = self._order_of(parts, one, dim, joining=True)
+        sure, reason, select = self._order_of(parts, one, dim, joining=True)
         sources = [part.template() for part in parts]
-        done = self.propose(sources, [one.template()], sure, said, Concat(dim), *select)
+        done = self.propose(sources, [one.template()], sure, reason, Concat(dim), *select)
         return done and self._leave_open(parts, one, sure)
 
     def _cut(self, parts: Sequence[_Family], one: _Family, dim: int) -> bool:
         sizes = tuple(next(iter(part.shapes.values()))[dim] for part in parts)
-        sure, said, select = self._order_of(parts, one, dim, joining=False)
+        sure, reason, select = self._order_of(parts, one, dim, joining=False)
         split = Split(dim, () if len(set(sizes)) == 1 else sizes)
         targets = [part.template() for part in parts]
-        done = self.propose([one.template()], targets, sure, said, *select, split)
+        done = self.propose([one.template()], targets, sure, reason, *select, split)
         return done and self._leave_open(parts, one, sure)
 
     def _order_of(
@@ -354,9 +354,9 @@ class _Search:
     def _leave_open(self, parts: Sequence[_Family], one: _Family, sure: float) -> bool:
         """Say what names and shapes do not tell of a joined or cut tensor."""
         if sure < 1:
-            told = " and ".join(part.pattern.replace("#", "*") for part in parts)
+            listed = " and ".join(part.pattern.replace("#", "*") for part in parts)
             self.options.append(
-                f"{one.pattern.replace('#', '*')} may hold {told} in blocks, as is proposed, in another order, or "
+                f"{one.pattern.replace('#', '*')} may hold {listed} in blocks, as is proposed, in another order, or "
                 "interleaved (a row of each in turn, or head by head): names and shapes are the same for all. The old "
                 "weights in the layout of the new model would decide, or the model's code does"
             )
@@ -375,8 +375,8 @@ class _Search:
             for other in sorted(rivals, key=lambda other: -_likeness(family.pattern, other.pattern))[:1]:
                 count = len({index[depth] for index in other.members})
                 sure = (0.6 if len(rivals) == 1 else 0.4) + 0.2 * _likeness(family.pattern, other.pattern)
-                said = f"{count} of its shape are wanted, with an index of their own"
-                self.propose([family.template()], [other.template(known=depth)], sure, said)
+                reason = f"{count} of its shape are wanted, with an index of their own"
+                self.propose([family.template()], [other.template(known=depth)], sure, reason)
 
 
 def _first_shapes(family: _Family, other: _Family) -> tuple[Shape, Shape]:
