@@ -151,9 +151,9 @@ def resize(
 
     Args:
         *names: Which, by the names they have after the hooks before.
-        fill: What new places hold, for all slots or by slot: `zeros`, `mean` (of the old places), `wrap` (the old
-            places again), or a number. Without: zeros for first moments, the mean for second ones, because a zero
-            second moment beside a large step count makes the first updates of new places several times too large.
+        fill: What new rows hold, for all slots or by slot: `zeros`, `mean` (of the old rows), `wrap` (the old
+            rows again), or a number. Without: zeros for first moments, the mean for second ones, because a zero
+            second moment beside a large step count makes the first updates of new rows several times too large.
 
     Example:
         `hooks.resize("embed.weight", fill={"exp_avg": "zeros", "exp_avg_sq": "mean"})`

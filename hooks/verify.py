@@ -207,8 +207,8 @@ def _dtypes(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
 def _aliases(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
     owners: dict[Any, str] = {}
     for name, parameter, slots in _members(optimizer):
-        places = [("the parameter", parameter), *((slot_name(path), value) for path, value in flat_slots(slots))]
-        for slot, value in places:
+        values = [("the parameter", parameter), *((slot_name(path), value) for path, value in flat_slots(slots))]
+        for slot, value in values:
             if not torch.is_tensor(value) or shape_of(value) is None or not value.numel():
                 continue
             start = value.data_ptr()

@@ -168,7 +168,7 @@ class _Builder:
         ones = {key: torch.ones_like(value, dtype=torch.float32) for key, value in leaves.items()}
         kept = evaluated(ex.kept_places(expression), ones, {})
         if not ((kept == 0) | (kept == 1)).all():
-            message = "a mean over places that hold the live model's values (fill = \"live\") is neither side's"
+            message = "a mean over elements that hold the live model's values (fill = \"live\") is neither side's"
             raise MigrationError([Problem("operation", message)])
         return torch.where(kept.bool(), found, live.detach().to(found.device, found.dtype))
 

@@ -101,13 +101,13 @@ class Pad(Record):
 
 
 class Full(Record):
-    """The same shape with a value in every place: that of `fill` for the tensor, which stays as it is without one."""
+    """The same shape with a value in every element: that of `fill` for the tensor, which stays as it is without one."""
 
     fill: Fill
 
 
 class Tile(Record):
-    """`dim` repeated: the whole `times` times, or with `each` every place `times` times."""
+    """`dim` repeated: the whole `times` times, or with `each` every row `times` times."""
 
     dim: int
     times: int
@@ -221,7 +221,7 @@ def steps(expression: Expr) -> Iterator[Step]:
 
 
 def takes_live(expression: Expr) -> bool:
-    """Whether a translated expression has places that hold the live model's values."""
+    """Whether a translated expression has elements that hold the live model's values."""
     return any(isinstance(step, Pad | Full) and step.fill.default == "live" for step in steps(expression))
 
 

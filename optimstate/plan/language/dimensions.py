@@ -154,7 +154,7 @@ class ReshapeDims(Operation):
         known = prod(size for size in self.to if size != -1)
         sizes = tuple(size if size != -1 else count // max(known, 1) for size in self.to)
         if prod(sizes) != count:
-            raise Misfit(f"reshape: {list(self.to)} does not have the {count} places of shape {list(shape)}")
+            raise Misfit(f"reshape: {list(self.to)} does not have the {count} elements of shape {list(shape)}")
         return sizes
 
     def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
@@ -179,7 +179,7 @@ class ReshapeDims(Operation):
 
 
 class Slice(Operation):
-    """The places [start, stop) of a dimension, `step` apart; the others are lost."""
+    """The rows [start, stop) of a dimension, `step` apart; the others are lost."""
 
     KEY = "slice"
     EXAMPLE = "slice = { dim = 0, start = 0, stop = 1000 }"
@@ -202,11 +202,11 @@ class Slice(Operation):
         if shape is None:
             return unsized(self.KEY, tensor)
         dim = counted(self.KEY, self.dim, shape)
-        places = range(shape[dim])[self.start : self.stop : self.step]
-        if not places or (self.stop is not None and self.stop > shape[dim]):
+        rows = range(shape[dim])[self.start : self.stop : self.step]
+        if not rows or (self.stop is not None and self.stop > shape[dim]):
             raise Misfit(f"slice: [{self.start}, {self.stop}) is not inside dimension {dim} of shape {list(shape)}")
-        step = ex.Narrow(dim, places.start, len(places), self.step)
-        return Node(step, (tensor,), (*shape[:dim], len(places), *shape[dim + 1 :]))
+        step = ex.Narrow(dim, rows.start, len(rows), self.step)
+        return Node(step, (tensor,), (*shape[:dim], len(rows), *shape[dim + 1 :]))
 
     def value(self) -> Any:
         table = {"dim": self.dim, "start": self.start, "stop": self.stop, "step": self.step}
@@ -288,7 +288,7 @@ def _runs(index: Sequence[int]) -> list[range]:
 
 
 class Resize(Operation):
-    """A dimension cut, or grown at its end by places that `fill` describes."""
+    """A dimension cut, or grown at its end by rows that `fill` describes."""
 
     KEY = "resize"
     EXAMPLE = 'resize = { dim = 0, size = 50304, fill = "mean" }, or resize = [50304, 768]'
@@ -336,7 +336,7 @@ class Resize(Operation):
 
 
 class Repeat(Operation):
-    """A dimension repeated as a whole, or every place of it."""
+    """A dimension repeated as a whole, or every row of it."""
 
     KEY = "repeat"
     EXAMPLE = "repeat = { dim = 0, times = 2, each = true }"

@@ -177,7 +177,7 @@ class Split(Operation):
 
 
 class Unstack(Operation):
-    """One tensor cut into the places of a dimension, which disappears."""
+    """One tensor cut into the rows of a dimension, which disappears."""
 
     KEY = "unstack"
     EXAMPLE = "unstack = 0"
@@ -198,7 +198,7 @@ class Unstack(Operation):
         dim = counted(self.KEY, self.dim, shape)
         if shape[dim] != count:
             raise Misfit(
-                f"unstack: dimension {self.dim} of shape {list(shape)} has {shape[dim]} places for {count} names"
+                f"unstack: dimension {self.dim} of shape {list(shape)} has {shape[dim]} rows for {count} names"
             )
         one, without = (*shape[:dim], 1, *shape[dim + 1 :]), (*shape[:dim], *shape[dim + 1 :])
         return [ex.reshaped(Node(ex.Narrow(dim, index, 1), (tensor,), one), without) for index in range(shape[dim])]

@@ -55,7 +55,7 @@ class ScaleBy(Operation):
 
 
 class FillWith(Operation):
-    """A value in every place of the parameter; of a slot too where the table says one, otherwise no state is left."""
+    """A value in every element of a parameter; of a slot too where the table says one, otherwise no state is left."""
 
     KEY = "fill"
     EXAMPLE = 'fill = 0.0, or fill = { param = "mean", exp_avg = "zeros", exp_avg_sq = "mean" }'

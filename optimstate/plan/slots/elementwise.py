@@ -98,7 +98,7 @@ class Translator:
             if fill is None:
                 return made[0], dtype, approximate, remarks
             step = ex.Full(ex.Fill(fill))
-            approximate.append(f"{fill} in every place")
+            approximate.append(f"{fill} in every element")
         if isinstance(step, ex.Mean):
             if dtype is not None and not dtype.startswith(("float", "bfloat", "complex")):
                 raise Refusal(f"{dtype} has no mean", "cast it first, or leave it out of the rule")
@@ -147,8 +147,8 @@ class Translator:
     def _filled(self, step: ex.Pad) -> ex.Pad:
         fill = self._fill(step.fill)
         if fill is None:
-            # A zero second moment beside a large step count makes the first updates of the new places several times
-            # too large, so that the old places' mean stands for it.
+            # A zero second moment beside a large step count makes the first updates of the new rows several times
+            # too large, so that the old rows' mean stands for it.
             degree = self.slot.degree
             fill = "mean" if self.path and (degree is None or (degree > 0 and degree % 2 == 0)) else "zeros"
         return ex.Pad(step.dim, step.count, ex.Fill(fill))

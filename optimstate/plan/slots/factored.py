@@ -176,7 +176,7 @@ class _Carrier:
                 return self._next(first, ex.Pad(step.dim, step.count, ex.Fill("mean" if fill is None else fill)), whole)
             case ex.Tile():
                 whole = self._sized(first, step.dim, first.whole[step.dim] * step.times)
-                if step.dim in first.over:  # the mean of repeated places is the mean of the places
+                if step.dim in first.over:  # the mean of repeated rows is the mean of the rows
                     return _Carried(first.made, whole, first.over, first.approximate)
                 return self._next(first, step, whole)
             case ex.Scale() | ex.Cast():

@@ -77,7 +77,7 @@ def _lost(shape: Sequence[int], taken: Sequence[ex.Narrow]) -> str:
     for cut in taken:
         rows, place = set(_rows(cut)), dims.index(cut.dim)
         left = {cell for cell in left if cell[place] not in rows}
-    return f"{len(left)} of {cells} places of the dimensions {', '.join(map(str, dims))} are lost" if left else ""
+    return f"{len(left)} of {cells} indices of the dimensions {', '.join(map(str, dims))} are lost" if left else ""
 
 
 def _of(expression: Expr, losses: Mapping[object, str]) -> str:
