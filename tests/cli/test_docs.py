@@ -67,6 +67,13 @@ def test_the_readme_shows_what_is_printed(checkpoints: Path) -> None:
     follow(README.partition("## In a training script")[0], checkpoints)
 
 
+def test_the_readme_has_every_command() -> None:
+    text = README.partition("\n## Five commands\n")[2].partition("\n## ")[0]
+    shown = set(re.findall(r"^\$ optimstate (\w+)", text, re.MULTILINE))
+    listed = set(re.findall(r"`([a-z ]+)`", "\n".join(line for line in text.splitlines() if line.startswith("| `"))))
+    assert shown | listed == {" ".join(command) for command in COMMANDS} - {"plan"}
+
+
 def test_the_manual_has_every_command() -> None:
     for command in COMMANDS:
         if command != ["plan"]:
