@@ -12,7 +12,8 @@ from optimstate.hooks.engine.hook import LOGGER
 from optimstate.hooks.engine.report import Report
 from optimstate.installed_torch import torch
 from optimstate.plan.apply.execute import execute_model
-from optimstate.plan.apply.schedulers import Groups, LiveScheduler, followed
+from optimstate.plan.apply.scheduled import Groups, LiveScheduler
+from optimstate.plan.apply.schedulers import followed
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.inventory import model_inventory
 from optimstate.plan.solve.migration import Inventory, SectionMoves, Target

@@ -263,7 +263,8 @@ class Run:
     def _plan_scheduler(self, scheduler: Any, section: Section) -> None:
         """Plan a scheduler's state for the groups of its optimizer, which get the rates that it gives them."""
         from optimstate.hooks import migrate_scheduler
-        from optimstate.plan.apply.schedulers import Groups, LiveScheduler, followed
+        from optimstate.plan.apply.scheduled import Groups, LiveScheduler
+        from optimstate.plan.apply.schedulers import followed
 
         state = self.parts.node(section)
         only = next(iter(self._loads.values())) if len(self._loads) == 1 else None

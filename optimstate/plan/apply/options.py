@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from optimstate.errors import MigrationError
-from optimstate.plan.apply.schedulers import Groups, followed, reaches
+from optimstate.plan.apply.scheduled import Groups
+from optimstate.plan.apply.schedulers import followed, reaches
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.groups import GroupPlan, with_tables
 from optimstate.plan.solve.migration import Migration, SectionMoves
