@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from optimstate.surgery.reports import to_json
-from optimstate.surgery.text import collapsed, plural, shown
+from optimstate.surgery.text import collapsed, plural, readable, shown
 
 __all__ = ["Change", "ChangeKind", "DiffReport"]
 
@@ -93,6 +93,9 @@ class DiffReport:
             params: A line for every difference, in the order of the files.
             stat: Only how many differences of each kind there are, a line for each part.
         """
+        return "\n".join(readable(self)._lines(params, stat))
+
+    def _lines(self, params: bool, stat: bool) -> list[str]:
         lines: list[str] = []
         for section, changes in self._by_section().items():
             if stat:
@@ -110,7 +113,7 @@ class DiffReport:
                 lines.append(f"  ... and {len(folded) - KINDS_SHOWN} more kinds of differences (--params lists all)")
         lines += [f"note: {note}" for note in self.notes]
         lines.append(self._summary())
-        return "\n".join(lines)
+        return lines
 
     def _by_section(self) -> dict[str, list[Change]]:
         found: dict[str, list[Change]] = {section: [] for section in self.equal_in}
