@@ -13,7 +13,7 @@ from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.optimizer import Group
 
-__all__ = ["Candidate", "GroupPlan", "plan_groups", "with_tables"]
+__all__ = ["Candidate", "GroupPlan", "in_order", "plan_groups", "with_tables"]
 
 
 class GroupPlan(Record):
@@ -282,3 +282,14 @@ def _refuse_lost_differences(
             )
             remedy = 'set these in [[group]] tables, or say hyperparameters = "live" in [policy]'
             problems.append(Problem("group", message, remedy=remedy))
+
+
+def in_order(groups: Sequence[GroupPlan], order: Sequence[str], problems: list[Problem]) -> tuple[GroupPlan, ...]:
+    """The groups with their members in the order that is wanted."""
+    place = {name: number for number, name in enumerate(order)}
+    if unknown := tuple(name for group in groups for name in group.members if name not in place):
+        listed = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        message = f"the new model, whose order is asked for, does not have {listed}"
+        problems.append(Problem("unexpected", message, names=unknown, remedy="rename or drop what it does not have"))
+        return tuple(groups)
+    return tuple(group._replace(members=tuple(sorted(group.members, key=place.__getitem__))) for group in groups)

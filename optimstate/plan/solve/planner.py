@@ -5,13 +5,13 @@ Nothing here touches elements; every problem is found before anything is moved, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
-from optimstate.plan.expressions.evaluate import dtype_of, identity
+from optimstate.plan.expressions.evaluate import dtype_of
 from optimstate.plan.expressions.tree import Leaf, Shape
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
@@ -20,13 +20,14 @@ from optimstate.plan.language.template import Template
 from optimstate.plan.slots.conversion import plan_conversion
 from optimstate.plan.slots.elementwise import translated
 from optimstate.plan.slots.flat import plan_flat
-from optimstate.plan.slots.outcomes import Outcome, Parameter, Refusal, SlotPath
+from optimstate.plan.slots.outcomes import Outcome, Refusal, SlotPath
 from optimstate.plan.slots.planner import SlotPlanner
-from optimstate.plan.solve.groups import Candidate, GroupPlan, plan_groups
+from optimstate.plan.solve.fitting import fitted, unsized, untied, without_live_values
+from optimstate.plan.solve.groups import Candidate, GroupPlan, in_order, plan_groups
 from optimstate.plan.solve.inventory import decoded, model_inventory, optimizer_inventory
 from optimstate.plan.solve.losses import with_losses
 from optimstate.plan.solve.migration import Inventory, Migration, Move, SectionMoves, Target
-from optimstate.plan.solve.problems import Suggestions, guarded, shape_problem, shortened, unknown_slots, unmatched
+from optimstate.plan.solve.problems import guarded, shortened, unknown_slots, unmatched
 from optimstate.plan.solve.resolve import Made, Resolved, Resolver
 from optimstate.problems import Problem
 from optimstate.state.optimizer import OptimizerState
@@ -132,27 +133,18 @@ class _Section:
         dropped: list[tuple[str, Rule | None]] = list(found.dropped)
         target = self.inventory.target
         if target is not None:
-            made, lost = self._fitted(target, made, found)
+            unfit: list[Problem] = []
+            made, lost = fitted(target, made, found, self.plan_.policy, unfit)
+            self.problems.extend(problem.at(self.key) for problem in shortened(unfit))
             dropped.extend(lost)
         local: list[Problem] = []
         moves = self._optimizer(made, local) if self.inventory.state is not None else self._model(made, local)
         moves = with_losses(moves)
-        local += self._without_live_values(moves)
+        local += without_live_values(target, moves)
         self._note_duplicates(found)
         section = self._finished(moves, dropped, found, new, local)
         self.problems.extend(problem.at(self.key) for problem in shortened(local))
         return section
-
-    def _without_live_values(self, moves: Sequence[Move]) -> Iterator[Problem]:
-        """What is to hold the live model's values where there is none."""
-        values = self.inventory.target.values if self.inventory.target is not None else {}
-        for move in moves:
-            outcomes = [*([move.value] if move.value is not None else []), *move.slots.values()]
-            asked = any(outcome.made is not None and ex.takes_live(outcome.made) for outcome in outcomes)
-            if asked and move.target not in values:
-                message = f'{move.target!r} is to hold values of the live model (fill = "live"), and there is none'
-                remedy = "use such a plan in optimstate.resume or hooks.migrate_model"
-                yield Problem("unreached", message, names=(move.target,), remedy=remedy)
 
     def trainable(self, moves: SectionMoves) -> dict[str, None]:
         """The names of a model's result that an optimizer may have: of floating tensors that are no known buffers."""
@@ -220,53 +212,6 @@ class _Section:
             message = "`group` of a rule has no effect beside [[group]] tables, which say where every parameter is"
             self.problems.append(Problem("unreached", message, self.key, tuple(new), "leave `group` out"))
 
-    def _fitted(
-        self, target: Target, made: Mapping[str, Made | None], found: Resolved
-    ) -> tuple[dict[str, Made | None], list[tuple[str, Rule | None]]]:
-        """The targets in the order of the live parameters, every one of them there and of its shape."""
-        names = list(target.names())
-        known = set(names)
-        extra = [name for name in made if name not in known and name not in target.elsewhere]
-        policy = self.plan_.policy
-        local: list[Problem] = []
-        missing = [name for name in names if name not in made]
-        if policy.missing == "error":
-            hints = Suggestions(extra, {name: item.expression.shape for name, item in found.made.items()})
-            local.extend(
-                Problem(
-                    "unfilled",
-                    f"nothing fills {name!r}{hints.of(name, target.shapes.get(name))}",
-                    names=(name,),
-                    remedy=f'add a rule, declare it new (fresh = "{name}"), or say missing = "fresh" in [policy]',
-                )
-                for name in missing
-            )
-        if policy.unexpected == "error":
-            hints = Suggestions(missing, target.shapes)
-            for name in extra:
-                item = made[name]
-                shape = item.expression.shape if item is not None else None
-                remedy = f'rename it, drop it (drop = "{name}"), or say unexpected = "drop" in [policy]'
-                message = f"{name!r} is not in the target{hints.of(name, shape)}"
-                local.append(Problem("unexpected", message, names=(name,), remedy=remedy))
-        for name in names:
-            item = made.get(name)
-            wanted = target.shapes.get(name)
-            shape = item.expression.shape if item is not None else None
-            if shape is not None and wanted is not None and shape != tuple(wanted):
-                local.append(shape_problem(name, shape, tuple(wanted)))
-        self.problems.extend(problem.at(self.key) for problem in shortened(local))
-        used = {leaf.name for name in known for item in [made.get(name)] if item for leaf in ex.leaves(item.expression)}
-        lost = dict.fromkeys(
-            leaf.name
-            for name in extra
-            for item in [made[name]]
-            if item is not None
-            for leaf in ex.leaves(item.expression)
-            if leaf.name not in used
-        )
-        return {name: made.get(name) for name in names}, [(name, None) for name in lost]
-
     def _model(self, made: Mapping[str, Made | None], problems: list[Problem]) -> list[Move]:
         dtypes = {name: dtype_of(value) for name, value in self.inventory.tensors.items()}
         moves = []
@@ -284,7 +229,7 @@ class _Section:
                 message = f"{name} can only be approximated ({value.reason}), which the policy refuses"
                 problems.append(Problem("approximate", message, names=(name,)))
             moves.append(self._move(name, item, used, value, {}))
-        self._refuse_untying(moves, problems)
+        problems.extend(untied(self.inventory, moves))
         return moves
 
     def _optimizer(self, made: Mapping[str, Made | None], problems: list[Problem]) -> list[Move]:
@@ -301,7 +246,7 @@ class _Section:
                 moves.append(Move(name, None))
                 continue
             if item.expression.shape is None:
-                self._refuse_unsized(name, item, parameters, problems)
+                problems.extend(unsized(name, item.expression, parameters))
             slots = {} if flat else planner.outcomes(name, item.expression, problems)
             if requantized and not isinstance(item.expression, Leaf):
                 slots = {
@@ -321,20 +266,6 @@ class _Section:
         known = algorithm is not None and algorithm.name == "bitsandbytes"
         return known and self.plan_.policy.quantized == "requantize"
 
-    def _refuse_unsized(
-        self, name: str, item: Made, parameters: Mapping[str, Parameter], problems: list[Problem]
-    ) -> None:
-        if isinstance(item.expression, Leaf):
-            return
-        if not any(isinstance(step, ex.Unsized) for step in ex.steps(item.expression)):
-            return
-        for leaf in ex.leaves(item.expression):
-            found = parameters.get(leaf.name)
-            if found is not None and found.slots and found.shape is None and leaf.shape is None:
-                message = f"the shape of {leaf.name!r} is not known, so it cannot be cut or joined"
-                problems.append(Problem("unknown-shape", message, name, (leaf.name,), "give the model too"))
-                return
-
     def _move(
         self, name: str, item: Made, used: set[str], value: Outcome | None, slots: Mapping[SlotPath, Outcome]
     ) -> Move:
@@ -345,33 +276,6 @@ class _Section:
             clone = expression.name in used
             used.add(expression.name)
         return Move(name, expression, rules, value, slots, clone)
-
-    def _refuse_untying(self, moves: Sequence[Move], problems: list[Problem]) -> None:
-        """Names that share memory must go on holding the same."""
-        by_identity: dict[Any, list[str]] = {}
-        for name, value in self.inventory.tensors.items():
-            shape = self.inventory.shapes.get(name)
-            if shape and 0 not in shape:
-                by_identity.setdefault(identity(value), []).append(name)
-        tied = {name: names for names in by_identity.values() if len(names) > 1 for name in names}
-        if not tied:
-            return
-        changed: dict[str, str] = {}
-        moved: set[str] = set()
-        for move in moves:
-            for source in move.sources if move.expression is not None else ():
-                if source in tied:
-                    whole = move.value is not None and isinstance(move.value.made, Leaf)
-                    (moved.add(source) if whole else changed.setdefault(source, move.target))
-        for source, target in changed.items():
-            left = next((name for name in tied[source] if name in moved), None)
-            if left is not None and source not in moved:
-                message = (
-                    f"{source!r} becomes {target!r} by operations, but {left!r}, which shares its memory, "
-                    "stays as it is"
-                )
-                remedy = f"give both the same rule, or drop {left!r}"
-                problems.append(Problem("tied", message, names=(source, left), remedy=remedy))
 
     def _note_duplicates(self, found: Resolved) -> None:
         if self.inventory.state is None:
@@ -463,19 +367,7 @@ class _Section:
         label = self.key.removeprefix("optimizer").strip()
         plan = self.plan_._replace(groups=tuple(rule for rule in self.plan_.groups if rule.is_for(label)))
         groups = plan_groups(plan, candidates, state.groups, live, problems)
-        return self._in_order(groups, problems) if self.inventory.order else groups
-
-    def _in_order(self, groups: Sequence[GroupPlan], problems: list[Problem]) -> tuple[GroupPlan, ...]:
-        """The groups with their members in the order that is wanted."""
-        place = {name: number for number, name in enumerate(self.inventory.order)}
-        if unknown := tuple(name for group in groups for name in group.members if name not in place):
-            listed = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-            message = f"the new model, whose order is asked for, does not have {listed}"
-            problems.append(
-                Problem("unexpected", message, names=unknown, remedy="rename or drop what it does not have")
-            )
-            return tuple(groups)
-        return tuple(group._replace(members=tuple(sorted(group.members, key=place.__getitem__))) for group in groups)
+        return in_order(groups, self.inventory.order, problems) if self.inventory.order else groups
 
 
 _BUFFERS = frozenset({"num_batches_tracked", "running_mean", "running_var"})
