@@ -28,10 +28,8 @@ def hub_layout(model: torch.nn.Module) -> ModelHook:
     Since transformers 5 a mixture of experts is saved with one tensor for each expert and trained with fused ones;
     `Trainer(resume_from_checkpoint=...)` then loads the optimizer's state and leaves the experts' weights as they were
     initialised. With this hook the weights are moved as they are loaded, by the plan that is read off the installed
-    library's own converters; no file is rewritten. Weights in the live layout load as ever.
-
-        hooks.hub_layout(model)
-        trainer.train(resume_from_checkpoint=True)
+    library's own converters; no file is rewritten. Weights in the live layout load as ever. Call this before
+    `trainer.train(resume_from_checkpoint=True)`.
 
     Args:
         model: Of transformers; the hook is registered on it.
@@ -41,6 +39,9 @@ def hub_layout(model: torch.nn.Module) -> ModelHook:
 
     Raises:
         DerivationError: transformers is not installed or has no converters, or does something that no plan says.
+
+    Example:
+        `hooks.hub_layout(model)`
     """
     plan = derive_transformers(model, to="live").plan
     hook = _HubHook(plan.with_policy(missing="fresh"))  # Trainers save tied weights once

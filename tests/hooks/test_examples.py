@@ -18,11 +18,22 @@ FUNCTIONS = [
 ]
 
 
+def experts() -> torch.nn.Module:
+    """A mixture of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, architectures=["MixtralForCausalLM"],
+    )  # fmt: skip
+    model: torch.nn.Module = transformers.MixtralForCausalLM(config)
+    return model
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_example_of_a_hook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("plan.toml").write_text('[[rule]]\nfrom = "0.{p}"\nto = "1.{p}"\n')
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    model = experts() if name == "hub_layout" else torch.nn.Sequential(torch.nn.Linear(3, 3))
     optimizer = torch.optim.AdamW(model.named_parameters())
     found = re.search(r"Example:\n\s+`([^`]+)`", inspect.getdoc(getattr(hooks, name)) or "")
     assert found, f"hooks.{name} has no example"
