@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.slots.outcomes import Level, Outcome, Parameter, SlotPath, slot_name
+from optimstate.plan.slots.sources import Sources
 from optimstate.problems import Problem
 from optimstate.state.algorithms.slots import Slot
-
-if TYPE_CHECKING:
-    from optimstate.plan.slots.planner import SlotPlanner
 
 __all__ = ["factored_outcomes"]
 
@@ -50,7 +47,7 @@ class _Carried:
 
 
 def factored_outcomes(
-    planner: SlotPlanner,
+    sources: Sources,
     target: str,
     expression: Expr,
     names: Sequence[str],
@@ -61,7 +58,7 @@ def factored_outcomes(
     """Decide for the row and column means of one target, and for what stands for them in vectors.
 
     Args:
-        planner: Knows the sources.
+        sources: What is known of the checkpoint's parameters.
         target: The parameter of the result.
         expression: How it is made.
         names: The sources with state.
@@ -75,7 +72,7 @@ def factored_outcomes(
         problems.append(Problem("unknown-shape", message, target, tuple(names), "give the model too"))
         return
     if not paths:
-        _raise_vectors(planner, expression, shape, made)
+        _raise_vectors(sources, expression, shape, made)
         return
     if len(shape) < 2:
         message = (
@@ -84,24 +81,24 @@ def factored_outcomes(
         )
         problems.append(Problem("slot", message, target, tuple(names), _REMEDY))
         return
-    for row, col in _pairs(planner, names, paths):
+    for row, col in _pairs(sources, names, paths):
         for path, dim in ((row, len(shape) - 1), (col, len(shape) - 2)):
             try:
-                made[path] = _outcome(planner, expression, names, row, col, dim, path)
+                made[path] = _outcome(sources, expression, names, row, col, dim, path)
             except _Lost as lost:
                 message = f"{slot_name(path)} cannot follow: {lost}"
                 problems.append(Problem("slot", message, target, tuple(names), _REMEDY))
 
 
-def _pairs(planner: SlotPlanner, names: Sequence[str], paths: Sequence[SlotPath]) -> list[tuple[SlotPath, SlotPath]]:
-    parameter = planner.parameter(names[0])
-    rows = [path for path in paths if planner.meaning(path, None, parameter.shape)[0].kind == "row"]
+def _pairs(sources: Sources, names: Sequence[str], paths: Sequence[SlotPath]) -> list[tuple[SlotPath, SlotPath]]:
+    parameter = sources.parameters[names[0]]
+    rows = [path for path in paths if sources.meaning(path, None, parameter.shape)[0].kind == "row"]
     cols = [path for path in paths if path not in rows]
     return list(zip(rows, cols, strict=False))
 
 
 def _outcome(
-    planner: SlotPlanner,
+    sources: Sources,
     expression: Expr,
     names: Sequence[str],
     row: SlotPath,
@@ -113,14 +110,14 @@ def _outcome(
     reasons = []
     for source, axis in ((row, -1), (col, -2)) if path == row else ((col, -2), (row, -1)):
         try:
-            carried = _Carrier(planner, source, axis).carry(expression)
+            carried = _Carrier(sources, source, axis).carry(expression)
         except _Lost as lost:
             reasons.append(str(lost))
             continue
         over = {place for place in carried.over if carried.whole[place] != 1}
         if over <= {dim} and (dim in carried.over or carried.whole[dim] == 1):
             result = carried.shape()
-            parameter = planner.parameter(names[0])
+            parameter = sources.parameters[names[0]]
             if _squeezed(parameter, path, axis if path == source else -3 - axis):
                 result = (*result[:dim], *result[dim + 1 :])
             reason = "; ".join(dict.fromkeys(carried.approximate))
@@ -145,8 +142,8 @@ def _squeezed(parameter: Parameter, path: SlotPath, axis: int) -> bool:
 class _Carrier:
     """Carries one slot through an expression."""
 
-    def __init__(self, planner: SlotPlanner, path: SlotPath, axis: int) -> None:
-        self._planner, self._path, self._axis = planner, path, axis
+    def __init__(self, sources: Sources, path: SlotPath, axis: int) -> None:
+        self._sources, self._path, self._axis = sources, path, axis
 
     def carry(self, expression: Expr) -> _Carried:
         if isinstance(expression, Leaf):
@@ -184,7 +181,7 @@ class _Carrier:
         raise _Lost(f"it cannot follow {type(step).__name__.lower()}")
 
     def _leaf(self, leaf: Leaf) -> _Carried:
-        parameter = self._planner.parameter(leaf.name)
+        parameter = self._sources.parameters[leaf.name]
         if self._path not in parameter.slots:
             raise _Lost(f"{leaf.name!r} has none")
         whole = parameter.shape
@@ -242,9 +239,9 @@ class _Carrier:
         return made
 
     def _elementwise(self, node: Node, first: _Carried) -> _Carried:
-        slot = self._planner.meaning(self._path, None, None)[0]
+        slot = self._sources.meaning(self._path, None, None)[0]
         alone = Node(node.step, (Leaf("", first.shape()),), first.shape())
-        found = self._planner.single(self._path, slot, alone)
+        found = self._sources.single(self._path, slot, alone)
         first.approximate.extend(found.approximate)
         if isinstance(found.made, Node):
             return self._next(first, found.made.step, first.whole)
@@ -276,15 +273,15 @@ def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     return blocks
 
 
-def _raise_vectors(planner: SlotPlanner, expression: Expr, shape: Shape, made: dict[SlotPath, Outcome]) -> None:
+def _raise_vectors(sources: Sources, expression: Expr, shape: Shape, made: dict[SlotPath, Outcome]) -> None:
     """Vectors that became a matrix: their full second moment becomes means over rows and columns."""
-    full = planner.vector_moment()
+    full = sources.vector_moment()
     path = next((path for path in made if path[-1] == full), None)
     if len(shape) < 2 or path is None:
         return
     outcome = made.pop(path)
-    value = outcome.made or planner.translate(path, Slot("like_param", 2), expression).made
-    names, squeezed = planner.mean_slots()
+    value = outcome.made or sources.translate(path, Slot("like_param", 2), expression).made
+    names, squeezed = sources.mean_slots()
     for name, dim in zip(names, (len(shape) - 1, len(shape) - 2), strict=True):
         kept = tuple(1 if place == dim else size for place, size in enumerate(shape))
         mean: Expr = Node(ex.Mean((dim,)), (value,), kept)
