@@ -84,7 +84,10 @@ def convert(
     shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Write a folder of shards of at most this size.")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the source's checksums first.")] = False,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Compare the source's checksums: by default beside the copying."),
+    ] = None,
     no_checksums: Annotated[
         bool, typer.Option("--no-checksums", help="Write zip records without CRC-32, as torch can too.")
     ] = False,

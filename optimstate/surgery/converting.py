@@ -98,7 +98,7 @@ def convert(
     optimizer: str | None = None,
     drop_opaque: bool = False,
     salvage: bool = False,
-    verify: bool = False,
+    verify: bool | None = None,
     dry_run: bool = False,
     force: bool = False,
     options: WriteOptions | None = None,
@@ -120,7 +120,8 @@ def convert(
             `torch.load(weights_only=True)` refuses. Containers that are nothing but their entries become dicts and
             lists. Every loss is noted.
         salvage: Of a damaged source, write what is whole. What is lost is named in the report.
-        verify: Check every checksum the source has before anything is written.
+        verify: Whether every checksum of the source is compared, so that nothing is written of a damaged one. None:
+            where something is written, beside the copying.
         dry_run: Only check that it can be done.
         force: Replace an existing destination.
         options: What to do with what the container cannot hold, checksums, shards.
@@ -151,7 +152,7 @@ def convert(
         target = _target_format(destination, to, options, document)
         if verify and dry_run:
             verify_checksums(document)
-        elif verify:
+        elif verify or (verify is None and not dry_run):
             options = replace(options, confirm=stack.enter_context(_verifying(document)))
         changes = _Changes(document, target, sections, without, dtypes or {}, optimizer)
         if target == "safetensors" and not options.clone_views:

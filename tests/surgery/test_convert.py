@@ -417,7 +417,7 @@ def test_a_wrong_checksum_leaves_what_was_there(name: str, tmp_path: Path) -> No
     assert data.count(content) == 1
     source.write_bytes(data.replace(content, content[:-1] + bytes([content[-1] ^ 1])))
     with pytest.raises(CorruptCheckpointError, match="do not match their checksum"):
-        convert(source, destination, to=to, verify=True, force=True, options=options)
+        convert(source, destination, to=to, force=True, options=options)  # without being asked to
     with pytest.raises(CorruptCheckpointError, match="do not match their checksum"):
         convert(source, tmp_path / "other.pt", verify=True, dry_run=True)
     assert {file: file.read_bytes() for file in files} == before
