@@ -26,7 +26,6 @@ __all__ = [
     "bare_value",
     "difference",
     "format_path",
-    "opaques",
     "tensors",
     "walk",
 ]
@@ -330,11 +329,6 @@ _LEAVES = frozenset({LazyTensor, AttributedTensor, int, float, str, bool, type(N
 def tensors(node: Any) -> Iterator[tuple[Path, LazyTensor]]:
     """Every tensor with its path."""
     return ((path, found) for path, found in walk(node) if isinstance(found, LazyTensor))
-
-
-def opaques(node: Any) -> Iterator[tuple[Path, Opaque | GlobalName]]:
-    """Every object or class known by name only, with its path."""
-    return ((path, found) for path, found in walk(node) if isinstance(found, Opaque | GlobalName))
 
 
 def replaced(tree: Any, nodes: Mapping[int, Any]) -> Any:

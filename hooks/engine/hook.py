@@ -123,7 +123,7 @@ def adapt(optimizer: torch.optim.Optimizer, state_dict: StateDict, *hooks: LoadH
 def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequence[LoadHook]) -> StateDict:
     if not {"state", "param_groups"} <= state_dict.keys():
         raise StateMismatchError(
-            f"this is no optimizer's state dict: it has {', '.join(map(repr, list(state_dict)[:5]))}",
+            f"this is not an optimizer's state dict: it has {', '.join(map(repr, list(state_dict)[:5]))}",
             hint="Give the part of the checkpoint that is the optimizer's, or the whole to optimstate.resume().",
         )
     if _is_own(optimizer, state_dict):

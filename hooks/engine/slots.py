@@ -35,7 +35,7 @@ def zeros_like_others(
     """The slots that the other parameters have, with zeros, and their step count.
 
     Raises:
-        MigrationError: There is a slot of which nobody knows what zero is, or the others' counts differ.
+        MigrationError: What zero is for a slot is not known, or the others' counts differ.
     """
     others = {other: found for other, found in slots.items() if found}
     if not others:

@@ -262,7 +262,7 @@ class OptimizerState(Record):
             head, _, rest = key.partition(".")
             name, _, last = rest.rpartition(".")
             if head not in ("state", "param_groups") or not name:
-                raise CorruptCheckpointError(f"{describe(key)} is no entry of a flattened optimizer state")
+                raise CorruptCheckpointError(f"{describe(key)} is not an entry of a flattened optimizer state")
             own = options.setdefault(name, {})
             found = state.setdefault(name, {}) if head == "state" else own
             found[last] = value

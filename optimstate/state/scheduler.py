@@ -91,7 +91,7 @@ def representatives(
     Raises:
         MigrationError: Old groups with different values become one and `merge` is `refuse`, the group map does not fit
             the lists, or a list may or may not be per group.
-        ValueError: `merge` is no policy.
+        ValueError: `merge` is not a policy.
     """
     if merge not in get_args(Merge):
         raise ValueError(f"merge must be one of {', '.join(get_args(Merge))}, got {describe(merge)}")

@@ -74,7 +74,7 @@ class Section(Record):
         return OptimizerState.from_node(_keyed(fields) if _is_listed_optimizer(fields) else fields)
 
     def tensors(self) -> dict[str, Any]:
-        """Name to tensor, in order; only for models and EMAs. Entries that are no tensors are left out."""
+        """Name to tensor, in order; only for models and EMAs. Entries that are not tensors are left out."""
         if isinstance(self.node, Opaque):
             return dict(_module_tensors(self.node))
         if self.positional:

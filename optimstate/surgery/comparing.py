@@ -398,7 +398,7 @@ def by_content(
 
 
 def _relative(a: LazyTensor, b: LazyTensor) -> float | None:
-    """|a - b| / |a| in double precision, block by block; None where elements are no numbers torch can subtract."""
+    """|a - b| / |a| in double precision, block by block; None where elements are not numbers torch can subtract."""
     if not a.numel:
         return None
     from optimstate.surgery.statistics import blocks

@@ -272,7 +272,7 @@ Row = tuple[str, str, "Statistics"]
 
 
 def _slot_rows(info: OptimizerInfo, *, each: bool) -> Iterable[Row]:
-    """Name, slot and statistics; the layers together unless `each`. Step counts are no statistics."""
+    """Name, slot and statistics; the layers together unless `each`. Step counts are not statistics."""
     for parameter in info.parameters:
         name = _label(parameter, each=each)
         yield from ((name, slot, found) for slot, found in parameter.statistics.items() if not is_step(slot))

@@ -76,7 +76,7 @@ class Statistics(Record):
 
     @property
     def nonfinite(self) -> int:
-        """How many are no finite numbers."""
+        """How many are not finite numbers."""
         return self.nan + self.inf
 
     @property

@@ -13,7 +13,7 @@ from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import LIVE, backend_of, copied, evaluated, identity
 from optimstate.plan.expressions.tree import Expr, Leaf
-from optimstate.plan.slots.outcomes import Outcome, SlotPath, nested
+from optimstate.plan.slots.outcomes import OUTCOMES, Outcome, SlotPath, nested
 from optimstate.plan.solve.migration import Move, SectionMoves
 from optimstate.problems import Problem
 from optimstate.state.optimizer import Group, Member, OptimizerState, ParameterKey, Slots
@@ -206,5 +206,4 @@ class _Builder:
 def outcome_of(move: Move) -> Outcome:
     """The least exact outcome of a parameter and its slots."""
     outcomes = [*([move.value] if move.value is not None else []), *move.slots.values()]
-    order = ("dropped", "fresh", "approximate", "exact")
-    return min(outcomes, key=lambda outcome: order.index(outcome.level), default=Outcome("fresh"))
+    return max(outcomes, key=lambda outcome: OUTCOMES.index(outcome.level), default=Outcome("fresh"))

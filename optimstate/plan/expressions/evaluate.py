@@ -320,7 +320,7 @@ def _step(node: ex.Node, inputs: Sequence[Any]) -> Any:
             assert node.shape is not None
             return backend.outer(inputs[0], inputs[1], node.shape)
         case _:
-            raise AssertionError(f"{step} is no step of a slot")
+            raise AssertionError(f"{step} is not a step of a slot")
 
 
 def _number(fill: str | float | None) -> float:

@@ -153,7 +153,7 @@ class Split(Operation):
         if not sizes:
             if count < 1 or shape[dim] % count:
                 raise Misfit(
-                    f"split: dimension {self.dim} of shape {list(shape)} is no multiple of {count}; "
+                    f"split: dimension {self.dim} of shape {list(shape)} is not a multiple of {count}; "
                     f"say the parts: split = {{ dim = {self.dim}, sizes = [...] }}"
                 )
             sizes = (shape[dim] // count,) * count

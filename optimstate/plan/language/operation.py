@@ -130,14 +130,14 @@ def toml_key(key: str) -> str:
 
 
 def known_shape(tensor: Expr) -> Shape | None:
-    """The shape of a tensor, None when nobody knows it."""
+    """The shape of a tensor, None where it is not known."""
     if isinstance(tensor, Node) and isinstance(tensor.step, ex.Unsized):
         return None
     return tensor.shape
 
 
 def unsized(key: str, *tensors: Expr) -> Expr:
-    """What an operation makes of tensors whose shape nobody knows."""
+    """What an operation makes of tensors of unknown shape."""
     return Node(ex.Unsized(key), tuple(tensors), None)
 
 

@@ -147,7 +147,7 @@ class Rule(Record):
         """The names that a match of `source` with these captures becomes, in the order of the tensors.
 
         Raises:
-            PlanSyntaxError: An index that is to be computed is no integer.
+            PlanSyntaxError: An index that is to be computed is not an integer.
         """
         key = (id(source), *captures)
         if key not in self._spellers:

@@ -186,7 +186,7 @@ class _Carrier:
             raise _Lost(f"{leaf.name!r} has none")
         whole = parameter.shape
         if whole is None or len(whole) < 2:
-            raise _Lost(f"{leaf.name!r} is no matrix of a known shape")
+            raise _Lost(f"{leaf.name!r} is not a matrix of a known shape")
         _squeezed(parameter, self._path, self._axis)  # refuses other forms
         carried = _Carried(leaf, whole, frozenset({len(whole) + self._axis}))
         carried.made = ex.reshaped(Leaf(leaf.name, shape_of(parameter.slots[self._path]), self._path), carried.shape())

@@ -38,7 +38,7 @@ def recognise(slots: Iterable[Any], options: Mapping[str, Any]) -> Algorithm | N
     """The algorithm whose state has these slots and whose groups have these options, or None.
 
     Args:
-        slots: Their names; weights in full precision beside half a model's are no mark of an algorithm.
+        slots: Their names; weights in full precision beside half a model's are not a mark of an algorithm.
         options: Of one group.
     """
     names = dict.fromkeys(map(str, slots))
@@ -107,7 +107,7 @@ def inferred_kind(shape: Shape | None, parameter: Shape | None) -> SlotKind:
     """What a slot of an unknown optimizer is, by its shape alone.
 
     Args:
-        shape: Of the slot; None for what is no tensor of a plain dtype. A number has shape ().
+        shape: Of the slot; None for what is not a tensor of a plain dtype. A number has shape ().
         parameter: Of its parameter; None where it is not known.
     """
     if shape is None:
