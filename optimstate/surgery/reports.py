@@ -224,13 +224,13 @@ def missing_for_resume(found: Sequence[OptimizerInfo | ModelInfo | SchedulerInfo
     if not any(isinstance(section, ModelInfo) for section in found):
         yield "no weights: they must come from another file"
     if not optimizers:
-        yield "no optimizer: its state would start afresh"
+        yield "no optimizer: its state would start fresh"
     for section in optimizers:
         where = f"optimizer at {section.path}"
         count = sum(group.parameters for group in section.groups)
         if section.fresh:
             which = "no parameter has" if section.fresh == count else f"{section.fresh} of {count} parameters have no"
-            yield f"{where}: {which} state: they would start afresh"
+            yield f"{where}: {which} state: they would start fresh"
         if section.orphans:
             yield f"{where}: state under {section.orphans} keys belongs to no parameter of any group"
         if len(section.steps) > 1:

@@ -255,7 +255,7 @@ def _check_optimizer(
     where = f"optimizer at {section.label}"
     algorithm = algorithm_of({slot for found in state.state.values() for slot in found}, state)
     if any(group.params for group in state.groups) and not state.state:
-        yield Finding("note", "coverage", where, "no parameter has state: the run would start afresh")
+        yield Finding("note", "coverage", where, "no parameter has state: the run would start fresh")
     yield from _coverage(where, state)
     yield from _steps(where, state)
     yield from _dtypes(where, state, models)
@@ -286,7 +286,7 @@ def _coverage(where: str, state: OptimizerState) -> Iterator[Finding]:
         place = f"{where}, {label}"
         if not slots:
             if kinds:
-                yield Finding("note", "coverage", place, "no state: it starts afresh beside the others")
+                yield Finding("note", "coverage", place, "no state: it starts fresh beside the others")
             continue
         # Some algorithms keep other slots for matrices than for vectors: only a proper part of another's is suspicious.
         mine = tensors[label]

@@ -80,7 +80,7 @@ def test_the_flattened_form() -> None:
         "a.w": {"step", "exp_avg"},
         "b": set(),
     }
-    with pytest.raises(CorruptCheckpointError, match="no entry of a flattened"):
+    with pytest.raises(CorruptCheckpointError, match="not an entry of a flattened"):
         OptimizerState.from_flat({"states.x.y": 1})
 
 
