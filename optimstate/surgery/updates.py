@@ -110,7 +110,7 @@ def _update(
         total, shape = total + of_block(block), shape + _histogram(block)
     ratio = None
     if is_measurable(weight) and weight.shape == moments["exp_avg"].shape and total.norm is not None:
-        norm = math.sqrt(sum(float((block * block).sum()) for block in blocks(weight)))
+        norm = math.sqrt(sum(float(block.abs().square().sum()) for block in blocks(weight)))
         ratio = total.norm / norm if norm and math.isfinite(norm) else None
     return Update(section, key, name, {**found, "effective step": shape}, total, ratio)
 
@@ -137,7 +137,12 @@ class _Step:
 
     def of(self, m: Any, v: Any) -> Any:
         """The step of a block of elements."""
-        return self.lr * (m / self.first) / ((v / self.second).sqrt() + self.eps)
+        if not m.is_complex():
+            return self.lr * (m / self.first) / ((v / self.second).sqrt() + self.eps)
+        from optimstate.installed_torch import torch
+
+        # Adam takes the two parts of a complex number as two numbers.
+        return torch.view_as_complex(self.of(torch.view_as_real(m), torch.view_as_real(v)).contiguous())
 
 
 def _histogram(block: Any) -> Histogram:
