@@ -100,10 +100,7 @@ def test_subclasses_add_fields_and_patterns_and_replacing_see_them() -> None:
 
 def test_planning_a_rename_imports_nothing_that_other_plans_need() -> None:
     later = ["dataclasses", "hashlib", "difflib", "ctypes", "tomllib"]
-    later += [
-        f"optimstate.plan.{name}"
-        for name in ("language.operations", "slots.conversion", "slots.factored", "slots.flat")
-    ]
+    later += [f"optimstate.plan.{name}" for name in ("language.operations", "slots.conversion", "slots.flat")]
     code = (
         "import optimstate.plan.apply.checkpoint, optimstate.plan.language.rules, sys;"
         f"print(sorted({set(later)} & set(sys.modules)))"

@@ -17,9 +17,7 @@ from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
-from optimstate.plan.slots.conversion import plan_conversion
 from optimstate.plan.slots.elementwise import translated
-from optimstate.plan.slots.flat import plan_flat
 from optimstate.plan.slots.outcomes import Outcome, Refusal, SlotPath
 from optimstate.plan.slots.planner import SlotPlanner
 from optimstate.plan.solve.fitting import fitted, unsized, untied, without_live_values
@@ -311,10 +309,16 @@ class _Section:
         algorithm = self.inventory.algorithm
         flat = None
         if algorithm is not None and algorithm.is_flat and not problems:
+            from optimstate.plan.slots.flat import plan_flat  # few plans need it, and the others start sooner
+
             flat = plan_flat(state, self.inventory.shapes, moves, groups, problems)
         conversion = None
         if self.plan_.optimizer:
             new_shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
+            from optimstate.plan.slots.conversion import (
+                plan_conversion,
+            )  # few plans need it, and the others start sooner
+
             conversion = plan_conversion(algorithm, self.plan_.optimizer, state, new_shapes, problems)
             if conversion is not None and self.plan_.policy.approximate == "refuse":
                 problems.extend(
