@@ -18,9 +18,9 @@ from optimstate.hooks.engine.slots import Casts, zeros_like_others
 from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import copied
 from optimstate.plan.expressions.tree import Fill
+from optimstate.plan.language.base import Operation
 from optimstate.plan.language.dimensions import Resize
 from optimstate.plan.language.joining import Concat, Split
-from optimstate.plan.language.operation import Operation
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import GroupRule, Policy, Rule
 from optimstate.plan.language.template import Template

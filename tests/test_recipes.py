@@ -14,7 +14,7 @@ import torch
 
 from optimstate import Plan
 from optimstate.cli import app
-from optimstate.plan.language.operation import OPERATIONS
+from optimstate.plan.language.base import OPERATIONS
 from tests import corpus
 from tests.cli.running import run
 

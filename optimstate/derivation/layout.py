@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from optimstate.plan.expressions.evaluate import evaluated
 from optimstate.plan.expressions.tree import Fill, Leaf, Shape
-from optimstate.plan.language.operation import Irreversible, Misfit, Operation
+from optimstate.plan.language.base import Irreversible, Misfit, Operation
 from optimstate.plan.language.operations import OPERATIONS
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from optimstate.derivation.probe import Combined, Function, Moved, New, Probe, S
 from optimstate.derivation.proof import differences, roundings
 from optimstate.derivation.templates import Moves, drops, generalised
 from optimstate.errors import DerivationError
-from optimstate.plan.language.operation import Operation
+from optimstate.plan.language.base import Operation
 from optimstate.plan.language.operations import OPERATIONS
 from optimstate.plan.language.plan import Plan
 from optimstate.record import Record

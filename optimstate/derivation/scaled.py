@@ -18,7 +18,7 @@ from optimstate.derivation.moves import Derivation, Derived
 from optimstate.derivation.probe import Function, Source
 from optimstate.derivation.templates import Moves
 from optimstate.errors import DerivationError
-from optimstate.plan.language.operation import OPERATIONS, Operation
+from optimstate.plan.language.base import OPERATIONS, Operation
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import plan_model
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.language.operation import Operation
+from optimstate.plan.language.base import Operation
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
 

@@ -13,7 +13,7 @@ from typing import Any
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Node, Shape
-from optimstate.plan.language.operation import (
+from optimstate.plan.language.base import (
     Irreversible,
     Misfit,
     Operation,

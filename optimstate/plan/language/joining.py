@@ -10,7 +10,7 @@ from typing import Any
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Node, Shape
-from optimstate.plan.language.operation import (
+from optimstate.plan.language.base import (
     Irreversible,
     Misfit,
     Operation,

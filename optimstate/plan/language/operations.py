@@ -11,7 +11,7 @@ from typing import Any
 
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language import dimensions, joining, values
-from optimstate.plan.language.operation import OPERATIONS, Operation, toml_value
+from optimstate.plan.language.base import OPERATIONS, Operation, toml_value
 
 __all__ = ["OPERATIONS", "Operation", "parse_operation"]
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.language.operation import Operation
+from optimstate.plan.language.base import Operation
 from optimstate.plan.language.template import Template
 from optimstate.record import Record, field
 

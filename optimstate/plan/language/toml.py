@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.language.operation import Operation, toml_key, toml_value
+from optimstate.plan.language.base import Operation, toml_key, toml_value
 from optimstate.plan.language.rules import GroupRule, Guard, OptimizerRule, Policy, Rule, SchedulerRule, templates
 from optimstate.plan.language.template import Template
 from optimstate.state.algorithms.slots import Slot, SlotKind

@@ -10,14 +10,14 @@ from typing import Any
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Node, Shape
-from optimstate.plan.language.dimensions import fill_of, written_fill
-from optimstate.plan.language.operation import (
+from optimstate.plan.language.base import (
     Irreversible,
     Operation,
     is_number,
     is_table,
     known_shape,
 )
+from optimstate.plan.language.dimensions import fill_of, written_fill
 from optimstate.record import field
 from optimstate.tensors.dtypes import DTYPES
 

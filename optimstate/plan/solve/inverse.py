@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from optimstate.errors import PlanError, PlanSyntaxError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Shape
-from optimstate.plan.language.operation import Irreversible, Misfit, Operation, toml_value
+from optimstate.plan.language.base import Irreversible, Misfit, Operation, toml_value
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import GroupRule, Guard, Rule, fan_out
 from optimstate.plan.language.template import Template, constrained

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
+from optimstate.plan.language.base import Misfit
 from optimstate.plan.language.modules import Modules
-from optimstate.plan.language.operation import Misfit
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
 from optimstate.problems import Problem
