@@ -117,7 +117,7 @@ def test_convert_writes_shards_and_back(tmp_path: Path) -> None:
     assert list(torch.load(back)) == list(torch.load(SOURCE))
 
 
-def test_convert_verifies_checksums_when_asked(tmp_path: Path) -> None:
+def test_convert_verifies_checksums_unless_told_not_to(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.pt"
     data = bytearray(SOURCE.read_bytes())
     from optimstate.formats.registry import open_checkpoint
@@ -126,8 +126,8 @@ def test_convert_verifies_checksums_when_asked(tmp_path: Path) -> None:
     _, tensor = max(tensors(open_checkpoint(SOURCE).tree), key=lambda found: found[1].nbytes)
     data[tensor.storage.pieces[0].offset] ^= 1
     damaged.write_bytes(data)
-    assert run("convert", str(damaged), str(tmp_path / "blind.safetensors")).code == 0
-    outcome = run("convert", str(damaged), str(tmp_path / "careful.safetensors"), "--verify")
+    assert run("convert", str(damaged), str(tmp_path / "blind.safetensors"), "--no-verify").code == 0
+    outcome = run("convert", str(damaged), str(tmp_path / "careful.safetensors"))
     assert outcome.code == 3
     assert "checksum" in outcome.err
     assert not (tmp_path / "careful.safetensors").exists()
