@@ -101,12 +101,13 @@ class Derivation:
         self._refuse(found)
         moved = {name: origin for name, origin in found.outputs.items() if isinstance(origin, Moved)}
         owners = _Owners(found, moved)
-        for component in owners.components():
+        components = owners.components()
+        for component in components:
             self._explain(component, moved, owners)
-        used = {name for component in owners.components() for name in component.sources}
+        used = {name for component in components for name in component.sources}
         for name, origin in found.outputs.items():
             if isinstance(origin, Combined):
-                terms = tuple(self._owner(part) for part, _ in origin.parts)
+                terms = tuple(found.owner(int(part.reshape(-1)[0])) for part, _ in origin.parts)
                 if used & set(terms):
                     shared = min(used & set(terms))
                     raise DerivationError(f"{shared!r} is part of the mean {name!r} and of another output")
@@ -129,7 +130,7 @@ class Derivation:
             if isinstance(origin, Unexplained):
                 of = f" (it depends on {', '.join(map(repr, origin.sources))})" if origin.sources else ""
                 wrong.append(f"{name!r} is not a layout of the sources: {origin.reason}{of}")
-            elif isinstance(origin, Combined) and not self._is_mean(origin):
+            elif isinstance(origin, Combined) and not self._is_mean(found, origin):
                 terms = " + ".join(f"{factor:g} * ..." for _, factor in origin.parts[:4])
                 wrong.append(f"{name!r} is a sum of {len(origin.parts)} tensors ({terms}): no rule can say it yet")
             elif isinstance(origin, Moved) and origin.shift:
@@ -137,7 +138,7 @@ class Derivation:
         if wrong:
             raise DerivationError("\n".join(wrong))
 
-    def _is_mean(self, origin: Combined) -> bool:
+    def _is_mean(self, found: Probe, origin: Combined) -> bool:
         """Whether it is the mean of whole tensors."""
         from optimstate.installed_torch import torch
 
@@ -147,18 +148,9 @@ class Derivation:
             abs(factor * count - 1) < 1e-6
             and sizes == {part.numel()}
             and bool((part.reshape(-1) == torch.arange(part.numel()) + int(part.reshape(-1)[0])).all())
-            and part.shape == self.sources[self._owner(part)].shape
+            and part.shape == self.sources[found.owner(int(part.reshape(-1)[0]))].shape
             for part, factor in origin.parts
         )
-
-    def _owner(self, part: torch.Tensor) -> str:
-        """The source that a term begins with."""
-        first, start = int(part.reshape(-1)[0]), 0
-        for name, source in self.sources.items():
-            if start <= first < start + prod(source.shape):
-                return name
-            start += prod(source.shape)
-        raise AssertionError("every term is of some source")
 
     # --- one component ----------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ ones and two draws of random integers, tell a layout from arithmetic: only the r
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,10 @@ class Probe(Record):
     outputs: Mapping[str, Origin]
     calls: int
 
+    def owner(self, tag: int) -> str:
+        """The source whose element has this tag."""
+        return list(self.starts)[bisect_right(list(self.starts.values()), tag) - 1]
+
 
 def probe(function: Function, sources: Mapping[str, Source]) -> Probe:
     """Call a function on tagged tensors and say where each element of its outputs comes from.
@@ -130,11 +135,13 @@ class _Prober:
 
     def _call(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """The outputs, as float64, for sources whose elements have these values (float64, one for each tag)."""
+        from optimstate.installed_torch import dtype_of
+
         given = {}
         for name, source in self.sources.items():
             start = self.starts[name]
             flat = values[start : start + prod(source.shape)]
-            given[name] = flat.reshape(source.shape).to(getattr(self.torch, source.dtype), copy=True)
+            given[name] = flat.reshape(source.shape).to(dtype_of(source.dtype), copy=True)
         self.calls += 1
         with self.torch.no_grad():
             made = self.function(given)

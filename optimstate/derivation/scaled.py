@@ -129,10 +129,10 @@ class _Scaled:
 
     def _compare_shapes(self, plan: Plan, new: Sequence[str]) -> None:
         """Run the function at the real shapes on the meta device, and compare every shape with the plan's."""
-        from optimstate.installed_torch import torch
+        from optimstate.installed_torch import dtype_of, torch
 
         given = {
-            name: torch.empty(source.shape, dtype=getattr(torch, source.dtype), device="meta")
+            name: torch.empty(source.shape, dtype=dtype_of(source.dtype), device="meta")
             for name, source in self.sources.items()
         }
         expected = {name: tuple(value.shape) for name, value in self.make({})(dict(given)).items() if name not in new}
