@@ -66,9 +66,10 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"archive"},
         {"numpy_files"},
         {"folder"},
-        {"unpickled"},
+        {"byte_sources", "byte_kinds", "unpickled"},
     ),
     "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),
+    "tree": ({"objects"}, {"walking"}, {"copies", "comparison"}),
     "io": ({"extents"}, {"copying", "output"}, {"folders"}),
 }
 MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "demo", "installed_torch"}

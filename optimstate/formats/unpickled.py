@@ -5,10 +5,8 @@ Nothing here decides what is harmless. A part of a file that no rule below accou
 
 from __future__ import annotations
 
-import bz2
 import io
 import json
-import lzma
 import re
 import struct
 import tarfile
@@ -16,13 +14,15 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
+from optimstate.formats.byte_kinds import MAX_TEXT, archive_length, is_safetensors, is_tar, is_text, read_in_two_ways
+from optimstate.formats.byte_sources import Memory, Part, Source, SourceFile, unpacker
 from optimstate.formats.pickles.mentions import Mention, Mentions, mentions
-from optimstate.formats.safetensors.file import MAX_HEADER
 from optimstate.formats.torch.legacy import MAGIC_BYTES, read_stream, read_tar
-from optimstate.formats.torch.zip_directory import CENTRAL, END, END64, LOCAL, LOCATOR64, Archive
+from optimstate.formats.torch.zip_directory import Archive
+from optimstate.formats.torch.zip_end import LOCAL
 from optimstate.io.extents import FileSlice, FileSource
 
 __all__ = ["MAX_UNPACKED", "Pickled", "Unread", "pickles_in"]
@@ -34,7 +34,6 @@ MAX_NESTING = 8
 """Containers within one another."""
 
 _MAX_MEMBERS = 100_000
-_MAX_TEXT = 1 << 26
 
 
 class Pickled(NamedTuple):
@@ -59,65 +58,6 @@ class Unread(NamedTuple):
 
     record: str
     reason: str
-
-
-class Source(Protocol):
-    """Bytes by position, so many of them."""
-
-    size: int
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes at `offset`."""
-
-
-class _Memory:
-    """Bytes that were unpacked."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.size = len(data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        return self._data[offset : offset + length]
-
-
-class _Part:
-    """A part of a source under offsets of its own."""
-
-    def __init__(self, source: Source, start: int, size: int) -> None:
-        if start < 0 or size < 0 or start + size > source.size:
-            raise CorruptCheckpointError(f"a part of {size} bytes at offset {start} of {source.size} bytes")
-        self._source, self._start, self.size = source, start, size
-
-    def read(self, offset: int, length: int) -> bytes:
-        return self._source.read(self._start + offset, max(min(length, self.size - offset), 0))
-
-
-class _File(io.RawIOBase):
-    """A source as the file that libraries ask for."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._at = max(offset + (0, self._at, self._source.size)[whence], 0)
-        return self._at
-
-    def readinto(self, buffer: Any, /) -> int:
-        length = max(min(len(buffer), self._source.size - self._at), 0)
-        buffer[:length] = self._source.read(self._at, length)
-        self._at += length
-        return length
 
 
 Found = Iterator[Pickled | Unread]
@@ -149,8 +89,8 @@ class _Search:
                 yield from self._items(source, record, depth)
             elif head[:2] == b"PK" and head[2:4] in (b"\x03\x04", b"\x05\x06", b"\x01\x02", b"\x06\x06", b"\x07\x08"):
                 yield from self._zip(source, record, depth)
-            elif (unpacker := _unpacker(head)) is not None:
-                yield from self._compressed(source, record, depth, *unpacker)
+            elif (how := unpacker(head)) is not None:
+                yield from self._compressed(source, record, depth, *how)
             elif head[:6] == b"\x93NUMPY":
                 yield from self._npy(source, record)
             else:
@@ -163,7 +103,7 @@ class _Search:
     def _other(self, source: Source, head: bytes, record: str, depth: int) -> Found:
         """Tar archives, pickles one after another, or neither; a file can be a tar archive and a pickle at once."""
         known = False
-        if head[257:262] == b"ustar" or (source.size >= 512 and _is_tar(head)):
+        if head[257:262] == b"ustar" or (source.size >= 512 and is_tar(head)):
             known = True
             yield from self._tar(source, record, depth)
         end = 0
@@ -171,7 +111,7 @@ class _Search:
             known, end = True, stop
             yield Pickled(_at_byte(record, start), found)
             for inner in found.embedded:
-                yield from self.whole(_Memory(inner), _inside(_at_byte(record, start), "storage"), depth + 1)
+                yield from self.whole(Memory(inner), _inside(_at_byte(record, start), "storage"), depth + 1)
         if end and MAGIC_BYTES in head[:32]:
             read_stream(source)  # accounts for the storages that follow the pickles, or raises
         elif 0 < end < source.size:
@@ -181,11 +121,11 @@ class _Search:
 
     def _without_pickle(self, source: Source, head: bytes, record: str, depth: int) -> Found:
         """What is known to hold no pickle."""
-        if not source.size or head.startswith(_IMAGES) or _is_safetensors(source):
+        if not source.size or head.startswith(_IMAGES) or is_safetensors(source):
             return
-        if not _is_text(source, head):
+        if not is_text(source, head):
             yield Unread(record, "bytes of no known kind")
-        elif b'":serialized:"' in source.read(0, min(source.size, _MAX_TEXT)):
+        elif b'":serialized:"' in source.read(0, min(source.size, MAX_TEXT)):
             yield from self._serialized(source.read(0, source.size), record, depth)
 
     def _serialized(self, text: bytes, record: str, depth: int) -> Found:
@@ -196,7 +136,7 @@ class _Search:
         for key, value in data.items() if isinstance(data, dict) else ():
             if isinstance(value, dict) and isinstance(value.get(":serialized:"), str):
                 decoded = base64.b64decode(value[":serialized:"])
-                yield from self.whole(_Memory(decoded), _inside(record, str(key)), depth + 1)
+                yield from self.whole(Memory(decoded), _inside(record, str(key)), depth + 1)
 
     # --- compressed -----------------------------------------------------------------------------------------------
 
@@ -205,7 +145,7 @@ class _Search:
         if data is None:
             yield Unread(record, f"unpacks to more than {MAX_UNPACKED} bytes, the limit")
             return
-        yield from self.whole(_Memory(data), _inside(record, kind), depth + 1)
+        yield from self.whole(Memory(data), _inside(record, kind), depth + 1)
 
     def _unpacked(self, source: Source, unpack: Any) -> bytes | None:
         """All streams of a compressed source one after another; None where there is too much."""
@@ -243,7 +183,7 @@ class _Search:
                 found = tuple(Mention(module, name, 0, 1, True) for module, name in names)
                 yield Pickled(_inside(record, "storages and tensors"), Mentions(found, (), ""))
         try:
-            with tarfile.open(fileobj=io.BufferedReader(_File(source)), mode="r:") as archive:
+            with tarfile.open(fileobj=io.BufferedReader(SourceFile(source)), mode="r:") as archive:
                 for member in archive:
                     if self._too_many():
                         yield Unread(record, f"more than {_MAX_MEMBERS} members, the limit")
@@ -252,7 +192,7 @@ class _Search:
                     if member.issparse():
                         yield Unread(name, "a sparse member")
                     elif member.isreg() and member.name not in read:
-                        yield from self.whole(_Part(source, member.offset_data, member.size), name, depth + 1)
+                        yield from self.whole(Part(source, member.offset_data, member.size), name, depth + 1)
         except (tarfile.TarError, OverflowError) as error:
             yield Unread(record, f"the tar archive cannot be read: {error}"[:200])
 
@@ -261,7 +201,7 @@ class _Search:
         return self._members > _MAX_MEMBERS
 
     def _zip(self, source: Source, record: str, depth: int) -> Found:
-        if (why := _read_in_two_ways(source)) is not None:
+        if (why := read_in_two_ways(source)) is not None:
             yield Unread(record, f"an archive that programs read in different ways: {why}")
         if isinstance(source, FileSource | FileSlice):
             try:
@@ -280,7 +220,7 @@ class _Search:
                 continue
             where = _inside(record, archive.root + name)
             extent = archive.extent(entry)
-            part = _Part(archive.source, extent.offset - _start(archive.source), extent.length)
+            part = Part(archive.source, extent.offset - _start(archive.source), extent.length)
             yield from self.whole(part, where, depth + 1)
             local = archive.source.read(entry.header, LOCAL.size + len((archive.root + name).encode()))
             if local[LOCAL.size :] != (archive.root + name).encode():
@@ -288,7 +228,7 @@ class _Search:
 
     def _zip_members(self, source: Source, record: str, depth: int) -> Found:
         try:
-            with zipfile.ZipFile(_File(source)) as opened:
+            with zipfile.ZipFile(SourceFile(source)) as opened:
                 entries = opened.infolist()
         except Exception as error:  # noqa: BLE001  # zipfile raises many things for what it does not expect
             yield Unread(record, f"the archive cannot be read: {error or type(error).__name__}"[:200])
@@ -325,7 +265,7 @@ class _Search:
         if (entry.flag_bits | int(fields[2])) & 0x2061:
             yield Unread(name, "is encrypted, or a patch")
         start = entry.header_offset + LOCAL.size + int(fields[9]) + int(fields[10])
-        packed = _Part(source, start, entry.compress_size)
+        packed = Part(source, start, entry.compress_size)
         if entry.compress_type == zipfile.ZIP_STORED:
             if entry.compress_size != entry.file_size:
                 yield Unread(name, f"has {entry.compress_size} stored bytes and declares {entry.file_size}")
@@ -335,7 +275,7 @@ class _Search:
             if data is None:
                 yield Unread(name, f"unpacks to more than {MAX_UNPACKED} bytes, the limit")
             else:
-                yield from self.whole(_Memory(data), name, depth + 1)
+                yield from self.whole(Memory(data), name, depth + 1)
         else:
             yield Unread(name, f"is packed by method {entry.compress_type}")
 
@@ -343,10 +283,10 @@ class _Search:
         """The archives of a file of torch.distributed.checkpoint, one after another."""
         start = 0
         while start < source.size:
-            size = _archive_length(source, start)
+            size = archive_length(source, start)
             if not size:
-                rest = _Part(source, start, source.size - start)
-                if not _is_safetensors(rest):
+                rest = Part(source, start, source.size - start)
+                if not is_safetensors(rest):
                     yield Unread(_at_byte(record, start), "bytes of no known kind")
                 return
             yield from self.whole(_slice(source, start, size), _at_byte(record, start), depth + 1)
@@ -366,7 +306,7 @@ class _Search:
         header = source.read(8 + width, int(length))
         if _PLAIN_ARRAY.search(header) and b"O" not in header.replace(b"'fortran_order'", b""):
             return
-        objects = _Part(source, start, source.size - start)
+        objects = Part(source, start, source.size - start)
         end = 0
         for begin, stop, found in _in_a_row(objects):
             end = stop
@@ -415,7 +355,7 @@ def _start(source: FileSource | FileSlice) -> int:
 
 def _slice(source: Source, start: int, size: int) -> Source:
     """A part, of the kind whose archives are read quickly where it can be."""
-    return FileSlice(source, start, size) if isinstance(source, FileSource) else _Part(source, start, size)
+    return FileSlice(source, start, size) if isinstance(source, FileSource) else Part(source, start, size)
 
 
 def _in_a_row(source: Source) -> Iterator[tuple[int, int, Mentions]]:
@@ -431,140 +371,3 @@ def _in_a_row(source: Source) -> Iterator[tuple[int, int, Mentions]]:
         if not length:
             return
         start = begin + length
-
-
-def _unpacker(head: bytes) -> tuple[str, Any] | None:
-    """How a stream is unpacked, by its first bytes."""
-    if head[:2] == b"\x1f\x8b":
-        return "gzip", lambda: zlib.decompressobj(31)
-    if head[:3] == b"BZh":
-        return "bz2", _Limited.of(bz2.BZ2Decompressor)
-    if head[:6] == b"\xfd7zXZ\x00" or head[:3] == b"\x5d\x00\x00":
-        return "xz", _Limited.of(lambda: lzma.LZMADecompressor(memlimit=1 << 28))
-    if head[:1] == b"\x78" and len(head) > 1 and int.from_bytes(head[:2], "big") % 31 == 0:
-        return "zlib", lambda: zlib.decompressobj(15)
-    return None
-
-
-class _Limited:
-    """The decompressors of bz2 and lzma, which keep what they have not used themselves, as those of zlib do."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    @classmethod
-    def of(cls, make: Any) -> Any:
-        return lambda: cls(make())
-
-    @property
-    def eof(self) -> bool:
-        return bool(self._stream.eof)
-
-    @property
-    def unused_data(self) -> bytes:
-        return bytes(self._stream.unused_data)
-
-    def decompress(self, data: bytes, limit: int) -> bytes:
-        try:
-            return bytes(self._stream.decompress(data, limit))
-        except lzma.LZMAError as error:
-            raise CorruptCheckpointError(f"the compressed data is damaged: {error}") from error
-
-
-def _is_safetensors(source: Source) -> bool:
-    """Whether all of a source is the header and the data of a safetensors file; of any dtypes."""
-    if source.size < 8 or source.read(8, 1) != b"{":
-        return False
-    (length,) = struct.unpack("<Q", source.read(0, 8))
-    if length > min(source.size - 8, MAX_HEADER):
-        return False
-    try:
-        header = json.loads(source.read(8, length))
-        header.pop("__metadata__", None)
-        ranges = sorted((int(start), int(stop)) for start, stop in (entry["data_offsets"] for entry in header.values()))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return False
-    end = 0
-    for start, stop in ranges:
-        if start != end or stop < start:
-            return False
-        end = stop
-    return bool(8 + length + end == source.size)
-
-
-def _is_tar(head: bytes) -> bool:
-    """Whether the sum of the first header is right; archives of before 1988 have no other mark."""
-    try:
-        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
-    except (tarfile.TarError, ValueError):
-        return False
-    return True
-
-
-def _is_text(source: Source, head: bytes) -> bool:
-    """Whether all of a source is text in UTF-8."""
-    if source.size > _MAX_TEXT or b"\0" in head:
-        return False
-    data = source.read(0, source.size)
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return not data.translate(None, _NOT_CONTROLS)
-
-
-_NOT_CONTROLS = bytes({*range(256)} - {*range(32), 127} | {*b"\t\n\v\f\r\x1b"})
-
-
-def _read_in_two_ways(source: Source) -> str | None:
-    """What makes programs disagree about the directory of an archive, or None where they agree.
-
-    Some take the last end record, others the first; some obey its offset, others look directly in front of it.
-    """
-    tail_size = min(source.size, END.size + 0xFFFF + LOCATOR64.size + END64.size)
-    tail = source.read(source.size - tail_size, tail_size)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + END.size > len(tail):
-        return "the directory at the end is missing"
-    _, disk, _, _, count, size, offset, comment = END.unpack_from(tail, at)
-    if at + END.size + comment != len(tail) or disk not in (0, 0xFFFF):
-        return "bytes follow the end record"
-    end = source.size - tail_size + at
-    large = tail[at - LOCATOR64.size : at - LOCATOR64.size + 4] == b"PK\x06\x07" if at >= LOCATOR64.size else False
-    if large:
-        _, _, where, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
-        end -= LOCATOR64.size + END64.size
-        if where != end:
-            return "the zip64 end record does not stand where it belongs"
-        end64 = source.read(end, END64.size)
-        if len(end64) < END64.size or end64[:4] != b"PK\x06\x06":
-            return "the zip64 end record is damaged"
-        *_, count64, size64, offset64 = END64.unpack(end64)
-        short = ((count, count64, 0xFFFF), (size, size64, 0xFFFFFFFF), (offset, offset64, 0xFFFFFFFF))
-        if any(small not in (full, most) for small, full, most in short):
-            return "the two end records contradict each other"
-        count, size, offset = count64, size64, offset64
-    if offset + size != end:
-        return "the directory does not stand in front of its end record"
-    if count and source.read(0, 4) != b"PK\x03\x04":
-        return "it does not begin with a member"
-    return None if count * CENTRAL.size <= size else "the directory cannot hold its entries"
-
-
-def _archive_length(source: Source, start: int) -> int:
-    """How long the archive is that begins at `start`, before others; 0 where there is none."""
-    block = 1 << 22
-    at = start
-    while at < source.size:
-        data = source.read(at, min(block + END.size + 0x10000, source.size - at))
-        found = data.find(b"PK\x05\x06")
-        while 0 <= found < block:
-            end = at + found
-            if found + END.size <= len(data):
-                comment = int(END.unpack_from(data, found)[7])
-                length = end + END.size + comment - start
-                if start + length <= source.size and _read_in_two_ways(_Part(source, start, length)) is None:
-                    return length
-            found = data.find(b"PK\x05\x06", found + 1)
-        at += block
-    return 0

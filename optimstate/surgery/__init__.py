@@ -15,6 +15,7 @@ from optimstate.describe import describe
 if TYPE_CHECKING:
     from optimstate.surgery.comparing import DiffReport, diff
     from optimstate.surgery.converting import ConvertReport, convert
+    from optimstate.surgery.findings import VerifyReport
     from optimstate.surgery.inspecting import inspect
     from optimstate.surgery.naming import NameReport, name
     from optimstate.surgery.plans import (
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from optimstate.surgery.settings import with_options
     from optimstate.surgery.suggesting import SuggestReport, suggest
     from optimstate.surgery.suggesting import suggest as suggest_plan
-    from optimstate.surgery.verifying import VerifyReport, verify, verify_against
+    from optimstate.surgery.verifying import verify, verify_against
 
 _HOMES = {
     "CheckReport": "plans",

@@ -14,7 +14,7 @@ from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.algorithms.slots import MASTERS
 from optimstate.state.sections import KINDS, Section
-from optimstate.surgery.inspecting import algorithm_of
+from optimstate.surgery.slot_counts import algorithm_of
 from optimstate.surgery.statistics import second_moments
 from optimstate.tensors.compute import mapped
 from optimstate.tensors.lazy import LazyTensor, Storage

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
@@ -14,16 +13,17 @@ from optimstate.plan.language.template import Template
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, find_sections, tied_names
+from optimstate.surgery.contents import relative_difference, renames
 from optimstate.surgery.differences import Change, ChangeKind, DiffReport
-from optimstate.surgery.inspecting import form_of, plain
 from optimstate.surgery.leaves import Shape, same
 from optimstate.surgery.naming import concluded_names
 from optimstate.surgery.reports import opening
+from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.views import MEMBERS, OTHER, Key, View
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import path_key
 
-__all__ = ["Change", "DiffReport", "by_content", "diff", "model_tensors"]
+__all__ = ["Change", "DiffReport", "diff", "model_tensors"]
 
 
 def diff(
@@ -212,7 +212,7 @@ class _Comparison:
         """Note the differences; gives the renamed ones."""
         removed = {key: value for key, value in mine.items() if key not in theirs}
         added = {key: value for key, value in theirs.items() if key not in mine}
-        renamed = {} if self.headers else _renames(removed, added, self.progress)
+        renamed = {} if self.headers else renames(removed, added, self.progress)
         taken = set(renamed.values())
         for key, tensor in mine.items():
             if key in renamed:
@@ -245,7 +245,7 @@ class _Comparison:
             return
         else:
             kind = "changed"
-        relative = None if self.headers else _relative(a, b)
+        relative = None if self.headers else relative_difference(a, b)
         if kind == "changed" and self.tolerance and relative is not None and relative <= self.tolerance:
             self.within += 1
             return
@@ -351,61 +351,7 @@ def _share(a: Any, b: Any) -> bool:
     return isinstance(a, LazyTensor) and isinstance(b, LazyTensor) and a.storage is b.storage
 
 
-def _renames(removed: dict[Key, Any], added: dict[Key, Any], progress: Progress) -> dict[Key, Key]:
-    """Pairs of equal type, shape and content; content that several tensors have (zeros, ones) decides nothing."""
-    kinds = {(t.dtype, t.shape) for t in added.values() if isinstance(t, LazyTensor)}
-    mine = by_content(_of_kinds(removed, kinds), progress)
-    if not mine:
-        return {}
-    kinds = {(removed[name].dtype, removed[name].shape) for names in mine.values() for name in names}
-    theirs = by_content(_of_kinds(added, kinds), progress)
-    return {
-        names[0]: theirs[key][0] for key, names in mine.items() if len(names) == 1 and len(theirs.get(key, ())) == 1
-    }
-
-
-def _of_kinds(tensors: dict[Key, Any], kinds: Collection[tuple[str, tuple[int, ...]]]) -> dict[Key, LazyTensor]:
-    return {n: t for n, t in tensors.items() if isinstance(t, LazyTensor) and (t.dtype, t.shape) in kinds}
-
-
 def model_tensors(tree: Any) -> dict[str, LazyTensor]:
     """The tensors of the models in a checkpoint, without wrapper prefixes."""
     views = [View.of(section) for section in find_sections(tree) if section.kind == "model"]
     return {key[0]: t for view in views for key, t in view.tensors.items() if isinstance(t, LazyTensor)}
-
-
-K = TypeVar("K")
-
-
-def by_content(
-    tensors: Mapping[K, LazyTensor], progress: Progress | None = None
-) -> dict[tuple[str, tuple[int, ...], bytes], list[K]]:
-    """The names of each content: a dtype, a shape and a digest of the elements.
-
-    Args:
-        tensors: By name; all are read.
-        progress: Called with the bytes read since the last call.
-    """
-    found: dict[tuple[str, tuple[int, ...], bytes], list[K]] = {}
-    for name, tensor in tensors.items():
-        digest = hashlib.blake2b(digest_size=16)
-        for block in tensor.chunks():
-            digest.update(block)
-            if progress is not None:
-                progress(len(block))
-        found.setdefault((tensor.dtype, tensor.shape, digest.digest()), []).append(name)
-    return found
-
-
-def _relative(a: LazyTensor, b: LazyTensor) -> float | None:
-    """|a - b| / |a| in double precision, block by block; None where elements are not numbers torch can subtract."""
-    if not a.numel:
-        return None
-    from optimstate.surgery.statistics import blocks
-
-    difference = norm = 0.0
-    pairs = zip(blocks(a), blocks(b), strict=True)
-    for x, y in pairs:
-        difference += float(((x - y).abs() ** 2).sum())
-        norm += float((x.abs() ** 2).sum())
-    return float((difference / norm) ** 0.5) if norm else float("inf")

@@ -9,7 +9,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from optimstate.describe import bounded, describe
 from optimstate.formats.pickles.globals import dangerous
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
@@ -17,10 +16,10 @@ from optimstate.io.extents import Progress
 from optimstate.io.output import is_leftover
 from optimstate.plan.language.template import Template
 from optimstate.record import Record
-from optimstate.state.algorithms.registry import parameter_shape, recognise
+from optimstate.state.algorithms.registry import parameter_shape
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.optimizer import Group, OptimizerState
-from optimstate.state.records import is_tensor, tensor_record
+from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged, scheduler_name, section_called, tied_names
 from optimstate.surgery.inspection_text import Sort
 from optimstate.surgery.reports import (
@@ -36,9 +35,11 @@ from optimstate.surgery.reports import (
     opening,
 )
 from optimstate.surgery.rest import rest_of
+from optimstate.surgery.shown import form_of, plain
+from optimstate.surgery.slot_counts import algorithm_of, counted, flat_slots, is_flat
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName, Opaque, OpaqueFile, census, format_path, nodes, path_key
+from optimstate.tree import Opaque, census, format_path, nodes
 from optimstate.tree import tensors as walked_tensors
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class _Choice(Record):
 
 def _notes(sections: Sequence[Section], states: Mapping[int, OptimizerState]) -> Iterator[str]:
     for section in sections:
-        if section.kind == "optimizer" and _is_flat(states[id(section)]):
+        if section.kind == "optimizer" and is_flat(states[id(section)]):
             yield (
                 f"optimizer {section.label}: all state is vectors; if these are FSDP1's flat parameters, they cannot "
                 "be named without the model: save FSDP.optim_state_dict() instead"
@@ -258,7 +259,7 @@ class _Look:
         return found
 
     def _optimizer_info(self, path: str, state: OptimizerState) -> OptimizerInfo:
-        slots, steps, fresh = _counted(state)
+        slots, steps, fresh = counted(state)
         algorithm = algorithm_of(slots, state)
         return OptimizerInfo(
             path,
@@ -278,7 +279,7 @@ class _Look:
         return _kinds_of_names(list(self.choice.matching(_named_slots(state))), algorithm)
 
     def _listing(self, path: str, state: OptimizerState, algorithm: Algorithm | None) -> tuple[ParameterInfo, ...]:
-        sizes = [float(sum(getattr(v, "nbytes", 0) for _, v in _slots(s or {}))) for _, _, s in state.parameters()]
+        sizes = [float(sum(getattr(v, "nbytes", 0) for _, v in flat_slots(s or {}))) for _, _, s in state.parameters()]
         made = [
             (info, size)
             for info, size in zip(self._parameter_infos(path, state, algorithm), sizes, strict=True)
@@ -307,7 +308,7 @@ class _Look:
                 continue
             from optimstate.surgery.statistics import measured, oddities, second_moments
 
-            numbers = measured(_slots(found or {}), self.progress)
+            numbers = measured(flat_slots(found or {}), self.progress)
             where = f"optimizer at {path}, {f'parameter {shown}' if name is None else name}"
             odd = oddities(numbers, slots.get("step"), second_moments(algorithm))
             self._odd += [f"{where}: {message}" for _, message in odd]
@@ -315,14 +316,6 @@ class _Look:
 
 
 MAX_ODDITIES = 20
-
-
-def algorithm_of(slots: Iterable[Any], state: OptimizerState) -> Algorithm | None:
-    """The algorithm that a state is of, told by its slots: without fp32 masters, and of nested ones the outermost."""
-    if not state.groups:
-        return None
-    names = {str(slot).partition(".")[0] for slot in slots}
-    return recognise(sorted(names), state.groups[0].options)
 
 
 def _kinds_of_names(
@@ -363,149 +356,6 @@ def _described(value: Any, algorithm: Algorithm | None) -> str:
 
 def _named_slots(state: OptimizerState) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((str(name), dict(slots or {})) for _, name, slots in state.parameters())
-
-
-def form_of(value: Any) -> str:
-    """A leaf in few words: `float32[12, 8]`, a number, or the class of a record."""
-    if isinstance(value, LazyTensor):
-        return f"{value.dtype}{list(value.shape)}"
-    record = tensor_record(value)
-    return str(record) if record is not None else str(plain(value))
-
-
-MAX_SHOWN = 4096
-"""Items of one value that are shown; of what is larger, the size. Shared lists can make a small file endless."""
-
-
-def plain(value: Any) -> Any:
-    """A leaf as JSON can hold it; tensors of one element become numbers."""
-    return _plain(value, [MAX_SHOWN])
-
-
-def _plain(value: Any, room: list[int]) -> Any:
-    if isinstance(value, LazyTensor):
-        shown = value.numel == 1 and value.dtype in _SHOWN_AS_NUMBER
-        return _plain(value.item(), room) if shown else form_of(value)
-    if isinstance(value, OpaqueFile):
-        return f"file of {value.nbytes:,} bytes"
-    if isinstance(value, list | tuple | Mapping):
-        room[0] -= len(value)
-        if room[0] < 0:
-            return f"{type(value).__name__} of {len(value)}"
-        if isinstance(value, Mapping):
-            return {str(path_key(key)): _plain(item, room) for key, item in value.items()}
-        return [_plain(item, room) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Opaque | GlobalName):
-        record = tensor_record(value)
-        return describe(value) if record is None else str(record)
-    return bounded(value) if value is None or isinstance(value, bool | int | float | str) else describe(value)
-
-
-_SHOWN_AS_NUMBER = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
-
-
-class _SlotCount:
-    """What is counted of one slot."""
-
-    def __init__(self) -> None:
-        self.parameters = 0
-        self.dtypes: set[str] = set()
-        self.nbytes = 0
-
-    def add(self, value: Any) -> None:
-        """Count one value."""
-        self.parameters += 1
-        record = tensor_record(value)
-        if isinstance(value, LazyTensor):
-            self.nbytes += value.nbytes
-            self.dtypes.add(value.dtype)
-        elif record is not None:
-            self.nbytes += sum(part.nbytes for part in record.parts.values())
-            self.dtypes.add(f"{record.kind} {record.dtype}")
-        else:
-            self.dtypes.add(value.type.qualname if isinstance(value, Opaque) else type(value).__name__)
-
-    def add_tensors(self, dtype: str, shape: tuple[int, ...], times: int) -> None:
-        """Count equal tensors."""
-        self.parameters += times
-        self.dtypes.add(dtype)
-        self.nbytes += times * DTYPES[dtype].itemsize * math.prod(shape)
-
-
-def _counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str], int]:
-    """What there is of each slot, how many parameters are at each step, and how many have no state."""
-    # Checkpoints have few kinds of slots and many tensors: what costs something is done once for each kind.
-    tensors: list[tuple[str, str, tuple[int, ...]]] = []
-    slots: dict[str, _SlotCount] = {}
-    steps: list[str] = []
-    scalars = _ScalarReader()
-    fresh = 0
-    for _, _, found in state.parameters():
-        if not found:
-            fresh += 1
-            continue
-        for slot, value in found.items():
-            if type(value) is LazyTensor:
-                tensors.append((slot, value.dtype, value.shape))
-                if slot == "step":
-                    steps.append(scalars.text(value))
-                continue
-            for path, inner in _slots({slot: value}):
-                slots.setdefault(path, _SlotCount()).add(inner)
-                if path == "step" or path.endswith(".step"):
-                    steps.append(scalars.text(inner))
-    for (slot, dtype, shape), times in Counter(tensors).items():
-        slots.setdefault(slot, _SlotCount()).add_tensors(dtype, shape, times)
-    if not steps:  # some algorithms count per group
-        steps += [scalars.text(group.options["step"]) for group in state.groups if "step" in group.options]
-    return slots, Counter(steps), fresh
-
-
-def _slots(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every slot; of slots that an optimizer nests (bitsandbytes, heavyball, Shampoo) each by its dotted path."""
-    for slot, value in found.items():
-        if isinstance(value, Mapping) and value and len(prefix) < 100:
-            yield from _slots(value, f"{prefix}{slot}.")
-        else:
-            yield f"{prefix}{slot}", value
-
-
-def _is_flat(state: OptimizerState) -> bool:
-    """Whether every tensor of an anonymous optimizer is a vector, as FSDP1's flat parameters are."""
-    if state.is_named:
-        return False
-    found_vector = False
-    for _, _, found in state.parameters():
-        for _, value in _slots(found or {}):
-            if isinstance(value, LazyTensor) and value.shape:
-                if len(value.shape) > 1:
-                    return False
-                found_vector = True
-    return found_vector
-
-
-class _ScalarReader:
-    """The many step counters of a file as text, equal ones read once."""
-
-    def __init__(self) -> None:
-        self._known: dict[Any, str] = {}
-
-    def text(self, value: Any) -> str:
-        if not isinstance(value, LazyTensor):
-            return _step_text(plain(value))
-        storage = value.storage
-        # CRC-32 tells any two messages of up to four bytes apart, so equal checksums are equal numbers.
-        crc = storage.crc if storage.nbytes <= 4 else None
-        key = (value.dtype, value.offset, storage.nbytes, crc) if crc is not None else id(storage)
-        if key not in self._known:
-            self._known[key] = _step_text(plain(value))
-        return self._known[key]
-
-
-def _step_text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _group_info(group: Group) -> GroupInfo:

@@ -13,7 +13,7 @@ from optimstate.state.algorithms.registry import parameter_shape
 from optimstate.state.algorithms.slots import MASTERS, Algorithm
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
-from optimstate.surgery.inspecting import algorithm_of
+from optimstate.surgery.slot_counts import algorithm_of
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque
 

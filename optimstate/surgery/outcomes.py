@@ -55,7 +55,7 @@ def regrouped(migration: Migration, tree: Any) -> dict[str, tuple[Group, ...]]:
     """The param groups of each optimizer whose groups or options are others than in the tree it was planned for."""
     if not any(section.regrouped for section in migration.sections.values()):
         return {}
-    from optimstate.surgery.inspecting import plain
+    from optimstate.surgery.shown import plain
 
     made = {}
     for found in find_sections(tree):

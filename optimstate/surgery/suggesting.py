@@ -17,7 +17,8 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve import suggest as solve
 from optimstate.problems import Problem
 from optimstate.record import Record
-from optimstate.surgery.comparing import by_content, model_tensors
+from optimstate.surgery.comparing import model_tensors
+from optimstate.surgery.contents import by_content
 from optimstate.surgery.ordering import wrong_positions
 from optimstate.surgery.plans import kind_of, merged, names_of
 from optimstate.surgery.reports import opening, to_json

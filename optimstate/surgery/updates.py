@@ -15,7 +15,8 @@ from optimstate.formats.protocol import Document
 from optimstate.record import Record
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections
-from optimstate.surgery.inspecting import algorithm_of, plain
+from optimstate.surgery.shown import plain
+from optimstate.surgery.slot_counts import algorithm_of
 from optimstate.surgery.statistics import Statistics, blocks, is_measurable, of_block
 from optimstate.tensors.lazy import LazyTensor
 

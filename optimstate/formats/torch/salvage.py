@@ -17,7 +17,8 @@ from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.pickles.unpickle import load
 from optimstate.formats.protocol import Document
 from optimstate.formats.pruning import LostStorage, without_lost
-from optimstate.formats.torch.zip_directory import LOCAL, Archive, Records
+from optimstate.formats.torch.zip_directory import Archive, Records
+from optimstate.formats.torch.zip_end import LOCAL
 from optimstate.formats.torch.zip_reader import storages_of
 from optimstate.io.extents import FileSource
 

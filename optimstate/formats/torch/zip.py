@@ -20,7 +20,8 @@ from optimstate.formats.pickles.pickle import dump
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch import salvage as salvaging
 from optimstate.formats.torch import script
-from optimstate.formats.torch.zip_directory import LOCAL, Archive, RecordStorage
+from optimstate.formats.torch.zip_directory import Archive, RecordStorage
+from optimstate.formats.torch.zip_end import LOCAL
 from optimstate.formats.torch.zip_reader import read_pickle
 from optimstate.formats.torch.zip_records import RecordWriter, write_records
 from optimstate.io.copying import Copier, copy_extents

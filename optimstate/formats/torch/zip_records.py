@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 
 from optimstate.formats.protocol import WriteOptions
-from optimstate.formats.torch.zip_directory import CENTRAL, END, END64, LOCAL, LOCATOR64, MAX32
+from optimstate.formats.torch.zip_end import CENTRAL, END, END64, LOCAL, LOCATOR64, MAX32
 from optimstate.io.copying import Checksum, Copier
 from optimstate.io.extents import Extent
 from optimstate.io.output import write_bytes

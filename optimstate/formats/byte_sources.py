@@ -1,0 +1,113 @@
+"""Bytes by position, of files, of parts of them and in memory, and how compressed ones are unpacked."""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import zlib
+from typing import Any, Protocol
+
+from optimstate.errors import CorruptCheckpointError
+
+__all__ = ["Memory", "Part", "Source", "SourceFile", "unpacker"]
+
+
+class Source(Protocol):
+    """Bytes by position, so many of them."""
+
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`."""
+
+
+class Memory:
+    """Bytes that were unpacked."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As of a `Source`."""
+        return self._data[offset : offset + length]
+
+
+class Part:
+    """A part of a source under offsets of its own."""
+
+    def __init__(self, source: Source, start: int, size: int) -> None:
+        if start < 0 or size < 0 or start + size > source.size:
+            raise CorruptCheckpointError(f"a part of {size} bytes at offset {start} of {source.size} bytes")
+        self._source, self._start, self.size = source, start, size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As of a `Source`; less where the part ends."""
+        return self._source.read(self._start + offset, max(min(length, self.size - offset), 0))
+
+
+class SourceFile(io.RawIOBase):
+    """A source as the file that libraries ask for."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._at = 0
+
+    # The methods of a raw file, as `io` describes them.
+    def readable(self) -> bool:  # noqa: D102
+        return True
+
+    def seekable(self) -> bool:  # noqa: D102
+        return True
+
+    def tell(self) -> int:  # noqa: D102
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:  # noqa: D102
+        self._at = max(offset + (0, self._at, self._source.size)[whence], 0)
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:  # noqa: D102
+        length = max(min(len(buffer), self._source.size - self._at), 0)
+        buffer[:length] = self._source.read(self._at, length)
+        self._at += length
+        return length
+
+
+def unpacker(head: bytes) -> tuple[str, Any] | None:
+    """How a stream is unpacked, by its first bytes."""
+    if head[:2] == b"\x1f\x8b":
+        return "gzip", lambda: zlib.decompressobj(31)
+    if head[:3] == b"BZh":
+        return "bz2", _Limited.of(bz2.BZ2Decompressor)
+    if head[:6] == b"\xfd7zXZ\x00" or head[:3] == b"\x5d\x00\x00":
+        return "xz", _Limited.of(lambda: lzma.LZMADecompressor(memlimit=1 << 28))
+    if head[:1] == b"\x78" and len(head) > 1 and int.from_bytes(head[:2], "big") % 31 == 0:
+        return "zlib", lambda: zlib.decompressobj(15)
+    return None
+
+
+class _Limited:
+    """The decompressors of bz2 and lzma, which keep what they have not used themselves, as those of zlib do."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    @classmethod
+    def of(cls, make: Any) -> Any:
+        return lambda: cls(make())
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._stream.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return bytes(self._stream.unused_data)
+
+    def decompress(self, data: bytes, limit: int) -> bytes:
+        try:
+            return bytes(self._stream.decompress(data, limit))
+        except lzma.LZMAError as error:
+            raise CorruptCheckpointError(f"the compressed data is damaged: {error}") from error

@@ -1,0 +1,70 @@
+"""Where the directory of a zip archive is: what stands at the end of the file."""
+
+from __future__ import annotations
+
+import struct
+
+from optimstate.errors import CorruptCheckpointError
+from optimstate.io.extents import FileSlice, FileSource
+
+__all__ = ["CENTRAL", "END", "END64", "LOCAL", "LOCATOR64", "MAX32", "find_directory"]
+
+# Structures of the zip format (PKWARE's APPNOTE.TXT, section 4.3), with their signatures.
+LOCAL = struct.Struct("<4s5H3L2H")
+CENTRAL = struct.Struct("<4s6H3L5H2L")
+END = struct.Struct("<4s4H2LH")
+END64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR64 = struct.Struct("<4sLQL")
+MAX32 = 0xFFFFFFFF
+
+
+def find_directory(source: FileSource | FileSlice) -> tuple[int, int, int]:
+    """Offset, size and number of entries of the central directory."""
+    tail_size = min(source.size, END.size + 0xFFFF + LOCATOR64.size)
+    tail = source.read(source.size - tail_size, tail_size)
+    at = _rfind_end(tail)
+    if at < 0:
+        raise CorruptCheckpointError(
+            "the zip directory at the end is missing",
+            path=source.path,
+            place=f"offset {source.size}",
+            hint=_restore_hint(source),
+        )
+    end_offset = source.size - tail_size + at
+    _, _, _, _, count, size, offset, _ = END.unpack_from(tail, at)
+    expected_end = end_offset
+    if at >= LOCATOR64.size and tail[at - LOCATOR64.size : at - LOCATOR64.size + 4] == b"PK\x06\x07":
+        _, _, end64_offset, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
+        end64 = source.read(end64_offset, END64.size)
+        if end64[:4] != b"PK\x06\x06":
+            raise CorruptCheckpointError(
+                "the zip64 directory is damaged", path=source.path, place=f"offset {end64_offset}"
+            )
+        *_, count, size, offset = END64.unpack(end64)
+        expected_end = end64_offset
+    if offset + size != expected_end:
+        raise CorruptCheckpointError(
+            f"the zip directory says it ends at {offset + size}, but it ends at {expected_end}",
+            path=source.path,
+            place=f"offset {end_offset}",
+        )
+    return offset, size, count
+
+
+def _rfind_end(data: bytes) -> int:
+    """Where the last end record that is there in full begins; behind it may be the first bytes of another."""
+    return data.rfind(b"PK\x05\x06", 0, max(len(data) - END.size + 4, 0))
+
+
+def _restore_hint(source: FileSource | FileSlice) -> str:
+    """An interrupted in-place edit leaves the old end inside the file: say how to return to it."""
+    block = 1 << 24
+    for low in range(max(source.size - block, 0), max(source.size - 16 * block, -1), -block):
+        data = source.read(low, min(block + END.size, source.size - low))
+        at = _rfind_end(data)
+        if at >= 0 and data[max(at - LOCATOR64.size, 0) :][:4] == b"PK\x06\x07":
+            size = low + at + END.size
+            return f"An edit in place was interrupted; `truncate -s {size} {source.path}` restores the file as it was."
+        if low == 0:
+            break
+    return "The file is truncated or no checkpoint of torch.save; copy it again from its source."

@@ -1,0 +1,90 @@
+"""What verify found, and how it is told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from optimstate.surgery.reports import to_json
+from optimstate.surgery.text import plural, readable
+
+__all__ = ["Finding", "Level", "VerifyReport"]
+
+Level = Literal["fault", "note"]
+FINDINGS_SHOWN = 20  # of one check
+Verdict = Literal["healthy", "faulty", "unknown"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong (`fault`) or worth knowing (`note`).
+
+    Attributes:
+        check: Which check found it.
+        where: The section and the parameter or group.
+        message: Both sides of what disagrees.
+    """
+
+    level: Level
+    check: str
+    where: str
+    message: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The findings, and what was looked at.
+
+    Attributes:
+        checked: What was compared, in words.
+        blind: What no check can see from the file alone, and what was not looked at.
+        recognised: Whether there is anything whose meaning is known; where there is not, nothing can be healthy.
+    """
+
+    path: str
+    findings: tuple[Finding, ...]
+    checked: tuple[str, ...]
+    blind: tuple[str, ...]
+    recognised: bool = True
+
+    @property
+    def healthy(self) -> bool:
+        """Whether something was checked and has no fault."""
+        return self.verdict == "healthy"
+
+    @property
+    def verdict(self) -> Verdict:
+        """`faulty`, `healthy`, or `unknown` where nothing was recognised that could be checked."""
+        if any(finding.level == "fault" for finding in self.findings):
+            return "faulty"
+        return "healthy" if self.recognised else "unknown"
+
+    def to_json(self) -> str:
+        """A JSON document of a stable form."""
+        return to_json("verify", {**asdict(self), "healthy": self.healthy, "verdict": self.verdict})
+
+    def __str__(self) -> str:
+        return "\n".join(readable(self)._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for level in ("fault", "note"):
+            counts: Counter[str] = Counter()
+            for finding in self.findings:
+                if finding.level == level:
+                    counts[finding.check] += 1
+                    if counts[finding.check] <= FINDINGS_SHOWN:
+                        yield f"{level}: {finding.where}: {finding.message} [{finding.check}]"
+            for check, count in counts.items():
+                if count > FINDINGS_SHOWN:
+                    yield f"{level}: and {count - FINDINGS_SHOWN} more [{check}] (--json lists all)"
+        for line in self.blind:
+            yield f"not visible: {line}"
+        faults = sum(finding.level == "fault" for finding in self.findings)
+        words = {
+            "faulty": plural(faults, "fault"),
+            "healthy": "healthy",
+            "unknown": "nothing was recognised, so whether a run can resume from it is unknown",
+        }
+        yield f"{self.path}: {words[self.verdict]}; checked {', '.join(self.checked)}"

@@ -1,0 +1,129 @@
+"""What is counted of an optimizer's state: its slots, steps and the algorithm that these tell."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from optimstate.state.algorithms.registry import recognise
+from optimstate.state.algorithms.slots import Algorithm
+from optimstate.state.optimizer import OptimizerState
+from optimstate.state.records import tensor_record
+from optimstate.surgery.shown import plain
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import Opaque
+
+__all__ = ["algorithm_of", "counted", "flat_slots", "is_flat"]
+
+
+def algorithm_of(slots: Iterable[Any], state: OptimizerState) -> Algorithm | None:
+    """The algorithm that a state is of, told by its slots: without fp32 masters, and of nested ones the outermost."""
+    if not state.groups:
+        return None
+    names = {str(slot).partition(".")[0] for slot in slots}
+    return recognise(sorted(names), state.groups[0].options)
+
+
+class _SlotCount:
+    """What is counted of one slot."""
+
+    def __init__(self) -> None:
+        self.parameters = 0
+        self.dtypes: set[str] = set()
+        self.nbytes = 0
+
+    def add(self, value: Any) -> None:
+        """Count one value."""
+        self.parameters += 1
+        record = tensor_record(value)
+        if isinstance(value, LazyTensor):
+            self.nbytes += value.nbytes
+            self.dtypes.add(value.dtype)
+        elif record is not None:
+            self.nbytes += sum(part.nbytes for part in record.parts.values())
+            self.dtypes.add(f"{record.kind} {record.dtype}")
+        else:
+            self.dtypes.add(value.type.qualname if isinstance(value, Opaque) else type(value).__name__)
+
+    def add_tensors(self, dtype: str, shape: tuple[int, ...], times: int) -> None:
+        """Count equal tensors."""
+        self.parameters += times
+        self.dtypes.add(dtype)
+        self.nbytes += times * DTYPES[dtype].itemsize * math.prod(shape)
+
+
+def counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str], int]:
+    """What there is of each slot, how many parameters are at each step, and how many have no state."""
+    # Checkpoints have few kinds of slots and many tensors: what costs something is done once for each kind.
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
+    slots: dict[str, _SlotCount] = {}
+    steps: list[str] = []
+    scalars = _ScalarReader()
+    fresh = 0
+    for _, _, found in state.parameters():
+        if not found:
+            fresh += 1
+            continue
+        for slot, value in found.items():
+            if type(value) is LazyTensor:
+                tensors.append((slot, value.dtype, value.shape))
+                if slot == "step":
+                    steps.append(scalars.text(value))
+                continue
+            for path, inner in flat_slots({slot: value}):
+                slots.setdefault(path, _SlotCount()).add(inner)
+                if path == "step" or path.endswith(".step"):
+                    steps.append(scalars.text(inner))
+    for (slot, dtype, shape), times in Counter(tensors).items():
+        slots.setdefault(slot, _SlotCount()).add_tensors(dtype, shape, times)
+    if not steps:  # some algorithms count per group
+        steps += [scalars.text(group.options["step"]) for group in state.groups if "step" in group.options]
+    return slots, Counter(steps), fresh
+
+
+def flat_slots(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every slot; of slots that an optimizer nests (bitsandbytes, heavyball, Shampoo) each by its dotted path."""
+    for slot, value in found.items():
+        if isinstance(value, Mapping) and value and len(prefix) < 100:
+            yield from flat_slots(value, f"{prefix}{slot}.")
+        else:
+            yield f"{prefix}{slot}", value
+
+
+def is_flat(state: OptimizerState) -> bool:
+    """Whether every tensor of an anonymous optimizer is a vector, as FSDP1's flat parameters are."""
+    if state.is_named:
+        return False
+    found_vector = False
+    for _, _, found in state.parameters():
+        for _, value in flat_slots(found or {}):
+            if isinstance(value, LazyTensor) and value.shape:
+                if len(value.shape) > 1:
+                    return False
+                found_vector = True
+    return found_vector
+
+
+class _ScalarReader:
+    """The many step counters of a file as text, equal ones read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, str] = {}
+
+    def text(self, value: Any) -> str:
+        if not isinstance(value, LazyTensor):
+            return _step_text(plain(value))
+        storage = value.storage
+        # CRC-32 tells any two messages of up to four bytes apart, so equal checksums are equal numbers.
+        crc = storage.crc if storage.nbytes <= 4 else None
+        key = (value.dtype, value.offset, storage.nbytes, crc) if crc is not None else id(storage)
+        if key not in self._known:
+            self._known[key] = _step_text(plain(value))
+        return self._known[key]
+
+
+def _step_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
