@@ -14,6 +14,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Guard
 from optimstate.plan.solve.migration import Inventory, SectionMoves
 from optimstate.problems import Problem
+from optimstate.resuming.owners import common_names, common_tensors, keeps_names, owner_of, shares
 from optimstate.resuming.parts import Named, Parts
 from optimstate.state.names import mentions_wrapper, names_in, unwrapped
 from optimstate.state.optimizer import OptimizerState
@@ -93,9 +94,9 @@ class Run:
         if not wanted:
             return []
         likeness = {
-            "optimizer": lambda part, live: _common_names(part, live, models),
+            "optimizer": lambda part, live: common_names(part, live, models),
             "scheduler": lambda _, __: 0,
-        }.get(kind, _common_tensors)
+        }.get(kind, common_tensors)
         return self.parts.choose(kind, wanted, likeness)
 
     def plan_modules(self, kind: str, modules: Sequence[Named], sections: Sequence[Section]) -> None:
@@ -150,11 +151,11 @@ class Run:
 
     def _live_names(self, optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> list[str]:
         """The names of a live optimizer's parameters without wrapper prefixes; none where they have none."""
-        if not _keeps_names(optimizer) and not models:
+        if not keeps_names(optimizer) and not models:
             return []
         from optimstate.hooks.engine.live import Live
 
-        live = Live.of(optimizer, None if _keeps_names(optimizer) else _owner(optimizer, models))
+        live = Live.of(optimizer, None if keeps_names(optimizer) else owner_of(optimizer, models))
         own = [name for group in live.names for name in group]
         rename = unwrapped(own)
         return [rename(name) for name in own]
@@ -174,12 +175,12 @@ class Run:
         from optimstate.resuming import shards
 
         state = self.parts.optimizer(section)
-        if _keeps_names(optimizer):
+        if keeps_names(optimizer):
             live = Live.of(optimizer)
-            if models and not any(_shares(optimizer, model) for model in models):
+            if models and not any(shares(optimizer, model) for model in models):
                 names_in(optimizer, models[-1])  # which says that it is of another model
         elif models or state.is_named:
-            live = Live.of(optimizer, _owner(optimizer, models))
+            live = Live.of(optimizer, owner_of(optimizer, models))
         else:
             live = Live.by_position(optimizer)
         request = LoadRequest(self._named(key, state, section, live, models), live)
@@ -346,48 +347,6 @@ def _becomes(state: OptimizerState, live: str) -> str:
     saved = recognise_state(state.state.values(), state.groups[0].options) if state.groups else None
     other = saved is not None and saved.name != live and bool(option_names(live))
     return live if other else ""
-
-
-def _keeps_names(optimizer: torch.optim.Optimizer) -> bool:
-    return all("param_names" in group for group in optimizer.param_groups)
-
-
-def _shares(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:
-    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return not own or any(id(parameter) in own for parameter in model.parameters())
-
-
-def _owner(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> torch.nn.Module | None:
-    """The model that an optimizer was built from; the last one where none has all its parameters, for the message."""
-    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for model in models:
-        if own <= {id(parameter) for parameter in model.parameters()}:
-            return model
-    return models[-1] if models else None
-
-
-def _common_tensors(section: Section, module: torch.nn.Module) -> int:
-    """How many names with their shapes a part and a module have in common."""
-    live = {name: tuple(value.shape) for name, value in module.state_dict().items() if hasattr(value, "shape")}
-    tensors = section.tensors()
-    plain, plain_live = unwrapped(tensors), unwrapped(live)
-    known = {plain_live(name): shape for name, shape in live.items()}
-    return sum(known.get(plain(name)) == getattr(tensor, "shape", ()) for name, tensor in tensors.items())
-
-
-def _common_names(section: Section, optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> int:
-    """How many names a part and an optimizer have in common."""
-    state, owner = section.optimizer(), _owner(optimizer, models)
-    if not state.is_named:
-        return 0
-    if _keeps_names(optimizer):
-        own = [name for group in optimizer.param_groups for name in group["param_names"]]
-    elif owner is not None:
-        own = [name for group in names_in(optimizer, owner) for name in group]
-    else:
-        return 0
-    saved = [str(name) for _, name, _ in state.parameters()]
-    return len(set(map(unwrapped(own), own)) & set(map(unwrapped(saved), saved)))
 
 
 def _restoring(scheduler: Any) -> Callable[[], None]:

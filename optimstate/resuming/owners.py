@@ -1,0 +1,58 @@
+"""Which model a live optimizer was built from, and what it and a part of a checkpoint have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from optimstate.state.names import names_in, unwrapped
+from optimstate.state.sections import Section
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["common_names", "common_tensors", "keeps_names", "owner_of", "shares"]
+
+
+def keeps_names(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the groups of an optimizer have their parameters' names."""
+    return all("param_names" in group for group in optimizer.param_groups)
+
+
+def shares(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:
+    """Whether an optimizer has parameters of a model, or none at all."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return not own or any(id(parameter) in own for parameter in model.parameters())
+
+
+def owner_of(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> torch.nn.Module | None:
+    """The model that an optimizer was built from; the last one where none has all its parameters, for the message."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for model in models:
+        if own <= {id(parameter) for parameter in model.parameters()}:
+            return model
+    return models[-1] if models else None
+
+
+def common_tensors(section: Section, module: torch.nn.Module) -> int:
+    """How many names with their shapes a part and a module have in common."""
+    live = {name: tuple(value.shape) for name, value in module.state_dict().items() if hasattr(value, "shape")}
+    tensors = section.tensors()
+    plain, plain_live = unwrapped(tensors), unwrapped(live)
+    known = {plain_live(name): shape for name, shape in live.items()}
+    return sum(known.get(plain(name)) == getattr(tensor, "shape", ()) for name, tensor in tensors.items())
+
+
+def common_names(section: Section, optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> int:
+    """How many names a part and an optimizer have in common."""
+    state, owner = section.optimizer(), owner_of(optimizer, models)
+    if not state.is_named:
+        return 0
+    if keeps_names(optimizer):
+        own = [name for group in optimizer.param_groups for name in group["param_names"]]
+    elif owner is not None:
+        own = [name for group in names_in(optimizer, owner) for name in group]
+    else:
+        return 0
+    saved = [str(name) for _, name, _ in state.parameters()]
+    return len(set(map(unwrapped(own), own)) & set(map(unwrapped(saved), saved)))
