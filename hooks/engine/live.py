@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from optimstate.errors import StateMismatchError
 from optimstate.installed_torch import torch
+from optimstate.record import Record
 from optimstate.state.algorithms.registry import ALGORITHMS, recognise_state
 from optimstate.state.names import names_in
 
@@ -56,8 +56,7 @@ def algorithm_name(optimizer: torch.optim.Optimizer) -> str:
 _NAMES = frozenset(algorithm.name.partition(" (")[0] for algorithm in ALGORITHMS)
 
 
-@dataclass(frozen=True)
-class Live:
+class Live(Record):
     """The parameters of a live optimizer.
 
     Attributes:
@@ -140,7 +139,7 @@ class Live:
     def renamed(self, rename: Callable[[str], str]) -> Self:
         """The same parameters by other names."""
         self.refuse_twins(rename)
-        return replace(self, names=tuple(tuple(map(rename, group)) for group in self.names))
+        return self._replace(names=tuple(tuple(map(rename, group)) for group in self.names))
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """The parameters' shapes by name."""

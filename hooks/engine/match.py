@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +17,7 @@ from optimstate.plan.solve.division import takers
 from optimstate.plan.solve.migration import SectionMoves, Target
 from optimstate.plan.solve.planner import plan_optimizer
 from optimstate.problems import Kind, Problem
+from optimstate.record import Record
 from optimstate.state.algorithms.registry import ALGORITHMS, parameter_shape, recognise_state
 from optimstate.state.algorithms.slots import MASTERS, Algorithm
 from optimstate.state.optimizer import Group, OptimizerState, Slots
@@ -25,8 +25,7 @@ from optimstate.state.optimizer import Group, OptimizerState, Slots
 __all__ = ["LoadOutcome", "matched", "own_containers", "refuse_other_algorithm"]
 
 
-@dataclass(frozen=True)
-class LoadOutcome:
+class LoadOutcome(Record):
     """What a report is made of, when somebody asks for it.
 
     Attributes:
@@ -48,7 +47,7 @@ class LoadOutcome:
         """The report."""
         made = Report(self.hooks, self.kept) if self.moves is None else Report.of(self.hooks, self.moves, self.filled)
         lost = {str(key): "belongs to no parameter" for key in self.orphans}
-        return replace(made, dropped={**made.dropped, **lost})
+        return made._replace(dropped={**made.dropped, **lost})
 
 
 def matched(
@@ -72,7 +71,7 @@ def matched(
         request.plan = request.plan.with_policy(unused="ignore")
     state, orphans = _without_orphans(request)
     old = [group.options for group in state.groups]
-    state = replace(state, groups=tuple(_undecided(group, request) for group in state.groups))
+    state = state._replace(groups=tuple(_undecided(group, request) for group in state.groups))
     moves, filled = None, dict[str, str]()
     algorithm = _algorithm(state)
     refuse_other_algorithm(request.plan.optimizer, algorithm, state, request.live.algorithm)
@@ -119,7 +118,7 @@ def _choose_table(request: LoadRequest) -> None:
     request.values.update({key: value for key, value in rule.set.items() if key not in request.values})
     saved = _algorithm(request.state)
     same = saved is not None and saved.name == rule.algorithm
-    request.plan = replace(request.plan, optimizers=(), optimizer="" if same else rule.algorithm)
+    request.plan = request.plan._replace(optimizers=(), optimizer="" if same else rule.algorithm)
 
 
 def refuse_other_algorithm(wanted: str, saved: Algorithm | None, state: OptimizerState, live: str) -> None:
@@ -179,7 +178,7 @@ def _without_orphans(request: LoadRequest) -> tuple[OptimizerState, list[Any]]:
             ],
             hint="Drop it with hooks.drop_unexpected().",
         )
-    return replace(state, state={key: value for key, value in state.state.items() if key not in set(lost)}), lost
+    return state._replace(state={key: value for key, value in state.state.items() if key not in set(lost)}), lost
 
 
 def _undecided(group: Group, request: LoadRequest) -> Group:
@@ -187,7 +186,7 @@ def _undecided(group: Group, request: LoadRequest) -> Group:
     decided = request.values.keys() | {key for key, source in request.options.items() if source == "live"}
     if not decided:
         return group
-    return replace(group, options={key: value for key, value in group.options.items() if key not in decided})
+    return group._replace(options={key: value for key, value in group.options.items() if key not in decided})
 
 
 def _kept(state: OptimizerState, request: LoadRequest, algorithm: Algorithm | None) -> dict[str, Slots | None] | None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Self
 
 from optimstate.plan.apply.execute import outcome_of
 from optimstate.plan.slots.outcomes import Level, slot_name
 from optimstate.plan.solve.migration import Move, SectionMoves
+from optimstate.record import Record, field
 
 __all__ = ["Report"]
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(Record):
     """What became of every parameter's state.
 
     Attributes:

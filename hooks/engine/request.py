@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from optimstate.errors import PlanError, StateMismatchError
@@ -95,8 +95,8 @@ def in_sequence(first: Plan, second: Plan) -> Plan:
             "two hooks say which param groups the parameters are in", hint="Leave it to one of regroup() and migrate()."
         )
     passes = [rules for rules in (*first.passes, *second.passes) if rules]
-    joined = replace(first, rules=(), stages=()) + replace(second, rules=(), stages=())
-    return replace(joined, rules=passes[0] if passes else (), stages=tuple(passes[1:]))
+    joined = first._replace(rules=(), stages=()) + second._replace(rules=(), stages=())
+    return joined._replace(rules=passes[0] if passes else (), stages=tuple(passes[1:]))
 
 
 def is_settled(request: LoadRequest) -> bool:

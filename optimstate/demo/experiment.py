@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.distributed.checkpoint import state_dict as by_name
 from optimstate import hooks, optim
 from optimstate.demo.model import EXPERTS, LAYERS, Text, read_text
 from optimstate.demo.training import TOKENS, Curve, Run
+from optimstate.record import Record
 
 __all__ = ["PLAN", "RENAME", "REWARM", "Arm", "Experiment", "became"]
 
@@ -39,8 +39,7 @@ lacks = "layers.*.mlp.experts.**"
 """
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(Record):
     """One way to go on.
 
     Attributes:
@@ -137,7 +136,7 @@ class Experiment:
         `reordered.pt` was made by `optimstate remap old.pt reordered.pt --rename` with `RENAME`.
         """
         return [
-            replace(self.uninterrupted, key="uninterrupted", label="never interrupted"),
+            self.uninterrupted._replace(key="uninterrupted", label="never interrupted"),
             Arm("swapped", "torch alone, by position", self._continued(self.by_position())),
             Arm("fresh", "fresh state", self._continued(self._reordered(hooks.match_names(), hooks.reset("all")))),
             Arm("named", "by name", self._continued(self._reordered(hooks.match_names()))),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optimstate.io.extents import Progress
+from optimstate.record import Record
 
 __all__ = ["HEAD_BYTES", "Claim", "Document", "Format", "WriteOptions"]
 
@@ -63,8 +64,7 @@ class Document:
     handle: Any = None
 
 
-@dataclass(frozen=True)
-class WriteOptions:
+class WriteOptions(Record):
     """How to write.
 
     Attributes:

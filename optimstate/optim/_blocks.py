@@ -7,7 +7,6 @@ are the same, because every operation is elementwise and block boundaries are mu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
 from functools import partial
 from itertools import repeat
 from operator import itemgetter
@@ -106,16 +105,14 @@ class Program:
         self._values: list[Any] = [None] * operands  # then constants, and None for each temporary
         self._calls: list[_Call] = []
         recorded: dict[str, Any] = {
-            field.name: self._recording(field.name)
-            for field in fields(one)
-            if field.name in _WITH_RESULT or field.name.endswith("_")
+            name: self._recording(name) for name in one._fields if name in _WITH_RESULT or name.endswith("_")
         }
         recorded |= {
             "map": lambda function, *operands: self._record(function, operands, {}, None),
             "pow": _Operand._refuse,
             "as_complex": lambda x, _: x,
         }
-        self.ops = replace(one, **recorded)
+        self.ops = one._replace(**recorded)
 
     def operand(self, index: int) -> Any:
         """What stands for one of a block's tensors while the rule is recorded."""

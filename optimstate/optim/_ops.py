@@ -9,21 +9,21 @@ do not, which of the two a rule uses is part of its definition. `traced` is `one
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optimstate.record import Record
+
 __all__ = ["Op", "Ops", "many", "one", "traced"]
 
-# An operand is a tensor in one dialect and a list of tensors in the other, so operators can only be typed loosely.
+# An operand is a tensor in one backend and a list of tensors in the other, so operators can only be typed loosely.
 Op = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ops:
-    """One dialect.
+class Ops(Record):
+    """One backend: what the rules are computed with.
 
     `keep(x)` gives what may be modified although autograd remembers x; `map(f, *xs)` applies a function of tensors for
     which no list kernel exists; `as_complex(x, p)` undoes the real view of x where p is still complex.
@@ -101,8 +101,8 @@ one = Ops(
     is_list=False,
 )
 
-traced = replace(
-    one, keep=Tensor.clone, reciprocal_=Tensor.reciprocal, maximum_=lambda x, y: x.copy_(torch.maximum(x.clone(), y))
+traced = one._replace(
+    keep=Tensor.clone, reciprocal_=Tensor.reciprocal, maximum_=lambda x, y: x.copy_(torch.maximum(x.clone(), y))
 )
 
 many = Ops(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from itertools import chain, repeat
@@ -30,6 +29,7 @@ from optimstate.optim._blocks import Program, UnrecordedError, block_size, split
 from optimstate.optim._load import Slots
 from optimstate.optim._ops import Ops, many, one, traced
 from optimstate.optim.optimizer import Optimizer, Options, ParamsT, aligned, to_scalar, zeros
+from optimstate.record import Record, field
 
 __all__ = [
     "Columns",
@@ -69,8 +69,7 @@ class Complex(Enum):
     NATIVE = "never: the rule takes complex numbers"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Traits:
+class Traits(Record):
     """What the driver has to know of an algorithm besides its rule.
 
     Args:
@@ -106,7 +105,7 @@ class Rule(NamedTuple):
             slot that the options do not use; no slots at all where they use none) and the numbers.
         numbers: Called with the step count and the other scalar slots, in the order of `_columns`; gives the numbers.
             Without it there are none.
-        rowwise: Whether `numbers` speaks of one tensor at a time; else, in the list dialect, of the whole columns.
+        rowwise: Whether `numbers` speaks of one tensor at a time; else, in the list backend, of the whole columns.
     """
 
     update: Callable[..., Any]
@@ -118,10 +117,10 @@ class Setting(NamedTuple):
     """What a rule is asked for.
 
     Args:
-        k: The dialect.
+        k: The backend.
         group: The param group's options.
         live: Whether step counts stay tensors, because a graph is captured or traced.
-        owned: Whether the gradients are temporaries that may be overwritten (list dialect only).
+        owned: Whether the gradients are temporaries that may be overwritten (list backend only).
     """
 
     k: Ops

@@ -218,7 +218,7 @@ def mu_schedule(beta1: float, momentum_decay: float) -> Any:
 
 
 def live_factors(k: Ops, group: Group, lr: Any, steps: Any, mu_products: Any) -> tuple[Any, Any, Any]:
-    """The list dialect's numbers as tensors, in torch's order of operations."""
+    """The list backend's numbers as tensors, in torch's order of operations."""
     (beta1, beta2), decay = group["betas"], group["momentum_decay"]
 
     def mus(exponent: Any) -> Any:

@@ -210,7 +210,7 @@ def rectification(beta2: float, t: Any) -> tuple[Any, Any]:
 
 
 def live_factors(k: Ops, group: Group, lr: Any, steps: Any) -> tuple[Any, Any]:
-    """The list dialect's numbers as tensors, in torch's order of operations."""
+    """The list backend's numbers as tensors, in torch's order of operations."""
     beta1, beta2 = group["betas"]
     rho_inf = 2 / (1 - beta2) - 1
 

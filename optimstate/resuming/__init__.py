@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from optimstate.plan.language.plan import Plan
 from optimstate.problems import Problem
+from optimstate.record import Record
 from optimstate.resuming.parts import Named, Parts
 from optimstate.resuming.run import Run
 
@@ -26,8 +26,7 @@ T = TypeVar("T")
 OneOrMore: TypeAlias = T | Sequence[T] | Mapping[str, T]
 
 
-@dataclass(frozen=True)
-class Resumed:
+class Resumed(Record):
     """What a resumption did.
 
     Attributes:

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import MigrationError, StateMismatchError
@@ -81,7 +81,7 @@ class Run:
     @property
     def _lenient(self) -> Plan:
         """The plan for one part: whether every rule matches, and the guard, is asked of all parts together."""
-        return replace(self.plan.with_policy(unused="ignore"), guard=Guard())
+        return self.plan.with_policy(unused="ignore")._replace(guard=Guard())
 
     def _count(self, counts: list[int]) -> None:
         counts = counts or [0] * len(list(self.plan.all_rules()))

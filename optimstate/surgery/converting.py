@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from optimstate.io.copying import BLOCK, SharedTasks, blocks
 from optimstate.io.extents import Progress
 from optimstate.io.output import check_destination
 from optimstate.problems import Problem
+from optimstate.record import Record, field
 from optimstate.surgery.reports import opening, to_json
 from optimstate.surgery.text import plural, readable, size, table
 from optimstate.tensors.lazy import LazyTensor, Storage
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["ConvertReport", "convert", "verify_checksums"]
 
 
-@dataclass(frozen=True)
-class ConvertReport:
+class ConvertReport(Record):
     """What was written, and what the container could not hold.
 
     Attributes:
@@ -59,7 +58,7 @@ class ConvertReport:
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("convert", asdict(self))
+        return to_json("convert", self._asdict())
 
     def __str__(self) -> str:
         return "\n".join(readable(self)._lines())
@@ -153,7 +152,7 @@ def convert(
         if verify and dry_run:
             verify_checksums(document)
         elif verify or (verify is None and not dry_run):
-            options = replace(options, confirm=stack.enter_context(_verifying(document)))
+            options = options._replace(confirm=stack.enter_context(_verifying(document)))
         changes = _Changes(document, target, sections, without, dtypes or {}, optimizer)
         if target == "safetensors" and not options.clone_views:
             changes.notes += [_stored_once(names) for names in changes.tied]

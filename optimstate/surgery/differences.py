@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from optimstate.record import Record, field
 from optimstate.surgery.reports import to_json
 from optimstate.surgery.text import collapsed, plural, readable, shown
 
@@ -19,8 +19,7 @@ ChangeKind = Literal[
 KINDS_SHOWN = 40  # folded lines of a part
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(Record):
     """One difference.
 
     Attributes:
@@ -58,8 +57,7 @@ class Change:
         return f"~ {self.name}  {kind}{shown(self.left)} -> {shown(self.right)}{relative}"
 
 
-@dataclass(frozen=True)
-class DiffReport:
+class DiffReport(Record):
     """Every difference, and how many tensors are equal.
 
     Attributes:
@@ -81,7 +79,7 @@ class DiffReport:
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("diff", asdict(self))
+        return to_json("diff", self._asdict())
 
     def __str__(self) -> str:
         return self.text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from optimstate.formats.registry import get_format, open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.io.output import check_destination
 from optimstate.problems import Problem
+from optimstate.record import Record
 from optimstate.state.building import from_config, imported, parameters_of
 from optimstate.state.naming import Candidate, Evidence, Naming
 from optimstate.state.optimizer import OptimizerState
@@ -28,8 +28,7 @@ from optimstate.tree import Opaque, replaced
 __all__ = ["NameReport", "concluded_names", "name", "read_names"]
 
 
-@dataclass(frozen=True)
-class NameReport:
+class NameReport(Record):
     """The names given.
 
     Attributes:
@@ -44,7 +43,7 @@ class NameReport:
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("name", asdict(self))
+        return to_json("name", self._asdict())
 
     def __str__(self) -> str:
         return "\n".join(readable(self)._lines())
@@ -239,8 +238,8 @@ def _with_names(section: Section, naming: Naming) -> Any:
     for group in state.groups:
         given = tuple(str(next(rest)) for _ in group.params)
         keys = group.keys if "param_names" in group.keys else (*group.keys, "param_names")
-        groups.append(replace(group, names=given, keys=keys))
-    return replace(state, groups=tuple(groups)).to_node()
+        groups.append(group._replace(names=given, keys=keys))
+    return state._replace(groups=tuple(groups)).to_node()
 
 
 def read_names(source: str | Path, files: Sequence[str]) -> list[str] | dict[str, list[str]]:

@@ -42,10 +42,14 @@ def to_json(verb: str, fields: dict[str, Any]) -> str:
     """A report as a JSON document."""
     document = {"schema": SCHEMA, "command": verb, **fields}
     try:
-        text = json.dumps(document, indent=2, default=describe, ensure_ascii=False)
+        text = json.dumps(document, indent=2, default=_as_json, ensure_ascii=False)
     except ValueError:  # an integer of more digits than Python prints
-        text = json.dumps(_printable(document), indent=2, default=describe, ensure_ascii=False)
+        text = json.dumps(_printable(document), indent=2, default=_as_json, ensure_ascii=False)
     return _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _as_json(value: Any) -> Any:
+    return value._asdict() if isinstance(value, Record) else describe(value)
 
 
 # What JSON lets stand and a terminal obeys, or no encoding has.
@@ -53,6 +57,8 @@ _UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-
 
 
 def _printable(node: Any) -> Any:
+    if isinstance(node, Record):
+        node = node._asdict()
     if isinstance(node, Mapping):
         return {str(path_key(key)): _printable(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -201,9 +207,7 @@ class Inspection(Record):
 
     def fields(self) -> dict[str, Any]:
         """What the JSON document says of it."""
-        from dataclasses import asdict
-
-        return asdict(self)
+        return self._asdict()
 
     def __str__(self) -> str:
         return self.text()

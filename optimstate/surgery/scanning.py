@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 
@@ -14,14 +13,14 @@ from optimstate.formats.unpickled import Unread, pickles_in
 from optimstate.io.extents import FileSource
 from optimstate.io.folders import kind_of, leftover_notes
 from optimstate.io.output import is_leftover
+from optimstate.record import Record
 from optimstate.surgery.reports import opening, to_json
 from optimstate.surgery.text import plural, readable, table
 
 __all__ = ["Finding", "ScanReport", "scan"]
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Record):
     """One global in one pickle.
 
     Attributes:
@@ -41,8 +40,7 @@ class Finding:
     verdict: Verdict
 
 
-@dataclass(frozen=True)
-class ScanReport:
+class ScanReport(Record):
     """Everything named.
 
     Attributes:
@@ -65,7 +63,7 @@ class ScanReport:
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("scan", asdict(self))
+        return to_json("scan", self._asdict())
 
     def __str__(self) -> str:
         return "\n".join(readable(self)._lines())

@@ -6,7 +6,7 @@ It is read from inert records and written as the same records, so that no class 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -14,6 +14,7 @@ from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats.pickles.pickle import dump
 from optimstate.formats.pickles.unpickle import load
+from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES, check_sizes
 from optimstate.tree import GlobalName, Opaque, Path
 
@@ -23,8 +24,7 @@ _MODULE = "torch.distributed.checkpoint.metadata"
 _VERSION = "1.0.0"
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(Record):
     """Where one item is: a file of the folder, an offset and a length."""
 
     file: str
@@ -32,8 +32,7 @@ class Item:
     length: int
 
 
-@dataclass(frozen=True)
-class TensorItem:
+class TensorItem(Record):
     """A tensor and its chunks: offsets and sizes per dimension, with the item of each."""
 
     dtype: str
@@ -110,7 +109,7 @@ def merged(ranks: Sequence[Metadata], path: FilePath) -> tuple[Metadata, list[st
                     hint="The folder holds files of several checkpoints.",
                 )
             boxes = {(offsets, sizes): item for offsets, sizes, item in (*tensor.chunks, *known.chunks)}
-            made.tensors[name] = replace(known, chunks=tuple((*box, item) for box, item in boxes.items()))
+            made.tensors[name] = known._replace(chunks=tuple((*box, item) for box, item in boxes.items()))
     made.order = list(dict.fromkeys(name for rank in ranks for name in rank.order))
     clash = made.objects.keys() & made.tensors.keys()
     if clash:
