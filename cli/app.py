@@ -231,7 +231,7 @@ def _run() -> int:
             typer.echo(f"error: {line}", err=True)
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
-        _echo_json(type(error).__name__, error.message, error.hint, [problem.as_json() for problem in error.problems])
+        _echo_json(type(error).__name__, error.message, error.hint, [problem._asdict() for problem in error.problems])
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
     except TyperException as error:
         return _wrong_usage(error)

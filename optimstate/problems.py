@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from optimstate.describe import escaped
 from optimstate.record import Record
@@ -74,10 +74,6 @@ class Problem(Record):
     def at(self, place: str) -> Self:
         """The same problem, with what contains its place put before it."""
         return self._replace(place=f"{place}: {self.place}" if self.place else place)
-
-    def as_json(self) -> dict[str, Any]:
-        """The problem as JSON values."""
-        return {**self._asdict(), "names": list(self.names)}
 
     def __str__(self) -> str:
         return escaped(": ".join(filter(None, (self.place, self.message, self.remedy))))

@@ -1,7 +1,8 @@
 """Value classes that generate no code.
 
-`dataclasses.dataclass` compiles methods for every class, about a millisecond each, which for the many small classes of
-the engine takes longer than most of its work. Here the methods are written once, for all of them.
+A value is a `Record`, a `NamedTuple` where one is made for every tensor, and a `dataclass` where its fields change.
+Measured on a class of four fields: a frozen dataclass takes 450 µs to define, a NamedTuple 60 and a Record 10, and the
+command line defines a hundred of them at every start; one value takes 0.55, 0.24 and 0.74 µs to make.
 """
 
 from __future__ import annotations

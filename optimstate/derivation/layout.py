@@ -17,6 +17,7 @@ from optimstate.plan.expressions.evaluate import evaluated
 from optimstate.plan.expressions.tree import Fill, Leaf, Shape
 from optimstate.plan.language.base import Irreversible, Misfit, Operation
 from optimstate.plan.language.operations import OPERATIONS
+from optimstate.record import Record
 
 if TYPE_CHECKING:
     from optimstate.installed_torch import torch
@@ -30,7 +31,7 @@ Slice, Select, Resize, Repeat = (OPERATIONS[key] for key in ("slice", "select", 
 Program = tuple[Operation, ...]
 
 
-class Wanted(NamedTuple):
+class Wanted(Record):
     """A tensor to be made: its shape and, flat, the place in the source of each of its elements (-1: from nowhere)."""
 
     shape: Shape
@@ -51,7 +52,7 @@ class _Part(NamedTuple):
     length: int
 
 
-class _Walk(NamedTuple):
+class _Walk(Record):
     """An output over the reshaped source: what it takes of each dimension, and the order it has them in.
 
     Attributes:

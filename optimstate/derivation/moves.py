@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from optimstate.derivation.layout import Program, Wanted, core, cut, joined
 from optimstate.derivation.probe import Combined, Function, Moved, New, Probe, Source, Unexplained, probe
@@ -55,7 +55,7 @@ def source_of(value: Any) -> Source:
     return Source(tuple(value))
 
 
-class _Component(NamedTuple):
+class _Component(Record):
     """Sources and outputs that share elements."""
 
     sources: tuple[str, ...]

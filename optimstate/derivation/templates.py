@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language.base import Operation
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
+from optimstate.record import Record
 
 __all__ = ["Moves", "drops", "generalised"]
 
@@ -22,7 +22,7 @@ _CAPTURES = ("i", "j", "k", "l", "m", "n")
 _TOKENS = re.compile(r"\d+|[^\d.]+|\.")
 
 
-class Moves(NamedTuple):
+class Moves(Record):
     """One application of a rule, by name: what it takes, in order, what it makes, in order, and how."""
 
     sources: tuple[str, ...]
@@ -30,7 +30,7 @@ class Moves(NamedTuple):
     operations: tuple[Operation, ...] = ()
 
 
-class _Enumeration(NamedTuple):
+class _Enumeration(Record):
     """A place in a name that takes each of these values in turn, together with the others of its kind as a product."""
 
     values: tuple[str, ...]
@@ -40,7 +40,7 @@ _Cell = str | _Enumeration
 _Pattern = tuple[_Cell, ...]
 
 
-class _Shape(NamedTuple):
+class _Shape(Record):
     """The names of a move with their integers taken out: moves of one shape may be one rule."""
 
     sources: tuple[_Pattern, ...]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 from optimstate.describe import describe
 from optimstate.errors import (
@@ -28,6 +28,7 @@ from optimstate.errors import (
 )
 from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, Format
 from optimstate.io.folders import kind_of, leftover_notes
+from optimstate.record import Record
 from optimstate.tree import no_garbage_collection
 
 __all__ = [
@@ -44,7 +45,7 @@ ENTRY_POINTS = "optimstate.formats"
 """The group of entry points by which other packages add formats."""
 
 
-class Registration(NamedTuple):
+class Registration(Record):
     """What is known of a format before its module is imported.
 
     Attributes:

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.byte_kinds import MAX_TEXT, archive_length, is_safetensors, is_tar, is_text, read_in_two_ways
@@ -24,6 +24,7 @@ from optimstate.formats.torch.legacy import MAGIC_BYTES, read_stream, read_tar
 from optimstate.formats.torch.zip_directory import Archive
 from optimstate.formats.torch.zip_end import LOCAL
 from optimstate.io.extents import FileSlice, FileSource
+from optimstate.record import Record
 
 __all__ = ["MAX_UNPACKED", "Pickled", "Unread", "pickles_in"]
 
@@ -36,7 +37,7 @@ MAX_NESTING = 8
 _MAX_MEMBERS = 100_000
 
 
-class Pickled(NamedTuple):
+class Pickled(Record):
     """One pickle.
 
     Attributes:
@@ -48,7 +49,7 @@ class Pickled(NamedTuple):
     mentions: Mentions
 
 
-class Unread(NamedTuple):
+class Unread(Record):
     """A part that was not looked into.
 
     Attributes:

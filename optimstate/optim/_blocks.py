@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import repeat
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimstate.optim._ops import Op, one
 from optimstate.optim.optimizer import PLAIN
+from optimstate.record import Record
 
 __all__ = ["Program", "UnrecordedError", "block_size", "fits", "split"]
 
@@ -75,7 +76,7 @@ class _Operand:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
 
 
-class _Call(NamedTuple):
+class _Call(Record):
     """One kernel call: operands and result by index; without a result the first operand is overwritten."""
 
     kernel: Op

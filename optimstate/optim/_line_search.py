@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
+
+from optimstate.record import Record
 
 __all__ = ["strong_wolfe"]
 
@@ -16,7 +18,7 @@ CURVATURE = 0.9  # of the slope may be left
 SMALLEST_BRACKET = 1e-9
 
 
-class Point(NamedTuple):
+class Point(Record):
     """A place on the line: step length, loss, gradient, and slope along the line."""
 
     t: Any

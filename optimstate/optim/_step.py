@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class Traits(Record):
     capturable_on_xla: tuple[bool, bool] = (True, False)
 
 
-class Rule(NamedTuple):
+class Rule(Record):
     """One algorithm's arithmetic with its hyperparameters bound.
 
     Args:
@@ -113,7 +113,7 @@ class Rule(NamedTuple):
     rowwise: bool = True
 
 
-class Setting(NamedTuple):
+class Setting(Record):
     """What a rule is asked for.
 
     Args:

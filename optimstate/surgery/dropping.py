@@ -8,11 +8,12 @@ other object is left out: an entry of a dict goes, in a list None keeps the plac
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from optimstate.errors import RepresentationError
 from optimstate.formats.pickles.globals import PLAIN_CLASSES
 from optimstate.formats.pickles.tensors import RECORDS, numpy_array, numpy_scalar, tensor_kind
+from optimstate.record import Record
 from optimstate.state.sections import find_sections
 from optimstate.surgery.text import plural, size
 from optimstate.tensors.dtypes import DTYPES
@@ -75,7 +76,7 @@ _PATHS = frozenset(
 _OMEGACONF = ("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig")
 
 
-class Plain(NamedTuple):
+class Plain(Record):
     """A tree of what a container holds, and what became of the rest.
 
     Attributes:
@@ -140,7 +141,7 @@ def _refuse_lost_weights(tree: Any, lost: list[_Lost]) -> None:
             )
 
 
-class _Lost(NamedTuple):
+class _Lost(Record):
     path: Path
     node: Any
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Literal
 
+from optimstate.record import Record
 from optimstate.surgery.reports import to_json
 from optimstate.surgery.text import plural, readable
 
@@ -17,8 +17,7 @@ FINDINGS_SHOWN = 20  # of one check
 Verdict = Literal["healthy", "faulty", "unknown"]
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Record):
     """Something that is wrong (`fault`) or worth knowing (`note`).
 
     Attributes:
@@ -33,8 +32,7 @@ class Finding:
     message: str
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Record):
     """The findings, and what was looked at.
 
     Attributes:
@@ -63,7 +61,7 @@ class VerifyReport:
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("verify", {**asdict(self), "healthy": self.healthy, "verdict": self.verdict})
+        return to_json("verify", {**self._asdict(), "healthy": self.healthy, "verdict": self.verdict})
 
     def __str__(self) -> str:
         return "\n".join(readable(self)._lines())

@@ -26,7 +26,7 @@ class History(Record):
 
     def to_json(self) -> str:
         """A JSON document of a stable form: under `checkpoints` what each has by itself."""
-        return to_json("inspect", {"checkpoints": [found.fields() for found in self.checkpoints]})
+        return to_json("inspect", {"checkpoints": self.checkpoints})
 
     def __str__(self) -> str:
         return "\n".join(readable(self)._lines())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from optimstate.plan.apply.checkpoint import key_of
 from optimstate.plan.slots.outcomes import OUTCOMES, SlotPath
 from optimstate.plan.solve.migration import Migration, Move, SectionMoves
+from optimstate.record import Record
 from optimstate.state.sections import find_sections
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Group", "Outcome", "outcomes", "regrouped"]
 
 
-class Outcome(NamedTuple):
+class Outcome(Record):
     """What became of one slot of some parameters.
 
     Attributes:
@@ -35,7 +36,7 @@ class Outcome(NamedTuple):
     example: str
 
 
-class Group(NamedTuple):
+class Group(Record):
     """What became of a param group.
 
     Attributes:

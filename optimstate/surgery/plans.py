@@ -93,8 +93,7 @@ class CheckReport(Record):
     def to_json(self) -> str:
         """A JSON document of a stable form."""
         rules = [{"rule": rule, "matches": count} for rule, count in self.rules]
-        problems = [problem.as_json() for problem in self.problems]
-        return to_json("plan check", {**self._asdict(), "rules": rules, "problems": problems, "fits": self.fits})
+        return to_json("plan check", {**self._asdict(), "rules": rules, "fits": self.fits})
 
     def __str__(self) -> str:
         return "\n".join(readable(self)._lines())
@@ -276,7 +275,7 @@ class ShowReport(Record):
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("plan show", {**self._asdict(), "rows": [row._asdict() for row in self.rows]})
+        return to_json("plan show", self._asdict())
 
     def __str__(self) -> str:
         return self.text()

@@ -53,9 +53,7 @@ class RemapReport(Record):
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        outcomes = {section: [found._asdict() for found in rows] for section, rows in self.outcomes.items()}
-        groups = {section: [found._asdict() for found in rows] for section, rows in self.groups.items()}
-        return to_json("remap", {**self._asdict(), "outcomes": outcomes, "groups": groups})
+        return to_json("remap", self._asdict())
 
     def __str__(self) -> str:
         return "\n".join(readable(self)._lines())

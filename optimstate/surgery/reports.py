@@ -203,11 +203,7 @@ class Inspection(Record):
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        return to_json("inspect", self.fields())
-
-    def fields(self) -> dict[str, Any]:
-        """What the JSON document says of it."""
-        return self._asdict()
+        return to_json("inspect", self._asdict())
 
     def __str__(self) -> str:
         return self.text()

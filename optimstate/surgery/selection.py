@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import MigrationError, UsageError
 from optimstate.problems import Problem
+from optimstate.record import Record
 from optimstate.state.sections import KINDS, Section, find_sections, with_hosts
 from optimstate.tree import OpaqueFile, Path, format_path, path_key, rebuilt_mapping, replaced
 
@@ -56,7 +57,7 @@ def _restricted(node: Any, nodes: Collection[int]) -> Any:
     return None
 
 
-class _Place(NamedTuple):
+class _Place(Record):
     """A place of the tree where a section stands; a section that is there twice has two of them."""
 
     section: Section

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
@@ -19,6 +19,7 @@ from optimstate.plan.language.rules import GroupRule, SchedulerRule
 from optimstate.plan.language.template import Template
 from optimstate.plan.solve.migration import SectionMoves
 from optimstate.problems import Problem
+from optimstate.record import Record
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
 from optimstate.surgery.reports import opening
@@ -26,7 +27,7 @@ from optimstate.surgery.reports import opening
 __all__ = ["with_options", "with_schedules"]
 
 
-class _Setting(NamedTuple):
+class _Setting(Record):
     """`WHERE:KEY=VALUE`.
 
     Attributes:
@@ -121,14 +122,14 @@ def with_schedules(plan: Plan | str | PathLike[str], settings: Sequence[str]) ->
     )
 
 
-class _Group(NamedTuple):
+class _Group(Record):
     """A param group of the result: its options, and its parameters' names where they have some."""
 
     options: Mapping[str, Any]
     members: tuple[str, ...]
 
 
-class _Found(NamedTuple):
+class _Found(Record):
     """The param groups of an optimizer of the result, and whether its parameters have names."""
 
     groups: tuple[_Group, ...]

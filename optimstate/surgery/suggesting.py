@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from optimstate.errors import CheckpointError, MigrationError
 from optimstate.formats.registry import open_checkpoint
@@ -32,7 +32,7 @@ _ROWS_UP_TO = 1 << 28
 """Bytes of a tensor whose rows are compared one by one."""
 
 
-class SuggestedRule(NamedTuple):
+class SuggestedRule(Record):
     """A rule as text, how sure it is (from 0 to 1), why, and its table in a plan file."""
 
     rule: str
@@ -72,12 +72,7 @@ class SuggestReport(Record):
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
-        rules = [rule._asdict() for rule in self.rules]
-        problems = [problem.as_json() for problem in self.problems]
-        positions = [problem.as_json() for problem in self.positions]
-        fields = {**self._asdict(), "rules": rules, "problems": problems, "positions": positions}
-        fields["complete"] = self.complete
-        return to_json("plan suggest", fields)
+        return to_json("plan suggest", {**self._asdict(), "complete": self.complete})
 
     def __str__(self) -> str:
         return "\n".join(readable(self)._lines())

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from optimstate.describe import describe
 from optimstate.formats.pickles.opcodes import OpcodeError, check_opcodes, find_end
 from optimstate.formats.pickles.sharing import check_sharing
+from optimstate.record import Record
 from optimstate.tree import no_garbage_collection
 
 __all__ = ["Mention", "Mentions", "mentions"]
@@ -38,7 +39,7 @@ class Mention(NamedTuple):
     called: bool
 
 
-class Mentions(NamedTuple):
+class Mentions(Record):
     """What one pickle names.
 
     Attributes:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf
 from optimstate.plan.slots.outcomes import OUTCOMES
 from optimstate.plan.solve.migration import Migration, Move, SectionMoves
+from optimstate.record import Record
 
 __all__ = ["Row", "described", "explained", "summary"]
 
 
-class Row(NamedTuple):
+class Row(Record):
     """What becomes of one parameter or slot.
 
     Attributes:

@@ -8,7 +8,7 @@ later parameter its neighbour's weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_model
@@ -18,6 +18,7 @@ from optimstate.plan.slots.elementwise import Translator, translation_outcome
 from optimstate.plan.slots.outcomes import Refusal
 from optimstate.plan.solve.migration import Move, SectionMoves
 from optimstate.problems import Problem
+from optimstate.record import Record
 from optimstate.state.algorithms.slots import WEIGHT
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tensors.lazy import LazyTensor
@@ -28,7 +29,7 @@ __all__ = ["Masters", "masters_beside"]
 _WORDS = ("fp32", "float32", "master")
 
 
-class Masters(NamedTuple):
+class Masters(Record):
     """Weights that stand beside an optimizer, in the order of its parameters.
 
     Attributes:

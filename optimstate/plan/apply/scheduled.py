@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from optimstate.plan.expressions.evaluate import number_of
 from optimstate.plan.solve.groups import same_value
 from optimstate.plan.solve.migration import SectionMoves
+from optimstate.record import Record
 from optimstate.state.schedules import Schedule
 
 __all__ = ["BOUNDS", "Followed", "Groups", "LiveScheduler", "named", "near", "rate_of", "unshared"]
@@ -17,7 +18,7 @@ BOUNDS = ("max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
 """The options of a param group that bound its schedule."""
 
 
-class Groups(NamedTuple):
+class Groups(Record):
     """The param groups that a scheduler follows.
 
     Attributes:
@@ -52,7 +53,7 @@ class Groups(NamedTuple):
         )
 
 
-class LiveScheduler(NamedTuple):
+class LiveScheduler(Record):
     """A scheduler in memory.
 
     Attributes:
@@ -75,7 +76,7 @@ class LiveScheduler(NamedTuple):
         return cls(type(scheduler).__name__, scheduler.state_dict(), groups, functions)
 
 
-class Followed(NamedTuple):
+class Followed(Record):
     """What a scheduler and its param groups become.
 
     Attributes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import frexp
-from typing import NamedTuple
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.slots.outcomes import Outcome, Refusal, SlotPath
+from optimstate.record import Record
 from optimstate.state.algorithms.slots import MASTERS, WEIGHT, Slot, SlotKind
 
 __all__ = ["Translation", "Translator", "translation_outcome", "translated"]
@@ -28,7 +28,7 @@ def _rounds(old: str | None, new: str) -> bool:
     return narrower or (old, new) == ("bfloat16", "float16")
 
 
-class Translation(NamedTuple):
+class Translation(Record):
     """An expression translated for one slot, and what it costs."""
 
     made: Expr

@@ -6,19 +6,19 @@ Means over rows and over columns are decided together, in `factored`; vectors ov
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from optimstate.plan.expressions.evaluate import dtype_of, number_of, shape_of
 from optimstate.plan.expressions.tree import Expr, Leaf
 from optimstate.plan.slots.elementwise import translation_outcome
 from optimstate.plan.slots.outcomes import Outcome, Parameter, Refusal, SlotPath
 from optimstate.plan.slots.sources import Sources
+from optimstate.record import Record
 from optimstate.state.algorithms.slots import RECOMPUTED, Slot, SlotKind
 
 __all__ = ["ALIKE", "INFERRED", "PACKED", "STRATEGIES", "JoinedSlot", "agreed"]
 
 
-class JoinedSlot(NamedTuple):
+class JoinedSlot(Record):
     """A slot of a parameter that is made of others.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from optimstate.errors import MigrationError
 from optimstate.plan.language.modules import Modules
@@ -12,6 +12,7 @@ from optimstate.plan.language.rules import OptimizerRule
 from optimstate.plan.solve.groups import GroupPlan
 from optimstate.plan.solve.migration import Migration, SectionMoves
 from optimstate.problems import Problem
+from optimstate.record import Record
 from optimstate.state.optimizer import OptimizerState
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Part", "divided", "takers"]
 
 
-class Part(NamedTuple):
+class Part(Record):
     """What one optimizer of the result has of one of the checkpoint.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from optimstate.plan.expressions.evaluate import number_of, shape_of
 from optimstate.plan.language.modules import Modules
@@ -34,7 +34,7 @@ class GroupPlan(Record):
     rule: GroupRule | None = None
 
 
-class Candidate(NamedTuple):
+class Candidate(Record):
     """A parameter of the result: its name, the old groups it comes from, and the group a rule puts a new one in."""
 
     name: str

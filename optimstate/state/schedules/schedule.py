@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
+
+from optimstate.record import Record
 
 __all__ = [
     "Check",
@@ -37,7 +39,7 @@ _COMMON = {
 }
 
 
-class Line(NamedTuple):
+class Line(Record):
     """A learning rate as `constant + slope * initial`."""
 
     constant: float
