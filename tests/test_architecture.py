@@ -92,6 +92,12 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A module's syntax tree, which several tests walk."""
+    return ast.parse(path.read_text())
+
+
 class Import:
     """One imported module, and where the import stands."""
 
@@ -117,7 +123,7 @@ def imports(name: str) -> list[Import]:
                     found.append(Import(whole if whole in MODULES else str(child.module), late, typing))
             visit(child, inside, checked)
 
-    visit(ast.parse(MODULES[name].read_text()), False, False)
+    visit(parsed(MODULES[name]), False, False)
     return found
 
 
@@ -176,7 +182,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_private_names_stay_in_their_package(name: str) -> None:
     package = name if MODULES[name].stem == "__init__" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(parsed(MODULES[name])):
         if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("optimstate"):
             continue
         parts = f"{node.module}.{node.names[0].name}".split(".")
@@ -245,7 +251,7 @@ FILE_HANDLERS = {"describe", "formats", "io", "state", "surgery", "tensors", "tr
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if room(name) in FILE_HANDLERS - {"describe"}))
 def test_values_of_files_become_text_in_one_way(name: str) -> None:
     """`describe` is bounded in length and work; `repr` of what a file holds is neither."""
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(parsed(MODULES[name])):
         if isinstance(node, ast.FormattedValue):
             assert node.conversion != ord("r"), f"{name}, line {node.lineno}: !r"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -276,7 +282,7 @@ ONE_FOR_EVERY_TENSOR = {
 def test_a_value_is_a_record_but_for_one_a_tensor_and_for_what_changes(name: str) -> None:
     """The rule that `record.py` states."""
     tuples: set[str] = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(parsed(MODULES[name])):
         if not isinstance(node, ast.ClassDef):
             continue
         if any(isinstance(base, ast.Name) and base.id == "NamedTuple" for base in node.bases):
