@@ -51,7 +51,7 @@ def diff(
     from optimstate.cli.render import terminal
 
     if html is not None:
-        from optimstate.io.output import check_destination
+        from optimstate.io.destination import check_destination
 
         check_destination(html, [left, right], force=force)
     with terminal.progress("comparing", left, right, quiet=quiet or headers) as advance:

@@ -75,7 +75,7 @@ def inspect(
 
     found_paths = _expanded(paths)
     if html is not None:
-        from optimstate.io.output import check_destination
+        from optimstate.io.destination import check_destination
 
         if len(found_paths) > 1:
             raise typer.BadParameter("--html shows one checkpoint: give one path")

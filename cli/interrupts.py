@@ -44,11 +44,11 @@ def clean_up(why: str = "interrupted") -> str:
     """Remove what was begun, deaf to further signals, and say so in one line."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    output = sys.modules.get("optimstate.io.output")
-    if output is None:
+    temporary = sys.modules.get("optimstate.io.temporary")
+    if temporary is None:
         return f"{why}; nothing was left behind"
-    removed = output.remove_unfinished()
-    whole = [path for path in output.finished() if path.exists()]
+    removed = temporary.remove_unfinished()
+    whole = [path for path in temporary.finished() if path.exists()]
     said = f"removed {', '.join(path.name for path in removed)}" if removed else "nothing was left behind"
     if whole:
         said += f"; {', '.join(str(path) for path in whole)} is whole"

@@ -70,7 +70,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
     ),
     "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),
     "tree": ({"objects"}, {"walking"}, {"copies", "comparison"}),
-    "io": ({"extents"}, {"copying", "output"}, {"folders"}),
+    "io": ({"extents", "destination"}, {"copying", "temporary"}, {"output", "directory", "folders"}),
 }
 MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "demo", "installed_torch"}
 MAY_IMPORT_TERMINAL = {"cli"}

@@ -17,9 +17,10 @@ from optimstate.formats.registry import detect, get_format, salvaged
 from optimstate.formats.safetensors.container import is_fresh_shard, read_index
 from optimstate.formats.safetensors.hf_shards import join_shards, shard_files
 from optimstate.io.copying import copy_extents
+from optimstate.io.directory import AtomicDirectory
 from optimstate.io.extents import Extent, FileSource
 from optimstate.io.folders import kind_of, listed
-from optimstate.io.output import AtomicDirectory, AtomicFile
+from optimstate.io.output import AtomicFile
 from optimstate.tree import OpaqueFile
 
 NAME = "folder"

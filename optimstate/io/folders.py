@@ -6,7 +6,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError
-from optimstate.io.output import is_leftover, leftovers
+from optimstate.io.temporary import is_leftover, leftovers
 
 __all__ = ["kind_of", "leftover_notes", "listed"]
 

@@ -1,80 +1,25 @@
-"""Outputs that appear whole or not at all, and leave nothing behind.
+"""Files that appear whole or not at all, one by one or several together.
 
-Everything is written under a temporary name beside its destination, `.NAME.<12 hex digits>.part`, flushed, and only
-then renamed. The temporary file is locked while its writer lives, so the next writer of the same destination can tell
-what dead ones left and remove it. Whatever ends a writer but SIGKILL or the end of the machine removes what it began.
-
-A folder is exchanged with the one it replaces where the system can do that in one step (Linux). Elsewhere the old one
-is renamed first: it stands whole under a temporary name until the new one has its name.
+Everything is written under a temporary name (`optimstate.io.temporary`), flushed, and only then renamed.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from stat import S_IMODE, S_ISDIR, S_ISREG
+from stat import S_IMODE
 from types import TracebackType
 
-from optimstate.errors import (
-    CheckpointError,
-    DestinationError,
-    DestinationExistsError,
-)
+from optimstate.errors import CheckpointError, DestinationError
+from optimstate.io.destination import cannot_write, check_kind
+from optimstate.io.temporary import begin, remove, sync_directory, take_name, withdraw
 
-__all__ = [
-    "AtomicDirectory",
-    "AtomicFile",
-    "AtomicGroup",
-    "check_destination",
-    "finished",
-    "is_leftover",
-    "leftovers",
-    "remove_unfinished",
-    "write_bytes",
-]
-
+__all__ = ["AtomicFile", "AtomicGroup", "write_bytes"]
 
 FLUSH_FROM = 1 << 26  # files from this size on are flushed while they are written
-
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.part", re.DOTALL)
-_unfinished: dict[Path, None] = {}  # what this process must remove before it ends, in the order it was begun
-_finished: list[Path] = []
-
-
-def is_leftover(name: str) -> bool:
-    """Whether a file or folder is called as unfinished outputs are."""
-    return _LEFTOVER.fullmatch(name) is not None
-
-
-def leftovers(folder: Path) -> Iterator[Path]:
-    """What unfinished writers left in a folder and below."""
-    for inner, folders, files in os.walk(folder):
-        found = sorted(filter(is_leftover, [*folders, *files]))
-        yield from (Path(inner, name) for name in found)
-        folders[:] = [name for name in folders if name not in found]
-
-
-def finished() -> Sequence[Path]:
-    """What this process has written whole, the last one last."""
-    return _finished
-
-
-def remove_unfinished() -> list[Path]:
-    """Remove what this process began and did not finish: for the end of a program that was interrupted.
-
-    Returns:
-        What was removed.
-    """
-    begun = list(_unfinished)
-    removed = [path for path in begun if os.path.lexists(path)]
-    for path in begun:
-        _remove(path)
-    return [path for path in removed if not os.path.lexists(path)]
 
 
 def write_bytes(fd: int, data: bytes | memoryview) -> int:
@@ -83,147 +28,6 @@ def write_bytes(fd: int, data: bytes | memoryview) -> int:
     while view:
         view = view[os.write(fd, view) :]
     return len(data)
-
-
-def check_destination(destination: Path, sources: Sequence[Path], *, force: bool) -> None:
-    """Refuse a destination that exists, is one of the inputs, or has no parent folder.
-
-    Raises:
-        DestinationExistsError: It exists and `force` is false.
-        DestinationError: It is (or holds, or lies in) an input, is neither a regular file nor a folder, or its folder
-            does not exist.
-    """
-    try:
-        for source in sources:
-            if destination.exists() and source.exists() and destination.samefile(source):
-                raise DestinationError(
-                    f"{destination}: source and destination are the same",
-                    hint="Give another destination; `remap --in-place` changes a file where it is.",
-                )
-            resolved, inside = destination.resolve(), source.resolve()
-            if source.is_dir() and inside in resolved.parents:
-                raise DestinationError(
-                    f"{destination}: lies inside the source {source}", hint="Give a path outside of it."
-                )
-            if destination.is_dir() and resolved in inside.parents:
-                raise DestinationError(f"{destination}: holds the source {source}", hint="Give another destination.")
-        _check_kind(destination)
-        if os.path.lexists(destination) and not force:
-            raise DestinationExistsError(f"{destination}: exists already", hint="Give --force to replace it.")
-        if not destination.parent.is_dir():
-            raise DestinationError(
-                f"{destination}: the folder {destination.parent} does not exist", hint="Create it first."
-            )
-    except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, DestinationError):
-            raise
-        raise _cannot(destination, error) from error
-
-
-def _check_kind(path: Path) -> None:
-    """Refuse to replace anything but files and folders: pipes, sockets and devices are not ours to remove."""
-    with suppress(FileNotFoundError):
-        mode = path.stat().st_mode
-        if not (S_ISREG(mode) or S_ISDIR(mode)):
-            raise DestinationError(
-                f"{path}: is not a regular file or folder",
-                hint="Give another destination; to write to a pipe, write a file and copy it.",
-            )
-
-
-def _cannot(path: Path, error: BaseException) -> DestinationError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return DestinationError(f"{path}: cannot be written: {reason}")
-
-
-# --- names and locks --------------------------------------------------------------------------------------------------
-
-
-def _temporary_sibling(path: Path) -> Path:
-    begin = os.fsdecode(os.fsencode(path.name)[:200])
-    return path.with_name(f".{begin}.{os.urandom(6).hex()}.part")
-
-
-def _lock(fd: int) -> bool | None:
-    """Whether this process now holds the lock of an open file; None where files cannot be locked."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _begin(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
-    """Make and lock a temporary file or folder beside `path`; dead ones of the same destination are removed first."""
-    _check_kind(path)
-    _remove_dead(path)
-    while True:
-        temporary = _temporary_sibling(path)
-        _unfinished[temporary] = None  # before there is anything to remove
-        fd = make(temporary)
-        # Another process may take it for a dead one in the moment before it is locked: then there is a next name.
-        if _lock(fd) is not False and os.path.lexists(temporary):
-            return temporary, fd
-        os.close(fd)
-        _remove(temporary)
-
-
-def _remove_dead(path: Path) -> None:
-    """Remove what writers of this destination left who are no longer there."""
-    begin = _temporary_sibling(path).name[:-18]
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return
-    for name in names:
-        dead = path.with_name(name)
-        if not (name.startswith(begin) and is_leftover(name)) or len(name) != len(begin) + 18 or dead in _unfinished:
-            continue
-        with suppress(OSError):
-            fd = os.open(dead, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-            try:
-                if _lock(fd):
-                    _remove(dead)
-            finally:
-                os.close(fd)
-
-
-def _remove(path: Path) -> None:
-    """Remove a temporary file or folder; it counts as unfinished until it is gone."""
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        pass
-    except OSError:
-        from shutil import rmtree
-
-        rmtree(path, ignore_errors=True)
-    if not os.path.lexists(path):
-        _unfinished.pop(path, None)
-
-
-def _sync_directory(path: Path) -> None:
-    with suppress(OSError):  # not every system can sync a folder
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    temporary.replace(path)
-    _unfinished.pop(temporary, None)
-    _finished.append(path)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 class _Flusher:
@@ -287,7 +91,7 @@ class AtomicFile:
 
     def __enter__(self) -> AtomicFile:
         try:
-            self._temporary, self.fd = _begin(self.path, self._make)
+            self._temporary, self.fd = begin(self.path, self._make)
             if self._expected_size and hasattr(os, "posix_fallocate"):
                 try:
                     os.posix_fallocate(self.fd, 0, self._expected_size)
@@ -299,7 +103,7 @@ class AtomicFile:
         except BaseException as error:
             self._discard()
             if isinstance(error, OSError) and not isinstance(error, DestinationError):
-                raise _cannot(self.path, error) from error
+                raise cannot_write(self.path, error) from error
             raise
         return self
 
@@ -321,7 +125,7 @@ class AtomicFile:
         if error is not None:
             self._discard()
             if isinstance(error, OSError) and not isinstance(error, DestinationError | CheckpointError):
-                raise _cannot(self.path, error) from error
+                raise cannot_write(self.path, error) from error
             return
         try:
             self._complete()
@@ -330,11 +134,11 @@ class AtomicFile:
             else:
                 self._take_name()
                 if self._sync:
-                    _sync_directory(self.path.parent)
+                    sync_directory(self.path.parent)
         except BaseException as failure:
             self._discard()
             if isinstance(failure, OSError) and not isinstance(failure, DestinationError):
-                raise _cannot(self.path, failure) from failure
+                raise cannot_write(self.path, failure) from failure
             raise
         self._close()
 
@@ -351,8 +155,8 @@ class AtomicFile:
 
     def _take_name(self) -> None:
         assert self._temporary is not None
-        _check_kind(self.path)
-        _rename(self._temporary, self.path)
+        check_kind(self.path)
+        take_name(self._temporary, self.path)
 
     def _taken(self) -> tuple[Path, Path]:
         assert self._temporary is not None
@@ -368,7 +172,7 @@ class AtomicFile:
             with suppress(OSError):
                 self._flusher.stop()
         if self._temporary is not None:
-            _remove(self._temporary)
+            remove(self._temporary)
         with suppress(OSError):
             self._close()
 
@@ -399,138 +203,25 @@ class AtomicGroup:
                     if os.path.lexists(path):
                         raise DestinationError(f"{path}: appeared while it was written")
                     named.append(path)
-                    _rename(temporary, path)
+                    take_name(temporary, path)
                 if self._sync and self._waiting:
-                    _sync_directory(self._waiting[-1][1].parent)
+                    sync_directory(self._waiting[-1][1].parent)
                 for temporary, path in self._waiting[-1:]:
-                    _check_kind(path)
-                    _rename(temporary, path)
+                    check_kind(path)
+                    take_name(temporary, path)
                     named.clear()
                     if self._sync:
-                        _sync_directory(path.parent)
+                        sync_directory(path.parent)
                 return
         except BaseException as failure:
             self._discard(named)
             if isinstance(failure, OSError) and not isinstance(failure, DestinationError):
-                raise _cannot(self._waiting[-1][1], failure) from failure
+                raise cannot_write(self._waiting[-1][1], failure) from failure
             raise
         self._discard(named)
 
     def _discard(self, named: Sequence[Path]) -> None:
         for temporary, _ in self._waiting:
-            _remove(temporary)
+            remove(temporary)
         for path in named:
-            _remove(path)
-            if path in _finished:
-                _finished.remove(path)
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
-
-
-class AtomicDirectory:
-    """A new folder that takes its name only when it is complete; see `AtomicFile`.
-
-    The context manager's value is the temporary folder to fill.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, sync: bool = True) -> None:
-        self.path = Path(path)
-        self._sync = sync
-        self._temporary: Path | None = None
-        self._fd = -1
-
-    def __enter__(self) -> Path:
-        try:
-            self._temporary, self._fd = _begin(self.path, self._make)
-        except BaseException as error:
-            self._discard()
-            if isinstance(error, OSError) and not isinstance(error, DestinationError):
-                raise _cannot(self.path, error) from error
-            raise
-        return self._temporary
-
-    def _make(self, temporary: Path) -> int:
-        self._temporary = temporary
-        temporary.mkdir()
-        return os.open(temporary, os.O_RDONLY)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
-            self._discard()
-            if isinstance(error, OSError) and not isinstance(error, DestinationError | CheckpointError):
-                raise _cannot(self.path, error) from error
-            return
-        assert self._temporary is not None
-        try:
-            if self._sync:
-                for inner in os.walk(self._temporary, topdown=False):
-                    _sync_directory(Path(inner[0]))
-            _check_kind(self.path)
-            if os.path.lexists(self.path):
-                self._replace(self._temporary)
-            else:
-                _rename(self._temporary, self.path)
-            if self._sync:
-                _sync_directory(self.path.parent)
-        except BaseException as failure:
-            self._discard()
-            if isinstance(failure, OSError) and not isinstance(failure, DestinationError):
-                raise _cannot(self.path, failure) from failure
-            raise
-        within = f"{self._temporary}{os.sep}"
-        _finished[:] = [path for path in _finished if not str(path).startswith(within)]
-        self._close()
-
-    def _replace(self, temporary: Path) -> None:
-        """Exchange the new folder with what stands at its place, which is removed."""
-        if _exchange(temporary, self.path):
-            _finished.append(self.path)
-            _remove(temporary)  # under this name stands what was replaced
-            return
-        replaced = _temporary_sibling(self.path)
-        try:
-            self.path.replace(replaced)
-            temporary.replace(self.path)
-        except BaseException:
-            if not os.path.lexists(self.path) and os.path.lexists(replaced):
-                replaced.replace(self.path)
-            raise
-        _unfinished[replaced] = None
-        _unfinished.pop(temporary, None)
-        _finished.append(self.path)
-        _remove(replaced)
-
-    def _close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _discard(self) -> None:
-        if self._temporary is not None:
-            _remove(self._temporary)
-        with suppress(OSError):
-            self._close()
-
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
-_CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, where the system and the file system can; renameat2(2)."""
-    if not sys.platform.startswith("linux"):
-        return False
-    import ctypes
-
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _CANNOT_EXCHANGE:
-        return False
-    raise OSError(code, os.strerror(code), str(other))
+            withdraw(path)

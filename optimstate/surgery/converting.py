@@ -14,8 +14,8 @@ from optimstate.errors import CorruptCheckpointError, MigrationError, UsageError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
 from optimstate.io.copying import BLOCK, SharedTasks, blocks
+from optimstate.io.destination import check_destination
 from optimstate.io.extents import Progress
-from optimstate.io.output import check_destination
 from optimstate.problems import Problem
 from optimstate.record import Record, field
 from optimstate.surgery.reports import opening, to_json

@@ -13,7 +13,7 @@ from optimstate.formats.pickles.globals import dangerous
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
-from optimstate.io.output import is_leftover
+from optimstate.io.temporary import is_leftover
 from optimstate.plan.language.template import Template
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import parameter_shape

@@ -12,8 +12,8 @@ from optimstate.describe import describe
 from optimstate.errors import CheckpointError, DestinationError, MigrationError, UsageError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import get_format, open_checkpoint
+from optimstate.io.destination import check_destination
 from optimstate.io.extents import Progress
-from optimstate.io.output import check_destination
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.building import from_config, imported, parameters_of

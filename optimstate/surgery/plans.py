@@ -10,7 +10,8 @@ from typing import Any
 
 from optimstate.errors import MigrationError, PlanError
 from optimstate.formats.registry import open_checkpoint
-from optimstate.io.output import AtomicFile, check_destination
+from optimstate.io.destination import check_destination
+from optimstate.io.output import AtomicFile
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.apply.explain import Row, explained
 from optimstate.plan.expressions.tree import Shape

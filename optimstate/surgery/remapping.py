@@ -11,8 +11,8 @@ from optimstate.errors import DestinationError, RepresentationError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.destination import check_destination
 from optimstate.io.extents import Progress
-from optimstate.io.output import check_destination
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration

@@ -12,7 +12,7 @@ from optimstate.formats.pickles.globals import Verdict, classify
 from optimstate.formats.unpickled import Unread, pickles_in
 from optimstate.io.extents import FileSource
 from optimstate.io.folders import kind_of, leftover_notes
-from optimstate.io.output import is_leftover
+from optimstate.io.temporary import is_leftover
 from optimstate.record import Record
 from optimstate.surgery.reports import opening, to_json
 from optimstate.surgery.text import plural, readable, table

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from optimstate.errors import DestinationError, DestinationExistsError
-from optimstate.io import output
-from optimstate.io.output import AtomicDirectory, AtomicFile, AtomicGroup, check_destination, is_leftover
+from optimstate.io import directory
+from optimstate.io.destination import check_destination
+from optimstate.io.directory import AtomicDirectory
+from optimstate.io.output import AtomicFile, AtomicGroup
+from optimstate.io.temporary import is_leftover
 
 
 def names(folder: Path) -> list[str]:
@@ -95,7 +98,8 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(write: Callable[[Pat
     code = f"""
 import os, signal
 from pathlib import Path
-from optimstate.io.output import AtomicDirectory, AtomicFile
+from optimstate.io.directory import AtomicDirectory
+from optimstate.io.output import AtomicFile
 with {"AtomicDirectory" if write is write_folder else "AtomicFile"}(Path({str(tmp_path / "out")!r})):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -121,7 +125,7 @@ def test_a_folder_takes_the_place_of_a_folder_or_file(
     exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(output, "_exchange", lambda *_: False)
+        monkeypatch.setattr(directory, "_exchange", lambda *_: False)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").touch()
     (tmp_path / "file").touch()

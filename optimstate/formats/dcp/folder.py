@@ -36,9 +36,10 @@ from optimstate.formats.ranks.tiles import Tile, check_tiling, tensor_of_pieces
 from optimstate.formats.registry import detect, get_format
 from optimstate.formats.safetensors.file import MAX_HEADER
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.directory import AtomicDirectory
 from optimstate.io.extents import FileSlice, FileSource
 from optimstate.io.folders import listed
-from optimstate.io.output import AtomicDirectory, AtomicFile
+from optimstate.io.output import AtomicFile
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
 

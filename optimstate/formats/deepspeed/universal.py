@@ -23,8 +23,8 @@ from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.deepspeed.zero import MASTER, PARTITIONING, Shapes, frozen, is_stage_3, shape_of
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.directory import AtomicDirectory
 from optimstate.io.extents import Extent
-from optimstate.io.output import AtomicDirectory
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
 from optimstate.tensors.dtypes import DTYPES

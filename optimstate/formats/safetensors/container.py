@@ -19,8 +19,9 @@ from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.pruning import LostStorage, without_lost
 from optimstate.formats.safetensors.checkpoint import Layout, decode_checkpoint
 from optimstate.formats.safetensors.file import MAX_HEADER, Entry, read_file, write_file
+from optimstate.io.directory import AtomicDirectory
 from optimstate.io.extents import FileSource
-from optimstate.io.output import AtomicDirectory, AtomicFile, AtomicGroup
+from optimstate.io.output import AtomicFile, AtomicGroup
 from optimstate.tensors.lazy import LazyTensor
 
 NAME = "safetensors"

@@ -1,0 +1,65 @@
+"""Where an output may go: what is refused before anything is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+
+from optimstate.errors import DestinationError, DestinationExistsError
+
+__all__ = ["cannot_write", "check_destination", "check_kind"]
+
+
+def check_destination(destination: Path, sources: Sequence[Path], *, force: bool) -> None:
+    """Refuse a destination that exists, is one of the inputs, or has no parent folder.
+
+    Raises:
+        DestinationExistsError: It exists and `force` is false.
+        DestinationError: It is (or holds, or lies in) an input, is neither a regular file nor a folder, or its folder
+            does not exist.
+    """
+    try:
+        for source in sources:
+            if destination.exists() and source.exists() and destination.samefile(source):
+                raise DestinationError(
+                    f"{destination}: source and destination are the same",
+                    hint="Give another destination; `remap --in-place` changes a file where it is.",
+                )
+            resolved, inside = destination.resolve(), source.resolve()
+            if source.is_dir() and inside in resolved.parents:
+                raise DestinationError(
+                    f"{destination}: lies inside the source {source}", hint="Give a path outside of it."
+                )
+            if destination.is_dir() and resolved in inside.parents:
+                raise DestinationError(f"{destination}: holds the source {source}", hint="Give another destination.")
+        check_kind(destination)
+        if os.path.lexists(destination) and not force:
+            raise DestinationExistsError(f"{destination}: exists already", hint="Give --force to replace it.")
+        if not destination.parent.is_dir():
+            raise DestinationError(
+                f"{destination}: the folder {destination.parent} does not exist", hint="Create it first."
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, DestinationError):
+            raise
+        raise cannot_write(destination, error) from error
+
+
+def check_kind(path: Path) -> None:
+    """Refuse to replace anything but files and folders: pipes, sockets and devices are not ours to remove."""
+    with suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if not (S_ISREG(mode) or S_ISDIR(mode)):
+            raise DestinationError(
+                f"{path}: is not a regular file or folder",
+                hint="Give another destination; to write to a pipe, write a file and copy it.",
+            )
+
+
+def cannot_write(path: Path, error: BaseException) -> DestinationError:
+    """What is raised for an output that a system call refused."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return DestinationError(f"{path}: cannot be written: {reason}")

@@ -1,0 +1,136 @@
+"""Folders that appear whole or not at all.
+
+A folder is exchanged with the one it replaces where the system can do that in one step (Linux). Elsewhere the old one
+is renamed first: it stands whole under a temporary name until the new one has its name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from optimstate.errors import CheckpointError, DestinationError
+from optimstate.io.destination import cannot_write, check_kind
+from optimstate.io.temporary import (
+    begin,
+    count_as_finished,
+    count_as_parts,
+    count_as_unfinished,
+    remove,
+    sync_directory,
+    take_name,
+    temporary_sibling,
+)
+
+__all__ = ["AtomicDirectory"]
+
+
+class AtomicDirectory:
+    """A new folder that takes its name only when it is complete; see `AtomicFile`.
+
+    The context manager's value is the temporary folder to fill.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, sync: bool = True) -> None:
+        self.path = Path(path)
+        self._sync = sync
+        self._temporary: Path | None = None
+        self._fd = -1
+
+    def __enter__(self) -> Path:
+        try:
+            self._temporary, self._fd = begin(self.path, self._make)
+        except BaseException as error:
+            self._discard()
+            if isinstance(error, OSError) and not isinstance(error, DestinationError):
+                raise cannot_write(self.path, error) from error
+            raise
+        return self._temporary
+
+    def _make(self, temporary: Path) -> int:
+        self._temporary = temporary
+        temporary.mkdir()
+        return os.open(temporary, os.O_RDONLY)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            self._discard()
+            if isinstance(error, OSError) and not isinstance(error, DestinationError | CheckpointError):
+                raise cannot_write(self.path, error) from error
+            return
+        assert self._temporary is not None
+        try:
+            if self._sync:
+                for inner in os.walk(self._temporary, topdown=False):
+                    sync_directory(Path(inner[0]))
+            check_kind(self.path)
+            if os.path.lexists(self.path):
+                self._replace(self._temporary)
+            else:
+                take_name(self._temporary, self.path)
+            if self._sync:
+                sync_directory(self.path.parent)
+        except BaseException as failure:
+            self._discard()
+            if isinstance(failure, OSError) and not isinstance(failure, DestinationError):
+                raise cannot_write(self.path, failure) from failure
+            raise
+        count_as_parts(self._temporary)
+        self._close()
+
+    def _replace(self, temporary: Path) -> None:
+        """Exchange the new folder with what stands at its place, which is removed."""
+        if _exchange(temporary, self.path):
+            count_as_finished(temporary, self.path)
+            count_as_unfinished(temporary)  # under this name stands what was replaced
+            remove(temporary)
+            return
+        replaced = temporary_sibling(self.path)
+        try:
+            self.path.replace(replaced)
+            temporary.replace(self.path)
+        except BaseException:
+            if not os.path.lexists(self.path) and os.path.lexists(replaced):
+                replaced.replace(self.path)
+            raise
+        count_as_unfinished(replaced)
+        count_as_finished(temporary, self.path)
+        remove(replaced)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _discard(self) -> None:
+        if self._temporary is not None:
+            remove(self._temporary)
+        with suppress(OSError):
+            self._close()
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, where the system and the file system can; renameat2(2)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes
+
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
