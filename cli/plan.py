@@ -163,11 +163,11 @@ def check(
     Each problem names the parameter, both sides and the remedy.
     """
     from optimstate.cli.render import terminal
-    from optimstate.surgery import plans
+    from optimstate.surgery import plan_checking
 
     if target is not None and checkpoint is None:
         raise typer.BadParameter("--target needs the checkpoint that the plan is for")
-    report = plans.check_plan(read_plan(plan), checkpoint, target=target)
+    report = plan_checking.check_plan(read_plan(plan), checkpoint, target=target)
     terminal.show(report, as_json=as_json, quiet=quiet)
     if not report.fits:
         raise typer.Exit(4)
@@ -238,11 +238,11 @@ def show(
     A slot is exact, approximate, fresh or dropped; the reasons are given.
     """
     from optimstate.cli.render import terminal
-    from optimstate.surgery import plans
+    from optimstate.surgery import plan_showing, plans
 
     if html is not None:
         plans.check_plan_destination(html, plan, *([] if checkpoint is None else [checkpoint]), force=force)
-    report = plans.show_plan(read_plan(plan), checkpoint)
+    report = plan_showing.show_plan(read_plan(plan), checkpoint)
     if html is not None:
         from optimstate.cli.render.lineage import lineage_page
         from optimstate.cli.render.page import write_page

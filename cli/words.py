@@ -40,6 +40,6 @@ def dtypes(incomplete: str) -> list[str]:
 
 def optimizers(incomplete: str) -> list[str]:
     """Optimizers that state can be converted to."""
-    from optimstate.plan.slots.conversion import TARGETS
+    from optimstate.plan.slots.converted_options import TARGETS
 
     return _starting(TARGETS, incomplete)

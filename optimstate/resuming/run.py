@@ -341,7 +341,7 @@ def _key(kind: str, section: Section, count: int) -> str:
 
 def _becomes(state: OptimizerState, live: str) -> str:
     """What part of a state is to become for a live optimizer of another algorithm; empty where it stays what it is."""
-    from optimstate.plan.slots.conversion import option_names
+    from optimstate.plan.slots.converted_options import option_names
     from optimstate.state.algorithms.registry import recognise_state
 
     saved = recognise_state(state.state.values(), state.groups[0].options) if state.groups else None

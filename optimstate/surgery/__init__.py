@@ -18,15 +18,9 @@ if TYPE_CHECKING:
     from optimstate.surgery.findings import VerifyReport
     from optimstate.surgery.inspecting import inspect
     from optimstate.surgery.naming import NameReport, name
-    from optimstate.surgery.plans import (
-        CheckReport,
-        InvertReport,
-        ShowReport,
-        check_plan,
-        invert_plan,
-        save_plan,
-        show_plan,
-    )
+    from optimstate.surgery.plan_checking import CheckReport, check_plan
+    from optimstate.surgery.plan_showing import ShowReport, show_plan
+    from optimstate.surgery.plans import InvertReport, invert_plan, save_plan
     from optimstate.surgery.remapping import RemapReport, remap
     from optimstate.surgery.reports import Inspection
     from optimstate.surgery.scanning import ScanReport, scan
@@ -36,7 +30,7 @@ if TYPE_CHECKING:
     from optimstate.surgery.verifying import verify, verify_against
 
 _HOMES = {
-    "CheckReport": "plans",
+    "CheckReport": "plan_checking",
     "ConvertReport": "converting",
     "DiffReport": "comparing",
     "Inspection": "reports",
@@ -44,10 +38,10 @@ _HOMES = {
     "NameReport": "naming",
     "RemapReport": "remapping",
     "ScanReport": "scanning",
-    "ShowReport": "plans",
+    "ShowReport": "plan_showing",
     "SuggestReport": "suggesting",
     "VerifyReport": "verifying",
-    "check_plan": "plans",
+    "check_plan": "plan_checking",
     "convert": "converting",
     "diff": "comparing",
     "inspect": "inspecting",
@@ -56,7 +50,7 @@ _HOMES = {
     "remap": "remapping",
     "save_plan": "plans",
     "scan": "scanning",
-    "show_plan": "plans",
+    "show_plan": "plan_showing",
     "suggest": "suggesting",
     "suggest_plan": "suggesting",
     "verify": "verifying",

@@ -140,7 +140,7 @@ def convert(
     if sections and without:
         raise UsageError("section and without exclude each other: what is not chosen is left out")
     if optimizer is not None:
-        from optimstate.plan.slots.conversion import TARGETS
+        from optimstate.plan.slots.converted_options import TARGETS
 
         if optimizer not in TARGETS:
             raise UsageError.unknown(f"no conversion to an optimizer {describe(optimizer)}", optimizer, TARGETS)

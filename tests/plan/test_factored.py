@@ -125,5 +125,5 @@ def test_what_the_means_do_not_tell_is_called_approximate(text: str, slot: int, 
 
 
 def test_a_matrix_cannot_become_vectors() -> None:
-    with pytest.raises(MigrationError, match="are means over rows and columns, but the result has the shape"):
+    with pytest.raises(MigrationError, match="it is a mean over rows or columns, and the result has the shape"):
         migrated('[[rule]]\nfrom = "a"\nto = "y{e=0..1}"\nunstack = 0\n', {"a": torch.rand(2, 3)}, "torch")

@@ -12,7 +12,9 @@ from torch import nn
 import optimstate
 from optimstate import hooks
 from optimstate.errors import PlanSyntaxError
-from optimstate.surgery.plans import check_plan, invert_plan, show_plan
+from optimstate.surgery.plan_checking import check_plan
+from optimstate.surgery.plan_showing import show_plan
+from optimstate.surgery.plans import invert_plan
 from optimstate.surgery.settings import with_options
 from optimstate.surgery.verifying import verify_against
 

@@ -63,7 +63,7 @@ def test_a_suggested_plan_fits_and_gives_the_targets_names(tmp_path: Path) -> No
     assert all(0 < rule.confidence <= 1 and rule.reason for rule in report.rules)
     plan = Plan.from_toml(report.plan)
     assert plan.rules == tuple(rule for text in report.rules for rule in Plan.from_toml(text.toml).rules)
-    assert plans.check_plan(plan, old, target=new).fits
+    assert optimstate.surgery.check_plan(plan, old, target=new).fits
     optimstate.remap(old, tmp_path / "moved.pt", plan)
     before, moved = torch.load(old), torch.load(tmp_path / "moved.pt")
     assert {name.removeprefix("module.") for name in moved["model"]} == set(torch.load(new)["model"])
@@ -92,7 +92,7 @@ def test_real_checkpoints_whose_modules_are_renamed(name: str, headers: bool, tm
     if name.startswith("deepspeed"):  # read, but not written, as it is
         optimstate.convert(source, tmp_path / "whole.pt", drop_opaque=True)
         source = tmp_path / "whole.pt"
-    names = [row.target for row in plans.show_plan(Plan(), source).rows if row.section.startswith("model")]
+    names = [row.target for row in optimstate.surgery.show_plan(Plan(), source).rows if row.section.startswith("model")]
     ((top, _),) = Counter(name.split(".")[0] for name in names if "." in name).most_common(1)
     renamed, again = (tmp_path / f"{word}{source.suffix}" for word in ("renamed", "again"))
     optimstate.remap(source, renamed, Plan.from_options(rename=[f"{top}.{{p**}}=other_{top}.{{p}}"]))
@@ -157,7 +157,7 @@ def test_every_problem_is_found_at_once(tmp_path: Path) -> None:
     old = saved(tmp_path / "old.pt", model_of("encoder"))
     new = saved(tmp_path / "new.pt", model_of("blocks", width=7))
     plan = Plan.from_options(rename=["encoder.{i}.{p**}=blocks.{i}.{p}", "nowhere.{p}=x.{p}"])
-    report = plans.check_plan(plan, old, target=new)
+    report = optimstate.surgery.check_plan(plan, old, target=new)
     assert not report.fits
     text = "\n".join(map(str, report.problems))
     for mention in ("'nowhere.{p}' matches none", "[5, 8], the target has [7, 8]", "[5], the target has [7]"):
@@ -169,7 +169,9 @@ def test_every_problem_is_found_at_once(tmp_path: Path) -> None:
 def test_a_plan_that_fits_says_what_each_rule_matches(tmp_path: Path) -> None:
     old = saved(tmp_path / "old.pt", model_of("encoder"))
     new = saved(tmp_path / "new.pt", model_of("blocks"), optimizer=False)
-    report = plans.check_plan(Plan.from_options(rename=["encoder.{i}.{p**}=blocks.{i}.{p}"]), old, target=new)
+    report = optimstate.surgery.check_plan(
+        Plan.from_options(rename=["encoder.{i}.{p**}=blocks.{i}.{p}"]), old, target=new
+    )
     assert report.fits
     parameters, buffers = 3 * 8, 3 * 3
     assert report.rules == (("encoder.{i}.{p**} -> blocks.{i}.{p}", 2 * parameters + buffers),)
@@ -182,24 +184,24 @@ def test_parameters_of_the_target_can_be_declared_new_by_a_pattern(tmp_path: Pat
     larger.add_module("extra", nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]))
     new = saved(tmp_path / "new.pt", larger)
     declared = Plan.from_options(fresh=["extra.**"])
-    assert plans.check_plan(declared, old, target=new).fits
-    assert not plans.check_plan(declared, old).fits
-    undeclared = plans.check_plan(Plan(), old, target=new)
+    assert optimstate.surgery.check_plan(declared, old, target=new).fits
+    assert not optimstate.surgery.check_plan(declared, old).fits
+    undeclared = optimstate.surgery.check_plan(Plan(), old, target=new)
     assert any(p.kind == "unfilled" and p.names == ("extra.0.weight",) for p in undeclared.problems)
 
 
 def test_a_target_without_anything_to_compare_is_a_problem(tmp_path: Path) -> None:
     alone = tmp_path / "nothing.pt"
     torch.save({"epoch": 3}, alone)
-    report = plans.check_plan(Plan(), saved(tmp_path / "old.pt", model_of("encoder")), target=alone)
+    report = optimstate.surgery.check_plan(Plan(), saved(tmp_path / "old.pt", model_of("encoder")), target=alone)
     assert any(problem.kind == "section" for problem in report.problems)
     with pytest.raises(ValueError, match="needs a checkpoint"):
-        plans.check_plan(Plan(), target=alone)
+        optimstate.surgery.check_plan(Plan(), target=alone)
 
 
 def test_what_becomes_of_an_optimizer_without_names_is_a_problem() -> None:
     anonymous = corpus.case("transformers/gpt2_adamw").entry
-    report = plans.check_plan(Plan.from_options(drop=["transformer.wpe.weight"]), anonymous)
+    report = optimstate.surgery.check_plan(Plan.from_options(drop=["transformer.wpe.weight"]), anonymous)
     assert any("no parameter names" in str(problem) for problem in report.problems)
 
 
@@ -213,8 +215,8 @@ from optimstate.surgery import plans
 from optimstate.surgery.settings import with_options
 from optimstate.plan.language.plan import Plan
 plan = Plan.from_file({str(plan)!r})
-plans.check_plan(plan, {str(DENSE)!r}, target={str(EXPERTS)!r})
-plans.show_plan(plan, {str(DENSE)!r})
+optimstate.surgery.check_plan(plan, {str(DENSE)!r}, target={str(EXPERTS)!r})
+optimstate.surgery.show_plan(plan, {str(DENSE)!r})
 plans.invert_plan(plan, {str(DENSE)!r})
 optimstate.suggest({str(DENSE)!r}, {str(EXPERTS)!r})
 with_options(plan, {str(DENSE)!r}, ["lr=0.5"])
@@ -248,12 +250,12 @@ def test_what_cannot_be_undone_names_the_rules() -> None:
     plan = Plan.from_options(drop=["head.**"], duplicate=["fc=fc1,fc2"])
     with pytest.raises(PlanError, match=r"rule 1 copies 'fc'.*rule 2 drops 'head"):
         plans.invert_plan(plan)
-    assert "rule 2 drops" in plans.show_plan(plan).irreversible
+    assert "rule 2 drops" in optimstate.surgery.show_plan(plan).irreversible
 
 
 def test_showing_has_a_row_for_every_slot_of_every_parameter() -> None:
     plan = Plan.from_options(fresh=["**.norm.*"], drop=["embed.weight"])
-    report = plans.show_plan(plan, DENSE)
+    report = optimstate.surgery.show_plan(plan, DENSE)
     checkpoint = torch.load(DENSE)
     named = checkpoint["optimizer"]["param_groups"]
     names = [name for group in named for name in group["param_names"] if name != "embed.weight"]
@@ -306,7 +308,9 @@ def test_a_report_counts_every_slot_and_parameter(tmp_path: Path) -> None:
 def test_the_counts_are_those_of_the_rows() -> None:
     plan = Plan.from_options(duplicate=["layers.{i}.mlp.fc1.{p}=layers.{i}.e.{e=0..2}.{p}"], fresh=["**.norm.*"])
     report = optimstate.remap(DENSE, None, plan, dry_run=True)
-    rows = Counter((row.section, row.slot, row.outcome, row.reason) for row in plans.show_plan(plan, DENSE).rows)
+    rows = Counter(
+        (row.section, row.slot, row.outcome, row.reason) for row in optimstate.surgery.show_plan(plan, DENSE).rows
+    )
     counted = {
         (section, row.slot, row.outcome, row.reason): row.parameters
         for section, found in report.outcomes.items()

@@ -23,11 +23,11 @@ __all__ = [
     "LAZY",
     "LIVE",
     "Backend",
+    "backend_of",
     "copied",
     "dtype_of",
     "evaluated",
     "identity",
-    "backend_of",
     "number_of",
     "shape_of",
 ]

@@ -14,9 +14,9 @@ from optimstate.plan.expressions.tree import Expr, Node, Shape
 from optimstate.record import Record
 
 __all__ = [
+    "OPERATIONS",
     "Irreversible",
     "Misfit",
-    "OPERATIONS",
     "Operation",
     "are_integers",
     "counted",

@@ -27,7 +27,7 @@ from optimstate.plan.language.base import (
 )
 from optimstate.record import field
 
-__all__ = ["PermuteDims", "Transpose", "ReshapeDims", "Slice", "Select", "Resize", "Repeat"]
+__all__ = ["PermuteDims", "Repeat", "ReshapeDims", "Resize", "Select", "Slice", "Transpose"]
 
 
 def fill_of(value: Any, words: Sequence[str] = ("zeros", "mean", "wrap", "live")) -> ex.Fill | None:

@@ -23,7 +23,7 @@ from optimstate.plan.language.base import (
     unsized,
 )
 
-__all__ = ["Concat", "Mean", "Stack", "Split", "Unstack"]
+__all__ = ["Concat", "Mean", "Split", "Stack", "Unstack"]
 
 
 class _Joining(Operation):

@@ -11,7 +11,7 @@ from optimstate.plan.slots.outcomes import Outcome, Refusal, SlotPath
 from optimstate.record import Record
 from optimstate.state.algorithms.slots import MASTERS, WEIGHT, Slot, SlotKind
 
-__all__ = ["Translation", "Translator", "translation_outcome", "translated"]
+__all__ = ["Translation", "Translator", "translated", "translation_outcome"]
 
 
 def _power_of_two(factor: float) -> bool:

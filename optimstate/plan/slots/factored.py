@@ -13,15 +13,11 @@ from math import prod
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
-from optimstate.plan.slots.outcomes import Level, Outcome, Parameter, SlotPath, slot_name
-from optimstate.plan.slots.sources import Sources
-from optimstate.problems import Problem
-from optimstate.state.algorithms.slots import Slot
+from optimstate.plan.slots.outcomes import Level, Outcome, Parameter, Refusal, SlotPath
+from optimstate.plan.slots.sources import JoinedSlot, Sources
+from optimstate.state.algorithms.slots import Slot, SlotKind
 
-__all__ = ["factored_outcomes"]
-
-
-_REMEDY = "give the parameter no state (fresh = true)"
+__all__ = ["mean_outcome", "raised_vector"]
 
 
 class _Lost(Exception):
@@ -46,85 +42,58 @@ class _Carried:
         return tuple(1 if dim in self.over else size for dim, size in enumerate(self.whole))
 
 
-def factored_outcomes(
-    sources: Sources,
-    target: str,
-    expression: Expr,
-    names: Sequence[str],
-    paths: Sequence[SlotPath],
-    made: dict[SlotPath, Outcome],
-    problems: list[Problem],
-) -> None:
-    """Decide for the row and column means of one target, and for what stands for them in vectors.
+def mean_outcome(sources: Sources, joined: JoinedSlot) -> Outcome:
+    """What becomes of means over rows, or over columns: made from whichever of the two means is one over what is asked.
 
-    Args:
-        sources: What is known of the checkpoint's parameters.
-        target: The parameter of the result.
-        expression: How it is made.
-        names: The sources with state.
-        paths: The row and column slots that any of them has.
-        made: The other slots' outcomes; the ones decided here are added.
-        problems: What cannot be decided is added.
+    Raises:
+        Refusal: The means do not tell what is asked of them.
     """
-    shape = expression.shape
-    if shape is None:
-        message = "its shape is not known, so its row and column means cannot follow"
-        problems.append(Problem("unknown-shape", message, target, tuple(names), "give the model too"))
-        return
-    if not paths:
-        _raise_vectors(sources, expression, shape, made)
-        return
+    shape = _known_shape(joined)
     if len(shape) < 2:
-        message = (
-            f"{', '.join(map(slot_name, paths))} of {names[0]!r} are means over rows and columns, but the result has "
-            f"the shape {list(shape)}"
-        )
-        problems.append(Problem("slot", message, target, tuple(names), _REMEDY))
-        return
-    for row, col in _pairs(sources, names, paths):
-        for path, dim in ((row, len(shape) - 1), (col, len(shape) - 2)):
-            try:
-                made[path] = _outcome(sources, expression, names, row, col, dim, path)
-            except _Lost as lost:
-                message = f"{slot_name(path)} cannot follow: {lost}"
-                problems.append(Problem("slot", message, target, tuple(names), _REMEDY))
-
-
-def _pairs(sources: Sources, names: Sequence[str], paths: Sequence[SlotPath]) -> list[tuple[SlotPath, SlotPath]]:
-    parameter = sources.parameters[names[0]]
-    rows = [path for path in paths if sources.meaning(path, None, parameter.shape)[0].kind == "row"]
-    cols = [path for path in paths if path not in rows]
-    return list(zip(rows, cols, strict=False))
-
-
-def _outcome(
-    sources: Sources,
-    expression: Expr,
-    names: Sequence[str],
-    row: SlotPath,
-    col: SlotPath,
-    dim: int,
-    path: SlotPath,
-) -> Outcome:
-    """The mean over `dim` of the result, from whichever of the two means is one over it."""
+        raise Refusal(f"it is a mean over rows or columns, and the result has the shape {list(shape)}")
+    dim = len(shape) - (1 if joined.slot.kind == "row" else 2)
+    row, col = _pair(sources, joined)
     reasons = []
-    for source, axis in ((row, -1), (col, -2)) if path == row else ((col, -2), (row, -1)):
+    for source, axis in ((row, -1), (col, -2)) if joined.slot.kind == "row" else ((col, -2), (row, -1)):
         try:
-            carried = _Carrier(sources, source, axis).carry(expression)
+            carried = _Carrier(sources, source, axis).carry(joined.expression)
+            if outcome := _mean_over(sources, joined, dim, carried, axis if source == joined.path else -3 - axis):
+                return outcome
+            reasons.append("the dimension it is a mean over is another in the result")
         except _Lost as lost:
             reasons.append(str(lost))
-            continue
-        over = {place for place in carried.over if carried.whole[place] != 1}
-        if over <= {dim} and (dim in carried.over or carried.whole[dim] == 1):
-            result = carried.shape()
-            parameter = sources.parameters[names[0]]
-            if _squeezed(parameter, path, axis if path == source else -3 - axis):
-                result = (*result[:dim], *result[dim + 1 :])
-            reason = "; ".join(dict.fromkeys(carried.approximate))
-            level: Level = "approximate" if carried.approximate else "exact"
-            return Outcome(level, reason, "row" if path == row else "col", False, ex.reshaped(carried.made, result))
-        reasons.append("the dimension it is a mean over is another in the result")
-    raise _Lost(reasons[0])
+    raise Refusal(reasons[0])
+
+
+def _known_shape(joined: JoinedSlot) -> Shape:
+    if joined.expression.shape is None:
+        message = "the shape of the result is not known, so row and column means cannot follow"
+        raise Refusal(message, "give the model too", "unknown-shape")
+    return joined.expression.shape
+
+
+def _pair(sources: Sources, joined: JoinedSlot) -> tuple[SlotPath, SlotPath]:
+    """The means over rows and over columns that belong together, of which one is asked for."""
+    parameter = sources.parameters[joined.names[0]]
+    kinds = {path: sources.meaning(path, value, parameter.shape)[0].kind for path, value in parameter.slots.items()}
+    rows, cols = ([path for path, found in kinds.items() if found == kind] for kind in ("row", "col"))
+    pair = next((pair for pair in zip(rows, cols, strict=False) if joined.path in pair), None)
+    if pair is None:
+        raise Refusal("there are no means over the other dimension beside it")
+    return pair
+
+
+def _mean_over(sources: Sources, joined: JoinedSlot, dim: int, carried: _Carried, axis: int) -> Outcome | None:
+    """The outcome where what was carried is a mean over the dimension, and no other."""
+    over = {place for place in carried.over if carried.whole[place] != 1}
+    if not (over <= {dim} and (dim in carried.over or carried.whole[dim] == 1)):
+        return None
+    result = carried.shape()
+    if _squeezed(sources.parameters[joined.names[0]], joined.path, axis):
+        result = (*result[:dim], *result[dim + 1 :])
+    level: Level = "approximate" if carried.approximate else "exact"
+    reason = "; ".join(dict.fromkeys(carried.approximate))
+    return Outcome(level, reason, joined.slot.kind, False, ex.reshaped(carried.made, result))
 
 
 def _squeezed(parameter: Parameter, path: SlotPath, axis: int) -> bool:
@@ -273,20 +242,31 @@ def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
     return blocks
 
 
-def _raise_vectors(sources: Sources, expression: Expr, shape: Shape, made: dict[SlotPath, Outcome]) -> None:
-    """Vectors that became a matrix: their full second moment becomes means over rows and columns."""
-    full = sources.vector_moment()
-    path = next((path for path in made if path[-1] == full), None)
-    if len(shape) < 2 or path is None:
-        return
-    outcome = made.pop(path)
-    value = outcome.made or sources.translate(path, Slot("like_param", 2), expression).made
+def raised_vector(sources: Sources, joined: JoinedSlot, outcome: Outcome) -> dict[SlotPath, Outcome]:
+    """The means that the full second moment of vectors becomes where they become a matrix; none for other slots.
+
+    Args:
+        sources: What is known of the checkpoint's parameters.
+        joined: An elementwise slot.
+        outcome: What becomes of it as such.
+
+    Raises:
+        Refusal: It is such a moment, and the shape of the result is not known.
+    """
+    path = joined.path
+    if not sources.factors() or path[-1] != sources.vector_moment():
+        return {}
+    shape = _known_shape(joined)
+    if len(shape) < 2:
+        return {}
+    value = outcome.made or sources.translate(path, Slot("like_param", 2), joined.expression).made
     names, squeezed = sources.mean_slots()
+    made = {}
     for name, dim in zip(names, (len(shape) - 1, len(shape) - 2), strict=True):
         kept = tuple(1 if place == dim else size for place, size in enumerate(shape))
         mean: Expr = Node(ex.Mean((dim,)), (value,), kept)
         if squeezed:
             mean = ex.reshaped(mean, (*shape[:dim], *shape[dim + 1 :]))
-        made[(*path[:-1], name)] = Outcome(
-            outcome.level, outcome.reason, "row" if name == names[0] else "col", False, mean
-        )
+        kind: SlotKind = "row" if name == names[0] else "col"
+        made[(*path[:-1], name)] = Outcome(outcome.level, outcome.reason, kind, False, mean)
+    return made

@@ -12,11 +12,11 @@ from optimstate.state.algorithms.slots import SlotKind
 
 __all__ = [
     "OUTCOMES",
-    "Signature",
     "Level",
     "Outcome",
     "Parameter",
     "Refusal",
+    "Signature",
     "SlotPath",
     "flat_slots",
     "flattened",

@@ -10,13 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf
-from optimstate.plan.language.rules import Policy
-from optimstate.plan.slots.factored import factored_outcomes
 from optimstate.plan.slots.outcomes import Outcome, Parameter, Refusal, Signature, SlotPath, slot_name
-from optimstate.plan.slots.sources import Sources
-from optimstate.plan.slots.strategies import ALIKE, INFERRED, PACKED, STRATEGIES, JoinedSlot, agreed
+from optimstate.plan.slots.sources import JoinedSlot, Sources
+from optimstate.plan.slots.strategies import ALIKE, INFERRED, PACKED, STRATEGIES, agreed
 from optimstate.problems import Problem
-from optimstate.state.algorithms.slots import Algorithm, Slot
 
 __all__ = ["SlotPlanner"]
 
@@ -25,21 +22,12 @@ class SlotPlanner:
     """Decides for every slot of every target of one optimizer.
 
     Args:
-        parameters: Of the checkpoint, by name.
-        algorithm: Whose state it is, where known.
-        declared: Slots the plan declares.
-        policy: The plan's.
+        sources: What is known of the checkpoint's parameters, and the plan's policy.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Parameter],
-        algorithm: Algorithm | None,
-        declared: Mapping[str, Slot],
-        policy: Policy,
-    ) -> None:
-        self._sources = Sources(parameters, algorithm, declared, policy)
-        self._parameters, self._algorithm, self._policy = parameters, algorithm, policy
+    def __init__(self, sources: Sources) -> None:
+        self._sources, self._parameters = sources, sources.parameters
+        self._algorithm, self._policy = sources.algorithm, sources.policy
         # What only moves elements does the same to the slots of all targets that the same sources make.
         self._alike: dict[tuple[str, ...], Mapping[SlotPath, Outcome]] = {}
         self._by_signature: dict[Signature, Mapping[SlotPath, Outcome | None] | None] = {}
@@ -130,29 +118,23 @@ class SlotPlanner:
     ) -> tuple[dict[SlotPath, Outcome], bool]:
         """What becomes of each slot, and whether another target made of the same sources may differ."""
         made: dict[SlotPath, Outcome] = {}
-        sources = [self._parameters[name].slots for name in names]
-        paths = dict.fromkeys(path for slots in sources for path in slots)
-        factored: list[SlotPath] = []
-        for path in paths:
+        may_differ = self._sources.factors()
+        for path in dict.fromkeys(path for name in names for path in self._parameters[name].slots):
             slot, inferred = self._sources.common(path, names)
-            if slot.kind in ("row", "col"):
-                factored.append(path)
-                continue
+            may_differ = may_differ or slot.kind in ("row", "col")
             try:
                 self._refuse_missing(path, names)
                 joined = JoinedSlot(path, slot, inferred, expression, names, layout)
                 empty = all(self._parameters[name].slots[path] is None for name in names)
-                made[path] = STRATEGIES["scalar" if empty else slot.kind](self._sources, joined)
+                made.update(STRATEGIES["scalar" if empty else slot.kind](self._sources, joined))
             except Refusal as refusal:
                 problems.append(_refused(target, path, refusal, names))
-        if factored or self._sources.factors():
-            factored_outcomes(self._sources, target, expression, names, factored, made, problems)
         for path, outcome in made.items():
             if outcome.level == "approximate" and self._policy.approximate == "refuse" and outcome.kind != "scalar":
                 message = f"{slot_name(path)} can only be approximated ({outcome.reason}), which the policy refuses"
                 remedy = 'say approximate = "allow", or make it fresh'
                 problems.append(Problem("approximate", message, target, tuple(names), remedy))
-        return made, bool(factored) or self._sources.factors()
+        return made, may_differ
 
     def _refuse_missing(self, path: SlotPath, names: Sequence[str]) -> None:
         missing = [name for name in names if path not in self._parameters[name].slots]

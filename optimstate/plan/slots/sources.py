@@ -10,10 +10,11 @@ from optimstate.plan.expressions.tree import Expr, Node, Shape
 from optimstate.plan.language.rules import Policy
 from optimstate.plan.slots.elementwise import Translation, Translator
 from optimstate.plan.slots.outcomes import Parameter, SlotPath
+from optimstate.record import Record
 from optimstate.state.algorithms.registry import conventional, inferred_kind
 from optimstate.state.algorithms.slots import Algorithm, Slot
 
-__all__ = ["Sources"]
+__all__ = ["JoinedSlot", "Sources"]
 
 
 class Sources:
@@ -97,3 +98,23 @@ class Sources:
             for kind in ("row", "col")
         )
         return (row, col), row.startswith("exp_avg_sq")
+
+
+class JoinedSlot(Record):
+    """A slot of a parameter that is made of others.
+
+    Attributes:
+        path: The keys that lead to it.
+        slot: What it is.
+        inferred: Whether that was concluded from its shape.
+        expression: How its parameter is made.
+        names: The sources, each with this slot.
+        layout: Whether elements are only moved.
+    """
+
+    path: SlotPath
+    slot: Slot
+    inferred: bool
+    expression: Expr
+    names: Sequence[str]
+    layout: bool

@@ -1,6 +1,6 @@
-"""One strategy for each kind of slot that is decided by itself: what becomes of it when parameters are joined or cut.
+"""One strategy for each kind of slot: what becomes of it when parameters are joined or cut.
 
-Means over rows and over columns are decided together, in `factored`; vectors over all parameters, in `flat`.
+Vectors over all parameters are rebuilt as a whole, in `flat`.
 """
 
 from __future__ import annotations
@@ -8,36 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from optimstate.plan.expressions.evaluate import dtype_of, number_of, shape_of
-from optimstate.plan.expressions.tree import Expr, Leaf
+from optimstate.plan.expressions.tree import Leaf
 from optimstate.plan.slots.elementwise import translation_outcome
+from optimstate.plan.slots.factored import mean_outcome, raised_vector
 from optimstate.plan.slots.outcomes import Outcome, Parameter, Refusal, SlotPath
-from optimstate.plan.slots.sources import Sources
-from optimstate.record import Record
-from optimstate.state.algorithms.slots import RECOMPUTED, Slot, SlotKind
+from optimstate.plan.slots.sources import JoinedSlot, Sources
+from optimstate.state.algorithms.slots import RECOMPUTED, SlotKind
 
-__all__ = ["ALIKE", "INFERRED", "PACKED", "STRATEGIES", "JoinedSlot", "agreed"]
-
-
-class JoinedSlot(Record):
-    """A slot of a parameter that is made of others.
-
-    Attributes:
-        path: The keys that lead to it.
-        slot: What it is.
-        inferred: Whether that was concluded from its shape.
-        expression: How its parameter is made.
-        names: The sources, each with this slot.
-        layout: Whether elements are only moved.
-    """
-
-    path: SlotPath
-    slot: Slot
-    inferred: bool
-    expression: Expr
-    names: Sequence[str]
-    layout: bool
+__all__ = ["ALIKE", "INFERRED", "PACKED", "STRATEGIES", "agreed"]
 
 
+Outcomes = Mapping[SlotPath, Outcome]
 ALIKE, INFERRED = Outcome("exact"), Outcome("exact", inferred=True)
 _WHOLE: dict[str, str] = {
     "opaque": "it has a layout of its own, which can be renamed, duplicated or dropped, but not cut, joined or scaled",
@@ -75,11 +56,16 @@ def agreed(sources: Sources, path: SlotPath, names: Sequence[str]) -> Outcome:
     return Outcome("approximate", reason, "scalar", made=Leaf(names[chosen], None, path))
 
 
-def _number(sources: Sources, joined: JoinedSlot) -> Outcome:
-    return agreed(sources, joined.path, joined.names)
+def _number(sources: Sources, joined: JoinedSlot) -> Outcomes:
+    return {joined.path: agreed(sources, joined.path, joined.names)}
 
 
-def _elementwise(sources: Sources, joined: JoinedSlot) -> Outcome:
+def _elementwise(sources: Sources, joined: JoinedSlot) -> Outcomes:
+    outcome = _elementwise_outcome(sources, joined)
+    return raised_vector(sources, joined, outcome) or {joined.path: outcome}
+
+
+def _elementwise_outcome(sources: Sources, joined: JoinedSlot) -> Outcome:
     path, slot, names = joined.path, joined.slot, joined.names
     for name in names:
         _refuse_other_layout(path, sources.parameters[name], name)
@@ -88,7 +74,11 @@ def _elementwise(sources: Sources, joined: JoinedSlot) -> Outcome:
     return translation_outcome(sources.translate(path, slot, joined.expression), slot.kind, inferred=joined.inferred)
 
 
-def _whole(_: Sources, joined: JoinedSlot) -> Outcome:
+def _mean(sources: Sources, joined: JoinedSlot) -> Outcomes:
+    return {joined.path: mean_outcome(sources, joined)}
+
+
+def _whole(_: Sources, joined: JoinedSlot) -> Outcomes:
     raise Refusal(_WHOLE[joined.slot.kind])
 
 
@@ -109,12 +99,14 @@ def _refuse_other_layout(path: SlotPath, parameter: Parameter, name: str) -> Non
         )
 
 
-Strategy = Callable[[Sources, JoinedSlot], Outcome]
+Strategy = Callable[[Sources, JoinedSlot], Outcomes]
 STRATEGIES: Mapping[SlotKind, Strategy] = {
     "scalar": _number,
     "like_param": _elementwise,
     "weight": _elementwise,
+    "row": _mean,
+    "col": _mean,
     "flat": _whole,
     "opaque": _whole,
 }
-"""What decides for a slot of each kind; each raises `Refusal` where the slot cannot follow."""
+"""What decides for a slot of each kind: what becomes of it. Each raises `Refusal` where the slot cannot follow."""

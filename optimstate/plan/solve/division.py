@@ -127,7 +127,7 @@ def _cut(group: GroupPlan, names: set[str], rule: OptimizerRule) -> GroupPlan:
 
 
 def _unknown_options(rule: OptimizerRule, groups: Sequence[GroupPlan]) -> Iterator[Problem]:
-    from optimstate.plan.slots.conversion import option_names
+    from optimstate.plan.slots.converted_options import option_names
 
     known = set(option_names(rule.algorithm)) if rule.algorithm else {key for group in groups for key in group.options}
     for key in rule.set:

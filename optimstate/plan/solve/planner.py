@@ -20,6 +20,7 @@ from optimstate.plan.language.template import Template
 from optimstate.plan.slots.elementwise import translated
 from optimstate.plan.slots.outcomes import Outcome, Refusal, SlotPath
 from optimstate.plan.slots.planner import SlotPlanner
+from optimstate.plan.slots.sources import Sources
 from optimstate.plan.solve.fitting import fitted, unsized, untied, without_live_values
 from optimstate.plan.solve.groups import Candidate, GroupPlan, in_order, plan_groups
 from optimstate.plan.solve.inventory import decoded, model_inventory, optimizer_inventory
@@ -234,7 +235,7 @@ class _Section:
         state = self.inventory.state
         assert state is not None
         parameters, algorithm = self.inventory.parameters, self.inventory.algorithm
-        planner = SlotPlanner(parameters, algorithm, self.plan_.slots, self.plan_.policy)
+        planner = SlotPlanner(Sources(parameters, algorithm, self.plan_.slots, self.plan_.policy))
         flat = algorithm is not None and algorithm.is_flat
         requantized = self._requantizes()
         used: set[str] = set()
