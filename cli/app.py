@@ -186,7 +186,7 @@ def _root(
         context.color = False
 
 
-COMMANDS = ("inspect", "diff", "remap", "plan", "convert", "name", "verify", "rehearse", "scan", "demo")
+COMMANDS = ("inspect", "diff", "remap", "plan", "convert", "name", "verify", "rehearse", "log", "scan", "demo")
 """In the order of the help. Each is a module of this package that registers itself when it is imported."""
 
 

@@ -15,6 +15,7 @@ from optimstate.cli.app import Json, Quiet, app, epilog, read_plan
     epilog=epilog(
         "optimstate verify checkpoint.pt",
         "optimstate verify new.pt --against old.pt --plan plan.toml",
+        "optimstate verify certified.pt --certificate certificate.json",
         exits="0 healthy, 1 a fault or nothing recognised, 2 wrong usage, 3 bad input, 4 the plan does not fit SRC.",
     ),
 )
@@ -27,6 +28,10 @@ def verify(
         Path | None,
         typer.Option(metavar="FILE", help="The plan it was made by; - reads standard input."),
     ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What hooks.certify() wrote, or a checkpoint with it.", show_default=False),
+    ] = None,
     no_numbers: Annotated[bool, typer.Option("--no-numbers", help="Do not look into tensors (no torch).")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -34,7 +39,7 @@ def verify(
     """Prove that a run can resume: coverage, steps, moments, dtypes, aliases, learning rates, names, checksums.
 
     Exits with 1 when there is a fault, or nothing was recognised. With --against and --plan, every byte is accounted
-    for.
+    for; with --certificate, weights, slots, groups and schedule have to be what they were when the run stopped.
     """
     import optimstate
     from optimstate.cli.render import terminal
@@ -42,12 +47,14 @@ def verify(
 
     if (against is None) != (plan is None):
         raise typer.BadParameter("--against and --plan belong together")
+    if certificate is not None and against is not None:
+        raise typer.BadParameter("--certificate is of one checkpoint, --against of another: verify one after the other")
     if against is not None and plan is not None:
         report = verify_against(path, against, read_plan(plan))
     else:
         sources = (path,) if no_numbers else (path, path)  # checksums, then numbers
         with terminal.progress("verifying", *sources, quiet=quiet) as advance:
-            report = optimstate.verify(path, numbers=not no_numbers, progress=advance)
+            report = optimstate.verify(path, numbers=not no_numbers, progress=advance, certificate=certificate)
     terminal.show(report, as_json=as_json, quiet=quiet)
     if not report.healthy:
         raise typer.Exit(1)

@@ -1,5 +1,6 @@
 """Hooks that resume a changed model: for any `torch.optim.Optimizer`, for modules, and for schedulers."""
 
+from optimstate.hooks.certify import certify
 from optimstate.hooks.engine.hook import LoadHook, adapt
 from optimstate.hooks.engine.report import Report
 from optimstate.hooks.hub import hub_layout
@@ -35,6 +36,7 @@ __all__ = [
     "add_metadata",
     "cast_slots",
     "cast_state",
+    "certify",
     "drop_slots",
     "drop_unexpected",
     "duplicate",

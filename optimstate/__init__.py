@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimstate import distributed, hooks, optim, surgery
+    from optimstate.certificates.certificate import Certificate
     from optimstate.derivation.derive import derive
     from optimstate.errors import (
         CheckpointError,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Certificate": "certificates.certificate",
     "Plan": "plan.language.plan",
     "Resumed": "resuming",
     "Rule": "plan.language.rules",
@@ -71,6 +73,7 @@ _HOMES = {
 _MODULES = ("distributed", "hooks", "optim", "surgery")
 
 __all__ = [
+    "Certificate",
     "CheckpointError",
     "CheckpointNotFoundError",
     "CorruptCheckpointError",

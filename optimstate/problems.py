@@ -42,6 +42,7 @@ Kind = Literal[
     "cast",  # what cannot be cast
     "content",  # tensors that are not what they should be
     "more",  # how many more problems of the kind before it there are
+    "certificate",  # what is not as it was certified
     # what a resumed run would trip over
     "coverage",
     "zeros",

@@ -13,10 +13,12 @@ from importlib.util import find_spec
 from os import PathLike
 from typing import Any, Literal
 
+from optimstate.hooks import certify
 from optimstate.hooks.modules import ModelLoad
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import plan_migration
 from optimstate.resuming import Resumed, resume
+from optimstate.resuming.certified import Given
 
 __all__ = ["ResumeCallback"]
 
@@ -33,6 +35,8 @@ class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
         plan: What has changed, as a plan or the path of a plan file.
         schedule: `live` lets schedules keep their arguments and take the position alone.
         saved: The names that the checkpoint's optimizers have not got.
+        certificate: Let checkpoints certify the run, and demand that what is resumed is what was certified: `True` for
+            the certificate in the checkpoint, or the path of one.
 
     Attributes:
         resumed: What the last resumption did; None before.
@@ -46,8 +50,10 @@ class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
         *,
         schedule: Literal["checkpoint", "live"] | None = None,
         saved: Any = None,
+        certificate: Given = False,
     ) -> None:
-        self._plan, self._schedule, self._saved = Plan.of(plan), schedule, saved
+        self._plan, self._schedule, self._saved, self._certificate = Plan.of(plan), schedule, saved, certificate
+        self._certified: list[Any] = []
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
@@ -88,7 +94,17 @@ class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
         """Load, where no sanity check came before."""
         self._load(trainer, pl_module)
 
+    def _certify(self, trainer: Any, module: Any) -> None:
+        """Let every optimizer certify what it hands over."""
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        for optimizer in trainer.optimizers if self._certificate else ():
+            if not any(optimizer is each for each in self._certified):
+                self._certified.append(optimizer)
+                mine = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
+                optimizer.register_state_dict_post_hook(certify(module, scheduler=mine or None))
+
     def _load(self, trainer: Any, module: Any) -> None:
+        self._certify(trainer, module)
         if self._loaded is None:
             return
         checkpoint, self._loaded = self._loaded, None
@@ -102,4 +118,5 @@ class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
             plan=self._plan,
             schedule=self._schedule,
             saved=self._saved,
+            certificate=self._certificate,
         )

@@ -15,10 +15,22 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from optimstate.hooks import certify
 from optimstate.plan.language.plan import Plan
 from optimstate.resuming import Resumed, resume
+from optimstate.resuming.certified import Given
 
-__all__ = ["resume_algorithm"]
+__all__ = ["certify_algorithm", "resume_algorithm"]
+
+
+def certify_algorithm(algorithm: Any) -> None:
+    """Let every `algorithm.save` from now on certify the policy and its optimizer.
+
+    Args:
+        algorithm: PPO, A2C and others whose policy has one optimizer.
+    """
+    policy = algorithm.policy
+    policy.optimizer.register_state_dict_post_hook(certify(policy))
 
 
 def resume_algorithm(
@@ -27,6 +39,7 @@ def resume_algorithm(
     *,
     plan: Plan | str | PathLike[str] | None = None,
     saved: Any = None,
+    certificate: Given = False,
 ) -> Resumed:
     """Load the policy, its optimizer and the number of steps.
 
@@ -35,6 +48,8 @@ def resume_algorithm(
         path: What `algorithm.save` wrote; nothing in it is executed.
         plan: What has changed, as a plan or the path of a plan file.
         saved: The names that the checkpoint's optimizer has not got, in the order of its groups.
+        certificate: Demand that policy and optimizer are what was certified: `True` for the certificate in the file, or
+            the path of one. `certify_algorithm(model)` before `model.save` writes it.
 
     Raises:
         OptimStateError: As `optimstate.resume` raises it; nothing is changed.
@@ -42,7 +57,12 @@ def resume_algorithm(
     policy = algorithm.policy
     file = Path(path) if Path(path).suffix or Path(path).is_file() else Path(path).with_suffix(".zip")
     found = resume(
-        file, model={"policy.pth": policy}, optimizer={"policy.optimizer.pth": policy.optimizer}, plan=plan, saved=saved
+        file,
+        model={"policy.pth": policy},
+        optimizer={"policy.optimizer.pth": policy.optimizer},
+        plan=plan,
+        saved=saved,
+        certificate=certificate,
     )
     with zipfile.ZipFile(file) as archive:
         data = json.loads(archive.read("data"))

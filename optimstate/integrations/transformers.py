@@ -11,8 +11,11 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
+from optimstate.hooks import certify
 from optimstate.plan.language.plan import Plan
 from optimstate.resuming import Resumed, resume
+from optimstate.resuming.certified import Given
+from optimstate.resuming.shards import innermost
 from optimstate.state.names import names_in
 
 if TYPE_CHECKING:
@@ -31,14 +34,18 @@ class ResumeMixin:
         resume_plan: What has changed, as a plan or the path of a plan file.
         resume_schedule: `live` lets the schedule of this run keep its arguments (a longer `max_steps`) and take the
             position alone.
+        resume_certificate: Let checkpoints certify the run, and demand that what is resumed is what was certified:
+            `True` for the certificate in the checkpoint, or the path of one.
         resume_saved: The names that an older checkpoint's optimizer has not got, in the order of its groups.
         resumed: What the last resumption did; None before.
     """
 
     resume_plan: Plan | str | PathLike[str] | None = None
     resume_schedule: Literal["checkpoint", "live"] | None = None
+    resume_certificate: Given = False
     resume_saved: Any = None
     resumed: Resumed | None = None
+    _certified: Any = None
 
     if TYPE_CHECKING:
         model: Any
@@ -54,6 +61,14 @@ class ResumeMixin:
             for group, names in zip(made.param_groups, names_in(made, self.model), strict=True):
                 group["param_names"] = names
         return made
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = innermost(self.optimizer)
+        if self.resume_certificate and not self._loads_itself() and optimizer is not self._certified:
+            self._certified = optimizer
+            model = None if _is_adapted(self.model) else self.model
+            optimizer.register_state_dict_post_hook(certify(model, scheduler=self.lr_scheduler))
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._loads_itself() or _is_adapted(self.model):
@@ -73,6 +88,7 @@ class ResumeMixin:
             plan=self.resume_plan,
             schedule=self.resume_schedule,
             saved=self.resume_saved,
+            certificate=self.resume_certificate,
         )
 
     def _loads_itself(self) -> bool:

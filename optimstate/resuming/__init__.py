@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from optimstate.plan.language.plan import Plan
 from optimstate.problems import Problem
 from optimstate.record import Record
+from optimstate.resuming.certified import Given
 from optimstate.resuming.parts import Named, Parts
 from optimstate.resuming.run import Run
 
@@ -57,6 +59,7 @@ def resume(
     plan: Plan | str | PathLike[str] | None = None,
     schedule: Literal["checkpoint", "live"] | None = None,
     saved: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    certificate: Given | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Resumed:
     """Load a checkpoint into a run whose model, groups or wrappers may have changed: all of it, or nothing.
@@ -85,6 +88,9 @@ def resume(
             position alone; None for what the plan's policy says. Where the two differ, a note says so.
         saved: The names that the checkpoint's optimizer has not got, in the order of its groups; of several by path.
             Without, they are concluded as `optimstate name` concludes them, or refused.
+        certificate: What the result has to be, bit for bit: `True` for what `hooks.certify()` wrote into the
+            checkpoint, or the path of a certificate. All that was certified has to be given: model, optimizer,
+            scheduler, scaler. With a plan, the checkpoint is held against it, and what the plan only moves.
         process_group: The processes that load together; all by default.
 
     Returns:
@@ -93,8 +99,8 @@ def resume(
     Raises:
         CheckpointError: The checkpoint cannot be read.
         MigrationError: The plan does not fit.
-        StateMismatchError: The checkpoint lacks a part or has several that could be meant, names are not determined, or
-            another process failed.
+        StateMismatchError: The checkpoint lacks a part or has several that could be meant, names are not determined,
+            the result is not what was certified, or another process failed.
     """
     given = Plan.of(plan)
     if schedule is not None:
@@ -125,7 +131,7 @@ def resume(
         failure = error
     shards.agree(failure, process_group, sharded=sharded)
     assert run is not None
-    run.carry_out()
+    run.carry_out(partial(run.check, certificate, scaler))
     problems = run.problems()
     made = Resumed(run.reports, tuple(run.notes), problems, run.nbytes)
     _LOGGER.info("resume: %s", "; ".join(report.summary() for report in run.reports.values()) or "done")

@@ -129,6 +129,11 @@ class Parts:
             return self._loaded_state(section.optimizer())
         return OptimizerState.from_node(self.node(section))
 
+    def beside(self, section: Section) -> Mapping[str, Any]:
+        """What hooks wrote beside an optimizer's state."""
+        found = section.node.get("optimstate") if isinstance(section.node, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
     def _loaded_state(self, state: OptimizerState) -> OptimizerState:
         return state._replace(state={key: self._loadable(dict(slots)) for key, slots in state.state.items()})
 

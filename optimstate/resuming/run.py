@@ -14,6 +14,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Guard
 from optimstate.plan.solve.migration import Inventory, SectionMoves
 from optimstate.problems import Problem
+from optimstate.resuming import certified
 from optimstate.resuming.owners import common_names, common_tensors, keeps_names, owner_of, shares
 from optimstate.resuming.parts import Named, Parts
 from optimstate.state.names import mentions_wrapper, names_in, unwrapped
@@ -68,6 +69,8 @@ class Run:
     reports: dict[str, Report] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     nbytes: int = 0
+    loaded_modules: list[certified.Part] = field(default_factory=list)
+    loaded_optimizers: list[certified.Part] = field(default_factory=list)
     _modules: list[_Step] = field(default_factory=list)
     _steps: list[_Step] = field(default_factory=list)
     _inventories: dict[str, Inventory] = field(default_factory=dict)
@@ -110,10 +113,13 @@ class Run:
         from optimstate.plan.solve.planner import plan_migration
         from optimstate.resuming import shards
 
-        load = ModelLoad(module, self.parts.node(section))
+        node = self.parts.node(section)
+        load = ModelLoad(module, node)
         self._inventories[key] = inventory = load.inventory(self._lenient)
         self._settled.append(load.is_settled)
         migration = plan_migration(self._lenient, {key: inventory})
+        if kind == "model":
+            self.loaded_modules.append(certified.Part(module, node, migration.sections[key]))
         made = load.made(migration.sections[key])
         live = module.state_dict()
         if kind == "ema" and "n_averaged" in live and "n_averaged" not in made:
@@ -192,7 +198,10 @@ class Run:
         if elsewhere and not (self.plan.optimizer or self.plan.optimizers):
             request.add(Plan(optimizer=_becomes(request.state, live.algorithm)))
         self._settled.append(is_settled(request))
+        source = request.state
         made, outcome = matched(request, (key,), live.names)
+        beside = self.parts.beside(section)
+        self.loaded_optimizers.append(certified.Part(optimizer, source, outcome.moves, beside))
         reader = shards.Reader(self._casts)
         made = reader.optimizer(optimizer, made)
         self.nbytes += reader.nbytes
@@ -311,14 +320,23 @@ class Run:
             self.notes.append(f"{len(names)} tensors are {old} in the checkpoint and become {new}: {names[0]!r}, ...")
         self.notes += self.parts.notes
 
-    def carry_out(self) -> None:
-        """Load every part; if one fails, put all of them back."""
+    def carry_out(self, check: Callable[[], object]) -> None:
+        """Load every part, and check the result; if anything fails, put all of them back."""
         with ExitStack() as undone:
             # Weights last: they alone are changed in place, and checked to fit.
             for step in [*self._steps, *self._modules]:
                 undone.callback(step.undo)
                 step.load()
+            check()
             undone.pop_all()
+
+    def check(self, given: certified.Given | None, scaler: Any) -> None:
+        """Demand that the run is what was certified, if that is asked, and remember what it goes on from."""
+        if given is not None and given is not False:
+            certificates = certified.certificates_of(given, self.loaded_optimizers)
+            parts = self.loaded_modules, self.loaded_optimizers
+            self.notes += certified.checked(certificates, self.plan, *parts, self._schedulers, scaler)
+        certified.note_histories(self.loaded_optimizers, self.plan, self.notes.append)
 
     def problems(self) -> tuple[Problem, ...]:
         """What is wrong with the optimizers now."""

@@ -14,6 +14,7 @@ from optimstate.io.extents import Progress
 from optimstate.plan.language.plan import Plan
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged
+from optimstate.surgery.certifying import certificates_in, differences
 from optimstate.surgery.converting import verify_checksums
 from optimstate.surgery.findings import Finding, Level, VerifyReport
 from optimstate.surgery.reports import opening
@@ -31,17 +32,26 @@ BLIND = (
 )
 
 
-def verify(path: str | Path, *, numbers: bool = True, progress: Progress | None = None) -> VerifyReport:
+def verify(
+    path: str | Path,
+    *,
+    numbers: bool = True,
+    progress: Progress | None = None,
+    certificate: str | Path | None = None,
+) -> VerifyReport:
     """Look for whatever would make a resumed run differ from the one that was saved.
 
     Args:
         path: A checkpoint file or folder.
         numbers: Look into the tensors, which imports torch: NaN, infinities, empty moments, negative second moments.
         progress: Called with the bytes read since the last call.
+        certificate: What the checkpoint has to be: a JSON file that `hooks.certify()` wrote, or a checkpoint that has
+            one.
 
     Raises:
-        CheckpointError: It cannot be read at all.
+        CheckpointError: It, or the certificate, cannot be read at all.
     """
+    certificates = certificates_in(certificate) if certificate is not None else []
     with opening(path):
         document = open_checkpoint(path)
         judgement = judged(document.tree)
@@ -59,7 +69,12 @@ def verify(path: str | Path, *, numbers: bool = True, progress: Progress | None 
         if numbers:
             findings += rest.check(progress)
         checked.append(plural(rest.tensors, "tensor") + ("" if numbers else " by name, dtype and shape"))
-        blind = [*(BLIND if optimizers else ()), *rest.unseen(numbers=numbers)]
+        blind = [*(BLIND if optimizers and not certificates else ()), *rest.unseen(numbers=numbers)]
+        if certificates:
+            wrong, unseen = differences(sections, certificates)
+            findings += [Finding("fault", "certificate", where, str(problem)) for where, problem in wrong]
+            blind += unseen
+            checked.append(plural(len(certificates), "certificate"))
         blind += [f"{format_path(path)} was not taken for a section: {why}" for path, why in judgement.others.items()]
         return VerifyReport(str(path), tuple(findings), tuple(checked), tuple(blind), bool(sections))
 

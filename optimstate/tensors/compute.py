@@ -12,7 +12,7 @@ from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage, with_pieces
 from optimstate.tensors.strided import moving_dtype, readable
 
-__all__ = ["computed", "concatenated", "filled", "mapped", "reduced", "to_torch"]
+__all__ = ["bytes_of", "computed", "concatenated", "filled", "mapped", "reduced", "to_torch"]
 
 
 def to_torch(tensor: LazyTensor) -> Any:
@@ -87,7 +87,7 @@ def _interleaved(parts: Sequence[Storage], widths: Sequence[int], first: int, la
         torch.frombuffer(_joined(part.cut(first * width, last * width)), dtype=torch.uint8).view(-1, width)
         for part, width in zip(parts, widths, strict=True)
     ]
-    return _bytes_of(torch.cat(blocks, dim=1))
+    return bytes_of(torch.cat(blocks, dim=1))
 
 
 def _joined(pieces: Sequence[Extent]) -> bytearray:
@@ -97,7 +97,7 @@ def _joined(pieces: Sequence[Extent]) -> bytearray:
     return joined
 
 
-def _bytes_of(tensor: Any) -> bytes:
+def bytes_of(tensor: Any) -> bytes:
     """The row-major bytes of a torch tensor of any dtype."""
     from ctypes import string_at
 
@@ -135,7 +135,7 @@ def computed(like: LazyTensor, dtype: str, shape: tuple[int, ...], function: Cal
     width, count = DTYPES[dtype].itemsize, prod(shape)
 
     def make(first: int, last: int) -> bytes:
-        return _bytes_of(function(first, last))
+        return bytes_of(function(first, last))
 
     pieces = (Extent(_Rows(width, make), 0, count * width),) if count else ()
     return with_pieces(like, pieces, dtype, shape)
@@ -156,7 +156,7 @@ def reduced(
 
     def make(_first: int, _last: int) -> bytes:
         if not made:
-            made.append(_bytes_of(function([to_torch(tensor) for tensor in tensors])))
+            made.append(bytes_of(function([to_torch(tensor) for tensor in tensors])))
         return made[0]
 
     pieces = (Extent(_Rows(row_bytes, make), 0, row_bytes),) if row_bytes else ()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from optimstate import hooks
 from optimstate.formats.registry import open_checkpoint
 from optimstate.state.sections import find_sections
 from tests import corpus
@@ -43,6 +44,18 @@ def trained(layers: str, seed: int) -> dict[str, object]:
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def certified(path: Path) -> dict[str, object]:
+    """A checkpoint with a certificate, which is also written to a file."""
+    torch.manual_seed(0)
+    model = Net("encoder")
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    optimizer.register_state_dict_post_hook(hooks.certify(model, path=path))
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
 
@@ -117,6 +130,7 @@ def furnish(folder: Path) -> None:
     shutil.copy(corpus.case("optimstate/moe_before_experts").entry, folder / "checkpoint.pt")
     torch.save(trained("encoder", 0), folder / "old.pt")
     torch.save({"model": trained("blocks", 1)["model"]}, folder / "new-model.pt")
+    torch.save(certified(folder / "certificate.json"), folder / "certified.pt")
     (folder / "plan.toml").write_text(PLAN)
     names = list(torch.load(folder / "checkpoint.pt")["model"])
     (folder / "names.txt").write_text("\n".join(names))

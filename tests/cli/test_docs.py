@@ -176,6 +176,7 @@ INVOCATIONS = {
         ["scan", "left"],
     ],
     "plan derive": [["plan", "derive", "checkpoint.pt", "--function", "converter:upgraded", "--allow-drop"]],
+    "log": [["log", "certified.pt"]],
     "rehearse": [
         ["rehearse", "--script", "resume_check.py"],
         ["rehearse", "--script", "lost_check.py"],

@@ -25,7 +25,12 @@ from optimstate.state.sections import Section, find_sections, with_hosts
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, Path, format_path, rebuilt_mapping, replaced
 
-__all__ = ["STAMP", "apply_plan"]
+__all__ = ["APPLIED", "METADATA", "STAMP", "apply_plan"]
+
+METADATA = "optimstate"
+"""The key of an optimizer's state under which hooks write what a later reader would have to guess."""
+APPLIED = "applied"
+"""The key there of the digests of plans that were applied to the file after it was certified."""
 
 STAMP = "optimstate_plans"
 """The key under which a checkpoint keeps the digests of plans that may be applied once."""
@@ -194,7 +199,17 @@ class _Checkpoint:
             options = migration.sections.get(key_of(section))
             if options is not None and options.regrouped:
                 made[id(section.node)] = with_group_options(self.optimizers[key_of(section)], options).to_node()
+        made.update(self._noted(made))
         return with_hosts([section for section, _ in self.named.values()], made)
+
+    def _noted(self, made: Mapping[int, Any]) -> Iterator[tuple[int, Any]]:
+        """Optimizers with a certificate, which is of the checkpoint before this plan: it says so from now on."""
+        for section in [*(found for found, _ in self.named.values()), *self.anonymous]:
+            node = made.get(id(section.node), section.node)
+            beside = node.get(METADATA) if isinstance(node, Mapping) and section.kind == "optimizer" else None
+            if isinstance(beside, Mapping) and "certificate" in beside and self.plan != Plan():
+                noted = {**beside, APPLIED: [*beside.get(APPLIED, ()), self.plan.digest]}
+                yield id(section.node), rebuilt_mapping(node, {**node, METADATA: noted})
 
     def _masters(self, key: str, section: Section, migration: Migration) -> dict[int, Any]:
         """What lists of weights beside an optimizer become, by the id of the old one."""

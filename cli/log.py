@@ -1,0 +1,34 @@
+"""`optimstate log`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optimstate.cli.app import Json, Quiet, app, epilog
+
+
+@app.command(
+    short_help="Where a checkpoint comes from: its certificates and plans.",
+    epilog=epilog(
+        "optimstate log certified.pt", exits="0 something is noted, 1 nothing is, 2 wrong usage, 3 bad input."
+    ),
+)
+def log(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or the JSON file of a certificate.", show_default=False)],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """List the certificates that a run was resumed from, and the plans that were applied in between, oldest first.
+
+    Runs that save with hooks.certify() keep this chain; optimstate remap adds its plan to it.
+    """
+    from optimstate.cli.render import terminal
+    from optimstate.surgery.certifying import log as lineage
+
+    found = lineage(path)
+    terminal.show(found, as_json=as_json, quiet=quiet)
+    if not found.entries:
+        raise typer.Exit(1)

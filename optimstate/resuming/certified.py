@@ -1,0 +1,190 @@
+"""Whether a resumed run is the one that was certified, and from which certificates it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from optimstate.certificates.certificate import Ancestor, Certificate
+from optimstate.errors import CheckpointError, StateMismatchError
+from optimstate.plan.expressions.tree import Leaf
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.solve.migration import SectionMoves
+from optimstate.resuming.owners import owner_of
+from optimstate.resuming.shards import innermost
+from optimstate.state.names import unwrapped
+from optimstate.state.optimizer import OptimizerState
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Given", "Part", "certificates_of", "checked", "note_histories"]
+
+Given: TypeAlias = "bool | str | PathLike[str] | Mapping[str, Any] | Certificate | Sequence[Any]"
+"""What `resume` takes as `certificate`: whether the checkpoint's own are meant, or one or several others."""
+
+
+class Part:
+    """What was loaded into one live object.
+
+    Attributes:
+        live: The model or optimizer.
+        source: The checkpoint's weights, or its optimizer's state with names.
+        moves: What became of it; None where everything stayed as it was.
+        embedded: The certificate beside an optimizer's state in the checkpoint, as it stands there.
+        applied: The digests of plans that were applied to the checkpoint after it was certified.
+    """
+
+    def __init__(
+        self, live: Any, source: Any, moves: SectionMoves | None, beside: Mapping[str, Any] | None = None
+    ) -> None:
+        self.live, self.source, self.moves = live, source, moves
+        self.embedded = (beside or {}).get("certificate")
+        self.applied = tuple(map(str, (beside or {}).get("applied", ())))
+
+
+def certificates_of(given: Given, optimizers: Sequence[Part]) -> list[Certificate]:
+    """The certificates that are meant.
+
+    Raises:
+        StateMismatchError: There is none.
+        CheckpointError: One cannot be read.
+    """
+    if given is True:
+        plans = [plan for part in optimizers for plan in part.applied]
+        if plans:
+            raise StateMismatchError(
+                f"the checkpoint was changed by the plan {plans[0][:12]} after it was certified",
+                hint="Resume from the one before with resume(..., plan=..., certificate=True), or prove what the plan "
+                "made with `optimstate verify NEW --against OLD --plan PLAN`.",
+            )
+        found = [Certificate.from_fields(part.embedded) for part in optimizers if part.embedded is not None]
+        if not found:
+            raise StateMismatchError(
+                "the checkpoint has no certificate",
+                hint="Register hooks.certify() on the optimizer before it is saved, or give the path of a certificate.",
+            )
+        return found
+    if isinstance(given, Certificate):
+        return [given]
+    if isinstance(given, Mapping):
+        return [Certificate.from_fields(given)]
+    if isinstance(given, str | PathLike):
+        return [Certificate.read(given)]
+    assert isinstance(given, Sequence)
+    return [made for each in given for made in certificates_of(each, optimizers)]
+
+
+def checked(
+    certificates: Sequence[Certificate],
+    plan: Plan,
+    models: Sequence[Part],
+    optimizers: Sequence[Part],
+    schedulers: Sequence[Any],
+    scaler: Any,
+) -> list[str]:
+    """Demand that live objects, as they are now, are what was certified; what the plan changed is left out.
+
+    Returns:
+        Remarks on what differs without being wrong, or was not compared.
+
+    Raises:
+        StateMismatchError: They are not.
+    """
+    from optimstate.certificates.live import certificate_of
+
+    if len(optimizers) < len(certificates):
+        raise StateMismatchError(
+            f"{len(certificates)} optimizers were certified, and {len(optimizers) or 'none'} is resumed",
+            hint="Give resume() every optimizer that was certified.",
+        )
+    left, remarks = list(optimizers), []
+    if len(certificates) < len(optimizers):
+        remarks.append(f"certificate: {len(optimizers) - len(certificates)} optimizers have none, and are not compared")
+    for certificate in certificates:
+        part = max(left, key=lambda each: _common(certificate, each))
+        left.remove(part)
+        live = owner_of(part.live, [model.live for model in models])
+        owner = next((model for model in models if model.live is live), None)
+        mine = [each for each in schedulers if innermost(getattr(each, "optimizer", part.live)) is part.live]
+        mine = mine or list(schedulers if len(optimizers) == 1 else ())
+        found = certificate_of(
+            part.live,
+            owner.live if owner is not None else None,
+            scheduler=mine[0] if len(mine) == 1 else mine or None,
+            scaler=scaler if certificate.scaler else None,
+        )
+        if plan == Plan():
+            certificate.require(found)
+        else:
+            remarks += _checked_with_plan(certificate, found, plan, owner, part)
+        remarks += certificate.remarks(found)
+    return remarks
+
+
+def _checked_with_plan(
+    certificate: Certificate, found: Certificate, plan: Plan, model: Part | None, optimizer: Part
+) -> list[str]:
+    """The checkpoint has to be what was certified, and what the plan only moves has to arrive."""
+    source = Certificate.of_parts(model.source if model is not None else None, optimizer.source)
+    told = {"state", "groups"} if model is None else {"weights", "state", "groups"}
+    problems = [problem.at("the checkpoint") for problem in certificate.problems(source, told=told)]
+    weights = _renames(model.moves, certificate.weights) if model is not None else {}
+    slots = {} if plan.optimizer or plan.optimizers else _renames(optimizer.moves, certificate.state)
+    expected = certificate.moved(weights, slots)
+    arrived = found._replace(
+        weights={name: value for name, value in found.weights.items() if name in expected.weights},
+        state={name: value for name, value in found.state.items() if name in expected.state},
+    )
+    problems += expected.problems(arrived, told={"weights", "state"})
+    if problems:
+        raise StateMismatchError(
+            "the resumed run is not the one that was certified:\n" + "\n".join(map(str, problems)), problems=problems
+        )
+    rest = len(found.weights) - len(expected.weights), len(found.state) - len(expected.state)
+    return [
+        f"certificate: the checkpoint is as certified, and so is all that the plan only moves; {rest[0]} weights, the "
+        f"state of {rest[1]} parameters, groups and schedules were not compared"
+    ]
+
+
+def _renames(moves: SectionMoves | None, names: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The new names of everything that was moved as it is."""
+    if moves is None:
+        return {name: [name] for name in names}
+    found: dict[str, list[str]] = {}
+    moved = [(move.expression.name, move.target) for move in moves.moves if isinstance(move.expression, Leaf)]
+    old, new = unwrapped(source for source, _ in moved), unwrapped(target for _, target in moved)
+    for source, target in moved:
+        found.setdefault(old(source), []).append(new(target))
+    return found
+
+
+def _common(certificate: Certificate, part: Part) -> int:
+    own = {name for group in certificate.groups for name in group.names}
+    state = part.source
+    names = [str(name) for _, name, _ in state.parameters()] if isinstance(state, OptimizerState) else []
+    return len(own & set(map(unwrapped(names), names)))
+
+
+def note_histories(optimizers: Sequence[Part], plan: Plan, warn: Callable[[str], object]) -> None:
+    """Remember what runs go on from, so that their next certificates say it."""
+    from optimstate.certificates.live import histories
+
+    own = () if plan == Plan() else (plan.digest,)
+    for part in optimizers:
+        plans = ",".join((*part.applied, *own))
+        if part.embedded is not None:
+            try:
+                histories[part.live] = Certificate.from_fields(part.embedded).succeeded(plans)
+            except CheckpointError as error:
+                warn(f"certificate: {error.message}")
+        elif plans:
+            step = Certificate.of_parts(None, _counts(part.source)).step
+            histories[part.live] = (Ancestor("", step, plans),)
+
+
+def _counts(state: OptimizerState) -> OptimizerState:
+    """The state with nothing but what counts steps."""
+    return state._replace(state={key: {"step": slots["step"]} for key, slots in state.state.items() if "step" in slots})

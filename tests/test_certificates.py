@@ -1,0 +1,207 @@
+"""A certificate: an untouched resume passes, and each way to lose or change state fails and is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import optimstate
+from optimstate import Certificate, Plan, hooks, resume, surgery
+from optimstate.certificates.live import certificate_of, next_update
+from optimstate.errors import CheckpointError, OptimStateError, StateMismatchError
+from tests.losses import WAYS
+
+
+def built(seed: int, kind: Any = torch.optim.AdamW, **options: Any) -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 2))
+    decayed = [(n, p) for n, p in model.named_parameters() if p.dim() > 1]
+    rest = [(n, p) for n, p in model.named_parameters() if p.dim() < 2]
+    optimizer = kind([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=1e-2, **options)
+    return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+
+
+def train(model: nn.Module, optimizer: Any, scheduler: Any, steps: range = range(3)) -> list[float]:
+    losses = []
+    for step in steps:
+        batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        losses.append(model(batch).square().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+        scheduler.step()
+    return [loss.item() for loss in losses]
+
+
+def saved(folder: Path, *parts: Any) -> dict[str, Any]:
+    model, optimizer, scheduler = parts or built(1)
+    train(model, optimizer, scheduler)
+    hook = optimizer.register_state_dict_post_hook(
+        hooks.certify(model, scheduler=scheduler, path=folder / "certificate.json")
+    )
+    made = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    hook.remove()
+    torch.save(made, folder / "run.pt")
+    return copy.deepcopy(made)
+
+
+def resumed(checkpoint: Any, certificate: Any, *parts: Any, **options: Any) -> optimstate.Resumed:
+    model, optimizer, scheduler = parts or built(2)
+    return resume(checkpoint, model=model, optimizer=optimizer, scheduler=scheduler, certificate=certificate, **options)
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "RMSprop", "Adafactor", "NAdam", "Adagrad"])
+def test_an_untouched_resume_is_the_run_that_stopped(kind: str, tmp_path: Path) -> None:
+    for module in (torch.optim, optimstate.optim):
+        first = built(1, getattr(module, kind))
+        saved(tmp_path, *first)
+        for certificate in (True, tmp_path / "certificate.json", Certificate.read(tmp_path / "certificate.json")):
+            second = built(2, getattr(module, kind))
+            resumed(tmp_path / "run.pt", certificate, *second)
+        assert train(*first, range(3, 6)) == train(*second, range(3, 6))
+    report = optimstate.verify(tmp_path / "run.pt", certificate=tmp_path / "certificate.json")
+    assert report.healthy, str(report)
+    assert "1 certificate" in report.checked
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_to_lose_state_fails(way: str, tmp_path: Path) -> None:
+    found = saved(tmp_path)
+    WAYS[way]({"weights": found["model"], "optimizer": found["optimizer"], "scheduler": found["scheduler"]})
+    parts = built(2)
+    before = copy.deepcopy([part.state_dict() for part in parts])
+    with pytest.raises(OptimStateError, match=r"certified|checkpoint"):
+        resumed(found, True, *parts)
+    for part, old in zip(parts, before, strict=True):  # all or nothing
+        new = part.state_dict()
+        assert str(new) == str(old)
+    torch.save(found, tmp_path / "changed.pt")
+    report = optimstate.verify(tmp_path / "changed.pt", certificate=tmp_path / "certificate.json")
+    assert "certificate" in {finding.check for finding in report.findings if finding.level == "fault"}
+
+
+def problems(checkpoint: Any, *parts: Any) -> str:
+    with pytest.raises(StateMismatchError) as caught:
+        resumed(checkpoint, True, *parts)
+    assert {problem.kind for problem in caught.value.problems} == {"certificate"}
+    return str(caught.value)
+
+
+def test_messages_name_the_parameter_and_both_sides(tmp_path: Path) -> None:
+    found = saved(tmp_path)
+    state = found["optimizer"]["state"]
+    state[0]["exp_avg"], state[1]["exp_avg"] = state[1]["exp_avg"], state[0]["exp_avg"]
+    assert "exp_avg: state: 0.weight is what 2.weight was" in problems(found)
+    found = saved(tmp_path)
+    found["optimizer"]["param_groups"][1]["lr"] = 0.5
+    assert "group 1: lr was 0.009" in (told := problems(found))
+    assert "is 0.5" in told
+    found = saved(tmp_path)
+    found["model"]["1.running_mean"] += 1
+    assert "weights: 1.running_mean has other values" in problems(found)
+    found = saved(tmp_path)
+    found["optimizer"]["state"][0]["step"] = torch.tensor(9.0)
+    assert "step: state: 0.weight was 3.0 and is 9.0" in problems(found)
+    found = saved(tmp_path)
+    parts = built(2)
+    with pytest.raises(StateMismatchError, match="schedule: was certified and is not there"):
+        resume(found, model=parts[0], optimizer=parts[1], certificate=True)
+    with pytest.raises(StateMismatchError, match="was AdamW and is Adam"):
+        resumed(found, True, *built(2, torch.optim.Adam, decoupled_weight_decay=True))
+
+
+def test_the_next_update_tells_what_state_alone_does_not(tmp_path: Path) -> None:
+    class Slower(torch.optim.AdamW):
+        """Equal in all that is saved, with another rule."""
+
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                group["lr"] /= 2
+            found = super().step(closure)
+            for group in self.param_groups:
+                group["lr"] *= 2
+            return found
+
+    Slower.__name__ = "AdamW"
+    found = saved(tmp_path)
+    assert "update: the next update of" in problems(found, *built(2, Slower))
+    model, optimizer, scheduler = built(1)
+    before = copy.deepcopy(optimizer.state_dict())
+    generator = torch.get_rng_state()
+    names = [group["param_names"] for group in optimizer.param_groups]
+    assert next_update(optimizer, names).keys() == dict(model.named_parameters()).keys()
+    assert str(optimizer.state_dict()) == str(before)
+    assert torch.equal(generator, torch.get_rng_state())
+    closures = torch.optim.LBFGS(model.named_parameters())
+    assert next_update(closures, [closures.param_groups[0]["param_names"]]) == {}
+    assert scheduler.last_epoch == 0
+
+
+def test_with_a_plan_the_checkpoint_and_what_is_only_moved(tmp_path: Path) -> None:
+    found = saved(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Identity(), nn.Linear(4, 4), nn.Linear(4, 2))
+    decayed = [(n, p) for n, p in model.named_parameters() if p.dim() > 1]
+    rest = [(n, p) for n, p in model.named_parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": rest, "weight_decay": 0.0}])
+    parts = model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    plan = Plan.from_options(rename=["2.{p}=3.{p}", "3.{p}=4.{p}"])
+    done = resumed(found, True, *parts, plan=plan)
+    assert any("0 weights, the state of 0 parameters" in note for note in done.notes)
+    again = certificate_of(optimizer, model)
+    assert [entry.plan for entry in again.history] == [plan.digest]
+    assert again.history[0].certificate == Certificate.read(tmp_path / "certificate.json").digest
+    for way in ("moments_zeroed", "weights_of_another_step", "no_state", "another_rate"):
+        found = saved(tmp_path)
+        WAYS[way]({"weights": found["model"], "optimizer": found["optimizer"], "scheduler": found["scheduler"]})
+        with pytest.raises(StateMismatchError, match="the checkpoint: "):
+            resumed(found, True, *parts, plan=plan)
+
+
+def test_a_lineage_is_a_chain(tmp_path: Path) -> None:
+    saved(tmp_path)
+    parts = built(2)
+    resumed(tmp_path / "run.pt", True, *parts)
+    saved(tmp_path, *parts)
+    plan = Plan.from_options(rename=["3.{p}=head.{p}"])
+    optimstate.remap(tmp_path / "run.pt", tmp_path / "renamed.pt", plan)
+    found = surgery.log(tmp_path / "renamed.pt").entries
+    assert [(entry.what, entry.step) for entry in found] == [("certified", 3), ("certified", 6), ("plan", None)]
+    assert found[2].digest == plan.digest
+    assert found[1].digest == Certificate.read(tmp_path / "certificate.json").digest
+    assert surgery.log(tmp_path / "certificate.json").entries == found[:2]
+    with pytest.raises(StateMismatchError, match=f"changed by the plan {plan.digest[:12]}"):
+        resumed(tmp_path / "renamed.pt", True, plan=Plan.from_options(rename=["head.{p}=3.{p}"]))
+    optimstate.remap(tmp_path / "renamed.pt", tmp_path / "back.pt", Plan.from_options(rename=["head.{p}=3.{p}"]))
+    assert optimstate.verify(tmp_path / "back.pt", certificate=tmp_path / "run.pt").healthy
+
+
+def test_what_is_no_certificate_is_refused(tmp_path: Path) -> None:
+    found = saved(tmp_path)
+    del found["optimizer"]["optimstate"]
+    with pytest.raises(StateMismatchError, match="has no certificate"):
+        resumed(found, True)
+    for text in ("", "{}", '{"form": 99}', "[1]", '{"form": 1, "groups": [3], "history": []}'):
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"wrong\.json"):
+            resumed(found, tmp_path / "wrong.json")
+    torch.save(found, tmp_path / "plain.pt")
+    with pytest.raises(CheckpointError, match="no certificate in it"):
+        optimstate.verify(tmp_path / "plain.pt", certificate=tmp_path / "plain.pt")
+    assert surgery.log(tmp_path / "plain.pt").entries == ()
+    json.loads((tmp_path / "certificate.json").read_text())
+
+
+def test_names_of_wrappers_and_tied_weights_do_not_matter(tmp_path: Path) -> None:
+    model, optimizer, scheduler = built(1)
+    model[0].add_module("tied", model[2])
+    found = saved(tmp_path, model, optimizer, scheduler)
+    found["model"] = {f"module.{name}": v for name, v in found["model"].items() if "tied" not in name}
+    torch.save(found, tmp_path / "wrapped.pt")
+    report = optimstate.verify(tmp_path / "wrapped.pt", certificate=tmp_path / "certificate.json")
+    assert report.healthy, str(report)
