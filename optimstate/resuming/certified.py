@@ -17,7 +17,7 @@ from optimstate.state.names import unwrapped
 from optimstate.state.optimizer import OptimizerState
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 __all__ = ["Given", "Part", "certificates_of", "checked", "note_histories"]
 
