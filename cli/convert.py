@@ -39,7 +39,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="torch, safetensors, dcp or deepspeed-universal; without it the suffix decides.",
+            help="torch, safetensors, dcp, deepspeed-universal or torch-checkpointing; without it the suffix decides.",
             show_default=False,
             autocompletion=words.formats,
         ),

@@ -8,7 +8,7 @@ from typing import Literal
 __all__ = ["Sort", "dtypes", "formats", "optimizers", "sections"]
 
 Sort = Literal["name", "size", "norm"]  # as `View.sort`, whose module takes longer to import than to print help
-WRITABLE = ("torch", "safetensors", "dcp", "deepspeed-universal")
+WRITABLE = ("torch", "safetensors", "dcp", "deepspeed-universal", "torch-checkpointing")
 
 
 def _starting(words: Iterable[str], incomplete: str) -> list[str]:

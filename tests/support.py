@@ -25,6 +25,7 @@ OTHER_LAYOUTS = (
     "heavyball/",
     "mmengine/",
     "stable_baselines3/",
+    "torch_checkpointing/",
     "torchao/",
 )
 

@@ -81,6 +81,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"archive"},
         {"numpy_files"},
         {"folder"},
+        {"torch_checkpointing"},
         {"byte_sources", "byte_kinds", "unpickled"},
     ),
     "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),

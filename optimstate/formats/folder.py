@@ -157,7 +157,7 @@ def _write_entries(tree: dict[str, Any], folder: Path, like: Document, options: 
         part = like.parts.get(name)
         target = folder / name
         if isinstance(node, OpaqueFile):
-            _copy(Path(node.path), target, options)
+            copied(Path(node.path), target, options)
         elif part is None:  # a folder without a checkpoint in it
             target.mkdir()
             _write_entries(node, target, Document(like.path / name, NAME, node), options, notes)
@@ -166,7 +166,7 @@ def _write_entries(tree: dict[str, Any], folder: Path, like: Document, options: 
             _write_entries(node, target, part, options, notes)
         elif node is part.tree and not part.path.is_dir():
             for file in _files_of(part):
-                _copy(file, folder / file.name, options)
+                copied(file, folder / file.name, options)
         elif node is part.tree:
             _copy_folder(part.path, target, options)
         else:
@@ -190,10 +190,11 @@ def _copy_folder(source: Path, target: Path, options: WriteOptions) -> None:
         if file.is_dir():
             _copy_folder(file, target / file.name, options)
         else:
-            _copy(file, target / file.name, options)
+            copied(file, target / file.name, options)
 
 
-def _copy(source: Path, target: Path, options: WriteOptions) -> None:
+def copied(source: Path, target: Path, options: WriteOptions) -> None:
+    """A file that is not a checkpoint, unchanged."""
     file = FileSource(source)
     with AtomicFile(target, expected_size=file.size, sync=options.sync) as out:
         copy_extents([Extent(file, 0, file.size)], out.fd, progress=options.progress)

@@ -95,6 +95,7 @@ FORMATS: dict[str, Registration] = {
         (),
         _begins(rb".{0,24}\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19|(?:storages|tensors|pickle|sys_info)\0"),
     ),
+    "torch-checkpointing": Registration(f"{_MODULE}.torch_checkpointing", folders=True),
     "torch-unpacked": Registration(f"{_MODULE}.torch.unpacked", folders=True),
     "numpy": Registration(f"{_MODULE}.numpy_files", (), _begins(rb"PK[\x03\x05]|\x93NUMPY")),
     "pickle": Registration(

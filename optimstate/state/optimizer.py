@@ -45,8 +45,9 @@ class Group(Record):
 
     @classmethod
     def from_node(cls, node: Mapping[str, Any]) -> Group:
-        """Read a dict of `param_groups`."""
-        params, names = node["params"], node.get("param_names")
+        """Read a dict of `param_groups`; of one without `params`, the names are the keys (`torch_checkpointing`)."""
+        names = node.get("param_names")
+        params = node.get("params", names or ())
         if names is not None and (not isinstance(names, list | tuple) or len(names) != len(params)):
             raise CorruptCheckpointError(
                 f"a param group has {len(params)} params, but param_names {describe(names)}"[:300]
@@ -215,6 +216,7 @@ class OptimizerState(Record):
             names = tuple(str(name) for name in group.names or ())
             rename.update(zip(group.params, names, strict=True))
             order = tuple(key for key in group.keys if key != "param_names")
+            order = order if "params" in order else (*order, "params")
             made.append(group._replace(params=names, keys=order))
         # Entries of parameters come in the order of the groups, as torch writes them.
         known = {rename[key]: self.state[key] for group in self.groups for key in group.params if key in self.state}

@@ -272,8 +272,13 @@ def _is_optimizer(fields: Mapping[Any, Any]) -> bool:
     return (
         as_mapping(fields.get("state")) is not None
         and isinstance(groups, list | tuple)
-        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in groups)
+        and all(isinstance(group, Mapping) and _lists_parameters(group) for group in groups)
     )
+
+
+def _lists_parameters(group: Mapping[Any, Any]) -> bool:
+    """Whether a param group lists its parameters: by key, or as `torch_checkpointing` does by name alone."""
+    return isinstance(group.get("params", group.get("param_names")), list | tuple)
 
 
 def _is_listed_optimizer(fields: Mapping[Any, Any]) -> bool:

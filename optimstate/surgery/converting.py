@@ -187,7 +187,7 @@ class _Changes:
         self.optimizers: dict[str, OptimizerChange] = {}
         self._casting: Casting | None = None
         self.tree = document.tree
-        if not names and target not in _FOLDERS:
+        if not names and target not in _HOLD_FILES:
             self.tree, self.notes = _without_files(document)
         if names or without or dtypes or optimizer is not None:
             self._change(names, without, dtypes, optimizer)
@@ -305,6 +305,7 @@ def _target_format(destination: Path, to: str | None, options: WriteOptions, doc
 
 
 _FOLDERS = ("folder", "zip")
+_HOLD_FILES = (*_FOLDERS, "torch-checkpointing")
 
 
 def _without_files(document: Document) -> tuple[Any, list[str]]:

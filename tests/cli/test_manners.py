@@ -327,7 +327,13 @@ def completed(shell: str, line: str) -> list[str]:
 
 def test_options_of_fixed_words_are_completed_with_them() -> None:
     line = "optimstate convert a.pt b"
-    assert set(completed("bash", f"{line} --to ")) == {"torch", "safetensors", "dcp", "deepspeed-universal"}
+    assert set(completed("bash", f"{line} --to ")) == {
+        "torch",
+        "safetensors",
+        "dcp",
+        "deepspeed-universal",
+        "torch-checkpointing",
+    }
     assert completed("bash", f"{line} --section opt") == ["optimizer"]
     assert "dafactor" in completed("fish", f"{line} --optimizer Adafac")  # found in small letters
     assert "exp" in started(

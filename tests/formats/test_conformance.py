@@ -115,6 +115,25 @@ class TestDeepSpeedUniversal(Conformance):
         return super().differ(*kept)
 
 
+class TestTorchCheckpointing(Conformance):
+    """A folder of items; groups name their parameters, and are numbered anew when they are read."""
+
+    name, suffix, writes_folders = "torch-checkpointing", "_items", True
+    cannot_hold = frozenset({0})
+    plain = st.dictionaries(st.text("abc", min_size=1, max_size=3), PLAIN)
+    roots = (dict,)
+
+    def live(self) -> dict[Any, Any]:
+        live = super().live()
+        (group,) = live["optimizer"]["param_groups"]
+        group["params"] = group.pop("params")
+        return live
+
+    def differ(self, left: Any, right: Any) -> str | None:
+        """Items are in the order of their files."""
+        return super().differ(*(dict(sorted(tree.items())) for tree in (left, right)))
+
+
 # --- which format a file is of ----------------------------------------------------------------------------------------
 
 

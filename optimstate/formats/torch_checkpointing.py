@@ -1,0 +1,420 @@
+"""Folders of Meta's `torch_checkpointing` (0.1): an item is a file of each rank, `model_0.pt`, `optimizer_0.pt`.
+
+Where a run can be resumed on another number of ranks, `metadata.pkl` says of which part of which tensor each file has,
+and in which files the items are. Optimizers are keyed by name, and their groups have `param_names` but no `params`;
+here they are as `optimizer_transform_post` of that package gives them to `torch.optim`, and are written as its
+`optimizer_transform_pre` does. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optimstate.describe import describe
+from optimstate.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    RepresentationError,
+    UnrecognizedFormatError,
+    UnsupportedCheckpointError,
+)
+from optimstate.formats.folder import copied
+from optimstate.formats.pickles.pickle import dump
+from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.formats.ranks.files import join_ranks
+from optimstate.formats.ranks.shards import is_sharded
+from optimstate.formats.registry import detect, get_format
+from optimstate.formats.torch import pickle_file
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.folders import listed
+from optimstate.io.output import AtomicDirectory, AtomicFile
+from optimstate.record import Record
+from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import OpaqueFile, difference, nodes, rebuilt_mapping
+
+__all__ = ["NAME", "SUFFIXES", "read", "sniff", "write"]
+
+NAME = "torch-checkpointing"
+SUFFIXES: tuple[str, ...] = ()
+
+_METADATA = "metadata.pkl"
+_VERSION = "_optimizer_state_format_version"
+_MARK = b"rank_to_layout_info"
+_ITEM_FILE = re.compile(r"(?P<item>.+)_(?P<rank>\d+)\.pt")
+_ITEM = re.compile(r"[\w-]+")
+_MAX_RANKS = 1 << 20
+_HEAD = 1 << 24  # of an optimizer's file, in which the version of its form is looked for
+_SHARDED = "DTensorShardingMetadata"
+
+
+class _Layout(Record):
+    """Where the items of a folder are.
+
+    Attributes:
+        files: By item the files of the ranks, relative to the folder, in the order of the ranks.
+        kinds: By item how what is in `metadata.pkl` describes its tensors.
+    """
+
+    files: Mapping[str, Sequence[str]]
+    kinds: Mapping[str, frozenset[str]]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def sniff(path: Path, head: bytes) -> Claim:
+    """Certain of a folder with its `metadata.pkl`, or of files of ranks with an optimizer in its form."""
+    if head or not path.is_dir():
+        return Claim.NO
+    first = [file for file in path.glob("*_0.pt") if file.is_file()]
+    if (path / _METADATA).is_file():
+        return Claim.CERTAIN if _is_ours(path / _METADATA, damaged=bool(first)) else Claim.NO
+    return Claim.CERTAIN if any(map(_has_form, first)) else Claim.NO
+
+
+def _is_ours(metadata: Path, *, damaged: bool) -> bool:
+    """Whether it is the metadata of such a folder; what is said where it cannot be read, `damaged` says."""
+    with metadata.open("rb") as file:
+        if _MARK in file.read(_HEAD):
+            return True
+    try:
+        tree = pickle_file.read(metadata).tree
+    except CheckpointError:
+        return damaged
+    return isinstance(tree, dict) and {"metadata", "world_size", "version"} <= tree.keys()
+
+
+def _has_form(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return _VERSION.encode() in opened.read(_HEAD)
+
+
+def read(path: Path) -> Document:
+    """Open the items of all ranks.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or the ranks' parts are not of one run or of a form that is
+            not read.
+    """
+    paths = sorted(_files(path))
+    layout = _layout(path, paths)
+    document = Document(path, NAME, {}, handle=layout)
+    taken = {_METADATA}
+    for item, files in layout.files.items():
+        part = _item(path, item, files, layout.kinds.get(item, frozenset()))
+        taken.update(files)
+        document.tree[item] = _for_torch(part.tree, item, path)
+        document.parts[item] = part
+    for name in paths:
+        if name not in taken:
+            _add_file(document, name)
+    for name, part in document.parts.items():
+        document.notes.extend(f"{name}: {note}" for note in part.notes)
+        document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
+    return document
+
+
+def _files(folder: Path, prefix: str = "") -> Iterator[str]:
+    for file in listed(folder):
+        if file.is_dir():
+            yield from _files(file, f"{prefix}{file.name}/")
+        else:
+            yield prefix + file.name
+
+
+def _add_file(document: Document, name: str) -> None:
+    """A file that is not of an item, under its name."""
+    file = document.path / name
+    found = detect(file)
+    if found is None:
+        document.tree[name] = OpaqueFile(str(file), file.stat().st_size)
+    else:
+        document.parts[name] = part = found.read(file)
+        document.tree[name] = part.tree
+
+
+def _layout(path: Path, paths: Sequence[str]) -> _Layout:
+    """The items that `metadata.pkl` tells of, and those of the files that are called as ranks' files are."""
+    found: dict[str, dict[int, str]] = {}
+    for name in paths:
+        match = _ITEM_FILE.fullmatch(name)
+        if match and int(match["rank"]) < _MAX_RANKS:
+            found.setdefault(match["item"], {})[int(match["rank"])] = name
+    world, kinds = 1 + max((rank for files in found.values() for rank in files), default=0), {}
+    if _METADATA in paths:
+        world, items = _metadata(path / _METADATA)
+        for item, (files, kind) in items.items():
+            kinds[item] = kind
+            found[item] = {rank: file or f"{item}_{rank}.pt" for rank, file in files.items()}
+    made: dict[str, list[str]] = {}
+    for item, files in found.items():
+        missing = [files[rank] for rank in files if files[rank] not in paths]
+        missing += [f"{item}_{rank}.pt" for rank in range(max(files) + 1) if rank not in files]
+        if missing or max(files) >= world:
+            what = f"{missing[0]} is missing" if missing else f"rank {max(files)} of {world} ranks"
+            hint = "The files of all ranks must be in one folder."
+            raise CorruptCheckpointError(f"item {describe(item)}: {what}", path=path, hint=hint)
+        made[item] = [files[rank] for rank in sorted(files)]
+    return _Layout(made, kinds)
+
+
+def _metadata(path: Path) -> tuple[int, dict[str, tuple[dict[int, str | None], frozenset[str]]]]:
+    """The number of ranks, and by item the ranks' files (None: as they are called without a layout) and its kinds."""
+    tree = pickle_file.read(path).tree
+    try:
+        version, world = tree["version"], tree["world_size"]
+        if version != "2.0":
+            hint = "Load it with torch_checkpointing and save it again."
+            raise UnsupportedCheckpointError(f"metadata of version {describe(version)}", path=path, hint=hint)
+        items = {}
+        for item, about in tree["metadata"].items():
+            files = {int(rank): _file_of(layout) for rank, layout in about["rank_to_layout_info"].items()}
+            groups = (group for found in about["nested_path_to_metadata"].values() for group in found)
+            kinds = {_kind(group["sharding_metadata"]) for group in groups}
+            items[str(item)] = files, frozenset(kinds)
+        if not all(0 <= rank < _MAX_RANKS for files, _ in items.values() for rank in files):
+            raise ValueError("a rank is out of range")
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CorruptCheckpointError(f"the metadata cannot be read: {describe(error)}"[:300], path=path) from None
+    return int(world), items
+
+
+def _file_of(layout: Any) -> str | None:
+    if layout is None:
+        return None
+    name = str(layout["file_path"])
+    if name.startswith("/") or ".." in Path(name).parts:
+        raise ValueError(f"{describe(name)} is outside of the folder")
+    return Path(name).as_posix()
+
+
+def _kind(metadata: Mapping[str, Any]) -> str:
+    """`replicated` or `sharded`, or the name of a description that is not known."""
+    if metadata["type"] != _SHARDED:
+        return str(metadata["type"])
+    placements = {placement["type"] for placement in metadata["data"]["placements"]}
+    return "replicated" if placements <= {"Replicate"} else "sharded"
+
+
+def _item(path: Path, item: str, files: Sequence[str], kinds: frozenset[str]) -> Document:
+    """One item of what its ranks have of it."""
+    parts = {name: _opened(path / name) for name in files}
+    first = next(iter(parts.values()))
+    trees = [part.tree for part in parts.values()]
+    sharded = any(is_sharded(node) for node in nodes(trees[0]))
+    if len(parts) == 1 and not sharded:
+        return first
+    unread = kinds - {"replicated", "sharded"}
+    if unread or ("sharded" in kinds and not sharded):
+        what = f"described as {min(unread)}" if unread else "stored without saying which part of the whole they are"
+        raise UnsupportedCheckpointError(
+            f"item {describe(item)}: its tensors are {what}, and are in the files of {len(files)} ranks",
+            path=path,
+            hint="Load it with torch_checkpointing and save it with the default layout, or as a full state.",
+        )
+    if sharded:
+        return join_ranks(path / item, parts)
+    joined = Document(path / item, first.format, first.tree, parts=dict(parts))
+    joined.globals = list(dict.fromkeys(name for part in parts.values() for name in part.globals))
+    joined.notes = [note for part in parts.values() for note in part.notes]
+    if any(difference(trees[0], tree) is not None for tree in trees[1:]):
+        joined.tree = {f"rank{rank}": tree for rank, tree in enumerate(trees)}
+        joined.notes.append("differs from rank to rank and is kept for each")
+    return joined
+
+
+def _opened(file: Path) -> Document:
+    found = detect(file)
+    if found is None and file.suffix in torch_zip.SUFFIXES:
+        raise UnrecognizedFormatError("not a file of torch.save, as its item is to be", path=file)
+    if found is None:
+        return Document(file, "file", OpaqueFile(str(file), file.stat().st_size))
+    return found.read(file)
+
+
+def _for_torch(tree: Any, item: str, path: Path) -> Any:
+    """The tree with its optimizers in the form that `torch.optim` loads."""
+    if not isinstance(tree, dict):
+        return tree
+    if _VERSION not in tree:
+        made = {key: _for_torch(value, item, path) for key, value in tree.items() if isinstance(value, dict)}
+        changed = any(tree[key] is not value for key, value in made.items())
+        return rebuilt_mapping(tree, {**tree, **made}) if changed else tree
+    try:
+        if tree[_VERSION] != 1:
+            raise UnsupportedCheckpointError(f"an optimizer of form {describe(tree[_VERSION])}", path=path, part=item)
+        numbers: dict[str, int] = {}
+        groups = []
+        for group in tree["param_groups"]:
+            names = list(map(str, group["param_names"]))
+            groups.append({**group, "params": list(range(len(numbers), len(numbers) + len(names)))})
+            numbers.update(zip(names, groups[-1]["params"], strict=True))
+        state = {numbers[name]: slots for name, slots in tree["state"].items()}
+        if len(numbers) != sum(len(group["params"]) for group in groups):
+            raise ValueError("a name is there twice")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        message = f"names and state of the optimizer do not fit together: {describe(error)}"[:300]
+        raise CorruptCheckpointError(message, path=path, part=item) from None
+    rest = {key: value for key, value in tree.items() if key not in ("state", "param_groups", _VERSION)}
+    return {"state": state, "param_groups": groups, **rest}
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+    """Write the files of one rank, with full tensors, and the metadata by which any number of ranks can load them.
+
+    Raises:
+        RepresentationError: The tree is not one of items with names, or holds what a pickle of torch cannot.
+    """
+    options = options or WriteOptions()
+    kept = like if like is not None and like.format == NAME else None
+    items, notes = _items(tree, kept)
+    metadata: dict[str, Any] = {}
+    with AtomicDirectory(path, sync=options.sync) as folder:
+        for item, node in items.items():
+            part = kept.parts.get(item) if kept else None
+            file, found = _target(item, node, kept, part)
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(node, OpaqueFile):
+                copied(Path(node.path), folder / file, options)
+                continue
+            made = node if kept and item not in kept.handle.files else _by_name(node, item, notes)
+            notes += found.write(made, folder / file, like=part, options=options)
+            if not kept or item in kept.handle.files:
+                metadata.update(_described(item, made, file, found.NAME))
+        _write_metadata(folder / _METADATA, metadata, options)
+        options.confirmed()
+    ranks = max((len(files) for files in kept.handle.files.values()), default=1) if kept else 1
+    return [*notes, f"full tensors in the files of one rank, made of those of {ranks}"] if ranks > 1 else notes
+
+
+def _items(tree: Any, kept: Document | None) -> tuple[dict[str, Any], list[str]]:
+    """The items of a tree, and the files beside them; a state dict alone is one."""
+    if not isinstance(tree, Mapping):
+        raise RepresentationError(f"a folder of {NAME} holds named items, not {describe(tree)}"[:300])
+    if _is_optimizer(tree) or (tree and all(isinstance(node, LazyTensor) for node in tree.values())):
+        item = "optimizer" if _is_optimizer(tree) else "model"
+        return {item: tree}, [f"the whole is written as one item, {describe(item)}"]
+    for key, node in tree.items():
+        beside = isinstance(node, OpaqueFile) or (kept is not None and key in kept.parts)
+        if not isinstance(key, str) or not (_ITEM.fullmatch(key) or beside):
+            raise RepresentationError(
+                f"{describe(key)} cannot be the name of an item: letters, digits, hyphens and underscores can",
+                hint="Rename it, or leave it out.",
+            )
+    return dict(tree), []
+
+
+def _target(item: str, node: Any, kept: Document | None, part: Document | None) -> tuple[str, Any]:
+    """The file of an item, and its format: as it was read where that was one file."""
+    if kept is not None and item not in kept.handle.files:
+        return item, get_format(part.format) if part is not None else torch_zip
+    files = kept.handle.files.get(item, ()) if kept is not None else ()
+    if len(files) == 1 and part is not None and (part.format != "pickle" or isinstance(node, OpaqueFile)):
+        known = torch_zip if part.format in ("file", "ranks") else get_format(part.format)
+        return files[0], known
+    return f"{item}_0.pt", torch_zip
+
+
+def _is_optimizer(node: Any) -> bool:
+    groups = node.get("param_groups") if isinstance(node, Mapping) else None
+    return (
+        isinstance(groups, list)
+        and isinstance(node.get("state"), Mapping)
+        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
+    )
+
+
+def _by_name(node: Any, item: str, notes: list[str]) -> Any:
+    """The item with its optimizers in the form in which they can be given to any number of ranks."""
+    if not isinstance(node, dict):
+        return node
+    if not _is_optimizer(node):
+        inner = {key: _by_name(value, item, notes) for key, value in node.items() if isinstance(value, dict)}
+        changed = any(node[key] is not value for key, value in inner.items())
+        return rebuilt_mapping(node, {**node, **inner}) if changed else node
+    groups = node["param_groups"]
+    keys = [key for group in groups for key in group["params"]]
+    names = [name for group in groups for name in _names(group)]
+    if len(names) != len(keys) or len(set(names)) != len(names) or node.keys() - {"state", "param_groups"}:
+        notes.append(
+            f"{item}: an optimizer whose parameters have no names is written in torch's form, "
+            "which torch_checkpointing cannot give to other ranks; `optimstate name` gives names"
+        )
+        return node
+    rename = dict(zip(keys, names, strict=True))
+    orphans = [key for key in node["state"] if key not in rename]
+    if orphans:
+        raise RepresentationError(f"{item}: state of {describe(orphans[0])}, which is in no param group")
+    made = []
+    for group in groups:
+        options = {key: value for key, value in group.items() if key != "params"}
+        made.append({**options, "param_names": list(_names(group))})
+    return {"state": {rename[key]: s for key, s in node["state"].items()}, "param_groups": made, _VERSION: 1}
+
+
+def _names(group: Mapping[str, Any]) -> Sequence[str]:
+    names = group.get("param_names", group["params"])
+    alike = isinstance(names, list | tuple) and len(names) == len(group["params"])
+    return names if alike and all(type(name) is str for name in names) else ()
+
+
+def _described(item: str, node: Any, file: str, kind: str) -> dict[str, Any]:
+    """What `metadata.pkl` has of an item: every tensor whole, on the one rank."""
+    tensors = dict(_leaves(node))
+    if not tensors:
+        return {}
+    layout = None
+    if file != f"{item}_0.pt":
+        name = "SafetensorsSerialization" if kind == "safetensors" else "TorchSerialization"
+        layout = {"file_path": file, "serialization_format": {"type": name}}
+    mesh = {"device_type": "cpu", "mesh_shape": (1,), "mesh_data": (0,), "mesh_dim_names": None}
+    return {
+        item: {
+            "nested_path_to_metadata": {
+                json.dumps(list(where), separators=(",", ":")): [
+                    {
+                        "sharding_metadata": {
+                            "type": _SHARDED,
+                            "data": {
+                                "global_shape": list(tensor.shape),
+                                "dtype": f"torch.{tensor.dtype}",
+                                "stride": list(tensor.stride),
+                                "mesh_spec": mesh,
+                                "placements": [{"type": "Replicate"}],
+                            },
+                        },
+                        "ranks": (0,),
+                    }
+                ]
+                for where, tensor in tensors.items()
+            },
+            "rank_to_layout_info": {0: layout},
+        }
+    }
+
+
+def _leaves(node: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], LazyTensor]]:
+    """The tensors at the paths that the package knows: keys of dicts and numbers in sequences."""
+    if isinstance(node, LazyTensor):
+        yield where, node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if type(key) in (str, int):
+                yield from _leaves(value, (*where, key))
+    elif isinstance(node, list | tuple):
+        for index, value in enumerate(node):
+            yield from _leaves(value, (*where, index))
+
+
+def _write_metadata(path: Path, metadata: Mapping[str, Any], options: WriteOptions) -> None:
+    with AtomicFile(path, sync=options.sync) as out:
+        out.write(dump({"metadata": dict(metadata), "world_size": 1, "version": "2.0"}))
