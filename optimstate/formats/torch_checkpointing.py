@@ -147,9 +147,9 @@ def _layout(path: Path, paths: Sequence[str]) -> _Layout:
     world, kinds = 1 + max((rank for files in found.values() for rank in files), default=0), {}
     if _METADATA in paths:
         world, items = _metadata(path / _METADATA)
-        for item, (files, kind) in items.items():
+        for item, (layouts, kind) in items.items():
             kinds[item] = kind
-            found[item] = {rank: file or f"{item}_{rank}.pt" for rank, file in files.items()}
+            found[item] = {rank: file or f"{item}_{rank}.pt" for rank, file in layouts.items()}
     made: dict[str, list[str]] = {}
     for item, files in found.items():
         missing = [files[rank] for rank in files if files[rank] not in paths]
@@ -248,7 +248,7 @@ def _for_torch(tree: Any, item: str, path: Path) -> Any:
         return rebuilt_mapping(tree, {**tree, **made}) if changed else tree
     try:
         if tree[_VERSION] != 1:
-            raise UnsupportedCheckpointError(f"an optimizer of form {describe(tree[_VERSION])}", path=path, part=item)
+            raise UnsupportedCheckpointError(f"an optimizer of form {describe(tree[_VERSION])}", path=path, place=item)
         numbers: dict[str, int] = {}
         groups = []
         for group in tree["param_groups"]:
@@ -260,7 +260,7 @@ def _for_torch(tree: Any, item: str, path: Path) -> Any:
             raise ValueError("a name is there twice")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"names and state of the optimizer do not fit together: {describe(error)}"[:300]
-        raise CorruptCheckpointError(message, path=path, part=item) from None
+        raise CorruptCheckpointError(message, path=path, place=item) from None
     rest = {key: value for key, value in tree.items() if key not in ("state", "param_groups", _VERSION)}
     return {"state": state, "param_groups": groups, **rest}
 
@@ -317,7 +317,7 @@ def _target(item: str, node: Any, kept: Document | None, part: Document | None) 
     """The file of an item, and its format: as it was read where that was one file."""
     if kept is not None and item not in kept.handle.files:
         return item, get_format(part.format) if part is not None else torch_zip
-    files = kept.handle.files.get(item, ()) if kept is not None else ()
+    files: Sequence[str] = kept.handle.files.get(item, ()) if kept is not None else ()
     if len(files) == 1 and part is not None and (part.format != "pickle" or isinstance(node, OpaqueFile)):
         known = torch_zip if part.format in ("file", "ranks") else get_format(part.format)
         return files[0], known
@@ -344,7 +344,8 @@ def _by_name(node: Any, item: str, notes: list[str]) -> Any:
     groups = node["param_groups"]
     keys = [key for group in groups for key in group["params"]]
     names = [name for group in groups for name in _names(group)]
-    if len(names) != len(keys) or len(set(names)) != len(names) or node.keys() - {"state", "param_groups"}:
+    plain = all(type(key) in (int, str) for key in keys) and not node.keys() - {"state", "param_groups"}
+    if not plain or len(names) != len(keys) or len(set(names)) != len(names):
         notes.append(
             f"{item}: an optimizer whose parameters have no names is written in torch's form, "
             "which torch_checkpointing cannot give to other ranks; `optimstate name` gives names"
