@@ -30,8 +30,9 @@ from optimstate.formats.ranks.shards import is_sharded
 from optimstate.formats.registry import detect, get_format
 from optimstate.formats.torch import pickle_file
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.directory import AtomicDirectory
 from optimstate.io.folders import listed
-from optimstate.io.output import AtomicDirectory, AtomicFile
+from optimstate.io.output import AtomicFile
 from optimstate.record import Record
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import OpaqueFile, difference, nodes, rebuilt_mapping
