@@ -41,10 +41,15 @@ Kind = Literal[
     "setting",  # a value that does not fit the option it is for
     "cast",  # what cannot be cast
     "content",  # tensors that are not what they should be
+    "against",  # not what the plan makes of its source
+    "checksum",  # bytes that are not those a checksum was taken of
+    "container",  # something odd about the file itself
     "more",  # how many more problems of the kind before it there are
     "certificate",  # what is not as it was certified
     # what a resumed run would trip over
     "coverage",
+    "moments",
+    "numbers",
     "zeros",
     "steps",
     "lr",

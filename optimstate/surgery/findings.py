@@ -6,30 +6,36 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
+from optimstate.problems import Kind, Problem
 from optimstate.record import Record
 from optimstate.surgery.reports import to_json
 from optimstate.surgery.text import plural, readable
 
-__all__ = ["Finding", "Level", "VerifyReport"]
+__all__ = ["Finding", "VerifyReport", "fault", "note"]
 
 Level = Literal["fault", "note"]
-FINDINGS_SHOWN = 20  # of one check
+FINDINGS_SHOWN = 20  # of one kind
 Verdict = Literal["healthy", "faulty", "unknown"]
 
 
-class Finding(Record):
-    """Something that is wrong (`fault`) or worth knowing (`note`).
+class Finding(Problem):
+    """A problem that is wrong (`fault`) or worth knowing (`note`).
 
     Attributes:
-        check: Which check found it.
-        where: The section and the parameter or group.
-        message: Both sides of what disagrees.
+        level: Which of the two.
     """
 
-    level: Level
-    check: str
-    where: str
-    message: str
+    level: Level = "fault"
+
+
+def fault(kind: Kind, place: str, message: str) -> Finding:
+    """What is surely damage, or what torch would refuse."""
+    return Finding(kind, message, place)
+
+
+def note(kind: Kind, place: str, message: str) -> Finding:
+    """What may be right."""
+    return Finding(kind, message, place, level="note")
 
 
 class VerifyReport(Record):
@@ -71,12 +77,12 @@ class VerifyReport(Record):
             counts: Counter[str] = Counter()
             for finding in self.findings:
                 if finding.level == level:
-                    counts[finding.check] += 1
-                    if counts[finding.check] <= FINDINGS_SHOWN:
-                        yield f"{level}: {finding.where}: {finding.message} [{finding.check}]"
-            for check, count in counts.items():
+                    counts[finding.kind] += 1
+                    if counts[finding.kind] <= FINDINGS_SHOWN:
+                        yield f"{level}: {finding.place}: {finding.message} [{finding.kind}]"
+            for kind, count in counts.items():
                 if count > FINDINGS_SHOWN:
-                    yield f"{level}: and {count - FINDINGS_SHOWN} more [{check}] (--json lists all)"
+                    yield f"{level}: and {count - FINDINGS_SHOWN} more [{kind}] (--json lists all)"
         for line in self.blind:
             yield f"not visible: {line}"
         faults = sum(finding.level == "fault" for finding in self.findings)

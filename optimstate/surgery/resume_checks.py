@@ -13,7 +13,7 @@ from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
-from optimstate.surgery.findings import Finding, Level
+from optimstate.surgery.findings import Finding, fault, note
 from optimstate.surgery.layouts import stored_in_another_layout
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.slot_counts import algorithm_of
@@ -39,7 +39,7 @@ def check_optimizer(
     where = f"optimizer at {section.label}"
     algorithm = algorithm_of({slot for found in state.state.values() for slot in found}, state)
     if any(group.params for group in state.groups) and not state.state:
-        yield Finding("note", "coverage", where, "no parameter has state: the run would start fresh")
+        yield note("coverage", where, "no parameter has state: the run would start fresh")
     yield from _coverage(where, state)
     yield from _steps(where, state)
     yield from _dtypes(where, state, models)
@@ -70,16 +70,16 @@ def _coverage(where: str, state: OptimizerState) -> Iterator[Finding]:
         place = f"{where}, {label}"
         if not slots:
             if kinds:
-                yield Finding("note", "coverage", place, "no state: it starts fresh beside the others")
+                yield note("coverage", place, "no state: it starts fresh beside the others")
             continue
         # Some algorithms keep other slots for matrices than for vectors: only a proper part of another's is suspicious.
         mine = tensors[label]
         larger = next((kind for kind in full if kind > mine and kinds[kind] >= kinds[mine]), None)
         if larger is not None:
             missing = ", ".join(sorted(larger - mine))
-            yield Finding("fault", "coverage", place, f"has no {missing}, which {kinds[larger]} others have")
+            yield fault("coverage", place, f"has no {missing}, which {kinds[larger]} others have")
     for key in state.orphans():
-        yield Finding("fault", "coverage", where, f"state for {describe(key)}, which is in no param group")
+        yield fault("coverage", where, f"state for {describe(key)}, which is in no param group")
 
 
 def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
@@ -92,8 +92,7 @@ def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
         for step, labels in steps.items():
             if step != usual:
                 shown = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
-                yield Finding(
-                    "note",
+                yield note(
                     "steps",
                     f"{where}, {shown}",
                     f"step {step}, but {len(steps[usual])} others have {usual}: right if it was frozen for a while",
@@ -116,8 +115,7 @@ def _dtypes(where: str, state: OptimizerState, models: list[Section]) -> Iterato
         for dtype, labels in dtypes.items():
             if dtype != usual:
                 others = f"{len(dtypes[usual])} others{f' of {of} weights' if of else ''} are {usual}"
-                level: Level = "fault" if of else "note"
-                yield Finding(level, "dtypes", f"{where}, {labels[0]}", f"{slot} is {dtype}, {others}")
+                yield (fault if of else note)("dtypes", f"{where}, {labels[0]}", f"{slot} is {dtype}, {others}")
 
 
 def _aliases(where: str, state: OptimizerState) -> Iterator[Finding]:
@@ -130,9 +128,7 @@ def _aliases(where: str, state: OptimizerState) -> Iterator[Finding]:
         members.sort()
         for (_, stop, first), (start, _, second) in pairwise(members):
             if start < stop:
-                yield Finding(
-                    "fault", "aliasing", where, f"{first} and {second} share memory: both would be updated twice"
-                )
+                yield fault("aliases", where, f"{first} and {second} share memory: both would be updated twice")
 
 
 def _model_tensors(models: Iterable[Section]) -> Iterator[dict[str, Any]]:
@@ -154,9 +150,8 @@ def _names(where: str, state: OptimizerState, models: list[Section]) -> Iterator
         known = {name: getattr(tensor, "shape", None) for name, tensor in best.items()}
         elsewhere = stored_in_another_layout(unknown, known, _parameter_shapes(state, prefix))
         if elsewhere:
-            yield Finding(
-                "note",
-                "names",
+            yield note(
+                "name",
                 where,
                 f"the model is stored in another layout than the optimizer's, for {plural(len(elsewhere), 'parameter')}"
                 f" such as {min(elsewhere)}",
@@ -164,10 +159,10 @@ def _names(where: str, state: OptimizerState, models: list[Section]) -> Iterator
         unknown = [name for name in unknown if name not in elsewhere]
     if unknown and len(unknown) < len(names):
         shown = ", ".join(unknown[:3]) + (" ..." if len(unknown) > 3 else "")
-        yield Finding("fault", "names", where, f"{len(unknown)} parameters are not in the model of this file: {shown}")
+        yield fault("name", where, f"{len(unknown)} parameters are not in the model of this file: {shown}")
     twice = [name for name, count in Counter(names).items() if count > 1]
     for name in twice:
-        yield Finding("fault", "names", where, f"{name} is named twice")
+        yield fault("name", where, f"{name} is named twice")
 
 
 def _parameter_shapes(state: OptimizerState, prefix: str) -> dict[str, tuple[int, ...] | None]:
@@ -196,7 +191,7 @@ def _shapes(where: str, state: OptimizerState, algorithm: Algorithm | None, mode
             shapes = {"the weight": weight.shape, **shapes}
         if len(set(shapes.values())) > 1:
             shown = ", ".join(f"{slot} {list(shape)}" for slot, shape in shapes.items())
-            yield Finding("fault", "shapes", f"{where}, {label}", f"shapes disagree: {shown}")
+            yield fault("shapes", f"{where}, {label}", f"shapes disagree: {shown}")
 
 
 def _numbers(
@@ -208,8 +203,8 @@ def _numbers(
     for label, slots in _labelled(state):
         slots = slots or {}
         found = measured(slots.items(), progress)
-        for check, message in oddities(found, plain(slots.get("step")), second):
-            yield Finding("fault", check, f"{where}, {label}", message)
+        for kind, message in oddities(found, plain(slots.get("step")), second):
+            yield fault(kind, f"{where}, {label}", message)
         yield from _equal_moments(f"{where}, {label}", slots, found)
 
 
@@ -219,7 +214,7 @@ def _equal_moments(where: str, slots: Mapping[str, Any], found: Mapping[str, Any
         return
     alike = first.dtype == second.dtype and first.shape == second.shape and "exp_avg" in found and found["exp_avg"].norm
     if alike and first.tobytes() == second.tobytes():
-        yield Finding("fault", "moments", where, f"exp_avg and exp_avg_sq are equal bit for bit: {form_of(first)}")
+        yield fault("moments", where, f"exp_avg and exp_avg_sq are equal bit for bit: {form_of(first)}")
 
 
 def check_schedulers(optimizers: list[Section], schedulers: list[Section]) -> Iterator[Finding]:
@@ -233,12 +228,10 @@ def check_schedulers(optimizers: list[Section], schedulers: list[Section]) -> It
             continue
         if not any(len(last) == len(found) for found in rates):
             counts = ", ".join(str(len(found)) for found in rates)
-            yield Finding(
-                "fault", "groups", where, f"learning rates for {len(last)} groups, the optimizers have {counts}"
-            )
+            yield fault("group", where, f"learning rates for {len(last)} groups, the optimizers have {counts}")
         elif not any(_equal_rates(last, found) for found in rates):
             shown = ", ".join(map(str, rates))
-            yield Finding("fault", "learning rate", where, f"set {last} last, but the optimizers have {shown}")
+            yield fault("lr", where, f"set {last} last, but the optimizers have {shown}")
 
 
 def _equal_rates(a: list[Any], b: list[Any]) -> bool:

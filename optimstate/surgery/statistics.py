@@ -8,6 +8,7 @@ from typing import Any
 
 from optimstate.errors import UnsupportedCheckpointError
 from optimstate.io.extents import Progress, chunks
+from optimstate.problems import Kind
 from optimstate.record import Record
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.tensors.lazy import LazyTensor
@@ -178,8 +179,8 @@ def second_moments(algorithm: Algorithm | None) -> set[str]:
     return {slot for slot, kind in algorithm.slots.items() if kind.degree == 2}
 
 
-def oddities(found: Mapping[str, Statistics], step: Any, second: Collection[str]) -> Iterator[tuple[str, str]]:
-    """What is wrong with the numbers of one parameter's slots: the check, and what it found.
+def oddities(found: Mapping[str, Statistics], step: Any, second: Collection[str]) -> Iterator[tuple[Kind, str]]:
+    """What is wrong with the numbers of one parameter's slots: its kind, and what was found.
 
     Args:
         found: The statistics of its slots.

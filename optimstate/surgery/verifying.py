@@ -16,7 +16,7 @@ from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged
 from optimstate.surgery.certifying import certificates_in, differences
 from optimstate.surgery.converting import verify_checksums
-from optimstate.surgery.findings import Finding, Level, VerifyReport
+from optimstate.surgery.findings import Finding, VerifyReport, fault, note
 from optimstate.surgery.reports import opening
 from optimstate.surgery.resume_checks import check_optimizer, check_schedulers
 from optimstate.surgery.text import plural
@@ -93,9 +93,7 @@ def verify_against(path: str | Path, source: str | Path, plan: Plan | str | Path
         actual, origin = open_checkpoint(path), open_checkpoint(source)
         expected, _, _ = apply_plan(plan, origin.tree)
         found = difference(expected, actual.tree)
-        findings = (
-            (Finding("fault", "against", str(path), f"not what the plan makes of {source}: {found}"),) if found else ()
-        )
+        findings = (fault("against", str(path), f"not what the plan makes of {source}: {found}"),) if found else ()
         tensors = [node for node in nodes(actual.tree) if isinstance(node, LazyTensor)]
         nbytes = sum(tensor.nbytes for tensor in tensors)
         return VerifyReport(str(path), findings, (f"{len(tensors)} tensors, {nbytes} bytes against {source}",), ())
@@ -111,11 +109,11 @@ def _damaged(document: Document, checked: list[str], progress: Progress | None) 
         try:
             compared += verify_checksums(part, progress)
         except CorruptCheckpointError as error:
-            yield Finding("fault", "checksum", part.path.name, error.message)
+            yield fault("checksum", part.path.name, error.message)
     checked.append(f"{compared} checksums")
     for part in parts:
-        for note in part.notes:
-            yield Finding("note", "container", part.path.name, note)
+        for line in part.notes:
+            yield note("container", part.path.name, line)
 
 
 def _documents(document: Document) -> Iterator[Document]:
@@ -152,9 +150,8 @@ class _Rest:
         for tensor in self._of_models:
             numbers = statistics(tensor, progress) if is_measurable(tensor) else None
             if numbers is not None and numbers.nonfinite:
-                level: Level = "fault" if numbers.nan else "note"
                 message = f"{numbers.nonfinite} of {numbers.elements} are NaN or inf"
-                yield Finding(level, "numbers", self._weights[id(tensor)], message)
+                yield (fault if numbers.nan else note)("numbers", self._weights[id(tensor)], message)
         odd: dict[int, str] = {}
         for tensor in self._others:
             numbers = statistics(tensor, progress) if is_measurable(tensor) else None
@@ -162,7 +159,7 @@ class _Rest:
                 odd[id(tensor)] = f"{numbers.nonfinite} of {numbers.elements} are NaN or inf"
         for path, node in walk(self._tree) if odd else ():
             if id(node) in odd:
-                yield Finding("note", "numbers", format_path(path), odd.pop(id(node)))
+                yield note("numbers", format_path(path), odd.pop(id(node)))
 
     def unseen(self, *, numbers: bool) -> Iterator[str]:
         """What no check looked into."""

@@ -123,19 +123,19 @@ FAULTS: list[tuple[Callable[[Checkpoint], None], str]] = [
     (empty_second_moment, "moments"),
     (missing_slot, "coverage"),
     (orphan_state, "coverage"),
-    (stale_learning_rate, "learning rate"),
-    (other_number_of_groups, "groups"),
+    (stale_learning_rate, "lr"),
+    (other_number_of_groups, "group"),
     (not_a_number, "numbers"),
     (infinite, "numbers"),
     (negative_second_moment, "numbers"),
     (wrong_dtype, "dtypes"),
-    (alias_between_parameters, "aliasing"),
-    (alias_between_moments, "aliasing"),
+    (alias_between_parameters, "aliases"),
+    (alias_between_moments, "aliases"),
     (equal_moments, "moments"),
     (wrong_shape, "shapes"),
     (reshaped_with_its_moments, "shapes"),
-    (name_of_no_weight, "names"),
-    (name_given_twice, "names"),
+    (name_of_no_weight, "name"),
+    (name_given_twice, "name"),
 ]
 
 
@@ -159,7 +159,7 @@ def test_every_planted_fault_is_found_by_its_check(
     checkpoint = trained()
     plant(checkpoint)
     report = verify(saved(checkpoint, tmp_path))
-    assert check in {finding.check for finding in report.findings if finding.level == "fault"}
+    assert check in {finding.kind for finding in report.findings if finding.level == "fault"}
     assert not report.healthy
 
 
@@ -172,7 +172,7 @@ def test_one_flipped_byte_in_a_storage_is_found_although_torch_loads_it(tmp_path
     path.write_bytes(data)
     torch.load(path, weights_only=True)
     findings = verify(path).findings
-    assert [finding.check for finding in findings] == ["checksum"]
+    assert [finding.kind for finding in findings] == ["checksum"]
     assert "exp_avg" in findings[0].message
 
 
@@ -194,8 +194,8 @@ def test_fresh_parameters_are_notes(tmp_path: Path) -> None:
     del checkpoint["optimizer"]["state"][2]
     report = verify(saved(checkpoint, tmp_path))
     assert report.healthy
-    assert [finding.check for finding in report.findings] == ["coverage"]
-    assert "4.weight" in report.findings[0].where
+    assert [finding.kind for finding in report.findings] == ["coverage"]
+    assert "4.weight" in report.findings[0].place
 
 
 def readable() -> list[Case]:
@@ -226,7 +226,7 @@ def test_other_steps_are_a_note_as_a_parameter_may_have_been_frozen(tmp_path: Pa
     step_mismatch(checkpoint)
     report = verify(saved(checkpoint, tmp_path))
     assert report.healthy
-    assert [finding.check for finding in report.findings] == ["steps"]
+    assert [finding.kind for finding in report.findings] == ["steps"]
 
 
 @pytest.mark.parametrize("tree", [{"note": "nothing", "n": [1, 2]}, {"queue": [torch.ones(3)], "epoch": 1}])
@@ -241,7 +241,7 @@ def test_every_tensor_is_looked_at(tmp_path: Path) -> None:
     checkpoint["model"]["2.bias"][0] = math.nan
     checkpoint["buffers"] = [torch.tensor([1.0, math.inf])]
     report = verify(saved(checkpoint, tmp_path))
-    found = {(finding.level, finding.where) for finding in report.findings if finding.check == "numbers"}
+    found = {(finding.level, finding.place) for finding in report.findings if finding.kind == "numbers"}
     assert found == {("fault", "model at model, 2.bias"), ("note", "buffers[0]")}
     assert "25 tensors" in str(report)
 
@@ -265,11 +265,11 @@ def test_experts_that_are_stored_one_by_one_are_no_fault(tmp_path: Path) -> None
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
         report = verify(saved({"model": disk, "optimizer": optimizer.state_dict()}, tmp_path))
-        return [(finding.level, finding.check) for finding in report.findings]
+        return [(finding.level, finding.kind) for finding in report.findings]
 
-    assert findings(live) == [("note", "names")]
+    assert findings(live) == [("note", "name")]
     live["l.0.mlp.gait.weight"] = live.pop("l.0.mlp.gate.weight")
-    assert ("fault", "names") in findings(live)
+    assert ("fault", "name") in findings(live)
     live["l.0.mlp.gate.weight"] = live.pop("l.0.mlp.gait.weight")
     live["l.0.mlp.experts.up"] = torch.ones(2, 4, 5)  # not the elements that are stored
-    assert ("fault", "names") in findings(live)
+    assert ("fault", "name") in findings(live)
