@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from optimstate.problems import Kind, Problem
@@ -28,14 +28,14 @@ class Finding(Problem):
     level: Level = "fault"
 
 
-def fault(kind: Kind, place: str, message: str) -> Finding:
+def fault(kind: Kind, place: str, message: str, names: Iterable[str] = ()) -> Finding:
     """What is surely damage, or what torch would refuse."""
-    return Finding(kind, message, place)
+    return Finding(kind, message, place, tuple(names))
 
 
-def note(kind: Kind, place: str, message: str) -> Finding:
+def note(kind: Kind, place: str, message: str, names: Iterable[str] = ()) -> Finding:
     """What may be right."""
-    return Finding(kind, message, place, level="note")
+    return Finding(kind, message, place, tuple(names), level="note")
 
 
 class VerifyReport(Record):

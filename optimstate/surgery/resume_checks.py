@@ -77,7 +77,7 @@ def _coverage(where: str, state: OptimizerState) -> Iterator[Finding]:
         larger = next((kind for kind in full if kind > mine and kinds[kind] >= kinds[mine]), None)
         if larger is not None:
             missing = ", ".join(sorted(larger - mine))
-            yield fault("coverage", place, f"has no {missing}, which {kinds[larger]} others have")
+            yield fault("coverage", place, f"has no {missing}, which {kinds[larger]} others have", [label])
     for key in state.orphans():
         yield fault("coverage", where, f"state for {describe(key)}, which is in no param group")
 
@@ -96,6 +96,7 @@ def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
                     "steps",
                     f"{where}, {shown}",
                     f"step {step}, but {len(steps[usual])} others have {usual}: right if it was frozen for a while",
+                    labels,
                 )
 
 
@@ -115,7 +116,7 @@ def _dtypes(where: str, state: OptimizerState, models: list[Section]) -> Iterato
         for dtype, labels in dtypes.items():
             if dtype != usual:
                 others = f"{len(dtypes[usual])} others{f' of {of} weights' if of else ''} are {usual}"
-                yield (fault if of else note)("dtypes", f"{where}, {labels[0]}", f"{slot} is {dtype}, {others}")
+                yield (fault if of else note)("dtypes", f"{where}, {labels[0]}", f"{slot} is {dtype}, {others}", labels)
 
 
 def _aliases(where: str, state: OptimizerState) -> Iterator[Finding]:
@@ -155,14 +156,15 @@ def _names(where: str, state: OptimizerState, models: list[Section]) -> Iterator
                 where,
                 f"the model is stored in another layout than the optimizer's, for {plural(len(elsewhere), 'parameter')}"
                 f" such as {min(elsewhere)}",
+                sorted(elsewhere),
             )
         unknown = [name for name in unknown if name not in elsewhere]
     if unknown and len(unknown) < len(names):
         shown = ", ".join(unknown[:3]) + (" ..." if len(unknown) > 3 else "")
-        yield fault("name", where, f"{len(unknown)} parameters are not in the model of this file: {shown}")
+        yield fault("name", where, f"{len(unknown)} parameters are not in the model of this file: {shown}", unknown)
     twice = [name for name, count in Counter(names).items() if count > 1]
     for name in twice:
-        yield fault("name", where, f"{name} is named twice")
+        yield fault("name", where, f"{name} is named twice", [name])
 
 
 def _parameter_shapes(state: OptimizerState, prefix: str) -> dict[str, tuple[int, ...] | None]:
