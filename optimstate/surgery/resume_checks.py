@@ -193,7 +193,7 @@ def _shapes(where: str, state: OptimizerState, algorithm: Algorithm | None, mode
             shapes = {"the weight": weight.shape, **shapes}
         if len(set(shapes.values())) > 1:
             shown = ", ".join(f"{slot} {list(shape)}" for slot, shape in shapes.items())
-            yield fault("shapes", f"{where}, {label}", f"shapes disagree: {shown}")
+            yield fault("shapes", f"{where}, {label}", f"shapes disagree: {shown}", [label])
 
 
 def _numbers(
@@ -206,7 +206,7 @@ def _numbers(
         slots = slots or {}
         found = measured(slots.items(), progress)
         for kind, message in oddities(found, plain(slots.get("step")), second):
-            yield fault(kind, f"{where}, {label}", message)
+            yield fault(kind, f"{where}, {label}", message, [label])
         yield from _equal_moments(f"{where}, {label}", slots, found)
 
 
