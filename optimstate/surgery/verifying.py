@@ -72,7 +72,7 @@ def verify(
         blind = [*(BLIND if optimizers and not certificates else ()), *rest.unseen(numbers=numbers)]
         if certificates:
             wrong, unseen = differences(sections, certificates)
-            findings += [Finding("fault", "certificate", where, str(problem)) for where, problem in wrong]
+            findings += [fault("certificate", where, str(problem)) for where, problem in wrong]
             blind += unseen
             checked.append(plural(len(certificates), "certificate"))
         blind += [f"{format_path(path)} was not taken for a section: {why}" for path, why in judgement.others.items()]
