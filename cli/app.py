@@ -252,7 +252,7 @@ def _run() -> int:
 def _echo_json(kind: str, message: str, hint: str, problems: Sequence[Mapping[str, Any]] = ()) -> None:
     """Print an error as the one JSON document of a command that fails, if JSON was asked for."""
     if "--json" in sys.argv[1:]:
-        from optimstate.surgery.reports import to_json
+        from optimstate.reporting import to_json
 
         fields = {"kind": kind, "message": message, "hint": hint, "problems": problems}
         typer.echo(to_json("error", {"error": fields}))

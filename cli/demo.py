@@ -256,7 +256,7 @@ def _draw_reordered(experiment: Experiment, arms: Sequence[Arm]) -> None:
 def _json(experiment: Experiment, reordered: Sequence[Arm], arms: Sequence[Arm], refusal: str) -> str:
     from dataclasses import asdict
 
-    from optimstate.surgery.reports import to_json
+    from optimstate.reporting import to_json
 
     rows = [{**asdict(arm), "worst": arm.worst, "tokens_until_below": arm.recovered} for arm in arms]
     fields = {

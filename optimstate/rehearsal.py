@@ -19,9 +19,9 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Guard
 from optimstate.plan.solve.planner import plan_model, plan_optimizer
 from optimstate.record import Record
+from optimstate.reporting import Report, to_json
 from optimstate.resuming import resume
 from optimstate.state.optimizer import OptimizerState
-from optimstate.surgery.reports import to_json
 
 if TYPE_CHECKING:
     from optimstate.plan.solve.migration import SectionMoves
@@ -58,7 +58,7 @@ class Deviation(Record):
         return f"{self.what} {place} {size} {when}"
 
 
-class Rehearsal(Record):
+class Rehearsal(Report):
     """What a rehearsal showed.
 
     Attributes:

@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"errors", "installed_torch", "problems", "tensors", "tree", "state"},
     "optim": {"errors", "installed_torch", "state.names"},
     "surgery": {
+        "reporting",
         "certificates",
         "errors",
         "installed_torch",
@@ -39,16 +40,50 @@ ALLOWED: dict[str, set[str]] = {
         "plan",
     },
     "distributed": {"errors", "installed_torch", "problems", "state", "plan", "resuming"},
-    "hooks": {"certificates", "derivation", "__init__", "errors", "installed_torch", "problems", "tensors", "tree"}
+    "hooks": {
+        "reporting",
+        "certificates",
+        "derivation",
+        "__init__",
+        "errors",
+        "installed_torch",
+        "problems",
+        "tensors",
+        "tree",
+    }
     | {"state", "plan"},
-    "resuming": {"certificates", "errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "plan"}
+    "resuming": {
+        "reporting",
+        "certificates",
+        "errors",
+        "installed_torch",
+        "problems",
+        "io",
+        "tensors",
+        "tree",
+        "state",
+        "plan",
+    }
     | {"formats", "hooks"},
     "integrations": {"errors", "installed_torch", "state", "plan", "hooks", "resuming"},
     "derivation": {"errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},
     "certificates": {"__init__", "errors", "installed_torch", "problems", "tensors", "tree", "state"},
-    "rehearsal": {"errors", "installed_torch", "plan", "state", "hooks", "resuming", "surgery.reports"},
+    "reporting": {"tree"},
+    "rehearsal": {"reporting", "errors", "installed_torch", "plan", "state", "hooks", "resuming"},
     "demo": {"errors", "installed_torch", "problems", "optim", "hooks"},
-    "cli": {"errors", "installed_torch", "problems", "io", "tensors", "tree", "state", "surgery", "formats", "plan"}
+    "cli": {
+        "reporting",
+        "errors",
+        "installed_torch",
+        "problems",
+        "io",
+        "tensors",
+        "tree",
+        "state",
+        "surgery",
+        "formats",
+        "plan",
+    }
     | {"demo", "derivation", "rehearsal", "__init__"},
     "__main__": {"cli"},
     "__init__": {

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimstate.describe import bounded, describe, escaped, exact
-from optimstate.surgery.reports import to_json
+from optimstate.reporting import to_json
 from optimstate.tree import GlobalName
 
 ANY = st.recursive(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Self
 
+from optimstate import reporting
 from optimstate.plan.apply.execute import outcome_of
 from optimstate.plan.slots.outcomes import Level, slot_name
 from optimstate.plan.solve.migration import Move, SectionMoves
-from optimstate.record import Record, field
+from optimstate.record import field
 
 __all__ = ["Report"]
 
 
-class Report(Record):
+class Report(reporting.Report):
     """What became of every parameter's state.
 
     Attributes:

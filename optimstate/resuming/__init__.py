@@ -8,9 +8,9 @@ from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
+from optimstate import reporting
 from optimstate.plan.language.plan import Plan
 from optimstate.problems import Problem
-from optimstate.record import Record
 from optimstate.resuming.certified import Given
 from optimstate.resuming.parts import Named, Parts
 from optimstate.resuming.run import Run
@@ -28,7 +28,7 @@ T = TypeVar("T")
 OneOrMore: TypeAlias = T | Sequence[T] | Mapping[str, T]
 
 
-class Resumed(Record):
+class Resumed(reporting.Report):
     """What a resumption did.
 
     Attributes:

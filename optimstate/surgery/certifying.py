@@ -13,9 +13,10 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.apply.checkpoint import APPLIED, METADATA, STAMP
 from optimstate.problems import Problem
 from optimstate.record import Record
+from optimstate.reporting import Report, to_json
 from optimstate.state.names import unwrapped
 from optimstate.state.sections import Section, find_sections
-from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable
 
 __all__ = ["Entry", "Lineage", "certificates_in", "differences", "log"]
@@ -131,7 +132,7 @@ class Entry(Record):
     torch: str = ""
 
 
-class Lineage(Record):
+class Lineage(Report):
     """Where a checkpoint comes from.
 
     Attributes:

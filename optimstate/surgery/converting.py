@@ -17,8 +17,9 @@ from optimstate.io.copying import BLOCK, SharedTasks, blocks
 from optimstate.io.destination import check_destination
 from optimstate.io.extents import Progress
 from optimstate.problems import Problem
-from optimstate.record import Record, field
-from optimstate.surgery.reports import opening, to_json
+from optimstate.record import field
+from optimstate.reporting import Report, to_json
+from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable, size, table
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Opaque, OpaqueFile, format_path, nodes, replaced, walk
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ConvertReport", "convert", "verify_checksums"]
 
 
-class ConvertReport(Record):
+class ConvertReport(Report):
     """What was written, and what the container could not hold.
 
     Attributes:

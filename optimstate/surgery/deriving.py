@@ -14,14 +14,14 @@ from typing import Literal
 
 from optimstate.errors import CheckpointError, DerivationError
 from optimstate.formats.registry import open_checkpoint
-from optimstate.record import Record
+from optimstate.reporting import Report, to_json
 from optimstate.surgery.comparing import model_tensors
-from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.reports import opening
 
 __all__ = ["DeriveReport", "derive_plan"]
 
 
-class DeriveReport(Record):
+class DeriveReport(Report):
     """A plan that was read off code.
 
     Attributes:

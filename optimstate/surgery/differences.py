@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from optimstate.record import Record, field
-from optimstate.surgery.reports import to_json
+from optimstate.reporting import Report, to_json
 from optimstate.surgery.text import collapsed, plural, readable, shown
 
 __all__ = ["Change", "ChangeKind", "DiffReport"]
@@ -57,7 +57,7 @@ class Change(Record):
         return f"~ {self.name}  {kind}{shown(self.left)} -> {shown(self.right)}{relative}"
 
 
-class DiffReport(Record):
+class DiffReport(Report):
     """Every difference, and how many tensors are equal.
 
     Attributes:

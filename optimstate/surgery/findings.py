@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from optimstate.problems import Kind, Problem
-from optimstate.record import Record
-from optimstate.surgery.reports import to_json
+from optimstate.reporting import Report, to_json
 from optimstate.surgery.text import plural, readable
 
 __all__ = ["Finding", "VerifyReport", "fault", "note"]
@@ -38,7 +37,7 @@ def note(kind: Kind, place: str, message: str, names: Iterable[str] = ()) -> Fin
     return Finding(kind, message, place, tuple(names), level="note")
 
 
-class VerifyReport(Record):
+class VerifyReport(Report):
     """The findings, and what was looked at.
 
     Attributes:

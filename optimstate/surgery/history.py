@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from optimstate.record import Record
-from optimstate.surgery.reports import Inspection, ModelInfo, OptimizerInfo, to_json
+from optimstate.reporting import Report, to_json
+from optimstate.surgery.reports import Inspection, ModelInfo, OptimizerInfo
 from optimstate.surgery.text import plural, readable, shown, size, table
 
 __all__ = ["History"]
@@ -15,7 +15,7 @@ __all__ = ["History"]
 _COUNTERS = ("epoch", "global_step", "iteration", "iter_num", "best_acc1", "best_val_loss", "loss")
 
 
-class History(Record):
+class History(Report):
     """Inspections of several checkpoints, a line each.
 
     Attributes:

@@ -15,20 +15,20 @@ from optimstate.formats.registry import get_format, open_checkpoint
 from optimstate.io.destination import check_destination
 from optimstate.io.extents import Progress
 from optimstate.problems import Problem
-from optimstate.record import Record
+from optimstate.reporting import Report, to_json
 from optimstate.state.building import from_config, imported, parameters_of
 from optimstate.state.naming import Candidate, Evidence, Naming
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.pairing import ModelNames, Namer, Order
 from optimstate.state.sections import Section, find_sections
-from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.reports import opening
 from optimstate.surgery.text import readable, table
 from optimstate.tree import Opaque, replaced
 
 __all__ = ["NameReport", "concluded_names", "name", "read_names"]
 
 
-class NameReport(Record):
+class NameReport(Report):
     """The names given.
 
     Attributes:

@@ -14,15 +14,15 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Inventory, Target
 from optimstate.plan.solve.planner import plan_migration
 from optimstate.problems import Problem
-from optimstate.record import Record
+from optimstate.reporting import Report, to_json
 from optimstate.surgery.plans import Names, irreversible_reason, kind_of, merged, names_of
-from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable
 
 __all__ = ["CheckReport", "check_plan"]
 
 
-class CheckReport(Record):
+class CheckReport(Report):
     """Whether a plan can be read, fits a checkpoint, and makes what a target has.
 
     Attributes:

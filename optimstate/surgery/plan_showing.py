@@ -12,15 +12,15 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.apply.explain import Row, explained
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
-from optimstate.record import Record
+from optimstate.reporting import Report, to_json
 from optimstate.surgery.plans import irreversible_reason, merged, names_of
-from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.reports import opening
 from optimstate.surgery.text import collapsed, plural, readable, table
 
 __all__ = ["ShowReport", "show_plan"]
 
 
-class ShowReport(Record):
+class ShowReport(Report):
     """A plan in words, and with a checkpoint what becomes of each of its parameters and slots.
 
     Attributes:

@@ -15,8 +15,8 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.inverse import inverse
-from optimstate.record import Record
-from optimstate.surgery.reports import opening, to_json
+from optimstate.reporting import Report, to_json
+from optimstate.surgery.reports import opening
 
 __all__ = [
     "InvertReport",
@@ -68,7 +68,7 @@ def irreversible_reason(plan: Plan, names: Mapping[str, Shape | None] | None) ->
 # --- invert ---------------------------------------------------------------------------------------------------------
 
 
-class InvertReport(Record):
+class InvertReport(Report):
     """The plan that undoes a plan.
 
     Attributes:

@@ -16,16 +16,16 @@ from optimstate.io.extents import Progress
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration
-from optimstate.record import Record
+from optimstate.reporting import Report, to_json
 from optimstate.surgery.ordering import order_notes, read_like
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
-from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable, shown, table
 
 __all__ = ["RemapReport", "remap"]
 
 
-class RemapReport(Record):
+class RemapReport(Report):
     """What a plan did to a checkpoint, or would do.
 
     Attributes:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optimstate.describe import bounded, describe
 from optimstate.errors import CheckpointError, LimitExceededError, OptimStateError
 from optimstate.record import Record, field
+from optimstate.reporting import Report, to_json
 from optimstate.surgery.inspection_text import View, inspection_lines
 from optimstate.surgery.rest import Entry
-from optimstate.tree import no_garbage_collection, path_key
+from optimstate.tree import no_garbage_collection
 
 if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
 
 __all__ = [
-    "SCHEMA",
     "GroupInfo",
     "Inspection",
     "ModelInfo",
@@ -31,39 +28,7 @@ __all__ = [
     "collapsed",
     "missing_for_resume",
     "opening",
-    "to_json",
 ]
-
-SCHEMA = 1
-"""Version of the JSON documents that the reports give."""
-
-
-def to_json(verb: str, fields: dict[str, Any]) -> str:
-    """A report as a JSON document."""
-    document = {"schema": SCHEMA, "command": verb, **fields}
-    try:
-        text = json.dumps(document, indent=2, default=_as_json, ensure_ascii=False)
-    except ValueError:  # an integer of more digits than Python prints
-        text = json.dumps(_printable(document), indent=2, default=_as_json, ensure_ascii=False)
-    return _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def _as_json(value: Any) -> Any:
-    return value._asdict() if isinstance(value, Record) else describe(value)
-
-
-# What JSON lets stand and a terminal obeys, or no encoding has.
-_UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
-
-
-def _printable(node: Any) -> Any:
-    if isinstance(node, Record):
-        node = node._asdict()
-    if isinstance(node, Mapping):
-        return {str(path_key(key)): _printable(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_printable(item) for item in node]
-    return bounded(node)
 
 
 @contextmanager
@@ -173,7 +138,7 @@ class SchedulerInfo(Record):
     kind: str = "scheduler"
 
 
-class Inspection(Record):
+class Inspection(Report):
     """What a checkpoint holds.
 
     Attributes:

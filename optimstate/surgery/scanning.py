@@ -14,7 +14,8 @@ from optimstate.io.extents import FileSource
 from optimstate.io.folders import kind_of, leftover_notes
 from optimstate.io.temporary import is_leftover
 from optimstate.record import Record
-from optimstate.surgery.reports import opening, to_json
+from optimstate.reporting import Report, to_json
+from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable, table
 
 __all__ = ["Finding", "ScanReport", "scan"]
@@ -40,7 +41,7 @@ class Finding(Record):
     verdict: Verdict
 
 
-class ScanReport(Record):
+class ScanReport(Report):
     """Everything named.
 
     Attributes:

@@ -17,11 +17,12 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve import suggest as solve
 from optimstate.problems import Problem
 from optimstate.record import Record
+from optimstate.reporting import Report, to_json
 from optimstate.surgery.comparing import model_tensors
 from optimstate.surgery.contents import by_content
 from optimstate.surgery.ordering import wrong_positions
 from optimstate.surgery.plans import kind_of, merged, names_of
-from optimstate.surgery.reports import opening, to_json
+from optimstate.surgery.reports import opening
 from optimstate.surgery.text import families, plural, readable
 from optimstate.tensors.lazy import LazyTensor
 
@@ -41,7 +42,7 @@ class SuggestedRule(Record):
     toml: str
 
 
-class SuggestReport(Record):
+class SuggestReport(Report):
     """A proposed plan.
 
     Attributes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from optimstate import surgery
 from optimstate.plan.language.plan import Plan
@@ -31,4 +33,12 @@ REPORTS = {
 def test_a_report_as_text_is_what_is_printed(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     furnish(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert str(REPORTS[line]()) + "\n" == run(*shlex.split(line)).out
+    report = REPORTS[line]()
+    assert str(report) + "\n" == run(*shlex.split(line)).out
+    assert html.unescape(report._repr_html_()) == f"<pre>{report}</pre>"
+
+
+def test_no_name_of_a_file_becomes_markup_in_a_notebook(tmp_path: Path) -> None:
+    torch.save({"model": {"<script>alert(1)</script>": torch.ones(2), "b": torch.ones(2)}}, tmp_path / "a.pt")
+    shown = surgery.verify(tmp_path / "a.pt")._repr_html_() + surgery.inspect(tmp_path / "a.pt")._repr_html_()
+    assert "<script" not in shown
