@@ -320,6 +320,8 @@ ONE_FOR_EVERY_TENSOR = {
     "optimstate.formats.torch.legacy": {"_View"},
     "optimstate.formats.torch.zip_directory": {"Record", "_Run"},
     "optimstate.io.extents": {"Extent"},
+    "optimstate.optim._ops": {"Ops"},  # these are made and used where torch.compile traces
+    "optimstate.optim._step": {"Rule", "Setting"},
     "optimstate.plan.expressions.tree": {"Leaf"},
     "optimstate.plan.slots.outcomes": {"Outcome"},
     "optimstate.plan.solve.resolve": {"Resolved"},

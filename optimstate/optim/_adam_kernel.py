@@ -71,7 +71,7 @@ class AdamKernelOptimizer(RuleOptimizer):
         self, group: Group, params: list[Tensor], grads: list[Tensor], slots: list[Any], numbers: Any
     ) -> None:
         """The rule for the elements beyond the last full vector, all tensors with the same numbers."""
-        rule = self._rule(Setting(one, group, live=False, owned=False))
+        rule = self._rule(Setting.of(one, group))
         kept = [i for i, p in enumerate(params) if p.numel() % LANES]
         columns = [[tail(column[i]) for i in kept] if column else repeat(None) for column in slots]
         p, g = [tail(params[i]) for i in kept], [tail(grads[i]) for i in kept]

@@ -9,12 +9,10 @@ do not, which of the two a rule uses is part of its definition. `traced` is `one
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from optimstate.record import Record
 
 __all__ = ["Op", "Ops", "many", "one", "traced"]
 
@@ -22,8 +20,8 @@ __all__ = ["Op", "Ops", "many", "one", "traced"]
 Op = Callable[..., Any]
 
 
-class Ops(Record):
-    """One backend: what the rules are computed with.
+class Ops(NamedTuple):
+    """One backend: what the rules are computed with. A NamedTuple, because `torch.compile` traces calls of its members.
 
     `keep(x)` gives what may be modified although autograd remembers x; `map(f, *xs)` applies a function of tensors for
     which no list kernel exists; `as_complex(x, p)` undoes the real view of x where p is still complex.

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class Traits(Record):
     capturable_on_xla: tuple[bool, bool] = (True, False)
 
 
-class Rule(Record):
+class Rule(NamedTuple):
     """One algorithm's arithmetic with its hyperparameters bound.
 
     Args:
@@ -113,25 +113,27 @@ class Rule(Record):
     rowwise: bool = True
 
 
-class Setting(Record):
-    """What a rule is asked for.
+class Setting(NamedTuple):
+    """What a rule is asked for; a NamedTuple, because `torch.compile` traces where one is made.
 
     Args:
         k: The backend.
         group: The param group's options.
+        lr: The learning rate, a number or a 0-d tensor.
         live: Whether step counts stay tensors, because a graph is captured or traced.
         owned: Whether the gradients are temporaries that may be overwritten (list backend only).
     """
 
     k: Ops
     group: Group
+    lr: Any
     live: bool
     owned: bool
 
-    @property
-    def lr(self) -> Any:
-        """The learning rate, a number or a 0-d tensor."""
-        return to_scalar(self.group["lr"])
+    @classmethod
+    def of(cls, k: Ops, group: Group, *, live: bool = False, owned: bool = False) -> Self:
+        """What a rule is asked for with a group's options."""
+        return cls(k, group, to_scalar(group["lr"]), live, owned)
 
 
 class RuleOptimizer(Optimizer):
@@ -337,7 +339,7 @@ class RuleOptimizer(Optimizer):
     def _prepared(self, k: Ops, group: Group, columns: Columns, *, owned: bool) -> tuple[Rule, Sequence[Any]]:
         """The rule, and the numbers it needs as columns, counting the step on the way."""
         live = self._live(group)
-        rule = self._rule(Setting(k, group, live, owned))
+        rule = self._rule(Setting.of(k, group, live=live, owned=owned))
         steps = columns.get("step", [])
         count_steps(steps)
         if rule.numbers is None:
@@ -398,7 +400,7 @@ class RuleOptimizer(Optimizer):
             return False
         program = Program(columns[0][0].dtype, len(columns))
         p, g, *slots = [None if t is None else program.operand(index) for index, t in enumerate(tensors)]
-        rule = self._rule(Setting(program.ops, group, live=self._live(group), owned=False))
+        rule = self._rule(Setting.of(program.ops, group, live=self._live(group)))
         try:
             rule.update(p, effective(program.ops, group, p, g), *slots, *numbers)
         except UnrecordedError:

@@ -97,7 +97,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
 
     @override
     def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:
-        flat = (sum(2 * q.numel() if q.is_complex() else q.numel() for q in self._params),)
+        flat = (self._numel(),)
         return {"func_evals": None, "n_iter": None}, {"d": flat, "prev_flat_grad": flat}
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         loss = self._descending(first_loss)
         evaluations = 1
         state["func_evals"] += 1
-        grad = self._flat_grad()
+        grad = self._gather_flat_grad()
         if largest(grad) <= group["tolerance_grad"]:
             return first_loss
         now = {name: state.get(name) for name in KEPT}
@@ -193,25 +193,20 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         search = self.param_groups[0]["line_search_fn"]
         d = now["d"]
         if search is None:
-            self._add_flat(now["t"], d)
+            self._add_grad(now["t"], d)
             if last:  # nobody will look at another evaluation
                 return loss, grad, 0
             loss = self._descending(closure())
-            return loss, self._flat_grad(), 1
+            return loss, self._gather_flat_grad(), 1
         if search != "strong_wolfe":
             raise RuntimeError("only 'strong_wolfe' is supported")
-        start = [p.clone(memory_format=torch.contiguous_format) for p in self._params]
+        start = self._clone_param()
 
         def evaluate(t: Any) -> tuple[float, Tensor]:
-            self._add_flat(t, d)
-            loss = self._descending(closure())
-            grad = self._flat_grad()
-            for p, value in zip(self._params, start, strict=True):
-                p.copy_(value)
-            return loss, grad
+            return self._directional_evaluate(closure, start, t, d)
 
         loss, grad, now["t"], calls = strong_wolfe(evaluate, now["t"], d, loss, grad, slope, max_calls=calls_left)
-        self._add_flat(now["t"], d)
+        self._add_grad(now["t"], d)
         return loss, grad, calls
 
     def _converged(self, now: dict[str, Any], loss: float, grad: Tensor) -> bool:
@@ -223,7 +218,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             or abs(loss - now["prev_loss"]) < change
         )
 
-    def _flat_grad(self) -> Tensor:
+    def _gather_flat_grad(self) -> Tensor:
         """All gradients as one real vector, zeros where there is none."""
         pieces = []
         for p in self._params:
@@ -243,7 +238,26 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         """A loss as a number to be made small."""
         return -float(loss) if self._maximize else float(loss)
 
-    def _add_flat(self, t: Any, direction: Tensor) -> None:
+    def _numel(self) -> int:
+        """How many real numbers all parameters have."""
+        return sum(2 * p.numel() if p.is_complex() else p.numel() for p in self._params)
+
+    def _clone_param(self) -> list[Tensor]:
+        return [p.clone(memory_format=torch.contiguous_format) for p in self._params]
+
+    def _set_param(self, values: list[Tensor]) -> None:
+        for p, value in zip(self._params, values, strict=True):
+            p.copy_(value)
+
+    def _directional_evaluate(self, closure: Closure, start: list[Tensor], t: Any, d: Tensor) -> tuple[float, Tensor]:
+        """Loss and gradient at `t` times a direction from here; the parameters end at `start`."""
+        self._add_grad(t, d)
+        loss = self._descending(closure())
+        grad = self._gather_flat_grad()
+        self._set_param(start)
+        return loss, grad
+
+    def _add_grad(self, t: Any, direction: Tensor) -> None:
         """Add `t` times a flat vector to the parameters."""
         offset = 0
         for p in self._params:

@@ -183,7 +183,7 @@ class NAdam(AdamKernelOptimizer, torch.optim.NAdam):
         return bool(beta1 > 0 and 0 < beta2 < 1 - 1e-7)
 
     def _through_kernel(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> None:
-        rule = self._rule(Setting(one, group, live=False, owned=False))
+        rule = self._rule(Setting.of(one, group))
         assert rule.numbers is not None
         count_steps(columns["step"])
         alike: dict[tuple[float, ...], list[int]] = {}

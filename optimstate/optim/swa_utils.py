@@ -18,6 +18,7 @@ from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
 from optimstate.errors import StateMismatchError
 from optimstate.optim.lr_scheduler.base import LRScheduler, per_group
+from optimstate.optim.lr_scheduler.functions import with_strategy
 
 __all__ = [
     "SWALR",
@@ -242,22 +243,41 @@ class SWALR(LRScheduler, torch.optim.swa_utils.SWALR):
             raise ValueError(f"anneal_epochs must be equal or greater than 0, got {anneal_epochs}")
         for value, group in zip(swa_lrs, optimizer.param_groups, strict=True):
             group["swa_lr"] = value
-        self._anneal_strategy = anneal_strategy
+        self._set_anneal_func(anneal_strategy)
         self.anneal_epochs = anneal_epochs
         super().__init__(optimizer, last_epoch)
 
     def anneal_func(self, t: float) -> float:
         """How much of `swa_lr` is in the learning rate when the fraction `t` of the epochs is over."""
-        return t if self._anneal_strategy == "linear" else (1 - math.cos(math.pi * t)) / 2
+        return self._linear_anneal(t) if self._anneal_strategy == "linear" else self._cosine_anneal(t)
+
+    def _set_anneal_func(self, anneal_strategy: Literal["cos", "linear"]) -> None:
+        self._anneal_strategy = anneal_strategy
+
+    @staticmethod
+    def _linear_anneal(t: float) -> float:
+        return t
+
+    @staticmethod
+    def _cosine_anneal(t: float) -> float:
+        return (1 - math.cos(math.pi * t)) / 2
+
+    @staticmethod
+    def _get_initial_lr(lr: Any, swa_lr: Any, alpha: float) -> Any:
+        """The learning rate that, mixed with `alpha` parts of `swa_lr`, gave `lr`."""
+        return swa_lr if alpha == 1 else (lr - alpha * swa_lr) / (1 - alpha)
 
     def _group_options(self) -> set[str]:
         return {"swa_lr"}
 
     def _check_keys(self, state: dict[str, Any]) -> None:
-        super()._check_keys(_with_strategy(state))
+        super()._check_keys(self._with_strategy(state))
 
     def _import(self, state: dict[str, Any]) -> None:
-        super()._import(_with_strategy(state))
+        super()._import(self._with_strategy(state))
+
+    def _with_strategy(self, state: dict[str, Any]) -> dict[str, Any]:
+        return with_strategy(state, "_anneal_strategy", self._cosine_anneal, self._linear_anneal)
 
     def _next_lrs(self) -> list[float | Tensor]:
         step = self._step_count - 1
@@ -267,23 +287,9 @@ class SWALR(LRScheduler, torch.optim.swa_utils.SWALR):
             self.anneal_func(max(0, min(1, taken / max(1, self.anneal_epochs)))) for taken in (step - 1, step)
         )
         return [
-            group["swa_lr"] * now + _without(group["lr"], group["swa_lr"], before) * (1 - now)
+            group["swa_lr"] * now + self._get_initial_lr(group["lr"], group["swa_lr"], before) * (1 - now)
             for group in self.optimizer.param_groups
         ]
-
-
-def _with_strategy(state: dict[str, Any]) -> dict[str, Any]:
-    """A state in today's form: until torch 2.9 it holds the annealing function, of which the name tells."""
-    names = {"_linear_anneal": "linear", "_cosine_anneal": "cos"}
-    strategy = names.get(getattr(state.get("anneal_func"), "__name__", ""))
-    if strategy is None or "_anneal_strategy" in state:
-        return state
-    return {**{key: value for key, value in state.items() if key != "anneal_func"}, "_anneal_strategy": strategy}
-
-
-def _without(lr: Any, swa_lr: Any, alpha: float) -> Any:
-    """The learning rate that, mixed with `alpha` parts of `swa_lr`, gave `lr`."""
-    return swa_lr if alpha == 1 else (lr - alpha * swa_lr) / (1 - alpha)
 
 
 @torch.no_grad()

@@ -189,14 +189,23 @@ def test_every_class_of_torchs_has_ours(module: str) -> None:
         assert getattr(ours, name).__module__.startswith("optimstate.optim"), name
 
 
-def test_what_runs_is_never_torchs_even_where_a_class_inherits_it() -> None:
-    """No public method or property of ours is defined by torch's namesake alone."""
-    for name in cases.OPTIMIZERS:
-        ours, torchs = getattr(optim, name), getattr(torch.optim, name)
-        for attribute, value in vars(torchs).items():
-            if callable(value) and not attribute.startswith("_"):
-                owner = next(base for base in ours.__mro__ if attribute in vars(base))
-                assert owner.__module__.startswith("optimstate"), f"{name}.{attribute}"
+BASES = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)  # which ours derives from
+
+
+@pytest.mark.parametrize("module", ["", ".lr_scheduler", ".swa_utils"])
+def test_what_runs_is_never_torchs_even_where_a_class_inherits_it(module: str) -> None:
+    """No method or property of ours, private ones included, is defined by torch's namesake alone."""
+    torchs, ours = (importlib.import_module(f"{base}{module}") for base in ("torch.optim", "optimstate.optim"))
+    borrowed = [
+        f"{name}.{attribute}"
+        for name, value in vars(torchs).items()
+        if inspect.isclass(value) and value.__module__ in ("torch.optim", torchs.__name__) and value not in BASES
+        for attribute, member in vars(value).items()
+        if not attribute.startswith("__") and plain(member)
+        for owner in [next(base for base in getattr(ours, name).__mro__ if attribute in vars(base))]
+        if not name.startswith("_") and owner.__module__.startswith("torch.")
+    ]
+    assert borrowed == []
 
 
 # --- what schedulers hold ---------------------------------------------------------------------------------------------

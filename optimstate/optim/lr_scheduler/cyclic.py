@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
 from optimstate.errors import StateMismatchError
-from optimstate.optim.lr_scheduler._functions import export_function, import_function, not_saved
 from optimstate.optim.lr_scheduler.base import LRScheduler, StateDict, per_group, set_group_value, warn
 from optimstate.optim.lr_scheduler.decay import cosine_lr
+from optimstate.optim.lr_scheduler.functions import export_function, import_function, not_saved, with_strategy
 
 # What each mode of CyclicLR passes to its scale function.
 _SCALE_MODES = {"triangular": "cycle", "triangular2": "cycle", "exp_range": "iterations"}
@@ -116,7 +117,8 @@ class CyclicLR(_MomentumCycle, lr_scheduler.CyclicLR):
         self.mode = mode
         self.gamma = gamma
         self._scale_fn_custom = scale_fn
-        self.scale_mode: Any = scale_mode if scale_fn is not None else _SCALE_MODES[mode]
+        self.scale_mode: Any = scale_mode
+        self._init_scale_fn()
         self.cycle_momentum = cycle_momentum
         if cycle_momentum:
             self.base_momentums, self.max_momentums = self._start_momentum(base_momentum, max_momentum, last_epoch)
@@ -125,11 +127,30 @@ class CyclicLR(_MomentumCycle, lr_scheduler.CyclicLR):
 
     def scale_fn(self, x: float) -> float:
         """The factor of the cycle's height; `x` is the cycle (1, 2, ...) or the step, as `scale_mode` says."""
-        if self._scale_fn_custom is not None:
-            return self._scale_fn_custom(x)
-        if self.mode == "triangular":
-            return 1.0
-        return float(1 / 2.0 ** (x - 1) if self.mode == "triangular2" else self.gamma**x)
+        return float(self._scale_fn_ref(x)) if self._scale_fn_custom is None else self._scale_fn_custom(x)
+
+    def _init_scale_fn(self) -> None:
+        if self._scale_fn_custom is None:
+            self.scale_mode = _SCALE_MODES[self.mode]
+
+    @property
+    def _scale_fn_ref(self) -> Callable[[float], float]:  # type: ignore[override]
+        """The built-in scale of the mode; an attribute in torch, where no state or copy may take it along."""
+        if self.mode == "exp_range":
+            return partial(self._exp_range_scale_fn, self.gamma)
+        return self._triangular_scale_fn if self.mode == "triangular" else self._triangular2_scale_fn
+
+    @staticmethod
+    def _triangular_scale_fn(x: float) -> float:  # noqa: ARG004
+        return 1.0
+
+    @staticmethod
+    def _triangular2_scale_fn(x: float) -> float:
+        return float(1 / 2.0 ** (x - 1))
+
+    @staticmethod
+    def _exp_range_scale_fn(gamma: float, x: float) -> float:
+        return float(gamma**x)
 
     def _next_lrs(self) -> list[float | Tensor]:
         cycle = math.floor(1 + self.last_epoch / self.total_size)
@@ -255,10 +276,10 @@ class OneCycleLR(_MomentumCycle, lr_scheduler.OneCycleLR):
         phase, done = self._phase()
         lrs = []
         for group in self.optimizer.param_groups:
-            lrs.append(self._anneal(group[phase["start_lr"]], group[phase["end_lr"]], done))
+            lrs.append(self._anneal_func(group[phase["start_lr"]], group[phase["end_lr"]], done))
             if self.cycle_momentum:
                 self._set_momentum(
-                    group, self._anneal(group[phase["start_momentum"]], group[phase["end_momentum"]], done)
+                    group, self._anneal_func(group[phase["start_momentum"]], group[phase["end_momentum"]], done)
                 )
         return lrs
 
@@ -278,10 +299,26 @@ class OneCycleLR(_MomentumCycle, lr_scheduler.OneCycleLR):
             phase = self._schedule_phases[-1]
         return phase, (self.last_epoch - start) / (phase["end_step"] - start)
 
-    def _anneal(self, start: Any, end: Any, done: float) -> Any:
-        if self._anneal_func_type == "cos":
-            return end + (start - end) / 2.0 * (math.cos(math.pi * done) + 1)
-        return (end - start) * done + start
+    def _anneal_func(self, start: Any, end: Any, done: float) -> Any:
+        anneal = self._annealing_cos if self._anneal_func_type == "cos" else self._annealing_linear
+        return anneal(start, end, done)
+
+    @staticmethod
+    def _annealing_cos(start: Any, end: Any, pct: float) -> Any:
+        return end + (start - end) / 2.0 * (math.cos(math.pi * pct) + 1)
+
+    @staticmethod
+    def _annealing_linear(start: Any, end: Any, pct: float) -> Any:
+        return (end - start) * pct + start
+
+    def _check_keys(self, state: StateDict) -> None:
+        super()._check_keys(self._with_strategy(state))
+
+    def _import(self, state: StateDict) -> None:
+        super()._import(self._with_strategy(state))
+
+    def _with_strategy(self, state: StateDict) -> StateDict:
+        return with_strategy(state, "_anneal_func_type", self._annealing_cos, self._annealing_linear)
 
 
 def _cycle_length(total_steps: int | None, epochs: int | None, steps_per_epoch: int | None) -> int:

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
-from optimstate.optim.lr_scheduler._functions import by_group, export_function, import_function, not_saved
 from optimstate.optim.lr_scheduler.base import LRScheduler, StateDict, group_values, warn
+from optimstate.optim.lr_scheduler.functions import by_group, export_function, import_function, not_saved
 
 LambdaFunction = Callable[[int], float]
 

@@ -65,11 +65,13 @@ class ReduceLROnPlateau(LRScheduler, lr_scheduler.ReduceLROnPlateau):
         self.eps = eps
         self.last_epoch = 0
         self._last_lr = group_values(optimizer, "lr")
-        self._set_modes(mode, threshold, threshold_mode)
+        self._init_is_better(mode, threshold, threshold_mode)
         self._reset()
         attach(self)
 
-    def _set_modes(self, mode: Literal["min", "max"], threshold: float, threshold_mode: Literal["rel", "abs"]) -> None:
+    def _init_is_better(
+        self, mode: Literal["min", "max"], threshold: float, threshold_mode: Literal["rel", "abs"]
+    ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"mode {mode} is unknown!")
         if threshold_mode not in ("rel", "abs"):
@@ -94,6 +96,8 @@ class ReduceLROnPlateau(LRScheduler, lr_scheduler.ReduceLROnPlateau):
         margin = sign * self.threshold
         bar = best * (1.0 + margin) if self.threshold_mode == "rel" else best + margin
         return bool(metric > bar if self.mode == "max" else metric < bar)
+
+    is_better = _is_better  # its name until torch 2.8
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take note of an epoch's metric, and reduce the learning rates when it is time.
@@ -147,7 +151,7 @@ class ReduceLROnPlateau(LRScheduler, lr_scheduler.ReduceLROnPlateau):
 
     def _import(self, state: StateDict) -> None:
         super()._import(state)
-        self._set_modes(self.mode, self.threshold, self.threshold_mode)
+        self._init_is_better(self.mode, self.threshold, self.threshold_mode)
         groups = len(self.optimizer.param_groups)
         if len(self.min_lrs) != groups and self.default_min_lr is not None:
             self.min_lrs = [self.default_min_lr] * groups

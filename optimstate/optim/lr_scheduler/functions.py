@@ -53,6 +53,21 @@ def import_function(function: Function, saved: dict[str, Any] | None) -> str:
     return ""
 
 
+def with_strategy(state: dict[str, Any], key: str, *functions: Function) -> dict[str, Any]:
+    """A state in today's form: older torch keeps the annealing function itself, of which the name tells.
+
+    Args:
+        state: A scheduler's state.
+        key: Under which newer ones keep the strategy.
+        functions: Those for `cos` and `linear`.
+    """
+    names = dict(zip((function.__name__ for function in functions), ("cos", "linear"), strict=True))
+    strategy = names.get(getattr(state.get("anneal_func"), "__name__", ""))
+    if strategy is None or key in state:
+        return state
+    return {**{name: value for name, value in state.items() if name != "anneal_func"}, key: strategy}
+
+
 def by_group(remarks: list[str]) -> str:
     """Join the remarks on each group's callable, saying equal ones once: `group 0, 1: …; group 2: …`."""
     groups: dict[str, list[str]] = {}
