@@ -18,7 +18,7 @@ from optimstate.resuming import Resumed, resume
 from optimstate.resuming.certified import Given
 from optimstate.resuming.owners import owner_of
 
-__all__ = ["Resume"]
+__all__ = ["Resume", "ignore_next_load"]
 
 
 class Resume:
@@ -89,15 +89,15 @@ class Resume:
         )
         models.clear()
         for each in (*optimizers, *schedulers):
-            _ignore_next_load(each)
+            ignore_next_load(each)
 
 
 def _one_or_all(found: Sequence[Any]) -> Any:
     return None if not found else found[0] if len(found) == 1 else list(found)
 
 
-def _ignore_next_load(live: Any) -> None:
-    """What `load_state` itself loads next is in there already."""
+def ignore_next_load(live: Any) -> None:
+    """Let `load_state_dict` do nothing once: what a trainer itself loads next is in there already."""
 
     def ignore(_: Any) -> None:
         del live.load_state_dict

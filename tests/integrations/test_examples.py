@@ -14,6 +14,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "accelerate_load_state": "accelerate",
+    "deepspeed_load_checkpoint": "deepspeed",
     "lightning_ckpt_path": "pytorch_lightning",
     "stable_baselines3_resume": "stable_baselines3",
     "trainer_transformers": "transformers",
@@ -30,7 +31,7 @@ def test_an_example(name: str, tmp_path: Path) -> None:
         pytest.skip(f"{NEEDS[name]} is not installed")
     script = EXAMPLES / f"{name}.py"
     assert len(script.read_text().splitlines()) <= 60
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(EXAMPLES.parent)}
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,222 @@
+"""DeepSpeed: `engine.load_checkpoint` of a changed model, in every stage of ZeRO and on any number of ranks.
+
+```python
+Resume(engine, plan="plan.toml")
+engine.load_checkpoint("checkpoints")
+```
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from optimstate.errors import StateMismatchError
+from optimstate.formats.deepspeed import universal
+from optimstate.formats.deepspeed.zero import MASTER
+from optimstate.formats.registry import open_checkpoint
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.installed_torch import torch
+from optimstate.integrations.accelerate import ignore_next_load
+from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.language.plan import Plan
+from optimstate.plan.solve.migration import Like, Target
+from optimstate.resuming import Resumed, resume
+from optimstate.tensors.compute import filled, to_torch
+from optimstate.tensors.lazy import LazyTensor
+
+__all__ = ["Resume"]
+
+_fragments: Any = import_module("deepspeed.utils")
+
+
+class Resume:
+    """Loads in place of `engine.load_checkpoint`, which goes on with everything else: counters, client state, schedule.
+
+    With ZeRO the checkpoint is migrated to a universal one, which DeepSpeed then loads on its own: nothing but what is
+    written is ever whole in memory. DeepSpeed keeps one step for the parameters of a param group, so new ones have
+    moments of zero and the step of the others. Without ZeRO it is `optimstate.resume`, for a model whose optimizer is
+    not wrapped (fp32).
+
+    Args:
+        engine: On which it takes the place of `load_checkpoint`.
+        plan: What has changed, as a plan or the path of a plan file.
+        schedule: Without ZeRO, `live` lets the schedule keep its arguments and take the position alone.
+        folder: Where the migrated checkpoint is written, on a disk that all ranks see; beside the other by default. It
+            is removed after loading.
+
+    Attributes:
+        notes: What deserves attention in the last migration.
+        resumed: What the last resumption without ZeRO did.
+    """
+
+    notes: tuple[str, ...] = ()
+    resumed: Resumed | None = None
+
+    def __init__(
+        self,
+        engine: Any,
+        plan: Plan | str | PathLike[str] | None = None,
+        *,
+        schedule: Literal["checkpoint", "live"] | None = None,
+        folder: str | PathLike[str] | None = None,
+    ) -> None:
+        self._engine, self._plan, self._schedule, self._folder = engine, Plan.of(plan), schedule, folder
+        self._load = engine.load_checkpoint
+        engine.load_checkpoint = self
+
+    def remove(self) -> None:
+        """Let the engine load by itself again."""
+        self._engine.load_checkpoint = self._load
+
+    def __call__(self, load_dir: str, tag: str | None = None, **options: Any) -> tuple[Any, Any]:
+        """What `load_checkpoint` returns.
+
+        Raises:
+            StateMismatchError: There is no checkpoint, or the optimizer is wrapped though there is no ZeRO.
+            MigrationError: The plan does not fit; nothing is changed.
+        """
+        latest = Path(load_dir, "latest")
+        if tag is None and latest.is_file():
+            tag = latest.read_text(encoding="utf-8").strip()
+        if tag is None or not Path(load_dir, tag).is_dir():
+            raise StateMismatchError(f"there is no checkpoint {tag or 'latest'} in {load_dir}")
+        if not self._engine.zero_optimization():
+            return self._without_zero(load_dir, tag, options)
+        beside = Path(self._folder or load_dir)
+        place = Path(_from_first(lambda: tempfile.mkdtemp(prefix=f".{tag}-", dir=beside)))
+        config = self._engine._config
+        before = config.load_universal_checkpoint
+        try:
+            buffers = self._migrate(Path(load_dir, tag), place / "migrated")
+            config.load_universal_checkpoint = True
+            found: tuple[Any, Any] = self._load(str(place), tag="migrated", **options)
+            for name, live in self._engine.module.named_buffers():
+                if isinstance(value := buffers.get(name), LazyTensor):
+                    live.copy_(to_torch(value))
+            return str(Path(load_dir, tag)), found[1]
+        finally:
+            config.load_universal_checkpoint = before
+            _from_first(lambda: _removed(place))
+
+    def _without_zero(self, load_dir: str, tag: str, options: dict[str, Any]) -> tuple[Any, Any]:
+        engine = self._engine
+        if not isinstance(engine.optimizer, torch.optim.Optimizer):
+            raise StateMismatchError(
+                f"DeepSpeed without ZeRO wraps the optimizer in a {type(engine.optimizer).__name__}",
+                hint='Set "zero_optimization": {"stage": 1} in the configuration, with which every precision resumes.',
+            )
+        saved: Any = next(iter(open_checkpoint(Path(load_dir, tag)).tree.values()))
+        has_schedule = engine.lr_scheduler is not None and bool(saved.get("lr_scheduler"))
+        self.resumed = resume(
+            Path(load_dir, tag),
+            model=engine.module,
+            optimizer=engine.optimizer,
+            scheduler=engine.lr_scheduler if has_schedule else None,
+            plan=self._plan,
+            schedule=self._schedule,
+        )
+        ignore_next_load(engine.optimizer)
+        if has_schedule:
+            ignore_next_load(engine.lr_scheduler)
+        engine.load_module_state_dict = lambda *_, **__: delattr(engine, "load_module_state_dict")
+        found: tuple[Any, Any] = self._load(load_dir, tag=tag, **options)
+        return found
+
+    def _migrate(self, source: Path, destination: Path) -> dict[str, Any]:
+        """Write what the live engine can load; the first rank writes, and all give it the values of what is new.
+
+        Returns:
+            The buffers, which DeepSpeed does not load.
+        """
+        groups = self._engine._get_zero_param_shapes()
+        shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
+        tree = open_checkpoint(source).tree
+        target = Target(tuple(map(tuple, groups)), _options(tree, len(groups)), shapes)
+        made, _, notes = apply_plan(self._plan, tree, like=Like(tuple(shapes), {"optimizer": target}))
+        values = {name: self._master(name) for name in shapes if name not in made["model"]}
+        zero = {
+            **made["optimizer"]["zero"],
+            "zero_stage": self._engine.zero_optimization_stage(),
+            "partition_count": self._engine.dp_world_size,
+        }
+
+        def write() -> str:
+            whole = _with_new(made, shapes, values, destination.parent)
+            whole["optimizer"] = {**whole["optimizer"], "zero": zero}
+            notes.extend(universal.write(whole, destination))
+            return ""
+
+        _from_first(write)
+        self.notes = tuple(notes)
+        return {name: value for name, value in made["model"].items() if name not in shapes}
+
+    def _master(self, name: str) -> Any:
+        """The live fp32 value of a parameter, put together from all ranks."""
+        parameter = next(p for p, its in self._engine.param_names.items() if its == name)
+        return _fragments.safe_get_full_fp32_param(parameter).detach().cpu().contiguous()
+
+
+def _options(tree: Any, count: int) -> tuple[Mapping[str, Any], ...]:
+    """The options of the param groups of a checkpoint, where the live optimizer has as many."""
+    groups = tree["optimizer"]["param_groups"]
+    kept = tuple({key: value for key, value in group.items() if key != "params"} for group in groups)
+    return kept if len(kept) == count else ()
+
+
+def _with_new(made: Any, names: Iterable[str], values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A migrated tree with the live values of new parameters, and moments of zero at the step of their group."""
+    optimizer = made["optimizer"]
+    weights, state = dict(made["model"]), dict(optimizer["state"])
+    if values:
+        torch.save(dict(values), folder / "new.pt")
+        weights |= torch_zip.read(folder / "new.pt").tree
+    group_of = {name: group["params"] for group in optimizer["param_groups"] for name in group["params"]}
+    for name in names:
+        beside = next((state[other] for other in group_of[name] if state.get(other)), None)
+        beside = beside or next((slots for slots in state.values() if slots), {})
+        if not state.get(name):
+            state[name] = {slot: _zero(value, weights[name]) for slot, value in beside.items() if slot != MASTER}
+            state[name][MASTER] = weights[name]
+    order = [*names, *(name for name in weights if name not in group_of)]
+    return {**made, "model": {name: weights[name] for name in order}, "optimizer": {**optimizer, "state": state}}
+
+
+def _zero(value: Any, weight: LazyTensor) -> Any:
+    moment = isinstance(value, LazyTensor) and value.shape
+    return filled(weight, weight.shape, 0.0) if moment else value
+
+
+def _removed(folder: Path) -> str:
+    shutil.rmtree(folder, ignore_errors=True)
+    return str(folder)
+
+
+def _from_first(make: Callable[[], str]) -> str:
+    """What the first rank makes, in all of them; a failure is raised in all.
+
+    Raises:
+        StateMismatchError: The first rank failed.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    said: list[Any] = [None, None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            said[0] = make()
+        except Exception as error:  # noqa: BLE001  # the others wait to be told
+            failure, said[1] = error, str(error)
+    dist.broadcast_object_list(said)
+    if failure is not None:
+        raise failure
+    if said[1] is not None:
+        raise StateMismatchError(f"rank 0 could not migrate the checkpoint: {said[1]}")
+    return str(said[0])
