@@ -107,7 +107,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
     "formats": (
         {"protocol"},
         {"registry"},  # knows the containers by name and loads one when it is asked for
-        {"pickles", "pruning"},
+        {"pickles", "pruning", "byte_sources"},
         {"torch"},
         {"ranks"},
         {"safetensors"},
@@ -117,7 +117,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"numpy_files"},
         {"folder"},
         {"torch_checkpointing"},
-        {"byte_sources", "byte_kinds", "unpickled"},
+        {"byte_kinds", "unpickled"},
     ),
     "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),
     "tree": ({"objects"}, {"walking"}, {"copies", "comparison"}),

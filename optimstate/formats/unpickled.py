@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
-from optimstate.formats.byte_kinds import MAX_TEXT, archive_length, is_safetensors, is_tar, is_text, read_in_two_ways
+from optimstate.formats.byte_kinds import MAX_TEXT, is_safetensors, is_tar, is_text
 from optimstate.formats.byte_sources import Memory, Part, Source, SourceFile, unpacker
 from optimstate.formats.pickles.mentions import Mention, Mentions, mentions
 from optimstate.formats.torch.legacy import MAGIC_BYTES, read_stream, read_tar
 from optimstate.formats.torch.zip_directory import Archive
-from optimstate.formats.torch.zip_end import LOCAL
+from optimstate.formats.torch.zip_end import LOCAL, archive_length, read_in_two_ways
 from optimstate.io.extents import FileSlice, FileSource
 from optimstate.record import Record
 
@@ -86,7 +86,7 @@ class _Search:
             return
         try:
             head = source.read(0, min(source.size, 512))
-            if suffix == ".distcp" and head[:4] == b"PK\x03\x04":
+            if suffix in (".distcp", ".safetensors") and head[:4] == b"PK\x03\x04":
                 yield from self._items(source, record, depth)
             elif head[:2] == b"PK" and head[2:4] in (b"\x03\x04", b"\x05\x06", b"\x01\x02", b"\x06\x06", b"\x07\x08"):
                 yield from self._zip(source, record, depth)

@@ -8,7 +8,7 @@ everything else works with, and put together again.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from optimstate.record import Record
@@ -27,7 +27,9 @@ class FlatState(Record):
     Attributes:
         host: The mapping as it is in the file.
         prefix: What stands before `state.`: nothing, `optim.` or `optimizer.`.
-        rest: Its other entries, in order; of the mapping's type.
+        rest: Its other entries, in order, without `within`; of the mapping's type.
+        within: What stands before the names of the model beside it: nothing, or `model.`.
+        by_group: Whether options are spelled `param_groups.<number>.<option>`, once for each group.
         optimizer: The state in nested form, keyed by names.
     """
 
@@ -35,6 +37,8 @@ class FlatState(Record):
     prefix: str
     rest: Mapping[str, Any]
     optimizer: Mapping[str, Any]
+    within: str = ""
+    by_group: bool = False
 
     def joined(self, rest: Mapping[str, Any], optimizer: Mapping[str, Any]) -> Mapping[str, Any]:
         """The mapping again, of other entries; each in the place of one of its kind, as far as there are places.
@@ -43,12 +47,16 @@ class FlatState(Record):
             rest: In the place of `rest`; may be empty.
             optimizer: In the place of `optimizer`; may be empty.
         """
-        state = OptimizerState.from_node(optimizer).to_flat() if optimizer else {}
+        state: Mapping[str, Any] = {}
+        if optimizer:
+            state = _of_groups(optimizer) if self.by_group else OptimizerState.from_node(optimizer).to_flat()
         flat = iter([(self.prefix + key, value) for key, value in state.items()])
-        others = iter(rest.items())
+        outside = {key for key in self.host if not key.startswith(self.within)}
+        others = iter([(key if key in outside else self.within + key, value) for key, value in rest.items()])
         made: dict[str, Any] = {}
         for key in self.host:
-            made.update([entry] if (entry := next(others if key in self.rest else flat, None)) is not None else [])
+            place = others if key.removeprefix(self.within) in self.rest else flat
+            made.update([entry] if (entry := next(place, None)) is not None else [])
         made.update(others)
         made.update(flat)
         return rebuilt_mapping(self.host, made)
@@ -71,8 +79,24 @@ def find_flat_state(fields: Mapping[str, Any]) -> FlatState | None:
     known = names <= rest.keys() or any(match[2] == "param_groups" for match in matches.values())
     if not names or not (known or slots <= _SLOTS):
         return None
-    state = OptimizerState.from_flat({key.removeprefix(prefix): fields[key] for key in matches})
-    return FlatState(fields, prefix, rebuilt_mapping(fields, rest), state.to_node())
+    groups = _groups(fields, matches)
+    if groups is not None:
+        optimizer = _by_group(fields, matches, groups)
+    else:
+        optimizer = OptimizerState.from_flat({key.removeprefix(prefix): fields[key] for key in matches}).to_node()
+    listed = {str(name) for group in groups or () for name in group["params"]}
+    within = _within(rest, listed or names) if prefix else ""
+    rest = {key.removeprefix(within): value for key, value in rest.items()}
+    return FlatState(fields, prefix, rebuilt_mapping(fields, rest), optimizer, within, groups is not None)
+
+
+def _within(rest: Mapping[str, Any], names: Set[str]) -> str:
+    """What stands before the names of the model, where an optimizer's names are those of the model without it."""
+    first = next((key.partition(".")[0] + "." for key in rest if "." in key), "")
+    inner = [key.removeprefix(first) for key in rest]
+    numbers = all(name.isdecimal() for name in names)  # of parameters without names
+    fits = numbers or set(names) <= {key.removeprefix(first) for key in rest if key.startswith(first)}
+    return first if first and fits and not names <= rest.keys() and len(set(inner)) == len(inner) else ""
 
 
 def _keys(fields: Mapping[str, Any]) -> Iterator[re.Match[str]]:
@@ -80,3 +104,33 @@ def _keys(fields: Mapping[str, Any]) -> Iterator[re.Match[str]]:
 
 
 _SLOTS = frozenset(slot for algorithm in ALGORITHMS for slot in algorithm.slots)
+
+
+def _groups(fields: Mapping[str, Any], matches: Mapping[str, re.Match[str]]) -> list[dict[str, Any]] | None:
+    """The param groups, where options are spelled by the number of the group and the group lists its parameters."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, match in matches.items():
+        if match[2] == "param_groups":
+            found.setdefault(match[3], {})[match[4]] = fields[key]
+    groups = [found[number] for number in map(str, range(len(found))) if number in found]
+    listed = all(isinstance(group.get("params"), list) for group in groups)
+    return groups if groups and len(groups) == len(found) and listed else None
+
+
+def _by_group(
+    fields: Mapping[str, Any], matches: Mapping[str, re.Match[str]], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    numbered = any(type(key) is int for group in groups for key in group["params"])
+    state: dict[Any, dict[str, Any]] = {}
+    for key, match in matches.items():
+        if match[2] == "state":
+            name = int(match[3]) if numbered and match[3].isdecimal() else match[3]
+            state.setdefault(name, {})[match[4]] = fields[key]
+    return {"state": state, "param_groups": groups}
+
+
+def _of_groups(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    made = {f"state.{name}.{slot}": v for name, slots in optimizer["state"].items() for slot, v in slots.items()}
+    for number, group in enumerate(optimizer["param_groups"]):
+        made.update({f"param_groups.{number}.{option}": value for option, value in group.items()})
+    return made

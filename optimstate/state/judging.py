@@ -24,6 +24,7 @@ from optimstate.tree import Opaque, Path, nodes
 __all__ = ["Candidate", "Verdict", "could_be_model", "judge"]
 
 _FLOATING = ("float", "bfloat", "complex", "double", "half")
+_OPTION = re.compile(r"(?:^|\.)param_groups\.")
 _SAMPLE = 512  # names that are looked at; the evidence of the first ones is that of all
 
 # Where programs keep what is not a model, whatever it looks like.
@@ -80,6 +81,8 @@ def could_be_model(fields: Mapping[Any, Any]) -> bool:
         if type(value) is LazyTensor or is_tensor(value):
             count += 1
             floating = floating or not isinstance(value, LazyTensor) or value.dtype.startswith(_FLOATING)
+        elif _OPTION.search(name):
+            continue  # of flattened param groups, see `flattened`
         elif not (value is None or name.rpartition(".")[2].startswith("_extra_state")):
             if not _is_carried(name, value):
                 return False

@@ -19,6 +19,7 @@ from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.pruning import LostStorage, without_lost
 from optimstate.formats.safetensors.checkpoint import Layout, decode_checkpoint
 from optimstate.formats.safetensors.file import MAX_HEADER, Entry, read_file, write_file
+from optimstate.formats.safetensors.hf_values import begins_with_archive, named_values, read_values
 from optimstate.io.directory import AtomicDirectory
 from optimstate.io.extents import FileSource
 from optimstate.io.output import AtomicFile, AtomicGroup
@@ -37,6 +38,8 @@ def sniff(path: Path, head: bytes) -> Claim:
     """Whether a file begins with a safetensors header, or is the index of a sharded one."""
     if path.name.endswith(_INDEX_SUFFIX):
         return Claim.CERTAIN
+    if path.suffix in SUFFIXES and head.startswith(b"PK\x03\x04"):
+        return Claim.CERTAIN  # values before the header, see `hf_values`
     if len(head) < 9:
         return Claim.LIKELY if path.suffix in SUFFIXES and path.is_file() else Claim.NO
     (length,) = struct.unpack_from("<Q", head)
@@ -52,7 +55,28 @@ def read(path: Path) -> Document:
     """
     if path.name.endswith(_INDEX_SUFFIX):
         return _read_sharded(path, salvage=False)
-    return _document(path, *read_file(path))
+    found, metadata, values = _read_any(path, salvage=False)
+    if values is None:
+        return _document(path, found, metadata)
+    more, notes = named_values(path, values[0], None)
+    document = _document(path, {**found, **more}, metadata)
+    document.notes += notes
+    document.globals = values[1]
+    return document
+
+
+Values = tuple[list[Any], list[tuple[str, str]]]
+
+
+def _read_any(path: Path, *, salvage: bool) -> tuple[dict[str, Any], dict[str, str], Values | None]:
+    """The tensors of a file, its metadata, and the values in front of them where there are some."""
+    source = FileSource(path)
+    if not begins_with_archive(source):
+        return *read_file(path, salvage=salvage), None
+    values, names, start = read_values(source)
+    if start == source.size:
+        return {}, {}, (values, names)
+    return *read_file(path, start=start, salvage=salvage), (values, names)
 
 
 def salvage(path: Path) -> Document:
@@ -67,7 +91,7 @@ def salvage(path: Path) -> Document:
     return document
 
 
-def _document(path: Path, found: dict[str, LazyTensor], metadata: dict[str, str]) -> Document:
+def _document(path: Path, found: dict[str, Any], metadata: dict[str, str]) -> Document:
     rest = {key: value for key, value in metadata.items() if key != "optimstate"}
     if "optimstate" not in metadata:
         return Document(path, NAME, found, handle=rest)
@@ -102,27 +126,35 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 def _read_sharded(path: Path, *, salvage: bool) -> Document:
     weight_map, metadata = read_index(path)
-    tree: dict[str, LazyTensor] = {}
-    shards: dict[str, tuple[dict[str, LazyTensor], dict[str, str]]] = {}
+    tree: dict[str, Any] = {}
+    shards: dict[str, dict[str, Any]] = {}
+    mentioned: dict[tuple[str, str], None] = {}
     for file in dict.fromkeys(weight_map.values()):
         try:
-            shards[file] = read_file(path.parent / file, salvage=salvage)
+            found, _, values = _read_any(path.parent / file, salvage=salvage)
+            if values is not None:
+                rest = [name for name, where in weight_map.items() if where == file and name not in found]
+                found.update(named_values(path.parent / file, values[0], rest)[0])
+                mentioned.update(dict.fromkeys(values[1]))
+            shards[file] = found
         except CheckpointError:
             if not salvage:
                 raise
             lost = (name for name, where in weight_map.items() if where == file)
-            shards[file] = {name: LazyTensor(LostStorage((), 0), "uint8", (0,)) for name in lost}, {}
-    for file, (found, _) in shards.items():
+            shards[file] = {name: LazyTensor(LostStorage((), 0), "uint8", (0,)) for name in lost}
+    for file, found in shards.items():
         for name in found:
             if weight_map.get(name) != file:
                 raise CorruptCheckpointError(
                     f"{file} holds {describe(name)}, which the index does not place there", path=path
                 )
     for name, file in weight_map.items():
-        if name not in shards[file][0]:
+        if name not in shards[file]:
             raise CorruptCheckpointError(f"{describe(name)} is not in {file}, where the index places it", path=path)
-        tree[name] = shards[file][0][name]
-    return _document(path, tree, metadata)
+        tree[name] = shards[file][name]
+    document = _document(path, tree, metadata)
+    document.globals = list(mentioned)
+    return document
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

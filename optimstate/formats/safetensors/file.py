@@ -35,18 +35,19 @@ BY_CODE = {row.safetensors: row for row in DTYPES.values() if row.safetensors}
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path, *, salvage: bool = False) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def read_file(path: Path, *, start: int = 0, salvage: bool = False) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors in the order of the header, and the metadata.
 
     Args:
         path: The file.
+        start: Where in it the header begins.
         salvage: Take a file that ends too early; what is not whole is over a `LostStorage`.
 
     Raises:
         CheckpointError: It is damaged.
     """
     source = FileSource(path)
-    header, base = _read_header(source)
+    header, base = _read_header(source, start)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptCheckpointError("__metadata__ is not a mapping of strings", path=path, place="header")
@@ -71,13 +72,13 @@ def read_file(path: Path, *, salvage: bool = False) -> tuple[dict[str, LazyTenso
     return found, metadata
 
 
-def _read_header(source: FileSource) -> tuple[dict[str, Any], int]:
+def _read_header(source: FileSource, start: int = 0) -> tuple[dict[str, Any], int]:
     """The header of a file and where its data begins."""
-    (length,) = struct.unpack("<Q", source.read(0, 8))
+    (length,) = struct.unpack("<Q", source.read(start, 8))
     if length > MAX_HEADER:
         raise LimitExceededError(f"a header of {length} bytes, over the limit of {MAX_HEADER}", path=source.path)
     try:
-        header = json.loads(source.read(8, length), object_pairs_hook=_no_duplicates)
+        header = json.loads(source.read(start + 8, length), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         if isinstance(error, CorruptCheckpointError):
             raise
@@ -86,7 +87,7 @@ def _read_header(source: FileSource) -> tuple[dict[str, Any], int]:
         ) from None
     if not isinstance(header, dict):
         raise CorruptCheckpointError("the header is not a JSON object", path=source.path, place="header")
-    return header, 8 + length
+    return header, start + 8 + length
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ _FIRST_RECORDS = (b"data.pkl", b"version", b"constants.pkl", b".format_version",
 
 def sniff(path: Path, head: bytes) -> Claim:
     """Likely where a file begins like a zip archive whose first record is in a folder; certain of torch's records."""
-    if head[:4] != b"PK\x03\x04" or path.suffix == ".distcp":
+    if head[:4] != b"PK\x03\x04" or path.suffix in (".distcp", ".safetensors"):  # other things follow
         return Claim.LIKELY if head[:4] == b"PK\x05\x06" else Claim.NO
     first = LOCAL.size
     name = head[first : first + int.from_bytes(head[first - 4 : first - 2], "little")]

@@ -5,9 +5,20 @@ from __future__ import annotations
 import struct
 
 from optimstate.errors import CorruptCheckpointError
+from optimstate.formats.byte_sources import Part, Source
 from optimstate.io.extents import FileSlice, FileSource
 
-__all__ = ["CENTRAL", "END", "END64", "LOCAL", "LOCATOR64", "MAX32", "find_directory"]
+__all__ = [
+    "CENTRAL",
+    "END",
+    "END64",
+    "LOCAL",
+    "LOCATOR64",
+    "MAX32",
+    "archive_length",
+    "find_directory",
+    "read_in_two_ways",
+]
 
 # Structures of the zip format (PKWARE's APPNOTE.TXT, section 4.3), with their signatures.
 LOCAL = struct.Struct("<4s5H3L2H")
@@ -68,3 +79,58 @@ def _restore_hint(source: FileSource | FileSlice) -> str:
         if low == 0:
             break
     return "The file is truncated or no checkpoint of torch.save; copy it again from its source."
+
+
+def read_in_two_ways(source: Source) -> str | None:
+    """What makes programs disagree about the directory of an archive, or None where they agree.
+
+    Some take the last end record, others the first; some obey its offset, others look directly in front of it.
+    """
+    tail_size = min(source.size, END.size + 0xFFFF + LOCATOR64.size + END64.size)
+    tail = source.read(source.size - tail_size, tail_size)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or at + END.size > len(tail):
+        return "the directory at the end is missing"
+    _, disk, _, _, count, size, offset, comment = END.unpack_from(tail, at)
+    if at + END.size + comment != len(tail) or disk not in (0, 0xFFFF):
+        return "bytes follow the end record"
+    end = source.size - tail_size + at
+    large = tail[at - LOCATOR64.size : at - LOCATOR64.size + 4] == b"PK\x06\x07" if at >= LOCATOR64.size else False
+    if large:
+        _, _, where, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
+        end -= LOCATOR64.size + END64.size
+        if where != end:
+            return "the zip64 end record does not stand where it belongs"
+        end64 = source.read(end, END64.size)
+        if len(end64) < END64.size or end64[:4] != b"PK\x06\x06":
+            return "the zip64 end record is damaged"
+        *_, count64, size64, offset64 = END64.unpack(end64)
+        short = ((count, count64, 0xFFFF), (size, size64, 0xFFFFFFFF), (offset, offset64, 0xFFFFFFFF))
+        if any(small not in (full, most) for small, full, most in short):
+            return "the two end records contradict each other"
+        count, size, offset = count64, size64, offset64
+    if offset + size != end:
+        return "the directory does not stand in front of its end record"
+    if count and source.read(0, 4) != b"PK\x03\x04":
+        return "it does not begin with a member"
+    return None if count * CENTRAL.size <= size else "the directory cannot hold its entries"
+
+
+def archive_length(source: Source, start: int) -> int:
+    """How long the archive is that begins at `start`, before others; 0 where there is none."""
+    block = 1 << 16
+    at = start
+    while at < source.size:
+        data = source.read(at, min(block + END.size + 0x10000, source.size - at))
+        found = data.find(b"PK\x05\x06")
+        while 0 <= found < block:
+            end = at + found
+            if found + END.size <= len(data):
+                comment = int(END.unpack_from(data, found)[7])
+                length = end + END.size + comment - start
+                if start + length <= source.size and read_in_two_ways(Part(source, start, length)) is None:
+                    return length
+            found = data.find(b"PK\x05\x06", found + 1)
+        at += block
+        block = min(2 * block, 1 << 22)
+    return 0

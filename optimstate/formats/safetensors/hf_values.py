@@ -1,0 +1,70 @@
+"""Files of torch's `HuggingFaceStorageWriter` with more than tensors in them: options of an optimizer, counters.
+
+That writer puts every value that is not a tensor in front of the safetensors header, as an archive of `torch.save` of
+its own, and so do its superclasses with `SerializationFormat.SAFETENSORS`. No other reader, torch's neither, reads such
+a file. The names of the values are in the index alone, in the order of the archives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import CorruptCheckpointError
+from optimstate.formats.torch.zip import read_archive
+from optimstate.formats.torch.zip_end import archive_length
+from optimstate.io.extents import FileSlice, FileSource
+
+__all__ = ["begins_with_archive", "named_values", "read_values"]
+
+_MAX_VALUES = 1_000_000
+
+
+def begins_with_archive(source: FileSource) -> bool:
+    """Whether a file has values in front of its header."""
+    return source.size >= 4 and source.read(0, 4) == b"PK\x03\x04"
+
+
+def read_values(source: FileSource) -> tuple[list[Any], list[tuple[str, str]], int]:
+    """The values in front of a header, the globals that their pickles mention, and where the header begins.
+
+    Raises:
+        CheckpointError: One is damaged.
+    """
+    values: list[Any] = []
+    names: dict[tuple[str, str], None] = {}
+    start = 0
+    while source.size - start >= 4 and source.read(start, 4) == b"PK\x03\x04":
+        length = archive_length(source, start)
+        if not length or len(values) > _MAX_VALUES:
+            raise CorruptCheckpointError("an archive that does not end", path=source.path, place=f"offset {start}")
+        tree, mentioned, _ = read_archive(FileSlice(source, start, length))
+        values.append(tree)
+        names.update(dict.fromkeys(mentioned))
+        start += length
+    return values, list(names), start
+
+
+def named_values(path: Path, values: Sequence[Any], names: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
+    """The values by name, and what is to be noted.
+
+    Args:
+        path: The file.
+        values: In the order of the file.
+        names: Those that the index has for them; None where there is no index.
+
+    Raises:
+        CorruptCheckpointError: There are more or fewer of them than names.
+    """
+    if names is None:
+        note = (
+            f"{path.name}: {len(values)} values that are not tensors (options of an optimizer, counters) have no names "
+            "without the index of the folder, and are left out"
+        )
+        return {}, [note] if values else []
+    if len(names) != len(values):
+        raise CorruptCheckpointError(
+            f"the index has {len(names)} names for {len(values)} values that are not tensors", path=path
+        )
+    return dict(zip(names, values, strict=True)), []
