@@ -65,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
         "plan",
     }
     | {"formats", "hooks"},
-    "integrations": {"errors", "installed_torch", "state", "plan", "hooks", "resuming"},
+    "integrations": {"errors", "installed_torch", "tensors", "state", "formats", "plan", "hooks", "resuming"},
     "derivation": {"errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},
     "certificates": {"__init__", "errors", "installed_torch", "problems", "tensors", "tree", "state"},
     "reporting": {"tree"},

@@ -21,7 +21,6 @@ from optimstate.formats.deepspeed import universal
 from optimstate.formats.deepspeed.zero import MASTER
 from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.installed_torch import torch
 from optimstate.integrations.accelerate import ignore_next_load
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
@@ -105,6 +104,8 @@ class Resume:
             _from_first(lambda: _removed(place))
 
     def _without_zero(self, load_dir: str, tag: str, options: dict[str, Any]) -> tuple[Any, Any]:
+        from optimstate.installed_torch import torch
+
         engine = self._engine
         if not isinstance(engine.optimizer, torch.optim.Optimizer):
             raise StateMismatchError(
@@ -171,6 +172,8 @@ def _options(tree: Any, count: int) -> tuple[Mapping[str, Any], ...]:
 
 def _with_new(made: Any, names: Iterable[str], values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A migrated tree with the live values of new parameters, and moments of zero at the step of their group."""
+    from optimstate.installed_torch import torch
+
     optimizer = made["optimizer"]
     weights, state = dict(made["model"]), dict(optimizer["state"])
     if values:
