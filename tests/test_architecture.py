@@ -312,6 +312,7 @@ def test_values_of_files_become_text_in_one_way(name: str) -> None:
 # A NamedTuple is for what is made by the hundred thousand: one for every tensor, stored record or piece of one.
 ONE_FOR_EVERY_TENSOR = {
     "optimstate.derivation.layout": {"_Digit", "_Part"},
+    "optimstate.formats.dcp.columns": {"Chunk", "Form", "Item"},
     "optimstate.formats.deepspeed.zero": {"_Slice"},
     "optimstate.formats.pickles.mentions": {"Mention"},
     "optimstate.formats.ranks.shards": {"ShardRecord"},

@@ -109,8 +109,8 @@ def test_megatrons_names_are_written_again(tmp_path: Path) -> None:
     document = open_checkpoint(corpus.case("megatron/distopt-fully_reshardable").entry)
     dcp.write(document.tree, tmp_path / "a", like=document)
     again = open_checkpoint(tmp_path / "a")
-    assert set(again.handle.order) == set(document.handle.order)
-    assert not again.handle.paths
+    assert set(again.handle.metadata.order) == set(document.handle.metadata.order)
+    assert not again.handle.metadata.paths
     assert difference(document.tree, again.tree, aliases=False) is None
     document.tree["optimizer"]["param_groups"][0]["lr"] = 7.0
     with pytest.raises(RepresentationError, match=r"common\.pt"):
@@ -127,7 +127,7 @@ def test_flat_buckets_of_megatron_do_not_hide_the_model(tmp_path: Path) -> None:
     assert [(s.kind, list(s.tensors())) for s in find_sections(document.tree)] == [("model", ["decoder.weight"])]
     assert any("carried along" in note for note in document.notes)
     dcp.write(document.tree, tmp_path / "b", like=document)
-    assert set(open_checkpoint(tmp_path / "b").handle.order) == set(live)
+    assert set(open_checkpoint(tmp_path / "b").handle.metadata.order) == set(live)
 
 
 @pytest.mark.slow

@@ -12,16 +12,11 @@ same (see `_dcp_tree`). Other checkpoint files of the folder (`common.pt`, `meta
 
 from __future__ import annotations
 
-import json
 import re
-import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optimstate.describe import describe
 from optimstate.errors import (
-    CheckpointError,
     CorruptCheckpointError,
     LimitExceededError,
     RepresentationError,
@@ -29,15 +24,16 @@ from optimstate.errors import (
 )
 from optimstate.formats.dcp import megatron
 from optimstate.formats.dcp import tree as tree_of_metadata
-from optimstate.formats.dcp.metadata import Item, Metadata, TensorItem, dump_metadata, load_metadata, merged
+from optimstate.formats.dcp.columns import Chunk, Form, Item, Metadata
+from optimstate.formats.dcp.dump import dump_metadata
+from optimstate.formats.dcp.metadata import load_metadata, merged
+from optimstate.formats.dcp.pieces import Pieces
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.protocol import Claim, Document, WriteOptions
-from optimstate.formats.ranks.tiles import Tile, check_tiling, tensor_of_pieces
 from optimstate.formats.registry import detect, get_format
-from optimstate.formats.safetensors.file import MAX_HEADER
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.directory import AtomicDirectory
-from optimstate.io.extents import FileSlice, FileSource
+from optimstate.io.extents import FileSource
 from optimstate.io.folders import listed
 from optimstate.io.output import AtomicFile
 from optimstate.tensors.dtypes import DTYPES
@@ -48,7 +44,6 @@ SUFFIXES = (".dcp",)
 
 _DATA_FILE = "__0_0.distcp"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
-_SMALL_ITEM = 1 << 13  # up to this size an item's bytes are compared with those of items already read
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -72,12 +67,9 @@ def read(path: Path) -> Document:
     notes: list[str] = []
     if len(loaded) > 1:
         metadata, notes = merged([each for each, _ in loaded], path)
-    items = _Items(path)
-    values: dict[str, Any] = {}
-    for name in metadata.order:
-        tensor = metadata.tensors.get(name)
-        values[name] = items.object(metadata.objects[name]) if tensor is None else items.tensor(name, tensor)
-    document = Document(path, NAME, {}, handle=metadata)
+    items = Pieces(path, metadata)
+    values = items.values()
+    document = Document(path, NAME, {}, handle=items)
     parts = _other_files(document)
     beside = {name: part.tree for name, part in parts.items()}
     document.tree, more = tree_of_metadata.nested(values, metadata.paths, beside)
@@ -127,110 +119,6 @@ def _other_files(document: Document) -> dict[str, Document]:
     return document.parts
 
 
-class _Items:
-    """Reads items of the folder's files, each file opened once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.globals: list[tuple[str, str]] = []
-        self._files: dict[str, FileSource] = {}
-        self._scalars: dict[bytes, Any] = {}
-        self._blobs: dict[tuple[str, int], Mapping[str, Any]] = {}
-
-    def slice(self, item: Item) -> FileSlice:
-        if item.file not in self._files:
-            self._files[item.file] = FileSource(self.folder / item.file)
-        return FileSlice(self._files[item.file], item.offset, item.length)
-
-    def object(self, item: Item) -> Any:
-        """What was saved with `torch.save` as one item. The many equal numbers of a folder are unpickled once."""
-        part = self.slice(item)
-        data = part.read(0, item.length) if item.length <= _SMALL_ITEM else b""
-        if data and data in self._scalars:
-            return self._scalars[data]
-        tree, names, _ = torch_zip.read_archive(part)
-        self.globals = list(dict.fromkeys([*self.globals, *names]))
-        if data and (tree is None or isinstance(tree, bool | int | float | str)):
-            self._scalars[data] = tree
-        return tree
-
-    def tensor(self, name: str, about: TensorItem) -> LazyTensor:
-        """A tensor whose pieces are located when its elements are asked for."""
-        try:
-            check_tiling(about.shape, [(offsets, sizes) for offsets, sizes, _ in about.chunks])
-        except CheckpointError as error:
-            raise error.within(path=self.folder, part=f"tensor {describe(name)}") from error
-        for _, _, item in about.chunks:
-            self.slice(item)  # a missing or short file is an error of opening
-        made = tensor_of_pieces(
-            about.dtype,
-            about.shape,
-            lambda: [Tile(at, n, self._piece(name, about.dtype, n, item)) for at, n, item in about.chunks],
-        )
-        made.requires_grad = about.requires_grad
-        return made
-
-    def _piece(self, name: str, dtype: str, sizes: tuple[int, ...], item: Item) -> Storage:
-        part = self.slice(item)
-        if part.read(0, min(4, part.size)) != b"PK\x03\x04":
-            return self._piece_of_blob(name, dtype, sizes, item)
-        piece, _, _ = torch_zip.read_archive(part)
-        if not isinstance(piece, LazyTensor) or piece.dtype != dtype or piece.shape != sizes:
-            raise CorruptCheckpointError(
-                f"a piece of tensor {describe(name)} should be {dtype}{list(sizes)}, the file has {describe(piece)}"[
-                    :300
-                ],
-                path=part.path,
-                place=f"offset {item.offset}",
-            )
-        return Storage(piece.extents(), piece.nbytes)
-
-    def _piece_of_blob(self, name: str, dtype: str, sizes: tuple[int, ...], item: Item) -> Storage:
-        """Torch notes where the safetensors blob of a file begins, not where in it the tensor is."""
-        file = self._files[item.file]
-        key = (item.file, item.offset)
-        if key not in self._blobs:
-            self._blobs[key] = _blob_header(file, item.offset)
-        header = self._blobs[key]
-        entry = header.get(name)
-        try:
-            assert entry is not None
-            start, stop = entry["data_offsets"]
-            fits = entry["dtype"] == DTYPES[dtype].safetensors and tuple(entry["shape"]) == sizes
-        except (KeyError, TypeError, ValueError, AssertionError):
-            start = stop = 0
-            fits = False
-        nbytes = DTYPES[dtype].itemsize
-        for size in sizes:
-            nbytes *= size
-        if not fits or stop - start != nbytes:
-            raise CorruptCheckpointError(
-                f"a piece of tensor {describe(name)} should be {dtype}{list(sizes)}, the file has {describe(entry)}"[
-                    :300
-                ],
-                path=file.path,
-                place=f"offset {item.offset}",
-            )
-        at = item.offset + 8 + int(header["__header_bytes__"]) + start
-        return Storage((FileSlice(file, at, nbytes).extent(0, nbytes),), nbytes)
-
-
-def _blob_header(file: FileSource, offset: int) -> Mapping[str, Any]:
-    (length,) = struct.unpack("<Q", file.read(offset, 8))
-    try:
-        if length > MAX_HEADER:
-            raise ValueError(f"{length} bytes long")
-        header = json.loads(file.read(offset + 8, length))
-        assert isinstance(header, dict)
-    except (ValueError, RecursionError, AssertionError) as error:
-        raise UnsupportedCheckpointError(
-            f"neither a torch.save archive nor a safetensors header: {error}"[:200],
-            path=file.path,
-            place=f"offset {offset}",
-        ) from None
-    return {**header, "__header_bytes__": length}
-
-
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -245,9 +133,9 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
         raise RepresentationError(f"a {type(tree).__name__} cannot be the root of a distributed checkpoint")
     kept = like if like is not None and like.format == NAME else None
     beside = {name: part for name, part in (kept.parts if kept else {}).items() if name in tree}
-    flattened = kept is not None and tree_of_metadata.is_flattened(kept.handle.paths)
+    flattened = kept is not None and tree_of_metadata.is_flattened(kept.handle.metadata.paths)
     items = {key: v for key, v in tree.items() if key not in beside}
-    named = megatron.flat_names(items, kept.tree) if kept is not None and not kept.handle.paths else None
+    named = megatron.flat_names(items, kept.tree) if kept is not None and not kept.handle.metadata.paths else None
     leaves: tree_of_metadata.Leaves = {}
     notes: list[str] = []
     if named is not None:
@@ -269,7 +157,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
 
 def _write_items(leaves: tree_of_metadata.Leaves, path: Path, options: WriteOptions) -> Metadata:
     """One data file: everything that is no tensor, then the tensors, as torch orders them."""
-    metadata = Metadata(order=list(leaves))
+    metadata, items = Metadata(), dict[str, Item]()
     expected = sum(leaf.nbytes + 2048 for _, leaf in leaves.values() if isinstance(leaf, LazyTensor))
     with AtomicFile(path, expected_size=expected, sync=options.sync) as out:
         position = 0
@@ -277,14 +165,19 @@ def _write_items(leaves: tree_of_metadata.Leaves, path: Path, options: WriteOpti
             metadata.paths[name] = place
             if not isinstance(leaf, LazyTensor):
                 length = torch_zip.write_archive(out.fd, leaf, options)
-                metadata.objects[name] = Item(path.name, position, length)
+                items[name] = Item(path.name, position, length)
                 position += length
         for name, (_, leaf) in leaves.items():
             if isinstance(leaf, LazyTensor):
                 length = torch_zip.write_archive(out.fd, _alone(leaf), options)
-                whole = ((0,) * len(leaf.shape), leaf.shape, Item(path.name, position, length))
-                metadata.tensors[name] = TensorItem(leaf.dtype, leaf.shape, leaf.requires_grad, (whole,))
+                items[name] = Item(path.name, position, length)
                 position += length
+    for name, (_, leaf) in leaves.items():
+        if isinstance(leaf, LazyTensor):
+            whole = Chunk(((0,) * len(leaf.shape), leaf.shape), items[name])
+            metadata.add_tensor(name, Form(leaf.dtype, leaf.shape, leaf.requires_grad), [whole])
+        else:
+            metadata.add_object(name, items[name])
     return metadata
 
 

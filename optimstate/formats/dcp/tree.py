@@ -46,8 +46,14 @@ def nested(
         tree, notes = tree_of_names(values, beside)
     else:
         tree, notes = {}, []
+        parents: dict[tuple[Any, ...], Any] = {}
         for name, value in values.items():
-            _insert(tree, paths.get(name, (name,)), value)
+            path = paths.get(name, (name,))
+            parent = parents.get(path[:-1])
+            if type(parent) is dict and path and type(path[-1]) is str and path[-1] not in parent:
+                parent[path[-1]] = value
+            else:
+                parents[path[:-1]] = _insert(tree, path, value)
         tree = _restored(tree)
     clash = tree.keys() & beside.keys()
     if clash:
@@ -55,8 +61,8 @@ def nested(
     return {**tree, **beside}, notes
 
 
-def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
-    """Put a value at a path; an int is an index of a list, as torch writes them."""
+def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> Any:
+    """Put a value at a path, and return what holds it; an int is an index of a list, as torch writes them."""
     if not path or not all(type(key) is str or (type(key) is int and key >= 0) for key in path):
         raise CorruptCheckpointError(f"a path is {describe(path)}"[:200])
     node: Any = tree
@@ -78,6 +84,7 @@ def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
             node = found
         else:
             raise CorruptCheckpointError(f"the path {describe(path)} leads through a value"[:300])
+    return node
 
 
 _ABSENT = object()

@@ -51,11 +51,15 @@ class DeferredStorage(Storage):
         self.key = ""
         self.crc = None
 
+    def locate(self) -> tuple[Extent, ...]:
+        """Where the bytes are."""
+        return self._locate()
+
     @property
     def pieces(self) -> tuple[Extent, ...]:  # type: ignore[override]
         """The bytes."""
         if self._pieces is None:
-            self._pieces = self._locate() if self.nbytes else ()
+            self._pieces = self.locate() if self.nbytes else ()
             found = sum(piece.length for piece in self._pieces)
             if found != self.nbytes:
                 raise CorruptCheckpointError(f"expected {self.nbytes} bytes, found {found}")

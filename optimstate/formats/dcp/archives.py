@@ -1,0 +1,146 @@
+"""The archives in a data file: one for each item, nearly all of them small or alike but for their elements.
+
+An archive is read once for each form: others of the same dtype, sizes and length whose first bytes and directory are
+the same but for checksums have their elements at the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.extents import FileSlice
+from optimstate.record import Record
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage
+
+__all__ = ["Archives"]
+
+_SMALL = 1 << 13  # up to this size an item is read whole, and compared with those already read
+_WINDOW = 1 << 20  # small items that follow one another are read together, so many bytes at most
+_GAP = 1 << 16  # what is read between two of them rather than asking twice
+_CRC = 16  # where in a directory entry its checksum begins
+
+
+class _Layout(Record):
+    """How an archive of one tensor is laid out.
+
+    Attributes:
+        head: Everything before the elements.
+        directory: Everything from the directory on, its checksums blank.
+        checksums: Where in it each checksum begins.
+    """
+
+    head: bytes
+    directory: bytes
+    checksums: tuple[int, ...]
+
+    def blank(self, directory: bytes) -> bytes:
+        """A directory without its checksums."""
+        made = bytearray(directory)
+        for at in self.checksums:
+            made[at : at + 4] = bytes(4)
+        return bytes(made)
+
+
+class Archives:
+    """Reads archives of items.
+
+    Attributes:
+        globals: What their pickles mention.
+    """
+
+    def __init__(self) -> None:
+        self.globals: list[tuple[str, str]] = []
+        self._scalars: dict[bytes, Any] = {}
+        self._layouts: dict[tuple[str, tuple[int, ...], int], _Layout] = {}
+
+    # --- what is no tensor ----------------------------------------------------------------------------------------
+
+    def read(self, slice_of: Callable[[int], FileSlice], rows: Sequence[int]) -> dict[int, Any]:
+        """What was saved with `torch.save` as one item each. The many equal numbers of a folder are unpickled once.
+
+        Args:
+            slice_of: Gives the bytes of a row.
+            rows: In the order in which they are in the files.
+        """
+        found: dict[int, Any] = {}
+        parts = [slice_of(row) for row in rows]
+        window, begin, end, file = b"", 0, 0, None
+        for place, (row, part) in enumerate(zip(rows, parts, strict=True)):
+            if part.size > _SMALL:
+                found[row] = self._object(part, b"")
+                continue
+            if part.file is not file or not begin <= part.start <= end - part.size:
+                file, begin, end = part.file, part.start, _end_of_window(parts, place)
+                window = file.read(begin, end - begin)
+            found[row] = self._object(part, window[part.start - begin :][: part.size])
+        return found
+
+    def _object(self, part: FileSlice, data: bytes) -> Any:
+        if data and data in self._scalars:
+            return self._scalars[data]
+        tree, names, _ = torch_zip.read_archive(part)
+        self.globals = list(dict.fromkeys([*self.globals, *names]))
+        if data and (tree is None or isinstance(tree, bool | int | float | str)):
+            self._scalars[data] = tree
+        return tree
+
+    # --- tensors --------------------------------------------------------------------------------------------------
+
+    def elements(self, part: FileSlice, dtype: str, sizes: tuple[int, ...]) -> Any:
+        """The elements of a tensor that is alone in an archive, row-major.
+
+        Returns:
+            A storage; what the archive has instead where that is no tensor of this dtype and these sizes; None where
+            it is no archive.
+
+        Raises:
+            CheckpointError: It is damaged.
+        """
+        key = dtype, sizes, part.size
+        known = self._layouts.get(key)
+        if known is not None and _is_laid_out(part, known):
+            nbytes = prod(sizes) * DTYPES[dtype].itemsize
+            return Storage((part.extent(len(known.head), nbytes),) if nbytes else (), nbytes)
+        if part.read(0, min(4, part.size)) != b"PK\x03\x04":
+            return None
+        piece, _, archive = torch_zip.read_archive(part)
+        if not isinstance(piece, LazyTensor) or piece.dtype != dtype or piece.shape != sizes:
+            return piece
+        extents = piece.extents()
+        whole = piece.is_contiguous() and piece.nbytes == piece.storage.nbytes
+        if known is None and whole and len(extents) == 1 and extents[0].source is part.file:
+            places, at = [], 0
+            for _, entry in archive.entries():
+                places.append(at + _CRC)
+                at += len(entry)
+            layout = _Layout(part.read(0, extents[0].offset - part.start), b"", tuple(places))
+            directory = part.read(archive.directory_offset, part.size - archive.directory_offset)
+            self._layouts[key] = layout._replace(directory=layout.blank(directory))
+        return Storage(extents, piece.nbytes)
+
+
+def _end_of_window(parts: Sequence[FileSlice], place: int) -> int:
+    """Where to stop reading so that small items behind this one are read with it."""
+    first = parts[place]
+    end = first.start + first.size
+    for part in parts[place + 1 :]:
+        stop = part.start + part.size
+        if part.file is not first.file or part.size > _SMALL or part.start > end + _GAP or stop > first.start + _WINDOW:
+            break
+        end = max(end, stop)
+    return end
+
+
+def _is_laid_out(part: FileSlice, layout: _Layout) -> bool:
+    """Whether an archive is like another but for its elements and checksums."""
+    tail = part.size - len(layout.directory)
+    if part.size <= _SMALL:
+        data = part.read(0, part.size)
+        head, directory = data[: len(layout.head)], data[tail:]
+    else:
+        head, directory = part.read(0, len(layout.head)), part.read(tail, len(layout.directory))
+    return head == layout.head and layout.blank(directory) == layout.directory

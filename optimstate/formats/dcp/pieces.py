@@ -1,0 +1,195 @@
+"""The items of a folder of `torch.distributed.checkpoint`, read where `.metadata` says they are.
+
+Each item is an archive of its own, of `torch.save` or of safetensors, and most are alike but for their elements.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from optimstate.describe import describe
+from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
+from optimstate.formats.dcp.archives import Archives
+from optimstate.formats.dcp.columns import Box, Form, Metadata
+from optimstate.formats.ranks.tiles import DeferredStorage, Tile, check_tiling, tiled
+from optimstate.formats.safetensors.file import MAX_HEADER
+from optimstate.io.extents import Extent, FileSlice, FileSource
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
+
+__all__ = ["PieceStorage", "Pieces"]
+
+
+class Pieces:
+    """Where the pieces of a folder's tensors are; each file is opened once.
+
+    A tensor is made without looking at its pieces: they are located when its elements are asked for.
+    """
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        self.folder = folder
+        self.metadata = metadata
+        self.sources = [FileSource(folder / name) for name in metadata.files]
+        self._archives = Archives()
+        self._blobs: dict[tuple[str, int], Mapping[str, Any]] = {}
+        self._layouts: dict[tuple[str, tuple[int, ...]], tuple[int, str, tuple[int, ...]]] = {}
+        self._tiled: set[tuple[tuple[int, ...], tuple[Box | None, ...]]] = set()
+        self._check_places()
+
+    @property
+    def globals(self) -> list[tuple[str, str]]:
+        """What the pickles of items that are no tensors mention."""
+        return self._archives.globals
+
+    def _check_places(self) -> None:
+        """A missing or short file is an error of opening."""
+        sizes = [source.size for source in self.sources]
+        columns = zip(self.metadata.file, self.metadata.offset, self.metadata.length, strict=True)
+        for file, offset, length in columns:
+            if offset + length > sizes[file]:
+                FileSlice(self.sources[file], offset, length)  # which says so
+
+    def slice(self, row: int) -> FileSlice:
+        """The bytes of an item."""
+        metadata = self.metadata
+        return FileSlice(self.sources[metadata.file[row]], metadata.offset[row], metadata.length[row])
+
+    def values(self) -> dict[str, Any]:
+        """Every item by name."""
+        metadata = self.metadata
+        objects = [metadata.first[number] for number, form in enumerate(metadata.forms) if form is None]
+        found = self._archives.read(
+            self.slice, sorted(objects, key=lambda row: (metadata.file[row], metadata.offset[row]))
+        )
+        return {
+            name: self.tensor(number, form) if form else found[metadata.first[number]]
+            for number, (name, form) in enumerate(zip(metadata.order, metadata.forms, strict=True))
+        }
+
+    def tensor(self, number: int, form: Form) -> LazyTensor:
+        """An item that is a tensor."""
+        self._check_tiling(number, form)
+        key = form.dtype, form.shape
+        layout = self._layouts.get(key)
+        if layout is None:
+            about = DTYPES[form.dtype]
+            nbytes = prod(form.shape) * about.itemsize
+            kind = about.storage or "UntypedStorage"
+            layout = self._layouts[key] = nbytes, kind, contiguous_strides(form.shape)
+        nbytes, kind, stride = layout
+        return LazyTensor(
+            PieceStorage(self, number, nbytes, kind), form.dtype, form.shape, stride, 0, form.requires_grad
+        )
+
+    def _check_tiling(self, number: int, form: Form) -> None:
+        """The pieces fill the tensor; asked once for all that are cut alike."""
+        metadata = self.metadata
+        start, stop = metadata.first[number], metadata.first[number + 1]
+        boxes = metadata.boxes[start:stop]
+        key = form.shape, tuple(boxes)
+        if key in self._tiled:
+            return
+        try:
+            check_tiling(form.shape, [box for box in boxes if box is not None])
+        except CheckpointError as error:
+            name = describe(metadata.order[number])
+            raise error.within(path=self.folder, part=f"tensor {name}") from error
+        self._tiled.add(key)
+
+    def locate(self, number: int) -> tuple[Extent, ...]:
+        """The row-major bytes of a tensor."""
+        metadata = self.metadata
+        form, name = metadata.forms[number], metadata.order[number]
+        assert form is not None
+        tiles = []
+        for row in metadata.rows(number):
+            box = metadata.boxes[row]
+            assert box is not None
+            tiles.append(Tile(*box, self._piece(name, form.dtype, box[1], row)))
+        return tiled(form.shape, DTYPES[form.dtype].itemsize, tiles)
+
+    def _piece(self, name: str, dtype: str, sizes: tuple[int, ...], row: int) -> Storage:
+        part = self.slice(row)
+        found = self._archives.elements(part, dtype, sizes)
+        if found is None:
+            return self._piece_of_blob(name, dtype, sizes, row)
+        if isinstance(found, Storage):
+            return found
+        raise CorruptCheckpointError(
+            f"a piece of tensor {describe(name)} should be {dtype}{list(sizes)}, the file has {describe(found)}"[:300],
+            path=part.path,
+            place=f"offset {part.start}",
+        )
+
+    def _piece_of_blob(self, name: str, dtype: str, sizes: tuple[int, ...], row: int) -> Storage:
+        """Torch notes where the safetensors blob of a file begins, not where in it the tensor is."""
+        item, file = self.metadata.item(row), self.sources[self.metadata.file[row]]
+        key = (item.file, item.offset)
+        if key not in self._blobs:
+            self._blobs[key] = _blob_header(file, item.offset)
+        header = self._blobs[key]
+        entry = header.get(name)
+        try:
+            assert entry is not None
+            start, stop = entry["data_offsets"]
+            fits = entry["dtype"] == DTYPES[dtype].safetensors and tuple(entry["shape"]) == sizes
+        except (KeyError, TypeError, ValueError, AssertionError):
+            start = stop = 0
+            fits = False
+        nbytes = prod(sizes) * DTYPES[dtype].itemsize
+        if not fits or stop - start != nbytes:
+            raise CorruptCheckpointError(
+                f"a piece of tensor {describe(name)} should be {dtype}{list(sizes)}, the file has {describe(entry)}"[
+                    :300
+                ],
+                path=file.path,
+                place=f"offset {item.offset}",
+            )
+        at = item.offset + 8 + int(header["__header_bytes__"]) + start
+        return Storage((FileSlice(file, at, nbytes).extent(0, nbytes),), nbytes)
+
+
+class PieceStorage(DeferredStorage):
+    """The elements of one tensor of a folder: a row number and no closure, because there are a million of them.
+
+    Attributes:
+        table: The folder's pieces.
+        number: The tensor's place among its items.
+    """
+
+    __slots__ = ("number", "table")
+
+    def __init__(self, table: Pieces, number: int, nbytes: int, kind: str) -> None:
+        self.table = table
+        self.number = number
+        self._pieces = None
+        self.nbytes = nbytes
+        self.kind = kind
+        self.location = "cpu"
+        self.key = ""
+        self.crc = None
+
+    def locate(self) -> tuple[Extent, ...]:
+        """Where the bytes are."""
+        return self.table.locate(self.number)
+
+
+def _blob_header(file: FileSource, offset: int) -> Mapping[str, Any]:
+    (length,) = struct.unpack("<Q", file.read(offset, 8))
+    try:
+        if length > MAX_HEADER:
+            raise ValueError(f"{length} bytes long")
+        header = json.loads(file.read(offset + 8, length))
+        assert isinstance(header, dict)
+    except (ValueError, RecursionError, AssertionError) as error:
+        raise UnsupportedCheckpointError(
+            f"neither a torch.save archive nor a safetensors header: {error}"[:200],
+            path=file.path,
+            place=f"offset {offset}",
+        ) from None
+    return {**header, "__header_bytes__": length}
