@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 from optimstate import reporting
-from optimstate.plan.apply.execute import outcome_of
-from optimstate.plan.slots.outcomes import Level, slot_name
-from optimstate.plan.solve.migration import Move, SectionMoves
+from optimstate.plan.apply.explain import Row, rows_of
+from optimstate.plan.solve.migration import SectionMoves
 from optimstate.record import field
 
 __all__ = ["Report"]
@@ -20,7 +19,7 @@ class Report(reporting.Report):
     Attributes:
         hooks: Which hooks did it, in order.
         exact: Parameters whose state arrived as it was, or that had none.
-        approximate: Parameters whose state changed in value, and why.
+        approximate: Parameters whose state changed in value or lost a part, and why.
         fresh: Parameters that start without state, and why.
         dropped: Parameters of the checkpoint whose state went nowhere, and why.
         sources: For each parameter that is not simply kept, the parameters of the checkpoint it comes from.
@@ -42,17 +41,18 @@ class Report(reporting.Report):
         approximate: dict[str, str] = dict(filled or {})
         fresh: dict[str, str] = {}
         for move in section.moves:
-            outcome = "fresh" if move.expression is None else outcome_of(move).level
+            rows = list(rows_of("", move, section))
+            levels = {row.outcome for row in rows}
             if move.target in approximate:
                 continue
-            if outcome == "approximate":
-                approximate[move.target] = _reasons(move, "approximate")
-            elif move.expression is None:
+            if move.expression is None:
                 fresh[move.target] = "not in the checkpoint"
-            elif move.slots and outcome == "fresh":
-                fresh[move.target] = _reasons(move, "fresh")
-            else:
+            elif (not move.slots and move.value is None) or levels <= {"exact"}:
                 exact.append(move.target)
+            elif levels <= {"fresh", "dropped"}:
+                fresh[move.target] = _reasons(rows)
+            else:
+                approximate[move.target] = _reasons(rows)
         return cls(
             hooks,
             tuple(exact),
@@ -98,10 +98,10 @@ class Report(reporting.Report):
         return "\n".join([self.summary(), *self.lines()])
 
 
-def _reasons(move: Move, level: Level) -> str:
-    found = {
-        outcome.reason: slot_name(path)
-        for path, outcome in move.slots.items()
-        if outcome.level == level and outcome.reason
-    }
-    return "; ".join(f"{name}: {reason}" for reason, name in found.items())
+def _reasons(rows: Sequence[Row]) -> str:
+    """Why slots are not what they were, each reason with one of them."""
+    found: dict[str, str] = {}
+    for row in rows:
+        if row.outcome != "exact" and row.reason:
+            found.setdefault(row.reason, row.slot + (" is dropped" if row.outcome == "dropped" else ""))
+    return "; ".join(f"{slot}: {reason}" if slot else reason for reason, slot in found.items())

@@ -135,3 +135,30 @@ def test_files_convert_as_live_states_do(target: str) -> None:
     late = execute_optimizer(plan_optimizer(Plan(optimizer=target), state).sections["optimizer"], state)
     for key, slots in live.state.items():
         assert all(torch.equal(to_torch(late.state[key][slot]), value) for slot, value in slots.items())
+
+
+@pytest.mark.parametrize("target", [*CLASSES, "Lion", "Adafactor (transformers)"])
+@pytest.mark.parametrize(("source", "amsgrad"), [*((name, False) for name in CLASSES), ("Adam", True), ("AdamW", True)])
+def test_a_report_of_a_conversion_names_every_loss(source: str, target: str, amsgrad: bool) -> None:
+    """What is called exact is there with its bits; what is not there is not called exact, unless it became another."""
+    options = {"amsgrad": True} if amsgrad else {"momentum": 0.9} if source in ("SGD", "Muon") else {}
+    _, optimizer = trained(source, **options)
+    try:
+        state, migration = converted(optimizer, target)
+    except MigrationError:
+        return
+    old = {name: slots or {} for _, name, slots in OptimizerState.from_node(optimizer.state_dict()).parameters()}
+    new = {name: slots or {} for _, name, slots in state.parameters()}
+    rows = [row for row in explained(migration) if row.slot]
+    for name, slots in old.items():
+        said = {row.slot: row for row in rows if row.target == name}
+        assert said.keys() >= slots.keys() | new[name].keys(), name
+        for slot, row in said.items():
+            if row.outcome != "exact":
+                continue
+            if slot in slots and slot in new[name]:
+                scale = {"SGD": 0.1, "Muon": 10.0}[source] if "times 1 - momentum" in row.reason else 1.0
+                wanted, found = torch.as_tensor(slots[slot]) * scale, torch.as_tensor(new[name][slot])
+                assert torch.allclose(wanted.float(), found.float(), rtol=0 if scale == 1 else 1e-5), row
+            else:
+                assert slot in new[name] or row.reason.startswith("it became"), row

@@ -201,9 +201,3 @@ class _Builder:
         else:
             made = step
         return made, tuple(self._key(item, path) for item in expression.inputs)
-
-
-def outcome_of(move: Move) -> Outcome:
-    """The least exact outcome of a parameter and its slots."""
-    outcomes = [*([move.value] if move.value is not None else []), *move.slots.values()]
-    return max(outcomes, key=lambda outcome: OUTCOMES.index(outcome.level), default=Outcome("fresh"))

@@ -11,7 +11,7 @@ from optimstate.plan.slots.outcomes import OUTCOMES
 from optimstate.plan.solve.migration import Migration, Move, SectionMoves
 from optimstate.record import Record
 
-__all__ = ["Row", "described", "explained", "summary"]
+__all__ = ["Row", "described", "explained", "rows_of", "summary"]
 
 
 class Row(Record):
@@ -42,13 +42,14 @@ def explained(migration: Migration) -> Iterator[Row]:
     """Every parameter and slot of the result, and everything that is dropped."""
     for key, section in migration.sections.items():
         for move in section.moves:
-            yield from _rows(key, move, section)
+            yield from rows_of(key, move, section)
         for name, rule in section.dropped:
             origin = str(rule) if rule is not None else 'the policy unexpected = "drop"'
             yield Row(key, "", "", (name,), "", "dropped", "", origin)
 
 
-def _rows(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
+def rows_of(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
+    """What becomes of one parameter of a section that is called `key`: of itself, or of each of its slots."""
     rule = "; ".join(map(str, move.rules))
     how = "" if move.expression is None or isinstance(move.expression, Leaf) else described(move.expression)
     copied = "a copy" if move.clone else ""
@@ -59,20 +60,18 @@ def _rows(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
         reason = "new" if move.expression is None else "it has no state in the checkpoint"
         yield Row(key, move.target, "", move.sources, how, "fresh", reason, rule)
     conversion = section.conversion if move.slots else None
-    report = conversion.report if conversion else ()
-    lines = {slot: line for line in report for slot in line.slot.split(", ")}  # a line may speak of several
     changed = f"{conversion.source} to {conversion.target}" if conversion else ""
     known = set()
+    shape = None if move.expression is None else move.expression.shape
     for path, outcome in move.slots.items():
         slot = ".".join(map(str, path))
         known.add(slot)
-        line = lines.get(slot)
+        line = conversion.line(slot, shape) if conversion else None
         inferred = f"taken for {outcome.kind} by its shape" if outcome.inferred else ""
         reason = "; ".join(filter(None, (outcome.reason, inferred, copied, line.reason if line else "")))
         level = max(outcome.level, line.outcome if line else "exact", key=OUTCOMES.index)
         done = "; ".join(filter(None, (how, changed)))
         yield Row(key, move.target, slot, move.sources, done, level, reason, rule)
-    shape = None if move.expression is None else move.expression.shape
     for new in conversion.new_slots(shape) if conversion else ():
         if new.slot not in known:
             yield Row(key, move.target, new.slot, (), changed, new.outcome, new.reason, rule)

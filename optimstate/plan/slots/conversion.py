@@ -14,8 +14,8 @@ from typing import Any
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.slots import quantized
 from optimstate.plan.slots.converted_options import DEFAULTS, converted_options, other_average
-from optimstate.plan.slots.counterparts import ADAMS, Convert, counterpart
-from optimstate.plan.slots.packing import packed_again, unchanged, unpacked
+from optimstate.plan.slots.counterparts import ADAMS, BECAME, Convert, counterpart
+from optimstate.plan.slots.packing import CODED, packed_again, unchanged, unpacked
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import ALGORITHMS
@@ -58,13 +58,25 @@ class Conversion(Record):
     keeps_betas: bool = True
     given: frozenset[str] = frozenset()
 
+    def line(self, slot: str, shape: Shape | None) -> Lost:
+        """What is said of a slot that a parameter of this shape had: it is dropped where nothing is."""
+        meant = CODED.get(slot.rpartition(".")[2], slot)
+        said = (line for line in self.report if meant in line.slot.split(", "))  # a line may speak of several
+        found = next(said, Lost(slot, "dropped", f"{self.target} has no such slot"))
+        kept = self._holds(meant, shape) or found.outcome != "exact" or found.reason.startswith(BECAME)
+        return found if kept else found._replace(outcome="dropped")
+
     def new_slots(self, shape: Shape | None) -> Iterator[Lost]:
         """The lines of slots that a parameter of this shape has afterwards, each of one slot."""
-        goal = next((found for found in ALGORITHMS if found.name == self.target), None)
         for line in self.report:
             for slot in line.slot.split(", ") if line.outcome != "dropped" else ():
-                if goal is None or shape is None or goal.holds(slot, len(shape)):
+                if self._holds(slot, shape):
                     yield line._replace(slot=slot)
+
+    def _holds(self, slot: str, shape: Shape | None) -> bool:
+        """Whether a parameter of this shape has a slot afterwards, as far as that is known."""
+        goal = next((found for found in ALGORITHMS if found.name == self.target), None)
+        return goal is None or shape is None or goal.holds(slot, len(shape))
 
     def apply(self, state: OptimizerState) -> OptimizerState:
         """The converted state; parameters without state have none afterwards either."""

@@ -8,12 +8,14 @@ from typing import Any
 from optimstate.plan.expressions.evaluate import backend_of, copied, number_of, shape_of
 from optimstate.state.optimizer import Slots
 
-__all__ = ["ADAMS", "Convert", "Found", "counterpart", "scalar_like"]
+__all__ = ["ADAMS", "BECAME", "Convert", "Found", "counterpart", "scalar_like"]
 
 Convert = Callable[[Slots, Mapping[str, Any]], dict[str, Any]]
 Found = tuple[Sequence[tuple[str, str, str]], Convert]
 ADAMS = ("Adam", "AdamW", "NAdam", "RAdam")
 _SAME = "it means the same in both"
+BECAME = "it became"
+"""How the reason of a slot begins whose content another slot has."""
 
 
 def counterpart(source: str, target: str) -> Found | None:
@@ -25,6 +27,7 @@ def counterpart(source: str, target: str) -> Found | None:
             ("step", "exact", ""),
             ("exp_avg", "exact", _SAME),
             ("exp_inf", "approximate", "the root of the average square stands for the decayed maximum"),
+            ("exp_avg_sq", "approximate", f"{BECAME} exp_inf"),
         ]
         return report, lambda old, _: {**_kept(old, "step", "exp_avg"), "exp_inf": _power(old["exp_avg_sq"], 0.5)}
     if source == "Adamax" and target in ADAMS:
@@ -32,6 +35,8 @@ def counterpart(source: str, target: str) -> Found | None:
             ("step", "exact", ""),
             ("exp_avg", "exact", _SAME),
             ("exp_avg_sq", "approximate", "the square of the decayed maximum stands for the average square"),
+            ("exp_inf", "approximate", f"{BECAME} exp_avg_sq"),
+            *_product(target),
         ]
         return report, lambda old, new: _with_product(
             {**_kept(old, "step", "exp_avg"), "exp_avg_sq": _power(old["exp_inf"], 2.0)}, target, new
@@ -68,12 +73,13 @@ def counterpart(source: str, target: str) -> Found | None:
             ("exp_avg", "fresh", "Adafactor keeps none: zeros"),
             ("step", "exact", ""),
             ("row_var, col_var, variance", "dropped", f"{target} has none: they went into exp_avg_sq"),
+            *_product(target),
         ]
         return report, lambda old, new: _with_product(_unfactored(old), target, new)
     if source in ADAMS and target == "Muon":
         report = [
             ("momentum_buffer", "exact", "the same average of gradients as exp_avg"),
-            ("exp_avg", "exact", "it became momentum_buffer"),
+            ("exp_avg", "exact", f"{BECAME} momentum_buffer"),
             ("exp_avg_sq", "dropped", "Muon has no second moment"),
             ("step, max_exp_avg_sq", "dropped", "Muon has none"),
         ]
@@ -91,12 +97,17 @@ def _within_adam(source: str, target: str) -> Found:
     report = [("step", "exact", ""), ("exp_avg", "exact", _SAME), ("exp_avg_sq", "exact", _SAME)]
     if source == "NAdam":
         report.append(("mu_product", "dropped", f"{target} has none"))
-    if target == "NAdam":
-        report.append(("mu_product", "exact", "computed from the step count, betas and momentum_decay"))
+    report += _product(target)
     if target not in ("Adam", "AdamW"):
         report.append(("max_exp_avg_sq", "dropped", f"{target} has none"))
     keep = ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if target in ("Adam", "AdamW") else ()))
     return report, lambda old, new: _with_product(_kept(old, *keep), target, new)
+
+
+def _product(target: str) -> list[tuple[str, str, str]]:
+    """The line of NAdam's running product."""
+    line = ("mu_product", "exact", "computed from the step count, betas and momentum_decay")
+    return [line] if target == "NAdam" else []
 
 
 def _kept(old: Slots, *slots: str) -> dict[str, Any]:

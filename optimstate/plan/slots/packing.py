@@ -10,9 +10,11 @@ from optimstate.plan.slots import quantized
 from optimstate.plan.slots.counterparts import Convert, Found, counterpart, scalar_like
 from optimstate.state.optimizer import OptimizerState, Slots
 
-__all__ = ["packed_again", "unchanged", "unpacked"]
+__all__ = ["CODED", "packed_again", "unchanged", "unpacked"]
 
 _CODED_SLOTS = {"exp_avg": "state1", "exp_avg_sq": "state2"}
+CODED = {f"{part}{name[-1]}": slot for slot, name in _CODED_SLOTS.items() for part in ("state", "qmap", "absmax")}
+"""The moment that each slot of bitsandbytes' codes a part of."""
 
 
 def unchanged(name: str) -> Found:
