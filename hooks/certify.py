@@ -7,9 +7,9 @@ from typing import Any
 
 from optimstate.certificates.certificate import KEY
 from optimstate.certificates.live import being_compared, certificate_of
-from optimstate.hooks.engine.request import METADATA
 from optimstate.hooks.save import SaveHook, StateDict
 from optimstate.installed_torch import torch
+from optimstate.plan.apply.stamps import METADATA
 
 __all__ = ["certify"]
 

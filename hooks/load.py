@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 from optimstate.errors import MigrationError, PlanError
 from optimstate.hooks.engine.hook import LoadHook
-from optimstate.hooks.engine.request import METADATA, LoadRequest, Source
+from optimstate.hooks.engine.request import LoadRequest, Source
 from optimstate.hooks.engine.rules import HookStep, below, is_module, literal, matching, ruled, templates
 from optimstate.hooks.engine.slots import Casts, zeros_like_others
 from optimstate.installed_torch import torch
+from optimstate.plan.apply.stamps import refuse_second
 from optimstate.plan.expressions.evaluate import copied
 from optimstate.plan.expressions.tree import Fill
 from optimstate.plan.language.base import Operation
@@ -347,12 +348,7 @@ def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
     found = Plan.of(plan)
 
     def prepare(request: LoadRequest) -> None:
-        applied = request.state.node.get(METADATA, {}).get("plans", ())
-        if found.guard.once and found.digest in applied:
-            raise MigrationError(
-                [Problem("guard", "this plan made the state that is loaded: it is not applied a second time")],
-                hint="Resume without it, or take `once` out of the plan's [guard].",
-            )
+        refuse_second(found, request.state.node)
         request.add(found)
 
     return HookStep("migrate", prepare)

@@ -14,9 +14,9 @@ from typing import Any
 from optimstate import __version__
 from optimstate.errors import StateMismatchError
 from optimstate.hooks.engine.hook import LOGGER
-from optimstate.hooks.engine.request import METADATA
 from optimstate.hooks.engine.slots import as_dtype
 from optimstate.installed_torch import torch
+from optimstate.plan.apply.stamps import METADATA
 from optimstate.plan.language.plan import Plan
 from optimstate.state.names import names_in
 

@@ -9,20 +9,22 @@ from typing import Any
 from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.hooks.engine.live import Consecutive
 from optimstate.hooks.engine.report import Report
-from optimstate.hooks.engine.request import METADATA, LoadRequest, StateDict, is_settled
+from optimstate.hooks.engine.request import LoadRequest, StateDict, is_settled
 from optimstate.plan.apply.execute import execute_optimizer
+from optimstate.plan.apply.stamps import METADATA
 from optimstate.plan.expressions.evaluate import shape_of
+from optimstate.plan.slots.converted_options import option_names
 from optimstate.plan.slots.outcomes import flat_slots
-from optimstate.plan.solve.division import takers
 from optimstate.plan.solve.migration import SectionMoves, Target
 from optimstate.plan.solve.planner import plan_optimizer
+from optimstate.plan.solve.reach import Reached, option_problems, takers, unreached
 from optimstate.problems import Kind, Problem
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import ALGORITHMS, parameter_shape, recognise_state
 from optimstate.state.algorithms.slots import MASTERS, Algorithm
 from optimstate.state.optimizer import Group, OptimizerState, Slots
 
-__all__ = ["LoadOutcome", "matched", "own_containers", "refuse_other_algorithm"]
+__all__ = ["LoadOutcome", "matched", "own_containers", "reached", "refuse_other_algorithm"]
 
 
 class LoadOutcome(Record):
@@ -65,6 +67,7 @@ def matched(
     """
     if request.plan.policy.hyperparameters == "live":
         request.options.setdefault("*", "live")
+    _refuse_unreached(request)
     if request.plan.optimizers:
         _choose_table(request)
     if is_settled(request):
@@ -99,6 +102,26 @@ def matched(
     return _as_dict(request, slots, chosen, names), LoadOutcome(hooks, tuple(kept or ()), moves, filled, tuple(orphans))
 
 
+def reached(request: LoadRequest) -> Reached:
+    """What a plan may speak of in this optimizer."""
+    slots = dict.fromkeys(str(path[-1]) for _, _, found in request.state.parameters() for path, _ in flat_slots(found))
+    options = [*(group.options for group in request.state.groups), *request.live.options]
+    names = [name for group in request.live.names for name in group]
+    return Reached(request.label, names, options, list(slots))
+
+
+def _refuse_unreached(request: LoadRequest) -> None:
+    """Refuse what a plan asks beside its rules and does not reach in this optimizer."""
+    problems = list(unreached(request.plan, [reached(request)]))
+    if request.label is None and (request.plan.schedulers or request.plan.policy.schedule == "live"):
+        asked = "[scheduler] tables are" if request.plan.schedulers else 'schedule = "live" in [policy] is'
+        message = f"{asked} for a scheduler, which an optimizer's hook does not see"
+        remedy = "resume with optimstate.resume, which moves the two together, or give them to hooks.migrate_scheduler"
+        problems.append(Problem("unreached", message, remedy=remedy))
+    if problems:
+        raise MigrationError(problems)
+
+
 def _choose_table(request: LoadRequest) -> None:
     """Of a plan's `[[optimizer]]` tables keep what the one says that is the live optimizer.
 
@@ -114,6 +137,9 @@ def _choose_table(request: LoadRequest) -> None:
         raise MigrationError([Problem("group", message, names=tuple(live[:3]))])
     (rule,) = own.values()
     assert rule is not None
+    problems = list(option_problems(rule.set, request.live.options, str(rule), known=option_names(rule.algorithm)))
+    if problems:
+        raise MigrationError(problems)
     request.elsewhere |= {name for name, taker in taken.items() if taker is not rule}
     request.values.update({key: value for key, value in rule.set.items() if key not in request.values})
     saved = _algorithm(request.state)

@@ -15,10 +15,8 @@ from optimstate.problems import Problem
 from optimstate.state.names import unwrapped
 from optimstate.state.optimizer import OptimizerState, Slots
 
-__all__ = ["METADATA", "Fill", "LoadRequest", "Source", "StateDict", "in_sequence", "is_settled", "named"]
+__all__ = ["Fill", "LoadRequest", "Source", "StateDict", "in_sequence", "is_settled", "named"]
 
-METADATA = "optimstate"
-"""The key of a state dict under which `add_metadata` writes."""
 Source = Literal["file", "live", "merge"]
 StateDict = dict[str, Any]
 Fill = Callable[[str, torch.Tensor, Mapping[str, Slots | None]], tuple[Slots, str] | None]
@@ -38,6 +36,7 @@ class LoadRequest:
         fills: How parameters that nothing fills get state.
         counts: How many parameters each rule matched, once that is known.
         elsewhere: Parameters that other live optimizers have.
+        label: The path of the optimizer in the checkpoint; None for a hook, which does not know it.
     """
 
     state: OptimizerState
@@ -48,6 +47,7 @@ class LoadRequest:
     fills: list[Fill] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     elsewhere: frozenset[str] = frozenset()
+    label: str | None = None
 
     def add(self, plan: Plan) -> None:
         """Let a plan follow those of the hooks before.

@@ -52,6 +52,11 @@ class Parts:
         self._tree = self._shadow(tree)
         self._sections = find_sections(self._tree)
 
+    @property
+    def tree(self) -> Any:
+        """The whole, with stand-ins for tensors."""
+        return self._tree
+
     # --- which part is meant ------------------------------------------------------------------------------------------
 
     def choose(self, kind: str, wanted: Sequence[Named], likeness: Callable[[Section, Any], int]) -> list[Section]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from optimstate.hooks import Report
+    from optimstate.plan.solve.reach import Reached
 
 __all__ = ["Run"]
 
@@ -80,6 +81,8 @@ class Run:
     _optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     _schedulers: list[Any] = field(default_factory=list)
     _casts: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    _reached: list[Reached] = field(default_factory=list)
+    _schedules: list[Section] = field(default_factory=list)
 
     @property
     def _lenient(self) -> Plan:
@@ -175,7 +178,7 @@ class Run:
         elsewhere: frozenset[str],
     ) -> None:
         from optimstate.hooks.engine.live import Live
-        from optimstate.hooks.engine.match import matched
+        from optimstate.hooks.engine.match import matched, reached
         from optimstate.hooks.engine.request import LoadRequest, is_settled
         from optimstate.plan.solve.inventory import optimizer_inventory
         from optimstate.resuming import shards
@@ -193,8 +196,11 @@ class Run:
         if not any(mentions_wrapper(t.text) for rule in self.plan.all_rules() for t in rule.sources or rule.targets):
             request.strip_prefixes()
         self._inventories[key] = optimizer_inventory(request.state)
-        request.add(self._lenient)
+        request.label = section.label
+        groups = tuple(rule._replace(optimizer="") for rule in self.plan.groups if rule.is_for(section.label))
+        request.add(self._lenient._replace(groups=groups))
         request.elsewhere = elsewhere
+        self._reached.append(reached(request))
         if elsewhere and not (self.plan.optimizer or self.plan.optimizers):
             request.add(Plan(optimizer=_becomes(request.state, live.algorithm)))
         self._settled.append(is_settled(request))
@@ -277,6 +283,7 @@ class Run:
         from optimstate.plan.apply.schedulers import followed
 
         state = self.parts.node(section)
+        self._schedules.append(section)
         only = next(iter(self._loads.values())) if len(self._loads) == 1 else None
         load = self._loads.get(id(getattr(scheduler, "optimizer", None)), only)
         if load is None:
@@ -286,7 +293,7 @@ class Run:
             groups = Groups(options, list(range(len(options))), load.before, [frozenset()] * len(options))
             if load.moves is not None:
                 groups = Groups.of(load.moves, load.before)._replace(options=options)
-            found = followed(state, groups, plan=self.plan, live=LiveScheduler.of(scheduler))
+            found = followed(state, groups, plan=self.plan, label=section.label, live=LiveScheduler.of(scheduler))
             made = found.state
             load.made["param_groups"] = [
                 {**group, **new} for group, new in zip(load.made["param_groups"], found.options, strict=True)
@@ -306,9 +313,14 @@ class Run:
 
     def refuse_unused(self) -> None:
         """Raise MigrationError where the guard, or a rule that matches nothing in any part, says that this is wrong."""
+        from optimstate.plan.apply.stamps import refuse_second
         from optimstate.plan.solve.problems import guarded, unmatched
+        from optimstate.plan.solve.reach import unreached
 
+        refuse_second(self.plan, self.parts.tree)
         problems = list(guarded(self.plan.guard, self._inventories))
+        problems += unreached(self.plan, self._reached)
+        problems += self._unreached_schedules()
         if self.plan.policy.unused == "error" and not all(self._settled):
             rules = zip(self.plan.all_rules(), self._counts, strict=True)
             problems += [
@@ -319,6 +331,16 @@ class Run:
         for (old, new), names in self._casts.items():
             self.notes.append(f"{len(names)} tensors are {old} in the checkpoint and become {new}: {names[0]!r}, ...")
         self.notes += self.parts.notes
+
+    def _unreached_schedules(self) -> Iterator[Problem]:
+        """What is asked of schedulers that are not given."""
+        from optimstate.plan.apply.schedulers import unreached_schedulers
+
+        if self.plan.policy.schedule == "live" and not self._schedules:
+            message = 'schedule = "live" is for a scheduler, and none is given'
+            yield Problem("unreached", message, remedy="give it with scheduler=...")
+        given = [(section.label, self.parts.node(section)) for section in self._schedules]
+        yield from unreached_schedulers(self.plan, given)
 
     def carry_out(self, check: Callable[[], object]) -> None:
         """Load every part, and check the result; if anything fails, put all of them back."""

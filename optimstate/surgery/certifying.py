@@ -10,7 +10,7 @@ from optimstate.certificates.certificate import KEY, Certificate
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, MigrationError, StateMismatchError
 from optimstate.formats.registry import open_checkpoint
-from optimstate.plan.apply.checkpoint import APPLIED, METADATA, STAMP
+from optimstate.plan.apply.stamps import APPLIED, METADATA, STAMP
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.reporting import Report, to_json

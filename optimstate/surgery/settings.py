@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import GroupRule, SchedulerRule
 from optimstate.plan.language.template import Template
 from optimstate.plan.solve.migration import SectionMoves
+from optimstate.plan.solve.reach import option_problems
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.optimizer import OptimizerState
@@ -203,17 +203,7 @@ def _misplaced(settings: Sequence[_Setting], groups: Mapping[str, _Found]) -> It
             )
             yield Problem("unmatched", f"applies to none of {counts}", place)
             continue
-        known = dict.fromkeys(key for group in reached for key in group.options)
-        if setting.key not in known:
-            close = difflib.get_close_matches(setting.key, known, n=1)
-            remedy = f"is it {describe(close[0])}?" if close else f"there are {', '.join(known)}"
-            yield Problem("setting", f"no param group has an option {describe(setting.key)}", place, remedy=remedy)
-        for group in reached:
-            old = group.options.get(setting.key)
-            if isinstance(old, bool | int | float) and _kind(old) != _kind(setting.value):
-                message = f"{setting.key} is {describe(old)} now, which is of another type"
-                yield Problem("setting", message, place)
-                break
+        yield from option_problems({setting.key: setting.value}, [group.options for group in reached], place)
 
 
 def _reached(setting: _Setting, found: _Found) -> Iterator[int]:
@@ -224,10 +214,6 @@ def _reached(setting: _Setting, found: _Found) -> Iterator[int]:
                 yield number
         elif found.named and any(_matches(setting.where, name) for name in group.members):
             yield number
-
-
-def _kind(value: Any) -> str:
-    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 
 def _whole_groups(settings: Sequence[_Setting], found: _Found, path: str) -> Iterator[GroupRule]:

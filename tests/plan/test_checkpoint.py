@@ -11,7 +11,8 @@ from torch import nn
 
 from optimstate.errors import MigrationError
 from optimstate.formats.registry import get_format, open_checkpoint
-from optimstate.plan.apply.checkpoint import STAMP, apply_plan
+from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.apply.stamps import STAMP
 from optimstate.plan.language.plan import Plan
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import difference

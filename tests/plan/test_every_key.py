@@ -1,20 +1,20 @@
-"""For every key of the plan language: a plan whose only effect is that key changes the result or is refused."""
+"""For every key of the plan language, at every door: a plan whose only effect is that key changes the result or is
+refused."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
-from optimstate.errors import PlanError
-from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.apply.stamps import STAMP
 from optimstate.plan.language.operations import OPERATIONS
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Policy
-from optimstate.tree import difference
-from tests.plan.lazy import lazy_tree
+from tests.plan.doors import DOORS, differs, outcome
 
 
 def checkpoint() -> Any:
@@ -36,7 +36,8 @@ def checkpoint() -> Any:
 TREE = checkpoint()
 RULE = '[[rule]]\nfrom = "0.weight"\nto = "0.weight"\n'
 JOIN = '[[rule]]\nfrom = "{n=0..1}.bias"\nto = "b.bias"\nconcat = 0\n'
-GROUP = '[[group]]\nmatch = "**"\nset = { lr = 0.3 }\n'
+GROUP = '[[group]]\nmatch = "**"\nset = { lr = 0.3, initial_lr = 0.3 }\n'
+NEW = '[[rule]]\nto = "x"\nfresh = true\ngroup = 0\n'
 # What each key is added to, and the key with a value; the plan without the key does something else, or nothing.
 KEYS: dict[str, tuple[str, str]] = {
     "rule.from": ('[[rule]]\nto = "x"\nfresh = true\n', 'from = "0.weight"\n'),
@@ -78,60 +79,110 @@ OPERATION_KEYS = {
     "fill": RULE + "fill = 0.5\n",
     "cast": RULE + 'cast = "bfloat16"\n',
 }
-POLICIES: dict[tuple[str, str], str] = {
-    ("unused", "ignore"): '[[rule]]\ndrop = "nowhere.*"\n',
-    ("step", "min"): JOIN + GROUP,
-    ("step", "max"): JOIN + GROUP,
-    ("step", "keep"): JOIN + GROUP,
-    ("approximate", "refuse"): RULE + "resize = { dim = 0, size = 6 }\n",
-    ("merge", "first"): '[[group]]\nmatch = "**"\n',
-    ("merge", "min"): '[[group]]\nmatch = "**"\n',
-    ("merge", "max"): '[[group]]\nmatch = "**"\n',
+# For policies the plan that they are added to, and for live doors the plan whose result the live run looks like.
+POLICIES: dict[tuple[str, str], tuple[str, str]] = {
+    ("unused", "ignore"): ('[[rule]]\ndrop = "nowhere.*"\n[[rule]]\nfrom = "0"\nto = "a"\n', ""),
+    ("step", "min"): (JOIN + GROUP, ""),
+    ("step", "max"): (JOIN + GROUP, ""),
+    ("step", "keep"): (JOIN + GROUP, ""),
+    ("approximate", "refuse"): (RULE + "resize = { dim = 0, size = 6 }\n", RULE + "resize = { dim = 0, size = 6 }\n"),
+    ("merge", "first"): ('[[group]]\nmatch = "**"\n', ""),
+    ("merge", "min"): ('[[group]]\nmatch = "**"\n', ""),
+    ("merge", "max"): ('[[group]]\nmatch = "**"\n', ""),
+    ("missing", "fresh"): ("", NEW),
+    ("unexpected", "drop"): ("", '[[rule]]\ndrop = "1.weight"\n'),
+    ("hyperparameters", "live"): ("", ""),
+    ("schedule", "live"): ("", ""),
 }
-ELSEWHERE = {("missing", "fresh"), ("unexpected", "drop"), ("hyperparameters", "live"), ("schedule", "live")} | {
-    ("quantized", "requantize")
-}
-"""Policies about a live target, or about bitsandbytes' state: tests of hooks, resume and quantized state have them."""
+IN_FILES = {("missing", "fresh"), ("unexpected", "drop")}
+"""Policies about a target, which a file has none of: there is nothing that they could relax."""
+ELSEWHERE = {("quantized", "requantize")}
+"""Policies about bitsandbytes' state: the tests of coded slots have them."""
+LIVE = [door for door in DOORS if door != "file"]
 
 
-def outcome(text: str) -> Any:
-    """What a plan makes of the checkpoint, or why it is refused."""
-    try:
-        return apply_plan(Plan.from_toml(text), lazy_tree(TREE))[0]
-    except PlanError as error:
-        return f"refused: {error}"
+@pytest.fixture(scope="module", autouse=True)
+def _processes() -> Iterator[None]:
+    """A group of one process, for sharded parameters."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
-def differs(one: Any, other: Any) -> bool:
-    if isinstance(one, str) or isinstance(other, str):
-        return one != other
-    return difference(one, other) is not None
+def judged(door: str, base: str, more: str, wanted: str | None = None) -> None:
+    wanted = base + more if wanted is None else wanted
+    without, made = (outcome(door, text, TREE, wanted) for text in (base, base + more))
+    assert differs(without, made), f"{more!r} has no effect"
 
 
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("key", KEYS)
-def test_a_key_changes_the_result_or_is_refused(key: str) -> None:
+def test_a_key_changes_the_result_or_is_refused(key: str, door: str) -> None:
     base, more = KEYS[key]
-    assert differs(outcome(base), outcome(base + more)), key
+    if door != "file" and key == "rule.group":  # a live run has its groups: the plan can only say the same
+        judged(door, base, "group = 1\n", base + "group = 0\n")
+    elif door != "file" and key == "guard.once":
+        plan = Plan.from_toml(more)
+        again = {**TREE, STAMP: [plan.digest], "optimizer": {**TREE["optimizer"], STAMP: [plan.digest]}}
+        assert "applied to this checkpoint already" in outcome(door, more, again, "")
+    elif door == "file" or key != "optimizer.path":  # in memory, an optimizer has no path
+        judged(door, base, more)
 
 
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("key", OPERATION_KEYS)
-def test_an_operation_changes_the_result(key: str) -> None:
-    made = outcome(OPERATION_KEYS[key])
+def test_an_operation_changes_the_result(key: str, door: str) -> None:
+    text = OPERATION_KEYS[key]
+    made = outcome(door, text, TREE, text)
     assert not isinstance(made, str), made
-    assert differs(outcome(""), made)
+    assert differs(outcome(door, "", TREE, text), made)
 
 
 def test_every_operation_is_tried() -> None:
     assert OPERATION_KEYS.keys() == OPERATIONS.keys()
 
 
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(("policy", "value"), POLICIES)
-def test_a_policy_changes_the_result_where_it_is_about(policy: str, value: str) -> None:
-    base = POLICIES[policy, value]
-    assert differs(outcome(base), outcome(f'{base}[policy]\n{policy} = "{value}"\n'))
+def test_a_policy_changes_the_result_where_it_is_about(policy: str, value: str, door: str) -> None:
+    if door == "file" and (policy, value) in IN_FILES:
+        return
+    base, wanted = POLICIES[policy, value]
+    more = f'[policy]\n{policy} = "{value}"\n'
+    judged(door, base, more, wanted or base + more)
+    if value != "refuse" and (door, policy) not in {
+        ("file", "hyperparameters"),
+        ("file", "schedule"),
+        ("hooks", "schedule"),
+    }:
+        made = outcome(door, base + more, TREE, wanted or base + more)
+        assert not isinstance(made, str), made
 
 
 def test_every_policy_is_tried() -> None:
     hints = get_type_hints(Policy)
     everything = {(name, value) for name in Policy._fields for value in get_args(hints[name])[1:]}
     assert everything == POLICIES.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[group]]\nset = { weight_decai = 0.5 }\n",
+        '[[group]]\nset = { lr = "high" }\n',
+        '[[group]]\noptimizer = "elsewhere"\nset = { lr = 0.3 }\n',
+        '[[group]]\nmatch = "0"\n[[group]]\nmatch = "1"\n[[group]]\nmatch = "nowhere"\nset = { lr = 0.3 }\n',
+        "[[group]]\nnumber = 7\nset = { lr = 0.3 }\n",
+        '[[optimizer]]\npath = "optimizer"\nmatch = "**"\nset = { weight_decai = 0.5 }\n',
+        '[[optimizer]]\npath = "a"\nmatch = "0"\n[[optimizer]]\npath = "b"\nmatch = "nowhere"\n',
+        'optimizer = "Novel"\n',
+        '[scheduler]\npath = "elsewhere"\nset = { step_size = 1 }\n',
+        "[scheduler]\nset = { T_max = 5 }\n",
+        '[slots]\nexp_agv = { kind = "scalar" }\n',
+    ],
+)
+def test_what_reaches_nothing_is_refused(text: str, door: str) -> None:
+    assert isinstance(outcome(door, text, TREE, ""), str)

@@ -11,6 +11,7 @@ from optimstate.plan.apply.division import optimizers_of, placed, reported, sche
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.apply.masters import masters_beside
 from optimstate.plan.apply.options import followers_of, scheduled, with_group_options, with_options
+from optimstate.plan.apply.stamps import APPLIED, METADATA, refuse_second, stamped
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
@@ -25,15 +26,7 @@ from optimstate.state.sections import Section, find_sections, with_hosts
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, Path, format_path, rebuilt_mapping, replaced
 
-__all__ = ["APPLIED", "METADATA", "STAMP", "apply_plan"]
-
-METADATA = "optimstate"
-"""The key of an optimizer's state under which hooks write what a later reader would have to guess."""
-APPLIED = "applied"
-"""The key there of the digests of plans that were applied to the file after it was certified."""
-
-STAMP = "optimstate_plans"
-"""The key under which a checkpoint keeps the digests of plans that may be applied once."""
+__all__ = ["apply_plan"]
 
 
 def apply_plan(
@@ -57,9 +50,9 @@ def apply_plan(
     Raises:
         MigrationError: The plan does not fit; nothing is changed.
     """
-    _refuse_second(plan, tree)
+    refuse_second(plan, tree)
     checkpoint = _Checkpoint(plan, tree, names or {})
-    _refuse_unreached(plan, checkpoint)
+    _refuse_unreached(plan, checkpoint, like)
     if like is not None:
         _refuse_unordered(checkpoint)
     migration = plan_migration(plan, checkpoint.inventories(like))
@@ -72,7 +65,7 @@ def apply_plan(
         made, migration = checkpoint.divided(tree, migration, schedules)
     else:
         made = replaced(tree, {**checkpoint.rebuilt(migration), **schedules})
-    return _stamped(plan, made), migration, notes + migration.notes
+    return stamped(plan, made), migration, notes + migration.notes
 
 
 def key_of(section: Section) -> str:
@@ -282,8 +275,12 @@ def _refuse_unordered(checkpoint: _Checkpoint) -> None:
         raise MigrationError(problems)
 
 
-def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint) -> None:
+def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint, like: Like | None) -> None:
     """What a plan says of optimizers by their parameters' names must reach every one of them."""
+    if plan.policy.hyperparameters == "live" and (like is None or not like.targets):
+        message = 'hyperparameters = "live" in [policy] speaks of an optimizer in memory, and a file has none'
+        remedy = "use it in optimstate.resume or hooks, or give the new run's checkpoint with --like"
+        raise MigrationError([Problem("unreached", message, remedy=remedy)])
     if plan.policy.unused != "error":
         return
     rest = (
@@ -300,11 +297,6 @@ def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint) -> None:
             message = f"has no parameter names, so {' and '.join(asked)} cannot reach it"
             remedy = "give it names (optimstate name), or leave that out of the plan"
             problems.append(Problem("unreached", message, key_of(section), remedy=remedy))
-    asked = [text for text, given in (("[[group]] tables", bool(plan.groups)), *rest) if given]
-    if asked and not anonymous and not checkpoint.states:
-        message = f"the checkpoint has no optimizer that {' and '.join(asked)} could change"
-        remedy = 'leave that out of the plan, or say unused = "ignore" in [policy]'
-        problems = [Problem("unreached", message, remedy=remedy)]
     if problems:
         raise MigrationError(problems)
 
@@ -383,28 +375,3 @@ def _moved_metadata(metadata: Mapping[Any, Any], moves: SectionMoves, prefix: st
         for target in modules.get(owner, [owner]):
             made[".".join(filter(None, (target, inner)))] = value
     return rebuilt_mapping(metadata, made)
-
-
-def _refuse_second(plan: Plan, tree: Any) -> None:
-    if plan.guard.once and isinstance(tree, Mapping) and plan.digest in tree.get(STAMP, ()):
-        raise MigrationError(
-            [Problem("guard", "this plan was applied to this checkpoint already")],
-            hint="Apply it to the original, or take `once` out of the plan's [guard].",
-        )
-
-
-def _stamped(plan: Plan, tree: Any) -> Any:
-    """The tree with the plan's digest, where the plan asks for it and an entry more changes no section's meaning."""
-    if not plan.guard.once:
-        return tree
-    roots = [section for section in find_sections(tree) if section.path == ()]
-    if not isinstance(tree, dict) or roots or not all(isinstance(key, str) for key in tree):
-        raise MigrationError(
-            [
-                Problem(
-                    "guard", "[guard] once = true needs a checkpoint that is a dict of sections, to note the plan in"
-                )
-            ],
-            hint="Use has and lacks, which need no note.",
-        )
-    return rebuilt_mapping(tree, {**tree, STAMP: [*tree.get(STAMP, ()), plan.digest]})

@@ -13,7 +13,7 @@ from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import LIVE, backend_of, copied, evaluated, identity
 from optimstate.plan.expressions.tree import Expr, Leaf
-from optimstate.plan.slots.outcomes import OUTCOMES, Outcome, SlotPath, nested
+from optimstate.plan.slots.outcomes import SlotPath, nested
 from optimstate.plan.solve.migration import Move, SectionMoves
 from optimstate.problems import Problem
 from optimstate.state.optimizer import Group, Member, OptimizerState, ParameterKey, Slots

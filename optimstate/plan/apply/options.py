@@ -7,10 +7,12 @@ from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.scheduled import Groups
-from optimstate.plan.apply.schedulers import followed, reaches
+from optimstate.plan.apply.schedulers import followed, reaches, unreached_schedulers
 from optimstate.plan.language.plan import Plan
+from optimstate.plan.slots.outcomes import flat_slots
 from optimstate.plan.solve.groups import GroupPlan, with_tables
 from optimstate.plan.solve.migration import Migration, SectionMoves
+from optimstate.plan.solve.reach import Reached, unreached
 from optimstate.problems import Problem
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
@@ -33,12 +35,7 @@ def with_options(
     Raises:
         MigrationError: A table needs names, or is for an optimizer that is not there.
     """
-    problems: list[Problem] = []
-    labels = [key.removeprefix("optimizer ") for key in optimizers]
-    for rule in plan.groups:
-        if rule.optimizer and rule.optimizer not in labels:
-            message = f"no optimizer is at {rule.optimizer!r}, which a [[group]] is for"
-            problems.append(Problem("unreached", message, remedy=f"there are {', '.join(labels) or 'none'}"))
+    problems = list(unreached(plan, [_reached(key, state, migration) for key, state in optimizers.items()]))
     sections = dict(migration.sections)
     for key, state in optimizers.items():
         tables = [rule for rule in plan.groups if rule.is_for(key.removeprefix("optimizer "))]
@@ -57,6 +54,15 @@ def with_options(
     if problems:
         raise MigrationError(problems)
     return migration._replace(sections=sections)
+
+
+def _reached(key: str, state: OptimizerState, migration: Migration) -> Reached:
+    """What the plan may speak of in an optimizer of the checkpoint."""
+    section = migration.sections.get(key)
+    names = [move.target for move in section.moves] if section is not None else []
+    options = [group.options for group in state.groups]
+    slots = dict.fromkeys(str(path[-1]) for slots in state.state.values() for path, _ in flat_slots(slots))
+    return Reached(key.removeprefix("optimizer "), names, options, slots)
 
 
 def with_group_options(state: OptimizerState, moves: SectionMoves) -> OptimizerState:
@@ -115,11 +121,7 @@ def _unreached(plan: Plan, schedulers: Sequence[Section]) -> Iterator[Problem]:
     if plan.policy.schedule == "live":
         message = 'schedule = "live" in [policy] speaks of a scheduler in memory, and a file has none'
         yield Problem("unreached", message, remedy="use it in optimstate.resume")
-    known = f"there are {', '.join(section.label for section in schedulers)}" if schedulers else ""
-    for rule in plan.schedulers:
-        if not any(reaches(rule, section.node, section.label) for section in schedulers):
-            message = f"no scheduler is at {rule.path!r}" if rule.path else "there is no scheduler to change"
-            yield Problem("unreached", message, remedy=known)
+    yield from unreached_schedulers(plan, [(section.label, section.node) for section in schedulers])
 
 
 def followers_of(

@@ -6,7 +6,7 @@ a plan sets, a group that is new, an argument that changes: everything is made a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from optimstate.errors import MigrationError
@@ -18,7 +18,7 @@ from optimstate.plan.solve.groups import same_value
 from optimstate.problems import Problem
 from optimstate.state.schedules import Line, Schedule, parts, schedule_of
 
-__all__ = ["differences", "followed", "reaches"]
+__all__ = ["differences", "followed", "reaches", "unreached_schedulers"]
 
 _COUNTERS = ("best", "num_bad_epochs", "cooldown_counter", "mode_worse", "_step_count")
 
@@ -63,6 +63,20 @@ def followed(
 def reaches(rule: SchedulerRule, state: Mapping[str, Any], label: str) -> bool:
     """Whether a `[scheduler]` table speaks of a scheduler or of a part of it."""
     return any(rule.path in _spellings(label, path) for path, _ in parts(schedule_of(dict(state))))
+
+
+def unreached_schedulers(plan: Plan, schedulers: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Problem]:
+    """`[scheduler]` tables for schedulers that are not there.
+
+    Args:
+        plan: With the tables.
+        schedulers: All that it is applied to, each with its path.
+    """
+    known = f"there are {', '.join(label for label, _ in schedulers)}" if schedulers else ""
+    for rule in plan.schedulers:
+        if not any(reaches(rule, state, label) for label, state in schedulers):
+            message = f"no scheduler is at {rule.path!r}" if rule.path else "there is no scheduler to change"
+            yield Problem("unreached", message, "[scheduler]", remedy=known or "take the table out of the plan")
 
 
 def _spellings(label: str, path: str) -> set[str]:

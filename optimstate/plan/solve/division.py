@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from optimstate.errors import MigrationError
-from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import OptimizerRule
 from optimstate.plan.solve.groups import GroupPlan
 from optimstate.plan.solve.migration import Migration, SectionMoves
+from optimstate.plan.solve.reach import option_problems, takers
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.optimizer import OptimizerState
@@ -18,7 +18,7 @@ from optimstate.state.optimizer import OptimizerState
 if TYPE_CHECKING:
     from optimstate.plan.slots.conversion import Conversion
 
-__all__ = ["Part", "divided", "takers"]
+__all__ = ["Part", "divided"]
 
 
 class Part(Record):
@@ -35,16 +35,6 @@ class Part(Record):
     key: str
     moves: SectionMoves
     numbers: tuple[int, ...]
-
-
-def takers(rules: Sequence[OptimizerRule], names: Sequence[str]) -> dict[str, OptimizerRule | None]:
-    """For each parameter the first table that matches it, or None."""
-    modules = Modules(names)
-    matches = [(rule, [modules.reading(template) for template in rule.match]) for rule in rules]
-    return {
-        name: next((rule for rule, found in matches if any(t.match(name) is not None for t in found)), None)
-        for name in names
-    }
 
 
 def divided(plan: Plan, migration: Migration, states: Mapping[str, OptimizerState]) -> list[Part]:
@@ -129,12 +119,8 @@ def _cut(group: GroupPlan, names: set[str], rule: OptimizerRule) -> GroupPlan:
 def _unknown_options(rule: OptimizerRule, groups: Sequence[GroupPlan]) -> Iterator[Problem]:
     from optimstate.plan.slots.converted_options import option_names
 
-    known = set(option_names(rule.algorithm)) if rule.algorithm else {key for group in groups for key in group.options}
-    for key in rule.set:
-        if known and key not in known:
-            which = rule.algorithm or "the optimizer"
-            message = f"{which} has no option {key!r}"
-            yield Problem("setting", message, str(rule), remedy=f"there are {', '.join(sorted(known))}")
+    known = option_names(rule.algorithm) if rule.algorithm else ()
+    return option_problems(rule.set, [] if known else [group.options for group in groups], str(rule), known=known)
 
 
 def _mixed(rule: OptimizerRule, parts: Sequence[Part]) -> Iterator[Problem]:

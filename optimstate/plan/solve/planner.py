@@ -26,7 +26,7 @@ from optimstate.plan.solve.groups import Candidate, GroupPlan, in_order, plan_gr
 from optimstate.plan.solve.inventory import decoded, model_inventory, optimizer_inventory
 from optimstate.plan.solve.losses import with_losses
 from optimstate.plan.solve.migration import Inventory, Migration, Move, SectionMoves, Target
-from optimstate.plan.solve.problems import guarded, shortened, unknown_slots, unmatched
+from optimstate.plan.solve.problems import guarded, shortened, unmatched
 from optimstate.plan.solve.resolve import Made, Resolved, Resolver
 from optimstate.problems import Problem
 from optimstate.state.optimizer import OptimizerState
@@ -109,7 +109,6 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
         for number, (rule, count) in enumerate(zip(rules, counts, strict=True), 1):
             if not count:
                 problems.append(unmatched(number, rule, sections))
-        problems.extend(unknown_slots(plan.slots, sections))
     if problems:
         raise MigrationError(list(dict.fromkeys(problems)))
     return Migration(plan, made, tuple(zip(rules, counts, strict=True)))

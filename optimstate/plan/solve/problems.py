@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.modules import Modules
@@ -10,7 +10,7 @@ from optimstate.plan.language.rules import Guard, Rule
 from optimstate.plan.solve.migration import Inventory
 from optimstate.problems import Problem
 
-__all__ = ["Suggestions", "guarded", "shape_problem", "shortened", "unknown_slots", "unmatched"]
+__all__ = ["Suggestions", "guarded", "shape_problem", "shortened", "unmatched"]
 
 _SHOWN = 20  # problems of one kind that are spelled out
 
@@ -41,16 +41,6 @@ def unmatched(number: int, rule: Rule, sections: Mapping[str, Inventory]) -> Pro
     close = get_close_matches(rule.source.text, known[:2000], n=3, cutoff=0.3) or known[:3]
     message = f"{rule.source.text!r} matches none of {len(known)} names; there are {', '.join(map(repr, close))}"
     return Problem("unmatched", message, place, tuple(close))
-
-
-def unknown_slots(declared: Collection[str], sections: Mapping[str, Inventory]) -> Iterator[Problem]:
-    """Slots that a plan declares and no optimizer has."""
-    parameters = [p for inventory in sections.values() for p in inventory.parameters.values()] if declared else []
-    known = dict.fromkeys(str(path[-1]) for parameter in parameters for path in parameter.slots)
-    for name in declared if known else ():
-        if name not in known:
-            remedy = f"there are {', '.join(known)}"
-            yield Problem("unmatched", f"no parameter has a slot {name!r}", "[slots]", remedy=remedy)
 
 
 def shortened(problems: Sequence[Problem]) -> list[Problem]:

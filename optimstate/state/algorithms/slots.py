@@ -113,7 +113,7 @@ class Algorithm(Record):
 
     def _is_foreign(self, key: str, value: Any) -> bool:
         """Whether an option is a hyperparameter that the algorithm does not have, and no note of a framework's."""
-        if key in self.own or key in COMMON_OPTIONS or key.endswith(_NOTES):
+        if key in self.own or key in COMMON_OPTIONS or is_note(key):
             return False
         numbers = value if isinstance(value, list | tuple) else (value,)
         return all(item is None or isinstance(item, bool | int | float) for item in numbers)
@@ -145,6 +145,12 @@ COMMON_OPTIONS = frozenset(
 
 _NOTES = ("_lr", "lr_scale", "_mult", "name", "_momentum", "_id", "_index", "_type", "is_expert_parallel")
 """Ends of what schedulers, trainers and users write into groups beside the hyperparameters."""
+
+
+def is_note(option: str) -> bool:
+    """Whether an option of a group is a note of a scheduler, a trainer or a user, and no hyperparameter."""
+    return option.endswith(_NOTES)
+
 
 RECOMPUTED = frozenset({"RMS"})
 """Numbers that an optimizer keeps in its state but computes anew at every step."""
