@@ -1,7 +1,7 @@
 """Every page's commands, Python and plans are run, page after page in the order of the site.
 
-Pages that need a network of processes, a framework or folders of their own have tests of their own, which are named here; a
-page with something to run that is in neither list fails.
+Pages that need several processes, a framework or folders of their own have tests of their own, which are named here;
+a page with something to run that is in neither list fails.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def converted(folder: Path) -> dict[str, Any]:
     package = folder / "mypkg"
     package.mkdir()
     (package / "__init__.py").touch()
-    code = "def hf_to_mine(state):\n    return {name.replace('encoder', 'blocks'): value for name, value in state.items()}\n"
+    code = (
+        "def hf_to_mine(state):\n    return {name.replace('encoder', 'blocks'): value for name, value in state.items()}"
+    )
     (package / "convert.py").write_text(code)
     state = {"encoder.0.weight": torch.randn(4, 4), "encoder.0.bias": torch.randn(4)}
     from safetensors.torch import save_file
