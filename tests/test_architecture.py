@@ -14,92 +14,36 @@ ROOT = Path(__file__).parent.parent
 
 # What each room may import (a room may always import itself); a name stands for all that is below it.
 ALLOWED: dict[str, set[str]] = {
-    "describe": set(),  # imported by all: the one way a value of a file becomes text
-    "errors": {"problems"},
-    "problems": set(),
-    "installed_torch": {"errors"},
-    "record": set(),  # imported by all: how a value class is made
-    "io": {"errors"},
-    "tensors": {"errors", "installed_torch", "io"},
-    "tree": {"errors", "io", "tensors"},
-    "state": {"errors", "installed_torch", "problems", "tensors", "tree"},
-    "formats": {"errors", "io", "tensors", "tree", "state"},
-    "plan": {"errors", "installed_torch", "problems", "tensors", "tree", "state"},
-    "optim": {"errors", "installed_torch", "state.names"},
-    "surgery": {
-        "reporting",
-        "certificates",
-        "errors",
-        "installed_torch",
-        "problems",
-        "io",
-        "tensors",
-        "tree",
-        "state",
-        "formats",
-        "plan",
-    },
-    "distributed": {"errors", "installed_torch", "problems", "state", "plan", "resuming"},
-    "hooks": {
-        "reporting",
-        "certificates",
-        "derivation",
-        "__init__",
-        "errors",
-        "installed_torch",
-        "problems",
-        "tensors",
-        "tree",
-    }
-    | {"state", "plan"},
-    "resuming": {
-        "reporting",
-        "certificates",
-        "errors",
-        "installed_torch",
-        "problems",
-        "io",
-        "tensors",
-        "tree",
-        "state",
-        "plan",
-    }
-    | {"formats", "hooks"},
-    "integrations": {"errors", "installed_torch", "tensors", "state", "formats", "plan", "hooks", "resuming"},
-    "derivation": {"errors", "installed_torch", "problems", "tensors", "tree", "state", "plan", "formats"},
-    "certificates": {"__init__", "errors", "installed_torch", "problems", "tensors", "tree", "state"},
-    "reporting": {"tree"},
-    "rehearsal": {"reporting", "errors", "installed_torch", "plan", "state", "hooks", "resuming"},
-    "demo": {"errors", "installed_torch", "problems", "optim", "hooks"},
-    "cli": {
-        "reporting",
-        "errors",
-        "installed_torch",
-        "problems",
-        "io",
-        "tensors",
-        "tree",
-        "state",
-        "surgery",
-        "formats",
-        "plan",
-    }
-    | {"demo", "derivation", "rehearsal", "__init__"},
-    "__main__": {"cli"},
-    "__init__": {
-        "certificates.certificate",
-        "derivation",
-        "rehearsal",
-        "errors",
-        "distributed",
-        "hooks",
-        "optim",
-        "surgery",
-        "formats.registry",
-        "plan.language.plan",
-        "plan.language.rules",
-        "resuming",
-    },
+    room: set(below.split())
+    for room, below in {
+        "record": "",  # imported by all: how a value class is made
+        "describe": "",  # imported by all: the one way a value of a file becomes text
+        "problems": "",
+        "errors": "problems",
+        "installed_torch": "errors",
+        "io": "errors",
+        "tensors": "errors installed_torch io",
+        "tree": "errors io tensors",
+        "reporting": "tree",
+        "state": "problems errors installed_torch tensors tree",
+        "certificates": "problems errors installed_torch tensors tree state __init__",
+        "formats": "errors io tensors tree state",
+        "plan": "problems errors installed_torch tensors tree state",
+        "optim": "errors installed_torch state.names",
+        "surgery": "problems errors installed_torch io tensors tree reporting state certificates formats plan",
+        "hooks": "problems errors installed_torch tensors tree reporting state certificates plan derivation __init__",
+        "resuming": "problems errors installed_torch io tensors tree reporting state certificates formats plan hooks",
+        "distributed": "problems errors installed_torch state plan resuming",
+        "derivation": "problems errors installed_torch tensors tree state formats plan",
+        "rehearsal": "errors installed_torch reporting state plan hooks resuming",
+        "integrations": "errors installed_torch tensors state formats plan hooks resuming",
+        "demo": "problems errors installed_torch optim hooks",
+        "cli": "problems errors installed_torch io tensors tree reporting state "
+        "formats plan surgery derivation rehearsal demo __init__",
+        "__main__": "cli",
+        "__init__": "errors certificates.certificate formats.registry plan.language.plan plan.language.rules optim surgery "
+        "hooks resuming distributed derivation rehearsal",
+    }.items()
 }
 # The storeys of a package, the lowest first: a module imports from its own storey and those below.
 STOREYS: dict[str, tuple[set[str], ...]] = {
