@@ -27,6 +27,8 @@ __all__ = ["Program", "Wanted", "applied", "core", "cut", "joined"]
 Concat, Stack, Split, Unstack = (OPERATIONS[key] for key in ("concat", "stack", "split", "unstack"))
 Permute, Transpose, Reshape = (OPERATIONS[key] for key in ("permute", "transpose", "reshape"))
 Slice, Select, Resize, Repeat = (OPERATIONS[key] for key in ("slice", "select", "resize", "repeat"))
+Flip, Gather = OPERATIONS["flip"], OPERATIONS["gather"]
+_INLINE = 64  # rows that a plan lists; longer lists are an index of their own
 
 Program = tuple[Operation, ...]
 
@@ -235,7 +237,10 @@ def _selections(shape: Shape, wanted: Wanted) -> Iterator[Program]:
         if not size or any(a != b for at, (a, b) in enumerate(zip(shape, wanted.shape, strict=True)) if at != dim):
             continue
         first = wanted.ids.reshape(wanted.shape).movedim(dim, 0).reshape(size, -1)[:, 0]
-        yield (Select(dim, tuple((first // prod(shape[dim + 1 :]) % old).tolist())),)
+        index = tuple((first // prod(shape[dim + 1 :]) % old).tolist())
+        if index == tuple(range(old - 1, -1, -1)):
+            yield (Flip((dim,)),)
+        yield (Select(dim, index) if len(index) <= _INLINE else Gather(dim, index),)
 
 
 def core(wanted: Wanted) -> tuple[Wanted, Program]:

@@ -107,13 +107,7 @@ class Derivation:
         used = {name for component in components for name in component.sources}
         for name, origin in found.outputs.items():
             if isinstance(origin, Combined):
-                terms = tuple(found.owner(int(part.reshape(-1)[0])) for part, _ in origin.parts)
-                if used & set(terms):
-                    shared = min(used & set(terms))
-                    raise DerivationError(f"{shared!r} is part of the mean {name!r} and of another output")
-                used |= set(terms)
-                self.first.append(Moves(terms, (name,), (OPERATIONS["mean"](0),)))
-                self.notes.append(f"{name!r} is a mean: its weights are exact, its optimizer state is approximate")
+                used |= self._sum(name, origin, found, used)
         self.dropped = tuple(name for name in self.sources if name not in used)
         if self.dropped and not self.allow_drop:
             more = len(self.dropped) - 5
@@ -130,27 +124,30 @@ class Derivation:
             if isinstance(origin, Unexplained):
                 of = f" (it depends on {', '.join(map(repr, origin.sources))})" if origin.sources else ""
                 wrong.append(f"{name!r} is not a layout of the sources: {origin.reason}{of}")
-            elif isinstance(origin, Combined) and not self._is_mean(found, origin):
-                terms = " + ".join(f"{factor:g} * ..." for _, factor in origin.parts[:4])
-                wrong.append(f"{name!r} is a sum of {len(origin.parts)} tensors ({terms}): no rule can say it yet")
-            elif isinstance(origin, Moved) and origin.shift:
-                wrong.append(f"{name!r} has {origin.shift:g} added to every element: no rule can say it yet")
         if wrong:
             raise DerivationError("\n".join(wrong))
 
-    def _is_mean(self, found: Probe, origin: Combined) -> bool:
-        """Whether it is the mean of whole tensors."""
-        from optimstate.installed_torch import torch
-
-        count = len(origin.parts)
-        sizes = {part.numel() for part, _ in origin.parts}
-        return not origin.shift and all(
-            abs(factor * count - 1) < 1e-6
-            and sizes == {part.numel()}
-            and bool((part.reshape(-1) == torch.arange(part.numel()) + int(part.reshape(-1)[0])).all())
-            and part.shape == self.sources[found.owner(int(part.reshape(-1)[0]))].shape
-            for part, factor in origin.parts
-        )
+    def _sum(self, name: str, origin: Combined, found: Probe, used: set[str]) -> set[str]:
+        """Several tensors added, each times a number: they are averaged as they are, and then laid out."""
+        terms = tuple(found.owner(int(part.reshape(-1)[0])) for part, _ in origin.parts)
+        shared = sorted(used & set(terms))
+        if shared:
+            raise DerivationError(f"{shared[0]!r} is part of the sum {name!r} and of another output")
+        shape = self.sources[terms[0]].shape
+        parts = [part.reshape(-1) - found.starts[term] for term, (part, _) in zip(terms, origin.parts, strict=True)]
+        layouts = {(self.sources[term].shape, tuple(part.tolist())) for term, part in zip(terms, parts, strict=True)}
+        program = self._cut(shape, [Wanted(tuple(origin.parts[0][0].shape), parts[0])]) if len(layouts) == 1 else None
+        if program is None:
+            raise DerivationError(f"{name!r} is a sum of {len(terms)} tensors that are laid out in different ways")
+        factors = [factor for _, factor in origin.parts]
+        equal = all(abs(factor * len(factors) - 1) < 1e-6 for factor in factors) and len(factors) > 1
+        joins = OPERATIONS["mean"](0) if equal else OPERATIONS["average"](tuple(map(_short, factors)))
+        extra = self._extras(Moved(origin.parts[0][0], 1.0, origin.shift, 0.0, origin.dtype), terms)
+        self.first.append(Moves(terms, (name,), (joins, *program[0], *extra)))
+        kept = "approximate" if min(factors) >= 0 and abs(sum(factors) - 1) < 1e-6 else "left behind"
+        what = "mean" if equal else "sum"
+        self.notes.append(f"{name!r} is a {what}: its weights are exact, its optimizer state is {kept}")
+        return set(terms)
 
     # --- one component ----------------------------------------------------------------------------------------------
 
@@ -273,7 +270,10 @@ class Derivation:
         """What is done beside the layout: a factor, another dtype."""
         extra: list[Operation] = []
         if origin.scale != 1:
-            extra.append(OPERATIONS["scale"](origin.scale, 1 / origin.scale))
+            scale = _short(origin.scale)
+            extra.append(OPERATIONS["scale"](scale, 1 / scale))
+        if origin.shift:
+            extra.append(OPERATIONS["shift"](_short(origin.shift)))
         if {self.sources[name].dtype for name in sources} != {origin.dtype}:
             extra.append(OPERATIONS["cast"]({"param": origin.dtype}))
         return tuple(extra)
@@ -316,6 +316,11 @@ class Derivation:
         rounded = roundings(plan, self.function, self.sources, self.new)
         if rounded:
             self.notes.append(f"the function rounds values on the way, the plan keeps them: {rounded[0]}")
+
+
+def _short(number: float) -> float:
+    """A number as a person writes it, where rounding alone has given it more digits."""
+    return float(f"{number:.7g}") if abs(float(f"{number:.4g}") - number) <= 1e-6 * abs(number) else number
 
 
 def _block(shape: Shape, ids: torch.Tensor) -> Wanted:

@@ -32,7 +32,8 @@ def roundings(plan: Plan, function: Function, sources: Mapping[str, Source], new
 def _differing(plan: Plan, function: Function, drawn: Mapping[str, torch.Tensor], new: Sequence[str]) -> list[str]:
     expected = function({name: value.clone() for name, value in drawn.items()})
     made = execute_model(plan_model(plan, drawn).sections["model"], drawn)
-    return list(_compared(expected, made, set(new)))
+    arithmetic = any(step.KEY in _ARITHMETIC for rule in plan.all_rules() for step in rule.operations)
+    return list(_compared(expected, made, set(new), arithmetic=arithmetic))
 
 
 def _drawn(sources: Mapping[str, Source], *, whole: bool) -> dict[str, torch.Tensor]:
@@ -51,8 +52,15 @@ def _drawn(sources: Mapping[str, Source], *, whole: bool) -> dict[str, torch.Ten
     return made
 
 
-def _compared(expected: Mapping[str, Any], made: Mapping[str, Any], new: set[str]) -> Iterator[str]:
+_ARITHMETIC = ("average", "mean", "scale", "shift")
+
+
+def _compared(
+    expected: Mapping[str, Any], made: Mapping[str, Any], new: set[str], *, arithmetic: bool
+) -> Iterator[str]:
     from optimstate.installed_torch import torch
+
+    rounding = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9} if arithmetic else {}
 
     for name in expected.keys() - made.keys() - new:
         yield f"the plan does not make {name!r}"
@@ -65,5 +73,5 @@ def _compared(expected: Mapping[str, Any], made: Mapping[str, Any], new: set[str
         if value.dtype != other.dtype or value.shape != other.shape:
             mine, theirs = (f"{item.dtype} {list(item.shape)}" for item in (other, value))
             yield f"{name!r} is {mine} by the plan, {theirs} by the function"
-        elif not torch.allclose(value.double(), other.double(), rtol=1e-6, atol=0):
+        elif not torch.allclose(value.double(), other.double(), rtol=rounding.get(value.dtype, 1e-6), atol=0):
             yield f"{name!r}: {int((value != other).sum())} of {value.numel()} elements differ"

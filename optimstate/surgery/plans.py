@@ -14,6 +14,7 @@ from optimstate.io.output import AtomicFile
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rows import with_index_files
 from optimstate.plan.solve.inverse import inverse
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.reports import opening
@@ -124,11 +125,18 @@ def check_plan_destination(path: str | Path, *sources: str | Path, force: bool =
 
 
 def save_plan(text: str, path: str | Path) -> None:
-    """Write a plan file, all of it or nothing.
+    """Write a plan file, all of it or nothing, after the files of its long indices beside it.
 
     Raises:
         DestinationError: It cannot be written.
     """
+    target = Path(path)
+    if "gather" in text:
+        plan, files = with_index_files(Plan.from_toml(text), target.stem)
+        for name, index in files.items():
+            with AtomicFile(target.parent / name) as file:
+                file.write(index.encode())
+        text = plan.to_toml() if files else text
     with AtomicFile(path) as file:
         file.write(text.encode())
 

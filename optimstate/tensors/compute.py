@@ -12,7 +12,7 @@ from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage, with_pieces
 from optimstate.tensors.strided import moving_dtype, readable
 
-__all__ = ["bytes_of", "computed", "concatenated", "filled", "mapped", "reduced", "to_torch"]
+__all__ = ["bytes_of", "computed", "concatenated", "filled", "mapped", "reduced", "taken", "to_torch"]
 
 
 def to_torch(tensor: LazyTensor) -> Any:
@@ -103,6 +103,36 @@ def bytes_of(tensor: Any) -> bytes:
 
     tensor = tensor.contiguous()
     return string_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def taken(tensor: LazyTensor, dim: int, index: Sequence[int]) -> LazyTensor:
+    """Rows of a dimension by their indices, in any order and as often as they are named.
+
+    Long rows stay references to where they are; short ones are put together when they are read.
+    """
+    shape = (*tensor.shape[:dim], len(index), *tensor.shape[dim + 1 :])
+    outer, width = prod(shape[:dim]), prod(shape[dim + 1 :]) * tensor.itemsize
+    source = Storage(tensor.extents(), tensor.nbytes)
+    if not prod(shape):
+        return with_pieces(tensor, (), tensor.dtype, shape)
+    block = tensor.shape[dim] * width
+    if width >= _SHORT_RUN:
+        pieces = tuple(
+            piece
+            for row in range(outer)
+            for place in index
+            for piece in source.cut(row * block + place * width, row * block + (place + 1) * width)
+        )
+        return with_pieces(tensor, pieces, tensor.dtype, shape)
+
+    def make(first: int, last: int) -> bytes:
+        from optimstate.installed_torch import torch
+
+        found = torch.frombuffer(_joined(source.cut(first * block, last * block)), dtype=torch.uint8)
+        return bytes_of(found.view(last - first, tensor.shape[dim], width).index_select(1, torch.tensor(index)))
+
+    rows = _Rows(len(index) * width, make)
+    return with_pieces(tensor, (Extent(rows, 0, len(index) * width * outer),), tensor.dtype, shape)
 
 
 def mapped(tensor: LazyTensor, dtype: str, function: Callable[[Any], Any]) -> LazyTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,20 +17,20 @@ from optimstate.errors import DerivationError
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.solve.planner import plan_model, plan_optimizer
 from optimstate.state.optimizer import OptimizerState
+from optimstate.surgery.plans import save_plan
 from tests.derivation.functions import FUNCTIONS
 
 RULES = {
     "llama_to_meta": 6, "gqa_fuse": 3, "gqa_unfuse": 2, "neox": 2, "conv1d": 3, "conv1d_cut": 4, "gqa_to_mha": 1,
     "vit": 5, "mixtral": 3, "mixtral_back": 3, "gpt_oss": 3, "halves": 5, "many": 2, "vocab": 1, "tied": 2, "bf16": 1,
     "gammabeta": 2, "everysecond": 2, "shifted": 3, "stacked": 1, "mla": 1, "mamba": 1, "dense37": 1,
-    "mean4": 1, "flip": 1,
+    "mean4": 1, "flip": 1, "plus1": 1,
 }  # fmt: skip
 REFUSED = {
-    "plus1": "'a' has 1 added",
     "lora": "'w' is not a layout",
     "wholemean": "'b'",
 }
-SCALED = {"tied"}
+SCALED = {"tied", "plus1"}
 ROUNDED = {"bf16"}
 
 
@@ -204,6 +205,43 @@ def test_a_permutation_without_a_pattern_is_a_list_of_rows() -> None:
     assert [str(rule) for rule in derived.plan.rules] == ["a -> b, select = { dim = 1, index = [3, 0, 4, 1, 2] }"]
 
 
-def test_a_sum_that_is_no_mean_is_refused() -> None:
-    with pytest.raises(DerivationError, match="'c' is a sum of 2 tensors"):
-        derive(lambda state: {"c": state["a"] * 0.75 + state["b"] * 0.25}, {"a": (2, 2), "b": (2, 2)})
+SUMS: dict[str, tuple[Any, dict[str, tuple[int, ...]], str]] = {
+    "average": (lambda s: {"c": s["a"] * 0.75 + s["b"] * 0.25}, {"a": (2, 2), "b": (2, 2)}, "average = [0.75, 0.25]"),
+    "delta": (lambda s: {"c": s["a"] - s["b"]}, {"a": (2, 2), "b": (2, 2)}, "average = [1.0, -1.0]"),
+    "turned": (lambda s: {"c": (s["a"] * 0.3 + s["b"] * 0.7).t() + 2}, {"a": (2, 3), "b": (2, 3)},
+        "average = [0.3, 0.7], transpose = true, shift = { param = 2.0 }"),
+    "zero-centred": (lambda s: {"n": s["n"] - 1}, {"n": (5,)}, "shift = { param = -1.0 }"),
+    "affine": (lambda s: {"n": s["n"] * 2 + 1}, {"n": (5,)}, "scale = { param = 2.0, grad = 0.5 }, shift"),
+    "flip": (lambda s: {"a": s["a"].flip(1)}, {"a": (3, 9)}, "flip = 1"),
+    "half": (lambda s: {"c": ((s["a"] + s["b"]) / 2).bfloat16()}, {"a": (4, 4), "b": (4, 4)}, "mean = 0, cast"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_shifts_and_flips_become_operations(name: str) -> None:
+    function, shapes, text = SUMS[name]
+    derived = derive(function, shapes)
+    (rule,) = derived.plan.all_rules()
+    assert text in str(rule)
+    weights = drawn(shapes, 1)
+    made = execute_model(plan_model(derived.plan, weights).sections["model"], weights)
+    for key, value in function(dict(weights)).items():
+        torch.testing.assert_close(made[key], value, rtol=1e-2 if name == "half" else 1e-5, atol=1e-5)
+
+
+def test_sums_of_different_layouts_are_refused() -> None:
+    with pytest.raises(DerivationError, match="'c' is a sum of 2 tensors that are laid out in different ways"):
+        derive(lambda state: {"c": state["a"] + state["b"].t()}, {"a": (3, 3), "b": (3, 3)})
+
+
+def test_a_long_permutation_is_an_index_file_beside_the_plan(tmp_path: Path) -> None:
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(1)).tolist()
+    shapes = {"a": (100,), "b": (100, 2)}
+    plan = derive(lambda state: {name: value[order] for name, value in state.items()}, shapes).plan
+    save_plan(plan.to_toml(), tmp_path / "plan.toml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.rows-1.json", "plan.toml"]
+    found = Plan.from_file(tmp_path / "plan.toml")
+    assert len((tmp_path / "plan.toml").read_text()) < 500
+    weights = drawn(shapes, 2)
+    made = execute_model(plan_model(found, weights).sections["model"], weights)
+    assert torch.equal(made["b"], weights["b"][order])

@@ -97,6 +97,12 @@ def described(expression: Expr) -> str:
             return f"{inner}[{start}:{start + length} of {dim}]"
         case ex.Narrow(dim, start, length, step):
             return f"{inner}[{start}:{start + length * step}:{step} of {dim}]"
+        case ex.Take(dim, index):
+            return f"take({inner}; {len(index)} rows of {dim})"
+        case ex.Mean(_, weights) if weights:
+            return f"average({inner}; {', '.join(f'{weight:g}' for weight in weights)})"
+        case ex.Shift(param):
+            return f"shift({inner}; {param:g})"
         case ex.Permute(dims):
             return f"permute({inner}; {list(dims)})"
         case ex.Reshape(shape):

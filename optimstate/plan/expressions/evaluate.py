@@ -15,7 +15,7 @@ from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Shape
 from optimstate.problems import Problem
-from optimstate.tensors.compute import concatenated, filled, mapped, reduced
+from optimstate.tensors.compute import concatenated, filled, mapped, reduced, taken
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, cloned
 
@@ -144,6 +144,12 @@ class Backend(Protocol):
     def multiply(self, value: Any, factor: float) -> Any:
         """Every element times a factor."""
 
+    def add(self, value: Any, number: float) -> Any:
+        """Every element plus a number."""
+
+    def take(self, value: Any, dim: int, index: Sequence[int]) -> Any:
+        """Rows of a dimension by their indices."""
+
     def power(self, value: Any, exponent: float) -> Any:
         """Every element to a power."""
 
@@ -183,6 +189,12 @@ class _Lazy:
 
     def multiply(self, value: LazyTensor, factor: float) -> LazyTensor:
         return mapped(value, value.dtype, lambda block: block * factor)
+
+    def add(self, value: LazyTensor, number: float) -> LazyTensor:
+        return mapped(value, value.dtype, lambda block: block + number)
+
+    def take(self, value: LazyTensor, dim: int, index: Sequence[int]) -> LazyTensor:
+        return taken(value, dim, index)
 
     def power(self, value: LazyTensor, exponent: float) -> LazyTensor:
         return mapped(value, value.dtype, lambda block: block**exponent)
@@ -233,6 +245,14 @@ class _Live:
     def multiply(self, value: Any, factor: float) -> Any:
         return value * factor
 
+    def add(self, value: Any, number: float) -> Any:
+        return value + number
+
+    def take(self, value: Any, dim: int, index: Sequence[int]) -> Any:
+        from optimstate.installed_torch import torch
+
+        return value.index_select(dim, torch.tensor(index, device=value.device))
+
     def power(self, value: Any, exponent: float) -> Any:
         return value**exponent
 
@@ -244,10 +264,14 @@ class _Live:
     def mean(self, values: Sequence[Any], dims: Sequence[int], weights: Sequence[float]) -> Any:
         if dims:
             return values[0].mean(dim=tuple(dims), keepdim=True)
-        total = values[0] * weights[0]
+        from optimstate.installed_torch import torch
+
+        dtype = values[0].dtype
+        wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        total = values[0].to(wide) * weights[0]
         for value, weight in zip(values[1:], weights[1:], strict=True):
-            total = total + value * weight
-        return total
+            total = total + value.to(wide) * weight
+        return total.to(dtype)
 
     def outer(self, row: Any, col: Any, shape: Shape) -> Any:
         whole = row.mean(dim=-2, keepdim=True)
@@ -298,6 +322,10 @@ def _step(node: ex.Node, inputs: Sequence[Any]) -> Any:
     match step:
         case ex.Narrow():
             return backend.narrow(value, step.dim, step.start, step.length, step.step)
+        case ex.Take():
+            return backend.take(value, step.dim, step.index)
+        case ex.Add():
+            return backend.add(value, step.number)
         case ex.Cat():
             return backend.concatenate(inputs, step.dim)
         case ex.Permute():

@@ -14,6 +14,7 @@ from optimstate.record import Record
 
 __all__ = [
     "LAYOUT",
+    "Add",
     "Cast",
     "Cat",
     "Expr",
@@ -31,7 +32,9 @@ __all__ = [
     "Reshape",
     "Scale",
     "Shape",
+    "Shift",
     "Step",
+    "Take",
     "Tile",
     "Unsized",
     "kept_places",
@@ -58,6 +61,13 @@ class Narrow(Record):
     start: int
     length: int
     step: int = 1
+
+
+class Take(Record):
+    """Rows of `dim` by their indices, in this order."""
+
+    dim: int
+    index: tuple[int, ...]
 
 
 class Permute(Record):
@@ -121,6 +131,12 @@ class Scale(Record):
     grad: float
 
 
+class Shift(Record):
+    """The parameter plus `param`; its gradient stays as it is."""
+
+    param: float
+
+
 class Cast(Record):
     """Other dtypes, by slot name; `param` is the parameter, `slots` every floating slot without an entry."""
 
@@ -141,13 +157,19 @@ class Unsized(Record):
     what: str
 
 
-# The steps below appear only in expressions of slots.
+# The steps below appear only in expressions of slots, but for `Mean`.
 
 
 class Multiply(Record):
     """Every element times a factor."""
 
     factor: float
+
+
+class Add(Record):
+    """Every element plus a number."""
+
+    number: float
 
 
 class Mean(Record):
@@ -161,10 +183,11 @@ class Product(Record):
     """The outer product of a mean over columns and one over rows, over their common mean."""
 
 
-Step = Cat | Narrow | Permute | Reshape | Pad | Full | Tile | Scale | Cast | Fresh | Unsized | Multiply | Mean | Product
+Layout = Cat | Narrow | Take | Permute | Reshape | Tile
+Step = Layout | Pad | Full | Scale | Shift | Cast | Fresh | Unsized | Multiply | Add | Mean | Product
 
 
-LAYOUT = Cat | Narrow | Permute | Reshape | Tile
+LAYOUT = Layout
 """The steps that only move elements, the same in a parameter and in every slot of its shape."""
 
 
@@ -234,7 +257,7 @@ def kept_places(expression: Expr) -> Expr:
         return expression
     inputs = tuple(map(kept_places, expression.inputs))
     match expression.step:
-        case Multiply() | Cast():
+        case Multiply() | Add() | Cast():
             return inputs[0]
         case Pad(dim, count, fill):
             return Node(Pad(dim, count, Fill(float(fill.default != "live"))), inputs, expression.shape)
@@ -280,6 +303,15 @@ def simplified(expression: Expr) -> Expr:
         if isinstance(first, Node) and isinstance(first.step, Permute):
             dims, first = tuple(first.step.dims[dim] for dim in dims), first.inputs[0]
         return first if dims == tuple(range(len(dims))) else Node(Permute(dims), (first,), shape)
+    elif isinstance(step, Take):
+        index = step.index
+        if isinstance(first, Node) and isinstance(first.step, Take) and first.step.dim == step.dim:
+            index, first = tuple(first.step.index[row] for row in index), first.inputs[0]
+        whole = first.shape is not None and index == tuple(range(first.shape[step.dim]))
+        return first if whole else Node(Take(step.dim, index), (first,), shape)
+    elif isinstance(step, Shift) and isinstance(first, Node) and isinstance(first.step, Shift):
+        together = first.step.param + step.param
+        return Node(Shift(together), first.inputs, shape) if together else first.inputs[0]
     elif isinstance(step, Scale) and isinstance(first, Node) and isinstance(first.step, Scale):
         both = Scale(first.step.param * step.param, first.step.grad * step.grad)
         return first.inputs[0] if both == Scale(1.0, 1.0) else Node(both, first.inputs, shape)

@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from optimstate.errors import PlanSyntaxError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Node, Shape
 from optimstate.plan.language.base import (
@@ -27,7 +25,7 @@ from optimstate.plan.language.base import (
 )
 from optimstate.record import field
 
-__all__ = ["PermuteDims", "Repeat", "ReshapeDims", "Resize", "Select", "Slice", "Transpose"]
+__all__ = ["PermuteDims", "Repeat", "ReshapeDims", "Resize", "Transpose"]
 
 
 def fill_of(value: Any, words: Sequence[str] = ("zeros", "mean", "wrap", "live")) -> ex.Fill | None:
@@ -176,115 +174,6 @@ class ReshapeDims(Operation):
             return list(self.to)
         table: dict[str, Any] = {"dim": self.dim, "to": list(self.to)}
         return {"dim": self.dim, "from": list(self.old), "to": list(self.to)} if self.old else table
-
-
-class Slice(Operation):
-    """The rows [start, stop) of a dimension, `step` apart; the others are lost."""
-
-    KEY = "slice"
-    EXAMPLE = "slice = { dim = 0, start = 0, stop = 1000 }"
-    dim: int = 0
-    start: int = 0
-    stop: int | None = None
-    step: int = 1
-
-    @classmethod
-    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
-        if not is_table(value, {"dim"}, {"start", "stop", "step"}) or not all(map(is_integer, value.values())):
-            return None
-        start, stop, step = value.get("start", 0), value.get("stop"), value.get("step", 1)
-        return (
-            cls(value["dim"], start, stop, step) if start >= 0 and step >= 1 and (stop is None or stop >= 0) else None
-        )
-
-    def _each(self, tensor: Expr) -> Expr:
-        shape = known_shape(tensor)
-        if shape is None:
-            return unsized(self.KEY, tensor)
-        dim = counted(self.KEY, self.dim, shape)
-        rows = range(shape[dim])[self.start : self.stop : self.step]
-        if not rows or (self.stop is not None and self.stop > shape[dim]):
-            raise Misfit(f"slice: [{self.start}, {self.stop}) is not inside dimension {dim} of shape {list(shape)}")
-        step = ex.Narrow(dim, rows.start, len(rows), self.step)
-        return Node(step, (tensor,), (*shape[:dim], len(rows), *shape[dim + 1 :]))
-
-    def value(self) -> Any:
-        table = {"dim": self.dim, "start": self.start, "stop": self.stop, "step": self.step}
-        defaults = {"start": 0, "stop": None, "step": 1}
-        return {key: value for key, value in table.items() if key == "dim" or value != defaults[key]}
-
-
-class Select(Operation):
-    """Chosen rows of a dimension, in the order of the list; the others are lost."""
-
-    KEY = "select"
-    EXAMPLE = 'select = { dim = 0, index = [0, 2, 3] }, or select = { dim = 0, index = "rows.json" }'
-    dim: int = 0
-    index: tuple[int, ...] = ()
-
-    @classmethod
-    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
-        if not is_table(value, {"dim", "index"}) or not is_integer(value["dim"]):
-            return None
-        index = value["index"]
-        if isinstance(index, str):
-            index = _listed_in(folder / index)
-        return cls(value["dim"], tuple(index)) if are_integers(index) and min(index) >= 0 else None
-
-    def _each(self, tensor: Expr) -> Expr:
-        shape = known_shape(tensor)
-        if shape is None:
-            return unsized(self.KEY, tensor)
-        dim = counted(self.KEY, self.dim, shape)
-        if max(self.index) >= shape[dim]:
-            raise Misfit(
-                f"select: dimension {self.dim} of shape {list(shape)} does not have the index {max(self.index)}"
-            )
-        parts = [
-            Node(ex.Narrow(dim, run.start, len(run), run.step), (tensor,), (*shape[:dim], len(run), *shape[dim + 1 :]))
-            for run in _runs(self.index)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return Node(ex.Cat(dim), tuple(parts), (*shape[:dim], len(self.index), *shape[dim + 1 :]))
-
-    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
-        if None in before:
-            raise Irreversible("select does not say how many rows there were; give names with shapes", needs_names=True)
-        if any(sorted(self.index) != list(range((shape or ())[self.dim])) for shape in before):
-            return super().inverse(before)
-        return [Select(self.dim, tuple(sorted(range(len(self.index)), key=self.index.__getitem__)))]
-
-    def value(self) -> Any:
-        return {"dim": self.dim, "index": list(self.index)}
-
-
-def _listed_in(path: Path) -> Any:
-    """The integers in a text file, as a JSON list or separated by white space."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if text.lstrip().startswith("[") else [int(word) for word in text.split()]
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PlanSyntaxError(
-            f"select: the index cannot be read from {path}: {reason}", hint="Write integers, or a JSON list of them."
-        ) from None
-
-
-def _runs(index: Sequence[int]) -> list[range]:
-    """The indices as few ascending ranges, in order."""
-    runs: list[range] = []
-    start = 0
-    while start < len(index):
-        step = index[start + 1] - index[start] if start + 1 < len(index) else 1
-        stop = start + 1
-        while step > 0 and stop < len(index) and index[stop] - index[stop - 1] == step:
-            stop += 1
-        if stop == start + 2 and step > 1:  # two rows far apart are two rows
-            stop, step = start + 1, 1
-        runs.append(range(index[start], index[stop - 1] + 1, step if stop > start + 1 else 1))
-        start = stop
-    return runs
 
 
 class Resize(Operation):

@@ -17,13 +17,14 @@ from optimstate.plan.language.base import (
     are_integers,
     counted,
     is_integer,
+    is_number,
     is_table,
     known_shape,
     listed,
     unsized,
 )
 
-__all__ = ["Concat", "Mean", "Split", "Stack", "Unstack"]
+__all__ = ["Average", "Concat", "Mean", "Split", "Stack", "Unstack"]
 
 
 class _Joining(Operation):
@@ -116,6 +117,47 @@ class Mean(_Joining):
 
     def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
         raise Irreversible("a mean does not keep what it is made of")
+
+
+class Average(Operation):
+    """The sum of several tensors, each times its weight.
+
+    Where the weights are parts of a whole, elementwise slots are averaged alike: no first update is then larger than
+    the largest that a source would have made. With other weights nothing bounds it, so that no state is left.
+    """
+
+    KEY = "average"
+    EXAMPLE = "average = [0.25, 0.25, 0.5]"
+    JOINS = True
+    weights: tuple[float, ...] = ()
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        if not isinstance(value, list) or not value or not all(map(is_number, value)):
+            return None
+        return cls(tuple(map(float, value)))
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether the weights are parts of a whole."""
+        return min(self.weights) >= 0 and abs(sum(self.weights) - 1) < 1e-6
+
+    def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
+        if len(tensors) != len(self.weights):
+            raise Misfit(f"average has {len(self.weights)} weights for {len(tensors)} tensors")
+        shapes = [known_shape(tensor) for tensor in tensors]
+        if None in shapes:
+            return [unsized(self.KEY, *tensors)]
+        if len(set(shapes)) > 1:
+            raise Misfit(f"average: the shapes {listed([shape for shape in shapes if shape is not None])} differ")
+        made = Node(ex.Mean((), self.weights), tuple(tensors), shapes[0])
+        return [made if self.is_convex else Node(ex.Fresh(), (made,), made.shape)]
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        raise Irreversible("an average does not keep what it is made of")
+
+    def value(self) -> Any:
+        return list(self.weights)
 
 
 class Split(Operation):

@@ -1,4 +1,4 @@
-"""The closed set of operations a rule can name; each is one class, in `joining`, `dimensions` or `values`.
+"""The closed set of operations a rule can name; each is one class, in `joining`, `dimensions`, `rows` or `values`.
 
 An operation takes the tensors a rule has in hand (all that it gathered, then what the operation before gave) and gives
 tensors: `concat` and `stack` make one of many, `split` and `unstack` many of one, the others change each by itself.
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.language import dimensions, joining, values
+from optimstate.plan.language import dimensions, joining, rows, values
 from optimstate.plan.language.base import OPERATIONS, Operation, toml_value
 
 __all__ = ["OPERATIONS", "Operation", "parse_operation"]
 
-assert OPERATIONS.keys() >= {joining.Concat.KEY, dimensions.Slice.KEY, values.ScaleBy.KEY}  # importing fills the table
+# Importing them fills the table.
+assert {joining.Concat, dimensions.Resize, rows.Slice, values.ScaleBy} <= set(OPERATIONS.values())
 
 
 def parse_operation(key: str, value: Any, folder: Path | None = None) -> list[Operation]:

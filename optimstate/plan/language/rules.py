@@ -11,7 +11,10 @@ from optimstate.plan.language.base import Operation
 from optimstate.plan.language.template import Template
 from optimstate.record import Record, field
 
-__all__ = ["GroupRule", "Guard", "OptimizerRule", "Policy", "Rule", "SchedulerRule"]
+__all__ = ["SECTIONS", "GroupRule", "Guard", "OptimizerRule", "Policy", "Rule", "SchedulerRule"]
+
+SECTIONS = ("model", "optimizer", "ema")
+"""The kinds of sections whose parameters rules move."""
 
 Renamed = list[tuple[str, dict[str, str]]]
 
@@ -26,6 +29,7 @@ class Rule(Record):
         fresh: The parameter keeps its value, but gets no optimizer state.
         group: The param group of a new parameter.
         label: How messages refer to the rule; empty for its text.
+        only: The sections it is for: a kind (`model`, `optimizer`, `ema`) or a path; empty for all.
     """
 
     sources: tuple[Template, ...]
@@ -34,6 +38,7 @@ class Rule(Record):
     fresh: bool = False
     group: int | None = None
     label: str = ""
+    only: str = ""
 
     @classmethod
     def of(
@@ -43,6 +48,7 @@ class Rule(Record):
         *operations: Operation,
         fresh: bool = False,
         group: int | None = None,
+        only: str = "",
         **named: Any,
     ) -> Rule:
         """From templates as text; operations also by name, as in a plan file: `concat=0`.
@@ -53,7 +59,7 @@ class Rule(Record):
         from optimstate.plan.language.operations import parse_operation  # a rename at the command line needs none
 
         made = [operation for key, value in named.items() for operation in parse_operation(key, value)]
-        return cls(templates(source), templates(target), (*operations, *made), fresh, group)
+        return cls(templates(source), templates(target), (*operations, *made), fresh, group, only=only)
 
     def __post_init__(self) -> None:
         for check in (self._check_presence, self._check_captures, self._check_gathering):
@@ -138,6 +144,11 @@ class Rule(Record):
         """The first source, or the first target of a rule for new parameters."""
         return (self.sources or self.targets)[0]
 
+    def is_for(self, section: str) -> bool:
+        """Whether it is for a section, which reports call by its kind and path."""
+        kind, _, path = section.partition(" ")
+        return not self.only or kind not in SECTIONS or self.only in (kind, path)
+
     @property
     def drops(self) -> bool:
         """Whether matches are removed."""
@@ -167,7 +178,8 @@ class Rule(Record):
     def __str__(self) -> str:
         if self.label:
             return self.label
-        left = ", ".join(source.text for source in self.sources)
+        where = f"in {self.only} alone: " if self.only else ""
+        left = where + ", ".join(source.text for source in self.sources)
         right = ", ".join(target.text for target in self.targets)
         if self.drops:
             return f"drop {left}"

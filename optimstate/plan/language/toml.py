@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["parsed", "written"]
 
-_RULE_KEYS = {"from", "to", "drop", "fresh", "group", "ops"}
+_RULE_KEYS = {"from", "to", "drop", "fresh", "group", "only", "ops"}
 _PLAN_KEYS = {"rule", "stage", "group", "guard", "policy", "slots", "optimizer", "scheduler"}
 
 
@@ -184,10 +184,14 @@ def _rule(table: Mapping[str, Any], where: str, number: int, folder: Path) -> Ru
         raise _Mistake("needs `from`", where, number, "to", 'For example: from = "fc.{p}"')
     if group is not None and (not isinstance(group, int) or isinstance(group, bool) or not fresh):
         raise _Mistake("`group` is the number of a param group, for fresh parameters", where, number, "group")
+    only = table.get("only", "")
+    if not isinstance(only, str) or (not only and "only" in table):
+        example = 'For example: only = "model"'
+        raise _Mistake("`only` is a kind of section or the path of one", where, number, "only", example)
     operations = _operations(table, where, number, folder)
     left, right = _checked_templates(source, where, number, taken), _checked_templates(target, where, number, "to")
     try:
-        return Rule(left, right, operations, bool(fresh), group)
+        return Rule(left, right, operations, bool(fresh), group, only=only)
     except PlanSyntaxError as error:
         raise _Mistake(error.message, where, number, taken, error.hint) from None
 
@@ -367,6 +371,8 @@ def _written_rule(header: str, rule: Rule) -> str:
             table["fresh"] = True
     if rule.group is not None:
         table["group"] = rule.group
+    if rule.only:
+        table["only"] = rule.only
     if len(rule.operations) == 1:
         table[rule.operations[0].KEY] = rule.operations[0].value()
     elif rule.operations:

@@ -21,7 +21,7 @@ from optimstate.plan.language.dimensions import fill_of, written_fill
 from optimstate.record import field
 from optimstate.tensors.dtypes import DTYPES
 
-__all__ = ["CastTo", "FillWith", "ScaleBy"]
+__all__ = ["CastTo", "FillWith", "ScaleBy", "ShiftBy"]
 
 
 class ScaleBy(Operation):
@@ -52,6 +52,29 @@ class ScaleBy(Operation):
 
     def value(self) -> Any:
         return {"param": self.param, "grad": self.grad}
+
+
+class ShiftBy(Operation):
+    """A number added to every element of the parameter, and of slots that hold weights; gradients do not change."""
+
+    KEY = "shift"
+    EXAMPLE = "shift = 1.0, or shift = { param = 1.0 }"
+    param: float = 0.0
+
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        if isinstance(value, dict):
+            value = value["param"] if is_table(value, {"param"}) else None
+        return cls(float(value)) if is_number(value) else None
+
+    def _each(self, tensor: Expr) -> Expr:
+        return Node(ex.Shift(self.param), (tensor,), known_shape(tensor))
+
+    def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:
+        return [ShiftBy(-self.param)]
+
+    def value(self) -> Any:
+        return {"param": self.param}
 
 
 class FillWith(Operation):

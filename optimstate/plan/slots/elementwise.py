@@ -83,6 +83,11 @@ class Translator:
             if not _power_of_two(factor):
                 approximate.append(f"times {factor:g}, rounded")
             return Node(ex.Multiply(factor), made, expression.shape), dtype, approximate, remarks
+        if isinstance(step, ex.Shift):
+            if not self.slot.power:
+                return made[0], dtype, approximate, remarks
+            approximate.append(f"plus {step.param:g}, rounded")
+            return Node(ex.Add(step.param), made, expression.shape), dtype, approximate, remarks
         if isinstance(step, ex.Cast):
             return self._cast(step, made, dtype, approximate, remarks, expression.shape)
         if isinstance(step, ex.Fresh):
@@ -102,8 +107,12 @@ class Translator:
         if isinstance(step, ex.Mean):
             if dtype is not None and not dtype.startswith(("float", "bfloat", "complex")):
                 raise Refusal(f"{dtype} has no mean", "cast it first, or leave it out of the rule")
-            size = next((made[0].shape or ())[dim] for dim in step.dims)
-            approximate.append(f"the mean of {size} rows")
+            if step.weights:
+                state = "weights, rounded" if not self.path else "states: no run has had it"
+                approximate.append(f"the average of {len(step.weights)} {state}")
+            else:
+                size = next((made[0].shape or ())[dim] for dim in step.dims)
+                approximate.append(f"the mean of {size} rows")
         if isinstance(step, ex.Narrow):
             whole = inputs[0][0].shape
             if whole is not None and step.length * step.step == whole[step.dim] == step.length:

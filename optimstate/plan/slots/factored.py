@@ -122,7 +122,7 @@ class _Carrier:
         match step:
             case ex.Cat():
                 return self._cat(step, inputs)
-            case ex.Narrow():
+            case ex.Narrow() | ex.Take():
                 return self._narrow(step, first)
             case ex.Permute():
                 whole = tuple(first.whole[dim] for dim in step.dims)
@@ -147,6 +147,10 @@ class _Carrier:
                 return self._next(first, step, whole)
             case ex.Scale() | ex.Cast():
                 return self._elementwise(expression, first)
+            case ex.Shift():
+                return first
+            case ex.Mean(weights=weights) if weights:
+                return self._average(step, inputs)
         raise _Lost(f"it cannot follow {type(step).__name__.lower()}")
 
     def _leaf(self, leaf: Leaf) -> _Carried:
@@ -184,12 +188,24 @@ class _Carrier:
             result.made = Node(step, parts, result.shape())
         return result
 
-    def _narrow(self, step: ex.Narrow, first: _Carried) -> _Carried:
-        whole = self._sized(first, step.dim, step.length)
+    def _average(self, step: ex.Mean, inputs: Sequence[_Carried]) -> _Carried:
+        first = inputs[0]
+        if any(item.over != first.over for item in inputs):
+            raise _Lost("its parts are means over different dimensions")
+        reasons = [reason for item in inputs for reason in item.approximate]
+        reasons.append(f"the average of {len(inputs)} states: no run has had it")
+        made = _Carried(first.made, first.whole, first.over, reasons)
+        made.made = Node(step, tuple(item.made for item in inputs), made.shape())
+        return made
+
+    def _narrow(self, step: ex.Narrow | ex.Take, first: _Carried) -> _Carried:
+        rows = step.length if isinstance(step, ex.Narrow) else len(step.index)
+        every = isinstance(step, ex.Take) and sorted(step.index) == list(range(first.whole[step.dim]))
+        whole = self._sized(first, step.dim, rows)
         if step.dim in first.over:
-            if step.length != first.whole[step.dim]:
+            if rows != first.whole[step.dim] or (isinstance(step, ex.Take) and not every):
                 first.approximate.append(
-                    f"the mean over all {first.whole[step.dim]} rows of dimension {step.dim} stands for {step.length}"
+                    f"the mean over all {first.whole[step.dim]} rows of dimension {step.dim} stands for {rows}"
                 )
             return _Carried(first.made, whole, first.over, first.approximate)
         return self._next(first, step, whole)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FlatPlan", "plan_flat"]
 
-_LAYOUT = ex.Cat | ex.Narrow | ex.Permute | ex.Reshape
+_LAYOUT = ex.Cat | ex.Narrow | ex.Take | ex.Permute | ex.Reshape
 
 
 class FlatPlan(Record):

@@ -114,7 +114,7 @@ def _inverted(rule: Rule) -> Rule:
         operations.extend(operation.inverse([None]))
     sources = tuple(constrained(target, rule.sources) for target in rule.targets)
     targets = tuple(constrained(source, rule.targets) for source in rule.sources)
-    return Rule(sources, targets, tuple(operations))
+    return Rule(sources, targets, tuple(operations), only=rule.only)
 
 
 def _undoes(plan: Plan, made: Plan, names: Mapping[str, Shape | None]) -> bool:
@@ -159,7 +159,8 @@ def _literal(use: Application) -> Rule:
             tensors = operation.apply(tensors, len(use.targets))
         except (Irreversible, Misfit) as reason:
             raise _refused([Problem("irreversible", str(reason), str(rule))]) from None
-    return Rule(tuple(map(Template.literal, use.targets)), tuple(map(Template.literal, use.sources)), tuple(undoing))
+    targets, sources = (tuple(map(Template.literal, names)) for names in (use.targets, use.sources))
+    return Rule(targets, sources, tuple(undoing), only=rule.only)
 
 
 def _regrouped(plan: Plan, made: Plan, shapes: Mapping[str, Shape | None], groups: Sequence[Group]) -> Plan:

@@ -13,13 +13,15 @@ from optimstate.plan.solve.migration import Move
 
 __all__ = ["with_losses"]
 
+_Cut = ex.Narrow | ex.Take
+_CUTS = (ex.Narrow, ex.Take)
 _COUNTED = 1 << 20  # cells that are looked at one by one where several dimensions are cut
 
 
 def with_losses(moves: Sequence[Move]) -> list[Move]:
     """The moves with what they lose: a parameter or slot that arrives in part is not exact."""
     expressions = [move.expression for move in moves if isinstance(move.expression, Node)]
-    if not any(isinstance(step, ex.Narrow) for expression in expressions for step in ex.steps(expression)):
+    if not any(isinstance(step, _CUTS) for expression in expressions for step in ex.steps(expression)):
         return list(moves)
     losses = _losses([move.expression for move in moves if move.expression is not None])
     if not losses:
@@ -45,10 +47,10 @@ def _nodes(expressions: Iterable[Expr]) -> Iterable[Node]:
 def _losses(expressions: Sequence[Expr]) -> dict[object, str]:
     """For each source or result between that is not taken as a whole, what of it is lost."""
     whole = {_key(expression) for expression in expressions}
-    cuts: dict[object, tuple[tuple[int, ...], list[ex.Narrow]]] = {}
+    cuts: dict[object, tuple[tuple[int, ...], list[_Cut]]] = {}
     for node in _nodes(expressions):
         for item in node.inputs:
-            if isinstance(node.step, ex.Narrow) and item.shape is not None:
+            if isinstance(node.step, _CUTS) and item.shape is not None:
                 cuts.setdefault(_key(item), (item.shape, []))[1].append(node.step)
             else:
                 whole.add(_key(item))
@@ -60,11 +62,13 @@ def _losses(expressions: Sequence[Expr]) -> dict[object, str]:
     return found
 
 
-def _rows(cut: ex.Narrow) -> range:
+def _rows(cut: _Cut) -> Sequence[int]:
+    if isinstance(cut, ex.Take):
+        return cut.index
     return range(cut.start, cut.start + (cut.length - 1) * cut.step + 1, cut.step) if cut.length else range(0)
 
 
-def _lost(shape: Sequence[int], taken: Sequence[ex.Narrow]) -> str:
+def _lost(shape: Sequence[int], taken: Sequence[_Cut]) -> str:
     dims = sorted({cut.dim for cut in taken})
     if len(dims) == 1:
         (dim,) = dims

@@ -15,7 +15,7 @@ from optimstate.plan.expressions.evaluate import dtype_of
 from optimstate.plan.expressions.tree import Leaf, Shape
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
-from optimstate.plan.language.rules import Rule
+from optimstate.plan.language.rules import SECTIONS, Rule
 from optimstate.plan.language.template import Template
 from optimstate.plan.slots.elementwise import translated
 from optimstate.plan.slots.outcomes import Outcome, Refusal, SlotPath
@@ -107,7 +107,10 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
     made = {key: found[key] for key in sections}
     if plan.policy.unused == "error":
         for number, (rule, count) in enumerate(zip(rules, counts, strict=True), 1):
-            if not count:
+            if not count and len(sections) == 1 and rule.only in SECTIONS and not rule.is_for(next(iter(sections))):
+                (key, moves), *_ = made.items()
+                made[key] = moves._replace(notes=(*moves.notes, f"rule {number} is for another section: {rule}"))
+            elif not count:
                 problems.append(unmatched(number, rule, sections))
     if problems:
         raise MigrationError(list(dict.fromkeys(problems)))
@@ -167,7 +170,7 @@ class _Section:
         matched = [(use.rule, name) for uses in found.applications for use in uses for name in use.sources]
         modules = Modules(wanted if target is not None else others)
         for index, rule in enumerate(self.rules):
-            if not rule.fresh or (rule.sources and rule.targets):
+            if not rule.fresh or (rule.sources and rule.targets) or not rule.is_for(self.key):
                 continue
             templates = tuple(map(modules.reading, rule.sources or rule.targets))
             names: list[str] = []
@@ -387,7 +390,7 @@ def _coded_again(outcome: Outcome) -> Outcome:
 
 def _joins(move: Move) -> bool:
     return move.expression is not None and any(
-        isinstance(step, ex.Cat | ex.Narrow) for step in ex.steps(move.expression)
+        isinstance(step, ex.Cat | ex.Narrow | ex.Take) for step in ex.steps(move.expression)
     )
 
 

@@ -34,8 +34,12 @@ def unmatched(number: int, rule: Rule, sections: Mapping[str, Inventory]) -> Pro
     """A rule that matches nothing."""
     from difflib import get_close_matches
 
-    known = list(dict.fromkeys(name for inventory in sections.values() for name in inventory.shapes))
     place = f"rule {number} ({rule})"
+    mine = [inventory for key, inventory in sections.items() if rule.is_for(key)]
+    if not mine and sections:
+        there = ", ".join(map(repr, sections))
+        return Problem("unmatched", f"`only` names no section: there are {there}", place)
+    known = list(dict.fromkeys(name for inventory in mine for name in inventory.shapes))
     if not known:
         return Problem("unmatched", "the checkpoint names no parameters", place)
     close = get_close_matches(rule.source.text, known[:2000], n=3, cutoff=0.3) or known[:3]

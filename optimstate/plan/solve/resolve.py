@@ -113,7 +113,9 @@ class _Pass:
         self.applications: list[Application] = []
         self._matchers: list[tuple[int, str, str, str, Template, tuple[int, Rule, int]]] = []
         self._literals: dict[str, tuple[int, tuple[int, Rule, int]]] = {}
-        sources = [(n, rule, *entry) for n, rule in enumerate(rules) for entry in enumerate(rule.sources)]
+        sources = [
+            (n, rule, *entry) for n, rule in enumerate(rules) if rule.is_for(where) for entry in enumerate(rule.sources)
+        ]
         for order, (index, rule, place, source) in enumerate(sources):
             if source.is_literal:
                 self._literals.setdefault(source.text, (order, (index, rule, place)))

@@ -9,8 +9,9 @@ from math import prod
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.base import Operation
-from optimstate.plan.language.dimensions import ReshapeDims, Resize, Select, Transpose
+from optimstate.plan.language.dimensions import ReshapeDims, Resize, Transpose
 from optimstate.plan.language.joining import Concat, Split
+from optimstate.plan.language.rows import Select
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
 from optimstate.plan.solve.families import (
