@@ -307,8 +307,8 @@ def simplified(expression: Expr) -> Expr:
         index = step.index
         if isinstance(first, Node) and isinstance(first.step, Take) and first.step.dim == step.dim:
             index, first = tuple(first.step.index[row] for row in index), first.inputs[0]
-        whole = first.shape is not None and index == tuple(range(first.shape[step.dim]))
-        return first if whole else Node(Take(step.dim, index), (first,), shape)
+        same = first.shape is not None and index == tuple(range(first.shape[step.dim]))
+        return first if same else Node(Take(step.dim, index), (first,), shape)
     elif isinstance(step, Shift) and isinstance(first, Node) and isinstance(first.step, Shift):
         together = first.step.param + step.param
         return Node(Shift(together), first.inputs, shape) if together else first.inputs[0]
