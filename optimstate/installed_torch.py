@@ -11,6 +11,7 @@ import inspect
 import re
 import warnings
 from functools import cache
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import MissingTorchError, UnsupportedTorchError, UntestedTorchWarning
@@ -29,18 +30,20 @@ except ImportError as error:
     ) from None
 
 __all__ = [
+    "ADAGRAD_FUSES_ON_CUDA",
+    "ASGD_CHECKS",
     "HAS_MUON",
+    "LBFGS_LIMITS_LINE_SEARCH",
+    "LBFGS_MAXIMIZES",
+    "MUON_ADJUSTMENTS",
+    "MUON_DIVIDES_IN_PLACE",
     "OptimizerBase",
     "SchedulerBase",
     "TorchMuon",
     "adagrad_starts_late",
-    "asgd_checks",
     "dtype_of",
     "fused_sgd_takes_half_precision",
     "has_dtype",
-    "lbfgs_maximizes",
-    "muon_adjustments",
-    "muon_divides_in_place",
     "require_named_parameters",
     "swap_in_optimizer_params_and_state",
     "torch",
@@ -106,6 +109,20 @@ def accepts(function: Any, argument: str) -> bool:
     return argument in inspect.signature(function).parameters
 
 
+def mentions(function: Any, word: str) -> bool:
+    """Whether the code of a function of the installed torch has a name, an argument's name or a text."""
+
+    def inside(code: CodeType) -> bool:
+        for constant in code.co_consts:
+            if (isinstance(constant, CodeType) and inside(constant)) or (
+                isinstance(constant, str | tuple) and word in constant
+            ):
+                return True
+        return word in code.co_names
+
+    return inside(inspect.unwrap(function).__code__)
+
+
 # --- what torch.optim's classes do ------------------------------------------------------------------------------------
 
 # 2.13; before, there is nothing to swap.
@@ -131,8 +148,9 @@ else:
                 self._cuda_graph_capture_health_check()
 
     SchedulerBase = torch.optim.lr_scheduler.LRScheduler
-    if not hasattr(SchedulerBase, "_update_lr"):
-        # Before 2.9 a step cannot be made without its warnings; before 2.7 it does not say whether it is the first.
+    if not hasattr(torch.optim.lr_scheduler, "_param_groups_val_list"):
+        # Before 2.10 the last learning rates are the optimizer's own tensors, which later steps change. Before 2.9 a
+        # step cannot be made without its warnings; before 2.7 it does not say whether it is the first.
         class SchedulerBase(torch.optim.lr_scheduler.LRScheduler):
             """torch's, with a step in two parts and a mark on the first."""
 
@@ -159,45 +177,26 @@ else:
                 self._last_lr = [lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in lrs]
 
 
-def lbfgs_maximizes() -> bool:
-    """2.14: LBFGS has the option `maximize`, and its group the key."""
-    return accepts(torch.optim.LBFGS, "maximize")
+# Read from torch's code once, before anything steps: nothing of torch's runs for the answer.
 
+# 2.14: LBFGS has the option `maximize`, and its group the key.
+LBFGS_MAXIMIZES = accepts(torch.optim.LBFGS, "maximize")
+# 2.10: the evaluations of a line search count for LBFGS's `max_eval`; before, each search may make 25.
+LBFGS_LIMITS_LINE_SEARCH = mentions(torch.optim.LBFGS.step, "max_ls")
+# 2.10: before, Adagrad's fused kernel is there for the CPU alone.
+ADAGRAD_FUSES_ON_CUDA = not mentions(torch.optim.Adagrad._init_group, "cuda_unsupported")
+# 2.15: ASGD refuses a negative `lambd` or `alpha`.
+ASGD_CHECKS = mentions(torch.optim.ASGD.__init__, "Invalid lambd value")
+# The values of Muon's `adjust_lr_fn`; 2.14 brought `spectral_unclamped`.
+MUON_ADJUSTMENTS: tuple[str | None, ...] = (None, "original", "match_rms_adamw")
+MUON_DIVIDES_IN_PLACE = False
+if HAS_MUON:
+    from torch.optim import _muon
 
-@cache
-def muon_adjustments() -> tuple[str | None, ...]:
-    """The values of Muon's `adjust_lr_fn`; 2.14 brought `spectral_unclamped`."""
-    known = (None, "original", "match_rms_adamw")
-    newer = "spectral_unclamped"
-    if not HAS_MUON:
-        return known
-    try:
-        TorchMuon([torch.zeros(1, 1)], adjust_lr_fn=newer)
-    except ValueError:
-        return known
-    return (*known, newer)
-
-
-@cache
-def muon_divides_in_place() -> bool:
-    """Before 2.15, Muon without nesterov divides a bfloat16 momentum itself by its norm, not a copy."""
-    if not HAS_MUON:
-        return False
-    p = torch.ones(4, 4, dtype=torch.bfloat16)  # a momentum of norm 2
-    p.grad = torch.ones_like(p)
-    optimizer = TorchMuon([p], momentum=0.5, nesterov=False)
-    optimizer.step()  # type: ignore[no-untyped-call]
-    return not bool((optimizer.state[p]["momentum_buffer"] == 0.5).all())
-
-
-@cache
-def asgd_checks() -> bool:
-    """2.15: ASGD refuses a negative `lambd` or `alpha`."""
-    try:
-        torch.optim.ASGD([torch.zeros(1)], lambd=-1.0)
-    except ValueError:
-        return True
-    return False
+    if mentions(_muon._adjust_lr, "spectral_unclamped"):
+        MUON_ADJUSTMENTS = (*MUON_ADJUSTMENTS, "spectral_unclamped")
+    # Before 2.15, Muon without nesterov divides a bfloat16 momentum itself by its norm, not a copy.
+    MUON_DIVIDES_IN_PLACE = not mentions(_muon._zeropower_via_newtonschulz, "copy")
 
 
 @cache

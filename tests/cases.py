@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from optimstate.installed_torch import lbfgs_maximizes, muon_adjustments
+from optimstate.installed_torch import LBFGS_MAXIMIZES, MUON_ADJUSTMENTS
+from tests.releases import SQUEEZES_BETAS
 
 Options = Mapping[str, Any]
 
@@ -89,7 +90,7 @@ BOTH = (False, True)
 DECAY = (0, 0.1)
 TENSOR_LR = torch.tensor(0.02)
 TENSOR_LR_1D = torch.tensor([0.02], dtype=torch.float64)
-TENSOR_BETAS = (torch.tensor(0.85), torch.tensor([[0.97]]))
+TENSOR_BETAS = (torch.tensor(0.85), torch.tensor([[0.97]] if SQUEEZES_BETAS else 0.97))
 
 TENSOR_LRS: Sequence[Options] = ({"lr": TENSOR_LR}, {"lr": TENSOR_LR_1D, "maximize": True})
 
@@ -172,7 +173,7 @@ TABLE: Mapping[str, Row] = {
             {"tolerance_grad": 1e2},
             {"tolerance_change": 1e-1},
             {"tolerance_change": 1e-1, "line_search_fn": "strong_wolfe"},
-            *(LBFGS_MAXIMIZE if lbfgs_maximizes() else ()),
+            *(LBFGS_MAXIMIZE if LBFGS_MAXIMIZES else ()),
         ),
         implementations=("default",),
         dtypes=("float32", "float64", "complex64"),
@@ -180,7 +181,7 @@ TABLE: Mapping[str, Row] = {
         second_group=None,
     ),
     "Muon": Row(
-        product={"weight_decay": (0, 0.1), "nesterov": BOTH, "adjust_lr_fn": muon_adjustments()},
+        product={"weight_decay": (0, 0.1), "nesterov": BOTH, "adjust_lr_fn": MUON_ADJUSTMENTS},
         extras=({"lr": 0.1, "momentum": 0.0}, {"ns_steps": 2, "eps": 1e-3}, {"ns_coefficients": (3.0, -3.2, 1.2)}),
         implementations=("default",),
         dtypes=REAL_ONLY,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from optimstate.installed_torch import HAS_MUON, TorchMuon, muon_adjustments, muon_divides_in_place
+from optimstate.installed_torch import HAS_MUON, MUON_ADJUSTMENTS, MUON_DIVIDES_IN_PLACE, TorchMuon
 from optimstate.optim._load import Slots
 from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import Optimizer, ParamsT, check_lr, require, to_scalar
@@ -18,8 +18,8 @@ from optimstate.optim.optimizer import Optimizer, ParamsT, check_lr, require, to
 __all__ = ["Muon", "muon"]
 
 # Asked before the first optimizer is made, in which nothing of torch's may run.
-ADJUSTMENTS = muon_adjustments()
-DIVIDED_IN_PLACE = muon_divides_in_place()
+ADJUSTMENTS = MUON_ADJUSTMENTS
+DIVIDED_IN_PLACE = MUON_DIVIDES_IN_PLACE
 
 
 class Muon(Optimizer, TorchMuon):

@@ -133,7 +133,7 @@ class Setting(NamedTuple):
     @classmethod
     def of(cls, k: Ops, group: Group, *, live: bool = False, owned: bool = False) -> Self:
         """What a rule is asked for with a group's options."""
-        return cls(k, group, to_scalar(group["lr"]), live, owned)
+        return cls(k, group, to_scalar(group.get("lr")), live, owned)
 
 
 class RuleOptimizer(Optimizer):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
+from optimstate.installed_torch import ADAGRAD_FUSES_ON_CUDA
 from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
 from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import ParamsT, check_lr, require, sparse_like
@@ -109,7 +110,7 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
         if group["fused"] and getattr(self, "_need_device_dtype_check_for_fused", True):
             for p in group["params"]:
                 if p.grad is not None:
-                    _device_dtype_check_for_fused(p)
+                    _device_dtype_check_for_fused(p, cuda_unsupported=not ADAGRAD_FUSES_ON_CUDA)
                     self._need_device_dtype_check_for_fused = False
                     break
         has_sparse, has_complex = super()._init_group(group, params, grads, *lists)

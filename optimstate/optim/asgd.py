@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from optimstate.installed_torch import asgd_checks
+from optimstate.installed_torch import ASGD_CHECKS
 from optimstate.optim._ops import Ops
 from optimstate.optim._step import Complex, Group, Rule, RuleOptimizer, Setting, Traits
 from optimstate.optim._surface import function_of
@@ -16,7 +16,7 @@ from optimstate.optim.optimizer import ParamsT, check_lr, require, scalar_dtype,
 
 __all__ = ["ASGD", "asgd"]
 
-CHECKED = asgd_checks()
+CHECKED = ASGD_CHECKS
 
 
 class ASGD(RuleOptimizer, torch.optim.ASGD):

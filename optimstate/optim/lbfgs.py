@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from optimstate.installed_torch import lbfgs_maximizes
+from optimstate.installed_torch import LBFGS_LIMITS_LINE_SEARCH, LBFGS_MAXIMIZES
 from optimstate.optim._line_search import strong_wolfe
 from optimstate.optim._load import Slots
 from optimstate.optim.optimizer import Optimizer, ParamsT, check_lr, require, to_scalar
@@ -85,7 +85,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             "history_size": history_size,
             "line_search_fn": line_search_fn,
         }
-        if maximize or lbfgs_maximizes():
+        if maximize or LBFGS_MAXIMIZES:
             defaults["maximize"] = maximize
         super().__init__(params, defaults)
         require(len(self.param_groups) == 1, "LBFGS doesn't support per-parameter options (parameter groups)")
@@ -205,7 +205,8 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         def evaluate(t: Any) -> tuple[float, Tensor]:
             return self._directional_evaluate(closure, start, t, d)
 
-        loss, grad, now["t"], calls = strong_wolfe(evaluate, now["t"], d, loss, grad, slope, max_calls=calls_left)
+        most = calls_left if LBFGS_LIMITS_LINE_SEARCH else 25
+        loss, grad, now["t"], calls = strong_wolfe(evaluate, now["t"], d, loss, grad, slope, max_calls=most)
         self._add_grad(now["t"], d)
         return loss, grad, calls
 

@@ -20,6 +20,7 @@ from optimstate.optim import lr_scheduler, swa_utils
 from tests import cases, oracle
 from tests.optim.lr_scheduler.cases import CASES, OURS, TORCH, advance, by_name, make_optimizer
 from tests.optim.lr_scheduler.cases import Case as SchedulerCase
+from tests.releases import torchs_scheduler
 
 MACHINERY = {"optimizer"}  # the base class and its helpers, which ours derives from
 
@@ -214,6 +215,7 @@ def test_what_runs_is_never_torchs_even_where_a_class_inherits_it(module: str) -
 @pytest.mark.parametrize(**by_name(CASES))
 def test_the_attributes_of_a_scheduler_are_torchs(case: SchedulerCase) -> None:
     """Frameworks save and copy `vars(scheduler)`: what is live in ours is no part of it."""
+    torchs_scheduler(case.name, state=True)
     ours, theirs = (case.build(classes, make_optimizer(case)) for classes in (OURS, TORCH))
     ours.register_state_dict_post_hook(lambda *_: None)
     advance(ours, 2)
