@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from optimstate.errors import OptimStateError, StateMismatchError
+from optimstate.io.location import Place
 from optimstate.plan.language.plan import Plan
 from optimstate.resuming import Resumed, resume
 from optimstate.state.names import names_in, unwrapped
@@ -30,7 +31,7 @@ __all__ = ["NamedSavePlanner", "load", "optimizer_names"]
 
 
 def load(
-    checkpoint: str | PathLike[str],
+    checkpoint: Place,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,

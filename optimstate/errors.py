@@ -31,7 +31,6 @@ Each error also inherits the builtin a caller would catch who does not know this
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Self
 
 from optimstate.describe import escaped
@@ -89,7 +88,7 @@ class CheckpointError(OptimStateError, ValueError):
 
     Args:
         message: What is wrong.
-        path: The file.
+        path: The file: its name, or what is printed as its name.
         place: Where in the file: a byte offset, a record or a key; may be empty.
         hint: What to do next.
 
@@ -97,7 +96,7 @@ class CheckpointError(OptimStateError, ValueError):
         reason: The message without the file and the place.
     """
 
-    def __init__(self, message: str, *, path: str | Path = "", place: str = "", hint: str = "") -> None:
+    def __init__(self, message: str, *, path: object = "", place: str = "", hint: str = "") -> None:
         self.reason = message
         self.path = str(path)
         self.place = place
@@ -105,7 +104,7 @@ class CheckpointError(OptimStateError, ValueError):
         at = f" ({place})" if place else ""
         super().__init__(escaped(f"{where}{message}{at}"), hint=hint)
 
-    def within(self, *, path: str | Path = "", place: str = "", part: str = "") -> Self:
+    def within(self, *, path: object = "", place: str = "", part: str = "") -> Self:
         """The same error, told of the file and the place that the caller knows, so that each is named once.
 
         Args:

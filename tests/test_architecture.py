@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
         "surgery": "problems errors installed_torch io tensors tree reporting state certificates formats plan",
         "hooks": "problems errors installed_torch tensors tree reporting state certificates plan derivation __init__",
         "resuming": "problems errors installed_torch io tensors tree reporting state certificates formats plan hooks",
-        "distributed": "problems errors installed_torch state plan resuming",
+        "distributed": "problems errors installed_torch io state plan resuming",
         "derivation": "problems errors installed_torch tensors tree state formats plan",
         "rehearsal": "errors installed_torch reporting state plan hooks resuming",
         "integrations": "errors installed_torch tensors state formats plan hooks resuming",
@@ -65,7 +65,13 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
     ),
     "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),
     "tree": ({"objects"}, {"walking"}, {"copies", "comparison"}),
-    "io": ({"extents", "destination"}, {"copying", "temporary"}, {"output", "directory", "folders"}),
+    "io": (
+        {"location", "streams"},
+        {"extents", "destination"},
+        {"copying", "temporary"},
+        {"output", "directory", "folders"},
+        {"places"},
+    ),
 }
 MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "demo", "installed_torch"}
 MAY_IMPORT_TERMINAL = {"cli"}

@@ -6,12 +6,11 @@ others are kept as they are.
 
 from __future__ import annotations
 
-import os
 import struct
 import tempfile
 import zipfile
 from collections.abc import Iterable
-from pathlib import Path
+from io import BufferedReader
 from typing import IO, Any
 
 from optimstate.describe import describe
@@ -24,8 +23,11 @@ from optimstate.errors import (
 )
 from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.extents import FileSlice, FileSource, chunks
-from optimstate.io.output import AtomicFile
+from optimstate.io.extents import FileSlice, StoredSource, chunks
+from optimstate.io.location import Location
+from optimstate.io.output import FileOutput
+from optimstate.io.places import open_source
+from optimstate.io.streams import SourceFile
 from optimstate.tree import OpaqueFile
 
 NAME = "zip"
@@ -35,19 +37,19 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_MEMBERS = 10_000
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Any zip archive, if no other format knows it better."""
     return Claim.FALLBACK if head[:4] == b"PK\x03\x04" and path.suffix != ".distcp" else Claim.NO
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open every checkpoint of the archive.
 
     Raises:
         CheckpointError: It is damaged, or a checkpoint in it is compressed.
         UnrecognizedFormatError: There is no checkpoint in it.
     """
-    source = FileSource(path)
+    source = open_source(path)
     document = Document(path, NAME, {}, handle={})
     for info in members(path):
         part = FileSlice(source, data_offset(source, info), info.compress_size)
@@ -71,14 +73,14 @@ def read(path: Path) -> Document:
     return document
 
 
-def members(path: Path) -> list[zipfile.ZipInfo]:
+def members(path: Location) -> list[zipfile.ZipInfo]:
     """The files in an archive.
 
     Raises:
         CorruptCheckpointError: Its directory is damaged, has a name twice, or has too many.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with BufferedReader(SourceFile(open_source(path))) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
         folders = {id(info) for info in members if info.is_dir()}
     except OSError as error:
@@ -91,7 +93,7 @@ def members(path: Path) -> list[zipfile.ZipInfo]:
     return [info for info in members if id(info) not in folders]
 
 
-def data_offset(source: FileSource, info: zipfile.ZipInfo) -> int:
+def data_offset(source: StoredSource, info: zipfile.ZipInfo) -> int:
     """Where the bytes of a member begin.
 
     Raises:
@@ -110,7 +112,7 @@ def data_offset(source: FileSource, info: zipfile.ZipInfo) -> int:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
     """Write an archive with the members it was read with; those that changed are written anew.
 
     Raises:
@@ -121,11 +123,10 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
         raise RepresentationError(
             "only what was read from a zip archive of files can be written as one", hint="Give another file name."
         )
-    with AtomicFile(path, sync=options.sync) as out:
-        with os.fdopen(os.dup(out.fd), "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with options.new_file(path) as out:
+        with out.stream() as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name, node in tree.items():
                 _write_member(archive, name, node, like, options)
-        os.lseek(out.fd, 0, os.SEEK_END)
         options.confirmed()
     return []
 
@@ -136,13 +137,17 @@ def _write_member(archive: zipfile.ZipFile, name: str, node: Any, like: Document
     made.external_attr = info.external_attr
     with archive.open(made, "w", force_zip64=info.file_size > 1 << 30) as member:
         if isinstance(node, OpaqueFile) and info.compress_type != zipfile.ZIP_STORED:
-            with zipfile.ZipFile(like.path) as source, source.open(name) as compressed:
+            with (
+                BufferedReader(SourceFile(part.file)) as file,
+                zipfile.ZipFile(file) as source,
+                source.open(name) as compressed,
+            ):
                 _copy(iter(lambda: compressed.read(1 << 20), b""), member, options)
         elif name not in like.parts or node is like.parts[name].tree:
             _copy(chunks([part.extent(0, part.size)]), member, options)
         else:
             with tempfile.TemporaryFile() as buffer:
-                size = torch_zip.write_archive(buffer.fileno(), node, options)
+                size = torch_zip.write_archive(FileOutput(buffer.fileno()), node, options)
                 _copy(_blocks(buffer, size), member, options)
 
 

@@ -6,8 +6,8 @@ import json
 import struct
 import tarfile
 
-from optimstate.formats.byte_sources import Source
 from optimstate.formats.safetensors.file import MAX_HEADER
+from optimstate.io.streams import Source
 
 __all__ = ["MAX_TEXT", "is_safetensors", "is_tar", "is_text"]
 

@@ -16,11 +16,10 @@ from optimstate.formats.ranks import files as ranks
 from optimstate.formats.registry import detect, get_format, salvaged
 from optimstate.formats.safetensors.container import is_fresh_shard, read_index
 from optimstate.formats.safetensors.hf_shards import join_shards, shard_files
-from optimstate.io.copying import copy_extents
-from optimstate.io.directory import AtomicDirectory
-from optimstate.io.extents import Extent, FileSource
+from optimstate.io.extents import Extent
 from optimstate.io.folders import kind_of, listed
-from optimstate.io.output import AtomicFile
+from optimstate.io.location import Location
+from optimstate.io.places import located, open_source
 from optimstate.tree import OpaqueFile
 
 NAME = "folder"
@@ -30,12 +29,12 @@ LOST = "lost"
 """The format of a document that stands for a file of which nothing can be read."""
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Any folder, if no other format knows it better."""
     return Claim.FALLBACK if path.is_dir() and not head else Claim.NO
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open every checkpoint of a folder.
 
     Raises:
@@ -45,7 +44,7 @@ def read(path: Path) -> Document:
     return _read(path, _opened)
 
 
-def salvage(path: Path) -> Document:
+def salvage(path: Location) -> Document:
     """What is whole in a folder: every checkpoint that can be read, and of damaged ones what is whole in them.
 
     Raises:
@@ -54,14 +53,14 @@ def salvage(path: Path) -> Document:
     return _read(path, _rescued)
 
 
-Open = Callable[[Format, Path], Document]
+Open = Callable[[Format, Location], Document]
 
 
-def _opened(found: Format, path: Path) -> Document:
+def _opened(found: Format, path: Location) -> Document:
     return found.read(path)
 
 
-def _rescued(found: Format, path: Path) -> Document:
+def _rescued(found: Format, path: Location) -> Document:
     try:
         return salvaged(found, path)
     except UnrecognizedFormatError:
@@ -70,7 +69,7 @@ def _rescued(found: Format, path: Path) -> Document:
         return Document(path, LOST, None, lost=[error.message])
 
 
-def _read(path: Path, opened: Open) -> Document:
+def _read(path: Location, opened: Open) -> Document:
     document = _read_folder(path, path, opened)
     if not document.parts:
         raise UnrecognizedFormatError(
@@ -81,7 +80,7 @@ def _read(path: Path, opened: Open) -> Document:
     return document
 
 
-def _read_folder(path: Path, root: Path, opened: Open) -> Document:
+def _read_folder(path: Location, root: Location, opened: Open) -> Document:
     document = Document(path, NAME, {})
     files = listed(path)
     if len(files) > MAX_FILES:
@@ -94,7 +93,7 @@ def _read_folder(path: Path, root: Path, opened: Open) -> Document:
         if shards and is_fresh_shard(file.name) and file.name not in shards:
             document.notes.append(f"{file.name} is a shard that no index names: a writer was killed; it may be deleted")
             continue
-        if file.name in shards or (file.is_symlink() and root.resolve() not in file.resolve().parents):
+        if file.name in shards or (_leads_outside(file, root)):
             continue
         part = _read_entry(file, root, opened)
         if part is None:
@@ -113,6 +112,16 @@ def _read_folder(path: Path, root: Path, opened: Open) -> Document:
     return document
 
 
+def _leads_outside(file: Location, root: Location) -> bool:
+    """Whether a file is a link to something outside of the folder."""
+    return (
+        isinstance(file, Path)
+        and isinstance(root, Path)
+        and file.is_symlink()
+        and root.resolve() not in file.resolve().parents
+    )
+
+
 def _join_ranks(document: Document) -> None:
     """Files with parts of the same tensors become one entry."""
     for find, join in ((ranks.rank_files, ranks.join_ranks), (shard_files, join_shards)):
@@ -125,7 +134,7 @@ def _join_ranks(document: Document) -> None:
             document.tree[name] = part.tree
 
 
-def _read_entry(file: Path, root: Path, opened: Open) -> Document | None:
+def _read_entry(file: Location, root: Location, opened: Open) -> Document | None:
     kind_of(file)
     found = detect(file)
     if found is not None and found.NAME == NAME:
@@ -136,7 +145,7 @@ def _read_entry(file: Path, root: Path, opened: Open) -> Document | None:
         return None
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
     """Write a folder: each entry in the format it was read from, all other files copied.
 
     Raises:
@@ -146,18 +155,20 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     if like is None or like.format != NAME:
         raise RepresentationError("only what was read from a folder can be written as one", hint="Give a file name.")
     notes: list[str] = []
-    with AtomicDirectory(path, sync=options.sync) as folder:
+    with options.new_folder(path) as folder:
         _write_entries(tree, folder, like, options, notes)
         options.confirmed()
     return notes
 
 
-def _write_entries(tree: dict[str, Any], folder: Path, like: Document, options: WriteOptions, notes: list[str]) -> None:
+def _write_entries(
+    tree: dict[str, Any], folder: Location, like: Document, options: WriteOptions, notes: list[str]
+) -> None:
     for name, node in tree.items():
         part = like.parts.get(name)
         target = folder / name
         if isinstance(node, OpaqueFile):
-            copied(Path(node.path), target, options)
+            copied(located(node.path), target, options)
         elif part is None:  # a folder without a checkpoint in it
             target.mkdir()
             _write_entries(node, target, Document(like.path / name, NAME, node), options, notes)
@@ -174,7 +185,7 @@ def _write_entries(tree: dict[str, Any], folder: Path, like: Document, options: 
             notes.extend(f"{name}: {note}" for note in made)
 
 
-def _files_of(part: Document) -> list[Path]:
+def _files_of(part: Document) -> list[Location]:
     """The file of a document, and its shards; the files of the ranks it was put together from."""
     if not part.path.exists():
         return [member.path for member in part.parts.values()]
@@ -183,7 +194,7 @@ def _files_of(part: Document) -> list[Path]:
     return [part.path, *(part.path.parent / file for file in dict.fromkeys(read_index(part.path)[0].values()))]
 
 
-def _copy_folder(source: Path, target: Path, options: WriteOptions) -> None:
+def _copy_folder(source: Location, target: Location, options: WriteOptions) -> None:
     """A checkpoint that is a folder of its own, unchanged."""
     target.mkdir()
     for file in listed(source):
@@ -193,9 +204,10 @@ def _copy_folder(source: Path, target: Path, options: WriteOptions) -> None:
             copied(file, target / file.name, options)
 
 
-def copied(source: Path, target: Path, options: WriteOptions) -> None:
+def copied(source: Location, target: Location, options: WriteOptions) -> None:
     """A file that is not a checkpoint, unchanged."""
-    file = FileSource(source)
-    with AtomicFile(target, expected_size=file.size, sync=options.sync) as out:
-        copy_extents([Extent(file, 0, file.size)], out.fd, progress=options.progress)
-    target.chmod(source.stat().st_mode & 0o7777)
+    file = open_source(source)
+    with options.new_file(target, expected_size=file.size) as out:
+        out.copy([Extent(file, 0, file.size)], options.progress)
+    if isinstance(source, Path) and isinstance(target, Path):
+        target.chmod(source.stat().st_mode & 0o7777)

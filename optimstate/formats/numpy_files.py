@@ -8,14 +8,15 @@ from __future__ import annotations
 import ast
 import struct
 import zipfile
-from pathlib import Path
 from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, RepresentationError, UnsupportedCheckpointError
 from optimstate.formats.archive import data_offset, members
 from optimstate.formats.protocol import Claim, Document, WriteOptions
-from optimstate.io.extents import FileSlice, FileSource
+from optimstate.io.extents import FileSlice
+from optimstate.io.location import Location
+from optimstate.io.places import open_source
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
 from optimstate.tree import OpaqueFile
@@ -39,7 +40,7 @@ _DTYPES = {
 }
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """An array, or a zip archive whose first member is one."""
     if head.startswith(_MAGIC):
         return Claim.CERTAIN
@@ -49,13 +50,13 @@ def sniff(path: Path, head: bytes) -> Claim:
     return Claim.CERTAIN if head[30 : 30 + length].endswith(b".npy") else Claim.NO
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open an array, or an archive of arrays as a dict by their names.
 
     Raises:
         CheckpointError: It is damaged, compressed or has arrays of objects.
     """
-    source = FileSource(path)
+    source = open_source(path)
     if source.read(0, min(source.size, len(_MAGIC))) == _MAGIC:
         return Document(path, NAME, _array(FileSlice(source, 0, source.size), path.name))
     tree: dict[str, Any] = {}
@@ -117,7 +118,7 @@ def _array(part: FileSlice, name: str) -> Any:
     return tensor
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
     """Refused: an archive of arrays holds neither options nor half of torch's dtypes.
 
     Raises:

@@ -10,12 +10,15 @@ entry point of the group `optimstate.formats`, whose name is the format's and wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, Protocol
 
 from optimstate.io.extents import Progress
+from optimstate.io.location import Location
+from optimstate.io.output import AtomicGroup, Output
+from optimstate.io.places import new_file, new_folder
 from optimstate.record import Record
 
 __all__ = ["HEAD_BYTES", "Claim", "Document", "Format", "WriteOptions"]
@@ -54,7 +57,7 @@ class Document:
         handle: What the format needs to write a variant of this file cheaply; private to the format.
     """
 
-    path: Path
+    path: Location
     format: str
     tree: Any
     globals: Sequence[tuple[str, str]] = ()
@@ -83,6 +86,22 @@ class WriteOptions(Record):
     progress: Progress | None = None
     confirm: Callable[[], None] | None = None
 
+    def new_file(
+        self, path: Location, *, expected_size: int = 0, group: AtomicGroup | None = None
+    ) -> AbstractContextManager[Output]:
+        """A file of the output, which appears whole or not at all.
+
+        Args:
+            path: Its name.
+            expected_size: Its number of bytes, where it is known about.
+            group: Files that appear together.
+        """
+        return new_file(path, expected_size=expected_size, sync=self.sync, group=group)
+
+    def new_folder(self, path: Location) -> AbstractContextManager[Location]:
+        """The output as a folder, which appears whole or not at all; files go to the place that is the value."""
+        return new_folder(path, sync=self.sync)
+
     def confirmed(self) -> None:
         """The last thing that a format does before the name is given."""
         if self.confirm is not None:
@@ -104,17 +123,17 @@ class Format(Protocol):
     NAME: str
     SUFFIXES: tuple[str, ...]
 
-    def sniff(self, path: Path, head: bytes) -> Claim:
+    def sniff(self, path: Location, head: bytes) -> Claim:
         """How surely the file (its first `HEAD_BYTES` are `head`) or folder (`head` is empty) is of this format."""
 
-    def read(self, path: Path) -> Document:
+    def read(self, path: Location) -> Document:
         """Open it.
 
         Raises:
             CheckpointError: It is damaged, hostile or uses what is not supported; the error names the file.
         """
 
-    def write(self, tree: Any, path: Path, *, like: Document | None, options: WriteOptions) -> list[str]:
+    def write(self, tree: Any, path: Location, *, like: Document | None, options: WriteOptions) -> list[str]:
         """Write `tree` to `path`, all or nothing, and return notes on what was left out or changed.
 
         Args:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CorruptCheckpointError
+from optimstate.io.location import Location
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Opaque, OpaqueFile, format_path, path_key, rebuilt_mapping
 from optimstate.tree import Path as TreePath
@@ -19,7 +19,7 @@ class LostStorage(Storage):
     __slots__ = ()
 
 
-def without_lost(tree: Any, path: Path) -> tuple[Any, list[str]]:
+def without_lost(tree: Any, path: Location) -> tuple[Any, list[str]]:
     """A tree without the tensors over a `LostStorage`, and where they stood.
 
     An entry of a dict goes, in a list None keeps the place, and an object with a lost tensor in it is lost as a whole.

@@ -28,6 +28,8 @@ from optimstate.errors import (
 )
 from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, Format
 from optimstate.io.folders import kind_of, leftover_notes
+from optimstate.io.location import Location, Place
+from optimstate.io.places import beginning, located
 from optimstate.record import Record
 from optimstate.tree import no_garbage_collection
 
@@ -62,7 +64,7 @@ class Registration(Record):
     name: re.Pattern[str] | None = None
     folders: bool = False
 
-    def may_be(self, path: Path, head: bytes, *, is_folder: bool) -> bool:
+    def may_be(self, path: Location, head: bytes, *, is_folder: bool) -> bool:
         """Whether the format is to be asked."""
         if is_folder:
             return self.folders
@@ -156,7 +158,7 @@ def get_format(name: str) -> Format:
     return outside[name]
 
 
-def detect(path: Path) -> Format | None:
+def detect(path: Location) -> Format | None:
     """The format a file or folder is of, or None.
 
     Raises:
@@ -165,11 +167,7 @@ def detect(path: Path) -> Format | None:
     """
     head = b""
     if kind_of(path) == "file":
-        try:
-            with path.open("rb") as file:
-                head = file.read(HEAD_BYTES)
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror}", path=path) from error
+        head = beginning(path, HEAD_BYTES)
     try:
         claims = list(_claims(path, head))
     except OSError as error:
@@ -191,7 +189,7 @@ def detect(path: Path) -> Format | None:
     return best[0]
 
 
-def _claims(path: Path, head: bytes) -> Iterator[tuple[Claim, Format]]:
+def _claims(path: Location, head: bytes) -> Iterator[tuple[Claim, Format]]:
     is_folder = not head and path.is_dir()
     for name, known in FORMATS.items():
         if known.may_be(path, head, is_folder=is_folder):
@@ -205,7 +203,7 @@ def _checked(claim: Claim, found: Format) -> Claim:
     return claim
 
 
-def open_checkpoint(path: str | Path, *, salvage: bool = False) -> Document:
+def open_checkpoint(path: Place, *, salvage: bool = False) -> Document:
     """Open a checkpoint of any known container format.
 
     Args:
@@ -215,7 +213,7 @@ def open_checkpoint(path: str | Path, *, salvage: bool = False) -> Document:
     Raises:
         CheckpointError: It does not exist, is of no known format, or is damaged.
     """
-    path = Path(path)
+    path = located(path)
     found = detect(path)
     if found is None:
         what = "an empty file" if path.is_file() and not path.stat().st_size else "not a checkpoint of a known format"
@@ -239,7 +237,7 @@ def open_checkpoint(path: str | Path, *, salvage: bool = False) -> Document:
     return document
 
 
-def salvaged(found: Format, path: Path) -> Document:
+def salvaged(found: Format, path: Location) -> Document:
     """What a format can read of a file: all of it, or of a damaged one what is whole.
 
     Raises:
@@ -254,7 +252,7 @@ def salvaged(found: Format, path: Path) -> Document:
         return cast("Document", rescue(path))
 
 
-def format_for_destination(path: Path, name: str | None) -> Format:
+def format_for_destination(path: Location, name: str | None) -> Format:
     """The format to write: by name, else by the longest known suffix of the destination.
 
     Raises:

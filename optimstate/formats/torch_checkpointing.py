@@ -30,9 +30,9 @@ from optimstate.formats.ranks.shards import is_sharded
 from optimstate.formats.registry import detect, get_format
 from optimstate.formats.torch import pickle_file
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.directory import AtomicDirectory
 from optimstate.io.folders import listed
-from optimstate.io.output import AtomicFile
+from optimstate.io.location import Location
+from optimstate.io.places import beginning, located
 from optimstate.record import Record
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import OpaqueFile, difference, nodes, rebuilt_mapping
@@ -67,7 +67,7 @@ class _Layout(Record):
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Certain of a folder with its `metadata.pkl`, or of files of ranks with an optimizer in its form."""
     if head or not path.is_dir():
         return Claim.NO
@@ -77,11 +77,10 @@ def sniff(path: Path, head: bytes) -> Claim:
     return Claim.CERTAIN if any(map(_has_form, first)) else Claim.NO
 
 
-def _is_ours(metadata: Path, *, damaged: bool) -> bool:
+def _is_ours(metadata: Location, *, damaged: bool) -> bool:
     """Whether it is the metadata of such a folder; what is said where it cannot be read, `damaged` says."""
-    with metadata.open("rb") as file:
-        if _MARK in file.read(_HEAD):
-            return True
+    if _MARK in beginning(metadata, _HEAD):
+        return True
     try:
         tree = pickle_file.read(metadata).tree
     except CheckpointError:
@@ -89,12 +88,11 @@ def _is_ours(metadata: Path, *, damaged: bool) -> bool:
     return isinstance(tree, dict) and {"metadata", "world_size", "version"} <= tree.keys()
 
 
-def _has_form(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return _VERSION.encode() in opened.read(_HEAD)
+def _has_form(file: Location) -> bool:
+    return _VERSION.encode() in beginning(file, _HEAD)
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open the items of all ranks.
 
     Raises:
@@ -119,7 +117,7 @@ def read(path: Path) -> Document:
     return document
 
 
-def _files(folder: Path, prefix: str = "") -> Iterator[str]:
+def _files(folder: Location, prefix: str = "") -> Iterator[str]:
     for file in listed(folder):
         if file.is_dir():
             yield from _files(file, f"{prefix}{file.name}/")
@@ -138,7 +136,7 @@ def _add_file(document: Document, name: str) -> None:
         document.tree[name] = part.tree
 
 
-def _layout(path: Path, paths: Sequence[str]) -> _Layout:
+def _layout(path: Location, paths: Sequence[str]) -> _Layout:
     """The items that `metadata.pkl` tells of, and those of the files that are called as ranks' files are."""
     found: dict[str, dict[int, str]] = {}
     for name in paths:
@@ -163,7 +161,7 @@ def _layout(path: Path, paths: Sequence[str]) -> _Layout:
     return _Layout(made, kinds)
 
 
-def _metadata(path: Path) -> tuple[int, dict[str, tuple[dict[int, str | None], frozenset[str]]]]:
+def _metadata(path: Location) -> tuple[int, dict[str, tuple[dict[int, str | None], frozenset[str]]]]:
     """The number of ranks, and by item the ranks' files (None: as they are called without a layout) and its kinds."""
     tree = pickle_file.read(path).tree
     try:
@@ -203,7 +201,7 @@ def _kind(metadata: Mapping[str, Any]) -> str:
     return "replicated" if placements <= {"Replicate"} else "sharded"
 
 
-def _item(path: Path, item: str, files: Sequence[str], kinds: frozenset[str]) -> Document:
+def _item(path: Location, item: str, files: Sequence[str], kinds: frozenset[str]) -> Document:
     """One item of what its ranks have of it."""
     parts = {name: _opened(path / name) for name in files}
     first = next(iter(parts.values()))
@@ -230,7 +228,7 @@ def _item(path: Path, item: str, files: Sequence[str], kinds: frozenset[str]) ->
     return joined
 
 
-def _opened(file: Path) -> Document:
+def _opened(file: Location) -> Document:
     found = detect(file)
     if found is None and file.suffix in torch_zip.SUFFIXES:
         raise UnrecognizedFormatError("not a file of torch.save, as its item is to be", path=file)
@@ -239,7 +237,7 @@ def _opened(file: Path) -> Document:
     return found.read(file)
 
 
-def _for_torch(tree: Any, item: str, path: Path) -> Any:
+def _for_torch(tree: Any, item: str, path: Location) -> Any:
     """The tree with its optimizers in the form that `torch.optim` loads."""
     if not isinstance(tree, dict):
         return tree
@@ -269,7 +267,7 @@ def _for_torch(tree: Any, item: str, path: Path) -> Any:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
     """Write the files of one rank, with full tensors, and the metadata by which any number of ranks can load them.
 
     Raises:
@@ -279,13 +277,13 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     kept = like if like is not None and like.format == NAME else None
     items, notes = _items(tree, kept)
     metadata: dict[str, Any] = {}
-    with AtomicDirectory(path, sync=options.sync) as folder:
+    with options.new_folder(path) as folder:
         for item, node in items.items():
             part = kept.parts.get(item) if kept else None
             file, found = _target(item, node, kept, part)
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(node, OpaqueFile):
-                copied(Path(node.path), folder / file, options)
+                copied(located(node.path), folder / file, options)
                 continue
             made = node if kept and item not in kept.handle.files else _by_name(node, item, notes)
             notes += found.write(made, folder / file, like=part, options=options)
@@ -417,6 +415,6 @@ def _leaves(node: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
             yield from _leaves(value, (*where, index))
 
 
-def _write_metadata(path: Path, metadata: Mapping[str, Any], options: WriteOptions) -> None:
-    with AtomicFile(path, sync=options.sync) as out:
+def _write_metadata(path: Location, metadata: Mapping[str, Any], options: WriteOptions) -> None:
+    with options.new_file(path) as out:
         out.write(dump({"metadata": dict(metadata), "world_size": 1, "version": "2.0"}))

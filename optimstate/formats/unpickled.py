@@ -18,12 +18,13 @@ from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.byte_kinds import MAX_TEXT, is_safetensors, is_tar, is_text
-from optimstate.formats.byte_sources import Memory, Part, Source, SourceFile, unpacker
+from optimstate.formats.byte_sources import Memory, Part, unpacker
 from optimstate.formats.pickles.mentions import Mention, Mentions, mentions
 from optimstate.formats.torch.legacy import MAGIC_BYTES, read_stream, read_tar
 from optimstate.formats.torch.zip_directory import Archive
 from optimstate.formats.torch.zip_end import LOCAL, archive_length, read_in_two_ways
-from optimstate.io.extents import FileSlice, FileSource
+from optimstate.io.extents import FileSlice, StoredSource
+from optimstate.io.streams import Source, SourceFile
 from optimstate.record import Record
 
 __all__ = ["MAX_UNPACKED", "Pickled", "Unread", "pickles_in"]
@@ -174,7 +175,7 @@ class _Search:
     def _tar(self, source: Source, record: str, depth: int) -> Found:
         """The members of an archive; those that torch 0.1 wrote of pickles and raw numbers in turn, by their reader."""
         read: tuple[str, ...] = ()
-        if isinstance(source, FileSource):
+        if isinstance(source, StoredSource):
             try:
                 _, names = read_tar(source)
             except CheckpointError:
@@ -204,7 +205,7 @@ class _Search:
     def _zip(self, source: Source, record: str, depth: int) -> Found:
         if (why := read_in_two_ways(source)) is not None:
             yield Unread(record, f"an archive that programs read in different ways: {why}")
-        if isinstance(source, FileSource | FileSlice):
+        if isinstance(source, StoredSource | FileSlice):
             try:
                 archive = Archive(source)
             except CheckpointError:
@@ -350,13 +351,13 @@ def _encoded(text: str, encoding: str) -> bytes | None:
         return None
 
 
-def _start(source: FileSource | FileSlice) -> int:
+def _start(source: StoredSource | FileSlice) -> int:
     return source.start if isinstance(source, FileSlice) else 0
 
 
 def _slice(source: Source, start: int, size: int) -> Source:
     """A part, of the kind whose archives are read quickly where it can be."""
-    return FileSlice(source, start, size) if isinstance(source, FileSource) else Part(source, start, size)
+    return FileSlice(source, start, size) if isinstance(source, StoredSource) else Part(source, start, size)
 
 
 def _in_a_row(source: Source) -> Iterator[tuple[int, int, Mentions]]:

@@ -11,13 +11,15 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from types import TracebackType
+from typing import Protocol, Self
 
-from optimstate.io.extents import CHUNK, Extent, FileSource, Progress
+from optimstate.io.extents import CHUNK, ByteSource, Extent, FileSource, Progress, StoredSource, near
 
-__all__ = ["Checksum", "Copier", "SharedTasks", "blocks", "copy_extents"]
+__all__ = ["Checksum", "Copier", "FileCopier", "SharedTasks", "blocks"]
 
 BLOCK = 1 << 18  # one read and write: a block stays in the processor's cache between the two
 STRIPE = 1 << 24  # what a thread takes at a time
+FAR_STRIPE = 1 << 23  # the same of a store: one request
 SMALL_PIECE = 1 << 16  # shorter pieces are joined before they are written
 
 # File systems that can only move bytes through memory; others may share blocks between files, or copy on a server.
@@ -40,7 +42,7 @@ Task = Callable[[memoryview], None]
 
 
 class SharedTasks:
-    """Tasks that another thread begins with at once, and that the caller's does its share of when it waits for them.
+    """Tasks that other threads begin with at once, and that the caller's does its share of when it waits for them.
 
     They gain where the time goes into calls that leave Python's lock alone: reading, writing, checksums. After an error
     no further task is begun.
@@ -52,19 +54,20 @@ class SharedTasks:
     def __init__(self) -> None:
         self.stopped = False
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
-        self._helper: Thread | None = None
+        self._helpers: list[Thread] = []
         self._failure: BaseException | None = None
 
-    def add(self, task: Task) -> None:
-        """Have a task done."""
-        if self._helper is None:
-            self._helper = Thread(target=self._help, name="optimstate-helper", daemon=True)
-            self._helper.start()
+    def add(self, task: Task, lanes: int = 1) -> None:
+        """Have a task done; so many threads beside the caller's are of use to those of its kind."""
+        while len(self._helpers) < lanes:
+            helper = Thread(target=self._help, name="optimstate-helper", daemon=True)
+            helper.start()
+            self._helpers.append(helper)
         self._tasks.put(task)
 
     def finish(self) -> None:
         """Do what is left, wait for the rest, and raise the first error met; more may be added afterwards."""
-        if self._helper is None:
+        if not self._helpers:
             return
         try:
             buffer = memoryview(bytearray(BLOCK))
@@ -78,26 +81,27 @@ class SharedTasks:
             self.stopped = True
             raise
         finally:
-            self._end_helper(self._helper)
+            self._end_helpers()
         if self._failure is not None:
             raise self._failure
 
     def stop(self) -> None:
-        """Give up what is not done, and wait for the other thread."""
+        """Give up what is not done, and wait for the other threads."""
         self.stopped = True
-        if self._helper is not None:
-            self._end_helper(self._helper)
+        self._end_helpers()
 
-    def _end_helper(self, helper: Thread) -> None:
-        self._tasks.put(None)
+    def _end_helpers(self) -> None:
+        helpers, self._helpers = self._helpers, []
+        for _ in helpers:
+            self._tasks.put(None)
         try:
-            helper.join()
-        except BaseException:  # Ctrl-C: no file must be closed under the helper, which stops after its block
+            for helper in helpers:
+                helper.join()
+        except BaseException:  # Ctrl-C: no file must be closed under a helper, which stops after its block
             self.stopped = True
-            helper.join()
+            for helper in helpers:
+                helper.join()
             raise
-        finally:
-            self._helper = None
 
     def _help(self) -> None:
         buffer = memoryview(bytearray(BLOCK))
@@ -111,10 +115,40 @@ class SharedTasks:
                 self.stopped = True
 
 
-class Copier:
+class Copier(Protocol):
+    """Fills an output with ranges of files, with what is computed and with bytes.
+
+    Used as a context manager: everything is there when it is left. A file is filled in any order, an upload only from
+    its beginning to its end.
+    """
+
+    def put(self, extents: Iterable[Extent], position: int) -> int:
+        """Copy the bytes of `extents` one after the other to `position`; returns their number."""
+
+    def put_with_checksum(self, extents: Sequence[Extent], position: int) -> Checksum | int:
+        """As `put`; the CRC-32 of the bytes, known already or when the copier has finished."""
+
+    def write(self, data: bytes | memoryview, position: int) -> None:
+        """Write bytes at once, on the caller's thread."""
+
+    def report(self, done: int) -> None:
+        """Say that so many bytes more are written."""
+
+    def finish(self) -> None:
+        """Wait until everything that was put is there; more may be put afterwards."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+
+class FileCopier:
     """Fills an open file at given positions, in any order; everything is there when the context is left.
 
-    Ranges of files are read and written by the caller's thread and another. Both calls leave Python's lock alone; the
+    Ranges of files are read and written by the caller's thread and another; those of stores by as many threads as their
+    stores serve well, each part written where it belongs. Both calls leave Python's lock alone; the
     system lets one thread write to a file at a time, but the other can read meanwhile, so a third would add little.
     What a computation yields is read by the caller's thread only. The file's own position is not used.
 
@@ -146,10 +180,10 @@ class Copier:
             self.report(len(data))
 
         for extent in extents:
-            if isinstance(extent.source, FileSource) and extent.length >= SMALL_PIECE:
+            if isinstance(extent.source, StoredSource) and extent.length >= SMALL_PIECE:
                 if joined:
                     write_joined()
-                self._copy_file(extent.source, extent.offset, extent.length, position)
+                self._copy_stored(extent.source, extent.offset, extent.length, position)
                 position += extent.length
                 joined_at = position
                 continue
@@ -178,8 +212,8 @@ class Copier:
                 at += len(block)
             self.report(at - position)
 
-        if all(isinstance(extent.source, FileSource) for extent in extents):
-            self._tasks.add(copy)
+        if all(isinstance(extent.source, StoredSource) for extent in extents):
+            self._tasks.add(copy, _lanes(extents[0].source) if extents else 1)
         else:
             copy(memoryview(bytearray(CHUNK)))
         return found
@@ -193,7 +227,7 @@ class Copier:
         """
         self._tasks.finish()
 
-    def __enter__(self) -> Copier:
+    def __enter__(self) -> FileCopier:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
@@ -202,18 +236,27 @@ class Copier:
         else:
             self._tasks.stop()
 
-    def _copy_file(self, source: FileSource, offset: int, length: int, position: int) -> None:
-        """Copy a range of a file, in parts that end on multiples of `STRIPE` of the output."""
+    def _copy_stored(self, source: StoredSource, offset: int, length: int, position: int) -> None:
+        """Copy a range of a file or object, in parts that end on multiples of `STRIPE` of the output."""
         source.check(offset, length)
         done = 0
-        if not _goes_through_memory(source, self.fd):
+        if isinstance(source, FileSource) and not _goes_through_memory(source, self.fd):
             done = _copy_in_system(source, offset, length, self.fd, position, self.report)
+        far = source.lanes > 1
+        stripe, task = (FAR_STRIPE, self._far_stripe) if far else (STRIPE, self._stripe)
         while done < length:
-            stop = min(length, done + STRIPE - (position + done) % STRIPE)
-            self._tasks.add(self._stripe(source, offset + done, stop - done, position + done))
+            stop = min(length, done + stripe - (position + done) % stripe)
+            self._tasks.add(task(source, offset + done, stop - done, position + done), _lanes(source))
             done = stop
 
-    def _stripe(self, source: FileSource, offset: int, length: int, position: int) -> Task:
+    def _far_stripe(self, source: StoredSource, offset: int, length: int, position: int) -> Task:
+        def copy(_: memoryview) -> None:
+            self.write(source.read(offset, length), position)
+            self.report(length)
+
+        return copy
+
+    def _stripe(self, source: StoredSource, offset: int, length: int, position: int) -> Task:
         def copy(buffer: memoryview) -> None:
             done = 0
             while done < length and not self._tasks.stopped:
@@ -241,36 +284,28 @@ class Copier:
                 self._progress(done)
 
 
+def _lanes(source: ByteSource | None) -> int:
+    """How many threads beside the caller's are of use."""
+    return max(source.lanes - 1, 1) if isinstance(source, StoredSource) else 1
+
+
 def blocks(extents: Iterable[Extent], buffer: memoryview) -> Iterator[bytes | memoryview]:
     """The bytes of `extents` in order; what is read from files is in the same buffer each time.
 
     Raises:
         CheckpointError: A source cannot be read or ends too early.
     """
-    for extent in extents:
+    for extent in near(extents):
         source = extent.source
-        if isinstance(source, FileSource):
+        if isinstance(source, StoredSource):
             source.check(extent.offset, extent.length)
         for at in range(0, extent.length, len(buffer)):
             length = min(len(buffer), extent.length - at)
-            if isinstance(source, FileSource):
+            if isinstance(source, StoredSource):
                 source.read_into(buffer[:length], extent.offset + at)
                 yield buffer[:length]
             else:
                 yield extent.cut(at, at + length).read()
-
-
-def copy_extents(extents: Iterable[Extent], fd: int, *, progress: Progress | None = None) -> int:
-    """Write the bytes of `extents` to the open file `fd` from its position on, and move the position behind them.
-
-    Returns:
-        The number of bytes.
-    """
-    start = os.lseek(fd, 0, os.SEEK_CUR)
-    with Copier(fd, progress) as copier:
-        length = copier.put(extents, start)
-    os.lseek(fd, start + length, os.SEEK_SET)
-    return length
 
 
 @cache

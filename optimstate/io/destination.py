@@ -9,11 +9,12 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 
 from optimstate.errors import DestinationError, DestinationExistsError
+from optimstate.io.location import Location
 
 __all__ = ["cannot_write", "check_destination", "check_kind"]
 
 
-def check_destination(destination: Path, sources: Sequence[Path], *, force: bool) -> None:
+def check_destination(destination: Location, sources: Sequence[Location], *, force: bool) -> None:
     """Refuse a destination that exists, is one of the inputs, or has no parent folder.
 
     Raises:
@@ -21,8 +22,13 @@ def check_destination(destination: Path, sources: Sequence[Path], *, force: bool
         DestinationError: It is (or holds, or lies in) an input, is neither a regular file nor a folder, or its folder
             does not exist.
     """
+    if not isinstance(destination, Path):
+        _check_remote(destination, sources, force=force)
+        return
     try:
         for source in sources:
+            if not isinstance(source, Path):
+                continue
             if destination.exists() and source.exists() and destination.samefile(source):
                 raise DestinationError(
                     f"{destination}: source and destination are the same",
@@ -46,6 +52,22 @@ def check_destination(destination: Path, sources: Sequence[Path], *, force: bool
         if isinstance(error, DestinationError):
             raise
         raise cannot_write(destination, error) from error
+
+
+def _check_remote(destination: Location, sources: Sequence[Location], *, force: bool) -> None:
+    """The same in a store, where folders are parts of names. That nothing is there is asked again by the writing."""
+    for source in sources:
+        one, other = f"{str(destination).rstrip('/')}/", f"{str(source).rstrip('/')}/"
+        if one == other:
+            raise DestinationError(
+                f"{destination}: source and destination are the same", hint="Give another destination."
+            )
+        if one.startswith(other):
+            raise DestinationError(f"{destination}: lies inside the source {source}", hint="Give a path outside of it.")
+        if other.startswith(one):
+            raise DestinationError(f"{destination}: holds the source {source}", hint="Give another destination.")
+    if not force and destination.exists():
+        raise DestinationExistsError(f"{destination}: exists already", hint="Give --force to replace it.")
 
 
 def check_kind(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import chain, groupby
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple, Protocol
@@ -14,8 +15,9 @@ from optimstate.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
 )
+from optimstate.io.location import Location
 
-__all__ = ["ByteSource", "Extent", "FileSlice", "FileSource", "Progress"]
+__all__ = ["ByteSource", "Extent", "FileSlice", "FileSource", "Progress", "StoredSource", "chunks", "is_far", "near"]
 
 Progress = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
@@ -23,7 +25,74 @@ Progress = Callable[[int], None]
 CHUNK = 1 << 20  # one read or write through user space
 
 
-class FileSource:
+class ByteSource(Protocol):
+    """Anything that yields bytes by position: a file, or a computation that produces them on demand."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`."""
+
+
+class StoredSource:
+    """What lies somewhere under a name and is read at any offset, by several threads at once: a file, or an object.
+
+    Attributes:
+        path: Where it is, for messages.
+        size: Its number of bytes.
+        version: What its store calls this version of it; None for a file.
+        lanes: How many reads in flight at once pay. Where it is more than one, reading costs a trip to a store.
+    """
+
+    __slots__ = ()
+    path: Location
+    size: int
+    version: str | None = None
+    lanes: int = 1
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`.
+
+        Raises:
+            CorruptCheckpointError: It ends before that.
+            CheckpointError: It cannot be read.
+        """
+        raise NotImplementedError
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with the bytes at `offset`.
+
+        Raises:
+            CorruptCheckpointError: It ends before that.
+            CheckpointError: It cannot be read.
+        """
+        buffer[:] = self.read(offset, len(buffer))
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Say that these `(offset, length)` will be read soon: what is far away fetches them together."""
+
+    def ahead(self, extents: Iterable[Extent]) -> Iterator[bytes | memoryview]:
+        """The bytes of extents of any stored sources in order, several reads under way before they are asked for."""
+        return (extent.read() for extent in extents)
+
+    def check(self, offset: int, length: int) -> None:
+        """Refuse a range that the file does not have.
+
+        Raises:
+            CorruptCheckpointError: The file ends before that.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CorruptCheckpointError(
+                f"needs {length} bytes at offset {offset}, but the file has {self.size} bytes",
+                path=self.path,
+                place=f"offset {offset}",
+                hint="The file is truncated or damaged; copy it again from its source.",
+            )
+
+    def extent(self, offset: int, length: int) -> Extent:
+        """The bytes [offset, offset + length) of the file."""
+        return Extent(self, offset, length)
+
+
+class FileSource(StoredSource):
     """A file opened for reading at any offset; several threads may read at once.
 
     Args:
@@ -35,6 +104,7 @@ class FileSource:
     """
 
     __slots__ = ("_fd", "inode", "path", "size")
+    path: Path
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -102,24 +172,6 @@ class FileSource:
                 f"cannot be read: {error.strerror}", path=self.path, place=f"offset {offset}"
             ) from error
 
-    def check(self, offset: int, length: int) -> None:
-        """Refuse a range that the file does not have.
-
-        Raises:
-            CorruptCheckpointError: The file ends before that.
-        """
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise CorruptCheckpointError(
-                f"needs {length} bytes at offset {offset}, but the file has {self.size} bytes",
-                path=self.path,
-                place=f"offset {offset}",
-                hint="The file is truncated or damaged; copy it again from its source.",
-            )
-
-    def extent(self, offset: int, length: int) -> Extent:
-        """The bytes [offset, offset + length) of the file."""
-        return Extent(self, offset, length)
-
     def close(self) -> None:
         """Release the descriptor; reading afterwards is an error of the caller."""
         if self._fd >= 0:
@@ -132,13 +184,6 @@ class FileSource:
 
     def __repr__(self) -> str:
         return f"FileSource({self.path}, {self.size} bytes)"
-
-
-class ByteSource(Protocol):
-    """Anything that yields bytes by position: a file, or a computation that produces them on demand."""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes at `offset`."""
 
 
 class FileSlice:
@@ -155,7 +200,7 @@ class FileSlice:
 
     __slots__ = ("file", "path", "size", "start")
 
-    def __init__(self, file: FileSource, start: int, size: int) -> None:
+    def __init__(self, file: StoredSource, start: int, size: int) -> None:
         if start < 0 or size < 0 or start + size > file.size:
             raise CorruptCheckpointError(
                 f"a part of {size} bytes is said to be at offset {start}, but the file has {file.size} bytes",
@@ -207,11 +252,41 @@ class Extent(NamedTuple):
         return self.source.read(self.offset, self.length) if self.source is not None else bytes(self.length)
 
 
+class Fetched:
+    """Bytes of a store that are here already."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = memoryview(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset`."""
+        return bytes(self._data[offset : offset + length])
+
+
+def is_far(extent: Extent) -> bool:
+    """Whether the bytes are in a store, so that several reads at once pay."""
+    return isinstance(extent.source, StoredSource) and extent.source.lanes > 1
+
+
+def near(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The same bytes in the same order: those of files as they are, those of stores fetched a few reads ahead."""
+    for far, group in groupby(extents, is_far):
+        if not far:
+            yield from group
+            continue
+        first = next(group)
+        assert isinstance(first.source, StoredSource)
+        for data in first.source.ahead(chain((first,), group)):
+            yield Extent(Fetched(data), 0, len(data))
+
+
 def chunks(extents: Iterable[Extent], size: int = CHUNK) -> Iterator[bytes]:
     """The bytes of `extents` in order in blocks of exactly `size`, the last one shorter."""
     pending: list[bytes] = []
     room = size
-    for extent in extents:
+    for extent in near(extents):
         at = 0
         while at < extent.length:
             block = extent.cut(at, min(at + room, extent.length)).read()

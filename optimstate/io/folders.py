@@ -6,6 +6,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError
+from optimstate.io.location import Location
 from optimstate.io.temporary import is_leftover, leftovers
 
 __all__ = ["kind_of", "leftover_notes", "listed"]
@@ -13,7 +14,7 @@ __all__ = ["kind_of", "leftover_notes", "listed"]
 _MAX_NOTES = 5
 
 
-def listed(folder: Path) -> list[Path]:
+def listed(folder: Location) -> list[Location]:
     """What a folder holds, by name, without the leftovers of writers that were killed.
 
     Raises:
@@ -28,7 +29,7 @@ def listed(folder: Path) -> list[Path]:
         raise CheckpointError(f"cannot be listed: {error.strerror}", path=folder) from error
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: Location) -> str:
     """`file` or `folder`, through links.
 
     Raises:
@@ -50,8 +51,10 @@ def kind_of(path: Path) -> str:
     raise CheckpointError("is not a regular file or folder", path=path, hint="Copy what it gives into a file first.")
 
 
-def leftover_notes(folder: Path) -> list[str]:
+def leftover_notes(folder: Location) -> list[str]:
     """What is said of the leftovers in a folder and below."""
+    if not isinstance(folder, Path):
+        return []  # uploads that did not end are no objects
     found = list(leftovers(folder))
     notes = [
         f"{path.relative_to(folder)} was left by an optimstate that was killed; it is passed over and may be deleted"

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from stat import S_IMODE
 from types import TracebackType
+from typing import IO, Protocol
 
 from optimstate.errors import CheckpointError, DestinationError
+from optimstate.io.copying import Copier, FileCopier
 from optimstate.io.destination import cannot_write, check_kind
+from optimstate.io.extents import Extent, Progress
 from optimstate.io.temporary import begin, remove, sync_directory, take_name, withdraw
 
-__all__ = ["AtomicFile", "AtomicGroup", "write_bytes"]
+__all__ = ["AtomicFile", "AtomicGroup", "FileOutput", "Output", "write_bytes"]
 
 FLUSH_FROM = 1 << 26  # files from this size on are flushed while they are written
 
@@ -28,6 +31,69 @@ def write_bytes(fd: int, data: bytes | memoryview) -> int:
     while view:
         view = view[os.write(fd, view) :]
     return len(data)
+
+
+class Output(Protocol):
+    """A file or object that is being written, from its beginning to its end.
+
+    Used as a context manager: left without an error it takes its name, whole; left with one it never was.
+    """
+
+    def tell(self) -> int:
+        """The current position, where the next bytes go."""
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes."""
+
+    def copy(self, extents: Iterable[Extent], progress: Progress | None = None) -> int:
+        """Append the bytes of `extents` and return their number."""
+
+    def copier(self, progress: Progress | None = None) -> Copier:
+        """What fills a stretch from the current position on; `seek` goes on behind it."""
+
+    def seek(self, position: int) -> None:
+        """Go on at the position up to which a copier has filled the output."""
+
+    def stream(self) -> AbstractContextManager[IO[bytes]]:
+        """The output as the file that libraries write to, from the current position on."""
+
+
+class FileOutput:
+    """An open file as an `Output`; whoever opened it closes it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def tell(self) -> int:
+        """The current position."""
+        return os.lseek(self.fd, 0, os.SEEK_CUR)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append bytes."""
+        return write_bytes(self.fd, data)
+
+    def copy(self, extents: Iterable[Extent], progress: Progress | None = None) -> int:
+        """Append the bytes of `extents` and return their number."""
+        start = self.tell()
+        with self.copier(progress) as copier:
+            length = copier.put(extents, start)
+        self.seek(start + length)
+        return length
+
+    def copier(self, progress: Progress | None = None) -> Copier:
+        """What fills a stretch of the file; its position is not moved."""
+        return FileCopier(self.fd, progress)
+
+    def seek(self, position: int) -> None:
+        """Go on at this position."""
+        os.lseek(self.fd, position, os.SEEK_SET)
+
+    @contextmanager
+    def stream(self) -> Iterator[IO[bytes]]:
+        """The file as libraries write to it."""
+        with os.fdopen(os.dup(self.fd), "wb") as file:
+            yield file
+        os.lseek(self.fd, 0, os.SEEK_END)
 
 
 class _Flusher:
@@ -58,7 +124,7 @@ class _Flusher:
             raise error
 
 
-class AtomicFile:
+class AtomicFile(FileOutput):
     """A new file that takes its name only when it is complete and on disk.
 
     Used as a context manager; an exception of any kind removes what was written and leaves any older file as it was.
@@ -81,13 +147,13 @@ class AtomicFile:
         sync: bool = True,
         group: AtomicGroup | None = None,
     ) -> None:
+        super().__init__(-1)
         self.path = Path(path)
         self._temporary: Path | None = None
         self._expected_size = expected_size
         self._sync = sync
         self._group = group
         self._flusher: _Flusher | None = None
-        self.fd = -1
 
     def __enter__(self) -> AtomicFile:
         try:
@@ -111,15 +177,6 @@ class AtomicFile:
         self._temporary = temporary
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         return os.open(temporary, flags, 0o666)
-
-    def tell(self) -> int:
-        """The current position."""
-        return os.lseek(self.fd, 0, os.SEEK_CUR)
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Append bytes."""
-        write_bytes(self.fd, data)
-        return len(data)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None:

@@ -9,6 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from optimstate import reporting
+from optimstate.io.location import Place
 from optimstate.plan.language.plan import Plan
 from optimstate.problems import Problem
 from optimstate.resuming.certified import Given
@@ -49,7 +50,7 @@ class Resumed(reporting.Report):
 
 
 def resume(
-    checkpoint: str | PathLike[str] | Mapping[str, Any],
+    checkpoint: Place | Mapping[str, Any],
     *,
     model: OneOrMore[torch.nn.Module] | None = None,
     optimizer: OneOrMore[torch.optim.Optimizer] | None = None,

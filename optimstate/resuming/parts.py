@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import permutations
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from optimstate.errors import StateMismatchError
 from optimstate.formats.registry import open_checkpoint
+from optimstate.io.location import Place
+from optimstate.io.places import located
 from optimstate.state.building import from_config, parameters_of
 from optimstate.state.flattened import find_flat_state
 from optimstate.state.names import unwrapped
@@ -40,8 +41,8 @@ class Parts:
         lazily: Whether tensors in files stay there until each process reads its own part.
     """
 
-    def __init__(self, checkpoint: str | PathLike[str] | Mapping[str, Any], *, lazily: bool) -> None:
-        self._document = None if isinstance(checkpoint, Mapping) else open_checkpoint(Path(checkpoint))
+    def __init__(self, checkpoint: Place | Mapping[str, Any], *, lazily: bool) -> None:
+        self._document = None if isinstance(checkpoint, Mapping) else open_checkpoint(located(checkpoint))
         self.notes = [] if self._document is None else list(self._document.notes)
         tree = checkpoint if self._document is None else self._document.tree
         self._lazily = lazily
@@ -160,7 +161,7 @@ class Parts:
         by_trainer = isinstance(self._tree, Mapping) and "trainer_state.json" in self._tree
         naming = Namer(beside, by_trainer=by_trainer).named(section)
         config = None if self._document is None else self._document.path / "config.json"
-        if naming.complete or config is None or not config.is_file():
+        if naming.complete or not isinstance(config, Path) or not config.is_file():
             return naming
         try:
             built = parameters_of(lambda: from_config(config.parent))

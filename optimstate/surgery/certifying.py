@@ -10,6 +10,8 @@ from optimstate.certificates.certificate import KEY, Certificate
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, MigrationError, StateMismatchError
 from optimstate.formats.registry import open_checkpoint
+from optimstate.io.location import Place
+from optimstate.io.places import located
 from optimstate.plan.apply.stamps import APPLIED, METADATA, STAMP
 from optimstate.problems import Problem
 from optimstate.record import Record
@@ -24,16 +26,17 @@ __all__ = ["Entry", "Lineage", "certificates_in", "differences", "log"]
 _UNSEEN = "the next update, and the releases that computed it: only a live run has them (resume with certificate=...)"
 
 
-def certificates_in(path: str | Path) -> list[Certificate]:
+def certificates_in(path: Place) -> list[Certificate]:
     """The certificates in a JSON file, or in a checkpoint that was saved with `hooks.certify()`.
 
     Raises:
         CorruptCheckpointError: There is none, or it cannot be read.
     """
-    if Path(path).suffix == ".json" and Path(path).is_file():
+    path = located(path)
+    if isinstance(path, Path) and path.suffix == ".json" and path.is_file():
         return [Certificate.read(path)]
     with opening(path):
-        found = [beside[KEY] for beside in _beside(find_sections(open_checkpoint(Path(path)).tree)) if KEY in beside]
+        found = [beside[KEY] for beside in _beside(find_sections(open_checkpoint(path).tree)) if KEY in beside]
     if not found:
         raise CorruptCheckpointError(
             f"{path}: there is no certificate in it", hint="Register hooks.certify() on the optimizer before it saves."
@@ -165,7 +168,7 @@ class Lineage(Report):
         yield f"{self.path}: {plural(certificates, 'certificate')}, {plural(plans, 'plan')}"
 
 
-def log(path: str | Path) -> Lineage:
+def log(path: Place) -> Lineage:
     """The certificates and plans that a checkpoint comes from, as they are noted in it.
 
     Args:
@@ -174,10 +177,11 @@ def log(path: str | Path) -> Lineage:
     Raises:
         CheckpointError: It cannot be read.
     """
-    if Path(path).suffix == ".json" and Path(path).is_file():
+    path = located(path)
+    if isinstance(path, Path) and path.suffix == ".json" and path.is_file():
         return Lineage(str(path), tuple(_entries(Certificate.read(path), ())))
     with opening(path):
-        tree = open_checkpoint(Path(path)).tree
+        tree = open_checkpoint(path).tree
         found: list[Entry] = []
         for beside in _beside(find_sections(tree)):
             applied = [str(plan) for plan in _listed(beside.get(APPLIED))]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
+from optimstate.io.location import Place
+from optimstate.io.places import located
 from optimstate.plan.language.template import Template
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import is_tensor
@@ -27,8 +28,8 @@ __all__ = ["Change", "DiffReport", "diff", "model_tensors"]
 
 
 def diff(
-    left: str | Path,
-    right: str | Path,
+    left: Place,
+    right: Place,
     *,
     headers: bool = False,
     name: str | None = None,
@@ -53,6 +54,7 @@ def diff(
         PlanSyntaxError: The template cannot be parsed.
     """
     template = None if name is None else Template(name)
+    left, right = located(left), located(right)
     with opening(left):
         a, b = open_checkpoint(left), open_checkpoint(right)
         comparison = _Comparison(headers, template, tolerance, progress)

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimstate.describe import describe
@@ -16,6 +15,8 @@ from optimstate.formats.registry import format_for_destination, get_format, open
 from optimstate.io.copying import BLOCK, SharedTasks, blocks
 from optimstate.io.destination import check_destination
 from optimstate.io.extents import Progress
+from optimstate.io.location import Location, Place
+from optimstate.io.places import located
 from optimstate.problems import Problem
 from optimstate.record import field
 from optimstate.reporting import Report, to_json
@@ -88,8 +89,8 @@ class ConvertReport(Report):
 
 
 def convert(
-    source: str | Path,
-    destination: str | Path,
+    source: Place,
+    destination: Place,
     *,
     to: str | None = None,
     section: str | Sequence[str] | None = None,
@@ -135,7 +136,7 @@ def convert(
         DestinationError: The destination exists, is the source, or cannot be written.
         UsageError: Both `section` and `without` are given.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = located(source), located(destination)
     options = options or WriteOptions()
     sections = [section] if isinstance(section, str) else list(section or ())
     if sections and without:
@@ -235,7 +236,7 @@ class _Changes:
         self.tree = copy.tree
         self.notes += copy.notes
 
-    def report(self, document: Document, destination: Path, target: str, *, written: bool) -> ConvertReport:
+    def report(self, document: Document, destination: Location, target: str, *, written: bool) -> ConvertReport:
         """What was done."""
         found = [node for node in nodes(self.tree) if isinstance(node, LazyTensor)]
         notes = self.notes if self._casting is None else [*self.notes, *self._casting.lost_squares()]
@@ -296,7 +297,7 @@ def _stored_once(names: Sequence[str]) -> str:
     )
 
 
-def _target_format(destination: Path, to: str | None, options: WriteOptions, document: Document) -> str:
+def _target_format(destination: Location, to: str | None, options: WriteOptions, document: Document) -> str:
     if to is None and not destination.suffix:
         if options.shard_size is not None:
             return "safetensors"

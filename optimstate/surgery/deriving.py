@@ -14,6 +14,7 @@ from typing import Literal
 
 from optimstate.errors import CheckpointError, DerivationError
 from optimstate.formats.registry import open_checkpoint
+from optimstate.io.location import Place
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.comparing import model_tensors
 from optimstate.surgery.reports import opening
@@ -59,7 +60,7 @@ class DeriveReport(Report):
 
 
 def derive_plan(
-    like: str | Path,
+    like: Place,
     *,
     function: str = "",
     transformers: str | Path = "",

@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimstate.formats.pickles.globals import dangerous
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
+from optimstate.io.location import Location, Place
+from optimstate.io.places import located
 from optimstate.io.temporary import is_leftover
 from optimstate.plan.language.template import Template
 from optimstate.record import Record
@@ -51,7 +52,7 @@ T = TypeVar("T")
 
 
 def inspect(
-    checkpoint: str | Path | Document,
+    checkpoint: Place | Document,
     *,
     parameters: bool = False,
     statistics: bool = False,
@@ -81,9 +82,9 @@ def inspect(
         PlanSyntaxError: The template cannot be parsed.
         MigrationError: There is no such section.
     """
-    path = checkpoint.path if isinstance(checkpoint, Document) else checkpoint
+    path = checkpoint.path if isinstance(checkpoint, Document) else located(checkpoint)
     with opening(path):
-        document = checkpoint if isinstance(checkpoint, Document) else open_checkpoint(checkpoint)
+        document = checkpoint if isinstance(checkpoint, Document) else open_checkpoint(path)
         judgement = judged(document.tree)
         sections = list(judgement.sections) if section is None else _chosen(section, document.tree, judgement.sections)
         tensors, opaque = census(document.tree, is_tensor)
@@ -105,7 +106,7 @@ def inspect(
         return Inspection(
             str(path),
             document.format,
-            _size(Path(path)),
+            _size(path),
             tensors,
             infos,
             {kind: count for kind, count in opaque.most_common() if count > 0},
@@ -167,7 +168,7 @@ def _notes(sections: Sequence[Section], states: Mapping[int, OptimizerState]) ->
             )
 
 
-def _size(path: Path) -> int:
+def _size(path: Location) -> int:
     return (
         path.stat().st_size
         if path.is_file()

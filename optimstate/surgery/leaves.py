@@ -6,10 +6,13 @@ import json
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path as FilePath
 from typing import IO, Any
 
 from optimstate.errors import LimitExceededError
+from optimstate.io.places import is_remote, open_source
+from optimstate.io.streams import SourceFile
 from optimstate.state.records import is_tensor
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque, OpaqueFile, Path, children, difference, format_path, path_key
@@ -109,6 +112,10 @@ def opened_file(file: OpaqueFile) -> Any:
 @contextmanager
 def _opened(file: OpaqueFile) -> Iterator[IO[bytes]]:
     """The bytes of a file: of a folder, or a member of an archive, whose path is `archive:member`."""
+    if is_remote(file.path):
+        with BufferedReader(SourceFile(open_source(file.path))) as stream:
+            yield stream
+        return
     path = FilePath(file.path)
     if path.is_file():
         with path.open("rb") as stream:

@@ -14,6 +14,8 @@ from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import get_format, open_checkpoint
 from optimstate.io.destination import check_destination
 from optimstate.io.extents import Progress
+from optimstate.io.location import Place
+from optimstate.io.places import located
 from optimstate.problems import Problem
 from optimstate.reporting import Report, to_json
 from optimstate.state.building import from_config, imported, parameters_of
@@ -57,8 +59,8 @@ class NameReport(Report):
 
 
 def name(
-    source: str | Path,
-    destination: str | Path | None,
+    source: Place,
+    destination: Place | None,
     *,
     names: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     order: Order = "model",
@@ -88,9 +90,10 @@ def name(
         MigrationError: Names are not determined; every reason is listed with what would settle it.
         DestinationError: The destination exists or cannot be written.
     """
-    source = Path(source)
+    source = located(source)
     if destination is not None and not dry_run:
-        check_destination(Path(destination), [source], force=force)
+        destination = located(destination)
+        check_destination(destination, [source], force=force)
     with opening(source):
         document = open_checkpoint(source)
         sections = find_sections(document.tree)
@@ -108,7 +111,7 @@ def name(
             rebuilt = {id(section.node): _with_names(section, naming) for section, naming in found}
             tree = replaced(document.tree, rebuilt)
             get_format(document.format).write(
-                tree, Path(destination), like=document, options=WriteOptions(progress=progress)
+                tree, located(destination), like=document, options=WriteOptions(progress=progress)
             )
         listing = {
             section.label: tuple(zip(map(str, naming.names), naming.evidence, strict=True)) for section, naming in found
@@ -242,7 +245,7 @@ def _with_names(section: Section, naming: Naming) -> Any:
     return state._replace(groups=tuple(groups)).to_node()
 
 
-def read_names(source: str | Path, files: Sequence[str]) -> list[str] | dict[str, list[str]]:
+def read_names(source: Place, files: Sequence[str]) -> list[str] | dict[str, list[str]]:
     """Names from files that are given as `FILE` or `PATH=FILE`; several without a path are the optimizers' in order.
 
     Raises:

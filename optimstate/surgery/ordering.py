@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import CheckpointError
 from optimstate.formats.registry import open_checkpoint
+from optimstate.io.location import Place
+from optimstate.io.places import located
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Like, Migration, SectionMoves, Target
@@ -25,7 +26,7 @@ _TEXT = (".txt", ".names", ".list")
 _SHOWN = 3
 
 
-def read_like(path: str | Path) -> Like:
+def read_like(path: Place) -> Like:
     """The order of a new model.
 
     Args:
@@ -35,7 +36,8 @@ def read_like(path: str | Path) -> Like:
     Raises:
         CheckpointError: It cannot be read, or names no parameters.
     """
-    if Path(path).suffix in _TEXT and Path(path).is_file():
+    path = located(path)
+    if path.suffix in _TEXT and path.is_file():
         names = read_names(path, [str(path)])
         assert isinstance(names, list)
         return Like(tuple(names))

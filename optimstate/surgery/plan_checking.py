@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 
 from optimstate.errors import MigrationError
 from optimstate.formats.registry import open_checkpoint
+from optimstate.io.location import Place
+from optimstate.io.places import located
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
@@ -69,9 +70,9 @@ class CheckReport(Report):
 
 def check_plan(
     plan: Plan | str | PathLike[str],
-    checkpoint: str | Path | None = None,
+    checkpoint: Place | None = None,
     *,
-    target: str | Path | None = None,
+    target: Place | None = None,
 ) -> CheckReport:
     """Find everything that is wrong with a plan for a checkpoint, without moving anything.
 
@@ -90,6 +91,8 @@ def check_plan(
     notes: list[str] = []
     names: dict[str, Shape | None] | None = None
     if checkpoint is not None:
+        checkpoint = located(checkpoint)
+        target = None if target is None else located(target)
         with opening(checkpoint):
             tree = open_checkpoint(checkpoint).tree
             sections = names_of(tree)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 from os import PathLike
-from pathlib import Path
 
 from optimstate.formats.registry import open_checkpoint
+from optimstate.io.location import Place
+from optimstate.io.places import located
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.apply.explain import Row, explained
 from optimstate.plan.expressions.tree import Shape
@@ -80,7 +81,7 @@ class ShowReport(Report):
             yield f"note: {note}"
 
 
-def show_plan(plan: Plan | str | PathLike[str], checkpoint: str | Path | None = None) -> ShowReport:
+def show_plan(plan: Plan | str | PathLike[str], checkpoint: Place | None = None) -> ShowReport:
     """What a plan says, and what it would do to a checkpoint.
 
     Raises:
@@ -92,6 +93,7 @@ def show_plan(plan: Plan | str | PathLike[str], checkpoint: str | Path | None = 
     rows: tuple[Row, ...] = ()
     notes: list[str] = []
     if checkpoint is not None:
+        checkpoint = located(checkpoint)
         with opening(checkpoint):
             tree = open_checkpoint(checkpoint).tree
             _, migration, notes = apply_plan(plan, tree)

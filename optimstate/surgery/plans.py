@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from optimstate.errors import PlanError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.destination import check_destination
-from optimstate.io.output import AtomicFile
+from optimstate.io.location import Place
+from optimstate.io.places import located, new_file
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
@@ -89,7 +89,7 @@ class InvertReport(Report):
         return self.plan.rstrip("\n")
 
 
-def invert_plan(plan: Plan | str | PathLike[str], checkpoint: str | Path | None = None) -> InvertReport:
+def invert_plan(plan: Plan | str | PathLike[str], checkpoint: Place | None = None) -> InvertReport:
     """The plan that undoes a plan which loses nothing.
 
     Args:
@@ -104,6 +104,7 @@ def invert_plan(plan: Plan | str | PathLike[str], checkpoint: str | Path | None 
     plan = Plan.of(plan)
     names = None
     if checkpoint is not None:
+        checkpoint = located(checkpoint)
         with opening(checkpoint):
             sections = names_of(open_checkpoint(checkpoint).tree)
         names = merged(sections)
@@ -114,30 +115,30 @@ def invert_plan(plan: Plan | str | PathLike[str], checkpoint: str | Path | None 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def check_plan_destination(path: str | Path, *sources: str | Path, force: bool = False) -> None:
+def check_plan_destination(path: Place, *sources: Place, force: bool = False) -> None:
     """Refuse to write a plan where something else is; `-` is standard output, which is always free.
 
     Raises:
         DestinationError: It exists and `force` is false, is a source, or its folder does not exist.
     """
     if str(path) != "-":
-        check_destination(Path(path), [Path(source) for source in sources if str(source) != "-"], force=force)
+        check_destination(located(path), [located(source) for source in sources if str(source) != "-"], force=force)
 
 
-def save_plan(text: str, path: str | Path) -> None:
+def save_plan(text: str, path: Place) -> None:
     """Write a plan file, all of it or nothing, after the files of its long indices beside it.
 
     Raises:
         DestinationError: It cannot be written.
     """
-    target = Path(path)
+    target = located(path)
     if "gather" in text:
         plan, files = with_index_files(Plan.from_toml(text), target.stem)
         for name, index in files.items():
-            with AtomicFile(target.parent / name) as file:
+            with new_file(target.parent / name) as file:
                 file.write(index.encode())
         text = plan.to_toml() if files else text
-    with AtomicFile(path) as file:
+    with new_file(target) as file:
         file.write(text.encode())
 
 

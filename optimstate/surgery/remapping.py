@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from optimstate.errors import DestinationError, RepresentationError
@@ -13,6 +12,8 @@ from optimstate.formats.registry import format_for_destination, get_format, open
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.destination import check_destination
 from optimstate.io.extents import Progress
+from optimstate.io.location import Location, Place
+from optimstate.io.places import located
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration
@@ -83,11 +84,11 @@ class RemapReport(Report):
 
 
 def remap(
-    source: str | Path,
-    destination: str | Path | None,
+    source: Place,
+    destination: Place | None,
     plan: Plan | str | PathLike[str],
     *,
-    like: str | Path | None = None,
+    like: Place | None = None,
     in_place: bool = False,
     dry_run: bool = False,
     force: bool = False,
@@ -113,9 +114,10 @@ def remap(
         MigrationError: The plan does not fit.
         DestinationError: The destination exists, is the source, or cannot be written.
     """
-    plan, source = Plan.of(plan), Path(source)
+    plan, source = Plan.of(plan), located(source)
+    destination = None if destination is None else located(destination)
     if destination is not None and not dry_run:
-        check_destination(Path(destination), [source], force=force)
+        check_destination(destination, [source], force=force)
     with opening(source):
         document = open_checkpoint(source)
         model = None if like is None else read_like(like)
@@ -128,14 +130,14 @@ def remap(
             elif destination is None:
                 raise DestinationError("no destination", hint="Give one, or ask for in_place.")
             else:
-                target = _check_suffix(document, Path(destination))
+                target = _check_suffix(document, destination)
                 notes += get_format(document.format).write(
                     tree, target, like=document, options=WriteOptions(sync=sync, progress=progress)
                 )
         return _remap_report(source, source if in_place else destination, not dry_run, migration, groups, notes)
 
 
-def _check_suffix(document: Document, destination: Path) -> Path:
+def _check_suffix(document: Document, destination: Location) -> Location:
     """A suffix that belongs to another container is a mistake worth stopping for."""
     suffixes = get_format(document.format).SUFFIXES
     if destination.suffix and suffixes and not destination.name.endswith(suffixes):
@@ -159,8 +161,8 @@ def _rename_in_place(document: Document, tree: Any) -> None:
 
 
 def _remap_report(
-    source: Path,
-    destination: str | Path | None,
+    source: Location,
+    destination: Location | None,
     written: bool,
     migration: Migration,
     groups: Mapping[str, tuple[Group, ...]],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import CheckpointError, LimitExceededError, OptimStateError
+from optimstate.io.location import Place
 from optimstate.record import Record, field
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.inspection_text import View, inspection_lines
@@ -32,7 +32,7 @@ __all__ = [
 
 
 @contextmanager
-def opening(path: str | Path) -> Iterator[None]:
+def opening(path: Place) -> Iterator[None]:
     """Work on an opened checkpoint: without garbage collection, and too deep a nesting is an error, not a crash."""
     try:
         with no_garbage_collection():

@@ -10,8 +10,9 @@ from stat import S_ISLNK, S_ISREG
 from optimstate.errors import CheckpointError
 from optimstate.formats.pickles.globals import Verdict, classify
 from optimstate.formats.unpickled import Unread, pickles_in
-from optimstate.io.extents import FileSource
 from optimstate.io.folders import kind_of, leftover_notes
+from optimstate.io.location import Location, Place
+from optimstate.io.places import located, open_source
 from optimstate.io.temporary import is_leftover
 from optimstate.record import Record
 from optimstate.reporting import Report, to_json
@@ -86,7 +87,7 @@ class ScanReport(Report):
         yield f"{self.path}: {plural(self.pickles, 'pickle')} scanned, nothing run; names: {counts}"
 
 
-def scan(path: str | Path) -> ScanReport:
+def scan(path: Place) -> ScanReport:
     """Name every global in the pickles of a file, or of all files of a folder.
 
     Every container that is known is looked into, one within another, whatever a file is called; what is not known, or
@@ -96,7 +97,7 @@ def scan(path: str | Path) -> ScanReport:
         CheckpointNotFoundError: There is nothing at the path.
         CheckpointError: It cannot be read.
     """
-    path = Path(path)
+    path = located(path)
     pickles = 0
     findings: list[Finding] = []
     unreadable: list[str] = []
@@ -106,7 +107,7 @@ def scan(path: str | Path) -> ScanReport:
                 unreadable.append(f"{name}: not scanned: {problem}")
                 continue
             try:
-                source = FileSource(file)
+                source = open_source(file)
             except CheckpointError as error:
                 unreadable.append(f"{name}: not scanned: {error.message}")
                 continue
@@ -128,7 +129,7 @@ def _within(file: str, record: str) -> str:
     return f"{file}, {record}" if record else file
 
 
-def _files(path: Path) -> Iterator[tuple[str, Path, str]]:
+def _files(path: Location) -> Iterator[tuple[str, Location, str]]:
     """The name, the path and, for what cannot be scanned, the reason, of each file.
 
     Raises:
@@ -136,8 +137,13 @@ def _files(path: Path) -> Iterator[tuple[str, Path, str]]:
         CheckpointError: It cannot be looked at.
     """
     if kind_of(path) == "file":
-        FileSource(path)  # one file that cannot be opened is an error, not a finding
+        open_source(path)  # one file that cannot be opened is an error, not a finding
         yield path.name, path, ""
+        return
+    if not isinstance(path, Path):
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                yield str(file.relative_to(path)), file, ""
         return
     failed: list[OSError] = []
     for folder, folders, files in os.walk(path, onerror=failed.append):

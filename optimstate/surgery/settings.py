@@ -6,12 +6,12 @@ import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
 from optimstate.formats.registry import open_checkpoint
+from optimstate.io.location import Place
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import GroupRule, SchedulerRule
@@ -55,7 +55,7 @@ class _Setting(Record):
         return self.where is None or self.where == group
 
 
-def with_options(plan: Plan | str | PathLike[str], source: str | Path, settings: Sequence[str]) -> Plan:
+def with_options(plan: Plan | str | PathLike[str], source: Place, settings: Sequence[str]) -> Plan:
     """A plan that also sets options of param groups.
 
     What is set for whole groups needs no parameter names. A template does: its parameters form a group of their own

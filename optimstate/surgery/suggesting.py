@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CheckpointError, MigrationError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
+from optimstate.io.location import Place
+from optimstate.io.places import located
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
@@ -102,9 +103,7 @@ class SuggestReport(Report):
             yield f"{plural(len(self.rules), 'rule')}, {plural(len(self.missing), 'name')} not explained"
 
 
-def suggest(
-    source: str | Path, target: str | Path, *, headers: bool = False, progress: Progress | None = None
-) -> SuggestReport:
+def suggest(source: Place, target: Place, *, headers: bool = False, progress: Progress | None = None) -> SuggestReport:
     """Propose the plan that makes the names and shapes of one checkpoint of another.
 
     Args:
@@ -117,6 +116,7 @@ def suggest(
     Raises:
         CheckpointError: One of them cannot be read, or names no parameters.
     """
+    source, target = located(source), located(target)
     with opening(source):
         trees = [open_checkpoint(path).tree for path in (source, target)]
         old, new = (_model(tree, path) for tree, path in zip(trees, (source, target), strict=True))
@@ -140,7 +140,7 @@ def suggest(
     )
 
 
-def _model(tree: Any, path: str | Path) -> dict[str, Shape]:
+def _model(tree: Any, path: Place) -> dict[str, Shape]:
     """The parameters of the models in a checkpoint, or else of its optimizers, whose shapes are known."""
     names = names_of(tree)
     for kind in ("model", "optimizer"):
@@ -190,8 +190,8 @@ def _row_digests(tensor: LazyTensor) -> list[bytes] | None:
 
 
 def _suggested_file(
-    source: str | Path,
-    target: str | Path,
+    source: Place,
+    target: Place,
     rules: Sequence[SuggestedRule],
     found: solve.Suggestion,
     positions: Sequence[Problem],

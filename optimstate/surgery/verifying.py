@@ -11,6 +11,8 @@ from optimstate.errors import CorruptCheckpointError
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
+from optimstate.io.location import Place
+from optimstate.io.places import located
 from optimstate.plan.language.plan import Plan
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged
@@ -33,11 +35,11 @@ BLIND = (
 
 
 def verify(
-    path: str | Path,
+    path: Place,
     *,
     numbers: bool = True,
     progress: Progress | None = None,
-    certificate: str | Path | None = None,
+    certificate: Place | None = None,
 ) -> VerifyReport:
     """Look for whatever would make a resumed run differ from the one that was saved.
 
@@ -51,6 +53,7 @@ def verify(
     Raises:
         CheckpointError: It, or the certificate, cannot be read at all.
     """
+    path = located(path)
     certificates = certificates_in(certificate) if certificate is not None else []
     with opening(path):
         document = open_checkpoint(path)
@@ -79,7 +82,7 @@ def verify(
         return VerifyReport(str(path), tuple(findings), tuple(checked), tuple(blind), bool(sections))
 
 
-def verify_against(path: str | Path, source: str | Path, plan: Plan | str | PathLike[str]) -> VerifyReport:
+def verify_against(path: Place, source: Place, plan: Plan | str | PathLike[str]) -> VerifyReport:
     """Prove that a checkpoint is what a plan makes of another: every tensor byte, value, name and its order.
 
     Raises:
@@ -89,6 +92,7 @@ def verify_against(path: str | Path, source: str | Path, plan: Plan | str | Path
     from optimstate.plan.apply.checkpoint import apply_plan
 
     plan = Plan.of(plan)
+    path, source = located(path), located(source)
     with opening(path):
         actual, origin = open_checkpoint(path), open_checkpoint(source)
         expected, _, _ = apply_plan(plan, origin.tree)

@@ -203,13 +203,13 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 def test_an_interrupted_command_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from optimstate.formats.safetensors import file as safetensors_file
+    from optimstate.io.output import AtomicFile
 
     def interrupted(*_: object, **__: object) -> int:
         os.kill(os.getpid(), signal.SIGINT)
         return 0
 
-    monkeypatch.setattr(safetensors_file, "copy_extents", interrupted)
+    monkeypatch.setattr(AtomicFile, "copy", interrupted)
     # A shell starts its background jobs with the signal ignored, and Python then leaves it so.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

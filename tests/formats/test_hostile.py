@@ -31,7 +31,7 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.safetensors import container as safetensors
 from optimstate.formats.safetensors import json_tree
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.extents import Extent
+from optimstate.io.extents import Extent, FileSource
 from optimstate.plan.language.plan import Plan
 from optimstate.state.sections import find_sections
 from optimstate.surgery.dropping import held_by_json, plain_copy
@@ -462,7 +462,7 @@ SMALL = [
         "torch/wholeobject",
     )
 ]
-PICKLES = {path: torch_zip.Archive(torch_zip.FileSource(path)) for path in SMALL}
+PICKLES = {path: torch_zip.Archive(FileSource(path)) for path in SMALL}
 EDITS = st.lists(
     st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(["set", "cut", "add"]), st.integers(0, 255)),
     min_size=1,

@@ -22,7 +22,7 @@ from optimstate.formats.pickles.pickle import dump
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.copying import Copier
+from optimstate.io.copying import FileCopier
 from optimstate.io.extents import FileSource
 from optimstate.tree import difference
 from tests import corpus
@@ -234,8 +234,8 @@ def huge(tmp_path: Path) -> Path:
     return path
 
 
-def sparse_put(copier: Copier, extents: Any, position: int) -> int:
-    """`Copier.put` that leaves holes as holes."""
+def sparse_put(copier: FileCopier, extents: Any, position: int) -> int:
+    """`FileCopier.put` that leaves holes as holes."""
     start = position
     for extent in extents:
         at, stop = extent.offset, extent.offset + extent.length
@@ -285,7 +285,7 @@ def first_bytes(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_files_across_4_gib_are_what_torch_writes_and_reads(
     huge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Copier, "put", sparse_put)
+    monkeypatch.setattr(FileCopier, "put", sparse_put)
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     expected = first_bytes(huge, monkeypatch)
     assert len(set(expected.values())) == len(expected) == 9

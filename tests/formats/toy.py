@@ -14,7 +14,6 @@ from typing import Any
 from optimstate.errors import CorruptCheckpointError
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.safetensors import json_tree
-from optimstate.io.copying import copy_extents
 from optimstate.io.extents import Extent, FileSource
 from optimstate.io.output import AtomicFile
 from optimstate.tensors.lazy import LazyTensor, Storage
@@ -65,5 +64,5 @@ def write(tree: Any, path: Path, *, like: Document | None, options: WriteOptions
     total = _HEAD.size + len(header) + sum(s.nbytes for s in kept)
     with AtomicFile(path, sync=options.sync) as out:
         out.write(_HEAD.pack(b"TOY1", len(header), zlib.crc32(header), total) + header)
-        copy_extents((piece for s in kept for piece in s.pieces), out.fd, progress=options.progress)
+        out.copy((piece for s in kept for piece in s.pieces), options.progress)
     return []

@@ -14,8 +14,9 @@ import pytest
 
 from optimstate.errors import CorruptCheckpointError
 from optimstate.io import copying
-from optimstate.io.copying import BLOCK, SMALL_PIECE, Copier, copy_extents
+from optimstate.io.copying import BLOCK, SMALL_PIECE, FileCopier
 from optimstate.io.extents import CHUNK, Extent, FileSource
+from optimstate.io.output import FileOutput
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +96,7 @@ def test_extents_arrive_in_order_and_the_position_moves(
     expected = b"".join(extent.read() for extent in extents)
     os.lseek(out, position, os.SEEK_SET)
     reported: list[int] = []
-    assert copy_extents(iter(extents), out, progress=reported.append) == len(expected)
+    assert FileOutput(out).copy(iter(extents), reported.append) == len(expected)
     assert os.pread(out, len(expected) + 1, position) == expected
     assert os.lseek(out, 0, os.SEEK_CUR) == position + len(expected)
     assert sum(reported) == len(expected)
@@ -106,7 +107,7 @@ def test_checksums_are_those_of_zlib(source: FileSource, out: int, seed: int) ->
     records = [some_extents(source, 10 * seed + n)[:6] for n in range(5)]
     expected = [b"".join(extent.read() for extent in record) for record in records]
     reported: list[int] = []
-    with Copier(out, reported.append) as copier:
+    with FileCopier(out, reported.append) as copier:
         found, at = [], 7
         for record, data in zip(records, expected, strict=True):
             found.append(copier.put_with_checksum(record, at))
@@ -117,7 +118,7 @@ def test_checksums_are_those_of_zlib(source: FileSource, out: int, seed: int) ->
 
 
 def test_more_may_be_put_after_finishing(source: FileSource, out: int) -> None:
-    with Copier(out) as copier:
+    with FileCopier(out) as copier:
         copier.put([source.extent(0, 5 * BLOCK)], 0)
         copier.finish()
         assert os.pread(out, 5 * BLOCK, 0) == source.read(0, 5 * BLOCK)
@@ -127,7 +128,7 @@ def test_more_may_be_put_after_finishing(source: FileSource, out: int) -> None:
 
 def test_computed_bytes_are_asked_for_by_one_thread_only(source: FileSource, out: int) -> None:
     letters = Letters()
-    with Copier(out) as copier:
+    with FileCopier(out) as copier:
         for n in range(4):
             copier.put([source.extent(0, 4 * BLOCK), Extent(letters, 0, 5000)], n * 5 * BLOCK)
             copier.put_with_checksum([source.extent(0, 100), Extent(letters, 3, 50)], (n * 5 + 4) * BLOCK + 5000)
@@ -135,23 +136,26 @@ def test_computed_bytes_are_asked_for_by_one_thread_only(source: FileSource, out
 
 
 def test_a_range_that_the_file_does_not_have_is_refused(source: FileSource, out: int) -> None:
-    for put in (Copier.put, Copier.put_with_checksum):
-        with pytest.raises(CorruptCheckpointError, match=f"the file has {source.size} bytes"), Copier(out) as copier:
+    for put in (FileCopier.put, FileCopier.put_with_checksum):
+        with (
+            pytest.raises(CorruptCheckpointError, match=f"the file has {source.size} bytes"),
+            FileCopier(out) as copier,
+        ):
             put(copier, [Extent(source, 1, source.size)], 0)
 
 
 def test_a_source_that_shrinks_is_reported(source: FileSource, out: int, way: str) -> None:
     os.truncate(source.path, source.size // 2)
     with pytest.raises(CorruptCheckpointError, match="shrank"):
-        copy_extents([source.extent(0, source.size)], out)
-    with pytest.raises(CorruptCheckpointError, match="shrank"), Copier(out) as copier:
+        FileOutput(out).copy([source.extent(0, source.size)])
+    with pytest.raises(CorruptCheckpointError, match="shrank"), FileCopier(out) as copier:
         copier.put_with_checksum([source.extent(0, source.size)], 0)
 
 
 def test_an_output_that_cannot_be_written_is_reported(source: FileSource) -> None:
     read_only = os.open(source.path, os.O_RDONLY)
     try:
-        with pytest.raises(OSError, match="Bad file descriptor"), Copier(read_only) as copier:
+        with pytest.raises(OSError, match="Bad file descriptor"), FileCopier(read_only) as copier:
             copier.put([source.extent(0, source.size)], 0)
     finally:
         os.close(read_only)
@@ -173,7 +177,7 @@ def test_an_interruption_while_waiting_ends_the_other_thread(
         raise KeyboardInterrupt
 
     def work() -> None:
-        with Copier(out, slow) as copier:
+        with FileCopier(out, slow) as copier:
             copier.put([source.extent(0, BLOCK)], 0)
             assert started.wait(60)
             monkeypatch.setattr(threading.Thread, "join", interrupted)
@@ -190,7 +194,7 @@ def test_an_interruption_ends_both_threads(source: FileSource, out: int, where: 
             raise KeyboardInterrupt
 
     def work() -> None:
-        with Copier(out, interrupt if where == "at the end" else None) as copier:
+        with FileCopier(out, interrupt if where == "at the end" else None) as copier:
             for n in range(20):
                 copier.put([source.extent(0, source.size)], n * source.size)
             if where == "between":

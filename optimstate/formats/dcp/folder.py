@@ -13,7 +13,6 @@ same (see `_dcp_tree`). Other checkpoint files of the folder (`common.pt`, `meta
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from optimstate.errors import (
@@ -32,10 +31,9 @@ from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.registry import detect, get_format
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.directory import AtomicDirectory
-from optimstate.io.extents import FileSource
 from optimstate.io.folders import listed
-from optimstate.io.output import AtomicFile
+from optimstate.io.location import Location
+from optimstate.io.places import open_source
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
 
@@ -49,14 +47,14 @@ _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Whether it is a folder with the metadata or the data of a distributed checkpoint."""
     if head or not path.is_dir():
         return Claim.NO
     return Claim.CERTAIN if (path / ".metadata").exists() or any(path.glob("*.distcp")) else Claim.NO
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open a folder.
 
     Raises:
@@ -79,7 +77,7 @@ def read(path: Path) -> Document:
     return document
 
 
-def _metadata_files(path: Path) -> list[Path]:
+def _metadata_files(path: Location) -> list[Location]:
     """The metadata of all ranks in one file, or of each in its own where they were saved without collectives."""
     if (path / ".metadata").is_file():
         return [path / ".metadata"]
@@ -93,8 +91,8 @@ def _metadata_files(path: Path) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _read_metadata(path: Path) -> tuple[Metadata, list[tuple[str, str]]]:
-    source = FileSource(path)
+def _read_metadata(path: Location) -> tuple[Metadata, list[tuple[str, str]]]:
+    source = open_source(path)
     if source.size > MAX_PICKLE_BYTES:
         raise LimitExceededError(f"metadata of {source.size} bytes, over the limit", path=path)
     try:
@@ -122,7 +120,7 @@ def _other_files(document: Document) -> dict[str, Document]:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
     """Write a folder of one rank.
 
     Raises:
@@ -142,34 +140,34 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
         leaves.update((name, ((name,), value)) for name, value in named.items())
     else:
         leaves, notes = tree_of_metadata.leaves(items, flattened=flattened)
-    with AtomicDirectory(path, sync=options.sync) as folder:
+    with options.new_folder(path) as folder:
         metadata = _write_items(leaves, folder / _DATA_FILE, options)
         if named is not None:
             metadata.paths.clear()
         for name, part in beside.items():
             made = get_format(part.format).write(tree[name], folder / name, like=part, options=options)
             notes.extend(f"{name}: {note}" for note in made)
-        with AtomicFile(folder / ".metadata", sync=options.sync) as out:
+        with options.new_file(folder / ".metadata") as out:
             out.write(dump_metadata(metadata))
         options.confirmed()
     return notes
 
 
-def _write_items(leaves: tree_of_metadata.Leaves, path: Path, options: WriteOptions) -> Metadata:
+def _write_items(leaves: tree_of_metadata.Leaves, path: Location, options: WriteOptions) -> Metadata:
     """One data file: everything that is no tensor, then the tensors, as torch orders them."""
     metadata, items = Metadata(), dict[str, Item]()
     expected = sum(leaf.nbytes + 2048 for _, leaf in leaves.values() if isinstance(leaf, LazyTensor))
-    with AtomicFile(path, expected_size=expected, sync=options.sync) as out:
+    with options.new_file(path, expected_size=expected) as out:
         position = 0
         for name, (place, leaf) in leaves.items():
             metadata.paths[name] = place
             if not isinstance(leaf, LazyTensor):
-                length = torch_zip.write_archive(out.fd, leaf, options)
+                length = torch_zip.write_archive(out, leaf, options)
                 items[name] = Item(path.name, position, length)
                 position += length
         for name, (_, leaf) in leaves.items():
             if isinstance(leaf, LazyTensor):
-                length = torch_zip.write_archive(out.fd, _alone(leaf), options)
+                length = torch_zip.write_archive(out, _alone(leaf), options)
                 items[name] = Item(path.name, position, length)
                 position += length
     for name, (_, leaf) in leaves.items():

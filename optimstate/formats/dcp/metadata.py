@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path as FilePath
 from typing import Any
 
 from optimstate.describe import describe
@@ -11,6 +10,7 @@ from optimstate.errors import CheckpointError, CorruptCheckpointError, Unsupport
 from optimstate.formats.dcp.columns import Box, Chunk, Form, Item, Metadata
 from optimstate.formats.dcp.stream import UnfamiliarError, parse
 from optimstate.formats.pickles.unpickle import load
+from optimstate.io.location import Location
 from optimstate.tensors.dtypes import DTYPES, check_sizes
 from optimstate.tree import GlobalName, Opaque
 
@@ -97,7 +97,7 @@ def _size(value: Any) -> tuple[int, ...]:
 # --- from several -----------------------------------------------------------------------------------------------------
 
 
-def merged(ranks: Sequence[Metadata], path: FilePath) -> tuple[Metadata, list[str]]:
+def merged(ranks: Sequence[Metadata], path: Location) -> tuple[Metadata, list[str]]:
     """The metadata of all ranks from that of each.
 
     Of an item that is no tensor, and of a part that several ranks have, the first rank's is taken, as torch does where

@@ -9,7 +9,6 @@ import json
 import struct
 from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from optimstate.describe import describe
@@ -18,7 +17,9 @@ from optimstate.formats.dcp.archives import Archives
 from optimstate.formats.dcp.columns import Box, Form, Metadata
 from optimstate.formats.ranks.tiles import DeferredStorage, Tile, check_tiling, tiled
 from optimstate.formats.safetensors.file import MAX_HEADER
-from optimstate.io.extents import Extent, FileSlice, FileSource
+from optimstate.io.extents import Extent, FileSlice, StoredSource
+from optimstate.io.location import Location
+from optimstate.io.places import open_source
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
 
@@ -31,10 +32,10 @@ class Pieces:
     A tensor is made without looking at its pieces: they are located when its elements are asked for.
     """
 
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
+    def __init__(self, folder: Location, metadata: Metadata) -> None:
         self.folder = folder
         self.metadata = metadata
-        self.sources = [FileSource(folder / name) for name in metadata.files]
+        self.sources = [open_source(folder / name) for name in metadata.files]
         self._archives = Archives()
         self._blobs: dict[tuple[str, int], Mapping[str, Any]] = {}
         self._layouts: dict[tuple[str, tuple[int, ...]], tuple[int, str, tuple[int, ...]]] = {}
@@ -179,7 +180,7 @@ class PieceStorage(DeferredStorage):
         return self.table.locate(self.number)
 
 
-def _blob_header(file: FileSource, offset: int) -> Mapping[str, Any]:
+def _blob_header(file: StoredSource, offset: int) -> Mapping[str, Any]:
     (length,) = struct.unpack("<Q", file.read(offset, 8))
     try:
         if length > MAX_HEADER:

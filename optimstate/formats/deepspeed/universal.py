@@ -23,8 +23,8 @@ from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.deepspeed.zero import MASTER, PARTITIONING, Shapes, frozen, is_stage_3, shape_of
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.directory import AtomicDirectory
 from optimstate.io.extents import Extent
+from optimstate.io.location import Location
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
 from optimstate.tensors.dtypes import DTYPES
@@ -40,7 +40,7 @@ _OPTIMIZER_FILE = "optimizer_state.pt"
 _MASTER_FILE = "fp32"
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Whether it is a folder with a file per parameter under `zero`."""
     return Claim.CERTAIN if not head and (path / "zero" / _OPTIMIZER_FILE).is_file() else Claim.NO
 
@@ -48,7 +48,7 @@ def sniff(path: Path, head: bytes) -> Claim:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open a universal checkpoint.
 
     Raises:
@@ -88,7 +88,7 @@ def read(path: Path) -> Document:
     return document
 
 
-def _model_files(path: Path) -> list[Path]:
+def _model_files(path: Location) -> list[Location]:
     """The model states: one file, or of stage 3 one for each rank, in order."""
     if (path / _MODEL_FILE).is_file():
         return [path / _MODEL_FILE]
@@ -122,13 +122,13 @@ def _weights(models: Sequence[Mapping[str, Any]], state: Mapping[str, Mapping[st
     return made
 
 
-def _load(document: Document, file: Path) -> Any:
+def _load(document: Document, file: Location) -> Any:
     part = torch_zip.read(file)
     document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
     return part.tree
 
 
-def _slots(document: Document, folder: Path, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+def _slots(document: Document, folder: Location, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     if not folder.is_dir():
         raise CorruptCheckpointError(f"parameter {describe(name)} has no folder", path=folder)
     found: dict[str, Any] = {}
@@ -141,7 +141,7 @@ def _slots(document: Document, folder: Path, name: str, shape: tuple[int, ...]) 
     return found
 
 
-def _shaped(tensor: LazyTensor, shape: tuple[int, ...], file: Path) -> LazyTensor:
+def _shaped(tensor: LazyTensor, shape: tuple[int, ...], file: Location) -> LazyTensor:
     """The tensor in the parameter's shape; stage 3 stores it flat."""
     if tensor.shape == shape:
         return tensor
@@ -153,7 +153,7 @@ def _shaped(tensor: LazyTensor, shape: tuple[int, ...], file: Path) -> LazyTenso
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
     """Write a tree that has `model` and an `optimizer` with names, keyed by them or by position.
 
     The masters are the slot `fp32_param`, or the weights themselves where they are float32.
@@ -169,7 +169,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     ]
     zero = dict(optimizer.node.get("zero", {}))
     stage_3 = is_stage_3(zero)
-    with AtomicDirectory(path, sync=options.sync) as folder:
+    with options.new_folder(path) as folder:
         (folder / "zero").mkdir()
         for _, name, slots in optimizer.parameters():
             assert name is not None
@@ -195,7 +195,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     return notes
 
 
-def _parts(tree: Any, path: Path) -> tuple[Mapping[str, Any], OptimizerState]:
+def _parts(tree: Any, path: Location) -> tuple[Mapping[str, Any], OptimizerState]:
     """The model and the optimizer, every parameter of which is a tensor of the model."""
     model = tree.get("model") if isinstance(tree, Mapping) else None
     sections = (
@@ -232,7 +232,7 @@ def _with_master(name: str, model: Mapping[str, Any], slots: Mapping[str, Any] |
     return made
 
 
-def _write_slots(folder: Path, slots: Mapping[str, Any], options: WriteOptions, *, flat: bool) -> None:
+def _write_slots(folder: Location, slots: Mapping[str, Any], options: WriteOptions, *, flat: bool) -> None:
     folder.mkdir()
     for slot, value in slots.items():
         file = folder / f"{_MASTER_FILE if slot == MASTER else slot}.pt"

@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from optimstate.describe import describe
@@ -30,6 +29,7 @@ from optimstate.formats.registry import detect
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent
 from optimstate.io.folders import listed
+from optimstate.io.location import Location
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Opaque
@@ -57,7 +57,7 @@ PARTITIONING = {
 Shapes = dict[str, tuple[int, ...]]
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Whether it is a folder of one tag, with optimizer states of ranks and model states."""
     if head or not path.is_dir():
         return Claim.NO
@@ -66,7 +66,7 @@ def sniff(path: Path, head: bytes) -> Claim:
     return Claim.CERTAIN if whole else Claim.NO
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open a tag folder.
 
     Raises:
@@ -111,7 +111,7 @@ def is_stage_3(zero: Mapping[str, Any]) -> bool:
     return type(stage) is int and stage == 3
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
     """Refused: partitions are made for one number of ranks.
 
     Raises:
@@ -126,9 +126,9 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _rank_files(path: Path, pattern: re.Pattern[str]) -> list[Path]:
+def _rank_files(path: Location, pattern: re.Pattern[str]) -> list[Location]:
     """The files of all data-parallel ranks, in order."""
-    found: dict[int, Path] = {}
+    found: dict[int, Location] = {}
     for file in listed(path):
         match = pattern.fullmatch(file.name)
         if match is None:
@@ -146,7 +146,7 @@ def _rank_files(path: Path, pattern: re.Pattern[str]) -> list[Path]:
     return [found[rank] for rank in range(len(found))]
 
 
-def _part(document: Document, file: Path) -> Any:
+def _part(document: Document, file: Location) -> Any:
     part = torch_zip.read(file)
     document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
     return part.tree
@@ -165,7 +165,7 @@ def _add_other_files(document: Document) -> None:
             document.notes.append(f"{file.name} is not merged into the model or the optimizer")
 
 
-def _field(tree: Any, name: str, path: Path) -> Any:
+def _field(tree: Any, name: str, path: Location) -> Any:
     if not isinstance(tree, Mapping) or name not in tree:
         raise CorruptCheckpointError(f"there is no {describe(name)}", path=path)
     return tree[name]

@@ -23,6 +23,7 @@ from optimstate.formats.ranks.shards import SHARDED_CLASSES, Box, ShardRecord, i
 from optimstate.formats.ranks.tiles import Tile, check_tiling, region, tensor_of_pieces
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.folders import listed
+from optimstate.io.location import Location
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Path as TreePath
 from optimstate.tree import difference, format_path, nodes, path_key, rebuilt_mapping
@@ -34,12 +35,12 @@ _NUMBER = re.compile(r"\d+")
 _RANK = re.compile(r"(?P<mark>[._-]?(?:rank|shard)[._-]?)(?P<number>\d+)", re.IGNORECASE)
 
 
-def sniff(path: Path, head: bytes) -> Claim:  # noqa: ARG001
+def sniff(path: Location, head: bytes) -> Claim:  # noqa: ARG001
     """Never: which files belong together is seen by the folder that they are in."""
     return Claim.NO
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open all files of a folder as those of the ranks of one run.
 
     Raises:
@@ -48,7 +49,7 @@ def read(path: Path) -> Document:
     return join_ranks(path, {file.name: torch_zip.read(file) for file in listed(path)})
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
     """Write one file with full tensors.
 
     Raises:
@@ -87,7 +88,7 @@ def _mentions_shards(part: Document) -> bool:
 # --- joining --------------------------------------------------------------------------------------------------------
 
 
-def join_ranks(path: Path, files: Mapping[str, Document]) -> Document:
+def join_ranks(path: Location, files: Mapping[str, Document]) -> Document:
     """One document of those of all ranks.
 
     Args:

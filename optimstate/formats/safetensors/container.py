@@ -20,9 +20,9 @@ from optimstate.formats.pruning import LostStorage, without_lost
 from optimstate.formats.safetensors.checkpoint import Layout, decode_checkpoint
 from optimstate.formats.safetensors.file import MAX_HEADER, Entry, read_file, write_file
 from optimstate.formats.safetensors.hf_values import begins_with_archive, named_values, read_values
-from optimstate.io.directory import AtomicDirectory
-from optimstate.io.extents import FileSource
-from optimstate.io.output import AtomicFile, AtomicGroup
+from optimstate.io.extents import StoredSource
+from optimstate.io.location import Location
+from optimstate.io.places import new_group, open_source
 from optimstate.tensors.lazy import LazyTensor
 
 NAME = "safetensors"
@@ -34,7 +34,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Whether a file begins with a safetensors header, or is the index of a sharded one."""
     if path.name.endswith(_INDEX_SUFFIX):
         return Claim.CERTAIN
@@ -47,7 +47,7 @@ def sniff(path: Path, head: bytes) -> Claim:
     return Claim.CERTAIN if fits else Claim.NO
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open a file, or all shards of an index.
 
     Raises:
@@ -68,9 +68,9 @@ def read(path: Path) -> Document:
 Values = tuple[list[Any], list[tuple[str, str]]]
 
 
-def _read_any(path: Path, *, salvage: bool) -> tuple[dict[str, Any], dict[str, str], Values | None]:
+def _read_any(path: Location, *, salvage: bool) -> tuple[dict[str, Any], dict[str, str], Values | None]:
     """The tensors of a file, its metadata, and the values in front of them where there are some."""
-    source = FileSource(path)
+    source = open_source(path)
     if not begins_with_archive(source):
         return *read_file(path, salvage=salvage), None
     values, names, start = read_values(source)
@@ -79,7 +79,7 @@ def _read_any(path: Path, *, salvage: bool) -> tuple[dict[str, Any], dict[str, s
     return *read_file(path, start=start, salvage=salvage), (values, names)
 
 
-def salvage(path: Path) -> Document:
+def salvage(path: Location) -> Document:
     """What is whole in a file that ends too early, or in the shards of an index that are there.
 
     Raises:
@@ -91,7 +91,7 @@ def salvage(path: Path) -> Document:
     return document
 
 
-def _document(path: Path, found: dict[str, Any], metadata: dict[str, str]) -> Document:
+def _document(path: Location, found: dict[str, Any], metadata: dict[str, str]) -> Document:
     rest = {key: value for key, value in metadata.items() if key != "optimstate"}
     if "optimstate" not in metadata:
         return Document(path, NAME, found, handle=rest)
@@ -105,13 +105,13 @@ def _document(path: Path, found: dict[str, Any], metadata: dict[str, str]) -> Do
     return Document(path, NAME, tree, handle=rest)
 
 
-def read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+def read_index(path: Location) -> tuple[dict[str, str], dict[str, str]]:
     """Which file of an index holds each tensor, and the index's metadata of strings.
 
     Raises:
         CorruptCheckpointError: The index is malformed, or names a file outside its folder.
     """
-    source = FileSource(path)
+    source = open_source(path)
     try:
         index = json.loads(source.read(0, source.size))
         names = {str(name): str(file) for name, file in index["weight_map"].items()}
@@ -124,7 +124,7 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     return names, metadata
 
 
-def _read_sharded(path: Path, *, salvage: bool) -> Document:
+def _read_sharded(path: Location, *, salvage: bool) -> Document:
     weight_map, metadata = read_index(path)
     tree: dict[str, Any] = {}
     shards: dict[str, dict[str, Any]] = {}
@@ -160,7 +160,7 @@ def _read_sharded(path: Path, *, salvage: bool) -> Document:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
     """Write a tree as one file, or with a shard size as a folder of shards with an index.
 
     Raises:
@@ -176,7 +176,7 @@ def write(tree: Any, path: Path, *, like: Document | None = None, options: Write
     elif options.shard_size is None:
         write_file(layout.entries, metadata, path, options)
     else:
-        with AtomicDirectory(path, sync=options.sync) as folder:
+        with options.new_folder(path) as folder:
             shards = _shards_by_size(layout.entries, options.shard_size)
             if len(shards) == 1:
                 write_file(layout.entries, metadata, folder / "model.safetensors", options)
@@ -203,22 +203,24 @@ def _shards_by_origin(entries: list[Entry]) -> dict[str, list[Entry]]:
     shards: dict[str, list[Entry]] = {}
     for entry in entries:
         source = entry.tensor.storage.pieces[0].source
-        assert isinstance(source, FileSource)
+        assert isinstance(source, StoredSource)
         shards.setdefault(source.path.name, []).append(entry)
     return shards
 
 
-def _write_shards(shards: dict[str, list[Entry]], metadata: dict[str, str], index: Path, options: WriteOptions) -> None:
+def _write_shards(
+    shards: dict[str, list[Entry]], metadata: dict[str, str], index: Location, options: WriteOptions
+) -> None:
     """The files beside `index`, then the index itself; shards of the index that it replaces are removed at last."""
     replaced = _shards_of(index)
     taken = replaced | {file.name for file in index.parent.iterdir()}
     names = {file: _fresh_shard_name(file) if file in taken else file for file in shards}
     weight_map = {entry.name: names[file] for file, entries in shards.items() for entry in entries}
     total = sum(entry.tensor.nbytes for entries in shards.values() for entry in entries)
-    with AtomicGroup(sync=options.sync) as group:
+    with new_group(index, sync=options.sync) as group:
         for file, entries in shards.items():
             write_file(entries, {"format": "pt"}, index.parent / names[file], options, group=group)
-        with AtomicFile(index, sync=options.sync, group=group) as out:
+        with options.new_file(index, group=group) as out:
             document = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
             out.write(json.dumps(document, indent=1).encode())
     abandoned = {file for file in taken if is_fresh_shard(file)} - set(names.values())
@@ -240,7 +242,7 @@ def _fresh_shard_name(file: str) -> str:
     return f"{_FRESH.sub('.safetensors', file)[: -len('.safetensors')]}.{os.urandom(6).hex()}.safetensors"
 
 
-def _shards_of(index: Path) -> set[str]:
+def _shards_of(index: Location) -> set[str]:
     """The files that an index names which is about to be replaced; none where it cannot be read."""
     try:
         return set(read_index(index)[0].values()) if index.is_file() else set()

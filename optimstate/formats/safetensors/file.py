@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from optimstate.describe import describe
@@ -20,9 +19,10 @@ from optimstate.errors import (
 )
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.pruning import LostStorage
-from optimstate.io.copying import copy_extents
-from optimstate.io.extents import Extent, FileSource
-from optimstate.io.output import AtomicFile, AtomicGroup
+from optimstate.io.extents import Extent, StoredSource
+from optimstate.io.location import Location
+from optimstate.io.output import AtomicGroup
+from optimstate.io.places import open_source
 from optimstate.tensors.dtypes import DTYPES, check_sizes
 from optimstate.tensors.lazy import LazyTensor, Storage
 
@@ -35,7 +35,7 @@ BY_CODE = {row.safetensors: row for row in DTYPES.values() if row.safetensors}
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path, *, start: int = 0, salvage: bool = False) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def read_file(path: Location, *, start: int = 0, salvage: bool = False) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors in the order of the header, and the metadata.
 
     Args:
@@ -46,7 +46,7 @@ def read_file(path: Path, *, start: int = 0, salvage: bool = False) -> tuple[dic
     Raises:
         CheckpointError: It is damaged.
     """
-    source = FileSource(path)
+    source = open_source(path)
     header, base = _read_header(source, start)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -72,7 +72,7 @@ def read_file(path: Path, *, start: int = 0, salvage: bool = False) -> tuple[dic
     return found, metadata
 
 
-def _read_header(source: FileSource, start: int = 0) -> tuple[dict[str, Any], int]:
+def _read_header(source: StoredSource, start: int = 0) -> tuple[dict[str, Any], int]:
     """The header of a file and where its data begins."""
     (length,) = struct.unpack("<Q", source.read(start, 8))
     if length > MAX_HEADER:
@@ -99,7 +99,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _read_tensor(source: FileSource, base: int, name: str, entry: Any) -> LazyTensor:
+def _read_tensor(source: StoredSource, base: int, name: str, entry: Any) -> LazyTensor:
     try:
         code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not are_natural((*shape, start, stop)) or not isinstance(code, str):
@@ -155,7 +155,7 @@ class Entry(NamedTuple):
 def write_file(
     entries: list[Entry],
     metadata: dict[str, str],
-    path: Path,
+    path: Location,
     options: WriteOptions,
     *,
     group: AtomicGroup | None = None,
@@ -166,15 +166,11 @@ def write_file(
         DestinationError: It cannot be written.
     """
     header = _header(entries, metadata)
-    with AtomicFile(
-        path,
-        expected_size=len(header) + sum(entry.tensor.nbytes for entry in entries),
-        sync=options.sync,
-        group=group,
-    ) as out:
+    size = len(header) + sum(entry.tensor.nbytes for entry in entries)
+    with options.new_file(path, expected_size=size, group=group) as out:
         out.write(header)
         pieces: Iterator[Extent] = (extent for entry in entries for extent in entry.tensor.extents())
-        copy_extents(pieces, out.fd, progress=options.progress)
+        out.copy(pieces, options.progress)
         options.confirmed()
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.protocol import Document
 from optimstate.formats.ranks.tiles import Tile, check_tiling, tensor_of_pieces
+from optimstate.io.location import Location
 from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["join_shards", "shard_files"]
@@ -36,7 +36,7 @@ def shard_files(parts: Mapping[str, Document]) -> dict[str, list[str]]:
     return found
 
 
-def join_shards(path: Path, files: Mapping[str, Document]) -> Document:
+def join_shards(path: Location, files: Mapping[str, Document]) -> Document:
     """One document of those of all ranks.
 
     Args:
@@ -69,7 +69,7 @@ def join_shards(path: Path, files: Mapping[str, Document]) -> Document:
     return Document(path, "safetensors", tree, notes=[note], parts=dict(files), handle=rest)
 
 
-def _check_numbers(path: Path, names: list[str]) -> None:
+def _check_numbers(path: Location, names: list[str]) -> None:
     """Ranks are counted from 1, and so are the files of each; the number of ranks is nowhere."""
     matches = [match for name in names if (match := _NAME.fullmatch(name))]
     ranks = {int(match[1]) for match in matches}
@@ -96,7 +96,7 @@ def _offsets(part: Document) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _whole(path: Path, key: str, pieces: Mapping[tuple[int, ...], tuple[str, LazyTensor]]) -> LazyTensor:
+def _whole(path: Location, key: str, pieces: Mapping[tuple[int, ...], tuple[str, LazyTensor]]) -> LazyTensor:
     _, first = next(iter(pieces.values()))
     ends = [[start + size for start, size in zip(at, tensor.shape, strict=True)] for at, (_, tensor) in pieces.items()]
     shape = tuple(map(max, zip(*ends, strict=True)))

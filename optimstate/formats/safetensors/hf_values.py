@@ -8,25 +8,25 @@ a file. The names of the values are in the index alone, in the order of the arch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from optimstate.errors import CorruptCheckpointError
 from optimstate.formats.torch.zip import read_archive
 from optimstate.formats.torch.zip_end import archive_length
-from optimstate.io.extents import FileSlice, FileSource
+from optimstate.io.extents import FileSlice, StoredSource
+from optimstate.io.location import Location
 
 __all__ = ["begins_with_archive", "named_values", "read_values"]
 
 _MAX_VALUES = 1_000_000
 
 
-def begins_with_archive(source: FileSource) -> bool:
+def begins_with_archive(source: StoredSource) -> bool:
     """Whether a file has values in front of its header."""
     return source.size >= 4 and source.read(0, 4) == b"PK\x03\x04"
 
 
-def read_values(source: FileSource) -> tuple[list[Any], list[tuple[str, str]], int]:
+def read_values(source: StoredSource) -> tuple[list[Any], list[tuple[str, str]], int]:
     """The values in front of a header, the globals that their pickles mention, and where the header begins.
 
     Raises:
@@ -46,7 +46,9 @@ def read_values(source: FileSource) -> tuple[list[Any], list[tuple[str, str]], i
     return values, list(names), start
 
 
-def named_values(path: Path, values: Sequence[Any], names: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
+def named_values(
+    path: Location, values: Sequence[Any], names: Sequence[str] | None
+) -> tuple[dict[str, Any], list[str]]:
     """The values by name, and what is to be noted.
 
     Args:

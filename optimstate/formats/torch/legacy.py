@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import tarfile
-from pathlib import Path
+from io import BufferedReader
 from typing import Any, NamedTuple, Protocol
 
 from optimstate.describe import describe
@@ -19,7 +19,10 @@ from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES, check_opcodes
 from optimstate.formats.pickles.unpickle import InertUnpickler, load
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.extents import ByteSource, Extent, FileSource
+from optimstate.io.extents import ByteSource, Extent, StoredSource
+from optimstate.io.location import Location
+from optimstate.io.places import open_source
+from optimstate.io.streams import SourceFile
 from optimstate.tensors.dtypes import DTYPES, ITEMSIZE_OF_STORAGE
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import GlobalName
@@ -44,21 +47,26 @@ class SizedSource(ByteSource, Protocol):
     size: int
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Whether a file begins with torch's magic number, or is a tar of the members torch wrote."""
     if MAGIC_BYTES in head[:32]:
         return Claim.CERTAIN
-    is_tar = head.split(b"\0", 1)[0] in _TAR_MEMBERS and path.is_file() and tarfile.is_tarfile(path)
+    is_tar = head.split(b"\0", 1)[0] in _TAR_MEMBERS and path.is_file() and _is_tar(path)
     return Claim.CERTAIN if is_tar else Claim.NO
 
 
-def read(path: Path) -> Document:
+def _is_tar(path: Location) -> bool:
+    with BufferedReader(SourceFile(open_source(path))) as file:
+        return tarfile.is_tarfile(file)
+
+
+def read(path: Location) -> Document:
     """Open a file of the old `torch.save`.
 
     Raises:
         CheckpointError: It is damaged, hostile or big-endian.
     """
-    source = FileSource(path)
+    source = open_source(path)
     is_stream = MAGIC_BYTES in source.read(0, min(source.size, 32))
     try:
         tree, names = read_stream(source) if is_stream else read_tar(source)
@@ -70,7 +78,7 @@ def read(path: Path) -> Document:
     return Document(path, NAME, tree, names, notes)
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
     """Write a tree as today's `torch.save` does, which every torch since 1.4 reads."""
     return ["written as torch's zip container", *torch_zip.write(tree, path, like=like, options=options)]
 
@@ -228,7 +236,7 @@ def _check_system(info: Any) -> None:
 # --- the tar --------------------------------------------------------------------------------------------------------
 
 
-def read_tar(source: FileSource) -> tuple[Any, Globals]:
+def read_tar(source: StoredSource) -> tuple[Any, Globals]:
     """The tree of a tar archive and the globals its pickles mention.
 
     Raises:
@@ -263,10 +271,10 @@ def read_tar(source: FileSource) -> tuple[Any, Globals]:
     return tree, list(dict.fromkeys([*reader.globals, *tensors.globals, *trees.globals]))
 
 
-def _tar_members(source: FileSource) -> dict[str, tuple[int, int]]:
+def _tar_members(source: StoredSource) -> dict[str, tuple[int, int]]:
     """Offset and size of each regular member."""
     try:
-        with tarfile.open(source.path, "r:") as archive:
+        with BufferedReader(SourceFile(source)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             return {m.name: (m.offset_data, m.size) for m in archive.getmembers() if m.isreg()}
     except (tarfile.TarError, OSError) as error:
         raise CheckpointError(f"the tar archive cannot be read: {error}", path=source.path) from error
@@ -317,7 +325,7 @@ def _fields(value: Any, count: int, what: str) -> tuple[Any, ...]:
 class _Window:
     """A part of a file under its own offsets."""
 
-    def __init__(self, source: FileSource, start: int, size: int) -> None:
+    def __init__(self, source: StoredSource, start: int, size: int) -> None:
         self._source = source
         self._start = start
         self.size = size

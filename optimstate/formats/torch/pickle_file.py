@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from optimstate.describe import describe
@@ -23,7 +22,9 @@ from optimstate.formats.pickles.tensors import InMemory
 from optimstate.formats.pickles.unpickle import InertUnpickler, load
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch.legacy import Globals, read_stream
-from optimstate.io.extents import Extent, FileSource
+from optimstate.io.extents import Extent
+from optimstate.io.location import Location
+from optimstate.io.places import open_source
 from optimstate.tensors.dtypes import ITEMSIZE_OF_STORAGE, encode_elements
 from optimstate.tensors.lazy import Storage
 
@@ -35,7 +36,7 @@ _LOAD = ("torch.storage", "_load_from_bytes")
 _TEXT_SUFFIXES = (".pkl", ".pickle")  # protocols 0 and 1 have no mark of their own
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Likely where a file begins as pickles of protocol 2 and later do, or is called one."""
     if path.name.endswith(".metadata"):  # a part of a distributed checkpoint
         return Claim.NO
@@ -44,13 +45,13 @@ def sniff(path: Path, head: bytes) -> Claim:
     return Claim.LIKELY if fits else Claim.NO
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open a pickle.
 
     Raises:
         CheckpointError: It is damaged, hostile or too large.
     """
-    source = FileSource(path)
+    source = open_source(path)
     if source.size > MAX_PICKLE_BYTES:
         raise LimitExceededError(f"a pickle of {source.size} bytes is over the limit of {MAX_PICKLE_BYTES}", path=path)
     inner: Globals = []
@@ -86,7 +87,7 @@ def read(path: Path) -> Document:
     return Document(path, NAME, tree, list(dict.fromkeys([*outer, *inner])))
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
     """Refused: reading a plain pickle means running it.
 
     Raises:

@@ -10,7 +10,6 @@ import struct
 import zlib
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 
 from optimstate.errors import CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
@@ -20,7 +19,9 @@ from optimstate.formats.pruning import LostStorage, without_lost
 from optimstate.formats.torch.zip_directory import Archive, Records
 from optimstate.formats.torch.zip_end import LOCAL
 from optimstate.formats.torch.zip_reader import storages_of
-from optimstate.io.extents import FileSource
+from optimstate.io.extents import StoredSource
+from optimstate.io.location import Location
+from optimstate.io.places import open_source
 
 __all__ = ["salvage"]
 
@@ -29,7 +30,7 @@ _DESCRIPTOR = b"PK\x07\x08"
 _BLOCK = 1 << 22
 
 
-def salvage(path: Path, name: str) -> Document:
+def salvage(path: Location, name: str) -> Document:
     """The document of the records that are whole.
 
     Args:
@@ -39,7 +40,7 @@ def salvage(path: Path, name: str) -> Document:
     Raises:
         CorruptCheckpointError: The pickle that says what the records are is not whole, or no tensor is.
     """
-    source = FileSource(path)
+    source = open_source(path)
     root, records = _whole_records(source)
     archive = Archive.of_records(source, root, records)
     if "data.pkl" not in records:
@@ -57,7 +58,7 @@ def salvage(path: Path, name: str) -> Document:
     return Document(path, name, tree, names, lost=lost)
 
 
-def _whole_records(source: FileSource) -> tuple[str, Records]:
+def _whole_records(source: StoredSource) -> tuple[str, Records]:
     """The records from the beginning on, up to the first that is not whole."""
     found: list[tuple[str, int, int, int]] = []
     at, root = 0, ""
@@ -76,7 +77,7 @@ def _whole_records(source: FileSource) -> tuple[str, Records]:
     return root, Records(list(names), *columns)
 
 
-def _behind_directory(source: FileSource, at: int) -> int:
+def _behind_directory(source: StoredSource, at: int) -> int:
     """Where records go on behind an older directory, which an edit in place leaves in the file; 0 where none do."""
     if at + 4 > source.size or source.read(at, 4) != b"PK\x01\x02":
         return 0
@@ -87,7 +88,7 @@ def _behind_directory(source: FileSource, at: int) -> int:
     return 0
 
 
-def _record(source: FileSource, at: int) -> tuple[str, int, int, int, int] | None:
+def _record(source: StoredSource, at: int) -> tuple[str, int, int, int, int] | None:
     """Name, place, size and checksum of the record whose header is at `at`, and where the next one begins."""
     if at + LOCAL.size > source.size:
         return None
@@ -104,7 +105,7 @@ def _record(source: FileSource, at: int) -> tuple[str, int, int, int, int] | Non
     return name, start, size, crc, start + size
 
 
-def _descriptors(source: FileSource, start: int) -> Iterator[tuple[int, int, int]]:
+def _descriptors(source: StoredSource, start: int) -> Iterator[tuple[int, int, int]]:
     """Size and checksum of contents that begin at `start`, and where their descriptor ends, wherever one fits them."""
     for block in range(start, source.size, _BLOCK):
         data = source.read(block, min(_BLOCK + 24, source.size - block))
@@ -121,7 +122,7 @@ def _descriptors(source: FileSource, start: int) -> Iterator[tuple[int, int, int
             found = data.find(_DESCRIPTOR, found + 1)
 
 
-def _checksum(source: FileSource, start: int, size: int) -> int:
+def _checksum(source: StoredSource, start: int, size: int) -> int:
     value = 0
     for at in range(start, start + size, _BLOCK):
         value = zlib.crc32(source.read(at, min(_BLOCK, start + size - at)), value)

@@ -12,14 +12,14 @@ are in `model`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from optimstate.errors import LimitExceededError, RepresentationError
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch.zip_directory import Archive
 from optimstate.formats.torch.zip_reader import read_pickle
-from optimstate.io.extents import FileSource
+from optimstate.io.location import Location
+from optimstate.io.places import open_source
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile
 
@@ -32,18 +32,18 @@ _OWN_CLASSES = "__torch__"  # the module of what the archive's code defines
 _NOT_CODE = ("data.pkl", "constants.pkl", "version", "byteorder", ".data/serialization_id")
 
 
-def sniff(path: Path, head: bytes) -> Claim:  # noqa: ARG001
+def sniff(path: Location, head: bytes) -> Claim:  # noqa: ARG001
     """Never: that an archive of torch is one of TorchScript is seen in its directory."""
     return Claim.NO
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open an archive.
 
     Raises:
         CheckpointError: It is damaged or hostile.
     """
-    return read_script(path, Archive(FileSource(path)))
+    return read_script(path, Archive(open_source(path)))
 
 
 def is_script(archive: Archive) -> bool:
@@ -63,7 +63,7 @@ def other_archive(archive: Archive) -> str:
     return ""
 
 
-def read_script(path: Path, archive: Archive) -> Document:
+def read_script(path: Location, archive: Archive) -> Document:
     """The document of an archive that `is_script`.
 
     Raises:
@@ -106,7 +106,7 @@ def _is_module(node: Any) -> bool:
     return named and isinstance(node.state, Mapping) and all(isinstance(key, str) for key in node.state)
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
     """Refused: the code of a module belongs to its names and shapes.
 
     Raises:

@@ -15,7 +15,9 @@ from optimstate.errors import (
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.pickles.unpickle import load
 from optimstate.formats.protocol import Claim, Document, WriteOptions
-from optimstate.io.extents import Extent, FileSource
+from optimstate.io.extents import Extent
+from optimstate.io.location import Location
+from optimstate.io.places import beginning, open_source
 from optimstate.tensors.lazy import Storage
 
 __all__ = ["NAME", "SUFFIXES", "read", "sniff", "write"]
@@ -24,7 +26,7 @@ NAME = "torch-unpacked"
 SUFFIXES: tuple[str, ...] = ()
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Whether it is a folder with `data.pkl` and what stands beside it in an archive."""
     if head or not (path / "data.pkl").is_file():
         return Claim.NO
@@ -32,7 +34,7 @@ def sniff(path: Path, head: bytes) -> Claim:
     return Claim.CERTAIN if whole else Claim.NO
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open the folder.
 
     Raises:
@@ -44,9 +46,9 @@ def read(path: Path) -> Document:
             path=path,
             hint=f"Pack it again (cd {path.parent} && zip -0 -r {path.name}.pt {path.name}) and give that file.",
         )
-    if (path / "byteorder").is_file() and (path / "byteorder").read_bytes()[:16].strip() == b"big":
+    if (path / "byteorder").is_file() and beginning(path / "byteorder", 16).strip() == b"big":
         raise UnsupportedCheckpointError("written on a big-endian machine", path=path)
-    source = FileSource(path / "data.pkl")
+    source = open_source(path / "data.pkl")
     if source.size > MAX_PICKLE_BYTES:
         raise LimitExceededError(f"a pickle of {source.size} bytes, over the limit", path=source.path)
     made: dict[str, Storage] = {}
@@ -65,10 +67,10 @@ def read(path: Path) -> Document:
     return Document(path, NAME, tree, names, ["an unpacked archive: torch.load reads it when it is packed again"])
 
 
-def _storage(folder: Path, kind: str, key: str, location: str, nbytes: int) -> Storage:
+def _storage(folder: Location, kind: str, key: str, location: str, nbytes: int) -> Storage:
     if Path(key).name != key:
         raise CorruptCheckpointError(f"storage {describe(key)} is outside of the folder")
-    file = FileSource(folder / key)
+    file = open_source(folder / key)
     if file.size != nbytes:
         raise CorruptCheckpointError(
             f"storage {describe(key)} is declared with {nbytes} bytes, its file has {file.size}", path=file.path
@@ -76,7 +78,7 @@ def _storage(folder: Path, kind: str, key: str, location: str, nbytes: int) -> S
     return Storage((Extent(file, 0, nbytes),) if nbytes else (), nbytes, kind, location, key)
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
     """Refused: the archive is one file.
 
     Raises:

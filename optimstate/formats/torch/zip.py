@@ -24,9 +24,10 @@ from optimstate.formats.torch.zip_directory import Archive, RecordStorage
 from optimstate.formats.torch.zip_end import LOCAL
 from optimstate.formats.torch.zip_reader import read_pickle
 from optimstate.formats.torch.zip_records import RecordWriter, write_records
-from optimstate.io.copying import Copier, copy_extents
-from optimstate.io.extents import Extent, FileSlice, FileSource
-from optimstate.io.output import AtomicFile, write_bytes
+from optimstate.io.extents import Extent, FileSlice, StoredSource
+from optimstate.io.location import Location
+from optimstate.io.output import FileOutput, Output, write_bytes
+from optimstate.io.places import open_source
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import walk
 
@@ -39,7 +40,7 @@ _FIRST_RECORDS = (b"data.pkl", b"version", b"constants.pkl", b".format_version",
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def sniff(path: Path, head: bytes) -> Claim:
+def sniff(path: Location, head: bytes) -> Claim:
     """Likely where a file begins like a zip archive whose first record is in a folder; certain of torch's records."""
     if head[:4] != b"PK\x03\x04" or path.suffix in (".distcp", ".safetensors"):  # other things follow
         return Claim.LIKELY if head[:4] == b"PK\x05\x06" else Claim.NO
@@ -51,13 +52,13 @@ def sniff(path: Path, head: bytes) -> Claim:
     return Claim.CERTAIN if record in _FIRST_RECORDS or record.startswith(b"data/") else Claim.LIKELY
 
 
-def read(path: Path) -> Document:
+def read(path: Location) -> Document:
     """Open a checkpoint of `torch.save`, or an archive of TorchScript (see `script`).
 
     Raises:
         CheckpointError: It is damaged, hostile, compressed or big-endian.
     """
-    archive = Archive(FileSource(path))
+    archive = Archive(open_source(path))
     if script.is_script(archive):
         return script.read_script(path, archive)
     tree, names = _read_checkpoint(archive)
@@ -65,7 +66,7 @@ def read(path: Path) -> Document:
     return Document(path, NAME, tree, names, notes, handle=archive)
 
 
-def salvage(path: Path) -> Document:
+def salvage(path: Location) -> Document:
     """What is whole in an archive that was cut off (see `salvage`).
 
     Raises:
@@ -74,7 +75,7 @@ def salvage(path: Path) -> Document:
     return salvaging.salvage(path, NAME)
 
 
-def read_archive(source: FileSource | FileSlice) -> tuple[Any, list[tuple[str, str]], Archive]:
+def read_archive(source: StoredSource | FileSlice) -> tuple[Any, list[tuple[str, str]], Archive]:
     """The tree of an archive, the globals its pickle mentions, and its directory.
 
     Raises:
@@ -99,7 +100,7 @@ def _read_checkpoint(archive: Archive) -> tuple[Any, list[tuple[str, str]]]:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(tree: Any, path: Path, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
+def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
     """Write a tree as `torch.save` would.
 
     When the tree holds exactly the storages of `like`, they are copied in one piece and only the pickle and the
@@ -123,18 +124,18 @@ def _same_storages(tree: Any, archive: Archive) -> bool:
     return kept == [name for name in archive.records if name.startswith("data/")]
 
 
-def _write_new(tree: Any, path: Path, like: Document | None, options: WriteOptions) -> None:
+def _write_new(tree: Any, path: Location, like: Document | None, options: WriteOptions) -> None:
     pickled, storages = _pickled(tree)
     root = (path.stem if path.stem.isascii() and path.stem else "archive") + "/"
     expected = len(pickled) + sum(storage.nbytes + 256 for storage in storages)
-    with AtomicFile(path, expected_size=expected, sync=options.sync) as out:
-        write_records(out.fd, root, pickled, storages, _other_records(like), options)
+    with options.new_file(path, expected_size=expected) as out:
+        write_records(out, root, pickled, storages, _other_records(like), options)
         options.confirmed()
 
 
-def write_archive(fd: int, tree: Any, options: WriteOptions) -> int:
-    """Append a whole archive to an open file, as `torch.save` writes it to a stream, and return its size."""
-    return write_records(fd, "archive/", *_pickled(tree), [], options)
+def write_archive(out: Output, tree: Any, options: WriteOptions) -> int:
+    """Append a whole archive to an output, as `torch.save` writes it to a stream, and return its size."""
+    return write_records(out, "archive/", *_pickled(tree), [], options)
 
 
 def _pickled(tree: Any) -> tuple[bytes, list[Storage]]:
@@ -163,7 +164,7 @@ def _kept_entries(archive: Archive) -> list[bytes]:
     return [entry for name, entry in archive.entries() if name != "data.pkl"]
 
 
-def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOptions) -> None:
+def _write_redescribed(tree: Any, path: Location, archive: Archive, options: WriteOptions) -> None:
     """Everything but the pickle stays at its offset: torch can then still predict where each storage is."""
     pickled = dump(tree)
     old = archive.records["data.pkl"]
@@ -173,25 +174,22 @@ def _write_redescribed(tree: Any, path: Path, archive: Archive, options: WriteOp
     pieces = [Extent(archive.source, 0, min(start, stop))]
     if stop > start:  # the old names must not stay behind
         pieces += [Extent(None, 0, old.size), Extent(archive.source, start + old.size, stop - start - old.size)]
-    with AtomicFile(
-        path,
-        expected_size=stop + len(pickled) + sum(map(len, _kept_entries(archive))),
-        sync=options.sync,
-    ) as out:
-        position = copy_extents(pieces, out.fd, progress=options.progress)
-        for part in _redescription(out.fd, archive, pickled, position):
+    size = stop + len(pickled) + sum(map(len, _kept_entries(archive)))
+    with options.new_file(path, expected_size=size) as out:
+        position = out.copy(pieces, options.progress)
+        for part in _redescription(out, archive, pickled, position):
             out.write(part)
         options.confirmed()
 
 
-def _redescription(fd: int, archive: Archive, pickled: bytes, position: int) -> tuple[bytes, bytes]:
+def _redescription(out: Output, archive: Archive, pickled: bytes, position: int) -> tuple[bytes, bytes]:
     """Append the new pickle; returns the directory to write behind it and the end that makes it valid."""
-    with Copier(fd) as copier:
+    with out.copier() as copier:
         directory = RecordWriter(copier, archive.root, position)
         directory.add("data.pkl", pickled)
         directory.entries.extend(_kept_entries(archive))
         parts = directory.directory()
-    os.lseek(fd, directory.position, os.SEEK_SET)
+    out.seek(directory.position)
     return parts
 
 
@@ -206,6 +204,10 @@ def rewrite_in_place(document: Document, tree: Any) -> None:
         DestinationError: The tree does not hold exactly the file's storages, or the file cannot be written.
     """
     archive = document.handle
+    if not isinstance(document.path, Path):
+        raise DestinationError(
+            f"{document.path}: an object of a store cannot be changed in place", hint="Write to a new name instead."
+        )
     if not isinstance(archive, Archive) or not _same_storages(tree, archive):
         raise DestinationError(
             f"{document.path}: only changes that keep every tensor can be made in place",
@@ -221,7 +223,7 @@ def rewrite_in_place(document: Document, tree: Any) -> None:
         if os.lseek(fd, 0, os.SEEK_END) != size:
             raise DestinationError(f"{document.path}: changed while it was read")
         try:
-            body, end = _redescription(fd, archive, pickled, size)
+            body, end = _redescription(FileOutput(fd), archive, pickled, size)
             write_bytes(fd, body)
             os.fsync(fd)
             write_bytes(fd, end)

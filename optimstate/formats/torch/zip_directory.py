@@ -23,7 +23,7 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.formats.torch.zip_end import CENTRAL, LOCAL, MAX32, find_directory
-from optimstate.io.extents import Extent, FileSlice, FileSource
+from optimstate.io.extents import Extent, FileSlice, StoredSource
 from optimstate.tensors.lazy import Storage
 from optimstate.tree import no_garbage_collection
 
@@ -142,7 +142,7 @@ class Archive:
         compressed: The names of records that are not stored as they are; they cannot be read.
     """
 
-    def __init__(self, source: FileSource | FileSlice) -> None:
+    def __init__(self, source: StoredSource | FileSlice) -> None:
         self.source = source
         self.compressed: set[str] = set()
         self.directory_offset, size, count = find_directory(source)
@@ -155,7 +155,7 @@ class Archive:
             self.root, self.records = self._parsed(count)
 
     @classmethod
-    def of_records(cls, source: FileSource | FileSlice, root: str, records: Records) -> Archive:
+    def of_records(cls, source: StoredSource | FileSlice, root: str, records: Records) -> Archive:
         """An archive without a directory, whose records were found one by one."""
         made = object.__new__(cls)
         made.source, made.root, made.records, made.compressed = source, root, records, set()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import struct
 
 from optimstate.errors import CorruptCheckpointError
-from optimstate.formats.byte_sources import Part, Source
-from optimstate.io.extents import FileSlice, FileSource
+from optimstate.formats.byte_sources import Part
+from optimstate.io.extents import FileSlice, StoredSource
+from optimstate.io.streams import Source
 
 __all__ = [
     "CENTRAL",
@@ -29,7 +30,7 @@ LOCATOR64 = struct.Struct("<4sLQL")
 MAX32 = 0xFFFFFFFF
 
 
-def find_directory(source: FileSource | FileSlice) -> tuple[int, int, int]:
+def find_directory(source: StoredSource | FileSlice) -> tuple[int, int, int]:
     """Offset, size and number of entries of the central directory."""
     tail_size = min(source.size, END.size + 0xFFFF + LOCATOR64.size)
     tail = source.read(source.size - tail_size, tail_size)
@@ -67,7 +68,7 @@ def _rfind_end(data: bytes) -> int:
     return data.rfind(b"PK\x05\x06", 0, max(len(data) - END.size + 4, 0))
 
 
-def _restore_hint(source: FileSource | FileSlice) -> str:
+def _restore_hint(source: StoredSource | FileSlice) -> str:
     """An interrupted in-place edit leaves the old end inside the file: say how to return to it."""
     block = 1 << 24
     for low in range(max(source.size - block, 0), max(source.size - 16 * block, -1), -block):

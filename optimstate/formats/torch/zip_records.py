@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.torch.zip_end import CENTRAL, END, END64, LOCAL, LOCATOR64, MAX32
 from optimstate.io.copying import Checksum, Copier
 from optimstate.io.extents import Extent
-from optimstate.io.output import write_bytes
+from optimstate.io.output import Output
 from optimstate.tensors.lazy import Storage
 
 __all__ = ["RecordWriter", "write_records"]
@@ -131,25 +130,25 @@ def _zip64_extra(size: int, stored: int, header: int) -> bytes:
 
 
 def write_records(
-    fd: int,
+    out: Output,
     root: str,
     pickled: bytes,
     storages: Sequence[Storage],
     others: Sequence[tuple[str, Extent]],
     options: WriteOptions,
 ) -> int:
-    """Append a whole archive to an open file and return its size.
+    """Append a whole archive to an output and return its size.
 
     Args:
-        fd: The file, at the place where the archive is to begin.
+        out: The output, at the place where the archive is to begin.
         root: The folder of all records, with its slash.
         pickled: The contents of `data.pkl`.
         storages: In the order of their keys.
         others: Further records, by name.
         options: Whether checksums are computed, and the progress.
     """
-    origin = os.lseek(fd, 0, os.SEEK_CUR)
-    with Copier(fd, options.progress) as copier:
+    origin = out.tell()
+    with out.copier(options.progress) as copier:
         directory = RecordWriter(copier, root, 0, origin=origin)
         checks = [directory.add("data.pkl", pickled)]
         directory.add(".format_version", b"1")
@@ -165,8 +164,8 @@ def write_records(
         known = [str(check.value if isinstance(check, Checksum) else check) for check in checks]
         directory.add(".data/serialization_id", _serialization_id([root, *known]))
         body, end = directory.directory()
-    os.lseek(fd, origin + directory.position, os.SEEK_SET)
-    return directory.position + write_bytes(fd, body) + write_bytes(fd, end)
+    out.seek(origin + directory.position)
+    return directory.position + out.write(body) + out.write(end)
 
 
 def _serialization_id(parts: Sequence[str]) -> bytes:

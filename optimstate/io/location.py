@@ -1,0 +1,72 @@
+"""Where a checkpoint is: a path of this machine, or a name in a store that has `://` in it.
+
+Formats and verbs know a place by the part of `pathlib.Path` that is `Location`; a place in a store has the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike
+from typing import Any, Protocol, Self, TypeAlias
+
+__all__ = ["Location", "Place", "Status"]
+
+
+class Status(Protocol):
+    """What is known of a place without reading it; a part of `os.stat_result`."""
+
+    @property
+    def st_size(self) -> int:
+        """Bytes."""
+
+    @property
+    def st_mode(self) -> int:
+        """What it is, as `stat.S_ISREG` and `stat.S_ISDIR` read it."""
+
+
+class Location(Protocol):
+    """A file or folder by its name; the methods are those of `pathlib.Path`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def stem(self) -> str: ...  # noqa: D102
+
+    @property
+    def suffix(self) -> str: ...  # noqa: D102
+
+    @property
+    def parent(self) -> Self: ...  # noqa: D102
+
+    def __truediv__(self, name: str, /) -> Self: ...
+
+    def __lt__(self, other: Any, /) -> bool: ...
+
+    def with_name(self, name: str, /) -> Self: ...  # noqa: D102
+
+    def relative_to(self, other: Any, /) -> Any: ...  # noqa: D102
+
+    def exists(self) -> bool: ...  # noqa: D102
+
+    def is_file(self) -> bool: ...  # noqa: D102
+
+    def is_dir(self) -> bool: ...  # noqa: D102
+
+    def is_symlink(self) -> bool: ...  # noqa: D102
+
+    def stat(self) -> Status: ...  # noqa: D102
+
+    def iterdir(self) -> Iterator[Self]: ...  # noqa: D102
+
+    def glob(self, pattern: str, /) -> Iterator[Self]: ...  # noqa: D102
+
+    def rglob(self, pattern: str, /) -> Iterator[Self]: ...  # noqa: D102
+
+    def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None: ...  # noqa: D102
+
+    def unlink(self, missing_ok: bool = False) -> None: ...  # noqa: D102
+
+
+Place: TypeAlias = str | PathLike[str] | Location
+"""A file or folder as verbs take it: its name, or a place that was named already."""
