@@ -126,11 +126,12 @@ app = Application(
 )
 
 
-def epilog(*examples: str, exits: str = "") -> str:
-    """What stands below the options of a command: examples, and its exit codes."""
+def epilog(*examples: str, exits: str = "", page: str = "") -> str:
+    """What stands below the options of a command: examples, its exit codes, and the page that explains it."""
     shown = "\n".join(f"  {_broken(example)}" for example in examples)
     codes = f"\n\nExit codes: {exits}" if exits else ""
-    return f"\b\n{'Examples' if len(examples) > 1 else 'Example'}:\n{shown}{codes}"
+    more = f"\n\nMore: docs/{page}.md" if page else ""
+    return f"\b\n{'Examples' if len(examples) > 1 else 'Example'}:\n{shown}{codes}{more}"
 
 
 def _broken(example: str) -> str:

@@ -30,6 +30,7 @@ def parse_size(text: str) -> int:
         "optimstate convert checkpoint.pt sharded --shard-size 500MB --verify",
         exits="0 fine, 1 something was lost (--salvage), 2 wrong usage, 3 bad input, 4 the state has no such form, "
         "5 the destination, 6 the container cannot hold it, 130 interrupted.",
+        page="command-line",
     ),
 )
 def convert(

@@ -17,6 +17,7 @@ from optimstate.cli.app import Force, Json, Quiet, app, epilog
         "optimstate diff checkpoint-1000/ checkpoint-2000/ --stat --tolerance 1e-6",
         "optimstate diff checkpoint.pt checkpoint.safetensors --quiet && echo 'the same'",
         exits="0 no differences, 1 differences, 2 wrong usage, 3 bad input.",
+        page="command-line",
     ),
 )
 def diff(

@@ -22,6 +22,7 @@ from optimstate.cli.words import Sort
         "optimstate inspect checkpoint-*/ --stats",
         "optimstate inspect checkpoint.pt --stats --html report.html",
         exits="0 fine, 2 wrong usage, 3 bad input, 5 the page cannot be written.",
+        page="checkpoints",
     ),
 )
 def inspect(

@@ -13,7 +13,9 @@ from optimstate.cli.app import Json, Quiet, app, epilog
 @app.command(
     short_help="Where a checkpoint comes from: its certificates and plans.",
     epilog=epilog(
-        "optimstate log certified.pt", exits="0 something is noted, 1 nothing is, 2 wrong usage, 3 bad input."
+        "optimstate log certified.pt",
+        exits="0 something is noted, 1 nothing is, 2 wrong usage, 3 bad input.",
+        page="certificates",
     ),
 )
 def log(

@@ -28,6 +28,7 @@ class Order(StrEnum):
         "optimstate name checkpoint.pt --dry-run --names 'optimizer=names.txt'",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 the names are not determined, 5 the destination, "
         "6 the container cannot hold it.",
+        page="command-line",
     ),
 )
 def name(

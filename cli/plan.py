@@ -49,6 +49,7 @@ Out = Annotated[
         "optimstate plan suggest old.pt new-model.pt -o - | optimstate plan check - old.pt",
         exits="0 everything is explained, 1 something of TARGET is not, or a rule does not fit SOURCE, "
         "2 wrong usage, 3 bad input, 5 the destination.",
+        page="command-line",
     ),
 )
 def suggest(
@@ -88,6 +89,7 @@ def suggest(
         "optimstate plan derive old.pt --function converter:renamed -o plan.toml",
         "optimstate plan derive checkpoint-1000 --transformers checkpoint-1000 --to live --json",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 no plan says what the function does, 5 the destination.",
+        page="derive",
     ),
 )
 def derive(
@@ -144,6 +146,7 @@ def derive(
         "optimstate plan check plan.toml old.pt",
         "optimstate plan check plan.toml old.pt --target new-model.pt --quiet && echo 'it fits'",
         exits="0 it fits, 2 wrong usage, 3 bad input, 4 it does not fit or cannot be read.",
+        page="command-line",
     ),
 )
 def check(
@@ -179,6 +182,7 @@ def check(
         "optimstate plan invert plan.toml",
         "optimstate plan invert plan.toml old.pt -o back.toml",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 it loses something and cannot be undone, 5 the destination.",
+        page="explanation/undo",
     ),
 )
 def invert(
@@ -213,6 +217,7 @@ def invert(
         "optimstate plan show plan.toml old.pt",
         "optimstate plan show plan.toml old.pt --params",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 it does not fit or cannot be read.",
+        page="command-line",
     ),
 )
 def show(

@@ -17,6 +17,7 @@ from optimstate.cli.app import SETTINGS, Json, Quiet, app, epilog
         "optimstate rehearse --script resume_check.py",
         "optimstate rehearse --script resume_check.py --steps 5 --json",
         exits="0 the run goes on as the plan says, 1 it does not, 2 wrong usage, 3 bad input, 4 the plan does not fit.",
+        page="rehearse",
     ),
 )
 def rehearse(

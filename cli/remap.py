@@ -20,6 +20,7 @@ from optimstate.cli.app import Force, Json, NoSync, Quiet, app, epilog, read_pla
         "optimstate plan suggest old.pt new-model.pt -o - | optimstate remap old.pt new.pt --plan -",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 the plan does not fit, 5 the destination, "
         "6 the container cannot hold it, 130 interrupted.",
+        page="cookbook",
     ),
 )
 def remap(

@@ -16,6 +16,7 @@ from optimstate.cli.app import Json, Quiet, app, epilog
         "optimstate scan checkpoint.pt",
         "optimstate scan downloaded-checkpoint/ --quiet || echo 'look before you load'",
         exits="0 plain data only, 1 something else is named or something was not scanned, 2 wrong usage, 3 bad input.",
+        page="security",
     ),
 )
 def scan(

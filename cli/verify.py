@@ -17,6 +17,7 @@ from optimstate.cli.app import Json, Quiet, app, epilog, read_plan
         "optimstate verify new.pt --against old.pt --plan plan.toml",
         "optimstate verify certified.pt --certificate certificate.json",
         exits="0 healthy, 1 a fault or nothing recognised, 2 wrong usage, 3 bad input, 4 the plan does not fit SRC.",
+        page="explanation/same-run",
     ),
 )
 def verify(

@@ -266,3 +266,12 @@ def test_json_has_the_documented_form(command: str, checkpoints: Path) -> None:
 def test_every_command_is_among_those_whose_form_is_tested() -> None:
     without = {"plan", "demo"} | SLOW
     assert set(INVOCATIONS) - {"error"} == {" ".join(command) for command in COMMANDS} - without
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_names_the_page_that_explains_it(command: list[str]) -> None:
+    if command in (["plan"], ["demo"]):
+        return
+    (page,) = re.findall(r"More: (docs/[\w/-]+\.md)", run(*command, "--help").out)
+    assert (ROOT / page).is_file()
+    assert f"optimstate {' '.join(command)}" in (ROOT / page).read_text(encoding="utf-8")

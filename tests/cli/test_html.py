@@ -248,6 +248,10 @@ def test_axe_finds_nothing_serious(dark: bool, tmp_path: Path) -> None:
     torch.save(tree, tmp_path / "left.pt")
     run("plan", "show", str(tmp_path / "plan.toml"), str(tmp_path / "left.pt"), "--html", str(tmp_path / "plan.html"))
     pages.append(tmp_path / "plan.html")
+    tree["model"]["layers.0.fc.bias"] = tree["model"]["layers.0.fc.bias"] + 1
+    torch.save(tree, tmp_path / "right.pt")
+    run("diff", str(tmp_path / "left.pt"), str(tmp_path / "right.pt"), "--html", str(tmp_path / "diff.html"))
+    pages.append(tmp_path / "diff.html")
     for page in pages:
         text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
         if dark:
