@@ -10,6 +10,7 @@ from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.hooks.engine.live import Consecutive
 from optimstate.hooks.engine.report import Report
 from optimstate.hooks.engine.request import LoadRequest, StateDict, is_settled
+from optimstate.hooks.engine.switched import with_switched_slots
 from optimstate.plan.apply.execute import execute_optimizer
 from optimstate.plan.apply.stamps import METADATA
 from optimstate.plan.expressions.evaluate import shape_of
@@ -36,6 +37,7 @@ class LoadOutcome(Record):
         moves: The migration, where there was one.
         filled: Parameters that got state from elsewhere, and how.
         orphans: Keys of state that belonged to no parameter.
+        notes: What else deserves attention.
     """
 
     hooks: tuple[str, ...]
@@ -43,13 +45,14 @@ class LoadOutcome(Record):
     moves: SectionMoves | None
     filled: Mapping[str, str]
     orphans: tuple[Any, ...]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def report(self) -> Report:
         """The report."""
         made = Report(self.hooks, self.kept) if self.moves is None else Report.of(self.hooks, self.moves, self.filled)
         lost = {str(key): "belongs to no parameter" for key in self.orphans}
-        return made._replace(dropped={**made.dropped, **lost})
+        return made._replace(dropped={**made.dropped, **lost}, notes=(*made.notes, *self.notes))
 
 
 def matched(
@@ -99,7 +102,10 @@ def matched(
         _options(request, made, old[base] if base is not None else {}, live)
         for made, base, live in zip(options, bases, request.live.options, strict=True)
     ]
-    return _as_dict(request, slots, chosen, names), LoadOutcome(hooks, tuple(kept or ()), moves, filled, tuple(orphans))
+    live = request.live
+    slots, notes = with_switched_slots(live.algorithm, slots, live.names, chosen, dict(live.pairs()))
+    outcome = LoadOutcome(hooks, tuple(kept or ()), moves, filled, tuple(orphans), notes)
+    return _as_dict(request, slots, chosen, names), outcome
 
 
 def reached(request: LoadRequest) -> Reached:

@@ -46,7 +46,9 @@ class Resumed(reporting.Report):
     nbytes: int = 0
 
     def __str__(self) -> str:
-        return "\n".join(map(str, (*self.reports.values(), *self.notes, *self.problems)))
+        told = {note for report in self.reports.values() for note in report.notes}
+        rest = (note for note in self.notes if note not in told)
+        return "\n".join(map(str, (*self.reports.values(), *rest, *self.problems)))
 
 
 def resume(

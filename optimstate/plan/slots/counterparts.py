@@ -63,7 +63,7 @@ def counterpart(source: str, target: str) -> Found | None:
             ("exp_avg_sq", "exact", "of vectors; matrices have its means instead"),
             ("step", "exact", "Adafactor's decay rate follows it"),
             ("RMS", "fresh", "computed anew at every step"),
-            ("exp_avg", "dropped", "Adafactor without beta1 has no first moment"),
+            ("exp_avg", "dropped", "an average of gradients, and Adafactor with beta1 averages its updates"),
             ("max_exp_avg_sq", "dropped", "Adafactor has none"),
         ]
         return report, lambda old, _: _factored_as_transformers(old)
