@@ -58,8 +58,8 @@ def with_switched_slots(
                     made[name] = {**own, slot: torch.zeros_like(parameters[name]) if first is None else copied(first)}
                     started.setdefault(slot, []).append(name)
     notes = tuple(
-        f"{slot} of {len(own)} parameter{'s' if len(own) > 1 else ''} starts {_AT.get(slot, 'at zero')}: {switched[slot]} "
-        "is on, and the checkpoint has none that fits"
+        f"{slot} of {len(own)} parameter{'s' if len(own) > 1 else ''} starts {_AT.get(slot, 'at zero')}: "
+        f"{switched[slot]} is on, and the checkpoint has none that fits"
         for slot, own in started.items()
     )
     return (made if started else slots), notes
