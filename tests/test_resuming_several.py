@@ -246,3 +246,27 @@ def test_anonymous_optimizers_of_several_models_in_a_folder(tmp_path: Path) -> N
     optimstate.resume(tmp_path, model=new, optimizer=optimizers)
     for optimizer, source in zip(optimizers, sources, strict=True):
         assert not oracle.differences(optimizer.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize(
+    "saved", [{"optimizer": ["a.weight", "a.bias"]}, {"optimizers[0]": ["a.weight", "a.bias"], "optimizers[7]": ["x"]}]
+)
+def test_names_for_an_optimizer_that_is_not_resumed_are_refused(saved: dict[str, list[str]]) -> None:
+    model, optimizer, _ = part("a", 1.0)
+    with pytest.raises(OptimStateError, match=r"no optimizer at .* is resumed"):
+        optimstate.resume(tree_of([part("a", 0.1, 2)]), model=model, optimizer=[optimizer], saved=saved)
+    with pytest.raises(OptimStateError, match="no optimizer is resumed"):
+        optimstate.resume(tree_of([part("a", 0.1, 2)]), model=model, saved=["a.weight", "a.bias"])
+
+
+def test_what_had_no_effect_is_said() -> None:
+    model, optimizer, _ = part("a", 1.0)
+    plan = Plan.from_toml('[guard]\nonce = true\n[[rule]]\nfrom = "old"\nto = "a"\n')
+    notes = optimstate.resume(tree_of([part("a", 0.1, 2)]), model=model, optimizer=optimizer, plan=plan).notes
+    assert any("rule 1 matches nothing" in note for note in notes)
+    assert any("once" in note for note in notes)
+    hook = optimstate.hooks.migrate(plan)
+    optimizer.register_load_state_dict_pre_hook(hook)
+    optimizer.load_state_dict(part("a", 0.1, 2)[1].state_dict())
+    assert hook.report is not None
+    assert any("rule 1 matches nothing" in note for note in hook.report.notes)

@@ -18,6 +18,7 @@ from optimstate.plan.slots.converted_options import option_names
 from optimstate.plan.slots.outcomes import flat_slots
 from optimstate.plan.solve.migration import SectionMoves, Target
 from optimstate.plan.solve.planner import plan_optimizer
+from optimstate.plan.solve.problems import idle_rules
 from optimstate.plan.solve.reach import Reached, option_problems, takers, unreached
 from optimstate.problems import Kind, Problem
 from optimstate.record import Record
@@ -73,7 +74,8 @@ def matched(
     _refuse_unreached(request)
     if request.plan.optimizers:
         _choose_table(request)
-    if is_settled(request):
+    asked, settled = request.plan, is_settled(request)
+    if settled:
         request.plan = request.plan.with_policy(unused="ignore")
     state, orphans = _without_orphans(request)
     old = [group.options for group in state.groups]
@@ -104,6 +106,7 @@ def matched(
     ]
     live = request.live
     slots, notes = with_switched_slots(live.algorithm, slots, live.names, chosen, dict(live.pairs()))
+    notes = (*notes, *(idle_rules(asked, request.counts) if settled else ()))
     outcome = LoadOutcome(hooks, tuple(kept or ()), moves, filled, tuple(orphans), notes)
     return _as_dict(request, slots, chosen, names), outcome
 

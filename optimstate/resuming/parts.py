@@ -71,7 +71,7 @@ class Parts:
         Raises:
             StateMismatchError: There is none, there are several that could be meant, or fewer than there are objects.
         """
-        found = self._of_kind(kind)
+        found = self.of_kind(kind)
         at_paths = [self._at(path, kind, found) for path, _ in wanted if path is not None]
         if len(at_paths) == len(wanted):
             return at_paths
@@ -96,7 +96,8 @@ class Parts:
             )
         return [found[index] for index in chosen]
 
-    def _of_kind(self, kind: str) -> list[Section]:
+    def of_kind(self, kind: str) -> list[Section]:
+        """All parts of a kind."""
         found = [section for section in self._sections if section.kind == kind]
         if kind == "ema" and not found:  # a plain dict of weights beside the model's
             return [section for section in self._sections if section.kind == "model" and _is_average(section)]

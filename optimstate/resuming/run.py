@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import MigrationError, StateMismatchError
@@ -15,8 +14,10 @@ from optimstate.plan.language.rules import Guard
 from optimstate.plan.solve.migration import Inventory, SectionMoves
 from optimstate.problems import Problem
 from optimstate.resuming import certified
+from optimstate.resuming.naming import with_names
 from optimstate.resuming.owners import common_names, common_tensors, keeps_names, owner_of, shares
 from optimstate.resuming.parts import Named, Parts
+from optimstate.resuming.restoring import Step, restoring
 from optimstate.state.names import mentions_wrapper, names_in, unwrapped
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
@@ -26,17 +27,13 @@ if TYPE_CHECKING:
     import torch
 
     from optimstate.hooks import Report
+    from optimstate.hooks.engine.live import Live
+    from optimstate.hooks.engine.request import LoadRequest
+    from optimstate.plan.language.rules import OptimizerRule
     from optimstate.plan.solve.reach import Reached
+    from optimstate.resuming.division import Division
 
 __all__ = ["Run"]
-
-
-@dataclass
-class _Step:
-    """A part that is ready to be loaded, and how that is undone."""
-
-    load: Callable[[], object]
-    undo: Callable[[], object]
 
 
 @dataclass
@@ -72,8 +69,8 @@ class Run:
     nbytes: int = 0
     loaded_modules: list[certified.Part] = field(default_factory=list)
     loaded_optimizers: list[certified.Part] = field(default_factory=list)
-    _modules: list[_Step] = field(default_factory=list)
-    _steps: list[_Step] = field(default_factory=list)
+    _modules: list[Step] = field(default_factory=list)
+    _steps: list[Step] = field(default_factory=list)
     _inventories: dict[str, Inventory] = field(default_factory=dict)
     _counts: list[int] = field(default_factory=list)
     _settled: list[bool] = field(default_factory=list)
@@ -82,12 +79,20 @@ class Run:
     _schedulers: list[Any] = field(default_factory=list)
     _casts: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     _reached: list[Reached] = field(default_factory=list)
-    _schedules: list[Section] = field(default_factory=list)
+    _asked: set[str] = field(default_factory=set)
+    _division: Division | None = None
+    _rules: dict[int, OptimizerRule] = field(default_factory=dict)
+    _schedules: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
 
     @property
     def _lenient(self) -> Plan:
         """The plan for one part: whether every rule matches, and the guard, is asked of all parts together."""
         return self.plan.with_policy(unused="ignore")._replace(guard=Guard())
+
+    @property
+    def _divides(self) -> bool:
+        """Whether `[[optimizer]]` tables are for several optimizers of the checkpoint."""
+        return bool(self.plan.optimizers) and len(self.parts.of_kind("optimizer")) > 1
 
     def _count(self, counts: list[int]) -> None:
         counts = counts or [0] * len(list(self.plan.all_rules()))
@@ -97,7 +102,7 @@ class Run:
 
     def choose(self, kind: str, wanted: Sequence[Named], models: Sequence[torch.nn.Module] = ()) -> list[Section]:
         """The part of the checkpoint for each live object of a kind."""
-        if not wanted:
+        if not wanted or (kind in ("optimizer", "scheduler") and self._divides):
             return []
         likeness = {
             "optimizer": lambda part, live: common_names(part, live, models),
@@ -143,7 +148,7 @@ class Run:
             before.update({name: shards.kept(value) for name, value in module.state_dict().items()})
             module.load_state_dict(made)
 
-        self._modules.append(_Step(apply, lambda: module.load_state_dict(before) if before else None))
+        self._modules.append(Step(apply, lambda: module.load_state_dict(before) if before else None))
 
     # --- optimizers ---------------------------------------------------------------------------------------------------
 
@@ -152,6 +157,9 @@ class Run:
     ) -> None:
         """Plan the state of optimizers, whose parameters the models name where they do not themselves."""
         names = [self._live_names(optimizer, models) for _, optimizer in optimizers]
+        if optimizers and self._divides:
+            self._plan_division(optimizers, names, models)
+            return
         for number, ((_, optimizer), section) in enumerate(zip(optimizers, sections, strict=True)):
             sharing = [other for other, theirs in enumerate(sections) if theirs is section and other != number]
             key = _key("optimizer", section, len(optimizers)) + (f" ({number})" if sharing else "")
@@ -177,23 +185,14 @@ class Run:
         models: Sequence[torch.nn.Module],
         elsewhere: frozenset[str],
     ) -> None:
-        from optimstate.hooks.engine.live import Live
-        from optimstate.hooks.engine.match import matched, reached
+        from optimstate.hooks.engine.match import reached
         from optimstate.hooks.engine.request import LoadRequest, is_settled
         from optimstate.plan.solve.inventory import optimizer_inventory
-        from optimstate.resuming import shards
 
         state = self.parts.optimizer(section)
-        if keeps_names(optimizer):
-            live = Live.of(optimizer)
-            if models and not any(shares(optimizer, model) for model in models):
-                names_in(optimizer, models[-1])  # which says that it is of another model
-        elif models or state.is_named:
-            live = Live.of(optimizer, owner_of(optimizer, models))
-        else:
-            live = Live.by_position(optimizer)
+        live = self._live(optimizer, models, is_named=state.is_named)
         request = LoadRequest(self._named(key, state, section, live, models), live)
-        if not any(mentions_wrapper(t.text) for rule in self.plan.all_rules() for t in rule.sources or rule.targets):
+        if self._takes_prefixes:
             request.strip_prefixes()
         self._inventories[key] = optimizer_inventory(request.state)
         request.label = section.label
@@ -204,86 +203,132 @@ class Run:
         if elsewhere and not (self.plan.optimizer or self.plan.optimizers):
             request.add(Plan(optimizer=_becomes(request.state, live.algorithm)))
         self._settled.append(is_settled(request))
+        self._count(self._load(key, optimizer, live, request, lambda report: report, self.parts.beside(section)))
+
+    @property
+    def _takes_prefixes(self) -> bool:
+        """Whether rules speak of names without the prefixes of wrappers."""
+        templates = (t for rule in self.plan.all_rules() for t in rule.sources or rule.targets)
+        return not any(mentions_wrapper(template.text) for template in templates)
+
+    def _live(self, optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module], *, is_named: bool) -> Live:
+        """A live optimizer with the names of its parameters, or where nothing has any, with their numbers."""
+        from optimstate.hooks.engine.live import Live
+
+        if keeps_names(optimizer):
+            if models and not any(shares(optimizer, model) for model in models):
+                names_in(optimizer, models[-1])  # which says that it is of another model
+            return Live.of(optimizer)
+        return Live.of(optimizer, owner_of(optimizer, models)) if models or is_named else Live.by_position(optimizer)
+
+    def _load(
+        self,
+        key: str,
+        optimizer: torch.optim.Optimizer,
+        live: Live,
+        request: LoadRequest,
+        reported: Callable[[Report], Report],
+        beside: Mapping[str, Any] | None,
+    ) -> list[int]:
+        """Plan the load of one optimizer; how many parameters each rule matched."""
+        from optimstate.hooks.engine.match import matched
+        from optimstate.resuming import shards
+
         source = request.state
         made, outcome = matched(request, (key,), live.names)
-        beside = self.parts.beside(section)
         self.loaded_optimizers.append(certified.Part(optimizer, source, outcome.moves, beside))
         reader = shards.Reader(self._casts)
         made = reader.optimizer(optimizer, made)
         self.nbytes += reader.nbytes
         self._loads[id(optimizer)] = _Load(made, [dict(group.options) for group in request.state.groups], outcome.moves)
-        self._count(request.counts)
-        self.reports[key] = outcome.report
-        self.notes += outcome.report.notes
+        self.reports[key] = reported(outcome.report)
+        self.notes += self.reports[key].notes
         self._optimizers.append(optimizer)
         before = optimizer.state, optimizer.param_groups
 
         def undo() -> None:
             optimizer.state, optimizer.param_groups = before
 
-        self._steps.append(_Step(lambda: optimizer.load_state_dict(made), undo))
+        self._steps.append(Step(lambda: optimizer.load_state_dict(made), undo))
+        return request.counts
+
+    def _plan_division(
+        self, optimizers: Sequence[Named], names: Sequence[Sequence[str]], models: Sequence[torch.nn.Module]
+    ) -> None:
+        """Plan the state of optimizers that `[[optimizer]]` tables make of several of the checkpoint."""
+        from optimstate.hooks.engine.request import LoadRequest
+        from optimstate.resuming.division import Division
+
+        states = {}
+        for section in self.parts.of_kind("optimizer"):
+            state = self.parts.optimizer(section)
+            state = self._named(f"optimizer {section.label}", state, section, None, models)
+            if self._takes_prefixes:
+                own = [str(name) for _, name, _ in state.parameters()]
+                state = state.named(list(map(unwrapped(own), own)))
+            states[section.label] = state
+        self._division = division = Division.of(self.plan, self._lenient, states)
+        self._inventories.update(division.inventories)
+        self._reached += division.reached()
+        self._settled.append(False)
+        counts = [count for _, count in division.migration.counts]
+        for (path, optimizer), rule in zip(optimizers, division.tables(names), strict=True):
+            if path not in (None, rule.path):
+                raise MigrationError(
+                    [Problem("group", f"the optimizer given as {path!r} has its parameters", str(rule))]
+                )
+            live = self._live(optimizer, models, is_named=True)
+            request = LoadRequest(division.state_of(rule), live)
+            if self._takes_prefixes:
+                request.strip_prefixes()
+            own = [name for group in request.live.names for name in group]
+            new = division.declared_new(rule, own)
+            request.add(Plan(new, policy=self._lenient.policy))
+            request.label = rule.path
+            request.values.update(rule.set)
+            request.options["*"] = "live" if self.plan.policy.hyperparameters == "live" else "merge"
+            report = partial(division.report, rule)
+            self._load(f"optimizer {rule.path}", optimizer, live, request, report, None)
+            fresh = [each.fresh and not (each.sources and each.targets) for each in self.plan.all_rules()]
+            counts = [count + (len(new) if is_fresh else 0) for count, is_fresh in zip(counts, fresh, strict=True)]
+            self._rules[id(optimizer)] = rule
+        self._count(counts)
 
     def _named(
-        self, key: str, state: OptimizerState, section: Section, live: Any, models: Sequence[torch.nn.Module]
+        self, key: str, state: OptimizerState, section: Section, live: Live | None, models: Sequence[torch.nn.Module]
     ) -> OptimizerState:
         """The state with names: its own, those that are given, or those that can be concluded."""
-        given = self.saved
-        if isinstance(given, Mapping):
-            given = given.get(format_path(section.path))
+        label = format_path(section.path)
+        self._asked.add(label)
+        given = self.saved.get(label) if isinstance(self.saved, Mapping) else self.saved
         if given is not None:
             return state.named(given)
-        if state.is_named or not any(group.params for group in state.groups):
-            return state
-        naming = self.parts.names(section, models)
-        if naming is not None and naming.complete:
-            return state.named([str(name) for name in naming.names])
-        sizes = [len(group.params) for group in state.groups]
-        if naming is None or not state.state:
-            if sizes == list(map(len, live.names)):
-                if state.state:
-                    self._refuse_other_shapes(key, section, live)
-                    self.notes.append(
-                        f"{key}: the checkpoint has neither names nor a model: its parameters are taken to be in the "
-                        "order of the live optimizer's, as torch takes them"
-                    )
-                return state.named(live.names)
-            reasons: Sequence[str] = (f"its groups have {sizes} parameters, the live ones {[*map(len, live.names)]}",)
-        else:
-            reasons = naming.problems
-        raise StateMismatchError(
-            f"the {sum(sizes)} parameters of the checkpoint's {key} have no names, so they cannot be matched: "
-            + "; ".join(reasons[:3]),
-            hint="Give them in the order they had, resume(..., saved=[...]), or write them into the file with "
-            "`optimstate name`.",
-        )
-
-    def _refuse_other_shapes(self, key: str, section: Section, live: Any) -> None:
-        from optimstate.state.naming import observed_shapes
-
-        seen = [shape for group in observed_shapes(section.optimizer()) for shape in group]
-        for (name, parameter), shape in zip(live.pairs(), seen, strict=True):
-            if shape is not None and shape != tuple(parameter.shape):
-                raise StateMismatchError(
-                    f"{key}: {name!r} has the shape {list(parameter.shape)}, and the parameter in its place in the "
-                    f"checkpoint {list(shape)}",
-                    hint="Give the names that the checkpoint's parameters had: resume(..., saved=[...]).",
-                )
+        made, notes = with_names(self.parts, section, state, key, live, models)
+        self.notes += notes
+        return made
 
     # --- the rest -----------------------------------------------------------------------------------------------------
 
     def plan_schedulers(self, schedulers: Sequence[Named], sections: Sequence[Section]) -> None:
         """Plan the state of schedulers, each for its own optimizer's groups."""
-        for (_, scheduler), section in zip(schedulers, sections, strict=True):
-            self._plan_scheduler(scheduler, section)
+        if self._division is not None and schedulers:
+            found = [self.parts.node(section) for section in self.parts.of_kind("scheduler")]
+            for _, scheduler in schedulers:
+                rule = self._rules.get(id(scheduler.optimizer))
+                if rule is None:
+                    message = "a scheduler is given, and the optimizer that it follows is not"
+                    raise MigrationError([Problem("scheduler", message, type(scheduler).__name__)])
+                self._plan_scheduler(scheduler, self._division.schedule_of(rule, found), rule.path)
+        for (_, scheduler), section in zip(schedulers, sections, strict=False):
+            self._plan_scheduler(scheduler, self.parts.node(section), section.label)
 
-    def _plan_scheduler(self, scheduler: Any, section: Section) -> None:
+    def _plan_scheduler(self, scheduler: Any, state: Mapping[str, Any], label: str) -> None:
         """Plan a scheduler's state for the groups of its optimizer, which get the rates that it gives them."""
         from optimstate.hooks import migrate_scheduler
         from optimstate.plan.apply.scheduled import Groups, LiveScheduler
         from optimstate.plan.apply.schedulers import followed
 
-        state = self.parts.node(section)
-        self._schedules.append(section)
+        self._schedules.append((label, state))
         only = next(iter(self._loads.values())) if len(self._loads) == 1 else None
         load = self._loads.get(id(getattr(scheduler, "optimizer", None)), only)
         if load is None:
@@ -293,14 +338,14 @@ class Run:
             groups = Groups(options, list(range(len(options))), load.before, [frozenset()] * len(options))
             if load.moves is not None:
                 groups = Groups.of(load.moves, load.before)._replace(options=options)
-            found = followed(state, groups, plan=self.plan, label=section.label, live=LiveScheduler.of(scheduler))
+            found = followed(state, groups, plan=self.plan, label=label, live=LiveScheduler.of(scheduler))
             made = found.state
             load.made["param_groups"] = [
                 {**group, **new} for group, new in zip(load.made["param_groups"], found.options, strict=True)
             ]
             self.notes += [f"scheduler: {note}" for note in found.notes]
         self._schedulers.append(scheduler)
-        self._steps.append(_Step(lambda: scheduler.load_state_dict(made), _restoring(scheduler)))
+        self._steps.append(Step(lambda: scheduler.load_state_dict(made), restoring(scheduler)))
 
     def plan_scaler(self, scaler: Any) -> None:
         """Plan the state of a gradient scaler."""
@@ -309,18 +354,19 @@ class Run:
             self.notes.append("the gradient scaler keeps its own state, because one of the two is disabled")
             return
         before = scaler.state_dict()
-        self._steps.append(_Step(lambda: scaler.load_state_dict(made), lambda: scaler.load_state_dict(before)))
+        self._steps.append(Step(lambda: scaler.load_state_dict(made), lambda: scaler.load_state_dict(before)))
 
     def refuse_unused(self) -> None:
         """Raise MigrationError where the guard, or a rule that matches nothing in any part, says that this is wrong."""
         from optimstate.plan.apply.stamps import refuse_second
-        from optimstate.plan.solve.problems import guarded, unmatched
+        from optimstate.plan.solve.problems import guarded, idle_rules, unmatched
         from optimstate.plan.solve.reach import unreached
 
         refuse_second(self.plan, self.parts.tree)
         problems = list(guarded(self.plan.guard, self._inventories))
         problems += unreached(self.plan, self._reached)
         problems += self._unreached_schedules()
+        problems += self._unreached_names()
         if self.plan.policy.unused == "error" and not all(self._settled):
             rules = zip(self.plan.all_rules(), self._counts, strict=True)
             problems += [
@@ -328,6 +374,12 @@ class Run:
             ]
         if problems:
             raise MigrationError(problems)
+        self.notes += idle_rules(self.plan, self._counts)
+        if self.plan.guard.once:
+            self.notes.append(
+                "the plan says `once`: what this run saves tells that it was applied where its optimizers have "
+                "hooks.add_metadata(plan=...) as a state_dict post-hook"
+            )
         for (old, new), names in self._casts.items():
             self.notes.append(f"{len(names)} tensors are {old} in the checkpoint and become {new}: {names[0]!r}, ...")
         self.notes += self.parts.notes
@@ -339,8 +391,20 @@ class Run:
         if self.plan.policy.schedule == "live" and not self._schedules:
             message = 'schedule = "live" is for a scheduler, and none is given'
             yield Problem("unreached", message, remedy="give it with scheduler=...")
-        given = [(section.label, self.parts.node(section)) for section in self._schedules]
-        yield from unreached_schedulers(self.plan, given)
+        yield from unreached_schedulers(self.plan, self._schedules)
+
+    def _unreached_names(self) -> Iterator[Problem]:
+        """Names that are given for an optimizer that is not resumed."""
+        if self.saved is None:
+            return
+        given = list(self.saved) if isinstance(self.saved, Mapping) else [None]
+        for label in given:
+            if not self._asked or (label is not None and label not in self._asked):
+                which = "no optimizer is" if label is None else f"no optimizer at {label!r} is"
+                known = ", ".join(map(repr, sorted(self._asked))) or "none"
+                yield Problem(
+                    "unreached", f"names are given, and {which} resumed", "saved", remedy=f"there are {known}"
+                )
 
     def carry_out(self, check: Callable[[], object]) -> None:
         """Load every part, and check the result; if anything fails, put all of them back."""
@@ -387,26 +451,3 @@ def _becomes(state: OptimizerState, live: str) -> str:
     saved = recognise_state(state.state.values(), state.groups[0].options) if state.groups else None
     other = saved is not None and saved.name != live and bool(option_names(live))
     return live if other else ""
-
-
-def _restoring(scheduler: Any) -> Callable[[], None]:
-    """How a scheduler gets back what it has now, with the schedulers inside it."""
-    before = {key: _own(value) for key, value in vars(scheduler).items()}
-    inner = [_restoring(each) for each in getattr(scheduler, "_schedulers", ())]
-
-    def undo() -> None:
-        vars(scheduler).clear()
-        vars(scheduler).update(before)
-        for each in inner:
-            each()
-
-    return undo
-
-
-def _own(node: Any) -> Any:
-    """The same values in containers of their own."""
-    if isinstance(node, Counter):
-        return copy.copy(node)
-    if type(node) is dict:
-        return {key: _own(value) for key, value in node.items()}
-    return type(node)(map(_own, node)) if type(node) in (list, tuple) else node

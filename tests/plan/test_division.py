@@ -11,7 +11,7 @@ from torch import nn
 
 import optimstate
 from optimstate import hooks
-from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
+from optimstate.errors import MigrationError, OptimStateError, PlanError, PlanSyntaxError
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.apply.explain import explained
 from optimstate.plan.language.plan import Plan
@@ -290,3 +290,118 @@ def test_a_parameter_that_no_live_optimizer_has_is_refused() -> None:
     with pytest.raises(MigrationError, match=f"{name!r} is not in the target"):
         optimstate.resume(tree, model=model, optimizer=[muon, adamw])
     assert not muon.state
+
+
+JOINED = '[[optimizer]]\npath = "optimizer"\nmatch = "**"\nalgorithm = "AdamW"\n'
+
+
+def halves(schedule: bool = False) -> tuple[Any, Any]:
+    """A checkpoint of one optimizer, and what `[[optimizer]]` tables make of it: one for blocks, one for the rest."""
+    _, tree = trained(groups=2, schedule=schedule)
+    text = '[[optimizer]]\npath = "blocks"\nmatch = "blocks"\n[[optimizer]]\npath = "rest"\nmatch = "**"\n'
+    return tree, apply(text, tree)
+
+
+def test_resume_joins_several_saved_optimizers() -> None:
+    tree, divided = halves()
+    model = Model()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=9.0)
+    with pytest.raises(OptimStateError, match="differ in "):
+        optimstate.resume(divided, model=model, optimizer=optimizer, plan=Plan.from_toml(JOINED))
+    assert not optimizer.state
+    plan = Plan.from_toml(JOINED + "set = { lr = 0.5, initial_lr = 0.5 }\n")
+    found = optimstate.resume(divided, model=model, optimizer=optimizer, plan=plan)
+    old = by_name(tree["optimizer"])
+    assert all(same(optimizer.state[p], old[n]) for n, p in model.named_parameters())
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    (report,) = (report for key, report in found.reports.items() if key.startswith("optimizer"))
+    assert len(report.exact) == len(old)
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+def test_what_was_divided_and_is_joined_trains_on_as_it_would_have(schedule: bool) -> None:
+    tree, divided = halves(schedule)
+    rates = {name: g["lr"] for g in tree["optimizer"]["param_groups"] for name in g["param_names"]}
+    ends = []
+    for checkpoint, plan in ((tree, None), (divided, Plan.from_toml(JOINED))):
+        model = Model()
+        named = list(model.named_parameters())
+        parts = [{"params": [(n, p) for n, p in named if rates[n] == rate]} for rate in dict.fromkeys(rates.values())]
+        optimizer = torch.optim.AdamW(parts, lr=9.0)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        given = scheduler if schedule else None
+        optimstate.resume(checkpoint, model=model, optimizer=optimizer, scheduler=given, plan=plan)
+        losses = train(model, [optimizer])
+        for _ in range(3 * schedule):
+            scheduler.step()
+            losses += train(model, [optimizer])
+        ends.append((losses, [group["lr"] for group in optimizer.param_groups]))
+    assert ends[0] == ends[1]
+
+
+def test_two_of_two_algorithms_become_one() -> None:
+    _, tree = trained()
+    divided = apply(MUON + REST, tree)
+    model = Model()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=9.0)
+    plan = Plan.from_toml(JOINED).with_policy(merge="first")
+    found = optimstate.resume(divided, model=model, optimizer=optimizer, plan=plan)
+    old = by_name(tree["optimizer"])
+    for name, parameter in model.named_parameters():
+        matrix = name.startswith("blocks") and name.endswith("weight")
+        assert same(optimizer.state.get(parameter, {}), {} if matrix else old[name])
+    (report,) = (report for key, report in found.reports.items() if key.startswith("optimizer"))
+    assert all("starts without state" in report.fresh[f"blocks.{n}.weight"] for n in range(2))
+    train(model, [optimizer], 1)
+
+
+def test_two_become_three_with_rules_in_between() -> None:
+    tree, divided = halves()
+    text = (
+        '[[rule]]\nfrom = "embed"\nto = "words"\n'
+        '[[optimizer]]\npath = "a"\nmatch = "words"\n'
+        '[[optimizer]]\npath = "b"\nmatch = "blocks.0"\n'
+        '[[optimizer]]\npath = "c"\nmatch = "**"\nset = { weight_decay = 0.25 }\n'
+    )
+    model = Model()
+    model.words = model.embed
+    del model.embed
+    starts = {"a": "words", "b": "blocks.0", "c": "blocks.1"}
+    own = {key: [(n, p) for n, p in model.named_parameters() if n.startswith(start)] for key, start in starts.items()}
+    optimizers = {key: torch.optim.AdamW(pairs, lr=9.0) for key, pairs in own.items()}
+    plan = Plan.from_toml(text).with_policy(merge="first")
+    optimstate.resume(divided, model=model, optimizer=optimizers, plan=plan)
+    old = by_name(tree["optimizer"])
+    for key, pairs in own.items():
+        for name, parameter in pairs:
+            assert same(optimizers[key].state[parameter], old[name.replace("words", "embed")])
+    assert optimizers["c"].param_groups[0]["weight_decay"] == 0.25
+    wrong = {"b": optimizers["a"], "a": optimizers["b"], "c": optimizers["c"]}
+    with pytest.raises(MigrationError, match="the optimizer given as 'b'"):
+        optimstate.resume(divided, model=model, optimizer=wrong, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (JOINED.replace('"**"', '"blocks"'), "group"),
+        (JOINED + '[[optimizer]]\npath = "third"\nmatch = "nowhere"\n', "unmatched"),
+        ('[[rule]]\ndrop = "nowhere"\n' + JOINED, "unmatched"),
+        ('[[rule]]\ndrop = "embed"\n' + JOINED, "unfilled"),
+        (JOINED + "set = { lrr = 1.0 }\n", "setting"),
+        ('[slots]\nnone = { kind = "scalar" }\n' + JOINED, "unmatched"),
+        ('[[group]]\noptimizer = "nowhere"\nset = { lr = 1.0 }\n' + JOINED, "unreached"),
+        ("[scheduler]\nset = { step_size = 3 }\n" + JOINED, "unreached"),
+    ],
+)
+def test_joining_refuses_what_it_cannot_do(text: str, kind: str) -> None:
+    _, divided = halves()
+    model = Model()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=9.0)
+    before = copy.deepcopy(model.state_dict())
+    plan = Plan.from_toml(text).with_policy(merge="first")
+    with pytest.raises(MigrationError) as error:
+        optimstate.resume(divided, optimizer=optimizer, plan=plan)
+    assert kind in {problem.kind for problem in error.value.problems}
+    assert not optimizer.state
+    assert same(before, model.state_dict())

@@ -14,7 +14,7 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.scheduler import PER_GROUP_KEYS, regroup_scheduler_state
 from optimstate.tree import Path, rebuilt_mapping
 
-__all__ = ["optimizers_of", "placed", "reported", "schedulers_of"]
+__all__ = ["joined_scheduler", "optimizers_of", "placed", "reported", "schedulers_of"]
 
 
 def optimizers_of(parts: Sequence[Part], states: Mapping[str, OptimizerState]) -> dict[str, OptimizerState]:
@@ -64,7 +64,7 @@ def schedulers_of(state: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, 
     return {part.rule.path: regroup_scheduler_state(state, [[n] for n in part.numbers]) for part in parts}
 
 
-def _one_scheduler(found: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
+def joined_scheduler(found: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
     """The schedulers of optimizers that became one, as one."""
     first = dict(found[0])
     for other in found[1:]:
@@ -73,7 +73,7 @@ def _one_scheduler(found: Sequence[Mapping[str, Any]], path: str) -> dict[str, A
             if key in PER_GROUP_KEYS and isinstance(both[0], list) and isinstance(both[1], list):
                 first[key] = [*both[0], *both[1]]
             elif key == "_schedulers" and isinstance(both[0], list) and isinstance(both[1], list):
-                first[key] = [_one_scheduler(pair, path) for pair in zip(both[0], both[1], strict=True)]
+                first[key] = [joined_scheduler(pair, path) for pair in zip(both[0], both[1], strict=True)]
             elif both[0] != both[1]:
                 message = f"its schedulers differ in {key} ({both[0]!r} and {both[1]!r}), so they cannot become one"
                 raise MigrationError([Problem("scheduler", message, f"[[optimizer]] {path!r}")])
@@ -110,7 +110,7 @@ def placed(
             by_optimizer.setdefault(label, []).append((place, state))
     if len(optimizers) == 1:
         for label, found in by_optimizer.items():
-            tree = _replaced(tree, found[0][0], _one_scheduler([state for _, state in found], label))
+            tree = _replaced(tree, found[0][0], joined_scheduler([state for _, state in found], label))
             for place, _ in found[1:]:
                 tree = _removed(tree, place)
         return tree

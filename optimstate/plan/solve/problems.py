@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.modules import Modules
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Guard, Rule
 from optimstate.plan.solve.migration import Inventory
 from optimstate.problems import Problem
 
-__all__ = ["Suggestions", "guarded", "shape_problem", "shortened", "unmatched"]
+__all__ = ["Suggestions", "guarded", "shape_problem", "idle_rules", "shortened", "unmatched"]
 
 _SHOWN = 20  # problems of one kind that are spelled out
 
@@ -45,6 +46,21 @@ def unmatched(number: int, rule: Rule, sections: Mapping[str, Inventory]) -> Pro
     close = get_close_matches(rule.source.text, known[:2000], n=3, cutoff=0.3) or known[:3]
     message = f"{rule.source.text!r} matches none of {len(known)} names; there are {', '.join(map(repr, close))}"
     return Problem("unmatched", message, place, tuple(close))
+
+
+def idle_rules(plan: Plan, counts: Sequence[int]) -> list[str]:
+    """A note on rules that match nothing where the checkpoint has the names of the live run already.
+
+    Args:
+        plan: The plan.
+        counts: How many parameters each of its rules matched; empty where none matched any.
+    """
+    rules = list(plan.all_rules())
+    idle = [number for number, count in enumerate(counts or [0] * len(rules), 1) if not count]
+    if not idle or plan.policy.unused != "error":
+        return []
+    which = f"rule {idle[0]} matches" if len(idle) == 1 else f"rules {', '.join(map(str, idle))} match"
+    return [f"{which} nothing: the checkpoint has the live names already, so that there was nothing left to do"]
 
 
 def shortened(problems: Sequence[Problem]) -> list[Problem]:

@@ -1,0 +1,80 @@
+"""Names for an optimizer of a checkpoint that has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from optimstate.errors import StateMismatchError
+from optimstate.resuming.parts import Parts
+from optimstate.state.naming import observed_shapes
+from optimstate.state.optimizer import OptimizerState
+from optimstate.state.sections import Section
+
+if TYPE_CHECKING:
+    import torch
+
+    from optimstate.hooks.engine.live import Live
+
+__all__ = ["with_names"]
+
+
+def with_names(
+    parts: Parts,
+    section: Section,
+    state: OptimizerState,
+    key: str,
+    live: Live | None,
+    models: Sequence[torch.nn.Module],
+) -> tuple[OptimizerState, Sequence[str]]:
+    """The state with names, its own or those that can be concluded; and notes.
+
+    Args:
+        parts: The checkpoint.
+        section: The optimizer in it.
+        state: Its state.
+        key: What messages call it.
+        live: The optimizer that gets it, whose order is taken where the checkpoint has no model; None for several.
+        models: The live ones.
+
+    Raises:
+        StateMismatchError: They are not determined.
+    """
+    if state.is_named or not any(group.params for group in state.groups):
+        return state, ()
+    naming = parts.names(section, models)
+    if naming is not None and naming.complete:
+        return state.named([str(name) for name in naming.names]), ()
+    sizes = [len(group.params) for group in state.groups]
+    if naming is None or not state.state:
+        if live is not None and sizes == list(map(len, live.names)):
+            made = state.named(live.names)
+            if not state.state:
+                return made, ()
+            _refuse_other_shapes(key, section, live)
+            note = (
+                f"{key}: the checkpoint has neither names nor a model: its parameters are taken to be in the order of "
+                "the live optimizer's, as torch takes them"
+            )
+            return made, [note]
+        there = "" if live is None else f", the live ones {[*map(len, live.names)]}"
+        reasons: Sequence[str] = (f"its groups have {sizes} parameters{there}",)
+    else:
+        reasons = naming.problems
+    raise StateMismatchError(
+        f"the {sum(sizes)} parameters of the checkpoint's {key} have no names, so they cannot be matched: "
+        + "; ".join(reasons[:3]),
+        hint="Give them in the order they had, resume(..., saved=[...]), or write them into the file with "
+        "`optimstate name`.",
+    )
+
+
+def _refuse_other_shapes(key: str, section: Section, live: Live) -> None:
+    seen = [shape for group in observed_shapes(section.optimizer()) for shape in group]
+    for (name, parameter), shape in zip(live.pairs(), seen, strict=True):
+        if shape is not None and shape != tuple(parameter.shape):
+            raise StateMismatchError(
+                f"{key}: {name!r} has the shape {list(parameter.shape)}, and the parameter in its place in the "
+                f"checkpoint {list(shape)}",
+                hint="Give the names that the checkpoint's parameters had: resume(..., saved=[...]).",
+            )
