@@ -92,6 +92,14 @@ def convert(
     no_checksums: Annotated[
         bool, typer.Option("--no-checksums", help="Write zip records without CRC-32, as torch can too.")
     ] = False,
+    digest: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sha256|xxh3",
+            help="Record digests of tensors and header in safetensors files; verify and convert compare them.",
+            show_default=False,
+        ),
+    ] = None,
     drop_opaque: Annotated[
         bool, typer.Option("--drop-opaque", help="Leave out objects of other classes; what is lost is named.")
     ] = False,
@@ -119,7 +127,7 @@ def convert(
         raise typer.BadParameter("--section and --without exclude each other: what is not chosen is left out")
     size = None if shard_size is None else parse_size(shard_size)
     with terminal.progress("converting", source, quiet=quiet) as advance:
-        options = WriteOptions(not no_checksums, clone_views, size, not no_sync, advance)
+        options = WriteOptions(not no_checksums, clone_views, size, not no_sync, advance, digest)
         report = optimstate.convert(
             source,
             destination,

@@ -73,6 +73,9 @@ def remap(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Report what would be done and leave checkpoints alone.")
     ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the source's checksums beside the copying.")
+    ] = False,
     force: Force = False,
     no_sync: NoSync = False,
     quiet: Quiet = False,
@@ -117,6 +120,7 @@ def remap(
             in_place=in_place,
             dry_run=dry_run,
             force=force,
+            verify=not no_verify,
             sync=not no_sync,
             progress=advance,
         )

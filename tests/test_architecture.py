@@ -69,7 +69,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"location", "streams"},
         {"extents", "destination"},
         {"copying", "temporary"},
-        {"output", "directory", "folders"},
+        {"checksums", "output", "directory", "folders"},
         {"places"},
     ),
 }
@@ -270,6 +270,7 @@ ONE_FOR_EVERY_TENSOR = {
     "optimstate.formats.safetensors.file": {"Entry"},
     "optimstate.formats.torch.legacy": {"_View"},
     "optimstate.formats.torch.zip_directory": {"Record", "_Run"},
+    "optimstate.io.checksums": {"Recorded"},
     "optimstate.io.extents": {"Extent"},
     "optimstate.optim._ops": {"Ops"},  # these are made and used where torch.compile traces
     "optimstate.optim._step": {"Rule", "Setting"},

@@ -9,7 +9,8 @@ from __future__ import annotations
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from io import BufferedReader
 from typing import IO, Any
 
@@ -23,6 +24,7 @@ from optimstate.errors import (
 )
 from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.io.checksums import Recorded, recorded
 from optimstate.io.extents import FileSlice, StoredSource, chunks
 from optimstate.io.location import Location
 from optimstate.io.output import FileOutput
@@ -50,7 +52,7 @@ def read(path: Location) -> Document:
         UnrecognizedFormatError: There is no checkpoint in it.
     """
     source = open_source(path)
-    document = Document(path, NAME, {}, handle={})
+    document = Document(path, NAME, {}, checksums=[partial(recorded_members, source, path)], handle={})
     for info in members(path):
         part = FileSlice(source, data_offset(source, info), info.compress_size)
         head = part.read(0, min(HEAD_BYTES, part.size)) if info.compress_type == zipfile.ZIP_STORED else b""
@@ -91,6 +93,38 @@ def members(path: Location) -> list[zipfile.ZipInfo]:
     if len(names) != len(members) or len(members) > _MAX_MEMBERS:
         raise CorruptCheckpointError(f"{len(members)} members with {len(names)} names", path=path)
     return [info for info in members if id(info) not in folders]
+
+
+def recorded_members(source: StoredSource, path: Location) -> Iterator[Recorded]:
+    """The checksum of every member, which is of its bytes before they were compressed."""
+    for info in members(path):
+        place = f"member {describe(info.filename)}"
+        if info.compress_type == zipfile.ZIP_STORED:
+            extents = (source.extent(data_offset(source, info), info.compress_size),)
+            yield recorded(path, place, extents, info.CRC)
+        else:
+            yield Recorded(path, place, partial(_inflated, source, path, info.filename), info.CRC)
+
+
+def _inflated(source: StoredSource, path: Location, name: str, buffer: memoryview) -> Iterator[bytes]:  # noqa: ARG001
+    """The bytes of a compressed member; zipfile gives no more than the directory says there are.
+
+    Raises:
+        CorruptCheckpointError: They are damaged.
+    """
+    try:
+        with (
+            BufferedReader(SourceFile(source)) as file,
+            zipfile.ZipFile(file) as archive,
+            archive.open(name) as member,
+        ):
+            while block := member.read(1 << 20):
+                yield block
+    except CheckpointError:
+        raise
+    except Exception as error:  # what the libraries of compression raise has no common class
+        message = f"member {describe(name)} cannot be unpacked: {describe(error)}"
+        raise CorruptCheckpointError(message, path=path) from error
 
 
 def data_offset(source: StoredSource, info: zipfile.ZipInfo) -> int:
@@ -137,12 +171,7 @@ def _write_member(archive: zipfile.ZipFile, name: str, node: Any, like: Document
     made.external_attr = info.external_attr
     with archive.open(made, "w", force_zip64=info.file_size > 1 << 30) as member:
         if isinstance(node, OpaqueFile) and info.compress_type != zipfile.ZIP_STORED:
-            with (
-                BufferedReader(SourceFile(part.file)) as file,
-                zipfile.ZipFile(file) as source,
-                source.open(name) as compressed,
-            ):
-                _copy(iter(lambda: compressed.read(1 << 20), b""), member, options)
+            _copy(_inflated(part.file, like.path, name, memoryview(b"")), member, options)
         elif name not in like.parts or node is like.parts[name].tree:
             _copy(chunks([part.extent(0, part.size)]), member, options)
         else:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import ast
 import struct
 import zipfile
+from functools import partial
 from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, RepresentationError, UnsupportedCheckpointError
-from optimstate.formats.archive import data_offset, members
+from optimstate.formats.archive import data_offset, members, recorded_members
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.io.extents import FileSlice
 from optimstate.io.location import Location
@@ -71,7 +72,7 @@ def read(path: Location) -> Document:
         name = info.filename.removesuffix(".npy")
         is_array = name != info.filename
         tree[name] = _array(part, name) if is_array else OpaqueFile(f"{path}:{info.filename}", info.file_size)
-    return Document(path, NAME, tree)
+    return Document(path, NAME, tree, checksums=[partial(recorded_members, source, path)])
 
 
 def _array(part: FileSlice, name: str) -> Any:

@@ -9,12 +9,13 @@ entry point of the group `optimstate.formats`, whose name is the format's and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
 
+from optimstate.io.checksums import Recorded
 from optimstate.io.extents import Progress
 from optimstate.io.location import Location
 from optimstate.io.output import AtomicGroup, Output
@@ -53,6 +54,8 @@ class Document:
         globals: Every `(module, name)` its pickles mention.
         notes: Oddities met while reading, for people.
         parts: For folders: the documents of the files inside, by name.
+        checksums: Each gives checksums that the container recorded, of bytes that may not have been compared yet; those
+            of `parts` are theirs. `verify` compares them, and so does whatever copies the bytes.
         lost: What a salvaged checkpoint held and cannot be read any more, by name.
         handle: What the format needs to write a variant of this file cheaply; private to the format.
     """
@@ -63,6 +66,7 @@ class Document:
     globals: Sequence[tuple[str, str]] = ()
     notes: list[str] = field(default_factory=list)
     parts: dict[str, Document] = field(default_factory=dict)
+    checksums: list[Callable[[], Iterable[Recorded]]] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     handle: Any = None
 
@@ -76,6 +80,7 @@ class WriteOptions(Record):
         shard_size: Largest number of bytes per file where the container can be split, or None.
         sync: Flush what is written to the disk before it takes its name.
         progress: Called with the bytes written since the last call.
+        digest: The algorithm of a digest to record for each tensor where the container has no checksums, or None.
         confirm: Called when everything is written and before it takes its name; what it raises undoes the writing.
     """
 
@@ -84,6 +89,7 @@ class WriteOptions(Record):
     shard_size: int | None = None
     sync: bool = True
     progress: Progress | None = None
+    digest: str | None = None
     confirm: Callable[[], None] | None = None
 
     def new_file(

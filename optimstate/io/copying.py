@@ -15,7 +15,7 @@ from typing import Protocol, Self
 
 from optimstate.io.extents import CHUNK, ByteSource, Extent, FileSource, Progress, StoredSource, near
 
-__all__ = ["Checksum", "Copier", "FileCopier", "SharedTasks", "blocks"]
+__all__ = ["BLOCK", "Checksum", "Copier", "FileCopier", "SharedTasks", "blocks"]
 
 BLOCK = 1 << 18  # one read and write: a block stays in the processor's cache between the two
 STRIPE = 1 << 24  # what a thread takes at a time

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from optimstate.describe import describe
-from optimstate.errors import CorruptCheckpointError, MigrationError, UsageError
+from optimstate.errors import MigrationError, UsageError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
-from optimstate.io.copying import BLOCK, SharedTasks, blocks
 from optimstate.io.destination import check_destination
-from optimstate.io.extents import Progress
 from optimstate.io.location import Location, Place
 from optimstate.io.places import located
 from optimstate.problems import Problem
 from optimstate.record import field
 from optimstate.reporting import Report, to_json
+from optimstate.surgery.checksums import verified, verify_checksums
 from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable, size, table
-from optimstate.tensors.lazy import LazyTensor, Storage
-from optimstate.tree import Opaque, OpaqueFile, format_path, nodes, replaced, walk
+from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import Opaque, OpaqueFile, nodes, replaced
 
 if TYPE_CHECKING:
     from optimstate.state.sections import Section
     from optimstate.surgery.casting import Cast, Casting
     from optimstate.surgery.optimizer_conversion import OptimizerChange
 
-__all__ = ["ConvertReport", "convert", "verify_checksums"]
+__all__ = ["ConvertReport", "convert"]
 
 
 class ConvertReport(Report):
@@ -151,10 +148,15 @@ def convert(
     with opening(source), ExitStack() as stack:
         document = open_checkpoint(source, salvage=salvage)
         target = _target_format(destination, to, options, document)
+        if options.digest is not None and target != "safetensors":
+            raise UsageError(
+                f"digests are recorded in safetensors files, not in {target}",
+                hint="Leave the digest out: torch's zip archives have checksums of their own.",
+            )
         if verify and dry_run:
             verify_checksums(document)
         elif verify or (verify is None and not dry_run):
-            options = options._replace(confirm=stack.enter_context(_verifying(document)))
+            options = stack.enter_context(verified(document, options))
         changes = _Changes(document, target, sections, without, dtypes or {}, optimizer)
         if target == "safetensors" and not options.clone_views:
             changes.notes += [_stored_once(names) for names in changes.tied]
@@ -337,64 +339,3 @@ def _is_files(node: Any) -> bool:
     """Whether it is a file that is not a checkpoint, or a folder of such files alone."""
     inner = list(node.values()) if isinstance(node, dict) else []
     return isinstance(node, OpaqueFile) or (bool(inner) and all(map(_is_files, inner)))
-
-
-@contextmanager
-def _verifying(document: Document) -> Iterator[Callable[[], None]]:
-    """Compare checksums beside other work; the function given does its share and raises what was found."""
-    tasks = SharedTasks()
-    for tensor, storage in _recorded(document):
-        tasks.add(partial(_compare, document, tensor, storage, tasks=tasks))
-    try:
-        yield tasks.finish
-    finally:
-        tasks.stop()
-
-
-def verify_checksums(document: Document, progress: Progress | None = None) -> int:
-    """Read every storage whose container recorded a checksum and compare.
-
-    Returns:
-        The number of storages compared.
-
-    Raises:
-        CorruptCheckpointError: One differs; the message names the tensor.
-    """
-    recorded = _recorded(document)
-    buffer = memoryview(bytearray(BLOCK))
-    for tensor, storage in recorded:
-        _compare(document, tensor, storage, buffer, progress)
-    return len(recorded)
-
-
-def _recorded(document: Document) -> list[tuple[str, Storage]]:
-    """The storages whose container recorded a checksum, each with the place of a tensor that looks into it."""
-    found: dict[int, tuple[str, Storage]] = {}
-    for path, node in walk(document.tree):
-        if isinstance(node, LazyTensor) and id(node.storage) not in found and node.storage.crc is not None:
-            found[id(node.storage)] = format_path(path), node.storage
-    return list(found.values())
-
-
-def _compare(
-    document: Document,
-    tensor: str,
-    storage: Storage,
-    buffer: memoryview,
-    progress: Progress | None = None,
-    tasks: SharedTasks | None = None,
-) -> None:
-    value = 0
-    for block in blocks(storage.pieces, buffer):
-        if tasks is not None and tasks.stopped:
-            return
-        value = zlib.crc32(block, value)
-        if progress is not None:
-            progress(len(block))
-    if value != storage.crc:
-        raise CorruptCheckpointError(
-            f"the bytes of {tensor} do not match their checksum",
-            path=document.path,
-            place=f"record data/{storage.key}",
-            hint="The file is damaged; copy it again from its source.",
-        )

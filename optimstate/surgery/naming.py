@@ -23,6 +23,7 @@ from optimstate.state.naming import Candidate, Evidence, Naming
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.pairing import ModelNames, Namer, Order
 from optimstate.state.sections import Section, find_sections
+from optimstate.surgery.checksums import verified
 from optimstate.surgery.reports import opening
 from optimstate.surgery.text import readable, table
 from optimstate.tree import Opaque, replaced
@@ -86,7 +87,7 @@ def name(
         progress: Called with the bytes written since the last call.
 
     Raises:
-        CheckpointError: The source cannot be read, or has no optimizer.
+        CheckpointError: The source cannot be read, is damaged, or has no optimizer.
         MigrationError: Names are not determined; every reason is listed with what would settle it.
         DestinationError: The destination exists or cannot be written.
     """
@@ -110,9 +111,8 @@ def name(
                 raise DestinationError("no destination", hint="Give one, or ask for a dry run.")
             rebuilt = {id(section.node): _with_names(section, naming) for section, naming in found}
             tree = replaced(document.tree, rebuilt)
-            get_format(document.format).write(
-                tree, located(destination), like=document, options=WriteOptions(progress=progress)
-            )
+            with verified(document, WriteOptions(progress=progress)) as options:
+                get_format(document.format).write(tree, located(destination), like=document, options=options)
         listing = {
             section.label: tuple(zip(map(str, naming.names), naming.evidence, strict=True)) for section, naming in found
         }

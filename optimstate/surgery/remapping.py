@@ -18,6 +18,7 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration
 from optimstate.reporting import Report, to_json
+from optimstate.surgery.checksums import verified
 from optimstate.surgery.ordering import order_notes, read_like
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
 from optimstate.surgery.reports import opening
@@ -92,6 +93,7 @@ def remap(
     in_place: bool = False,
     dry_run: bool = False,
     force: bool = False,
+    verify: bool = True,
     sync: bool = True,
     progress: Progress | None = None,
 ) -> RemapReport:
@@ -106,11 +108,12 @@ def remap(
         in_place: Rename inside the file, by appending to it.
         dry_run: Only report.
         force: Replace an existing destination.
+        verify: Compare every checksum of the source beside the copying, so that no damage is copied.
         sync: Flush the result to the disk before it takes its name.
         progress: Called with the bytes written since the last call.
 
     Raises:
-        CheckpointError: The source cannot be read.
+        CheckpointError: The source cannot be read, or `verify` finds damage.
         MigrationError: The plan does not fit.
         DestinationError: The destination exists, is the source, or cannot be written.
     """
@@ -131,9 +134,9 @@ def remap(
                 raise DestinationError("no destination", hint="Give one, or ask for in_place.")
             else:
                 target = _check_suffix(document, destination)
-                notes += get_format(document.format).write(
-                    tree, target, like=document, options=WriteOptions(sync=sync, progress=progress)
-                )
+                options = WriteOptions(sync=sync, progress=progress)
+                with verified(document, options, verify=verify) as options:
+                    notes += get_format(document.format).write(tree, target, like=document, options=options)
         return _remap_report(source, source if in_place else destination, not dry_run, migration, groups, notes)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
-from optimstate.errors import CorruptCheckpointError
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
@@ -17,7 +16,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged
 from optimstate.surgery.certifying import certificates_in, differences
-from optimstate.surgery.converting import verify_checksums
+from optimstate.surgery.checksums import damaged
 from optimstate.surgery.findings import Finding, VerifyReport, fault, note
 from optimstate.surgery.reports import opening
 from optimstate.surgery.resume_checks import check_optimizer, check_schedulers
@@ -107,15 +106,13 @@ def verify_against(path: Place, source: Place, plan: Plan | str | PathLike[str])
 
 
 def _damaged(document: Document, checked: list[str], progress: Progress | None) -> Iterator[Finding]:
-    parts = list(_documents(document))
     compared = 0
-    for part in parts:
-        try:
-            compared += verify_checksums(part, progress)
-        except CorruptCheckpointError as error:
-            yield fault("checksum", part.path.name, error.message)
-    checked.append(f"{compared} checksums")
-    for part in parts:
+    for error in damaged(document, progress):
+        compared += 1
+        if error is not None:
+            yield fault("checksum", Path(str(error.path or document.path)).name, error.message)
+    checked.append(plural(compared, "checksum"))
+    for part in _documents(document):
         for line in part.notes:
             yield note("container", part.path.name, line)
 

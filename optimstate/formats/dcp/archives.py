@@ -6,11 +6,13 @@ the same but for checksums have their elements at the same place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.formats.torch.zip_directory import Archive
+from optimstate.io.checksums import Recorded, recorded
 from optimstate.io.extents import FileSlice
 from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES
@@ -31,11 +33,13 @@ class _Layout(Record):
         head: Everything before the elements.
         directory: Everything from the directory on, its checksums blank.
         checksums: Where in it each checksum begins.
+        of_elements: Where in it that of the elements begins.
     """
 
     head: bytes
     directory: bytes
     checksums: tuple[int, ...]
+    of_elements: int
 
     def blank(self, directory: bytes) -> bytes:
         """A directory without its checksums."""
@@ -56,6 +60,7 @@ class Archives:
         self.globals: list[tuple[str, str]] = []
         self._scalars: dict[bytes, Any] = {}
         self._layouts: dict[tuple[str, tuple[int, ...], int], _Layout] = {}
+        self._compared: set[tuple[str, tuple[int, ...], int]] = set()
 
     # --- what is no tensor ----------------------------------------------------------------------------------------
 
@@ -102,7 +107,7 @@ class Archives:
         """
         key = dtype, sizes, part.size
         known = self._layouts.get(key)
-        if known is not None and _is_laid_out(part, known):
+        if known is not None and _directory_like(part, known):
             nbytes = prod(sizes) * DTYPES[dtype].itemsize
             return Storage((part.extent(len(known.head), nbytes),) if nbytes else (), nbytes)
         if part.read(0, min(4, part.size)) != b"PK\x03\x04":
@@ -117,10 +122,45 @@ class Archives:
             for _, entry in archive.entries():
                 places.append(at + _CRC)
                 at += len(entry)
-            layout = _Layout(part.read(0, extents[0].offset - part.start), b"", tuple(places))
+            of_elements = places[archive.records.positions[f"data/{piece.storage.key}"]]
+            layout = _Layout(part.read(0, extents[0].offset - part.start), b"", tuple(places), of_elements)
             directory = part.read(archive.directory_offset, part.size - archive.directory_offset)
             self._layouts[key] = layout._replace(directory=layout.blank(directory))
         return Storage(extents, piece.nbytes)
+
+    # --- checksums ------------------------------------------------------------------------------------------------
+
+    def recorded(self, part: FileSlice, tensor: tuple[str, tuple[int, ...]] | None) -> Iterator[Recorded]:
+        """The checksums of an archive.
+
+        Args:
+            part: Where it is.
+            tensor: The dtype and sizes of the one tensor in it, or None where it is something else. Of archives that
+                are laid out alike, all but the elements is compared once.
+        """
+        if tensor is None:
+            yield from _of_archive(part)
+            return
+        key = *tensor, part.size
+        known = self._layouts.get(key)
+        directory = b"" if known is None else _directory_like(part, known)
+        if known is None or not directory or key not in self._compared:
+            yield from _of_archive(part)
+            self.elements(part, *tensor)
+            if directory or self._layouts.get(key) is not known:
+                self._compared.add(key)
+            return
+        crc = int.from_bytes(directory[known.of_elements : known.of_elements + 4], "little")
+        nbytes = prod(tensor[1]) * DTYPES[tensor[0]].itemsize
+        if crc and nbytes:
+            place = f"item at offset {part.start}, its elements"
+            yield recorded(part.path, place, (part.extent(len(known.head), nbytes),), crc)
+
+
+def _of_archive(part: FileSlice) -> Iterator[Recorded]:
+    if part.read(0, min(4, part.size)) == b"PK\x03\x04":
+        for found in Archive(part).recorded():
+            yield found._replace(place=f"item at offset {part.start}, {found.place}")
 
 
 def _end_of_window(parts: Sequence[FileSlice], place: int) -> int:
@@ -135,12 +175,12 @@ def _end_of_window(parts: Sequence[FileSlice], place: int) -> int:
     return end
 
 
-def _is_laid_out(part: FileSlice, layout: _Layout) -> bool:
-    """Whether an archive is like another but for its elements and checksums."""
+def _directory_like(part: FileSlice, layout: _Layout) -> bytes:
+    """The directory of an archive that is like another but for its elements and checksums; nothing where it is not."""
     tail = part.size - len(layout.directory)
     if part.size <= _SMALL:
         data = part.read(0, part.size)
         head, directory = data[: len(layout.head)], data[tail:]
     else:
         head, directory = part.read(0, len(layout.head)), part.read(tail, len(layout.directory))
-    return head == layout.head and layout.blank(directory) == layout.directory
+    return directory if head == layout.head and layout.blank(directory) == layout.directory else b""

@@ -67,7 +67,7 @@ def read(path: Location) -> Document:
         metadata, notes = merged([each for each, _ in loaded], path)
     items = Pieces(path, metadata)
     values = items.values()
-    document = Document(path, NAME, {}, handle=items)
+    document = Document(path, NAME, {}, checksums=[items.recorded], handle=items)
     parts = _other_files(document)
     beside = {name: part.tree for name, part in parts.items()}
     document.tree, more = tree_of_metadata.nested(values, metadata.paths, beside)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -17,6 +17,7 @@ from optimstate.formats.dcp.archives import Archives
 from optimstate.formats.dcp.columns import Box, Form, Metadata
 from optimstate.formats.ranks.tiles import DeferredStorage, Tile, check_tiling, tiled
 from optimstate.formats.safetensors.file import MAX_HEADER
+from optimstate.io.checksums import Recorded
 from optimstate.io.extents import Extent, FileSlice, StoredSource
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
@@ -101,6 +102,19 @@ class Pieces:
             name = describe(metadata.order[number])
             raise error.within(path=self.folder, part=f"tensor {name}") from error
         self._tiled.add(key)
+
+    def recorded(self) -> Iterator[Recorded]:
+        """The checksums of the archives that items are; blobs of safetensors have none."""
+        metadata = self.metadata
+        seen: set[tuple[int, int]] = set()
+        for number, form in enumerate(metadata.forms):
+            for row in metadata.rows(number):
+                place = metadata.file[row], metadata.offset[row]
+                if place not in seen:
+                    seen.add(place)
+                    box = metadata.boxes[row]
+                    tensor = (form.dtype, box[1]) if form and box else None
+                    yield from self._archives.recorded(self.slice(row), tensor)
 
     def locate(self, number: int) -> tuple[Extent, ...]:
         """The row-major bytes of a tensor."""

@@ -125,6 +125,7 @@ def _weights(models: Sequence[Mapping[str, Any]], state: Mapping[str, Mapping[st
 def _load(document: Document, file: Location) -> Any:
     part = torch_zip.read(file)
     document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
+    document.checksums += part.checksums
     return part.tree
 
 

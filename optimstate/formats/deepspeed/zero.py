@@ -149,6 +149,7 @@ def _rank_files(path: Location, pattern: re.Pattern[str]) -> list[Location]:
 def _part(document: Document, file: Location) -> Any:
     part = torch_zip.read(file)
     document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
+    document.checksums += part.checksums
     return part.tree
 
 
@@ -162,6 +163,7 @@ def _add_other_files(document: Document) -> None:
             part = found.read(file)
             document.tree[file.name] = part.tree
             document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
+            document.checksums += part.checksums
             document.notes.append(f"{file.name} is not merged into the model or the optimizer")
 
 

@@ -18,7 +18,8 @@ from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.pruning import LostStorage, without_lost
 from optimstate.formats.safetensors.checkpoint import Layout, decode_checkpoint
-from optimstate.formats.safetensors.file import MAX_HEADER, Entry, read_file, write_file
+from optimstate.formats.safetensors.digests import DIGEST, algorithm_of
+from optimstate.formats.safetensors.file import MAX_HEADER, Entry, File, read_file, write_file
 from optimstate.formats.safetensors.hf_values import begins_with_archive, named_values, read_values
 from optimstate.io.extents import StoredSource
 from optimstate.io.location import Location
@@ -55,11 +56,11 @@ def read(path: Location) -> Document:
     """
     if path.name.endswith(_INDEX_SUFFIX):
         return _read_sharded(path, salvage=False)
-    found, metadata, values = _read_any(path, salvage=False)
+    file, values = _read_any(path, salvage=False)
     if values is None:
-        return _document(path, found, metadata)
+        return _document(path, file)
     more, notes = named_values(path, values[0], None)
-    document = _document(path, {**found, **more}, metadata)
+    document = _document(path, file._replace(tensors={**file.tensors, **more}))
     document.notes += notes
     document.globals = values[1]
     return document
@@ -68,15 +69,15 @@ def read(path: Location) -> Document:
 Values = tuple[list[Any], list[tuple[str, str]]]
 
 
-def _read_any(path: Location, *, salvage: bool) -> tuple[dict[str, Any], dict[str, str], Values | None]:
-    """The tensors of a file, its metadata, and the values in front of them where there are some."""
+def _read_any(path: Location, *, salvage: bool) -> tuple[File, Values | None]:
+    """What is in a file, and the values in front of it where there are some."""
     source = open_source(path)
     if not begins_with_archive(source):
-        return *read_file(path, salvage=salvage), None
+        return read_file(path, salvage=salvage), None
     values, names, start = read_values(source)
     if start == source.size:
-        return {}, {}, (values, names)
-    return *read_file(path, start=start, salvage=salvage), (values, names)
+        return File({}, {}, []), (values, names)
+    return read_file(path, start=start, salvage=salvage), (values, names)
 
 
 def salvage(path: Location) -> Document:
@@ -86,23 +87,24 @@ def salvage(path: Location) -> Document:
         CheckpointError: Nothing is.
     """
     sharded = path.name.endswith(_INDEX_SUFFIX)
-    document = _read_sharded(path, salvage=True) if sharded else _document(path, *read_file(path, salvage=True))
+    document = _read_sharded(path, salvage=True) if sharded else _document(path, read_file(path, salvage=True))
     document.tree, document.lost = without_lost(document.tree, path)
     return document
 
 
-def _document(path: Location, found: dict[str, Any], metadata: dict[str, str]) -> Document:
-    rest = {key: value for key, value in metadata.items() if key != "optimstate"}
-    if "optimstate" not in metadata:
-        return Document(path, NAME, found, handle=rest)
+def _document(path: Location, file: File) -> Document:
+    rest = {key: value for key, value in file.metadata.items() if key != "optimstate"}
+    document = Document(path, NAME, file.tensors, checksums=[lambda: file.digests], handle=rest)
+    if "optimstate" not in file.metadata:
+        return document
     try:
-        tree = decode_checkpoint(json.loads(metadata["optimstate"]), found)
+        document.tree = decode_checkpoint(json.loads(file.metadata["optimstate"]), file.tensors)
     except CheckpointError as error:
         raise error.within(path=path, place="header entry 'optimstate'") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = f"the description of the tree is malformed: {describe(error)}"[:300]
         raise CorruptCheckpointError(message, path=path, place="header entry 'optimstate'") from error
-    return Document(path, NAME, tree, handle=rest)
+    return document
 
 
 def read_index(path: Location) -> tuple[dict[str, str], dict[str, str]]:
@@ -127,32 +129,34 @@ def read_index(path: Location) -> tuple[dict[str, str], dict[str, str]]:
 def _read_sharded(path: Location, *, salvage: bool) -> Document:
     weight_map, metadata = read_index(path)
     tree: dict[str, Any] = {}
-    shards: dict[str, dict[str, Any]] = {}
+    shards: dict[str, File] = {}
     mentioned: dict[tuple[str, str], None] = {}
     for file in dict.fromkeys(weight_map.values()):
         try:
-            found, _, values = _read_any(path.parent / file, salvage=salvage)
+            shards[file], values = _read_any(path.parent / file, salvage=salvage)
+            found = shards[file].tensors
             if values is not None:
                 rest = [name for name, where in weight_map.items() if where == file and name not in found]
                 found.update(named_values(path.parent / file, values[0], rest)[0])
                 mentioned.update(dict.fromkeys(values[1]))
-            shards[file] = found
         except CheckpointError:
             if not salvage:
                 raise
             lost = (name for name, where in weight_map.items() if where == file)
-            shards[file] = {name: LazyTensor(LostStorage((), 0), "uint8", (0,)) for name in lost}
-    for file, found in shards.items():
-        for name in found:
+            shards[file] = File({name: LazyTensor(LostStorage((), 0), "uint8", (0,)) for name in lost}, {}, [])
+    for file, shard in shards.items():
+        for name in shard.tensors:
             if weight_map.get(name) != file:
                 raise CorruptCheckpointError(
                     f"{file} holds {describe(name)}, which the index does not place there", path=path
                 )
     for name, file in weight_map.items():
-        if name not in shards[file]:
+        if name not in shards[file].tensors:
             raise CorruptCheckpointError(f"{describe(name)} is not in {file}, where the index places it", path=path)
-        tree[name] = shards[file][name]
-    document = _document(path, tree, metadata)
+        tree[name] = shards[file].tensors[name]
+        if DIGEST in shards[file].metadata:
+            metadata.setdefault(DIGEST, shards[file].metadata[DIGEST])  # for the algorithm
+    document = _document(path, File(tree, metadata, [found for shard in shards.values() for found in shard.digests]))
     document.globals = list(mentioned)
     return document
 
@@ -171,6 +175,8 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
     metadata = {"format": "pt", **layout.metadata}
     if like is not None and like.format == NAME and isinstance(like.handle, dict):
         metadata = {**like.handle, **metadata}
+        options = options._replace(digest=options.digest or algorithm_of(metadata))
+        metadata.pop(DIGEST, None)
     if path.name.endswith(_INDEX_SUFFIX):
         _write_shards(_shards_by_origin(layout.entries), metadata, path, options)
     elif options.shard_size is None:

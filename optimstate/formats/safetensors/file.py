@@ -19,14 +19,17 @@ from optimstate.errors import (
 )
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.pruning import LostStorage
+from optimstate.formats.safetensors.digests import DIGEST, described, recorded_digests
+from optimstate.io.checksums import Digest, Recorded, digest_of
 from optimstate.io.extents import Extent, StoredSource
 from optimstate.io.location import Location
 from optimstate.io.output import AtomicGroup
 from optimstate.io.places import open_source
+from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES, check_sizes
 from optimstate.tensors.lazy import LazyTensor, Storage
 
-__all__ = ["BY_CODE", "MAX_HEADER", "Entry", "are_natural", "read_file", "write_file"]
+__all__ = ["BY_CODE", "MAX_HEADER", "Entry", "File", "are_natural", "read_file", "write_file"]
 
 MAX_HEADER = 100_000_000
 BY_CODE = {row.safetensors: row for row in DTYPES.values() if row.safetensors}
@@ -35,8 +38,22 @@ BY_CODE = {row.safetensors: row for row in DTYPES.values() if row.safetensors}
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: Location, *, start: int = 0, salvage: bool = False) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors in the order of the header, and the metadata.
+class File(Record):
+    """What is in a file.
+
+    Attributes:
+        tensors: In the order of the header, and what stands in front of it.
+        metadata: Text by name.
+        digests: What the file says its bytes are.
+    """
+
+    tensors: dict[str, Any]
+    metadata: dict[str, str]
+    digests: list[Recorded]
+
+
+def read_file(path: Location, *, start: int = 0, salvage: bool = False) -> File:
+    """Open a file.
 
     Args:
         path: The file.
@@ -47,7 +64,8 @@ def read_file(path: Location, *, start: int = 0, salvage: bool = False) -> tuple
         CheckpointError: It is damaged.
     """
     source = open_source(path)
-    header, base = _read_header(source, start)
+    raw, header = _read_header(source, start)
+    base = start + 8 + len(raw)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptCheckpointError("__metadata__ is not a mapping of strings", path=path, place="header")
@@ -61,7 +79,7 @@ def read_file(path: Location, *, start: int = 0, salvage: bool = False) -> tuple
         for tensor in found.values():
             if tensor.nbytes and tensor.storage.pieces[0].offset + tensor.nbytes > source.size:
                 tensor.storage = LostStorage((), tensor.nbytes, tensor.storage.kind)
-        return found, metadata
+        return File(found, metadata, recorded_digests(path, raw, metadata, found))
     if end != source.size:
         raise CorruptCheckpointError(
             f"the tensors end at byte {end}, the file has {source.size}",
@@ -69,16 +87,17 @@ def read_file(path: Location, *, start: int = 0, salvage: bool = False) -> tuple
             place=f"offset {end}",
             hint="The file is truncated or damaged; copy it again from its source.",
         )
-    return found, metadata
+    return File(found, metadata, recorded_digests(path, raw, metadata, found))
 
 
-def _read_header(source: StoredSource, start: int = 0) -> tuple[dict[str, Any], int]:
-    """The header of a file and where its data begins."""
+def _read_header(source: StoredSource, start: int = 0) -> tuple[bytes, dict[str, Any]]:
+    """The header of a file, as it is and as it is meant."""
     (length,) = struct.unpack("<Q", source.read(start, 8))
     if length > MAX_HEADER:
         raise LimitExceededError(f"a header of {length} bytes, over the limit of {MAX_HEADER}", path=source.path)
     try:
-        header = json.loads(source.read(start + 8, length), object_pairs_hook=_no_duplicates)
+        raw = source.read(start + 8, length)
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         if isinstance(error, CorruptCheckpointError):
             raise
@@ -87,7 +106,7 @@ def _read_header(source: StoredSource, start: int = 0) -> tuple[dict[str, Any], 
         ) from None
     if not isinstance(header, dict):
         raise CorruptCheckpointError("the header is not a JSON object", path=source.path, place="header")
-    return header, start + 8 + length
+    return raw, header
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -165,13 +184,22 @@ def write_file(
     Raises:
         DestinationError: It cannot be written.
     """
-    header = _header(entries, metadata)
+    header = _header(entries, metadata if options.digest is None else _with_digests(entries, metadata, options.digest))
     size = len(header) + sum(entry.tensor.nbytes for entry in entries)
     with options.new_file(path, expected_size=size, group=group) as out:
         out.write(header)
         pieces: Iterator[Extent] = (extent for entry in entries for extent in entry.tensor.extents())
         out.copy(pieces, options.progress)
         options.confirmed()
+
+
+def _with_digests(entries: list[Entry], metadata: dict[str, str], algorithm: str) -> dict[str, str]:
+    """The metadata with the digests of the tensors, which are read for this, and that of the header without them."""
+    digests = {entry.name: digest_of(entry.tensor.extents(), algorithm) for entry in entries}
+    bare = _header(entries, {**metadata, DIGEST: described(algorithm, digests)})
+    own = Digest(algorithm)
+    own.update(bare[8:])
+    return {**metadata, DIGEST: described(algorithm, digests, own.value)}
 
 
 def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:

@@ -55,7 +55,7 @@ def salvage(path: Location, name: str) -> Document:
             raise
         raise error.within(path=path, place=f"data.pkl {error.place}".strip()) from error
     tree, lost = without_lost(tree, path)
-    return Document(path, name, tree, names, lost=lost)
+    return Document(path, name, tree, names, checksums=[archive.recorded], lost=lost)
 
 
 def _whole_records(source: StoredSource) -> tuple[str, Records]:

@@ -83,7 +83,7 @@ def read_script(path: Location, archive: Archive) -> Document:
     }
     tree = {"model": model, "attributes": attributes, "constants": constants, "code": code}
     note = "TorchScript: its tensors and attributes are read, its code is not"
-    return Document(path, NAME, tree, list(dict.fromkeys([*names, *more])), [note])
+    return Document(path, NAME, tree, list(dict.fromkeys([*names, *more])), [note], checksums=[archive.recorded])
 
 
 def _named(module: Any) -> Iterator[tuple[str, Any]]:

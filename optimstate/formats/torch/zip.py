@@ -63,7 +63,7 @@ def read(path: Location) -> Document:
         return script.read_script(path, archive)
     tree, names = _read_checkpoint(archive)
     notes = [] if "version" in archive.records else ["the record 'version' is missing: torch.load refuses this file"]
-    return Document(path, NAME, tree, names, notes, handle=archive)
+    return Document(path, NAME, tree, names, notes, checksums=[archive.recorded], handle=archive)
 
 
 def salvage(path: Location) -> Document:

@@ -23,6 +23,7 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.formats.torch.zip_end import CENTRAL, LOCAL, MAX32, find_directory
+from optimstate.io.checksums import Recorded, recorded
 from optimstate.io.extents import Extent, FileSlice, StoredSource
 from optimstate.tensors.lazy import Storage
 from optimstate.tree import no_garbage_collection
@@ -294,6 +295,13 @@ class Archive:
         if record.crc and zlib.crc32(data) != record.crc:
             raise self.corrupt(f"record {describe(record.name)} does not match its checksum", record.header)
         return data
+
+    def recorded(self) -> Iterator[Recorded]:
+        """Every checksum of the directory; a writer that computed none wrote 0."""
+        for name, crc in zip(self.records, self.records.crcs, strict=True):
+            record = self.records[name]
+            if crc and name not in self.compressed:
+                yield recorded(self.source.path, f"record {describe(name)}", (self.extent(record),), crc)
 
     def corrupt(self, message: str, offset: int) -> CorruptCheckpointError:
         """An error at an offset of this file."""

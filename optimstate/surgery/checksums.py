@@ -1,0 +1,105 @@
+"""Checksums that a checkpoint's containers recorded, compared alone or beside other work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Lock
+
+from optimstate.errors import CheckpointError, CorruptCheckpointError
+from optimstate.formats.protocol import Document, WriteOptions
+from optimstate.io.checksums import Recorded, compare
+from optimstate.io.copying import BLOCK, SharedTasks
+from optimstate.io.extents import Extent, Progress
+from optimstate.tensors.lazy import LazyTensor
+from optimstate.tree import format_path, walk
+
+__all__ = ["damaged", "verified", "verify_checksums"]
+
+
+def damaged(document: Document, progress: Progress | None = None) -> Iterator[CorruptCheckpointError | None]:
+    """For each recorded checksum None, or what is wrong."""
+    buffer = memoryview(bytearray(BLOCK))
+    for found in _recorded(document):
+        try:
+            yield None if compare(found, buffer, progress=progress) else _error(document, found)
+        except CorruptCheckpointError as error:
+            yield error
+
+
+def verify_checksums(document: Document) -> None:
+    """Read every byte whose container recorded a checksum and compare.
+
+    Raises:
+        CorruptCheckpointError: One differs; the message names the tensor.
+    """
+    for error in damaged(document):
+        if error is not None:
+            raise error
+
+
+@contextmanager
+def verified(document: Document, options: WriteOptions, *, verify: bool = True) -> Iterator[WriteOptions]:
+    """Options with which a document is written only if all its checksums agree; they are compared meanwhile.
+
+    Args:
+        document: What is written is made of its bytes.
+        options: How to write otherwise.
+        verify: Whether to compare at all.
+    """
+    if not verify:
+        yield options
+        return
+    tasks = SharedTasks()
+
+    waiting, lock = _recorded(document), Lock()
+
+    def check(buffer: memoryview) -> None:
+        while not tasks.stopped:
+            with lock:  # there may be a million, so they are not listed before
+                found = next(waiting, None)
+            if found is None:
+                return
+            if not compare(found, buffer, stopped=lambda: tasks.stopped):
+                raise _error(document, found)
+
+    tasks.add(check)  # by the other thread at once,
+    tasks.add(check)  # and by this one when it waits
+    try:
+        yield options._replace(confirm=tasks.finish)
+        tasks.finish()  # a format that did not ask
+    finally:
+        tasks.stop()
+
+
+def _recorded(document: Document) -> Iterator[Recorded]:
+    for gives in document.checksums:
+        yield from gives()
+    for part in document.parts.values():
+        yield from _recorded(part)
+
+
+def _error(document: Document, found: Recorded) -> CorruptCheckpointError:
+    names = list(_tensors_in(document, found.extents))
+    more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
+    what = f"the bytes of {names[0]}{more}" if names else "the bytes"
+    return CorruptCheckpointError(
+        f"{what} do not match their checksum",
+        path=found.path,
+        place=found.place,
+        hint="The file is damaged; copy it again from its source.",
+    )
+
+
+def _tensors_in(document: Document, extents: tuple[Extent, ...]) -> Iterator[str]:
+    """The tensors that look into these bytes."""
+    for path, node in walk(document.tree) if extents else ():
+        with suppress(CheckpointError):  # of another damage
+            if isinstance(node, LazyTensor) and any(
+                piece.source is extent.source
+                and piece.offset < extent.offset + extent.length
+                and extent.offset < piece.offset + piece.length
+                for piece in node.storage.pieces
+                for extent in extents
+            ):
+                yield format_path(path)
