@@ -140,6 +140,13 @@ def data_offset(source: StoredSource, info: zipfile.ZipInfo) -> int:
             path=source.path,
             place=f"offset {info.header_offset}",
         )
+    name = source.read(info.header_offset + _LOCAL.size, int(fields[9]))
+    if name.decode("utf-8" if int(fields[2]) & 0x800 else "cp437", "replace") != info.orig_filename:
+        raise CorruptCheckpointError(
+            f"member {describe(info.filename)} is called {describe(name)} in its header",
+            path=source.path,
+            place=f"offset {info.header_offset}",
+        )
     return info.header_offset + _LOCAL.size + int(fields[9]) + int(fields[10])
 
 

@@ -34,7 +34,7 @@ CHECKPOINTS = {
     "zip": FILES / "stable_baselines3/ppo",
     "safetensors": FILES / "nanogpt/ckpt/ckpt.pt",
 }
-# A flip in these changes what they say and nothing tells: they have no checksums, in any program.
+# These have no checksums, in any program: what a flip makes of a name or number in them may be what was meant.
 WITHOUT_CHECKSUMS = (".metadata", "latest")
 
 
@@ -113,7 +113,7 @@ def main() -> int:
     for container in options.containers:
         counts: Counter[str] = Counter()
         for told, where in flips(container, options.bytes, options.seed):
-            untold = told == "missed" and where.split()[0] in WITHOUT_CHECKSUMS
+            untold = told in ("missed", "copied") and where.split()[0] in WITHOUT_CHECKSUMS
             counts["without a checksum" if untold else told] += 1
             if told in ("missed", "copied"):
                 print(f"{container}: {told}: {where}", flush=True)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.errors import (
+    CorruptCheckpointError,
     DestinationError,
     UnrecognizedFormatError,
     UnsupportedCheckpointError,
 )
 from optimstate.formats.pickles.pickle import dump
-from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, WriteOptions
 from optimstate.formats.torch import salvage as salvaging
 from optimstate.formats.torch import script
 from optimstate.formats.torch.zip_directory import Archive, RecordStorage
@@ -58,7 +59,15 @@ def read(path: Location) -> Document:
     Raises:
         CheckpointError: It is damaged, hostile, compressed or big-endian.
     """
-    archive = Archive(open_source(path))
+    source = open_source(path)
+    try:
+        archive = Archive(source)
+    except UnrecognizedFormatError as error:
+        if sniff(path, source.read(0, min(source.size, HEAD_BYTES))) is not Claim.CERTAIN:
+            raise
+        raise CorruptCheckpointError(
+            "the zip directory is not that of torch.save, the first record is", path=path
+        ) from error
     if script.is_script(archive):
         return script.read_script(path, archive)
     tree, names = _read_checkpoint(archive)

@@ -271,10 +271,16 @@ class Archive:
 
     def data_offset(self, record: Record) -> int:
         """Where a record's contents begin; the local header has a padding of its own."""
-        header = self.source.read(record.header, LOCAL.size)
-        fields = LOCAL.unpack(header)
+        expected = (self.root + record.name).encode("utf-8", "replace")
+        header = self.source.read(record.header, LOCAL.size + len(expected))
+        fields = LOCAL.unpack_from(header)
         if fields[0] != b"PK\x03\x04":
             raise self.corrupt(f"record {describe(record.name)} has no local header", record.header)
+        name = header[LOCAL.size :]
+        if name != expected and name.decode("utf-8", "replace") != self.root + record.name:
+            raise self.corrupt(
+                f"record {describe(record.name)} is called {describe(name)} in its header", record.header
+            )
         start = record.header + LOCAL.size + int(fields[9]) + int(fields[10])
         if start + record.size > self.directory_offset:
             raise self.corrupt(f"record {describe(record.name)} reaches into the directory", record.header)
