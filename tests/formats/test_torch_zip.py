@@ -418,7 +418,7 @@ PLAIN = {"a/data.pkl": dump({"x": 1}), "a/version": b"3\n"}
 def test_zips_that_are_no_checkpoints_are_told_apart(tmp_path: Path) -> None:
     cases = {
         "no data.pkl": ({"a/other": b"x"}, UnrecognizedFormatError, "data.pkl"),
-        "no folder": ({"a/data.pkl": PLAIN["a/data.pkl"], "b.txt": b"x"}, UnrecognizedFormatError, "common folder"),
+        "no folder": ({"a/data.pkl": PLAIN["a/data.pkl"], "b.txt": b"x"}, CorruptCheckpointError, "common folder"),
         "script": ({**PLAIN, "a/constants.pkl": b"x"}, CorruptCheckpointError, r"constants\.pkl"),
         "big endian": ({**PLAIN, "a/byteorder": b"big"}, Unsupported, "big-endian"),
         "cut": ({**PLAIN, "a/data.pkl": PLAIN["a/data.pkl"][:-1]}, CorruptCheckpointError, "STOP"),

@@ -66,7 +66,7 @@ def read(path: Location) -> Document:
         if sniff(path, source.read(0, min(source.size, HEAD_BYTES))) is not Claim.CERTAIN:
             raise
         raise CorruptCheckpointError(
-            "the zip directory is not that of torch.save, the first record is", path=path
+            "the first record is one of torch.save, but the records have no common folder", path=path
         ) from error
     if script.is_script(archive):
         return script.read_script(path, archive)
