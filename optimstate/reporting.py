@@ -33,7 +33,7 @@ def to_json(verb: str, fields: dict[str, Any]) -> str:
         text = json.dumps(document, indent=2, default=_as_json, ensure_ascii=False)
     except ValueError:  # an integer of more digits than Python prints
         text = json.dumps(_printable(document), indent=2, default=_as_json, ensure_ascii=False)
-    return _UNSAFE_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return re.sub(_UNSAFE_IN_JSON, lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _as_json(value: Any) -> Any:
@@ -41,7 +41,7 @@ def _as_json(value: Any) -> Any:
 
 
 # What JSON lets stand and a terminal obeys, or no encoding has.
-_UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+_UNSAFE_IN_JSON = r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 
 
 def _printable(node: Any) -> Any:

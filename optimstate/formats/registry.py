@@ -169,7 +169,11 @@ def detect(path: Location) -> Format | None:
     if kind_of(path) == "file":
         head = beginning(path, HEAD_BYTES)
     try:
-        claims = list(_claims(path, head))
+        claims = []
+        for claim in _claims(path, head):
+            claims.append(claim)
+            if claim[0] is Claim.CERTAIN:  # nothing else has its mark, so the others need not be imported
+                break
     except OSError as error:
         if isinstance(error, OptimStateError):
             raise

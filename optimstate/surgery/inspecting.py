@@ -15,7 +15,6 @@ from optimstate.io.extents import Progress
 from optimstate.io.location import Location, Place
 from optimstate.io.places import located
 from optimstate.io.temporary import is_leftover
-from optimstate.plan.language.template import Template
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import parameter_shape
 from optimstate.state.algorithms.slots import Algorithm
@@ -44,6 +43,7 @@ from optimstate.tree import Opaque, census, format_path, nodes
 from optimstate.tree import tensors as walked_tensors
 
 if TYPE_CHECKING:
+    from optimstate.plan.language.template import Template
     from optimstate.surgery.statistics import Statistics
 
 __all__ = ["Inspection", "inspect"]
@@ -93,7 +93,7 @@ def inspect(
                 opaque[found.node.type.path] -= 1
         alone = not any(found.kind in ("model", "ema") for found in judgement.sections)
         listed = parameters or statistics or sort is not None or top is not None
-        choice = _Choice(None if name is None else Template(name), sort, top)
+        choice = _Choice(None if name is None else _template(name), sort, top)
         look = _Look(listed, statistics or sort == "norm", alone, choice, progress)
         states = {id(section): section.optimizer() for section in sections if section.kind == "optimizer"}
         infos = tuple(look.section_info(section, states.get(id(section))) for section in sections)
@@ -123,6 +123,12 @@ def inspect(
 def _chosen(name: str, tree: Any, sections: Sequence[Section]) -> list[Section]:
     """All sections of a kind, or the one part at a path."""
     return [found for found in sections if found.kind == name] or [section_called(name, tree, sections)]
+
+
+def _template(name: str) -> Template:
+    from optimstate.plan.language.template import Template  # for those who ask for names alone
+
+    return Template(name)
 
 
 class _Choice(Record):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
@@ -104,7 +103,7 @@ def opened_file(file: OpaqueFile) -> Any:
         try:
             with _opened(file) as stream:
                 return json.loads(stream.read(MAX_JSON + 1))
-        except (OSError, ValueError, RecursionError, zipfile.BadZipFile):
+        except (OSError, ValueError, RecursionError):
             pass
     return file
 
@@ -126,8 +125,13 @@ def _opened(file: OpaqueFile) -> Iterator[IO[bytes]]:
         at = file.path.find(":", at + 1)
     if at < 0:
         raise FileNotFoundError(file.path)
-    with zipfile.ZipFile(file.path[:at]) as archive, archive.open(file.path[at + 1 :]) as stream:
-        yield stream
+    import zipfile  # for members of archives alone
+
+    try:
+        with zipfile.ZipFile(file.path[:at]) as archive, archive.open(file.path[at + 1 :]) as stream:
+            yield stream
+    except zipfile.BadZipFile as error:
+        raise OSError(str(error)) from error
 
 
 def same(a: Any, b: Any) -> bool:
@@ -154,5 +158,5 @@ def _equal_files(a: OpaqueFile, b: OpaqueFile) -> bool:
                 if block != other.read(1 << 20):
                     return False
             return not other.read(1)
-    except (OSError, zipfile.BadZipFile):
+    except OSError:
         return False
