@@ -164,6 +164,8 @@ class _Comparison:
             self._add(label, "prefix", ("all names", ""), _begin(mine.prefix), _begin(theirs.prefix))
         if left is not None and right is not None and left.path != right.path and self.template is None:
             self._add(label, "moved", (section.kind, ""), left.label, right.label)
+        if left is not None and right is not None:
+            View.add_attributes((mine, left), (theirs, right))
         self.compare(label, mine, theirs)
         if left is not None and right is not None and left.kind == "model":
             self._compare_sharing(label, mine.tensors, theirs.tensors)

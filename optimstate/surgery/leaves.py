@@ -14,7 +14,17 @@ from optimstate.io.places import is_remote, open_source
 from optimstate.io.streams import SourceFile
 from optimstate.state.records import is_tensor
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName, Opaque, OpaqueFile, Path, children, difference, format_path, path_key
+from optimstate.tree import (
+    AttributedTensor,
+    GlobalName,
+    Opaque,
+    OpaqueFile,
+    Path,
+    children,
+    difference,
+    format_path,
+    path_key,
+)
 
 __all__ = ["Shape", "is_leaf", "leaves", "opened_file", "same"]
 
@@ -143,12 +153,22 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, GlobalName) and isinstance(b, GlobalName):
         return a.path == b.path
     if isinstance(a, LazyTensor) and isinstance(b, LazyTensor):
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and all(
-            x == y for x, y in zip(a.chunks(), b.chunks(), strict=True)
-        )
-    if isinstance(a, Opaque) or isinstance(b, Opaque):
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and _attributes(a) == _attributes(b) and _equal_elements(a, b)
+    if isinstance(a, Opaque | set | frozenset) or isinstance(b, Opaque):
         return difference(a, b, strides=False, aliases=False) is None
     return type(a) is type(b) and bool(a == b or (a != a and b != b))
+
+
+def _attributes(tensor: LazyTensor) -> Mapping[str, Any]:
+    return tensor.attributes if isinstance(tensor, AttributedTensor) else {}
+
+
+def _equal_elements(a: LazyTensor, b: LazyTensor) -> bool:
+    if a.flags == b.flags:
+        return all(x == y for x, y in zip(a.chunks(), b.chunks(), strict=True))
+    from optimstate.surgery.statistics import blocks
+
+    return all(bool((x == y).all()) for x, y in zip(blocks(a), blocks(b), strict=True))
 
 
 def _equal_files(a: OpaqueFile, b: OpaqueFile) -> bool:

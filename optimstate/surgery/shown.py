@@ -9,7 +9,7 @@ from typing import Any
 from optimstate.describe import bounded, describe
 from optimstate.state.records import tensor_record
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName, Opaque, OpaqueFile, path_key
+from optimstate.tree import AttributedTensor, GlobalName, Opaque, OpaqueFile, path_key
 
 __all__ = ["MAX_SHOWN", "form_of", "plain"]
 
@@ -17,9 +17,15 @@ __all__ = ["MAX_SHOWN", "form_of", "plain"]
 def form_of(value: Any) -> str:
     """A leaf in few words: `float32[12, 8]`, a number, or the class of a record."""
     if isinstance(value, LazyTensor):
-        return f"{value.dtype}{list(value.shape)}"
+        return f"{value.dtype}{list(value.shape)}" + _more(value)
     record = tensor_record(value)
     return str(record) if record is not None else str(plain(value))
+
+
+def _more(tensor: LazyTensor) -> str:
+    """What a tensor has beside its elements: what a program had set on it."""
+    found = tensor.attributes if isinstance(tensor, AttributedTensor) else {}
+    return " with " + ", ".join(f"{bounded(key)} {plain(value)}" for key, value in found.items()) if found else ""
 
 
 MAX_SHOWN = 4096

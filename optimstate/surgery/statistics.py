@@ -37,6 +37,9 @@ def _blocks(tensor: LazyTensor) -> Iterator[Any]:
     dtype = dtype_of(tensor.dtype)
     for data in chunks(tensor.extents(), BLOCK_ELEMENTS * tensor.itemsize):
         block = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype)
+        if tensor.flags:
+            block = -block if "neg" in tensor.flags else block
+            block = block.conj().resolve_conj() if "conj" in tensor.flags else block
         try:
             if dtype.is_complex:
                 yield block if tensor.itemsize >= 8 else block.to(torch.complex64)
@@ -165,11 +168,10 @@ def measured(slots: Iterable[tuple[Any, Any]], progress: Progress | None = None)
 
 
 def is_measurable(value: Any) -> bool:
-    """Whether a value is a tensor of floating-point or complex numbers, stored as they are meant."""
+    """Whether a value is a tensor of floating-point or complex numbers."""
     if not isinstance(value, LazyTensor) or not value.numel or value.dtype == "float4_e2m1fn_x2":
         return False
-    as_stored = not (isinstance(value.metadata, Mapping) and value.metadata.get("neg"))
-    return as_stored and value.dtype.startswith(("float", "bfloat", "complex"))
+    return value.dtype.startswith(("float", "bfloat", "complex"))
 
 
 def second_moments(algorithm: Algorithm | None) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,15 @@ class View:
         view = cls()
         view._add_leaves(leaves(tree, skip={id(section.in_tree) for section in sections}))
         return view
+
+    @classmethod
+    def add_attributes(cls, *sides: tuple[View, Section]) -> None:
+        """Add what torch sets on state dicts (versions of modules), where both are such: containers may not hold it."""
+        nodes = [section.node for _, section in sides]
+        if all(isinstance(node, OrderedDict) and vars(node) for node in nodes):
+            found = [dict(leaves(vars(node), (".attributes",))) for node in nodes]
+            for (view, _), mine in zip(sides, found, strict=True):  # modules may be called otherwise
+                view._add_leaves((path, value) for path, value in mine.items() if all(path in side for side in found))
 
     def _add_leaves(self, found: Iterable[tuple[Path, Any]], owner: str = "") -> None:
         for path, value in found:

@@ -12,7 +12,7 @@ from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage, with_pieces
 from optimstate.tensors.strided import moving_dtype, readable
 
-__all__ = ["bytes_of", "computed", "concatenated", "filled", "mapped", "reduced", "taken", "to_torch"]
+__all__ = ["bytes_of", "computed", "concatenated", "filled", "mapped", "reduced", "resolved", "taken", "to_torch"]
 
 
 def to_torch(tensor: LazyTensor) -> Any:
@@ -22,13 +22,18 @@ def to_torch(tensor: LazyTensor) -> Any:
     dtype = dtype_of(tensor.dtype)
     if not tensor.numel:
         return torch.empty(tensor.shape, dtype=dtype)
-    if tensor.metadata:
-        raise UnsupportedCheckpointError(f"a tensor saved with {tensor.metadata} cannot be computed with")
     start, stop = tensor.span()
     flat = torch.frombuffer(readable(tensor.storage.cut(start, stop)), dtype=moving_dtype(tensor.itemsize))
     if flat.dtype != dtype:
         flat = flat.view(dtype)
-    return flat.as_strided(tensor.shape, tensor.stride, 0)
+    found = flat.as_strided(tensor.shape, tensor.stride, 0)
+    found = -found if "neg" in tensor.flags else found
+    return found.conj() if "conj" in tensor.flags else found
+
+
+def resolved(tensor: LazyTensor) -> LazyTensor:
+    """The elements as they are meant, where torch saved others with a flag that says what is still to be done."""
+    return mapped(tensor, tensor.dtype, lambda block: block.resolve_conj())
 
 
 class _Rows:
@@ -56,6 +61,11 @@ def concatenated(tensors: Sequence[LazyTensor], dim: int) -> LazyTensor:
     Long runs of bytes stay references to where they are; short ones are interleaved when they are read.
     """
     first = tensors[0]
+    if any(tensor.flags != first.flags for tensor in tensors):
+        raise UnsupportedCheckpointError(
+            "some of the tensors to put together were saved conjugated or negated, and some were not",
+            hint="Save them with `tensor.resolve_conj().resolve_neg()`.",
+        )
     size = sum(tensor.shape[dim] for tensor in tensors)
     shape = (*first.shape[:dim], size, *first.shape[dim + 1 :])
     outer = prod(first.shape[:dim])
@@ -168,7 +178,9 @@ def computed(like: LazyTensor, dtype: str, shape: tuple[int, ...], function: Cal
         return bytes_of(function(first, last))
 
     pieces = (Extent(_Rows(width, make), 0, count * width),) if count else ()
-    return with_pieces(like, pieces, dtype, shape)
+    made = with_pieces(like, pieces, dtype, shape)
+    made.metadata = None  # its flags have been obeyed
+    return made
 
 
 def reduced(

@@ -6,7 +6,7 @@ rearranged one by one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -177,7 +177,17 @@ class LazyTensor(_Sealed):
         """
         if self.numel != 1:
             raise ValueError(f"a tensor of shape {self.shape} has no single value")
-        return decode_scalar(self.tobytes(), self.dtype)
+        value = decode_scalar(self.tobytes(), self.dtype)
+        if "neg" in self.flags:
+            value = -value
+        return value.conjugate() if "conj" in self.flags else value
+
+    @property
+    def flags(self) -> frozenset[str]:
+        """What is still to be done to the stored elements: `neg` (change their signs), `conj` (conjugate them)."""
+        if not isinstance(self.metadata, Mapping):
+            return frozenset()
+        return frozenset(flag for flag in ("conj", "neg") if self.metadata.get(flag))
 
     def with_storage(self, storage: Storage) -> LazyTensor:
         """The same view of another storage of the same size."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from optimstate.describe import describe
@@ -42,6 +43,8 @@ class _Comparison:
             return self._differ_storage(where, a, b)
         elif type(a) is not type(b):
             return f"{where}: {type(a).__name__} != {type(b).__name__}"
+        if isinstance(a, set | frozenset):
+            return None if self._same_members(a, b) else f"{where}: {describe(a)} != {describe(b)}"
         if not isinstance(a, dict | list | tuple | Opaque):
             same = a == b or (a != a and b != b)
             return None if same else f"{where}: {describe(a)} != {describe(b)}"
@@ -63,8 +66,19 @@ class _Comparison:
                 return found
         return None
 
+    def _same_members(self, a: Set[Any], b: Set[Any]) -> bool:
+        """Whether two sets have equal members; objects and tensors are equal by what is in them."""
+        rest = [item for item in b if item not in a]
+        for item in a:
+            if item not in b:
+                alike = next((n for n, other in enumerate(rest) if self.differ((), item, other) is None), None)
+                if alike is None:
+                    return False
+                del rest[alike]
+        return not rest
+
     def _differ_tensor(self, where: str, a: LazyTensor, b: LazyTensor) -> str | None:
-        kinds = ("dtype", "shape", "requires_grad", "is_parameter") + (("stride",) if self.strides else ())
+        kinds = ("dtype", "shape", "requires_grad", "is_parameter", "flags") + (("stride",) if self.strides else ())
         for name in kinds:
             x, y = getattr(a, name), getattr(b, name)
             if x != y:

@@ -62,7 +62,7 @@ def children(node: Any) -> Iterator[tuple[str | int, Any]]:
         if attributes:
             for name, value in attributes.items():
                 yield f".{name}", value
-    elif isinstance(node, list | tuple) and not isinstance(node, OpaqueFile):
+    elif isinstance(node, list | tuple | set | frozenset) and not isinstance(node, OpaqueFile):
         yield from enumerate(node)
     elif isinstance(node, Opaque):
         yield from node.parts()
@@ -79,7 +79,7 @@ def walk(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     while stack:
         for place, found in stack[-1]:
             yield place, found
-            if isinstance(found, dict | list | tuple | Opaque) and id(found) not in seen:
+            if isinstance(found, dict | list | tuple | set | frozenset | Opaque) and id(found) not in seen:
                 if len(stack) > MAX_DEPTH:
                     raise LimitExceededError(f"containers nested more than {MAX_DEPTH} deep")
                 seen.add(id(found))
@@ -96,7 +96,7 @@ def nodes(node: Any) -> Iterator[Any]:
     while stack:
         found = stack.pop()
         yield found
-        if isinstance(found, dict | list | tuple | Opaque) and id(found) not in seen:
+        if isinstance(found, dict | list | tuple | set | frozenset | Opaque) and id(found) not in seen:
             seen.add(id(found))
             if type(found) is dict:
                 stack.extend(found.values())
@@ -127,7 +127,7 @@ def census(node: Any, is_tensor: Callable[[Any], bool] = lambda _: False) -> tup
             continue
         tensor_count += kinds.count(AttributedTensor)
         for child, kind in zip(inner, kinds, strict=True):
-            if kind not in _LEAVES and isinstance(child, dict | list | tuple | Opaque):
+            if kind not in _LEAVES and isinstance(child, dict | list | tuple | set | frozenset | Opaque):
                 if isinstance(child, Opaque) and is_tensor(child):
                     tensor_count += 1
                     records[child.type.path] += id(child) not in seen

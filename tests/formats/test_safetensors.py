@@ -27,6 +27,7 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.safetensors import container as safetensors
 from optimstate.formats.safetensors import file as safetensors_file
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.tensors.compute import concatenated, resolved, to_torch
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, difference, tensors, walk
 from tests import corpus
@@ -177,7 +178,23 @@ def test_the_offered_options_help(name: str, tmp_path: Path) -> None:
     assert all(note.startswith(("left out: ", "kept as plain data: ")) for note in report.notes)
     assert all(node.type.path in PLAIN_CLASSES for _, node in walk(after) if isinstance(node, Opaque))
     kept = {tensor.tobytes() for _, tensor in tensors(after)}
-    assert kept <= {tensor.tobytes() for _, tensor in tensors(before)}
+    assert kept <= {(resolved(t) if t.flags else t).tobytes() for _, t in tensors(before)}
+
+
+def test_other_readers_see_conjugated_and_negated_tensors_as_they_are_meant(tmp_path: Path) -> None:
+    imaginary = torch.tensor([1 + 1j, 2 - 3j])
+    live = {"conjugated": imaginary.conj(), "negated": (imaginary * 1).conj().imag, "plain": imaginary}
+    torch.save(live, tmp_path / "a.pt")
+    optimstate.convert(tmp_path / "a.pt", tmp_path / "b.safetensors", options=WriteOptions(clone_views=True))
+    for name, value in load_file(tmp_path / "b.safetensors").items():
+        assert value.tolist() == live[name].tolist()
+    found = open_checkpoint(tmp_path / "a.pt").tree["negated"].narrow(0, 0, 1)
+    assert found.item() == -1.0
+    tree = open_checkpoint(tmp_path / "a.pt").tree
+    with pytest.raises(CheckpointError, match="some were not"):
+        concatenated([tree["plain"], tree["conjugated"]], 0)
+    for name in ("conjugated", "negated"):
+        assert unlike(to_torch(tree[name]).resolve_conj(), live[name].resolve_conj().resolve_neg()) is None
 
 
 def test_clone_views_gives_each_tensor_its_own_memory(tmp_path: Path) -> None:

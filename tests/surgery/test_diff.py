@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import pickle
-from collections.abc import Mapping
+from collections import Counter, OrderedDict, deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from optimstate.surgery.comparing import diff
 from optimstate.surgery.converting import convert
 from optimstate.surgery.remapping import remap
 from tests.corpus import Case, all_cases
+from tests.surgery.equality import equal
 from tests.surgery.test_verify import saved, trained
 
 
@@ -89,33 +92,18 @@ def test_tying_is_a_difference(tmp_path: Path) -> None:
 # --- everything is compared -----------------------------------------------------------------------------------------
 
 
-def equal(a: Any, b: Any) -> bool:
-    """Whether two trees that torch loaded are equal: in types, keys, values, dtypes, shapes and bytes."""
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return (
-            isinstance(a, torch.Tensor)
-            and isinstance(b, torch.Tensor)
-            and (a.dtype, a.shape) == (b.dtype, b.shape)
-            and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
-        )
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        one, other = ({(type(key), key): value for key, value in side.items()} for side in (a, b))
-        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b or (a != a and b != b))
-
-
 TENSORS = st.builds(
     lambda shape, dtype, value: torch.full(shape, value).to(dtype),
-    st.sampled_from([(), (1,), (2,), (2, 3)]),
-    st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool]),
+    st.sampled_from([(), (1,), (2,), (2, 3), (0, 2)]),
+    st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16, torch.complex64]),
     st.sampled_from([0.0, 1.0, 2.0]),
 )
 PLAIN = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 2), st.floats(width=16), st.sampled_from(["", "1", "True", "model"])
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 2),
+    st.floats(width=16),
+    st.sampled_from(["", "1", "True", "model", b"a", b"b", 1j, {1}, {1, 2}, torch.float16, torch.Size([1])]),
 )
 KEYS = st.sampled_from(
     [
@@ -166,7 +154,7 @@ def changed(tree: Any, new: Any, draw: st.DrawFn) -> Any:
     return new
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(two_trees())
 def test_there_is_no_difference_exactly_where_the_trees_are_equal(
     tmp_path_factory: pytest.TempPathFactory, trees: tuple[Any, Any]
@@ -225,3 +213,63 @@ def comparable(a: Any, b: Any) -> bool:
         return equal(a, b)
     except (TypeError, RuntimeError):  # tensors that numpy has no form for
         return False
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def marked(value: Any) -> torch.Tensor:
+    tensor = torch.ones(2)
+    tensor.mark = value  # type: ignore[attr-defined]
+    return tensor
+
+
+def versioned(version: int) -> Any:
+    state = OrderedDict({"a.weight": torch.ones(2, 2)})
+    state._metadata = OrderedDict({"": {"version": version}})  # type: ignore[attr-defined]
+    return state
+
+
+def jagged(value: float) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.full((3,), value)], layout=torch.jagged)
+
+
+def quantized(scale: float) -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.ones(2), scale, 0, torch.qint8)
+
+
+def unlike() -> dict[str, tuple[Any, Any]]:
+    return {
+        "conjugated": (torch.tensor([1 + 1j]).conj(), torch.tensor([1 + 1j])),
+        "negated": (torch.tensor([1j]).conj().imag, torch.tensor([1j]).imag),
+        "attributes of tensors": (marked(1), marked(2)),
+        "an attribute more": (marked(1), torch.ones(2)),
+        "versions of modules": (versioned(1), versioned(2)),
+        "tensors in sets": ({torch.ones(2)}, {torch.zeros(2)}),
+        "sparse": (torch.eye(3).to_sparse(), (2 * torch.eye(3)).to_sparse()),
+        "csr": (torch.eye(3).to_sparse_csr(), (2 * torch.eye(3)).to_sparse_csr()),
+        "quantized": (quantized(0.5), quantized(0.25)),
+        "nested": (torch.nested.nested_tensor([torch.ones(2)]), torch.nested.nested_tensor([torch.zeros(2)])),
+        "jagged": (jagged(1.0), jagged(2.0)),
+        "meta": (torch.ones(2, device="meta"), torch.ones(3, device="meta")),
+        "subclasses": (torch.ones(2).as_subclass(Marked), torch.zeros(2).as_subclass(Marked)),
+        "a subclass": (torch.ones(2).as_subclass(Marked), torch.ones(2)),
+        "objects": (argparse.Namespace(a=1), argparse.Namespace(a=1, b=None)),
+        "tensors in objects": (argparse.Namespace(a=torch.ones(2)), argparse.Namespace(a=torch.zeros(2))),
+        "arrays": (np.ones(2), np.ones(2, dtype=np.float32)),
+        "numbers of numpy": (np.float64(1), 1.0),
+        "queues": (deque([torch.ones(2)]), deque([torch.zeros(2)])),
+        "counters": (Counter(a=1), {"a": 1}),
+        "devices": (torch.device("cpu"), torch.device("cuda:0")),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_values_of_any_kind_differ_from_others_and_not_from_themselves(tmp_path: Path) -> None:
+    for name, values in unlike().items():
+        for side, value in zip("ab", values, strict=True):
+            torch.save({"x": value, "y": [value]}, tmp_path / f"{side}.pt")
+        assert diff(tmp_path / "a.pt", tmp_path / "b.pt").changes, name
+        for side in "ab":
+            assert not diff(tmp_path / f"{side}.pt", tmp_path / f"{side}.pt").changes, name

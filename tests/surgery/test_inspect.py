@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -346,23 +345,6 @@ def test_containers_that_hold_themselves_end(tmp_path: Path) -> None:
     endless.append(endless)
     found = optimstate.inspect(run_of(tmp_path, endless=endless), everything=True)
     assert any(entry.path.startswith("endless") for entry in found.entries)
-
-
-@pytest.mark.parametrize("case", [found for found in all_cases() if found.entry.is_file()], ids=str)
-@pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:Detected pickle protocol")
-def test_as_many_tensors_are_counted_as_torch_loads(case: Case) -> None:
-    try:
-        tree = torch.load(case.entry, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError):
-        pytest.skip("torch does not load it by itself")
-    assert optimstate.inspect(case.entry).tensors == count(tree)
-
-
-def count(node: Any) -> int:
-    if isinstance(node, torch.Tensor):
-        return 1
-    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
-    return sum(map(count, inner))
 
 
 # --- ways of looking ------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from optimstate.formats.safetensors import json_tree
 from optimstate.formats.safetensors.file import BY_CODE, Entry, are_natural
 from optimstate.io.extents import Extent
 from optimstate.state.sections import parameter_labels
+from optimstate.tensors.compute import resolved
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
 from optimstate.tree import AttributedTensor, format_path, tensors
@@ -169,6 +170,7 @@ class Layout:
         self.storage_ids: dict[int, str] = {}
         self.shared = _shared_storages(tree, clone=options.clone_views)
         self.storages: dict[str, dict[str, Any]] = {}
+        self.resolved: dict[int, LazyTensor] = {}
         self.entries: list[Entry] = []
         encoded = json_tree.encode(tree, self._tensor, self.notes.append)
         in_order = [entry.name for entry in self.entries]
@@ -181,6 +183,8 @@ class Layout:
             self.metadata["optimstate"] = json.dumps(document, separators=(",", ":"), allow_nan=False)
 
     def _tensor(self, path: TreePath, tensor: LazyTensor) -> dict[str, Any]:
+        if tensor.flags:
+            tensor = self.resolved.setdefault(id(tensor), resolved(tensor))
         shared = not self.options.clone_views and id(tensor.storage) in self.shared
         view = (
             (id(tensor.storage), tensor.dtype, tensor.shape, tensor.stride, tensor.offset)
@@ -246,6 +250,8 @@ def _shared_storages(tree: Any, *, clone: bool) -> set[int]:
     """
     users: dict[int, list[tuple[TreePath, LazyTensor]]] = {}
     for path, tensor in tensors(tree):
+        if tensor.flags:
+            continue  # it will be stored by itself
         users.setdefault(id(tensor.storage), []).append((path, tensor))
     shared = {key: members for key, members in users.items() if len(members) > 1}
     if not clone:
