@@ -280,7 +280,7 @@ class RuleOptimizer(Optimizer):
         if group.get("capturable") and not torch.compiler.is_compiling():
             self._check_capturable(params, columns, foreach)
         if not foreach:
-            for some_params, some_grads, some_columns in in_turn(params, grads, columns):
+            for some_params, some_grads, some_columns in in_turn(group, params, grads, columns):
                 self._run_each(group, some_params, some_grads, some_columns, has_complex)
             return
         names = [name for name in self._columns if columns[name]]
@@ -379,19 +379,20 @@ class RuleOptimizer(Optimizer):
     ) -> None:
         """The rule tensor after tensor, large ones in cache blocks."""
         differentiable = group.get("differentiable", False)
+        factor = shrinking(group)  # before the numbers: autograd adds up the learning rate's gradients in this order
         rule, numbers = self._prepared(traced if differentiable else one, group, columns, owned=False)
         slots = self._slots(columns, repeat(None))
         plain = not (differentiable or has_complex or torch.compiler.is_compiling())
         size = block_size(params, len(slots)) if plain and self._traits.blocks else None
         if size is None:
-            self._run_column(rule.update, group, params, grads, slots, numbers, has_complex=has_complex)
+            self._run_column(rule.update, group, params, grads, slots, numbers, factor, has_complex=has_complex)
             return
         for p, g, *rest in zip(params, grads, *slots, *numbers, strict=False):
             tensors, own_numbers = rest[: len(slots)], [repeat(number) for number in rest[len(slots) :]]
             fresh = any(t is None and isinstance(c, list) for t, c in zip(tensors, slots, strict=True))
             if fresh or not self._run_blocks(group, [p, g, *tensors], rest[len(slots) :], size):
                 whole: list[Any] = [[t] for t in tensors]
-                self._run_column(rule.update, group, [p], [g], whole, own_numbers, has_complex=has_complex)
+                self._run_column(rule.update, group, [p], [g], whole, own_numbers, factor, has_complex=has_complex)
 
     def _run_blocks(self, group: Group, tensors: list[Tensor | None], numbers: Sequence[Any], size: int) -> bool:
         """The rule over the blocks of one parameter's tensors; False where it has to be updated whole."""
@@ -416,6 +417,7 @@ class RuleOptimizer(Optimizer):
         grads: Sequence[Tensor],
         slots: Sequence[Iterable[Any]],
         numbers: Sequence[Iterable[Any]],
+        factor: Any,
         *,
         has_complex: bool,
     ) -> None:
@@ -428,8 +430,7 @@ class RuleOptimizer(Optimizer):
             g_values = map(Tensor.neg, g_values)
         if views and self._traits.complex is Complex.BEFORE_DECAY:
             p_values, g_values = list(map(real, params)), map(real, g_values)
-        if decay != 0 and group.get("decoupled_weight_decay", False):
-            factor = 1 - to_scalar(group["lr"]) * decay
+        if factor is not None:
             p_values = map(Tensor.mul_, p_values, repeat(factor))
         elif decay != 0:
             g_values = map(l2(decay), g_values, p_values)
@@ -458,10 +459,14 @@ def repeats(params: list[Tensor]) -> bool:
 
 
 def in_turn(
-    params: list[Tensor], grads: list[Tensor], columns: Columns
+    group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns
 ) -> Iterable[tuple[list[Tensor], list[Tensor], Columns]]:
-    """The lists whole; where a parameter is listed twice one row at a time, so that its step is counted in between."""
-    if torch.compiler.is_compiling() or not repeats(params):
+    """The lists whole, or one row at a time where order counts.
+
+    It does where a parameter is listed twice, whose step is counted in between, and for autograd, which adds up
+    gradients in the order in which the graph was made.
+    """
+    if torch.compiler.is_compiling() or not (group.get("differentiable") or repeats(params)):
         return [(params, grads, columns)]
     rows = range(len(params))
     return [([params[i]], [grads[i]], {name: c[i : i + 1] for name, c in columns.items()}) for i in rows]
@@ -498,9 +503,16 @@ def effective(k: Ops, group: Group, p: Any, g: Any) -> Any:
     if has_l2(group):
         # In place only where torch reuses memory too: list kernels round alpha to the dtype in place.
         return (k.add_ if group["maximize"] else k.add)(g, p, alpha=decay)
-    if decay != 0:
-        k.mul_(p, 1 - to_scalar(group["lr"]) * decay)
+    factor = shrinking(group)
+    if factor is not None:
+        k.mul_(p, factor)
     return g
+
+
+def shrinking(group: Group) -> Any:
+    """The factor of decoupled weight decay; None where there is none."""
+    decay = group.get("weight_decay", 0)
+    return 1 - to_scalar(group["lr"]) * decay if decay != 0 and group.get("decoupled_weight_decay", False) else None
 
 
 def l2(decay: Any) -> Callable[[Tensor, Tensor], Tensor]:
