@@ -10,13 +10,16 @@ import warnings
 import pytest
 import torch
 
-from optimstate.installed_torch import adagrad_starts_late
+from optimstate.installed_torch import HAS_MUON, accepts, adagrad_starts_late
 
 __all__ = [
     "KEEPS_TENSOR_RATES",
     "SQUEEZES_BETAS",
     "SWALR_KEEPS_STRATEGY",
+    "WRITES_SAFETENSORS_SHARDS",
     "adagrad_of_2_10",
+    "muon",
+    "safetensors_shards",
     "torchs_scheduler",
 ]
 
@@ -45,6 +48,19 @@ def _swalr_keeps_strategy() -> bool:
         return "_anneal_strategy" in torch.optim.swa_utils.SWALR(optimizer, 0.1).state_dict()
 
 
+def _writes_safetensors_shards() -> bool:
+    """2.9 or so: DCP writes safetensors, and Hugging Face's layout from several processes."""
+    try:
+        from torch.distributed.checkpoint.filesystem import SerializationFormat  # noqa: F401
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    except ImportError:
+        return False
+    return accepts(HuggingFaceStorageWriter, "enable_consolidation") and accepts(
+        HuggingFaceStorageWriter, "save_distributed"
+    )
+
+
+WRITES_SAFETENSORS_SHARDS = _writes_safetensors_shards()
 SQUEEZES_BETAS = _squeezes_betas()
 KEEPS_TENSOR_RATES = _keeps_tensor_rates()
 SWALR_KEEPS_STRATEGY = _swalr_keeps_strategy()
@@ -59,4 +75,6 @@ def torchs_scheduler(name: str, *, tensor_lr: bool = False, state: bool = False)
         pytest.skip("torch puts a number in the place of a tensor learning rate")
 
 
+muon = pytest.mark.skipif(not HAS_MUON, reason="torch's first Muon is that of 2.9")
+safetensors_shards = pytest.mark.skipif(not WRITES_SAFETENSORS_SHARDS, reason="this torch writes no safetensors shards")
 adagrad_of_2_10 = pytest.mark.skipif(not adagrad_starts_late(), reason="torch's Adagrad makes no state in a step")

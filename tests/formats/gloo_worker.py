@@ -9,18 +9,19 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard import sharded_tensor
 from torch.distributed._shard.sharded_tensor import Shard as OldShard
-from torch.distributed.checkpoint.filesystem import SerializationFormat
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from tests.releases import WRITES_SAFETENSORS_SHARDS
 
 SHAPES = {"rows": (7, 4), "columns": (6, 5), "deep": (3, 4, 6), "whole": (5,), "tiny": (1, 3)}
 
@@ -47,13 +48,14 @@ def trained(net: torch.nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def save(folder: Path) -> None:
-    mesh = init_device_mesh("cpu", (2,))
-    placements = {"rows": Shard(0), "columns": Shard(1), "deep": Shard(2), "whole": Replicate(), "tiny": Shard(0)}
-    tensors = {name: distribute_tensor(values(name), mesh, [kind]) for name, kind in placements.items()}
-    dcp.save({"model": tensors, "epoch": 3, "betas": (0.9, 0.999)}, checkpoint_id=str(folder / "sharded"))
-    nested = {"model": tensors, "epoch": 3}
-    for name, writer in {
+def safetensors_writers(folder: Path) -> dict[str, Any]:
+    """Those of a torch that has them."""
+    if not WRITES_SAFETENSORS_SHARDS:
+        return {}
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    return {
         "hf/sharded": HuggingFaceStorageWriter(str(folder / "hf/sharded"), save_distributed=True),
         "hf_consolidated": HuggingFaceStorageWriter(
             str(folder / "hf_consolidated"), save_distributed=True, enable_consolidation=True
@@ -61,7 +63,16 @@ def save(folder: Path) -> None:
         "safetensors": dcp.FileSystemWriter(
             folder / "safetensors", serialization_format=SerializationFormat.SAFETENSORS
         ),
-    }.items():
+    }
+
+
+def save(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    placements = {"rows": Shard(0), "columns": Shard(1), "deep": Shard(2), "whole": Replicate(), "tiny": Shard(0)}
+    tensors = {name: distribute_tensor(values(name), mesh, [kind]) for name, kind in placements.items()}
+    dcp.save({"model": tensors, "epoch": 3, "betas": (0.9, 0.999)}, checkpoint_id=str(folder / "sharded"))
+    nested = {"model": tensors, "epoch": 3}
+    for name, writer in safetensors_writers(folder).items():
         dcp.save(tensors if name.startswith("hf") else nested, storage_writer=writer)
     dcp.save(nested, checkpoint_id=str(folder / "without_collectives"), use_collectives=False)
     rank = dist.get_rank()

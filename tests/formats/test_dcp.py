@@ -14,7 +14,6 @@ import torch.distributed.checkpoint as distributed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from optimstate.errors import (
@@ -36,6 +35,7 @@ from optimstate.tree import difference
 from tests import corpus
 from tests.formats import gloo_worker
 from tests.formats.live import differs, raw
+from tests.releases import safetensors_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -167,6 +167,7 @@ def test_ranks_that_contradict_one_another_are_refused(two_processes: Path, tmp_
         open_checkpoint(folder)
 
 
+@safetensors_shards
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hf/sharded", "hf", "hf_consolidated"])
 def test_shards_of_the_hugging_face_writer(name: str, two_processes: Path, tmp_path: Path) -> None:
@@ -183,6 +184,7 @@ def test_shards_of_the_hugging_face_writer(name: str, two_processes: Path, tmp_p
     assert len(loaded) == len(parts) * len(gloo_worker.SHAPES)
 
 
+@safetensors_shards
 @pytest.mark.slow
 def test_a_missing_shard_of_the_hugging_face_writer_is_named(two_processes: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(two_processes / "hf/sharded", tmp_path / "a"))
@@ -191,6 +193,7 @@ def test_a_missing_shard_of_the_hugging_face_writer_is_named(two_processes: Path
         open_checkpoint(folder)
 
 
+@safetensors_shards
 @pytest.mark.slow
 def test_a_damaged_place_of_a_shard_is_named(two_processes: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(two_processes / "hf/sharded", tmp_path / "a"))
@@ -203,7 +206,10 @@ def test_a_damaged_place_of_a_shard_is_named(two_processes: Path, tmp_path: Path
         open_checkpoint(folder)
 
 
+@safetensors_shards
 def test_safetensors_serialization(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
     live = {
         "model": {"a.weight": torch.randn(5, 3), "b": torch.arange(4), "h": torch.randn(3).bfloat16()},
         "step": 7,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from optimstate import hooks
+from optimstate.installed_torch import HAS_MUON
 from tests.hooks.models import MODULES, refused, register
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -21,7 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "AdamW": {},
     "Adamax": {},
     "LBFGS": {"lr": 0.1, "max_iter": 3},
-    "Muon": {},
+    **({"Muon": {}} if HAS_MUON else {}),
     "NAdam": {},
     "RAdam": {},
     "RMSprop": {"momentum": 0.9, "centered": True},

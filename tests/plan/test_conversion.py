@@ -18,10 +18,12 @@ from optimstate.tensors.compute import to_torch
 from tests.plan.lazy import lazy_tree
 from tests.plan.models import WIDTH, Twins, made
 from tests.plan.training import batches, train
+from tests.releases import muon
 
 CLASSES: dict[str, Any] = {
     name: getattr(torch.optim, name)
     for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adafactor", "SGD", "Muon")
+    if hasattr(torch.optim, name)  # Muon's first release is 2.9
 }
 
 
@@ -87,6 +89,7 @@ def test_means_of_the_second_moment_are_adafactors() -> None:
     assert torch.equal(state.state[1]["variance"], adam.state_dict()["state"][1]["exp_avg_sq"])
 
 
+@muon
 def test_momentum_of_sgd_is_an_average_in_muon() -> None:
     """One and the same gradients: the converted buffer is the one Muon would have."""
     weight = torch.nn.Parameter(torch.zeros(4, 4))

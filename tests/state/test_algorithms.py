@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from optimstate.installed_torch import HAS_MUON
 from optimstate.state.algorithms.registry import ALGORITHMS, inferred_kind, parameter_shape, recognise
 
 TORCH: dict[str, dict[str, Any]] = {
@@ -22,7 +23,7 @@ TORCH: dict[str, dict[str, Any]] = {
     "Adamax": {},
     "ASGD": {},
     "LBFGS": {},
-    "Muon": {},
+    **({"Muon": {}} if HAS_MUON else {}),
     "NAdam": {},
     "RAdam": {},
     "RMSprop": {"momentum": 0.9, "centered": True},
