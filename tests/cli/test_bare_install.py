@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -30,6 +31,15 @@ def requirements(name: str) -> set[str]:
             except PackageNotFoundError:  # another platform's
                 continue
     return found
+
+
+def test_every_package_is_named_for_the_build() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {
+        file.parent.relative_to(ROOT) for top in ("optimstate", "hooks", "cli") for file in (ROOT / top).rglob("*.py")
+    }
+    named = {".".join(f.parts if f.parts[0] == "optimstate" else ("optimstate", *f.parts)) for f in folders}
+    assert sorted(named) == listed
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +105,7 @@ def test_commands_work_one_after_another(python: Path, place: Path) -> None:
         "diff a.pt a.pt",
         "convert renamed.pt renamed.safetensors",
         "inspect renamed.safetensors --json",
-        "scan a.pt renamed.safetensors",
+        "scan a.pt",
         "plan check plan.toml a.pt",
         "plan suggest a.pt renamed.pt",
         "verify renamed.pt --against a.pt --plan plan.toml",
