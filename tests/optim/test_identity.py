@@ -79,13 +79,14 @@ def algorithm_functions() -> Iterator[FunctionType]:
                     yield found
 
 
-def raising(free: int) -> CodeType:
-    """The code of a function with so many variables of an enclosing one, which raises."""
-    names = "".join(f"v{number}, " for number in range(free))
-    body = (f"  ({names})", '  raise AssertionError("this is torch\'s")', " return inner")
+def raising(like: CodeType) -> CodeType:
+    """Code that raises, of a function with as many variables of an enclosing one; a generator's for a generator."""
+    names = "".join(f"v{number}, " for number in range(len(like.co_freevars)))
+    last = ["  yield"] if like.co_flags & inspect.CO_GENERATOR else []
+    body = (f"  ({names})", '  raise AssertionError("this is torch\'s")', *last, " return inner")
     scope: dict[str, Any] = {}
     exec("\n".join((f"def outer({names}):", " def inner(*_, **__):", *body)), scope)
-    code: CodeType = scope["outer"](*range(free)).__code__
+    code: CodeType = scope["outer"](*like.co_freevars).__code__
     return code
 
 
@@ -93,12 +94,14 @@ def raising(free: int) -> CodeType:
 def _torchs_algorithms_raise() -> Iterator[None]:
     """Every function of torch's algorithm modules raises, by whatever name or method it is reached."""
     before = {}
-    for function in set(algorithm_functions()):
-        before[function] = function.__code__
-        function.__code__ = raising(len(function.__code__.co_freevars))
-    yield
-    for function, code in before.items():
-        function.__code__ = code
+    try:
+        for function in set(algorithm_functions()):
+            before[function] = function.__code__
+            function.__code__ = raising(function.__code__)
+        yield
+    finally:
+        for function, code in before.items():
+            function.__code__ = code
 
 
 alone = pytest.mark.usefixtures("_torchs_algorithms_raise")
