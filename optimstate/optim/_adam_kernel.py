@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optimstate.optim._blocks import fits
 from optimstate.optim._ops import one
-from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting, repeats
+from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting, repeats, shrinking
 
 __all__ = ["ENDLESS", "AdamKernelOptimizer", "adam_kernel", "bodies"]
 
@@ -75,7 +75,8 @@ class AdamKernelOptimizer(RuleOptimizer):
         kept = [i for i, p in enumerate(params) if p.numel() % LANES]
         columns = [[tail(column[i]) for i in kept] if column else repeat(None) for column in slots]
         p, g = [tail(params[i]) for i in kept], [tail(grads[i]) for i in kept]
-        self._run_column(rule.update, group, p, g, columns, list(map(repeat, numbers)), has_complex=False)
+        repeated = list(map(repeat, numbers))
+        self._run_column(rule.update, group, p, g, columns, repeated, shrinking(group), has_complex=False)
 
 
 def bodies(tensors: list[Tensor]) -> list[Tensor]:

@@ -44,6 +44,7 @@ __all__ = [
     "fused_batches",
     "has_l2",
     "repeats",
+    "shrinking",
 ]
 
 Group = dict[str, Any]
