@@ -14,6 +14,7 @@ from optimstate.io.location import Place
 from optimstate.io.places import located
 from optimstate.state.building import from_config, parameters_of
 from optimstate.state.flattened import find_flat_state
+from optimstate.state.grouping import trainer_of
 from optimstate.state.names import unwrapped
 from optimstate.state.naming import Candidate, Naming
 from optimstate.state.optimizer import OptimizerState
@@ -159,8 +160,8 @@ class Parts:
             for live in models:
                 names = list(live.state_dict())
                 found.order_like(_parameters(live), list(map(unwrapped(names), names)))
-        by_trainer = isinstance(self._tree, Mapping) and "trainer_state.json" in self._tree
-        naming = Namer(beside, by_trainer=by_trainer).named(section)
+        trainer = trainer_of(self._tree)
+        naming = Namer(beside, trainer=trainer).named(section)
         config = None if self._document is None else self._document.path / "config.json"
         if naming.complete or not isinstance(config, Path) or not config.is_file():
             return naming
@@ -168,7 +169,7 @@ class Parts:
             built = parameters_of(lambda: from_config(config.parent))
         except Exception:  # noqa: BLE001  # a model of somebody's own, or no transformers: what was found stands
             return naming
-        return Namer(beside, built=built, by_trainer=by_trainer).named(section)
+        return Namer(beside, built=built, trainer=trainer).named(section)
 
     def _keeps_order(self, section: Section) -> bool:
         document = self._document

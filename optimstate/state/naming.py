@@ -28,7 +28,6 @@ __all__ = [
     "name_in_order",
     "name_parameters",
     "observed_shapes",
-    "trainer_excludes",
 ]
 
 Evidence = Literal["confirmed", "given", "group", "inferred", "unknown"]
@@ -180,7 +179,7 @@ def name_parameters(
         ordered: Whether the candidates are in the order of `named_parameters()`. Safetensors files are not: they are
             sorted by name.
         given: Whether the names were given for this optimizer, rather than read from a model.
-        excluded: For param groups made by a known rule, the candidates that it keeps out of them (`trainer_excludes`).
+        excluded: For param groups made by a known rule, the candidates that it keeps out of them (`grouping`).
     """
     if state.is_named:
         names = tuple(name for _, name, _ in state.parameters())
@@ -226,24 +225,6 @@ def _group_names(state: OptimizerState) -> list[str] | None:
         return None
     found = [name for name in names if isinstance(name, str) and name]
     return found if found and len(set(found)) == len(groups) else None
-
-
-# --- the rule of a known trainer --------------------------------------------------------------------------------------
-
-_TRAINERS_REST = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-
-
-def trainer_excludes(state: OptimizerState, candidates: Sequence[Candidate]) -> dict[int, frozenset[int]]:
-    """Which candidates the Trainer of transformers keeps out of its two groups: those with and without weight decay.
-
-    Biases and norms do not decay. A module's class, which counts too, does not show in a name, so that of other vectors
-    nothing is said; matrices decay.
-    """
-    if len(state.groups) != 2 or state.groups[1].options.get("weight_decay") != 0.0:
-        return {}
-    rest = {i for i, candidate in enumerate(candidates) if _TRAINERS_REST.search(candidate.name.lower())}
-    decaying = {i for i, c in enumerate(candidates) if i not in rest and c.shape is not None and len(c.shape) > 1}
-    return {0: frozenset(rest), 1: frozenset(decaying)}
 
 
 # --- what is left open ------------------------------------------------------------------------------------------------

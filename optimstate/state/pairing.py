@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from optimstate.record import Record
+from optimstate.state.grouping import Trainer, excluded_places
 from optimstate.state.names import unwrapped, wrapper_prefix
 from optimstate.state.naming import (
     Candidate,
@@ -14,7 +15,6 @@ from optimstate.state.naming import (
     model_candidates,
     name_in_order,
     name_parameters,
-    trainer_excludes,
 )
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
@@ -22,6 +22,11 @@ from optimstate.state.sections import Section
 __all__ = ["ModelNames", "Namer", "Order"]
 
 Order = Literal["model", "optimizer"]
+
+
+# The parts of a module that LoRA adapts, in the order in which PEFT adds them to it.
+_ADAPTER_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_ADAPTER = re.compile(rf"base_model\.model\.(?P<module>.+)\.(?P<part>{'|'.join(_ADAPTER_PARTS)})(\.weight)?$")
 
 
 class Namer:
@@ -32,7 +37,7 @@ class Namer:
         given: Names by the label of the optimizer.
         order: Of the given names: the model's, or the optimizer's.
         built: The parameters of a model that was built for this, in its order.
-        by_trainer: Whether the Trainer of transformers made the param groups.
+        trainer: Whose rule made the param groups, where that is known.
     """
 
     def __init__(
@@ -42,10 +47,10 @@ class Namer:
         *,
         order: Order = "model",
         built: list[Candidate] | None = None,
-        by_trainer: bool = False,
+        trainer: Trainer | None = None,
     ) -> None:
         self._models, self._given, self._order, self._built = models, given or {}, order, built
-        self._by_trainer = by_trainer
+        self._trainer = trainer
 
     def named(self, section: Section) -> Naming:
         """The names of one optimizer's parameters."""
@@ -54,14 +59,16 @@ class Namer:
         if names is not None:
             return self._as_given(state, names)
         if self._built is not None:
-            return self._inferred(state, self._built, ordered=True)
+            adapters = [model for model in self._models if model.order_by_base(self._built)]
+            candidates = adapters[0].candidates if len(adapters) == 1 else self._built
+            return self._inferred(state, candidates, ordered=True)
         tried = [(model, self._inferred(state, model.candidates, ordered=model.ordered)) for model in self._models]
         if not tried:
             return name_parameters(state, [], ordered=False)
         return _of_the_right_model(section, tried)
 
     def _inferred(self, state: OptimizerState, candidates: Sequence[Candidate], *, ordered: bool) -> Naming:
-        excluded = trainer_excludes(state, candidates) if self._by_trainer else {}
+        excluded = excluded_places(self._trainer, state, candidates)
         found = name_parameters(state, candidates, ordered=ordered, excluded=excluded)
         return found if found.complete or not excluded else name_parameters(state, candidates, ordered=ordered)
 
@@ -75,7 +82,7 @@ class Namer:
         else:
             candidates = [Candidate(given, spelling.shape(given)) for given in names]
             found = name_parameters(state, candidates, ordered=True, given=True)
-            if not found.complete and self._by_trainer and (excluded := trainer_excludes(state, candidates)):
+            if not found.complete and (excluded := excluded_places(self._trainer, state, candidates)):
                 found = name_parameters(state, candidates, ordered=True, given=True, excluded=excluded)
         return found._replace(names=tuple(name and spelling.saved(name) for name in found.names))
 
@@ -110,6 +117,21 @@ class ModelNames:
         if all(name is not None for name in found) and len(set(found)) == len(found):
             self.candidates = [one for one, _ in parameters]
             self.ordered = True
+
+    def order_by_base(self, base: Sequence[Candidate]) -> bool:
+        """Put an adapter's weights into the order of the modules of the model that it adapts; whether it is one."""
+        places = {candidate.name.rpartition(".")[0]: place for place, candidate in enumerate(base)}
+        keys: dict[str, tuple[int, int]] = {}
+        for candidate in self.candidates:
+            found = _ADAPTER.match(candidate.name)
+            if found is None or found["module"] not in places:
+                return False
+            keys[candidate.name] = places[found["module"]], _ADAPTER_PARTS.index(found["part"])
+        if not keys or len(set(keys.values())) != len(keys):
+            return False
+        self.candidates = sorted(self.candidates, key=lambda candidate: keys[candidate.name])
+        self.ordered = True
+        return True
 
     def spelled(self, names: Sequence[str]) -> _Spelling:
         """How names that are given are spelled in this model."""

@@ -19,6 +19,7 @@ from optimstate.io.places import located
 from optimstate.problems import Problem
 from optimstate.reporting import Report, to_json
 from optimstate.state.building import from_config, imported, parameters_of
+from optimstate.state.grouping import trainer_of
 from optimstate.state.naming import Candidate, Evidence, Naming
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.pairing import ModelNames, Namer, Order
@@ -132,8 +133,7 @@ def _namer(
         for section in sections
         if section.kind == "model"
     ]
-    by_trainer = isinstance(document.tree, Mapping) and "trainer_state.json" in document.tree
-    return Namer(models, given, order=order, built=built, by_trainer=by_trainer)
+    return Namer(models, given, order=order, built=built, trainer=trainer_of(document.tree))
 
 
 def concluded_names(document: Document, sections: Sequence[Section]) -> dict[str, tuple[str, ...] | str]:

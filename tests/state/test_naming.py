@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optimstate.state.grouping import excluded_places
 from optimstate.state.matching import match
 from optimstate.state.names import unwrapped
-from optimstate.state.naming import Candidate, name_in_order, name_parameters, trainer_excludes
+from optimstate.state.naming import Candidate, name_in_order, name_parameters
 from optimstate.state.optimizer import OptimizerState
 from tests.plan.lazy import lazy
 
@@ -134,7 +135,7 @@ def test_the_trainers_rule_tells_embeddings_from_norms() -> None:
     assert not name_parameters(state, model, ordered=True).complete
     groups = (state.groups[0], state.groups[1]._replace(options={**state.groups[1].options, "weight_decay": 0.0}))
     state = state._replace(groups=groups)
-    found = name_parameters(state, model, ordered=True, excluded=trainer_excludes(state, model))
+    found = name_parameters(state, model, ordered=True, excluded=excluded_places("transformers", state, model))
     assert found.names == ("emb.weight", "q_norm.weight", "ln_1.weight")
 
 
@@ -155,3 +156,29 @@ def test_the_name_of_an_adapter_is_left_out(live: str, saved: str) -> None:
 def test_of_two_adapters_neither_is_left_out() -> None:
     names = ["q.lora_A.one.weight", "q.lora_A.two.weight"]
     assert [unwrapped(names)(name) for name in names] == names
+
+
+def _grouped(groups: Sequence[Sequence[Shape]], **columns: Sequence[Any]) -> OptimizerState:
+    """An optimizer whose groups have these options, one value for each."""
+    state = optimizer(groups)
+    options = [{**g.options, **{k: v[i] for k, v in columns.items()}} for i, g in enumerate(state.groups)]
+    return state._replace(groups=tuple(g._replace(options=o) for g, o in zip(state.groups, options, strict=True)))
+
+
+def test_layer_decay_puts_layers_one_after_another_and_frozen_parameters_leave_it_open() -> None:
+    model = [Candidate(f"blocks.{i}.{n}.weight", (2, 2)) for i in range(3) for n in "ab"]
+    state = _grouped([[(2, 2)] * 2] * 3, lr_scale=[1.0, 0.5, 0.25], weight_decay=[0.1] * 3)
+    found = name_parameters(state, model, ordered=True, excluded=excluded_places("timm", state, model))
+    assert [name[7] for name in found.names if name] == list("221100")
+    assert not excluded_places("timm", state, [*model, Candidate("blocks.3.a.weight", (2, 2))])
+    straddling = _grouped([[(2, 2)] * 3, [(2, 2)] * 3], lr_scale=[0.5, 1.0], weight_decay=[0.1] * 2)
+    assert not excluded_places("timm", straddling, model)
+    assert not name_parameters(state, model, ordered=True).complete
+
+
+def test_a_group_for_each_parameter_is_in_order_for_mmengine_alone() -> None:
+    model = [Candidate("a", (2,)), Candidate("b", (2,))]
+    state = optimizer([[(2,)], [(2,)]])
+    assert not name_parameters(state, model, ordered=True).complete
+    found = name_parameters(state, model, ordered=True, excluded=excluded_places("mmengine", state, model))
+    assert found.names == ("a", "b")

@@ -13,6 +13,7 @@ from optimstate.errors import CheckpointError, MigrationError
 from optimstate.state.names import wrapper_prefix
 from optimstate.surgery.naming import name
 from tests.corpus import FILES, Case, case, cases
+from tests.naming import judged, without_names
 
 
 def unwrapped(names: list[str]) -> list[str]:
@@ -126,3 +127,38 @@ def test_a_config_of_transformers_gives_the_order(tmp_path: Path) -> None:
     assert [given for given, _ in report.optimizers["optimizer.pt"]] == expected
     with pytest.raises(MigrationError, match="--hf"):
         name(checkpoint, None, hf=tmp_path, dry_run=True)
+
+
+def test_the_base_models_config_gives_the_order_of_an_adapter(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.LlamaConfig(hidden_size=16, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=64, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
+    found = case("transformers/peft_lora_llama")
+    checkpoint = next((FILES / found.name).glob("checkpoint-*"))
+    report = name(checkpoint, None, hf=tmp_path, dry_run=True)
+    expected = [param.replace(".default.", ".") for group in found.truth()["groups"] for param in group["params"]]
+    assert [given for given, _ in report.optimizers["optimizer.pt"]] == expected
+
+
+@pytest.mark.parametrize("known", ["timm/checkpoint_saver_ema_layerdecay", "mmengine/sgd_paramwise"])
+def test_the_grouping_of_a_known_trainer_decides(known: str) -> None:
+    found = case(known)
+    (given,) = name(found.entry, None, dry_run=True).optimizers.values()
+    assert [n for n, _ in given] == [param for group in found.truth()["groups"] for param in group["params"]]
+
+
+def test_the_measure_takes_names_out_and_compares(tmp_path: Path) -> None:
+    """The command that docs/command-line.md names, on a folder without truths."""
+    model = Net()
+    path = anonymous(tmp_path, model)
+    saved = {"model": model.state_dict(), **torch.load(path, weights_only=True)}
+    names = [["first.weight", "second.weight"], ["first.bias", "second.bias"]]
+    for group, own in zip(saved["optimizer"]["param_groups"], names, strict=True):
+        group["param_names"] = own
+    torch.save(saved, path)
+    assert [each.outcome for each in without_names(path)] == ["right"]
+    for group in saved["optimizer"]["param_groups"]:
+        group["param_names"] = group["param_names"][::-1]  # a lie: what the file shows says otherwise
+    torch.save(saved, path)
+    assert [each.outcome for each in without_names(path)] == ["wrong"]
+    assert judged(path, ["a"]).outcome == "wrong"
