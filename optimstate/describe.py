@@ -19,8 +19,8 @@ _NODES = 64  # looked at in all
 _DIGITS = 60
 
 # Controls, line ends, marks that turn the direction of text, and halves of surrogate pairs.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
-_UNSAFE_IN_LINES = re.compile(_UNSAFE.pattern.replace(r"\x00-\x1f", r"\x00-\x09\x0b-\x1f"))
+_UNSAFE = r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+_UNSAFE_IN_LINES = _UNSAFE.replace(r"\x00-\x1f", r"\x00-\x09\x0b-\x1f")
 _NAMED = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
 
 
@@ -31,7 +31,9 @@ def escaped(text: str, *, lines: bool = False) -> str:
         text: Any text; what is already escaped stays as it is.
         lines: Keep line ends, for texts of several lines that were put together from escaped ones.
     """
-    return (_UNSAFE_IN_LINES if lines else _UNSAFE).sub(_spelled, text)
+    if (text.replace("\n", "") if lines else text).isprintable():  # none of them is: nearly all texts
+        return text
+    return re.sub(_UNSAFE_IN_LINES if lines else _UNSAFE, _spelled, text)
 
 
 def _spelled(found: re.Match[str]) -> str:

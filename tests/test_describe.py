@@ -71,3 +71,9 @@ def test_json_is_valid_and_exact_for_any_name() -> None:
     assert json.loads(text)["name"] == name
     assert text.isascii()
     assert escaped(text, lines=True) == text
+
+
+def test_whatever_is_printable_is_safe() -> None:
+    """Texts without an unprintable character are not searched for unsafe ones."""
+    unsafe = {*range(0x20), *range(0x7F, 0xA0), 0x61C, *range(0x200B, 0x2010), *range(0x2028, 0x202F), 0xFEFF}
+    assert not any(chr(code).isprintable() for code in (*unsafe, *range(0x2060, 0x2070), *range(0xD800, 0xE000)))

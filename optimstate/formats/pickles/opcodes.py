@@ -14,12 +14,16 @@ MAX_PICKLE_BYTES = 1 << 29
 """Largest pickle that is read. 80,000 tensors take 7 MB."""
 
 
+_FEW = 1 << 16  # bytes of a pickle of which `_step` looks at every text before the pattern for them is compiled
+
+
 @cache
-def _opcode_pattern(high: int) -> re.Pattern[bytes]:
+def _opcode_pattern(high: int, few: bool) -> re.Pattern[bytes]:
     """A run of opcodes whose arguments are short and whose memo indices are below (high + 1) << 16, high at most 255.
 
     One anchored C-level match walks over most of a pickle; what it stops at is looked at by `_step`. Longer texts are
-    few, and compiling one more length takes as long as twenty of them take there.
+    few, and compiling one more length takes as long as twenty of them take there. Where there are few opcodes at all,
+    the pattern has no texts: compiling them takes 20 ms.
     """
 
     def counted(opcode: bytes, length_bytes: int, lengths: range) -> bytes:
@@ -38,24 +42,27 @@ def _opcode_pattern(high: int) -> re.Pattern[bytes]:
     sizes = rb"(?:" + flat + put + rb"|\))"
     early = item + rb"\(\(" + item * 4 + number + rb"t" + put + rb"Q" + number + sizes + sizes
     early += rb"[\x88\x89]" + item + rb"\)R" + put + rb"t" + put + rb"R" + put
-    rows = [  # the most frequent first
-        rb"h.\(" + storage + tensor,  # a whole tensor as torch writes nearly all of them
-        early,  # the first ones, which spell names out that the others recall
+    simple = [
         flat,
         memo + bare + b"?+",
         rb"[hqK\x80\x82]." + bare + b"?+",
         bare,
         rb"[Jj\x84].{4}",
         rb"[M\x83]..",
-        counted(b"X", 4, range(48)),
         rb"G.{8}",
+    ]
+    rows = [  # the most frequent first
+        rb"h.\(" + storage + tensor,  # a whole tensor as torch writes nearly all of them
+        early,  # the first ones, which spell names out that the others recall
+        *simple,
+        counted(b"X", 4, range(48)),
         rb"c[^\n]*\n[^\n]*\n",
         counted(b"U", 1, range(16)),
         counted(b"\x8c", 1, range(48)),
         counted(b"\x8a", 1, range(16)),
         counted(b"C", 1, range(16)),
     ]
-    return re.compile(rb"(?s:" + rb"|".join(rows) + rb")*+")
+    return re.compile(rb"(?s:" + rb"|".join(simple if few else rows) + rb")*+")
 
 
 LENGTH_PREFIXED = {
@@ -137,7 +144,7 @@ def check_opcodes(data: bytes, start: int = 0, *, loose: list[int] | None = None
     """
     if len(data) - start > MAX_PICKLE_BYTES:
         raise LimitExceededError(f"a pickle of {len(data)} bytes is over the limit of {MAX_PICKLE_BYTES}")
-    pattern = _opcode_pattern(min(len(data) >> 16, 0xFF))
+    pattern = _opcode_pattern(min(len(data) >> 16, 0xFF), len(data) - start < _FEW)
     at = start
     while at < len(data):
         match = pattern.match(data, at)
