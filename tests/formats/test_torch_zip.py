@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch.utils.serialization import config
 
-from optimstate.errors import CheckpointError, CorruptCheckpointError, UnrecognizedFormatError
+from optimstate.errors import CheckpointError, CorruptCheckpointError, DestinationError, UnrecognizedFormatError
 from optimstate.errors import UnsupportedCheckpointError as Unsupported
 from optimstate.formats.pickles.pickle import dump
 from optimstate.formats.protocol import WriteOptions
@@ -363,32 +364,69 @@ def interrupted(source: Path, folder: Path) -> tuple[bytes, bytes]:
     return old, new
 
 
-@pytest.mark.parametrize("failing_write", [1, 2, 3])  # the record, the directory, the end that makes it valid
-def test_an_edit_in_place_that_fails_leaves_the_file_as_it_was(
-    failing_write: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# Of one tensor and of many: the directory of the second is longer than what readers look through for an end.
+EDITED = {"short": 3, "long": 2500}
+
+
+@pytest.mark.parametrize("length", EDITED)
+@pytest.mark.parametrize("how", ["before", "torn", "after", "error"])
+def test_an_edit_in_place_loads_at_every_point(
+    length: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = corpus.case("torch/adam_named_wd").entry
-    failed = 0
-    for last in range(1, 20):
-        path = tmp_path / f"{last}.pt"
+    """Torch finds the old checkpoint or the new one, whichever call is the last and however much of it is done."""
+    source, path = tmp_path / "source.pt", tmp_path / "inside.pt"
+    torch.save({f"tensor.{i}": torch.tensor(i) for i in range(EDITED[length])}, source)
+    old, first = open_checkpoint(source).tree, {"tensor.0"}
+    seen = set[str]()
+    for last in count():
         shutil.copy(source, path)
         document = open_checkpoint(path)
-        calls = Counter[str]()
-
-        def failing(fd: int, data: bytes, last: int = last, calls: Counter[str] = calls) -> int:
-            calls["write"] += 1
-            if calls["write"] == last:
-                os.write(fd, data[:3])
-                raise OSError(28, "No space left on device")
-            return os.write(fd, data)
-
-        monkeypatch.setattr(torch_zip, "write_bytes", failing)
-        with suppress(OSError):
-            torch_zip.rewrite_in_place(document, document.tree)
+        with monkeypatch.context() as patched:
+            calls = stopped_at(patched, last + 1, how)
+            with suppress(Stopped, DestinationError):
+                torch_zip.rewrite_in_place(document, {"wrapped": document.tree})
+        loaded = torch.load(path, weights_only=True)
+        assert loaded.keys() >= first or loaded.keys() == {"wrapped"}, last
+        seen.add("old" if loaded.keys() >= first else "new")
+        ours = open_checkpoint(path).tree
+        assert difference(ours, old if "wrapped" not in loaded else {"wrapped": old}) is None
+        if how == "error" and "wrapped" not in loaded:
+            assert digest(path) == digest(source)
+        if calls["made"] <= last:
             break
-        assert digest(path) == digest(source)
-        failed += 1
-    assert failed >= 2  # the body, and the end that makes it valid
+    assert seen == {"old", "new"}
+    assert calls["made"] >= (8 if length == "long" else 6)
+
+
+class Stopped(BaseException):
+    """The process is gone."""
+
+
+def stopped_at(patched: pytest.MonkeyPatch, last: int, how: str) -> Counter[str]:
+    """Let the call of this number that changes a file be the last one; how much of it is done is `how`."""
+    calls = Counter[str]()
+
+    def watched(real: Any) -> Any:
+        def call(fd: int, *arguments: Any) -> Any:
+            calls["made"] += 1
+            if calls["made"] > last and how != "error":
+                raise Stopped  # nothing is done any more, not even what would clean up
+            if calls["made"] == last:
+                if how == "error":
+                    raise OSError(28, "No space left on device")
+                if how == "torn" and real is os_pwrite:
+                    real(fd, bytes(arguments[0])[: len(arguments[0]) // 2], *arguments[1:])
+                elif how == "after":
+                    real(fd, *arguments)
+                raise Stopped
+            return real(fd, *arguments)
+
+        return call
+
+    os_pwrite = os.pwrite
+    for name in ("pwrite", "ftruncate", "fsync", "write"):
+        patched.setattr(os, name, watched(getattr(os, name)))
+    return calls
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------

@@ -23,11 +23,12 @@ from optimstate.formats.torch import salvage as salvaging
 from optimstate.formats.torch import script
 from optimstate.formats.torch.zip_directory import Archive, RecordStorage
 from optimstate.formats.torch.zip_end import LOCAL
+from optimstate.formats.torch.zip_in_place import append_directory
 from optimstate.formats.torch.zip_reader import read_pickle
-from optimstate.formats.torch.zip_records import RecordWriter, write_records
+from optimstate.formats.torch.zip_records import records_behind, write_records
 from optimstate.io.extents import Extent, FileSlice, StoredSource
 from optimstate.io.location import Location
-from optimstate.io.output import FileOutput, Output, write_bytes
+from optimstate.io.output import Output
 from optimstate.io.places import open_source
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import walk
@@ -186,28 +187,21 @@ def _write_redescribed(tree: Any, path: Location, archive: Archive, options: Wri
     size = stop + len(pickled) + sum(map(len, _kept_entries(archive)))
     with options.new_file(path, expected_size=size) as out:
         position = out.copy(pieces, options.progress)
-        for part in _redescription(out, archive, pickled, position):
+        for part in _redescription(archive, pickled, position):
             out.write(part)
         options.confirmed()
 
 
-def _redescription(out: Output, archive: Archive, pickled: bytes, position: int) -> tuple[bytes, bytes]:
-    """Append the new pickle; returns the directory to write behind it and the end that makes it valid."""
-    with out.copier() as copier:
-        directory = RecordWriter(copier, archive.root, position)
-        directory.add("data.pkl", pickled)
-        directory.entries.extend(_kept_entries(archive))
-        parts = directory.directory()
-    out.seek(directory.position)
-    return parts
+def _redescription(archive: Archive, pickled: bytes, position: int) -> tuple[bytes, bytes, bytes]:
+    """What stands behind the records: the new pickle, the directory, and the end that makes it valid."""
+    return records_behind(archive.root, position, ("data.pkl", pickled), _kept_entries(archive))
 
 
 def rewrite_in_place(document: Document, tree: Any) -> None:
     """Give the file a new tree over the same storages by appending to it.
 
-    Nothing that was there is overwritten: until the last few bytes are written the file reads as before, or, for a
-    directory of more than 64 KB, can be cut back to what it was. The new bytes are flushed before the end that makes
-    them valid. On an error the file is cut back.
+    Nothing that was there is overwritten, and at every moment the file loads as before or as changed, by torch too (see
+    `zip_in_place`). On an error it is cut back to what it was.
 
     Raises:
         DestinationError: The tree does not hold exactly the file's storages, or the file cannot be written.
@@ -231,15 +225,8 @@ def rewrite_in_place(document: Document, tree: Any) -> None:
     try:
         if os.lseek(fd, 0, os.SEEK_END) != size:
             raise DestinationError(f"{document.path}: changed while it was read")
-        try:
-            body, end = _redescription(FileOutput(fd), archive, pickled, size)
-            write_bytes(fd, body)
-            os.fsync(fd)
-            write_bytes(fd, end)
-            os.fsync(fd)
-        except BaseException:
-            os.ftruncate(fd, size)
-            raise
+        new = b"".join(_redescription(archive, pickled, size))
+        append_directory(fd, size, new, directory=archive.directory_offset, entries=len(archive.records))
     except OSError as error:
         if isinstance(error, DestinationError):
             raise

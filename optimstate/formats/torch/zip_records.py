@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.torch.zip_end import CENTRAL, END, END64, LOCAL, LOCATOR64, MAX32
@@ -13,7 +14,7 @@ from optimstate.io.extents import Extent
 from optimstate.io.output import Output
 from optimstate.tensors.lazy import Storage
 
-__all__ = ["RecordWriter", "write_records"]
+__all__ = ["RecordWriter", "end_records", "records_behind", "write_records"]
 
 _ALIGNMENT = 64
 _BUFFER = 1 << 20  # small records are joined up to this size before they are written
@@ -113,12 +114,65 @@ class RecordWriter:
         """The directory, and the end records that make it valid; to be written behind the records."""
         self.settle()
         body = b"".join(self.entries)
-        count, start, stop = len(self.entries), self.position, self.position + len(body)
-        end64 = END64.pack(b"PK\x06\x06", END64.size - 12, 0x031E, 45, 0, 0, count, count, len(body), start)
-        locator = LOCATOR64.pack(b"PK\x06\x07", 0, stop, 1)
-        short = min(count, 0xFFFF)
-        end = END.pack(b"PK\x05\x06", 0, 0, short, short, min(len(body), MAX32), min(start, MAX32), 0)
-        return body, end64 + locator + end
+        return body, end_records(len(self.entries), self.position, self.position + len(body))
+
+
+def records_behind(
+    root: str, position: int, record: tuple[str, bytes], entries: Sequence[bytes]
+) -> tuple[bytes, bytes, bytes]:
+    """A record, and a directory of it and of others, to be written at `position`: the record, directory and end."""
+    written = _Bytes()
+    directory = RecordWriter(written, root, position)
+    directory.add(*record)
+    directory.entries.extend(entries)
+    body, end = directory.directory()
+    return bytes(written.data), body, end
+
+
+class _Bytes:
+    """A copier into memory, from its beginning to its end."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def write(self, data: bytes | memoryview, position: int) -> None:  # noqa: ARG002
+        self.data += data
+
+    def put(self, extents: Iterable[Extent], position: int) -> int:
+        before = len(self.data)
+        for extent in extents:
+            self.write(extent.read(), position)
+        return len(self.data) - before
+
+    def put_with_checksum(self, extents: Sequence[Extent], position: int) -> int:
+        before = len(self.data)
+        self.put(extents, position)
+        return zlib.crc32(memoryview(self.data)[before:])
+
+    def report(self, done: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def end_records(entries: int, start: int, stop: int) -> bytes:
+    """What makes a directory valid, with 64 bits whether or not they are needed.
+
+    Args:
+        entries: Their number.
+        start: Where the directory begins.
+        stop: Where it ends and these records stand.
+    """
+    size = stop - start
+    end64 = END64.pack(b"PK\x06\x06", END64.size - 12, 0x031E, 45, 0, 0, entries, entries, size, start)
+    locator = LOCATOR64.pack(b"PK\x06\x07", 0, stop, 1)
+    short = min(entries, 0xFFFF)
+    end = END.pack(b"PK\x05\x06", 0, 0, short, short, min(size, MAX32), min(start, MAX32), 0)
+    return end64 + locator + end
 
 
 def _zip64_extra(size: int, stored: int, header: int) -> bytes:
