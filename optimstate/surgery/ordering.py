@@ -132,7 +132,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def wrong_positions(migration: Migration, tree: Any, target: Any, missing: Collection[str] = ()) -> Iterator[Problem]:
+def wrong_positions(
+    migration: Migration, tree: Any, target: Any, missing: Collection[str] = (), unused: Sequence[str] = ()
+) -> Iterator[Problem]:
     """Optimizers of a result that torch, by position, would load into other parameters or refuse.
 
     Args:
@@ -140,6 +142,7 @@ def wrong_positions(migration: Migration, tree: Any, target: Any, missing: Colle
         tree: The checkpoint it is made of.
         target: One of the new model.
         missing: Names of the target that the result does not have, which is said elsewhere.
+        unused: Names of the checkpoint that the target does not have.
     """
     like = _like(target)
     theirs = [found.optimizer() for found in find_sections(target) if found.kind == "optimizer"]
@@ -153,6 +156,9 @@ def wrong_positions(migration: Migration, tree: Any, target: Any, missing: Colle
         section = migration.sections.get(key)
         named = section is not None and bool(section.moves)
         mine = [group.members for group in section.groups] if named and section is not None else []
+        if extra := [name for name in unused if not named or any(name in members for members in mine)]:
+            yield _extra(key, extra, named=named)
+            continue
         wanted = like.target(found.label, len(optimizers))
         if wanted is not None and named:
             yield from _against(key, mine, [[n for n in names if n not in missing] for names in wanted.groups])
@@ -170,6 +176,16 @@ def wrong_positions(migration: Migration, tree: Any, target: Any, missing: Colle
             remedy = "remap --like TARGET" if named else "name it first (optimstate name), then remap --like TARGET"
             message = f"{why}the order of the parameters is another: {' before '.join(map(repr, misplaced))} there"
             yield Problem("order", message, key, misplaced, remedy)
+
+
+def _extra(key: str, extra: Sequence[str], *, named: bool) -> Problem:
+    """An optimizer with parameters that the target does not have."""
+    message = f"the target does not have {_listed([describe(name) for name in extra])}"
+    remedy = "drop them, in a rule or with --drop NAME"
+    if not named:
+        message = f"it has no names, and {message}, which may be among its parameters"
+        remedy = f"name it first (optimstate name), then {remedy}"
+    return Problem("unexpected", message, key, tuple(extra), remedy)
 
 
 def _against(key: str, mine: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> Iterator[Problem]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from optimstate.errors import CheckpointError, MigrationError
 from optimstate.formats.registry import open_checkpoint
@@ -32,6 +32,8 @@ __all__ = ["SuggestReport", "SuggestedRule", "suggest"]
 
 _ROWS_UP_TO = 1 << 28
 """Bytes of a tensor whose rows are compared one by one."""
+_PIECES_UP_TO = 1 << 20
+_FORMATS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 class SuggestedRule(Record):
@@ -97,8 +99,9 @@ class SuggestReport(Report):
             yield f"by position: {problem}"
         for option in self.options:
             yield f"open: {option}"
-        if not self.rules and not self.missing:
-            yield "the same names and shapes" + ("" if self.positions else ": nothing to do")
+        if not self.rules and not self.missing and not self.unused:
+            nothing = not (self.positions or self.options)
+            yield "the same names and shapes" + (": nothing to do" if nothing else "")
         else:
             yield f"{plural(len(self.rules), 'rule')}, {plural(len(self.missing), 'name')} not explained"
 
@@ -131,7 +134,7 @@ def suggest(source: Place, target: Place, *, headers: bool = False, progress: Pr
         positions: tuple[Problem, ...] = ()
         try:
             _, migration, _ = apply_plan(found.plan, trees[0])
-            positions = tuple(wrong_positions(migration, trees[0], trees[1], set(found.missing)))
+            positions = tuple(wrong_positions(migration, trees[0], trees[1], set(found.missing), found.unused))
         except MigrationError as error:
             problems = error.problems
     text = _suggested_file(source, target, rules, found, positions)
@@ -170,22 +173,35 @@ class _Rows:
 
     def __init__(self, trees: Sequence[Any]) -> None:
         self._tensors = [model_tensors(tree) for tree in trees]
-        self._known: dict[tuple[int, str], list[bytes] | None] = {}
+        self._known: dict[tuple[int, str, int], list[bytes] | None] = {}
 
-    def __call__(self, side: int, name: str) -> list[bytes] | None:
-        """Digests of the rows of a tensor; None for one that has no rows, or too many bytes."""
-        if (side, name) not in self._known:
+    def __call__(self, side: int, name: str, dim: int) -> list[bytes] | None:
+        """Digests of the rows of a tensor along a dimension; None for one that has none, or too many bytes."""
+        key = side, name, dim
+        if key not in self._known:
             tensor = self._tensors[side].get(name)
-            self._known[side, name] = None if tensor is None else _row_digests(tensor)
-        return self._known[side, name]
+            self._known[key] = None if tensor is None else _row_digests(tensor, dim)
+        return self._known[key]
 
 
-def _row_digests(tensor: LazyTensor) -> list[bytes] | None:
-    if not tensor.shape or not tensor.numel or tensor.nbytes > _ROWS_UP_TO:
+def _row_digests(tensor: LazyTensor, dim: int) -> list[bytes] | None:
+    shape = tensor.shape
+    if dim >= len(shape) or not tensor.numel or tensor.nbytes > _ROWS_UP_TO:
         return None
     content = b"".join(tensor.chunks())
-    size = len(content) // tensor.shape[0]
-    rows = (content[start : start + size] for start in range(0, len(content), size))
+    size = len(content) // tensor.numel
+    outer, count, inner = prod(shape[:dim]), shape[dim], prod(shape[dim + 1 :]) * size
+    rows: Iterator[bytes]
+    if outer == 1:
+        rows = (content[start : start + inner] for start in range(0, len(content), inner))
+    elif inner in _FORMATS:
+        elements = memoryview(content).cast(_FORMATS[inner])
+        rows = (elements[start::count].tobytes() for start in range(count))
+    elif outer * count <= _PIECES_UP_TO:
+        starts = [range(start * inner, len(content), count * inner) for start in range(count)]
+        rows = (b"".join(content[place : place + inner] for place in places) for places in starts)
+    else:
+        return None
     return [hashlib.blake2b(row, digest_size=16, person=tensor.dtype.encode()[:16]).digest() for row in rows]
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+from optimstate.plan.apply.execute import execute_model
+from optimstate.plan.solve.planner import plan_model
 from optimstate.plan.solve.resolve import Resolver
 from optimstate.plan.solve.suggest import Suggestion, suggest
 
@@ -128,7 +132,9 @@ def test_equal_contents_decide_between_a_transpose_and_a_reshape_and_find_a_rena
 
 def rows_of(*sides: dict[str, str]) -> Any:
     """Rows that are letters."""
-    return lambda side, name: [letter.encode() for letter in sides[side][name]] if name in sides[side] else None
+    return lambda side, name, dim: (
+        [letter.encode() for letter in sides[side][name]] if name in sides[side] and not dim else None
+    )
 
 
 def test_chosen_rows_are_found_by_their_contents() -> None:
@@ -175,3 +181,64 @@ def test_without_contents_the_ways_to_cut_are_named_and_what_decides() -> None:
     assert "a.qkv.weight may hold a.q.weight and a.k.weight and a.v.weight in blocks" in option
     assert "interleaved" in option
     assert "would decide" in option
+
+
+def told(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> Suggestion:
+    def rows(side: int, name: str, dim: int) -> list[bytes] | None:
+        tensor = (old, new)[side].get(name)
+        return None if tensor is None else [bytes(row.contiguous().numpy().tobytes()) for row in tensor.unbind(dim)]
+
+    shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (old, new)]
+    return suggest(*shapes, rows=rows)
+
+
+A = torch.arange(24.0).reshape(4, 6)
+SQUARE = torch.arange(16.0).reshape(4, 4)
+ARRANGED: dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "transposed under another name": (A, lambda x: x.t(), "b"),
+    "a square one transposed": (SQUARE, lambda x: x.t(), "a"),
+    "a square one transposed under another name": (SQUARE, lambda x: x.t(), "b"),
+    "rows in another order": (SQUARE, lambda x: x[[2, 0, 3, 1]], "a"),
+    "columns in another order": (SQUARE, lambda x: x[:, [2, 0, 3, 1]], "a"),
+    "columns chosen": (A, lambda x: x[:, [5, 0, 2]], "a"),
+    "channels chosen": (A.reshape(2, 6, 2), lambda x: x[:, [5, 0, 2]], "a"),
+    "rows chosen under another name": (A, lambda x: x[[3, 1]], "b"),
+    "rows added behind": (A, lambda x: torch.cat([x, -x[:2] - 1]), "a"),
+    "rows added before": (A, lambda x: torch.cat([-x[:2] - 1, x]), "a"),
+    "columns added between": (A, lambda x: torch.cat([x[:, :2], -x[:, :1] - 1, x[:, 2:]], 1), "a"),
+}
+
+
+@pytest.mark.parametrize("case", ARRANGED)
+@pytest.mark.parametrize("count", [1, 3])
+def test_contents_tell_how_elements_are_arranged(case: str, count: int) -> None:
+    tensor, change, name = ARRANGED[case]
+    layers = {number: tensor + 100 * number for number in range(count)}
+    old = {f"{number}.a.weight": value for number, value in layers.items()}
+    new = {f"{number}.{name}.weight": change(value) for number, value in layers.items()}
+    found = told(old, new)
+    assert (found.missing, found.unused) == ((), ())
+    assert {item.confidence for item in found.rules} == {1.0}
+    made = execute_model(plan_model(found.plan, old).sections["model"], old)
+    for key, wanted in new.items():
+        known = wanted >= 0
+        assert torch.equal(made[key][known], wanted[known]), key
+
+
+def test_a_rename_with_a_change_of_shape_needs_no_contents() -> None:
+    for had, wanted, operation in (
+        ((4, 6), (6, 4), "transpose = true"),
+        ((8, 3, 2, 2, 2), (8, 24), "reshape = [8, 24]"),
+        ((8, 24), (8, 3, 2, 2, 2), "reshape = [8, 3, 2, 2, 2]"),
+        ((8, 24), (10, 24), "resize = { dim = 0, size = 10 }"),
+    ):
+        found = suggest({"patch.weight": had, "z.b": (3,)}, {"embed.weight": wanted, "z.b": (3,)})
+        assert [str(item.rule) for item in found.rules] == [f"patch.weight -> embed.weight, {operation}"]
+        assert found.rules[0].confidence < 0.75
+
+
+def test_what_shapes_leave_open_is_said() -> None:
+    found = suggest({"a.weight": (4, 6), "s.weight": (4, 4)}, {"a.weight": (6, 4), "s.weight": (4, 4)})
+    assert any("s.weight is square" in option for option in found.options)
+    found = suggest({"a.weight": (9, 6)}, {"a.weight": (4, 6)})
+    assert any("may keep other rows" in option for option in found.options)

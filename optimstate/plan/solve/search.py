@@ -14,6 +14,7 @@ from optimstate.plan.language.joining import Concat, Split
 from optimstate.plan.language.rows import Select
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
+from optimstate.plan.solve.arranging import Rows, arranged, placed
 from optimstate.plan.solve.families import (
     INDEX,
     Family,
@@ -30,11 +31,7 @@ from optimstate.plan.solve.resolve import Resolver
 from optimstate.problems import Problem
 from optimstate.record import Record
 
-__all__ = ["Rows", "Search", "Suggested", "merged_renames", "no_rows"]
-
-
-Rows = Callable[[int, str], Sequence[bytes] | None]
-
+__all__ = ["Search", "Suggested", "merged_renames"]
 
 _JOINED_UP_TO = 4
 
@@ -45,10 +42,6 @@ class Suggested(Record):
     rule: Rule
     confidence: float
     reason: str
-
-
-def no_rows(_side: int, _name: str) -> None:
-    """Rows that are not known."""
 
 
 class Search:
@@ -63,6 +56,7 @@ class Search:
         rows: Rows,
     ) -> None:
         self.had, self.wanted, self.rows = had, wanted, rows
+        self.shapes = old
         self.options: list[str] = []
         kept = {
             name
@@ -133,32 +127,51 @@ class Search:
         else:
             self.propose([source], [target], 1.0, "the same contents in another shape", ReshapeDims(wanted))
 
-    def chosen(self) -> None:
-        """The same name with fewer rows, or the same in another order, all of which the old one has."""
+    def rearranged(self) -> None:
+        """Tensors whose elements stand in another arrangement, seen by their contents, under the same name or another.
+
+        A name with the same shape on both sides is among them: its contents say whether it is kept.
+        """
+        for family in families_of({name: self.shapes[name] for name in self.kept}).values():
+            for source, target, operations, reason in self._arrangements(family, family):
+                if operations:
+                    for name in self._members(source, family):
+                        self.kept.remove(name)
+                        self.old[name] = self.new[name] = self.shapes[name]
+                    self.propose([source], [target], 1.0, reason, *operations)
+        self._arranged(whole=True)
+
+    def rearranged_in_part(self) -> None:
+        """Those under another name of which only a part is there."""
+        self._arranged(whole=False)
+
+    def _arranged(self, *, whole: bool) -> None:
         news = families_of(self.new)
         for pattern, family in families_of(self.old).items():
-            other = news.get(pattern)
-            if other is None or other.members.keys() != family.members.keys():
-                continue
-            found = {self._places([name], [other.members[index][0]]) for index, (name, _) in family.members.items()}
-            index = found.pop() if len(found) == 1 else None
-            if index:
-                had, wanted = (shape[0] for shape in first_shapes(family, other))
-                reason = f"{wanted} of the {had} rows are there, with the same contents"
-                self.propose([family.template()], [other.template()], 1.0, reason, Select(0, index))
+            for other in sorted(news.values(), key=lambda other: other.pattern != pattern):
+                shape, wanted = first_shapes(family, other)
+                if whole and other.pattern != pattern and prod(shape) != prod(wanted):
+                    continue
+                if other.members.keys() == family.members.keys():
+                    for source, target, operations, reason in self._arrangements(family, other):
+                        if operations or source != target:
+                            self.propose([source], [target], 1.0, reason, *operations)
 
-    def _places(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, ...] | None:
-        """Where in the old tensors, one below the other, each row of the new ones is; None where it is not certain."""
-        sides = [[self.rows(side, name) for name in names] for side, names in enumerate((sources, targets))]
-        if any(rows is None for side in sides for rows in side):
-            return None
-        had, wanted = ([row for rows in side for row in rows or ()] for side in sides)
-        if had == wanted:
-            return tuple(range(len(had)))
-        places = {row: place for place, row in enumerate(had)}
-        if len(places) != len(had) or any(row not in places for row in wanted):
-            return None
-        return tuple(places[row] for row in wanted)
+    def _members(self, source: str, family: Family) -> list[str]:
+        return [name for name, _ in family.members.values()] if source == family.template() else [source]
+
+    def _arrangements(self, family: Family, other: Family) -> Iterator[tuple[str, str, tuple[Operation, ...], str]]:
+        """Rules' sides and operations: one for all members where all are arranged alike, else one each."""
+        found = []
+        for index, (name, had) in family.members.items():
+            target, wanted = other.members[index]
+            made = arranged(self.rows, name, target, had, wanted)
+            if made is None:
+                return
+            found.append((name, target, *made))
+        if len({operations for _, _, operations, _ in found}) == 1:
+            found = [(family.template(), other.template(), *found[0][2:])]
+        yield from found
 
     def renamed(self) -> None:
         """Families with the same shapes at the same indices, or at shifted ones."""
@@ -184,23 +197,55 @@ class Search:
         news = families_of(self.new)
         for pattern, family in families_of(self.old).items():
             other = news.get(pattern)
-            if other is None or other.members.keys() != family.members.keys():
-                continue
-            shape, wanted = first_shapes(family, other)
-            operation: Operation | None = None
-            sure, reason = 0.0, ""
-            if shape[::-1] == wanted and len(shape) == 2:
-                operation, sure, reason = Transpose(), 0.6, "rows and columns are exchanged"
-            elif len(shape) == len(wanted):
-                dims = [dim for dim, (a, b) in enumerate(zip(shape, wanted, strict=True)) if a != b]
-                if len(dims) == 1:
-                    operation, sure = Resize(dims[0], wanted[dims[0]]), 0.5
-                    reason = f"dimension {dims[0]} has the size {wanted[dims[0]]} instead of {shape[dims[0]]}"
-            if operation is None and prod(shape) == prod(wanted):
-                operation, sure = ReshapeDims(wanted), 0.6
-                reason = f"the same {prod(shape)} elements in another shape"
-            if operation is not None:
-                self.propose([family.template()], [other.template()], sure, reason, operation)
+            if other is not None and other.members.keys() == family.members.keys():
+                shape, wanted = first_shapes(family, other)
+                for operation, sure, reason in _changes(shape, wanted):
+                    done = self.propose([family.template()], [other.template()], sure, reason, operation)
+                    if done and prod(shape) > prod(wanted):
+                        self.options.append(
+                            f"{pattern.replace('#', '*')} may keep other rows than the first: shapes do not tell. The "
+                            "old weights of the rows that are kept would, or whoever chose them does"
+                        )
+
+    def renamed_and_changed(self) -> None:
+        """Another name, and transposed, resized or in another shape."""
+        ranked = []
+        news = families_of(self.new)
+        for family in families_of(self.old).values():
+            near = [
+                (other, change)
+                for other in news.values()
+                if other.members.keys() == family.members.keys() and last_of(other.pattern) == last_of(family.pattern)
+                for change in _changes(*first_shapes(family, other))
+            ]
+            for other, change in near:
+                ranked.append((likeness(family.pattern, other.pattern), len(near), family, other, change))
+        for alike, rivals, family, other, (operation, sure, reason) in sorted(ranked, key=lambda entry: -entry[0]):
+            among = "" if rivals == 1 else f", the most alike of {rivals} names for which that holds"
+            sure = (sure - 0.1 if rivals == 1 else 0.2) + 0.2 * alike
+            self.propose([family.template()], [other.template()], sure, f"another name, and {reason}{among}", operation)
+
+    def leave_squares_open(self) -> None:
+        """Say of square matrices that shapes do not tell whether they are transposed, where others are."""
+        turned = [item for item in self.found if any(isinstance(op, Transpose) for op in item.rule.operations)]
+        if not turned:
+            return
+        sure = {item.rule.sources[0].text for item in self.found if item.confidence == 1}
+        for family in families_of(self.shapes).values():
+            first = next(iter(family.shapes.values()))
+            if len(first) == 2 and first[0] == first[1] and family.template() not in sure and not self._told(family):
+                self.options.append(
+                    f"{family.pattern.replace('#', '*')} is square: shapes do not tell whether its rows and columns "
+                    f"are exchanged as those of {turned[0].rule.source.text} are. The old weights in the layout of the "
+                    "new model would decide, or the model's code does"
+                )
+
+    def _told(self, family: Family) -> bool:
+        """Whether contents say of every member that it is kept as it is."""
+        return all(
+            name in self.kept and self.rows(0, name, 0) == self.rows(1, name, 0) is not None
+            for name, _ in family.members.values()
+        )
 
     def joined(self) -> None:
         """Several neighbours whose sizes add up to one that is wanted."""
@@ -250,16 +295,15 @@ class Search:
         self, parts: Sequence[Family], one: Family, dim: int, *, joining: bool
     ) -> tuple[float, str, tuple[Select, ...]]:
         """How sure the order of parts in a whole is, why, and what orders the rows where they are interleaved."""
-        if dim == 0:
-            found = set()
-            for index, (name, _) in one.members.items():
-                names = [part.members[index][0] for part in parts]
-                found.add(self._places(names, [name]) if joining else self._places([name], names))
-            places = found.pop() if len(found) == 1 else None
-            if places is not None and places == tuple(range(len(places))):
-                return 1.0, "the rows are the same, one part below the other", ()
-            if places is not None:
-                return 1.0, "the rows are the same, and interleaved", (Select(0, places),)
+        found = set()
+        for index, (name, _) in one.members.items():
+            names = [part.members[index][0] for part in parts]
+            found.add(placed(self.rows, *((names, [name]) if joining else ([name], names)), dim))
+        places = found.pop() if len(found) == 1 else None
+        if places is not None and places == tuple(range(len(places))):
+            return 1.0, "the rows are the same, one part below the other", ()
+        if places is not None:
+            return 1.0, "the rows are the same, and interleaved", (Select(dim, places),)
         side = "checkpoint" if joining else "target"
         return order_known(parts), f"the sizes of dimension {dim} add up; the order is that of the {side}", ()
 
@@ -289,6 +333,21 @@ class Search:
                 sure = (0.6 if len(rivals) == 1 else 0.4) + 0.2 * likeness(family.pattern, other.pattern)
                 reason = f"{count} of its shape are wanted, with an index of their own"
                 self.propose([family.template()], [other.template(known=depth)], sure, reason)
+
+
+def _changes(shape: Shape, wanted: Shape) -> Iterator[tuple[Operation, float, str]]:
+    """The one operation that makes one shape of another, how sure it is, and why."""
+    differing = [dim for dim, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
+    if shape == wanted:
+        return
+    if shape[::-1] == wanted and len(shape) == 2:
+        yield Transpose(), 0.6, "rows and columns are exchanged"
+    elif prod(shape) == prod(wanted):
+        yield ReshapeDims(wanted), 0.6, f"the same {prod(shape)} elements in another shape"
+    elif len(shape) == len(wanted) and len(differing) == 1:
+        dim = differing[0]
+        reason = f"dimension {dim} has the size {wanted[dim]} instead of {shape[dim]}"
+        yield Resize(dim, wanted[dim]), 0.5, reason
 
 
 def merged_renames(found: Sequence[Suggested], names: Mapping[str, Shape]) -> Iterator[Suggested]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
-from optimstate.plan.solve.search import Rows, Search, Suggested, merged_renames, no_rows
+from optimstate.plan.solve.arranging import Rows, no_rows
+from optimstate.plan.solve.search import Search, Suggested, merged_renames
 from optimstate.record import Record
 
 __all__ = ["Suggestion", "suggest"]
@@ -52,7 +53,7 @@ def suggest(
         new: Names and shapes that are wanted.
         old_contents: Something equal for equal contents, such as a digest, by name.
         new_contents: The same for what is wanted, where it has contents already.
-        rows: Something equal for equal rows of a tensor, by the side (0 for old) and name; None where it is not known.
+        rows: Something equal for equal rows of a tensor along a dimension; None where it is not known.
 
     Returns:
         Rules with reasons. A name that is there on both sides with the same shape is kept, unless the contents say
@@ -61,12 +62,15 @@ def suggest(
     search = Search(old, new, old_contents or {}, new_contents or {}, rows or no_rows)
     for step in (
         search.by_content,
+        search.rearranged,
         search.renamed,
-        search.chosen,
         search.resized,
         search.joined,
         search.cut,
         search.copied,
+        search.rearranged_in_part,
+        search.renamed_and_changed,
+        search.leave_squares_open,
     ):
         step()
     merged = merged_renames(search.found, old)
