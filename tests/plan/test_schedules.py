@@ -312,3 +312,19 @@ def test_a_scheduler_that_is_not_torchs_is_never_passed_over(tmp_path: Path) -> 
     assert any("a scheduler which is not torch's" in note and "check the next rates" in note for note in notes)
     with pytest.raises(MigrationError, match="no argument 'gamma' that can be changed"):
         planned("[scheduler]\nset = { gamma = 0.9 }\n", optimizer, scheduler, tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+def test_a_swalr_whose_state_holds_its_function_is_planned_alike(strategy: str, tmp_path: Path) -> None:
+    """As torch writes it before 2.10; the file has the function's name."""
+    made = []
+    for older in (True, False):
+        optimizer, scheduler = started(lambda o: SWALR(o, 0.02, 30, strategy), (0.01,), 7)
+        state = {k: v for k, v in scheduler.state_dict().items() if k not in ("_anneal_strategy", "anneal_func")}
+        function = SWALR._cosine_anneal if strategy == "cos" else SWALR._linear_anneal
+        scheduler.state_dict = lambda: state | ({"anneal_func": function} if older else {"_anneal_strategy": strategy})  # noqa: B023
+        made.append(planned("[scheduler]\nset = { anneal_epochs = 45 }\n", optimizer, scheduler, tmp_path)[0])
+    assert made[0]["optimizer"]["param_groups"] == made[1]["optimizer"]["param_groups"]
+    assert made[0]["optimizer"]["param_groups"][0]["lr"] != 0.01
+    assert made[0]["scheduler"]["_last_lr"] == made[1]["scheduler"]["_last_lr"]
+    assert made[0]["scheduler"]["anneal_func"].__name__ == function.__name__

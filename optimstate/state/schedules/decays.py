@@ -208,8 +208,15 @@ class SWA(Schedule):
     def _share(self) -> float | None:
         step, epochs = self.state["_step_count"] - 1, self.state["anneal_epochs"]
         done = max(0.0, min(1.0, (max(1, step) if epochs == 0 else step) / max(1, epochs)))
-        strategy = self.state.get("_anneal_strategy")
-        return {"linear": done, "cos": (1 - math.cos(math.pi * done)) / 2}.get(strategy or "")
+        return {"linear": done, "cos": (1 - math.cos(math.pi * done)) / 2}.get(self._strategy)
+
+    @property
+    def _strategy(self) -> str:
+        """Its name; before torch 2.10 the state has the function, live or as the name that a file has of it."""
+        function = self.state.get("anneal_func")
+        name = str(getattr(function, "qualname", getattr(function, "__qualname__", "")))
+        told = {"_linear_anneal": "linear", "_cosine_anneal": "cos"}.get(name.rpartition(".")[2], "")
+        return str(self.state.get("_anneal_strategy", told))
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         share = self._share
