@@ -31,10 +31,12 @@ __all__ = [
     "EXIT_CODES",
     "SETTINGS",
     "Application",
+    "Copy",
     "Force",
     "Json",
     "NoSync",
     "Quiet",
+    "Ranks",
     "app",
     "epilog",
     "read_plan",
@@ -59,6 +61,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json or - asks for.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing destination.")]
 
+Copy = Annotated[
+    bool,
+    typer.Option("--copy", help="Copy the unchanged data files of a distributed checkpoint instead of linking them."),
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        "--ranks",
+        metavar="N",
+        help="Cut the tensors of a distributed checkpoint for N processes instead of leaving them in their pieces.",
+    ),
+]
 NoSync = Annotated[
     bool,
     typer.Option("--no-sync", help="Leave flushing to the disk to the system, as cp does: faster, not power-safe."),

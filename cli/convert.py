@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from optimstate.cli import words
-from optimstate.cli.app import Force, Json, NoSync, Quiet, app, epilog
+from optimstate.cli.app import Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog
 
 
 def parse_size(text: str) -> int:
@@ -111,6 +111,8 @@ def convert(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that it can be done and write nothing.")] = False,
     force: Force = False,
+    copy: Copy = False,
+    ranks: Ranks = None,
     no_sync: NoSync = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -127,7 +129,9 @@ def convert(
         raise typer.BadParameter("--section and --without exclude each other: what is not chosen is left out")
     size = None if shard_size is None else parse_size(shard_size)
     with terminal.progress("converting", source, quiet=quiet) as advance:
-        options = WriteOptions(not no_checksums, clone_views, size, not no_sync, advance, digest)
+        options = WriteOptions(
+            not no_checksums, clone_views, size, not no_sync, advance, digest, copy=copy, ranks=ranks
+        )
         report = optimstate.convert(
             source,
             destination,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Force, Json, NoSync, Quiet, app, epilog, read_plan
+from optimstate.cli.app import Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog, read_plan
 
 
 @app.command(
@@ -77,6 +77,8 @@ def remap(
         bool, typer.Option("--no-verify", help="Do not compare the source's checksums beside the copying.")
     ] = False,
     force: Force = False,
+    copy: Copy = False,
+    ranks: Ranks = None,
     no_sync: NoSync = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -123,6 +125,8 @@ def remap(
             verify=not no_verify,
             sync=not no_sync,
             progress=advance,
+            copy=copy,
+            ranks=ranks,
         )
     if plan_out is not None and str(plan_out) == "-":
         typer.echo(report.plan, nl=False)

@@ -81,6 +81,8 @@ class WriteOptions(Record):
         sync: Flush what is written to the disk before it takes its name.
         progress: Called with the bytes written since the last call.
         digest: The algorithm of a digest to record for each tensor where the container has no checksums, or None.
+        copy: In a folder of `torch.distributed.checkpoint`, copy data files that are unchanged instead of linking them.
+        ranks: Cut the tensors of such a folder for so many processes; None leaves them in the pieces that they are in.
         confirm: Called when everything is written and before it takes its name; what it raises undoes the writing.
     """
 
@@ -91,6 +93,8 @@ class WriteOptions(Record):
     progress: Progress | None = None
     digest: str | None = None
     confirm: Callable[[], None] | None = None
+    copy: bool = False
+    ranks: int | None = None
 
     def new_file(
         self, path: Location, *, expected_size: int = 0, group: AtomicGroup | None = None

@@ -17,6 +17,7 @@ from optimstate.problems import Problem
 from optimstate.record import field
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.checksums import verified, verify_checksums
+from optimstate.surgery.remapping import check_distributed
 from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable, size, table
 from optimstate.tensors.lazy import LazyTensor
@@ -153,6 +154,7 @@ def convert(
                 f"digests are recorded in safetensors files, not in {target}",
                 hint="Leave the digest out: torch's zip archives have checksums of their own.",
             )
+        check_distributed(target, copy=options.copy, ranks=options.ranks)
         if verify and dry_run:
             verify_checksums(document)
         elif verify or (verify is None and not dry_run):

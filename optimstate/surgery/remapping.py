@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from optimstate.errors import DestinationError, RepresentationError
+from optimstate.errors import DestinationError, RepresentationError, UsageError
+from optimstate.formats.dcp import folder as dcp
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
 from optimstate.formats.torch import zip as torch_zip
@@ -24,7 +25,7 @@ from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
 from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable, shown, table
 
-__all__ = ["RemapReport", "remap"]
+__all__ = ["RemapReport", "check_distributed", "remap"]
 
 
 class RemapReport(Report):
@@ -96,6 +97,8 @@ def remap(
     verify: bool = True,
     sync: bool = True,
     progress: Progress | None = None,
+    copy: bool = False,
+    ranks: int | None = None,
 ) -> RemapReport:
     """Write a checkpoint whose parameters are renamed, duplicated or dropped by a plan: model and optimizer together.
 
@@ -111,9 +114,12 @@ def remap(
         verify: Compare every checksum of the source beside the copying, so that no damage is copied.
         sync: Flush the result to the disk before it takes its name.
         progress: Called with the bytes written since the last call.
+        copy: Of a folder of `torch.distributed.checkpoint`, copy data files that are unchanged instead of linking them.
+        ranks: Cut the tensors of such a folder for so many processes instead of leaving them in their pieces.
 
     Raises:
         CheckpointError: The source cannot be read, or `verify` finds damage.
+        UsageError: `copy` or `ranks` is given and the source is no such folder.
         MigrationError: The plan does not fit.
         DestinationError: The destination exists, is the source, or cannot be written.
     """
@@ -123,6 +129,7 @@ def remap(
         check_destination(destination, [source], force=force)
     with opening(source):
         document = open_checkpoint(source)
+        check_distributed(document.format, copy=copy, ranks=ranks)
         model = None if like is None else read_like(like)
         tree, migration, notes = apply_plan(plan, document.tree, like=model)
         notes += order_notes(migration, document.tree, model)
@@ -134,10 +141,26 @@ def remap(
                 raise DestinationError("no destination", hint="Give one, or ask for in_place.")
             else:
                 target = _check_suffix(document, destination)
-                options = WriteOptions(sync=sync, progress=progress)
+                options = WriteOptions(sync=sync, progress=progress, copy=copy, ranks=ranks)
                 with verified(document, options, verify=verify) as options:
                     notes += get_format(document.format).write(tree, target, like=document, options=options)
         return _remap_report(source, source if in_place else destination, not dry_run, migration, groups, notes)
+
+
+def check_distributed(target: str, *, copy: bool, ranks: int | None) -> None:
+    """Refuse what only folders of `torch.distributed.checkpoint` have.
+
+    Raises:
+        UsageError: It is asked for and another container is written, or it makes no sense.
+    """
+    asked = "copy" if copy else "ranks" if ranks is not None else ""
+    if asked and target != dcp.NAME:
+        raise UsageError(
+            f"{asked} is for folders of torch.distributed.checkpoint; what is written is {target}",
+            hint=f"Leave it out{', or write a folder (--to dcp)' if asked == 'ranks' else ''}.",
+        )
+    if ranks is not None and not 1 <= ranks <= dcp.MAX_RANKS:
+        raise UsageError(f"ranks is {ranks}, it must be between 1 and {dcp.MAX_RANKS}")
 
 
 def _check_suffix(document: Document, destination: Location) -> Location:

@@ -82,6 +82,10 @@ class Storage(_Sealed):
                 break
         return tuple(found)
 
+    def copy_of(self, start: int, stop: int) -> Storage:
+        """A storage of the bytes [start, stop) that no tensor looks into yet."""
+        return Storage(self.cut(start, stop), stop - start, self.kind, self.location)
+
 
 class LazyTensor(_Sealed):
     """A tensor in a file.
@@ -205,7 +209,7 @@ class LazyTensor(_Sealed):
     def clone(self) -> LazyTensor:
         """A tensor of the same elements and strides that shares memory with nothing."""
         start, stop = self.span()
-        storage = Storage(self.storage.cut(start, stop), stop - start, self.storage.kind, self.storage.location)
+        storage = self.storage.copy_of(start, stop)
         return LazyTensor(
             storage, self.dtype, self.shape, self.stride, 0, self.requires_grad, self.is_parameter, self.metadata
         )

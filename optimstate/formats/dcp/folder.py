@@ -3,7 +3,7 @@
 Ranks that saved without collectives (`use_collectives=False`) have `__<rank>.metadata` each; they are read as one.
 
 A tensor that ranks wrote in pieces is one tensor here. Reading needs neither torch nor the number of ranks; what is
-written is a folder of one rank, which `torch.distributed.checkpoint.load` gives to any number of them.
+written `torch.distributed.checkpoint.load` gives to any number of them.
 
 The items of a folder have flat names; the paths in `.metadata` say which tree they came from. Where torch flattened the
 optimizer (`flatten_optimizer_state_dict`), or Megatron gave no paths, the tree has `state` and `param_groups` all the
@@ -23,24 +23,23 @@ from optimstate.errors import (
 )
 from optimstate.formats.dcp import megatron
 from optimstate.formats.dcp import tree as tree_of_metadata
-from optimstate.formats.dcp.columns import Chunk, Form, Item, Metadata
+from optimstate.formats.dcp.columns import Metadata
 from optimstate.formats.dcp.dump import dump_metadata
 from optimstate.formats.dcp.metadata import load_metadata, merged
 from optimstate.formats.dcp.pieces import Pieces
+from optimstate.formats.dcp.writing import write_items
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.registry import detect, get_format
-from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.folders import listed
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
-from optimstate.tensors.dtypes import DTYPES
-from optimstate.tensors.lazy import LazyTensor, Storage
 
 NAME = "dcp"
 SUFFIXES = (".dcp",)
+MAX_RANKS = 1 << 16
+"""The most processes that tensors are cut for."""
 
-_DATA_FILE = "__0_0.distcp"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 
 
@@ -121,7 +120,7 @@ def _other_files(document: Document) -> dict[str, Document]:
 
 
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
-    """Write a folder of one rank.
+    """Write a folder. What is unchanged in the folder that the tree came from is linked and stays in its pieces.
 
     Raises:
         RepresentationError: The tree is no mapping, or two of its paths would have the same name.
@@ -141,9 +140,10 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
     else:
         leaves, notes = tree_of_metadata.leaves(items, flattened=flattened)
     with options.new_folder(path) as folder:
-        metadata = _write_items(leaves, folder / _DATA_FILE, options)
-        if named is not None:
-            metadata.paths.clear()
+        metadata, made = write_items(folder, leaves, kept.handle if kept is not None else None, options)
+        notes.extend(made)
+        if named is None:
+            metadata.paths = {name: place for name, (place, _) in leaves.items()}
         for name, part in beside.items():
             made = get_format(part.format).write(tree[name], folder / name, like=part, options=options)
             notes.extend(f"{name}: {note}" for note in made)
@@ -151,37 +151,3 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
             out.write(dump_metadata(metadata))
         options.confirmed()
     return notes
-
-
-def _write_items(leaves: tree_of_metadata.Leaves, path: Location, options: WriteOptions) -> Metadata:
-    """One data file: everything that is no tensor, then the tensors, as torch orders them."""
-    metadata, items = Metadata(), dict[str, Item]()
-    expected = sum(leaf.nbytes + 2048 for _, leaf in leaves.values() if isinstance(leaf, LazyTensor))
-    with options.new_file(path, expected_size=expected) as out:
-        position = 0
-        for name, (place, leaf) in leaves.items():
-            metadata.paths[name] = place
-            if not isinstance(leaf, LazyTensor):
-                length = torch_zip.write_archive(out, leaf, options)
-                items[name] = Item(path.name, position, length)
-                position += length
-        for name, (_, leaf) in leaves.items():
-            if isinstance(leaf, LazyTensor):
-                length = torch_zip.write_archive(out, _alone(leaf), options)
-                items[name] = Item(path.name, position, length)
-                position += length
-    for name, (_, leaf) in leaves.items():
-        if isinstance(leaf, LazyTensor):
-            whole = Chunk(((0,) * len(leaf.shape), leaf.shape), items[name])
-            metadata.add_tensor(name, Form(leaf.dtype, leaf.shape, leaf.requires_grad), [whole])
-        else:
-            metadata.add_object(name, items[name])
-    return metadata
-
-
-def _alone(tensor: LazyTensor) -> LazyTensor:
-    """A plain tensor of the same elements in row-major order, with nothing around it."""
-    kind = DTYPES[tensor.dtype].storage or "UntypedStorage"
-    whole = tensor.is_contiguous() and tensor.nbytes == tensor.storage.nbytes
-    storage = Storage(tensor.extents(), tensor.nbytes, kind, crc=tensor.storage.crc if whole else None)
-    return LazyTensor(storage, tensor.dtype, tensor.shape)

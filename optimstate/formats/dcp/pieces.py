@@ -26,6 +26,8 @@ from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
 
 __all__ = ["PieceStorage", "Pieces"]
 
+_ZIP = b"PK\x03\x04"
+
 
 class Pieces:
     """Where the pieces of a folder's tensors are; each file is opened once.
@@ -40,6 +42,8 @@ class Pieces:
         self._archives = Archives()
         self._blobs: dict[tuple[str, int], Mapping[str, Any]] = {}
         self._layouts: dict[tuple[str, tuple[int, ...]], tuple[int, str, tuple[int, ...]]] = {}
+        self._scalars: dict[tuple[type, str], int] = {}
+        self._objects: dict[int, tuple[Any, int]] = {}  # with the values, whose ids must not be given again
         self._tiled: set[tuple[tuple[int, ...], tuple[Box | None, ...]]] = set()
         self._check_places()
 
@@ -68,10 +72,32 @@ class Pieces:
         found = self._archives.read(
             self.slice, sorted(objects, key=lambda row: (metadata.file[row], metadata.offset[row]))
         )
-        return {
-            name: self.tensor(number, form) if form else found[metadata.first[number]]
-            for number, (name, form) in enumerate(zip(metadata.order, metadata.forms, strict=True))
-        }
+        made: dict[str, Any] = {}
+        for number, (name, form) in enumerate(zip(metadata.order, metadata.forms, strict=True)):
+            if form is not None:
+                made[name] = self.tensor(number, form)
+                continue
+            value = made[name] = found[metadata.first[number]]
+            if value is None or type(value) in (bool, int, float, str):
+                self._scalars.setdefault((type(value), repr(value)), number)
+            else:
+                self._objects[id(value)] = value, number
+        return made
+
+    def number_of(self, value: Any) -> int | None:
+        """The item that a value which is no tensor was read from."""
+        if value is None or type(value) in (bool, int, float, str):
+            return self._scalars.get((type(value), repr(value)))
+        found = self._objects.get(id(value))
+        return found[1] if found is not None else None
+
+    def files_with_names(self) -> set[int]:
+        """The numbers of files whose contents say what they are called: blobs of safetensors."""
+        metadata = self.metadata
+        first: dict[int, int] = {}
+        for row, file in enumerate(metadata.file):
+            first.setdefault(file, row)
+        return {file for file, row in first.items() if self.slice(row).read(0, min(4, metadata.length[row])) != _ZIP}
 
     def tensor(self, number: int, form: Form) -> LazyTensor:
         """An item that is a tensor."""
@@ -192,6 +218,12 @@ class PieceStorage(DeferredStorage):
     def locate(self) -> tuple[Extent, ...]:
         """Where the bytes are."""
         return self.table.locate(self.number)
+
+    def copy_of(self, start: int, stop: int) -> Storage:
+        """All of it is the same item again."""
+        if start == 0 and stop == self.nbytes:
+            return PieceStorage(self.table, self.number, self.nbytes, self.kind)
+        return super().copy_of(start, stop)
 
 
 def _blob_header(file: StoredSource, offset: int) -> Mapping[str, Any]:
