@@ -70,6 +70,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"extents", "destination"},
         {"copying", "temporary"},
         {"checksums", "output", "directory", "folders"},
+        {"output", "directory", "folders", "linking"},
         {"places"},
     ),
 }

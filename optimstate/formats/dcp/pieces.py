@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-from optimstate.describe import describe
+from optimstate.describe import describe, exact
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats.dcp.archives import Archives
 from optimstate.formats.dcp.columns import Box, Form, Metadata
@@ -79,7 +79,7 @@ class Pieces:
                 continue
             value = made[name] = found[metadata.first[number]]
             if value is None or type(value) in (bool, int, float, str):
-                self._scalars.setdefault((type(value), repr(value)), number)
+                self._scalars.setdefault((type(value), exact(value)), number)
             else:
                 self._objects[id(value)] = value, number
         return made
@@ -87,7 +87,7 @@ class Pieces:
     def number_of(self, value: Any) -> int | None:
         """The item that a value which is no tensor was read from."""
         if value is None or type(value) in (bool, int, float, str):
-            return self._scalars.get((type(value), repr(value)))
+            return self._scalars.get((type(value), exact(value)))
         found = self._objects.get(id(value))
         return found[1] if found is not None else None
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from optimstate.describe import exact
 from optimstate.formats.dcp.columns import Box, Chunk, Form, Item, Metadata
 from optimstate.formats.dcp.pieces import Pieces, PieceStorage
 from optimstate.formats.dcp.tree import Leaves
@@ -207,7 +208,7 @@ def write_file(path: Location, parts: Sequence[Part], options: WriteOptions) -> 
         position = 0
         for part in sorted(parts, key=lambda part: part.box is not None):
             value = part.value
-            plain = (type(value), repr(value)) if value is None or type(value) in (bool, int, float, str) else None
+            plain = (type(value), exact(value)) if value is None or type(value) in (bool, int, float, str) else None
             if plain in scalars:
                 items[part.name, part.box] = scalars[plain]
                 continue
