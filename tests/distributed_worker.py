@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import sys
@@ -13,12 +14,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from optimstate.distributed import NamedSavePlanner, load, optimizer_names
+from optimstate.distributed import NamedSavePlanner, PlanLoadPlanner, fill_state_dict, load, optimizer_names
 from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.plan.language.plan import Plan
 
@@ -145,6 +151,44 @@ def resumed(folder: Path, kind: str) -> dict[str, Any]:
     return arrived
 
 
+def planned(folder: Path, kind: str) -> dict[str, Any]:
+    """The same through `dcp.load`, which fills the state dicts of FSDP2 or FSDP1."""
+    net: nn.Module = (
+        FullyShardedDataParallel(After(), device_id=torch.device("cpu"), use_orig_params=True)
+        if kind == "fsdp1"
+        else sharded("fsdp")
+    )
+    optimizer = torch.optim.AdamW(groups(net), **{**OPTIONS, "lr": 9.0})
+    if kind == "fsdp1":
+        nbytes = load(folder / "before.dcp", net, optimizer, plan=Plan.from_toml(TRANSPOSED)).nbytes
+    else:
+        weights, state = get_state_dict(net, optimizer)
+        planner = PlanLoadPlanner(folder / "before.dcp", Plan.from_toml(TRANSPOSED))
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=str(folder / "before.dcp"), planner=planner)
+        set_state_dict(net, optimizer, model_state_dict=weights, optim_state_dict=state)
+        nbytes = planner.nbytes
+    options = StateDictOptions(full_state_dict=True)
+    weights, state = get_state_dict(net, optimizer, options=options)
+    weights, state = copy.deepcopy((weights, state))  # training changes some of them in place
+    arrived = {"model": weights, "state": state["state"], "groups": state["param_groups"], "nbytes": nbytes}
+    arrived["losses"] = train(net, optimizer, range(5, 10))
+    return arrived
+
+
+def saved_in_the_background(folder: Path) -> str:
+    """A folder of `async_save`, filled into another sharding by name."""
+    net = sharded("fsdp")
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(dist.get_rank() + 1.0)
+    done = dcp.async_save({"model": net.state_dict()}, checkpoint_id=str(folder / "async.dcp"))
+    done.result()
+    dist.barrier()
+    plain = {"model": After().state_dict()}
+    fill_state_dict(plain, folder / "async.dcp")
+    return str(sorted(plain["model"]["q.weight"].unique().tolist()))
+
+
 def refusals(folder: Path) -> list[str]:
     """What goes wrong in one process alone goes wrong in all, and leaves everything as it was."""
     net = sharded("fsdp")
@@ -167,6 +211,8 @@ def run(rank: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {kind: resumed(folder, kind) for kind in ("fsdp", "tp")}
+    results |= {f"planned {kind}": planned(folder, kind) for kind in ("fsdp2", "fsdp1")}
+    results["async"] = saved_in_the_background(folder)  # type: ignore[assignment]
     torch.save(results, folder / f"arrived{rank}.pt")
     (folder / f"said{rank}.json").write_text(json.dumps(refusals(folder)))
     dist.barrier()

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import optimstate
 from optimstate import distributed
-from optimstate.distributed import NamedSavePlanner, load, optimizer_names
+from optimstate.distributed import NamedSavePlanner, fill_state_dict, load, optimizer_names
 from optimstate.errors import CheckpointNotFoundError, MigrationError, StateMismatchError
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
@@ -105,6 +105,28 @@ def test_the_trajectory_is_that_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+def test_torchs_own_load_follows_a_plan(
+    kind: str, two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    model, state = expected(trained[0], tmp_path)
+    whole = sum(t.nbytes for s in find_sections(open_checkpoint(trained[0] / "before.pt").tree) for t in _tensors(s))
+    arrived = two_ranks[0][f"planned {kind}"]  # a whole state dict is on the first rank
+    assert all(torch.equal(arrived["model"][name], value) for name, value in model.items())
+    for name, slots in state.items():
+        assert all(torch.equal(arrived["state"][name][slot], value) for slot, value in slots.items()), name
+    assert [group["lr"] for group in arrived["groups"]] == [1e-2, 1e-2]
+    for results in two_ranks:
+        assert results[f"planned {kind}"]["losses"] == pytest.approx(trained[1], rel=1e-6)
+        assert results[f"planned {kind}"]["nbytes"] < 0.75 * whole
+
+
+@pytest.mark.slow
+def test_what_was_saved_in_the_background_is_a_folder_like_others(two_ranks: list[dict[str, Any]]) -> None:
+    assert [results["async"] for results in two_ranks] == ["[1.0, 2.0]"] * 2
+
+
+@pytest.mark.slow
 def test_no_process_reads_the_whole_state(two_ranks: list[dict[str, Any]], trained: tuple[Path, list[float]]) -> None:
     document = open_checkpoint(trained[0] / "before.pt")
     whole = sum(t.nbytes for section in find_sections(document.tree) for t in _tensors(section))
@@ -157,6 +179,26 @@ def test_any_container_loads_into_one_process(name: str, trained: tuple[Path, li
     found = load(folder / name, net, optimizer, plan=Plan.from_toml(TRANSPOSED))
     assert train(net, optimizer, range(5, 10)) == pytest.approx(losses, rel=1e-6)
     assert set(found.reports["optimizer"].exact) == set(optimizer_names(optimizer, net))
+
+
+@pytest.mark.parametrize("name", ["before.pt", "before.dcp", "before.safetensors"])
+def test_a_state_dict_is_filled_from_any_container(name: str, trained: tuple[Path, list[float]]) -> None:
+    net = After()
+    live = {"model": net.state_dict()}
+    done = fill_state_dict(live, trained[0] / name, Plan.from_toml(TRANSPOSED))
+    saved = torch.load(trained[0] / "before.pt", weights_only=True)["model"]
+    assert torch.equal(torch.cat([net.q.weight, net.k.weight, net.v.weight]), saved["qkv.weight"])
+    assert torch.equal(net.turned, saved["turned"].t())
+    assert done.nbytes == sum(value.nbytes for value in live["model"].values())
+    with pytest.raises(StateMismatchError, match=r"no 'model\.extra' under this plan; it has 'model\."):
+        fill_state_dict({"model": {"extra": torch.ones(2)}}, trained[0] / name, Plan.from_toml(TRANSPOSED))
+    kept = {"model": {"extra": torch.ones(2)}}
+    fill_state_dict(kept, trained[0] / name, Plan.from_toml(TRANSPOSED), allow_partial_load=True)
+    assert torch.equal(kept["model"]["extra"], torch.ones(2))
+    with pytest.raises(
+        StateMismatchError, match=r"'model\.turned' has the shape \[3, 5\] under this plan, .* \[5, 3\]"
+    ):
+        fill_state_dict({"model": {"turned": torch.ones(5, 3)}}, trained[0] / name, Plan.from_toml(TRANSPOSED))
 
 
 def test_an_optimizer_without_names_is_named_by_the_model(trained: tuple[Path, list[float]], tmp_path: Path) -> None:
@@ -234,7 +276,7 @@ def test_the_planner_takes_names_from_the_caller(tmp_path: Path) -> None:
 def test_the_guide_names_what_is_there() -> None:
     text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {
         alias.name
         for block in blocks

@@ -1,0 +1,152 @@
+"""A live state dict filled from a checkpoint under a plan: every process reads the bytes of its own shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from optimstate.errors import StateMismatchError
+from optimstate.formats.dcp.tree import leaves
+from optimstate.formats.registry import open_checkpoint
+from optimstate.io.location import Place
+from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.language.plan import Plan
+from optimstate.resuming.shards import Reader, whole
+from optimstate.state.optimizer import OptimizerState
+from optimstate.tensors.compute import to_torch
+from optimstate.tensors.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Filling", "put"]
+
+
+class Filling:
+    """What the items of a live state dict become.
+
+    Items are known by the names that `torch.distributed.checkpoint` gives them: the keys that lead to each, joined by
+    dots. An optimizer may be nested or flattened on either side.
+
+    Args:
+        checkpoint: A file or folder of any container.
+        plan: What has changed since it was written.
+
+    Attributes:
+        notes: What deserves attention though nothing is wrong.
+        nbytes: Bytes of tensors that this process read.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        MigrationError: The plan does not fit.
+    """
+
+    def __init__(self, checkpoint: Place, plan: Plan | str | PathLike[str] | None) -> None:
+        self._document = open_checkpoint(checkpoint)
+        tree, _, self.notes = apply_plan(Plan.of(plan), self._document.tree)
+        tree = _by_name(tree)
+        self.notes = [*self._document.notes, *self.notes]
+        self._values: dict[str, Any] = {}
+        for flattened in (True, False):
+            found, _ = leaves(tree, flattened=flattened)
+            self._values.update((name, value) for name, (_, value) in found.items())
+        self._casts: dict[tuple[str, str], list[str]] = {}
+        self._reader = Reader(self._casts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that this process read."""
+        return self._reader.nbytes
+
+    def check(self, items: Mapping[str, Any], *, partial: bool = False) -> list[str]:
+        """The names that can be filled.
+
+        Args:
+            items: The live ones by name.
+            partial: Leave alone what the checkpoint does not have.
+
+        Raises:
+            StateMismatchError: The checkpoint does not have one, or has it in another shape.
+        """
+        found = []
+        for name, live in items.items():
+            if name not in self._values:
+                if partial:
+                    continue
+                near = sorted(self._values, key=lambda other: (-_common(name, other), other))[:3]
+                raise StateMismatchError(
+                    f"the checkpoint has no {name!r} under this plan; it has {', '.join(map(repr, near))}",
+                    hint="Rename it in the plan, or allow a partial load.",
+                )
+            value, shape = self._values[name], getattr(live, "shape", None)
+            if shape is not None and hasattr(live, "dtype"):
+                if not isinstance(value, LazyTensor):
+                    raise StateMismatchError(f"{name!r} is a tensor in the live state and none in the checkpoint")
+                if tuple(value.shape) != tuple(shape):
+                    raise StateMismatchError(
+                        f"{name!r} has the shape {list(value.shape)} under this plan, the live one {list(shape)}",
+                        hint="Cut, join or resize it in the plan.",
+                    )
+            found.append(name)
+        return found
+
+    def value(self, name: str) -> Any:
+        """What is no tensor in the live state."""
+        return whole(self._values[name])
+
+    def fill(self, name: str, live: torch.Tensor) -> None:
+        """Read this process's part of a tensor into the live one."""
+        from optimstate.installed_torch import torch
+
+        value = self._values[name]
+        with torch.no_grad():
+            shards = getattr(live, "local_shards", None)
+            if shards is not None:  # FSDP1's ShardedTensor
+                for shard in shards():
+                    part = value
+                    about = shard.metadata
+                    for dim, (start, size) in enumerate(zip(about.shard_offsets, about.shard_sizes, strict=True)):
+                        part = part.narrow(dim, start, size)
+                    self._reader.nbytes += part.nbytes
+                    shard.tensor.copy_(to_torch(part.contiguous()))
+                return
+            made = self._reader.part(name, live, value)
+            target = live.to_local() if hasattr(live, "to_local") else live
+            target.copy_(made.to_local() if hasattr(made, "to_local") else made)
+
+    def casts(self) -> Iterator[str]:
+        """Notes on tensors that have another precision now."""
+        for (old, new), names in self._casts.items():
+            yield f"{len(names)} tensors are {old} in the checkpoint and become {new}: {names[0]!r}, ..."
+
+
+def _by_name(node: Any) -> Any:
+    """The tree with optimizers keyed by their parameters' names, where they have them."""
+    if not isinstance(node, Mapping):
+        return node
+    if "param_groups" not in node or not isinstance(node.get("state"), Mapping):
+        return {key: _by_name(value) for key, value in node.items()}
+    state = OptimizerState.from_node(node)
+    if not state.is_named:
+        return node
+    made = state.by_name().to_node()
+    # Live groups of optimizers that were built with names list them a second time.
+    return {**made, "param_groups": [{"param_names": group["params"], **group} for group in made["param_groups"]]}
+
+
+def put(tree: Any, path: Sequence[Any], value: Any) -> None:
+    """Replace what stands at a path of nested dicts and lists."""
+    for key in path[:-1]:
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def _common(name: str, other: str) -> int:
+    """How many of their last parts are the same."""
+    count = 0
+    for a, b in zip(reversed(name.split(".")), reversed(other.split(".")), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
