@@ -69,8 +69,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"location", "streams"},
         {"extents", "destination"},
         {"copying", "temporary"},
-        {"checksums", "output", "directory", "folders"},
-        {"output", "directory", "folders", "linking"},
+        {"checksums", "output", "directory", "folders", "linking"},
         {"places"},
     ),
 }
