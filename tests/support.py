@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import socket
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -158,3 +159,10 @@ def load_torch(path: Path) -> Any:
             return torch.load(path, weights_only=True)
         except pickle.UnpicklingError:
             return torch.load(path, weights_only=False)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -17,6 +17,7 @@ NEEDS = {
     "deepspeed_load_checkpoint": "deepspeed",
     "lightning_ckpt_path": "pytorch_lightning",
     "stable_baselines3_resume": "stable_baselines3",
+    "timm_resume_checkpoint": "timm",
     "trainer_transformers": "transformers",
 }
 
@@ -31,7 +32,8 @@ def test_an_example(name: str, tmp_path: Path) -> None:
         pytest.skip(f"{NEEDS[name]} is not installed")
     script = EXAMPLES / f"{name}.py"
     assert len(script.read_text().splitlines()) <= 60
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(EXAMPLES.parent)}
+    paths = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,48 @@
+"""A run of DeepSpeed with ZeRO: `python -m tests.integrations.deepspeed_worker FOLDER CHANGE` prints its losses."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+from tests.integrations.changes import TOKENS, Net, changed, plan
+
+
+def main() -> None:
+    folder, change, old_steps, more, options = sys.argv[1:]
+    warnings.simplefilter("ignore")
+    import deepspeed
+    import deepspeed.ops
+
+    from optimstate.integrations.deepspeed import Resume
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for several processes
+    config: dict[str, Any] = {"train_batch_size": 2, "zero_optimization": {"stage": 2}, "gradient_clipping": 0.0}
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+    def engine(net: Net) -> Any:
+        optimizer = torch.optim.AdamW(net.parameters(), **json.loads(options))
+        return deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
+
+    def train(running: Any, steps: int) -> None:
+        for _ in range(steps):
+            running.backward(running(TOKENS)["loss"])
+            running.step()
+
+    old = engine(Net())
+    train(old, int(old_steps))
+    old.save_checkpoint(folder)
+    net = changed(change)
+    running = engine(net)
+    Resume(running, plan(change))
+    running.load_checkpoint(folder)
+    train(running, int(more))
+    print("losses", json.dumps(net.losses))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""A layer inserted, heads added, a vocabulary grown, a rename in every trainer: the losses of a change by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import optimstate
+from tests.integrations.changes import CHANGES, TOKENS, Net, changed, expected_losses, plan, train
+from tests.support import free_port
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own
+
+OLD, MORE = 3, 3
+OPTIONS = {"lr": 1e-2, "weight_decay": 0.0}
+Resumed = list[float]
+
+
+def with_trainer(folder: Path, change: str) -> Resumed:
+    transformers = pytest.importorskip("transformers")
+    from optimstate.integrations.transformers import ResumeMixin
+
+    kind = type("Run", (ResumeMixin, transformers.Trainer), {"resume_plan": plan(change)})
+    options = {"save_steps": OLD, "report_to": [], "use_cpu": True, "disable_tqdm": True, "optim": "adamw_torch"}
+    options |= {"learning_rate": 1e-2, "weight_decay": 0.0, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    rows = [{"tokens": row} for row in TOKENS] * 3
+
+    def run(net: Net, steps: int, path: str | None) -> Resumed:
+        given = transformers.TrainingArguments(
+            str(folder), max_steps=steps, per_device_train_batch_size=len(TOKENS), **options
+        )
+        # In the order of the rows, so that every batch is the same.
+        made = kind(model=net, args=given, train_dataset=rows)
+        made._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+        made.train(resume_from_checkpoint=path)
+        return net.losses
+
+    run(Net(), OLD, None)
+    return run(changed(change), OLD + MORE, str(folder / f"checkpoint-{OLD}"))
+
+
+def with_accelerate(folder: Path, change: str) -> Resumed:
+    accelerate = pytest.importorskip("accelerate")
+    from optimstate.integrations.accelerate import Resume
+
+    def prepared(net: Net) -> Any:
+        accelerator = accelerate.Accelerator(cpu=True)
+        return accelerator, *accelerator.prepare(net, torch.optim.AdamW(net.named_parameters(), **OPTIONS))
+
+    accelerator, net, optimizer = prepared(Net())
+    train(net, optimizer, OLD)
+    accelerator.save_state(str(folder / "saved"))
+    accelerator, net, optimizer = prepared(changed(change))
+    Resume(accelerator, plan(change))
+    accelerator.load_state(str(folder / "saved"))
+    return train(net, optimizer, MORE)
+
+
+def with_lightning(folder: Path, change: str) -> Resumed:
+    lightning = pytest.importorskip("pytorch_lightning")
+    from optimstate.integrations.lightning import ResumeCallback
+
+    class Task(lightning.LightningModule):
+        def __init__(self, net: Net) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return self.net(batch[0])["loss"]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), **OPTIONS)
+
+    def fit(net: Net, epochs: int, callbacks: list[Any], path: str | None) -> Any:
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+            enable_model_summary=False, default_root_dir=folder, callbacks=callbacks,
+        )  # fmt: skip
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(TOKENS), batch_size=len(TOKENS))
+        trainer.fit(Task(net), data, ckpt_path=path)
+        return trainer
+
+    fit(Net(), OLD, [], None).save_checkpoint(folder / "last.ckpt")
+    net = changed(change)
+    inside = optimstate.Plan.from_toml(_inside("net", CHANGES[change][1]))
+    fit(net, OLD + MORE, [ResumeCallback(inside)], str(folder / "last.ckpt"))
+    return net.losses
+
+
+def _inside(module: str, text: str) -> str:
+    """A plan for the same model as a part of another."""
+    for key in ("from", "to", "fresh"):
+        text = text.replace(f'{key} = "', f'{key} = "{"{x}.net" if key == "to" and "{x=" in module else module}.')
+    return text
+
+
+def with_a_loop(folder: Path, change: str) -> Resumed:
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, optimizer, OLD)
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, folder / "last.pt")
+    net = changed(change)
+    optimizer = torch.optim.AdamW(net.parameters(), **OPTIONS)
+    optimstate.resume(folder / "last.pt", model=net, optimizer=optimizer, plan=plan(change))
+    return train(net, optimizer, MORE)
+
+
+def with_dcp(folder: Path, change: str) -> Resumed:
+    from torch.distributed import checkpoint
+
+    from optimstate.distributed import NamedSavePlanner, optimizer_names
+
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, optimizer, OLD)
+    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+    planner = NamedSavePlanner(list(optimizer_names(optimizer, net)))
+    checkpoint.save(state, checkpoint_id=folder / "saved", planner=planner, no_dist=True)
+    net = changed(change)
+    optimizer = torch.optim.AdamW(net.parameters(), **OPTIONS)
+    optimstate.resume(folder / "saved", model=net, optimizer=optimizer, plan=plan(change))
+    return train(net, optimizer, MORE)
+
+
+def with_timm(folder: Path, change: str) -> Resumed:
+    pytest.importorskip("timm", exc_type=ImportError)
+    from timm.utils import CheckpointSaver
+
+    from optimstate.integrations.timm import resume_checkpoint
+
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), **OPTIONS)
+    train(net, optimizer, OLD)
+    CheckpointSaver(net, optimizer, checkpoint_dir=str(folder), recovery_dir=str(folder)).save_checkpoint(epoch=2)
+    net = changed(change)
+    optimizer = torch.optim.AdamW(net.parameters(), **OPTIONS)
+    assert resume_checkpoint(net, folder / "last.pth.tar", optimizer, plan=plan(change)) == 3
+    return train(net, optimizer, MORE)
+
+
+def with_deepspeed(folder: Path, change: str) -> Resumed:
+    if find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, **alone, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    worker = [sys.executable, "-m", "tests.integrations.deepspeed_worker", str(folder), change]
+    done = subprocess.run(
+        [*worker, str(OLD), str(MORE), json.dumps(OPTIONS)],
+        capture_output=True, text=True, check=False, timeout=240, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("losses"))
+    found: Resumed = json.loads(line.removeprefix("losses"))
+    return found
+
+
+RUNS: list[Callable[[Path, str], Resumed]] = [with_a_loop, with_trainer, with_accelerate, with_lightning, with_dcp]
+RUNS += [with_timm, with_deepspeed]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+def test_a_changed_run_goes_on_as_one_that_was_changed_by_hand(
+    run: Callable[[Path, str], Resumed], change: str, tmp_path: Path
+) -> None:
+    found = run(tmp_path, change)
+    assert len(found) == MORE
+    one_step_for_all = run is with_deepspeed
+    assert found == expected_losses(change, OLD, MORE, one_step_for_all=one_step_for_all, **OPTIONS)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_policy_of_stable_baselines3(change: str, tmp_path: Path) -> None:
+    """Its losses are drawn at random, so that the state is compared instead."""
+    sb3 = pytest.importorskip("stable_baselines3")
+    gymnasium = pytest.importorskip("gymnasium")
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+    from optimstate.integrations.stable_baselines3 import resume_algorithm
+
+    class Features(BaseFeaturesExtractor):  # type: ignore[misc]
+        def __init__(self, space: Any, net: Callable[[], Net]) -> None:
+            super().__init__(space, 4)
+            self.net = net()
+
+        def forward(self, observations: torch.Tensor) -> torch.Tensor:
+            x = self.net.emb(observations.long()[:, 0] % 6)
+            for block in self.net.blocks:
+                x = block(x)
+            return x + getattr(self.net, self.net.out_name)(x)
+
+    class Walk(gymnasium.Env):  # type: ignore[misc]
+        observation_space = gymnasium.spaces.Box(0, 9, (1,))
+        action_space = gymnasium.spaces.Discrete(2)
+
+        def reset(self, *, seed: int | None = None, **_: Any) -> Any:
+            super().reset(seed=seed)
+            return self.observation_space.sample() * 0, {}
+
+        def step(self, action: Any) -> Any:
+            return self.observation_space.sample(), float(action), False, False, {}
+
+    def agent(net: Callable[[], Net]) -> Any:
+        kwargs = {"features_extractor_class": Features, "features_extractor_kwargs": {"net": net}, "net_arch": []}
+        return sb3.PPO("MlpPolicy", Walk(), n_steps=8, batch_size=8, n_epochs=1, device="cpu", policy_kwargs=kwargs)
+
+    old, new = agent(Net), agent(lambda: changed(change))
+    old.learn(8)
+    old.save(tmp_path / "ppo.zip")
+    # The state dict of a policy has its one extractor under three names.
+    shared = "{x=features_extractor|pi_features_extractor|vf_features_extractor}.net"
+    inside = optimstate.Plan.from_toml(_inside(shared, CHANGES[change][1]))
+    before = {name: p.detach().clone() for name, p in new.policy.named_parameters()}
+    resume_algorithm(new, tmp_path / "ppo.zip", plan=inside)
+    was = dict(old.policy.named_parameters())
+    for name, parameter in new.policy.named_parameters():
+        if change == "a layer inserted" and ".blocks.1." in name:
+            assert torch.equal(parameter, before[name])
+            assert not new.policy.optimizer.state.get(parameter)
+            continue
+        source = was[name.replace("blocks.2.", "blocks.1.").replace("readout", "out")]
+        part = tuple(map(slice, source.shape))
+        assert torch.equal(parameter[part], source)
+        for slot, value in old.policy.optimizer.state[source].items():
+            found = new.policy.optimizer.state[parameter][slot]
+            assert torch.equal(found[part] if value.dim() else found, value)
+    new.learn(8, reset_num_timesteps=False)
+    assert new.num_timesteps == 16
