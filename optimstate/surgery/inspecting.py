@@ -22,6 +22,7 @@ from optimstate.state.optimizer import Group, OptimizerState
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged, scheduler_name, section_called, tied_names
 from optimstate.surgery.inspection_text import Sort
+from optimstate.surgery.repeated import repeated
 from optimstate.surgery.reports import (
     GroupInfo,
     Inspection,
@@ -112,7 +113,7 @@ def inspect(
             {kind: count for kind, count in opaque.most_common() if count > 0},
             tuple(dangerous(document.globals)),
             tuple(missing_for_resume(infos)) if section is None else (),
-            (*document.notes, *_notes(sections, states), *look.oddities()),
+            (*document.notes, *_notes(document, sections, states), *look.oddities()),
             entries,
             hidden,
             {format_path(place): reason for place, reason in judgement.others.items()} if section is None else {},
@@ -165,7 +166,9 @@ class _Choice(Record):
         return made[: self.top]
 
 
-def _notes(sections: Sequence[Section], states: Mapping[int, OptimizerState]) -> Iterator[str]:
+def _notes(document: Document, sections: Sequence[Section], states: Mapping[int, OptimizerState]) -> Iterator[str]:
+    for where, message in repeated(document, sections):
+        yield f"{where} {message}"
     for section in sections:
         if section.kind == "optimizer" and is_flat(states[id(section)]):
             yield (

@@ -18,6 +18,7 @@ from optimstate.state.sections import Section, judged
 from optimstate.surgery.certifying import certificates_in, differences
 from optimstate.surgery.checksums import damaged
 from optimstate.surgery.findings import Finding, VerifyReport, fault, note
+from optimstate.surgery.repeated import repeated
 from optimstate.surgery.reports import opening
 from optimstate.surgery.resume_checks import check_optimizer, check_schedulers
 from optimstate.surgery.text import plural
@@ -63,6 +64,7 @@ def verify(
         models = [section for section in sections if section.kind == "model"]
         schedulers = [section for section in sections if section.kind == "scheduler"]
         optimizers = [section for section in sections if section.kind == "optimizer"]
+        findings += [note("section", where, message) for where, message in repeated(document, sections)]
         for section in optimizers:
             findings += check_optimizer(section, models, numbers, progress)
         findings += check_schedulers(optimizers, schedulers)
