@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from optimstate.formats.protocol import Document
@@ -43,19 +44,18 @@ def repeated(document: Document, sections: Sequence[Section]) -> Iterator[tuple[
 def _file(document: Document, section: Section) -> str:
     """The file a section is in, however many names it has."""
     part = document.parts.get(str(section.path[0]))
-    return str(section.path[0]) if part is None else str(part.path.resolve())
+    return str(section.path[0]) if part is None else str(Path(str(part.path)).resolve())
 
 
 def _form(section: Section) -> frozenset[Any]:
     """What two sections have in common that are copies of one, or the same part at two steps; empty for too little."""
     if section.kind == "optimizer":
         state: OptimizerState = section.optimizer()
-        rows = [(index, _shapes(slots)) for index, (_, _, slots) in enumerate(state.parameters())]
+        rows: list[Any] = [(index, _shapes(slots)) for index, (_, _, slots) in enumerate(state.parameters())]
         return frozenset((*rows, tuple(len(group.params) for group in state.groups))) if rows else frozenset()
     tensors = section.tensors()
     prefix = wrapper_prefix(tensors)
-    rows = [(name.removeprefix(prefix), str(getattr(value, "shape", ""))) for name, value in tensors.items()]
-    return frozenset(rows)
+    return frozenset((name.removeprefix(prefix), str(getattr(value, "shape", ""))) for name, value in tensors.items())
 
 
 def _shapes(slots: Any) -> Any:

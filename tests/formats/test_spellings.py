@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from optimstate import convert
+from optimstate import convert, diff
 from optimstate.errors import CheckpointError, CorruptCheckpointError, RepresentationError
 from optimstate.formats.pickles import tensors as spellings
+from optimstate.formats.pickles.foreign import remedy_for
 from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.formats.registry import open_checkpoint
+from optimstate.formats.safetensors import json_tree
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import GlobalName, difference
+from optimstate.tree import GlobalName, difference, nodes
+from tests.corpus import Case, case, cases
 from tests.formats.live import differs
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch deprecates what these files are made of
@@ -222,7 +226,7 @@ def foreign() -> dict[str, tuple[Any, str]]:
         "nested": (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a nested tensor"),
         "jagged": (
             torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
-            "a tensor of class torch.nested._internal.nested_tensor.NestedTensor",
+            "a nested tensor (NestedTensor)",
         ),
         "meta": (torch.ones(2, device="meta"), "a tensor of the meta device, without elements"),
         "sparse parameter": (torch.nn.Parameter(torch.eye(3).to_sparse()), "a sparse tensor"),
@@ -259,7 +263,7 @@ def test_other_tensors_are_named_and_copied(name: str, tmp_path: Path) -> None:
     assert type(back) is type(live)
     if words.startswith("a tensor of the meta"):
         return
-    with pytest.raises(RepresentationError, match=f"w is {words}, which this container cannot hold"):
+    with pytest.raises(RepresentationError, match=re.escape(f"w is {words}, which this container cannot hold")):
         convert(tmp_path / "a.pt", tmp_path / "b.safetensors")
 
 
@@ -281,3 +285,82 @@ def test_what_is_no_tensor_is_not_called_one() -> None:
         tensor_kind(GlobalName("torch._utils", "_rebuild_new")())
         == "a tensor that is spelled torch._utils._rebuild_new"
     )
+
+
+def _wrapper(path: str) -> Any:
+    """The record of a tensor of a class, as torch pickles wrapper subclasses."""
+    module, _, name = path.rpartition(".")
+    build = GlobalName("torch._utils", "_rebuild_wrapper_subclass")
+    kind = GlobalName(module, name)
+    arguments = (kind, GlobalName("torch", "float32"), (2,), (1,), 0, None, None, False)
+    return GlobalName("torch._tensor", "_rebuild_from_type_v2")(build, kind, arguments, {})
+
+
+LIBRARIES = {
+    "torch.distributed.tensor.DTensor": "a DTensor, one rank's part of a tensor",  # since 2.5
+    "torch.distributed._tensor.api.DTensor": "a DTensor, one rank's part of a tensor",  # 2.0 to 2.4
+    "torch.distributed._tensor.DTensor": "a DTensor, one rank's part of a tensor",
+    "torch.distributed._shard.sharded_tensor.api.ShardedTensor": "a ShardedTensor, one rank's part",  # since 1.11
+    "torch.distributed._sharded_tensor.api.ShardedTensor": "a ShardedTensor, one rank's part",  # 1.10
+    "torchao.quantization.Int8Tensor": "a quantized tensor of torchao",
+    "torchao.dtypes.affine_quantized_tensor.AffineQuantizedTensor": "a quantized tensor of torchao",
+    "torchao.dtypes.nf4tensor.NF4Tensor": "a quantized tensor of torchao",
+    "torchao.float8.float8_tensor.Float8Tensor": "a quantized tensor of torchao",
+    "torchao.optim.subclass_4bit.OptimState4bit": "a quantized slot of torchao's optimizers",
+    "torchao.prototype.low_bit_optim.subclass_8bit.OptimState8bit": "a quantized slot of torchao's optimizers",
+    "bitsandbytes.nn.modules.Params4bit": "a quantized weight of bitsandbytes",
+    "transformer_engine.pytorch.tensor.float8_tensor.Float8Tensor": "a quantized tensor of Transformer Engine",
+    "optimum.quanto.tensor.weights.qbytes.WeightQBytesTensor": "a quantized tensor of quanto",
+    "torch.masked.maskedtensor.core.MaskedTensor": "a masked tensor",
+    "torch.sparse.semi_structured.SparseSemiStructuredTensorCUTLASS": "a semi-structured sparse tensor",
+    "torch._subclasses.fake_tensor.FakeTensor": "a fake tensor, without elements",
+}
+
+
+@pytest.mark.parametrize("path", LIBRARIES)
+def test_tensors_of_libraries_are_named_with_what_to_do(path: str) -> None:
+    kind = tensor_kind(_wrapper(path))
+    assert kind is not None
+    assert kind.startswith(LIBRARIES[path])
+    assert kind.endswith(f"({path.rpartition('.')[2]})")
+    assert remedy_for(kind)
+    with pytest.raises(RepresentationError) as caught:
+        json_tree.encode({"w": _wrapper(path)}, lambda *_: {}, lambda _: None)
+    assert kind in str(caught.value)
+    assert remedy_for(kind) in str(caught.value.hint)
+
+
+def test_every_kind_of_record_has_a_remedy() -> None:
+    for path, kind in spellings.RECORDS.items():
+        assert remedy_for(kind) or "wrapper" in kind, path
+
+
+OF_LIBRARIES = {
+    "torchao/int8_weight_only": "a quantized tensor of torchao (Int8Tensor)",
+    "torchao/adamw8bit": "a quantized slot of torchao's optimizers (OptimState8bit)",
+    "bitsandbytes/linear4bit_module": "a quantized weight of bitsandbytes",
+    "bitsandbytes/linear8bit_module": "a quantized weight of bitsandbytes",
+}
+
+
+@pytest.mark.parametrize("name", OF_LIBRARIES)
+def test_what_libraries_save_is_named_and_copied(name: str, tmp_path: Path) -> None:
+    (file,) = (file for file in case(name).files if file.suffix == ".pt")
+    found = {tensor_kind(node) for node in nodes(open_checkpoint(file).tree)} - {None}
+    assert found == {OF_LIBRARIES[name]}
+    convert(file, tmp_path / "b.pt")
+    assert not diff(file, tmp_path / "b.pt").changes
+    with pytest.raises(RepresentationError) as caught:
+        convert(file, tmp_path / "b.safetensors")
+    assert OF_LIBRARIES[name] in str(caught.value)
+    assert "dequantize" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("found", [*cases("fsdp1/"), *cases("dcp/")], ids=str)
+def test_one_ranks_file_alone_is_named(found: Case, tmp_path: Path) -> None:
+    for number, file in enumerate(found.files):
+        if file.suffix == ".pt":
+            kinds = {tensor_kind(node) for node in nodes(open_checkpoint(file).tree)} - {None}
+            if any(str(kind).startswith(("a DTensor", "a ShardedTensor")) for kind in kinds):
+                with pytest.raises(RepresentationError, match="one rank's part of a tensor"):
+                    convert(file, tmp_path / f"{number}.safetensors")

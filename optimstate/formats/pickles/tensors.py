@@ -8,15 +8,16 @@ records, which are shown by name, copied with torch's container, and refused by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from optimstate.formats.pickles.foreign import known_class
 from optimstate.io.extents import Extent
 from optimstate.tensors.dtypes import DTYPES, check_sizes, decode_scalar
 from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
-from optimstate.tree import AttributedTensor, GlobalName, Opaque
+from optimstate.tree import AttributedTensor, GlobalName, Opaque, nodes
 
 __all__ = [
     "READ",
@@ -58,6 +59,7 @@ RECORDS = {
     "torch._utils._rebuild_wrapper_subclass": "a tensor of a wrapper class",
     "torch._utils._rebuild_device_tensor_from_numpy": "a tensor of another device",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "a tensor of another device",
+    "torch._utils._rebuild_ort_tensor": "a tensor of another device",
     "torch.nn.parameter.UninitializedParameter": "a parameter without a shape",
     "torch.nn.parameter.UninitializedBuffer": "a buffer without a shape",
     "torch.multiprocessing.reductions.rebuild_tensor": "a tensor in the shared memory of a process",
@@ -78,16 +80,31 @@ def tensor_kind(node: Any) -> str | None:
         return None
     path = node.type.path
     if path in _PARAMETERS and node.arguments:
-        return tensor_kind(node.arguments[0])
+        return tensor_kind(node.arguments[0]) or _attributed(node)
     if path in _FROM_TYPE and len(node.arguments) == 4:
         build, kind = node.arguments[:2]
         if isinstance(kind, GlobalName) and kind.path != "torch.Tensor":
-            return f"a tensor of class {kind.path}"
+            known = known_class(kind.path)
+            return f"{known.what} ({kind.qualname})" if known else f"a tensor of class {kind.path}"
         return RECORDS.get(build.path) if isinstance(build, GlobalName) else "a tensor of unknown class"
     if path in RECORDS:
         return RECORDS[path]
-    known = path.startswith("torch.") and node.type.qualname.startswith("_rebuild_")
-    return f"a tensor that is spelled {path}" if known else None
+    spelled = path.startswith("torch.") and node.type.qualname.startswith("_rebuild_")
+    return f"a tensor that is spelled {path}" if spelled else None
+
+
+def _attributed(node: Opaque) -> str | None:
+    """A parameter on which objects were set, which says whose it is; torch does not store its class."""
+    if len(node.arguments) < 4:
+        return None
+    state = node.arguments[3]
+    paths = [found.type.path for found in nodes(state) if isinstance(found, Opaque)]
+    known = next(filter(None, map(known_class, paths)), None)
+    if known is not None:
+        return known.what
+    if isinstance(state, Mapping) and {"CB", "SCB"} <= state.keys():
+        return "a quantized weight of bitsandbytes"
+    return "a parameter with objects set on it"
 
 
 class InMemory:
@@ -140,6 +157,7 @@ class TensorBuilder:
     def __init__(self) -> None:
         self._signatures: dict[tuple[Any, ...], tuple[str, int]] = {}  # checkpoints have few shapes and many tensors
         self._waiting: list[LazyTensor] = []
+        self._empty: list[dict[str, Any]] = []
 
     def find(self, path: str) -> Callable[..., Any] | None:
         """What builds the tensors that are spelled as calls of `path`."""
@@ -152,6 +170,10 @@ class TensorBuilder:
         """No state follows any more."""
         for tensor in self._waiting:
             tensor.__class__ = LazyTensor
+        if any(self._empty):
+            raise UnsupportedCheckpointError(
+                "a tensor on which an object was set that holds the tensor itself", hint="Save its state dict."
+            )
 
     def _tensor_v2(
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
@@ -202,7 +224,7 @@ class TensorBuilder:
 
     def _parameter_with_state(self, data: Any, grad: Any, hooks: Any, state: Any) -> Any:
         made = self._parameter(data, grad, hooks)
-        if isinstance(made, LazyTensor) and _are_plain(state):
+        if isinstance(made, LazyTensor) and state and _are_plain(state):  # an empty one is filled later: by the tensor
             return AttributedTensor.of(made, state)
         return GlobalName("torch._utils", "_rebuild_parameter_with_state")(data, grad, hooks, state)
 
@@ -211,6 +233,8 @@ class TensorBuilder:
         known = isinstance(build, GlobalName) and build.path in _PLAIN_REBUILDERS and type(arguments) is tuple
         if known and isinstance(kind, GlobalName) and kind.path == "torch.Tensor" and _are_plain(state):
             made = build(*arguments)
+            if not state:
+                self._empty.append(state)
             return AttributedTensor.of(made, state) if state else made
         return GlobalName("torch._tensor", "_rebuild_from_type_v2")(build, kind, arguments, state)
 

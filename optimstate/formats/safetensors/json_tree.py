@@ -23,9 +23,10 @@ from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, RepresentationError
+from optimstate.formats.pickles.foreign import remedy_for
 from optimstate.formats.pickles.globals import PLAIN_CLASSES
 from optimstate.formats.pickles.tensors import tensor_kind
-from optimstate.tensors.lazy import LazyTensor
+from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import GlobalName, Opaque, Path, bare_value, format_path, path_key
 
 __all__ = ["decode", "encode"]
@@ -103,10 +104,13 @@ class _Encoder:
         if value is not None:
             self.note(f"{format_path(path)}, an object of {node.type.path}, is kept as {describe(value)}")
             return self.encode(path, value)
+        kind = tensor_kind(node)
+        remedy = remedy_for(kind) if kind is not None else ""
         raise RepresentationError(
-            f"{format_path(path)} is {tensor_kind(node) or f'an object of {_describe(node)}'}, "
-            "which this container cannot hold",
-            hint="Give --drop-opaque to leave such objects out, or convert to a torch container.",
+            f"{format_path(path)} is {kind or f'an object of {_describe(node)}'}, which this container cannot hold",
+            hint=f"{remedy} Or give --drop-opaque to leave such objects out, or convert to a torch container.".lstrip()
+            if remedy
+            else "Give --drop-opaque to leave such objects out, or convert to a torch container.",
         )
 
     def encode_dict(self, path: Path, node: dict[Any, Any]) -> Any:
@@ -138,6 +142,8 @@ class _Encoder:
 
 
 def _describe(node: Any) -> str:
+    if isinstance(node, Storage):
+        return f"torch.{node.kind}, without a tensor"
     return node.type.path if isinstance(node, Opaque) else type(node).__name__
 
 
