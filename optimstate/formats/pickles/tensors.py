@@ -157,7 +157,7 @@ class TensorBuilder:
     def __init__(self) -> None:
         self._signatures: dict[tuple[Any, ...], tuple[str, int]] = {}  # checkpoints have few shapes and many tensors
         self._waiting: list[LazyTensor] = []
-        self._empty: list[dict[str, Any]] = []
+        self._without_state: list[dict[str, Any]] = []
 
     def find(self, path: str) -> Callable[..., Any] | None:
         """What builds the tensors that are spelled as calls of `path`."""
@@ -170,7 +170,7 @@ class TensorBuilder:
         """No state follows any more."""
         for tensor in self._waiting:
             tensor.__class__ = LazyTensor
-        if any(self._empty):
+        if any(self._without_state):
             raise UnsupportedCheckpointError(
                 "a tensor on which an object was set that holds the tensor itself", hint="Save its state dict."
             )
@@ -234,7 +234,7 @@ class TensorBuilder:
         if known and isinstance(kind, GlobalName) and kind.path == "torch.Tensor" and _are_plain(state):
             made = build(*arguments)
             if not state:
-                self._empty.append(state)
+                self._without_state.append(state)
             return AttributedTensor.of(made, state) if state else made
         return GlobalName("torch._tensor", "_rebuild_from_type_v2")(build, kind, arguments, state)
 
