@@ -40,7 +40,9 @@ def check_optimizer(
     algorithm = algorithm_of({slot for found in state.state.values() for slot in found}, state)
     if any(group.params for group in state.groups) and not state.state:
         yield note("coverage", where, "no parameter has state: the run would start fresh")
-    yield from _coverage(where, state)
+    if not state.groups:
+        yield fault("group", where, "no param groups: torch refuses it for any optimizer")
+    yield from _coverage(where, state, algorithm)
     yield from _steps(where, state)
     yield from _dtypes(where, state, models)
     yield from _aliases(where, state)
@@ -62,7 +64,11 @@ def _tensor_slots(slots: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(slot) for slot, value in slots.items() if isinstance(value, LazyTensor | Opaque))
 
 
-def _coverage(where: str, state: OptimizerState) -> Iterator[Finding]:
+_STARTED = {"SGD": frozenset({"momentum_buffer"})}
+"""Slots that torch's optimizers begin where a parameter has none, beside others that it has."""
+
+
+def _coverage(where: str, state: OptimizerState, algorithm: Algorithm | None) -> Iterator[Finding]:
     tensors = {label: _tensor_slots(slots) for label, slots in _labelled(state) if slots}
     kinds = Counter(tensors.values())
     full = [kind for kind, _ in kinds.most_common()]
@@ -75,11 +81,13 @@ def _coverage(where: str, state: OptimizerState) -> Iterator[Finding]:
         # Some algorithms keep other slots for matrices than for vectors: only a proper part of another's is suspicious.
         mine = tensors[label]
         larger = next((kind for kind in full if kind > mine and kinds[kind] >= kinds[mine]), None)
-        if larger is not None:
-            missing = ", ".join(sorted(larger - mine))
-            yield fault("coverage", place, f"has no {missing}, which {kinds[larger]} others have", [label])
+        absent = sorted(larger - {str(slot) for slot in slots}) if larger is not None else []  # None stands for fresh
+        if larger is not None and absent:
+            message = f"has no {', '.join(absent)}, which {kinds[larger]} others have"
+            started = algorithm is not None and set(absent) <= _STARTED.get(algorithm.name, frozenset())
+            yield (note if started else fault)("coverage", place, message, [label])
     for key in state.orphans():
-        yield fault("coverage", where, f"state for {describe(key)}, which is in no param group")
+        yield note("coverage", where, f"state for {describe(key)}, which is in no param group: torch carries it along")
 
 
 def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
@@ -101,7 +109,7 @@ def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
 
 
 def _dtypes(where: str, state: OptimizerState, models: list[Section]) -> Iterator[Finding]:
-    """Weights of one dtype have state of one dtype; where the weights are not known, differences are only noted."""
+    """Weights of one dtype have state of one dtype; torch casts what differs, but for steps, when it loads."""
     weights = {name: tensor for model in _model_tensors(models) for name, tensor in model.items()}
     prefix = wrapper_prefix([name for _, name, _ in state.parameters() if name is not None])
     kinds: dict[tuple[str, str], dict[str, list[str]]] = {}
@@ -116,7 +124,7 @@ def _dtypes(where: str, state: OptimizerState, models: list[Section]) -> Iterato
         for dtype, labels in dtypes.items():
             if dtype != usual:
                 others = f"{len(dtypes[usual])} others{f' of {of} weights' if of else ''} are {usual}"
-                yield (fault if of else note)("dtypes", f"{where}, {labels[0]}", f"{slot} is {dtype}, {others}", labels)
+                yield note("dtypes", f"{where}, {labels[0]}", f"{slot} is {dtype}, {others}", labels)
 
 
 def _aliases(where: str, state: OptimizerState) -> Iterator[Finding]:
@@ -233,7 +241,11 @@ def check_schedulers(optimizers: list[Section], schedulers: list[Section]) -> It
             yield fault("group", where, f"learning rates for {len(last)} groups, the optimizers have {counts}")
         elif not any(_equal_rates(last, found) for found in rates):
             shown = ", ".join(map(str, rates))
-            yield fault("lr", where, f"set {last} last, but the optimizers have {shown}")
+            usable = all(isinstance(rate, int | float) for found in rates for rate in found)  # NaN is shown as text
+            message = f"set {last} last, but the optimizers have {shown}"
+            yield (
+                note("lr", where, f"{message}: right if it was set by hand") if usable else fault("lr", where, message)
+            )
 
 
 def _equal_rates(a: list[Any], b: list[Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -69,6 +69,7 @@ def verify(
             findings += check_optimizer(section, models, numbers, progress)
         findings += check_schedulers(optimizers, schedulers)
         checked.append(f"{plural(len(optimizers), 'optimizer')}, {plural(len(schedulers), 'scheduler')}")
+        findings += _empty(document)
         rest = _Rest(document, sections)
         if numbers:
             findings += rest.check(progress)
@@ -117,6 +118,16 @@ def _damaged(document: Document, checked: list[str], progress: Progress | None) 
     for part in _documents(document):
         for line in part.notes:
             yield note("container", part.path.name, line)
+
+
+def _empty(document: Document) -> Iterator[Finding]:
+    """Dicts that are called as models are, and hold nothing."""
+    for path, node in walk(document.tree):
+        if isinstance(node, Mapping) and not node and path and str(path[-1]) in _MODELS and len(path) <= 2:
+            yield note("section", format_path(path), "is empty: a model that is loaded from it finds no weights")
+
+
+_MODELS = {"model", "state_dict", "model_state_dict", "module", "net", "weights"}
 
 
 def _documents(document: Document) -> Iterator[Document]:

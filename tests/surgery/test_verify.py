@@ -122,13 +122,10 @@ FAULTS: list[tuple[Callable[[Checkpoint], None], str]] = [
     (zero_moments, "moments"),
     (empty_second_moment, "moments"),
     (missing_slot, "coverage"),
-    (orphan_state, "coverage"),
-    (stale_learning_rate, "lr"),
     (other_number_of_groups, "group"),
     (not_a_number, "numbers"),
     (infinite, "numbers"),
     (negative_second_moment, "numbers"),
-    (wrong_dtype, "dtypes"),
     (alias_between_parameters, "aliases"),
     (alias_between_moments, "aliases"),
     (equal_moments, "moments"),
@@ -137,6 +134,81 @@ FAULTS: list[tuple[Callable[[Checkpoint], None], str]] = [
     (name_of_no_weight, "name"),
     (name_given_twice, "name"),
 ]
+
+
+def no_groups(c: Checkpoint) -> None:
+    c["optimizer"] = {"state": {}, "param_groups": []}
+
+
+def no_rate(c: Checkpoint) -> None:
+    del c["optimizer"]["param_groups"][0]["lr"]
+
+
+def step_as_a_number(c: Checkpoint) -> None:
+    slots(c)["step"] = 7  # type: ignore[assignment]
+
+
+def no_model(c: Checkpoint) -> None:
+    c["model"] = {}
+
+
+FAULTS += [(no_groups, "group"), (no_rate, "lr")]
+NOTES: list[tuple[Callable[[Checkpoint], None], str]] = [
+    (orphan_state, "coverage"),
+    (stale_learning_rate, "lr"),
+    (wrong_dtype, "dtypes"),
+    (step_mismatch, "steps"),
+    (no_model, "section"),
+]
+
+
+@pytest.mark.parametrize(("plant", "check"), NOTES, ids=lambda value: getattr(value, "__name__", value))
+def test_what_may_be_right_is_a_note(plant: Callable[[Checkpoint], None], check: str, tmp_path: Path) -> None:
+    checkpoint = trained()
+    plant(checkpoint)
+    report = verify(saved(checkpoint, tmp_path))
+    assert report.healthy
+    assert check in {finding.kind for finding in report.findings}
+
+
+def refused_by_torch(checkpoint: Checkpoint) -> bool:
+    """Whether an optimizer of the same parameters and groups does not load the state, or fails in its next step."""
+    model = {name: torch.nn.Parameter(weight.clone()) for name, weight in trained()["model"].items()}
+    groups = trained()["optimizer"]["param_groups"]
+    named = [{"params": [(name, model[name]) for name in group["param_names"]]} for group in groups]
+    optimizer = torch.optim.AdamW(named)
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter in model.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    except (RuntimeError, ValueError, KeyError, TypeError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "plant", [*(plant for plant, _ in (*FAULTS, *NOTES)), step_as_a_number], ids=lambda plant: plant.__name__
+)
+def test_what_torch_refuses_is_a_fault_and_what_is_no_fault_torch_takes(
+    plant: Callable[[Checkpoint], None], tmp_path: Path
+) -> None:
+    checkpoint = trained()
+    plant(checkpoint)
+    path = saved(checkpoint, tmp_path)
+    assert not (refused_by_torch(torch.load(path)) and verify(path).healthy)
+
+
+def test_a_buffer_that_torch_begins_is_not_missed(tmp_path: Path) -> None:
+    weights = {name: torch.nn.Parameter(torch.ones(2, 2)) for name in ("a", "b", "c")}
+    optimizer = torch.optim.SGD([*weights.items()], lr=0.1, momentum=0.9)
+    for parameter in weights.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["momentum_buffer"] = None
+    torch.save({"model": weights, "optimizer": state}, tmp_path / "a.pt")
+    assert verify(tmp_path / "a.pt").healthy
 
 
 def saved(checkpoint: Checkpoint, folder: Path) -> Path:

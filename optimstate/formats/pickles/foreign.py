@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+
+from optimstate.record import Record
 
 __all__ = ["FOREIGN", "Known", "known_class", "remedy_for"]
 
 
-class Known(NamedTuple):
+class Known(Record):
     """What is known of a kind of tensor.
 
     Attributes:
