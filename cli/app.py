@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from optimstate import __version__, errors
-from optimstate.describe import escaped
+from optimstate.describe import describe, escaped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -280,7 +280,7 @@ def _nearest_choice(error: TyperException) -> str:
     choices = [str(word) for word in getattr(getattr(getattr(error, "param", None), "type", None), "choices", ())]
     given = (word.rpartition("=")[2] for word in sys.argv[1:])
     near = [found for word in given if word not in choices for found in get_close_matches(word, choices, n=1)]
-    return f"Did you mean {near[0]!r}? " if near else ""
+    return f"Did you mean {describe(near[0])}? " if near else ""
 
 
 def _wrong_usage(error: TyperException) -> int:

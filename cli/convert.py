@@ -9,6 +9,7 @@ import typer
 
 from optimstate.cli import words
 from optimstate.cli.app import Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog
+from optimstate.describe import describe
 
 
 def parse_size(text: str) -> int:
@@ -17,7 +18,7 @@ def parse_size(text: str) -> int:
     number = text.strip().rstrip("BKMGIbkmgi ")
     unit = text.strip()[len(number) :].strip().upper()
     if unit not in units or not number.replace(".", "", 1).isdigit() or not float(number):
-        raise typer.BadParameter(f"{text!r} is not a size; write 500MB or 2GiB", param_hint="--shard-size")
+        raise typer.BadParameter(f"{describe(text)} is not a size; write 500MB or 2GiB", param_hint="--shard-size")
     return int(float(number) * units[unit])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError, PlanError
 from optimstate.hooks.engine.hook import LoadHook
 from optimstate.hooks.engine.request import LoadRequest, Source
@@ -171,7 +172,7 @@ def resize(
                     [
                         Problem(
                             "name",
-                            f"the live optimizer has no parameter {name!r} to take the shape of",
+                            f"the live optimizer has no parameter {describe(name)} to take the shape of",
                             "resize",
                             (name,),
                         )
@@ -201,7 +202,9 @@ def fill_missing(with_: Literal["fresh", "zeros"] | Mapping[str, str] = "fresh")
     if isinstance(with_, Mapping):
         return HookStep("fill_missing", lambda request: _fill_like(request, with_))
     if with_ not in ("fresh", "zeros"):
-        raise PlanError(f"fill_missing({with_!r}): expected 'fresh', 'zeros', or a mapping of new names to others")
+        raise PlanError(
+            f"fill_missing({describe(with_)}): expected 'fresh', 'zeros', or a mapping of new names to others"
+        )
 
     def prepare(request: LoadRequest) -> None:
         request.add(Plan(policy=Policy(missing="fresh")))
@@ -275,7 +278,7 @@ def hyperparameters(
     given: dict[str, Source] = {**dict(sources or {}), "*": default}
     for key, source in given.items():
         if source not in ("file", "live", "merge"):
-            raise PlanError(f"hyperparameters: {key} = {source!r}, expected 'file', 'live' or 'merge'")
+            raise PlanError(f"hyperparameters: {key} = {describe(source)}, expected 'file', 'live' or 'merge'")
     if twice := sorted(given.keys() & values.keys()):
         raise PlanError(f"hyperparameters: {twice[0]} has both a source and a value")
 
@@ -364,7 +367,7 @@ def _fill_like(request: LoadRequest, names: Mapping[str, str]) -> None:
         matches = {name: captures for name in known if (captures := source.match(name)) is not None}
         if not matches:
             raise MigrationError(
-                [Problem("unmatched", f"{new!r} matches no parameter of the live optimizer", "fill_missing")]
+                [Problem("unmatched", f"{describe(new)} matches no parameter of the live optimizer", "fill_missing")]
             )
         like.update({name: next(iter(target.produce(captures))) for name, captures in matches.items()})
     request.add(Plan(tuple(Rule((), (Template.literal(name),), fresh=True) for name in like)))
@@ -375,7 +378,13 @@ def _fill_like(request: LoadRequest, names: Mapping[str, str]) -> None:
         other = like[name]
         if other not in slots:
             raise MigrationError(
-                [Problem("name", f"{name!r} is to be like {other!r}, which the live optimizer lacks", "fill_missing")]
+                [
+                    Problem(
+                        "name",
+                        f"{describe(name)} is to be like {describe(other)}, which the live optimizer lacks",
+                        "fill_missing",
+                    )
+                ]
             )
         found = slots[other]
         if found is None:
@@ -386,7 +395,7 @@ def _fill_like(request: LoadRequest, names: Mapping[str, str]) -> None:
                 [
                     Problem(
                         "shape",
-                        f"{name!r} has shape {list(parameter.shape)}, {other!r} has {list(shape)}",
+                        f"{describe(name)} has shape {list(parameter.shape)}, {describe(other)} has {list(shape)}",
                         "fill_missing",
                     )
                 ]

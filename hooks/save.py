@@ -12,6 +12,7 @@ from os import PathLike
 from typing import Any
 
 from optimstate import __version__
+from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
 from optimstate.hooks.engine.hook import LOGGER
 from optimstate.hooks.engine.slots import as_dtype
@@ -71,7 +72,7 @@ def name_params(model: torch.nn.Module) -> SaveHook:
             if given is not None and list(given) != found:
                 other = next(pair for pair in zip(given, found, strict=True) if pair[0] != pair[1])
                 raise StateMismatchError(
-                    f"the optimizer calls a parameter {other[0]!r}, which is {other[1]!r} in the model",
+                    f"the optimizer calls a parameter {describe(other[0])}, which is {describe(other[1])} in the model",
                     hint="Leave out name_params(): this optimizer has names.",
                 )
             groups.append({**{key: value for key, value in group.items() if key != "params"}, "param_names": found})
@@ -215,5 +216,5 @@ def _refuse_unknown(slots: Any, state: Mapping[Any, Any]) -> None:
     unknown = [slot for slot in slots if slot not in found]
     if found and unknown:
         raise StateMismatchError(
-            f"no parameter has the slot {unknown[0]!r}", hint=f"There are {', '.join(sorted(map(str, found)))}."
+            f"no parameter has the slot {describe(unknown[0])}", hint=f"There are {', '.join(sorted(map(str, found)))}."
         )

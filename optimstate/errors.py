@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Self
 
-from optimstate.describe import escaped
+from optimstate.describe import describe, escaped
 from optimstate.problems import Problem
 
 __all__ = [
@@ -196,7 +196,7 @@ class UsageError(OptimStateError, ValueError):
 
         words = list(dict.fromkeys(known))
         near = get_close_matches(word.lower(), words, n=1, cutoff=0.6)
-        suggestion = f"Did you mean {near[0]!r}? " if near else ""
+        suggestion = f"Did you mean {describe(near[0])}? " if near else ""
         return cls(problem, hint=f"{suggestion}There are: {', '.join(words)}." if words else "")
 
 

@@ -19,6 +19,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from optimstate.describe import escaped
+
 __all__ = ["draw", "drawn"]
 
 # The words by which reports judge, wherever they stand alone: in a cell, or in front of a line.
@@ -32,7 +34,6 @@ MEANING = {
     "not scanned": "bold red",
 }
 SIGNS = {"+": "green", "-": "red", "~": "yellow", ">": "cyan"}  # in front of a difference
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # what a file's names must not send to a terminal
 _LEAD = re.compile(r"^(\s*)([a-z]+(?: [a-z]+)?)(?=: )")
 _SIGN = re.compile(r"^(\s+)([-+~>]) (\S+)")
 _HEADING = re.compile(r"^(?:averaged )?(?:model|optimizer|scheduler|ema)\b[^:]*")
@@ -73,7 +74,7 @@ def drawn(text: str, *, width: int, colour: bool = True) -> str:
         legacy_windows=False,
     )
     with console.capture() as capture:
-        console.print(Group(*_blocks(_CONTROL.sub(lambda found: repr(found[0])[1:-1], text).split("\n"))))
+        console.print(Group(*_blocks(escaped(text, lines=True).split("\n"))))
     return "\n".join(line.rstrip() for line in capture.get().split("\n"))
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import PlanError, StateMismatchError
 from optimstate.hooks.engine.live import Live
 from optimstate.hooks.engine.match import LoadOutcome, matched, own_containers
@@ -123,7 +124,7 @@ def adapt(optimizer: torch.optim.Optimizer, state_dict: StateDict, *hooks: LoadH
 def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequence[LoadHook]) -> StateDict:
     if not {"state", "param_groups"} <= state_dict.keys():
         raise StateMismatchError(
-            f"this is not an optimizer's state dict: it has {', '.join(map(repr, list(state_dict)[:5]))}",
+            f"this is not an optimizer's state dict: it has {', '.join(map(describe, list(state_dict)[:5]))}",
             hint="Give the part of the checkpoint that is the optimizer's, or the whole to optimstate.resume().",
         )
     if _is_own(optimizer, state_dict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
+from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
 from optimstate.installed_torch import torch
 from optimstate.record import Record
@@ -132,7 +133,8 @@ class Live(Record):
                 new = rename(name)
                 if new in seen:
                     raise StateMismatchError(
-                        f"two parameters of the live optimizer, {seen[new]!r} and {name!r}, would be called {new!r}"
+                        f"two parameters of the live optimizer, {describe(seen[new])} and {describe(name)}, "
+                        f"would be called {describe(new)}"
                     )
                 seen[new] = name
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.hooks.engine.live import Consecutive
 from optimstate.hooks.engine.report import Report
@@ -182,7 +183,9 @@ def refuse_other_algorithm(wanted: str, saved: Algorithm | None, state: Optimize
     strange = sorted(slot for slot in present if known.slot(slot) is None and slot not in MASTERS)
     absent = sorted((_NEEDED & known.slots.keys()) - present)
     if strange or absent:
-        difference = f"has {strange[0]!r}, which {live} does not keep" if strange else f"lacks {absent[0]!r}"
+        difference = (
+            f"has {describe(strange[0])}, which {live} does not keep" if strange else f"lacks {describe(absent[0])}"
+        )
         raise StateMismatchError(
             f"the checkpoint has the state of {saved.name}, and the live optimizer is {live}: its state {difference}",
             hint=f'Convert it: optimizer = "{live}" in the plan; or start without state: fresh = "**".',
@@ -208,7 +211,7 @@ def _without_orphans(request: LoadRequest) -> tuple[OptimizerState, list[Any]]:
     if request.plan.policy.unexpected == "error":
         raise MigrationError(
             [
-                Problem("name", f"the checkpoint has state under the key {key!r}, which is in no param group")
+                Problem("name", f"the checkpoint has state under the key {describe(key)}, which is in no param group")
                 for key in lost[:4]
             ],
             hint="Drop it with hooks.drop_unexpected().",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError, PlanError
 from optimstate.hooks.engine.hook import LoadHook
 from optimstate.hooks.engine.request import LoadRequest
@@ -54,7 +55,7 @@ def ruled(
     for key, value in names.items():
         if isinstance(value, str) == several:
             wanted = "a list of names" if several else "one name"
-            raise PlanError(f"{hook}: {key!r} is given {value!r}, expected {wanted}")
+            raise PlanError(f"{hook}: {describe(key)} is given {describe(value)}, expected {wanted}")
     given = {key: list(value) if several else value for key, value in names.items()}
     left, right = ("{rest}", "{rest**}") if flip else ("{rest**}", "{rest}")
 
@@ -107,6 +108,8 @@ def matching(names: Iterable[str], known: Sequence[str], hook: str) -> list[str]
         template = Template(below(name, set(known)))
         matches = [other for other in known if template.match(other) is not None]
         if not matches:
-            raise MigrationError([Problem("unmatched", f"{name!r} matches no parameter of the checkpoint", hook)])
+            raise MigrationError(
+                [Problem("unmatched", f"{describe(name)} matches no parameter of the checkpoint", hook)]
+            )
         found.update(dict.fromkeys(matches))
     return list(found)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError, PlanError
 from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import copied, number_of, shape_of
@@ -25,7 +26,7 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
     """
     found = name if isinstance(name, torch.dtype) else getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
-        raise PlanError(f"no dtype is called {name!r}", hint="For example: float32, bfloat16.")
+        raise PlanError(f"no dtype is called {describe(name)}", hint="For example: float32, bfloat16.")
     return found
 
 
@@ -61,7 +62,7 @@ def zeros_like_others(
                 [
                     Problem(
                         "slot",
-                        f"it is not known what zero is for the slot {slot_name(path)!r} of {donor!r}",
+                        f"it is not known what zero is for the slot {describe(slot_name(path))} of {describe(donor)}",
                         "fill_missing",
                     )
                 ],
@@ -80,8 +81,8 @@ def _agreed(name: str, path: SlotPath, donor: str, others: Mapping[str, Slots]) 
                 [
                     Problem(
                         "disagreement",
-                        f"{name!r} is to get the others' {slot_name(path)}, but {donor!r} has "
-                        f"{number_of(value)} and {other!r} has {number_of(its)}",
+                        f"{describe(name)} is to get the others' {slot_name(path)}, but {describe(donor)} has "
+                        f"{number_of(value)} and {describe(other)} has {number_of(its)}",
                         "fill_missing",
                         (name, donor, other),
                     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from optimstate.derivation.derive import Derived, derive
 from optimstate.derivation.probe import Function, Source
+from optimstate.describe import describe
 from optimstate.errors import DerivationError, OptimStateError
 
 
@@ -43,7 +44,7 @@ def _function(place: str) -> Function:
     """The function at `package.module:name`; the current folder is searched as `python -m` does."""
     module, _, name = place.partition(":")
     if not module or not name:
-        raise DerivationError(f"{place!r} does not name a function", hint="Write package.module:function.")
+        raise DerivationError(f"{describe(place)} does not name a function", hint="Write package.module:function.")
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
     try:
         found = import_module(module)

@@ -11,6 +11,7 @@ from optimstate.derivation.layout import Program, Wanted, core, cut, joined
 from optimstate.derivation.probe import Combined, Function, Moved, New, Probe, Source, Unexplained, probe
 from optimstate.derivation.proof import differences, roundings
 from optimstate.derivation.templates import Moves, drops, generalised
+from optimstate.describe import describe
 from optimstate.errors import DerivationError
 from optimstate.plan.language.base import Operation
 from optimstate.plan.language.operations import OPERATIONS
@@ -111,7 +112,7 @@ class Derivation:
         self.dropped = tuple(name for name in self.sources if name not in used)
         if self.dropped and not self.allow_drop:
             more = len(self.dropped) - 5
-            shown = ", ".join(map(repr, self.dropped[:5])) + (f" and {more} more" if more > 0 else "")
+            shown = ", ".join(map(describe, self.dropped[:5])) + (f" and {more} more" if more > 0 else "")
             raise DerivationError(
                 f"no output takes {shown}",
                 hint="If they are to be left out, allow it: allow_drop=True, or --allow-drop.",
@@ -122,8 +123,8 @@ class Derivation:
         wrong = []
         for name, origin in found.outputs.items():
             if isinstance(origin, Unexplained):
-                of = f" (it depends on {', '.join(map(repr, origin.sources))})" if origin.sources else ""
-                wrong.append(f"{name!r} is not a layout of the sources: {origin.reason}{of}")
+                of = f" (it depends on {', '.join(map(describe, origin.sources))})" if origin.sources else ""
+                wrong.append(f"{describe(name)} is not a layout of the sources: {origin.reason}{of}")
         if wrong:
             raise DerivationError("\n".join(wrong))
 
@@ -132,13 +133,15 @@ class Derivation:
         terms = tuple(found.owner(int(part.reshape(-1)[0])) for part, _ in origin.parts)
         shared = sorted(used & set(terms))
         if shared:
-            raise DerivationError(f"{shared[0]!r} is part of the sum {name!r} and of another output")
+            raise DerivationError(f"{describe(shared[0])} is part of the sum {describe(name)} and of another output")
         shape = self.sources[terms[0]].shape
         parts = [part.reshape(-1) - found.starts[term] for term, (part, _) in zip(terms, origin.parts, strict=True)]
         layouts = {(self.sources[term].shape, tuple(part.tolist())) for term, part in zip(terms, parts, strict=True)}
         program = self._cut(shape, [Wanted(tuple(origin.parts[0][0].shape), parts[0])]) if len(layouts) == 1 else None
         if program is None:
-            raise DerivationError(f"{name!r} is a sum of {len(terms)} tensors that are laid out in different ways")
+            raise DerivationError(
+                f"{describe(name)} is a sum of {len(terms)} tensors that are laid out in different ways"
+            )
         factors = [factor for _, factor in origin.parts]
         equal = all(abs(factor * len(factors) - 1) < 1e-6 for factor in factors) and len(factors) > 1
         joins = OPERATIONS["mean"](0) if equal else OPERATIONS["average"](tuple(map(_short, factors)))
@@ -146,7 +149,7 @@ class Derivation:
         self.first.append(Moves(terms, (name,), (joins, *program[0], *extra)))
         kept = "approximate" if min(factors) >= 0 and abs(sum(factors) - 1) < 1e-6 else "left behind"
         what = "mean" if equal else "sum"
-        self.notes.append(f"{name!r} is a {what}: its weights are exact, its optimizer state is {kept}")
+        self.notes.append(f"{describe(name)} is a {what}: its weights are exact, its optimizer state is {kept}")
         return set(terms)
 
     # --- one component ----------------------------------------------------------------------------------------------
@@ -279,9 +282,9 @@ class Derivation:
         return tuple(extra)
 
     def _unsayable(self, output: str, sources: Sequence[str]) -> DerivationError:
-        of = ", ".join(map(repr, list(sources)[:4]))
+        of = ", ".join(map(describe, list(sources)[:4]))
         return DerivationError(
-            f"{output!r} is made of elements of {of}, in an order that no operations of the plan language give"
+            f"{describe(output)} is made of elements of {of}, in an order that no operations of the plan language give"
         )
 
     def _add(self, sources: tuple[str, ...], targets: tuple[str, ...], program: Program) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from optimstate.describe import describe
 from optimstate.errors import DerivationError
 from optimstate.record import Record
 
@@ -149,11 +150,13 @@ class _Prober:
             raise DerivationError(f"the function returned {type(made).__name__}, not a mapping of names to tensors")
         for name, value in made.items():
             if not isinstance(value, self.torch.Tensor):
-                raise DerivationError(f"the function returned {type(value).__name__} for {name!r}, not a tensor")
+                raise DerivationError(
+                    f"the function returned {type(value).__name__} for {describe(name)}, not a tensor"
+                )
         shapes = {name: tuple(value.shape) for name, value in made.items()}
         if self.shapes and shapes != self.shapes:
             changed = min(set(shapes.items()) ^ set(self.shapes.items()))[0]
-            raise DerivationError(f"the names or shapes of the outputs depend on the values: {changed!r}")
+            raise DerivationError(f"the names or shapes of the outputs depend on the values: {describe(changed)}")
         self.shapes = shapes
         self.dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in made.items()}
         return {name: value.detach().to(self.torch.float64, copy=True).reshape(-1) for name, value in made.items()}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optimstate.derivation.probe import Function, Source
+from optimstate.describe import describe
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import plan_model
@@ -63,15 +64,15 @@ def _compared(
     rounding = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9} if arithmetic else {}
 
     for name in expected.keys() - made.keys() - new:
-        yield f"the plan does not make {name!r}"
+        yield f"the plan does not make {describe(name)}"
     for name in made.keys() - expected.keys():
-        yield f"the plan makes {name!r}, the function does not"
+        yield f"the plan makes {describe(name)}, the function does not"
     for name, value in expected.items():
         if name in new or name not in made:
             continue
         other = made[name]
         if value.dtype != other.dtype or value.shape != other.shape:
             mine, theirs = (f"{item.dtype} {list(item.shape)}" for item in (other, value))
-            yield f"{name!r} is {mine} by the plan, {theirs} by the function"
+            yield f"{describe(name)} is {mine} by the plan, {theirs} by the function"
         elif not torch.allclose(value.double(), other.double(), rtol=rounding.get(value.dtype, 1e-6), atol=0):
-            yield f"{name!r}: {int((value != other).sum())} of {value.numel()} elements differ"
+            yield f"{describe(name)}: {int((value != other).sum())} of {value.numel()} elements differ"

@@ -17,6 +17,7 @@ from typing import Any
 from optimstate.derivation.moves import Derivation, Derived
 from optimstate.derivation.probe import Function, Source
 from optimstate.derivation.templates import Moves
+from optimstate.describe import describe
 from optimstate.errors import DerivationError
 from optimstate.plan.language.base import OPERATIONS, Operation
 from optimstate.plan.language.plan import Plan
@@ -141,7 +142,7 @@ class _Scaled:
         wrong = [name for name in expected.keys() | made.keys() if expected.get(name) != made.get(name)]
         if wrong:
             name = min(wrong)
-            raise DerivationError(f"{name!r} has shape {expected.get(name)}, the plan makes {made.get(name)}")
+            raise DerivationError(f"{describe(name)} has shape {expected.get(name)}, the plan makes {made.get(name)}")
 
 
 def _lift_all(

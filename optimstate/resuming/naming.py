@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
 from optimstate.resuming.parts import Parts
 from optimstate.state.naming import observed_shapes
@@ -74,7 +75,7 @@ def _refuse_other_shapes(key: str, section: Section, live: Live) -> None:
     for (name, parameter), shape in zip(live.pairs(), seen, strict=True):
         if shape is not None and shape != tuple(parameter.shape):
             raise StateMismatchError(
-                f"{key}: {name!r} has the shape {list(parameter.shape)}, and the parameter in its place in the "
+                f"{key}: {describe(name)} has the shape {list(parameter.shape)}, and the parameter in its place in the "
                 f"checkpoint {list(shape)}",
                 hint="Give the names that the checkpoint's parameters had: resume(..., saved=[...]).",
             )

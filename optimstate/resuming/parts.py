@@ -8,6 +8,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.location import Place
@@ -115,7 +116,9 @@ class Parts:
         for section in found:
             if path in (format_path(section.path), ".".join(map(str, section.path))):
                 return section
-        raise StateMismatchError(f"the checkpoint has no {kind} at {path!r}; it has {self._labels(self._sections)}")
+        raise StateMismatchError(
+            f"the checkpoint has no {kind} at {describe(path)}; it has {self._labels(self._sections)}"
+        )
 
     def _labels(self, sections: Sequence[Section]) -> str:
         shown = (f"{section.kind} {format_path(section.path) or '(the whole)'}" for section in sections)

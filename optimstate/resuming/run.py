@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Guard
@@ -135,7 +136,7 @@ class Run:
             self.notes.append(f"{key}: the checkpoint does not say how many models were averaged")
         absent = [name for name in live if name not in made and not name.endswith("_extra_state")]
         if absent:
-            raise StateMismatchError(f"the checkpoint's {key} has no {absent[0]!r}")
+            raise StateMismatchError(f"the checkpoint's {key} has no {describe(absent[0])}")
         reader = shards.Reader(self._casts)
         made = {name: reader.part(name, live[name], value) if name in live else value for name, value in made.items()}
         self.nbytes += reader.nbytes
@@ -275,7 +276,7 @@ class Run:
         for (path, optimizer), rule in zip(optimizers, division.tables(names), strict=True):
             if path not in (None, rule.path):
                 raise MigrationError(
-                    [Problem("group", f"the optimizer given as {path!r} has its parameters", str(rule))]
+                    [Problem("group", f"the optimizer given as {describe(path)} has its parameters", str(rule))]
                 )
             live = self._live(optimizer, models, is_named=True)
             request = LoadRequest(division.state_of(rule), live)
@@ -381,7 +382,9 @@ class Run:
                 "hooks.add_metadata(plan=...) as a state_dict post-hook"
             )
         for (old, new), names in self._casts.items():
-            self.notes.append(f"{len(names)} tensors are {old} in the checkpoint and become {new}: {names[0]!r}, ...")
+            self.notes.append(
+                f"{len(names)} tensors are {old} in the checkpoint and become {new}: {describe(names[0])}, ..."
+            )
         self.notes += self.parts.notes
 
     def _unreached_schedules(self) -> Iterator[Problem]:
@@ -400,8 +403,8 @@ class Run:
         given = list(self.saved) if isinstance(self.saved, Mapping) else [None]
         for label in given:
             if not self._asked or (label is not None and label not in self._asked):
-                which = "no optimizer is" if label is None else f"no optimizer at {label!r} is"
-                known = ", ".join(map(repr, sorted(self._asked))) or "none"
+                which = "no optimizer is" if label is None else f"no optimizer at {describe(label)} is"
+                known = ", ".join(map(describe, sorted(self._asked))) or "none"
                 yield Problem(
                     "unreached", f"names are given, and {which} resumed", "saved", remedy=f"there are {known}"
                 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.lazy import LazyTensor
@@ -45,7 +46,7 @@ def agree(failure: Exception | None, group: dist.ProcessGroup | None, *, sharded
             raise failure
         return
     messages: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(messages, None if failure is None else str(failure) or repr(failure), group=group)
+    dist.all_gather_object(messages, None if failure is None else str(failure) or describe(failure), group=group)
     if failure is not None:
         raise failure
     for rank, message in enumerate(messages):
@@ -90,7 +91,8 @@ class Reader:
         local, offsets = _local(like)
         if tuple(value.shape) != tuple(like.shape):
             raise StateMismatchError(
-                f"{name!r} has the shape {list(value.shape)} and its parameter {list(like.shape)}: it cannot be cut "
+                f"{describe(name)} has the shape {list(value.shape)} and its parameter {list(like.shape)}: "
+                "it cannot be cut "
                 "into the same shards",
                 hint="Start it anew with `fresh` in the plan, or load it in one process.",
             )

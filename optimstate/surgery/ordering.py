@@ -174,7 +174,7 @@ def wrong_positions(
         elif misplaced := _misplaced([name for members in mine for name in members] or order, like.names):
             why = "" if named else "it has no names, and "
             remedy = "remap --like TARGET" if named else "name it first (optimstate name), then remap --like TARGET"
-            message = f"{why}the order of the parameters is another: {' before '.join(map(repr, misplaced))} there"
+            message = f"{why}the order of the parameters is another: {' before '.join(map(describe, misplaced))} there"
             yield Problem("order", message, key, misplaced, remedy)
 
 
@@ -200,7 +200,7 @@ def _against(key: str, mine: Sequence[Sequence[str]], wanted: Sequence[Sequence[
     elif any(list(a) != list(b) for a, b in zip(mine, wanted, strict=True)):
         a, b = next((a, b) for a, b in zip(mine, wanted, strict=True) if list(a) != list(b))
         names = next((y, x) for x, y in zip(a, b, strict=True) if x != y)
-        message = f"the order of the parameters is another: {' before '.join(map(repr, names))} there"
+        message = f"the order of the parameters is another: {' before '.join(map(describe, names))} there"
         yield Problem("order", message, key, names, "remap --like TARGET")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_optimizer
 from optimstate.plan.solve.division import Part
@@ -75,8 +76,9 @@ def joined_scheduler(found: Sequence[Mapping[str, Any]], path: str) -> dict[str,
             elif key == "_schedulers" and isinstance(both[0], list) and isinstance(both[1], list):
                 first[key] = [joined_scheduler(pair, path) for pair in zip(both[0], both[1], strict=True)]
             elif both[0] != both[1]:
-                message = f"its schedulers differ in {key} ({both[0]!r} and {both[1]!r}), so they cannot become one"
-                raise MigrationError([Problem("scheduler", message, f"[[optimizer]] {path!r}")])
+                values = f"{describe(both[0])} and {describe(both[1])}"
+                message = f"its schedulers differ in {key} ({values}), so they cannot become one"
+                raise MigrationError([Problem("scheduler", message, f"[[optimizer]] {describe(path)}")])
     return first
 
 
@@ -117,7 +119,7 @@ def placed(
     joined = next((label for label, found in by_optimizer.items() if len(found) > 1), None)
     if joined is not None:
         message = "several schedulers would follow it beside other optimizers"
-        raise MigrationError([Problem("scheduler", message, f"[[optimizer]] {joined!r}")])
+        raise MigrationError([Problem("scheduler", message, f"[[optimizer]] {describe(joined)}")])
     for place, states in schedulers.items():
         tree = _replaced(tree, place, next(iter(states.values())) if len(states) == 1 else dict(states))
     return tree
@@ -146,7 +148,7 @@ def _replaced(tree: Any, path: Path, node: Any) -> Any:
 
 def _put(tree: Any, path: Path, node: Any, whole: str) -> Any:
     if not isinstance(tree, Mapping) or (len(path) == 1 and path[0] in tree):
-        message = f"something else is at {whole!r}, where an [[optimizer]] is to stand"
+        message = f"something else is at {describe(whole)}, where an [[optimizer]] is to stand"
         raise MigrationError([Problem("conflict", message, remedy="choose another path")])
     inner = node if len(path) == 1 else _put(tree.get(path[0], {}), path[1:], node, whole)
     return rebuilt_mapping(tree, {**tree, path[0]: inner})

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.expressions.evaluate import backend_of, dtype_of
@@ -85,7 +86,9 @@ class Masters(Record):
     def _new(self, name: str, weights: Mapping[str, Any], dtype: str) -> Any:
         weight = weights.get(name)
         if weight is None:
-            message = f"{name!r} is new, and no model in the checkpoint has the weight for its place in these lists"
+            message = (
+                f"{describe(name)} is new, and no model in the checkpoint has the weight for its place in these lists"
+            )
             raise MigrationError([Problem("unfilled", message, format_path(self.path), (name,))])
         return backend_of(weight).cast(weight, dtype)
 

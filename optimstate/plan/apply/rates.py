@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.plan.apply.scheduled import BOUNDS, Groups, LiveScheduler, named, near, rate_of, unshared
 from optimstate.plan.expressions.evaluate import copied
 from optimstate.plan.language.plan import Plan
@@ -108,7 +109,9 @@ class Rates:
             and rate is not None
             and not near(line.at(wanted), rate, wanted)
         ):
-            self._note(number, f"has lr = {rate!r} now, but {named(self.schedule)} gives {line.at(wanted):.6g} there")
+            self._note(
+                number, f"has lr = {describe(rate)} now, but {named(self.schedule)} gives {line.at(wanted):.6g} there"
+            )
         self._last(number, options["lr"])
 
     def _begin(
@@ -132,7 +135,9 @@ class Rates:
             if line is not None:
                 self._note(number, f"had lr = {rate:.6g} where its schedule gives {line.at(initial):.6g}: that is kept")
         else:
-            self._refuse(number, f"it has lr = {rate!r}, which its schedule does not give", "set lr, not initial_lr")
+            self._refuse(
+                number, f"it has lr = {describe(rate)}, which its schedule does not give", "set lr, not initial_lr"
+            )
             return
         self._set_lr(number, made)
         if not same_value(options["lr"], had["lr"]):
@@ -191,7 +196,9 @@ class Rates:
         initial = rate_of(options.get("initial_lr", options.get("lr")))
         if initial is None or self.schedule.initial(number, options) is None:
             if options.get("lr") is not None:
-                self._note(number, f"is new: it starts at lr = {options['lr']!r}, whatever {named(self.schedule)} did")
+                self._note(
+                    number, f"is new: it starts at lr = {describe(options['lr'])}, whatever {named(self.schedule)} did"
+                )
             return
         line = self._line(number, options)
         if line is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.rates import Rates
 from optimstate.plan.apply.scheduled import BOUNDS, Followed, Groups, LiveScheduler, named, near, rate_of, unshared
@@ -75,7 +76,7 @@ def unreached_schedulers(plan: Plan, schedulers: Sequence[tuple[str, Mapping[str
     known = f"there are {', '.join(label for label, _ in schedulers)}" if schedulers else ""
     for rule in plan.schedulers:
         if not any(reaches(rule, state, label) for label, state in schedulers):
-            message = f"no scheduler is at {rule.path!r}" if rule.path else "there is no scheduler to change"
+            message = f"no scheduler is at {describe(rule.path)}" if rule.path else "there is no scheduler to change"
             yield Problem("unreached", message, "[scheduler]", remedy=known or "take the table out of the plan")
 
 
@@ -144,11 +145,11 @@ class _Work(Rates):
         if check is None:
             others = [where for where, other in there if key in other.ARGUMENTS and where != path]
             known = ", ".join(part.ARGUMENTS) or "nothing: what it computes with is not in its state"
-            remedy = f"{others[0]} has it: say path = {others[0]!r}" if others else f"it has {known}"
-            self._wrong(name, f"there is no argument {key!r} that can be changed", remedy)
+            remedy = f"{others[0]} has it: say path = {describe(others[0])}" if others else f"it has {known}"
+            self._wrong(name, f"there is no argument {describe(key)} that can be changed", remedy)
             return
         if not check(value):
-            self._wrong(name, f"{key} cannot be {value!r}", f"it is {part.argument(key)!r} now")
+            self._wrong(name, f"{key} cannot be {describe(value)}", f"it is {describe(part.argument(key))} now")
             return
         if key == "total_steps" and value <= part.position:
             self._wrong(name, f"it is at step {part.position} already", "total_steps must be more than that")
@@ -181,7 +182,7 @@ class _Work(Rates):
         else:
             self._refuse(
                 number,
-                f"it has lr = {rate!r}, which its schedule does not give",
+                f"it has lr = {describe(rate)}, which its schedule does not give",
                 "change the schedule first, then set lr",
             )
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language import dimensions, joining, rows, values
 from optimstate.plan.language.base import OPERATIONS, Operation, toml_value
@@ -31,7 +32,7 @@ def parse_operation(key: str, value: Any, folder: Path | None = None) -> list[Op
         PlanSyntaxError: The value is not of the operation's form; the message shows one that is.
     """
     if key not in OPERATIONS:
-        raise PlanSyntaxError(f"no operation is called {key!r}")
+        raise PlanSyntaxError(f"no operation is called {describe(key)}")
     parsed = OPERATIONS[key].parse(value, folder or Path())
     if parsed is None:
         raise PlanSyntaxError(f"`{key}` cannot be {toml_value(value)}", hint=f"For example: {OPERATIONS[key].EXAMPLE}")

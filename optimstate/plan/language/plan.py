@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language import toml
 from optimstate.plan.language.rules import GroupRule, Guard, OptimizerRule, Policy, Rule, SchedulerRule, fan_out
@@ -62,10 +63,12 @@ class Plan(Record):
             for text in texts:
                 sides = split_outside(text, "=")
                 if len(sides) != 2 or not all(sides):
-                    raise PlanSyntaxError(f"--{option} {text!r}: expected OLD=NEW", hint="For example: fc.{p}=head.{p}")
+                    raise PlanSyntaxError(
+                        f"--{option} {describe(text)}: expected OLD=NEW", hint="For example: fc.{p}=head.{p}"
+                    )
                 rule = Rule((Template(sides[0]),), tuple(Template(target) for target in split_outside(sides[1], ",")))
                 if option == "rename" and fan_out(rule) != 1:
-                    raise PlanSyntaxError(f"--rename {text!r}: names several targets", hint="Use --duplicate.")
+                    raise PlanSyntaxError(f"--rename {describe(text)}: names several targets", hint="Use --duplicate.")
                 rules.append(rule)
         rules.extend(Rule((Template(text),)) for text in drop)
         rules.extend(Rule((Template(text),), fresh=True) for text in fresh)

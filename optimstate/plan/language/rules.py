@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, Literal
 
+from optimstate.describe import describe
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language.base import Operation
 from optimstate.plan.language.template import Template
@@ -86,18 +87,18 @@ class Rule(Record):
                         self._check_choices(name, source.captures[name], choices)
                 known = any(name in source.captures for source in self.sources)
                 if not known and choices is None:
-                    origin = " or ".join(repr(source.text) for source in self.sources) or "anything"
+                    origin = " or ".join(describe(source.text) for source in self.sources) or "anything"
                     raise PlanSyntaxError(f"{self}: {{{name}}} is not captured by {origin}")
         for source in self.sources:
             shared = {name for name in source.captures if name in self._produced}
             lost = self.shared - shared
             if lost:
-                raise PlanSyntaxError(f"{self}: {{{min(lost)}}} is not captured by {source.text!r} too")
+                raise PlanSyntaxError(f"{self}: {{{min(lost)}}} is not captured by {describe(source.text)} too")
             for target in self.targets:
                 lost = shared - target.captures.keys()
                 if lost:
                     raise PlanSyntaxError(
-                        f"{self}: {{{min(lost)}}} is captured, but {target.text!r} does not use it: "
+                        f"{self}: {{{min(lost)}}} is captured, but {describe(target.text)} does not use it: "
                         "several parameters would become one",
                         hint="Use the capture on both sides, or write out its value.",
                     )
@@ -120,7 +121,7 @@ class Rule(Record):
             for name in source.captures.keys() - self._produced:
                 if not joins:
                     raise PlanSyntaxError(
-                        f"{self}: {{{name}}} is captured, but {self.targets[0].text!r} does not use it: "
+                        f"{self}: {{{name}}} is captured, but {describe(self.targets[0].text)} does not use it: "
                         "several parameters would become one",
                         hint="Use the capture on both sides, write out its value, or add concat or stack.",
                     )
@@ -238,7 +239,7 @@ class OptimizerRule(Record):
     set: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"[[optimizer]] {self.path!r}"
+        return f"[[optimizer]] {describe(self.path)}"
 
 
 class SchedulerRule(Record):

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 
+from optimstate.describe import describe
 from optimstate.errors import PlanSyntaxError
 from optimstate.record import Record
 
@@ -95,7 +96,9 @@ class Template(Record):
         if wildcard is not None:
             return _Wildcard(_ONE if wildcard == "*" else _MANY)
         if braces is None:
-            raise PlanSyntaxError(f"template {self.text!r}: unbalanced {stray!r}", hint="Write {name} for a capture.")
+            raise PlanSyntaxError(
+                f"template {describe(self.text)}: unbalanced {describe(stray)}", hint="Write {name} for a capture."
+            )
         if match := _CAPTURE.fullmatch(braces.strip()):
             return self._capture(match["name"], match["kind"] or "", match["choices"])
         if match := _AFFINE.fullmatch(braces.strip()):
@@ -103,7 +106,7 @@ class Template(Record):
             if scale:
                 return _Affine(match["name"], scale, shift)
         raise PlanSyntaxError(
-            f"template {self.text!r}: {{{braces}}} is not a capture",
+            f"template {describe(self.text)}: {{{braces}}} is not a capture",
             hint="Captures are {i}, {i:int}, {rest**}, {x=a|b}, {e=0..7} and {2*i+1}.",
         )
 
@@ -113,11 +116,13 @@ class Template(Record):
         if match := _RANGE.fullmatch(choices):
             low, high = int(match[1]), int(match[2])
             if not 0 <= high - low < MAX_CHOICES:
-                raise PlanSyntaxError(f"template {self.text!r}: the range {choices} is empty or too long")
+                raise PlanSyntaxError(f"template {describe(self.text)}: the range {choices} is empty or too long")
             return _Capture(name, r"-?\d+", tuple(map(str, range(low, high + 1))))
         words = tuple(choices.split("|"))
         if len(set(words)) != len(words) or not all(words):
-            raise PlanSyntaxError(f"template {self.text!r}: the choices {choices!r} repeat or are empty")
+            raise PlanSyntaxError(
+                f"template {describe(self.text)}: the choices {describe(choices)} repeat or are empty"
+            )
         return _Capture(name, "|".join(map(re.escape, sorted(words, key=len, reverse=True))), words)
 
     @cached_property
@@ -156,7 +161,7 @@ class Template(Record):
             try:
                 return re.compile(self.text.removeprefix("re:"))
             except re.error as error:
-                raise PlanSyntaxError(f"template {self.text!r}: {error}") from None
+                raise PlanSyntaxError(f"template {describe(self.text)}: {error}") from None
         pieces: list[str] = []
         seen: set[str] = set()
         for index, part in enumerate(self.parts):
@@ -242,7 +247,7 @@ class Template(Record):
         free = {key: choices for key, choices in self.captures.items() if key not in known}
         for key, choices in free.items():
             if choices is None:
-                raise PlanSyntaxError(f"template {self.text!r}: nothing gives {{{key}}} a value")
+                raise PlanSyntaxError(f"template {describe(self.text)}: nothing gives {{{key}}} a value")
         chosen = [
             dict(zip(free, values, strict=True)) for values in itertools.product(*(c or () for c in free.values()))
         ]
@@ -268,16 +273,19 @@ class Template(Record):
                 value = captures[part.name]
                 if not value.isdigit() or not _CANONICAL.fullmatch(value):
                     raise PlanSyntaxError(
-                        f"template {self.text!r}: {{{part.name}}} is {value!r}, not an integer to compute with",
+                        f"template {describe(self.text)}: {{{part.name}}} is {describe(value)}, "
+                        "not an integer to compute with",
                         hint=f"Write {{{part.name}:int}} where it is matched.",
                     )
                 index = part.scale * int(value) + part.shift
                 if index < 0:
-                    raise PlanSyntaxError(f"template {self.text!r}: {{{part.name}}} = {value} gives the index {index}")
+                    raise PlanSyntaxError(
+                        f"template {describe(self.text)}: {{{part.name}}} = {value} gives the index {index}"
+                    )
                 pieces.append(str(index))
             else:
                 raise PlanSyntaxError(
-                    f"template {self.text!r}: * has no name to produce from", hint="Name it: {rest**}."
+                    f"template {describe(self.text)}: * has no name to produce from", hint="Name it: {rest**}."
                 )
         return "".join(pieces)
 

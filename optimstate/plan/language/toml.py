@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from optimstate.describe import describe
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language.base import Operation, toml_key, toml_value
 from optimstate.plan.language.rules import GroupRule, Guard, OptimizerRule, Policy, Rule, SchedulerRule, templates
@@ -88,7 +89,7 @@ def _refuse_unknown(table: Mapping[str, Any], known: Iterable[str], where: str, 
 
             close = get_close_matches(key, known, n=1)
             hint = f"Did you mean `{close[0]}`?" if close else f"Known keys: {', '.join(known)}."
-            raise _Mistake(f"unknown key {key!r}", where, number, key, hint)
+            raise _Mistake(f"unknown key {describe(key)}", where, number, key, hint)
 
 
 def _tables(document: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
@@ -221,7 +222,7 @@ def _operations(table: Mapping[str, Any], where: str, number: int, folder: Path)
 
             close = get_close_matches(key, OPERATIONS, n=1)
             hint = f"Did you mean `{close[0]}`?" if close else f"Operations: {', '.join(sorted(OPERATIONS))}."
-            raise _Mistake(f"unknown operation {key!r}", where, number, "ops", hint)
+            raise _Mistake(f"unknown operation {describe(key)}", where, number, "ops", hint)
         made.extend(_operation(key, value, where, number, "ops", folder))
     return tuple(made)
 
@@ -298,7 +299,7 @@ def _policy(table: Mapping[str, Any]) -> Policy:
     _refuse_unknown(table, choices, "policy")
     for key, value in table.items():
         if value not in choices[key]:
-            raise _Mistake(f"`{key}` is one of {', '.join(choices[key])}, not {value!r}", "policy", 0, key)
+            raise _Mistake(f"`{key}` is one of {', '.join(choices[key])}, not {describe(value)}", "policy", 0, key)
     return Policy(**table)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.slots import quantized
 from optimstate.plan.slots.converted_options import DEFAULTS, converted_options, other_average
@@ -118,7 +119,7 @@ def plan_conversion(
     """
     options = [group.options for group in state.groups] if options is None else options
     if target not in DEFAULTS:
-        message = f"optimizer = {target!r}: there is no conversion to it"
+        message = f"optimizer = {describe(target)}: there is no conversion to it"
         problems.append(Problem("conversion", message, remedy=f"choose one of {', '.join(DEFAULTS)}"))
         return None
     if source is None:
@@ -142,7 +143,7 @@ def plan_conversion(
         problems.append(Problem("conversion", message, remedy=remedy))
         return None
     if target == "Muon" and (other := [key for key, shape in shapes.items() if shape is not None and len(shape) != 2]):
-        message = f"Muon takes matrices alone, and {other[0]!r} has the shape {list(shapes[other[0]] or ())}"
+        message = f"Muon takes matrices alone, and {describe(other[0])} has the shape {list(shapes[other[0]] or ())}"
         problems.append(Problem("conversion", message, names=tuple(other)))
     report, convert = found
     keeps_betas = goal != "Lion" or name in ("Lion", "bitsandbytes")

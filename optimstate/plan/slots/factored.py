@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from optimstate.describe import describe
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
@@ -156,10 +157,10 @@ class _Carrier:
     def _leaf(self, leaf: Leaf) -> _Carried:
         parameter = self._sources.parameters[leaf.name]
         if self._path not in parameter.slots:
-            raise _Lost(f"{leaf.name!r} has none")
+            raise _Lost(f"{describe(leaf.name)} has none")
         whole = parameter.shape
         if whole is None or len(whole) < 2:
-            raise _Lost(f"{leaf.name!r} is not a matrix of a known shape")
+            raise _Lost(f"{describe(leaf.name)} is not a matrix of a known shape")
         _squeezed(parameter, self._path, self._axis)  # refuses other forms
         carried = _Carried(leaf, whole, frozenset({len(whole) + self._axis}))
         carried.made = ex.reshaped(Leaf(leaf.name, shape_of(parameter.slots[self._path]), self._path), carried.shape())

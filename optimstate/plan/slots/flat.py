@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from optimstate.describe import describe
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import LIVE, backend_of, evaluated, shape_of
 from optimstate.plan.expressions.tree import Expr, Shape
@@ -98,7 +99,7 @@ def plan_flat(
     refuse = _refusing(problems)
     unknown = [name for name in old if shapes.get(name) is None]
     if unknown:
-        refuse(f"the shape of {unknown[0]!r} is not known", "give the model too", "unknown-shape")
+        refuse(f"the shape of {describe(unknown[0])} is not known", "give the model too", "unknown-shape")
         return None
     segments: dict[str, tuple[int, int, Shape]] = {}
     start = 0
@@ -113,7 +114,7 @@ def plan_flat(
     expressions: list[Expr] = []
     for move in order:
         if move.expression is None or not all(isinstance(step, _LAYOUT) for step in ex.steps(move.expression)):
-            refuse(f"{move.target!r} is new, or made by more than moving elements")
+            refuse(f"{describe(move.target)} is new, or made by more than moving elements")
             return None
         expressions.append(move.expression)
     made = FlatPlan(holder, segments, tuple(expressions))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from optimstate.describe import describe
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf
 from optimstate.plan.slots.outcomes import Outcome, Parameter, Refusal, Signature, SlotPath, slot_name
@@ -48,7 +49,9 @@ class SlotPlanner:
             return {path: Outcome("fresh", "made fresh by a rule") for path in paths}
         if len(filled) < len(names) or fresh:
             empty = next(iter([name for name in names if name not in filled] + fresh))
-            message = f"{filled[0]!r} has optimizer state and {empty!r} has none; they cannot become one"
+            message = (
+                f"{describe(filled[0])} has optimizer state and {describe(empty)} has none; they cannot become one"
+            )
             remedy = "add fresh = true to the rule, or leave one of them apart"
             problems.append(Problem("no-state", message, target, (filled[0], empty), remedy))
             return {}
@@ -140,11 +143,11 @@ class SlotPlanner:
         missing = [name for name in names if path not in self._parameters[name].slots]
         if missing:
             owner = next(name for name in names if name not in missing)
-            raise Refusal(f"{owner!r} has this slot and {missing[0]!r} does not")
+            raise Refusal(f"{describe(owner)} has this slot and {describe(missing[0])} does not")
 
 
 def _refused(target: str, path: SlotPath, refusal: Refusal, names: Sequence[str]) -> Problem:
-    sources = ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    sources = ", ".join(map(describe, names[:3])) + (", ..." if len(names) > 3 else "")
     message = f"{slot_name(path)} of {sources} cannot follow: {refusal.message}"
     remedy = ", or ".join(filter(None, (refusal.remedy, "give the parameter no state (fresh = true)")))
     return Problem(refusal.kind, message, target, tuple(names), remedy)

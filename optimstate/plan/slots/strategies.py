@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from optimstate.describe import describe
 from optimstate.plan.expressions.evaluate import dtype_of, number_of, shape_of
 from optimstate.plan.expressions.tree import Leaf
 from optimstate.plan.slots.elementwise import translation_outcome
@@ -45,7 +46,7 @@ def agreed(sources: Sources, path: SlotPath, names: Sequence[str]) -> Outcome:
     if str(path[-1]) in RECOMPUTED:
         return Outcome("approximate", "computed anew at the next step", "scalar", made=first)
     if sources.policy.step == "error":
-        shown = ", ".join(f"{value} for {name!r}" for name, value in zip(names[:4], values, strict=False))
+        shown = ", ".join(f"{value} for {describe(name)}" for name, value in zip(names[:4], values, strict=False))
         remedy = 'make them agree, say step = "min", "max" or "keep" in [policy]'
         raise Refusal(f"it differs ({shown})", remedy, "disagreement")
     if sources.policy.step == "keep":
@@ -86,15 +87,15 @@ def _refuse_other_layout(path: SlotPath, parameter: Parameter, name: str) -> Non
     value = parameter.slots[path]
     shape = shape_of(value)
     if shape is None:
-        raise Refusal(f"for {name!r} it is not a plain tensor (quantized, sharded or of a subclass)")
+        raise Refusal(f"for {describe(name)} it is not a plain tensor (quantized, sharded or of a subclass)")
     if parameter.shape is None:
-        message = f"the shape of {name!r} is not known, so it cannot be cut or joined"
+        message = f"the shape of {describe(name)} is not known, so it cannot be cut or joined"
         raise Refusal(message, "give the model too", "unknown-shape")
     if shape != parameter.shape:
-        raise Refusal(f"it has shape {list(shape)} where {name!r} has {list(parameter.shape)}")
+        raise Refusal(f"it has shape {list(shape)} where {describe(name)} has {list(parameter.shape)}")
     if dtype_of(value) in PACKED:
         raise Refusal(
-            f"for {name!r} it is packed in {dtype_of(value)} blocks, which cutting or joining would break",
+            f"for {describe(name)} it is packed in {dtype_of(value)} blocks, which cutting or joining would break",
             'bitsandbytes state can be re-quantized: quantized = "requantize" in [policy]',
         )
 

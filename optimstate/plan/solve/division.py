@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import OptimizerRule
@@ -56,7 +57,7 @@ def divided(plan: Plan, migration: Migration, states: Mapping[str, OptimizerStat
         outside = [name for name, rule in taken[key].items() if rule is None]
         if outside:
             more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
-            message = f"no [[optimizer]] matches {', '.join(map(repr, outside[:3]))}{more}"
+            message = f"no [[optimizer]] matches {', '.join(map(describe, outside[:3]))}{more}"
             remedy = 'end with one for the rest, match = "**"'
             problems.append(Problem("group", message, key, tuple(outside), remedy))
         algorithm = migration.sections[key].algorithm

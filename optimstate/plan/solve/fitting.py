@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import identity
 from optimstate.plan.expressions.tree import Expr, Leaf
@@ -42,7 +43,7 @@ def fitted(
         problems.extend(
             Problem(
                 "unfilled",
-                f"nothing fills {name!r}{hints.of(name, target.shapes.get(name))}",
+                f"nothing fills {describe(name)}{hints.of(name, target.shapes.get(name))}",
                 names=(name,),
                 remedy=f'add a rule, declare it new (fresh = "{name}"), or say missing = "fresh" in [policy]',
             )
@@ -54,7 +55,7 @@ def fitted(
             item = made[name]
             shape = item.expression.shape if item is not None else None
             remedy = f'rename it, drop it (drop = "{name}"), or say unexpected = "drop" in [policy]'
-            message = f"{name!r} is not in the target{hints.of(name, shape)}"
+            message = f"{describe(name)} is not in the target{hints.of(name, shape)}"
             problems.append(Problem("unexpected", message, names=(name,), remedy=remedy))
     for name in names:
         item = made.get(name)
@@ -81,7 +82,7 @@ def without_live_values(target: Target | None, moves: Sequence[Move]) -> Iterato
         outcomes = [*([move.value] if move.value is not None else []), *move.slots.values()]
         asked = any(outcome.made is not None and ex.takes_live(outcome.made) for outcome in outcomes)
         if asked and move.target not in values:
-            message = f'{move.target!r} is to hold values of the live model (fill = "live"), and there is none'
+            message = f'{describe(move.target)} is to hold values of the live model (fill = "live"), and there is none'
             remedy = "use such a plan in optimstate.resume or hooks.migrate_model"
             yield Problem("unreached", message, names=(move.target,), remedy=remedy)
 
@@ -107,9 +108,10 @@ def untied(inventory: Inventory, moves: Sequence[Move]) -> Iterator[Problem]:
         left = next((name for name in tied[source] if name in moved), None)
         if left is not None and source not in moved:
             message = (
-                f"{source!r} becomes {target!r} by operations, but {left!r}, which shares its memory, stays as it is"
+                f"{describe(source)} becomes {describe(target)} by operations, but {describe(left)}, which shares its "
+                "memory, stays as it is"
             )
-            remedy = f"give both the same rule, or drop {left!r}"
+            remedy = f"give both the same rule, or drop {describe(left)}"
             yield Problem("tied", message, names=(source, left), remedy=remedy)
 
 
@@ -122,6 +124,6 @@ def unsized(name: str, expression: Expr, parameters: Mapping[str, Parameter]) ->
     for leaf in ex.leaves(expression):
         found = parameters.get(leaf.name)
         if found is not None and found.slots and found.shape is None and leaf.shape is None:
-            message = f"the shape of {leaf.name!r} is not known, so it cannot be cut or joined"
+            message = f"the shape of {describe(leaf.name)} is not known, so it cannot be cut or joined"
             yield Problem("unknown-shape", message, name, (leaf.name,), "give the model too")
             return

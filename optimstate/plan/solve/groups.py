@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.plan.expressions.evaluate import number_of, shape_of
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
@@ -112,13 +113,15 @@ def _kept(candidates: Sequence[Candidate], count: int, problems: list[Problem]) 
         if not groups:
             group = candidate.group if candidate.group is not None else 0 if count == 1 else None
             if group is None or not 0 <= group < count:
-                message = f"{candidate.name!r} is new, and nothing says which of the {count} param groups it is in"
+                message = (
+                    f"{describe(candidate.name)} is new, and nothing says which of the {count} param groups it is in"
+                )
                 remedy = f"say group = 0 to {count - 1} in its rule, or write [[group]] tables"
                 problems.append(Problem("group", message, names=(candidate.name,), remedy=remedy))
                 continue
             groups = (group,)
         if len(set(groups)) > 1:
-            message = f"{candidate.name!r} is made from parameters of the param groups {sorted(set(groups))}"
+            message = f"{describe(candidate.name)} is made from parameters of the param groups {sorted(set(groups))}"
             remedy = "say with [[group]] tables which one it is in"
             problems.append(Problem("group", message, names=(candidate.name,), remedy=remedy))
             continue
@@ -142,7 +145,7 @@ def _matched(
             outside.append(name)
     if outside:
         more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
-        message = f"no [[group]] matches {', '.join(map(repr, outside[:3]))}{more}"
+        message = f"no [[group]] matches {', '.join(map(describe, outside[:3]))}{more}"
         remedy = 'end with a group for the rest, match = "**"'
         problems.append(Problem("group", message, names=tuple(outside), remedy=remedy))
     for number, rule in enumerate(plan.groups):
@@ -152,7 +155,7 @@ def _matched(
     kept = [number for number, names in enumerate(split) if names or plan.policy.unused == "error"]
     for number in kept:
         if not split[number]:
-            texts = ", ".join(repr(template.text) for template in plan.groups[number].match)
+            texts = ", ".join(describe(template.text) for template in plan.groups[number].match)
             message = "matches no parameter that an earlier group leaves"
             problems.append(Problem("unmatched", f"group {number + 1} ({texts}) {message}"))
     return [split[number] for number in kept], [plan.groups[number] for number in kept]
@@ -172,7 +175,7 @@ def _rule_of(
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
         message = (
-            f"the live optimizer has {first!r} and {second!r} in one param group, "
+            f"the live optimizer has {describe(first)} and {describe(second)} in one param group, "
             f"the plan in two, group {one + 1} and group {other + 1}"
         )
         problems.append(Problem("unreached", message, names=(first, second)))
@@ -204,7 +207,7 @@ def _group(
     else:
         options = {}
         if not rule or not rule.set:
-            shown = f" ({', '.join(map(repr, names[:3]))})" if names else ""
+            shown = f" ({', '.join(map(describe, names[:3]))})" if names else ""
             message = f"group {number + 1}{shown} has no parameter from the checkpoint, so it has no options"
             remedy = "say like = 0 for those of an old group"
             problems.append(Problem("options", message, names=tuple(names), remedy=remedy))
@@ -231,7 +234,9 @@ def _representative(
             key for key in {**first, **other} if key not in chosen and not same_value(first.get(key), other.get(key))
         ]
         if differing:
-            both = ", ".join(f"{key} ({first.get(key)!r} and {other.get(key)!r})" for key in differing[:4])
+            both = ", ".join(
+                f"{key} ({describe(first.get(key))} and {describe(other.get(key))})" for key in differing[:4]
+            )
             message = f"group {number + 1} joins the old param groups {sources[0]} and {index}, which differ in {both}"
             remedy = 'set these in the [[group]], or say merge = "first", "min" or "max" in [policy]'
             problems.append(Problem("group", message, remedy=remedy))
@@ -275,7 +280,7 @@ def _refuse_lost_differences(
             key for key in mine if key in theirs and key not in decided and not same_value(mine[key], theirs[key])
         ]
         if differing:
-            both = ", ".join(f"{key} ({theirs[key]!r} and {mine[key]!r})" for key in differing[:4])
+            both = ", ".join(f"{key} ({describe(theirs[key])} and {describe(mine[key])})" for key in differing[:4])
             message = (
                 f"the live optimizer's param groups {other} and {number} both come from group {group.base} of the "
                 f"checkpoint, but differ in {both}"
@@ -288,7 +293,7 @@ def in_order(groups: Sequence[GroupPlan], order: Sequence[str], problems: list[P
     """The groups with their members in the order that is wanted."""
     place = {name: number for number, name in enumerate(order)}
     if unknown := tuple(name for group in groups for name in group.members if name not in place):
-        listed = ", ".join(map(repr, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        listed = ", ".join(map(describe, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         message = f"the new model, whose order is asked for, does not have {listed}"
         problems.append(Problem("unexpected", message, names=unknown, remedy="rename or drop what it does not have"))
         return tuple(groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from optimstate.describe import describe
 from optimstate.errors import PlanError, PlanSyntaxError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Shape
@@ -64,11 +65,11 @@ def _losses(plan: Plan) -> list[Problem]:
     for number, rule in enumerate(plan.all_rules(), 1):
         name = f"rule {number}"
         if rule.drops:
-            reasons.append(f"{name} drops {', '.join(repr(source.text) for source in rule.sources)}")
+            reasons.append(f"{name} drops {', '.join(describe(source.text) for source in rule.sources)}")
         elif rule.fresh:
-            reasons.append(f"{name} leaves the optimizer state of {rule.source.text!r} behind")
+            reasons.append(f"{name} leaves the optimizer state of {describe(rule.source.text)} behind")
         elif fan_out(rule) > 1 and not any(operation.CUTS for operation in rule.operations):
-            message = f"copies {rule.source.text!r}; the copies diverge in training and cannot be merged back"
+            message = f"copies {describe(rule.source.text)}; the copies diverge in training and cannot be merged back"
             reasons.append(f"{name} {message}")
         else:
             for operation in rule.operations:
@@ -204,7 +205,10 @@ def _table(
     there = new[like].options
     chosen = {key: value for key, value in group.options.items() if not same_value(value, there.get(key, _ABSENT))}
     problems.extend(
-        Problem("irreversible", f"a [[group]] table gives param group {like} an option {key!r}, which none takes away")
+        Problem(
+            "irreversible",
+            f"a [[group]] table gives param group {like} an option {describe(key)}, which none takes away",
+        )
         for key in there
         if key not in group.options
     )
@@ -212,7 +216,9 @@ def _table(
         try:
             toml_value(value)
         except PlanSyntaxError:
-            message = f"the option {key!r} of param group {number} was {value!r}, which no plan file can say"
+            message = (
+                f"the option {describe(key)} of param group {number} was {describe(value)}, which no plan file can say"
+            )
             problems.append(Problem("irreversible", message))
     in_order = [name for name in order if name in members] == list(names)
     return GroupRule(tuple(_patterns(names, order) if in_order else map(Template.literal, names)), chosen, like)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from optimstate.describe import describe
 from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import dtype_of
@@ -206,7 +207,7 @@ class _Section:
         asked += [(name, group, live.get(name), "in the live optimizer") for name, group in new.items()]
         for name, group, has, where in asked:
             if group is not None and has is not None and group != has:
-                message = f"group = {group}, but {name!r} is in param group {has} {where}"
+                message = f"group = {group}, but {describe(name)} is in param group {has} {where}"
                 remedy = "leave `group` out, or write [[group]] tables"
                 self.problems.append(Problem("unreached", message, self.key, (name,), remedy))
         if self.plan_.groups and any(group is not None for group in new.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from optimstate.describe import describe
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
@@ -11,7 +12,7 @@ from optimstate.plan.language.rules import Guard, Rule
 from optimstate.plan.solve.migration import Inventory
 from optimstate.problems import Problem
 
-__all__ = ["Suggestions", "guarded", "shape_problem", "idle_rules", "shortened", "unmatched"]
+__all__ = ["Suggestions", "guarded", "idle_rules", "shape_problem", "shortened", "unmatched"]
 
 _SHOWN = 20  # problems of one kind that are spelled out
 
@@ -23,11 +24,11 @@ def guarded(guard: Guard, sections: Mapping[str, Inventory]) -> Iterator[Problem
     wrong = "this is another checkpoint than the plan is for, or the plan was applied already"
     for template in guard.has:
         if not any(modules.reading(template).match(name) is not None for name in names):
-            yield Problem("guard", f"the guard asks for {template.text!r}, and no name is like that: {wrong}")
+            yield Problem("guard", f"the guard asks for {describe(template.text)}, and no name is like that: {wrong}")
     for template in guard.lacks:
         found = next((name for name in names if modules.reading(template).match(name) is not None), None)
         if found is not None:
-            message = f"the guard excludes {template.text!r}, and there is {found!r}: {wrong}"
+            message = f"the guard excludes {describe(template.text)}, and there is {describe(found)}: {wrong}"
             yield Problem("guard", message, names=(found,))
 
 
@@ -38,13 +39,15 @@ def unmatched(number: int, rule: Rule, sections: Mapping[str, Inventory]) -> Pro
     place = f"rule {number} ({rule})"
     mine = [inventory for key, inventory in sections.items() if rule.is_for(key)]
     if not mine and sections:
-        there = ", ".join(map(repr, sections))
+        there = ", ".join(map(describe, sections))
         return Problem("unmatched", f"`only` names no section: there are {there}", place)
     known = list(dict.fromkeys(name for inventory in mine for name in inventory.shapes))
     if not known:
         return Problem("unmatched", "the checkpoint names no parameters", place)
     close = get_close_matches(rule.source.text, known[:2000], n=3, cutoff=0.3) or known[:3]
-    message = f"{rule.source.text!r} matches none of {len(known)} names; there are {', '.join(map(repr, close))}"
+    message = (
+        f"{describe(rule.source.text)} matches none of {len(known)} names; there are {', '.join(map(describe, close))}"
+    )
     return Problem("unmatched", message, place, tuple(close))
 
 
@@ -80,7 +83,7 @@ def shape_problem(name: str, shape: Shape, wanted: Shape) -> Problem:
     else:
         remedy = "give its rule the operations that make it fit, or make it fresh and drop the old one"
     message = f"the checkpoint gives the shape {list(shape)}, the target has {list(wanted)}"
-    return Problem("shape", message, repr(name), (name,), remedy)
+    return Problem("shape", message, describe(name), (name,), remedy)
 
 
 class Suggestions:
@@ -102,4 +105,4 @@ class Suggestions:
         if not close:
             return ""
         note = f" of its shape {list(shape)}" if alike and shape is not None else ""
-        return f" (is it {close[0]!r}{note}?)"
+        return f" (is it {describe(close[0])}{note}?)"

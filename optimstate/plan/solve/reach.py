@@ -74,7 +74,7 @@ def unreached(plan: Plan, optimizers: Sequence[Reached]) -> Iterator[Problem]:
             message = f"there is no optimizer at {describe(rule.optimizer)}"
             yield Problem("unreached", message, place, remedy=f"there are {', '.join(map(describe, labels))}")
         elif rule.match and all(rule not in _taking(plan.groups, found) for found in mine):
-            texts = ", ".join(repr(template.text) for template in rule.match)
+            texts = ", ".join(describe(template.text) for template in rule.match)
             yield Problem("unmatched", f"{texts} matches no parameter that an earlier group leaves", place)
         else:
             yield from option_problems(rule.set, [options for found in mine for options in found.options], place)
@@ -82,7 +82,7 @@ def unreached(plan: Plan, optimizers: Sequence[Reached]) -> Iterator[Problem]:
     for name in plan.slots if slots else ():
         if name not in slots:
             remedy = f"there are {', '.join(slots)}"
-            yield Problem("unmatched", f"no parameter has a slot {name!r}", "[slots]", remedy=remedy)
+            yield Problem("unmatched", f"no parameter has a slot {describe(name)}", "[slots]", remedy=remedy)
 
 
 def _taking(rules: Sequence[GroupRule], found: Reached) -> list[GroupRule]:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from optimstate.describe import describe
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
@@ -180,7 +181,7 @@ class _Pass:
                 return found
             found.members[member] = name
         except PlanSyntaxError as error:
-            where = f"{self.where}: rule {self.first + index + 1} on {name!r}"
+            where = f"{self.where}: rule {self.first + index + 1} on {describe(name)}"
             self.problems.append(Problem("syntax", error.message, where, (name,)))
         return None
 
@@ -217,7 +218,7 @@ class _Pass:
     def _put(self, made: dict[str, Made], name: str, item: Made) -> None:
         other = made.setdefault(name, item)
         if other is not item:
-            message = f"{_origin(other)} and {_origin(item)} would both become {name!r}"
+            message = f"{_origin(other)} and {_origin(item)} would both become {describe(name)}"
             self.problems.append(Problem("conflict", message, self.where, (name,), "rename or drop one of them"))
 
     def _completed(self, found: _Gathering) -> Application | None:
@@ -237,8 +238,8 @@ class _Pass:
                     names.append(name)
         if missing:
             message = (
-                f"{rule} joins {', '.join(map(repr, names[:3]))} into {found.names[0]!r}, "
-                f"but there is no {', '.join(map(repr, missing[:3]))}"
+                f"{rule} joins {', '.join(map(describe, names[:3]))} into {describe(found.names[0])}, "
+                f"but there is no {', '.join(map(describe, missing[:3]))}"
             )
             self.problems.append(Problem("incomplete", message, self.where, tuple(missing)))
             return None
@@ -253,7 +254,7 @@ class _Pass:
         try:
             expressions = _applied(application.rule, tensors, len(application.targets))
         except Misfit as misfit:
-            sources = ", ".join(map(repr, application.sources[:4]))
+            sources = ", ".join(map(describe, application.sources[:4]))
             place = f"{self.where}: {application.rule} on {sources}"
             self.problems.append(Problem("operation", str(misfit), place, tuple(application.sources)))
             expressions = [Node(ex.Unsized("?"), tuple(tensors), None)] * len(application.targets)
@@ -308,6 +309,6 @@ def _applied(rule: Rule, tensors: list[Expr], targets: int) -> list[Expr]:
 
 
 def _origin(item: Made) -> str:
-    sources = ", ".join(repr(leaf.name) for leaf in itertools.islice(ex.leaves(item.expression), 3))
+    sources = ", ".join(describe(leaf.name) for leaf in itertools.islice(ex.leaves(item.expression), 3))
     rule = item.applications[-1].rule if item.applications else None
     return f"{sources} (by {rule})" if rule is not None else f"{sources} (kept)"
