@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
 from optimstate.formats.dcp.tree import leaves
 from optimstate.formats.registry import open_checkpoint
@@ -76,16 +77,18 @@ class Filling:
                     continue
                 near = sorted(self._values, key=lambda other: (-_common(name, other), other))[:3]
                 raise StateMismatchError(
-                    f"the checkpoint has no {name!r} under this plan; it has {', '.join(map(repr, near))}",
+                    f"the checkpoint has no {describe(name)} under this plan; it has {', '.join(map(describe, near))}",
                     hint="Rename it in the plan, or allow a partial load.",
                 )
             value, shape = self._values[name], getattr(live, "shape", None)
             if shape is not None and hasattr(live, "dtype"):
                 if not isinstance(value, LazyTensor):
-                    raise StateMismatchError(f"{name!r} is a tensor in the live state and none in the checkpoint")
+                    raise StateMismatchError(
+                        f"{describe(name)} is a tensor in the live state and none in the checkpoint"
+                    )
                 if tuple(value.shape) != tuple(shape):
                     raise StateMismatchError(
-                        f"{name!r} has the shape {list(value.shape)} under this plan, the live one {list(shape)}",
+                        f"{describe(name)} has the shape {list(value.shape)} under this plan, the live one {list(shape)}",
                         hint="Cut, join or resize it in the plan.",
                     )
             found.append(name)
@@ -118,7 +121,7 @@ class Filling:
     def casts(self) -> Iterator[str]:
         """Notes on tensors that have another precision now."""
         for (old, new), names in self._casts.items():
-            yield f"{len(names)} tensors are {old} in the checkpoint and become {new}: {names[0]!r}, ..."
+            yield f"{len(names)} tensors are {old} in the checkpoint and become {new}: {describe(names[0])}, ..."
 
 
 def _by_name(node: Any) -> Any:
