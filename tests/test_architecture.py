@@ -247,8 +247,8 @@ def test_a_wrong_import_is_seen(place: str, line: str, tmp_path: Path, monkeypat
         imports.cache_clear()
 
 
-# Where values of files do not come: the face, optimizers, the demo, and what describes. And modules that need Python's own form:
-# numbers of plan files, digests of what a certificate proves, the spelling of a path.
+# Where values of files do not come: the face, optimizers, the demo, and what describes. And modules that need Python's
+# own form: numbers of plan files, digests of what a certificate proves, the spelling of a path.
 WITHOUT_FILES = {"__init__", "describe", "record", "optim", "demo", "installed_torch"}
 NEED_PYTHONS_FORM = {
     "optimstate.certificates.digests",

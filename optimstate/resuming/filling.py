@@ -88,7 +88,8 @@ class Filling:
                     )
                 if tuple(value.shape) != tuple(shape):
                     raise StateMismatchError(
-                        f"{describe(name)} has the shape {list(value.shape)} under this plan, the live one {list(shape)}",
+                        f"{describe(name)} has the shape {list(value.shape)} under this plan, "
+                        f"the live one {list(shape)}",
                         hint="Cut, join or resize it in the plan.",
                     )
             found.append(name)
