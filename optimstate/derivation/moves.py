@@ -242,15 +242,9 @@ class Derivation:
     def _joined(
         self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners
     ) -> tuple[Program, tuple[int, ...]] | None:
-        from optimstate.installed_torch import torch
 
         shapes = [self.sources[name].shape for name in sources]
-        ids = torch.full((moved[output].ids.numel(),), -1, dtype=torch.int64)
-        owner = torch.full_like(ids, -1)
-        for number, source in enumerate(sources):
-            mine = owners.mask(output, source)
-            ids[mine] = owners.own_ids(output, source)
-            owner[mine] = number
+        ids, owner = owners.split(output, sources)
         key = ("joined", tuple(shapes), tuple(moved[output].ids.shape), _digest(ids, owner))
         if key not in self._known:
             whole = Wanted(tuple(moved[output].ids.shape), ids)
@@ -375,6 +369,16 @@ class _Owners:
         """For those elements, in the output's order, the place in the source."""
         number = self._number[source]
         return self._flat[output][self._owner[output] == number] - int(self.starts[number])
+
+    def split(self, output: str, sources: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """For every element of an output, flat, its place in its source and the source's number among those given."""
+        from optimstate.installed_torch import torch
+
+        numbers = torch.full((len(self.names) + 1,), -1, dtype=torch.int64)  # the last is of elements from nowhere
+        numbers[[self._number[name] for name in sources]] = torch.arange(len(sources))
+        owner = self._owner[output]
+        ids = torch.where(owner >= 0, self._flat[output] - self.starts[owner.clamp(min=0)], -1)
+        return ids, numbers[owner]
 
     def relative(self, output: str, source: str) -> Wanted:
         """An output of one source alone."""

@@ -8,9 +8,11 @@ shapes, where the function is run on the meta device and every shape compared.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from fractions import Fraction
-from itertools import combinations_with_replacement
+from itertools import chain, combinations, combinations_with_replacement, cycle
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ Maker = Callable[[Mapping[int, int]], Function]
 
 Shape = tuple[int, ...]
 _LARGE = 48  # smaller dimensions are kept
+_MOST_OUTPUTS = 1024  # larger dimensions are not taken for a number of experts
 _PRIMES = ((3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41), (5, 3, 11, 7, 17, 13, 23, 19, 31, 29, 41, 37))
 _THIRD = (7, 11, 3, 5, 19, 23, 13, 17, 37, 41, 29, 31)
 _UNITS = (4, 16, 64)  # a function that cuts heads or halves needs sizes that they divide
@@ -47,23 +50,73 @@ def derive_scaled(make: Maker, sources: Mapping[str, Source], *, allow_drop: boo
         DerivationError: The function is no layout, knows sizes that were shrunk, or lays shrunk tensors out otherwise.
     """
     reason: Exception | None = None
-    for unit in _UNITS:
+    some = sampled(sources)
+    few = [(some, unit) for unit in _UNITS[:2]] if len(some) < len(sources) else []
+    for names, unit in [*few, *((None, unit) for unit in _UNITS)]:
         try:
-            return _Scaled(make, sources, allow_drop, unit).run()
+            return _Scaled(make, sources, allow_drop, unit, names).run()
         except DerivationError as error:
             reason = reason or error
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # the function met a size it cannot take
-            reason = error
+        except (RuntimeError, ValueError, IndexError, TypeError, LookupError) as error:
+            reason = error  # the function met a size that it cannot take, or misses a layer
     raise DerivationError(
         f"the function cannot be derived at shrunk dimensions: {reason}",
         hint="Derive it on one layer at its real size, or without scaling where memory allows.",
     )
 
 
+def sampled(sources: Mapping[str, Source]) -> list[str]:
+    """Names of a few layers of each kind, and all names of no layer; all of them where that saves little.
+
+    Layers are told by the first number in a name; those of one kind have the same names and shapes.
+    """
+    layers: dict[tuple[str, str], list[str]] = {}
+    kinds: dict[tuple[str, str], set[tuple[str, Shape]]] = {}
+    chosen: list[str] = []
+    for name, source in sources.items():
+        before, number, rest = _LAYER.fullmatch(name).groups()  # type: ignore[union-attr]
+        if number is None:
+            chosen.append(name)
+            continue
+        layers.setdefault((before, number), []).append(name)
+        kinds.setdefault((before, number), set()).add((rest, source.shape))
+    alike: dict[object, list[tuple[str, str]]] = {}
+    for layer, found in kinds.items():
+        alike.setdefault((layer[0], frozenset(found)), []).append(layer)
+    for members in alike.values():
+        for layer in dict.fromkeys([*members[:2], members[-1]]):
+            chosen += layers[layer]
+    kept = set(chosen)
+    return [name for name in sources if name in kept] if len(kept) * 2 < len(sources) else list(sources)
+
+
+_LAYER = re.compile(r"(?:((?:[^.]*[^.\d][^.]*\.)*)(\d+)(\..*)|.*)", re.DOTALL)
+
+
 class _Scaled:
-    def __init__(self, make: Maker, sources: Mapping[str, Source], allow_drop: bool, unit: int) -> None:
-        self.make, self.sources, self.allow_drop = make, sources, allow_drop
+    """One attempt.
+
+    Args:
+        make: The function.
+        sources: Of the real shapes.
+        allow_drop: Whether sources may go nowhere.
+        unit: What every shrunk dimension is a multiple of.
+        names: The sources that the plan is derived from, and then proved on all; None for all.
+    """
+
+    def __init__(
+        self,
+        make: Maker,
+        sources: Mapping[str, Source],
+        allow_drop: bool,
+        unit: int,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.make, self.allow_drop, self.every = make, allow_drop, sources
+        self.sources = sources if names is None else {name: sources[name] for name in names}
         large = sorted({size for source in sources.values() for size in source.shape if size > _LARGE})
+        kept = self._naming(large, unit)
+        large = [size for size in large if size not in kept]
         if len(large) > len(_THIRD):
             raise DerivationError(f"{len(large)} different dimensions are too many to tell apart")
         columns = zip(large, *_PRIMES, _THIRD, strict=False)
@@ -72,6 +125,28 @@ class _Scaled:
             for scale, prime in zip(self.scales, primes, strict=True):
                 scale[size] = unit * prime
 
+    def _naming(self, large: Sequence[int], unit: int) -> set[int]:
+        """Sizes that say how many outputs there are (experts of a fused tensor): shrunk, they would lose some."""
+        wanted = self._outputs({}).keys()
+        small = dict.fromkeys(large, unit * _PRIMES[0][0])
+        counts = [size for size in large if size <= _MOST_OUTPUTS]
+        for kept in chain([()], combinations(counts, 1), combinations(counts, 2)):
+            scale = {size: new for size, new in small.items() if size not in kept}
+            with suppress(RuntimeError, ValueError, IndexError, TypeError, LookupError):
+                if self._outputs(scale).keys() == wanted:
+                    return set(kept)
+        return set()
+
+    def _outputs(self, scale: Mapping[int, int], *, every: bool = False) -> dict[str, Shape]:
+        """The names and shapes of the outputs at a scale, from tensors without elements."""
+        from optimstate.installed_torch import dtype_of, torch
+
+        given = {
+            name: torch.empty(source.shape, dtype=dtype_of(source.dtype), device="meta")
+            for name, source in self._shrunk(scale, every=every).items()
+        }
+        return {name: tuple(value.shape) for name, value in self.make(scale)(given).items()}
+
     def run(self) -> Derived:
         first, second = (self._at(scale) for scale in self.scales[:2])
         for one, other in zip((first.first, first.second), (second.first, second.second), strict=True):
@@ -79,6 +154,8 @@ class _Scaled:
                 raise DerivationError("it moves other tensors at one size than at another")
         third = self.scales[2]
         self._derivation(third, self._lifted(first, second, third), prove=True)
+        if self.sources is not self.every:
+            self._prove_on_all(first, second)
         whole = self._derivation({}, self._lifted(first, second, {}), prove=False)
         plan = whole.plan()
         self._compare_shapes(plan, whole.new)
@@ -86,10 +163,26 @@ class _Scaled:
         whole.notes.append("derived at shrunk dimensions; at the real ones every shape was compared, no values")
         return whole.derived(plan)
 
-    def _shrunk(self, scale: Mapping[int, int]) -> dict[str, Source]:
+    def _prove_on_all(self, first: Derivation, second: Derivation) -> None:
+        """Hold the plan of a few layers against the function on all of them, as small as the function lets them be."""
+        small = {size: 2 * prime for size, prime in zip(self.scales[2], cycle(_PRIMES[0][:4]), strict=False)}
+        reason: Exception | None = None
+        for scale in (small, self.scales[2]):
+            plan = self._derivation(scale, self._lifted(first, second, scale), prove=False).plan()
+            whole = Derivation(self.make(scale), self._shrunk(scale, every=True), self.allow_drop)
+            whole.new = first.new
+            try:
+                whole.prove(plan)
+            except (DerivationError, RuntimeError, ValueError, IndexError, TypeError, LookupError) as error:
+                reason = reason or error
+            else:
+                return
+        raise DerivationError(f"layers that look alike are moved differently: {reason}")
+
+    def _shrunk(self, scale: Mapping[int, int], *, every: bool = False) -> dict[str, Source]:
         return {
             name: source._replace(shape=tuple(scale.get(size, size) for size in source.shape))
-            for name, source in self.sources.items()
+            for name, source in (self.every if every else self.sources).items()
         }
 
     def _at(self, scale: Mapping[int, int]) -> Derivation:
@@ -125,7 +218,7 @@ class _Scaled:
     def _dims(self, names: Sequence[str], scale: Mapping[int, int]) -> list[tuple[int, int, int]]:
         """Dimensions of some sources: shrunk to the first scale, to the second, and to the one that is asked for."""
         known = [name for name in names if name in self.sources] or list(self.sources)
-        sizes = {size for name in known for size in self.sources[name].shape if size > _LARGE}
+        sizes = {size for name in known for size in self.sources[name].shape if size in self.scales[0]}
         return [(self.scales[0][size], self.scales[1][size], scale.get(size, size)) for size in sorted(sizes)]
 
     def _compare_shapes(self, plan: Plan, new: Sequence[str]) -> None:
@@ -134,9 +227,9 @@ class _Scaled:
 
         given = {
             name: torch.empty(source.shape, dtype=dtype_of(source.dtype), device="meta")
-            for name, source in self.sources.items()
+            for name, source in self.every.items()
         }
-        expected = {name: tuple(value.shape) for name, value in self.make({})(dict(given)).items() if name not in new}
+        expected = {name: shape for name, shape in self._outputs({}, every=True).items() if name not in new}
         moves = plan_model(plan, given).sections["model"].moves
         made = {move.target: move.expression.shape for move in moves if move.expression is not None}
         wrong = [name for name in expected.keys() | made.keys() if expected.get(name) != made.get(name)]

@@ -106,16 +106,19 @@ def to_live(model: Any) -> Function:
     renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
     converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
     by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
+    asked = copy.deepcopy(renamings), copy.deepcopy(converters)  # which note that they were used
+    renamed: dict[str, tuple[str, Any]] = {}
 
     def loaded(state: dict[str, Any]) -> Mapping[str, Any]:
         gathered: dict[str, Any] = {}
         for name, tensor in sorted(state.items(), key=lambda item: loading.dot_natural_key(item[0])):
-            new, pattern = loading.rename_source_key(name, copy.deepcopy(renamings), copy.deepcopy(converters))
-            if pattern is None:
-                step, pattern = gathered.setdefault(new, loading.WeightRenaming(name, new)), name
-            else:
-                step = gathered.setdefault(new, copy.deepcopy(by_pattern[pattern]))
-            step.add_tensor(new, name, pattern, tensor)
+            if name not in renamed:
+                renamed[name] = loading.rename_source_key(name, *asked)
+            new, pattern = renamed[name]
+            if new not in gathered:
+                renames = pattern is None
+                gathered[new] = loading.WeightRenaming(name, new) if renames else copy.deepcopy(by_pattern[pattern])
+            gathered[new].add_tensor(new, name, name if pattern is None else pattern, tensor)
         made: dict[str, Any] = {}
         for first, step in gathered.items():
             for name, value in step.convert(first, model=model, config=model.config).items():

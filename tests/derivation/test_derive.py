@@ -245,3 +245,44 @@ def test_a_long_permutation_is_an_index_file_beside_the_plan(tmp_path: Path) -> 
     weights = drawn(shapes, 2)
     made = execute_model(plan_model(found, weights).sections["model"], weights)
     assert torch.equal(made["b"], weights["b"][order])
+
+
+def unfused(state: dict[str, Any]) -> dict[str, Any]:
+    """Experts one by one: how many outputs there are is a size of the sources."""
+    return {
+        name.replace("experts", f"experts.{number}"): part
+        for name, value in state.items()
+        for number, part in enumerate(value.unbind())
+    }
+
+
+def test_more_experts_than_a_dimension_that_is_kept() -> None:
+    shapes = {f"layers.{i}.experts.w": (64, 4096, 1024) for i in range(12)}
+    derived = derive(unfused, shapes, scaled=True)
+    assert [str(rule) for rule in derived.plan.all_rules()] == [
+        "layers.{i:int}.experts.w -> layers.{i}.experts.{b0=0..63}.w, unstack = 0"
+    ]
+    back = {f"layers.{i}.experts.{e}.w": (4096, 1024) for i in range(12) for e in range(64)}
+
+    def fused(state: dict[str, Any]) -> dict[str, Any]:
+        names = [
+            [f"layers.{i}.experts.{e}.w" for e in range(64)] for i in range(12) if f"layers.{i}.experts.0.w" in state
+        ]
+        return {many[0].replace("experts.0", "experts"): torch.stack([state[name] for name in many]) for many in names}
+
+    assert len(list(derive(fused, back, scaled=True).plan.all_rules())) == 1
+
+
+@pytest.mark.parametrize("turn", [lambda i: 11 - i, lambda i: (i + 1) % 12, lambda i: {4: 5, 5: 4}.get(i, i)])
+def test_layers_that_look_alike_and_are_moved_differently(turn: Any) -> None:
+    shapes = {f"layers.{i}.w": (4096, 1024) for i in range(12)}
+
+    def turned(state: dict[str, Any]) -> dict[str, Any]:
+        return {f"layers.{turn(int(name.split('.')[1]))}.w": value for name, value in state.items()}
+
+    plan = derive(turned, shapes, scaled=True).plan
+    small = drawn(dict.fromkeys(shapes, (2, 3)), 1)
+    made = execute_model(plan_model(plan, small).sections["model"], small)
+    expected = turned(dict(small))
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], value) for name, value in expected.items())
