@@ -12,9 +12,10 @@ from optimstate.hooks.engine.hook import LOGGER
 from optimstate.hooks.engine.report import Report
 from optimstate.installed_torch import torch
 from optimstate.plan.apply.execute import execute_model
-from optimstate.plan.apply.scheduled import Groups, LiveScheduler
-from optimstate.plan.apply.schedulers import followed
+from optimstate.plan.apply.scheduled import BOUNDS, Groups, LiveScheduler
+from optimstate.plan.apply.schedulers import followed, unreached_schedulers
 from optimstate.plan.language.plan import Plan
+from optimstate.plan.solve.groups import same_value
 from optimstate.plan.solve.inventory import model_inventory
 from optimstate.plan.solve.migration import Inventory, SectionMoves, Target
 from optimstate.plan.solve.planner import plan_migration
@@ -177,44 +178,87 @@ def migrate_model(plan: Plan | str | PathLike[str]) -> ModelHook:
     return ModelHook(Plan.of(plan))
 
 
-def migrate_scheduler(state_dict: Mapping[str, Any], moves: SectionMoves | None, *, live: Any = None) -> dict[str, Any]:
+def migrate_scheduler(
+    state_dict: Mapping[str, Any],
+    moves: SectionMoves | None,
+    *,
+    live: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    plan: Plan | str | PathLike[str] | None = None,
+) -> dict[str, Any]:
     """The state of a scheduler for the param groups that an optimizer has after a load hook.
+
+    A scheduler's next rates depend on the `lr` and `initial_lr` of the groups too: these are set in the optimizer.
 
     Args:
         state_dict: The scheduler's, not changed.
         moves: What became of the optimizer's groups: a load hook's `moves`. None where nothing did.
-        live: The scheduler that keeps its own arguments and takes the position of the state; set the `lr` of each param
-            group to `get_last_lr()` when it is loaded. None to take the arguments of the state.
+        live: The scheduler that keeps its own arguments and takes the position of the state. None to take the arguments
+            of the state.
+        optimizer: The one that was loaded, whose groups get the rates; that of `live` by default.
+        plan: A plan, or the path of a plan file, whose `[scheduler]` tables change arguments.
 
     Raises:
-        MigrationError: The state does not fit the old groups, or holds lists of unknown meaning.
+        MigrationError: The state does not fit the old groups, holds lists of unknown meaning, or gives groups another
+            rate and no optimizer is given that could get it.
+        PlanError: The plan cannot be read.
     """
-    if moves is None and live is None:
+    asked = Plan(schedulers=Plan.of(plan).schedulers)
+    problems = list(unreached_schedulers(asked, [("", state_dict)]))
+    if problems:
+        raise MigrationError(problems)
+    if moves is None and live is None and not asked.schedulers:
         return dict(state_dict)
     scheduler = None if live is None else LiveScheduler.of(live)
-    groups = _groups(state_dict, moves, () if scheduler is None else scheduler.groups)
-    if groups.unchanged and live is None:
+    optimizer = getattr(live, "optimizer", None) if optimizer is None else optimizer
+    own = [] if optimizer is None else optimizer.param_groups
+    groups = _groups(state_dict, moves, own)
+    if groups.unchanged and live is None and not asked.schedulers:
         return dict(state_dict)
-    plan = Plan().with_policy(schedule="checkpoint" if live is None else "live")
-    return followed(state_dict, groups, plan=plan, live=scheduler).state
+    found = followed(
+        state_dict, groups, plan=asked.with_policy(schedule="checkpoint" if live is None else "live"), live=scheduler
+    )
+    there = groups.options if optimizer is None else own
+    rated = ("lr", "initial_lr", *BOUNDS)
+    changed = [
+        {key: new[key] for key in rated if key in new and not same_value(new[key], old.get(key))}
+        for new, old in zip(found.options, there, strict=True)
+    ]
+    if optimizer is None and any(changed):
+        number, rates = next((number, rates) for number, rates in enumerate(changed) if rates)
+        listed = ", ".join(f"{key} = {value}" for key, value in rates.items())
+        message = f"its schedule gives param group {number} {listed}, which the group is not given by the load hook"
+        remedy = "give the optimizer too, which gets it: migrate_scheduler(..., optimizer=optimizer)"
+        raise MigrationError([Problem("scheduler", message, names=(), remedy=remedy)])
+    for group, rates in zip(own, changed, strict=True) if optimizer is not None else ():
+        for key, value in rates.items():
+            if torch.is_tensor(group.get(key)):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+    return found.state
 
 
-def _groups(state: Mapping[str, Any], moves: SectionMoves | None, live: Sequence[Mapping[str, Any]]) -> Groups:
+def _groups(state: Mapping[str, Any], moves: SectionMoves | None, own: Sequence[Mapping[str, Any]]) -> Groups:
     """The param groups of a load; the old ones as the scheduler's state remembers them."""
     schedule = schedule_of(dict(state))
     last = state.get("_last_lr")
-    count = len(live) if moves is None else moves.old_groups
+    count = (len(own) or len(last or ())) if moves is None else moves.old_groups
     before: list[dict[str, Any]] = []
     for number in range(count):
         initial = schedule.initial(number, {})
         known = {"lr": last[number]} if isinstance(last, list) and number < len(last) else {}
         before.append(known if initial is None else {**known, "initial_lr": initial})
+    options = [{key: value for key, value in group.items() if key not in ("params", "param_names")} for group in own]
     if moves is None:
-        return Groups([dict(options) for options in before], list(range(count)), before, [frozenset()] * count)
-    made = Groups.of(moves, before)
+        made = Groups([dict(old) for old in before], list(range(count)), before, [frozenset()] * count)
+    else:
+        made = Groups.of(moves, before)
+    if options and len(options) == len(made.options):  # as they are now: what other hooks decided is among them
+        made = made._replace(options=options)
     for number, base in enumerate(made.bases):
         if base is not None:  # what a hook decides is not among the options, and the bounds are the optimizer's
             made.options[number] = {**before[base], **made.options[number]}
-            own = {key: value for key, value in made.options[number].items() if key not in before[base]}
-            before[base].update({key: value for key, value in own.items() if key not in ("lr", "initial_lr")})
+            mine = {key: value for key, value in made.options[number].items() if key not in before[base]}
+            before[base].update({key: value for key, value in mine.items() if key not in ("lr", "initial_lr")})
     return made._replace(before=before)

@@ -11,17 +11,19 @@ from weakref import WeakKeyDictionary
 
 from optimstate.errors import OptimStateWarning, StateMismatchError
 from optimstate.hooks.engine.hook import LOGGER, LoadHook
+from optimstate.hooks.engine.live import algorithm_name
+from optimstate.hooks.engine.match import foreign_slots
 from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import number_of, shape_of
 from optimstate.plan.slots.outcomes import flat_slots, slot_name
 from optimstate.problems import Problem
-from optimstate.state.algorithms.registry import conventional, recognise_state
+from optimstate.state.algorithms.registry import ALGORITHMS, conventional, recognise_state
 from optimstate.state.algorithms.slots import Algorithm
 
 __all__ = ["report", "resume_problems", "verify_resume"]
 
-Check = Literal["coverage", "zeros", "steps", "lr", "dtypes", "aliases", "shapes"]
-CHECKS: tuple[Check, ...] = ("coverage", "zeros", "steps", "lr", "dtypes", "aliases", "shapes")
+Check = Literal["slots", "coverage", "zeros", "steps", "lr", "dtypes", "aliases", "shapes"]
+CHECKS: tuple[Check, ...] = ("slots", "coverage", "zeros", "steps", "lr", "dtypes", "aliases", "shapes")
 
 
 class _VerifyResume(LoadHook):
@@ -70,11 +72,12 @@ def verify_resume(
 ) -> _VerifyResume:
     """Look at what was loaded: `optimizer.register_load_state_dict_post_hook(hooks.verify_resume())`.
 
-    What is looked at: `coverage` (trainable parameters without state beside others that have some), `zeros` (moments
-    that are all zero after steps were made), `steps` (parameters with different step counts), `lr` (another learning
-    rate than the loaded one, or than the scheduler's last), `dtypes` (a slot on another device than its parameter, or
-    elementwise in another floating dtype), `aliases` (slots that share memory and would be updated twice), `shapes`
-    (an elementwise slot of another shape than its parameter).
+    What is looked at: `slots` (state that is not that of the optimizer's class), `coverage` (trainable parameters
+    without state beside others that have some), `zeros` (moments that are all zero after steps were made), `steps`
+    (parameters with different step counts), `lr` (another learning rate than the loaded one, or than the scheduler's
+    last), `dtypes` (a slot on another device than its parameter, or elementwise in another floating dtype), `aliases`
+    (slots that share memory and would be updated twice), `shapes` (an elementwise slot of another shape than its
+    parameter).
 
     Register the same object also as a load pre-hook, and a failure gives the optimizer back the state it had before.
 
@@ -108,6 +111,7 @@ def resume_problems(
         `hooks.resume_problems(optimizer)`
     """
     checks: Mapping[Check, Callable[[], Iterator[Problem]]] = {
+        "slots": lambda: _foreign(optimizer),
         "coverage": lambda: _uncovered(optimizer),
         "zeros": lambda: _zeros(optimizer),
         "steps": lambda: _steps(optimizer),
@@ -144,6 +148,21 @@ def _elementwise(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.
             slot = slot or conventional(last, tuple(value.shape), tuple(value.shape))
             if slot is not None and slot.is_elementwise and value.is_floating_point():
                 yield name, parameter, slot_name(path), value, slot.degree
+
+
+def _foreign(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
+    """State of another algorithm than that of the optimizer's class."""
+    live = algorithm_name(optimizer)
+    known = next((found for found in ALGORITHMS if found.name == live), None)
+    if known is None:
+        return
+    found: dict[str, list[str]] = {}
+    for name, _, slots in _members(optimizer):
+        if difference := foreign_slots(known, {str(path[-1]) for path, _ in flat_slots(slots)}):
+            found.setdefault(difference, []).append(name)
+    for difference, names in found.items():
+        remedy = f'convert the state (optimizer = "{live}" in a plan), or start without'
+        yield Problem("algorithm", f"the state of {_some(names)} {difference}", names=tuple(names), remedy=remedy)
 
 
 def _uncovered(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,7 @@ from optimstate.state.algorithms.registry import ALGORITHMS, parameter_shape, re
 from optimstate.state.algorithms.slots import MASTERS, Algorithm
 from optimstate.state.optimizer import Group, OptimizerState, Slots
 
-__all__ = ["LoadOutcome", "matched", "own_containers", "reached", "refuse_other_algorithm"]
+__all__ = ["LoadOutcome", "foreign_slots", "matched", "own_containers", "reached", "refuse_other_algorithm"]
 
 
 class LoadOutcome(Record):
@@ -180,16 +180,27 @@ def refuse_other_algorithm(wanted: str, saved: Algorithm | None, state: Optimize
     present = {str(slot) for slots in state.state.values() for slot in slots}
     if saved is None or known is None or saved.name == live or not present:
         return
-    strange = sorted(slot for slot in present if known.slot(slot) is None and slot not in MASTERS)
-    absent = sorted((_NEEDED & known.slots.keys()) - present)
-    if strange or absent:
-        difference = (
-            f"has {describe(strange[0])}, which {live} does not keep" if strange else f"lacks {describe(absent[0])}"
-        )
+    difference = foreign_slots(known, present)
+    if difference:
         raise StateMismatchError(
             f"the checkpoint has the state of {saved.name}, and the live optimizer is {live}: its state {difference}",
             hint=f'Convert it: optimizer = "{live}" in the plan; or start without state: fresh = "**".',
         )
+
+
+def foreign_slots(known: Algorithm, present: Iterable[str]) -> str:
+    """Why slots are not those of an algorithm; empty where they are.
+
+    Args:
+        known: The algorithm.
+        present: The names of the slots that there are; without any, nothing is amiss.
+    """
+    there = set(present)
+    strange = sorted(slot for slot in there if known.slot(slot) is None and slot not in MASTERS)
+    absent = sorted((_NEEDED & known.slots.keys()) - there) if there else []
+    if strange:
+        return f"has {describe(strange[0])}, which {known.name} does not keep"
+    return f"lacks {describe(absent[0])}" if absent else ""
 
 
 _NEEDED = frozenset({"step", "exp_avg", "exp_avg_sq", "exp_inf", "mu_product", "square_avg", "acc_delta"})

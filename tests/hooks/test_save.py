@@ -217,3 +217,22 @@ def test_report_says_what_there_is(module: Any) -> None:
     assert first == "group 0: 5 parameters, lr 0.02, step 3; step 3, exp_avg 3, exp_avg_sq 3"
     assert second.startswith("group 1: 6 parameters, lr 0.01, step 3")
     assert hook.report == told[0]
+
+
+@pytest.mark.parametrize("saved", ["Adam", "AdamW", "SGD", "RMSprop", "Adamax", "NAdam", "Adafactor", "Adadelta"])
+@pytest.mark.parametrize("live", ["Adam", "AdamW", "SGD", "RMSprop", "Adamax", "NAdam", "Adafactor", "Adadelta"])
+def test_verify_resume_tells_state_of_another_class(saved: str, live: str, module: Any) -> None:
+    """Torch loads it without a word, and fails at the first step, or goes on from what means something else."""
+    made = []
+    for name in (saved, live):
+        parameter = torch.nn.Parameter(torch.ones(3, 2))
+        options = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+        made.append(getattr(module, name)([("w", parameter)], lr=0.1, **options))
+        parameter.grad = torch.ones(3, 2)
+    made[0].step()
+    (old,), (new,) = (optimizer.param_groups[0]["params"] for optimizer in made)
+    made[1].state[new] = dict(made[0].state[old])
+    found = [problem.kind for problem in hooks.resume_problems(made[1])]
+    keys = set(made[1].state[new])
+    same = {"Adam": "AdamW"}.get(saved, saved) == {"Adam": "AdamW"}.get(live, live)
+    assert ("algorithm" in found) == (not same and bool(keys)), (keys, found)

@@ -6,6 +6,7 @@ a plan sets, a group that is new, an argument that changes: everything is made a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import SchedulerRule
 from optimstate.plan.solve.groups import same_value
 from optimstate.problems import Problem
-from optimstate.state.schedules import Line, Schedule, parts, schedule_of
+from optimstate.state.schedules import Chained, Line, Schedule, acting, parts, schedule_of
 
 __all__ = ["differences", "followed", "reaches", "unreached_schedulers"]
 
@@ -155,7 +156,7 @@ class _Work(Rates):
             self._wrong(name, f"it is at step {part.position} already", "total_steps must be more than that")
             return
         old = [self._now(number) for number in range(len(self.options))]
-        own = [part.line(number, options) for number, options in enumerate(self.options)]
+        own = [self._lines(number) for number in range(len(self.options))]
         part.set(key, value, self.options)
         for number, options in enumerate(self.options):
             self._move_rate(number, old[number], own[number], part)
@@ -164,19 +165,24 @@ class _Work(Rates):
     def _now(self, number: int) -> Line | None:
         return self.schedule.line(number, self.options[number])
 
-    def _move_rate(self, number: int, old: Line | None, own: Line | None, part: Schedule) -> None:
+    def _lines(self, number: int) -> list[Line | None]:
+        """What each scheduler that has its turn now makes of a group's initial rate."""
+        return [part.line(number, self.options[number]) for part in acting(self.schedule)]
+
+    def _move_rate(self, number: int, old: Line | None, own: list[Line | None], part: Schedule) -> None:
         """The present rate after an argument changed, where it was what the schedule gave before."""
         options = self.options[number]
         rate, initial = rate_of(options.get("lr")), rate_of(self.schedule.initial(number, options))
         if rate is None or initial is None:
             return  # what is computed from lr alone goes on from it
-        new, mine = self._now(number), part.line(number, options)
+        new, mine = self._now(number), self._lines(number)
+        slopes = [[line.slope if line is not None else 0.0 for line in lines] for lines in (own, mine)]
         if old is not None and new is not None and near(old.at(initial), rate, initial):
             made = new.at(initial)
-        elif old is not None and old == new:
+        elif own == mine and None not in own:
             return
-        elif self.schedule.proportional and own is not None and mine is not None and own.slope and part.proportional:
-            made = rate * mine.slope / own.slope
+        elif self.schedule.proportional and part.proportional and all(slopes[0]) and None not in mine:
+            made = rate * math.prod(slopes[1]) / math.prod(slopes[0])
             if old is not None:
                 self._note(number, f"had lr = {rate:.6g} where its schedule gave {old.at(initial):.6g}: that is kept")
         else:
@@ -194,6 +200,7 @@ class _Work(Rates):
         """The live scheduler's arguments, at the position of the saved one; rates as the live schedule gives them."""
         assert self.live is not None
         position = self.schedule.position
+        lines = [self._lines(number) for number in range(len(self.options))]
         old, self.schedule = self.schedule, schedule_of(unshared(self.live.state))
         self.notes += [
             note.replace("the checkpoint's is used", "the live one is used").partition(" (schedule")[0]
@@ -205,9 +212,9 @@ class _Work(Rates):
         if type(old) is type(self.schedule):
             self.schedule.state.update({key: saved[key] for key in _COUNTERS if key in saved})
         for number, options in enumerate(self.options):
-            self._take_live(number, options)
+            self._take_live(number, options, lines[number])
 
-    def _take_live(self, number: int, options: dict[str, Any]) -> None:
+    def _take_live(self, number: int, options: dict[str, Any], had: list[Line | None]) -> None:
         assert self.live is not None
         mine = self.live.groups[number] if number < len(self.live.groups) else {}
         options.update({key: mine[key] for key in BOUNDS if key in mine})
@@ -220,8 +227,12 @@ class _Work(Rates):
         if not (self.schedule.scalable and not self.schedule.proportional):
             self._start_from(number, wanted, dict(options))
         options["initial_lr"] = wanted
+        chained = isinstance(self.schedule, Chained) and self._now(number) is None
         line = self._line(number, options)
-        if line is not None:
+        if chained and self._lines(number) != had:
+            remedy = "build the checkpoint's schedule, or start it anew and set lr"
+            self._refuse(number, f"what {named(self.schedule)} gives it now depends on the steps before", remedy)
+        elif line is not None:
             self._set_lr(number, line.at(wanted))
         else:
             self._last(number, options.get("lr"))

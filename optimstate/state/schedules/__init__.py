@@ -20,7 +20,7 @@ documentation, for the position that the state has.
 """
 
 from optimstate.state.schedules import cycles, decays  # noqa: F401  (they register what they hold)
-from optimstate.state.schedules.composed import parts
+from optimstate.state.schedules.composed import Chained, acting, parts
 from optimstate.state.schedules.schedule import Line, Schedule, schedule_of
 
-__all__ = ["Line", "Schedule", "parts", "schedule_of"]
+__all__ = ["Chained", "Line", "Schedule", "acting", "parts", "schedule_of"]

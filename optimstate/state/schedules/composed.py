@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from optimstate.state.schedules.schedule import Check, Line, Options, Schedule, is_steps, schedule_of
 
-__all__ = ["Chained", "Parts", "Sequential", "parts"]
+__all__ = ["acting", "Chained", "Parts", "Sequential", "parts"]
 
 
 class Parts(Schedule):
@@ -105,6 +105,13 @@ class Chained(Parts):
     def move_to(self, position: int) -> None:
         for part in self.parts:
             part.move_to(position)
+
+
+def acting(schedule: Schedule) -> list[Schedule]:
+    """The schedulers, inside others or alone, that have their turn now."""
+    if isinstance(schedule, Sequential):
+        return acting(schedule.present)
+    return [each for part in schedule.parts for each in acting(part)] if isinstance(schedule, Parts) else [schedule]
 
 
 def parts(schedule: Schedule, path: str = "") -> Iterator[tuple[str, Schedule]]:
