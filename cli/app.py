@@ -101,7 +101,7 @@ class _Command(TyperCommand):
             # Where a parameter keeps its checks: until typer 0.27 with its type, since then with what it was made of.
             made_of = getattr(parameter, "type_descriptor", None)
             checks = getattr(parameter, "type", None) if made_of is None else made_of.parameter_info
-            if hasattr(checks, "readable"):
+            if checks is not None and hasattr(checks, "readable"):
                 checks.readable = False  # that an input cannot be read is for the verbs to say
 
     def make_parser(self, ctx: Any) -> Any:

@@ -64,7 +64,10 @@ def test_made_functional(name: str, implementation: str) -> None:
 
 def compare(name: str, implementation: str, backend: str) -> None:
     flags = dict(cases.FLAGS[implementation])
-    expected, torchs_breaks = compiled(torch.optim, name, flags, backend)
+    try:
+        expected, torchs_breaks = compiled(torch.optim, name, flags, backend)
+    except AssertionError as error:  # Adafactor's lists until torch 2.9 at least
+        pytest.skip(f"torch's own class does not compile: {error}")
     found, breaks = compiled(optim, name, flags, backend)
     assert oracle.differences(list(expected), list(found)) == []
     assert breaks <= torchs_breaks
