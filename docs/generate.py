@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -234,7 +235,46 @@ _PICTURES = """\
 ![The page of a comparison](images/diff-light.png)
 """
 
+# --- what inspect shows ---------------------------------------------------------------------------------------------
+
+
+def checkpoints() -> str:
+    """The page of checkpoints, with what `inspect` prints today of a script's, Lightning's and the Trainer's."""
+    from tests import corpus
+
+    page = (DOCS / "checkpoints.md").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        _write_old_style(Path("model_best.pth.tar"))
+        shutil.copy(corpus.case("lightning/adamw_onecycle").entry, "last.ckpt")
+        (trainer,) = corpus.case("transformers/gpt2_adamw").entry.parent.glob("checkpoint-*")
+        shutil.copytree(trainer, "checkpoint-4")
+        return re.sub(
+            r"(```\n\$ optimstate (inspect \S+)\n).*?\n```",
+            lambda match: f"{match[1]}{_run(*match[2].split())}\n```",
+            page,
+            flags=re.DOTALL,
+        )
+
+
+def _write_old_style(path: Path) -> None:
+    """What scripts have written since torch's example for ImageNet."""
+    import argparse
+
+    import torch
+
+    torch.manual_seed(0)
+    layers = torch.nn
+    model = layers.Sequential(layers.Conv2d(3, 8, 3), layers.BatchNorm2d(8), layers.Flatten(), layers.Linear(8, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    model(torch.ones(2, 3, 3, 3)).sum().backward()
+    optimizer.step()
+    args = argparse.Namespace(arch="resnet50", lr=0.1, workers=4, dist_url="tcp://127.0.0.1:80", seed=None)
+    run = {"epoch": 73, "arch": "resnet50", "state_dict": model.state_dict(), "best_acc1": torch.tensor(71.25)}
+    torch.save({**run, "optimizer": optimizer.state_dict(), "args": args}, path)
+
+
 PAGES: dict[str, Callable[[], str]] = {
+    "checkpoints.md": checkpoints,
     "reference/cli.md": command_line,
     "explanation/slots.md": slots,
     "screens.md": screens,

@@ -8,14 +8,20 @@ from __future__ import annotations
 import ast
 import struct
 import zipfile
+import zlib
 from functools import partial
 from typing import Any
 
 from optimstate.describe import describe
-from optimstate.errors import CorruptCheckpointError, RepresentationError, UnsupportedCheckpointError
+from optimstate.errors import (
+    CorruptCheckpointError,
+    LimitExceededError,
+    RepresentationError,
+    UnsupportedCheckpointError,
+)
 from optimstate.formats.archive import data_offset, members, recorded_members
 from optimstate.formats.protocol import Claim, Document, WriteOptions
-from optimstate.io.extents import FileSlice
+from optimstate.io.extents import Extent, FileSlice
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
 from optimstate.tensors.dtypes import DTYPES
@@ -29,6 +35,8 @@ SUFFIXES: tuple[str, ...] = ()
 
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER = 1 << 16
+MAX_INFLATED = 1 << 30
+"""Bytes that are unpacked from the compressed arrays of one file: they stay in memory."""
 _DTYPES = {
     **{f"<f{size}": f"float{8 * size}" for size in (2, 4, 8)},
     **{f"<i{size}": f"int{8 * size}" for size in (2, 4, 8)},
@@ -55,27 +63,71 @@ def read(path: Location) -> Document:
     """Open an array, or an archive of arrays as a dict by their names.
 
     Raises:
-        CheckpointError: It is damaged, compressed or has arrays of objects.
+        CheckpointError: It is damaged, too large when unpacked, or has arrays of objects.
     """
     source = open_source(path)
     if source.read(0, min(source.size, len(_MAGIC))) == _MAGIC:
         return Document(path, NAME, _array(FileSlice(source, 0, source.size), path.name))
     tree: dict[str, Any] = {}
+    room = MAX_INFLATED
     for info in members(path):
-        if info.compress_type != zipfile.ZIP_STORED:
+        part: FileSlice | _Inflated = FileSlice(source, data_offset(source, info), info.compress_size)
+        if info.compress_type == zipfile.ZIP_DEFLATED:
+            room -= info.file_size
+            part = _inflated(part, info, room)
+        elif info.compress_type != zipfile.ZIP_STORED:
             raise UnsupportedCheckpointError(
-                f"array {describe(info.filename)} is compressed",
+                f"array {describe(info.filename)} is packed by method {info.compress_type}",
                 path=path,
                 hint="Load it with numpy.load and save it with numpy.savez, which does not compress.",
             )
-        part = FileSlice(source, data_offset(source, info), info.compress_size)
         name = info.filename.removesuffix(".npy")
         is_array = name != info.filename
         tree[name] = _array(part, name) if is_array else OpaqueFile(f"{path}:{info.filename}", info.file_size)
     return Document(path, NAME, tree, checksums=[partial(recorded_members, source, path)])
 
 
-def _array(part: FileSlice, name: str) -> Any:
+class _Inflated:
+    """A member that was compressed, in memory."""
+
+    def __init__(self, data: bytes, path: Location) -> None:
+        self._data, self.path, self.size = data, path, len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As of a file."""
+        return self._data[offset : offset + length]
+
+    def extent(self, offset: int, length: int) -> Extent:
+        """As of a file."""
+        return Extent(self, offset, length)
+
+
+def _inflated(part: FileSlice, info: zipfile.ZipInfo, room: int) -> _Inflated:
+    """The bytes of a compressed member: all at once, as numpy reads them.
+
+    Args:
+        part: The compressed bytes.
+        info: Its entry in the directory.
+        room: How many more bytes may be unpacked of this file when it is.
+    """
+    where = f"array {describe(info.filename)}"
+    if room < 0:
+        raise LimitExceededError(
+            f"unpacks to more than {MAX_INFLATED:,} bytes, the limit",
+            path=part.path,
+            place=where,
+            hint="Load it with numpy.load and save it with numpy.savez, which does not compress.",
+        )
+    try:
+        data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(part.read(0, part.size), info.file_size + 1)
+    except zlib.error as error:
+        raise CorruptCheckpointError(f"cannot be unpacked: {error}", path=part.path, place=where) from None
+    if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
+        raise CorruptCheckpointError("its bytes do not match its checksum", path=part.path, place=where)
+    return _Inflated(data, part.path)
+
+
+def _array(part: FileSlice | _Inflated, name: str) -> Any:
     """One array; of text or dates, which no tensor holds, only that it is there."""
     where = f"array {describe(name)}"
     head = part.read(0, min(12, part.size))

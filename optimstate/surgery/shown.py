@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from optimstate.describe import bounded, describe
+from optimstate.formats.pickles.tensors import numpy_array, numpy_scalar
 from optimstate.state.records import tensor_record
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import AttributedTensor, GlobalName, Opaque, OpaqueFile, path_key
@@ -52,6 +53,12 @@ def _plain(value: Any, room: list[int]) -> Any:
         return [_plain(item, room) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, Opaque):
+        number, array = numpy_scalar(value), numpy_array(value)
+        if number is not None:
+            return _plain(number, room)
+        if array is not None:
+            return f"numpy {array.dtype}{list(array.shape)}"
     if isinstance(value, Opaque | GlobalName):
         record = tensor_record(value)
         return describe(value) if record is None else str(record)

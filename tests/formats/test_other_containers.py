@@ -172,7 +172,6 @@ def test_an_archive_of_arrays_is_a_model(tmp_path: Path) -> None:
     ("make", "words"),
     [
         (lambda path: np.savez(path, a=np.array([{}], dtype=object)), "array of objects, which is a pickle"),
-        (lambda path: np.savez_compressed(path, a=ARRAYS[1]), "is compressed"),
         (lambda path: np.savez(path, a=ARRAYS[1].astype(">f4")), "dtype '>f4'"),
         (lambda path: np.savez(path, a=np.zeros(2, dtype=[("x", "f4")])), "dtype"),
     ],
@@ -238,3 +237,36 @@ def test_an_unpacked_folder_is_copied_in_a_folder(unpacked: Path, tmp_path: Path
     shutil.copy(tmp_path / "z.pt", unpacked.parent / "model.pt")
     optimstate.convert(unpacked.parent, tmp_path / "copy", to="folder")
     assert isinstance(open_checkpoint(tmp_path / "copy").tree["z"]["model"]["w"], LazyTensor)
+
+
+def test_compressed_arrays_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = {"fc.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.array(7)}
+    np.savez_compressed(tmp_path / "a.npz", **live)
+    tree = open_checkpoint(tmp_path / "a.npz").tree
+    for name, array in live.items():
+        assert tree[name].tobytes() == array.tobytes()
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        first = archive.infolist()[0]
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[first.header_offset + 30 + len(first.filename) + 20 + 8] ^= 0xFF
+    (tmp_path / "b.npz").write_bytes(data)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / "b.npz")
+    monkeypatch.setattr("optimstate.formats.numpy_files.MAX_INFLATED", 200)
+    with pytest.raises(CheckpointError, match="the limit"):
+        open_checkpoint(tmp_path / "a.npz")
+
+
+def test_numbers_and_arrays_of_numpy_are_shown_as_what_they_are(tmp_path: Path) -> None:
+    live = {
+        "epoch": np.int64(3),
+        "best": np.float32(0.5),
+        "done": np.bool_(True),
+        "mean": np.ones(3),
+        "w": torch.ones(2),
+    }
+    torch.save(live, tmp_path / "a.pt")
+    report = optimstate.inspect(tmp_path / "a.pt")
+    assert report.tensors == 1
+    shown = {entry.path: entry.value for entry in report.entries}
+    assert (shown["epoch"], shown["best"], shown["done"], shown["mean"]) == (3, 0.5, True, "numpy float64[3]")
