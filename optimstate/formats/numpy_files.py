@@ -71,10 +71,11 @@ def read(path: Location) -> Document:
     tree: dict[str, Any] = {}
     room = MAX_INFLATED
     for info in members(path):
-        part: FileSlice | _Inflated = FileSlice(source, data_offset(source, info), info.compress_size)
+        stored = FileSlice(source, data_offset(source, info), info.compress_size)
+        part: FileSlice | _Inflated = stored
         if info.compress_type == zipfile.ZIP_DEFLATED:
             room -= info.file_size
-            part = _inflated(part, info, room)
+            part = _inflated(stored, info, room)
         elif info.compress_type != zipfile.ZIP_STORED:
             raise UnsupportedCheckpointError(
                 f"array {describe(info.filename)} is packed by method {info.compress_type}",

@@ -16,7 +16,7 @@ from optimstate.state.sections import Section
 from optimstate.surgery.findings import Finding, fault, note
 from optimstate.surgery.layouts import stored_in_another_layout
 from optimstate.surgery.shown import form_of, plain
-from optimstate.surgery.slot_counts import algorithm_of
+from optimstate.surgery.slot_counts import algorithm_of, flat_slots
 from optimstate.surgery.text import plural
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque
@@ -212,7 +212,7 @@ def _numbers(
     second = second_moments(algorithm)
     for label, slots in _labelled(state):
         slots = slots or {}
-        found = measured(slots.items(), progress)
+        found = measured(flat_slots(slots), progress)  # slots within slots too
         for kind, message in oddities(found, plain(slots.get("step")), second):
             yield fault(kind, f"{where}, {label}", message, [label])
         yield from _equal_moments(f"{where}, {label}", slots, found)

@@ -148,7 +148,7 @@ class _Rest:
         state: set[int] = set()
         for section in sections:
             if section.kind == "optimizer":
-                inside = (node for slots in section.optimizer().state.values() for node in nodes(slots))
+                inside = (node for _, _, slots in section.optimizer().parameters() for node in nodes(slots))
                 state.update(id(node) for node in inside)
             elif section.kind != "scheduler":
                 where = f"{section.kind} at {section.label}"

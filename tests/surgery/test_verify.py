@@ -345,3 +345,17 @@ def test_experts_that_are_stored_one_by_one_are_no_fault(tmp_path: Path) -> None
     live["l.0.mlp.gate.weight"] = live.pop("l.0.mlp.gait.weight")
     live["l.0.mlp.experts.up"] = torch.ones(2, 4, 5)  # not the elements that are stored
     assert ("fault", "name") in findings(live)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "level"),
+    [
+        ({"state": {0: {"a": {"b": torch.tensor([math.nan])}}}, "param_groups": [{"params": [0], "lr": 0.1}]}, "fault"),
+        ({"state": {5: {"a": torch.tensor([math.nan])}}, "param_groups": [{"params": [0], "lr": 0.1}]}, "note"),
+        ({"state": {}, "param_groups": [{"params": [0], "lr": 0.1}], "fp32": [torch.tensor([math.nan])]}, "note"),
+    ],
+    ids=["within a slot", "of no parameter", "beside the state"],
+)
+def test_numbers_are_looked_at_wherever_an_optimizer_keeps_them(optimizer: Any, level: str, tmp_path: Path) -> None:
+    report = verify(saved({"optimizer": optimizer}, tmp_path))
+    assert {finding.level for finding in report.findings if finding.kind == "numbers"} == {level}
