@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 
 from optimstate import __version__, errors
 from optimstate.describe import describe, escaped
+from optimstate.io.places import located
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COMMANDS",
     "EXIT_CODES",
+    "PLACE",
     "SETTINGS",
     "Application",
     "Copy",
@@ -77,6 +79,17 @@ NoSync = Annotated[
     bool,
     typer.Option("--no-sync", help="Leave flushing to the disk to the system, as cp does: faster, not power-safe."),
 ]
+
+
+class _AnyPlace:
+    """What Typer makes of the name of a place: a path, or a place in a store."""
+
+    def __new__(cls, name: str) -> Any:
+        return located(name)
+
+
+PLACE: dict[str, Any] = {"path_type": _AnyPlace, "show_default": False}
+"""Of arguments that are a file, a folder or a place in a store, which no `Path` could hold."""
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 

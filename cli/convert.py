@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from optimstate.cli import words
-from optimstate.cli.app import Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog
+from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog
 from optimstate.describe import describe
+from optimstate.io.location import Location
 
 
 def parse_size(text: str) -> int:
@@ -35,8 +35,8 @@ def parse_size(text: str) -> int:
     ),
 )
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
-    destination: Annotated[Path, typer.Argument(help="Where to write; the suffix says what.", show_default=False)],
+    source: Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)],
+    destination: Annotated[Location, typer.Argument(help="Where to write; the suffix says what.", **PLACE)],
     to: Annotated[
         str | None,
         typer.Option(

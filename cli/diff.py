@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Force, Json, Quiet, app, epilog
+from optimstate.cli.app import PLACE, Force, Json, Quiet, app, epilog
+from optimstate.io.location import Location
 
 
 @app.command(
@@ -21,8 +22,8 @@ from optimstate.cli.app import Force, Json, Quiet, app, epilog
     ),
 )
 def diff(
-    left: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
-    right: Annotated[Path, typer.Argument(help="Another, of any container.", show_default=False)],
+    left: Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)],
+    right: Annotated[Location, typer.Argument(help="Another, of any container.", **PLACE)],
     headers: Annotated[bool, typer.Option("--headers", help="Compare names, shapes, dtypes and values only.")] = False,
     name: Annotated[
         str | None,

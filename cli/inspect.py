@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from optimstate import errors
-from optimstate.cli.app import Force, Json, Quiet, app, epilog, until_exit
+from optimstate.cli.app import PLACE, Force, Json, Quiet, app, epilog, until_exit
 from optimstate.cli.words import Sort
+from optimstate.io.location import Location
 
 
 @app.command(
@@ -27,11 +28,9 @@ from optimstate.cli.words import Sort
 )
 def inspect(
     paths: Annotated[
-        list[Path],
+        list[Location],
         typer.Argument(
-            metavar="PATH...",
-            help="A checkpoint file or folder; several, or a pattern, are a table.",
-            show_default=False,
+            metavar="PATH...", help="A checkpoint file or folder; several, or a pattern, are a table.", **PLACE
         ),
     ],
     params: Annotated[
@@ -120,12 +119,12 @@ def inspect(
     terminal.show(found, text, as_json=as_json, quiet=quiet)
 
 
-def _expanded(paths: list[Path]) -> list[Path]:
+def _expanded(paths: list[Location]) -> list[Location]:
     """The paths, and what patterns stand for that the shell left alone."""
-    found: list[Path] = []
+    found: list[Location] = []
     for path in paths:
         pattern = str(path)
-        left_alone = any(sign in pattern for sign in "*?[") and not path.exists()
+        left_alone = isinstance(path, Path) and any(sign in pattern for sign in "*?[") and not path.exists()
         matches = sorted(glob(pattern)) if left_alone else []  # noqa: PTH207 - of absolute patterns too
         found += map(Path, matches) if matches else [path]
     return found

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Json, Quiet, app, epilog
+from optimstate.cli.app import PLACE, Json, Quiet, app, epilog
+from optimstate.io.location import Location
 
 
 @app.command(
@@ -19,7 +19,10 @@ from optimstate.cli.app import Json, Quiet, app, epilog
     ),
 )
 def log(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, or the JSON file of a certificate.", show_default=False)],
+    path: Annotated[
+        Location,
+        typer.Argument(help="A checkpoint, or the JSON file of a certificate.", **PLACE),
+    ],
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

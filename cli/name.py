@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Force, Json, Quiet, app, epilog
+from optimstate.cli.app import PLACE, Force, Json, Quiet, app, epilog
+from optimstate.io.location import Location
 
 
 class Order(StrEnum):
@@ -32,9 +33,10 @@ class Order(StrEnum):
     ),
 )
 def name(
-    source: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
+    source: Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)],
     destination: Annotated[
-        Path | None, typer.Argument(help="Where to write; left out with --dry-run.", show_default=False)
+        Location | None,
+        typer.Argument(help="Where to write; left out with --dry-run.", **PLACE),
     ] = None,
     names: Annotated[
         list[str] | None,

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import SETTINGS, Application, Force, Json, Quiet, app, epilog, read_plan
+from optimstate.cli.app import PLACE, SETTINGS, Application, Force, Json, Quiet, app, epilog, read_plan
+from optimstate.io.location import Location
 
 plans = Application(
     name="plan",
@@ -53,9 +54,10 @@ Out = Annotated[
     ),
 )
 def suggest(
-    source: Annotated[Path, typer.Argument(help="The checkpoint to be moved.", show_default=False)],
+    source: Annotated[Location, typer.Argument(help="The checkpoint to be moved.", **PLACE)],
     target: Annotated[
-        Path, typer.Argument(help="A checkpoint of the new model; its weights are enough.", show_default=False)
+        Location,
+        typer.Argument(help="A checkpoint of the new model; its weights are enough.", **PLACE),
     ],
     output: Out = None,
     headers: Annotated[
@@ -94,7 +96,8 @@ def suggest(
 )
 def derive(
     like: Annotated[
-        Path, typer.Argument(help="A checkpoint with the names and shapes that the function takes.", show_default=False)
+        Location,
+        typer.Argument(help="A checkpoint with the names and shapes that the function takes.", **PLACE),
     ],
     function: Annotated[
         str, typer.Option(metavar="MODULE:NAME", help="A function from state dict to state dict.", show_default=False)
@@ -151,12 +154,12 @@ def derive(
 )
 def check(
     plan: PlanFile,
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="The checkpoint that it is for.", show_default=False)
-    ] = None,
+    checkpoint: Annotated[Location | None, typer.Argument(help="The checkpoint that it is for.", **PLACE)] = None,
     target: Annotated[
-        Path | None,
-        typer.Option(metavar="CHECKPOINT", help="One of the new model, whose names and shapes the result must have."),
+        Location | None,
+        typer.Option(
+            metavar="CHECKPOINT", help="One of the new model, whose names and shapes the result must have.", **PLACE
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -188,8 +191,8 @@ def check(
 def invert(
     plan: PlanFile,
     checkpoint: Annotated[
-        Path | None,
-        typer.Argument(help="The checkpoint that it is for, not its result: tells unequal sizes.", show_default=False),
+        Location | None,
+        typer.Argument(help="The checkpoint that it is for, not its result: tells unequal sizes.", **PLACE),
     ] = None,
     output: Out = None,
     force: Force = False,
@@ -222,9 +225,7 @@ def invert(
 )
 def show(
     plan: PlanFile,
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="The checkpoint that it is for.", show_default=False)
-    ] = None,
+    checkpoint: Annotated[Location | None, typer.Argument(help="The checkpoint that it is for.", **PLACE)] = None,
     params: Annotated[
         bool, typer.Option("--params", help="List every parameter and slot, not layers together.")
     ] = False,
@@ -257,7 +258,7 @@ def show(
     _wrote(html, quiet=quiet or as_json)
 
 
-def _check(output: Path | None, *sources: Path, force: bool, as_json: bool) -> None:
+def _check(output: Path | None, *sources: Location, force: bool, as_json: bool) -> None:
     """Refuse what cannot be written before any work is done."""
     from optimstate.surgery import plans
 

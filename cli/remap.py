@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog, read_plan
+from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog, read_plan
+from optimstate.io.location import Location
 
 
 @app.command(
@@ -24,9 +25,10 @@ from optimstate.cli.app import Copy, Force, Json, NoSync, Quiet, Ranks, app, epi
     ),
 )
 def remap(
-    source: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
+    source: Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)],
     destination: Annotated[
-        Path | None, typer.Argument(help="Where to write; left out with --in-place or --dry-run.", show_default=False)
+        Location | None,
+        typer.Argument(help="Where to write; left out with --in-place or --dry-run.", **PLACE),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A plan file (TOML); - reads standard input.")
@@ -58,8 +60,9 @@ def remap(
         ),
     ] = None,
     like: Annotated[
-        Path | None,
+        Location | None,
         typer.Option(
+            **PLACE,
             metavar="MODEL|NAMES.txt",
             help="Write the optimizer in the order (and groups) of the new model, by which torch loads it. MODEL is a "
             "checkpoint of it, whose weights are enough; NAMES.txt has its parameters' names, one a line.",
@@ -73,9 +76,10 @@ def remap(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Report what would be done and leave checkpoints alone.")
     ] = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not compare the source's checksums beside the copying.")
-    ] = False,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Compare the source's checksums: by default beside the copying."),
+    ] = None,
     force: Force = False,
     copy: Copy = False,
     ranks: Ranks = None,
@@ -122,7 +126,7 @@ def remap(
             in_place=in_place,
             dry_run=dry_run,
             force=force,
-            verify=not no_verify,
+            verify=verify,
             sync=not no_sync,
             progress=advance,
             copy=copy,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Json, Quiet, app, epilog
+from optimstate.cli.app import PLACE, Json, Quiet, app, epilog
+from optimstate.io.location import Location
 
 
 @app.command(
@@ -20,7 +20,7 @@ from optimstate.cli.app import Json, Quiet, app, epilog
     ),
 )
 def scan(
-    path: Annotated[Path, typer.Argument(help="A file or folder.", show_default=False)],
+    path: Annotated[Location, typer.Argument(help="A file or folder.", **PLACE)],
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import Json, Quiet, app, epilog, read_plan
+from optimstate.cli.app import PLACE, Json, Quiet, app, epilog, read_plan
+from optimstate.io.location import Location
 
 
 @app.command(
@@ -21,17 +22,18 @@ from optimstate.cli.app import Json, Quiet, app, epilog, read_plan
     ),
 )
 def verify(
-    path: Annotated[Path, typer.Argument(help="A checkpoint file or folder.", show_default=False)],
+    path: Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)],
     against: Annotated[
-        Path | None, typer.Option(metavar="SRC", help="The checkpoint it was made from.", show_default=False)
+        Location | None,
+        typer.Option(metavar="SRC", help="The checkpoint it was made from.", **PLACE),
     ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The plan it was made by; - reads standard input."),
     ] = None,
     certificate: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="What hooks.certify() wrote, or a checkpoint with it.", show_default=False),
+        Location | None,
+        typer.Option(metavar="FILE", help="What hooks.certify() wrote, or a checkpoint with it.", **PLACE),
     ] = None,
     no_numbers: Annotated[bool, typer.Option("--no-numbers", help="Do not look into tensors (no torch).")] = False,
     quiet: Quiet = False,

@@ -71,6 +71,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"extents", "destination"},
         {"copying", "temporary"},
         {"checksums", "output", "directory", "folders", "linking"},
+        {"remote"},
         {"places"},
     ),
 }

@@ -7,12 +7,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol
 
 import typer
 
 from optimstate.describe import escaped
+from optimstate.io.location import Location
 
 __all__ = ["is_drawn", "progress", "show"]
 
@@ -69,7 +69,7 @@ def _folded_line(line: str, width: int) -> str:
 
 
 @contextmanager
-def progress(verb: str, *sources: Path, quiet: bool = False) -> Iterator[Callable[[int], None] | None]:
+def progress(verb: str, *sources: Location, quiet: bool = False) -> Iterator[Callable[[int], None] | None]:
     """A progress bar on stderr with rate and time left, for long work on a terminal; None otherwise."""
     files = [file for source in sources for file in (source.rglob("*") if source.is_dir() else (source,))]
     total = sum(file.stat().st_size for file in files if file.is_file())

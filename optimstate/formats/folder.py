@@ -19,7 +19,7 @@ from optimstate.formats.safetensors.hf_shards import join_shards, shard_files
 from optimstate.io.extents import Extent
 from optimstate.io.folders import kind_of, listed
 from optimstate.io.location import Location
-from optimstate.io.places import located, open_source
+from optimstate.io.places import located, open_source, prefetch
 from optimstate.tree import OpaqueFile
 
 NAME = "folder"
@@ -85,6 +85,7 @@ def _read_folder(path: Location, root: Location, opened: Open) -> Document:
     files = listed(path)
     if len(files) > MAX_FILES:
         raise CheckpointError(f"{len(files)} files in one folder, over the limit of {MAX_FILES}", path=path)
+    prefetch(file for file in files if file.suffix != ".distcp")
     shards: set[str] = set()
     for file in files:
         if file.name.endswith(".safetensors.index.json"):

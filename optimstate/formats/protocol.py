@@ -79,6 +79,7 @@ class WriteOptions(Record):
         clone_views: Store tensors that share memory each on its own where the container cannot express the sharing.
         shard_size: Largest number of bytes per file where the container can be split, or None.
         sync: Flush what is written to the disk before it takes its name.
+        replace: Whether an object of a store may take the place of another; whether a file may is asked before.
         progress: Called with the bytes written since the last call.
         digest: The algorithm of a digest to record for each tensor where the container has no checksums, or None.
         copy: In a folder of `torch.distributed.checkpoint`, copy data files that are unchanged instead of linking them.
@@ -95,6 +96,7 @@ class WriteOptions(Record):
     confirm: Callable[[], None] | None = None
     copy: bool = False
     ranks: int | None = None
+    replace: bool = True
 
     def new_file(
         self, path: Location, *, expected_size: int = 0, group: AtomicGroup | None = None
@@ -106,7 +108,7 @@ class WriteOptions(Record):
             expected_size: Its number of bytes, where it is known about.
             group: Files that appear together.
         """
-        return new_file(path, expected_size=expected_size, sync=self.sync, group=group)
+        return new_file(path, expected_size=expected_size, sync=self.sync, replace=self.replace, group=group)
 
     def new_folder(self, path: Location) -> AbstractContextManager[Location]:
         """The output as a folder, which appears whole or not at all; files go to the place that is the value."""

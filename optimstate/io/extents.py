@@ -17,7 +17,18 @@ from optimstate.errors import (
 )
 from optimstate.io.location import Location
 
-__all__ = ["ByteSource", "Extent", "FileSlice", "FileSource", "Progress", "StoredSource", "chunks", "is_far", "near"]
+__all__ = [
+    "ByteSource",
+    "Extent",
+    "FileSlice",
+    "FileSource",
+    "Progress",
+    "StoredSource",
+    "announce",
+    "chunks",
+    "is_far",
+    "near",
+]
 
 Progress = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
@@ -66,8 +77,8 @@ class StoredSource:
         """
         buffer[:] = self.read(offset, len(buffer))
 
-    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Say that these `(offset, length)` will be read soon: what is far away fetches them together."""
+    def prefetch(self, extents: Iterable[Extent]) -> None:
+        """Say that extents of any stored sources will be read soon: what is far away fetches them together."""
 
     def ahead(self, extents: Iterable[Extent]) -> Iterator[bytes | memoryview]:
         """The bytes of extents of any stored sources in order, several reads under way before they are asked for."""
@@ -280,6 +291,15 @@ def near(extents: Iterable[Extent]) -> Iterator[Extent]:
         assert isinstance(first.source, StoredSource)
         for data in first.source.ahead(chain((first,), group)):
             yield Extent(Fetched(data), 0, len(data))
+
+
+def announce(extents: Iterable[Extent]) -> None:
+    """Say that these bytes will be read soon, in small pieces; of files that says nothing."""
+    rest = iter(extents)
+    first = next(rest, None)
+    if first is not None and is_far(first):  # one checkpoint is in one store
+        assert isinstance(first.source, StoredSource)
+        first.source.prefetch(chain((first,), rest))
 
 
 def chunks(extents: Iterable[Extent], size: int = CHUNK) -> Iterator[bytes]:

@@ -41,6 +41,8 @@ def kind_of(path: Location) -> str:
     except FileNotFoundError:
         hint = "Check the path for a typing mistake."
         raise CheckpointNotFoundError("no such file or folder", path=path, hint=hint) from None
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(f"cannot be read: {reason}", path=path) from error

@@ -5,16 +5,21 @@ A name with `://` in it is in a store, and only then is anything that knows stor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from optimstate.io.directory import AtomicDirectory
 from optimstate.io.extents import FileSource, StoredSource
 from optimstate.io.location import Location, Place
 from optimstate.io.output import AtomicFile, AtomicGroup, Output
 
-__all__ = ["beginning", "is_remote", "located", "new_file", "new_folder", "new_group", "open_source"]
+if TYPE_CHECKING:
+    from optimstate.io.remote.path import RemotePath
+
+__all__ = ["beginning", "is_remote", "located", "new_file", "new_folder", "new_group", "open_source", "prefetch"]
 
 
 def is_remote(place: object) -> bool:
@@ -23,7 +28,15 @@ def is_remote(place: object) -> bool:
 
 
 def located(place: Place) -> Location:
-    """A place by its name."""
+    """A place by its name.
+
+    Raises:
+        UsageError: It is in a store of an unknown kind, or there are credentials in the name.
+    """
+    if isinstance(place, str) and "://" in place:
+        from optimstate.io.remote.path import remote  # only who names a store pays for it
+
+        return remote(place)
     if isinstance(place, str | PathLike):
         return Path(place)
     return place
@@ -36,7 +49,24 @@ def open_source(place: Place) -> StoredSource:
         CheckpointNotFoundError: It does not exist.
         CheckpointError: It exists but cannot be opened as a file.
     """
-    return FileSource(str(place))
+    where = located(place)
+    return FileSource(where) if isinstance(where, Path) else _far(where).open_source()
+
+
+def prefetch(places: Iterable[Location]) -> None:
+    """Say that these files will be opened soon: in a store, their beginnings are fetched together."""
+    far = [_far(place) for place in places if not isinstance(place, Path)]
+    if far:
+        from optimstate.io.remote.path import opened_together
+
+        opened_together(far)
+
+
+def _far(place: Location) -> RemotePath:
+    from optimstate.io.remote.path import RemotePath
+
+    assert isinstance(place, RemotePath)
+    return place
 
 
 def beginning(place: Place, length: int) -> bytes:
@@ -50,17 +80,43 @@ def beginning(place: Place, length: int) -> bytes:
 
 
 def new_file(
-    place: Location, *, expected_size: int = 0, sync: bool = True, group: AtomicGroup | None = None
+    place: Location,
+    *,
+    expected_size: int = 0,
+    sync: bool = True,
+    replace: bool = True,
+    group: AtomicGroup | None = None,
 ) -> AbstractContextManager[Output]:
-    """A file or object that appears whole or not at all; see `AtomicFile`."""
-    return AtomicFile(str(place), expected_size=expected_size, sync=sync, group=group)
+    """A file or object that appears whole or not at all; see `AtomicFile`.
+
+    Args:
+        place: Its name.
+        expected_size: About how many bytes it will have.
+        sync: Flush it to the disk.
+        replace: Whether an object of a store may take the place of another; of files, that was asked before.
+        group: Files that appear together.
+    """
+    if isinstance(place, Path):
+        return AtomicFile(place, expected_size=expected_size, sync=sync, group=group)
+    from optimstate.io.remote.output import RemoteFile, RemoteGroup
+
+    made = group.made if isinstance(group, RemoteGroup) else None
+    return RemoteFile(_far(place), expected_size=expected_size, replace=replace, made=made)
 
 
 def new_folder(place: Location, *, sync: bool = True) -> AbstractContextManager[Location]:
-    """A folder that appears whole or not at all; see `AtomicDirectory`."""
-    return AtomicDirectory(str(place), sync=sync)
+    """A folder that appears whole or not at all; see `AtomicDirectory` and, of a store, `RemoteFolder`."""
+    if isinstance(place, Path):
+        return AtomicDirectory(place, sync=sync)
+    from optimstate.io.remote.output import RemoteFolder
+
+    return RemoteFolder(_far(place))
 
 
-def new_group(place: Location, *, sync: bool = True) -> AtomicGroup:  # noqa: ARG001
-    """Files beside `place` that appear together; see `AtomicGroup`."""
-    return AtomicGroup(sync=sync)
+def new_group(place: Location, *, sync: bool = True) -> AtomicGroup:
+    """Files beside `place` that appear together; see `AtomicGroup` and, of a store, `RemoteGroup`."""
+    if isinstance(place, Path):
+        return AtomicGroup(sync=sync)
+    from optimstate.io.remote.output import RemoteGroup
+
+    return RemoteGroup()

@@ -11,10 +11,11 @@ from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.io.checksums import Recorded, compare
 from optimstate.io.copying import BLOCK, SharedTasks
 from optimstate.io.extents import Extent, Progress
+from optimstate.io.places import is_remote
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import format_path, walk
 
-__all__ = ["damaged", "verified", "verify_checksums"]
+__all__ = ["UNCOMPARED", "compares", "damaged", "verified", "verify_checksums"]
 
 
 def damaged(document: Document, progress: Progress | None = None) -> Iterator[CorruptCheckpointError | None]:
@@ -38,16 +39,25 @@ def verify_checksums(document: Document) -> None:
             raise error
 
 
+def compares(document: Document, verify: bool | None) -> bool:
+    """Whether checksums are compared: where nothing is said, unless the document is in a store."""
+    return not is_remote(document.path) if verify is None else verify
+
+
+UNCOMPARED = "checksums were not compared: with --verify they are, and the source is read twice"
+"""What is said of a source in a store."""
+
+
 @contextmanager
-def verified(document: Document, options: WriteOptions, *, verify: bool = True) -> Iterator[WriteOptions]:
+def verified(document: Document, options: WriteOptions, *, verify: bool | None = None) -> Iterator[WriteOptions]:
     """Options with which a document is written only if all its checksums agree; they are compared meanwhile.
 
     Args:
         document: What is written is made of its bytes.
         options: How to write otherwise.
-        verify: Whether to compare at all.
+        verify: Whether to compare at all. None: unless the document is in a store and would be read twice.
     """
-    if not verify:
+    if not compares(document, verify):
         yield options
         return
     tasks = SharedTasks()

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from optimstate.formats.protocol import Document
-from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.io.location import Place
 from optimstate.io.places import located
@@ -18,7 +17,7 @@ from optimstate.surgery.contents import relative_difference, renames
 from optimstate.surgery.differences import Change, ChangeKind, DiffReport
 from optimstate.surgery.leaves import Shape, same
 from optimstate.surgery.naming import concluded_names
-from optimstate.surgery.reports import opening
+from optimstate.surgery.reports import open_to_read, opening
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.views import MEMBERS, OTHER, Key, View
 from optimstate.tensors.lazy import LazyTensor
@@ -56,7 +55,7 @@ def diff(
     template = None if name is None else Template(name)
     left, right = located(left), located(right)
     with opening(left):
-        a, b = open_checkpoint(left), open_checkpoint(right)
+        a, b = open_to_read(left), open_to_read(right)
         comparison = _Comparison(headers, template, tolerance, progress)
         sides = _Side(a), _Side(b)
         for mine, theirs in _pairs(*sides):

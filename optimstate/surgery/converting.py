@@ -16,7 +16,7 @@ from optimstate.io.places import located
 from optimstate.problems import Problem
 from optimstate.record import field
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.checksums import verified, verify_checksums
+from optimstate.surgery.checksums import UNCOMPARED, compares, verified, verify_checksums
 from optimstate.surgery.remapping import check_distributed
 from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable, size, table
@@ -120,7 +120,7 @@ def convert(
             lists. Every loss is noted.
         salvage: Of a damaged source, write what is whole. What is lost is named in the report.
         verify: Whether every checksum of the source is compared, so that nothing is written of a damaged one. None:
-            where something is written, beside the copying.
+            where something is written, beside the copying; not of a source in a store, which would be read twice.
         dry_run: Only check that it can be done.
         force: Replace an existing destination.
         options: What to do with what the container cannot hold, checksums, shards.
@@ -135,7 +135,7 @@ def convert(
         UsageError: Both `section` and `without` are given.
     """
     source, destination = located(source), located(destination)
-    options = options or WriteOptions()
+    options = (options or WriteOptions())._replace(replace=force)
     sections = [section] if isinstance(section, str) else list(section or ())
     if sections and without:
         raise UsageError("section and without exclude each other: what is not chosen is left out")
@@ -157,9 +157,11 @@ def convert(
         check_distributed(target, copy=options.copy, ranks=options.ranks)
         if verify and dry_run:
             verify_checksums(document)
-        elif verify or (verify is None and not dry_run):
-            options = stack.enter_context(verified(document, options))
+        elif not dry_run:
+            options = stack.enter_context(verified(document, options, verify=verify))
         changes = _Changes(document, target, sections, without, dtypes or {}, optimizer)
+        if verify is None and not dry_run and not compares(document, verify):
+            changes.notes.append(UNCOMPARED)
         if target == "safetensors" and not options.clone_views:
             changes.notes += [_stored_once(names) for names in changes.tied]
         if drop_opaque:

@@ -112,7 +112,7 @@ def name(
                 raise DestinationError("no destination", hint="Give one, or ask for a dry run.")
             rebuilt = {id(section.node): _with_names(section, naming) for section, naming in found}
             tree = replaced(document.tree, rebuilt)
-            with verified(document, WriteOptions(progress=progress)) as options:
+            with verified(document, WriteOptions(progress=progress, replace=force)) as options:
                 get_format(document.format).write(tree, located(destination), like=document, options=options)
         listing = {
             section.label: tuple(zip(map(str, naming.names), naming.evidence, strict=True)) for section, naming in found

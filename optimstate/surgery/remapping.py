@@ -19,7 +19,7 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.checksums import verified
+from optimstate.surgery.checksums import UNCOMPARED, compares, verified
 from optimstate.surgery.ordering import order_notes, read_like
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
 from optimstate.surgery.reports import opening
@@ -94,7 +94,7 @@ def remap(
     in_place: bool = False,
     dry_run: bool = False,
     force: bool = False,
-    verify: bool = True,
+    verify: bool | None = None,
     sync: bool = True,
     progress: Progress | None = None,
     copy: bool = False,
@@ -111,7 +111,8 @@ def remap(
         in_place: Rename inside the file, by appending to it.
         dry_run: Only report.
         force: Replace an existing destination.
-        verify: Compare every checksum of the source beside the copying, so that no damage is copied.
+        verify: Compare every checksum of the source beside the copying, so that no damage is copied. None: unless the
+            source is in a store, where it would be read twice.
         sync: Flush the result to the disk before it takes its name.
         progress: Called with the bytes written since the last call.
         copy: Of a folder of `torch.distributed.checkpoint`, copy data files that are unchanged instead of linking them.
@@ -141,7 +142,9 @@ def remap(
                 raise DestinationError("no destination", hint="Give one, or ask for in_place.")
             else:
                 target = _check_suffix(document, destination)
-                options = WriteOptions(sync=sync, progress=progress, copy=copy, ranks=ranks)
+                options = WriteOptions(sync=sync, progress=progress, copy=copy, ranks=ranks, replace=force)
+                if verify is None and not compares(document, verify):
+                    notes.append(UNCOMPARED)
                 with verified(document, options, verify=verify) as options:
                     notes += get_format(document.format).write(tree, target, like=document, options=options)
         return _remap_report(source, source if in_place else destination, not dry_run, migration, groups, notes)

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import CheckpointError, LimitExceededError, OptimStateError
+from optimstate.formats.protocol import Document
+from optimstate.formats.registry import open_checkpoint
 from optimstate.io.location import Place
 from optimstate.record import Record, field
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.inspection_text import View, inspection_lines
 from optimstate.surgery.rest import Entry
-from optimstate.tree import no_garbage_collection
+from optimstate.tensors.lazy import LazyTensor, announced
+from optimstate.tree import no_garbage_collection, nodes
 
 if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
@@ -27,8 +30,20 @@ __all__ = [
     "SlotInfo",
     "collapsed",
     "missing_for_resume",
+    "open_to_read",
     "opening",
 ]
+
+
+def open_to_read(place: Place) -> Document:
+    """A checkpoint of which values are read, and not only what describes them: of a store, they are fetched together.
+
+    Raises:
+        CheckpointError: As `open_checkpoint`.
+    """
+    document = open_checkpoint(place)
+    announced(node for node in nodes(document.tree) if isinstance(node, LazyTensor))
+    return document
 
 
 @contextmanager

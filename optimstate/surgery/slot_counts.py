@@ -13,7 +13,7 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import tensor_record
 from optimstate.surgery.shown import plain
 from optimstate.tensors.dtypes import DTYPES
-from optimstate.tensors.lazy import LazyTensor
+from optimstate.tensors.lazy import LazyTensor, announced
 from optimstate.tree import Opaque
 
 __all__ = ["algorithm_of", "counted", "flat_slots", "is_flat"]
@@ -63,6 +63,7 @@ def counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str],
     steps: list[str] = []
     scalars = _ScalarReader()
     fresh = 0
+    announced(_unknown_steps(state))
     for _, _, found in state.parameters():
         if not found:
             fresh += 1
@@ -82,6 +83,14 @@ def counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str],
     if not steps:  # some algorithms count per group
         steps += [scalars.text(group.options["step"]) for group in state.groups if "step" in group.options]
     return slots, Counter(steps), fresh
+
+
+def _unknown_steps(state: OptimizerState) -> Iterator[LazyTensor]:
+    """The steps that have to be read; of those with checksums, equal ones are read once."""
+    for _, _, found in state.parameters():
+        step = found.get("step") if found else None
+        if isinstance(step, LazyTensor) and step.storage.crc is None:
+            yield step
 
 
 def flat_slots(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

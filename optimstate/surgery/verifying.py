@@ -8,7 +8,6 @@ from os import PathLike
 from pathlib import Path
 
 from optimstate.formats.protocol import Document
-from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.io.location import Place
 from optimstate.io.places import located
@@ -19,7 +18,7 @@ from optimstate.surgery.certifying import certificates_in, differences
 from optimstate.surgery.checksums import damaged
 from optimstate.surgery.findings import Finding, VerifyReport, fault, note
 from optimstate.surgery.repeated import repeated
-from optimstate.surgery.reports import opening
+from optimstate.surgery.reports import open_to_read, opening
 from optimstate.surgery.resume_checks import check_optimizer, check_schedulers
 from optimstate.surgery.text import plural
 from optimstate.tensors.lazy import LazyTensor
@@ -56,7 +55,7 @@ def verify(
     path = located(path)
     certificates = certificates_in(certificate) if certificate is not None else []
     with opening(path):
-        document = open_checkpoint(path)
+        document = open_to_read(path)
         judgement = judged(document.tree)
         sections = judgement.sections
         checked = [plural(len(sections), "section")]
@@ -96,7 +95,7 @@ def verify_against(path: Place, source: Place, plan: Plan | str | PathLike[str])
     plan = Plan.of(plan)
     path, source = located(path), located(source)
     with opening(path):
-        actual, origin = open_checkpoint(path), open_checkpoint(source)
+        actual, origin = open_to_read(path), open_to_read(source)
         expected, _, _ = apply_plan(plan, origin.tree)
         found = difference(expected, actual.tree)
         findings = (fault("against", str(path), f"not what the plan makes of {source}: {found}"),) if found else ()

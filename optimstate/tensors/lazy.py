@@ -11,11 +11,11 @@ from math import prod
 from typing import Any
 
 from optimstate.errors import CorruptCheckpointError
-from optimstate.io.extents import Extent, chunks
+from optimstate.io.extents import Extent, announce, chunks
 from optimstate.tensors.dtypes import DTYPES, decode_scalar
 from optimstate.tensors.strided import ScatteredSource, StridedSource
 
-__all__ = ["LazyTensor", "Storage", "contiguous_strides", "with_pieces"]
+__all__ = ["FEW_BYTES", "LazyTensor", "Storage", "announced", "contiguous_strides", "with_pieces"]
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -35,6 +35,10 @@ class _Sealed:
 
     def __setstate__(self, state: Any) -> None:
         raise CorruptCheckpointError(f"a pickle that sets attributes of a {type(self).__name__}")
+
+
+FEW_BYTES = 1 << 12
+"""Up to this size the bytes of a tensor are fetched with what says where they are."""
 
 
 class Storage(_Sealed):
@@ -66,6 +70,10 @@ class Storage(_Sealed):
         self.location = location
         self.key = key
         self.crc = crc
+
+    def reach(self) -> tuple[Extent, ...]:
+        """What is read to find out where the bytes are, and the bytes themselves where they are few."""
+        return self.pieces if self.nbytes <= FEW_BYTES else ()
 
     def cut(self, start: int, stop: int) -> tuple[Extent, ...]:
         """The extents of the bytes [start, stop)."""
@@ -255,6 +263,11 @@ class LazyTensor(_Sealed):
         return f"LazyTensor({self.dtype}, {list(self.shape)})"
 
     __describe__ = __repr__
+
+
+def announced(tensors: Iterable[LazyTensor]) -> None:
+    """Say that tensors will be read: of a store, small ones and the places of large ones are fetched together."""
+    announce(extent for tensor in tensors for extent in tensor.storage.reach())
 
 
 def storages(tensors: Iterable[LazyTensor]) -> list[Storage]:

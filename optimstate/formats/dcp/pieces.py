@@ -18,7 +18,7 @@ from optimstate.formats.dcp.columns import Box, Form, Metadata
 from optimstate.formats.ranks.tiles import DeferredStorage, Tile, check_tiling, tiled
 from optimstate.formats.safetensors.file import MAX_HEADER
 from optimstate.io.checksums import Recorded
-from optimstate.io.extents import Extent, FileSlice, StoredSource
+from optimstate.io.extents import Extent, FileSlice, StoredSource, announce
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
 from optimstate.tensors.dtypes import DTYPES
@@ -27,6 +27,10 @@ from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
 __all__ = ["PieceStorage", "Pieces"]
 
 _ZIP = b"PK\x03\x04"
+
+
+_SMALL_OBJECT = 1 << 20
+ENDS = 2048  # what holds the pickle of an archive of one tensor, and its directory
 
 
 class Pieces:
@@ -69,6 +73,7 @@ class Pieces:
         """Every item by name."""
         metadata = self.metadata
         objects = [metadata.first[number] for number, form in enumerate(metadata.forms) if form is None]
+        announce(part.extent(0, part.size) for part in map(self.slice, objects) if part.size <= _SMALL_OBJECT)
         found = self._archives.read(
             self.slice, sorted(objects, key=lambda row: (metadata.file[row], metadata.offset[row]))
         )
@@ -214,6 +219,17 @@ class PieceStorage(DeferredStorage):
         self.location = "cpu"
         self.key = ""
         self.crc = None
+
+    def reach(self) -> tuple[Extent, ...]:
+        """The ends of the archives that the pieces are in; all of those that are small."""
+        found: list[Extent] = []
+        for row in self.table.metadata.rows(self.number):
+            part = self.table.slice(row)
+            if part.size <= 4 * ENDS:
+                found.append(part.extent(0, part.size))
+            else:
+                found += (part.extent(0, ENDS), part.extent(part.size - ENDS, ENDS))
+        return tuple(found)
 
     def locate(self) -> tuple[Extent, ...]:
         """Where the bytes are."""

@@ -23,7 +23,7 @@ from optimstate.formats.safetensors.file import MAX_HEADER, Entry, File, read_fi
 from optimstate.formats.safetensors.hf_values import begins_with_archive, named_values, read_values
 from optimstate.io.extents import StoredSource
 from optimstate.io.location import Location
-from optimstate.io.places import new_group, open_source
+from optimstate.io.places import new_group, open_source, prefetch
 from optimstate.tensors.lazy import LazyTensor
 
 NAME = "safetensors"
@@ -131,7 +131,9 @@ def _read_sharded(path: Location, *, salvage: bool) -> Document:
     tree: dict[str, Any] = {}
     shards: dict[str, File] = {}
     mentioned: dict[tuple[str, str], None] = {}
-    for file in dict.fromkeys(weight_map.values()):
+    files = dict.fromkeys(weight_map.values())
+    prefetch(path.parent / file for file in files)
+    for file in files:
         try:
             shards[file], values = _read_any(path.parent / file, salvage=salvage)
             found = shards[file].tensors

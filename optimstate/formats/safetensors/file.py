@@ -27,7 +27,7 @@ from optimstate.io.output import AtomicGroup
 from optimstate.io.places import open_source
 from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES, check_sizes
-from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tensors.lazy import LazyTensor, Storage, announced
 
 __all__ = ["BY_CODE", "MAX_HEADER", "Entry", "File", "are_natural", "read_file", "write_file"]
 
@@ -186,6 +186,7 @@ def write_file(
     """
     header = _header(entries, metadata if options.digest is None else _with_digests(entries, metadata, options.digest))
     size = len(header) + sum(entry.tensor.nbytes for entry in entries)
+    announced(entry.tensor for entry in entries)
     with options.new_file(path, expected_size=size, group=group) as out:
         out.write(header)
         pieces: Iterator[Extent] = (extent for entry in entries for extent in entry.tensor.extents())

@@ -30,8 +30,8 @@ from optimstate.io.extents import Extent, FileSlice, StoredSource
 from optimstate.io.location import Location
 from optimstate.io.output import Output
 from optimstate.io.places import open_source
-from optimstate.tensors.lazy import LazyTensor, Storage
-from optimstate.tree import walk
+from optimstate.tensors.lazy import LazyTensor, Storage, announced
+from optimstate.tree import nodes, walk
 
 NAME = "torch"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
@@ -135,6 +135,7 @@ def _same_storages(tree: Any, archive: Archive) -> bool:
 
 
 def _write_new(tree: Any, path: Location, like: Document | None, options: WriteOptions) -> None:
+    announced(node for node in nodes(tree) if isinstance(node, LazyTensor))
     pickled, storages = _pickled(tree)
     root = (path.stem if path.stem.isascii() and path.stem else "archive") + "/"
     expected = len(pickled) + sum(storage.nbytes + 256 for storage in storages)

@@ -25,7 +25,7 @@ from optimstate.errors import (
 from optimstate.formats.torch.zip_end import CENTRAL, LOCAL, MAX32, find_directory
 from optimstate.io.checksums import Recorded, recorded
 from optimstate.io.extents import Extent, FileSlice, StoredSource
-from optimstate.tensors.lazy import Storage
+from optimstate.tensors.lazy import FEW_BYTES, Storage
 from optimstate.tree import no_garbage_collection
 
 __all__ = ["Archive", "Record", "RecordStorage", "Records"]
@@ -319,6 +319,9 @@ class Archive:
         )
 
 
+_NAME_AND_PADDING = 320  # of a record: nearly always enough
+
+
 class RecordStorage(Storage):
     """A storage that is one record of an archive; where its bytes begin is looked up when they are needed.
 
@@ -337,6 +340,15 @@ class RecordStorage(Storage):
     def crc(self) -> int | None:  # type: ignore[override]
         """As the directory records it."""
         return self.archive.records.crcs[self.position] or None
+
+    def reach(self) -> tuple[Extent, ...]:
+        """The record's own header, which says where its contents begin, and these where they are few."""
+        if not self.nbytes or hasattr(self, "_pieces"):
+            return ()
+        source = self.archive.source
+        header = self.archive.records.headers[self.position]
+        length = LOCAL.size + _NAME_AND_PADDING + (self.nbytes if self.nbytes <= FEW_BYTES else 0)
+        return (source.extent(header, min(length, source.size - header)),)
 
     @property
     def pieces(self) -> tuple[Extent, ...]:  # type: ignore[override]

@@ -1,0 +1,70 @@
+"""Repositories of the Hugging Face Hub: `hf://owner/name[@revision]/path`, pinned to the commit they are at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+from optimstate.errors import CheckpointError, CheckpointNotFoundError, UsageError
+from optimstate.io.remote.store import Entry, missing_library, without_secrets
+from optimstate.io.remote.web import WebStore
+
+__all__ = ["HubStore", "hub_store"]
+
+_KINDS = {"datasets": "dataset", "spaces": "space"}
+
+
+class HubStore(WebStore):
+    """A repository at one commit, whose files are on web servers."""
+
+    lists = True
+
+    def __init__(self, name: str, base: str, entries: list[Entry], token: str | None) -> None:
+        super().__init__(name, base, headers={"Authorization": f"Bearer {token}"} if token else None)
+        self._entries = entries
+
+    def listed(self, folder: str) -> Iterator[Entry]:
+        """The files of the commit below a folder."""
+        start = f"{folder}/" if folder else ""
+        return (entry for entry in self._entries if entry.key.startswith(start))
+
+
+def hub_store(rest: str) -> tuple[HubStore, str]:
+    """The repository in a name without its scheme, and the path in it.
+
+    Raises:
+        UsageError: There is no repository in it.
+        CheckpointError: huggingface_hub is not installed, or there is no such repository.
+    """
+    pieces = rest.split("/")
+    kind = _KINDS.get(pieces[0])
+    if kind is not None:
+        pieces = pieces[1:]
+    if len(pieces) < 2 or not all(pieces[:2]):
+        raise UsageError("hf://: a repository is hf://OWNER/NAME[@REVISION][/PATH]")
+    owner, (name, _, revision) = pieces[0], pieces[1].partition("@")
+    try:
+        hub: Any = import_module("huggingface_hub")
+        failures: Any = import_module("huggingface_hub.errors")
+    except ImportError:
+        raise missing_library("huggingface_hub", "hf") from None
+    repository = f"{owner}/{name}"
+    shown = f"hf://{repository}" if kind is None else f"hf://{kind}s/{repository}"
+    try:
+        found: Any = hub.HfApi().repo_info(repository, revision=revision or None, repo_type=kind, files_metadata=True)
+    except failures.HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status in (401, 404):
+            raise CheckpointNotFoundError(
+                "there is no such repository or revision, or it is not open to you",
+                path=shown,
+                hint="Check the name; `hf auth login` gives access to what is private.",
+            ) from None
+        raise CheckpointError(f"the Hub answers {status}", path=shown) from None
+    except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
+        raise CheckpointError(f"the Hub cannot be reached: {without_secrets(str(error))}", path=shown) from None
+    address = hub.hf_hub_url(repository, "_", repo_type=kind, revision=found.sha).removesuffix("/_")
+    # Where a file of the commit is kept may say no ETag of its own: the commit is the version.
+    entries = [Entry(file.rfilename, int(file.size or 0), None) for file in found.siblings or ()]
+    return HubStore(f"{shown}@{found.sha[:12]}", address, entries, hub.get_token()), "/".join(pieces[2:])

@@ -1,0 +1,254 @@
+"""Stores of objects by way of obstore: S3 and what speaks its protocol, Google's and Azure's.
+
+Credentials are those that the stores' own tools use: environment, configuration, the machine's role.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from functools import cache
+from importlib import import_module
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from optimstate.errors import CheckpointError, CheckpointNotFoundError
+from optimstate.io.remote.addresses import ALLOW_HTTP, allows_http
+from optimstate.io.remote.store import (
+    PATIENCE,
+    RETRIES,
+    Answer,
+    Entry,
+    Upload,
+    changed,
+    missing_library,
+    traffic,
+    without_secrets,
+)
+from optimstate.io.remote.uploads import ObjectUpload, S3Upload
+
+__all__ = ["ObjectStore", "object_store"]
+
+T = TypeVar("T")
+
+
+class ObjectStore:
+    """A bucket.
+
+    Args:
+        scheme: `s3`, `gs` or `az`.
+        bucket: Its name; of Azure, that of the container.
+
+    Raises:
+        CheckpointError: obstore is not installed, or the configuration in the environment is not usable.
+    """
+
+    lists = True
+
+    def __init__(self, scheme: str, bucket: str) -> None:
+        try:
+            obstore: Any = import_module("obstore")
+            stores: Any = import_module("obstore.store")
+        except ImportError:
+            raise missing_library("obstore", scheme) from None
+        self.name = f"{scheme}://{bucket}"
+        self.scheme = scheme
+        self.bucket = bucket
+        self.suffixes = scheme != "az"  # which has no ranges of last bytes
+        self._obstore = obstore
+        endpoint = self.endpoint
+        plain = endpoint is not None and endpoint.startswith("http://")
+        if plain and not allows_http(urlsplit(str(endpoint)).hostname):
+            raise CheckpointError(
+                "the endpoint in the environment is http:// and not on this machine",
+                path=self.name,
+                hint=f"Use https://, or set {ALLOW_HTTP}=1.",
+            )
+        options: dict[str, Any] = {
+            "client_options": {
+                "allow_http": plain,
+                "connect_timeout": "10s",
+                "timeout": timedelta(seconds=4 * PATIENCE),
+            },
+            "retry_config": {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=PATIENCE)},
+        }
+        made = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}[scheme]
+        if scheme == "s3":
+            options["config"] = {"endpoint": endpoint} if endpoint else {}
+            options["config"] |= {"region": self.region, "copy_if_not_exists": "multipart"}
+            if (provider := _profile()) is not None:
+                options["credential_provider"] = provider
+        try:
+            self.raw: Any = made(bucket, **options)
+        except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
+            raise CheckpointError(f"cannot be reached: {without_secrets(str(error))}", path=self.name) from None
+
+    @property
+    def endpoint(self) -> str | None:
+        """The address of a server that speaks S3, where the environment names one."""
+        names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if self.scheme == "s3" else ()
+        return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+    @property
+    def region(self) -> str:
+        """The region of S3."""
+        return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+
+    @property
+    def client(self) -> Any:
+        """What writes to S3 by parts and copies within it; None without botocore."""
+        return _client(self.endpoint, self.region)
+
+    def asked(self, key: str, ask: Callable[[], T]) -> T:
+        """What a request gives.
+
+        Raises:
+            CheckpointError: Of the kind of what the store answers, naming the object and nothing else.
+        """
+        traffic.requests += 1
+        place = f"{self.name}/{key}"
+        try:
+            return ask()
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise CheckpointNotFoundError(
+                    "there is no such bucket", path=self.name, hint="Check its name, and the endpoint."
+                ) from None
+            raise CheckpointNotFoundError(
+                "there is no such object", path=place, hint="Check the name and the bucket."
+            ) from None
+        except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
+            kind, text = type(error).__name__, str(error)
+            if kind == "PreconditionError":
+                raise changed(place) from None
+            if "status code: 404" in text:
+                what, named = ("bucket", self.name) if "NoSuchBucket" in text or not key else ("object", place)
+                raise CheckpointNotFoundError(
+                    f"there is no such {what}", path=named, hint="Check the name, and the endpoint."
+                ) from None
+            if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+                raise CheckpointError(
+                    "access is denied", path=place, hint="Check the credentials in the environment, and the name."
+                ) from None
+            if "301 Moved" in text or "PermanentRedirect" in text:
+                raise CheckpointError(
+                    "the bucket is in another region", path=place, hint="Set AWS_REGION to its region."
+                ) from None
+            raise CheckpointError(f"cannot be read: {_reason(text)}", path=place) from None
+
+    def get(self, key: str, start: int, stop: int, version: str | None) -> Answer:
+        """The bytes [start, stop) of an object, fewer where it ends before."""
+        options: dict[str, Any] = {"range": (start, stop)}
+        if version is not None:
+            options["if_match"] = version
+        try:
+            return self._answer(key, options)
+        except CheckpointError as error:
+            if isinstance(error, CheckpointNotFoundError) or start or "416" not in error.reason:
+                raise
+            return self._empty(key, error)
+
+    def tail(self, key: str, length: int) -> Answer:
+        """The last bytes of an object."""
+        try:
+            return self._answer(key, {"range": {"suffix": length}})
+        except CheckpointError as error:
+            if isinstance(error, CheckpointNotFoundError) or "416" not in error.reason:
+                raise
+            return self._empty(key, error)
+
+    def _answer(self, key: str, options: dict[str, Any]) -> Answer:
+        def ask() -> Answer:
+            found = self._obstore.get(self.raw, key, options=options)
+            data = memoryview(found.bytes())
+            traffic.read += len(data)
+            return Answer(data, int(found.meta["size"]), found.meta.get("e_tag") or None)
+
+        return self.asked(key, ask)
+
+    def _empty(self, key: str, error: CheckpointError) -> Answer:
+        """An object without bytes has no ranges."""
+        found = self.asked(key, lambda: self._obstore.head(self.raw, key))
+        if found["size"]:
+            raise error
+        return Answer(memoryview(b""), 0, found.get("e_tag") or None)
+
+    def listed(self, folder: str) -> Iterator[Entry]:
+        """All objects below a folder."""
+        stream = self.asked(folder, lambda: self._obstore.list(self.raw, folder or None, chunk_size=1000))
+        while True:
+            try:
+                some = self.asked(folder, lambda: next(stream, None))
+            except CheckpointNotFoundError:
+                raise
+            if some is None:
+                return
+            for meta in some:
+                yield Entry(meta["path"], meta["size"], meta.get("e_tag") or None)
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        self.asked(key, lambda: self._obstore.delete(self.raw, key))
+
+    def begin(self, key: str, *, expected: int, replace: bool) -> Upload:
+        """Write an object by parts."""
+        if self.scheme == "s3" and self.client is not None:
+            return S3Upload(self.client, self, key, expected=expected, replace=replace)
+        return ObjectUpload(self._obstore, self.raw, f"{self.name}/{key}", key, expected=expected, replace=replace)
+
+
+@cache
+def _client(endpoint: str | None, region: str) -> Any:
+    try:
+        config: Any = import_module("botocore.config")
+        session: Any = import_module("botocore.session")
+    except ImportError:
+        return None
+    made = config.Config(
+        retries={"total_max_attempts": RETRIES + 1, "mode": "standard"},
+        connect_timeout=10,
+        read_timeout=4 * PATIENCE,
+        max_pool_connections=16,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return session.get_session().create_client("s3", endpoint_url=endpoint, region_name=region, config=made)
+
+
+def _reason(text: str) -> str:
+    """What is wrong, of the long message of a library."""
+    with suppress(ValueError):
+        at = text.index("status code: ")
+        return f"the store answers {without_secrets(text[at + 13 :])}"[:120]
+    if "error sending request" in text:
+        return "the store does not answer"
+    return without_secrets(text)
+
+
+def _profile() -> Any:
+    """What gives the credentials of a configuration file, where the environment has none and there is such a file."""
+    given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+    if any(os.environ.get(name) for name in (*given, "AWS_SKIP_SIGNATURE", "AWS_CONTAINER_CREDENTIALS_FULL_URI")):
+        return None
+    files = (os.environ.get("AWS_SHARED_CREDENTIALS_FILE"), os.environ.get("AWS_CONFIG_FILE"))
+    homes = (os.path.expanduser("~/.aws/credentials"), os.path.expanduser("~/.aws/config"))  # noqa: PTH111
+    if not any(path and os.path.exists(path) for path in (*files, *homes)):  # noqa: PTH110
+        return None
+    try:
+        session: Any = import_module("botocore.session")
+        provider: Any = import_module("obstore.auth.boto3")
+        return provider.Boto3CredentialProvider(session.get_session())
+    except Exception:  # noqa: BLE001  # no botocore, or no credentials in the file: obstore looks elsewhere
+        return None
+
+
+@cache
+def object_store(scheme: str, bucket: str) -> ObjectStore:
+    """A bucket by its name.
+
+    Raises:
+        CheckpointError: obstore is not installed, or the configuration in the environment is not usable.
+    """
+    return ObjectStore(scheme, bucket)

@@ -1,0 +1,327 @@
+"""The place of an object or of a folder of objects, as `pathlib` has those of files.
+
+All places that come from one name share what is known: one listing, and every object that is opened, of one version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from stat import S_IFDIR, S_IFREG
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from optimstate.errors import CheckpointError, CheckpointNotFoundError, LimitExceededError, UsageError
+from optimstate.io.remote.source import Cache, RemoteSource, fetched_together
+from optimstate.io.remote.store import Entry, Store, in_window
+
+__all__ = ["RemotePath", "opened_together", "remote"]
+
+SCHEMES = ("s3", "gs", "az", "hf", "https", "http")
+MAX_LISTED = 500_000
+_OBJECTS: tuple[str, ...] = (
+    ".pt",
+    ".pth",
+    ".bin",
+    ".ckpt",
+    ".tar",
+    ".th",
+    ".zip",
+    ".npz",
+    ".npy",
+    ".safetensors",
+    ".json",
+)
+_OBJECTS += (".json", ".pkl", ".pickle", ".distcp", ".metadata", ".txt", ".toml")
+
+
+class _Status(NamedTuple):
+    st_size: int
+    st_mode: int
+
+
+class _Opening:
+    """What is known of a store since a name was given."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.cache = Cache()
+        self.sources: dict[str, RemoteSource] = {}
+        self._entries: dict[str, Entry] = {}
+        self._folders: set[str] = set()
+        self._listed: list[str] = []
+        self._absent: set[str] = set()
+
+    def forget(self) -> None:
+        """What was known, after something was written."""
+        self._listed.clear()
+        self._entries.clear()
+        self._folders.clear()
+        self._absent.clear()
+        self.sources.clear()
+
+    def list_all(self, folder: str) -> None:
+        """Ask once for all that is in a folder, at any depth."""
+        if self._covers(folder):
+            return
+        if not self.store.lists:
+            raise CheckpointError(
+                "a web server does not say what is in a folder",
+                path=f"{self.store.name}/{folder}",
+                hint="Give the address of a file: of shards, that of their .index.json.",
+            )
+        for entry in self.store.listed(folder):
+            self._entries[entry.key] = entry
+            parent = entry.key.rpartition("/")[0]
+            while parent and parent not in self._folders:
+                self._folders.add(parent)
+                parent = parent.rpartition("/")[0]
+            if len(self._entries) > MAX_LISTED:
+                raise LimitExceededError(
+                    f"more than {MAX_LISTED} objects, the limit", path=f"{self.store.name}/{folder}"
+                )
+        self._listed.append(folder)
+
+    def _covers(self, key: str) -> bool:
+        return any(not folder or key == folder or key.startswith(f"{folder}/") for folder in self._listed)
+
+    def below(self, folder: str, *, deep: bool) -> list[str]:
+        """The keys in a folder: those of objects at any depth, or of what is directly in it."""
+        self.list_all(folder)
+        start = f"{folder}/" if folder else ""
+        inside = [key for key in self._entries if key.startswith(start)]
+        if deep:
+            return sorted(inside)
+        return sorted({start + key[len(start) :].split("/", 1)[0] for key in inside})
+
+    def entry(self, key: str) -> Entry | None:
+        """What is known of an object without reading it."""
+        return self._entries.get(key)
+
+    def source(self, path: RemotePath, *, at_once: bool = True) -> RemoteSource:
+        """The object, opened once."""
+        key = path.key
+        if key not in self.sources:
+            entry = self._entries.get(key)
+            if entry is None and (self._covers(key.rpartition("/")[0]) or not key):
+                raise CheckpointNotFoundError("there is no such object", path=path)
+            self.sources[key] = RemoteSource(self.store, key, path, self.cache, entry, at_once=at_once)
+        return self.sources[key]
+
+    def kind(self, path: RemotePath) -> str | None:
+        """`file`, `folder` or None."""
+        key = path.key
+        if self._covers(key):
+            return "file" if key in self._entries else "folder" if key in self._folders or not key else None
+        tries = [self._is_object, self._is_folder]
+        if self.store.lists and (path.is_named_as_folder or not key or not path.name.endswith(_OBJECTS)):
+            tries.reverse()
+        return tries[0](path) or tries[1](path)
+
+    def _is_object(self, path: RemotePath) -> str | None:
+        if not path.key or path.key in self._absent:
+            return None
+        try:
+            self.source(path)
+        except CheckpointNotFoundError:
+            self._absent.add(path.key)
+            return None
+        return "file"
+
+    def _is_folder(self, path: RemotePath) -> str | None:
+        if not self.store.lists:
+            return None
+        if self.below(path.key, deep=False):
+            return "folder"
+        self._listed.remove(path.key)
+        return None
+
+
+class RemotePath:
+    """A place in a store; it behaves as `pathlib.Path` does, as far as `Location` goes.
+
+    Args:
+        opening: What is known of the store.
+        key: The name in it, without slashes at its ends.
+    """
+
+    __slots__ = ("_opening", "is_named_as_folder", "key")
+
+    def __init__(self, opening: _Opening, key: str, *, is_named_as_folder: bool = False) -> None:
+        self._opening = opening
+        self.key = key
+        self.is_named_as_folder = is_named_as_folder
+
+    def __str__(self) -> str:
+        return f"{self._opening.store.name}/{self.key}"
+
+    def __repr__(self) -> str:
+        return f"RemotePath({self})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __lt__(self, other: RemotePath, /) -> bool:
+        return str(self) < str(other)
+
+    def __truediv__(self, name: str, /) -> RemotePath:
+        return RemotePath(self._opening, f"{self.key}/{name}".strip("/"))
+
+    @property
+    def name(self) -> str:
+        """The last part of the key; of a whole store, that of its name."""
+        return (self.key or self._opening.store.name).rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """The ending of the name, with its dot."""
+        at = self.name.rfind(".")
+        return self.name[at:] if 0 < at < len(self.name) - 1 else ""
+
+    @property
+    def stem(self) -> str:
+        """The name without its ending."""
+        return self.name[: len(self.name) - len(self.suffix)]
+
+    @property
+    def parent(self) -> RemotePath:
+        """The folder it is in."""
+        return RemotePath(self._opening, self.key.rpartition("/")[0])
+
+    @property
+    def store(self) -> Store:
+        """Where it is."""
+        return self._opening.store
+
+    def with_name(self, name: str, /) -> RemotePath:
+        """The same place under another name."""
+        return self.parent / name
+
+    def relative_to(self, other: RemotePath, /) -> str:
+        """The key below that of a folder."""
+        return self.key[len(other.key) :].lstrip("/")
+
+    def exists(self) -> bool:
+        """Whether there is an object of this name, or one below it."""
+        return self._opening.kind(self) is not None
+
+    def is_file(self) -> bool:
+        """Whether there is an object of this name."""
+        return self._opening.kind(self) == "file"
+
+    def is_dir(self) -> bool:
+        """Whether there are objects below this name."""
+        return self._opening.kind(self) == "folder"
+
+    def is_symlink(self) -> bool:
+        """Never."""
+        return False
+
+    def stat(self) -> _Status:
+        """Size and kind.
+
+        Raises:
+            FileNotFoundError: There is nothing of this name.
+        """
+        kind = self._opening.kind(self)
+        if kind is None:
+            raise FileNotFoundError(str(self))
+        if kind == "folder":
+            return _Status(0, S_IFDIR)
+        entry = self._opening.entry(self.key)
+        return _Status(self.open_source().size if entry is None else entry.size, S_IFREG)
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        """What is directly in a folder."""
+        return (RemotePath(self._opening, key) for key in self._opening.below(self.key, deep=False))
+
+    def rglob(self, pattern: str, /) -> Iterator[RemotePath]:
+        """The objects at any depth whose names are so."""
+        for key in self._opening.below(self.key, deep=True):
+            path = RemotePath(self._opening, key)
+            if fnmatchcase(path.name, pattern):
+                yield path
+
+    def glob(self, pattern: str, /) -> Iterator[RemotePath]:
+        """What is directly in a folder whose name is so."""
+        return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
+
+    def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: a folder is a part of names."""
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the object."""
+        if missing_ok and not self.is_file():
+            return
+        self.store.delete(self.key)
+        self.forget()
+
+    def open_source(self) -> RemoteSource:
+        """The object opened for reading, once for all places of one opening.
+
+        Raises:
+            CheckpointNotFoundError: There is no such object.
+            CheckpointError: The store does not give it.
+        """
+        return self._opening.source(self)
+
+    def try_to_open(self) -> None:
+        """Open it, by one of the threads that fetch; that it is not there is said by who needs it."""
+        with suppress(CheckpointNotFoundError):
+            self._opening.source(self, at_once=False)
+
+    def forget(self) -> None:
+        """What was known of the store, after something was written."""
+        self._opening.forget()
+
+
+def opened_together(files: Iterable[RemotePath]) -> None:
+    """Fetch the beginnings of objects of a folder (and ends, of what may be archives) in one round."""
+    paths = list(files)
+    if paths and not paths[0].store.lists:
+        for _ in in_window([path.try_to_open for path in paths], 16):
+            pass
+        return
+    if paths:
+        paths[0].parent.iterdir()  # one listing in place of a question for each
+    sources = [path.open_source() for path in paths if path.is_file()]
+    fetched_together((source, offset, length) for source in sources for offset, length in source.begin())
+
+
+def remote(url: str) -> RemotePath:
+    """A place in a store by its name.
+
+    Raises:
+        UsageError: The kind of store is unknown, or there are credentials in the name.
+        CheckpointError: The library for it is not installed.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme not in SCHEMES:
+        raise UsageError.unknown(f"{scheme}:// is not a kind of store that is known", scheme, SCHEMES)
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None or (scheme != "hf" and "@" in parts.netloc):
+        raise UsageError(
+            f"{scheme}://{parts.hostname}: there are credentials in the name",
+            hint="Give them by the environment or the configuration of the store's own tools.",
+        )
+    store: Store
+    if scheme in ("http", "https"):
+        from optimstate.io.remote.web import web_store
+
+        store, key = web_store(url)
+    elif scheme == "hf":
+        from optimstate.io.remote.hub import hub_store
+
+        store, key = hub_store(rest)
+    else:
+        bucket, _, key = rest.partition("/")
+        if "?" in rest or not bucket:
+            raise UsageError(f"{scheme}://{rest.partition('?')[0]}: a name in a store is {scheme}://BUCKET/NAME")
+        from optimstate.io.remote.objects import object_store
+
+        store = object_store(scheme, bucket)
+    return RemotePath(_Opening(store), key.strip("/"), is_named_as_folder=key.endswith("/"))

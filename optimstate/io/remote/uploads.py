@@ -1,0 +1,241 @@
+"""Objects written by parts: nothing of them is there before the last request, which makes them whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from queue import Full, Queue
+from threading import Thread
+from typing import Any
+
+from optimstate.errors import CheckpointError, DestinationError, DestinationExistsError
+from optimstate.io.remote.store import PART, cannot_write, changed, pool, traffic
+
+__all__ = ["ObjectUpload", "S3Upload"]
+
+MAX_PARTS = 9_500  # of 10,000 that S3 takes
+COPIED_PART = 1 << 30
+IN_FLIGHT = 8
+
+
+def exists(place: str) -> DestinationExistsError:
+    """The error of an object that may not be replaced."""
+    return DestinationExistsError(f"{place}: exists already", hint="Give --force to replace it.")
+
+
+class S3Upload:
+    """A multipart upload to S3: its completion makes the object, and asks that there is none where none is replaced.
+
+    Args:
+        client: Of botocore.
+        store: The bucket.
+        key: The object.
+        expected: About how many bytes it will have.
+        replace: Whether it may take the place of another.
+    """
+
+    def __init__(self, client: Any, store: Any, key: str, *, expected: int, replace: bool) -> None:
+        self._client = client
+        self._store = store
+        self._target = {"Bucket": store.bucket, "Key": key}
+        self._place = f"{store.name}/{key}"
+        self._replace = replace
+        self._id: str | None = None
+        self._parts: list[Future[str]] = []
+        self.size = max(PART, -(-expected // MAX_PARTS))
+
+    def _begin(self) -> dict[str, Any]:
+        if self._id is None:
+            self._id = self._asked(lambda: self._client.create_multipart_upload(**self._target)["UploadId"])
+        return {**self._target, "UploadId": self._id, "PartNumber": len(self._parts) + 1}
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        traffic.requests += 1
+        try:
+            return ask()
+        except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
+            answer = getattr(error, "response", None) or {}
+            code = str(answer.get("Error", {}).get("Code", ""))
+            if code in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise exists(self._place) from None
+            if code in ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"):
+                raise DestinationError(
+                    f"{self._place}: access is denied", hint="Check the credentials in the environment, and the name."
+                ) from None
+            if code == "NoSuchBucket":
+                raise DestinationError(f"{self._place}: there is no such bucket", hint="Create it first.") from None
+            raise cannot_write(self._place, RuntimeError(code) if code else error) from None
+
+    def _later(self, ask: Callable[[], str]) -> None:
+        if len(self._parts) >= IN_FLIGHT:
+            self._parts[-IN_FLIGHT].result()
+        if len(self._parts) == MAX_PARTS // 2:
+            self.size *= 4
+        self._parts.append(pool().submit(ask))
+
+    def part(self, data: bytes | memoryview) -> None:
+        """Append a part."""
+        where = self._begin()
+        traffic.written += len(data)
+        self._later(lambda: self._asked(lambda: self._client.upload_part(**where, Body=bytes(data))["ETag"]))
+
+    def copies(self, source: Any) -> bool:
+        """Whether the store can read an object itself: one of the same endpoint, of a version that is known."""
+        store = source.place[0]
+        return (
+            getattr(store, "scheme", "") == "s3"
+            and source.version is not None
+            and (store.endpoint, store.region) == (self._store.endpoint, self._store.region)
+        )
+
+    def copy(self, source: Any, offset: int, length: int) -> None:
+        """Append a range of another object, as parts that the store makes itself."""
+        store, key = source.place
+        count = -(-length // COPIED_PART)
+        for n in range(count):
+            start, stop = offset + length * n // count, offset + length * (n + 1) // count
+            where = {
+                **self._begin(),
+                "CopySource": {"Bucket": store.bucket, "Key": key},
+                "CopySourceIfMatch": source.version,
+                "CopySourceRange": f"bytes={start}-{stop - 1}",
+            }
+            self._later(partial(self._asked_copy, where, source))
+
+    def _asked_copy(self, where: dict[str, Any], source: Any) -> str:
+        try:
+            return str(self._asked(lambda: self._client.upload_part_copy(**where)["CopyPartResult"]["ETag"]))
+        except DestinationExistsError:  # the condition was on the source
+            raise changed(source.path) from None
+
+    def complete(self, rest: bytes) -> None:
+        """Append the last bytes and make the object."""
+        condition = {} if self._replace else {"IfNoneMatch": "*"}
+        traffic.written += len(rest)
+        if self._id is None:
+            self._asked(lambda: self._client.put_object(**self._target, Body=rest, **condition))
+            return
+        if rest:
+            traffic.written -= len(rest)
+            self.part(rest)
+        parts = [{"PartNumber": n, "ETag": part.result()} for n, part in enumerate(self._parts, 1)]
+        self._asked(
+            lambda: self._client.complete_multipart_upload(
+                **self._target, UploadId=self._id, MultipartUpload={"Parts": parts}, **condition
+            )
+        )
+        self._id = None
+
+    def abort(self) -> None:
+        """Give up the parts."""
+        for part in self._parts:
+            part.cancel()
+        for part in self._parts:
+            with suppress(BaseException):
+                part.result()
+        if self._id is not None:
+            with suppress(OSError):
+                self._asked(lambda: self._client.abort_multipart_upload(**self._target, UploadId=self._id))
+            self._id = None
+
+
+class ObjectUpload:
+    """An upload by obstore: a thread sends what it is given; what may not replace another gets its name at the end."""
+
+    def __init__(self, library: Any, store: Any, place: str, key: str, *, expected: int, replace: bool) -> None:
+        self._library = library
+        self._store = store
+        self._place = place
+        self._key = key
+        self._replace = replace
+        self._temporary = ""
+        self._queue: Queue[bytes | None] = Queue(2)
+        self._thread: Thread | None = None
+        self._failure: BaseException | None = None
+        self._stopped = False
+        self.size = max(PART, -(-expected // MAX_PARTS))
+
+    def _given(self) -> Iterator[bytes]:
+        while (data := self._queue.get()) is not None:
+            yield data
+        if self._stopped:
+            raise CheckpointError("given up", path=self._place)
+
+    def _send(self) -> None:
+        try:
+            name = self._temporary or self._key
+            self._library.put(
+                self._store, name, self._given(), use_multipart=True, chunk_size=self.size, max_concurrency=IN_FLIGHT
+            )
+        except BaseException as error:  # noqa: BLE001  # raised by the writer's thread
+            self._failure = error
+
+    def part(self, data: bytes | memoryview) -> None:
+        """Append a part."""
+        if self._thread is None:
+            if not self._replace:
+                folder, _, name = self._key.rpartition("/")
+                self._temporary = f"{folder}/.{name}.{os.urandom(6).hex()}.part".lstrip("/")
+            self._thread = Thread(target=self._send, name="optimstate-upload", daemon=True)
+            self._thread.start()
+        traffic.requests += 1
+        traffic.written += len(data)
+        self._put(bytes(data))
+
+    def _put(self, data: bytes | None) -> None:
+        while True:
+            if self._failure is not None:
+                raise cannot_write(self._place, self._failure) from None
+            try:
+                self._queue.put(data, timeout=0.2)
+                return
+            except Full:
+                continue
+
+    def copies(self, source: Any) -> bool:  # noqa: ARG002
+        """Never: obstore copies whole objects only."""
+        return False
+
+    def copy(self, source: Any, offset: int, length: int) -> None:
+        """Not asked for."""
+        raise NotImplementedError
+
+    def complete(self, rest: bytes) -> None:
+        """Append the last bytes and make the object."""
+        traffic.requests += 1
+        try:
+            if self._thread is None:
+                traffic.written += len(rest)
+                mode = "overwrite" if self._replace else "create"
+                self._library.put(self._store, self._key, rest, mode=mode, use_multipart=False)
+                return
+            if rest:
+                self._put(rest)
+            self._put(None)
+            self._thread.join()
+            if self._failure is not None:
+                raise self._failure
+            if self._temporary:
+                self._library.rename(self._store, self._temporary, self._key, overwrite=False)
+                self._temporary = ""
+        except DestinationError:
+            raise
+        except Exception as error:  # noqa: BLE001  # as above
+            if type(error).__name__ == "AlreadyExistsError":
+                raise exists(self._place) from None
+            raise cannot_write(self._place, error) from None
+
+    def abort(self) -> None:
+        """Give up the parts; obstore aborts what it sends when its source fails."""
+        self._stopped = True
+        if self._thread is not None and self._thread.is_alive():
+            while self._thread.is_alive():
+                with suppress(Full):
+                    self._queue.put(None, timeout=0.2)
+                self._thread.join(0.2)
+        if self._temporary:
+            with suppress(Exception):
+                self._library.delete(self._store, self._temporary)

@@ -1,0 +1,311 @@
+"""Web servers: objects read by ranges over https, of one version, through redirects that lead to no worse place.
+
+Redirects are followed here and not by the library, since where they may lead is decided here: never from https to
+http, never to an address of a private network unless the first was one, and credentials stay with the first server.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from threading import Lock
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+
+from optimstate.errors import CheckpointError, DestinationError, UnsupportedCheckpointError, UsageError
+from optimstate.io.remote.addresses import ALLOW_HTTP, allows_http
+from optimstate.io.remote.store import (
+    PATIENCE,
+    RETRIES,
+    Answer,
+    Entry,
+    changed,
+    missing_library,
+    refused,
+    traffic,
+)
+
+__all__ = ["WebStore", "web_store"]
+
+MAX_REDIRECTS = 5
+REMEMBERED = 240.0  # seconds for which the end of a redirect stands: signed addresses expire
+_AGAIN = (429, 500, 502, 503, 504)
+
+
+class WebStore:
+    """A server, or a folder on it.
+
+    Args:
+        name: What is said of it.
+        base: The address before the keys.
+        query: What is appended to every address, such as a signature; never told.
+        headers: Sent to the server itself and to no other, such as a token; never told.
+    """
+
+    lists = False
+    suffixes = True
+
+    def __init__(self, name: str, base: str, *, query: str = "", headers: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self._base = base
+        self._query = query
+        self._headers = dict(headers or {})
+        self._ends: dict[str, tuple[str, float]] = {}
+        self._lock = Lock()
+        first = urlsplit(base)
+        self._origin = (first.scheme, first.netloc)
+        if first.scheme == "http" and not allows_http(first.hostname):
+            raise UsageError(
+                f"{name}: http:// is not encrypted",
+                hint=f"Use https://, or set {ALLOW_HTTP}=1 where the network is yours.",
+            )
+
+    def _address(self, key: str) -> str:
+        return f"{self._base}/{key}" + (f"?{self._query}" if self._query else "")
+
+    def get(self, key: str, start: int, stop: int, version: str | None) -> Answer:
+        """The bytes [start, stop) of an object, fewer where it ends before."""
+        return self._ranged(key, f"bytes={start}-{stop - 1}", stop - start, version, start=start)
+
+    def tail(self, key: str, length: int) -> Answer:
+        """The last bytes of an object."""
+        return self._ranged(key, f"bytes=-{length}", length, None)
+
+    def listed(self, folder: str) -> Iterator[Entry]:
+        """Not asked for."""
+        raise NotImplementedError
+
+    def delete(self, key: str) -> None:
+        """Refused.
+
+        Raises:
+            DestinationError: Always.
+        """
+        raise DestinationError(f"{self.name}/{key}: a web server is read, but not written")
+
+    def begin(self, key: str, *, expected: int, replace: bool) -> Any:  # noqa: ARG002
+        """Refused.
+
+        Raises:
+            DestinationError: Always.
+        """
+        raise DestinationError(
+            f"{self.name}/{key}: a web server is read, but not written",
+            hint="Write to a file or to s3://, gs://, az://.",
+        )
+
+    def _ranged(self, key: str, wanted: str, length: int, version: str | None, start: int | None = None) -> Answer:
+        place = f"{self.name}/{key}"
+        headers = {"Range": wanted, "Accept-Encoding": "identity", "User-Agent": "optimstate"}
+        if version is not None and version.startswith('"'):
+            headers["If-Match"] = version
+        for attempt in range(RETRIES + 1):
+            try:
+                response = self._follow(key, place, headers)
+            except OSError as error:
+                if attempt == RETRIES or isinstance(error, CheckpointError):
+                    raise
+                time.sleep(0.2 * 2**attempt)
+                continue
+            with_body = response.status in (200, 206)
+            if response.status in _AGAIN and attempt < RETRIES:
+                response.close()
+                time.sleep(0.2 * 2**attempt)
+                continue
+            try:
+                if not with_body:
+                    if response.status == 416 and _total(response.headers.get("Content-Range")) == 0:
+                        return Answer(memoryview(b""), 0, _version(response))
+                    refused(place, response.status, str(response.reason or ""))
+                return self._answer(response, place, length, version, start)
+            except _Broken:
+                if attempt == RETRIES:
+                    raise CheckpointError("the connection broke while it was read", path=place) from None
+                time.sleep(0.2 * 2**attempt)
+            finally:
+                response.release_conn() if response.status == 206 else response.close()
+        raise AssertionError
+
+    def _answer(self, response: Any, place: str, length: int, version: str | None, start: int | None) -> Answer:
+        if response.status == 200:
+            total = int(response.headers.get("Content-Length") or -1)
+            if not 0 <= total <= length or start:
+                raise UnsupportedCheckpointError(
+                    "the server does not give ranges of files", path=place, hint="Download the file first."
+                )
+        else:
+            total = _total(response.headers.get("Content-Range"))
+            first = str(response.headers.get("Content-Range")).removeprefix("bytes ").partition("-")[0]
+            if total < 0 or (start is not None and first != str(start)):
+                raise UnsupportedCheckpointError("the server does not say which range it gives", path=place)
+        found = _version(response)
+        if version is not None and found != version:
+            raise changed(place)
+        data = _body(response, length, place)
+        traffic.read += len(data)
+        return Answer(memoryview(data), total, found)
+
+    def _follow(self, key: str, place: str, headers: Mapping[str, str]) -> Any:
+        """The answer at the end of the redirects."""
+        address = first = self._address(key)
+        known, until = self._ends.get(key, ("", 0.0))
+        if known and time.monotonic() < until:
+            address = known
+        for _ in range(MAX_REDIRECTS + 1):
+            response = self._ask(address, place, headers, moved=address != first)
+            if response.status in (401, 403, 404, 410) and address == known:
+                response.close()
+                self._ends.pop(key, None)
+                known, address = "", first
+                continue
+            if response.status not in (301, 302, 303, 307, 308):
+                if address != first:
+                    self._ends[key] = (address, time.monotonic() + REMEMBERED)
+                return response
+            target = urljoin(address, str(response.headers.get("Location") or ""))
+            response.drain_conn()
+            self._check_redirect(address, target, place)
+            address = target
+        raise CheckpointError("the server redirects without end", path=place)
+
+    def _check_redirect(self, address: str, target: str, place: str) -> None:
+        old, new = urlsplit(address), urlsplit(target)
+        allowed = new.scheme == "https" or (new.scheme == "http" and old.scheme == "http" and allows_http(new.hostname))
+        if not allowed or not new.hostname:
+            raise CheckpointError(
+                f"the server redirects to {new.scheme or 'nowhere'}://{new.hostname or ''}, which is not followed",
+                path=place,
+                hint="Redirects are followed from https to https only.",
+            )
+
+    def _ask(self, address: str, place: str, headers: Mapping[str, str], *, moved: bool) -> Any:
+        urllib3 = _library("https")
+        parts = urlsplit(address)
+        sent = dict(headers)
+        if (parts.scheme, parts.netloc) == self._origin:
+            sent.update(self._headers)
+        traffic.requests += 1
+        try:
+            manager = _manager(parts.scheme, private_allowed=not moved or _is_private(urlsplit(self._base).hostname))
+            return manager.request(
+                "GET", urlunsplit(parts), headers=sent, redirect=False, preload_content=False, retries=False
+            )
+        except _PrivateAddressError:
+            raise CheckpointError(
+                f"the server redirects to {parts.hostname}, an address of a private network, which is not followed",
+                path=place,
+            ) from None
+        except urllib3.exceptions.HTTPError as error:
+            reason = getattr(error, "reason", None) or error
+            if "certificate" in str(reason).lower():
+                raise CheckpointError("the certificate of the server is not valid", path=place) from None
+            raise CheckpointError(f"the server does not answer ({type(error).__name__})", path=place) from None
+
+
+class _Broken(Exception):  # caught where it is raised
+    """The body ended before its length."""
+
+
+def _body(response: Any, length: int, place: str) -> bytes:
+    """What came, and never more than was asked for."""
+    urllib3 = _library("https")
+    try:
+        data: bytes = response.read(length + 1)
+        while len(data) <= length:
+            more = response.read(length + 1 - len(data))
+            if not more:
+                break
+            data += more
+    except urllib3.exceptions.HTTPError:
+        raise _Broken from None
+    if len(data) > length:
+        raise CheckpointError(f"{length} bytes were asked for and more came", path=place)
+    return data
+
+
+def _total(header: str | None) -> int:
+    """The size of the whole, as `Content-Range: bytes 0-9/100` has it; -1 where it does not."""
+    total = (header or "").rpartition("/")[2]
+    return int(total) if total.isdecimal() else -1
+
+
+def _version(response: Any) -> str | None:
+    """The ETag, else the time of the last change."""
+    found = response.headers.get("ETag") or response.headers.get("Last-Modified")
+    return str(found) if found else None
+
+
+class _PrivateAddressError(Exception):
+    """A redirect led into a private network."""
+
+
+def _is_private(host: str | None) -> bool:
+    """Whether a host was named as one of a private network."""
+    if host in (None, "localhost"):
+        return True
+    try:
+        return not ipaddress.ip_address(str(host)).is_global
+    except ValueError:
+        return not str(host).count(".")
+
+
+def _library(scheme: str) -> Any:
+    try:
+        return import_module("urllib3")
+    except ImportError:
+        raise missing_library("urllib3", scheme) from None
+
+
+@cache
+def _manager(scheme: str, *, private_allowed: bool) -> Any:
+    """Connections that are kept open; where private addresses are not allowed, each looks where it arrived."""
+    urllib3 = _library(scheme)
+    timeout = urllib3.Timeout(connect=10, read=PATIENCE)
+    proxies = _proxies()
+    if proxies.get(scheme):
+        return urllib3.ProxyManager(proxies[scheme], timeout=timeout, maxsize=24)
+    manager = urllib3.PoolManager(timeout=timeout, maxsize=24)
+    if private_allowed:
+        return manager
+
+    def looking(connection: type[Any]) -> type[Any]:
+        class Looking(connection):  # type: ignore[misc]
+            def connect(self) -> None:
+                super().connect()
+                address = self.sock.getpeername()[0]
+                if not ipaddress.ip_address(address.partition("%")[0]).is_global:
+                    self.close()
+                    raise _PrivateAddressError
+
+        return Looking
+
+    class Http(urllib3.HTTPConnectionPool):  # type: ignore[misc,name-defined]
+        ConnectionCls = looking(urllib3.connection.HTTPConnection)
+
+    class Https(urllib3.HTTPSConnectionPool):  # type: ignore[misc,name-defined]
+        ConnectionCls = looking(urllib3.connection.HTTPSConnection)
+
+    manager.pool_classes_by_scheme = {"http": Http, "https": Https}
+    return manager
+
+
+def _proxies() -> Mapping[str, str]:
+    from urllib.request import getproxies
+
+    return getproxies()
+
+
+def web_store(url: str) -> tuple[WebStore, str]:
+    """The server of an address, and the path of the file.
+
+    Raises:
+        UsageError: It is http:// and on another machine.
+    """
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise UsageError(f"{parts.scheme}://: there is no server in this address")
+    base = f"{parts.scheme}://{parts.netloc}"
+    return WebStore(base, base, query=parts.query), quote(parts.path, safe="/%:@!$&'()*+,;=~").lstrip("/")
