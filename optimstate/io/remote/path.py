@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from stat import S_IFDIR, S_IFREG
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, LimitExceededError, UsageError
 from optimstate.io.remote.source import Cache, RemoteSource, fetched_together
 from optimstate.io.remote.store import Entry, Store, in_window
+from optimstate.record import Record
 
 __all__ = ["RemotePath", "opened_together", "remote"]
 
@@ -36,7 +36,9 @@ _OBJECTS: tuple[str, ...] = (
 _OBJECTS += (".json", ".pkl", ".pickle", ".distcp", ".metadata", ".txt", ".toml")
 
 
-class _Status(NamedTuple):
+class _Status(Record):
+    """What is known of a place."""
+
     st_size: int
     st_mode: int
 

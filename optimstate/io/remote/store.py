@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, DestinationError
+from optimstate.record import Record
 
 __all__ = [
     "PART",
@@ -36,7 +37,7 @@ PATIENCE = 30.0
 """Seconds after which a request that is answered by nobody is an error."""
 
 
-class Entry(NamedTuple):
+class Entry(Record):
     """What a listing says of an object."""
 
     key: str
@@ -44,7 +45,7 @@ class Entry(NamedTuple):
     version: str | None
 
 
-class Answer(NamedTuple):
+class Answer(Record):
     """A range of an object.
 
     Attributes:
