@@ -319,11 +319,26 @@ def suggested(ran: Ran) -> None:
     moved(ran, ran.load("suggested.pt"), lambda name: name.replace("layers.", "decoder.blocks."))
 
 
+def to_muon(ran: Ran) -> None:
+    old, new = ran.load("counting.pt"), ran.load("muon.pt")
+    slots = by_name(old)
+    muon, adamw = (by_name({"optimizer": new[key]}) for key in ("muon", "adamw"))
+    assert len(muon) == 12
+    same(muon, {name: {"momentum_buffer": slots[name]["exp_avg"]} for name in muon})
+    same(adamw, {name: found for name, found in slots.items() if name not in muon})
+    section = SECTIONS[16]
+    for name, losses in ran.scope["after"].items():
+        row = re.search(rf"^\| {re.escape(name)} \| ([\d.]+) \| ([\d.]+) \|", section, re.MULTILINE)
+        assert row, name
+        assert losses[0] == pytest.approx(float(row[1]), rel=0.1)
+        assert losses[-1] == pytest.approx(float(row[2]), rel=0.3)
+
+
 CHECKS: dict[int, Callable[[Ran], None]] = dict(
     enumerate(
         (
             *(seen, renamed, in_front, experts, fused, grown, regrouped, shortened),
-            *(converted, gathered, unwrapped, compared, checked, hooked, to_lion, suggested),
+            *(converted, gathered, unwrapped, compared, checked, hooked, to_lion, suggested, to_muon),
         ),
         1,
     )

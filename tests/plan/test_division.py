@@ -220,8 +220,11 @@ def test_an_anonymous_optimizer_is_not_divided_silently() -> None:
 def test_tables_are_written_and_read() -> None:
     plan = Plan.from_toml(MUON + "set = { lr = 0.02 }\n" + REST)
     assert Plan.from_toml(plan.to_toml()) == plan
-    with pytest.raises(PlanError, match="divides the optimizer"):
+    with pytest.raises(PlanError, match="divides the optimizer") as error:
         inverse(plan)
+    said = [str(problem) for problem in error.value.problems]
+    assert any("makes state of Muon: of AdamW's state it drops exp_avg_sq, step" in text for text in said)
+    assert any("sets lr and does not say what they were" in text for text in said)
     for text in (
         '[[optimizer]]\nmatch = "**"\n',
         '[[optimizer]]\npath = "a"\n',

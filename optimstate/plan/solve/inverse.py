@@ -78,11 +78,29 @@ def _losses(plan: Plan) -> list[Problem]:
                 except Irreversible as reason:
                     if not reason.needs_names:
                         reasons.append(f"{name}: {reason}")
-    if plan.optimizers:
-        reasons.append("[[optimizer]] divides the optimizer: write tables that join what it makes")
+    reasons += _lost_in_division(plan)
     if plan.optimizer:
         reasons.append(f"the conversion to {plan.optimizer} does not keep what it started from")
     return [Problem("irreversible", reason) for reason in reasons]
+
+
+def _lost_in_division(plan: Plan) -> list[str]:
+    """What `[[optimizer]]` tables do not keep."""
+    reasons = []
+    for rule in plan.optimizers:
+        if rule.algorithm:
+            from optimstate.plan.slots.counterparts import counterpart  # few plans need it
+
+            found = counterpart("AdamW", rule.algorithm) or counterpart("SGD", rule.algorithm)
+            slots = [line[0] for line in found[0] if line[1] == "dropped"] if found is not None else []
+            lost = f": of AdamW's state it drops {', '.join(slots)}" if slots else ", whose state means something else"
+            reasons.append(f"{rule} makes state of {rule.algorithm}{lost}")
+        if rule.set:
+            reasons.append(f"{rule} sets {', '.join(rule.set)} and does not say what they were")
+    if plan.optimizers:
+        message = "[[optimizer]] divides the optimizer and its param groups, which stay divided when it is joined again"
+        reasons.append(f'{message}; a plan that joins it says [[optimizer]] path = "optimizer", match = "**"')
+    return reasons
 
 
 def _by_templates(plan: Plan, reasons: list[Problem]) -> Plan | None:
