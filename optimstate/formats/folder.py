@@ -14,7 +14,7 @@ from optimstate.errors import CheckpointError, RepresentationError, Unrecognized
 from optimstate.formats.protocol import Claim, Document, Format, WriteOptions
 from optimstate.formats.ranks import files as ranks
 from optimstate.formats.registry import detect, get_format, salvaged
-from optimstate.formats.safetensors.container import is_fresh_shard, read_index
+from optimstate.formats.safetensors.container import abandoned_shards, read_index
 from optimstate.formats.safetensors.hf_shards import join_shards, shard_files
 from optimstate.io.extents import Extent
 from optimstate.io.folders import kind_of, listed
@@ -90,8 +90,9 @@ def _read_folder(path: Location, root: Location, opened: Open) -> Document:
     for file in files:
         if file.name.endswith(".safetensors.index.json"):
             shards.update(read_index(file)[0].values())
+    abandoned = abandoned_shards((file.name for file in files), shards) if shards else ()
     for file in files:
-        if shards and is_fresh_shard(file.name) and file.name not in shards:
+        if file.name in abandoned:
             document.notes.append(f"{file.name} is a shard that no index names: a writer was killed; it may be deleted")
             continue
         if file.name in shards or (_leads_outside(file, root)):

@@ -18,7 +18,7 @@ from optimstate.errors import CheckpointError, DestinationError
 from optimstate.io.copying import Copier, FileCopier
 from optimstate.io.destination import cannot_write, check_kind
 from optimstate.io.extents import Extent, Progress
-from optimstate.io.temporary import begin, remove, sync_directory, take_name, withdraw
+from optimstate.io.temporary import begin, count_as_unfinished, remove, sync_directory, take_name, withdraw
 
 __all__ = ["AtomicFile", "AtomicGroup", "FileOutput", "Output", "write_bytes"]
 
@@ -157,7 +157,7 @@ class AtomicFile(FileOutput):
 
     def __enter__(self) -> AtomicFile:
         try:
-            self._temporary, self.fd = begin(self.path, self._make)
+            self._temporary, self.fd = begin(self._beside(), self._make)
             if self._expected_size and hasattr(os, "posix_fallocate"):
                 try:
                     os.posix_fallocate(self.fd, 0, self._expected_size)
@@ -172,6 +172,10 @@ class AtomicFile(FileOutput):
                 raise cannot_write(self.path, error) from error
             raise
         return self
+
+    def _beside(self) -> Path:
+        """The path whose temporary name this one has."""
+        return self.path if self._group is None or self._group.path is None else self._group.path
 
     def _make(self, temporary: Path) -> int:
         self._temporary = temporary
@@ -239,11 +243,19 @@ class AtomicGroup:
 
     The names are given in the order in which the files were written. A reader that finds the others by the last one,
     the index, meets the old checkpoint or the new one, provided that no name of the new is one of the old.
+
+    Args:
+        path: That of the last one, whose temporary names all of them have: so the next writer finds what is left.
+        replaced: Files that are of no use when the last one has its name; they are removed then.
+        sync: As for `AtomicFile`.
     """
 
-    def __init__(self, *, sync: bool = True) -> None:
+    def __init__(self, path: Path | None = None, *, replaced: Sequence[Path] = (), sync: bool = True) -> None:
+        self.path = path
+        self._replaced = replaced
         self._sync = sync
         self._waiting: list[tuple[Path, Path]] = []
+        self._last: Path | None = None  # the last temporary name, from when on it may be gone
 
     def take(self, waiting: tuple[Path, Path]) -> None:
         """Hold a complete file and its name."""
@@ -265,17 +277,27 @@ class AtomicGroup:
                     sync_directory(self._waiting[-1][1].parent)
                 for temporary, path in self._waiting[-1:]:
                     check_kind(path)
+                    self._last = temporary
                     take_name(temporary, path)
-                    named.clear()
                     if self._sync:
                         sync_directory(path.parent)
+                self._remove_replaced()
                 return
         except BaseException as failure:
-            self._discard(named)
+            if self._last is not None and not os.path.lexists(self._last):
+                self._remove_replaced()  # everything has its name: only this was missing
+            else:
+                self._discard(named)
             if isinstance(failure, OSError) and not isinstance(failure, DestinationError):
                 raise cannot_write(self._waiting[-1][1], failure) from failure
             raise
         self._discard(named)
+
+    def _remove_replaced(self) -> None:
+        for path in self._replaced:
+            count_as_unfinished(path)
+        for path in self._replaced:
+            remove(path)
 
     def _discard(self, named: Sequence[Path]) -> None:
         for temporary, _ in self._waiting:

@@ -5,7 +5,7 @@ A name with `://` in it is in a store, and only then is anything that knows stor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
@@ -113,10 +113,10 @@ def new_folder(place: Location, *, sync: bool = True) -> AbstractContextManager[
     return RemoteFolder(_far(place))
 
 
-def new_group(place: Location, *, sync: bool = True) -> AtomicGroup:
+def new_group(place: Location, *, replaced: Sequence[Location] = (), sync: bool = True) -> AtomicGroup:
     """Files beside `place` that appear together; see `AtomicGroup` and, of a store, `RemoteGroup`."""
     if isinstance(place, Path):
-        return AtomicGroup(sync=sync)
+        return AtomicGroup(place, replaced=[path for path in replaced if isinstance(path, Path)], sync=sync)
     from optimstate.io.remote.output import RemoteGroup
 
     return RemoteGroup()

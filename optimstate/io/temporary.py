@@ -31,6 +31,7 @@ __all__ = [
     "withdraw",
 ]
 
+_TRIES = 3
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.part", re.DOTALL)
 _unfinished: dict[Path, None] = {}  # what this process must remove before it ends, in the order it was begun
 _finished: list[Path] = []
@@ -125,14 +126,17 @@ def _remove_dead(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a temporary file or folder; it counts as unfinished until it is gone."""
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        pass
-    except OSError:
-        from shutil import rmtree
+    for _ in range(_TRIES):  # a disk that fails once does not always fail twice
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            break
+        except OSError:
+            from shutil import rmtree
 
-        rmtree(path, ignore_errors=True)
+            rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            break
     if not os.path.lexists(path):
         _unfinished.pop(path, None)
 

@@ -172,7 +172,7 @@ def _check_suffix(document: Document, destination: Location) -> Location:
     if destination.suffix and suffixes and not destination.name.endswith(suffixes):
         try:
             other = format_for_destination(destination, None).NAME
-        except RepresentationError:
+        except (RepresentationError, UsageError):  # of no container
             return destination
         raise RepresentationError(
             f"{destination.name}: the source is a {document.format} file, the suffix is that of {other}",

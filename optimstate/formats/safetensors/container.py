@@ -10,6 +10,7 @@ import json
 import os
 import re
 import struct
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -225,24 +226,31 @@ def _write_shards(
     names = {file: _fresh_shard_name(file) if file in taken else file for file in shards}
     weight_map = {entry.name: names[file] for file, entries in shards.items() for entry in entries}
     total = sum(entry.tensor.nbytes for entries in shards.values() for entry in entries)
-    with new_group(index, sync=options.sync) as group:
+    old = replaced | abandoned_shards(taken, replaced) - set(names.values())
+    useless = [index.parent / file for file in sorted(old) if "/" not in file]
+    with new_group(index, replaced=useless, sync=options.sync) as group:
         for file, entries in shards.items():
             write_file(entries, {"format": "pt"}, index.parent / names[file], options, group=group)
         with options.new_file(index, group=group) as out:
             document = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
             out.write(json.dumps(document, indent=1).encode())
-    abandoned = {file for file in taken if is_fresh_shard(file)} - set(names.values())
-    for file in replaced | abandoned:
-        if "/" not in file:
-            (index.parent / file).unlink(missing_ok=True)
+    for location in useless:
+        if not isinstance(location, Path):  # of a store, whose names are given one by one
+            location.unlink(missing_ok=True)
 
 
 _FRESH = re.compile(r"\.[0-9a-f]{12}\.safetensors$")
 
 
-def is_fresh_shard(file: str) -> bool:
-    """Whether a shard is called as those are that were written beside an index they do not belong to yet."""
-    return _FRESH.search(file) is not None
+def abandoned_shards(files: Iterable[str], named: Set[str]) -> set[str]:
+    """Of the files beside an index, the shards that a writer left who was killed.
+
+    Args:
+        files: Their names.
+        named: Those that the index names.
+    """
+    followed = {_FRESH.sub(".safetensors", file) for file in named if _FRESH.search(file)}
+    return {file for file in files if file not in named and (_FRESH.search(file) or file in followed)}
 
 
 def _fresh_shard_name(file: str) -> str:
