@@ -12,8 +12,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import optimstate
-from optimstate.errors import OptimStateError, StateMismatchError
+from optimstate.errors import MigrationError, OptimStateError, StateMismatchError
 from optimstate.plan.language.plan import Plan
+from optimstate.surgery.remapping import remap
 from tests import oracle
 
 S = torch.optim.lr_scheduler
@@ -270,3 +271,77 @@ def test_what_had_no_effect_is_said() -> None:
     optimizer.load_state_dict(part("a", 0.1, 2)[1].state_dict())
     assert hook.report is not None
     assert any("rule 1 matches nothing" in note for note in hook.report.notes)
+
+
+def _frozen(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    model[0].requires_grad_(False)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+def _stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model(torch.ones(2, 4)).square().mean().backward()
+    optimizer.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def test_an_optimizer_built_as_the_saved_one_takes_its_names_when_that_is_said() -> None:
+    """Of three layers alike two are trained: nothing in the checkpoint says which."""
+    (old, first), (new, second) = _frozen(0), _frozen(1)
+    saved = _stepped(old, first)
+    with pytest.raises(StateMismatchError, match="nothing says which") as refused:
+        optimstate.resume(saved, model=new, optimizer=second)
+    assert "saved='live'" in str(refused.value)
+    made = optimstate.resume(saved, model=new, optimizer=second, saved="live")
+    assert any("taken to be in the live optimizer's order" in note for note in made.notes)
+    assert torch.equal(second.state[new[1].weight]["exp_avg"], first.state[old[1].weight]["exp_avg"])
+    other = torch.optim.AdamW(new.parameters())
+    with pytest.raises(StateMismatchError, match=r"\[4\] parameters, the live ones \[6\]"):
+        optimstate.resume(saved, model=new, optimizer=other, saved="live")
+    with pytest.raises(StateMismatchError, match="a list of names, or 'live'"):
+        optimstate.resume(saved, model=new, optimizer=second, saved="alive")
+
+
+def test_names_that_contradict_the_checkpoint_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4))
+    names = [name for name, _ in model.named_parameters()]
+    saved = _stepped(model, torch.optim.AdamW(model.parameters()))
+    live = torch.optim.AdamW(model.parameters())
+    with pytest.raises(StateMismatchError, match=r"parameter 0 has shape \[2, 4\], but '1.weight' has \[4, 2\]"):
+        optimstate.resume(saved, model=model, optimizer=live, saved=names[2:] + names[:2])
+    with pytest.raises(StateMismatchError, match="3 names are given for 4 parameters"):
+        optimstate.resume(saved, model=model, optimizer=live, saved=names[:3])
+    named = _stepped(model, torch.optim.AdamW(model.named_parameters()))
+    optimstate.resume(named, model=model, optimizer=live, saved=names)
+    with pytest.raises(StateMismatchError, match="has names already, and '0"):
+        optimstate.resume(named, model=model, optimizer=live, saved=names[2:] + names[:2])
+
+
+def test_weights_beside_the_optimizer_are_a_model_and_remap_refuses_to_move_the_state_alone(tmp_path: Path) -> None:
+    """Torchtitan's layout: names of weights at the top, everything else beside them."""
+    (old, first), (new, second) = _frozen(0), _frozen(1)
+    first = torch.optim.AdamW(old.named_parameters())
+    second = torch.optim.AdamW(new.named_parameters())
+    saved = _stepped(old, first)
+    flat = {**saved["model"], "optimizer": saved["optimizer"], "epoch": 3, "rng": torch.zeros(3)}
+    plan = Plan.from_options(rename=["0.{p}=zero.{p}"])
+    torch.save(flat, tmp_path / "flat.pt")
+    with pytest.raises(MigrationError, match="among the other entries"):
+        remap(tmp_path / "flat.pt", tmp_path / "new.pt", plan)
+    assert not (tmp_path / "new.pt").exists()
+    for source in (flat, tmp_path / "flat.pt"):
+        optimstate.resume(source, model=new, optimizer=second)
+        assert torch.equal(new[1].weight, old[1].weight)
+        assert torch.equal(second.state[new[1].weight]["exp_avg"], first.state[old[1].weight]["exp_avg"])
+
+
+def test_a_path_may_be_its_last_key() -> None:
+    (old, first), (new, second) = _frozen(0), _frozen(1)
+    saved = _stepped(old, first)
+    parts = {
+        "model": saved["model"],
+        "optimizers": {"adam": saved["optimizer"], "other": {"state": {}, "param_groups": []}},
+    }
+    optimstate.resume(parts, model=new, optimizer={"adam": second}, saved={"optimizers['adam']": "live"})
+    assert second.state

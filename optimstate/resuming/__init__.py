@@ -89,7 +89,8 @@ def resume(
         plan: What has changed, as a plan or the path of a plan file; without, only wrappers, order and groups may have.
         schedule: Whether schedulers have their arguments from the checkpoint or keep their own, `live`, and take the
             position alone; None for what the plan's policy says. Where the two differ, a note says so.
-        saved: The names that the checkpoint's optimizer has not got, in the order of its groups; of several by path.
+        saved: The names that the checkpoint's optimizer has not got, in the order of its groups; of several by path. Or
+            `live`: the live optimizer was built as the checkpoint's, so that theirs are the same in the same order.
             Without, they are concluded as `optimstate name` concludes them, or refused.
         certificate: What the result has to be, bit for bit: `True` for what `hooks.certify()` wrote into the
             checkpoint, or the path of a certificate. All that was certified has to be given: model, optimizer,

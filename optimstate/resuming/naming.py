@@ -17,7 +17,48 @@ if TYPE_CHECKING:
 
     from optimstate.hooks.engine.live import Live
 
-__all__ = ["with_names"]
+__all__ = ["with_given_names", "with_names"]
+
+
+def with_given_names(
+    parts: Parts, section: Section, state: OptimizerState, key: str, live: Live | None, given: Sequence[str] | str
+) -> tuple[OptimizerState, Sequence[str]]:
+    """The state with names that are given, after checking them; and notes.
+
+    Args:
+        parts: The checkpoint.
+        section: The optimizer in it.
+        state: Its state.
+        key: What messages call it.
+        live: The optimizer that gets it; None for several.
+        given: In the order of its groups; or `live` for those of the live optimizer, which was built as the other.
+
+    Raises:
+        StateMismatchError: They cannot be its names.
+    """
+    own = [str(name) for _, name, _ in state.parameters()] if state.is_named else None
+    if isinstance(given, str):
+        if given != "live":
+            raise StateMismatchError(f"saved is {given!r}", hint="Give a list of names, or 'live'.")
+        sizes = [len(group.params) for group in state.groups]
+        if live is None or sizes != list(map(len, live.names)):
+            there = "there are several live ones" if live is None else f"the live ones {[*map(len, live.names)]}"
+            raise StateMismatchError(
+                f"{key}: its groups have {sizes} parameters, {there}, so they are not called as the live ones",
+                hint="Give the names that they had, in the order of the groups: resume(..., saved=[...]).",
+            )
+        if own is not None:
+            return state, ()
+        _refuse_other_shapes(key, section, live)
+        return state.named(live.names), [f"{key}: its parameters are taken to be in the live optimizer's order"]
+    if own is not None:
+        if list(given) != own:
+            first = next((f"{a!r} is given as {b!r}" for a, b in zip(own, given, strict=False) if a != b), "")
+            raise StateMismatchError(f"{key}: the checkpoint has names already, and {first or 'as many are not given'}")
+        return state, ()
+    if problems := parts.problems_of(section, given):
+        raise StateMismatchError(f"{key}: {problems[0]}", hint="The names go in the order of the checkpoint's groups.")
+    return state.named(given), ()
 
 
 def with_names(
@@ -62,11 +103,13 @@ def with_names(
         reasons: Sequence[str] = (f"its groups have {sizes} parameters{there}",)
     else:
         reasons = naming.problems
+    built_alike = live is not None and sizes == list(map(len, live.names))
     raise StateMismatchError(
         f"the {sum(sizes)} parameters of the checkpoint's {key} have no names, so they cannot be matched: "
         + "; ".join(reasons[:3]),
         hint="Give them in the order they had, resume(..., saved=[...]), or write them into the file with "
-        "`optimstate name`.",
+        "`optimstate name`."
+        + (" Where the live optimizer was built as that one was: resume(..., saved='live')." if built_alike else ""),
     )
 
 

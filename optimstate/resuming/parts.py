@@ -16,6 +16,7 @@ from optimstate.io.places import located
 from optimstate.state.building import from_config, parameters_of
 from optimstate.state.flattened import find_flat_state
 from optimstate.state.grouping import trainer_of
+from optimstate.state.loose import loose_weights
 from optimstate.state.names import unwrapped
 from optimstate.state.naming import Candidate, Naming
 from optimstate.state.optimizer import OptimizerState
@@ -52,7 +53,7 @@ class Parts:
         self._keep: list[Any] = []
         self._live: dict[int, Any] = {}
         self._storages: dict[int, Storage] = {}
-        self._tree = self._shadow(tree)
+        self._tree = self._shadow(_with_one_model(tree))
         self._sections = find_sections(self._tree)
 
     @property
@@ -116,6 +117,9 @@ class Parts:
         for section in found:
             if path in (format_path(section.path), ".".join(map(str, section.path))):
                 return section
+        called = [section for section in found if section.path and path == str(section.path[-1])]
+        if len(called) == 1:
+            return called[0]
         raise StateMismatchError(
             f"the checkpoint has no {kind} at {describe(path)}; it has {self._labels(self._sections)}"
         )
@@ -173,6 +177,11 @@ class Parts:
         except Exception:  # noqa: BLE001  # a model of somebody's own, or no transformers: what was found stands
             return naming
         return Namer(beside, built=built, trainer=trainer).named(section)
+
+    def problems_of(self, section: Section, given: Sequence[str]) -> tuple[str, ...]:
+        """Why names in the order of an optimizer's groups cannot be those of its parameters."""
+        beside = [ModelNames(part, ordered=False) for part in self._sections if part.kind == "model"]
+        return Namer(beside, {section.label: given}, order="optimizer").named(section).problems
 
     def _keeps_order(self, section: Section) -> bool:
         document = self._document
@@ -239,6 +248,13 @@ class Parts:
         if type(node) in (list, tuple):
             return type(node)(self._alive(value) for value in node)
         return node
+
+
+def _with_one_model(tree: Any) -> Any:
+    """A checkpoint whose weights stand beside its optimizer, with the weights in a mapping of their own."""
+    if not isinstance(tree, Mapping) or "model" in tree or not (weights := loose_weights(tree)):
+        return tree
+    return {"model": weights, **{key: value for key, value in tree.items() if key not in weights}}
 
 
 def _is_average(section: Section) -> bool:

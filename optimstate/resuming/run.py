@@ -15,7 +15,7 @@ from optimstate.plan.language.rules import Guard
 from optimstate.plan.solve.migration import Inventory, SectionMoves
 from optimstate.problems import Problem
 from optimstate.resuming import certified
-from optimstate.resuming.naming import with_names
+from optimstate.resuming.naming import with_given_names, with_names
 from optimstate.resuming.owners import common_names, common_tensors, keeps_names, owner_of, shares
 from optimstate.resuming.parts import Named, Parts
 from optimstate.resuming.restoring import Step, restoring
@@ -303,8 +303,9 @@ class Run:
         self._asked.add(label)
         given = self.saved.get(label) if isinstance(self.saved, Mapping) else self.saved
         if given is not None:
-            return state.named(given)
-        made, notes = with_names(self.parts, section, state, key, live, models)
+            made, notes = with_given_names(self.parts, section, state, key, live, given)
+        else:
+            made, notes = with_names(self.parts, section, state, key, live, models)
         self.notes += notes
         return made
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
+from optimstate.describe import describe
 from optimstate.record import Record
 from optimstate.state.grouping import Trainer, excluded_places
 from optimstate.state.names import unwrapped, wrapper_prefix
@@ -56,16 +58,57 @@ class Namer:
         """The names of one optimizer's parameters."""
         state = section.optimizer()
         names = self._given.get(section.label)
+        if names is not None and state.is_named:
+            own = [str(name) for _, name, _ in state.parameters()]
+            if sorted(own) == sorted(names):
+                return name_parameters(state, [], ordered=False)
+            problem = f"it has names already, which are not those that are given: {describe(own[0])}, ..."
+            return _refused(len(own), problem)
         if names is not None:
-            return self._as_given(state, names)
+            return self._contradicted(state, [Candidate(name, None) for name in names]) or self._as_given(state, names)
         if self._built is not None:
             adapters = [model for model in self._models if model.order_by_base(self._built)]
-            candidates = adapters[0].candidates if len(adapters) == 1 else self._built
-            return self._inferred(state, candidates, ordered=True)
+            if len(adapters) == 1:
+                return self._inferred(state, adapters[0].candidates, ordered=True)
+            contradicted = None if state.is_named else self._contradicted(state, self._built)
+            return contradicted or self._inferred(state, self._built, ordered=True)
         tried = [(model, self._inferred(state, model.candidates, ordered=model.ordered)) for model in self._models]
         if not tried:
             return name_parameters(state, [], ordered=False)
         return _of_the_right_model(section, tried)
+
+    def _contradicted(self, state: OptimizerState, said: Sequence[Candidate]) -> Naming | None:
+        """Why names, or a model, that are given cannot be those of the weights beside the optimizer; None if they can.
+
+        Args:
+            state: The optimizer.
+            said: What is given, in its order.
+        """
+        names = [candidate.name for candidate in said]
+        spellings = [(model, model.spelled(names)) for model in self._models]
+        if not names or not spellings:
+            return None
+        model, spelling = max(spellings, key=lambda one: len(one[1].places))
+        label = model.section.label or "the checkpoint"
+        problem = ""
+        if not spelling.places and (self._order == "model" or self._built is not None):
+            problem = f"none of the names is one of the weights at {label}: {describe(names[0])}, ..."
+        for candidate in said:
+            shape = spelling.shape(candidate.name)
+            if shape is not None and candidate.shape is not None and shape != candidate.shape:
+                given = list(candidate.shape)
+                problem = (
+                    problem or f"{describe(candidate.name)} has the shape {list(shape)} at {label}, and {given} here"
+                )
+        if model.ordered and (self._order == "model" or self._built is not None):
+            at = {candidate.name: place for place, candidate in enumerate(model.candidates)}
+            known = [spelling.places[name] for name in names if name in spelling.places]
+            for before, after in pairwise(known):
+                if at[before] > at[after] and not problem:
+                    problem = f"{describe(before)} stands before {describe(after)} here, and behind it at {label}"
+        if not problem:
+            return None
+        return _refused(sum(len(group.params) for group in state.groups), problem)
 
     def _inferred(self, state: OptimizerState, candidates: Sequence[Candidate], *, ordered: bool) -> Naming:
         excluded = excluded_places(self._trainer, state, candidates)
@@ -176,9 +219,13 @@ def _of_the_right_model(section: Section, tried: Sequence[tuple[ModelNames, Nami
             labels = " and ".join(model.section.label for model, _ in choice[:3])
             naming = choice[0][1]
             problem = f"its parameters fit the models at {labels} alike, and nothing says which it belongs to"
-            return Naming((None,) * len(naming.names), tuple("unknown" for _ in naming.names), (problem,))
+            return _refused(len(naming.names), problem)
     best = max(tried, key=lambda found: (_kinship(section.path, found[0].section.path), len(found[0].candidates)))
     return best[1]
+
+
+def _refused(count: int, problem: str) -> Naming:
+    return Naming((None,) * count, tuple("unknown" for _ in range(count)), (problem,))
 
 
 def _kinship(one: Sequence[Any], other: Sequence[Any]) -> int:

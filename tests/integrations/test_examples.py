@@ -14,6 +14,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "accelerate_load_state": "accelerate",
+    "dcp_load": "torch",
     "deepspeed_load_checkpoint": "deepspeed",
     "lightning_ckpt_path": "pytorch_lightning",
     "stable_baselines3_resume": "stable_baselines3",

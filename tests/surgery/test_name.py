@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,63 @@ def test_the_measure_takes_names_out_and_compares(tmp_path: Path) -> None:
     torch.save(saved, path)
     assert [each.outcome for each in without_names(path)] == ["wrong"]
     assert judged(path, ["a"]).outcome == "wrong"
+
+
+def sequential(**parts: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(parts))
+
+
+def right() -> nn.Module:
+    return sequential(a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+
+
+def other_names() -> nn.Module:
+    return sequential(x=nn.Linear(4, 4), y=nn.Linear(4, 4))
+
+
+def other_order() -> nn.Module:
+    return sequential(b=nn.Linear(4, 4), a=nn.Linear(4, 4))
+
+
+def other_shapes() -> nn.Module:
+    return sequential(a=nn.Linear(4, 4), b=nn.Linear(4, 9))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (right, None),
+        (other_names, "none of the names is one of the weights at model"),
+        (other_order, "stands before 'a.weight' here, and behind it at model"),
+        (other_shapes, r"'b.weight' has the shape \[4, 4\] at model, and \[9, 4\] here"),
+    ],
+)
+def test_a_model_or_names_that_the_weights_contradict_are_refused(
+    model: Any, message: str | None, tmp_path: Path
+) -> None:
+    """All parts are of one shape, so that the state itself fits each of them."""
+    net = right()
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    names = [name for name, _ in model().named_parameters()]
+    ways: list[dict[str, Any]] = [{"model": f"{__name__}:{model.__name__}"}]
+    ways += [{"names": names}] if model is not other_shapes else []
+    for way in ways:
+        if message is None:
+            (found,) = name(tmp_path / "a.pt", None, dry_run=True, **way).optimizers.values()
+            assert [given for given, _ in found] == names
+            continue
+        with pytest.raises(MigrationError, match=message):
+            name(tmp_path / "a.pt", None, dry_run=True, **way)
+
+
+def test_names_given_for_an_optimizer_that_has_others_are_refused(tmp_path: Path) -> None:
+    net = right()
+    optimizer = torch.optim.AdamW(net.named_parameters())
+    torch.save({"optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    own = [name for name, _ in net.named_parameters()]
+    assert name(tmp_path / "a.pt", None, names=own, dry_run=True).optimizers["optimizer"][0] == (own[0], "confirmed")
+    with pytest.raises(MigrationError, match="has names already"):
+        name(tmp_path / "a.pt", None, names=["x", *own[1:]], dry_run=True)
