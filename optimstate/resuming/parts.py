@@ -53,7 +53,7 @@ class Parts:
         self._keep: list[Any] = []
         self._live: dict[int, Any] = {}
         self._storages: dict[int, Storage] = {}
-        self._tree = self._shadow(_with_one_model(tree))
+        self._tree = self._with_one_model(self._shadow(tree))
         self._sections = find_sections(self._tree)
 
     @property
@@ -220,6 +220,17 @@ class Parts:
         self._keep.append(made)
         return made
 
+    def _with_one_model(self, tree: Any) -> Any:
+        """A checkpoint whose weights stand beside its optimizer, with the weights in a mapping of their own."""
+        weights = loose_weights(tree)
+        if not weights or "model" in tree:
+            return tree
+        original = self._original[id(tree)]
+        made = {"model": weights, **{key: value for key, value in tree.items() if key not in weights}}
+        self._original |= {id(weights): {name: original[name] for name in weights}, id(made): original}
+        self._keep.append(made)
+        return made
+
     def _stand_in(self, tensor: Any) -> LazyTensor:
         dtype = str(tensor.dtype).removeprefix("torch.")
         try:
@@ -248,13 +259,6 @@ class Parts:
         if type(node) in (list, tuple):
             return type(node)(self._alive(value) for value in node)
         return node
-
-
-def _with_one_model(tree: Any) -> Any:
-    """A checkpoint whose weights stand beside its optimizer, with the weights in a mapping of their own."""
-    if not isinstance(tree, Mapping) or "model" in tree or not (weights := loose_weights(tree)):
-        return tree
-    return {"model": weights, **{key: value for key, value in tree.items() if key not in weights}}
 
 
 def _is_average(section: Section) -> bool:
