@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from optimstate.describe import describe
+from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
 from optimstate.resuming.parts import Parts
 from optimstate.state.naming import observed_shapes
@@ -39,7 +40,7 @@ def with_given_names(
     own = [str(name) for _, name, _ in state.parameters()] if state.is_named else None
     if isinstance(given, str):
         if given != "live":
-            raise StateMismatchError(f"saved is {given!r}", hint="Give a list of names, or 'live'.")
+            raise StateMismatchError(f"saved is {describe(given)}", hint="Give a list of names, or 'live'.")
         sizes = [len(group.params) for group in state.groups]
         if live is None or sizes != list(map(len, live.names)):
             there = "there are several live ones" if live is None else f"the live ones {[*map(len, live.names)]}"
@@ -53,7 +54,7 @@ def with_given_names(
         return state.named(live.names), [f"{key}: its parameters are taken to be in the live optimizer's order"]
     if own is not None:
         if list(given) != own:
-            first = next((f"{a!r} is given as {b!r}" for a, b in zip(own, given, strict=False) if a != b), "")
+            first = next((f"{describe(a)} is given as {describe(b)}" for a, b in zip(own, given, strict=False) if a != b), "")
             raise StateMismatchError(f"{key}: the checkpoint has names already, and {first or 'as many are not given'}")
         return state, ()
     if problems := parts.problems_of(section, given):
