@@ -345,3 +345,21 @@ def test_a_path_may_be_its_last_key() -> None:
     }
     optimstate.resume(parts, model=new, optimizer={"adam": second}, saved={"optimizers['adam']": "live"})
     assert second.state
+
+
+def test_a_folder_with_several_checkpoints_is_told_by_its_file_latest(tmp_path: Path) -> None:
+    (old, first), (new, second) = _frozen(0), _frozen(1)
+    first, second = (torch.optim.AdamW(model.named_parameters()) for model in (old, new))
+    for step in (1, 2):
+        (tmp_path / f"step-{step}").mkdir()
+        torch.save(_stepped(old, first), tmp_path / f"step-{step}" / "state.pt")
+    with pytest.raises(StateMismatchError, match="several parts") as refused:
+        optimstate.resume(tmp_path, model=new, optimizer=second)
+    assert "Or give the path of one of the folders" in str(refused.value)
+    (tmp_path / "latest").write_text("step-2\n")
+    made = optimstate.resume(tmp_path, model=new, optimizer=second)
+    assert second.state[new[1].weight]["step"] == 2
+    assert any("'step-2', which is resumed" in note for note in made.notes)
+    (tmp_path / "latest").write_text("../elsewhere")
+    with pytest.raises(StateMismatchError, match="several parts"):
+        optimstate.resume(tmp_path, model=new, optimizer=second)

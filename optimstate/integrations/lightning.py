@@ -29,7 +29,8 @@ _lightning: Any = import_module("lightning.pytorch" if find_spec("lightning") el
 class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
     """Loads weights, optimizers and schedules by one plan, before the first step.
 
-    What other callbacks keep by the model's names (an average) gets the new names too, if they load after this one.
+    What other callbacks keep by the model's names (an average) gets the new names too, if they load after this one;
+    Lightning's own `WeightAveraging`, which exchanges the two in what it saves, anywhere.
 
     Args:
         plan: What has changed, as a plan or the path of a plan file.
@@ -71,7 +72,13 @@ class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
     def _take(self, module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the parts that the plan is for, and leave Lightning what changes nothing."""
         self._loaded = {key: checkpoint.get(key) for key in ("state_dict", "optimizer_states", "lr_schedulers")}
-        checkpoint["state_dict"] = module.state_dict()
+        current = checkpoint.get("current_model_state")
+        if current is None:
+            checkpoint["state_dict"] = module.state_dict()
+        else:  # Lightning's WeightAveraging saves the average as the model, and the model beside it
+            checkpoint["state_dict"] = self._renamed(module, checkpoint["state_dict"], current)
+            checkpoint["current_model_state"] = module.state_dict()
+            self._loaded["state_dict"] = current
         checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
         for key, state in checkpoint.get("callbacks", {}).items():
             checkpoint["callbacks"][key] = self._renamed(module, state, self._loaded["state_dict"])

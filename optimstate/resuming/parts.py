@@ -30,6 +30,7 @@ __all__ = ["Named", "Parts"]
 
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval"}
 _SMALL = 1 << 20  # bytes; smaller tensors are read, so that the number of maps stays within what systems allow
+_LONGEST_NAME = 255  # bytes, of a folder
 _AVERAGES = ("ema", "averag", "shadow", "polyak", "teacher", "target", "swa")
 
 Named = tuple[str | None, Any]
@@ -45,8 +46,13 @@ class Parts:
     """
 
     def __init__(self, checkpoint: Place | Mapping[str, Any], *, lazily: bool) -> None:
+        latest = None if isinstance(checkpoint, Mapping) else _latest(located(checkpoint))
+        if latest is not None:
+            checkpoint = latest
         self._document = None if isinstance(checkpoint, Mapping) else open_checkpoint(located(checkpoint))
         self.notes = [] if self._document is None else list(self._document.notes)
+        if latest is not None:
+            self.notes.append(f"its file `latest` says {describe(latest.name)}, which is resumed")
         tree = checkpoint if self._document is None else self._document.tree
         self._lazily = lazily
         self._original: dict[int, Any] = {}
@@ -95,9 +101,16 @@ class Parts:
             example = ", ".join(f'"{format_path(section.path)}": ...' for section in found[: max(2, len(wanted))])
             raise StateMismatchError(
                 f"the checkpoint has several parts that could be the {kind}: {self._labels(found)}",
-                hint=f"Say which is meant: {kind}={{{example}}}.",
+                hint=f"Say which is meant: {kind}={{{example}}}."
+                + (" Or give the path of one of the folders." if self._are_of_several_folders(found) else ""),
             )
         return [found[index] for index in chosen]
+
+    def _are_of_several_folders(self, found: Sequence[Section]) -> bool:
+        """Whether sections stand in folders of their own, as in an output folder with several checkpoints."""
+        tops = [str(section.path[0]) if section.path else "" for section in found]
+        document = self._document
+        return document is not None and len(set(tops)) == len(tops) and all((document.path / t).is_dir() for t in tops)
 
     def of_kind(self, kind: str) -> list[Section]:
         """All parts of a kind."""
@@ -259,6 +272,15 @@ class Parts:
         if type(node) in (list, tuple):
             return type(node)(self._alive(value) for value in node)
         return node
+
+
+def _latest(folder: Any) -> Path | None:
+    """The checkpoint of several in a folder that its file `latest` names, as DeepSpeed's does."""
+    if not isinstance(folder, Path) or not (folder / "latest").is_file():
+        return None
+    with (folder / "latest").open("rb") as file:
+        name = file.read(_LONGEST_NAME).decode("utf-8", "replace").strip()
+    return folder / name if name and Path(name).name == name and (folder / name).is_dir() else None
 
 
 def _is_average(section: Section) -> bool:

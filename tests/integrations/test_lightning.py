@@ -11,6 +11,7 @@ from torch import nn
 
 from optimstate.errors import OptimStateError
 from optimstate.plan.language.plan import Plan
+from tests import oracle
 
 lightning = pytest.importorskip("pytorch_lightning")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the framework's own
@@ -46,6 +47,17 @@ class Average(lightning.Callback):
         self.weights = dict(state_dict["weights"])
 
 
+class Saved(lightning.Callback):
+    """Saves in the middle of a run: at its end `WeightAveraging` puts the average into the model."""
+
+    def __init__(self, path: str, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
 def fit(folder: Path, task: Task, epochs: int, *callbacks: Any, path: str | None = None) -> Any:
     trainer = lightning.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
@@ -77,3 +89,26 @@ def test_a_plan_that_does_not_fit_stops_the_run(tmp_path: Path) -> None:
     fit(tmp_path, Task("old"), 1).save_checkpoint(path)
     with pytest.raises(OptimStateError, match=r"new\.weight"):
         fit(tmp_path, Task("new"), 2, ResumeCallback(), path=path)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_average_that_lightning_saves_as_the_model_stays_the_average(first: bool, tmp_path: Path) -> None:
+    """`WeightAveraging` puts the average in the place of the weights; the oracle is the file with names changed."""
+    from pytorch_lightning.callbacks import EMAWeightAveraging
+
+    from optimstate.integrations.lightning import ResumeCallback
+
+    path, by_hand = str(tmp_path / "last.ckpt"), str(tmp_path / "by-hand.ckpt")
+    fit(tmp_path, Task("old"), 2, EMAWeightAveraging(decay=0.5), Saved(path, 3))
+    saved = torch.load(path, weights_only=False)
+    for key in ("state_dict", "current_model_state"):
+        saved[key] = {name.replace("old.", "new."): value for name, value in saved[key].items()}
+    assert not torch.equal(saved["state_dict"]["new.weight"], saved["current_model_state"]["new.weight"])
+    torch.save(saved, by_hand)
+    fit(tmp_path, expected := Task("new"), 4, mine := EMAWeightAveraging(decay=0.5), path=by_hand)
+    resume = ResumeCallback(Plan.from_options(rename=["old.{p}=new.{p}"]))
+    average = EMAWeightAveraging(decay=0.5)
+    callbacks = [resume, average] if first else [average, resume]
+    fit(tmp_path, task := Task("new"), 4, *callbacks, path=path)
+    assert not oracle.differences(task.state_dict(), expected.state_dict())
+    assert not oracle.differences(average._average_model.state_dict(), mine._average_model.state_dict())

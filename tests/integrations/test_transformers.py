@@ -49,8 +49,10 @@ def test_an_unchanged_run_goes_on_as_the_trainer_lets_it(optim: str, tmp_path: P
     assert not oracle.differences(*models)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "adamw_bnb_8bit"])
 def test_a_vocabulary_grows_and_a_layer_is_inserted(optim: str, tmp_path: Path) -> None:
+    if "bit" in optim:
+        pytest.importorskip("bitsandbytes")
     old = gpt2()
     first = trainer(tmp_path, old, 2, optim=optim)
     first.train()
@@ -121,6 +123,21 @@ def test_more_steps_with_the_schedule_of_this_run(tmp_path: Path) -> None:
     longer.add_callback(whole)
     longer.train()
     assert resumed.seen == pytest.approx(whole.seen[2:])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "inverse_sqrt"])
+def test_an_extended_run_has_the_rates_that_the_trainer_gives_it(schedule: str, tmp_path: Path) -> None:
+    """`max_steps` changed, and with it the horizon: the Trainer computes rates from this run's."""
+    options = {"lr_scheduler_type": schedule, "warmup_steps": 1}
+    trainer(tmp_path, gpt2(), 2, **options).train()
+    seen = []
+    for mixed in (True, False):
+        run = trainer(tmp_path / str(mixed), gpt2(), 6, mixed=mixed, **options)
+        run.add_callback(rates := Rates())
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        seen.append(rates.seen)
+    assert seen[0] == pytest.approx(seen[1])
+    assert len(seen[0]) == 4
 
 
 def test_an_older_checkpoint_without_names_says_what_is_missing(tmp_path: Path) -> None:
