@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from optimstate.describe import describe
-from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
 from optimstate.resuming.parts import Parts
 from optimstate.state.naming import observed_shapes
@@ -54,7 +53,9 @@ def with_given_names(
         return state.named(live.names), [f"{key}: its parameters are taken to be in the live optimizer's order"]
     if own is not None:
         if list(given) != own:
-            first = next((f"{describe(a)} is given as {describe(b)}" for a, b in zip(own, given, strict=False) if a != b), "")
+            first = next(
+                (f"{describe(a)} is given as {describe(b)}" for a, b in zip(own, given, strict=False) if a != b), ""
+            )
             raise StateMismatchError(f"{key}: the checkpoint has names already, and {first or 'as many are not given'}")
         return state, ()
     if problems := parts.problems_of(section, given):
