@@ -28,6 +28,7 @@ ELSEWHERE = {
     "docs/cookbook.md": "tests/test_cookbook.py",
     "docs/distributed.md": "tests/test_distributed.py",
     "docs/hooks.md": "tests/hooks/test_docs.py",
+    "docs/remote.md": "tests/remote/test_docs.py",
     "docs/plan-language.md": "tests/plan/test_docs.py",
     "docs/trainers.md": "tests/integrations/test_examples.py",
 }

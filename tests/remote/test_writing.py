@@ -79,6 +79,18 @@ def test_a_rename_of_safetensors_within_a_store_is_copied_there(
     assert bucket.get("new.safetensors") == (tmp_path / "local.safetensors").read_bytes()
 
 
+def test_a_rename_of_a_distributed_checkpoint_is_copied_in_the_store(
+    bucket: Bucket, checkpoint: Path, tmp_path: Path
+) -> None:
+    optimstate.convert(checkpoint, tmp_path / "run.dcp")
+    bucket.put(tmp_path / "run.dcp", "run.dcp")
+    written = traffic.written
+    optimstate.remap(f"{bucket.url}/run.dcp", f"{bucket.url}/new.dcp", PLAN)
+    assert traffic.written - written < 1 << 20
+    assert bucket.get("new.dcp/__0_0.distcp") == (tmp_path / "run.dcp" / "__0_0.distcp").read_bytes()
+    assert "layers.0.weight" in optimstate.open_checkpoint(f"{bucket.url}/new.dcp").tree["model"]
+
+
 @pytest.mark.parametrize("target", ["new.safetensors", "new.dcp", "sharded"])
 def test_every_container_is_written_to_a_store(bucket: Bucket, checkpoint: Path, tmp_path: Path, target: str) -> None:
     options = WriteOptions(shard_size=5 << 20) if target == "sharded" else WriteOptions()

@@ -21,7 +21,7 @@ from optimstate.io.linking import linked
 from optimstate.io.location import Location
 from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES
-from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
+from optimstate.tensors.lazy import LazyTensor, Storage, announced, contiguous_strides
 
 __all__ = ["Layout", "Part", "layout", "metadata_of", "write_file", "write_items"]
 
@@ -204,6 +204,7 @@ def write_file(path: Location, parts: Sequence[Part], options: WriteOptions) -> 
     items: dict[tuple[str, Box | None], Item] = {}
     scalars: dict[tuple[type, str], Item] = {}
     expected = sum(part.nbytes for part in parts if part.box is not None)
+    announced(part.value for part in parts if isinstance(part.value, LazyTensor))
     with options.new_file(path, expected_size=expected) as out:
         position = 0
         for part in sorted(parts, key=lambda part: part.box is not None):
