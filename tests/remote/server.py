@@ -26,7 +26,8 @@ class RangeServer(ThreadingHTTPServer):
         delay: Seconds before each answer.
         requests: Method, path with query, range and authorization of each request.
         sent: Bytes of the bodies.
-        faults: By path: `ignore-range`, `more`, `size`, `short`, `no-etag`, a status, or the address of a redirect.
+        faults: By path: `ignore-range`, `more`, `size`, `short`, `no-etag`, a status,
+            bytes to answer with, or the address of a redirect.
         changes_after: The number of requests after which every file has another ETag.
     """
 
@@ -87,6 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
         file = server.root / path.lstrip("/")
         if isinstance(fault, int):
             self._answer(fault, b"<secret>no</secret>", {})
+        elif isinstance(fault, bytes):
+            self._answer(200, fault, {"Content-Type": "application/json"})
         elif isinstance(fault, str) and "://" in fault:
             self._answer(302, b"", {"Location": fault})
         elif not file.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
@@ -49,10 +50,13 @@ def hub_store(rest: str) -> tuple[HubStore, str]:
         failures: Any = import_module("huggingface_hub.errors")
     except ImportError:
         raise missing_library("huggingface_hub", "hf") from None
+    endpoint = os.environ.get("HF_ENDPOINT") or None
     repository = f"{owner}/{name}"
     shown = f"hf://{repository}" if kind is None else f"hf://{kind}s/{repository}"
     try:
-        found: Any = hub.HfApi().repo_info(repository, revision=revision or None, repo_type=kind, files_metadata=True)
+        found: Any = hub.HfApi(endpoint=endpoint).repo_info(
+            repository, revision=revision or None, repo_type=kind, files_metadata=True
+        )
     except failures.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status in (401, 404):
@@ -64,7 +68,7 @@ def hub_store(rest: str) -> tuple[HubStore, str]:
         raise CheckpointError(f"the Hub answers {status}", path=shown) from None
     except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
         raise CheckpointError(f"the Hub cannot be reached: {without_secrets(str(error))}", path=shown) from None
-    address = hub.hf_hub_url(repository, "_", repo_type=kind, revision=found.sha).removesuffix("/_")
+    address = hub.hf_hub_url(repository, "_", repo_type=kind, revision=found.sha, endpoint=endpoint).removesuffix("/_")
     # Where a file of the commit is kept may say no ETag of its own: the commit is the version.
     entries = [Entry(file.rfilename, int(file.size or 0), None) for file in found.siblings or ()]
     return HubStore(f"{shown}@{found.sha[:12]}", address, entries, hub.get_token()), "/".join(pieces[2:])
