@@ -111,11 +111,15 @@ def with_schedules(plan: Plan | str | PathLike[str], settings: Sequence[str]) ->
 
     Raises:
         PlanSyntaxError: A setting is not of this form.
+        MigrationError: An argument is set twice.
     """
     plan = Plan.of(plan)
     found: dict[str, dict[str, Any]] = {}
     for text in settings:
         path, key, value = _split(text, "--set-schedule", "'T_max=40'")
+        if key in found.get(path, {}):
+            place = f"--set-schedule {describe(text)}"
+            raise MigrationError([Problem("setting", f"{key} is set twice for the same scheduler", place)])
         found.setdefault(path, {})[key] = value
     return plan._replace(
         schedulers=(*plan.schedulers, *(SchedulerRule(options, path) for path, options in found.items()))

@@ -186,6 +186,9 @@ def test_every_policy_is_tried() -> None:
         'optimizer = "Novel"\n',
         '[scheduler]\npath = "elsewhere"\nset = { step_size = 1 }\n',
         "[scheduler]\nset = { T_max = 5 }\n",
+        "[[group]]\nset = { lr = 0.3 }\n[[group]]\nset = { lr = 0.4 }\n",
+        "[[group]]\nnumber = 1\nset = { lr = 0.3 }\n[[group]]\nset = { lr = 0.4 }\n",
+        '[[scheduler]]\nset = { step_size = 1 }\n[[scheduler]]\npath = "scheduler"\nset = { step_size = 2 }\n',
         '[slots]\nexp_agv = { kind = "scalar" }\n',
     ],
 )

@@ -68,7 +68,7 @@ def reaches(rule: SchedulerRule, state: Mapping[str, Any], label: str) -> bool:
 
 
 def unreached_schedulers(plan: Plan, schedulers: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Problem]:
-    """`[scheduler]` tables for schedulers that are not there.
+    """`[scheduler]` tables for schedulers that are not there, and arguments that two of them set.
 
     Args:
         plan: With the tables.
@@ -79,6 +79,13 @@ def unreached_schedulers(plan: Plan, schedulers: Sequence[tuple[str, Mapping[str
         if not any(reaches(rule, state, label) for label, state in schedulers):
             message = f"no scheduler is at {describe(rule.path)}" if rule.path else "there is no scheduler to change"
             yield Problem("unreached", message, "[scheduler]", remedy=known or "take the table out of the plan")
+    for label, state in schedulers:
+        for path, _ in parts(schedule_of(dict(state))):
+            mine = [key for rule in plan.schedulers if rule.path in _spellings(label, path) for key in rule.set]
+            for key in dict.fromkeys(key for key in mine if mine.count(key) > 1):
+                which = f"{label}.{path}" if path and label else path or label
+                message = f"two tables set {key} of the scheduler {which}".rstrip()
+                yield Problem("setting", message, "[scheduler]", remedy="say it once")
 
 
 def _spellings(label: str, path: str) -> set[str]:

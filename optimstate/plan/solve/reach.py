@@ -78,11 +78,24 @@ def unreached(plan: Plan, optimizers: Sequence[Reached]) -> Iterator[Problem]:
             yield Problem("unmatched", f"{texts} matches no parameter that an earlier group leaves", place)
         else:
             yield from option_problems(rule.set, [options for found in mine for options in found.options], place)
+    yield from _set_twice(plan.groups)
     slots = dict.fromkeys(slot for found in optimizers for slot in found.slots)
     for name in plan.slots if slots else ():
         if name not in slots:
             remedy = f"there are {', '.join(slots)}"
             yield Problem("unmatched", f"no parameter has a slot {describe(name)}", "[slots]", remedy=remedy)
+
+
+def _set_twice(tables: Sequence[GroupRule]) -> Iterator[Problem]:
+    """Options that a table without `match` sets though a later one, for the same groups or for all, sets them anew."""
+    for number, later in enumerate(tables, 1):
+        for earlier in tables[: number - 1]:
+            same = earlier.optimizer == later.optimizer or "" in (earlier.optimizer, later.optimizer)
+            if earlier.match or later.match or not same or later.number not in (None, earlier.number):
+                continue
+            for key in later.set.keys() & earlier.set.keys():
+                message = f"{key} is set twice for the same param groups"
+                yield Problem("setting", message, f"group {number}", remedy="say it once, or first for all groups")
 
 
 def _taking(rules: Sequence[GroupRule], found: Reached) -> list[GroupRule]:
