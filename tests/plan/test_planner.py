@@ -120,7 +120,7 @@ def test_slots_of_unknown_optimizers_are_inferred_or_declared() -> None:
     section = planned('[[rule]]\nfrom = "w"\nto = "v"\ntranspose = true\n', state)
     outcome = section.moves[0].slots[("hidden",)]
     assert (outcome.level, outcome.kind, outcome.inferred) == ("exact", "like_param", True)
-    assert 'say so in the plan: [slots] hidden = { kind = "like_param", degree = ... }' in refused(text, state)
+    assert 'say so in the plan, [slots] hidden = { kind = "like_param", degree = 1 }' in refused(text, state)
     declared = planned('[slots]\nhidden = { kind = "like_param", degree = 3 }\n' + text, state)
     made = execute_optimizer(declared, state).state[0]
     assert torch.equal(made["hidden"], state.state[0]["hidden"] / 8)

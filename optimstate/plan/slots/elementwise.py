@@ -122,8 +122,10 @@ class Translator:
     def _factor(self, step: ex.Scale) -> float:
         if self.slot.degree is None:
             raise Refusal(
-                f"its gradient degree is unknown; say so in the plan: [slots] {self.name} = "
-                '{ kind = "like_param", degree = ... }'
+                "how it grows with the gradient is not known",
+                f"say so in the plan, [slots] {self.name} = "
+                '{ kind = "like_param", degree = 1 } (2 for a second moment), or { kind = "weight" } for a copy of the '
+                "parameter",
             )
         return step.grad**self.slot.degree * step.param**self.slot.power
 
