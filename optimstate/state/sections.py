@@ -74,12 +74,12 @@ class Section(Record):
         return OptimizerState.from_node(_keyed(fields) if _is_listed_optimizer(fields) else fields)
 
     def tensors(self) -> dict[str, Any]:
-        """Name to tensor, in order; only for models and EMAs. Entries that are not tensors are left out."""
+        """Name to tensor, in order; only for models and EMAs. What is no tensor, or under no name, is left out."""
         if isinstance(self.node, Opaque):
             return dict(_module_tensors(self.node))
         if self.positional:
             return {str(index): value for index, value in enumerate(self.node["shadow_params"])}
-        return {name: value for name, value in self.node.items() if is_tensor(value)}
+        return {name: value for name, value in self.node.items() if is_tensor(value) and isinstance(name, str)}
 
 
 def tied_names(tensors: Mapping[str, Any]) -> list[list[str]]:

@@ -11,7 +11,7 @@ from optimstate.state.optimizer import OptimizerState, as_mapping
 from optimstate.state.sections import Section
 from optimstate.surgery.leaves import Shape, is_leaf, leaves
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Opaque, Path, format_path
+from optimstate.tree import Opaque, Path, format_path, path_key
 
 __all__ = ["OTHER", "Key", "View"]
 
@@ -94,7 +94,8 @@ class View:
         else:
             for key, value in section.node.items():
                 if key not in found:
-                    self._add_leaves(leaves(value, (key.removeprefix(self.prefix),)))
+                    place = key.removeprefix(self.prefix) if isinstance(key, str) else path_key(key)
+                    self._add_leaves(leaves(value, (place,)))
 
     def _read_optimizer(self, section: Section, names: Sequence[str] | None) -> None:
         state = section.optimizer()
