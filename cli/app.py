@@ -33,6 +33,7 @@ __all__ = [
     "PLACE",
     "SETTINGS",
     "Application",
+    "View",
     "Copy",
     "Force",
     "Json",
@@ -75,6 +76,15 @@ Ranks = Annotated[
         help="Cut the tensors of a distributed checkpoint for N processes instead of leaving them in their pieces.",
     ),
 ]
+View = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="The plan from the layout in which the weights are stored to that of the optimizer.",
+        show_default=False,
+    ),
+]
+
 NoSync = Annotated[
     bool,
     typer.Option("--no-sync", help="Leave flushing to the disk to the system, as cp does: faster, not power-safe."),

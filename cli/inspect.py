@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from optimstate import errors
-from optimstate.cli.app import PLACE, Force, Json, Quiet, app, epilog, until_exit
+from optimstate.cli.app import PLACE, Force, Json, Quiet, View, app, epilog, until_exit
 from optimstate.cli.words import Sort
 from optimstate.io.location import Location
 
@@ -53,6 +53,7 @@ def inspect(
     top: Annotated[int | None, typer.Option(min=1, metavar="N", help="List so many.", show_default=False)] = None,
     tree: Annotated[bool, typer.Option("--tree", help="Show names as a tree of modules.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List every other entry, without limits.")] = False,
+    view: View = None,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -96,6 +97,7 @@ def inspect(
                     sort=sort,
                     top=top,
                     everything=everything,
+                    view=view,
                     progress=advance,
                 )
             except errors.MigrationError as error:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import PLACE, Force, Json, Quiet, app, epilog
+from optimstate.cli.app import PLACE, Force, Json, Quiet, View, app, epilog
 from optimstate.io.location import Location
 
 
@@ -59,6 +59,7 @@ def name(
             metavar="CONFIG|FOLDER", help="Builds the model of transformers that a config names.", show_default=False
         ),
     ] = None,
+    view: View = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report and write nothing.")] = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -86,6 +87,7 @@ def name(
             order=order.value,
             model=model,
             hf=hf,
+            view=view,
             dry_run=dry_run,
             force=force,
             progress=advance,

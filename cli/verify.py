@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import PLACE, Json, Quiet, app, epilog, read_plan
+from optimstate.cli.app import PLACE, Json, Quiet, View, app, epilog, read_plan
 from optimstate.io.location import Location
 
 
@@ -35,6 +35,7 @@ def verify(
         Location | None,
         typer.Option(metavar="FILE", help="What hooks.certify() wrote, or a checkpoint with it.", **PLACE),
     ] = None,
+    view: View = None,
     no_numbers: Annotated[bool, typer.Option("--no-numbers", help="Do not look into tensors (no torch).")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -57,7 +58,9 @@ def verify(
     else:
         sources = (path,) if no_numbers else (path, path)  # checksums, then numbers
         with terminal.progress("verifying", *sources, quiet=quiet) as advance:
-            report = optimstate.verify(path, numbers=not no_numbers, progress=advance, certificate=certificate)
+            report = optimstate.verify(
+                path, numbers=not no_numbers, progress=advance, certificate=certificate, view=view
+            )
     terminal.show(report, as_json=as_json, quiet=quiet)
     if not report.healthy:
         raise typer.Exit(1)

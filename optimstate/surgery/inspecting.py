@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimstate.formats.pickles.globals import dangerous
@@ -15,6 +16,7 @@ from optimstate.io.extents import Progress
 from optimstate.io.location import Location, Place
 from optimstate.io.places import located
 from optimstate.io.temporary import is_leftover
+from optimstate.plan.language.plan import Plan
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import parameter_shape
 from optimstate.state.algorithms.slots import Algorithm
@@ -38,6 +40,7 @@ from optimstate.surgery.reports import (
 from optimstate.surgery.rest import rest_of
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.slot_counts import algorithm_of, counted, flat_slots, is_flat
+from optimstate.surgery.viewing import viewed
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, census, format_path, nodes
@@ -62,6 +65,7 @@ def inspect(
     sort: Sort | None = None,
     top: int | None = None,
     everything: bool = False,
+    view: Plan | str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Inspection:
     """What is in a checkpoint.
@@ -76,6 +80,7 @@ def inspect(
         sort: List by name, or the largest size or norm first; a norm is read.
         top: List only so many parameters and tensors of each section.
         everything: List every other entry, without limits.
+        view: The plan from the layout in which the weights are stored to the one to show them in.
         progress: Called with the bytes read for the statistics since the last call.
 
     Raises:
@@ -85,7 +90,7 @@ def inspect(
     """
     path = checkpoint.path if isinstance(checkpoint, Document) else located(checkpoint)
     with opening(path):
-        document = checkpoint if isinstance(checkpoint, Document) else open_checkpoint(path)
+        document = viewed(checkpoint if isinstance(checkpoint, Document) else open_checkpoint(path), view)
         judgement = judged(document.tree)
         sections = list(judgement.sections) if section is None else _chosen(section, document.tree, judgement.sections)
         tensors, opaque = census(document.tree, is_tensor)

@@ -37,7 +37,18 @@ def stored_in_another_layout(
     for module, (elements, names) in fused.items():
         if module in stored and (elements is None or elements == stored[module][0]):
             found.update(names)
-    return found
+    return found | _as_many_elements(set(missing) - found, known, shapes)
+
+
+def _as_many_elements(
+    missing: set[str], known: Mapping[str, Shape | None], shapes: Mapping[str, Shape | None]
+) -> set[str]:
+    """Those names, where the model's tensors that the optimizer does not know have just as many elements together."""
+    ours, theirs = [shapes.get(name) for name in missing], [known[name] for name in known if name not in shapes]
+    if not ours or None in ours or None in theirs or len(known) == len(theirs):
+        return set()
+    sizes = (sum(prod(shape) for shape in side if shape is not None) for side in (ours, theirs))
+    return missing if len(set(sizes)) == 1 else set()
 
 
 def _respelled(name: str) -> str:

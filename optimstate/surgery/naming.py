@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from optimstate.io.destination import check_destination
 from optimstate.io.extents import Progress
 from optimstate.io.location import Place
 from optimstate.io.places import located
+from optimstate.plan.language.plan import Plan
 from optimstate.problems import Problem
 from optimstate.reporting import Report, to_json
 from optimstate.state.building import from_config, imported, parameters_of
@@ -27,6 +29,7 @@ from optimstate.state.sections import Section, find_sections
 from optimstate.surgery.checksums import verified
 from optimstate.surgery.reports import opening
 from optimstate.surgery.text import readable, table
+from optimstate.surgery.viewing import viewed
 from optimstate.tree import Opaque, replaced
 
 __all__ = ["NameReport", "concluded_names", "name", "read_names"]
@@ -68,6 +71,7 @@ def name(
     order: Order = "model",
     model: str | None = None,
     hf: str | Path | None = None,
+    view: Plan | str | PathLike[str] | None = None,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -83,6 +87,8 @@ def name(
         model: `module:factory`, a callable without arguments that builds the model; it is called on the meta device.
             This runs the code of that module.
         hf: The config file of a model of transformers, or its folder: the model is built on the meta device.
+        view: The plan from the layout in which the weights are stored to that of the optimizer, whose names are those
+            of its result. The weights are written as they are stored.
         dry_run: Only report.
         force: Replace an existing destination.
         progress: Called with the bytes written since the last call.
@@ -98,11 +104,12 @@ def name(
         check_destination(destination, [source], force=force)
     with opening(source):
         document = open_checkpoint(source)
-        sections = find_sections(document.tree)
+        seen = viewed(document, view)
+        sections = find_sections(seen.tree)
         optimizers = [section for section in sections if section.kind == "optimizer"]
         if not optimizers:
             raise CheckpointError("no optimizer in it", path=source)
-        namer = _namer(document, sections, _by_path(names, optimizers), order=order, built=_model_of(model, hf))
+        namer = _namer(seen, sections, _by_path(names, optimizers), order=order, built=_model_of(model, hf))
         found = [(section, namer.named(section)) for section in optimizers]
         _refuse_open_questions(
             found, given=order if names is not None else None, built=model is not None or hf is not None

@@ -21,6 +21,7 @@ from optimstate.surgery.repeated import repeated
 from optimstate.surgery.reports import open_to_read, opening
 from optimstate.surgery.resume_checks import check_optimizer, check_schedulers
 from optimstate.surgery.text import plural
+from optimstate.surgery.viewing import viewed
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, OpaqueFile, difference, format_path, nodes, walk
 
@@ -39,6 +40,7 @@ def verify(
     numbers: bool = True,
     progress: Progress | None = None,
     certificate: Place | None = None,
+    view: Plan | str | PathLike[str] | None = None,
 ) -> VerifyReport:
     """Look for whatever would make a resumed run differ from the one that was saved.
 
@@ -48,18 +50,21 @@ def verify(
         progress: Called with the bytes read since the last call.
         certificate: What the checkpoint has to be: a JSON file that `hooks.certify()` wrote, or a checkpoint that has
             one.
+        view: The plan from the layout in which the weights are stored to that of the optimizer.
 
     Raises:
         CheckpointError: It, or the certificate, cannot be read at all.
+        MigrationError: The view does not fit.
     """
     path = located(path)
     certificates = certificates_in(certificate) if certificate is not None else []
     with opening(path):
-        document = open_to_read(path)
+        stored = open_to_read(path)
+        document = viewed(stored, view)
         judgement = judged(document.tree)
         sections = judgement.sections
         checked = [plural(len(sections), "section")]
-        findings = [*_damaged(document, checked, progress)]
+        findings = [*_damaged(stored, checked, progress)]
         models = [section for section in sections if section.kind == "model"]
         schedulers = [section for section in sections if section.kind == "scheduler"]
         optimizers = [section for section in sections if section.kind == "optimizer"]

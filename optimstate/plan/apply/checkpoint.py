@@ -323,6 +323,9 @@ def _refuse_other_parameters(section: Section, migration: Migration) -> None:
             return
     elif not section.positional:
         return
+    rules = list(migration.plan.all_rules())
+    if rules and not any(rule.is_for(key_of(section)) for rule in rules):
+        return  # only other sections change their layout
     for key, moves in migration.sections.items():
         changed = [name for name, _ in moves.dropped]
         changed += [move.target for move in moves.moves if move.clone or not move.is_moved_whole]

@@ -94,7 +94,7 @@ class Plan(Record):
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanSyntaxError(f"{path}: the plan cannot be read: {getattr(error, 'strerror', error)}") from None
-        return cls(**toml.parsed(text, str(path), Path(path).parent))
+        return cls._parsed(text, str(path), Path(path).parent)
 
     @classmethod
     def from_toml(cls, text: str, *, name: str = "plan") -> Plan:
@@ -107,7 +107,16 @@ class Plan(Record):
         Raises:
             PlanSyntaxError: It is wrong; the message has the line and the key.
         """
-        return cls(**toml.parsed(text, name, Path()))
+        return cls._parsed(text, name, Path())
+
+    @classmethod
+    def _parsed(cls, text: str, name: str, folder: Path) -> Plan:
+        fields, view = toml.parsed(text, name, folder)
+        made = cls(**fields)
+        if view is None:
+            return made
+        back = cls.from_file(folder / view.back) if view.back else None
+        return made.through(cls.from_file(folder / view.plan), back, section=view.section)
 
     @classmethod
     def derive(cls, function: Any, sources: Mapping[str, Any], *, allow_drop: bool = False) -> Any:
@@ -151,6 +160,34 @@ class Plan(Record):
     def with_policy(self, **policies: Any) -> Plan:
         """The same plan with other policies."""
         return self._replace(policy=self.policy._replace(**policies))
+
+    def only(self, section: str) -> Plan:
+        """The same rules for one section alone.
+
+        Raises:
+            PlanSyntaxError: The plan says more than what becomes of weights.
+        """
+        if self._replace(rules=(), stages=()) != Plan():
+            raise PlanSyntaxError(
+                "a view has rules alone", hint="Take groups, policies and everything else into the plan that uses it."
+            )
+
+        def restricted(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+            return tuple(rule._replace(only=section) for rule in rules)
+
+        return self._replace(rules=restricted(self.rules), stages=tuple(map(restricted, self.stages)))
+
+    def through(self, view: Plan, back: Plan | None = None, *, section: str = "model") -> Plan:
+        """This plan for a checkpoint one of whose sections is stored in another layout than the plan speaks of.
+
+        Args:
+            view: Leads from the layout that is stored to the one that the rules speak of.
+            back: Leads back, for the shapes of the result; without, the section stays in the layout of the rules.
+            section: A kind of section, or the path of one.
+        """
+        parts = [view.only(section), self, *([] if back is None else [back.only(section)])]
+        passes = [rules for part in parts for rules in part.passes if rules]
+        return self._replace(rules=passes[0] if passes else (), stages=tuple(passes[1:]))
 
     def __add__(self, other: Plan) -> Plan:
         """Both plans in one pass where neither has stages, otherwise one after the other."""

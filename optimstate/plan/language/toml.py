@@ -12,6 +12,7 @@ from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language.base import Operation, toml_key, toml_value
 from optimstate.plan.language.rules import GroupRule, Guard, OptimizerRule, Policy, Rule, SchedulerRule, templates
 from optimstate.plan.language.template import Template
+from optimstate.record import Record
 from optimstate.state.algorithms.slots import Slot, SlotKind
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["parsed", "written"]
 
 _RULE_KEYS = {"from", "to", "drop", "fresh", "group", "only", "ops"}
-_PLAN_KEYS = {"rule", "stage", "group", "guard", "policy", "slots", "optimizer", "scheduler"}
+_PLAN_KEYS = {"rule", "stage", "group", "guard", "policy", "slots", "optimizer", "scheduler", "view"}
 
 
 class _Mistake(Exception):
@@ -31,8 +32,22 @@ class _Mistake(Exception):
         self.message, self.table, self.number, self.key, self.hint = message, table, number, key, hint
 
 
-def parsed(text: str, name: str, folder: Path) -> dict[str, Any]:
-    """What a text says, as the fields of a `Plan`.
+class View(Record):
+    """That one section is stored in another layout than the rules speak of.
+
+    Attributes:
+        plan: The file of the plan from what is stored to what the rules speak of.
+        back: The file of the plan back; empty to leave the section in the layout of the rules.
+        section: A kind of section, or the path of one.
+    """
+
+    plan: str
+    back: str = ""
+    section: str = "model"
+
+
+def parsed(text: str, name: str, folder: Path) -> tuple[dict[str, Any], View | None]:
+    """What a text says, as the fields of a `Plan`, and the view through which they are meant.
 
     Args:
         text: TOML.
@@ -49,7 +64,7 @@ def parsed(text: str, name: str, folder: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise PlanSyntaxError(f"{name}: {error}") from None
     try:
-        return _fields(document, folder)
+        return _fields(document, folder), _view(document)
     except _Mistake as mistake:
         line = _line_of(text, mistake.table, mistake.number, mistake.key)
         place = f" {mistake.number}" if mistake.number else ""
@@ -132,6 +147,19 @@ def _fields(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "optimizers": optimizers,
         "schedulers": _schedulers(document.get("scheduler", [])),
     }
+
+
+def _view(document: Mapping[str, Any]) -> View | None:
+    if "view" not in document:
+        return None
+    table = _table_of(document, "view")
+    _refuse_unknown(table, View._fields, "view")
+    for key in View._fields:
+        if key in table and (not isinstance(table[key], str) or not table[key]):
+            raise _Mistake(f"`{key}` must be text that is not empty", "view", 0, key)
+    if "plan" not in table:
+        raise _Mistake("needs `plan`", "view", 0, "", 'For example: plan = "to-live.toml"')
+    return View(table["plan"], table.get("back", ""), table.get("section", "model"))
 
 
 def _optimizer(table: Mapping[str, Any], number: int) -> OptimizerRule:

@@ -1,0 +1,28 @@
+"""Checkpoints whose weights stand in another layout than their optimizer: read as if they stood in its layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from os import PathLike
+
+from optimstate.formats.protocol import Document
+from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.language.plan import Plan
+
+__all__ = ["viewed"]
+
+
+def viewed(document: Document, view: Plan | str | PathLike[str] | None) -> Document:
+    """A checkpoint with its models as a view has them; nothing is computed before it is read.
+
+    Args:
+        document: As it was read; not changed.
+        view: The plan from the layout that is stored to that of the optimizer, or its path; None for none.
+
+    Raises:
+        MigrationError: The view does not fit.
+    """
+    if view is None:
+        return document
+    tree, _, _ = apply_plan(Plan.of(view).only("model"), document.tree)
+    return replace(document, tree=tree)
