@@ -7,6 +7,7 @@ the hub has them (`mlp.experts.0.gate_proj.weight`, in Mixtral `block_sparse_moe
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from math import prod
 
@@ -47,7 +48,7 @@ def _as_many_elements(
     ours, theirs = [shapes.get(name) for name in missing], [known[name] for name in known if name not in shapes]
     if not ours or None in ours or None in theirs or len(known) == len(theirs):
         return set()
-    if sorted(map(repr, ours)) == sorted(map(repr, theirs)):  # the same tensors under other names
+    if Counter(ours) == Counter(theirs):  # the same tensors under other names
         return set()
     sizes = (sum(prod(shape) for shape in side if shape is not None) for side in (ours, theirs))
     return missing if len(set(sizes)) == 1 else set()
