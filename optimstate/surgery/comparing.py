@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from optimstate.describe import describe
+from optimstate.errors import UsageError
 from optimstate.formats.protocol import Document
 from optimstate.io.extents import Progress
 from optimstate.io.location import Place
@@ -64,6 +66,7 @@ def diff(
         comparison.compare(OTHER, *rest)
         if not any((rest[0].tensors, rest[1].tensors)):
             comparison.drop_if_equal(OTHER)
+        comparison.refuse_unmatched()
         return comparison.report(str(left), str(right))
 
 
@@ -133,6 +136,7 @@ class _Comparison:
         self.notes: list[str] = []
         self.equal: dict[str, int] = {}
         self.within = 0
+        self.matched = False
 
     def report(self, left: str, right: str) -> DiffReport:
         """What was found."""
@@ -209,7 +213,18 @@ class _Comparison:
     def _chosen(self, found: dict[Key, Any]) -> dict[Key, Any]:
         if self.template is None:
             return found
-        return {key: value for key, value in found.items() if self.template.match(key[0]) is not None}
+        chosen = {key: value for key, value in found.items() if self.template.match(key[0]) is not None}
+        self.matched = self.matched or bool(chosen)
+        return chosen
+
+    def refuse_unmatched(self) -> None:
+        """Refuse a template that matched nothing on either side.
+
+        Raises:
+            UsageError: It did.
+        """
+        if self.template is not None and not self.matched:
+            raise UsageError(f"no name on either side matches {describe(self.template.text)}")
 
     def _compare_tensors(self, label: str, mine: dict[Key, Any], theirs: dict[Key, Any]) -> dict[Key, Key]:
         """Note the differences; gives the renamed ones."""

@@ -9,7 +9,10 @@ from operator import itemgetter
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from optimstate.describe import describe
+from optimstate.errors import UsageError
 from optimstate.formats.pickles.globals import dangerous
+from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
@@ -87,6 +90,7 @@ def inspect(
         CheckpointError: It cannot be read.
         PlanSyntaxError: The template cannot be parsed.
         MigrationError: There is no such section.
+        UsageError: No name matches the template.
     """
     path = checkpoint.path if isinstance(checkpoint, Document) else located(checkpoint)
     with opening(path):
@@ -103,6 +107,8 @@ def inspect(
         look = _Look(listed, statistics or sort == "norm", alone, choice, progress)
         states = {id(section): section.optimizer() for section in sections if section.kind == "optimizer"}
         infos = tuple(look.section_info(section, states.get(id(section))) for section in sections)
+        if choice.template is not None:
+            _refuse_unmatched(choice.template, sections, states)
         inside = {id(one.in_tree) for one in judgement.sections}
         entries, hidden = (
             rest_of(document.tree, inside, plain, everything=everything)
@@ -118,12 +124,41 @@ def inspect(
             {kind: count for kind, count in opaque.most_common() if count > 0},
             tuple(dangerous(document.globals)),
             tuple(missing_for_resume(infos)) if section is None else (),
-            (*document.notes, *_notes(document, sections, states), *look.oddities()),
+            (
+                *document.notes,
+                *_notes(document, sections, states),
+                *look.oddities(),
+                *(_unmeasured(document.tree) if statistics and section is None and name is None else ()),
+            ),
             entries,
             hidden,
             {format_path(place): reason for place, reason in judgement.others.items()} if section is None else {},
             look.rest(document.tree, judgement.sections) if section is None and name is None else {},
         )
+
+
+def _refuse_unmatched(template: Template, sections: Sequence[Section], states: Mapping[int, OptimizerState]) -> None:
+    """Refuse a template that matches no name of a parameter or tensor."""
+    names = [name for section in sections if section.kind in ("model", "ema") for name in section.tensors()]
+    for state in states.values():
+        for position, (key, name, _) in enumerate(state.parameters()):
+            names.append(name or (str(key) if isinstance(key, int | str) else f"#{position}"))
+    if all(template.match(name) is None for name in names):
+        raise UsageError(f"no name matches {describe(template.text)}", hint="`--params` lists all names.")
+
+
+def _unmeasured(tree: Any) -> Iterator[str]:
+    """Which tensors have no statistics."""
+    from optimstate.surgery.statistics import is_measurable
+
+    found = Counter(
+        node.dtype if isinstance(node, LazyTensor) else tensor_kind(node) or "a record"
+        for node in nodes(tree)
+        if is_tensor(node) and not is_measurable(node)
+    )
+    if found:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in found.most_common())
+        yield f"without statistics, as they are not floating-point numbers with elements: {kinds}"
 
 
 def _chosen(name: str, tree: Any, sections: Sequence[Section]) -> list[Section]:

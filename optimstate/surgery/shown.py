@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from optimstate.describe import bounded, describe
-from optimstate.formats.pickles.tensors import numpy_array, numpy_scalar
+from optimstate.formats.pickles.tensors import numpy_array, numpy_scalar, tensor_kind
 from optimstate.state.records import tensor_record
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import AttributedTensor, GlobalName, Opaque, OpaqueFile, path_key
@@ -61,7 +61,7 @@ def _plain(value: Any, room: list[int]) -> Any:
             return f"numpy {array.dtype}{list(array.shape)}"
     if isinstance(value, Opaque | GlobalName):
         record = tensor_record(value)
-        return describe(value) if record is None else str(record)
+        return (tensor_kind(value) or describe(value)) if record is None else str(record)
     return bounded(value) if value is None or isinstance(value, bool | int | float | str) else describe(value)
 
 

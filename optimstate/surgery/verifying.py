@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
+from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.formats.protocol import Document
 from optimstate.io.extents import Progress
 from optimstate.io.location import Place
@@ -183,9 +184,13 @@ class _Rest:
         """What no check looked into."""
         if not numbers and self.tensors:
             yield f"the contents of {plural(self.tensors, 'tensor')}: they were not read (--no-numbers)"
-        records = Counter(node.type.qualname for node in self.found if is_tensor(node) and isinstance(node, Opaque))
-        for name, count in records.items():
-            yield f"{count} of class {name}: only dtypes and shapes are known"
+        records = Counter(
+            tensor_kind(node) or f"an object of {node.type.path}"
+            for node in self.found
+            if is_tensor(node) and isinstance(node, Opaque)
+        )
+        for kind, count in records.items():
+            yield f"{count} times {kind}: only dtypes and shapes are known"
         files = [node for node in self.found if isinstance(node, OpaqueFile)]
         if files:
             yield f"{plural(len(files), 'file')} of other kinds, such as {Path(files[0].path).name}"

@@ -15,9 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimstate.errors import UsageError
 from optimstate.plan.language.plan import Plan
 from optimstate.surgery.comparing import diff
 from optimstate.surgery.converting import convert
+from optimstate.surgery.inspecting import inspect
 from optimstate.surgery.remapping import remap
 from tests.corpus import Case, all_cases
 from tests.surgery.equality import equal
@@ -273,3 +275,18 @@ def test_values_of_any_kind_differ_from_others_and_not_from_themselves(tmp_path:
         assert diff(tmp_path / "a.pt", tmp_path / "b.pt").changes, name
         for side in "ab":
             assert not diff(tmp_path / f"{side}.pt", tmp_path / f"{side}.pt").changes, name
+
+
+def test_a_template_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.ones(2, 2)}, tmp_path / "a.pt")
+    torch.save({"a.weight": torch.zeros(2, 2)}, tmp_path / "b.pt")
+    assert diff(tmp_path / "a.pt", tmp_path / "b.pt", name="a.*").changes
+    with pytest.raises(UsageError, match="no name on either side matches 'b"):
+        diff(tmp_path / "a.pt", tmp_path / "b.pt", name="b.*")
+    with pytest.raises(UsageError, match="no name matches"):
+        inspect(tmp_path / "a.pt", name="b.*")
+
+
+def test_statistics_say_what_they_leave_out(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.ones(2, 2), "n": torch.ones(2, dtype=torch.int64)}, tmp_path / "a.pt")
+    assert any("1 int64" in note for note in inspect(tmp_path / "a.pt", statistics=True).notes)
