@@ -75,14 +75,14 @@ def changed(change: str) -> Net:
     return Net(**CHANGES[change][0])
 
 
-def expected_losses(change: str, old: int, more: int, *, one_step_for_all: bool = False, **options: Any) -> list[float]:
+def expected_losses(change: str, old: int, more: int, *, new_step: int | None = None, **options: Any) -> list[float]:
     """What a changed run goes on with where the state was moved by hand after `old` steps.
 
     Args:
         change: A key of `CHANGES`.
         old: Steps before it.
         more: Steps after it.
-        one_step_for_all: New parameters have moments of zero at the step of the others, rather than no state.
+        new_step: New parameters have moments of zero at this step; None where they have no state.
         options: Of AdamW.
     """
     was, new = Net(), changed(change)
@@ -91,9 +91,9 @@ def expected_losses(change: str, old: int, more: int, *, one_step_for_all: bool 
     sources = dict(was.named_parameters())
     for name, parameter in new.named_parameters():
         if change == "a layer inserted" and name.startswith("blocks.1."):
-            if one_step_for_all:
+            if new_step is not None:
                 moments = {slot: torch.zeros_like(parameter) for slot in ("exp_avg", "exp_avg_sq")}
-                after.state[parameter] = {"step": torch.tensor(float(old)), **moments}
+                after.state[parameter] = {"step": torch.tensor(float(new_step)), **moments}
             continue
         source = sources[name.replace("blocks.2.", "blocks.1.").replace("readout", "out")]
         parameter.data.copy_(_padded(source.data, parameter.shape))
