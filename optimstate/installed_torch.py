@@ -149,8 +149,8 @@ else:
 
     SchedulerBase = torch.optim.lr_scheduler.LRScheduler
     if not hasattr(torch.optim.lr_scheduler, "_param_groups_val_list"):
-        # Before 2.10 the last learning rates are the optimizer's own tensors, which later steps change. Before 2.9 a
-        # step cannot be made without its warnings; before 2.7 it does not say whether it is the first.
+        # Until 2.9 at least, the last learning rates are the optimizer's own tensors, which later steps change. Before
+        # 2.9 a step cannot be made without its warnings; before 2.7 it does not say whether it is the first.
         class SchedulerBase(torch.optim.lr_scheduler.LRScheduler):
             """torch's, with a step in two parts and a mark on the first."""
 
@@ -181,9 +181,9 @@ else:
 
 # 2.14: LBFGS has the option `maximize`, and its group the key.
 LBFGS_MAXIMIZES = accepts(torch.optim.LBFGS, "maximize")
-# 2.10: the evaluations of a line search count for LBFGS's `max_eval`; before, each search may make 25.
+# 2.10 to 2.12: the evaluations of a line search count for LBFGS's `max_eval`; before, each search may make 25.
 LBFGS_LIMITS_LINE_SEARCH = mentions(torch.optim.LBFGS.step, "max_ls")
-# 2.10: before, Adagrad's fused kernel is there for the CPU alone.
+# 2.10 to 2.12: before, Adagrad's fused kernel is there for the CPU alone.
 ADAGRAD_FUSES_ON_CUDA = not mentions(torch.optim.Adagrad._init_group, "cuda_unsupported")
 # 2.15: ASGD refuses a negative `lambd` or `alpha`.
 ASGD_CHECKS = mentions(torch.optim.ASGD.__init__, "Invalid lambd value")
@@ -211,7 +211,7 @@ def fused_sgd_takes_half_precision() -> bool:
 
 @cache
 def adagrad_starts_late() -> bool:
-    """2.10: Adagrad makes the state that a parameter lacks when it steps; before, only in its constructor."""
+    """2.10 to 2.12: Adagrad makes the state that a parameter lacks when it steps; before, only in its constructor."""
     p = torch.zeros(1)
     p.grad = torch.ones(1)
     optimizer = torch.optim.Adagrad([p])

@@ -25,14 +25,14 @@ __all__ = [
 
 
 def _squeezes_betas() -> bool:
-    """2.10: Adam takes one-element tensors of any shape as betas; before, it fails in the step."""
+    """2.10 to 2.12: Adam takes one-element tensors of any shape as betas; before, it fails in the step."""
     betas = (torch.tensor(0.9), torch.tensor([[0.99]]))
     kept = torch.optim.Adam([torch.zeros(1)], betas=betas, capturable=True).defaults["betas"]
     return kept[1].dim() == 0
 
 
 def _keeps_tensor_rates() -> bool:
-    """2.10: sequences and the plateau fill a tensor learning rate; before, they put a number in its place."""
+    """2.10 to 2.12: sequences and the plateau fill a tensor learning rate; before, they put a number in its place."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=torch.tensor(0.1))
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
     for _ in range(3):
@@ -41,7 +41,7 @@ def _keeps_tensor_rates() -> bool:
 
 
 def _swalr_keeps_strategy() -> bool:
-    """2.10: SWALR's state has the name of its strategy; before, the function."""
+    """2.10 to 2.12: SWALR's state has the name of its strategy; before, the function."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
