@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from optimstate.certificates.certificate import Ancestor, Certificate
 from optimstate.errors import CheckpointError, StateMismatchError
@@ -15,9 +15,6 @@ from optimstate.resuming.owners import owner_of
 from optimstate.resuming.shards import innermost
 from optimstate.state.names import unwrapped
 from optimstate.state.optimizer import OptimizerState
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Given", "Part", "certificates_of", "checked", "note_histories"]
 
