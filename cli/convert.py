@@ -8,6 +8,7 @@ import typer
 
 from optimstate.cli import words
 from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog
+from optimstate.cli.together import helped, stage_of
 from optimstate.describe import describe
 from optimstate.io.location import Location
 
@@ -129,9 +130,14 @@ def convert(
     if section and without:
         raise typer.BadParameter("--section and --without exclude each other: what is not chosen is left out")
     size = None if shard_size is None else parse_size(shard_size)
+    asked = ["convert", to, section, without, dtype, optimizer, drop_opaque, salvage, copy, ranks]
+    stage = None if dry_run else stage_of(source, destination, asked)
+    if helped(stage, sync=not no_sync):
+        return
+    quiet = quiet or (stage is not None and stage.team.rank > 0)
     with terminal.progress("converting", source, quiet=quiet) as advance:
         options = WriteOptions(
-            not no_checksums, clone_views, size, not no_sync, advance, digest, copy=copy, ranks=ranks
+            not no_checksums, clone_views, size, not no_sync, advance, digest, copy=copy, ranks=ranks, stage=stage
         )
         report = optimstate.convert(
             source,
@@ -143,11 +149,13 @@ def convert(
             optimizer=optimizer,
             drop_opaque=drop_opaque,
             salvage=salvage,
-            verify=verify,
+            verify=False if verify is None and stage is not None else verify,
             dry_run=dry_run,
             force=force,
             options=options,
         )
+    if stage is not None and stage.team.rank:
+        return
     terminal.show(report, as_json=as_json, quiet=quiet)
     if report.lost:
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog, read_plan
+from optimstate.cli.together import helped, stage_of
 from optimstate.io.location import Location
 
 
@@ -117,6 +118,11 @@ def remap(
         rules = with_schedules(rules, schedules)
     if plan_out is not None:
         plans.check_plan_destination(plan_out, source, force=force)
+    asked = ["remap", rules.to_toml(), str(like), copy, ranks]
+    stage = None if dry_run or in_place else stage_of(source, destination, asked)
+    if helped(stage, sync=not no_sync):
+        return
+    quiet = quiet or (stage is not None and stage.team.rank > 0)
     with terminal.progress("remapping", source, quiet=quiet) as advance:
         report = optimstate.remap(
             source,
@@ -131,7 +137,10 @@ def remap(
             progress=advance,
             copy=copy,
             ranks=ranks,
+            stage=stage,
         )
+    if stage is not None and stage.team.rank:
+        return
     if plan_out is not None and str(plan_out) == "-":
         typer.echo(report.plan, nl=False)
         return

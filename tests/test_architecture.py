@@ -71,7 +71,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"extents", "destination"},
         {"copying", "temporary"},
         {"checksums", "output", "directory", "folders", "linking"},
-        {"remote"},
+        {"remote", "together"},
         {"places"},
     ),
 }
@@ -290,7 +290,7 @@ def test_pythons_form_of_a_value_is_seen() -> None:
 ONE_FOR_EVERY_TENSOR = {
     "optimstate.derivation.layout": {"_Digit", "_Part"},
     "optimstate.formats.dcp.columns": {"Chunk", "Form", "Item"},
-    "optimstate.formats.dcp.writing": {"Part"},
+    "optimstate.formats.dcp.layout": {"Part"},
     "optimstate.formats.deepspeed.zero": {"_Slice"},
     "optimstate.formats.pickles.mentions": {"Mention"},
     "optimstate.formats.ranks.shards": {"ShardRecord"},

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from optimstate.io.checksums import Recorded
 from optimstate.io.extents import Progress
@@ -21,6 +21,9 @@ from optimstate.io.location import Location
 from optimstate.io.output import AtomicGroup, Output
 from optimstate.io.places import new_file, new_folder
 from optimstate.record import Record
+
+if TYPE_CHECKING:
+    from optimstate.io.together import Stage
 
 __all__ = ["HEAD_BYTES", "Claim", "Document", "Format", "WriteOptions"]
 
@@ -84,6 +87,7 @@ class WriteOptions(Record):
         digest: The algorithm of a digest to record for each tensor where the container has no checksums, or None.
         copy: In a folder of `torch.distributed.checkpoint`, copy data files that are unchanged instead of linking them.
         ranks: Cut the tensors of such a folder for so many processes; None leaves them in the pieces that they are in.
+        stage: The folder that several processes fill together, of which this is one; None where it is alone.
         confirm: Called when everything is written and before it takes its name; what it raises undoes the writing.
     """
 
@@ -97,6 +101,7 @@ class WriteOptions(Record):
     copy: bool = False
     ranks: int | None = None
     replace: bool = True
+    stage: Stage | None = None
 
     def new_file(
         self, path: Location, *, expected_size: int = 0, group: AtomicGroup | None = None

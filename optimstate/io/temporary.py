@@ -23,7 +23,10 @@ __all__ = [
     "finished",
     "is_leftover",
     "leftovers",
+    "lock",
+    "others_of",
     "remove",
+    "remove_dead",
     "remove_unfinished",
     "sync_directory",
     "take_name",
@@ -74,7 +77,7 @@ def temporary_sibling(path: Path) -> Path:
     return path.with_name(f".{begin}.{os.urandom(6).hex()}.part")
 
 
-def _lock(fd: int) -> bool | None:
+def lock(fd: int) -> bool | None:
     """Whether this process now holds the lock of an open file; None where files cannot be locked."""
     try:
         import fcntl
@@ -98,30 +101,40 @@ def begin(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
         _unfinished[temporary] = None  # before there is anything to remove
         fd = make(temporary)
         # Another process may take it for a dead one in the moment before it is locked: then there is a next name.
-        if _lock(fd) is not False and os.path.lexists(temporary):
+        if lock(fd) is not False and os.path.lexists(temporary):
             return temporary, fd
         os.close(fd)
         remove(temporary)
 
 
-def _remove_dead(path: Path) -> None:
-    """Remove what writers of this destination left who are no longer there."""
+def others_of(path: Path) -> Iterator[Path]:
+    """The temporary names of this destination that are not this process's."""
     begin = temporary_sibling(path).name[:-18]
     try:
         names = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return
     for name in names:
-        dead = path.with_name(name)
-        if not (name.startswith(begin) and is_leftover(name)) or len(name) != len(begin) + 18 or dead in _unfinished:
-            continue
-        with suppress(OSError):
-            fd = os.open(dead, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-            try:
-                if _lock(fd):
-                    remove(dead)
-            finally:
-                os.close(fd)
+        other = path.with_name(name)
+        if name.startswith(begin) and is_leftover(name) and len(name) == len(begin) + 18 and other not in _unfinished:
+            yield other
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove what writers of this destination left who are no longer there."""
+    for dead in others_of(path):
+        remove_dead(dead)
+
+
+def remove_dead(dead: Path) -> None:
+    """Remove a temporary file or folder unless its writer lives."""
+    with suppress(OSError):
+        fd = os.open(dead, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        try:
+            if lock(fd):
+                remove(dead)
+        finally:
+            os.close(fd)
 
 
 def remove(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import DestinationError, RepresentationError, UsageError
 from optimstate.formats.dcp import folder as dcp
@@ -24,6 +24,9 @@ from optimstate.surgery.ordering import order_notes, read_like
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
 from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable, shown, table
+
+if TYPE_CHECKING:
+    from optimstate.io.together import Stage
 
 __all__ = ["RemapReport", "check_distributed", "remap"]
 
@@ -73,10 +76,8 @@ class RemapReport(Report):
             for group in self.groups.get(section, ()):
                 yield f"  {_regrouped(group)}"
             if not self.written:
-                for source, target in moves:
-                    yield f"  {source} -> {target}"
-                for source in dropped:
-                    yield f"  {source} dropped"
+                yield from _cut([f"  {source} -> {target}" for source, target in moves[: MOVES_SHOWN + 1]], len(moves))
+                yield from _cut([f"  {source} dropped" for source in dropped[: MOVES_SHOWN + 1]], len(dropped))
         for note in self.notes:
             yield f"note: {note}"
         yield "plan:"
@@ -99,6 +100,7 @@ def remap(
     progress: Progress | None = None,
     copy: bool = False,
     ranks: int | None = None,
+    stage: Stage | None = None,
 ) -> RemapReport:
     """Write a checkpoint whose parameters are renamed, duplicated or dropped by a plan: model and optimizer together.
 
@@ -112,11 +114,13 @@ def remap(
         dry_run: Only report.
         force: Replace an existing destination.
         verify: Compare every checksum of the source beside the copying, so that no damage is copied. None: unless the
-            source is in a store, where it would be read twice.
+            source is in a store, where it would be read twice. Not where data files are linked, nor where several
+            processes share the work: `optimstate verify` reads them.
         sync: Flush the result to the disk before it takes its name.
         progress: Called with the bytes written since the last call.
         copy: Of a folder of `torch.distributed.checkpoint`, copy data files that are unchanged instead of linking them.
         ranks: Cut the tensors of such a folder for so many processes instead of leaving them in their pieces.
+        stage: Such a folder that several processes fill together, of which this is one.
 
     Raises:
         CheckpointError: The source cannot be read, or `verify` finds damage.
@@ -130,7 +134,7 @@ def remap(
         check_destination(destination, [source], force=force)
     with opening(source):
         document = open_checkpoint(source)
-        check_distributed(document.format, copy=copy, ranks=ranks)
+        check_distributed(document.format, copy=copy, ranks=ranks, stage=stage)
         model = None if like is None else read_like(like)
         tree, migration, notes = apply_plan(plan, document.tree, like=model)
         notes += order_notes(migration, document.tree, model)
@@ -142,7 +146,10 @@ def remap(
                 raise DestinationError("no destination", hint="Give one, or ask for in_place.")
             else:
                 target = _check_suffix(document, destination)
-                options = WriteOptions(sync=sync, progress=progress, copy=copy, ranks=ranks, replace=force)
+                options = WriteOptions(sync=sync, progress=progress, copy=copy, ranks=ranks, replace=force, stage=stage)
+                moved = document.format != dcp.NAME or copy or ranks is not None  # what is linked is not read
+                if not moved or stage is not None:
+                    verify = False
                 if verify is None and not compares(document, verify):
                     notes.append(UNCOMPARED)
                 with verified(document, options, verify=verify) as options:
@@ -150,12 +157,17 @@ def remap(
         return _remap_report(source, source if in_place else destination, not dry_run, migration, groups, notes)
 
 
-def check_distributed(target: str, *, copy: bool, ranks: int | None) -> None:
+def check_distributed(target: str, *, copy: bool, ranks: int | None, stage: Stage | None = None) -> None:
     """Refuse what only folders of `torch.distributed.checkpoint` have.
 
     Raises:
         UsageError: It is asked for and another container is written, or it makes no sense.
     """
+    if stage is not None and target != dcp.NAME:
+        raise UsageError(
+            f"several processes write a folder of torch.distributed.checkpoint together; what is written is {target}",
+            hint="Run it without torchrun, or write a folder (convert --to dcp).",
+        )
     asked = "copy" if copy else "ranks" if ranks is not None else ""
     if asked and target != dcp.NAME:
         raise UsageError(
@@ -214,6 +226,14 @@ def _remap_report(
 
 
 OUTCOMES_SHOWN = 20
+MOVES_SHOWN = 50
+
+
+def _cut(lines: Sequence[str], count: int) -> Iterator[str]:
+    """The first of so many lines, and how many more there are."""
+    yield from lines[:MOVES_SHOWN]
+    if count > MOVES_SHOWN:
+        yield f"  ... and {count - MOVES_SHOWN:,} more (--json lists all)"
 
 
 def _outcomes(found: Sequence[Outcome], whole: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 
-BENCHES = ("cli", "optim", "plan", "hooks")
+BENCHES = ("cli", "optim", "plan", "hooks", "growth")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one pair of runs of everything")
     parser.add_argument("--full", action="store_true", help="also the 4.4 GB checkpoint (needs 15 GB of disk)")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="cli, optim, plan, hooks, or a part: cli.inspect"
+        "--only", nargs="+", default=[], metavar="NAME", help="cli, optim, plan, hooks, growth, or a part: cli.inspect"
     )
     options = parser.parse_args(arguments)
     unknown = [name for name in options.only if name.split(".")[0] not in BENCHES]

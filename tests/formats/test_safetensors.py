@@ -428,3 +428,25 @@ def test_views_that_overlap_themselves_return_as_they_were(tmp_path: Path) -> No
     optimstate.convert(source, path, options=QUICK)
     optimstate.convert(path, back, options=QUICK)
     assert unlike(torch.load(back), live) is None
+
+
+@pytest.mark.parametrize("metadata", ["", '"__metadata__": {"a": "b"},'])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        '"a": {E}, "a": {E}',
+        '"a": {}, "a": {E}',
+        '"a": 1, "a": {E}',
+        '"a": {E}, "a": {E}, "b": {"shape": [], "data_offsets": [0, 0]}',
+        '"a": {"dtype": "F32", "dtype": "F32", "shape": [1], "data_offsets": [0, 4]}',
+        '"a": {E}, "a": {"x": {"dtype": 1}, "shape": [1], "data_offsets": [0, 4]}, "b": {E}',
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_whatever_stands_beside_it(
+    entries: str, metadata: str, tmp_path: Path
+) -> None:
+    entry = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    header = f"{{{metadata}{entries.replace('{E}', entry)}}}".encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / "a.safetensors")

@@ -23,11 +23,13 @@ from optimstate.errors import (
 )
 from optimstate.formats.dcp import megatron
 from optimstate.formats.dcp import tree as tree_of_metadata
-from optimstate.formats.dcp.columns import Metadata
+from optimstate.formats.dcp.columns import Box, Item, Metadata
 from optimstate.formats.dcp.dump import dump_metadata
+from optimstate.formats.dcp.layout import layout, metadata_of
 from optimstate.formats.dcp.metadata import load_metadata, merged
 from optimstate.formats.dcp.pieces import Pieces
-from optimstate.formats.dcp.writing import write_items
+from optimstate.formats.dcp.sharing import share_out
+from optimstate.formats.dcp.writing import link_files, write_file
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.registry import detect, get_format
@@ -139,14 +141,30 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
         leaves.update((name, ((name,), value)) for name, value in named.items())
     else:
         leaves, notes = tree_of_metadata.leaves(items, flattened=flattened)
-    with options.new_folder(path) as folder:
-        metadata, made = write_items(folder, leaves, kept.handle if kept is not None else None, options)
-        notes.extend(made)
+    stage = options.stage
+    source = kept.handle if kept is not None else None
+    made = layout(leaves, source, ranks=options.ranks, team=1 if stage is None else stage.team.size)
+    if stage is not None and stage.team.rank:
+        share_out(made, stage, options, copied=options.copy)
+        return notes
+    with stage or options.new_folder(path) as folder:
+        places: dict[tuple[str, Box | None], Item] = {}
+        if stage is None or not options.copy:
+            notes.extend(link_files(folder, made, options))
+        if stage is not None:
+            places = share_out(made, stage, options, copied=options.copy)
+            stage.clear()
+        else:
+            for name, parts in made.files.items():
+                places.update(write_file(folder / name, parts, options))
+        metadata = metadata_of(made, places)
         if named is None:
             metadata.paths = {name: place for name, (place, _) in leaves.items()}
         for name, part in beside.items():
-            made = get_format(part.format).write(tree[name], folder / name, like=part, options=options)
-            notes.extend(f"{name}: {note}" for note in made)
+            beside_notes = get_format(part.format).write(
+                tree[name], folder / name, like=part, options=options._replace(stage=None, confirm=None)
+            )
+            notes.extend(f"{name}: {note}" for note in beside_notes)
         with options.new_file(folder / ".metadata") as out:
             out.write(dump_metadata(metadata))
         options.confirmed()

@@ -1,0 +1,60 @@
+"""Commands that torchrun starts several times: the first process does them, the others help it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optimstate import __version__
+
+if TYPE_CHECKING:
+    from optimstate.io.together import Stage
+
+__all__ = ["helped", "stage_of"]
+
+
+def stage_of(source: Any, destination: Any, asked: Any) -> Stage | None:
+    """The folder that this process and others fill together; None for a command that runs alone.
+
+    Args:
+        source: The checkpoint.
+        destination: Where to write; None where nothing is written.
+        asked: Everything else that the result depends on.
+
+    Raises:
+        DestinationError: The environment is not that of torchrun, or the destination is in a store.
+    """
+    if "RANK" not in os.environ or destination is None:
+        return None
+    from optimstate.errors import DestinationError
+    from optimstate.io.together import Stage, team_of_environment
+
+    team = team_of_environment(os.environ)
+    if team is None:
+        return None
+    if "://" in str(destination):
+        raise DestinationError(f"{destination}: several processes meet in a folder, which a store has not")
+    digest = hashlib.sha256(json.dumps([__version__, team.size, asked, _version(source)], default=str).encode())
+    return Stage(Path(str(destination)), digest.hexdigest()[:12], team)
+
+
+def _version(source: Any) -> list[Any]:
+    """Names, sizes and times of everything in a checkpoint."""
+    if "://" in str(source):
+        return [str(source)]
+    path = Path(str(source))
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+
+
+def helped(stage: Stage | None, *, sync: bool) -> bool:
+    """Whether this process was one that helps, and has done its share."""
+    if stage is None or stage.team.rank == 0:
+        return False
+    from optimstate.formats.dcp.sharing import help_out
+    from optimstate.formats.protocol import WriteOptions
+
+    return help_out(stage, WriteOptions(sync=sync))

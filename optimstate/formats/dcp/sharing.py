@@ -1,0 +1,199 @@
+"""A folder that several processes write together: which bytes each of them moves, and how it is told.
+
+The first process decides; the others get rows of files, offsets and lengths, and need neither the checkpoint nor the
+plan. Only where something must be computed (a cast, a transposition) each process that has a part of it opens the
+checkpoint for itself, and decides the same.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from optimstate.errors import CheckpointError
+from optimstate.formats.dcp.columns import Box, Item
+from optimstate.formats.dcp.layout import Layout, Part
+from optimstate.formats.dcp.writing import write_file
+from optimstate.formats.protocol import WriteOptions
+from optimstate.io.copying import FileCopier
+from optimstate.io.extents import Extent, Progress, StoredSource
+from optimstate.io.location import Location
+from optimstate.io.places import open_source
+from optimstate.io.together import Stage
+from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.lazy import LazyTensor, Storage
+
+__all__ = ["help_out", "share_out"]
+
+Items = dict[tuple[str, Box | None], Item]
+
+
+# --- deciding ---------------------------------------------------------------------------------------------------------
+
+
+def _rows(parts: Sequence[Part]) -> list[Any] | None:
+    """Parts as JSON; None where one is computed."""
+    made = []
+    for part in parts:
+        if part.box is None:
+            return None
+        extents = part.value.extents()
+        if not all(extent.source is None or isinstance(extent.source, StoredSource) for extent in extents):
+            return None
+        where = [[extent.source and str(extent.source.path), extent.offset, extent.length] for extent in extents]
+        made.append([part.name, part.box, part.value.dtype, where])
+    return made
+
+
+def _ranges(made: Layout, folder: Location, size: int) -> list[list[Any]]:
+    """The files that are copied whole, in shares of equal bytes."""
+    if made.source is None:
+        return [[] for _ in range(size)]
+    files = made.linked()
+    sources = [made.source.sources[number] for number in files]
+    starts = [0, *accumulate(source.size for source in sources)]
+    shares: list[list[Any]] = []
+    for rank in range(size):
+        share = []
+        at, stop = (starts[-1] * rank // size, starts[-1] * (rank + 1) // size)
+        while at < stop:
+            place = bisect_right(starts, at) - 1
+            length = min(stop, starts[place + 1]) - at
+            target = str(folder / made.source.metadata.files[files[place]])
+            share.append([str(sources[place].path), at - starts[place], target, at - starts[place], length])
+            at += length
+        shares.append(share)
+    return shares
+
+
+def share_out(made: Layout, stage: Stage, options: WriteOptions, *, copied: bool) -> Items:
+    """Write all files of a layout together with the other processes of a stage, of which this may be any.
+
+    Args:
+        made: The layout, which is the same in every process that decides.
+        stage: What they share.
+        options: How to write.
+        copied: Whether the files that are kept are copied, and not linked.
+
+    Returns:
+        Where everything that is new is; nothing in other processes than the first.
+    """
+    team, folder = stage.team, stage.folder
+    names = list(made.files)
+    owned = [names[len(names) * rank // team.size : len(names) * (rank + 1) // team.size] for rank in range(team.size)]
+    ranges = _ranges(made, folder, team.size) if copied else [[] for _ in range(team.size)]
+    if team.rank == 0:
+        for share in ranges:
+            for source, _, target, _, _ in share:
+                _reserve(Path(target), Path(source).stat().st_size)
+        for rank in range(1, team.size):
+            rows = {name: _rows(made.files[name]) for name in owned[rank]}
+            stage.give(rank, {"ranges": ranges[rank], "files": None if None in rows.values() else rows})
+    with stage.alive() as moved:
+        if stage.voted() is None:
+            files = {name: made.files[name] for name in owned[team.rank]}
+            stage.vote(_done(_moved(folder, ranges[team.rank], files, options, moved)))
+        if team.rank:
+            stage.wait()
+            return {}
+        items: Items = {}
+        for vote in stage.votes(options.progress):
+            items.update({(name, _box(box)): Item(*item) for name, box, item in vote})
+        _check_sizes(folder, items)
+        return items
+
+
+def help_out(stage: Stage, options: WriteOptions) -> bool:
+    """Do the share of a process that is not the first, as the first has said.
+
+    Returns:
+        Whether that was possible; otherwise something has to be computed, and this process must decide for itself.
+    """
+    with stage.alive() as moved:
+        work = stage.work()
+        if work["files"] is None:
+            return False
+        if stage.voted() is None:
+            sources: dict[str, StoredSource] = {}
+            files = {name: [_part(row, sources) for row in rows] for name, rows in work["files"].items()}
+            stage.vote(_done(_moved(stage.folder, work["ranges"], files, options, moved)))
+        stage.wait()
+    return True
+
+
+# --- doing ------------------------------------------------------------------------------------------------------------
+
+
+def _moved(
+    folder: Location,
+    ranges: Sequence[Any],
+    files: Mapping[str, Sequence[Part]],
+    options: WriteOptions,
+    moved: Progress,
+) -> Items:
+    """Copy ranges and write files."""
+
+    def progress(nbytes: int) -> None:
+        moved(nbytes)
+        if options.progress is not None:
+            options.progress(nbytes)
+
+    for source, offset, target, position, length in ranges:
+        fd = os.open(target, os.O_WRONLY)
+        try:
+            with FileCopier(fd, progress) as copier:
+                copier.put([Extent(open_source(source), offset, length)], position)
+            if options.sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+    items: Items = {}
+    for name, parts in files.items():
+        items.update(write_file(folder / name, parts, options._replace(progress=progress)))
+    return items
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of a size, whose contents stay where it is there already."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _done(items: Items) -> list[Any]:
+    return [[name, box, item] for (name, box), item in items.items()]
+
+
+def _box(box: Any) -> Box | None:
+    return None if box is None else (tuple(box[0]), tuple(box[1]))
+
+
+def _part(row: Sequence[Any], sources: dict[str, StoredSource]) -> Part:
+    name, box, dtype, where = row
+    made = _box(box)
+    assert made is not None
+    extents = []
+    for path, offset, length in where:
+        if path is not None and path not in sources:
+            sources[path] = open_source(path)
+        extents.append(Extent(None if path is None else sources[path], offset, length))
+    about = DTYPES[dtype]
+    storage = Storage(tuple(extents), prod(made[1]) * about.itemsize, about.storage or "UntypedStorage")
+    return Part(name, made, LazyTensor(storage, dtype, made[1]))
+
+
+def _check_sizes(folder: Location, items: Items) -> None:
+    """Every file is as long as those who wrote it say: a file system may show less for a while, or for ever."""
+    ends: dict[str, int] = {}
+    for item in items.values():
+        ends[item.file] = max(ends.get(item.file, 0), item.offset + item.length)
+    for name, end in ends.items():
+        if (folder / name).stat().st_size != end:
+            raise CheckpointError(f"has not {end} bytes, which a process has written", path=folder / name)

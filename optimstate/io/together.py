@@ -1,0 +1,234 @@
+"""Several processes, on one machine or many, that fill one folder: a stage they share, votes, and one commit.
+
+They meet in the stage alone, a folder beside the destination on a file system that all of them see; no connection is
+made between them. The stage is named after what is to be done, so that a second attempt finds what the first has done.
+Every process says that it lives by a file that it touches, and that it is done by a vote; the first process waits for
+all votes and gives the folder its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from optimstate.errors import DestinationError
+from optimstate.io.destination import cannot_write
+from optimstate.io.directory import AtomicDirectory
+from optimstate.io.temporary import lock, others_of, remove_dead
+from optimstate.record import Record
+
+__all__ = ["Stage", "Team", "team_of_environment"]
+
+_BEAT = 1.0  # seconds between two signs of life
+_POLL = 0.05
+_PREFIX = ".together."  # of the files that are not part of the result
+
+
+class Team(Record):
+    """The processes that work together.
+
+    Attributes:
+        rank: The number of this one.
+        size: How many there are.
+        patience: Seconds without a sign of life after which a process counts as dead.
+    """
+
+    rank: int
+    size: int
+    patience: float = 60.0
+
+
+def team_of_environment(environment: Mapping[str, str]) -> Team | None:
+    """The processes that torchrun has started with this one; None where there is one only.
+
+    Other launchers set `OPTIMSTATE_TOGETHER` beside `RANK` and `WORLD_SIZE`: those two alone are there in every process
+    of a training run, which may call this library for itself.
+    """
+    if not ("TORCHELASTIC_RUN_ID" in environment or "OPTIMSTATE_TOGETHER" in environment):
+        return None
+    try:
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        patience = float(environment.get("OPTIMSTATE_PATIENCE", Team.patience))
+    except (KeyError, ValueError) as error:
+        raise DestinationError(f"RANK, WORLD_SIZE and OPTIMSTATE_PATIENCE must be numbers: {error}") from None
+    return Team(rank, size, patience) if size > 1 else None
+
+
+class Stage(AtomicDirectory):
+    """The folder that processes fill together, as the first of them and as the others see it.
+
+    As a context manager, for the first process, it takes the name of the destination when it is left, and stays as it
+    is after an error, to go on with.
+
+    Args:
+        path: The destination.
+        digest: Twelve hexadecimal digits of everything that the result depends on.
+        team: The processes.
+        sync: Flush to the disk before the folder takes its name.
+    """
+
+    def __init__(self, path: Path, digest: str, team: Team, *, sync: bool = True) -> None:
+        super().__init__(path, sync=sync)
+        name = os.fsdecode(os.fsencode(path.name)[:200])
+        self.folder = path.with_name(f".{name}.{digest}.part")
+        self.team = team
+        self._seen: dict[int, tuple[float, float]] = {}
+        self._moved: dict[int, int] = {}
+
+    # --- the first process ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Path:
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._fd = os.open(self.folder, os.O_RDONLY)
+            if lock(self._fd) is False:
+                raise DestinationError(f"{self.path}: is being written by other processes with the same plan")
+        except OSError as error:
+            self._close()
+            if isinstance(error, DestinationError):
+                raise
+            raise cannot_write(self.path, error) from error
+        for dead in others_of(self.path):
+            if dead != self.folder:
+                remove_dead(dead)
+        self._temporary = self.folder
+        return self.folder
+
+    def _discard(self) -> None:
+        with suppress(OSError):
+            self._close()
+
+    def clear(self) -> None:
+        """Remove what is not part of the result."""
+        for file in self.folder.glob(f"{_PREFIX}*"):
+            file.unlink(missing_ok=True)
+
+    def give(self, rank: int, work: Any) -> None:
+        """Tell a process what to do."""
+        self._write(f"work.{rank}", work)
+
+    def votes(self, moved: Callable[[int], None] | None) -> list[Any]:
+        """What every process has done, in order, when all have.
+
+        Args:
+            moved: Called with the bytes that others have moved since the last call.
+
+        Raises:
+            DestinationError: A process is dead.
+        """
+        found: dict[int, Any] = {}
+        while True:
+            for rank in range(self.team.size):
+                if rank in found:
+                    continue
+                vote = self._read(f"vote.{rank}")
+                if vote is not None:
+                    found[rank] = vote
+                elif rank != self.team.rank:
+                    self._expect(rank, moved)
+            if len(found) == self.team.size:
+                return [found[rank] for rank in range(self.team.size)]
+            time.sleep(_POLL)
+
+    def _expect(self, rank: int, moved: Callable[[int], None] | None) -> None:
+        """A sign of life that is newer than the last, as this process's own clock counts."""
+        now, beat = time.monotonic(), -1.0
+        with suppress(OSError, ValueError):
+            beat = (self.folder / f"{_PREFIX}alive.{rank}").stat().st_mtime
+            done = int((self.folder / f"{_PREFIX}alive.{rank}").read_text() or 0)
+            if moved is not None and done > self._moved.get(rank, 0):
+                moved(done - self._moved.get(rank, 0))
+                self._moved[rank] = done
+        last, since = self._seen.setdefault(rank, (beat, now))
+        if beat != last:
+            self._seen[rank] = beat, now
+        elif now - since > self.team.patience:
+            raise DestinationError(
+                f"{self.path}: rank {rank} has given no sign of life for {self.team.patience:.0f} seconds; nothing has "
+                "been committed",
+                hint="Start it again with the same plan and number of processes: it goes on where it stopped.",
+            )
+
+    # --- every process --------------------------------------------------------------------------------------------
+
+    def work(self) -> Any:
+        """What this process is to do, when the first one has said so.
+
+        Raises:
+            DestinationError: It does not.
+        """
+        begun = time.monotonic()
+        while True:
+            work = self._read(f"work.{self.team.rank}")
+            if work is not None:
+                return work
+            if self.folder.is_dir():
+                self._expect(0, None)
+            elif time.monotonic() - begun > 10 * self.team.patience:
+                raise DestinationError(f"{self.path}: rank 0 has not begun in {10 * self.team.patience:.0f} seconds")
+            time.sleep(_POLL)
+
+    def vote(self, done: Any) -> None:
+        """Say that this process has done its share."""
+        self._write(f"vote.{self.team.rank}", done)
+
+    def voted(self) -> Any:
+        """What this process said it had done at an earlier attempt, or None."""
+        return self._read(f"vote.{self.team.rank}")
+
+    def wait(self) -> None:
+        """Until the first process has given the folder its name.
+
+        Raises:
+            DestinationError: It does not.
+        """
+        while self.folder.is_dir() and (self.folder / f"{_PREFIX}vote.{self.team.rank}").exists():
+            with suppress(FileNotFoundError):
+                self._expect(0, None)
+            time.sleep(_POLL)
+
+    @contextmanager
+    def alive(self) -> Iterator[Callable[[int], None]]:
+        """Give signs of life meanwhile; the value is to be called with bytes that were moved."""
+        stopped, count = Event(), [0]
+        path = self.folder / f"{_PREFIX}alive.{self.team.rank}"
+
+        def beat() -> None:
+            while True:
+                with suppress(OSError):
+                    if self.folder.is_dir():
+                        path.write_text(str(count[0]))
+                if stopped.wait(_BEAT):
+                    return
+
+        def moved(nbytes: int) -> None:
+            count[0] += nbytes
+
+        thread = Thread(target=beat, name="optimstate-alive", daemon=True)
+        thread.start()
+        try:
+            yield moved
+        finally:
+            stopped.set()
+            thread.join()
+
+    def _write(self, name: str, value: Any) -> None:
+        path = self.folder / f"{_PREFIX}{name}"
+        part = path.with_name(f"{path.name}.new")
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    def _read(self, name: str) -> Any:
+        try:
+            return json.loads((self.folder / f"{_PREFIX}{name}").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None

@@ -1,0 +1,189 @@
+"""remap and convert as several processes: the bytes of one, whichever dies; started again they go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from optimstate.errors import CheckpointError, DestinationError
+from optimstate.formats.registry import open_checkpoint
+from optimstate.io.together import Stage, Team, team_of_environment
+from optimstate.tree import difference
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+ROOT = Path(__file__).parents[2]
+RENAME = ("--rename", "model.{p**}=net.{p}")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together") / "a"
+    torch.manual_seed(0)
+    tree = {"model": {f"model.{i}.weight": torch.randn(60 + i, 40) for i in range(30)}, "epoch": 3, "text": "x" * 50}
+    tree["model"]["model.large"] = torch.randn(4000, 40)  # type: ignore[index]
+    tree["model"]["model.scalar"] = torch.tensor(1.5)  # type: ignore[index]
+    dcp.save(tree, checkpoint_id=str(folder), no_dist=True)
+    return folder
+
+
+def begin(rank: int, size: int, arguments: Sequence[object], **environment: str) -> subprocess.Popen[str]:
+    env = os.environ | {"OPTIMSTATE_TOGETHER": "1", "RANK": str(rank), "WORLD_SIZE": str(size), **environment}
+    command = [sys.executable, "-m", "optimstate", *map(str, arguments)]
+    return subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def together(size: int, arguments: Sequence[object], **environment: str) -> list[tuple[int, str]]:
+    """Exit code and words of each process."""
+    started = [begin(rank, size, arguments, **environment) for rank in range(size)]
+    said = [process.communicate(timeout=60) for process in started]
+    return [(process.returncode, "".join(words)) for process, words in zip(started, said, strict=True)]
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and errors."""
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def data_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def parts_of(folder: Path) -> list[str]:
+    return [path.name for path in folder.parent.iterdir() if path.name.endswith(".part")]
+
+
+@pytest.mark.parametrize("size", [3])
+def test_a_copy_has_the_bytes_of_one_process(size: int, source: Path, tmp_path: Path) -> None:
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert [code for code, _ in together(1, ["remap", source, one, *RENAME, "--copy"])] == [0]
+    done = together(size, ["remap", source, several, *RENAME, "--copy"])
+    assert [code for code, _ in done] == [0] * size
+    assert [bool(words) for _, words in done] == [True, *[False] * (size - 1)]  # the first reports
+    assert data_of(one) == data_of(several)
+    assert not parts_of(several)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("remap", "--rename", "model.large={x=q|k}.large", "--rename", "model.{p**}=net.{p}"),
+        ("convert", "--to", "dcp", "--ranks", "6"),
+        ("convert", "--to", "dcp", "--dtype", "model=bf16"),  # computed: each process decides for itself
+    ],
+    ids=["split", "ranks", "cast"],
+)
+def test_every_process_writes_its_share(arguments: tuple[str, ...], source: Path, tmp_path: Path) -> None:
+    verb, *options = arguments
+    if verb == "remap":
+        plan = tmp_path / "plan.toml"
+        plan.write_text(
+            '[[rule]]\nfrom = "model.large"\nto = "{x=q|k}.large"\nsplit = 0\n'
+            '[[rule]]\nfrom = "model.{p**}"\nto = "net.{p}"\n'
+        )
+        options = ["--plan", str(plan)]
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert [code for code, _ in together(1, [verb, source, one, *options])] == [0]
+    size = 2 if "--dtype" in options else 3
+    done = together(size, [verb, source, several, *options])
+    assert [code for code, _ in done] == [0] * size, done
+    a, b = open_checkpoint(one), open_checkpoint(several)
+    assert difference(a.tree, b.tree) is None
+    assert not parts_of(several)
+    new = [file.stat().st_size for file in several.glob("*.distcp") if file.stat().st_nlink == 1]
+    assert len(new) == (6 if "--ranks" in options else size)
+    assert max(new) < 1.6 * sum(new) / len(new)
+
+
+def test_a_rank_that_dies_leaves_nothing_that_loads_and_the_next_attempt_goes_on(source: Path, tmp_path: Path) -> None:
+    target, arguments = tmp_path / "b", ["convert", source, tmp_path / "b", "--to", "dcp", "--ranks", "3"]
+    before = data_of(source)
+    first = [begin(rank, 3, arguments, OPTIMSTATE_PATIENCE="1.5") for rank in (0, 2)]  # rank 1 never comes
+    said = [ended(process) for process in first]
+    assert [code for code, _ in said] == [5, 5]
+    assert "rank 1 has given no sign of life" in said[0][1]
+    assert "rank 0 has given no sign of life" in said[1][1]
+    assert not target.exists()
+    assert data_of(source) == before
+    (stage,) = (tmp_path / name for name in parts_of(target))
+    with pytest.raises(CheckpointError, match=r"without \.metadata"):
+        open_checkpoint(stage)
+    (kept,) = stage.glob("__2_0.distcp")
+    written = kept.stat().st_mtime_ns
+    assert [code for code, _ in together(3, arguments)] == [0] * 3
+    assert (target / "__2_0.distcp").stat().st_mtime_ns == written
+    assert difference(open_checkpoint(source).tree, open_checkpoint(target).tree) is None
+    assert not parts_of(target)
+    assert not list(target.glob(".together*"))
+
+
+def test_another_plan_does_not_go_on_with_what_is_there(source: Path, tmp_path: Path) -> None:
+    target, arguments = tmp_path / "b", ["convert", source, tmp_path / "b", "--to", "dcp", "--ranks"]
+    assert ended(begin(0, 2, [*arguments, "2"], OPTIMSTATE_PATIENCE="0.5"))[0] == 5
+    before = parts_of(target)
+    assert [code for code, _ in together(2, [*arguments, "3"])] == [0] * 2
+    assert before
+    assert not parts_of(target)
+    assert len(list(target.glob("*.distcp"))) == 3
+
+
+def test_a_killed_first_process_is_noticed(source: Path, tmp_path: Path) -> None:
+    arguments = ["convert", source, tmp_path / "b", "--to", "dcp", "--ranks", "2"]
+    first = begin(0, 3, arguments, OPTIMSTATE_PATIENCE="30")
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob(".b.*.part/.together.work.1")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    code, said = ended(begin(1, 3, arguments, OPTIMSTATE_PATIENCE="1.5"))
+    assert code == 5
+    assert "rank 0 has given no sign of life" in said
+    assert not (tmp_path / "b").exists()
+
+
+def test_other_containers_and_stores_are_refused(source: Path, tmp_path: Path) -> None:
+    code, said = ended(begin(0, 2, ["convert", source, tmp_path / "b.pt"]))
+    assert code == 2
+    assert "several processes write a folder of torch.distributed.checkpoint" in said
+    assert ended(begin(0, 2, ["convert", source, "s3://bucket/b", "--to", "dcp"]))[0] == 5
+
+
+def test_the_environment_says_who_works_together() -> None:
+    assert team_of_environment({"RANK": "0", "WORLD_SIZE": "4"}) is None  # a training run
+    assert team_of_environment({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}) is None
+    assert team_of_environment({"RANK": "3", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}) == Team(3, 4)
+    with pytest.raises(DestinationError, match="must be numbers"):
+        team_of_environment({"RANK": "x", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"})
+
+
+def test_two_first_processes_do_not_share_a_stage(tmp_path: Path) -> None:
+    one, other = (Stage(tmp_path / "a", "0" * 12, Team(0, 2)) for _ in range(2))
+    with one, pytest.raises(DestinationError, match="is being written by other processes"), other:
+        pass
+
+
+@pytest.mark.slow
+def test_torchrun(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "optimstate"]
+    done = subprocess.run(
+        [*command, "remap", source, tmp_path / "b", *RENAME, "--copy"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    assert {"net.large"} < set(open_checkpoint(tmp_path / "b").tree["model"])
