@@ -40,6 +40,7 @@ LINES = {
     "convert": ["convert", "old.pt", "out.safetensors", "--dry-run"],
     "name": ["name", str(corpus.case("torch/adam_unnamed_wd").entry), "--dry-run"],
     "verify": ["verify", "checkpoint.pt", "--no-numbers"],
+    "log": ["log", "certified.pt"],
     "rehearse": ["rehearse", "--script", "resume_check.py"],
     "plan derive": ["plan", "derive", "old.pt", "--function", "converter:renamed"],
     "scan": ["scan", str(corpus.case("optimstate/hostile_zip").entry)],
