@@ -83,7 +83,7 @@ def test_each_way_to_lose_state_fails(way: str, tmp_path: Path) -> None:
         assert str(new) == str(old)
     torch.save(found, tmp_path / "changed.pt")
     report = optimstate.verify(tmp_path / "changed.pt", certificate=tmp_path / "certificate.json")
-    assert "certificate" in {finding.check for finding in report.findings if finding.level == "fault"}
+    assert "certificate" in {finding.kind for finding in report.findings if finding.level == "fault"}
 
 
 def problems(checkpoint: Any, *parts: Any) -> str:

@@ -225,6 +225,8 @@ def _find(tree: Any) -> Iterator[Section | Candidate | Verdict]:
         path, node, inside = stack.pop()
         if not isinstance(node, Mapping | list | tuple | Opaque) or isinstance(node, OpaqueFile) or id(node) in seen:
             continue
+        if is_tensor(node):  # whatever objects its record holds
+            continue
         if len(path) > MAX_DEPTH:
             raise LimitExceededError(f"containers nested more than {MAX_DEPTH} deep")
         seen.add(id(node))

@@ -35,23 +35,32 @@ def stored_in_another_layout(
     plain = {_without_adapter(name): shape for name, shape in known.items()}
     found |= {name for name in missing if _without_adapter(name) in plain}
     stored, fused = _by_experts(respelled), _by_experts({name: shapes.get(name) for name in missing})
-    for module, (elements, names) in fused.items():
-        if module in stored and (elements is None or elements == stored[module][0]):
-            found.update(names)
-    return found | _as_many_elements(set(missing) - found, known, shapes)
+    modules = {
+        module
+        for module, (elements, _) in fused.items()
+        if module in stored and (elements is None or elements == stored[module][0])
+    }
+    found.update(name for module in modules for name in fused[module][1])
+    adapted = {_without_adapter(name) for name in found}
+    rest = [
+        shape
+        for name, shape in known.items()
+        if name not in shapes
+        and _respelled(name) not in found
+        and _without_adapter(name) not in adapted
+        and not ((expert := _EXPERTS.fullmatch(_respelled(name))) and expert[1] in modules)
+    ]
+    others = {name for name in missing if name not in found}
+    is_elsewhere = any(name in shapes for name in known) and _as_many_elements([shapes.get(n) for n in others], rest)
+    return found | others if is_elsewhere else found
 
 
-def _as_many_elements(
-    missing: set[str], known: Mapping[str, Shape | None], shapes: Mapping[str, Shape | None]
-) -> set[str]:
-    """Those names, where the model's tensors that the optimizer does not know have just as many elements together."""
-    ours, theirs = [shapes.get(name) for name in missing], [known[name] for name in known if name not in shapes]
-    if not ours or None in ours or None in theirs or len(known) == len(theirs):
-        return set()
-    if Counter(ours) == Counter(theirs):  # the same tensors under other names
-        return set()
-    sizes = (sum(prod(shape) for shape in side if shape is not None) for side in (ours, theirs))
-    return missing if len(set(sizes)) == 1 else set()
+def _as_many_elements(ours: list[Shape | None], theirs: list[Shape | None]) -> bool:
+    """Whether tensors of other shapes have just as many elements together; those of the same are renamed."""
+    if not ours or None in ours or None in theirs or Counter(ours) == Counter(theirs):
+        return False
+    mine, stored = (sum(prod(shape) for shape in side if shape is not None) for side in (ours, theirs))
+    return mine == stored
 
 
 def _respelled(name: str) -> str:

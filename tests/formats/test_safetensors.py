@@ -139,6 +139,8 @@ REFUSED = {
     "optimstate/objects_containers": ("contains itself|object of", ""),
     "optimstate/tensors_strides": ("column.* shares with rows", "--clone-views"),
     "fastai/adam_discriminative": ("opt.*object of fastcore", "--drop-opaque"),
+    "bitsandbytes/linear4bit_module": ("quantized weight of bitsandbytes", ""),
+    "bitsandbytes/linear8bit_module": ("quantized weight of bitsandbytes", ""),
     "optimstate/tensors_other_layouts": ("coo is a sparse tensor", "--drop-opaque"),
 }
 

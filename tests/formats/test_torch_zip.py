@@ -56,6 +56,7 @@ OTHER_PROTOCOL = {"optimstate/protocol_4/checkpoint.pt"}
 # Hold bound methods, which a pickle spells as nested classes are, or nested classes: some are memoized, some are not.
 OTHER_MEMO = {
     "mmengine/sgd_paramwise/epoch_2.pth",
+    "bitsandbytes/linear4bit_module/checkpoint.pt",
     *(f"optimstate/ranks_fsdp1/{kind}_rank{rank}.pt" for kind in ("model", "optim") for rank in (0, 1)),
 }
 

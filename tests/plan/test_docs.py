@@ -15,7 +15,10 @@ TEXT = (Path(__file__).parent.parent.parent / "docs" / "plan-language.md").read_
 
 
 @pytest.mark.parametrize("block", re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL))
-def test_plans_of_the_documentation(block: str) -> None:
+def test_plans_of_the_documentation(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("to-live.toml", "to-hub.toml"):  # the ways that a view names
+        (tmp_path / name).write_text('[[rule]]\nfrom = "a"\nto = "b"\n')
+    monkeypatch.chdir(tmp_path)
     plan = Plan.from_toml(block)
     assert Plan.from_toml(plan.to_toml()) == plan
 

@@ -19,8 +19,8 @@ def fuse(state):
     print("a function may print")
     return {"qkv.weight": torch.cat([state[f"{x}.weight"] for x in "qkv"]), "out.weight": state["out.weight"].t()}
 
-def shifted(state):
-    return {name: value + 1 for name, value in state.items()}
+def squared(state):
+    return {name: value * value for name, value in state.items()}
 
 def broken(state):
     raise ValueError("no such layer")
@@ -64,7 +64,7 @@ def test_the_derived_plan_moves_weights_and_state(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("converter:shifted", "has 1 added to every element"),
+        ("converter:squared", "q.weight"),
         ("converter:broken", "converter:broken failed: ValueError: no such layer"),
         ("converter:nothing", "has no attribute 'nothing'"),
         ("converter:constant", "is not a function"),

@@ -130,6 +130,8 @@ _TORCH_NN = """
 # Enumerations, dataclasses and modules of the frameworks whose checkpoints hold them.
 _FRAMEWORKS = """
     accelerate.utils.dataclasses: DistributedType
+    bitsandbytes.functional: QuantState
+    bitsandbytes.nn.modules: Int8Params Linear4bit Linear8bitLt LinearFP4 LinearNF4 Params4bit
     deepspeed.checkpoint.universal_checkpoint: SubparamShape
     deepspeed.runtime.fp16.loss_scaler: DynamicLossScaler LossScaler
     deepspeed.runtime.zero.config: ZeroStageEnum
