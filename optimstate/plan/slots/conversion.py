@@ -15,7 +15,7 @@ from optimstate.describe import describe
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.slots import quantized
 from optimstate.plan.slots.converted_options import DEFAULTS, converted_options, other_average
-from optimstate.plan.slots.counterparts import ADAMS, BECAME, Convert, counterpart
+from optimstate.plan.slots.counterparts import ADAMS, Convert, counterpart
 from optimstate.plan.slots.packing import CODED, packed_again, unchanged, unpacked
 from optimstate.problems import Problem
 from optimstate.record import Record
@@ -33,11 +33,13 @@ class Lost(Record):
         slot: Its name.
         outcome: `exact`, `approximate`, `fresh` or `dropped`.
         reason: Why.
+        heir: The slot that has its content, where it has another name; else empty.
     """
 
     slot: str
     outcome: str
     reason: str
+    heir: str = ""
 
 
 class Conversion(Record):
@@ -64,7 +66,7 @@ class Conversion(Record):
         meant = CODED.get(slot.rpartition(".")[2], slot)
         said = (line for line in self.report if meant in line.slot.split(", "))  # a line may speak of several
         found = next(said, Lost(slot, "dropped", f"{self.target} has no such slot"))
-        kept = self._holds(meant, shape) or found.outcome != "exact" or found.reason.startswith(BECAME)
+        kept = self._holds(meant, shape) or found.outcome != "exact" or bool(found.heir)
         return found if kept else found._replace(outcome="dropped")
 
     def new_slots(self, shape: Shape | None) -> Iterator[Lost]:

@@ -8,14 +8,17 @@ from typing import Any
 from optimstate.plan.expressions.evaluate import backend_of, copied, number_of, shape_of
 from optimstate.state.optimizer import Slots
 
-__all__ = ["ADAMS", "BECAME", "Convert", "Found", "counterpart", "scalar_like"]
+__all__ = ["ADAMS", "Convert", "Found", "counterpart", "scalar_like"]
 
 Convert = Callable[[Slots, Mapping[str, Any]], dict[str, Any]]
-Found = tuple[Sequence[tuple[str, str, str]], Convert]
+Found = tuple[Sequence[tuple[str, ...]], Convert]
 ADAMS = ("Adam", "AdamW", "NAdam", "RAdam")
 _SAME = "it means the same in both"
-BECAME = "it became"
-"""How the reason of a slot begins whose content another slot has."""
+
+
+def _became(slot: str, outcome: str, other: str) -> tuple[str, str, str, str]:
+    """The line of a slot whose content another slot has."""
+    return slot, outcome, f"it became {other}", other
 
 
 def counterpart(source: str, target: str) -> Found | None:
@@ -27,7 +30,7 @@ def counterpart(source: str, target: str) -> Found | None:
             ("step", "exact", ""),
             ("exp_avg", "exact", _SAME),
             ("exp_inf", "approximate", "the root of the average square stands for the decayed maximum"),
-            ("exp_avg_sq", "approximate", f"{BECAME} exp_inf"),
+            _became("exp_avg_sq", "approximate", "exp_inf"),
         ]
         return report, lambda old, _: {**_kept(old, "step", "exp_avg"), "exp_inf": _power(old["exp_avg_sq"], 0.5)}
     if source == "Adamax" and target in ADAMS:
@@ -35,7 +38,7 @@ def counterpart(source: str, target: str) -> Found | None:
             ("step", "exact", ""),
             ("exp_avg", "exact", _SAME),
             ("exp_avg_sq", "approximate", "the square of the decayed maximum stands for the average square"),
-            ("exp_inf", "approximate", f"{BECAME} exp_avg_sq"),
+            _became("exp_inf", "approximate", "exp_avg_sq"),
             *_product(target),
         ]
         return report, lambda old, new: _with_product(
@@ -79,7 +82,7 @@ def counterpart(source: str, target: str) -> Found | None:
     if source in ADAMS and target == "Muon":
         report = [
             ("momentum_buffer", "exact", "the same average of gradients as exp_avg"),
-            ("exp_avg", "exact", f"{BECAME} momentum_buffer"),
+            _became("exp_avg", "exact", "momentum_buffer"),
             ("exp_avg_sq", "dropped", "Muon has no second moment"),
             ("step, max_exp_avg_sq", "dropped", "Muon has none"),
         ]

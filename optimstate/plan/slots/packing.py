@@ -63,17 +63,17 @@ def _coded_family(state: OptimizerState) -> str | None:
     return "Lion" if all(betas) and not options.get("eps") else None
 
 
-def packed_again(report: Sequence[tuple[str, str, str]], convert: Convert, *, bits: int, old: set[str]) -> Found:
+def packed_again(report: Sequence[tuple[str, ...]], convert: Convert, *, bits: int, old: set[str]) -> Found:
     """To bitsandbytes' slots: in codes of 8 bits, or in 32. What an 8-bit optimizer of its own has, stays as it is."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     stays = bits == 8 and "qmap1" in old
-    for slot, outcome, reason in report:
+    for slot, outcome, reason, *heir in report:
         if bits == 8 and slot in _CODED_SLOTS and outcome != "dropped" and not (stays and outcome == "exact"):
             bound = quantized.error_bound(signed=slot == "exp_avg")
             loss = f"in codes of 8 bits, within {bound:.2%} of the greatest of each {quantized.BLOCK} neighbours"
             lines.append((slot, "approximate", "; ".join(filter(None, (reason, loss)))))
         else:
-            lines.append((slot, outcome, reason))
+            lines.append((slot, outcome, reason, *heir))
     if "max_exp_avg_sq" in old:
         lines.append(("max_exp_avg_sq", "dropped", "bitsandbytes has no AMSGrad"))
 
