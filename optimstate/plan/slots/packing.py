@@ -38,7 +38,7 @@ def unpacked(state: OptimizerState, goal: str, *, packed: bool) -> Found | None:
     if any("qmap2" in quantized.unnested(slots) for slots in state.state.values()):
         zeros = "as its codes say: 0 where it was far below its block's greatest, where first updates can be large"
         report = [
-            (*line[:2], "; ".join(filter(None, (line[2], zeros)))) if line[0] == "exp_avg_sq" else line
+            (*line[:2], "; ".join(filter(None, (line[2], zeros))), *line[3:]) if line[0] == "exp_avg_sq" else line
             for line in report
         ]
 
