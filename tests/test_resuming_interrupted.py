@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from inspect import CO_GENERATOR
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -99,7 +100,10 @@ class Interrupting:
         self.at, self.kind, self.calls = at, kind, 0
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        if event != "call" or not any(part in frame.f_code.co_filename for part in PLACES):
+        code = frame.f_code
+        if event != "call" or not any(part in code.co_filename for part in PLACES):
+            return
+        if code.co_flags & CO_GENERATOR:  # closing one is a call too, in which Python only prints what is raised
             return
         self.calls += 1
         if self.calls == self.at:

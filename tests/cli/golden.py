@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def printed(line: str, columns: int | None) -> str:
     ):
         code = app.run()
     for made in set(Path().iterdir()) - before:
-        made.unlink()
+        shutil.rmtree(made) if made.is_dir() else made.unlink()  # a program of the line's may leave compiled files
     said = out.getvalue() + "".join(f"stderr: {text}\n" for text in err.getvalue().splitlines())
     return said + (f"exit code {code}\n" if code else "")
 
