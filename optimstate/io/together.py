@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
+from types import TracebackType
 from typing import Any
 
 from optimstate.errors import DestinationError
@@ -94,20 +95,32 @@ class Stage(AtomicDirectory):
             if isinstance(error, DestinationError):
                 raise
             raise cannot_write(self.path, error) from error
+        for rank in range(self.team.size):  # what was done at an earlier attempt is to be said again, by who is there
+            if rank != self.team.rank:
+                with suppress(FileNotFoundError):
+                    (self.folder / f"{_PREFIX}vote.{rank}").replace(self.folder / f"{_PREFIX}done.{rank}")
         for dead in others_of(self.path):
             if dead != self.folder:
                 remove_dead(dead)
         self._temporary = self.folder
         return self.folder
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if error is None:
+            self.clear()  # a sign of life may have come since
+
     def _discard(self) -> None:
         with suppress(OSError):
             self._close()
 
     def clear(self) -> None:
-        """Remove what is not part of the result."""
-        for file in self.folder.glob(f"{_PREFIX}*"):
-            file.unlink(missing_ok=True)
+        """Remove what is not part of the result, what asks the others for another vote before their votes."""
+        for folder in (self.folder, self.path):
+            for file in sorted(folder.glob(f"{_PREFIX}*"), key=lambda file: not file.name.startswith(f"{_PREFIX}done")):
+                file.unlink(missing_ok=True)
 
     def give(self, rank: int, work: Any) -> None:
         """Tell a process what to do."""
@@ -140,8 +153,8 @@ class Stage(AtomicDirectory):
         """A sign of life that is newer than the last, as this process's own clock counts."""
         now, beat = time.monotonic(), -1.0
         with suppress(OSError, ValueError):
-            beat = (self.folder / f"{_PREFIX}alive.{rank}").stat().st_mtime
-            done = int((self.folder / f"{_PREFIX}alive.{rank}").read_text() or 0)
+            beat = self._sign(rank).stat().st_mtime
+            done = int(self._sign(rank).read_text() or 0)
             if moved is not None and done > self._moved.get(rank, 0):
                 moved(done - self._moved.get(rank, 0))
                 self._moved[rank] = done
@@ -180,7 +193,8 @@ class Stage(AtomicDirectory):
 
     def voted(self) -> Any:
         """What this process said it had done at an earlier attempt, or None."""
-        return self._read(f"vote.{self.team.rank}")
+        found = self._read(f"vote.{self.team.rank}")
+        return self._read(f"done.{self.team.rank}") if found is None else found
 
     def wait(self) -> None:
         """Until the first process has given the folder its name.
@@ -188,8 +202,13 @@ class Stage(AtomicDirectory):
         Raises:
             DestinationError: It does not.
         """
-        while self.folder.is_dir() and (self.folder / f"{_PREFIX}vote.{self.team.rank}").exists():
+        while self.folder.is_dir():
             with suppress(FileNotFoundError):
+                if not (self.folder / f"{_PREFIX}vote.{self.team.rank}").exists():
+                    done = self._read(f"done.{self.team.rank}")
+                    if done is None:  # all is done, and what is not part of the result is being removed
+                        return
+                    self.vote(done)
                 self._expect(0, None)
             time.sleep(_POLL)
 
@@ -197,7 +216,7 @@ class Stage(AtomicDirectory):
     def alive(self) -> Iterator[Callable[[int], None]]:
         """Give signs of life meanwhile; the value is to be called with bytes that were moved."""
         stopped, count = Event(), [0]
-        path = self.folder / f"{_PREFIX}alive.{self.team.rank}"
+        path = self._sign(self.team.rank)
 
         def beat() -> None:
             while True:
@@ -217,6 +236,10 @@ class Stage(AtomicDirectory):
         finally:
             stopped.set()
             thread.join()
+
+    def _sign(self, rank: int) -> Path:
+        """The file that a process touches while it lives."""
+        return self.folder / f"{_PREFIX}alive.{rank}"
 
     def _write(self, name: str, value: Any) -> None:
         path = self.folder / f"{_PREFIX}{name}"

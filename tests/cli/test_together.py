@@ -120,7 +120,8 @@ def test_a_rank_that_dies_leaves_nothing_that_loads_and_the_next_attempt_goes_on
         open_checkpoint(stage)
     (kept,) = stage.glob("__2_0.distcp")
     written = kept.stat().st_mtime_ns
-    assert [code for code, _ in together(3, arguments)] == [0] * 3
+    said = together(3, arguments)
+    assert [code for code, _ in said] == [0] * 3, said
     assert (target / "__2_0.distcp").stat().st_mtime_ns == written
     assert difference(open_checkpoint(source).tree, open_checkpoint(target).tree) is None
     assert not parts_of(target)

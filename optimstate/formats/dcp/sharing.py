@@ -118,10 +118,12 @@ def help_out(stage: Stage, options: WriteOptions) -> bool:
         work = stage.work()
         if work["files"] is None:
             return False
-        if stage.voted() is None:
+        done = stage.voted()
+        if done is None:
             sources: dict[str, StoredSource] = {}
             files = {name: [_part(row, sources) for row in rows] for name, rows in work["files"].items()}
-            stage.vote(_done(_moved(stage.folder, work["ranges"], files, options, moved)))
+            done = _done(_moved(stage.folder, work["ranges"], files, options, moved))
+        stage.vote(done)
         stage.wait()
     return True
 
