@@ -118,12 +118,10 @@ def help_out(stage: Stage, options: WriteOptions) -> bool:
         work = stage.work()
         if work["files"] is None:
             return False
-        done = stage.voted()
-        if done is None:
+        if stage.voted() is None:
             sources: dict[str, StoredSource] = {}
             files = {name: [_part(row, sources) for row in rows] for name, rows in work["files"].items()}
-            done = _done(_moved(stage.folder, work["ranges"], files, options, moved))
-        stage.vote(done)
+            stage.vote(_done(_moved(stage.folder, work["ranges"], files, options, moved)))
         stage.wait()
     return True
 
