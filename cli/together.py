@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +27,9 @@ def stage_of(source: Any, destination: Any, asked: Any) -> Stage | None:
     """
     if "RANK" not in os.environ or destination is None:
         return None
+    import json
+    from hashlib import sha256  # takes milliseconds, which a command that runs alone need not wait for
+
     from optimstate.errors import DestinationError
     from optimstate.io.together import Stage, team_of_environment
 
@@ -37,7 +38,7 @@ def stage_of(source: Any, destination: Any, asked: Any) -> Stage | None:
         return None
     if "://" in str(destination):
         raise DestinationError(f"{destination}: several processes meet in a folder, which a store has not")
-    digest = hashlib.sha256(json.dumps([__version__, team.size, asked, _version(source)], default=str).encode())
+    digest = sha256(json.dumps([__version__, team.size, asked, _version(source)], default=str).encode())
     return Stage(Path(str(destination)), digest.hexdigest()[:12], team)
 
 
