@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from optimstate.io.location import Location
     from optimstate.plan.language.plan import Plan
 
 __all__ = [
@@ -91,14 +92,18 @@ NoSync = Annotated[
 ]
 
 
-class _AnyPlace:
-    """What Typer makes of the name of a place: a path, or a place in a store."""
+class _Misplaced(Exception):
+    """Carries the refusal of a place past Typer, which puts sentences of its own around a ValueError."""
 
-    def __new__(cls, name: str) -> Any:
+
+def _place(name: str) -> Location:
+    try:
         return located(name)
+    except errors.OptimStateError as error:
+        raise _Misplaced from error
 
 
-PLACE: dict[str, Any] = {"path_type": _AnyPlace, "show_default": False}
+PLACE: dict[str, Any] = {"parser": _place, "show_default": False}
 """Of arguments that are a file, a folder or a place in a store, which no `Path` could hold."""
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -268,12 +273,10 @@ def _run() -> int:
     try:
         code = app(arguments, standalone_mode=False, prog_name="optimstate")
     except errors.OptimStateError as error:
-        for line in error.message.splitlines():
-            typer.echo(f"error: {line}", err=True)
-        if error.hint:
-            typer.echo(f"hint: {error.hint}", err=True)
-        _echo_json(type(error).__name__, error.message, error.hint, [problem._asdict() for problem in error.problems])
-        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+        return _refused(error)
+    except _Misplaced as carrier:
+        assert isinstance(carrier.__cause__, errors.OptimStateError)
+        return _refused(carrier.__cause__)
     except TyperException as error:
         return _wrong_usage(error)
     except SystemExit as stop:  # typer's own endings
@@ -288,6 +291,16 @@ def _run() -> int:
     if code == INTERRUPTED:
         typer.echo("interrupted; nothing was left behind", err=True)
     return code or 0
+
+
+def _refused(error: errors.OptimStateError) -> int:
+    """Say what is wrong and what helps; the exit code of its kind."""
+    for line in error.message.splitlines():
+        typer.echo(f"error: {line}", err=True)
+    if error.hint:
+        typer.echo(f"hint: {error.hint}", err=True)
+    _echo_json(type(error).__name__, error.message, error.hint, [problem._asdict() for problem in error.problems])
+    return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
 
 
 def _echo_json(kind: str, message: str, hint: str, problems: Sequence[Mapping[str, Any]] = ()) -> None:
