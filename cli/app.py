@@ -95,12 +95,16 @@ NoSync = Annotated[
 class _Misplaced(Exception):
     """Carries the refusal of a place past Typer, which puts sentences of its own around a ValueError."""
 
+    def __init__(self, refusal: errors.OptimStateError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
 
 def _place(name: str) -> Location:
     try:
         return located(name)
     except errors.OptimStateError as error:
-        raise _Misplaced from error
+        raise _Misplaced(error) from None
 
 
 PLACE: dict[str, Any] = {"parser": _place, "show_default": False}
@@ -275,8 +279,7 @@ def _run() -> int:
     except errors.OptimStateError as error:
         return _refused(error)
     except _Misplaced as carrier:
-        assert isinstance(carrier.__cause__, errors.OptimStateError)
-        return _refused(carrier.__cause__)
+        return _refused(carrier.refusal)
     except TyperException as error:
         return _wrong_usage(error)
     except SystemExit as stop:  # typer's own endings

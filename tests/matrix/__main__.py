@@ -10,6 +10,7 @@ import argparse
 import datetime
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -59,7 +60,7 @@ def main() -> int:
     parser.add_argument(
         "--make", help="a program that makes an environment with a torch, called with release, folder and interpreter"
     )
-    parser.add_argument("--keep", action="store_true", help="keep the environments")
+    parser.add_argument("--keep", action="store_true", help="keep the environments, and take those that are there")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     tests = QUICK if given.quick else WHOLE
@@ -74,9 +75,10 @@ def main() -> int:
 def row(release: str, python: str, tests: tuple[str, ...], given: argparse.Namespace) -> bool:
     """Print one row; whether anything in it failed."""
     folder = given.out / f"torch-{release}-{Path(python).name}"
-    shutil.rmtree(folder, ignore_errors=True)
+    if not given.keep:
+        shutil.rmtree(folder, ignore_errors=True)
     date = datetime.date.today().isoformat()
-    started = time.monotonic()
+    started, spent = time.monotonic(), cpu_seconds()
     made, log = installed(release, python, folder, given)
     if not made:
         print(f"| {release} | {python} | no: {log} | | | {date} |", flush=True)
@@ -102,7 +104,7 @@ def row(release: str, python: str, tests: tuple[str, ...], given: argparse.Names
         ).returncode
     found = re.findall(r"^=*\s*(\d+ (?:passed|failed).*?) in ", log_file.read_text(), re.MULTILINE)
     minutes = (time.monotonic() - started) / 60
-    told = f"{found[-1] if found else 'none ran'} ({minutes:.0f} min)"
+    told = f"{found[-1] if found else 'none ran'} ({minutes:.0f} min, {(cpu_seconds() - spent) / 60:.0f} of CPU)"
     print(f"| {release} | {version} | yes | {imported.stdout.strip()} | {told} | {date} |", flush=True)
     if not given.keep:
         shutil.rmtree(folder, ignore_errors=True)
@@ -130,9 +132,11 @@ raise SystemExit(bool(bad))
 
 def installed(release: str, python: str, folder: Path, given: argparse.Namespace) -> tuple[bool, str]:
     """An environment with this torch and what the tests need; and what went wrong."""
-    if given.make:
+    steps: list[list[str]] = []
+    there = (folder / "bin").is_dir()
+    if given.make and not there:
         steps = [[*shlex.split(given.make), release, str(folder), python]]
-    else:
+    elif not there:
         index = ["--index-url", given.index] if given.index else []
         pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q"]
         steps = [[python, "-m", "venv", str(folder)], [*pip, f"torch=={release}", *index]]
@@ -146,6 +150,12 @@ def installed(release: str, python: str, folder: Path, given: argparse.Namespace
 
 def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
+def cpu_seconds() -> float:
+    """What the processes that ended have taken."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def environment() -> dict[str, str]:
