@@ -70,6 +70,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"location", "streams"},
         {"extents", "destination"},
         {"copying", "temporary"},
+        {"atomic"},
         {"checksums", "output", "directory", "folders", "linking"},
         {"remote", "together"},
         {"places"},

@@ -9,12 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
-from optimstate.errors import CheckpointError, DestinationError
-from optimstate.io.destination import cannot_write, check_kind
+from optimstate.io.atomic import Atomic
+from optimstate.io.destination import check_kind
 from optimstate.io.temporary import (
     begin,
     count_as_finished,
@@ -29,7 +27,7 @@ from optimstate.io.temporary import (
 __all__ = ["AtomicDirectory"]
 
 
-class AtomicDirectory:
+class AtomicDirectory(Atomic):
     """A new folder that takes its name only when it is complete; see `AtomicFile`.
 
     The context manager's value is the temporary folder to fill.
@@ -38,47 +36,32 @@ class AtomicDirectory:
     def __init__(self, path: str | os.PathLike[str], *, sync: bool = True) -> None:
         self.path = Path(path)
         self._sync = sync
-        self._temporary: Path | None = None
-        self._fd = -1
 
     def __enter__(self) -> Path:
-        try:
-            self._temporary, self._fd = begin(self.path, self._make)
-        except BaseException as error:
-            self._discard()
-            if isinstance(error, OSError) and not isinstance(error, DestinationError):
-                raise cannot_write(self.path, error) from error
-            raise
+        self._or_nothing(self._begin)
+        assert self._temporary is not None
         return self._temporary
+
+    def _begin(self) -> None:
+        self._temporary, self.fd = begin(self.path, self._make)
 
     def _make(self, temporary: Path) -> int:
         self._temporary = temporary
         temporary.mkdir()
         return os.open(temporary, os.O_RDONLY)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
-            self._discard()
-            if isinstance(error, OSError) and not isinstance(error, DestinationError | CheckpointError):
-                raise cannot_write(self.path, error) from error
-            return
+    def _complete(self) -> None:
         assert self._temporary is not None
-        try:
-            if self._sync:
-                for inner in os.walk(self._temporary, topdown=False):
-                    sync_directory(Path(inner[0]))
-            check_kind(self.path)
-            if os.path.lexists(self.path):
-                self._replace(self._temporary)
-            else:
-                take_name(self._temporary, self.path)
-            if self._sync:
-                sync_directory(self.path.parent)
-        except BaseException as failure:
-            self._discard()
-            if isinstance(failure, OSError) and not isinstance(failure, DestinationError):
-                raise cannot_write(self.path, failure) from failure
-            raise
+        if self._sync:
+            for inner in os.walk(self._temporary, topdown=False):
+                sync_directory(Path(inner[0]))
+        check_kind(self.path)
+        if os.path.lexists(self.path):
+            self._replace(self._temporary)
+        else:
+            take_name(self._temporary, self.path)
+        if self._sync:
+            sync_directory(self.path.parent)
         count_as_parts(self._temporary)
         self._close()
 
@@ -100,17 +83,6 @@ class AtomicDirectory:
         count_as_unfinished(replaced)
         count_as_finished(temporary, self.path)
         remove(replaced)
-
-    def _close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _discard(self) -> None:
-        if self._temporary is not None:
-            remove(self._temporary)
-        with suppress(OSError):
-            self._close()
 
 
 _AT_FDCWD = -100

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from stat import S_IMODE
-from types import TracebackType
 from typing import IO, Protocol
 
-from optimstate.errors import CheckpointError, DestinationError
+from optimstate.errors import DestinationError
+from optimstate.io.atomic import Atomic
 from optimstate.io.copying import Copier, FileCopier
-from optimstate.io.destination import cannot_write, check_kind
+from optimstate.io.destination import check_kind
 from optimstate.io.extents import Extent, Progress
 from optimstate.io.temporary import begin, count_as_unfinished, remove, sync_directory, take_name, withdraw
 
@@ -124,7 +124,7 @@ class _Flusher:
             raise error
 
 
-class AtomicFile(FileOutput):
+class AtomicFile(Atomic, FileOutput):
     """A new file that takes its name only when it is complete and on disk.
 
     Used as a context manager; an exception of any kind removes what was written and leaves any older file as it was.
@@ -147,98 +147,66 @@ class AtomicFile(FileOutput):
         sync: bool = True,
         group: AtomicGroup | None = None,
     ) -> None:
-        super().__init__(-1)
         self.path = Path(path)
-        self._temporary: Path | None = None
         self._expected_size = expected_size
         self._sync = sync
         self._group = group
         self._flusher: _Flusher | None = None
 
     def __enter__(self) -> AtomicFile:
-        try:
-            self._temporary, self.fd = begin(self._beside(), self._make)
-            if self._expected_size and hasattr(os, "posix_fallocate"):
-                try:
-                    os.posix_fallocate(self.fd, 0, self._expected_size)
-                except OSError as error:
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-                        raise
-            if self._sync and self._expected_size >= FLUSH_FROM:
-                self._flusher = _Flusher(self.fd)
-        except BaseException as error:
-            self._discard()
-            if isinstance(error, OSError) and not isinstance(error, DestinationError):
-                raise cannot_write(self.path, error) from error
-            raise
+        self._or_nothing(self._begin)
         return self
+
+    def _begin(self) -> None:
+        self._temporary, self.fd = begin(self._beside(), self._make)
+        if self._expected_size and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self.fd, 0, self._expected_size)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                    raise
+        if self._sync and self._expected_size >= FLUSH_FROM:
+            self._flusher = _Flusher(self.fd)
 
     def _beside(self) -> Path:
         """The path whose temporary name this one has."""
-        return self.path if self._group is None or self._group.path is None else self._group.path
+        return self.path if self._group is None else self._group.path
 
     def _make(self, temporary: Path) -> int:
         self._temporary = temporary
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         return os.open(temporary, flags, 0o666)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
-            self._discard()
-            if isinstance(error, OSError) and not isinstance(error, DestinationError | CheckpointError):
-                raise cannot_write(self.path, error) from error
-            return
-        try:
-            self._complete()
-            if self._group is not None:
-                self._group.take(self._taken())
-            else:
-                self._take_name()
-                if self._sync:
-                    sync_directory(self.path.parent)
-        except BaseException as failure:
-            self._discard()
-            if isinstance(failure, OSError) and not isinstance(failure, DestinationError):
-                raise cannot_write(self.path, failure) from failure
-            raise
+    def _complete(self) -> None:
+        assert self._temporary is not None
+        self._flush(self._temporary)
+        if self._group is not None:
+            self._group.take(self._temporary, self.path)
+        else:
+            check_kind(self.path)
+            take_name(self._temporary, self.path)
+            if self._sync:
+                sync_directory(self.path.parent)
         self._close()
 
-    def _complete(self) -> None:
-        """Everything is there and flushed; only the name is missing."""
-        assert self._temporary is not None
+    def _flush(self, temporary: Path) -> None:
+        """Everything is there and on disk; only the name is missing."""
         os.ftruncate(self.fd, self.tell())
         if self._flusher is not None:
             self._flusher.stop()
         if self._sync:
             os.fsync(self.fd)
         with suppress(FileNotFoundError):
-            self._temporary.chmod(S_IMODE(self.path.stat().st_mode))
-
-    def _take_name(self) -> None:
-        assert self._temporary is not None
-        check_kind(self.path)
-        take_name(self._temporary, self.path)
-
-    def _taken(self) -> tuple[Path, Path]:
-        assert self._temporary is not None
-        return self._temporary, self.path
-
-    def _close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+            temporary.chmod(S_IMODE(self.path.stat().st_mode))
 
     def _discard(self) -> None:
         if self._flusher is not None:
             with suppress(OSError):
                 self._flusher.stop()
-        if self._temporary is not None:
-            remove(self._temporary)
-        with suppress(OSError):
-            self._close()
+        super()._discard()
 
 
-class AtomicGroup:
+class AtomicGroup(Atomic):
     """Files beside one another that take their names together, when all of them are complete: shards and their index.
 
     The names are given in the order in which the files were written. A reader that finds the others by the last one,
@@ -250,48 +218,36 @@ class AtomicGroup:
         sync: As for `AtomicFile`.
     """
 
-    def __init__(self, path: Path | None = None, *, replaced: Sequence[Path] = (), sync: bool = True) -> None:
+    def __init__(self, path: Path, *, replaced: Sequence[Path] = (), sync: bool = True) -> None:
         self.path = path
         self._replaced = replaced
         self._sync = sync
         self._waiting: list[tuple[Path, Path]] = []
+        self._named: list[Path] = []
         self._last: Path | None = None  # the last temporary name, from when on it may be gone
 
-    def take(self, waiting: tuple[Path, Path]) -> None:
+    def take(self, temporary: Path, path: Path) -> None:
         """Hold a complete file and its name."""
-        self._waiting.append(waiting)
+        self._waiting.append((temporary, path))
 
     def __enter__(self) -> AtomicGroup:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        named: list[Path] = []
-        try:
-            if error is None:
-                for temporary, path in self._waiting[:-1]:
-                    if os.path.lexists(path):
-                        raise DestinationError(f"{path}: appeared while it was written")
-                    named.append(path)
-                    take_name(temporary, path)
-                if self._sync and self._waiting:
-                    sync_directory(self._waiting[-1][1].parent)
-                for temporary, path in self._waiting[-1:]:
-                    check_kind(path)
-                    self._last = temporary
-                    take_name(temporary, path)
-                    if self._sync:
-                        sync_directory(path.parent)
-                self._remove_replaced()
-                return
-        except BaseException as failure:
-            if self._last is not None and not os.path.lexists(self._last):
-                self._remove_replaced()  # everything has its name: only this was missing
-            else:
-                self._discard(named)
-            if isinstance(failure, OSError) and not isinstance(failure, DestinationError):
-                raise cannot_write(self._waiting[-1][1], failure) from failure
-            raise
-        self._discard(named)
+    def _complete(self) -> None:
+        for temporary, path in self._waiting[:-1]:
+            if os.path.lexists(path):
+                raise DestinationError(f"{path}: appeared while it was written")
+            self._named.append(path)
+            take_name(temporary, path)
+        if self._sync and self._waiting:
+            sync_directory(self.path.parent)
+        for temporary, path in self._waiting[-1:]:
+            check_kind(path)
+            self._last = temporary
+            take_name(temporary, path)
+            if self._sync:
+                sync_directory(path.parent)
+        self._remove_replaced()
 
     def _remove_replaced(self) -> None:
         for path in self._replaced:
@@ -299,8 +255,11 @@ class AtomicGroup:
         for path in self._replaced:
             remove(path)
 
-    def _discard(self, named: Sequence[Path]) -> None:
+    def _discard(self) -> None:
+        if self._last is not None and not os.path.lexists(self._last):
+            self._remove_replaced()  # everything has its name: only this was missing
+            return
         for temporary, _ in self._waiting:
             remove(temporary)
-        for path in named:
+        for path in self._named:
             withdraw(path)

@@ -119,4 +119,4 @@ def new_group(place: Location, *, replaced: Sequence[Location] = (), sync: bool 
         return AtomicGroup(place, replaced=[path for path in replaced if isinstance(path, Path)], sync=sync)
     from optimstate.io.remote.output import RemoteGroup
 
-    return RemoteGroup()
+    return RemoteGroup(_far(place))

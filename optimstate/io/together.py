@@ -15,11 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
-from types import TracebackType
 from typing import Any
 
 from optimstate.errors import DestinationError
-from optimstate.io.destination import cannot_write
 from optimstate.io.directory import AtomicDirectory
 from optimstate.io.temporary import lock, others_of, remove_dead
 from optimstate.record import Record
@@ -84,17 +82,11 @@ class Stage(AtomicDirectory):
 
     # --- the first process ----------------------------------------------------------------------------------------
 
-    def __enter__(self) -> Path:
-        try:
-            self.folder.mkdir(exist_ok=True)
-            self._fd = os.open(self.folder, os.O_RDONLY)
-            if lock(self._fd) is False:
-                raise DestinationError(f"{self.path}: is being written by other processes with the same plan")
-        except OSError as error:
-            self._close()
-            if isinstance(error, DestinationError):
-                raise
-            raise cannot_write(self.path, error) from error
+    def _begin(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        self.fd = os.open(self.folder, os.O_RDONLY)
+        if lock(self.fd) is False:
+            raise DestinationError(f"{self.path}: is being written by other processes with the same plan")
         for rank in range(self.team.size):  # what was done at an earlier attempt is to be said again, by who is there
             if rank != self.team.rank:
                 with suppress(FileNotFoundError):
@@ -103,14 +95,10 @@ class Stage(AtomicDirectory):
             if dead != self.folder:
                 remove_dead(dead)
         self._temporary = self.folder
-        return self.folder
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        if error is None:
-            self.clear()  # a sign of life may have come since
+    def _complete(self) -> None:
+        super()._complete()
+        self.clear()  # a sign of life may have come since
 
     def _discard(self) -> None:
         with suppress(OSError):

@@ -36,7 +36,7 @@ def write_folder(path: Path) -> None:
 
 
 def write_group(path: Path) -> None:
-    with AtomicGroup() as group:
+    with AtomicGroup(path) as group:
         for name in (f"{path.name}.shard", path.name):
             with AtomicFile(path.with_name(name), group=group) as out:
                 out.write(b"new")

@@ -6,6 +6,7 @@ import io
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -209,13 +210,15 @@ def _taken_back(made: Sequence[RemotePath]) -> None:
 class RemoteGroup(AtomicGroup):
     """Objects beside one another, the last of which names the others; on an error those that are there are removed."""
 
-    def __init__(self) -> None:
-        super().__init__(sync=False)
+    def __init__(self, path: RemotePath) -> None:
+        super().__init__(Path(path.name), sync=False)
         self.made: list[RemotePath] = []
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
-            _taken_back(self.made)
+    def _complete(self) -> None:
+        """Every object has its name already."""
+
+    def _discard(self) -> None:
+        _taken_back(self.made)
 
 
 class RemoteFolder:
