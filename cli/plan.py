@@ -63,21 +63,26 @@ def suggest(
     headers: Annotated[
         bool, typer.Option("--headers", help="Compare names and shapes only; contents tell renames more surely.")
     ] = False,
+    layouts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Known layouts beside those of this release, in a file of the same form."),
+    ] = None,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Propose a plan that makes the names and shapes of TARGET from those of SOURCE.
 
-    Every rule comes with a confidence from 0 to 1 and the reason: the contents are the same, nothing else has the
-    shape, the sizes add up. What no rule explains is listed. Read the plan before you use it.
+    Every rule comes with a confidence from 0 to 1 and the reason: the contents are the same, a library's layout is
+    known, nothing else has the shape, the sizes add up. Where names and shapes do not decide, the possibilities are
+    ranked and none is taken. What no rule explains is listed. Read the plan before you use it.
     """
     import optimstate
     from optimstate.cli.render import terminal
 
     _check(output, source, target, force=force, as_json=as_json)
     with terminal.progress("comparing", source, target, quiet=quiet or headers) as advance:
-        report = optimstate.suggest(source, target, headers=headers, progress=advance)
+        report = optimstate.suggest(source, target, headers=headers, layouts=layouts, progress=advance)
     if not _put(report.plan, output):
         terminal.show(report, as_json=as_json, quiet=quiet)
         _wrote(output, quiet=quiet or as_json)

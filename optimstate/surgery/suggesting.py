@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 from optimstate.errors import CheckpointError, MigrationError
@@ -16,18 +18,23 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve import suggest as solve
+from optimstate.plan.solve.known import read as read_layouts
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.comparing import model_tensors
 from optimstate.surgery.contents import by_content
+from optimstate.surgery.head_sizes import head_size
 from optimstate.surgery.ordering import wrong_positions
 from optimstate.surgery.plans import kind_of, merged, names_of
 from optimstate.surgery.reports import opening
 from optimstate.surgery.text import families, plural, readable
 from optimstate.tensors.lazy import LazyTensor
 
-__all__ = ["SuggestReport", "SuggestedRule", "suggest"]
+__all__ = ["Alternatives", "SuggestReport", "SuggestedChoice", "SuggestedRule", "suggest"]
+
+_SHOWN = 4
+"""So many possibilities are printed; JSON has all."""
 
 
 _ROWS_UP_TO = 1 << 28
@@ -45,6 +52,28 @@ class SuggestedRule(Record):
     toml: str
 
 
+class SuggestedChoice(Record):
+    """One of the possibilities of something open: its rules as a plan file, how likely it is, and why."""
+
+    toml: str
+    confidence: float
+    reason: str
+
+
+class Alternatives(Record):
+    """Something that names and shapes leave open.
+
+    Attributes:
+        about: What, and what would decide.
+        choices: The possibilities, the likeliest first. One without rules leaves names as they are.
+        proposed: Whether the first of them is in the plan; otherwise none is.
+    """
+
+    about: str
+    choices: tuple[SuggestedChoice, ...]
+    proposed: bool
+
+
 class SuggestReport(Report):
     """A proposed plan.
 
@@ -56,6 +85,7 @@ class SuggestReport(Report):
         positions: Where an optimizer stands in another order or other param groups than the target: torch loads it by
             position, and would give state to the wrong parameters or refuse.
         options: What names and shapes leave open, and what would decide.
+        alternatives: Those of them whose possibilities can be listed.
         plan: The plan as a file, with the confidence and the reason of each rule beside it.
     """
 
@@ -67,6 +97,7 @@ class SuggestReport(Report):
     problems: tuple[Problem, ...]
     positions: tuple[Problem, ...]
     options: tuple[str, ...]
+    alternatives: tuple[Alternatives, ...]
     plan: str
 
     @property
@@ -97,8 +128,11 @@ class SuggestReport(Report):
             yield f"does not fit: {problem}"
         for problem in self.positions:
             yield f"by position: {problem}"
+        listed = {item.about: item for item in self.alternatives}
         for option in self.options:
             yield f"open: {option}"
+            if option in listed:
+                yield from _shown(listed[option])
         if not self.rules and not self.missing and not self.unused:
             nothing = not (self.positions or self.options)
             yield "the same names and shapes" + (": nothing to do" if nothing else "")
@@ -106,7 +140,25 @@ class SuggestReport(Report):
             yield f"{plural(len(self.rules), 'rule')}, {plural(len(self.missing), 'name')} not explained"
 
 
-def suggest(source: Place, target: Place, *, headers: bool = False, progress: Progress | None = None) -> SuggestReport:
+def _shown(item: Alternatives) -> Iterator[str]:
+    """The likeliest possibilities, as a plan has them."""
+    for place, choice in enumerate(item.choices[:_SHOWN]):
+        proposed = ", proposed" if item.proposed and not place else ""
+        yield f"  {choice.confidence:.2f}  {choice.reason}{proposed}"
+        lines = [line for line in choice.toml.splitlines() if line and line != "[[rule]]"]
+        yield from (f"        {line}" for line in lines or ["(no rule)"])
+    if len(item.choices) > _SHOWN:
+        yield f"  and {len(item.choices) - _SHOWN} more (--json lists them)"
+
+
+def suggest(
+    source: Place,
+    target: Place,
+    *,
+    headers: bool = False,
+    layouts: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> SuggestReport:
     """Propose the plan that makes the names and shapes of one checkpoint of another.
 
     Args:
@@ -114,18 +166,30 @@ def suggest(source: Place, target: Place, *, headers: bool = False, progress: Pr
         target: One of the new model; its weights alone are enough.
         headers: Compare names and shapes only. Otherwise tensors are read too, and those of equal content that no other
             has are taken for each other, which tells renames that shapes cannot tell.
+        layouts: A file of further known layouts, of the form of `optimstate/plan/solve/known_layouts.toml`.
         progress: Called with the bytes read since the last call.
 
     Raises:
         CheckpointError: One of them cannot be read, or names no parameters.
+        PlanSyntaxError: The file of layouts is not one.
     """
+    known = read_layouts(Path(layouts)) if layouts is not None else None
     source, target = located(source), located(target)
     with opening(source):
         trees = [open_checkpoint(path).tree for path in (source, target)]
         old, new = (_model(tree, path) for tree, path in zip(trees, (source, target), strict=True))
         contents: list[dict[str, str]] = [{}, {}] if headers else _contents(trees, progress)
         rows = None if headers else _Rows(trees)
-        found = solve.suggest(old, new, old_contents=contents[0], new_contents=contents[1], rows=rows)
+        sizes = {size for size in map(head_size, (source, target)) if size is not None}
+        found = solve.suggest(
+            old,
+            new,
+            old_contents=contents[0],
+            new_contents=contents[1],
+            rows=rows,
+            head_dim=sizes.pop() if len(sizes) == 1 else None,
+            known=known,
+        )
         rules = tuple(
             SuggestedRule(str(item.rule), item.confidence, item.reason, Plan((item.rule,)).to_toml())
             for item in found.rules
@@ -138,8 +202,28 @@ def suggest(source: Place, target: Place, *, headers: bool = False, progress: Pr
         except MigrationError as error:
             problems = error.problems
     text = _suggested_file(source, target, rules, found, positions)
+    alternatives = tuple(
+        Alternatives(
+            decision.about,
+            tuple(
+                SuggestedChoice(Plan(c.rules).to_toml() if c.rules else "", c.confidence, c.reason)
+                for c in decision.choices
+            ),
+            decision.proposed,
+        )
+        for decision in found.decisions
+    )
     return SuggestReport(
-        str(source), str(target), rules, found.missing, found.unused, problems, positions, found.options, text
+        str(source),
+        str(target),
+        rules,
+        found.missing,
+        found.unused,
+        problems,
+        positions,
+        found.options,
+        alternatives,
+        text,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from optimstate.plan.apply.execute import execute_model
+from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import plan_model
 from optimstate.plan.solve.resolve import Resolver
 from optimstate.plan.solve.suggest import Suggestion, suggest
@@ -105,10 +106,29 @@ def test_what_nothing_explains_is_said() -> None:
     assert found == Suggestion((), ("new.weight",), ("old.weight",))
 
 
-def test_ambiguity_lowers_the_confidence() -> None:
+def test_equal_shapes_are_never_guessed() -> None:
     found = suggest({"a.x": (4,), "a.y": (4,)}, {"b.u": (4,), "b.v": (4,)})
-    assert found.rules
-    assert all(item.confidence < 0.7 and "of 2 names" in item.reason for item in found.rules)
+    assert (found.rules, found.missing, found.unused) == ((), ("b.u", "b.v"), ("a.x", "a.y"))
+    (decision,) = found.decisions
+    assert not decision.proposed
+    assert {frozenset(map(str, choice.rules)) for choice in decision.choices} == {
+        frozenset({"a.x -> b.u", "a.y -> b.v"}),
+        frozenset({"a.x -> b.v", "a.y -> b.u"}),
+    }
+    one_more = suggest({"a.x": (4,), "a.y": (4,)}, {"b.u": (4,)})
+    assert (one_more.rules, one_more.missing) == ((), ("b.u",))
+    one_less = suggest({"a.x": (4,)}, {"b.u": (4,), "b.v": (4,)})
+    assert (one_less.rules, one_less.unused) == ((), ("a.x",))
+
+
+@pytest.mark.parametrize("side", ["old", "new"])
+def test_contents_that_several_names_have_decide_nothing(side: str) -> None:
+    many, one = {"a": "1", "b": "1"}, {"p": "1", "q": "2"}
+    if side == "old":
+        found = suggest(dict.fromkeys(many, (2,)), dict.fromkeys(one, (2,)), old_contents=many, new_contents=one)
+    else:
+        found = suggest(dict.fromkeys(one, (2,)), dict.fromkeys(many, (2,)), old_contents=one, new_contents=many)
+    assert found.rules == ()
 
 
 def test_the_same_elements_in_another_shape() -> None:
@@ -179,8 +199,19 @@ def test_without_contents_the_ways_to_cut_are_named_and_what_decides() -> None:
     assert found.rules[0].confidence < 1
     (option,) = found.options
     assert "a.qkv.weight may hold a.q.weight and a.k.weight and a.v.weight in blocks" in option
-    assert "interleaved" in option
     assert "would decide" in option
+    (decision,) = found.decisions
+    assert decision.proposed
+    assert decision.choices[0].rules == (found.rules[0].rule,)
+    fused = torch.arange(24.0).reshape(12, 2)
+    made = []
+    for choice in decision.choices:
+        plan = Plan(choice.rules)
+        parts = execute_model(plan_model(plan, {"a.qkv.weight": fused}).sections["model"], {"a.qkv.weight": fused})
+        made.append(torch.stack([parts[f"a.{part}.weight"] for part in "qkv"]))
+    for groups in (1, 2, 4):  # in blocks, head by head, row by row
+        wanted = fused.reshape(groups, 3, 4 // groups, 2).transpose(0, 1).reshape(3, 4, 2)
+        assert any(torch.equal(each, wanted) for each in made)
 
 
 def told(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> Suggestion:
@@ -242,3 +273,40 @@ def test_what_shapes_leave_open_is_said() -> None:
     assert any("s.weight is square" in option for option in found.options)
     found = suggest({"a.weight": (9, 6)}, {"a.weight": (4, 6)})
     assert any("may keep other rows" in option for option in found.options)
+
+
+def test_a_square_matrix_beside_transposed_ones_has_two_possibilities() -> None:
+    for name in ("s.weight", "t.s.weight"):
+        found = suggest({"a.weight": (4, 6), "s.weight": (4, 4)}, {"a.weight": (6, 4), name: (4, 4)})
+        decision = next(each for each in found.decisions if "square" in each.about)
+        assert decision.proposed
+        assert [
+            "transpose" in str(choice.rules) or "Transpose" in str(choice.rules) for choice in decision.choices
+        ] == [
+            False,
+            True,
+        ]
+
+
+def test_other_modules_of_the_same_shape_do_not_take_each_others_place() -> None:
+    old = {"h.0.attn.proj.weight": (4, 4), "h.0.mlp.out.weight": (4, 4)}
+    new = {"h.0.mlp.proj.weight": (4, 4), "h.0.attn.o.weight": (4, 4)}
+    assert {str(item.rule) for item in suggest(old, new).rules} == {
+        "h.{i}.attn.proj.weight -> h.{i}.attn.o.weight",
+        "h.{i}.mlp.out.weight -> h.{i}.mlp.proj.weight",
+    }
+    old = {"h.0.one.proj.weight": (4, 4), "h.0.two.out.weight": (4, 4)}
+    new = {"h.0.two.proj.weight": (4, 4), "h.0.one.other.weight": (4, 4)}
+    assert suggest(old, new).rules == ()
+
+
+@pytest.mark.parametrize(("had", "wanted"), [(4, 3), (3, 4)])
+def test_fewer_and_more_layers_under_another_name(had: int, wanted: int) -> None:
+    old = {name: (4, 4) for i in range(had) for name in (f"layers.{i}.q.weight", f"layers.{i}.k.weight")}
+    new = {name: (4, 4) for i in range(wanted) for name in (f"blocks.{i}.q.weight", f"blocks.{i}.k.weight")}
+    found = suggest(old, new)
+    assert len(found.missing) == max(0, wanted - had) * 2
+    assert len(found.unused) == max(0, had - wanted) * 2
+    made = applied(found, old)
+    assert made.items() >= {n: s for n, s in new.items() if n not in found.missing}.items()
+    assert any("do not tell which were" in option for option in found.options)

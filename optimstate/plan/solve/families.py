@@ -113,7 +113,6 @@ def adds_up(parts: Sequence[Shape], whole: Shape, dim: int) -> bool:
 _USUAL = ("qkv", "wqwkwv", "querykeyvalue", "gateup", "w1w3", "q_projk_projv_proj", "gate_projup_proj")
 
 
-def order_known(parts: Sequence[Family]) -> float:
-    """How sure an order of neighbours is: surer where it is a usual one."""
-    words = "".join(part.pattern.split(".")[-2] for part in parts if "." in part.pattern)
-    return 0.7 if words in _USUAL else 0.5
+def order_known(parts: Sequence[Family]) -> bool:
+    """Whether an order of neighbours is a usual one."""
+    return "".join(part.pattern.split(".")[-2] for part in parts if "." in part.pattern) in _USUAL
