@@ -1,11 +1,10 @@
 """Properties of what is seen, over any folder of checkpoints: `python -m tests.sweep FOLDER...`.
 
-For every file below the folders, and for every folder of `torch.distributed.checkpoint`:
+For every file and every folder below the folders:
 
-- `inspect` counts as many tensors as torch (or safetensors) loads;
-- a file that `inspect` warns of is not clean to `scan`;
-- a file does not differ from itself, and differs from the file before it exactly where torch loads other trees
-  (names of parameters that only one of them has are no difference).
+- `inspect` counts as many tensors as torch (or safetensors) loads, or lists in a distributed checkpoint;
+- what `inspect` warns of is not clean to `scan`;
+- nothing differs from itself (`tests.pairs` compares files with each other).
 
 Files that torch refuses to load with `weights_only=True` are loaded by torch too, with a stand-in for every class that
 is not torch's, so nothing of a file is run. Prints what fails and the counts; the exit code is 1 where anything fails.
@@ -14,6 +13,7 @@ is not torch's, so nothing of a file is run. Prints what fails and the counts; t
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import pickle
 import sys
@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import optimstate
 from optimstate.errors import OptimStateError
-from tests.surgery.equality import equal
 
-__all__ = ["checkpoints", "failures", "loaded", "tensors_in"]
+__all__ = ["checkpoints", "failures", "failures_of_folder", "loaded", "tensors_in"]
 
 _TENSORS = ("torch._utils", "torch._tensor", "torch.storage", "torch.nn.parameter", "torch", "torch.serialization")
 _PLAIN: dict[tuple[str, str], Any] = {
@@ -72,6 +73,11 @@ class StandIn:
     add = append
 
 
+@functools.cache
+def _stand_in(module: str, name: str) -> type[StandIn]:
+    return type(name.rpartition(".")[2], (StandIn,), {"__module__": module})
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
         """What makes tensors is torch's; of everything else there is a class that takes whatever it is given."""
@@ -83,7 +89,7 @@ class _Unpickler(pickle.Unpickler):
             return getattr(__import__("builtins"), name)
         if module in _TENSORS and (harmless or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(importlib.import_module(module), name)
-        return type(name.rpartition(".")[2], (StandIn,), {})
+        return _stand_in(module, name)
 
 
 _STAND_INS = SimpleNamespace(
@@ -123,14 +129,6 @@ def tensors_in(node: Any, seen: set[int] | None = None) -> int:
     return sum(tensors_in(item, seen) for item in node) if isinstance(node, list | tuple | set | deque) else 0
 
 
-def _has_names(node: Any, seen: frozenset[int] = frozenset()) -> bool:
-    if id(node) in seen:
-        return False
-    inner = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ()
-    named = isinstance(node, Mapping) and "param_names" in node
-    return named or any(_has_names(value, seen | {id(node)}) for value in inner)
-
-
 def checkpoints(folders: list[Path]) -> Iterator[Path]:
     """The files that torch or safetensors could load, without those that are parts of others."""
     for folder in folders:
@@ -139,13 +137,8 @@ def checkpoints(folders: list[Path]) -> Iterator[Path]:
                 yield path
 
 
-def failures(path: Path, before: tuple[Path, Any] | None = None) -> tuple[list[str], Any]:
-    """What does not hold for a file, and its tree; None where torch does not load it.
-
-    Args:
-        path: The file.
-        before: Another one and its tree, to compare with.
-    """
+def failures(path: Path) -> tuple[list[str], bool]:
+    """What does not hold for a file, and whether torch loads it."""
     found = []
     try:
         live = loaded(path)
@@ -154,20 +147,33 @@ def failures(path: Path, before: tuple[Path, Any] | None = None) -> tuple[list[s
     try:
         report = optimstate.inspect(path)
     except OptimStateError as error:
-        return ([f"torch loads it, and inspect does not: {error}"] if live is not None else []), None
+        return ([f"torch loads it, and inspect does not: {error}"] if live is not None else []), live is not None
     if live is not None and report.tensors != (expected := tensors_in(live)):
         found.append(f"{report.tensors} tensors, torch loads {expected}")
+    return [*found, *_unlike(path, report)], live is not None
+
+
+def failures_of_folder(path: Path) -> list[str]:
+    """What does not hold for a folder: those of `torch.distributed.checkpoint` are counted by torch."""
+    try:
+        report = optimstate.inspect(path)
+    except OptimStateError:
+        return []
+    found = []
+    if (path / ".metadata").is_file() and report.format == "dcp":
+        entries = FileSystemReader(path).read_metadata().state_dict_metadata.values()
+        expected = sum(isinstance(entry, TensorStorageMetadata) for entry in entries)
+        beside = sum(tensors_in(loaded(file)) for file in checkpoints([path]))
+        if report.tensors != expected + beside:
+            found.append(f"{report.tensors} tensors, torch has {expected}, and {beside} in files beside")
+    return [*found, *_unlike(path, report)]
+
+
+def _unlike(path: Path, report: optimstate.surgery.Inspection) -> Iterator[str]:
     if report.dangerous and optimstate.scan(path).clean:
-        found.append("inspect warns, and scan is clean")
+        yield "inspect warns, and scan is clean"
     if optimstate.diff(path, path).changes:
-        found.append("differs from itself")
-    if before is not None and live is not None and before[1] is not None:
-        if _has_names(live) != _has_names(before[1]):  # names that one side alone has are no difference
-            return found, live
-        same = not optimstate.diff(path, before[0]).changes
-        if same != equal(live, before[1]):
-            found.append(f"diff with {before[0].name} says {'no ' if same else ''}differences")
-    return found, live
+        yield "differs from itself"
 
 
 def main(words: list[str] | None = None) -> int:
@@ -177,11 +183,15 @@ def main(words: list[str] | None = None) -> int:
     folders = parser.parse_args(words).folders
     warnings.simplefilter("ignore")
     counts: Counter[str] = Counter()
-    before = None
     for path in checkpoints(folders):
-        found, live = failures(path, before)
-        before = (path, live) if live is not None else before
-        counts["loaded by torch" if live is not None else "not loaded by torch"] += 1
+        found, is_loaded = failures(path)
+        counts["files loaded by torch" if is_loaded else "files not loaded by torch"] += 1
+        counts["failed"] += bool(found)
+        for line in found:
+            print(f"{path}: {line}")
+    for path in (path for folder in folders for path in sorted(folder.rglob("*")) if path.is_dir()):
+        found = failures_of_folder(path)
+        counts["folders"] += 1
         counts["failed"] += bool(found)
         for line in found:
             print(f"{path}: {line}")

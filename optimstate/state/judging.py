@@ -21,7 +21,7 @@ from optimstate.state.records import is_tensor
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, Path, nodes
 
-__all__ = ["Candidate", "Verdict", "could_be_model", "judge"]
+__all__ = ["Candidate", "Verdict", "could_be_model", "judge", "slot_in"]
 
 _FLOATING = ("float", "bfloat", "complex", "double", "half")
 _OPTION = re.compile(r"(?:^|\.)param_groups\.")
@@ -101,6 +101,14 @@ def _is_carried(name: str, value: Any) -> bool:
     return True
 
 
+def slot_in(path: Path) -> str | None:
+    """The slot of an optimizer that keys on the way to a tensor name, or None: whose layout is known or not."""
+    for key in reversed(path):
+        if isinstance(key, str) and not _SLOTS.isdisjoint(parts := key.replace("/", ".").split(".")):
+            return next(part for part in reversed(parts) if part in _SLOTS)
+    return None
+
+
 def judge(candidates: Sequence[Candidate], optimizers: Iterable[OptimizerState]) -> list[Verdict]:
     """What each of the candidates of a checkpoint is, in their order."""
     if not candidates:
@@ -148,6 +156,9 @@ class _Evidence:
         reasons: list[str] = []
         below = {str(key) for key in candidate.path}
         self.never = "inside a pickled object" if candidate.inside else ""
+        slot = slot_in(candidate.path)
+        if slot is not None:
+            self.never = f"by its key, {describe(slot)} of an optimizer whose form is not known"
         for place in sorted(below & _NEVER_BELOW):
             self.never = f"below {describe(place)}"
         for place in sorted(below & _SELDOM_BELOW):

@@ -29,8 +29,8 @@ __all__ = ["Change", "DiffReport", "diff", "model_tensors"]
 
 
 def diff(
-    left: Place,
-    right: Place,
+    left: Place | Document,
+    right: Place | Document,
     *,
     headers: bool = False,
     name: str | None = None,
@@ -43,7 +43,7 @@ def diff(
     that the weights beside it determine. What is in no section is compared by path.
 
     Args:
-        left: A file or folder.
+        left: A file or folder, or what `open_checkpoint` made of it.
         right: Another, of any container.
         headers: Compare names, shapes, dtypes and plain values only; tensors of equal name are then not read.
         name: Compare only parameters and entries whose names this template of the plan language matches.
@@ -55,11 +55,14 @@ def diff(
         PlanSyntaxError: The template cannot be parsed.
     """
     template = None if name is None else Template(name)
-    left, right = located(left), located(right)
-    with opening(left):
-        a, b = open_to_read(left), open_to_read(right)
+    paths = [side.path if isinstance(side, Document) else located(side) for side in (left, right)]
+    with opening(paths[0]):
+        documents = [
+            side if isinstance(side, Document) else open_to_read(path)
+            for side, path in zip((left, right), paths, strict=True)
+        ]
         comparison = _Comparison(headers, template, tolerance, progress)
-        sides = _Side(a), _Side(b)
+        sides = _Side(documents[0]), _Side(documents[1])
         for mine, theirs in _pairs(*sides):
             comparison.compare_sections(mine, theirs, sides)
         rest = [View.of_rest(side.document.tree, side.sections) for side in sides]
@@ -67,7 +70,7 @@ def diff(
         if not any((rest[0].tensors, rest[1].tensors)):
             comparison.drop_if_equal(OTHER)
         comparison.refuse_unmatched()
-        return comparison.report(str(left), str(right))
+        return comparison.report(*map(str, paths))
 
 
 class _Side:

@@ -44,6 +44,7 @@ class VerifyReport(Report):
         checked: What was compared, in words.
         blind: What no check can see from the file alone, and what was not looked at.
         recognised: Whether there is anything whose meaning is known; where there is not, nothing can be healthy.
+        unread: Optimizer state in a form that is not known; where there is some, what remains cannot be healthy either.
     """
 
     path: str
@@ -51,6 +52,7 @@ class VerifyReport(Report):
     checked: tuple[str, ...]
     blind: tuple[str, ...]
     recognised: bool = True
+    unread: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -59,10 +61,10 @@ class VerifyReport(Report):
 
     @property
     def verdict(self) -> Verdict:
-        """`faulty`, `healthy`, or `unknown` where nothing was recognised that could be checked."""
+        """`faulty`, `healthy`, or `unknown` where what a run resumes from was not recognised."""
         if any(finding.level == "fault" for finding in self.findings):
             return "faulty"
-        return "healthy" if self.recognised else "unknown"
+        return "healthy" if self.recognised and not self.unread else "unknown"
 
     def to_json(self) -> str:
         """A JSON document of a stable form."""
@@ -82,12 +84,15 @@ class VerifyReport(Report):
             for kind, count in counts.items():
                 if count > FINDINGS_SHOWN:
                     yield f"{level}: and {count - FINDINGS_SHOWN} more [{kind}] (--json lists all)"
+        for line in self.unread:
+            yield f"not recognised: {line}"
         for line in self.blind:
             yield f"not visible: {line}"
         faults = sum(finding.level == "fault" for finding in self.findings)
         words = {
             "faulty": plural(faults, "fault"),
             "healthy": "healthy",
-            "unknown": "nothing was recognised, so whether a run can resume from it is unknown",
+            "unknown": "whether a run can resume from it is unknown, as "
+            + ("its optimizer state was not recognised" if self.unread else "nothing was recognised"),
         }
         yield f"{self.path}: {words[self.verdict]}; checked {', '.join(self.checked)}"

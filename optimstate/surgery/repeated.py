@@ -42,16 +42,16 @@ def repeated(document: Document, sections: Sequence[Section]) -> Iterator[tuple[
 
 
 def _file(document: Document, section: Section) -> str:
-    """The file a section is in, however many names it has."""
+    """The file a section is in, however many names it has; of what is in none of the parts, the whole folder."""
     part = document.parts.get(str(section.path[0]))
-    return str(section.path[0]) if part is None else str(Path(str(part.path)).resolve())
+    return "" if part is None else str(Path(str(part.path)).resolve())
 
 
 def _form(section: Section) -> frozenset[Any]:
     """What two sections have in common that are copies of one, or the same part at two steps; empty for too little."""
     if section.kind == "optimizer":
         state: OptimizerState = section.optimizer()
-        rows: list[Any] = [(index, _shapes(slots)) for index, (_, _, slots) in enumerate(state.parameters())]
+        rows: list[Any] = [(index, name, _shapes(slots)) for index, (_, name, slots) in enumerate(state.parameters())]
         return frozenset((*rows, tuple(len(group.params) for group in state.groups))) if rows else frozenset()
     tensors = section.tensors()
     prefix = wrapper_prefix(tensors)

@@ -13,6 +13,7 @@ from optimstate.io.extents import Progress
 from optimstate.io.location import Place
 from optimstate.io.places import located
 from optimstate.plan.language.plan import Plan
+from optimstate.state.judging import slot_in
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged
 from optimstate.surgery.certifying import certificates_in, differences
@@ -24,7 +25,7 @@ from optimstate.surgery.resume_checks import check_optimizer, check_schedulers
 from optimstate.surgery.text import plural
 from optimstate.surgery.viewing import viewed
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Opaque, OpaqueFile, difference, format_path, nodes, walk
+from optimstate.tree import Opaque, OpaqueFile, difference, format_path, nodes, tensors, walk
 
 __all__ = ["verify", "verify_against"]
 
@@ -86,7 +87,8 @@ def verify(
             blind += unseen
             checked.append(plural(len(certificates), "certificate"))
         blind += [f"{format_path(path)} was not taken for a section: {why}" for path, why in judgement.others.items()]
-        return VerifyReport(str(path), tuple(findings), tuple(checked), tuple(blind), bool(sections))
+        unread = tuple(rest.unread_state())
+        return VerifyReport(str(path), tuple(findings), tuple(checked), tuple(blind), bool(sections), unread)
 
 
 def verify_against(path: Place, source: Place, plan: Plan | str | PathLike[str]) -> VerifyReport:
@@ -150,7 +152,7 @@ class _Rest:
         unique = {id(node): node for node in self.found if isinstance(node, LazyTensor)}
         self.tensors = len(unique)
         self._weights: dict[int, str] = {}
-        state: set[int] = set()
+        self._state = state = set[int]()
         for section in sections:
             if section.kind == "optimizer":
                 inside = (node for _, _, slots in section.optimizer().parameters() for node in nodes(slots))
@@ -179,6 +181,15 @@ class _Rest:
         for path, node in walk(self._tree) if odd else ():
             if id(node) in odd:
                 yield note("numbers", format_path(path), odd.pop(id(node)))
+
+    def unread_state(self) -> Iterator[str]:
+        """Tensors that are called as an optimizer's state is, and stand in no optimizer that is known."""
+        named = ((path, slot_in(path)) for path, tensor in tensors(self._tree) if id(tensor) not in self._state)
+        found = {path: name for path, name in named if name is not None}
+        if found:
+            slots = ", ".join(sorted(set(found.values())))
+            first = format_path(next(iter(found)))
+            yield f"{plural(len(found), 'tensor')} of optimizer state ({slots}), such as {first}"
 
     def unseen(self, *, numbers: bool) -> Iterator[str]:
         """What no check looked into."""

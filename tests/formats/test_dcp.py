@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import optimstate
 from optimstate.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -117,17 +118,52 @@ def test_megatrons_names_are_written_again(tmp_path: Path) -> None:
         dcp.write(document.tree, tmp_path / "b", like=open_checkpoint(tmp_path / "a"))
 
 
-def test_flat_buckets_of_megatron_do_not_hide_the_model(tmp_path: Path) -> None:
-    bucket = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0."
-    live = {"decoder.weight": torch.randn(3, 2), "decoder._extra_state/shard_0_2": [None]}
+@pytest.mark.parametrize("chain", ["", "chained_0."])
+def test_flat_buckets_of_megatron_do_not_hide_the_model(chain: str, tmp_path: Path) -> None:
+    distributed_state = f"{chain}optimizer.distributed.dp_group_idx_0."
+    bucket = f"{distributed_state}gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_0."
+    live: dict[str, Any] = {"decoder.weight": torch.randn(3, 2), "decoder._extra_state/shard_0_2": [None]}
     live |= {bucket + slot: torch.rand(6) for slot in ("param", "exp_avg", "exp_avg_sq")}
+    live[f"{distributed_state}optimizer/shard_0_1"] = {"param_groups": [{"lr": 0.1, "step": 10, "params": []}]}
+    live["rng_state/shard_0.0_1.1"] = [{"torch_rng_state": torch.get_rng_state(), "random": (3, (1, 2), None)}]
     planner = distributed.DefaultSavePlanner(flatten_state_dict=False)
     distributed.save(live, checkpoint_id=tmp_path / "a", planner=planner, no_dist=True)
     document = open_checkpoint(tmp_path / "a")
     assert [(s.kind, list(s.tensors())) for s in find_sections(document.tree)] == [("model", ["decoder.weight"])]
-    assert any("carried along" in note for note in document.notes)
+    assert any("carried along" in note and "--dist-ckpt-optim-fully-reshardable" in note for note in document.notes)
+    report = optimstate.verify(tmp_path / "a")
+    assert (report.verdict, len(report.unread)) == ("unknown", 1)
+    assert "2 tensors of optimizer state (exp_avg, exp_avg_sq)" in report.unread[0]
+    optimstate.remap(tmp_path / "a", tmp_path / "b", optimstate.Plan.from_options(rename=["decoder.{p}=dec.{p}"]))
+    moved = {name.replace("decoder.w", "dec.w") for name in live}
+    assert set(open_checkpoint(tmp_path / "b").handle.metadata.order) == moved
+
+
+def test_each_of_megatrons_chained_optimizers_is_one(tmp_path: Path) -> None:
+    live: dict[str, Any] = {f"decoder.{name}.weight": torch.randn(3, 2) for name in ("dense", "expert")}
+    names = {
+        f"chained_{number}.optimizer.state.{slot}.decoder.{name}.weight": torch.rand(3, 2)
+        for number, name in enumerate(("dense", "expert"))
+        for slot in ("fp32_param", "exp_avg", "exp_avg_sq")
+    }
+    planner = distributed.DefaultSavePlanner(flatten_state_dict=False)
+    distributed.save({**live, **names}, checkpoint_id=tmp_path / "a", planner=planner, no_dist=True)
+    groups = [{"lr": lr, "params": [0], "wd_mult": 1.0} for lr in (0.1, 0.2)]
+    common = {number: {"optimizer": {"param_groups": [group]}, "common_step": 7} for number, group in enumerate(groups)}
+    torch.save({"optimizer": common, "iteration": 7}, tmp_path / "a" / "common.pt")
+    document = open_checkpoint(tmp_path / "a")
+    found = {s.label: s.optimizer() for s in find_sections(document.tree) if s.kind == "optimizer"}
+    assert list(found) == ["chained_0.optimizer", "chained_1.optimizer"]
+    for number, (state, name) in enumerate(zip(found.values(), live, strict=True)):
+        assert [(name, state.groups[0].options["lr"])] == [(state.groups[0].params[0], 0.1 * (number + 1))]
+        assert state.state[name]["step"] == 7
+        for slot in ("fp32_param", "exp_avg", "exp_avg_sq"):
+            assert state.state[name][slot].tobytes() == raw(names[f"chained_{number}.optimizer.state.{slot}.{name}"])
+    assert optimstate.inspect(tmp_path / "a").notes == (
+        "param groups are not stored by parameter: all are listed in one, with the options of common.pt",
+    )
     dcp.write(document.tree, tmp_path / "b", like=document)
-    assert set(open_checkpoint(tmp_path / "b").handle.metadata.order) == set(live)
+    assert set(open_checkpoint(tmp_path / "b").handle.metadata.order) == {*live, *names}
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ def equal(a: Any, b: Any, _seen: frozenset[tuple[int, int]] = frozenset()) -> bo
         return True
     seen = _seen | {(id(a), id(b))}
     if hasattr(a, "parts") and hasattr(b, "parts"):  # stand-ins for objects, see `tests.sweep`
-        return type(a).__name__ == type(b).__name__ and equal(list(a.parts), list(b.parts), seen)
+        return type(a) is type(b) and equal(list(a.parts), list(b.parts), seen)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if any(isinstance(key, torch.Tensor) for key in a):  # whole optimizers are keyed by their parameters
             return equal([*a.items()], [*b.items()], seen)

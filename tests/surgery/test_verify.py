@@ -359,3 +359,18 @@ def test_experts_that_are_stored_one_by_one_are_no_fault(tmp_path: Path) -> None
 def test_numbers_are_looked_at_wherever_an_optimizer_keeps_them(optimizer: Any, level: str, tmp_path: Path) -> None:
     report = verify(saved({"optimizer": optimizer}, tmp_path))
     assert {finding.level for finding in report.findings if finding.kind == "numbers"} == {level}
+
+
+@pytest.mark.parametrize("form", ["slots first", "flat", "no params listed"])
+def test_optimizer_state_that_is_not_recognised_is_not_healthy(form: str, tmp_path: Path) -> None:
+    model = {"a.weight": torch.ones(2, 2), "a.bias": torch.ones(2)}
+    moments = {slot: {name: value * 2 for name, value in model.items()} for slot in ("exp_avg", "exp_avg_sq")}
+    state: dict[str, Any] = {
+        "slots first": {"adam": moments},
+        "flat": {f"{slot}/{name}": value for slot, found in moments.items() for name, value in found.items()},
+        "no params listed": {"opt": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}},
+    }[form]
+    report = verify(saved({"model": model, **state}, tmp_path))
+    assert report.verdict == "unknown"
+    assert "of optimizer state (exp_avg" in report.unread[0]
+    assert "whether a run can resume from it is unknown, as its optimizer state was not recognised" in str(report)

@@ -1,13 +1,16 @@
 """Megatron's distributed checkpoints: names without paths, and the options of the optimizer in `common.pt`.
 
 Weights stand at the root under their names. The optimizer's slots are `optimizer.state.<slot>.<parameter>`, or in the
-layouts whose names begin `optimizer.distributed.` flat buckets that do not say whose they are. The groups' options, and
-the step, are in `common.pt` beside the folder's items: which parameter is in which group is nowhere.
+layouts whose names begin `optimizer.distributed.` flat buckets that do not say whose they are: these are carried along
+and never taken for state that is known. Where a run has several optimizers (experts have one of their own), each name
+may begin with `chained_<number>.`. Values of the run (`rng_state/shard_0_1`) stand beside the model. The groups'
+options, and the step, are in `common.pt` beside the folder's items: which parameter is in which group is nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optimstate.errors import RepresentationError
@@ -16,8 +19,9 @@ from optimstate.tree import difference
 
 __all__ = ["flat_names", "tree_of_names"]
 
-_SLOTS = "optimizer.state."
-_BUCKETS = "optimizer.distributed."
+_NAME = re.compile(r"((?:chained_\d+\.)?)optimizer\.(?:state\.([^.]+)\.(.+)|(distributed\..+))", re.DOTALL)
+_OPTIMIZER = re.compile(r"(?:chained_(\d+)\.)?optimizer")
+_VALUE = re.compile(r"(?!.*_extra_state)[^.]+/shard_[\d._]+", re.DOTALL)
 _COMMON = "common.pt"
 
 
@@ -29,37 +33,67 @@ def tree_of_names(values: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple
         beside: The checkpoint files of the folder.
     """
     model: dict[str, Any] = {}
-    state: dict[str, dict[str, Any]] = {}
-    buckets: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    states: dict[str, dict[str, dict[str, Any]]] = {}
+    buckets: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        if name.startswith(_SLOTS):
-            slot, _, parameter = name.removeprefix(_SLOTS).partition(".")
-            state.setdefault(parameter, {})[slot] = value
-        elif name.startswith(_BUCKETS):
-            buckets[name.removeprefix("optimizer.")] = value
+        match = _NAME.fullmatch(name)
+        if match is None:
+            (others if _VALUE.fullmatch(name) else model)[name] = value
+        elif match[4] is None:
+            states.setdefault(f"{match[1]}optimizer", {}).setdefault(match[3], {})[match[2]] = value
         else:
-            model[name] = value
-    if buckets and not state:
-        note = "the optimizer's state is in flat buckets that do not say whose it is: it is carried along, not read"
-        return {"model": model, "optimizer": buckets}, [note]
-    if not state or not all(name in model for name in state):
+            buckets.setdefault(f"{match[1]}optimizer", {})[match[4]] = value
+    if not (states or buckets) or states.keys() & buckets.keys() or {"model", *states, *buckets} & others.keys():
         return dict(values), []
-    options, step, notes = _options(beside.get(_COMMON))
+    notes = []
+    tree: dict[str, Any] = {"model": model}
+    for place, state in states.items():
+        tree[place], more = _named(place, state, model, beside.get(_COMMON))
+        notes += more
+    tree.update(buckets)
+    if buckets:
+        notes.append(
+            "the optimizer's state is in flat buckets that do not say whose it is: it is carried along, not read; "
+            "save it with Megatron's --dist-ckpt-optim-fully-reshardable to have it by name"
+        )
+    return {**tree, **others}, list(dict.fromkeys(notes))
+
+
+def _named(
+    place: str, state: dict[str, dict[str, Any]], model: Mapping[str, Any], common: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """An optimizer with names, and notes: its slots, and what `common.pt` says of its groups."""
+    options, step, notes = _options(list(_common_nodes(place, common)))
     if step is not None:
         for slots in state.values():
             slots.setdefault("step", step.clone() if isinstance(step, LazyTensor) else step)
-    group = {**options, "params": [name for name in model if name in state]}
-    return {"model": model, "optimizer": {"state": state, "param_groups": [group]}}, notes
+    names = dict.fromkeys([*(name for name in model if name in state), *state])
+    return {"state": state, "param_groups": [{**options, "params": list(names)}]}, notes
 
 
-def _options(common: Any) -> tuple[dict[str, Any], Any, list[str]]:
-    """What all groups of `common.pt` have alike, the step, and notes."""
+def _common_nodes(place: str, common: Any) -> Iterator[Mapping[Any, Any]]:
+    """What `common.pt` has of an optimizer; of several that are one by their names, all."""
     node = common.get("optimizer") if isinstance(common, Mapping) else None
-    step = node.get("common_step") if isinstance(node, Mapping) else None
-    if isinstance(node, Mapping) and "param_groups" not in node:
-        node = node.get("optimizer")
-    groups = node.get("param_groups") if isinstance(node, Mapping) else None
-    if not isinstance(groups, list) or not groups or not all(isinstance(group, Mapping) for group in groups):
+    if not isinstance(node, Mapping):
+        return
+    match = _OPTIMIZER.fullmatch(place)
+    number = match[1] if match is not None else None
+    chained = bool(node) and all(type(key) is int for key in node)
+    found = [node] if not chained else list(node.values()) if number is None else [node.get(int(number))]
+    yield from (one for one in found if isinstance(one, Mapping))
+
+
+def _options(nodes: list[Mapping[Any, Any]]) -> tuple[dict[str, Any], Any, list[str]]:
+    """What all groups of `common.pt` have alike, the step, and notes."""
+    groups: list[Mapping[str, Any]] = []
+    step = None
+    for node in nodes:
+        step = node.get("common_step", step)
+        inner = node if "param_groups" in node else node.get("optimizer")
+        found = inner.get("param_groups") if isinstance(inner, Mapping) else None
+        groups += [group for group in found if isinstance(group, Mapping)] if isinstance(found, list) else []
+    if not groups:
         return {}, step, ["the optimizer's options and step are not in the folder: no common.pt has them"]
     first = {key: value for key, value in groups[0].items() if key not in ("params", "step")}
     alike = {key: value for key, value in first.items() if all(_same(group, key, value) for group in groups)}
@@ -90,19 +124,26 @@ def flat_names(tree: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, An
     Raises:
         RepresentationError: The options or the step are others than those of `common.pt`.
     """
-    if not isinstance(tree.get("model"), Mapping) or not isinstance(tree.get("optimizer"), Mapping):
+    made: dict[str, Any] = {}
+    model = tree.get("model")
+    if not isinstance(model, Mapping) or not any(map(_OPTIMIZER.fullmatch, like)):
         return None
-    optimizer = tree["optimizer"]
-    made = dict(tree["model"])
-    if "param_groups" not in optimizer:
-        return made | {f"optimizer.{name}": value for name, value in optimizer.items()}
-    if difference(_from_common(optimizer), _from_common(like["optimizer"]), aliases=False) is not None:
-        raise RepresentationError(
-            "the options or the step of the optimizer were changed, which stand in Megatron's common.pt",
-            hint="Change common.pt, or write a torch or safetensors file.",
-        )
-    for parameter, slots in optimizer["state"].items():
-        made.update({f"{_SLOTS}{slot}.{parameter}": value for slot, value in slots.items() if slot != "step"})
+    made.update(model)
+    for place, node in tree.items():
+        if not _OPTIMIZER.fullmatch(place):
+            made.update({place: node} if place != "model" else {})
+        elif "param_groups" not in node:
+            made.update({f"{place}.{name}": value for name, value in node.items()})
+        elif place not in like or difference(_from_common(node), _from_common(like[place]), aliases=False) is not None:
+            raise RepresentationError(
+                "the options or the step of the optimizer were changed, which stand in Megatron's common.pt",
+                hint="Change common.pt, or write a torch or safetensors file.",
+            )
+        else:
+            for parameter, slots in node["state"].items():
+                made.update(
+                    {f"{place}.state.{slot}.{parameter}": value for slot, value in slots.items() if slot != "step"}
+                )
     return made
 
 
