@@ -224,7 +224,7 @@ def test_json_has_the_documented_form(command: str, checkpoints: Path) -> None:
     torch.save({"model": {"embed.weight": torch.zeros(12, 7)}}, "less.pt")
     whole["optimizer"]["param_groups"][0]["lr"] = 1.0
     next(iter(whole["optimizer"]["state"].values()))["step"] += 1
-    torch.save(whole, "faulty.pt")
+    torch.save({**whole, "moments": {"exp_avg": {"w": torch.ones(2)}}}, "faulty.pt")
     turned = torch.optim.AdamW([(name, torch.nn.Parameter(torch.ones(4, 4))) for name in ("b", "a")])
     torch.save(
         {
