@@ -121,15 +121,13 @@ def joined(shapes: Sequence[Shape], wanted: Wanted, owner: torch.Tensor) -> tupl
     """
     from optimstate.installed_torch import torch
 
-    places = torch.arange(wanted.ids.numel(), dtype=torch.int64)
+    sizes = [prod(shape) for shape in shapes]
+    if bool((owner < 0).any()) or owner.bincount(minlength=len(shapes)).tolist() != sizes:
+        return None
     parts = []
-    for number, shape in enumerate(shapes):
-        mine = owner == number
-        size = prod(shape)
-        if int(mine.sum()) != size:
-            return None
-        where = torch.full((size,), -1, dtype=torch.int64)
-        where[wanted.ids[mine]] = places[mine]
+    for shape, places in zip(shapes, owner.argsort(stable=True).split(sizes), strict=True):
+        where = torch.full((len(places),), -1, dtype=torch.int64)
+        where[wanted.ids[places]] = places
         if bool((where < 0).any()):
             return None
         parts.append(Wanted(shape, where))
@@ -149,12 +147,19 @@ def joined(shapes: Sequence[Shape], wanted: Wanted, owner: torch.Tensor) -> tupl
 
 
 def _shortened(found: Iterator[tuple[Program, tuple[int, ...]]]) -> Iterator[tuple[Program, tuple[int, ...]]]:
-    """Each program, before it without the first of two reshapes that follow each other."""
+    """Each program once, before it without the first of two reshapes that follow each other."""
+    seen: set[tuple[tuple[str, ...], tuple[int, ...]]] = set()
     for program, order in found:
-        for at in range(len(program) - 1):
-            if isinstance(program[at], Reshape) and isinstance(program[at + 1], Reshape):
-                yield program[:at] + program[at + 1 :], order
-        yield program, order
+        shorter = [
+            program[:at] + program[at + 1 :]
+            for at in range(len(program) - 1)
+            if isinstance(program[at], Reshape) and isinstance(program[at + 1], Reshape)
+        ]
+        for candidate in (*shorter, program):
+            key = tuple(map(str, candidate)), order
+            if key not in seen:
+                seen.add(key)
+                yield candidate, order
 
 
 def _length(program: Program) -> int:
@@ -414,8 +419,9 @@ def _endings(
 ) -> Iterator[Program]:
     """Permutation and reshape after a split whose parts may differ in size: forms without sizes where they do."""
     candidates = None
-    for part, walk, shape in zip(parts, walks, shapes, strict=True):
-        now = (*dims[:dim], part.length, *dims[dim + 1 :])
+    alike = {(part.length, walk.order, walk.sizes, shape): walk for part, walk, shape in zip(parts, walks, shapes, strict=True)}
+    for (length, _, _, shape), walk in alike.items():
+        now = (*dims[:dim], length, *dims[dim + 1 :])
         mine = list(_arranged(now, walk, left, shape))
         candidates = mine if candidates is None else [ending for ending in candidates if ending in mine]
     yield from candidates or ()

@@ -299,6 +299,17 @@ class Derivation:
         return Plan(tuple(rules), (tuple(generalised(self.second, between)),))
 
     def prove(self, plan: Plan) -> None:
+        """Compare a plan with the function, and note what the function rounds.
+
+        Raises:
+            DerivationError: They differ.
+        """
+        self.compare(plan)
+        rounded = roundings(plan, self.function, self.sources, self.new)
+        if rounded:
+            self.notes.append(f"the function rounds values on the way, the plan keeps them: {rounded[0]}")
+
+    def compare(self, plan: Plan) -> None:
         """Compare a plan with the function.
 
         Raises:
@@ -310,9 +321,6 @@ class Derivation:
                 "the plan that was found does not do what the function does:\n" + "\n".join(wrong[:5]),
                 hint="Please report this with the function.",
             )
-        rounded = roundings(plan, self.function, self.sources, self.new)
-        if rounded:
-            self.notes.append(f"the function rounds values on the way, the plan keeps them: {rounded[0]}")
 
 
 def _short(number: float) -> float:

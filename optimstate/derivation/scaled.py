@@ -172,7 +172,7 @@ class _Scaled:
             whole = Derivation(self.make(scale), self._shrunk(scale, every=True), self.allow_drop)
             whole.new = first.new
             try:
-                whole.prove(plan)
+                whole.compare(plan)
             except (DerivationError, RuntimeError, ValueError, IndexError, TypeError, LookupError) as error:
                 reason = reason or error
             else:

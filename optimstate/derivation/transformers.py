@@ -46,7 +46,15 @@ def derive_transformers(source: Any, *, to: Layout = "live", shapes: Mapping[str
     given = {name: source_of(value) for name, value in shapes.items()}
     if sum(prod(value.shape) for value in given.values()) < _SCALED_FROM:
         return derive(convert(model), given, allow_drop=True, scaled=False)
-    return derive_scaled(lambda scale: convert(_shrunk(model, scale)), given, allow_drop=True)
+    known: dict[tuple[tuple[int, int], ...], Function] = {}
+
+    def at(scale: Mapping[int, int]) -> Function:
+        key = tuple(scale.items())
+        if key not in known:
+            known[key] = convert(_shrunk(model, scale))
+        return known[key]
+
+    return derive_scaled(at, given, allow_drop=True)
 
 
 def _shrunk(model: Any, scale: Mapping[int, int]) -> Any:
@@ -108,10 +116,16 @@ def to_live(model: Any) -> Function:
     by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
     asked = copy.deepcopy(renamings), copy.deepcopy(converters)  # which note that they were used
     renamed: dict[str, tuple[str, Any]] = {}
+    places: dict[str, Any] = {}
+
+    def place(item: tuple[str, Any]) -> Any:
+        if item[0] not in places:
+            places[item[0]] = loading.dot_natural_key(item[0])
+        return places[item[0]]
 
     def loaded(state: dict[str, Any]) -> Mapping[str, Any]:
         gathered: dict[str, Any] = {}
-        for name, tensor in sorted(state.items(), key=lambda item: loading.dot_natural_key(item[0])):
+        for name, tensor in sorted(state.items(), key=place):
             if name not in renamed:
                 renamed[name] = loading.rename_source_key(name, *asked)
             new, pattern = renamed[name]

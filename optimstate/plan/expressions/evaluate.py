@@ -75,8 +75,9 @@ def identity(value: Any) -> tuple[Any, ...]:
     if isinstance(value, LazyTensor):
         return id(value.storage), value.offset, value.shape, value.stride
     if _is_live(value) and _is_plain(value):
-        storage = value.untyped_storage().data_ptr()
-        return "live", storage, value.storage_offset(), tuple(value.shape), value.stride()
+        storage = value.untyped_storage()
+        place = storage.data_ptr() or ("no memory", storage._cdata)  # of a meta tensor
+        return "live", place, value.storage_offset(), tuple(value.shape), value.stride()
     return (id(value),)
 
 
