@@ -94,6 +94,7 @@ def suggest(
     short_help="Read a plan off a weight-conversion function, or off transformers.",
     epilog=epilog(
         "optimstate plan derive old.pt --function converter:renamed -o plan.toml",
+        "optimstate plan derive old.pt --function converter:grown --old-model converter:Old --new-model converter:New",
         "optimstate plan derive checkpoint-1000 --transformers checkpoint-1000 --to live --json",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 no plan says what the function does, 5 the destination.",
         page="derive",
@@ -106,6 +107,18 @@ def derive(
     ],
     function: Annotated[
         str, typer.Option(metavar="MODULE:NAME", help="A function from state dict to state dict.", show_default=False)
+    ] = "",
+    old_model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODULE:NAME", help="What makes the old module, for a function of two modules.", show_default=False
+        ),
+    ] = "",
+    new_model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODULE:NAME", help="What makes the new one, which the function copies into.", show_default=False
+        ),
     ] = "",
     transformers: Annotated[
         Path | None,
@@ -125,6 +138,7 @@ def derive(
 
     The function runs in a process of its own, a few times, on tensors whose elements carry their numbers; where they
     end up is read off. No value of the checkpoint is read. The plan is compared with the function before it is printed.
+    With --old-model and --new-model the function copies weights from one module into another, in place.
     """
     import sys
 
@@ -133,10 +147,13 @@ def derive(
 
     if bool(function) == (transformers is not None):
         raise typer.BadParameter("give either --function or --transformers")
+    if bool(old_model) != bool(new_model) or (old_model and not function):
+        raise typer.BadParameter("--old-model, --new-model and --function go together")
     _check(output, like, force=force, as_json=as_json)
     report = derive_plan(
         like,
         function=function,
+        models=(old_model, new_model) if old_model else None,
         transformers=transformers or "",
         to=to.value,
         allow_drop=allow_drop,

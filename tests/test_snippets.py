@@ -72,6 +72,7 @@ def converted(folder: Path) -> dict[str, Any]:
         "def hf_to_mine(state):\n    return {name.replace('encoder', 'blocks'): value for name, value in state.items()}"
     )
     (package / "convert.py").write_text(code)
+    (package / "copying.py").write_text(COPYING)
     state = {"encoder.0.weight": torch.randn(4, 4), "encoder.0.bias": torch.randn(4)}
     from safetensors.torch import save_file
 
@@ -88,7 +89,29 @@ def converted(folder: Path) -> dict[str, Any]:
     transformers.MixtralForCausalLM(config).save_pretrained(folder / "checkpoint-3")
     scope: dict[str, Any] = {"state_dict": state}
     exec(code, scope)
+    exec(COPYING, scope)
+    scope |= {"old_model": scope["Old"](), "new_model": scope["New"]()}
+    scope["new_optimizer"] = torch.optim.AdamW(scope["new_model"].named_parameters())
     return scope
+
+
+COPYING = """
+from torch import nn
+
+def Old():
+    model = nn.Sequential()
+    model.add_module("encoder", nn.Sequential(nn.Linear(4, 4)))
+    return model
+
+def New():
+    model = nn.Sequential()
+    model.add_module("decoder", nn.Linear(4, 6))
+    return model
+
+def copy_weights(old, new):
+    new.decoder.weight.data[:4].copy_(old.encoder[0].weight)
+    new.decoder.bias.data[:4].copy_(old.encoder[0].bias)
+"""
 
 
 def nothing(folder: Path) -> dict[str, Any]:

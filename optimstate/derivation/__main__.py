@@ -9,12 +9,13 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from optimstate.derivation.derive import Derived, derive
-from optimstate.derivation.probe import Function, Source
+from optimstate.derivation.probe import Source
 from optimstate.describe import describe
 from optimstate.errors import DerivationError, OptimStateError
 
@@ -37,15 +38,42 @@ def _derived(request: dict[str, Any]) -> Derived:
         from optimstate.derivation.transformers import derive_transformers
 
         return derive_transformers(request["transformers"], to=request["to"], shapes=sources)
-    return derive(_function(request["function"]), sources, allow_drop=request["allow_drop"])
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
+    function, allow_drop = _function(request["function"]), request["allow_drop"]
+    if request["models"]:
+        old, new = map(_model, request["models"])
+        _hold_against(old, request["models"][0], sources)
+        return derive(function, old, into=new, allow_drop=allow_drop)
+    return derive(function, sources, allow_drop=allow_drop)
 
 
-def _function(place: str) -> Function:
-    """The function at `package.module:name`; the current folder is searched as `python -m` does."""
+def _model(place: str) -> Any:
+    """The module that a callable makes."""
+    made = _function(place)()
+    if not hasattr(made, "state_dict"):
+        raise DerivationError(f"{place} makes {type(made).__name__}, not a module")
+    return made
+
+
+def _hold_against(model: Any, place: str, sources: Mapping[str, Source]) -> None:
+    """The old model must have the checkpoint's names and shapes."""
+    has = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name in dict.fromkeys([*sources, *has]):
+        theirs = sources[name].shape if name in sources else None
+        if has.get(name) != theirs:
+            mine = "does not have it" if name not in has else f"has shape {list(has[name])}"
+            other = "does not have it" if theirs is None else f"has shape {list(theirs)}"
+            raise DerivationError(
+                f"{describe(name)}: the model of {place} {mine}, the checkpoint {other}",
+                hint="Build the model as it was when the checkpoint was saved.",
+            )
+
+
+def _function(place: str) -> Any:
+    """What stands at `package.module:name`; the current folder is searched as `python -m` does."""
     module, _, name = place.partition(":")
     if not module or not name:
         raise DerivationError(f"{describe(place)} does not name a function", hint="Write package.module:function.")
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
     try:
         found = import_module(module)
         for part in name.split("."):
@@ -63,6 +91,7 @@ def _answer(derived: Derived) -> dict[str, Any]:
         "rules": [str(rule) for rule in derived.plan.all_rules()],
         "dropped": list(derived.dropped),
         "new": list(derived.new),
+        "untouched": list(derived.untouched),
         "notes": list(derived.notes),
         "calls": derived.calls,
     }

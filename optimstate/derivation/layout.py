@@ -125,7 +125,7 @@ def joined(shapes: Sequence[Shape], wanted: Wanted, owner: torch.Tensor) -> tupl
     if bool((owner < 0).any()) or owner.bincount(minlength=len(shapes)).tolist() != sizes:
         return None
     parts = []
-    for shape, places in zip(shapes, owner.argsort(stable=True).split(sizes), strict=True):
+    for shape, places in zip(shapes, torch.split(owner.argsort(stable=True), sizes), strict=True):
         where = torch.full((len(places),), -1, dtype=torch.int64)
         where[wanted.ids[places]] = places
         if bool((where < 0).any()):
@@ -249,23 +249,46 @@ def _selections(shape: Shape, wanted: Wanted) -> Iterator[Program]:
 
 
 def core(wanted: Wanted) -> tuple[Wanted, Program]:
-    """The block of an output that comes from the source, and the growth that adds the rest at its ends."""
+    """The block of an output that comes from the source, and the growth that adds the rest.
+
+    Growth is at the ends of dimensions, at their beginnings (between two flips), or at either side of every one of a
+    dimension's equal parts, as heads that are padded.
+    """
     ids = wanted.ids.reshape(wanted.shape)
     there = ids >= 0
     if bool(there.all()) or not bool(there.any()):
         return wanted, ()
-    sizes = []
-    for dim in range(ids.dim()):
+    shape: list[int] = []
+    for dim, size in enumerate(wanted.shape):
         others = [d for d in range(ids.dim()) if d != dim]
-        along = there.any(dim=others) if others else there
-        sizes.append(int(along.nonzero().max()) + 1)
-    block = ids[tuple(slice(size) for size in sizes)]
-    growth = tuple(
-        Resize(dim, new, Fill(0.0))
-        for dim, (new, old) in enumerate(zip(wanted.shape, sizes, strict=True))
-        if new != old
-    )
-    return Wanted(tuple(sizes), block.reshape(-1)), growth
+        period = _period(there.any(dim=others) if others else there)
+        shape += [size // period, period] if period < size else [size]
+    ids, there = ids.reshape(shape), there.reshape(shape)
+    box = []
+    growth: list[Operation] = []
+    for dim, new in enumerate(shape):
+        others = [d for d in range(ids.dim()) if d != dim]
+        along = (there.any(dim=others) if others else there).nonzero()
+        start, stop = int(along.min()), int(along.max()) + 1
+        box.append(slice(start, stop))
+        if stop < new:
+            growth.append(Resize(dim, new - start, Fill(0.0)))
+        if start:
+            growth += [Flip((dim,)), Resize(dim, new, Fill(0.0)), Flip((dim,))]
+    closing = next(_reshapes(tuple(shape), wanted.shape))
+    block = ids[tuple(box)]
+    return Wanted(tuple(block.shape), block.reshape(-1)), (*growth, *closing)
+
+
+def _period(there: torch.Tensor) -> int:
+    """How many places one of the equal parts has in which elements from the source stand at the same, joined places."""
+    size = there.numel()
+    for period in reversed(_divisors(size)):
+        part = there[:period].nonzero()
+        alike = part.numel() and bool((there.view(-1, period) == there[:period]).all())
+        if alike and int(part.max()) - int(part.min()) + 1 == part.numel():
+            return size if part.numel() == period else period
+    return size
 
 
 def _walked(flat: torch.Tensor) -> tuple[int, list[_Digit]] | None:
@@ -419,7 +442,10 @@ def _endings(
 ) -> Iterator[Program]:
     """Permutation and reshape after a split whose parts may differ in size: forms without sizes where they do."""
     candidates = None
-    alike = {(part.length, walk.order, walk.sizes, shape): walk for part, walk, shape in zip(parts, walks, shapes, strict=True)}
+    alike = {
+        (part.length, walk.order, walk.sizes, shape): walk
+        for part, walk, shape in zip(parts, walks, shapes, strict=True)
+    }
     for (length, _, _, shape), walk in alike.items():
         now = (*dims[:dim], length, *dims[dim + 1 :])
         mine = list(_arranged(now, walk, left, shape))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from optimstate.derivation.layout import Program, Wanted, core, cut, joined
 from optimstate.derivation.probe import Combined, Function, Moved, New, Probe, Source, Unexplained, probe
-from optimstate.derivation.proof import differences, roundings
+from optimstate.derivation.proof import Terms, differences, roundings
 from optimstate.derivation.templates import Moves, drops, generalised
 from optimstate.describe import describe
 from optimstate.errors import DerivationError
+from optimstate.plan.expressions.tree import Fill
 from optimstate.plan.language.base import Operation
 from optimstate.plan.language.operations import OPERATIONS
 from optimstate.plan.language.plan import Plan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Derivation", "Derived", "source_of"]
 
 Shape = tuple[int, ...]
+Resize = OPERATIONS["resize"]
 
 
 class Derived(Record):
@@ -35,6 +37,7 @@ class Derived(Record):
         new: Outputs that depend on no source: they start fresh.
         notes: What deserves attention though nothing is wrong.
         calls: How often the function was called.
+        untouched: Those of `new` that a copying script leaves as the new model has them.
     """
 
     plan: Plan
@@ -42,6 +45,7 @@ class Derived(Record):
     new: tuple[str, ...]
     notes: tuple[str, ...]
     calls: int
+    untouched: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.plan.to_toml()
@@ -64,15 +68,36 @@ class _Component(Record):
 
 
 class Derivation:
-    """One derivation: what was found, as moves of a first pass and of a second."""
+    """One derivation: what was found, as moves of a first pass and of a second.
 
-    def __init__(self, function: Function, sources: Mapping[str, Source], allow_drop: bool) -> None:
+    Args:
+        function: From state dict to state dict.
+        sources: What it is given.
+        allow_drop: Whether sources may go nowhere.
+        probing: What says where the elements of its outputs come from.
+        live: Values of the live model, where outputs may keep them.
+        shared: Sources that are the same tensor as another, with that one: nothing is lost where no output takes them.
+    """
+
+    def __init__(
+        self,
+        function: Function,
+        sources: Mapping[str, Source],
+        allow_drop: bool,
+        *,
+        probing: Callable[[Function, Mapping[str, Source]], Probe] = probe,
+        live: Mapping[str, Any] | None = None,
+        shared: Mapping[str, str] | None = None,
+    ) -> None:
         self.function, self.sources, self.allow_drop = function, sources, allow_drop
+        self.probing, self.live, self.shared = probing, live, shared or {}
         self.first: list[Moves] = []
         self.second: list[Moves] = []
         self.notes: list[str] = []
         self.dropped: tuple[str, ...] = ()
         self.new: tuple[str, ...] = ()
+        self.untouched: tuple[str, ...] = ()
+        self.random: tuple[str, ...] = ()
         self.calls = 0
         self._known: dict[Any, Any] = {}
 
@@ -89,7 +114,7 @@ class Derivation:
 
     def derived(self, plan: Plan) -> Derived:
         """What was found, with the plan that says it."""
-        return Derived(plan, self.dropped, self.new, tuple(self.notes), self.calls)
+        return Derived(plan, self.dropped, self.new, tuple(self.notes), self.calls, self.untouched)
 
     def explain(self) -> None:
         """Find the moves.
@@ -97,7 +122,7 @@ class Derivation:
         Raises:
             DerivationError: There are none that do what the function does.
         """
-        found = probe(self.function, self.sources)
+        found = self.probing(self.function, self.sources)
         self.calls = found.calls
         self._refuse(found)
         moved = {name: origin for name, origin in found.outputs.items() if isinstance(origin, Moved)}
@@ -110,14 +135,23 @@ class Derivation:
             if isinstance(origin, Combined):
                 used |= self._sum(name, origin, found, used)
         self.dropped = tuple(name for name in self.sources if name not in used)
-        if self.dropped and not self.allow_drop:
-            more = len(self.dropped) - 5
-            shown = ", ".join(map(describe, self.dropped[:5])) + (f" and {more} more" if more > 0 else "")
+        lost = [name for name in self.dropped if name not in self.shared]
+        if lost and not self.allow_drop:
             raise DerivationError(
-                f"no output takes {shown}",
+                f"no output takes {_listed(lost)}",
                 hint="If they are to be left out, allow it: allow_drop=True, or --allow-drop.",
             )
-        self.new = tuple(name for name, origin in found.outputs.items() if isinstance(origin, New))
+        made = {name: origin for name, origin in found.outputs.items() if isinstance(origin, New)}
+        self.new = tuple(made)
+        self.untouched = tuple(name for name, origin in made.items() if origin.untouched)
+        self.random = tuple(name for name, origin in moved.items() if origin.fill == "random")
+        if self.random:
+            self.notes.append(
+                f"a part of {_listed(self.random)} is drawn at random; the plan fills it with the mean of the rest"
+            )
+        kept = [name for name, origin in moved.items() if origin.fill == "live"]
+        if kept:
+            self.notes.append(f"a part of {_listed(kept)} keeps the live model's values: resume with this plan")
 
     def _refuse(self, found: Probe) -> None:
         wrong = []
@@ -165,21 +199,22 @@ class Derivation:
     def _fan_out(self, source: str, outputs: Sequence[str], moved: Mapping[str, Moved], owners: _Owners) -> None:
         shape = self.sources[source].shape
         wanted = [owners.relative(name, source) for name in outputs]
-        extras = [self._extras(moved[name], [source]) for name in outputs]
-        found = self._cut(shape, wanted) if len({tuple(map(str, extra)) for extra in extras}) == 1 else None
+        alike = {(*map(str, self._extras(moved[name], [source])), moved[name].fill) for name in outputs}
+        found = self._cut(shape, wanted) if len(alike) == 1 else None
         if found is not None:
             program, order = found
-            self._add((source,), tuple(outputs[number] for number in order), (*program, *extras[0]))
+            program = self._finished(program, moved[outputs[0]], [source])
+            self._add((source,), tuple(outputs[number] for number in order), program)
             return
         if len(outputs) == 1:
             raise self._unsayable(outputs[0], [source])
         copies = tuple(f"{name}.copy" for name in outputs)
         self.first.append(Moves((source,), copies))
-        for name, copy, item, extra in zip(outputs, copies, wanted, extras, strict=True):
+        for name, copy, item in zip(outputs, copies, wanted, strict=True):
             single = self._cut(shape, [item])
             if single is None:
                 raise self._unsayable(name, [source])
-            self.second.append(Moves((copy,), (name,), (*single[0], *extra)))
+            self.second.append(Moves((copy,), (name,), self._finished(single[0], moved[name], [source])))
 
     def _gather(self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners) -> None:
         found = self._joined(sources, output, moved, owners)
@@ -227,7 +262,6 @@ class Derivation:
                     ids[mine] = torch.searchsorted(inside, own)
                 owner[mine] = number
             item = Wanted(tuple(moved[name].ids.shape), ids)
-            extra = self._extras(moved[name], sources)
             if len(sources) == 1:
                 single = self._cut(shapes[0], [item])
                 result: tuple[Program, tuple[int, ...]] | None = None if single is None else (single[0], (0,))
@@ -237,7 +271,7 @@ class Derivation:
                 raise self._unsayable(name, sources)
             program, order = result
             taken = tuple(pieces[sources[number], name] for number in order)
-            self.second.append(Moves(taken, (name,), (*program, *extra)))
+            self.second.append(Moves(taken, (name,), self._finished(program, moved[name], sources)))
 
     def _joined(
         self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners
@@ -249,12 +283,10 @@ class Derivation:
         if key not in self._known:
             whole = Wanted(tuple(moved[output].ids.shape), ids)
             inner, growth = core(whole)
-            kept = owner if not growth else owner.reshape(whole.shape)[tuple(map(slice, inner.shape))].reshape(-1)
-            found = joined(shapes, inner, kept)
+            found = None if bool((inner.ids < 0).any()) else joined(shapes, inner, owner[ids >= 0])
             self._known[key] = None if found is None else ((*found[0], *growth), found[1])
         found = self._known[key]
-        extra = self._extras(moved[output], sources)
-        return None if found is None else ((*found[0], *extra), found[1])
+        return None if found is None else (self._finished(found[0], moved[output], sources), found[1])
 
     def _cut(self, shape: Shape, wanted: Sequence[Wanted]) -> tuple[Program, tuple[int, ...]] | None:
         key = ("cut", shape, tuple(item.shape for item in wanted), _digest(*(item.ids for item in wanted)))
@@ -262,6 +294,15 @@ class Derivation:
             self._known[key] = cut(shape, wanted)
         found: tuple[Program, tuple[int, ...]] | None = self._known[key]
         return found
+
+    def _finished(self, program: Program, origin: Moved, sources: Sequence[str]) -> Program:
+        """A layout with what it is filled with where it grows, a factor and another dtype."""
+        extra = self._extras(origin, sources)
+        if isinstance(origin.fill, str):  # values that are not to be scaled
+            fill = Fill("live") if origin.fill == "live" else Fill(None, {"param": "mean"})
+            return (*extra, *_filled(program, fill))
+        value = _short((origin.fill - origin.shift) / origin.scale)
+        return (*_filled(program, Fill(None, {"param": value}) if value else Fill(0.0)), *extra)
 
     def _extras(self, origin: Moved, sources: Sequence[str]) -> tuple[Operation, ...]:
         """What is done beside the layout: a factor, another dtype."""
@@ -293,10 +334,10 @@ class Derivation:
         rules = [*drops(self.dropped, names), *generalised(self.first, [name for name in names if name not in dropped])]
         taken = {name for move in self.first for name in move.sources}
         kept = [name for name in names if name not in taken and name not in dropped]
-        if not self.second:
-            return Plan(tuple(rules))
         between = [*kept, *(name for move in self.first for name in move.targets)]
-        return Plan(tuple(rules), (tuple(generalised(self.second, between)),))
+        stages = (tuple(generalised(self.second, between)),) if self.second else ()
+        plan = Plan(tuple(rules), stages)
+        return plan.with_policy(missing="fresh") if self.new else plan
 
     def prove(self, plan: Plan) -> None:
         """Compare a plan with the function, and note what the function rounds.
@@ -305,9 +346,12 @@ class Derivation:
             DerivationError: They differ.
         """
         self.compare(plan)
-        rounded = roundings(plan, self.function, self.sources, self.new)
+        rounded = roundings(plan, self.function, self.sources, self._terms())
         if rounded:
             self.notes.append(f"the function rounds values on the way, the plan keeps them: {rounded[0]}")
+
+    def _terms(self) -> Terms:
+        return Terms(self.new, self.random, self.live, self.shared)
 
     def compare(self, plan: Plan) -> None:
         """Compare a plan with the function.
@@ -315,12 +359,21 @@ class Derivation:
         Raises:
             DerivationError: They differ.
         """
-        wrong = differences(plan, self.function, self.sources, self.new)
+        wrong = differences(plan, self.function, self.sources, self._terms())
         if wrong:
             raise DerivationError(
                 "the plan that was found does not do what the function does:\n" + "\n".join(wrong[:5]),
                 hint="Please report this with the function.",
             )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - 5
+    return ", ".join(map(describe, names[:5])) + (f" and {more} more" if more > 0 else "")
+
+
+def _filled(program: Program, fill: Fill) -> Program:
+    return tuple(step._replace(fill=fill) if isinstance(step, Resize) else step for step in program)
 
 
 def _short(number: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from optimstate.describe import describe
 from optimstate.errors import DerivationError
@@ -42,14 +42,14 @@ class Moved(Record):
         ids: int64, of the output's shape: the element of the sources, counted through from 0; -1 for one from nowhere.
         scale: What every element is multiplied by.
         shift: What is added to every element.
-        fill: What the elements from nowhere hold.
+        fill: What the elements from nowhere hold: a number, "random" values, or those of the "live" model.
         dtype: The output's, as torch names it.
     """
 
     ids: torch.Tensor
     scale: float
     shift: float
-    fill: float
+    fill: float | Literal["random", "live"]
     dtype: str
 
 
@@ -72,10 +72,12 @@ class New(Record):
     Attributes:
         shape: Its shape.
         random: Whether two calls with the same sources gave different values.
+        untouched: Whether it is a tensor of a live module that a script leaves as it is.
     """
 
     shape: Shape
     random: bool
+    untouched: bool = False
 
 
 class Unexplained(Record):
@@ -189,14 +191,16 @@ class _Prober:
         open_: list[str] = []
         for name in self.shapes:
             z, o = zeros[name], ones[name]
-            if not self.torch.equal(z, again[name]):
+            random = (z != again[name]) & ~(z.isnan() & again[name].isnan())
+            same = ~random  # what is not drawn anew by each call
+            if random.all() and z.numel():
                 found[name] = New(self.shapes[name], random=True)
-            elif not bool(self.torch.isfinite(z).all() and self.torch.isfinite(o).all()):
+            elif not bool(self.torch.isfinite(z[same]).all() and self.torch.isfinite(o[same]).all()):
                 found[name] = Unexplained("it is not finite on zeros or ones", ())
-            elif not bool((o != z).any()) and all(self.torch.equal(r[name], z) for r in drawn) and z.numel():
-                found[name] = New(self.shapes[name], random=False)
+            elif not bool((o != z)[same].any()) and all(_equal(r[name], z, same) for r in drawn) and z.numel():
+                found[name] = New(self.shapes[name], random=bool(random.any()))
             else:
-                moved = self._moved(name, z, o, [d[name] for d in digits], draws, [r[name] for r in drawn])
+                moved = self._moved(name, z, o, [d[name] for d in digits], draws, [r[name] for r in drawn], random)
                 if moved is None:
                     open_.append(name)
                 else:
@@ -217,18 +221,20 @@ class _Prober:
         digits: list[torch.Tensor],
         draws: list[torch.Tensor],
         drawn: list[torch.Tensor],
+        random: torch.Tensor,
     ) -> Moved | None:
         """The output as a layout of the sources, or None."""
         from optimstate.installed_torch import torch
 
         factors = o - z
-        there = factors != 0
+        there = (factors != 0) & ~random
+        nowhere = ~there & ~random
         if not z.numel():
             return Moved(torch.empty(self.shapes[name], dtype=torch.int64), 1.0, 0.0, 0.0, self.dtypes[name])
         scale = _one_number(factors[there])
         shift = _one_number(z[there])
-        fill = _one_number(z[~there]) if bool((~there).any()) else 0.0
-        if scale is None or shift is None or fill is None:
+        fill = _one_number(z[nowhere]) if bool(nowhere.any()) else 0.0
+        if scale is None or shift is None or fill is None or (bool(random.any()) and bool(nowhere.any())):
             return None
         ids = torch.full(z.shape, -1, dtype=torch.int64)
         made = torch.zeros(int(there.sum()), dtype=torch.int64)
@@ -242,9 +248,10 @@ class _Prober:
         for values, seen in zip(draws, drawn, strict=True):
             expected = torch.full_like(seen, fill)
             expected[there] = values[made] * scale + shift
-            if not bool(((expected - seen).abs() <= room).all()):
+            if not bool(((expected - seen).abs() <= room)[~random].all()):
                 return None
-        return Moved(ids.reshape(self.shapes[name]), scale, shift, fill, self.dtypes[name])
+        ids = ids.reshape(self.shapes[name])
+        return Moved(ids, scale, shift, "random" if bool(random.any()) else fill, self.dtypes[name])
 
     def _combinations(
         self,
@@ -326,6 +333,10 @@ class _Prober:
             if len(blamed) == 4:
                 break
         return origin._replace(sources=tuple(blamed))
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor, where: torch.Tensor) -> bool:
+    return bool((one == other)[where].all())
 
 
 def _one_number(values: Any) -> float | None:

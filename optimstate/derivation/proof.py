@@ -9,32 +9,65 @@ from optimstate.derivation.probe import Function, Source
 from optimstate.describe import describe
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.language.plan import Plan
+from optimstate.plan.solve.migration import Target
 from optimstate.plan.solve.planner import plan_model
+from optimstate.record import Record, field
 
 if TYPE_CHECKING:
     from optimstate.installed_torch import torch
 
-__all__ = ["differences", "roundings"]
+__all__ = ["Terms", "differences", "roundings"]
 
 
-def differences(plan: Plan, function: Function, sources: Mapping[str, Source], new: Sequence[str] = ()) -> list[str]:
+class Terms(Record):
+    """On what terms a plan is held against a function.
+
+    Attributes:
+        new: Outputs of nothing, which the plan need not make.
+        random: Outputs of which the function draws a part at random, which may be anything.
+        live: The live model's tensors, where outputs may keep their values.
+        shared: Sources that are the same tensor as another, with that one.
+    """
+
+    new: Sequence[str] = ()
+    random: Sequence[str] = ()
+    live: Mapping[str, Any] | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+
+def differences(plan: Plan, function: Function, sources: Mapping[str, Source], terms: Terms) -> list[str]:
     """Where a plan and a function differ on random integers: one sentence for each output that does.
 
     Every floating dtype holds the integers exactly, so that a cast inside the function is no difference.
     """
-    return _differing(plan, function, _drawn(sources, whole=True), new)
+    return _differing(plan, function, _drawn(sources, whole=True), terms)
 
 
-def roundings(plan: Plan, function: Function, sources: Mapping[str, Source], new: Sequence[str] = ()) -> list[str]:
+def roundings(plan: Plan, function: Function, sources: Mapping[str, Source], terms: Terms) -> list[str]:
     """Outputs whose values the function rounds on the way and the plan does not."""
-    return _differing(plan, function, _drawn(sources, whole=False), new)
+    return _differing(plan, function, _drawn(sources, whole=False), terms)
 
 
-def _differing(plan: Plan, function: Function, drawn: Mapping[str, torch.Tensor], new: Sequence[str]) -> list[str]:
-    expected = function({name: value.clone() for name, value in drawn.items()})
-    made = execute_model(plan_model(plan, drawn).sections["model"], drawn)
+def _differing(plan: Plan, function: Function, drawn: dict[str, torch.Tensor], terms: Terms) -> list[str]:
+    from optimstate.installed_torch import torch
+
+    def called() -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return dict(function({name: value.clone() for name, value in drawn.items()}))
+
+    drawn.update({name: drawn[first] for name, first in terms.shared.items()})
+    expected = called()
+    target = None
+    if terms.live is not None:
+        target = Target.of_names({name: tuple(value.shape) for name, value in expected.items()}, terms.live)
+    made = execute_model(plan_model(plan, drawn, target=target).sections["model"], drawn, live=terms.live)
+    if terms.random:
+        again = called()
+        for name in terms.random:
+            if name in made and made[name].shape == expected[name].shape:
+                expected[name] = torch.where(expected[name] == again[name], expected[name], made[name])
     arithmetic = any(step.KEY in _ARITHMETIC for rule in plan.all_rules() for step in rule.operations)
-    return list(_compared(expected, made, set(new), arithmetic=arithmetic))
+    return list(_compared(expected, made, set(terms.new), arithmetic=arithmetic))
 
 
 def _drawn(sources: Mapping[str, Source], *, whole: bool) -> dict[str, torch.Tensor]:

@@ -170,7 +170,7 @@ class _Scaled:
         for scale in (small, self.scales[2]):
             plan = self._derivation(scale, self._lifted(first, second, scale), prove=False).plan()
             whole = Derivation(self.make(scale), self._shrunk(scale, every=True), self.allow_drop)
-            whole.new = first.new
+            whole.new, whole.random = first.new, first.random
             try:
                 whole.compare(plan)
             except (DerivationError, RuntimeError, ValueError, IndexError, TypeError, LookupError) as error:
@@ -195,7 +195,8 @@ class _Scaled:
     ) -> Derivation:
         made = Derivation(self.make(scale), self._shrunk(scale), self.allow_drop)
         made.first, made.second = found[0], found[1]
-        made.dropped, made.new = found[2].dropped, found[2].new
+        made.dropped, made.new, made.random = found[2].dropped, found[2].new, found[2].random
+        made.untouched = found[2].untouched
         if prove:
             made.prove(made.plan())
         return made

@@ -31,6 +31,7 @@ class DeriveReport(Report):
         rules: In order, as text.
         dropped: Names that the function leaves out.
         new: Names that it makes of nothing: they start without state.
+        untouched: Those of `new` that a script leaves as the new model has them.
         notes: What deserves attention though nothing is wrong.
         calls: How often the function was called.
         plan: The plan as a file.
@@ -41,6 +42,7 @@ class DeriveReport(Report):
     rules: tuple[str, ...]
     dropped: tuple[str, ...]
     new: tuple[str, ...]
+    untouched: tuple[str, ...]
     notes: tuple[str, ...]
     calls: int
     plan: str
@@ -51,7 +53,12 @@ class DeriveReport(Report):
 
     def __str__(self) -> str:
         lines = list(self.rules) or ["the function changes nothing: the plan is empty"]
-        for names, what in ((self.dropped, "left out"), (self.new, "made of nothing, without state")):
+        made = tuple(name for name in self.new if name not in self.untouched)
+        for names, what in (
+            (self.dropped, "left out"),
+            (made, "made of nothing, without state"),
+            (self.untouched, "left as the new model has it, without state"),
+        ):
             lines += [f"{what}: {name}" for name in names[:10]]
             if len(names) > 10:
                 lines.append(f"{what}: {len(names) - 10} more")
@@ -63,6 +70,7 @@ def derive_plan(
     like: Place,
     *,
     function: str = "",
+    models: tuple[str, str] | None = None,
     transformers: str | Path = "",
     to: Literal["live", "hub"] = "live",
     allow_drop: bool = False,
@@ -73,6 +81,8 @@ def derive_plan(
     Args:
         like: A checkpoint with the names, shapes and dtypes that the function is given; no tensor of it is read.
         function: `package.module:name`, from a state dict to a state dict, in the current folder or installed.
+        models: Two callables, given likewise, that make the old and the new module: the function copies weights from
+            one into the other, in place.
         transformers: In place of it a folder or file with a `config.json`: the installed library's own converters.
         to: With `transformers`, the layout that the plan leads to.
         allow_drop: Whether the function may leave tensors out.
@@ -84,6 +94,8 @@ def derive_plan(
     """
     if bool(function) == bool(transformers):
         raise DerivationError("give either a function or a transformers configuration")
+    if models and not function:
+        raise DerivationError("give the function that copies from the old model into the new one")
     with opening(like):
         tensors = model_tensors(open_checkpoint(like).tree)
         sources = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -94,6 +106,7 @@ def derive_plan(
         request = {
             "sources": sources,
             "function": function,
+            "models": list(models or ()),
             "transformers": str(transformers),
             "to": to,
             "allow_drop": allow_drop,
@@ -110,6 +123,6 @@ def derive_plan(
         answer = json.loads(place.read_text(encoding="utf-8"))
     if "error" in answer:
         raise DerivationError(answer["error"], hint=answer["hint"])
-    listed = {key: tuple(answer[key]) for key in ("rules", "dropped", "new", "notes")}
+    listed = {key: tuple(answer[key]) for key in ("rules", "dropped", "new", "untouched", "notes")}
     code = function or str(transformers)
     return DeriveReport(source=str(like), code=code, calls=answer["calls"], plan=answer["plan"], **listed)

@@ -115,6 +115,7 @@ def leaves(value: Any, path: str, known: dict[str, list[str]]) -> list[tuple[str
 
 
 ANY = corpus.FILES
+NEW = ["--new-model", "converter:New"]
 FAILING = [
     ["remap", "checkpoint.pt", "--dry-run", "--drop", "nowhere.**"],
     ["remap", "checkpoint.pt", "--dry-run", "--rename", "embed.weight=fc.{p}"],
@@ -175,7 +176,10 @@ INVOCATIONS = {
         ["scan", "cut.pkl"],
         ["scan", "left"],
     ],
-    "plan derive": [["plan", "derive", "checkpoint.pt", "--function", "converter:upgraded", "--allow-drop"]],
+    "plan derive": [
+        ["plan", "derive", "checkpoint.pt", "--function", "converter:upgraded", "--allow-drop"],
+        ["plan", "derive", "old.pt", "--function", "converter:grown", "--old-model", "converter:Old", *NEW],
+    ],
     "log": [["log", "certified.pt"]],
     "rehearse": [
         ["rehearse", "--script", "resume_check.py"],

@@ -119,12 +119,13 @@ class Plan(Record):
         return made.through(cls.from_file(folder / view.plan), back, section=view.section)
 
     @classmethod
-    def derive(cls, function: Any, sources: Mapping[str, Any], *, allow_drop: bool = False) -> Any:
+    def derive(cls, function: Any, sources: Any, *, into: Any = None, allow_drop: bool = False) -> Any:
         """Read a plan off a function from state dict to state dict: see `optimstate.derive`, which this is.
 
         Args:
-            function: From a mapping of names to tensors to another.
-            sources: Names, with a tensor or a shape for each.
+            function: From a mapping of names to tensors to another; with `into`, from an old and a new module to none.
+            sources: Names, with a tensor or a shape for each; or a module.
+            into: The new module, where the function copies weights from one module into another.
             allow_drop: Whether sources may go nowhere.
 
         Returns:
@@ -134,7 +135,7 @@ class Plan(Record):
             DerivationError: No plan says what the function does.
         """
         # Derivation stands above plans; it is found by name when it is asked for, as containers are.
-        return import_module("optimstate.derivation.derive").derive(function, sources, allow_drop=allow_drop)
+        return import_module("optimstate.derivation.derive").derive(function, sources, into=into, allow_drop=allow_drop)
 
     def to_toml(self) -> str:
         """The plan as a file."""
