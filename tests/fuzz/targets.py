@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import shutil
 import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from optimstate.errors import OptimStateError
+from tests.fuzz.inputs import SHARD, Input, shard
 
-__all__ = ["FOUND", "read_anything", "run_verbs"]
+__all__ = ["FOUND", "VERBS", "read_anything", "run_verbs"]
 
 FOUND = Path(__file__).parent / "found"
-SUFFIXES = ("a.pt", "a.safetensors", "a.npz", "a.npy", "a.zip", "a.pkl", "a.safetensors.index.json", "d/.metadata")
 
 
 @cache
 def _place() -> Path:
     memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
+    place = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    (place / "d").mkdir()
+    (place / SHARD).write_bytes(shard())
+    (place / "d" / "__0_0.distcp").write_bytes(bytes(10_000))
+    return place
 
 
-def read_anything(data: bytes) -> None:
-    """Open, look into and scan a file; the first byte says what it is called."""
+def read_anything(read: Input) -> None:
+    """Look into a file, scan it or open what can be opened of it.
+
+    Raises:
+        Exception: What none of them may raise.
+    """
     from optimstate.formats.registry import open_checkpoint
     from optimstate.surgery.inspecting import inspect
     from optimstate.surgery.scanning import scan
 
-    folder = _place()
-    name = SUFFIXES[data[0] % len(SUFFIXES)] if data else SUFFIXES[0]
-    path = folder / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data[1:])
-    opened = path.parent if path.parent != folder else path
-    looks = (lambda: inspect(opened), lambda: scan(opened), lambda: open_checkpoint(opened, salvage=True))
-    for look in looks:
-        with suppress(OptimStateError):
-            str(look())
+    path = _place() / read.name
+    path.write_bytes(read.data)
+    opened = path if path.parent == _place() else path.parent
+    with suppress(OptimStateError):
+        if read.look == "inspect":
+            str(inspect(opened))
+        elif read.look == "scan":
+            str(scan(opened))
+        else:
+            open_checkpoint(opened, salvage=True)
     path.unlink()
 
 
@@ -99,16 +110,18 @@ class _Trees:
         return made
 
 
-def run_verbs(seed: int) -> None:
-    """Build a checkpoint, change some bytes of it perhaps, and run every verb on it.
+VERBS = (
+    "inspect", "json", "diff", "verify", "scan", "to safetensors", "to torch", "to dcp", "to shards", "remap", "name"
+)  # fmt: skip
+
+
+def run_verbs(seed: int, verbs: Sequence[str] = VERBS) -> None:
+    """Build a checkpoint, change some bytes of it perhaps, and run commands on it.
 
     Raises:
         Exception: What none of them may raise.
     """
     import torch
-
-    import optimstate
-    from optimstate.formats.protocol import WriteOptions
 
     trees = _Trees(seed)
     chosen = trees.random
@@ -117,33 +130,50 @@ def run_verbs(seed: int) -> None:
     folder.mkdir()
     path, other = folder / "a.pt", folder / "b.pt"
     torch.save(trees.checkpoint(), path)
-    torch.save(trees.checkpoint(), other)
+    if "diff" in verbs:
+        torch.save(trees.checkpoint(), other)
+    data = bytearray(path.read_bytes())
     if chosen.random() < 0.5:
-        data = bytearray(path.read_bytes())
         for _ in range(chosen.randrange(1, 6)):
             at = chosen.randrange(len(data))
             data[at : at + chosen.randrange(1, 4)] = chosen.randbytes(chosen.randrange(4))
         path.write_bytes(data)
-    quick = WriteOptions(sync=False)
-    rename = optimstate.Plan.from_options(rename=["0.{p}=first.{p}"])
-    verbs = [
-        lambda: str(optimstate.inspect(path)),
-        lambda: optimstate.inspect(path).to_json(),
-        lambda: str(optimstate.diff(path, other)),
-        lambda: str(optimstate.verify(path)),
-        lambda: optimstate.scan(path).to_json(),
-        lambda: optimstate.convert(path, folder / "c.safetensors", options=quick, force=True),
-        lambda: optimstate.convert(path, folder / "c.pt", drop_opaque=True, options=quick, force=True),
-        lambda: optimstate.convert(path, folder / "c.dcp", options=quick, force=True),
-        lambda: optimstate.remap(path, folder / "r.pt", rename, force=True, sync=False),
-        lambda: optimstate.name(path, folder / "n.pt", force=True),
-    ]
-    before = path.read_bytes()
     for verb in verbs:
-        try:
-            verb()
-        except OptimStateError as error:
-            str(error)
-    assert path.read_bytes() == before, "the source changed"
+        with suppress(OptimStateError):
+            _run(verb, path, other)
+    assert path.read_bytes() == data, "the source changed"
     left = [found.name for found in folder.iterdir() if found.name.endswith(".part")]
     assert not left, f"left {left}"
+
+
+def _run(verb: str, path: Path, other: Path) -> None:
+    import optimstate
+    from optimstate.formats.protocol import WriteOptions
+
+    quick = WriteOptions(sync=False)
+    out = path.parent
+    match verb:
+        case "inspect":
+            str(optimstate.inspect(path))
+        case "json":
+            optimstate.inspect(path).to_json()
+        case "diff":
+            str(optimstate.diff(path, other))
+        case "verify":
+            str(optimstate.verify(path))
+        case "scan":
+            optimstate.scan(path).to_json()
+        case "to safetensors":
+            optimstate.convert(path, out / "c.safetensors", options=quick, force=True)
+        case "to torch":
+            optimstate.convert(path, out / "c.pt", drop_opaque=True, options=quick, force=True)
+        case "to dcp":
+            optimstate.convert(path, out / "c.dcp", options=quick, force=True)
+        case "to shards":
+            shards = WriteOptions(sync=False, shard_size=20)
+            optimstate.convert(path, out / "c", to="safetensors", options=shards, force=True)
+        case "remap":
+            rename = optimstate.Plan.from_options(rename=["0.{p}=first.{p}"])
+            optimstate.remap(path, out / "r.pt", rename, force=True, sync=False)
+        case "name":
+            optimstate.name(path, out / "n.pt", force=True)

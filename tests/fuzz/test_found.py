@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fuzz.inputs import understood
 from tests.fuzz.targets import FOUND, read_anything, run_verbs
 
 
@@ -15,7 +16,7 @@ def test_what_was_found_is_found_no_more(path: Path) -> None:
     if path.name.startswith("verbs-"):
         run_verbs(int(data))
     else:
-        read_anything(data)
+        read_anything(understood(data))
 
 
 @pytest.mark.parametrize("seed", range(8))
