@@ -41,7 +41,7 @@ CHUNK = 25_000
 
 def fuzz_readers(runs: int, seed: int, corpus: Path) -> None:
     """Guided by coverage; the library ends the process."""
-    import atheris
+    import atheris  # type: ignore[import-untyped, unused-ignore]
 
     with atheris.instrument_imports(include=["optimstate.formats"]):
         from optimstate import formats
