@@ -47,6 +47,7 @@ Out = Annotated[
     epilog=epilog(
         "optimstate plan suggest old.pt new-model.pt -o plan.toml",
         "optimstate plan suggest old.pt new-model.pt --headers --json",
+        "optimstate plan suggest old.pt new-model.pt --rehearse resume_check.py",
         "optimstate plan suggest old.pt new-model.pt -o - | optimstate plan check - old.pt",
         exits="0 everything is explained, 1 something of TARGET is not, or a rule does not fit SOURCE, "
         "2 wrong usage, 3 bad input, 5 the destination.",
@@ -60,6 +61,10 @@ def suggest(
         typer.Argument(help="A checkpoint of the new model; its weights are enough.", **PLACE),
     ],
     output: Out = None,
+    rehearse: Annotated[
+        Path | None,
+        typer.Option(metavar="SCRIPT", help="Decide what stays open with a script as `optimstate rehearse` runs."),
+    ] = None,
     headers: Annotated[
         bool, typer.Option("--headers", help="Compare names and shapes only; contents tell renames more surely.")
     ] = False,
@@ -81,8 +86,14 @@ def suggest(
     from optimstate.cli.render import terminal
 
     _check(output, source, target, force=force, as_json=as_json)
+    keeps = None
+    if rehearse is not None:
+        from optimstate.cli.scripts import rehearsed_script
+        from optimstate.rehearsal.deciding import trial
+
+        keeps = trial(rehearsed_script(rehearse))
     with terminal.progress("comparing", source, target, quiet=quiet or headers) as advance:
-        report = optimstate.suggest(source, target, headers=headers, layouts=layouts, progress=advance)
+        report = optimstate.suggest(source, target, headers=headers, layouts=layouts, keeps=keeps, progress=advance)
     if not _put(report.plan, output):
         terminal.show(report, as_json=as_json, quiet=quiet)
         _wrote(output, quiet=quiet or as_json)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from optimstate.cli.app import SETTINGS, Json, Quiet, app, epilog
+from optimstate.cli.scripts import rehearsed_script
 
 
 @app.command(
@@ -31,21 +32,15 @@ def rehearse(
 ) -> None:
     """Compare a run with its continuation in a changed model: function, gradients, then parameters and slots.
 
-    The script is Python that you wrote and is executed. `old()` and `new()` build (model, optimizer); `batch` is what
+    The script is Python that you wrote and is executed. `old()` and `new()` build (model, optimizer), or these and a
+    scheduler; `batch` is what
     `loss(model, batch)` takes; `plan` is a plan or the path of one, `checkpoint` what the old run is loaded from, and
     `load(state, model, optimizer)` loads the new run where that is not optimstate's.
     """
-    import runpy
-
     from optimstate.cli.render import terminal
     from optimstate.rehearsal import rehearse as rehearsed
 
-    if not script.is_file():
-        raise typer.BadParameter(f"{script} is not a file")
-    given = runpy.run_path(str(script))
-    missing = [name for name in ("old", "new", "batch", "loss") if name not in given]
-    if missing:
-        raise typer.BadParameter(f"{script} does not define {', '.join(missing)}")
+    given = rehearsed_script(script)
     report = rehearsed(
         given["old"],
         given["new"],

@@ -92,21 +92,6 @@ from = "attn.{x=q|k|v}.{p}"
 to = "attn.qkv.{p}"
 ops = [{ reshape = { dim = 0, to = [2, 4] } }, { stack = 1 }, { reshape = { dim = 0, from = [2, 3, 4], to = [24] } }]
 """
-RENAME = '[[rule]]\nfrom = "attn.{p**}"\nto = "attention.{p}"\n'
-RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
-    "nothing": ("", {}),
-    "rename": (RENAME, {"renamed": True}),
-    "fused": (FUSE, {"fused": "plain"}),
-    "interleaved": (INTERLEAVE, {"fused": "interleaved"}),
-}
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_a_right_plan_is_exact(old: Any, name: str) -> None:
-    text, kind = RIGHT[name]
-    found = rehearse(old, lambda: built(**kind), Plan.from_toml(text), BATCH, loss, steps=3)
-    assert (found.verdict, found.deviations) == ("exact", ())
-    assert all(a == pytest.approx(b, rel=1e-9) for a, b in found.losses)
 
 
 def wrong(found: Rehearsal, verdict: str, *names: str) -> None:

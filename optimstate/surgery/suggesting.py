@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,7 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve import suggest as solve
+from optimstate.plan.solve.deciding import decided
 from optimstate.plan.solve.known import read as read_layouts
 from optimstate.problems import Problem
 from optimstate.record import Record
@@ -157,6 +158,7 @@ def suggest(
     *,
     headers: bool = False,
     layouts: str | PathLike[str] | None = None,
+    keeps: Callable[[Plan], bool] | None = None,
     progress: Progress | None = None,
 ) -> SuggestReport:
     """Propose the plan that makes the names and shapes of one checkpoint of another.
@@ -167,10 +169,13 @@ def suggest(
         headers: Compare names and shapes only. Otherwise tensors are read too, and those of equal content that no other
             has are taken for each other, which tells renames that shapes cannot tell.
         layouts: A file of further known layouts, of the form of `optimstate/plan/solve/known_layouts.toml`.
+        keeps: Whether the new model computes with a plan what the old one does; it decides what names, shapes and
+            contents leave open.
         progress: Called with the bytes read since the last call.
 
     Raises:
         CheckpointError: One of them cannot be read, or names no parameters.
+        PlanError: There are too many possibilities for `keeps`.
         PlanSyntaxError: The file of layouts is not one.
     """
     known = read_layouts(Path(layouts)) if layouts is not None else None
@@ -190,6 +195,8 @@ def suggest(
             head_dim=sizes.pop() if len(sizes) == 1 else None,
             known=known,
         )
+        if keeps is not None:
+            found = decided(found, old, keeps)
         rules = tuple(
             SuggestedRule(str(item.rule), item.confidence, item.reason, Plan((item.rule,)).to_toml())
             for item in found.rules

@@ -68,7 +68,7 @@ def _propose(search: Search, parts: Sequence[Family], dim: int, one: Family, joi
     sources, targets = (names, [one.template()]) if joining else ([one.template()], names)
     if search.propose(sources, targets, sure, reason, *operations) and sure < 1:
         ways = list(_ways(parts, one, dim, joining))
-        search.leave_open(_about(parts, one), ways, proposed=True)
+        search.leave_open(_about(parts, one), ways, proposed=True, module=one.pattern.rpartition(".")[0])
 
 
 def _about(parts: Sequence[Family], one: Family, more: str = "") -> str:

@@ -60,6 +60,7 @@ class Search:
         self.found: list[Suggested] = []
         self.options: list[str] = []
         self.decisions: list[Decision] = []
+        self._modules: dict[str, int] = {}
         self._open_old: list[str] = []
         self._open_new: list[str] = []
 
@@ -117,16 +118,24 @@ class Search:
             del self.new[name]
         return True
 
-    def leave_open(self, about: str, choices: Sequence[Choice], *, proposed: bool = False) -> bool:
+    def leave_open(self, about: str, choices: Sequence[Choice], *, proposed: bool = False, module: str = "") -> bool:
         """Note what cannot be decided; other steps leave alone what the possibilities take and make.
 
         Args:
             about: What is open.
             choices: The possibilities; those that do not fit are left out.
             proposed: Whether the first of them is a rule that was found already.
+            module: What weights and biases have in common, for which the same is right.
         """
         if proposed:
-            self.decisions.append(Decision(about, ranked(choices)[:_CHOICES], proposed))
+            made = Decision(about, ranked(choices)[:_CHOICES], proposed)
+            place = self._modules.get(module)
+            joined = _together(self.decisions[place], made) if place is not None else None
+            if place is not None and joined is not None:
+                self.decisions[place] = joined
+            else:
+                self._modules.update({module: len(self.decisions)} if module else {})
+                self.decisions.append(made)
             return True
         fits = [(choice, [self.uses(rule) for rule in choice.rules]) for choice in choices]
         fits = [(choice, used) for choice, used in fits if all(each is not None for each in used)]
@@ -153,6 +162,14 @@ class Search:
             name in self.kept and self.rows(0, name, 0) == self.rows(1, name, 0) is not None
             for name, _ in family.members.values()
         )
+
+
+def _together(one: Decision, other: Decision) -> Decision | None:
+    """One question in place of two that have the same answers."""
+    if [choice.reason for choice in one.choices] != [choice.reason for choice in other.choices]:
+        return None
+    pairs = zip(one.choices, other.choices, strict=True)
+    return one._replace(choices=tuple(a._replace(rules=(*a.rules, *b.rules)) for a, b in pairs))
 
 
 def rule_of(sources: Sequence[str], targets: Sequence[str], *operations: Operation) -> Rule | None:

@@ -1,0 +1,49 @@
+"""Whether a plan keeps the function: asked of many plans, to find the right one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from optimstate.errors import OptimStateError
+from optimstate.plan.language.plan import Plan
+from optimstate.rehearsal.comparing import Comparison
+from optimstate.rehearsal.runs import Run
+from optimstate.rehearsal.tensors import converted
+
+__all__ = ["trial"]
+
+
+def trial(given: Mapping[str, Any]) -> Callable[[Plan], bool]:
+    """A function that tells of a plan whether the new model computes with it what the old one does.
+
+    The old weights are disturbed at random, so that those which are equal in a fresh model (norms of ones, zero biases)
+    are told apart.
+
+    Args:
+        given: `old`, `new`, `batch` and `loss`, as `rehearse` takes them.
+    """
+    before = _disturbed(Run.of(given["old"], double=True))
+
+    def keeps(plan: Plan) -> bool:
+        lenient = plan.with_policy(unused="ignore", missing="fresh", unexpected="drop")
+        runs = copy.deepcopy(before), Run.of(given["new"], double=True)
+        try:
+            found = Comparison(*runs, lenient, converted(given["batch"]), given["loss"], 1e-8).run(0, None)
+        except OptimStateError:
+            return False
+        return not any(deviation.what == "output" for deviation in found.deviations)
+
+    return keeps
+
+
+def _disturbed(run: Run) -> Run:
+    from optimstate.installed_torch import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
+            parameter.mul_(1 + 0.2 * noise).add_(0.05 * noise.roll(1))
+    return run

@@ -1,0 +1,146 @@
+"""The two runs of a rehearsal: copies of what was given, that compute alike each time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from optimstate.errors import StateMismatchError
+from optimstate.rehearsal.tensors import difference, module_outputs
+from optimstate.state.names import unwrapped
+
+__all__ = ["Pass", "Run"]
+
+_PARTS = ("model", "optimizer", "scheduler")
+
+
+class Pass:
+    """One pass forward and back.
+
+    Attributes:
+        loss: A scalar tensor.
+        outputs: What the loss function gave beside it.
+        modules: What each module gave, in the order of their calls.
+    """
+
+    def __init__(self, loss: Any, outputs: Any, modules: dict[str, Any]) -> None:
+        self.loss, self.outputs, self.modules = loss, outputs, modules
+
+
+class Run:
+    """A model, its optimizers and its schedulers."""
+
+    def __init__(self, model: Any, optimizers: list[Any], schedulers: list[Any]) -> None:
+        self.model, self.optimizers, self.schedulers = model, optimizers, schedulers
+        self._plain: Callable[[str], str] | None = None
+
+    @classmethod
+    def of(cls, given: Any, *, double: bool) -> Run:
+        """Copies of `(model, optimizer)`, `(model, optimizer, scheduler)` or a dict of them; or what a function builds.
+
+        Args:
+            given: Of optimizers and schedulers there may be several, in lists.
+            double: Compute in float64.
+
+        Raises:
+            StateMismatchError: It is something else.
+        """
+        from optimstate.installed_torch import torch
+
+        found = given() if callable(given) else copy.deepcopy(given)
+        parts = found if isinstance(found, Mapping) else dict(zip(_PARTS, found, strict=False))
+        if not {"model", "optimizer"} <= parts.keys() <= {*_PARTS} or len(found) != len(parts):
+            raise StateMismatchError(
+                "a run is (model, optimizer), (model, optimizer, scheduler) or a dict with these keys",
+                hint="Leave out what else a run has: averages and scalers do not change what a step does.",
+            )
+        made = cls(parts["model"], _listed(parts["optimizer"]), _listed(parts.get("scheduler")))
+        if double:
+            states = [optimizer.state_dict() for optimizer in made.optimizers]
+            made.model.double()
+            for optimizer, state in zip(made.optimizers, states, strict=True):
+                optimizer.load_state_dict(state)  # slots take the dtype of their parameters
+        for module in made.model.modules():
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+        return made
+
+    def plain_name(self, name: str) -> str:
+        """A name of the model without what wrappers put before it."""
+        if self._plain is None:
+            self._plain = unwrapped(name for name, _ in self.model.named_parameters())
+        return self._plain(name)
+
+    def parts(self) -> dict[str, Any]:
+        """The arguments of `optimstate.resume`."""
+        made: dict[str, Any] = {"model": self.model, "optimizer": _one_or_all(self.optimizers)}
+        return {**made, "scheduler": _one_or_all(self.schedulers)} if self.schedulers else made
+
+    def state(self) -> dict[str, Any]:
+        """The run's state, with names."""
+        from optimstate.hooks import name_params
+
+        made: dict[str, Any] = {"model": copy.deepcopy(self.model.state_dict())}
+        optimizers = []
+        for optimizer in self.optimizers:
+            state = copy.deepcopy(optimizer.state_dict())
+            if not all("param_names" in group for group in state["param_groups"]):
+                state = name_params(self.model)(optimizer, state)
+            optimizers.append(state)
+        made |= {"optimizer": optimizers[0]} if len(optimizers) == 1 else {"optimizers": optimizers}
+        schedules = [copy.deepcopy(scheduler.state_dict()) for scheduler in self.schedulers]
+        if schedules:
+            made |= {"scheduler": schedules[0]} if len(schedules) == 1 else {"schedulers": schedules}
+        return made
+
+    def optimizer_states(self) -> list[dict[str, Any]]:
+        """The optimizers' state, with names."""
+        state = self.state()
+        return state["optimizers"] if "optimizers" in state else [state["optimizer"]]
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """The options of the group of each parameter."""
+        return {
+            name: {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            for state in self.optimizer_states()
+            for group in state["param_groups"]
+            for name in group["param_names"]
+        }
+
+    def passed(self, loss: Callable[[Any, Any], Any], batch: Any) -> Pass:
+        """Run forward and back, with the random numbers of every other pass."""
+        from optimstate.installed_torch import torch
+
+        torch.manual_seed(0)
+        self.model.zero_grad()
+        with module_outputs(self.model) as modules:
+            made = loss(self.model, batch)
+        value, outputs = made if isinstance(made, tuple) else (made, ())
+        value.backward()
+        return Pass(value.detach(), outputs, modules)
+
+    def step(self) -> None:
+        """One step of every optimizer and schedule."""
+        for each in (*self.optimizers, *self.schedulers):
+            each.step()
+
+    def is_random(self, loss: Callable[[Any, Any], Any], batch: Any) -> bool:
+        """Whether the loss depends on random numbers."""
+        from optimstate.installed_torch import torch
+
+        found = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                made = loss(copy.deepcopy(self.model), batch)
+            found.append(made[0] if isinstance(made, tuple) else made)
+        return difference(*found) > 0
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values

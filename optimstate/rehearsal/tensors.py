@@ -1,0 +1,91 @@
+"""Tensors in nested values, and how far two of them are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["converted", "difference", "leaves", "module_outputs", "overlap"]
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """The tensors and numbers in a value, by the keys that lead to them."""
+    from optimstate.installed_torch import torch
+
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    if type(value) in (int, float):
+        return {path: torch.tensor(float(value), dtype=torch.float64)}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    found: dict[str, Any] = {}
+    for key, item in items:
+        found |= leaves(item, f"{path}.{key}".strip("."))
+    return found
+
+
+def converted(value: Any) -> Any:
+    """A batch with its floating tensors in float64."""
+    from optimstate.installed_torch import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: converted(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(converted(item) for item in value)
+    return value
+
+
+def overlap(one: Any, other: Any) -> tuple[Any, Any]:
+    """What two tensors of as many dimensions have in common: the first places of each dimension."""
+    if one.shape == other.shape or one.dim() != other.dim():
+        return one, other
+    common = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
+    return one[common], other[common]
+
+
+def difference(mine: Any, expected: Any, least: float = 1e-12) -> float:
+    """The largest difference over the largest value; infinite where there is nothing to compare with.
+
+    Args:
+        mine: A tensor.
+        expected: What it should be.
+        least: What counts as the largest value where all are smaller: where they are rounding themselves.
+    """
+    from optimstate.installed_torch import torch
+
+    if not isinstance(mine, torch.Tensor) or not isinstance(expected, torch.Tensor) or mine.shape != expected.shape:
+        return float("inf")
+    if not mine.numel():
+        return 0.0
+    one, other = mine.detach(), expected.detach()
+    if not (one.is_complex() or other.is_complex()):
+        one, other = one.double(), other.double()
+    if not bool(torch.isfinite(one).all()) or not bool(torch.isfinite(other).all()):
+        return 0.0 if bool(torch.equal(one.nan_to_num(), other.nan_to_num())) else float("inf")
+    largest = max(float(other.abs().max()), least)
+    return float((one - other).abs().max()) / largest
+
+
+@contextmanager
+def module_outputs(model: Any) -> Iterator[dict[str, Any]]:
+    """What each module gives at its first call, by name, in the order of the calls."""
+    found: dict[str, Any] = {}
+    handles = []
+
+    def keep(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _inputs: Any, made: Any) -> None:
+            tensors = leaves(made)
+            if name not in found and tensors:
+                found[name] = next(iter(tensors.values())).detach().clone()
+
+        return hook
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_hook(keep(name)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
