@@ -19,7 +19,6 @@ from typer.exceptions import TyperException
 
 from optimstate import __version__, errors
 from optimstate.describe import describe, escaped
-from optimstate.io.places import located
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +100,8 @@ class _Misplaced(Exception):
 
 
 def _place(name: str) -> Location:
+    from optimstate.io.places import located  # `--version` and help need it not
+
     try:
         return located(name)
     except errors.OptimStateError as error:

@@ -1,8 +1,5 @@
 """`optimstate inspect`."""
 
-from __future__ import annotations
-
-from glob import glob
 from pathlib import Path
 from typing import Annotated
 
@@ -127,6 +124,11 @@ def _expanded(paths: list[Location]) -> list[Location]:
     for path in paths:
         pattern = str(path)
         left_alone = isinstance(path, Path) and any(sign in pattern for sign in "*?[") and not path.exists()
-        matches = sorted(glob(pattern)) if left_alone else []  # noqa: PTH207 - of absolute patterns too
-        found += map(Path, matches) if matches else [path]
+        found += (_matches(pattern) if left_alone else []) or [path]
     return found
+
+
+def _matches(pattern: str) -> list[Path]:
+    from glob import glob  # takes longer to import than most files to inspect
+
+    return [Path(found) for found in sorted(glob(pattern))]  # noqa: PTH207 - of absolute patterns too

@@ -1,7 +1,5 @@
 """`optimstate log`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`optimstate plan suggest | derive | check | invert | show`."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -277,10 +275,10 @@ def show(
     A slot is exact, approximate, fresh or dropped; the reasons are given.
     """
     from optimstate.cli.render import terminal
-    from optimstate.surgery import plan_showing, plans
+    from optimstate.surgery import plan_files, plan_showing
 
     if html is not None:
-        plans.check_plan_destination(html, plan, *([] if checkpoint is None else [checkpoint]), force=force)
+        plan_files.check_plan_destination(html, plan, *([] if checkpoint is None else [checkpoint]), force=force)
     report = plan_showing.show_plan(read_plan(plan), checkpoint)
     if html is not None:
         from optimstate.cli.render.lineage import lineage_page
@@ -293,24 +291,24 @@ def show(
 
 def _check(output: Path | None, *sources: Location, force: bool, as_json: bool) -> None:
     """Refuse what cannot be written before any work is done."""
-    from optimstate.surgery import plans
+    from optimstate.surgery import plan_files
 
     if str(output) == "-" and as_json:
         raise typer.BadParameter("--json has the plan in it: leave out -o -")
     if output is not None:
-        plans.check_plan_destination(output, *sources, force=force)
+        plan_files.check_plan_destination(output, *sources, force=force)
 
 
 def _put(text: str, output: Path | None) -> bool:
     """Write a plan where it was asked for; whether that was standard output, which then holds nothing else."""
-    from optimstate.surgery import plans
+    from optimstate.surgery import plan_files
 
     if output is None:
         return False
     if str(output) == "-":
         typer.echo(text, nl=False)
         return True
-    plans.save_plan(text, output)
+    plan_files.save_plan(text, output)
     return False
 
 

@@ -1,7 +1,5 @@
 """`optimstate remap`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -97,7 +95,7 @@ def remap(
     import optimstate
     from optimstate.cli.render import terminal
     from optimstate.plan.language.plan import Plan
-    from optimstate.surgery import plans
+    from optimstate.surgery import plan_files
     from optimstate.surgery.settings import with_options, with_schedules
 
     rules = read_plan(plan) if plan else Plan()
@@ -117,7 +115,7 @@ def remap(
     if schedules:
         rules = with_schedules(rules, schedules)
     if plan_out is not None:
-        plans.check_plan_destination(plan_out, source, force=force)
+        plan_files.check_plan_destination(plan_out, source, force=force)
     asked = ["remap", rules.to_toml(), str(like), copy, ranks]
     stage = None if dry_run or in_place else stage_of(source, destination, asked)
     if helped(stage, sync=not no_sync):
@@ -145,5 +143,5 @@ def remap(
         typer.echo(report.plan, nl=False)
         return
     if plan_out is not None:
-        plans.save_plan(report.plan, plan_out)
+        plan_files.save_plan(report.plan, plan_out)
     terminal.show(report, as_json=as_json, quiet=quiet)

@@ -1,7 +1,5 @@
 """`optimstate scan`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

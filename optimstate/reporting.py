@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +27,8 @@ class Report(Record):
 
 def to_json(verb: str, fields: dict[str, Any]) -> str:
     """A report as a JSON document."""
+    import json  # not for those who ask for text
+
     document = {"schema": SCHEMA, "command": verb, **fields}
     try:
         text = json.dumps(document, indent=2, default=_as_json, ensure_ascii=False)

@@ -24,6 +24,7 @@ from optimstate.errors import (
 )
 from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.formats.torch import zip_writer
 from optimstate.io.checksums import Recorded, recorded
 from optimstate.io.extents import FileSlice, StoredSource, chunks
 from optimstate.io.location import Location
@@ -183,7 +184,7 @@ def _write_member(archive: zipfile.ZipFile, name: str, node: Any, like: Document
             _copy(chunks([part.extent(0, part.size)]), member, options)
         else:
             with tempfile.TemporaryFile() as buffer:
-                size = torch_zip.write_archive(FileOutput(buffer.fileno()), node, options)
+                size = zip_writer.write_archive(FileOutput(buffer.fileno()), node, options)
                 _copy(_blocks(buffer, size), member, options)
 
 

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
-from optimstate.io.checksums import Recorded
 from optimstate.io.extents import Progress
 from optimstate.io.location import Location
-from optimstate.io.output import AtomicGroup, Output
 from optimstate.io.places import new_file, new_folder
 from optimstate.record import Record
 
 if TYPE_CHECKING:
+    from optimstate.io.checksums import Recorded
+    from optimstate.io.output import AtomicGroup, Output
     from optimstate.io.together import Stage
 
 __all__ = ["HEAD_BYTES", "Claim", "Document", "Format", "WriteOptions"]
@@ -46,7 +45,6 @@ class Claim(IntEnum):
     """It bears a mark that nothing else has."""
 
 
-@dataclass
 class Document:
     """A checkpoint that was opened.
 
@@ -63,15 +61,24 @@ class Document:
         handle: What the format needs to write a variant of this file cheaply; private to the format.
     """
 
-    path: Location
-    format: str
-    tree: Any
-    globals: Sequence[tuple[str, str]] = ()
-    notes: list[str] = field(default_factory=list)
-    parts: dict[str, Document] = field(default_factory=dict)
-    checksums: list[Callable[[], Iterable[Recorded]]] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    handle: Any = None
+    # Not a dataclass: to make one takes as long as to read a small file, and every start would.
+    def __init__(
+        self,
+        path: Location,
+        format: str,  # noqa: A002 - the name of the attribute
+        tree: Any,
+        globals: Sequence[tuple[str, str]] = (),  # noqa: A002
+        notes: list[str] | None = None,
+        parts: dict[str, Document] | None = None,
+        checksums: list[Callable[[], Iterable[Recorded]]] | None = None,
+        lost: list[str] | None = None,
+        handle: Any = None,
+    ) -> None:
+        self.path, self.format, self.tree, self.globals, self.handle = path, format, tree, globals, handle
+        self.notes = [] if notes is None else notes
+        self.parts = {} if parts is None else parts
+        self.checksums = [] if checksums is None else checksums
+        self.lost = [] if lost is None else lost
 
 
 class WriteOptions(Record):

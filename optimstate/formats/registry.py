@@ -7,7 +7,6 @@ asked about every file that no format here is certain of.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -53,31 +52,29 @@ class Registration(Record):
     Attributes:
         module: Where it is.
         suffixes: As the module's `SUFFIXES`.
-        head: How its files may begin; None where it has no files.
-        name: How the names of its files may look, whatever is in them; None where that says nothing.
+        marks: Bytes at the beginning of its files, one of which is there.
+        within: Of each mark, how many other bytes may stand before it.
+        names: How the names of its files may end, whatever is in them.
         folders: Whether a folder may be of it.
     """
 
     module: str
     suffixes: tuple[str, ...] = ()
-    head: re.Pattern[bytes] | None = None
-    name: re.Pattern[str] | None = None
+    marks: tuple[bytes, ...] = ()
+    within: int = 0
+    names: tuple[str, ...] = ()
     folders: bool = False
 
     def may_be(self, path: Location, head: bytes, *, is_folder: bool) -> bool:
         """Whether the format is to be asked."""
         if is_folder:
             return self.folders
-        in_head = self.head is not None and self.head.match(head) is not None
-        return in_head or (self.name is not None and self.name.search(path.name) is not None)
-
-
-def _begins(pattern: bytes) -> re.Pattern[bytes]:
-    return re.compile(pattern, re.DOTALL)
+        in_head = any(mark in head[: self.within + len(mark)] for mark in self.marks)
+        return in_head or path.name.endswith(self.names)
 
 
 _MODULE = "optimstate.formats"
-_ZIP = _begins(rb"PK[\x03\x05]")
+_ZIP = (b"PK\x03", b"PK\x05")
 
 FORMATS: dict[str, Registration] = {
     "torch": Registration(f"{_MODULE}.torch.zip", (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th"), _ZIP),
@@ -86,8 +83,9 @@ FORMATS: dict[str, Registration] = {
     "safetensors": Registration(
         f"{_MODULE}.safetensors.container",
         (".safetensors",),
-        _begins(rb".{8}\{"),
-        re.compile(r"\.safetensors$|\.safetensors\.index\.json$"),
+        (b"{",),
+        within=8,
+        names=(".safetensors", ".safetensors.index.json"),
     ),
     "dcp": Registration(f"{_MODULE}.dcp.folder", (".dcp",), folders=True),
     "deepspeed": Registration(f"{_MODULE}.deepspeed.zero", folders=True),
@@ -95,13 +93,17 @@ FORMATS: dict[str, Registration] = {
     "torch-legacy": Registration(
         f"{_MODULE}.torch.legacy",
         (),
-        _begins(rb".{0,24}\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19|(?:storages|tensors|pickle|sys_info)\0"),
+        (b"\x8a\n\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", b"storages\0", b"tensors\0", b"pickle\0", b"sys_info\0"),
+        within=24,
     ),
     "torch-checkpointing": Registration(f"{_MODULE}.torch_checkpointing", folders=True),
     "torch-unpacked": Registration(f"{_MODULE}.torch.unpacked", folders=True),
-    "numpy": Registration(f"{_MODULE}.numpy_files", (), _begins(rb"PK[\x03\x05]|\x93NUMPY")),
+    "numpy": Registration(f"{_MODULE}.numpy_files", (), (*_ZIP, b"\x93NUMPY")),
     "pickle": Registration(
-        f"{_MODULE}.torch.pickle_file", (), _begins(rb"\x80[\x02-\x05]"), re.compile(r"\.pkl$|\.pickle$")
+        f"{_MODULE}.torch.pickle_file",
+        (),
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        names=(".pkl", ".pickle"),
     ),
     "ranks": Registration(f"{_MODULE}.ranks.files"),  # which files belong together is seen by their folder
     "folder": Registration(f"{_MODULE}.folder", folders=True),

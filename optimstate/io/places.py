@@ -1,6 +1,7 @@
 """Places opened and written by name, be they on this machine or in a store: whoever reads or writes comes through here.
 
-A name with `://` in it is in a store, and only then is anything that knows stores imported.
+A name with `://` in it is in a store, and only then is anything that knows stores imported. What writes is imported by
+those who write.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimstate.io.directory import AtomicDirectory
 from optimstate.io.extents import FileSource, StoredSource
 from optimstate.io.location import Location, Place
-from optimstate.io.output import AtomicFile, AtomicGroup, Output
 
 if TYPE_CHECKING:
+    from optimstate.io.output import AtomicGroup, Output
     from optimstate.io.remote.path import RemotePath
 
 __all__ = ["beginning", "is_remote", "located", "new_file", "new_folder", "new_group", "open_source", "prefetch"]
@@ -97,6 +97,8 @@ def new_file(
         group: Files that appear together.
     """
     if isinstance(place, Path):
+        from optimstate.io.output import AtomicFile
+
         return AtomicFile(place, expected_size=expected_size, sync=sync, group=group)
     from optimstate.io.remote.output import RemoteFile, RemoteGroup
 
@@ -107,6 +109,8 @@ def new_file(
 def new_folder(place: Location, *, sync: bool = True) -> AbstractContextManager[Location]:
     """A folder that appears whole or not at all; see `AtomicDirectory` and, of a store, `RemoteFolder`."""
     if isinstance(place, Path):
+        from optimstate.io.directory import AtomicDirectory
+
         return AtomicDirectory(place, sync=sync)
     from optimstate.io.remote.output import RemoteFolder
 
@@ -116,6 +120,8 @@ def new_folder(place: Location, *, sync: bool = True) -> AbstractContextManager[
 def new_group(place: Location, *, replaced: Sequence[Location] = (), sync: bool = True) -> AtomicGroup:
     """Files beside `place` that appear together; see `AtomicGroup` and, of a store, `RemoteGroup`."""
     if isinstance(place, Path):
+        from optimstate.io.output import AtomicGroup
+
         return AtomicGroup(place, replaced=[path for path in replaced if isinstance(path, Path)], sync=sync)
     from optimstate.io.remote.output import RemoteGroup
 

@@ -35,14 +35,14 @@ __all__ = [
 ]
 
 _TRIES = 3
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.part", re.DOTALL)
+_LEFTOVER = r"(?s)\..+\.[0-9a-f]{12}\.part"
 _unfinished: dict[Path, None] = {}  # what this process must remove before it ends, in the order it was begun
 _finished: list[Path] = []
 
 
 def is_leftover(name: str) -> bool:
     """Whether a file or folder is called as unfinished outputs are."""
-    return _LEFTOVER.fullmatch(name) is not None
+    return re.fullmatch(_LEFTOVER, name) is not None
 
 
 def leftovers(folder: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from optimstate.tree import rebuilt_mapping
 
 __all__ = ["FlatState", "find_flat_state"]
 
-_KEY = re.compile(r"((?:optim\w*\.)?)(state|param_groups)\.(.+)\.([^.]+)", re.DOTALL)
+_KEY = r"(?s)((?:optim\w*\.)?)(state|param_groups)\.(.+)\.([^.]+)"
 
 
 class FlatState(Record):
@@ -100,7 +100,7 @@ def _within(rest: Mapping[str, Any], names: Set[str]) -> str:
 
 
 def _keys(fields: Mapping[str, Any]) -> Iterator[re.Match[str]]:
-    return (match for key in fields if ("state." in key or "groups." in key) and (match := _KEY.fullmatch(key)))
+    return (match for key in fields if ("state." in key or "groups." in key) and (match := re.fullmatch(_KEY, key)))
 
 
 _SLOTS = frozenset(slot for algorithm in ALGORITHMS for slot in algorithm.slots)

@@ -24,7 +24,6 @@ from optimstate.tree import Opaque, Path, nodes
 __all__ = ["Candidate", "Verdict", "could_be_model", "judge", "slot_in"]
 
 _FLOATING = ("float", "bfloat", "complex", "double", "half")
-_OPTION = re.compile(r"(?:^|\.)param_groups\.")
 _SAMPLE = 512  # names that are looked at; the evidence of the first ones is that of all
 
 # Where programs keep what is not a model, whatever it looks like.
@@ -36,7 +35,7 @@ _CALLED_MODEL = re.compile(
     r"critic|generator|discriminator|encoder|decoder|backbone|head|ema|teacher|student|shadow|adapter|lora|classifier|"
     r"embedding|embedder|unet|vae|target)(?![a-z])"
 )
-_FILE = re.compile(r"\.(pt|pth|bin|ckpt|tar|pkl|safetensors|safetensors\.index\.json)$")
+_FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".safetensors", ".safetensors.index.json")
 _LEAVES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias"}
 _SLOTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta"}
 _STATISTICS = {"mean", "std", "var", "min", "max", "count", "sum", "median", "q01", "q99"}
@@ -81,7 +80,7 @@ def could_be_model(fields: Mapping[Any, Any]) -> bool:
         if type(value) is LazyTensor or is_tensor(value):
             count += 1
             floating = floating or not isinstance(value, LazyTensor) or value.dtype.startswith(_FLOATING)
-        elif _OPTION.search(name):
+        elif ".param_groups." in f".{name}":
             continue  # of flattened param groups, see `flattened`
         elif not (value is None or name.rpartition(".")[2].startswith("_extra_state")):
             if not _is_carried(name, value):
@@ -174,7 +173,7 @@ class _Evidence:
         names = list(islice((name for name, value in self.candidate.node.items() if is_tensor(value)), _SAMPLE))
         leaves = [name.rpartition(".")[2] for name in names]
         half = len(names) / 2
-        paths = sum("/" in name or "\\" in name or _FILE.search(name) is not None for name in names)
+        paths = sum("/" in name or "\\" in name or name.endswith(_FILES) for name in names)
         if paths > half:
             yield -6, "its keys are paths"
         elif sum("." in name for name in names) > half:
@@ -200,7 +199,7 @@ class _Evidence:
 
     def _place(self) -> Iterator[tuple[int, str]]:
         key = str(self.candidate.path[-1]) if self.candidate.path else ""
-        if not key or _FILE.search(key):
+        if not key or key.endswith(_FILES):
             yield 3, ""  # a whole file of names and tensors
         if _CALLED_MODEL.search(key.lower()):
             yield 2, ""

@@ -53,7 +53,7 @@ def unwrapped(names: Iterable[str]) -> Callable[[str], str]:
 
 
 # PEFT keeps each tensor of an adapter in a dict by the adapter's name, which it leaves out of what it saves.
-_ADAPTED = re.compile(
+_ADAPTED = (
     r"(?:^|\.)(?:(modules_to_save)|((?:lora|vera|dora|hada|lokr|oft|boft|ia3|fourier|vblora|trainable_tokens)_\w+))"
     r"\.([^.]+)(?=\.|$)"
 )
@@ -61,7 +61,7 @@ _ADAPTED = re.compile(
 
 def _adapter(names: Iterable[str]) -> str:
     """The name of the one adapter whose tensors these are; empty where there is none, or several."""
-    found = {match[3] for name in names if (match := _ADAPTED.search(name)) is not None}
+    found = {match[3] for name in names if (match := re.search(_ADAPTED, name)) is not None}
     return next(iter(found)) if len(found) == 1 and not found & {"weight", "bias"} else ""
 
 
@@ -73,7 +73,7 @@ def _without_adapter(name: str, adapter: str) -> str:
             return match[0]
         return "" if match[1] else match[0].removesuffix(f".{adapter}")
 
-    return _ADAPTED.sub(saved, name, count=1).removeprefix(".")
+    return re.sub(_ADAPTED, saved, name, count=1).removeprefix(".")
 
 
 def _without_markers(name: str) -> str:

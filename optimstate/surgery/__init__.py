@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from optimstate.surgery.inspecting import inspect
     from optimstate.surgery.naming import NameReport, name
     from optimstate.surgery.plan_checking import CheckReport, check_plan
+    from optimstate.surgery.plan_files import save_plan
     from optimstate.surgery.plan_showing import ShowReport, show_plan
-    from optimstate.surgery.plans import InvertReport, invert_plan, save_plan
+    from optimstate.surgery.plans import InvertReport, invert_plan
     from optimstate.surgery.remapping import RemapReport, remap
     from optimstate.surgery.reports import Inspection
     from optimstate.surgery.scanning import ScanReport, scan
@@ -50,7 +51,7 @@ _HOMES = {
     "log": "certifying",
     "name": "naming",
     "remap": "remapping",
-    "save_plan": "plans",
+    "save_plan": "plan_files",
     "scan": "scanning",
     "show_plan": "plan_showing",
     "suggest": "suggesting",

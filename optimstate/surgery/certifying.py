@@ -18,7 +18,7 @@ from optimstate.record import Record
 from optimstate.reporting import Report, to_json
 from optimstate.state.names import unwrapped
 from optimstate.state.sections import Section, find_sections
-from optimstate.surgery.reports import opening
+from optimstate.surgery.opening import opening
 from optimstate.surgery.text import plural, readable
 
 __all__ = ["Entry", "Lineage", "certificates_in", "differences", "log"]

@@ -19,7 +19,7 @@ from optimstate.surgery.contents import relative_difference, renames
 from optimstate.surgery.differences import Change, ChangeKind, DiffReport
 from optimstate.surgery.leaves import Shape, same
 from optimstate.surgery.naming import concluded_names
-from optimstate.surgery.reports import open_to_read, opening
+from optimstate.surgery.opening import open_to_read, opening
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.views import MEMBERS, OTHER, Key, View
 from optimstate.tensors.lazy import LazyTensor

@@ -17,8 +17,8 @@ from optimstate.problems import Problem
 from optimstate.record import field
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.checksums import UNCOMPARED, compares, verified, verify_checksums
+from optimstate.surgery.opening import opening
 from optimstate.surgery.remapping import check_distributed
-from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable, size, table
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, OpaqueFile, nodes, replaced

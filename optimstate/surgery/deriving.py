@@ -17,7 +17,7 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.io.location import Place
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.comparing import model_tensors
-from optimstate.surgery.reports import opening
+from optimstate.surgery.opening import opening
 
 __all__ = ["DeriveReport", "derive_plan"]
 

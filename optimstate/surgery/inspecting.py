@@ -19,7 +19,6 @@ from optimstate.io.extents import Progress
 from optimstate.io.location import Location, Place
 from optimstate.io.places import located
 from optimstate.io.temporary import is_leftover
-from optimstate.plan.language.plan import Plan
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import parameter_shape
 from optimstate.state.algorithms.slots import Algorithm
@@ -27,6 +26,7 @@ from optimstate.state.optimizer import Group, OptimizerState
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged, scheduler_name, section_called, tied_names
 from optimstate.surgery.inspection_text import Sort
+from optimstate.surgery.opening import opening
 from optimstate.surgery.repeated import repeated
 from optimstate.surgery.reports import (
     GroupInfo,
@@ -38,7 +38,6 @@ from optimstate.surgery.reports import (
     SlotInfo,
     collapsed,
     missing_for_resume,
-    opening,
 )
 from optimstate.surgery.rest import rest_of
 from optimstate.surgery.shown import form_of, plain
@@ -50,6 +49,7 @@ from optimstate.tree import Opaque, census, format_path, nodes
 from optimstate.tree import tensors as walked_tensors
 
 if TYPE_CHECKING:
+    from optimstate.plan.language.plan import Plan
     from optimstate.plan.language.template import Template
     from optimstate.surgery.statistics import Statistics
 

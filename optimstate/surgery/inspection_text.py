@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sort", "View", "inspection_lines", "is_step", "telling_options"]
 
-_FILE = re.compile(r"\.(pt|pth|bin|ckpt|tar|pkl|json)$|^(checkpoint|global_step|epoch|iter)\S*\d$")
+_FILE = r"\.(pt|pth|bin|ckpt|tar|pkl|json)$|^(checkpoint|global_step|epoch|iter)\S*\d$"
 
 KINDS_SHOWN = 12
 VALUES_SHOWN = 20  # of a container of containers
@@ -123,7 +123,7 @@ def _folded(node: Mapping[str, Any], depth: int, level: int = 0) -> Iterator[str
     values = [f"{_short(key, 60)} {value}" for key, value in node.items() if not isinstance(value, dict)]
     yield from (indent + line for line in _side_by_side(values))
     for name, inner in node.items():
-        below = level + (not _FILE.search(name))
+        below = level + (not re.search(_FILE, name))
         while isinstance(inner, dict) and len(inner) == 1 and isinstance(next(iter(inner.values())), dict):
             ((key, inner),) = inner.items()
             name = f"{name}.{key}"

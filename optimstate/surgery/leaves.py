@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
@@ -110,6 +109,8 @@ def _children(node: Any) -> Iterator[tuple[str | int, Any]]:
 def opened_file(file: OpaqueFile) -> Any:
     """What a JSON file of a folder says; the file itself where it is of another kind, or cannot be read as JSON."""
     if file.path.endswith(".json") and file.nbytes <= MAX_JSON:
+        import json
+
         try:
             with _opened(file) as stream:
                 return json.loads(stream.read(MAX_JSON + 1))

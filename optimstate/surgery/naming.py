@@ -27,7 +27,7 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.pairing import ModelNames, Namer, Order
 from optimstate.state.sections import Section, find_sections
 from optimstate.surgery.checksums import verified
-from optimstate.surgery.reports import opening
+from optimstate.surgery.opening import opening
 from optimstate.surgery.text import readable, table
 from optimstate.surgery.viewing import viewed
 from optimstate.tree import Opaque, replaced

@@ -17,8 +17,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Like, Migration, SectionMoves, Target
 from optimstate.problems import Problem
 from optimstate.state.sections import find_sections
-from optimstate.surgery.naming import read_names
-from optimstate.surgery.reports import opening
+from optimstate.surgery.opening import opening
 
 __all__ = ["order_notes", "read_like", "wrong_positions"]
 
@@ -38,6 +37,8 @@ def read_like(path: Place) -> Like:
     """
     path = located(path)
     if path.suffix in _TEXT and path.is_file():
+        from optimstate.surgery.naming import read_names  # no other file of names needs the engine that finds them
+
         names = read_names(path, [str(path)])
         assert isinstance(names, list)
         return Like(tuple(names))

@@ -14,8 +14,8 @@ from optimstate.plan.apply.explain import Row, explained
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.reporting import Report, to_json
+from optimstate.surgery.opening import opening
 from optimstate.surgery.plans import irreversible_reason, merged, names_of
-from optimstate.surgery.reports import opening
 from optimstate.surgery.text import collapsed, plural, readable, table
 
 __all__ = ["ShowReport", "show_plan"]

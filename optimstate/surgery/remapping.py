@@ -7,10 +7,8 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import DestinationError, RepresentationError, UsageError
-from optimstate.formats.dcp import folder as dcp
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
-from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.destination import check_destination
 from optimstate.io.extents import Progress
 from optimstate.io.location import Location, Place
@@ -20,15 +18,18 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.checksums import UNCOMPARED, compares, verified
+from optimstate.surgery.opening import opening
 from optimstate.surgery.ordering import order_notes, read_like
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
-from optimstate.surgery.reports import opening
 from optimstate.surgery.text import plural, readable, shown, table
 
 if TYPE_CHECKING:
     from optimstate.io.together import Stage
 
 __all__ = ["RemapReport", "check_distributed", "remap"]
+
+DISTRIBUTED = "dcp"
+"""The container that several processes write together."""
 
 
 class RemapReport(Report):
@@ -147,7 +148,7 @@ def remap(
             else:
                 target = _check_suffix(document, destination)
                 options = WriteOptions(sync=sync, progress=progress, copy=copy, ranks=ranks, replace=force, stage=stage)
-                moved = document.format != dcp.NAME or copy or ranks is not None  # what is linked is not read
+                moved = document.format != DISTRIBUTED or copy or ranks is not None  # what is linked is not read
                 if not moved or stage is not None:
                     verify = False
                 if verify is None and not compares(document, verify):
@@ -163,19 +164,22 @@ def check_distributed(target: str, *, copy: bool, ranks: int | None, stage: Stag
     Raises:
         UsageError: It is asked for and another container is written, or it makes no sense.
     """
-    if stage is not None and target != dcp.NAME:
+    if stage is not None and target != DISTRIBUTED:
         raise UsageError(
             f"several processes write a folder of torch.distributed.checkpoint together; what is written is {target}",
             hint="Run it without torchrun, or write a folder (convert --to dcp).",
         )
     asked = "copy" if copy else "ranks" if ranks is not None else ""
-    if asked and target != dcp.NAME:
+    if asked and target != DISTRIBUTED:
         raise UsageError(
             f"{asked} is for folders of torch.distributed.checkpoint; what is written is {target}",
             hint=f"Leave it out{', or write a folder (--to dcp)' if asked == 'ranks' else ''}.",
         )
-    if ranks is not None and not 1 <= ranks <= dcp.MAX_RANKS:
-        raise UsageError(f"ranks is {ranks}, it must be between 1 and {dcp.MAX_RANKS}")
+    if ranks is not None:
+        from optimstate.formats.dcp.folder import MAX_RANKS  # a room of fifteen modules, which this alone asks for
+
+        if not 1 <= ranks <= MAX_RANKS:
+            raise UsageError(f"ranks is {ranks}, it must be between 1 and {MAX_RANKS}")
 
 
 def _check_suffix(document: Document, destination: Location) -> Location:
@@ -194,11 +198,13 @@ def _check_suffix(document: Document, destination: Location) -> Location:
 
 
 def _rename_in_place(document: Document, tree: Any) -> None:
-    if document.format != torch_zip.NAME:
+    if document.format != "torch":
         raise DestinationError(
             f"{document.path}: only files of torch.save can be renamed in place", hint="Write to a new path instead."
         )
-    torch_zip.rewrite_in_place(document, tree)
+    from optimstate.formats.torch import zip_writer
+
+    zip_writer.rewrite_in_place(document, tree)
 
 
 def _remap_report(

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from optimstate.errors import CheckpointError, LimitExceededError, OptimStateError
-from optimstate.formats.protocol import Document
-from optimstate.formats.registry import open_checkpoint
-from optimstate.io.location import Place
 from optimstate.record import Record, field
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.inspection_text import View, inspection_lines
 from optimstate.surgery.rest import Entry
-from optimstate.tensors.lazy import LazyTensor, announced
-from optimstate.tree import no_garbage_collection, nodes
 
 if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
@@ -30,35 +23,7 @@ __all__ = [
     "SlotInfo",
     "collapsed",
     "missing_for_resume",
-    "open_to_read",
-    "opening",
 ]
-
-
-def open_to_read(place: Place) -> Document:
-    """A checkpoint of which values are read, and not only what describes them: of a store, they are fetched together.
-
-    Raises:
-        CheckpointError: As `open_checkpoint`.
-    """
-    document = open_checkpoint(place)
-    announced(node for node in nodes(document.tree) if isinstance(node, LazyTensor))
-    return document
-
-
-@contextmanager
-def opening(path: Place) -> Iterator[None]:
-    """Work on an opened checkpoint: without garbage collection, and too deep a nesting is an error, not a crash."""
-    try:
-        with no_garbage_collection():
-            yield
-    except RecursionError:
-        raise LimitExceededError("nested too deeply", path=path) from None
-    except OSError as error:
-        if isinstance(error, OptimStateError):
-            raise
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"cannot be read: {reason}", path=error.filename or path) from error
 
 
 class SlotInfo(Record):

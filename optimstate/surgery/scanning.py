@@ -16,7 +16,7 @@ from optimstate.io.places import located, open_source
 from optimstate.io.temporary import is_leftover
 from optimstate.record import Record
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.reports import opening
+from optimstate.surgery.opening import opening
 from optimstate.surgery.text import plural, readable, table
 
 __all__ = ["Finding", "ScanReport", "scan"]

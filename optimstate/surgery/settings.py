@@ -22,7 +22,7 @@ from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
-from optimstate.surgery.reports import opening
+from optimstate.surgery.opening import opening
 
 __all__ = ["with_options", "with_schedules"]
 

@@ -26,9 +26,9 @@ from optimstate.reporting import Report, to_json
 from optimstate.surgery.comparing import model_tensors
 from optimstate.surgery.contents import by_content
 from optimstate.surgery.head_sizes import head_size
+from optimstate.surgery.opening import opening
 from optimstate.surgery.ordering import wrong_positions
 from optimstate.surgery.plans import kind_of, merged, names_of
-from optimstate.surgery.reports import opening
 from optimstate.surgery.text import families, plural, readable
 from optimstate.tensors.lazy import LazyTensor
 

@@ -19,8 +19,8 @@ from optimstate.state.sections import Section, judged
 from optimstate.surgery.certifying import certificates_in, differences
 from optimstate.surgery.checksums import damaged
 from optimstate.surgery.findings import Finding, VerifyReport, fault, note
+from optimstate.surgery.opening import open_to_read, opening
 from optimstate.surgery.repeated import repeated
-from optimstate.surgery.reports import open_to_read, opening
 from optimstate.surgery.resume_checks import check_optimizer, check_schedulers
 from optimstate.surgery.text import plural
 from optimstate.surgery.viewing import viewed

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from copy import copy
 from os import PathLike
+from typing import TYPE_CHECKING
 
 from optimstate.formats.protocol import Document
-from optimstate.plan.apply.checkpoint import apply_plan
-from optimstate.plan.language.plan import Plan
+
+if TYPE_CHECKING:
+    from optimstate.plan.language.plan import Plan
 
 __all__ = ["viewed"]
 
@@ -24,5 +26,10 @@ def viewed(document: Document, view: Plan | str | PathLike[str] | None) -> Docum
     """
     if view is None:
         return document
+    from optimstate.plan.apply.checkpoint import apply_plan  # forty modules, and few ask for a view
+    from optimstate.plan.language.plan import Plan
+
     tree, _, _ = apply_plan(Plan.of(view).only("model"), document.tree)
-    return replace(document, tree=tree)
+    seen = copy(document)
+    seen.tree = tree
+    return seen

@@ -17,7 +17,7 @@ from optimstate.errors import DerivationError
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.solve.planner import plan_model, plan_optimizer
 from optimstate.state.optimizer import OptimizerState
-from optimstate.surgery.plans import save_plan
+from optimstate.surgery.plan_files import save_plan
 from tests.derivation.functions import FUNCTIONS
 
 RULES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from math import prod
 from pathlib import Path
@@ -38,8 +37,7 @@ class TestToy(Conformance):
 
     @pytest.fixture(autouse=True)
     def registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        head = re.compile(b"TOY1")
-        monkeypatch.setitem(FORMATS, "toy", Registration("tests.formats.toy", toy.SUFFIXES, head))
+        monkeypatch.setitem(FORMATS, "toy", Registration("tests.formats.toy", toy.SUFFIXES, (b"TOY1",)))
 
 
 def named_optimizer() -> dict[str, Any]:

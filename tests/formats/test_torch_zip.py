@@ -23,6 +23,7 @@ from optimstate.formats.pickles.pickle import dump
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.torch import zip as torch_zip
+from optimstate.formats.torch import zip_writer
 from optimstate.io.copying import FileCopier
 from optimstate.io.extents import FileSource
 from optimstate.tree import difference
@@ -137,7 +138,7 @@ def rewritten(source: Path, folder: Path) -> dict[str, Path]:
     torch_zip.write(document.tree, fresh, options=QUICK)
     shutil.copy(source, inside)
     copied = open_checkpoint(inside)
-    torch_zip.rewrite_in_place(copied, copied.tree)
+    zip_writer.rewrite_in_place(copied, copied.tree)
     return {"tail": tail, "fresh": fresh, "in place": inside}
 
 
@@ -309,10 +310,10 @@ def test_files_across_4_gib_are_what_torch_writes_and_reads(
     again = {f"renamed.{name}": value for name, value in expected.items()}
     assert first_bytes(tail, monkeypatch) == again
 
-    torch_zip.rewrite_in_place(document, renamed)
+    zip_writer.rewrite_in_place(document, renamed)
     assert first_bytes(huge, monkeypatch) == again
     inside = open_checkpoint(huge)
-    torch_zip.rewrite_in_place(inside, {name.removeprefix("renamed."): t for name, t in inside.tree.items()})
+    zip_writer.rewrite_in_place(inside, {name.removeprefix("renamed."): t for name, t in inside.tree.items()})
     assert first_bytes(huge, monkeypatch) == expected
 
 
@@ -359,7 +360,7 @@ def interrupted(source: Path, folder: Path) -> tuple[bytes, bytes]:
     inside = folder / "inside.pt"
     shutil.copy(source, inside)
     document = open_checkpoint(inside)
-    torch_zip.rewrite_in_place(document, {"wrapped": document.tree})
+    zip_writer.rewrite_in_place(document, {"wrapped": document.tree})
     old, new = source.read_bytes(), inside.read_bytes()
     assert new.startswith(old)
     return old, new
@@ -385,7 +386,7 @@ def test_an_edit_in_place_loads_at_every_point(
         with monkeypatch.context() as patched:
             calls = stopped_at(patched, last + 1, how)
             with suppress(Stopped, DestinationError):
-                torch_zip.rewrite_in_place(document, {"wrapped": document.tree})
+                zip_writer.rewrite_in_place(document, {"wrapped": document.tree})
         loaded = torch.load(path, weights_only=True)
         assert loaded.keys() >= first or loaded.keys() == {"wrapped"}, last
         seen.add("old" if loaded.keys() >= first else "new")

@@ -234,13 +234,36 @@ def test_inspecting_every_fixture_imports_neither_torch_nor_numpy() -> None:
     assert not out.stderr
 
 
-def test_the_inspect_command_imports_no_torch() -> None:
+# What the command line loads of the package to inspect a small file: a module more is a tenth of a millisecond more at
+# every start, and what only writers, plans or damaged files need is loaded by those who have them.
+LOADED = """
+optimstate: cli describe errors formats io problems record reporting state surgery tensors tree
+optimstate.cli: __main__ app inspect interrupts render words
+optimstate.cli.render: terminal
+optimstate.formats: byte_sources pickles protocol registry torch
+optimstate.formats.pickles: checks foreign globals known opcodes sharing tensors unpickle
+optimstate.formats.torch: script zip zip_directory zip_end zip_reader
+optimstate.io: destination extents folders location places streams temporary
+optimstate.state: algorithms flattened judging names optimizer records sections
+optimstate.state.algorithms: bitsandbytes libraries registry slots torch
+optimstate.surgery: inspecting inspection_text leaves opening repeated reports rest shown slot_counts text viewing
+optimstate.tensors: dtypes lazy strided
+optimstate.tree: comparison copies objects walking
+"""
+
+
+def test_the_inspect_command_loads_these_modules_and_neither_torch_nor_a_renderer() -> None:
     path = corpus.case("torch/adamw_named_layerwise_sequentiallr").entry
     command = [sys.executable, "-X", "importtime", "-m", "optimstate.cli", "inspect", str(path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in out.stderr.splitlines() if line.startswith("import time:")}
     assert "optimstate.surgery.reports" in imported
-    assert not {name for name in imported if name.split(".")[0] in {"torch", "numpy", "rich", "safetensors"}}
+    # What takes long: `json` is for those who ask for it, `dataclasses` compiles a class at every start.
+    heavy = {"torch", "numpy", "rich", "safetensors", "json", "dataclasses", "glob", "queue", "tarfile", "tomllib"}
+    assert not {name for name in imported if name.split(".")[0] in heavy}
+    rows = [line.split(": ") for line in LOADED.split("\n") if line]
+    expected = {f"{package}.{name}" for package, names in rows for name in names.split()}
+    assert {name for name in imported if name.startswith("optimstate.")} - expected == set()
 
 
 def test_a_hostile_file_is_reported_and_not_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 import optimstate
 from optimstate.errors import CheckpointError, DestinationExistsError, PlanError
 from optimstate.plan.language.plan import Plan
-from optimstate.surgery import plans
+from optimstate.surgery import plan_files, plans
 from tests import corpus
 from tests.support import digest, unlike
 
@@ -270,12 +270,12 @@ def test_showing_has_a_row_for_every_slot_of_every_parameter() -> None:
 
 def test_a_plan_is_never_written_over_something(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
-    plans.check_plan_destination(path)
-    plans.save_plan("# a plan\n", path)
+    plan_files.check_plan_destination(path)
+    plan_files.save_plan("# a plan\n", path)
     with pytest.raises(DestinationExistsError):
-        plans.check_plan_destination(path)
-    plans.check_plan_destination(path, force=True)
-    plans.check_plan_destination("-")
+        plan_files.check_plan_destination(path)
+    plan_files.check_plan_destination(path, force=True)
+    plan_files.check_plan_destination("-")
     assert path.read_text() == "# a plan\n"
 
 

@@ -8,7 +8,7 @@ from optimstate.describe import exact
 from optimstate.formats.dcp.columns import Box, Item
 from optimstate.formats.dcp.layout import Layout, Part
 from optimstate.formats.protocol import WriteOptions
-from optimstate.formats.torch import zip as torch_zip
+from optimstate.formats.torch import zip_writer
 from optimstate.io.extents import Extent
 from optimstate.io.linking import linked
 from optimstate.io.location import Location
@@ -62,7 +62,7 @@ def write_file(path: Location, parts: Sequence[Part], options: WriteOptions) -> 
                 items[part.name, part.box] = scalars[plain]
                 continue
             value = _alone(value) if isinstance(value, LazyTensor) else value
-            length = torch_zip.write_archive(out, value, options)
+            length = zip_writer.write_archive(out, value, options)
             item = items[part.name, part.box] = Item(path.name, position, length)
             position += length
             if plain is not None:

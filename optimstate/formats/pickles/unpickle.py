@@ -217,10 +217,10 @@ def load(
 
 
 # Python's own words about the objects that stand for those of the file.
-_OF_STAND_INS = re.compile(r"\b(Opaque|GlobalName|\w*Tensor|\w*Unpickler|Storage)\b|__\w+__")
+_OF_STAND_INS = r"\b(Opaque|GlobalName|\w*Tensor|\w*Unpickler|Storage)\b|__\w+__"
 
 
 def _in_words(error: Exception) -> str:
     """What an interpreter's error says of the file, not of what stands for its objects here."""
     text = str(error)
-    return "it does to an object what such objects do not take" if _OF_STAND_INS.search(text) else text
+    return "it does to an object what such objects do not take" if re.search(_OF_STAND_INS, text) else text

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from optimstate.describe import describe
 from optimstate.errors import (
@@ -23,11 +23,13 @@ from optimstate.formats.safetensors.digests import DIGEST, described, recorded_d
 from optimstate.io.checksums import Digest, Recorded, digest_of
 from optimstate.io.extents import Extent, StoredSource
 from optimstate.io.location import Location
-from optimstate.io.output import AtomicGroup
 from optimstate.io.places import open_source
 from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES, check_sizes
 from optimstate.tensors.lazy import LazyTensor, Storage, announced
+
+if TYPE_CHECKING:
+    from optimstate.io.output import AtomicGroup
 
 __all__ = ["BY_CODE", "MAX_HEADER", "Entry", "File", "are_natural", "read_file", "write_file"]
 

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from optimstate.errors import CorruptCheckpointError
-from optimstate.formats.torch.zip import read_archive
-from optimstate.formats.torch.zip_end import archive_length
 from optimstate.io.extents import FileSlice, StoredSource
 from optimstate.io.location import Location
 
@@ -32,6 +30,9 @@ def read_values(source: StoredSource) -> tuple[list[Any], list[tuple[str, str]],
     Raises:
         CheckpointError: One is damaged.
     """
+    from optimstate.formats.torch.zip import read_archive  # a reader of pickles, which few of these files need
+    from optimstate.formats.torch.zip_end import archive_length
+
     values: list[Any] = []
     names: dict[tuple[str, str], None] = {}
     start = 0

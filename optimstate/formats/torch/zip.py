@@ -1,45 +1,27 @@
-"""The zip archives of `torch.save`: read, written anew in torch's own layout, or re-described without moving a tensor.
+"""The zip archives of `torch.save`: every storage is a record of its own, and the tree a pickle in `data.pkl`.
 
-The archive stores every storage as its own record and the tree as a pickle in `data.pkl`. Sizes and checksums stand in
-the directory at the end, so a new pickle and directory behind the old records make a complete new checkpoint: that is
-how renames are written, to a new file (the rest is copied as it is) and in place (the rest is not touched).
+What writes them (`zip_writer`) and what reads damaged ones (`salvage`) is imported by those who write or salvage: most
+only read.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-from optimstate.errors import (
-    CorruptCheckpointError,
-    DestinationError,
-    UnrecognizedFormatError,
-    UnsupportedCheckpointError,
-)
-from optimstate.formats.pickles.pickle import dump
+from optimstate.errors import CorruptCheckpointError, UnrecognizedFormatError, UnsupportedCheckpointError
 from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, WriteOptions
-from optimstate.formats.torch import salvage as salvaging
 from optimstate.formats.torch import script
-from optimstate.formats.torch.zip_directory import Archive, RecordStorage
+from optimstate.formats.torch.zip_directory import Archive
 from optimstate.formats.torch.zip_end import LOCAL
-from optimstate.formats.torch.zip_in_place import append_directory
 from optimstate.formats.torch.zip_reader import read_pickle
-from optimstate.formats.torch.zip_records import records_behind, write_records
-from optimstate.io.extents import Extent, FileSlice, StoredSource
+from optimstate.io.extents import FileSlice, StoredSource
 from optimstate.io.location import Location
-from optimstate.io.output import Output
 from optimstate.io.places import open_source
-from optimstate.tensors.lazy import LazyTensor, Storage, announced
-from optimstate.tree import nodes, walk
 
 NAME = "torch"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
 
 _FIRST_RECORDS = (b"data.pkl", b"version", b"constants.pkl", b".format_version", b".data/version")
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def sniff(path: Location, head: bytes) -> Claim:
@@ -82,6 +64,8 @@ def salvage(path: Location) -> Document:
     Raises:
         CorruptCheckpointError: Nothing is.
     """
+    from optimstate.formats.torch import salvage as salvaging
+
     return salvaging.salvage(path, NAME)
 
 
@@ -107,130 +91,8 @@ def _read_checkpoint(archive: Archive) -> tuple[Any, list[tuple[str, str]]]:
     return read_pickle(archive, "data.pkl", "data/")
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
-
-
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
-    """Write a tree as `torch.save` would.
+    """Write a tree as `torch.save` would; see `zip_writer.write`."""
+    from optimstate.formats.torch import zip_writer
 
-    When the tree holds exactly the storages of `like`, they are copied in one piece and only the pickle and the
-    directory are new; otherwise every record is written in torch's own order and alignment.
-    """
-    options = options or WriteOptions()
-    if like is not None and isinstance(like.handle, Archive) and _same_storages(tree, like.handle):
-        _write_redescribed(tree, path, like.handle, options)
-    else:
-        _write_new(tree, path, like, options)
-    return []
-
-
-def _same_storages(tree: Any, archive: Archive) -> bool:
-    """Whether the tree holds the archive's storages and no others, in its order: torch computes places from that."""
-    found = (node.storage if isinstance(node, LazyTensor) else node for _, node in walk(tree))
-    used = {id(storage): storage for storage in found if isinstance(storage, Storage)}.values()
-    if not all(isinstance(storage, RecordStorage) and storage.archive is archive for storage in used):
-        return False
-    kept = ["data/" + storage.key for storage in used]
-    return kept == [name for name in archive.records if name.startswith("data/")]
-
-
-def _write_new(tree: Any, path: Location, like: Document | None, options: WriteOptions) -> None:
-    announced(node for node in nodes(tree) if isinstance(node, LazyTensor))
-    pickled, storages = _pickled(tree)
-    root = (path.stem if path.stem.isascii() and path.stem else "archive") + "/"
-    expected = len(pickled) + sum(storage.nbytes + 256 for storage in storages)
-    with options.new_file(path, expected_size=expected) as out:
-        write_records(out, root, pickled, storages, _other_records(like), options)
-        options.confirmed()
-
-
-def write_archive(out: Output, tree: Any, options: WriteOptions) -> int:
-    """Append a whole archive to an output, as `torch.save` writes it to a stream, and return its size."""
-    return write_records(out, "archive/", *_pickled(tree), [], options)
-
-
-def _pickled(tree: Any) -> tuple[bytes, list[Storage]]:
-    """The pickle of a tree, and the storages it refers to, in order of their keys."""
-    order: dict[int, tuple[str, Storage]] = {}
-    pickled = dump(tree, lambda storage: order.setdefault(id(storage), (str(len(order)), storage))[0])
-    return pickled, [storage for _, storage in order.values()]
-
-
-_OWN_RECORDS = {"data.pkl", ".format_version", ".storage_alignment", "byteorder", "version", ".data/serialization_id"}
-
-
-def _other_records(like: Document | None) -> list[tuple[str, Extent]]:
-    """Records that are neither torch's own nor storages: kept as they are."""
-    if like is None or not isinstance(like.handle, Archive):
-        return []
-    archive = like.handle
-    return [
-        (name, archive.extent(record))
-        for name, record in archive.records.items()
-        if name not in _OWN_RECORDS and not name.startswith("data/")
-    ]
-
-
-def _kept_entries(archive: Archive) -> list[bytes]:
-    return [entry for name, entry in archive.entries() if name != "data.pkl"]
-
-
-def _write_redescribed(tree: Any, path: Location, archive: Archive, options: WriteOptions) -> None:
-    """Everything but the pickle stays at its offset: torch can then still predict where each storage is."""
-    pickled = dump(tree)
-    old = archive.records["data.pkl"]
-    start = archive.data_offset(old)
-    others = [record for name, record in archive.records.items() if name != "data.pkl"]
-    stop = archive.directory_offset if any(other.header > old.header for other in others) else old.header
-    pieces = [Extent(archive.source, 0, min(start, stop))]
-    if stop > start:  # the old names must not stay behind
-        pieces += [Extent(None, 0, old.size), Extent(archive.source, start + old.size, stop - start - old.size)]
-    size = stop + len(pickled) + sum(map(len, _kept_entries(archive)))
-    with options.new_file(path, expected_size=size) as out:
-        position = out.copy(pieces, options.progress)
-        for part in _redescription(archive, pickled, position):
-            out.write(part)
-        options.confirmed()
-
-
-def _redescription(archive: Archive, pickled: bytes, position: int) -> tuple[bytes, bytes, bytes]:
-    """What stands behind the records: the new pickle, the directory, and the end that makes it valid."""
-    return records_behind(archive.root, position, ("data.pkl", pickled), _kept_entries(archive))
-
-
-def rewrite_in_place(document: Document, tree: Any) -> None:
-    """Give the file a new tree over the same storages by appending to it.
-
-    Nothing that was there is overwritten, and at every moment the file loads as before or as changed, by torch too (see
-    `zip_in_place`). On an error it is cut back to what it was.
-
-    Raises:
-        DestinationError: The tree does not hold exactly the file's storages, or the file cannot be written.
-    """
-    archive = document.handle
-    if not isinstance(document.path, Path):
-        raise DestinationError(
-            f"{document.path}: an object of a store cannot be changed in place", hint="Write to a new name instead."
-        )
-    if not isinstance(archive, Archive) or not _same_storages(tree, archive):
-        raise DestinationError(
-            f"{document.path}: only changes that keep every tensor can be made in place",
-            hint="Write to a new file instead.",
-        )
-    size = archive.source.size
-    pickled = dump(tree)
-    try:
-        fd = os.open(document.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise DestinationError(f"{document.path}: cannot be written: {error.strerror}") from error
-    try:
-        if os.lseek(fd, 0, os.SEEK_END) != size:
-            raise DestinationError(f"{document.path}: changed while it was read")
-        new = b"".join(_redescription(archive, pickled, size))
-        append_directory(fd, size, new, directory=archive.directory_offset, entries=len(archive.records))
-    except OSError as error:
-        if isinstance(error, DestinationError):
-            raise
-        raise DestinationError(f"{document.path}: cannot be written: {error.strerror}") from error
-    finally:
-        os.close(fd)
+    return zip_writer.write(tree, path, like=like, options=options)

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import sub
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from optimstate.describe import describe
 from optimstate.errors import (
@@ -23,10 +23,12 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.formats.torch.zip_end import CENTRAL, LOCAL, MAX32, find_directory
-from optimstate.io.checksums import Recorded, recorded
 from optimstate.io.extents import Extent, FileSlice, StoredSource
 from optimstate.tensors.lazy import FEW_BYTES, Storage
 from optimstate.tree import no_garbage_collection
+
+if TYPE_CHECKING:
+    from optimstate.io.checksums import Recorded
 
 __all__ = ["Archive", "Record", "RecordStorage", "Records"]
 
@@ -304,6 +306,8 @@ class Archive:
 
     def recorded(self) -> Iterator[Recorded]:
         """Every checksum of the directory; a writer that computed none wrote 0."""
+        from optimstate.io.checksums import recorded  # for those who compare them
+
         for name, crc in zip(self.records, self.records.crcs, strict=True):
             record = self.records[name]
             if crc and name not in self.compressed:
