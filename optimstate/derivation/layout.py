@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from math import prod
+from math import gcd, prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from optimstate.plan.expressions.evaluate import evaluated
@@ -22,7 +22,7 @@ from optimstate.record import Record
 if TYPE_CHECKING:
     from optimstate.installed_torch import torch
 
-__all__ = ["Program", "Wanted", "applied", "core", "cut", "joined"]
+__all__ = ["Blocks", "Program", "Wanted", "applied", "blocked", "core", "cut", "joined"]
 
 Concat, Stack, Split, Unstack = (OPERATIONS[key] for key in ("concat", "stack", "split", "unstack"))
 Permute, Transpose, Reshape = (OPERATIONS[key] for key in ("permute", "transpose", "reshape"))
@@ -146,6 +146,54 @@ def joined(shapes: Sequence[Shape], wanted: Wanted, owner: torch.Tensor) -> tupl
     return best
 
 
+class Blocks(Record):
+    """An output that is made of one block of each source, side by side.
+
+    Attributes:
+        shape: The output's, one dimension of it cut into equal parts where every part has a piece of each block.
+        parts: For each block, in order, the number of its source and where it stands.
+        joining: What makes the output of the blocks.
+    """
+
+    shape: Shape
+    parts: tuple[tuple[int, tuple[slice, ...]], ...]
+    joining: Program
+
+
+def blocked(shape: Shape, owner: torch.Tensor) -> Iterator[Blocks]:
+    """Ways to see an output as blocks of its sources, side by side along one dimension.
+
+    Args:
+        shape: The output's.
+        owner: For each of its elements, flat, the number of its source; -1 for one from nowhere, which goes to the
+            block before it, or to the first.
+    """
+    for dim, size in enumerate(shape):
+        rows = owner.reshape(shape).movedim(dim, -1).reshape(-1, size)
+        whole = rows[0]
+        if not bool((rows == whole).all()):
+            continue
+        period = next(
+            rows_ for rows_ in reversed(_divisors(size)) if bool((whole.view(-1, rows_) == whole[:rows_]).all())
+        )
+        runs: list[list[int]] = []
+        for place, number in enumerate(whole[:period].tolist()):
+            if number >= 0 and (not runs or runs[-1][0] not in (number, -1)):
+                runs.append([number, place, place + 1])
+            elif not runs:
+                runs.append([-1, place, place + 1])
+            else:
+                runs[-1][0] = number if runs[-1][0] < 0 else runs[-1][0]
+                runs[-1][2] = place + 1
+        if len({number for number, _, _ in runs}) < len(runs):
+            continue  # a source has several blocks
+        several = period < size
+        cut_up = (*shape[:dim], size // period, period, *shape[dim + 1 :]) if several else shape
+        at = dim + several
+        parts = tuple((number, (*(slice(None) for _ in range(at)), slice(start, stop))) for number, start, stop in runs)
+        yield Blocks(cut_up, parts, (Concat(at), *(next(_reshapes(cut_up, shape)) if several else ())))
+
+
 def _shortened(found: Iterator[tuple[Program, tuple[int, ...]]]) -> Iterator[tuple[Program, tuple[int, ...]]]:
     """Each program once, before it without the first of two reshapes that follow each other."""
     seen: set[tuple[tuple[str, ...], tuple[int, ...]]] = set()
@@ -243,9 +291,37 @@ def _selections(shape: Shape, wanted: Wanted) -> Iterator[Program]:
             continue
         first = wanted.ids.reshape(wanted.shape).movedim(dim, 0).reshape(size, -1)[:, 0]
         index = tuple((first // prod(shape[dim + 1 :]) % old).tolist())
-        if index == tuple(range(old - 1, -1, -1)):
-            yield (Flip((dim,)),)
-        yield (Select(dim, index) if len(index) <= _INLINE else Gather(dim, index),)
+        for rows in _divisors(gcd(old, size)):
+            chosen = _blocks(index, rows)
+            if chosen is not None:
+                yield from _chosen(shape, dim, rows, chosen, wanted.shape)
+                break
+
+
+def _blocks(index: Sequence[int], rows: int) -> tuple[int, ...] | None:
+    """The blocks of as many rows that a list of rows takes one after the other; None where it takes others."""
+    starts = index[::rows]
+    if any(start % rows for start in starts):
+        return None
+    whole = tuple(start + row for start in starts for row in range(rows))
+    return tuple(start // rows for start in starts) if whole == tuple(index) else None
+
+
+def _chosen(shape: Shape, dim: int, rows: int, blocks: tuple[int, ...], new: Shape) -> Iterator[Program]:
+    """Blocks of a dimension in another order: the halves of gate and up exchanged, the parts of q, k and v."""
+    count = shape[dim] // rows
+    if blocks == tuple(range(count)):
+        return  # nothing is chosen
+    if blocks == tuple(range(count - 1, -1, -1)):
+        choice: Operation = Flip((dim,))
+    else:
+        choice = Select(dim, blocks) if len(blocks) <= _INLINE else Gather(dim, blocks)
+    if rows == 1:
+        yield (choice,)
+        return
+    cut_up = (*shape[:dim], len(blocks), rows, *shape[dim + 1 :])
+    for closing in _reshapes(cut_up, new):
+        yield (Reshape((count, -1), dim), choice, *closing)
 
 
 def core(wanted: Wanted) -> tuple[Wanted, Program]:

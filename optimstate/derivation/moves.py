@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from optimstate.derivation.layout import Program, Wanted, core, cut, joined
+from optimstate.derivation.layout import Blocks, Program, Wanted, blocked, core, cut, joined
 from optimstate.derivation.probe import Combined, Function, Moved, New, Probe, Source, Unexplained, probe
 from optimstate.derivation.proof import Terms, differences, roundings
 from optimstate.derivation.templates import Moves, drops, generalised
@@ -100,6 +100,7 @@ class Derivation:
         self.random: tuple[str, ...] = ()
         self.calls = 0
         self._known: dict[Any, Any] = {}
+        self._sums: dict[tuple[str, str], list[str]] = {}
 
     def run(self) -> Derived:
         """The plan, proved.
@@ -134,6 +135,7 @@ class Derivation:
         for name, origin in found.outputs.items():
             if isinstance(origin, Combined):
                 used |= self._sum(name, origin, found, used)
+        used |= self._empty(found, used)
         self.dropped = tuple(name for name in self.sources if name not in used)
         lost = [name for name in self.dropped if name not in self.shared]
         if lost and not self.allow_drop:
@@ -145,13 +147,18 @@ class Derivation:
         self.new = tuple(made)
         self.untouched = tuple(name for name, origin in made.items() if origin.untouched)
         self.random = tuple(name for name, origin in moved.items() if origin.fill == "random")
+        self._note([name for name, origin in moved.items() if origin.fill == "live"])
+
+    def _note(self, live: Sequence[str]) -> None:
+        """What deserves attention: sums, random rows, and outputs that keep some of the live model's values."""
+        for (what, state), names in self._sums.items():
+            self.notes.append(f"{what} of tensors: {_listed(names)}; weights are exact, optimizer state is {state}")
         if self.random:
             self.notes.append(
                 f"a part of {_listed(self.random)} is drawn at random; the plan fills it with the mean of the rest"
             )
-        kept = [name for name, origin in moved.items() if origin.fill == "live"]
-        if kept:
-            self.notes.append(f"a part of {_listed(kept)} keeps the live model's values: resume with this plan")
+        if live:
+            self.notes.append(f"a part of {_listed(live)} keeps the live model's values: resume with this plan")
 
     def _refuse(self, found: Probe) -> None:
         wrong = []
@@ -182,19 +189,44 @@ class Derivation:
         extra = self._extras(Moved(origin.parts[0][0], 1.0, origin.shift, 0.0, origin.dtype), terms)
         self.first.append(Moves(terms, (name,), (joins, *program[0], *extra)))
         kept = "approximate" if min(factors) >= 0 and abs(sum(factors) - 1) < 1e-6 else "left behind"
-        what = "mean" if equal else "sum"
-        self.notes.append(f"{describe(name)} is a {what}: its weights are exact, its optimizer state is {kept}")
+        self._sums.setdefault(("means" if equal else "sums", kept), []).append(name)
         return set(terms)
+
+    def _empty(self, found: Probe, used: set[str]) -> set[str]:
+        """Tensors without elements, which carry no tags: told by name, or by shape where one is renamed."""
+        empty = {name: s.shape for name, s in self.sources.items() if not prod(s.shape) and name not in used}
+        outputs = [name for name, o in found.outputs.items() if isinstance(o, Moved) and not o.ids.numel()]
+        taken: set[str] = set()
+        for name in sorted(outputs, key=lambda name: name not in empty):
+            origin = found.outputs[name]
+            assert isinstance(origin, Moved)
+            shape = tuple(origin.ids.shape)
+            source = next((key for key in (name, *empty) if empty.get(key) in (shape, shape[::-1])), None)
+            if source is not None:
+                turned = () if empty[source] == shape else (OPERATIONS["transpose"](),)
+                del empty[source]
+                taken.add(source)
+                self._add((source,), (name,), (*turned, *self._extras(origin, [source])))
+        return taken
 
     # --- one component ----------------------------------------------------------------------------------------------
 
     def _explain(self, component: _Component, moved: Mapping[str, Moved], owners: _Owners) -> None:
+        if len(component.sources) == 1 or len(component.outputs) > 1:
+            self._refuse_factors(component, moved)
         if len(component.sources) == 1:
             self._fan_out(component.sources[0], component.outputs, moved, owners)
         elif len(component.outputs) == 1:
             self._gather(component.sources, component.outputs[0], moved, owners)
         else:
             self._across(component, moved, owners)
+
+    def _refuse_factors(self, component: _Component, moved: Mapping[str, Moved]) -> None:
+        for name in component.outputs:
+            if moved[name].factors is not None:
+                of = ", ".join(map(describe, component.sources[:4]))
+                reason = "its elements are not all multiplied by one number"
+                raise DerivationError(f"{describe(name)} is not a layout of the sources: {reason} (it depends on {of})")
 
     def _fan_out(self, source: str, outputs: Sequence[str], moved: Mapping[str, Moved], owners: _Owners) -> None:
         shape = self.sources[source].shape
@@ -217,11 +249,49 @@ class Derivation:
             self.second.append(Moves((copy,), (name,), self._finished(single[0], moved[name], [source])))
 
     def _gather(self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners) -> None:
-        found = self._joined(sources, output, moved, owners)
+        found = self._joined(sources, output, moved, owners) if moved[output].factors is None else None
         if found is None:
-            raise self._unsayable(output, sources)
+            self._assemble(sources, output, moved, owners)
+            return
         program, order = found
         self._add(tuple(sources[number] for number in order), (output,), program)
+
+    def _assemble(self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners) -> None:
+        """Sources that are laid out each in its own way, and then joined in a stage; zeros between are grown."""
+        origin = moved[output]
+        ids, owner = owners.split(output, sources)
+        found = (
+            (blocks, self._parts(blocks, sources, origin, ids)) for blocks in blocked(tuple(origin.ids.shape), owner)
+        )
+        blocks, parts = next(((blocks, parts) for blocks, parts in found if parts), (None, None))
+        if blocks is None or parts is None:
+            raise self._unsayable(output, sources)
+        taken = []
+        for source, layout in parts:
+            whole = self._finished(layout, origin._replace(dtype=self.sources[source].dtype), [source])
+            opening = whole if isinstance(origin.fill, str) else whole[: len(layout)]
+            taken.append(f"{source}.part" if opening else source)
+            if opening:
+                self.first.append(Moves((source,), (taken[-1],), opening))
+        closing = self._extras(origin, sources)
+        if isinstance(origin.fill, str):  # the parts are scaled already
+            closing = tuple(step for step in closing if step.KEY == "cast")
+        self.second.append(Moves(tuple(taken), (output,), (*blocks.joining, *closing)))
+
+    def _parts(
+        self, blocks: Blocks, sources: Sequence[str], origin: Moved, ids: torch.Tensor
+    ) -> list[tuple[str, Program]] | None:
+        """For each block its source and what makes the block of it."""
+        parts: list[tuple[str, Program]] = []
+        for number, block in blocks.parts:
+            inside = ids.reshape(blocks.shape)[block]
+            wanted = Wanted(tuple(inside.shape), inside.reshape(-1))
+            found = self._cut(self.sources[sources[number]].shape, [wanted])
+            factor = _factor(origin, blocks.shape, block, wanted)
+            if found is None or factor is None:
+                return None
+            parts.append((sources[number], (*found[0], *_scaled(factor))))
+        return parts
 
     def _across(self, component: _Component, moved: Mapping[str, Moved], owners: _Owners) -> None:
         """Many to many: every source is cut into the parts that outputs take, and these are joined in a stage."""
@@ -307,9 +377,7 @@ class Derivation:
     def _extras(self, origin: Moved, sources: Sequence[str]) -> tuple[Operation, ...]:
         """What is done beside the layout: a factor, another dtype."""
         extra: list[Operation] = []
-        if origin.scale != 1:
-            scale = _short(origin.scale)
-            extra.append(OPERATIONS["scale"](scale, 1 / scale))
+        extra += _scaled(origin.scale)
         if origin.shift:
             extra.append(OPERATIONS["shift"](_short(origin.shift)))
         if {self.sources[name].dtype for name in sources} != {origin.dtype}:
@@ -346,7 +414,11 @@ class Derivation:
             DerivationError: They differ.
         """
         self.compare(plan)
-        rounded = roundings(plan, self.function, self.sources, self._terms())
+        rounded, wrong = roundings(plan, self.function, self.sources, self._terms())
+        if wrong:
+            raise DerivationError(
+                "what the function does depends on the values, not on their places alone:\n" + "\n".join(wrong[:5])
+            )
         if rounded:
             self.notes.append(f"the function rounds values on the way, the plan keeps them: {rounded[0]}")
 
@@ -379,6 +451,19 @@ def _filled(program: Program, fill: Fill) -> Program:
 def _short(number: float) -> float:
     """A number as a person writes it, where rounding alone has given it more digits."""
     return float(f"{number:.7g}") if abs(float(f"{number:.4g}") - number) <= 1e-6 * abs(number) else number
+
+
+def _scaled(scale: float) -> tuple[Operation, ...]:
+    return () if scale == 1 else (OPERATIONS["scale"](_short(scale), 1 / _short(scale)),)
+
+
+def _factor(origin: Moved, shape: Shape, block: tuple[slice, ...], wanted: Wanted) -> float | None:
+    """What all elements of a block are multiplied by; None where it is not one number."""
+    if origin.factors is None:
+        return 1.0
+    factors = origin.factors.reshape(shape)[block].reshape(-1)[wanted.ids >= 0]
+    close = bool(((factors - factors[0]).abs() <= factors[0].abs() * 1e-6).all())
+    return float(factors[0]) if close else None
 
 
 def _block(shape: Shape, ids: torch.Tensor) -> Wanted:

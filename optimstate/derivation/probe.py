@@ -44,6 +44,7 @@ class Moved(Record):
         shift: What is added to every element.
         fill: What the elements from nowhere hold: a number, "random" values, or those of the "live" model.
         dtype: The output's, as torch names it.
+        factors: In place of one scale, of the output's shape: what every element is multiplied by.
     """
 
     ids: torch.Tensor
@@ -51,6 +52,7 @@ class Moved(Record):
     shift: float
     fill: float | Literal["random", "live"]
     dtype: str
+    factors: torch.Tensor | None = None
 
 
 class Combined(Record):
@@ -130,7 +132,7 @@ class _Prober:
         for name, source in self.sources.items():
             self.starts[name] = total
             total += prod(source.shape)
-        self.total, self.calls = total, 0
+        self.total, self.calls, self.base = total, 0, _BASE
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
 
@@ -155,13 +157,23 @@ class _Prober:
                 raise DerivationError(
                     f"the function returned {type(value).__name__} for {describe(name)}, not a tensor"
                 )
+            if not isinstance(name, str):
+                raise DerivationError(f"the function returned a tensor under {describe(name)}, which is not a text")
+            if value.is_complex() and bool((value.detach().imag != 0).any()):
+                raise DerivationError(
+                    f"{describe(name)} is not a layout of the sources: it joins them to complex numbers"
+                )
         shapes = {name: tuple(value.shape) for name, value in made.items()}
         if self.shapes and shapes != self.shapes:
             changed = min(set(shapes.items()) ^ set(self.shapes.items()))[0]
             raise DerivationError(f"the names or shapes of the outputs depend on the values: {describe(changed)}")
         self.shapes = shapes
         self.dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in made.items()}
-        return {name: value.detach().to(self.torch.float64, copy=True).reshape(-1) for name, value in made.items()}
+        found = {}
+        for name, value in made.items():
+            real = value.detach().real if value.is_complex() else value.detach()
+            found[name] = real.to(self.torch.float64, copy=True).reshape(-1)
+        return found
 
     def _filled(self, value: float) -> torch.Tensor:
         made: torch.Tensor = self.torch.full((self.total,), value, dtype=self.torch.float64)
@@ -169,23 +181,39 @@ class _Prober:
 
     def _digit(self, place: int) -> torch.Tensor:
         tags = self.torch.arange(self.total, dtype=self.torch.int64)
-        made: torch.Tensor = (tags // _BASE**place % _BASE).to(self.torch.float64)
+        made: torch.Tensor = (tags // self.base**place % self.base).to(self.torch.float64)
         return made
 
-    def _drawn(self, seed: int) -> torch.Tensor:
+    def _drawn(self, seed: int, *, signed: bool) -> torch.Tensor:
+        """Random integers, of both signs where a source can have them: an absolute value is not a layout."""
         generator = self.torch.Generator().manual_seed(seed)
-        made: torch.Tensor = self.torch.randint(1, _BASE, (self.total,), generator=generator).to(self.torch.float64)
+        made: torch.Tensor = self.torch.randint(1, max(self.base, 8), (self.total,), generator=generator).double()
+        signs = self.torch.randint(0, 2, (self.total,), generator=generator).double() * 2 - 1
+        for name, source in self.sources.items():
+            mine = slice(self.starts[name], self.starts[name] + prod(source.shape))
+            if source.dtype == "bool":
+                made[mine] %= 2
+            elif signed and not source.dtype.startswith("uint"):
+                made[mine] *= signs[mine]
         return made
+
+    def _chosen_base(self) -> int:
+        """What the tags are written in: every dtype that the function is given or makes holds such digits exactly."""
+        dtypes = {*(source.dtype for source in self.sources.values()), *self.dtypes.values()}
+        if "bool" in dtypes:
+            return 2
+        return 8 if any(dtype.startswith("float8") for dtype in dtypes) else _BASE
 
     # --- what they tell ---------------------------------------------------------------------------------------------
 
     def run(self) -> Probe:
         zeros, again, ones = self._call(self._filled(0)), self._call(self._filled(0)), self._call(self._filled(1))
+        self.base = self._chosen_base()
         places = 1
-        while _BASE**places < self.total:
+        while self.base**places < self.total:
             places += 1
         digits = [self._call(self._digit(place)) for place in range(places)]
-        draws = [self._drawn(seed) for seed in (1, 2)]
+        draws = [self._drawn(1, signed=False), self._drawn(2, signed=True)]
         drawn = [self._call(values) for values in draws]
         found: dict[str, Origin] = {}
         open_: list[str] = []
@@ -195,7 +223,7 @@ class _Prober:
             same = ~random  # what is not drawn anew by each call
             if random.all() and z.numel():
                 found[name] = New(self.shapes[name], random=True)
-            elif not bool(self.torch.isfinite(z[same]).all() and self.torch.isfinite(o[same]).all()):
+            elif not bool(self.torch.isfinite(o - z)[same & (o != z)].all()):
                 found[name] = Unexplained("it is not finite on zeros or ones", ())
             elif not bool((o != z)[same].any()) and all(_equal(r[name], z, same) for r in drawn) and z.numel():
                 found[name] = New(self.shapes[name], random=bool(random.any()))
@@ -226,32 +254,35 @@ class _Prober:
         """The output as a layout of the sources, or None."""
         from optimstate.installed_torch import torch
 
-        factors = o - z
-        there = (factors != 0) & ~random
+        there = (o != z) & ~random
         nowhere = ~there & ~random
+        factors = o - z
         if not z.numel():
             return Moved(torch.empty(self.shapes[name], dtype=torch.int64), 1.0, 0.0, 0.0, self.dtypes[name])
         scale = _one_number(factors[there])
         shift = _one_number(z[there])
-        fill = _one_number(z[nowhere]) if bool(nowhere.any()) else 0.0
-        if scale is None or shift is None or fill is None or (bool(random.any()) and bool(nowhere.any())):
+        fill = _one_number(torch.unique(z[nowhere])) if bool(nowhere.any()) else 0.0  # an infinity has no difference
+        if shift is None or fill is None or (bool(random.any()) and bool(nowhere.any())):
             return None
+        factor = factors[there] if scale is None else scale
+        largest = float(factors[there].abs().max()) * 1.5 if scale is None else scale
         ids = torch.full(z.shape, -1, dtype=torch.int64)
         made = torch.zeros(int(there.sum()), dtype=torch.int64)
         for place, values in enumerate(digits):
-            exact = (values[there] - shift) / scale
-            made += exact.round().to(torch.int64) * _BASE**place
+            exact = (values[there] - shift) / factor
+            made += exact.round().to(torch.int64) * self.base**place
         if made.numel() and not (int(made.min()) >= 0 and int(made.max()) < self.total):
             return None
         ids[there] = made
-        room = _rounding(self.dtypes[name], scale, shift)
+        room = _rounding(self.dtypes[name], largest, shift)
         for values, seen in zip(draws, drawn, strict=True):
             expected = torch.full_like(seen, fill)
-            expected[there] = values[made] * scale + shift
-            if not bool(((expected - seen).abs() <= room)[~random].all()):
+            expected[there] = values[made] * factor + shift
+            if not bool(((expected == seen) | ((expected - seen).abs() <= room))[~random].all()):
                 return None
         ids = ids.reshape(self.shapes[name])
-        return Moved(ids, scale, shift, "random" if bool(random.any()) else fill, self.dtypes[name])
+        moved = Moved(ids, scale or 1.0, shift, "random" if bool(random.any()) else fill, self.dtypes[name])
+        return moved if scale is not None else moved._replace(factors=factors.reshape(self.shapes[name]))
 
     def _combinations(
         self,
@@ -288,7 +319,7 @@ class _Prober:
                     continue
                 room = _rounding(self.dtypes[name], factor, 0.0)
                 ids = sum(
-                    ((d[name] - zeros[name]) / factor).round().to(torch.int64) * _BASE**place
+                    ((d[name] - zeros[name]) / factor).round().to(torch.int64) * self.base**place
                     for place, d in enumerate(digits)
                 )
                 assert not isinstance(ids, int)
@@ -310,8 +341,8 @@ class _Prober:
             explained = True
             for values, seen in zip(draws, drawn, strict=True):
                 expected = sum((values[ids] * factor for _, ids, factor in terms[name])) + shift
-                largest = sum(abs(factor) for _, _, factor in terms[name])
-                explained &= bool(((expected - seen[name]).abs() <= _rounding(self.dtypes[name], largest, shift)).all())
+                room = sum(_rounding(self.dtypes[name], 2 * factor, 2 * shift) for _, _, factor in terms[name])
+                explained &= bool(((expected - seen[name]).abs() <= room).all())
             if explained:
                 parts = tuple((ids.reshape(self.shapes[name]), factor) for _, ids, factor in terms[name])
                 found[name] = Combined(parts, shift, self.dtypes[name])
@@ -344,6 +375,8 @@ def _one_number(values: Any) -> float | None:
     if not values.numel():
         return 1.0
     first = float(values[0])
+    if values.numel() == 1:
+        return first
     close = bool(((values - first).abs() <= abs(first) * 1e-6).all())
     return first if close else None
 

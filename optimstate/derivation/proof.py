@@ -43,12 +43,23 @@ def differences(plan: Plan, function: Function, sources: Mapping[str, Source], t
     return _differing(plan, function, _drawn(sources, whole=True), terms)
 
 
-def roundings(plan: Plan, function: Function, sources: Mapping[str, Source], terms: Terms) -> list[str]:
-    """Outputs whose values the function rounds on the way and the plan does not."""
-    return _differing(plan, function, _drawn(sources, whole=False), terms)
+def roundings(
+    plan: Plan, function: Function, sources: Mapping[str, Source], terms: Terms
+) -> tuple[list[str], list[str]]:
+    """Where they differ on random fractions of both signs.
+
+    Returns:
+        Outputs whose values the function may have rounded on the way, as the plan does not; and all others.
+    """
+    drawn = _drawn(sources, whole=False)
+    differ = _differing(plan, function, drawn, terms)
+    beyond = set(_differing(plan, function, drawn, terms, rounding=True)) if differ else set()
+    return [sentence for sentence in differ if sentence not in beyond], sorted(beyond)
 
 
-def _differing(plan: Plan, function: Function, drawn: dict[str, torch.Tensor], terms: Terms) -> list[str]:
+def _differing(
+    plan: Plan, function: Function, drawn: dict[str, torch.Tensor], terms: Terms, *, rounding: bool = False
+) -> list[str]:
     from optimstate.installed_torch import torch
 
     def called() -> dict[str, torch.Tensor]:
@@ -67,7 +78,7 @@ def _differing(plan: Plan, function: Function, drawn: dict[str, torch.Tensor], t
             if name in made and made[name].shape == expected[name].shape:
                 expected[name] = torch.where(expected[name] == again[name], expected[name], made[name])
     arithmetic = any(step.KEY in _ARITHMETIC for rule in plan.all_rules() for step in rule.operations)
-    return list(_compared(expected, made, set(terms.new), arithmetic=arithmetic))
+    return list(_compared(expected, made, set(terms.new), arithmetic=arithmetic, rounding=rounding))
 
 
 def _drawn(sources: Mapping[str, Source], *, whole: bool) -> dict[str, torch.Tensor]:
@@ -78,23 +89,25 @@ def _drawn(sources: Mapping[str, Source], *, whole: bool) -> dict[str, torch.Ten
     made = {}
     for name, source in sources.items():
         dtype = dtype_of(source.dtype)
-        if whole or not dtype.is_floating_point:
+        if whole or not (dtype.is_floating_point or dtype.is_complex):
             low, high = (0, 2) if dtype == torch.bool else (1, 127)
             made[name] = torch.randint(low, high, source.shape, generator=generator).to(dtype)
         else:
-            made[name] = torch.randn(source.shape, generator=generator, dtype=torch.float64).to(dtype)
+            kind = torch.complex128 if dtype.is_complex else torch.float64
+            made[name] = torch.randn(source.shape, generator=generator, dtype=kind).to(dtype)
     return made
 
 
+_ROUNDED = 2.0**-3, 2.0**-9  # the largest relative and absolute error of a cast to eight bits and back
 _ARITHMETIC = ("average", "mean", "scale", "shift")
 
 
 def _compared(
-    expected: Mapping[str, Any], made: Mapping[str, Any], new: set[str], *, arithmetic: bool
+    expected: Mapping[str, Any], made: Mapping[str, Any], new: set[str], *, arithmetic: bool, rounding: bool
 ) -> Iterator[str]:
     from optimstate.installed_torch import torch
 
-    rounding = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9} if arithmetic else {}
+    relative = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9} if arithmetic else {}
 
     for name in expected.keys() - made.keys() - new:
         yield f"the plan does not make {describe(name)}"
@@ -107,5 +120,9 @@ def _compared(
         if value.dtype != other.dtype or value.shape != other.shape:
             mine, theirs = (f"{item.dtype} {list(item.shape)}" for item in (other, value))
             yield f"{describe(name)} is {mine} by the plan, {theirs} by the function"
-        elif not torch.allclose(value.double(), other.double(), rtol=rounding.get(value.dtype, 1e-6), atol=0):
-            yield f"{describe(name)}: {int((value != other).sum())} of {value.numel()} elements differ"
+            continue
+        exact = torch.complex128 if value.is_complex() else torch.float64
+        one, two = value.to(exact), other.to(exact)
+        wide, least = _ROUNDED if rounding else (relative.get(value.dtype, 1e-6), 1e-5 if arithmetic else 0.0)
+        if not torch.allclose(one, two, rtol=wide, atol=least):
+            yield f"{describe(name)}: {int((one != two).sum())} of {value.numel()} elements differ"

@@ -33,8 +33,11 @@ Maker = Callable[[Mapping[int, int]], Function]
 Shape = tuple[int, ...]
 _LARGE = 48  # smaller dimensions are kept
 _MOST_OUTPUTS = 1024  # larger dimensions are not taken for a number of experts
-_PRIMES = ((3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41), (5, 3, 11, 7, 17, 13, 23, 19, 31, 29, 41, 37))
-_THIRD = (7, 11, 3, 5, 19, 23, 13, 17, 37, 41, 29, 31)
+_PRIMES = (
+    (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73),
+    (5, 3, 11, 7, 17, 13, 23, 19, 31, 29, 41, 37, 47, 43, 59, 53, 67, 61, 73, 71),
+)
+_THIRD = (7, 11, 3, 5, 19, 23, 13, 17, 37, 41, 29, 31, 53, 59, 43, 47, 71, 73, 61, 67)
 _UNITS = (4, 16, 64)  # a function that cuts heads or halves needs sizes that they divide
 
 

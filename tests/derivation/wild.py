@@ -1,0 +1,345 @@
+"""Conversion functions as strangers write them: what each takes, and what becomes of it.
+
+`EXACT` functions are layouts: the plan gives their weights bit for bit, or to rounding where they multiply. `REFUSED`
+ones are not, or cannot be said: with what the refusal says. Names and habits are those of public conversion scripts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+State = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+EXACT: dict[str, tuple[Callable[[State], Any], Shapes]] = {}
+REFUSED: dict[str, tuple[Callable[[State], Any], Shapes, str]] = {}
+L = 3
+
+
+def exact(shapes: Shapes) -> Callable[[Callable[[State], Any]], Callable[[State], Any]]:
+    def listed(function: Callable[[State], Any]) -> Callable[[State], Any]:
+        EXACT[function.__name__] = function, shapes
+        return function
+
+    return listed
+
+
+def refused(shapes: Shapes, message: str) -> Callable[[Callable[[State], Any]], Callable[[State], Any]]:
+    def listed(function: Callable[[State], Any]) -> Callable[[State], Any]:
+        REFUSED[function.__name__] = function, shapes, message
+        return function
+
+    return listed
+
+
+# --- the five kinds -------------------------------------------------------------------------------------------------
+
+BERT: Shapes = {
+    f"module.bert.encoder.layer.{i}.{part}.{p}": (8, 8) if p == "weight" and "Norm" not in part else (8,)
+    for i in range(L)
+    for part in ("attention.self.query", "output.dense", "output.LayerNorm")
+    for p in (("gamma", "beta") if "Norm" in part else ("weight", "bias"))
+} | {"module.cls.decoder.weight": (20, 8), "module.cls.decoder.bias": (20,), "module.pooler.w": (8, 8)}  # fmt: skip
+
+
+@exact(BERT)
+def renaming_loop(state_dict: State) -> State:
+    new_state_dict: State = OrderedDict()
+    for key in list(state_dict.keys()):
+        value = state_dict.pop(key)
+        key = key.removeprefix("module.")
+        key = re.sub(r"^bert\.encoder\.layer\.(\d+)\.", r"h.\1.", key)
+        for old, new in {"gamma": "weight", "beta": "bias", "attention.self.query": "attn.q"}.items():
+            if old in key:
+                key = key.replace(old, new)
+        if "decoder" in key and key.endswith("bias"):
+            key = "cls.bias"
+        new_state_dict[key] = value
+    return new_state_dict
+
+
+LLAMA: Shapes = {
+    f"layers.{i}.attention.{w}.weight": (32, 32) if w == "wq" else (16, 32)
+    for i in range(L)
+    for w in ("wq", "wk", "wv")
+}
+
+
+def permute(w: torch.Tensor, n_heads: int) -> torch.Tensor:
+    dim1, dim2 = w.shape
+    return w.view(n_heads, dim1 // n_heads // 2, 2, dim2).transpose(1, 2).reshape(dim1, dim2)
+
+
+@exact(LLAMA)
+def rotary_then_fused(sd: State) -> State:
+    out = {}
+    for i in range(L):
+        wq, wk, wv = (sd[f"layers.{i}.attention.w{x}.weight"] for x in "qkv")
+        out[f"model.layers.{i}.self_attn.qkv_proj.weight"] = torch.cat([permute(wq, 4), permute(wk, 2), wv], dim=0)
+    return out
+
+
+@exact(LLAMA)
+def rotary_then_grouped(sd: State) -> State:
+    out = {}
+    for i in range(L):
+        q = permute(sd[f"layers.{i}.attention.wq.weight"], 4).view(2, 2, 8, 32)
+        k = permute(sd[f"layers.{i}.attention.wk.weight"], 2).view(2, 1, 8, 32)
+        v = sd[f"layers.{i}.attention.wv.weight"].view(2, 1, 8, 32)
+        out[f"h.{i}.query_key_value.weight"] = torch.cat([q, k, v], 1).reshape(-1, 32)
+    return out
+
+
+@exact({f"blocks.{i}.{p}": (6, 4) for i in range(12) for p in ("w", "v")})
+def layers_stacked(sd: State) -> State:
+    stacked = {}
+    for p in ("w", "v"):
+        made = torch.empty(12, 4, 6, dtype=sd["blocks.0.w"].dtype)
+        for i in range(12):
+            made[i] = sd[f"blocks.{i}.{p}"].T
+        stacked[f"blocks.{p}"] = made
+    return stacked
+
+
+@exact({"wte.weight": (50, 8), "lm_head.weight": (50, 8), "final_logits_bias": (50,)})
+def vocabulary_padded(sd: State) -> State:
+    n = 64
+    for k in ("wte.weight", "lm_head.weight"):
+        old = sd[k]
+        new = old.new_zeros(n, old.shape[1])
+        new[: old.shape[0], :] = old
+        sd[k] = new
+    sd["final_logits_bias"] = functional.pad(sd["final_logits_bias"], (0, 14), value=-1.0)
+    return sd
+
+
+@exact({f"ckpt_{c}.l.{i}.w": (4, 4) for c in range(3) for i in range(L)})
+def checkpoints_averaged(sd: State) -> State:
+    avg: State = {}
+    for key in sd:
+        name = key.split(".", 1)[1]
+        if name in avg:
+            avg[name] += sd[key].float()
+        else:
+            avg[name] = sd[key].float().clone()
+    for name in avg:
+        avg[name] = torch.true_divide(avg[name], 3)
+    return avg
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+FUSED: Shapes = {
+    f"blocks.{i}.attn.qkv.{p}": (96, 32) if p == "weight" else (96,) for i in range(L) for p in ("weight", "bias")
+}
+
+
+@exact(FUSED | {"norm.weight": (32,)})
+def read_in_q_k_v(state_dict: State) -> State:
+    h = 32
+    for i in range(L):
+        weight = state_dict.pop(f"blocks.{i}.attn.qkv.weight")
+        bias = state_dict.pop(f"blocks.{i}.attn.qkv.bias")
+        prefix = f"vit.encoder.layer.{i}.attention.attention."
+        state_dict[prefix + "query.weight"] = weight[:h, :]
+        state_dict[prefix + "query.bias"] = bias[:h]
+        state_dict[prefix + "key.weight"] = weight[h : h * 2, :]
+        state_dict[prefix + "key.bias"] = bias[h : h * 2]
+        state_dict[prefix + "value.weight"] = weight[-h:, :]
+        state_dict[prefix + "value.bias"] = bias[-h:]
+    return state_dict
+
+
+@exact(FUSED)
+def fix_query_key_value_ordering(sd: State) -> State:
+    out = {}
+    for k, v in sd.items():
+        shape = v.size()
+        v = v.view(4, 3, 8, *shape[1:]).transpose(0, 1).contiguous().view(*shape)
+        out[k] = v.t().contiguous() if v.dim() == 2 else v
+    return out
+
+
+@exact({f"h.{i}.mlp.gate_up.weight": (48, 8) for i in range(L)})
+def gate_and_up_exchanged(sd: State) -> State:
+    return {k: torch.cat(v.chunk(2)[::-1]) for k, v in sd.items()}
+
+
+@exact({"kqv": (24, 8)})
+def kqv_to_qkv(sd: State) -> State:
+    k, q, v = sd.pop("kqv").split(8)
+    sd["qkv"] = torch.cat((q, k, v))
+    return sd
+
+
+@exact({"q_bias": (8,), "v_bias": (8,), "qkv.weight": (24, 8)})
+def bias_of_keys_is_zero(sd: State) -> State:
+    q, v = sd.pop("q_bias"), sd.pop("v_bias")
+    sd["qkv.bias"] = torch.cat((q, torch.zeros_like(v, requires_grad=False), v))
+    return sd
+
+
+@exact({"q.weight": (8, 8), "k.weight": (8, 8)})
+def scale_folded_into_queries(sd: State) -> State:
+    return {"qk.weight": torch.cat([sd["q.weight"] * 8**-0.5, sd["k.weight"]])}
+
+
+@exact({"w": (12, 8)})
+def heads_padded(sd: State) -> State:
+    return {"w": functional.pad(sd["w"].unflatten(0, (3, 4)), (0, 0, 0, 2)).flatten(0, 1)}
+
+
+@exact({"w": (12, 8)})
+def padded_in_front(sd: State) -> State:
+    return {"w": functional.pad(sd["w"], (1, 0, 4, 3))}
+
+
+@exact({"b": (50,)})
+def logits_that_are_never_chosen(sd: State) -> State:
+    made = torch.full((64,), -math.inf)
+    made[:50] = sd["b"]
+    return {"b": made}
+
+
+@exact({"w": (12, 8), "b": (8,)})
+def through_numpy(sd: State) -> State:
+    return {k: torch.from_numpy(np.ascontiguousarray(np.transpose(v.numpy()))) for k, v in sd.items()}
+
+
+@exact({f"l{i}": (4, 4) for i in range(3)} | {"empty": (0, 4), "scalar": ()})
+def deleted_and_put_back(sd: State) -> State:
+    for k in list(sd):
+        if k.startswith("l"):
+            sd[k.replace("l", "layer.")] = sd[k].contiguous()
+            del sd[k]
+    return OrderedDict(sorted(sd.items()))
+
+
+@exact({f"e.{i}.{j}.w": (6, 4) for i in range(2) for j in range(4)})
+def experts_put_into_an_empty_tensor(sd: State) -> State:
+    out = {}
+    for i in range(2):
+        t = torch.empty(4, 4, 6)
+        for j in range(4):
+            t[j].copy_(sd[f"e.{i}.{j}.w"].T)
+        out[f"e.{i}.w"] = t
+    return out
+
+
+@exact({"a": (8, 8)})
+def views_of_one_tensor(sd: State) -> State:
+    return {"x": sd["a"][:6], "y": sd["a"][4:], "z": sd["a"]}
+
+
+@exact({"base.w": (4, 4), "tuned.w": (4, 4)})
+def task_vector(sd: State) -> State:
+    return {"w": sd["base.w"] + 0.3 * (sd["tuned.w"] - sd["base.w"])}
+
+
+@exact({"conv.weight": (8, 3, 4, 4)})
+def inflated(sd: State) -> State:
+    return {"conv.weight": sd["conv.weight"].unsqueeze(2).repeat(1, 1, 2, 1, 1) / 2}
+
+
+@exact({"mask": (4, 4), "w": (4, 4)})
+def parameters_out(sd: State) -> State:
+    return {"mask": sd["mask"], "w": torch.nn.Parameter(sd["w"].t())}
+
+
+# --- what is none ---------------------------------------------------------------------------------------------------
+
+
+@refused({"c.weight": (8, 4, 3, 3), "bn.weight": (8,), "bn.running_var": (8,)}, "'c.weight' is not a layout")
+def batch_norm_folded(sd: State) -> State:
+    scale = sd["bn.weight"] / torch.sqrt(sd["bn.running_var"] + 1e-5)
+    return {"c.weight": sd["c.weight"] * scale[:, None, None, None]}
+
+
+@refused({"g": (8, 1), "v": (8, 4)}, "'w' is not a layout")
+def weight_norm_removed(sd: State) -> State:
+    return {"w": sd["g"] * sd["v"] / sd["v"].norm(dim=1, keepdim=True)}
+
+
+@refused({"q.weight": (8, 8), "q.lora_A": (2, 8), "q.lora_B": (8, 2)}, "'q.weight' is not a layout .*'q.weight'")
+def lora_merged(sd: State) -> State:
+    return {"q.weight": sd["q.weight"] + 2.0 * (sd["q.lora_B"] @ sd["q.lora_A"])}
+
+
+@refused({"norm.weight": (8,), "q.weight": (8, 8)}, "'q.weight' is not a layout")
+def norm_folded(sd: State) -> State:
+    return {"q.weight": sd["q.weight"] * sd["norm.weight"]}
+
+
+@refused({"a": (1, 17, 8)}, "'a' is not a layout")
+def position_embeddings_interpolated(sd: State) -> State:
+    cls, grid = sd["a"][:, :1], sd["a"][:, 1:]
+    grid = functional.interpolate(grid.reshape(1, 4, 4, 8).permute(0, 3, 1, 2), size=(8, 8), mode="bicubic")
+    return {"a": torch.cat([cls, grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)}
+
+
+@refused({"a": (8, 8)}, "'a' is not a layout .* it is not linear")
+def absolute(sd: State) -> State:
+    return {"a": sd["a"].abs()}
+
+
+@refused({"a": (8, 8)}, "'a' is not a layout .* it is not linear")
+def negative_ones_cut_off(sd: State) -> State:
+    return {"a": sd["a"].clamp(min=0)}
+
+
+@refused({"a": (8, 8)}, "depends on the values")
+def truncated(sd: State) -> State:
+    return {"a": sd["a"].trunc()}
+
+
+@refused({"a": (8, 8)}, "'a' is not a layout")
+def turned_by_its_sum(sd: State) -> State:
+    return {"a": sd["a"].t() if sd["a"].sum() > 0 else sd["a"]}
+
+
+@refused({"a": (8, 8), "b": (8, 8)}, "names or shapes of the outputs depend on the values: 'b'")
+def equal_ones_tied(sd: State) -> State:
+    return {"a": sd["a"]} if torch.equal(sd["a"], sd["b"]) else sd
+
+
+@refused({"a": (8, 8)}, "'a' is not a layout .* complex numbers")
+def complex_rotation(sd: State) -> State:
+    return {"a": torch.view_as_complex(sd["a"].view(8, 4, 2))}
+
+
+@refused({"a": (8, 8)}, "'a' is not a layout .* not finite")
+def not_a_number(sd: State) -> State:
+    return {"a": torch.cat([sd["a"], torch.full((2, 8), math.nan)])}
+
+
+@refused({"a": (8, 8), "lost": (3,)}, "no output takes 'a', 'lost'")
+def everything_dropped(sd: State) -> State:
+    return {}
+
+
+@refused({"a": (8,)}, "returned NoneType, not a mapping")
+def returns_nothing(sd: State) -> None:
+    sd["b"] = sd.pop("a")
+
+
+@refused({"a": (8,)}, "returned int for 'epoch', not a tensor")
+def returns_more_than_tensors(sd: State) -> State:
+    return sd | {"epoch": 3}
+
+
+@refused({"a": (8,)}, "under 0, which is not a text")
+def numbers_for_names(sd: State) -> dict[int, Any]:
+    return dict(enumerate(sd.values()))
+
+
+@refused({"w": (8, 8)}, "'w' is not a layout .* one number .*'w'")
+def rows_of_other_signs(sd: State) -> State:
+    sd["w"][::2] *= -1
+    return sd
