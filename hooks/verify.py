@@ -17,7 +17,7 @@ from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import number_of, shape_of
 from optimstate.plan.slots.outcomes import flat_slots, slot_name
 from optimstate.problems import Problem
-from optimstate.state.algorithms.registry import ALGORITHMS, conventional, recognise_state
+from optimstate.state.algorithms.registry import conventional, named, recognise_state
 from optimstate.state.algorithms.slots import Algorithm
 
 __all__ = ["report", "resume_problems", "verify_resume"]
@@ -153,7 +153,7 @@ def _elementwise(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.
 def _foreign(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
     """State of another algorithm than that of the optimizer's class."""
     live = algorithm_name(optimizer)
-    known = next((found for found in ALGORITHMS if found.name == live), None)
+    known = named(live)
     if known is None:
         return
     found: dict[str, list[str]] = {}

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["bounded", "describe", "escaped", "exact"]
+__all__ = ["bounded", "describe", "escaped", "exact", "few"]
 
 LENGTH = 200
 _ITEMS = 8  # shown of a container
@@ -47,6 +47,12 @@ def describe(value: Any, limit: int = LENGTH) -> str:
     writer = _Writer(limit)
     writer.add(value, _DEPTH)
     return writer.text()
+
+
+def few(texts: Sequence[str], count: int = 3, separator: str = ", ") -> str:
+    """The first of many, and how many more there are."""
+    more = f" and {len(texts) - count} more" if len(texts) > count else ""
+    return separator.join(texts[:count]) + more
 
 
 def bounded(value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate import __version__
 from optimstate.io.output import AtomicFile
-from optimstate.state.algorithms.registry import ALGORITHMS
+from optimstate.state.algorithms.registry import named
 from optimstate.surgery.inspection_text import is_step, telling_options
 from optimstate.surgery.reports import ModelInfo, OptimizerInfo, SchedulerInfo
 from optimstate.surgery.statistics import second_moments
@@ -175,7 +175,7 @@ def _data(found: Inspection, steps: Sequence[Update]) -> dict[str, Any]:
     histograms: dict[str, dict[str, Histogram]] = {}
     for section in optimizers:
         at = f" ({section.path})" if len(optimizers) > 1 else ""
-        second = second_moments(next((a for a in ALGORITHMS if a.name == section.algorithm), None))
+        second = second_moments(named(section.algorithm or ""))
         for parameter, name, place in _parameters(section):
             group = str(parameter.group)
             for slot, numbers in parameter.statistics.items():

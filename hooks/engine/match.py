@@ -11,9 +11,9 @@ from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.hooks.engine.live import Consecutive
 from optimstate.hooks.engine.report import Report
 from optimstate.hooks.engine.request import LoadRequest, StateDict, is_settled
-from optimstate.hooks.engine.switched import with_switched_slots
 from optimstate.plan.apply.execute import execute_optimizer
 from optimstate.plan.apply.stamps import METADATA
+from optimstate.plan.apply.switched import Asked, started
 from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.slots.converted_options import option_names
 from optimstate.plan.slots.outcomes import flat_slots
@@ -23,7 +23,7 @@ from optimstate.plan.solve.problems import idle_rules
 from optimstate.plan.solve.reach import Reached, option_problems, takers, unreached
 from optimstate.problems import Kind, Problem
 from optimstate.record import Record
-from optimstate.state.algorithms.registry import ALGORITHMS, parameter_shape, recognise_state
+from optimstate.state.algorithms.registry import named, parameter_shape, recognise_state
 from optimstate.state.algorithms.slots import MASTERS, Algorithm
 from optimstate.state.optimizer import Group, OptimizerState, Slots
 
@@ -106,7 +106,8 @@ def matched(
         for made, base, live in zip(options, bases, request.live.options, strict=True)
     ]
     live = request.live
-    slots, notes = with_switched_slots(live.algorithm, slots, live.names, chosen, dict(live.pairs()))
+    groups = [Asked(own, made, {}) for own, made in zip(live.names, chosen, strict=True)]
+    slots, notes = started(named(live.algorithm), slots, groups, dict(live.pairs()))
     notes = (*notes, *(idle_rules(asked, request.counts) if settled else ()))
     outcome = LoadOutcome(hooks, tuple(kept or ()), moves, filled, tuple(orphans), notes)
     return _as_dict(request, slots, chosen, names), outcome
@@ -176,7 +177,7 @@ def refuse_other_algorithm(wanted: str, saved: Algorithm | None, state: Optimize
                 hint=f"Build a {wanted} optimizer, or take `optimizer` out of the plan.",
             )
         return
-    known = next((found for found in ALGORITHMS if found.name == live), None)
+    known = named(live)
     present = {str(slot) for slots in state.state.values() for slot in slots}
     if saved is None or known is None or saved.name == live or not present:
         return

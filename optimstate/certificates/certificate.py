@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.certificates.digests import Digest, digests
-from optimstate.describe import describe
+from optimstate.describe import describe, few
 from optimstate.errors import CorruptCheckpointError, StateMismatchError
 from optimstate.problems import Problem
 from optimstate.record import Record, field
@@ -218,7 +218,7 @@ class Certificate(Record):
         if "update" in told and self.update and not made:  # what else differs explains it
             wrong = [name for name, value in self.update.items() if found.update.get(name) != value]
             if wrong:
-                message = f"the next update of {_some(wrong)} would be another, though everything saved is equal"
+                message = f"the next update of {few(wrong)} would be another, though everything saved is equal"
                 made.append(_problem(message, "update", wrong, "compare the releases of torch and the devices"))
         return made
 
@@ -265,11 +265,6 @@ def _problem(message: str, place: str, names: Sequence[str] = (), remedy: str = 
     return Problem("certificate", message, place, tuple(names), remedy)
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 def _differences(
     what: str, certified: Mapping[str, Digest], found: Mapping[str, Digest], owner: str
 ) -> Iterator[Problem]:
@@ -278,9 +273,9 @@ def _differences(
     lost = [name for name, value in certified.items() if name not in found and value not in kept]
     new = [name for name, value in found.items() if name not in certified and value not in kept]
     if lost:
-        yield _problem(f"{owner} has no {_some(lost)}, which was certified", what, lost)
+        yield _problem(f"{owner} has no {few(lost)}, which was certified", what, lost)
     if new:
-        yield _problem(f"{owner} has {_some(new)}, which was not certified", what, new)
+        yield _problem(f"{owner} has {few(new)}, which was not certified", what, new)
     owners: dict[Digest, str] = {}
     for name, value in certified.items():
         owners.setdefault(value, name)
@@ -312,7 +307,7 @@ def _changed(
             way = f"was {old} and is {new}"
         ways.setdefault(way, []).append(name)
     for way, members in ways.items():
-        yield _problem(f"{_some(members)}: {way}" if len(members) > 1 else f"{members[0]} {way}", what, members)
+        yield _problem(f"{few(members)}: {way}" if len(members) > 1 else f"{members[0]} {way}", what, members)
 
 
 def _state_differences(
@@ -320,10 +315,10 @@ def _state_differences(
 ) -> Iterator[Problem]:
     lost = [name for name, slots in certified.items() if slots and not found.get(name)]
     if lost:
-        yield _problem(f"{_some(lost)} had state and has none", "state", lost)
+        yield _problem(f"{few(lost)} had state and has none", "state", lost)
     new = [name for name, slots in found.items() if slots and not certified.get(name)]
     if new:
-        yield _problem(f"{_some(new)} has state and had none", "state", new)
+        yield _problem(f"{few(new)} has state and had none", "state", new)
     both = [name for name in certified if certified[name] and found.get(name)]
     slots = dict.fromkeys(slot for name in both for slot in (*certified[name], *found[name]))
     for slot in slots:
@@ -331,10 +326,10 @@ def _state_differences(
         theirs = {name: found[name][slot] for name in both if slot in found[name]}
         missing = [name for name in ours if name not in theirs]
         if missing:
-            yield _problem(f"{_some(missing)} had {slot} and does not have it", "state", missing)
+            yield _problem(f"{few(missing)} had {slot} and does not have it", "state", missing)
         added = [name for name in theirs if name not in ours]
         if added:
-            yield _problem(f"{_some(added)} has {slot}, which it had not", "state", added)
+            yield _problem(f"{few(added)} has {slot}, which it had not", "state", added)
         common = {name: value for name, value in ours.items() if name in theirs}
         yield from (
             problem.at(slot)
@@ -348,7 +343,7 @@ def _group_differences(certified: Sequence[CertifiedGroup], found: Sequence[Cert
         moved = [name for number, group in enumerate(certified) for name in group.names if group_of.get(name) != number]
         if moved or len(certified) != len(found):
             counts = f"there were {len(certified)} and are {len(found)}" if len(certified) != len(found) else ""
-            elsewhere = f"{_some(moved)} is not in the group that it was in" if moved else ""
+            elsewhere = f"{few(moved)} is not in the group that it was in" if moved else ""
             yield _problem("; ".join(filter(None, (counts, elsewhere))), "groups", moved)
             return
         yield _problem("the parameters of a group stand in another order", "groups")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from optimstate.describe import describe
+from optimstate.describe import describe, few
 from optimstate.errors import UsageError
 from optimstate.formats.protocol import Document
 from optimstate.io.extents import Progress
@@ -347,8 +347,7 @@ def _members(a: Sequence[str], b: Sequence[str]) -> tuple[str, str]:
     sides = []
     for own, other in ((a, set(b)), (b, set(a))):
         only = [name for name in own if name not in other]
-        shown = ", ".join(only[:3]) + (f" and {len(only) - 3} more" if len(only) > 3 else "")
-        sides.append(f"{len(own)} parameters" + (f", only here {shown}" if only else ""))
+        sides.append(f"{len(own)} parameters" + (f", only here {few(only)}" if only else ""))
     if set(a) == set(b):
         first = next(index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
         sides = [f"{side}, in another order: {names[first]} at {first}" for side, names in zip(sides, (a, b))]  # noqa: B905

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
+from optimstate.describe import few
 from optimstate.errors import RepresentationError
 from optimstate.formats.pickles.globals import PLAIN_CLASSES
 from optimstate.formats.pickles.tensors import RECORDS, numpy_array, numpy_scalar, tensor_kind
@@ -157,9 +158,8 @@ class _Lost(Record):
         if not inside:
             return f"left out: {self.what}"
         names = [format_path((*self.path, *path)) for path, _ in inside.values()]
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         total = sum(tensor.nbytes for _, tensor in inside.values())
-        return f"left out: {self.what}, with {plural(len(inside), 'tensor')} in it, {size(total)}: {shown}"
+        return f"left out: {self.what}, with {plural(len(inside), 'tensor')} in it, {size(total)}: {few(names, 5)}"
 
 
 def _name(node: Any) -> str:

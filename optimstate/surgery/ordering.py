@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from optimstate.describe import describe
+from optimstate.describe import describe, few
 from optimstate.errors import CheckpointError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.location import Place
@@ -22,7 +22,6 @@ from optimstate.surgery.opening import opening
 __all__ = ["order_notes", "read_like", "wrong_positions"]
 
 _TEXT = (".txt", ".names", ".list")
-_SHOWN = 3
 
 
 def read_like(path: Place) -> Like:
@@ -93,7 +92,7 @@ def order_notes(migration: Migration, tree: Any, like: Like | None) -> Iterator[
             missing = _missing(migration, section, like)
             if missing:
                 yield (
-                    f"optimizer {found.label}: the new model has {_listed(missing)}, and the result does not: declare "
+                    f"optimizer {found.label}: the new model has {few(missing)}, and the result does not: declare "
                     "what is trained anew (--fresh NAME), because torch refuses another number of parameters"
                 )
             yield f"optimizer {found.label}: in the order of the new model, which the plan alone does not say"
@@ -118,7 +117,7 @@ def _changed_order(section: SectionMoves) -> Iterator[str]:
                 f"{describe(name)} after {describe(before[name])}" if name in before else f"{describe(name)} first"
                 for name in names
             ]
-            yield f"{_listed(shown)} ({kind})"
+            yield f"{few(shown)} ({kind})"
     if section.reordered:
         yield "the plan changes the order"
 
@@ -126,11 +125,6 @@ def _changed_order(section: SectionMoves) -> Iterator[str]:
 def _missing(migration: Migration, section: SectionMoves, like: Like) -> list[str]:
     made = {move.target for found in (*migration.sections.values(), section) for move in found.moves}
     return [name for name in like.names if name not in made]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def wrong_positions(
@@ -181,7 +175,7 @@ def wrong_positions(
 
 def _extra(key: str, extra: Sequence[str], *, named: bool) -> Problem:
     """An optimizer with parameters that the target does not have."""
-    message = f"the target does not have {_listed([describe(name) for name in extra])}"
+    message = f"the target does not have {few([describe(name) for name in extra])}"
     remedy = "drop them, in a rule or with --drop NAME"
     if not named:
         message = f"it has no names, and {message}, which may be among its parameters"

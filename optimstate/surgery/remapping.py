@@ -15,7 +15,7 @@ from optimstate.io.location import Location, Place
 from optimstate.io.places import located
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
-from optimstate.plan.solve.migration import Migration
+from optimstate.plan.solve.migration import Migration, SectionMoves
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.checksums import UNCOMPARED, compares, verified
 from optimstate.surgery.opening import opening
@@ -223,12 +223,18 @@ def _remap_report(
         tuple((str(rule), count) for rule, count in migration.counts),
         {key: tuple((s, m.target) for m in found.moves for s in m.sources if m.changes) for key, found in sections},
         {key: tuple(name for name, _ in found.dropped) for key, found in sections},
-        {key: sum(not m.changes for m in found.moves) for key, found in sections},
+        {key: _kept(found) for key, found in sections},
         tuple(notes),
         outcomes(migration),
         groups,
         migration.plan.to_toml(),
     )
+
+
+def _kept(section: SectionMoves) -> int:
+    """How many parameters kept their name, or their place where they have none."""
+    members = sum(len(group.members) for group in section.groups)
+    return sum(not move.changes for move in section.moves) if section.moves or section.dropped else members
 
 
 OUTCOMES_SHOWN = 20

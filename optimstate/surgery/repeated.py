@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from optimstate.describe import few
 from optimstate.formats.protocol import Document
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
@@ -33,7 +34,7 @@ def repeated(document: Document, sections: Sequence[Section]) -> Iterator[tuple[
         files = {_file(document, section): section for section in alike}
         if form and len(files) > 1:
             first, *others = (section.label for section in files.values())
-            shown = " and at ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+            shown = few(others, separator=" and at ")
             yield (
                 f"{kind} at {first}",
                 f"is at {shown} too: programs load one of them, and nothing here says which; `optimstate diff` shows "

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from optimstate.describe import describe
+from optimstate.describe import describe, few
 from optimstate.io.extents import Progress
+from optimstate.state.algorithms.options import unusable
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
@@ -42,6 +43,7 @@ def check_optimizer(
         yield note("coverage", where, "no parameter has state: the run would start fresh")
     if not state.groups:
         yield fault("group", where, "no param groups: torch refuses it for any optimizer")
+    yield from _options(where, state)
     yield from _coverage(where, state, algorithm)
     yield from _steps(where, state)
     yield from _dtypes(where, state, models)
@@ -50,6 +52,13 @@ def check_optimizer(
     yield from _shapes(where, state, algorithm, models)
     if numbers:
         yield from _numbers(where, state, algorithm, progress)
+
+
+def _options(where: str, state: OptimizerState) -> Iterator[Finding]:
+    for number, group in enumerate(state.groups):
+        for option, value in group.options.items():
+            if why := unusable(option, value):
+                yield fault("setting", f"{where}, group {number}", why)
 
 
 def _labelled(state: OptimizerState) -> list[tuple[str, Mapping[str, Any] | None]]:
@@ -72,6 +81,7 @@ def _coverage(where: str, state: OptimizerState, algorithm: Algorithm | None) ->
     tensors = {label: _tensor_slots(slots) for label, slots in _labelled(state) if slots}
     kinds = Counter(tensors.values())
     full = [kind for kind, _ in kinds.most_common()]
+    yield from _unsteppable(where, state, algorithm)
     for label, slots in _labelled(state):
         place = f"{where}, {label}"
         if not slots:
@@ -81,13 +91,28 @@ def _coverage(where: str, state: OptimizerState, algorithm: Algorithm | None) ->
         # Some algorithms keep other slots for matrices than for vectors: only a proper part of another's is suspicious.
         mine = tensors[label]
         larger = next((kind for kind in full if kind > mine and kinds[kind] >= kinds[mine]), None)
-        absent = sorted(larger - {str(slot) for slot in slots}) if larger is not None else []  # None stands for fresh
+        there = {*map(str, slots), *(algorithm.needs if algorithm is not None else ())}  # None stands for fresh
+        absent = sorted(larger - there) if larger is not None else []
         if larger is not None and absent:
             message = f"has no {', '.join(absent)}, which {kinds[larger]} others have"
             started = algorithm is not None and set(absent) <= _STARTED.get(algorithm.name, frozenset())
             yield (note if started else fault)("coverage", place, message, [label])
     for key in state.orphans():
         yield note("coverage", where, f"state for {describe(key)}, which is in no param group: torch carries it along")
+
+
+def _unsteppable(where: str, state: OptimizerState, algorithm: Algorithm | None) -> Iterator[Finding]:
+    """Parameters whose state lacks what the next step reads."""
+    options = [group.options for group in state.groups for _ in group.params]
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for (label, slots), chosen in zip(_labelled(state), options, strict=True):
+        for found in algorithm.missing(slots, chosen) if algorithm is not None and slots else ():
+            lacking.setdefault(found, []).append(label)
+    for (slot, option), labels in lacking.items():
+        assert algorithm is not None
+        why = f" because {option} is on" if option else ""
+        message = f"no {slot}, which {algorithm.name} reads at its next step{why}"
+        yield fault("coverage", f"{where}, {few(labels)}", message, labels)
 
 
 def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
@@ -99,10 +124,9 @@ def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
         usual = max(steps, key=lambda step: len(steps[step]))
         for step, labels in steps.items():
             if step != usual:
-                shown = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
                 yield note(
                     "steps",
-                    f"{where}, {shown}",
+                    f"{where}, {few(labels)}",
                     f"step {step}, but {len(steps[usual])} others have {usual}: right if it was frozen for a while",
                     labels,
                 )

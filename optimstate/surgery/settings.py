@@ -97,7 +97,7 @@ def with_options(plan: Plan | str | PathLike[str], source: Place, settings: Sequ
         if any(isinstance(setting.where, Template) for setting in mine):
             tables += _split_groups(mine, moves[label], path)
         else:
-            tables += _whole_groups(mine, found, path)
+            tables += _whole_groups(mine, path)
     return plan._replace(groups=tuple(tables))
 
 
@@ -220,19 +220,13 @@ def _reached(setting: _Setting, found: _Found) -> Iterator[int]:
             yield number
 
 
-def _whole_groups(settings: Sequence[_Setting], found: _Found, path: str) -> Iterator[GroupRule]:
+def _whole_groups(settings: Sequence[_Setting], path: str) -> Iterator[GroupRule]:
     """Tables for groups that stay as they are: one for all, one for each number."""
     made: dict[int | None, dict[str, Any]] = {}
     for setting in settings:
         assert not isinstance(setting.where, Template)
-        old = [found.groups[number].options.get(setting.key) for number in _reached(setting, found)]
-        made.setdefault(setting.where, {})[setting.key] = _as_before(setting.value, old[0])
+        made.setdefault(setting.where, {})[setting.key] = setting.value
     yield from (GroupRule((), options, None, path, number) for number, options in made.items())
-
-
-def _as_before(value: Any, old: Any) -> Any:
-    """A whole number as a float where a float was before."""
-    return float(value) if isinstance(old, float) and isinstance(value, int) else value
 
 
 def _split_groups(settings: Sequence[_Setting], section: SectionMoves, path: str) -> Iterator[GroupRule]:
@@ -251,11 +245,7 @@ def _split_groups(settings: Sequence[_Setting], section: SectionMoves, path: str
         for name in group.members:
             parts.setdefault(tuple(setting.applies(number, name) for setting in settings), []).append(name)
         for chosen, names in parts.items():
-            options: dict[str, Any] = {
-                s.key: _as_before(s.value, group.options.get(s.key))
-                for s, applies in zip(settings, chosen, strict=True)
-                if applies
-            }
+            options: dict[str, Any] = {s.key: s.value for s, applies in zip(settings, chosen, strict=True) if applies}
             cells.append((number, options, names))
     for place, (number, chosen_options, names) in enumerate(cells):
         later = [name for _, _, others in cells[place + 1 :] for name in others]

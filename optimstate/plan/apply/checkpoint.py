@@ -12,10 +12,12 @@ from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.apply.masters import masters_beside
 from optimstate.plan.apply.options import followers_of, scheduled, with_group_options, with_options
 from optimstate.plan.apply.stamps import APPLIED, METADATA, refuse_second, stamped
+from optimstate.plan.apply.switched import with_switched_slots
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.division import divided
+from optimstate.plan.solve.groups import GroupPlan
 from optimstate.plan.solve.inventory import model_inventory, optimizer_inventory
 from optimstate.plan.solve.migration import Inventory, Like, Migration, SectionMoves
 from optimstate.plan.solve.planner import plan_migration
@@ -67,6 +69,7 @@ def apply_plan(
         made, migration = checkpoint.divided(tree, migration, schedules)
     else:
         made = replaced(tree, {**checkpoint.rebuilt(migration), **schedules})
+    notes += checkpoint.notes
     return stamped(plan, made), migration, notes + migration.notes
 
 
@@ -99,6 +102,7 @@ class _Checkpoint:
         self.named: dict[str, tuple[Section, str]] = {}
         self.states: dict[str, OptimizerState] = {}
         self.optimizers: dict[str, OptimizerState] = {}
+        self.notes: list[str] = []
         for section in find_sections(tree):
             self._sort(section)
 
@@ -168,7 +172,11 @@ class _Checkpoint:
     def divided(self, tree: Any, migration: Migration, schedules: Mapping[int, Any]) -> tuple[Any, Migration]:
         """The tree with the optimizers that the plan's tables make, and the migration as it is reported."""
         parts = divided(self.plan, migration, self.states)
-        states = optimizers_of(parts, self.states)
+        states = {}
+        for path, state in optimizers_of(parts, self.states).items():
+            groups = [group for part in parts if part.rule.path == path for group in part.moves.groups]
+            states[path], found = with_switched_slots(state, groups)
+            self.notes += [f"optimizer {path}: {note}" for note in found]
         prefix = {part.rule.path: self.named[part.key][1] for part in parts}
         nodes = {path: _with_prefix(state, prefix[path]).to_node() for path, state in states.items()}
         followers: dict[Path, Mapping[str, Mapping[str, Any]]] = {}
@@ -197,7 +205,7 @@ class _Checkpoint:
                 continue
             moves = migration.sections[key]
             if section.kind == "optimizer":
-                state = execute_optimizer(moves, self.states[key])
+                state = self._switched(key, execute_optimizer(moves, self.states[key]), moves.groups)
                 if state is not self.states[key] or (prefix and moves.changes):
                     made[id(section.node)] = _with_prefix(state, prefix).to_node()
                 made.update(self._masters(key, section, migration))
@@ -206,9 +214,19 @@ class _Checkpoint:
         for section in self.anonymous:
             options = migration.sections.get(key_of(section))
             if options is not None and options.regrouped:
-                made[id(section.node)] = with_group_options(self.optimizers[key_of(section)], options).to_node()
+                key = key_of(section)
+                state = with_group_options(self.optimizers[key], options)
+                made[id(section.node)] = self._switched(key, state, options.groups).to_node()
         made.update(self._noted(made))
         return with_hosts([section for section, _ in self.named.values()], made)
+
+    def _switched(self, key: str, state: OptimizerState, groups: Sequence[GroupPlan]) -> OptimizerState:
+        """An optimizer of the result with the slots of the options that came on with the plan."""
+        if not groups:
+            return state
+        state, notes = with_switched_slots(state, groups, self.optimizers[key].groups)
+        self.notes += [f"{key}: {note}" for note in notes]
+        return state
 
     def _noted(self, made: Mapping[int, Any]) -> Iterator[tuple[int, Any]]:
         """Optimizers with a certificate, which is of the checkpoint before this plan: it says so from now on."""

@@ -19,7 +19,7 @@ from optimstate.plan.slots.counterparts import ADAMS, Convert, counterpart
 from optimstate.plan.slots.packing import CODED, packed_again, unchanged, unpacked
 from optimstate.problems import Problem
 from optimstate.record import Record
-from optimstate.state.algorithms.registry import ALGORITHMS
+from optimstate.state.algorithms.registry import named
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.optimizer import Group, OptimizerState, Slots
 
@@ -78,7 +78,7 @@ class Conversion(Record):
 
     def _holds(self, slot: str, shape: Shape | None) -> bool:
         """Whether a parameter of this shape has a slot afterwards, as far as that is known."""
-        goal = next((found for found in ALGORITHMS if found.name == self.target), None)
+        goal = named(self.target)
         return goal is None or shape is None or goal.holds(slot, len(shape))
 
     def apply(self, state: OptimizerState) -> OptimizerState:

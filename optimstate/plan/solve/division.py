@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from optimstate.describe import describe
+from optimstate.describe import describe, few
 from optimstate.errors import MigrationError
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import OptimizerRule
-from optimstate.plan.solve.groups import GroupPlan
+from optimstate.plan.solve.groups import GroupPlan, with_values
 from optimstate.plan.solve.migration import Migration, SectionMoves
 from optimstate.plan.solve.reach import option_problems, takers
 from optimstate.problems import Problem
@@ -56,8 +56,7 @@ def divided(plan: Plan, migration: Migration, states: Mapping[str, OptimizerStat
     for key in keys:
         outside = [name for name, rule in taken[key].items() if rule is None]
         if outside:
-            more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
-            message = f"no [[optimizer]] matches {', '.join(map(describe, outside[:3]))}{more}"
+            message = f"no [[optimizer]] matches {few(list(map(describe, outside)))}"
             remedy = 'end with one for the rest, match = "**"'
             problems.append(Problem("group", message, key, tuple(outside), remedy))
         algorithm = migration.sections[key].algorithm
@@ -114,7 +113,7 @@ def _part(
 
 def _cut(group: GroupPlan, names: set[str], rule: OptimizerRule) -> GroupPlan:
     members = tuple(name for name in group.members if name in names)
-    return group._replace(members=members, options={**group.options, **rule.set})
+    return group._replace(members=members, options=with_values(group.options, rule.set))
 
 
 def _unknown_options(rule: OptimizerRule, groups: Sequence[GroupPlan]) -> Iterator[Problem]:

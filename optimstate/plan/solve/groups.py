@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optimstate.describe import describe
+from optimstate.describe import describe, few
 from optimstate.plan.expressions.evaluate import number_of, shape_of
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
@@ -14,7 +14,7 @@ from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.optimizer import Group
 
-__all__ = ["Candidate", "GroupPlan", "in_order", "plan_groups", "with_tables"]
+__all__ = ["Candidate", "GroupPlan", "in_order", "plan_groups", "with_tables", "with_values"]
 
 
 class GroupPlan(Record):
@@ -84,6 +84,18 @@ def plan_groups(
     return tuple(with_tables(made, tables, problems))
 
 
+def with_values(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with values that are given, in the forms that they had: a number as a float, a list as a tuple."""
+    made = dict(options)
+    for key, value in given.items():
+        old = options.get(key)
+        if isinstance(old, tuple) and isinstance(value, list):
+            made[key] = tuple(value)
+        else:
+            made[key] = float(value) if isinstance(old, float) and type(value) is int else value
+    return made
+
+
 def with_tables(groups: Sequence[GroupPlan], tables: Sequence[GroupRule], problems: list[Problem]) -> list[GroupPlan]:
     """Groups with the options of the `[[group]]` tables that name no parameters.
 
@@ -101,7 +113,8 @@ def with_tables(groups: Sequence[GroupPlan], tables: Sequence[GroupRule], proble
             if table.number in (None, number):
                 given = {**(group.rule.set if group.rule else {}), **table.set}
                 made[number] = group._replace(
-                    options={**group.options, **table.set}, rule=GroupRule(table.match, given, None, table.optimizer)
+                    options=with_values(group.options, table.set),
+                    rule=GroupRule(table.match, given, None, table.optimizer),
                 )
     return made
 
@@ -144,8 +157,7 @@ def _matched(
         else:
             outside.append(name)
     if outside:
-        more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
-        message = f"no [[group]] matches {', '.join(map(describe, outside[:3]))}{more}"
+        message = f"no [[group]] matches {few(list(map(describe, outside)))}"
         remedy = 'end with a group for the rest, match = "**"'
         problems.append(Problem("group", message, names=tuple(outside), remedy=remedy))
     for number, rule in enumerate(plan.groups):
@@ -211,7 +223,7 @@ def _group(
             message = f"group {number + 1}{shown} has no parameter from the checkpoint, so it has no options"
             remedy = "say like = 0 for those of an old group"
             problems.append(Problem("options", message, names=tuple(names), remedy=remedy))
-    return GroupPlan(tuple(names), {**options, **chosen}, sources, base, rule)
+    return GroupPlan(tuple(names), with_values(options, chosen), sources, base, rule)
 
 
 def _representative(
@@ -293,8 +305,7 @@ def in_order(groups: Sequence[GroupPlan], order: Sequence[str], problems: list[P
     """The groups with their members in the order that is wanted."""
     place = {name: number for number, name in enumerate(order)}
     if unknown := tuple(name for group in groups for name in group.members if name not in place):
-        listed = ", ".join(map(describe, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        message = f"the new model, whose order is asked for, does not have {listed}"
+        message = f"the new model, whose order is asked for, does not have {few(list(map(describe, unknown)))}"
         problems.append(Problem("unexpected", message, names=unknown, remedy="rename or drop what it does not have"))
         return tuple(groups)
     return tuple(group._replace(members=tuple(sorted(group.members, key=place.__getitem__))) for group in groups)

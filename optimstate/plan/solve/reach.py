@@ -11,6 +11,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import GroupRule, OptimizerRule
 from optimstate.problems import Problem
 from optimstate.record import Record
+from optimstate.state.algorithms.options import unusable
 from optimstate.state.algorithms.slots import is_note
 
 __all__ = ["Reached", "asked_of_optimizers", "option_problems", "takers", "unreached"]
@@ -135,10 +136,16 @@ def option_problems(
             remedy = f"is it {describe(close[0])}?" if close else f"there are {', '.join(map(describe, names))}"
             yield Problem("setting", f"no param group has an option {describe(key)}", place, remedy=remedy)
             continue
-        old = next((o for o in (found.get(key) for found in options) if isinstance(o, bool | int | float)), None)
+        if why := unusable(key, value):
+            yield Problem("setting", why, place)
+            continue
+        olds = (found.get(key) for found in options)
+        old = next((value for value in olds if isinstance(value, bool | int | float | list | tuple)), None)
         if old is not None and _kind(old) != _kind(value):
-            yield Problem("setting", f"{key} is {describe(old)} now, which is of another type", place)
+            yield Problem("setting", f"{key} is {describe(old)} now, and {describe(value)} is of another type", place)
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"list of {len(value)}"
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__

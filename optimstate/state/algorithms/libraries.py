@@ -14,6 +14,7 @@ from optimstate.state.algorithms.slots import (
     Algorithm,
     Slot,
     algorithm,
+    needed,
 )
 
 __all__ = ["ALGORITHMS"]
@@ -33,7 +34,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
         },
         "clip_threshold decay_rate scale_parameter relative_step",
         whole=True,
-    ),
+    )._replace(needs=needed("exp_avg:beta1")),
     algorithm(
         "AdafactorBigVision (timm)",
         {"step": SCALAR, "exp_avg": GRADIENT, "exp_avg_sq": SQUARE, "exp_avg_sq_r": ROW, "exp_avg_sq_c": COL},

@@ -19,6 +19,7 @@ __all__ = [
     "ENTRY_POINTS",
     "conventional",
     "inferred_kind",
+    "named",
     "parameter_shape",
     "recognise",
     "recognise_state",
@@ -44,6 +45,11 @@ def recognise(slots: Iterable[Any], options: Mapping[str, Any]) -> Algorithm | N
     names = dict.fromkeys(map(str, slots))
     own = [name for name in names if name not in MASTERS] or list(names)
     return _first(ALGORITHMS, own, options) or _first(_outside(), own, options)
+
+
+def named(name: str) -> Algorithm | None:
+    """The algorithm of a name, or None."""
+    return next((algorithm for algorithm in (*ALGORITHMS, *_outside()) if algorithm.name == name), None)
 
 
 def recognise_state(state: Iterable[Mapping[Any, Any] | None], options: Mapping[str, Any]) -> Algorithm | None:

@@ -7,10 +7,10 @@ A slot's kind says how it follows its parameter; its degree is the power of the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from optimstate.record import Record
+from optimstate.record import Record, field
 
 __all__ = [
     "COL",
@@ -28,6 +28,7 @@ __all__ = [
     "Slot",
     "SlotKind",
     "algorithm",
+    "needed",
 ]
 
 SlotKind = Literal["like_param", "weight", "scalar", "row", "col", "flat", "opaque"]
@@ -69,6 +70,8 @@ class Algorithm(Record):
             train differently from before, however exact their state.
         own: Every option that it has in any release, besides those that most optimizers have; a number under another
             name rules it out. Empty where that is not known.
+        needs: Slots without which a parameter that has others cannot be stepped, with the option that asks for each:
+            empty where no option does. Slots that are not listed may be absent.
     """
 
     name: str
@@ -78,11 +81,32 @@ class Algorithm(Record):
     values: tuple[tuple[str, Any], ...] = ()
     whole: bool = False
     own: frozenset[str] = frozenset()
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     def slot(self, name: str | int) -> Slot | None:
         """What a slot is, or None."""
         found = self.slots.get(str(name)) or self.slots.get(_NUMBERED.sub("_", str(name)))
         return found or (WEIGHT if name in MASTERS else None)
+
+    def missing(self, slots: Iterable[Any], options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Slots that the next step reads and that are not there, each with the option that asks for it.
+
+        Args:
+            slots: Those of a parameter that has state.
+            options: Of its group; one that is called as a slot stands for it.
+        """
+        there = {str(name) for name in slots}
+        for slot, option in (*self.needs.items(), *((slot, "") for slot in self._second_moment(there))):
+            if slot not in there and slot not in options and (not option or options.get(option)):
+                yield slot, option
+
+    def _second_moment(self, there: Iterable[str]) -> list[str]:
+        """Where it is kept as means or in full: the slots that go with those that are there."""
+        if not self.factors_every_matrix:
+            return []
+        means = [name for name, slot in self.slots.items() if slot.kind in ("row", "col")]
+        full = [name for name, slot in self.slots.items() if slot.is_elementwise and slot.degree == 2]
+        return means if any(name in there for name in means) else full
 
     @property
     def factors_every_matrix(self) -> bool:
@@ -180,3 +204,8 @@ def algorithm(
         values: Options and the value that tells it from a sibling.
     """
     return Algorithm(name, slots, frozenset(options.split()), frozenset(lacks.split()), tuple(values.items()), whole)
+
+
+def needed(words: str) -> dict[str, str]:
+    """Slots that the next step reads, with the option that asks for each, written as ``slot`` or ``slot:option``."""
+    return {slot: option for slot, _, option in (word.partition(":") for word in words.split())}

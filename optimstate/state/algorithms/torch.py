@@ -15,6 +15,7 @@ from optimstate.state.algorithms.slots import (
     Algorithm,
     Slot,
     algorithm,
+    needed,
 )
 
 __all__ = ["ALGORITHMS"]
@@ -98,6 +99,24 @@ _OWN = {
     "Rprop": "etas step_sizes",
     "Muon": "momentum nesterov eps ns_coefficients ns_steps adjust_lr_fn spectral_unclamped",
 }
+# Slots that the next step reads; what comes after a colon is the option that asks for it.
+_NEEDS = {
+    "Adam": "step exp_avg exp_avg_sq max_exp_avg_sq:amsgrad",
+    "AdamW": "step exp_avg exp_avg_sq max_exp_avg_sq:amsgrad",
+    "Adam or AdamW": "step exp_avg exp_avg_sq max_exp_avg_sq:amsgrad",
+    "NAdam": "step exp_avg exp_avg_sq mu_product",
+    "RAdam": "step exp_avg exp_avg_sq",
+    "Adamax": "step exp_avg exp_inf",
+    "SparseAdam": "step exp_avg exp_avg_sq",
+    "Adagrad": "step sum",
+    "Adadelta": "step square_avg acc_delta",
+    "Adafactor": "step",
+    "ASGD": "step eta mu ax",
+    "RMSprop": "step square_avg grad_avg:centered momentum_buffer:momentum",
+    "Rprop": "step prev step_size",
+}
+
 ALGORITHMS: tuple[Algorithm, ...] = tuple(
-    found._replace(own=frozenset(_OWN.get(found.name, "").split())) for found in _TABLE
+    found._replace(own=frozenset(_OWN.get(found.name, "").split()), needs=needed(_NEEDS.get(found.name, "")))
+    for found in _TABLE
 )
