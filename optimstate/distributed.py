@@ -106,7 +106,11 @@ class PlanLoadPlanner(DefaultLoadPlanner):
         return LoadPlan([])
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
-        """Read this process's part of everything."""
+        """Read this process's part of everything.
+
+        Raises:
+            CorruptCheckpointError: Bytes do not match their checksum; the state dict is filled all the same.
+        """
         filling = self._filling
         assert filling is not None
         for name in self._names:
@@ -117,6 +121,7 @@ class PlanLoadPlanner(DefaultLoadPlanner):
                 put(self.original_state_dict, self.mappings[name], filling.value(name))
             else:
                 self.original_state_dict[name] = filling.value(name)
+        filling.compare()
         self.notes, self.nbytes = [*filling.notes, *filling.casts()], filling.nbytes
         self._filling = None
         return new_plan

@@ -52,7 +52,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
     "formats": (
         {"protocol"},
         {"registry"},  # knows the containers by name and loads one when it is asked for
-        {"pickles", "pruning", "byte_sources"},
+        {"pickles", "pruning", "byte_sources", "checksums"},
         {"torch"},
         {"ranks"},
         {"safetensors"},

@@ -101,7 +101,7 @@ def resume(
         What became of everything.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read.
+        CheckpointError: The checkpoint cannot be read, or bytes that are read do not match their checksum.
         MigrationError: The plan does not fit.
         StateMismatchError: The checkpoint lacks a part or has several that could be meant, names are not determined,
             the result is not what was certified, or another process failed.
@@ -131,6 +131,7 @@ def resume(
         if scaler is not None:
             run.plan_scaler(scaler)
         run.refuse_unused()
+        run.parts.compare()
     except Exception as error:  # noqa: BLE001  # the other processes wait to be told
         failure = error
     shards.agree(failure, process_group, sharded=sharded)

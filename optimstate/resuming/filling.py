@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
+from optimstate.formats.checksums import verify_read
 from optimstate.formats.dcp.tree import leaves
 from optimstate.formats.registry import open_checkpoint
+from optimstate.io.extents import Extent
 from optimstate.io.location import Place
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
@@ -53,7 +55,8 @@ class Filling:
             found, _ = leaves(tree, flattened=flattened)
             self._values.update((name, value) for name, (_, value) in found.items())
         self._casts: dict[tuple[str, str], list[str]] = {}
-        self._reader = Reader(self._casts)
+        self._read: list[Extent] = []
+        self._reader = Reader(self._casts, self._read)
 
     @property
     def nbytes(self) -> int:
@@ -112,12 +115,20 @@ class Filling:
                     about = shard.metadata
                     for dim, (start, size) in enumerate(zip(about.shard_offsets, about.shard_sizes, strict=True)):
                         part = part.narrow(dim, start, size)
-                    self._reader.nbytes += part.nbytes
+                    self._reader.count(part)
                     shard.tensor.copy_(to_torch(part.contiguous()))
                 return
             made = self._reader.part(name, live, value)
             target = live.to_local() if hasattr(live, "to_local") else live
             target.copy_(made.to_local() if hasattr(made, "to_local") else made)
+
+    def compare(self) -> None:
+        """Compare the checksums of all the bytes that this process read.
+
+        Raises:
+            CorruptCheckpointError: One differs.
+        """
+        verify_read(self._document, self._read, wholly=True)
 
     def casts(self) -> Iterator[str]:
         """Notes on tensors that have another precision now."""

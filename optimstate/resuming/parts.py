@@ -10,7 +10,9 @@ from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
+from optimstate.formats.checksums import verify_read
 from optimstate.formats.registry import open_checkpoint
+from optimstate.io.extents import Extent
 from optimstate.io.location import Place
 from optimstate.io.places import located
 from optimstate.state.building import from_config, parameters_of
@@ -43,6 +45,9 @@ class Parts:
     Args:
         checkpoint: A file or folder, or what was read from one.
         lazily: Whether tensors in files stay there until each process reads its own part.
+
+    Attributes:
+        read: The bytes of files that are read.
     """
 
     def __init__(self, checkpoint: Place | Mapping[str, Any], *, lazily: bool) -> None:
@@ -55,6 +60,7 @@ class Parts:
             self.notes.append(f"its file `latest` says {describe(latest.name)}, which is resumed")
         tree = checkpoint if self._document is None else self._document.tree
         self._lazily = lazily
+        self.read: list[Extent] = []
         self._original: dict[int, Any] = {}
         self._keep: list[Any] = []
         self._live: dict[int, Any] = {}
@@ -66,6 +72,15 @@ class Parts:
     def tree(self) -> Any:
         """The whole, with stand-ins for tensors."""
         return self._tree
+
+    def compare(self) -> None:
+        """Compare the checksums that the checkpoint has of what was read of it.
+
+        Raises:
+            CorruptCheckpointError: One differs.
+        """
+        if self._document is not None and self.read:
+            verify_read(self._document, self.read, wholly=self._lazily)
 
     # --- which part is meant ------------------------------------------------------------------------------------------
 
@@ -263,6 +278,7 @@ class Parts:
         if isinstance(node, LazyTensor):
             if id(node) not in self._live:
                 tensor = to_torch(node)
+                self.read += node.storage.cut(*node.span())
                 self._live[id(node)] = tensor.clone() if node.nbytes < _SMALL else tensor
             return self._live[id(node)]
         if isinstance(node, Counter):  # the milestones of a schedule

@@ -137,7 +137,7 @@ class Run:
         absent = [name for name in live if name not in made and not name.endswith("_extra_state")]
         if absent:
             raise StateMismatchError(f"the checkpoint's {key} has no {describe(absent[0])}")
-        reader = shards.Reader(self._casts)
+        reader = shards.Reader(self._casts, self.parts.read)
         made = {name: reader.part(name, live[name], value) if name in live else value for name, value in made.items()}
         self.nbytes += reader.nbytes
         self._count([count for _, count in migration.counts])
@@ -238,7 +238,7 @@ class Run:
         source = request.state
         made, outcome = matched(request, (key,), live.names)
         self.loaded_optimizers.append(certified.Part(optimizer, source, outcome.moves, beside))
-        reader = shards.Reader(self._casts)
+        reader = shards.Reader(self._casts, self.parts.read)
         made = reader.optimizer(optimizer, made)
         self.nbytes += reader.nbytes
         self._loads[id(optimizer)] = _Load(made, [dict(group.options) for group in request.state.groups], outcome.moves)

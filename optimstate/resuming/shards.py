@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
+from optimstate.io.extents import Extent
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.lazy import LazyTensor
 
@@ -70,19 +71,23 @@ def kept(value: Any) -> Any:
 class Reader:
     """Reads what this process has of tensors.
 
+    Args:
+        casts: Gets the names of tensors whose dtype changes.
+        read: Gets the bytes of files that are read.
+
     Attributes:
         nbytes: Bytes read of tensors in files.
     """
 
-    def __init__(self, casts: dict[tuple[str, str], list[str]]) -> None:
+    def __init__(self, casts: dict[tuple[str, str], list[str]], read: list[Extent]) -> None:
         self.nbytes = 0
+        self._read = read
         self._casts = casts
 
     def part(self, name: str, like: Any, value: Any) -> Any:
         """This process's part of a value, as `like` is placed."""
         if not _is_dtensor(like):
-            if isinstance(value, LazyTensor):
-                self.nbytes += value.nbytes
+            self.count(value)
             self._note_cast(name, value, like)
             return whole(value)
         if value is like or _is_dtensor(value):
@@ -100,7 +105,7 @@ class Reader:
             if size != value.shape[dim]:
                 value = value.narrow(dim, start if size else 0, size)
         if isinstance(value, LazyTensor):
-            self.nbytes += value.nbytes
+            self.count(value)
             value = to_torch(value.contiguous()).clone()
         return _placed(value, like)
 
@@ -124,10 +129,15 @@ class Reader:
         if parameter is None or shape is None:
             return whole(value)
         if prod(shape) == 1 and tuple(shape) != tuple(parameter.shape):  # the count of steps
-            if isinstance(value, LazyTensor):
-                self.nbytes += value.nbytes
+            self.count(value)
             return whole(value)
         return self.part(name, parameter, value)
+
+    def count(self, value: Any) -> None:
+        """Note that a tensor of a file is read."""
+        if isinstance(value, LazyTensor) and value.numel:
+            self.nbytes += value.nbytes
+            self._read += value.storage.cut(*value.span())
 
     def _note_cast(self, name: str, value: Any, like: Any) -> None:
         saved, live = (str(getattr(each, "dtype", "")).removeprefix("torch.") for each in (value, like))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.describe import describe
 from optimstate.errors import MigrationError, UsageError
+from optimstate.formats.checksums import UNCOMPARED, compares, verified, verify_checksums
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
 from optimstate.io.destination import check_destination
@@ -16,7 +17,6 @@ from optimstate.io.places import located
 from optimstate.problems import Problem
 from optimstate.record import field
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.checksums import UNCOMPARED, compares, verified, verify_checksums
 from optimstate.surgery.opening import opening
 from optimstate.surgery.remapping import check_distributed
 from optimstate.surgery.text import plural, readable, size, table

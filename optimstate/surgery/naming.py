@@ -11,6 +11,7 @@ from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import CheckpointError, DestinationError, MigrationError, UsageError
+from optimstate.formats.checksums import verified
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import get_format, open_checkpoint
 from optimstate.io.destination import check_destination
@@ -26,7 +27,6 @@ from optimstate.state.naming import Candidate, Evidence, Naming
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.pairing import ModelNames, Namer, Order
 from optimstate.state.sections import Section, find_sections
-from optimstate.surgery.checksums import verified
 from optimstate.surgery.opening import opening
 from optimstate.surgery.text import readable, table
 from optimstate.surgery.viewing import viewed

@@ -7,6 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import DestinationError, RepresentationError, UsageError
+from optimstate.formats.checksums import UNCOMPARED, compares, verified
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
 from optimstate.io.destination import check_destination
@@ -17,7 +18,6 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration, SectionMoves
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.checksums import UNCOMPARED, compares, verified
 from optimstate.surgery.opening import opening
 from optimstate.surgery.ordering import order_notes, read_like
 from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
+from optimstate.formats.checksums import damaged
 from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.formats.protocol import Document
 from optimstate.io.extents import Progress
@@ -17,7 +18,6 @@ from optimstate.state.judging import slot_in
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged
 from optimstate.surgery.certifying import certificates_in, differences
-from optimstate.surgery.checksums import damaged
 from optimstate.surgery.findings import Finding, VerifyReport, fault, note
 from optimstate.surgery.opening import open_to_read, opening
 from optimstate.surgery.repeated import repeated

@@ -61,6 +61,12 @@ SCENARIOS = {
             ("convert", "old.pt", "old-shards", *SHARDS, "--section", "model"),
         ),
     ),
+    "remap-dcp": Scenario(
+        ("remap", "source.dcp", "old.dcp", *RENAME, "--force"),
+        "old.dcp",
+        "source.dcp",
+        (("convert", "source.pt", "source.dcp"), ("convert", "old.pt", "old.dcp")),
+    ),
     "convert-zip": Scenario(("convert", "source.pt", "old.pt", "--section", "optimizer", "--force"), "old.pt"),
     "convert-safetensors": Scenario(
         ("convert", "source.pt", "new.safetensors", "--digest", "sha256"), "new.safetensors"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import optimstate
+from optimstate.distributed import fill_state_dict
 from optimstate.errors import CorruptCheckpointError, OptimStateError, UsageError
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
@@ -102,3 +103,35 @@ def test_remap_does_not_copy_damage(tmp_path: Path) -> None:
         optimstate.remap(path, tmp_path / "out.pt", plan)
     assert not (tmp_path / "out.pt").exists()
     assert optimstate.remap(path, tmp_path / "out.pt", plan, verify=False).written
+
+
+@pytest.mark.parametrize("by", ["resume", "fill_state_dict"])
+def test_what_a_run_reads_is_compared(by: str, tmp_path: Path) -> None:
+    """Damage that torch would load: nothing of it is resumed, and what is not read does not matter."""
+    import torch
+
+    path = tmp_path / "checkpoint.pt"
+    saved = torch.nn.Linear(30, 20)
+    torch.save({"model": saved.state_dict(), "ema": torch.nn.Linear(30, 20).state_dict()}, path)
+    whole = path.read_bytes()
+    model = torch.nn.Linear(30, 20)
+    before = model.weight.detach().clone()
+
+    def load(part: str) -> None:
+        if by == "resume":
+            optimstate.resume(path, model={part: model})
+        else:
+            fill_state_dict({part: model.state_dict()}, path)
+
+    for part in ("model", "ema"):
+        tensor = optimstate.open_checkpoint(path).tree[part]["weight"]
+        at = tensor.extents()[0].offset + 1000
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(CorruptCheckpointError, match=r"the bytes of .*weight.* do not match"):
+            load(part)
+        if by == "resume":
+            assert torch.equal(model.weight, before)
+        if part == "ema":
+            load("model")
+            assert torch.equal(model.weight, saved.weight)
+        path.write_bytes(whole)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from threading import Lock
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.io.checksums import Recorded, compare
-from optimstate.io.copying import BLOCK, SharedTasks
+from optimstate.io.copying import BLOCK, SharedTasks, Task
 from optimstate.io.extents import Extent, Progress
 from optimstate.io.places import is_remote
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import format_path, walk
 
-__all__ = ["UNCOMPARED", "compares", "damaged", "verified", "verify_checksums"]
+__all__ = ["UNCOMPARED", "compares", "damaged", "verified", "verify_checksums", "verify_read"]
 
 
 def damaged(document: Document, progress: Progress | None = None) -> Iterator[CorruptCheckpointError | None]:
@@ -61,8 +63,85 @@ def verified(document: Document, options: WriteOptions, *, verify: bool | None =
         yield options
         return
     tasks = SharedTasks()
+    check = _check(document, _recorded(document), tasks)
+    tasks.add(check)  # by the other thread at once,
+    tasks.add(check)  # and by this one when it waits
+    try:
+        yield options._replace(confirm=tasks.finish)
+        tasks.finish()  # a format that did not ask
+    finally:
+        tasks.stop()
 
-    waiting, lock = _recorded(document), Lock()
+
+def verify_read(document: Document, read: Iterable[Extent], *, wholly: bool) -> None:
+    """Compare the checksums of what was read; of a document in a store none, which would be read twice.
+
+    Args:
+        document: What the bytes are of.
+        read: They.
+        wholly: Leave out checksums of more bytes than were read.
+
+    Raises:
+        CorruptCheckpointError: One differs; the message names the tensor.
+    """
+    if not compares(document, None):
+        return
+    runs = _Runs(read)
+    tasks = SharedTasks()
+    speaking = (found for found in _recorded(document) if runs.has(found.extents, wholly=wholly))
+    check = _check(document, speaking, tasks)
+    try:
+        tasks.add(check)
+        tasks.add(check)
+        tasks.finish()
+    finally:
+        tasks.stop()
+
+
+class _Runs:
+    """Which bytes of which sources some extents are."""
+
+    def __init__(self, extents: Iterable[Extent]) -> None:
+        found: dict[int, list[tuple[int, int]]] = {}
+        self._keep = [extent for extent in extents if extent.length]  # and their sources, whose identities are known
+        for extent in self._keep:
+            found.setdefault(id(extent.source), []).append((extent.offset, extent.offset + extent.length))
+        self._runs = {source: _joined(sorted(runs)) for source, runs in found.items()}
+
+    def has(self, extents: Sequence[Extent], *, wholly: bool) -> bool:
+        """Whether all bytes of some extents are among them; or any, which is not known of those that are packed."""
+        if not extents:
+            return not wholly
+        return (all if wholly else any)(
+            first < last and (not wholly or (first + 1 == last and self._contains(extent, first)))
+            for extent in extents
+            for first, last in [self._touching(extent)]
+        )
+
+    def _touching(self, extent: Extent) -> tuple[int, int]:
+        """The numbers of the runs that have bytes of an extent: the first, and that behind the last."""
+        runs = self._runs.get(id(extent.source), [])
+        first = bisect_right(runs, extent.offset, key=itemgetter(1))
+        return first, max(first, bisect_left(runs, extent.offset + extent.length, key=itemgetter(0)))
+
+    def _contains(self, extent: Extent, number: int) -> bool:
+        start, stop = self._runs[id(extent.source)][number]
+        return start <= extent.offset and extent.offset + extent.length <= stop
+
+
+def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    made: list[tuple[int, int]] = []
+    for start, stop in runs:
+        if made and start <= made[-1][1]:
+            made[-1] = made[-1][0], max(stop, made[-1][1])
+        else:
+            made.append((start, stop))
+    return made
+
+
+def _check(document: Document, waiting: Iterator[Recorded], tasks: SharedTasks) -> Task:
+    """What compares one checksum after another, in as many threads as do it."""
+    lock = Lock()
 
     def check(buffer: memoryview) -> None:
         while not tasks.stopped:
@@ -73,13 +152,7 @@ def verified(document: Document, options: WriteOptions, *, verify: bool | None =
             if not compare(found, buffer, stopped=lambda: tasks.stopped):
                 raise _error(document, found)
 
-    tasks.add(check)  # by the other thread at once,
-    tasks.add(check)  # and by this one when it waits
-    try:
-        yield options._replace(confirm=tasks.finish)
-        tasks.finish()  # a format that did not ask
-    finally:
-        tasks.stop()
+    return check
 
 
 def _recorded(document: Document) -> Iterator[Recorded]:
