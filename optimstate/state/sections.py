@@ -9,6 +9,7 @@ from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, LimitExceededError, MigrationError, UsageError
 from optimstate.problems import Problem
 from optimstate.record import Record
+from optimstate.state.arrays import is_array, why_no_model
 from optimstate.state.flattened import FlatState, find_flat_state
 from optimstate.state.judging import Candidate, Verdict, could_be_model, judge
 from optimstate.state.optimizer import OptimizerState, as_mapping
@@ -205,7 +206,11 @@ def section_called(name: str, tree: Any, sections: Sequence[Section]) -> Section
         several = Problem("section", f"{len(found)} sections are called {describe(name)}: {there}")
         raise MigrationError([several], hint="Give the path of one.")
     for path, node in walk(tree):
-        if name in _spellings(path) and isinstance(node, Mapping) and any(map(is_tensor, node.values())):
+        if (
+            name in _spellings(path)
+            and isinstance(node, Mapping)
+            and any(is_tensor(v) or is_array(v) for v in node.values())
+        ):
             return Section("model", path, node)
     problem = f"no section is called {describe(name)}, and there is no mapping of names to tensors at such a path"
     if name not in KINDS:
@@ -237,6 +242,8 @@ def _find(tree: Any) -> Iterator[Section | Candidate | Verdict]:
             yield Section(kind, path, node)
         elif _lists_no_parameters(node):  # what is below `state` are slots, whoever they belong to
             yield Verdict(Candidate(path, {}), None, "an optimizer whose param groups do not list their parameters")
+        elif (reason := why_no_model(path, node)) is not None:
+            yield Verdict(Candidate(path, {}), None, reason)
         else:
             inside = inside or (isinstance(node, Opaque) and as_mapping(node) is None)
             inner = [((*path, key), child, inside) for key, child in children(node)]

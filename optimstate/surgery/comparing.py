@@ -335,8 +335,10 @@ def _shown(there: bool, value: Any) -> str:
 
 
 def _texts(a: Any, b: Any) -> tuple[str, str]:
-    """Both values; with their types where they look alike."""
+    """Both values; where they look alike with their types, or that what is not shown differs."""
     left, right = _shown(True, a), _shown(True, b)
+    if left == right and type(a).__name__ == type(b).__name__:
+        return left, f"{right} of other content"
     if left == right:
         return f"{left} ({type(a).__name__})", f"{right} ({type(b).__name__})"
     return left, right

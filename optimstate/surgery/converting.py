@@ -263,11 +263,15 @@ class _Changes:
         )
 
     def _plain(self, section: Section) -> Any:
-        """The node of a section that is to stand alone; of a pickled module its tensors."""
+        """The node of a section that is to stand alone; of a pickled module its tensors, and arrays as tensors."""
         if section.kind != "model":
             return section.node
+        from optimstate.formats.pickles.tensors import numpy_array
+        from optimstate.state.arrays import is_array
         from optimstate.state.sections import tied_names
 
+        if not isinstance(section.node, Opaque) and any(map(is_array, section.node.values())):
+            return {name: numpy_array(value) or value for name, value in section.node.items()}
         tensors = section.tensors()
         self.tied = [*self.tied, *tied_names(tensors)]
         return tensors if isinstance(section.node, Opaque) else section.node

@@ -8,11 +8,12 @@ from io import BufferedReader
 from pathlib import Path as FilePath
 from typing import IO, Any
 
+from optimstate.describe import exact
 from optimstate.errors import LimitExceededError
 from optimstate.io.places import is_remote, open_source
 from optimstate.io.streams import SourceFile
 from optimstate.state.records import is_tensor
-from optimstate.tensors.lazy import LazyTensor
+from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import (
     AttributedTensor,
     GlobalName,
@@ -25,7 +26,7 @@ from optimstate.tree import (
     path_key,
 )
 
-__all__ = ["Shape", "is_leaf", "leaves", "opened_file", "same"]
+__all__ = ["Shape", "is_leaf", "key_in_path", "leaves", "opened_file", "same", "spelled"]
 
 MAX_LEAVES = 5_000_000
 MAX_JSON = 1 << 24  # bytes of a JSON file that is looked into
@@ -100,10 +101,24 @@ def _children(node: Any) -> Iterator[tuple[str | int, Any]]:
     """What is directly inside; keys that are neither text nor numbers are marked as such."""
     if isinstance(node, Mapping):
         for key, value in node.items():
-            plain = isinstance(key, str) or type(key) is int
-            yield key if plain else f"({type(key).__name__}) {path_key(key)}", value
+            yield key_in_path(key), value
     else:
         yield from children(node)
+
+
+def key_in_path(key: Any) -> str | int:
+    """A key as it stands in the paths of leaves: what is neither text nor a number is marked as such."""
+    return key if isinstance(key, str) or type(key) is int else f"({type(key).__name__}) {path_key(key)}"
+
+
+def spelled(path: Path) -> str:
+    """A path as `format_path` shows it, but in full, and so that no two paths are spelled alike.
+
+    `m['a']` is an entry `a` of what is called `m`; what is itself called `m['a']` is quoted.
+    """
+    first, *rest = path or ("(root)",)
+    plain = isinstance(first, str) and "[" not in first
+    return (str(first) if plain else f"[{exact(first)}]") + "".join(f"[{exact(key)}]" for key in rest)
 
 
 def opened_file(file: OpaqueFile) -> Any:
@@ -155,7 +170,7 @@ def same(a: Any, b: Any) -> bool:
         return a.path == b.path
     if isinstance(a, LazyTensor) and isinstance(b, LazyTensor):
         return (a.dtype, a.shape) == (b.dtype, b.shape) and _attributes(a) == _attributes(b) and _equal_elements(a, b)
-    if isinstance(a, Opaque | set | frozenset) or isinstance(b, Opaque):
+    if isinstance(a, Opaque | Storage | set | frozenset) or isinstance(b, Opaque):
         return difference(a, b, strides=False, aliases=False) is None
     return type(a) is type(b) and bool(a == b or (a != a and b != b))
 

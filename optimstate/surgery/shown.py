@@ -9,7 +9,7 @@ from typing import Any
 from optimstate.describe import bounded, describe
 from optimstate.formats.pickles.tensors import numpy_array, numpy_scalar, tensor_kind
 from optimstate.state.records import tensor_record
-from optimstate.tensors.lazy import LazyTensor
+from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import AttributedTensor, GlobalName, Opaque, OpaqueFile, path_key
 
 __all__ = ["MAX_SHOWN", "form_of", "plain"]
@@ -42,6 +42,8 @@ def _plain(value: Any, room: list[int]) -> Any:
     if isinstance(value, LazyTensor):
         shown = value.numel == 1 and value.dtype in _SHOWN_AS_NUMBER
         return _plain(value.item(), room) if shown else form_of(value)
+    if isinstance(value, Storage):
+        return f"storage of {value.nbytes:,} bytes"
     if isinstance(value, OpaqueFile):
         return f"file of {value.nbytes:,} bytes"
     if isinstance(value, list | tuple | Mapping):

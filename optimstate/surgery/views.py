@@ -9,9 +9,9 @@ from typing import Any
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState, as_mapping
 from optimstate.state.sections import Section
-from optimstate.surgery.leaves import Shape, is_leaf, leaves
+from optimstate.surgery.leaves import Shape, is_leaf, key_in_path, leaves, spelled
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Opaque, Path, format_path, path_key
+from optimstate.tree import Opaque, Path, path_key
 
 __all__ = ["OTHER", "Key", "View"]
 
@@ -77,7 +77,7 @@ class View:
 
     def _add_leaves(self, found: Iterable[tuple[Path, Any]], owner: str = "") -> None:
         for path, value in found:
-            text = format_path(path)
+            text = spelled(path)
             key = (owner, text) if owner else (text, "")
             if isinstance(value, LazyTensor) and value.numel != 1:
                 self.tensors[key] = value
@@ -108,27 +108,34 @@ class View:
             if slots is not None and not slots:
                 self.values[label, "state"] = Shape(slots)
             for slot, value in (slots or {}).items():
-                self._add_slot(label, str(slot), value)
+                self._add_slot(label, key_in_path(slot), value)
         for key in state.orphans():
-            self._add_leaves(leaves(state.state[key], ("state", str(key))))
+            self._add_leaves(leaves(state.state[key], ("state", key_in_path(key))))
         rest = iter(plain)
         for index, group in enumerate(state.groups):
             members = tuple(next(rest) for _ in group.params)
             self.values[f"group {index}", MEMBERS] = members
             for option, value in group.options.items():
-                self._add_slot(f"group {index}", str(option), value)
+                self._add_slot(f"group {index}", key_in_path(option), value)
         self.values["state", "keys"] = _keys(state)
+        for place, listed in _lists(state):
+            if not isinstance(listed, list):  # as torch saves them, and as all containers hold them
+                self.values[place, "type"] = type(listed).__name__
         for path, value in _beside(section):
             self._add_leaves(leaves(value, path))
 
-    def _add_slot(self, owner: str, slot: str, value: Any) -> None:
-        if is_leaf(value):  # by far the most
-            target = self.tensors if isinstance(value, LazyTensor) and value.numel != 1 else self.values
-            target[owner, slot] = value
-            return
-        for path, leaf in leaves(value, (slot,)):
+    def _add_slot(self, owner: str, slot: str | int, value: Any) -> None:
+        for path, leaf in [((slot,), value)] if is_leaf(value) else leaves(value, (slot,)):
             target = self.tensors if isinstance(leaf, LazyTensor) and leaf.numel != 1 else self.values
-            target[owner, ".".join(map(str, path))] = leaf
+            target[owner, spelled(path)] = leaf
+
+
+def _lists(state: OptimizerState) -> Iterator[tuple[str, Any]]:
+    """What lists the groups, and the parameters of each, as it stands in the file."""
+    groups = state.node.get("param_groups", [])
+    yield "groups", groups
+    for index, group in enumerate(groups):
+        yield f"group {index} params", group.get("params", []) if isinstance(group, Mapping) else []
 
 
 def _keys(state: OptimizerState) -> Any:
@@ -151,6 +158,6 @@ def _beside(section: Section) -> Iterator[tuple[Path, Any]]:
     fields = node.state if isinstance(node, Opaque) and isinstance(node.state, Mapping) else as_mapping(node) or {}
     for key, value in fields.items():
         if key not in ("state", "param_groups"):
-            yield (str(key),), value
+            yield (key_in_path(key),), value
     if isinstance(node, Opaque):
         yield ("class",), node.type

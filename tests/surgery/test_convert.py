@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,7 @@ from optimstate.errors import CorruptCheckpointError, MigrationError, Representa
 from optimstate.formats.protocol import WriteOptions
 from optimstate.surgery.casting import Cast, parse_dtypes
 from optimstate.surgery.converting import ConvertReport, convert
+from optimstate.surgery.inspecting import inspect
 from tests.corpus import case
 from tests.support import load_torch, unlike
 from tests.surgery.test_verify import saved, trained
@@ -489,3 +492,24 @@ def test_what_cannot_be_left_out_is_refused_and_nothing_is_written(tmp_path: Pat
     with pytest.raises(ValueError, match="exclude each other"):
         convert(source, tmp_path / "out.pt", section="model", without=["optimizer"])
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_numpy_become_the_tensors_of_a_model_where_their_place_is_named(
+    protocol: int, tmp_path: Path
+) -> None:
+    live = {
+        "fc.weight": numpy.arange(6, dtype="f4").reshape(2, 3),
+        "fc.turned": numpy.arange(6, dtype="i8").reshape(2, 3).T,
+        "fc.bias": numpy.zeros(0, dtype="f2"),
+    }
+    path = tmp_path / "arrays.pkl"
+    path.write_bytes(pickle.dumps({"model": live, "author": "x"}, protocol=protocol))
+    report = inspect(path)
+    assert (report.tensors, report.sections) == (0, ())
+    assert "`optimstate convert --section model`" in report.others["model"]
+    assert convert(path, tmp_path / "a.safetensors", section="model").tensors == 3
+    found = load_file(tmp_path / "a.safetensors")
+    for name, array in live.items():
+        assert (found[name].numpy() == array).all()
+        assert found[name].numpy().dtype == array.dtype

@@ -167,6 +167,45 @@ def test_there_is_no_difference_exactly_where_the_trees_are_equal(
     assert (report.changes == ()) == equal(*loaded), report
 
 
+ODD_KEYS = st.sampled_from(["m", "a", "m.a", "m['a']", "['m']", "[1]", 1, "1", 0, None, 1.5, "(NoneType) None"])
+SLOTS = st.dictionaries(
+    ODD_KEYS,
+    st.one_of(PLAIN, TENSORS, st.dictionaries(ODD_KEYS, st.one_of(PLAIN, TENSORS), min_size=1, max_size=2)),
+    max_size=2,
+)
+
+
+@st.composite
+def two_optimizers(draw: st.DrawFn) -> tuple[Any, Any]:
+    """An optimizer's state with whatever programs put into one, and the same with another of its parts, or none."""
+    parts = {"slots": SLOTS, "orphan": SLOTS, "options": SLOTS, "beside": SLOTS, "key": st.sampled_from([7, "7", 8])}
+    parts["listing"] = st.sampled_from([list, tuple])
+    one = {name: draw(strategy) for name, strategy in parts.items()}
+    name = draw(st.sampled_from([*parts, ""]))
+    other = {**one, name: draw(parts[name])} if name else one
+    return optimizer_of(**one), optimizer_of(**other)
+
+
+def optimizer_of(*, slots: Any, orphan: Any, options: Any, beside: Any, key: Any, listing: Any) -> Any:
+    state = {0: {"exp_avg": torch.ones(2), **slots}, key: orphan}
+    groups = [{"lr": 0.1, **options, "params": listing([0, 1])}]
+    return {"model": {"a.weight": torch.ones(2)}, "optimizer": {"state": state, "param_groups": groups, **beside}}
+
+
+@settings(max_examples=100, deadline=None)
+@given(two_optimizers())
+def test_optimizers_with_anything_in_them_differ_exactly_where_torch_sees_it(
+    tmp_path_factory: pytest.TempPathFactory, trees: tuple[Any, Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("optimizers")
+    for name, tree in zip("ab", trees, strict=True):
+        torch.save(tree, folder / f"{name}.pt")
+    loaded = [torch.load(folder / f"{name}.pt", weights_only=True) for name in "ab"]
+    report = diff(folder / "a.pt", folder / "b.pt")
+    assert (report.changes == ()) == equal(*loaded), report
+    inspect(folder / "a.pt", parameters=True)
+
+
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_a_checkpoint_does_not_differ_from_itself(case: Case) -> None:
     report = diff(case.entry, case.entry)
@@ -219,6 +258,8 @@ def unlike() -> dict[str, tuple[Any, Any]]:
         "numbers of numpy": (np.float64(1), 1.0),
         "queues": (deque([torch.ones(2)]), deque([torch.zeros(2)])),
         "counters": (Counter(a=1), {"a": 1}),
+        "storages": (torch.FloatStorage([1, 2]), torch.FloatStorage([1, 3])),
+        "long keys": ({"x" * 9000 + "a": 1}, {"x" * 9000 + "b": 1}),
         "devices": (torch.device("cpu"), torch.device("cuda:0")),
     }
 

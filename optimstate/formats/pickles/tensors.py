@@ -9,7 +9,7 @@ records, which are shown by name, copied with torch's container, and refused by 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
@@ -276,7 +276,7 @@ class TensorBuilder:
         array = _ndarray(data)
         if array is None or not isinstance(dtype, GlobalName) or dtype.path != f"torch.{array[0]}":
             return GlobalName("torch._utils", "_rebuild_device_tensor_from_numpy")(data, dtype, device, grad)
-        return _in_memory(*array, bool(grad))
+        return array.tensor(grad=bool(grad))
 
     def _from_cpu(self, data: Any, dtype: Any, device: Any, grad: Any) -> Any:
         same = isinstance(data, LazyTensor) and isinstance(dtype, GlobalName) and dtype.path == f"torch.{data.dtype}"
@@ -322,7 +322,7 @@ def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
 def numpy_array(record: Any) -> LazyTensor | None:
     """The record of a NumPy array as a tensor; None for anything else, and for arrays that no tensor is like."""
     found = _ndarray(record)
-    return None if found is None else _in_memory(*found)
+    return None if found is None else found.tensor()
 
 
 def numpy_scalar(record: Any) -> bool | int | float | complex | None:
@@ -336,23 +336,38 @@ def numpy_scalar(record: Any) -> bool | int | float | complex | None:
     return decode_scalar(content, name)
 
 
-def _in_memory(name: str, shape: tuple[int, ...], content: bytes, grad: bool = False) -> LazyTensor:
-    pieces = (Extent(InMemory(content), 0, len(content)),) if content else ()
-    storage = Storage(pieces, len(content), DTYPES[name].storage or "UntypedStorage")
-    return LazyTensor(storage, name, shape, requires_grad=grad)
+class _Array(NamedTuple):
+    """An array of NumPy in a pickle: its dtype, shape and elements, in column-major order if so told."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    content: bytes
+    fortran: bool
+
+    def tensor(self, *, grad: bool = False) -> LazyTensor:
+        """The same elements as a tensor."""
+        pieces = (Extent(InMemory(self.content), 0, len(self.content)),) if self.content else ()
+        storage = Storage(pieces, len(self.content), DTYPES[self.dtype].storage or "UntypedStorage")
+        stride = tuple(reversed(contiguous_strides(self.shape[::-1]))) if self.fortran else None
+        return LazyTensor(storage, self.dtype, self.shape, stride, requires_grad=grad)
 
 
-def _ndarray(record: Any) -> tuple[str, tuple[int, ...], bytes] | None:
-    """Dtype, shape and row-major bytes of the record of a NumPy array; None where it is of another form."""
-    if not isinstance(record, Opaque) or record.type.qualname != "_reconstruct" or type(record.state) is not tuple:
+def _ndarray(record: Any) -> _Array | None:
+    """The record of a NumPy array as it is pickled up to protocol 4, or from protocol 5 on; None for another form."""
+    if not isinstance(record, Opaque):
         return None
-    if len(record.state) != 5:
+    if record.type.qualname == "_reconstruct" and type(record.state) is tuple and len(record.state) == 5:
+        _, shape, kind, fortran, content = record.state
+    elif record.type.path.endswith("core.numeric._frombuffer") and len(record.arguments) == 4:
+        content, kind, shape, order = record.arguments
+        fortran = order == "F"
+    else:
         return None
-    _, shape, kind, fortran, content = record.state
     name = _numpy_dtype(kind)
-    if name is None or fortran or not isinstance(content, bytes) or type(shape) is not tuple:
+    if name is None or not isinstance(content, bytes | bytearray) or type(shape) is not tuple:
         return None
-    return (name, shape, content) if _end(name, 0, shape, contiguous_strides(shape)) == len(content) else None
+    fits = _end(name, 0, shape, contiguous_strides(shape)) == len(content)
+    return _Array(name, shape, bytes(content), bool(fortran)) if fits else None
 
 
 def _numpy_dtype(record: Any) -> str | None:

@@ -173,7 +173,7 @@ _NOTES = ("_lr", "lr_scale", "_mult", "name", "_momentum", "_id", "_index", "_ty
 
 def is_note(option: str) -> bool:
     """Whether an option of a group is a note of a scheduler, a trainer or a user, and no hyperparameter."""
-    return option.endswith(_NOTES)
+    return str(option).endswith(_NOTES)  # programs put numbers among them, too
 
 
 RECOMPUTED = frozenset({"RMS"})
