@@ -9,12 +9,13 @@ records, which are shown by name, copied with torch's container, and refused by 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats.pickles.foreign import known_class
 from optimstate.io.extents import Extent
+from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES, check_sizes, decode_scalar
 from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
 from optimstate.tree import AttributedTensor, GlobalName, Opaque, nodes
@@ -336,7 +337,7 @@ def numpy_scalar(record: Any) -> bool | int | float | complex | None:
     return decode_scalar(content, name)
 
 
-class _Array(NamedTuple):
+class _Array(Record):
     """An array of NumPy in a pickle: its dtype, shape and elements, in column-major order if so told."""
 
     dtype: str
