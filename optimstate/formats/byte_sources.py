@@ -8,9 +8,11 @@ import zlib
 from typing import Any
 
 from optimstate.errors import CorruptCheckpointError
+from optimstate.io.extents import StoredSource
+from optimstate.io.location import Location
 from optimstate.io.streams import Source
 
-__all__ = ["Memory", "Part", "unpacker"]
+__all__ = ["Item", "Memory", "Part", "unpacker"]
 
 
 class Memory:
@@ -36,6 +38,20 @@ class Part:
     def read(self, offset: int, length: int) -> bytes:
         """As of a `Source`; less where the part ends."""
         return self._source.read(self._start + offset, max(min(length, self.size - offset), 0))
+
+
+class Item(StoredSource):
+    """A small part of a file, read once: so small that reading it piece by piece takes longer."""
+
+    __slots__ = ("_data", "path", "size")
+
+    def __init__(self, path: Location, data: bytes) -> None:
+        self.path, self._data, self.size = path, data, len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As of a file."""
+        self.check(offset, length)
+        return self._data[offset : offset + length]
 
 
 def unpacker(head: bytes) -> tuple[str, Any] | None:

@@ -275,7 +275,7 @@ class TensorBuilder:
     def _from_numpy(self, data: Any, dtype: Any, device: Any, grad: Any) -> Any:
         """A tensor of a device whose bytes torch does not store: it stores a numpy array."""
         array = _ndarray(data)
-        if array is None or not isinstance(dtype, GlobalName) or dtype.path != f"torch.{array[0]}":
+        if array is None or not isinstance(dtype, GlobalName) or dtype.path != f"torch.{array.dtype}":
             return GlobalName("torch._utils", "_rebuild_device_tensor_from_numpy")(data, dtype, device, grad)
         return array.tensor(grad=bool(grad))
 

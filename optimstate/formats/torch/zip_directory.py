@@ -39,6 +39,9 @@ _MAX32_BYTES = b"\xff\xff\xff\xff"
 _FIELDS = ((8, "B"), (10, "H"), (16, "I"), (20, "I"), (24, "I"), (42, "I"))
 
 
+_FEW = 16  # entries that are looked at one by one
+
+
 class Record(NamedTuple):
     """An entry of the archive's directory.
 
@@ -81,6 +84,9 @@ class _Run(NamedTuple):
 
         They are taken with a stride: all first bytes, all second ones, ...
         """
+        if self.entries == 1:
+            start = self.at + place
+            return bytearray(directory[start : start + width] + bytes(apart))
         found = bytearray(self.entries * (width + apart))
         for index in range(width):
             found[index :: width + apart] = self.column(directory, place + index)
@@ -96,6 +102,8 @@ class _Run(NamedTuple):
         """How many of the first entries have these bytes at `place`; 0 where entries are too short for them."""
         if place + len(expected) > self.length:
             return 0
+        if self.entries == 1:
+            return int(directory.startswith(expected, self.at + place))
         found = self.entries
         for index, byte in enumerate(expected, place):
             column = self.column(directory, index)
@@ -175,6 +183,7 @@ class Archive:
     def _runs(self, count: int) -> Iterator[_Run]:
         """The entries, in runs of equal lengths."""
         data, at = self._directory, 0
+        few = count <= _FEW  # a thousand archives of one tensor each are read here, too
         while count:
             lengths = data[at + 28 : at + 34]
             name, extra, comment = struct.unpack("<3H", lengths) if len(lengths) == 6 else (0, 0, 0)
@@ -182,7 +191,7 @@ class Archive:
             if not data.startswith(_SIGNATURE, at) or at + length > len(data):
                 problem = "cut off" if at + CENTRAL.size > len(data) else "damaged"
                 raise self.corrupt(f"the zip directory is {problem}", self.directory_offset + at)
-            most = min(count, (len(data) - at) // length)
+            most = 1 if few else min(count, (len(data) - at) // length)
             run = alike = window = 1
             while alike == window and run < most:  # look ahead further and further: most runs are short or very long
                 window = min(8 * run, most - run)

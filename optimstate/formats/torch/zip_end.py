@@ -119,10 +119,10 @@ def read_in_two_ways(source: Source) -> str | None:
 
 def archive_length(source: Source, start: int) -> int:
     """How long the archive is that begins at `start`, before others; 0 where there is none."""
-    block = 1 << 16
+    block = 1 << 12
     at = start
     while at < source.size:
-        data = source.read(at, min(block + END.size + 0x10000, source.size - at))
+        data = source.read(at, min(block + END.size, source.size - at))
         found = data.find(b"PK\x05\x06")
         while 0 <= found < block:
             end = at + found
