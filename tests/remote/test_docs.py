@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,27 +44,20 @@ def test_what_the_page_shows_works(moto: str, tmp_path: Path, monkeypatch: pytes
 def test_a_sharded_resume_under_a_plan_reads_its_share(ranges: RangeServer, tmp_path: Path) -> None:
     """Two processes of FSDP2 save, train on, and resume the renamed model from the store: the same losses."""
     worker = Path(__file__).with_name("sharded_worker.py")
-    local = tmp_path / "checkpoint"
-
-    def run(mode: str, place: str) -> list[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run(
-            [*command, str(worker), mode, place, str(tmp_path)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [(tmp_path / f"{mode}{rank}").read_text() for rank in range(2)]
-
-    expected = run("save", str(local))
-    bucket = ranges.root / "bucket"
-    bucket.mkdir()
-    shutil.copytree(local, bucket / "checkpoint")
-    size = sum(file.stat().st_size for file in local.iterdir())
-    found = [line.split("|") for line in run("resume", "s3://bucket/checkpoint")]
-    assert [losses for losses, _ in found] == expected
-    read = [int(count) for _, count in found]
-    assert all(count < 0.75 * size for count in read), (read, size)
+    saved = ranges.root / "bucket" / "checkpoint"
+    saved.parent.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(worker), str(saved), "s3://bucket/checkpoint", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    size = sum(file.stat().st_size for file in saved.iterdir())
+    for rank in range(2):
+        expected, found, read = (tmp_path / str(rank)).read_text().split("|")
+        assert found == expected
+        assert int(read) < 0.75 * size, (read, size)
