@@ -10,7 +10,7 @@ from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import PlanSyntaxError
-from optimstate.plan.language import toml
+from optimstate.plan.language import toml, toml_writing
 from optimstate.plan.language.rules import GroupRule, Guard, OptimizerRule, Policy, Rule, SchedulerRule, fan_out
 from optimstate.plan.language.template import Template
 from optimstate.record import Record, field
@@ -139,7 +139,7 @@ class Plan(Record):
 
     def to_toml(self) -> str:
         """The plan as a file."""
-        return toml.written(self)
+        return toml_writing.written(self)
 
     @property
     def passes(self) -> tuple[tuple[Rule, ...], ...]:
