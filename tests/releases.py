@@ -13,7 +13,9 @@ import torch
 from optimstate.installed_torch import HAS_MUON, accepts, adagrad_starts_late
 
 __all__ = [
+    "ADAM_TELLS_ITS_DECAY",
     "KEEPS_TENSOR_RATES",
+    "SCHEDULERS_ARE_VERBOSE",
     "SQUEEZES_BETAS",
     "SWALR_KEEPS_STRATEGY",
     "WRITES_SAFETENSORS_SHARDS",
@@ -62,6 +64,8 @@ def _writes_safetensors_shards() -> bool:
 
 WRITES_SAFETENSORS_SHARDS = _writes_safetensors_shards()
 SQUEEZES_BETAS = _squeezes_betas()
+ADAM_TELLS_ITS_DECAY = accepts(torch.optim.Adam, "decoupled_weight_decay")  # 2.7; before, AdamW's state is the same
+SCHEDULERS_ARE_VERBOSE = accepts(torch.optim.lr_scheduler.StepLR, "verbose")  # until 2.7, and keep the key
 KEEPS_TENSOR_RATES = _keeps_tensor_rates()
 SWALR_KEEPS_STRATEGY = _swalr_keeps_strategy()
 

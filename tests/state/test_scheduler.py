@@ -31,6 +31,7 @@ from tests.optim.lr_scheduler.cases import (
     shown,
     state_loss_allowed,
 )
+from tests.releases import SCHEDULERS_ARE_VERBOSE
 
 # Until 2.7 torch's SequentialLR warns of itself in every construction.
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
@@ -404,7 +405,10 @@ def test_states_of_other_programs_load_and_go_on_as_in_torch(files: Any, make: A
         ours.load_state_dict(state)
     assert ours.get_last_lr() == [group["lr"] for group in optimizer_state["param_groups"]] == state["_last_lr"]
     with state_loss_allowed(case):
-        assert exact(ours.state_dict()) == exact(theirs.state_dict())
+        if SCHEDULERS_ARE_VERBOSE and "patience" in state:  # and have another order
+            assert ours.state_dict() == {k: v for k, v in theirs.state_dict().items() if k != "verbose"}
+        else:
+            assert exact(ours.state_dict()) == exact(theirs.state_dict())
     for epoch in range(min(30, getattr(theirs, "total_steps", 99) - theirs.last_epoch)):
         advance(ours, epoch)
         advance(theirs, epoch)
