@@ -11,7 +11,7 @@ import re
 import sys
 from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -320,7 +320,11 @@ def _nearest_choice(error: TyperException) -> str:
     """For an option of fixed words: which of them was probably meant."""
     from difflib import get_close_matches
 
-    choices = [str(word) for word in getattr(getattr(getattr(error, "param", None), "type", None), "choices", ())]
+    parameter = getattr(error, "param", None)
+    words = getattr(getattr(parameter, "type", None), "choices", None)
+    if words is None:  # typer 0.28 and later: what the parameter was made of
+        words = get_args(getattr(getattr(parameter, "type_descriptor", None), "annotation", None))
+    choices = list(map(str, words))
     given = (word.rpartition("=")[2] for word in sys.argv[1:])
     near = [found for word in given if word not in choices for found in get_close_matches(word, choices, n=1)]
     return f"Did you mean {describe(near[0])}? " if near else ""
@@ -328,7 +332,7 @@ def _nearest_choice(error: TyperException) -> str:
 
 def _wrong_usage(error: TyperException) -> int:
     """What is wrong and where to read more; a command without its arguments shows its help."""
-    message = escaped(error.format_message(), lines=True)
+    message = escaped(error.format_message().replace(": Value error, ", ": "), lines=True)  # pydantic's, of typer 0.28
     if message.startswith("Usage:"):
         typer.echo(message, err=True)
     else:

@@ -136,7 +136,8 @@ def derive(
     to: Annotated[Layout, typer.Option(help="With --transformers, the layout that the plan leads to.")] = Layout.live,
     allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Let the function leave tensors out.")] = False,
     python: Annotated[
-        Path | None, typer.Option(metavar="PYTHON", help="The interpreter that runs the function; this one by default.")
+        Path | None,
+        typer.Option("--python", metavar="PYTHON", help="The interpreter that runs the function; this one by default."),
     ] = None,
     output: Out = None,
     force: Force = False,

@@ -17,6 +17,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
+from inspect import signature
 from itertools import chain, repeat
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -53,13 +54,16 @@ Condition = Callable[[Group], bool]
 
 # What the driver does for every algorithm, and how, where neither constructor nor checkpoint says.
 COMMON: Options = {
-    "maximize": False,
     "foreach": None,
-    "capturable": False,
+    "maximize": False,
     "differentiable": False,
+    "capturable": False,
     "fused": None,
     "decoupled_weight_decay": False,
 }
+
+# `fused` is not among them: where the kernel is ours, a group has the option if it is given.
+DRIVEN = ("weight_decay", "amsgrad", *(name for name in COMMON if name != "fused"))
 
 
 class Complex(Enum):
@@ -74,7 +78,7 @@ class Traits(Record):
     """What the driver has to know of an algorithm besides its rule.
 
     Args:
-        options: The common options that its param groups have, in any order.
+        options: The common options that its param groups have, in the order in which torch adds them to old ones.
         optional: Slots that only groups with certain options keep, and which groups those are.
         kernel: Whether there is a fused implementation.
         sparse_error: How sparse gradients are refused; empty where the rule takes them.
@@ -86,7 +90,7 @@ class Traits(Record):
         capturable_on_xla: Whether XLA is such an accelerator: for loop, foreach.
     """
 
-    options: tuple[str, ...] = ("maximize", "foreach", "capturable", "differentiable")
+    options: tuple[str, ...] = ("foreach", "maximize", "differentiable", "capturable")
     optional: Mapping[str, Condition] = field(default_factory=dict)
     kernel: bool = False
     sparse_error: str = ""
@@ -156,11 +160,14 @@ class RuleOptimizer(Optimizer):
 
     _columns: ClassVar[tuple[str, ...]] = ()
     _traits: ClassVar[Traits] = Traits()
+    _foreign_options: ClassVar[tuple[str, ...]] = ()  # of the driver's, those that the algorithm has not
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # Checkpoints of torch before an option was invented lack it.
         cls._later_options = {name: COMMON[name] for name in cls._traits.options} | {**cls._later_options}
+        own = {name for base in cls.__mro__ if issubclass(base, RuleOptimizer) for name in signature(base).parameters}
+        cls._foreign_options = tuple(name for name in DRIVEN if name not in own and name not in cls._traits.options)
 
     def __init__(self, params: ParamsT, defaults: Options, **common: Any) -> None:
         known = self._traits.options
@@ -220,7 +227,8 @@ class RuleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for listed in self.param_groups:
+            group = self._own(listed)
             params: list[Tensor] = []
             grads: list[Tensor] = []
             lists: list[list[Any]] = [[] for _ in self._columns]
@@ -229,6 +237,17 @@ class RuleOptimizer(Optimizer):
                 columns = dict(zip(self._columns, lists, strict=True))
                 self._step_group(group, params, grads, columns, has_sparse=has_sparse, has_complex=has_complex)
         return loss
+
+    def _own(self, group: Group) -> Group:
+        """A group without the driver's options that this algorithm has not: torch's class does not look at them.
+
+        Trainers give every optimizer groups with `weight_decay`, whatever it makes of them.
+        """
+        names = self._foreign_options
+        if torch.compiler.is_compiling():  # which itself gives every group `capturable`
+            names = tuple(name for name in names if name != "capturable")
+        foreign = [name for name in names if name in group]
+        return {name: value for name, value in group.items() if name not in foreign} if foreign else group
 
     def _init_group(
         self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Any]

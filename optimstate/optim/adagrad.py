@@ -52,7 +52,7 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
 
     _columns = ("sum", "step")
     _scalars = ("step",)
-    _traits = Traits(options=("maximize", "foreach", "differentiable", "fused"), kernel=True)
+    _traits = Traits(options=("foreach", "maximize", "differentiable", "fused"), kernel=True)
 
     def __init__(
         self,

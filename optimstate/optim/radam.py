@@ -60,7 +60,7 @@ class RAdam(AdamKernelOptimizer, torch.optim.RAdam):
     _columns = ("exp_avg", "exp_avg_sq", "step")
     _scalars = ("step",)
     _traits = Traits(
-        options=("maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay"),
+        options=("foreach", "maximize", "differentiable", "capturable", "decoupled_weight_decay"),
         kernel=True,
         sparse_error="RAdam does not support sparse gradients",
         complex=Complex.BEFORE_DECAY,

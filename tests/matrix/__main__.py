@@ -85,7 +85,7 @@ def row(release: str, python: str, tests: tuple[str, ...], given: argparse.Names
         return True
     interpreter = folder / "bin" / "python"
     version = run([interpreter, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]).stdout.strip()
-    imported = run([interpreter, "-W", "ignore", "-c", IMPORTS])
+    imported = run([interpreter, "-W", "error", "-c", IMPORTS])
     log_file = given.out / f"torch-{release}-{version}.log"
     with log_file.open("w") as output:
         present = [test for test in tests if (ROOT / test).exists() and covered(test, release)]
@@ -119,13 +119,17 @@ def covered(test: str, release: str) -> bool:
 IMPORTS = """
 import importlib, pkgutil, optimstate
 names = [i.name for i in pkgutil.walk_packages(optimstate.__path__, "optimstate.") if not i.name.endswith("__main__")]
-bad = []
+bad, others = [], []  # of ours or torch's; of packages that are not there
 for name in names:
     try:
         importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        top = (error.name or "").partition(".")[0]
+        (bad if top in ("optimstate", "torch") else others).append(f"{name}: {error}")
     except Exception as error:
         bad.append(f"{name}: {error!r}")
-print(f"{len(names) - len(bad)} of {len(names)}", *bad)
+modules = f"{len(names) - len(bad) - len(others)} of {len(names) - len(others)}"
+print("; ".join([modules, *bad, *([f"{len(others)} ask for other packages"] if others else [])]))
 raise SystemExit(bool(bad))
 """
 

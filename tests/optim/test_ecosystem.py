@@ -158,6 +158,61 @@ def test_a_group_added_in_the_middle_gives_torchs_bits(name: str) -> None:
     assert same(act) == []
 
 
+# Every option of any class, with a value that tells.
+TELLING: dict[str, Any] = {
+    "adjust_lr_fn": "original", "alpha": 0.7, "amsgrad": True, "beta2_decay": -0.3, "betas": (0.3, 0.4),
+    "capturable": True, "centered": True, "d": 2.0, "dampening": 0.2, "decoupled_weight_decay": True,
+    "differentiable": True, "eps": 0.5, "etas": (0.2, 3.0), "foreach": True, "history_size": 2,
+    "initial_accumulator_value": 0.5, "lambd": 0.3, "line_search_fn": "strong_wolfe", "lr_decay": 0.1,
+    "max_eval": 1, "max_iter": 2, "maximize": True, "momentum": 0.5, "momentum_decay": 0.1, "nesterov": True,
+    "ns_coefficients": (1.0, 1.0, 1.0), "ns_steps": 2, "rho": 0.5, "step_sizes": (0.1, 0.2), "t0": 2,
+    "tolerance_change": 0.5, "tolerance_grad": 0.5, "weight_decay": 0.3,
+}  # fmt: skip
+# `fused` is an option of ours where torch has no kernel, and LBFGS's `maximize` is heeded before torch has it.
+OURS_ALONE = {("LBFGS", "maximize")}
+
+
+def defaults_of(name: str) -> dict[str, Any]:
+    return dict(getattr(torch.optim, name)([nn.Parameter(torch.ones(2, 2))]).defaults)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_options_of_other_algorithms_in_a_group_have_no_effect_as_in_torch(name: str) -> None:
+    """Trainers give every optimizer the same groups: each option that the class has not, alone and with decay."""
+    own = defaults_of(name)
+    assert set(own) <= {*TELLING, "lr", "fused"}
+    decayed = {"weight_decay": 0.1} if "weight_decay" in own else {}
+    for option in TELLING.keys() - own.keys():
+        if (name, option) in OURS_ALONE:
+            continue
+
+        def act(module: Any, option: str = option) -> Any:
+            shape = (3, 2)
+            p = nn.Parameter(oracle.numbers(shape, torch.float32, 1))
+            optimizer = getattr(module, name)([{"params": [p], option: TELLING[option], **decayed}])
+            for step in range(3):
+                p.grad = oracle.numbers(shape, torch.float32, 2 + step)
+                if name == "SparseAdam":
+                    p.grad = p.grad.to_sparse()
+                optimizer.step(*[lambda: p.detach().square().sum()] * (name == "LBFGS"))
+            return [p.detach(), optimizer.state_dict()]
+
+        assert same(act) == [], option
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_options_that_an_old_group_lacks_come_in_torchs_order(name: str) -> None:
+    def act(module: Any) -> list[str]:
+        optimizer = getattr(module, name)([nn.Parameter(torch.ones(2, 2))])
+        (group,) = optimizer.param_groups
+        for option in ("foreach", "maximize", "differentiable", "capturable", "fused"):
+            group.pop(option, None)
+        optimizer.__setstate__(optimizer.__getstate__())
+        return list(group)
+
+    assert same(act) == []
+
+
 def test_zero_grad_as_in_torch() -> None:
     def act(module: Any) -> Any:
         found = []
