@@ -1,5 +1,5 @@
 # Every target makes .venv and installs what it needs, once.
-.PHONY: demo test lint bench docs matrix matrix-quick clean
+.PHONY: demo test integrations lint bench docs matrix matrix-quick clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,6 +12,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# Live runs in trainers that want another torch, or much beside: timm, torchtitan, fastai, Composer (500 MB).
+integrations: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/integrations --requirement tests/integrations/packages.txt
+	PYTHONPATH=$(VENV)/integrations $(BIN)/python -m pytest tests/integrations
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which accelerate imports, would look for a compiler of CUDA
 
 settings.register_profile(
     "optimstate",

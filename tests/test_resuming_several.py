@@ -318,18 +318,25 @@ def test_names_that_contradict_the_checkpoint_are_refused() -> None:
         optimstate.resume(named, model=model, optimizer=live, saved=names[2:] + names[:2])
 
 
-def test_weights_beside_the_optimizer_are_a_model_and_remap_refuses_to_move_the_state_alone(tmp_path: Path) -> None:
+def test_weights_beside_the_optimizer_are_a_model(tmp_path: Path) -> None:
     """Torchtitan's layout: names of weights at the top, everything else beside them."""
     (old, first), (new, second) = _frozen(0), _frozen(1)
     first = torch.optim.AdamW(old.named_parameters())
     second = torch.optim.AdamW(new.named_parameters())
     saved = _stepped(old, first)
     flat = {**saved["model"], "optimizer": saved["optimizer"], "epoch": 3, "rng": torch.zeros(3)}
-    plan = Plan.from_options(rename=["0.{p}=zero.{p}"])
     torch.save(flat, tmp_path / "flat.pt")
-    with pytest.raises(MigrationError, match="among the other entries"):
-        remap(tmp_path / "flat.pt", tmp_path / "new.pt", plan)
+    for taken in ("epoch", "optimizer"):
+        with pytest.raises(MigrationError, match=f"one of which is '{taken}' too: give the weight another name"):
+            remap(tmp_path / "flat.pt", tmp_path / "new.pt", Plan.from_options(rename=[f"0.weight={taken}"]))
     assert not (tmp_path / "new.pt").exists()
+    plan = Plan.from_options(rename=["0.{p}=zero.{p}"])
+    remap(tmp_path / "flat.pt", tmp_path / "new.pt", plan)
+    made = torch.load(tmp_path / "new.pt")
+    assert {key for key in made if "." in key} == {key.replace("0.", "zero.") for key in saved["model"]}
+    assert torch.equal(made["zero.weight"], old[0].weight)
+    assert (made["epoch"], made["optimizer"]["param_groups"][0]["param_names"][0]) == (3, "zero.weight")
+    assert "no weights" not in str(optimstate.inspect(tmp_path / "new.pt"))
     for source in (flat, tmp_path / "flat.pt"):
         optimstate.resume(source, model=new, optimizer=second)
         assert torch.equal(new[1].weight, old[1].weight)

@@ -18,7 +18,7 @@ from optimstate.io.places import located
 from optimstate.state.building import from_config, parameters_of
 from optimstate.state.flattened import find_flat_state
 from optimstate.state.grouping import trainer_of
-from optimstate.state.loose import loose_weights
+from optimstate.state.loose import gathered
 from optimstate.state.names import unwrapped
 from optimstate.state.naming import Candidate, Naming
 from optimstate.state.optimizer import OptimizerState
@@ -250,11 +250,10 @@ class Parts:
 
     def _with_one_model(self, tree: Any) -> Any:
         """A checkpoint whose weights stand beside its optimizer, with the weights in a mapping of their own."""
-        weights = loose_weights(tree)
-        if not weights or "model" in tree:
+        made = gathered(tree)
+        if made is None:
             return tree
-        original = self._original[id(tree)]
-        made = {"model": weights, **{key: value for key, value in tree.items() if key not in weights}}
+        original, weights = self._original[id(tree)], made["model"]
         self._original |= {id(weights): {name: original[name] for name in weights}, id(made): original}
         self._keep.append(made)
         return made

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from optimstate.describe import describe
+from optimstate.errors import MigrationError
+from optimstate.problems import Problem
 from optimstate.state.records import is_tensor
 
-__all__ = ["loose_weights"]
+__all__ = ["gathered", "loose_weights", "spread"]
+
+_MODEL = "model"
 
 
 def loose_weights(fields: Any) -> dict[str, Any]:
@@ -26,6 +31,30 @@ def loose_weights(fields: Any) -> dict[str, Any]:
         for key, value in fields.items()
         if isinstance(key, str) and is_tensor(value) and ("." in key or key in named)
     }
+
+
+def gathered(fields: Any) -> dict[str, Any] | None:
+    """The mapping with its loose weights in one of their own, at `model`; None where it has none or has a `model`."""
+    weights = loose_weights(fields)
+    if not weights or _MODEL in fields:
+        return None
+    return {_MODEL: weights, **{key: value for key, value in fields.items() if key not in weights}}
+
+
+def spread(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights at `model` among the other entries again: the opposite of `gathered`.
+
+    Raises:
+        MigrationError: A weight has the name of another entry.
+    """
+    weights: Mapping[str, Any] = fields[_MODEL]
+    rest = {key: value for key, value in fields.items() if key != _MODEL}
+    if taken := sorted(weights.keys() & rest.keys()):
+        message = (
+            f"the weights stand among the other entries of the checkpoint, one of which is {describe(taken[0])} too"
+        )
+        raise MigrationError([Problem("name", message, names=tuple(taken[:4]), remedy="give the weight another name")])
+    return {**weights, **rest}
 
 
 def _listed(optimizer: Mapping[Any, Any]) -> Iterator[Any]:

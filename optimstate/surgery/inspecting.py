@@ -22,6 +22,7 @@ from optimstate.io.temporary import is_leftover
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import parameter_shape
 from optimstate.state.algorithms.slots import Algorithm
+from optimstate.state.loose import loose_weights
 from optimstate.state.optimizer import Group, OptimizerState
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged, scheduler_name, section_called, tied_names
@@ -123,7 +124,7 @@ def inspect(
             infos,
             {kind: count for kind, count in opaque.most_common() if count > 0},
             tuple(dangerous(document.globals)),
-            tuple(missing_for_resume(infos)) if section is None else (),
+            tuple(missing_for_resume(infos, has_weights=bool(loose_weights(document.tree)))) if section is None else (),
             (
                 *document.notes,
                 *_notes(document, sections, states),

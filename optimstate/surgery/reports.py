@@ -163,10 +163,17 @@ def collapsed(name: str) -> str:
     return ".".join(["*" if part.isdecimal() else part for part in name.split(".")])
 
 
-def missing_for_resume(found: Sequence[OptimizerInfo | ModelInfo | SchedulerInfo]) -> Iterator[str]:
-    """What a run that resumes would miss or must know."""
+def missing_for_resume(
+    found: Sequence[OptimizerInfo | ModelInfo | SchedulerInfo], *, has_weights: bool = False
+) -> Iterator[str]:
+    """What a run that resumes would miss or must know.
+
+    Args:
+        found: The sections.
+        has_weights: Whether there are weights outside of them.
+    """
     optimizers = [section for section in found if isinstance(section, OptimizerInfo)]
-    if not any(isinstance(section, ModelInfo) for section in found):
+    if not has_weights and not any(isinstance(section, ModelInfo) for section in found):
         yield "no weights: they must come from another file"
     if not optimizers:
         yield "no optimizer: its state would start fresh"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,20 +89,36 @@ def expected_losses(change: str, old: int, more: int, *, new_step: int | None = 
     was, new = Net(), changed(change)
     before, after = (torch.optim.AdamW(net.parameters(), **options) for net in (was, new))
     train(was, before, old)
-    sources = dict(was.named_parameters())
+    move_by_hand(change, (was, before.state), (new, after.state))
     for name, parameter in new.named_parameters():
-        if change == "a layer inserted" and name.startswith("blocks.1."):
-            if new_step is not None:
-                moments = {slot: torch.zeros_like(parameter) for slot in ("exp_avg", "exp_avg_sq")}
-                after.state[parameter] = {"step": torch.tensor(float(new_step)), **moments}
+        if new_step is not None and is_new(change, name):
+            moments = {slot: torch.zeros_like(parameter) for slot in ("exp_avg", "exp_avg_sq")}
+            after.state[parameter] = {"step": torch.tensor(float(new_step)), **moments}
+    return train(new, after, more)
+
+
+def is_new(change: str, name: str) -> bool:
+    return change == "a layer inserted" and "blocks.1." in name
+
+
+def move_by_hand(change: str, before: tuple[nn.Module, Any], after: tuple[nn.Module, Any]) -> None:
+    """Give a changed model and the state of its optimizer what another has.
+
+    Args:
+        change: A key of `CHANGES`.
+        before: A model with a `Net` somewhere, and the slots by parameter.
+        after: The same of the changed one.
+    """
+    sources = dict(before[0].named_parameters())
+    for name, parameter in after[0].named_parameters():
+        if is_new(change, name):
             continue
         source = sources[name.replace("blocks.2.", "blocks.1.").replace("readout", "out")]
         parameter.data.copy_(_padded(source.data, parameter.shape))
-        after.state[parameter] = {
-            slot: _padded(value, parameter.shape) if value.dim() else value.clone()
-            for slot, value in before.state[source].items()
+        after[1][parameter] = {
+            slot: _padded(value, parameter.shape) if getattr(value, "shape", ()) else copy.copy(value)
+            for slot, value in before[1][source].items()
         }
-    return train(new, after, more)
 
 
 def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:

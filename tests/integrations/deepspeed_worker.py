@@ -1,19 +1,26 @@
-"""A run of DeepSpeed with ZeRO: `python -m tests.integrations.deepspeed_worker FOLDER CHANGE` prints its losses."""
+"""DeepSpeed in a process of its own: `python -m tests.integrations.deepspeed_worker FOLDER OLD MORE OPTIONS`.
+
+Prints the losses of a run of ZeRO after each change, and runs the example with ZeRO and without.
+"""
 
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.integrations.changes import TOKENS, Net, changed, plan
+from tests.integrations.changes import CHANGES, TOKENS, Net, changed, plan
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "deepspeed_load_checkpoint.py"
 
 
 def main() -> None:
-    folder, change, old_steps, more, options = sys.argv[1:]
+    folder, old_steps, more, options = sys.argv[1:]
     warnings.simplefilter("ignore")
     import deepspeed
     import deepspeed.ops
@@ -36,12 +43,18 @@ def main() -> None:
     old = engine(Net())
     train(old, int(old_steps))
     old.save_checkpoint(folder)
-    net = changed(change)
-    running = engine(net)
-    Resume(running, plan(change))
-    running.load_checkpoint(folder)
-    train(running, int(more))
-    print("losses", json.dumps(net.losses))
+    found = {}
+    for change in CHANGES:
+        net = changed(change)
+        running = engine(net)
+        Resume(running, plan(change))
+        running.load_checkpoint(folder)
+        train(running, int(more))
+        found[change] = net.losses
+    for stage in ("2", "0"):
+        sys.argv = [str(EXAMPLE), str(Path(folder, f"example-{stage}")), stage]
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    print("losses", json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,17 @@ import pytest
 import torch
 
 import optimstate
-from tests.integrations.changes import CHANGES, TOKENS, Net, changed, expected_losses, plan, train
-from tests.support import free_port
+from tests.integrations.changes import (
+    CHANGES,
+    TOKENS,
+    Net,
+    changed,
+    expected_losses,
+    is_new,
+    move_by_hand,
+    plan,
+    train,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own
 
@@ -157,7 +162,7 @@ def with_dcp_load(folder: Path, change: str) -> Resumed:
 
 
 def with_timm(folder: Path, change: str) -> Resumed:
-    pytest.importorskip("timm", exc_type=ImportError)
+    pytest.importorskip("timm")
     from timm.utils import CheckpointSaver
 
     from optimstate.integrations.timm import resume_checkpoint
@@ -172,24 +177,108 @@ def with_timm(folder: Path, change: str) -> Resumed:
     return train(net, optimizer, MORE)
 
 
-def with_deepspeed(folder: Path, change: str) -> Resumed:
-    if find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
-    environment = {**os.environ, **alone, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    worker = [sys.executable, "-m", "tests.integrations.deepspeed_worker", str(folder), change]
-    done = subprocess.run(
-        [*worker, str(OLD), str(MORE), json.dumps(OPTIONS)],
-        capture_output=True, text=True, check=False, timeout=240, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("losses"))
-    found: Resumed = json.loads(line.removeprefix("losses"))
-    return found
+def with_composer(folder: Path, change: str) -> Resumed:
+    composer = pytest.importorskip("composer")
+
+    class Task(composer.ComposerModel):  # type: ignore[misc,name-defined]
+        def __init__(self, net: Net) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, batch: Any) -> Any:
+            return self.net(batch)["loss"]
+
+        def loss(self, outputs: Any, batch: Any) -> Any:
+            return outputs
+
+    def trainer(net: Net, steps: int, **options: Any) -> Any:
+        data = torch.utils.data.DataLoader(TOKENS, batch_size=len(TOKENS))
+        optimizer = torch.optim.AdamW((task := Task(net)).parameters(), **OPTIONS)
+        options |= {"progress_bar": False, "device": "cpu", "save_interval": f"{OLD}ba"}
+        return composer.Trainer(
+            model=task, optimizers=optimizer, train_dataloader=data, max_duration=f"{steps}ba", **options
+        )
+
+    trainer(Net(), OLD, save_folder=str(folder), save_filename="last.pt").fit()
+    path, net = folder / "last.pt", changed(change)
+    ignored = ["state/model", "state/optimizers"]
+    run = trainer(net, OLD + MORE, load_path=str(path), load_ignore_keys=ignored)
+    inside = optimstate.Plan.from_toml(_inside("net", CHANGES[change][1]))
+    optimstate.resume(path, model=run.state.model, optimizer=run.state.optimizers[0], plan=inside)
+    run.fit()
+    return net.losses
+
+
+def with_torchtitan(folder: Path, change: str) -> Resumed:
+    pytest.importorskip("torchtitan")
+    from torchtitan.components.checkpoint import CheckpointManager
+    from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
+
+    from optimstate.integrations.torchtitan import Resume
+
+    def parts(net: Net) -> tuple[Any, Any]:
+        group = ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs=OPTIONS)
+        config = OptimizersContainer.Config(param_groups=[group], implementation="for-loop")
+        optimizers = OptimizersContainer(config, model_parts=[net])
+        rates = LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0.0)
+        given = {"dataloader": None, "states": {}, "sd_adapter": None, "base_folder": str(folder)}
+        config = CheckpointManager.Config(enable=True, interval=OLD, keep_latest_k=0)
+        schedulers = rates.build(optimizers=optimizers, training_steps=OLD + MORE)
+        return optimizers, CheckpointManager(
+            config, model_parts=[net], optimizers=optimizers, lr_schedulers=schedulers, **given
+        )
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        optimizers, manager = parts(net := Net())
+        train(net, optimizers, OLD)
+        manager.save(OLD)
+        optimizers, manager = parts(net := changed(change))
+        Resume(manager, plan(change))
+        assert manager.load()
+        return train(net, optimizers, MORE)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def fastai_learner(folder: Path, net: Net, optimizer: Any) -> Any:
+    pytest.importorskip("fastai")
+    import fastai.callback.progress  # noqa: F401  # has `no_bar`
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    from fastai.learner import Learner
+
+    data = DataLoaders(DataLoader([(TOKENS, TOKENS)], bs=None), DataLoader([], bs=None))
+    options = {"lr": OPTIONS["lr"], "wd": OPTIONS["weight_decay"], "path": folder, "model_dir": "."}
+    return Learner(
+        data, net, lambda made, _: made["loss"], optimizer, splitter=lambda m: [[*m.parameters()]], **options
+    )
+
+
+def fitted(learner: Any, epochs: int) -> Resumed:
+    with learner.no_bar(), learner.no_logging():
+        learner.fit(epochs)
+    losses: Resumed = learner.model.losses[-epochs:]
+    return losses
+
+
+def with_fastai(folder: Path, change: str) -> Resumed:
+    pytest.importorskip("fastai")
+    from fastai.optimizer import OptimWrapper
+
+    from optimstate.integrations.fastai import resume_learner
+
+    wrapped = partial(OptimWrapper, opt=torch.optim.AdamW)
+    fitted(old := fastai_learner(folder, Net(), wrapped), OLD)
+    old.save("last")
+    learner = fastai_learner(folder, changed(change), wrapped)
+    resume_learner(learner, folder / "last.pth", plan=plan(change))
+    return fitted(learner, MORE)
 
 
 RUNS: list[Callable[[Path, str], Resumed]] = [with_a_loop, with_trainer, with_accelerate, with_lightning, with_dcp]
-RUNS += [with_dcp_load, with_timm, with_deepspeed]
+RUNS += [with_dcp_load, with_timm, with_composer, with_torchtitan, with_fastai]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -199,16 +288,31 @@ def test_a_changed_run_goes_on_as_one_that_was_changed_by_hand(
 ) -> None:
     found = run(tmp_path, change)
     assert len(found) == MORE
-    # ZeRO keeps one step for all parameters, and torch makes state for `get_state_dict` by a step without gradients.
-    new_step = {with_deepspeed: OLD, with_dcp_load: 1}.get(run)
+    new_step = 1 if run is with_dcp_load else None  # torch makes state for `get_state_dict` by a step without gradients
     assert found == expected_losses(change, OLD, MORE, new_step=new_step, **OPTIONS)
 
 
 @pytest.mark.parametrize("change", CHANGES)
+def test_the_optimizer_of_fastai(change: str, tmp_path: Path) -> None:
+    pytest.importorskip("fastai")
+    from fastai.optimizer import Adam
+
+    from optimstate.integrations.fastai import resume_learner
+
+    old, new, hand = (fastai_learner(tmp_path, net, Adam) for net in (Net(), changed(change), changed(change)))
+    fitted(old, OLD)
+    old.save("last")
+    resume_learner(new, tmp_path / "last.pth", plan=plan(change))
+    hand.create_opt()
+    move_by_hand(change, (old.model, old.opt.state), (hand.model, hand.opt.state))
+    assert fitted(new, MORE) == fitted(hand, MORE)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_policy_of_stable_baselines3(change: str, tmp_path: Path) -> None:
-    """Its losses are drawn at random, so that the state is compared instead."""
     sb3 = pytest.importorskip("stable_baselines3")
     gymnasium = pytest.importorskip("gymnasium")
+    from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
     from optimstate.integrations.stable_baselines3 import resume_algorithm
@@ -230,16 +334,31 @@ def test_a_policy_of_stable_baselines3(change: str, tmp_path: Path) -> None:
 
         def reset(self, *, seed: int | None = None, **_: Any) -> Any:
             super().reset(seed=seed)
-            return self.observation_space.sample() * 0, {}
+            self.x = self.observation_space.low.copy()
+            return self.x, {}
 
         def step(self, action: Any) -> Any:
-            return self.observation_space.sample(), float(action), False, False, {}
+            self.x = (self.x + 1 + action) % 6
+            return self.x, float(action), False, False, {}
 
     def agent(net: Callable[[], Net]) -> Any:
         kwargs = {"features_extractor_class": Features, "features_extractor_kwargs": {"net": net}, "net_arch": []}
         return sb3.PPO("MlpPolicy", Walk(), n_steps=8, batch_size=8, n_epochs=1, device="cpu", policy_kwargs=kwargs)
 
-    old, new = agent(Net), agent(lambda: changed(change))
+    class Losses(Logger):  # type: ignore[misc]
+        def record(self, key: str, value: Any, exclude: Any = None) -> None:
+            if key == "train/loss":
+                self.found.append(value)
+
+    def losses(agent: Any) -> list[float]:
+        agent.set_random_seed(2)
+        agent.action_space.seed(2)
+        agent.set_logger(logger := Losses(None, []))
+        logger.found = []
+        agent.learn(24, reset_num_timesteps=False)
+        return list(logger.found)
+
+    old, new, hand = agent(Net), agent(lambda: changed(change)), agent(lambda: changed(change))
     old.learn(8)
     old.save(tmp_path / "ppo.zip")
     # The state dict of a policy has its one extractor under three names.
@@ -247,17 +366,14 @@ def test_a_policy_of_stable_baselines3(change: str, tmp_path: Path) -> None:
     inside = optimstate.Plan.from_toml(_inside(shared, CHANGES[change][1]))
     before = {name: p.detach().clone() for name, p in new.policy.named_parameters()}
     resume_algorithm(new, tmp_path / "ppo.zip", plan=inside)
-    was = dict(old.policy.named_parameters())
     for name, parameter in new.policy.named_parameters():
-        if change == "a layer inserted" and ".blocks.1." in name:
+        if is_new(change, name):
             assert torch.equal(parameter, before[name])
+            hand.policy.get_parameter(name).data.copy_(parameter)
             assert not new.policy.optimizer.state.get(parameter)
-            continue
-        source = was[name.replace("blocks.2.", "blocks.1.").replace("readout", "out")]
-        part = tuple(map(slice, source.shape))
-        assert torch.equal(parameter[part], source)
-        for slot, value in old.policy.optimizer.state[source].items():
-            found = new.policy.optimizer.state[parameter][slot]
-            assert torch.equal(found[part] if value.dim() else found, value)
-    new.learn(8, reset_num_timesteps=False)
-    assert new.num_timesteps == 16
+    move_by_hand(change, (old.policy, old.policy.optimizer.state), (hand.policy, hand.policy.optimizer.state))
+    hand.num_timesteps, hand._n_updates = old.num_timesteps, old._n_updates
+    found = losses(new)
+    assert found == losses(hand)
+    assert len(found) == 3
+    assert new.num_timesteps == 32

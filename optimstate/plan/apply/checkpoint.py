@@ -22,7 +22,7 @@ from optimstate.plan.solve.inventory import model_inventory, optimizer_inventory
 from optimstate.plan.solve.migration import Inventory, Like, Migration, SectionMoves
 from optimstate.plan.solve.planner import plan_migration
 from optimstate.problems import Problem
-from optimstate.state.loose import loose_weights
+from optimstate.state.loose import gathered, spread
 from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections, with_hosts
@@ -54,9 +54,12 @@ def apply_plan(
         MigrationError: The plan does not fit; nothing is changed.
     """
     refuse_second(plan, tree)
+    apart = gathered(tree)
+    if apart is not None:
+        made, migration, notes = apply_plan(plan, apart, names=names, like=like)
+        return spread(made), migration, notes
     checkpoint = _Checkpoint(plan, tree, names or {})
     _refuse_unreached(plan, checkpoint, like)
-    _refuse_loose(plan, tree)
     if like is not None:
         _refuse_unordered(checkpoint)
     migration = plan_migration(plan, checkpoint.inventories(like))
@@ -71,19 +74,6 @@ def apply_plan(
         made = replaced(tree, {**checkpoint.rebuilt(migration), **schedules})
     notes += checkpoint.notes
     return stamped(plan, made), migration, notes + migration.notes
-
-
-def _refuse_loose(plan: Plan, tree: Any) -> None:
-    """Refuse rules for weights that stand beside the optimizer, where they would move its state alone."""
-    weights = loose_weights(tree)
-    templates = [template for rule in plan.all_rules() for template in rule.sources]
-    reached = [name for name in weights if any(template.match(name) is not None for template in templates)]
-    if reached:
-        message = "the weights stand among the other entries of the checkpoint, not in a mapping of their own"
-        raise MigrationError(
-            [Problem("section", message, names=tuple(reached[:4]))],
-            hint="Load it with optimstate.resume, which moves them too, or save the model under a key of its own.",
-        )
 
 
 def key_of(section: Section) -> str:
