@@ -67,10 +67,10 @@ def resume_learner(
     if learner.opt is None:
         learner.create_opt()
     wrapped = getattr(learner.opt, "opt", None)
-    live = wrapped if isinstance(wrapped, torch.optim.Optimizer) else _Live(learner.opt)
     given = Plan.of(plan)
-    if live is wrapped:
-        return resume(file, model=learner.model, optimizer=live, plan=given, saved=saved)
+    if isinstance(wrapped, torch.optim.Optimizer):
+        return resume(file, model=learner.model, optimizer=wrapped, plan=given, saved=saved)
+    live = _Live(learner.opt)
     # A file does not say which parameter is in which group, so their options are no matter of the plan.
     found = resume(
         file, model=learner.model, optimizer=live, plan=given.with_policy(hyperparameters="live"), saved=saved
