@@ -17,6 +17,7 @@ from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import number_of, shape_of
 from optimstate.plan.slots.outcomes import flat_slots, slot_name
 from optimstate.problems import Problem
+from optimstate.state.algorithms.bitsandbytes import TABLES
 from optimstate.state.algorithms.registry import conventional, named, recognise_state
 from optimstate.state.algorithms.slots import Algorithm
 
@@ -228,7 +229,7 @@ def _aliases(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
     for name, parameter, slots in _members(optimizer):
         values = [("the parameter", parameter), *((slot_name(path), value) for path, value in flat_slots(slots))]
         for slot, value in values:
-            if not torch.is_tensor(value) or shape_of(value) is None or not value.numel():
+            if not torch.is_tensor(value) or shape_of(value) is None or not value.numel() or slot in TABLES:
                 continue
             start = value.data_ptr()
             other = owners.setdefault((value.device, start), f"{name}.{slot}")

@@ -73,7 +73,8 @@ class PlanLoadPlanner(DefaultLoadPlanner):
     Args:
         checkpoint: The folder that `load` is given.
         plan: What has changed, as a plan or the path of a plan file.
-        options: As for `DefaultLoadPlanner`; with `allow_partial_load` what the checkpoint does not have is left alone.
+        options: As for `DefaultLoadPlanner`; with `allow_partial_load` what the checkpoint does not have is left alone,
+            as what `fresh` rules declare new is without.
 
     Attributes:
         notes: What deserves attention though nothing is wrong.
@@ -102,7 +103,9 @@ class PlanLoadPlanner(DefaultLoadPlanner):
             StateMismatchError: Something of the state dict is not in the checkpoint.
         """
         self._filling = Filling(self._checkpoint, self._plan)
-        self._names = self._filling.check(self.state_dict, partial=self.allow_partial_load)
+        self._names = self._filling.check(
+            self.state_dict, self.mappings if self.flatten_state_dict else {}, partial=self.allow_partial_load
+        )
         return LoadPlan([])
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:

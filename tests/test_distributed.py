@@ -286,3 +286,42 @@ def test_the_guide_names_what_is_there() -> None:
     }
     assert names == set(distributed.__all__) - {"load"}
     assert {"reports", "nbytes"} <= {field.name for field in dataclasses.fields(optimstate.Resumed)}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_what_a_plan_declares_new_stays_as_it_is_in_the_live_state(flat: bool, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    def parts(*names: str) -> dict[str, Any]:
+        torch.manual_seed(len(names))
+        model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in names})
+        optimizer = torch.optim.AdamW(model.parameters())
+        sum(p.square().sum() for p in model.parameters()).backward()
+        optimizer.step()
+        state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=flat))
+        return {"model": model.state_dict(), "optimizer": state}
+
+    dcp.save(saved := parts("old"), checkpoint_id=tmp_path / "saved", no_dist=True)
+    live, before = parts("first", "second"), parts("first", "second")
+    plan = Plan.from_options(rename=["old=second"], fresh=["first"])
+    done = fill_state_dict(live, tmp_path / "saved", plan)
+    assert [note for note in done.notes if note.startswith("2 parameters are new and stay as they are")]
+    assert torch.equal(live["model"]["first.weight"], before["model"]["first.weight"])
+    assert torch.equal(live["model"]["second.weight"], saved["model"]["old.weight"])
+
+    def slot(state: dict[str, Any], name: str) -> torch.Tensor:
+        found = state["optimizer"]
+        return found[f"state.{name}.exp_avg"] if flat else found["state"][name]["exp_avg"]
+
+    assert torch.equal(slot(live, "first.weight"), slot(before, "first.weight"))
+    assert torch.equal(slot(live, "second.weight"), slot(saved, "old.weight"))
+    for fresh, error, message in (
+        (
+            ["first", "third"],
+            MigrationError,
+            "third.*matches no parameter of the checkpoint, and none that only",
+        ),
+        (["first.bias"], StateMismatchError, "has no 'model.first.weight' under this plan"),
+    ):
+        with pytest.raises(error, match=message):
+            fill_state_dict(live, tmp_path / "saved", Plan.from_options(rename=["old=second"], fresh=fresh))

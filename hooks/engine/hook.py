@@ -7,7 +7,7 @@ dict. So a rule and the policies it needs may be registered in any order, and no
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optimstate.describe import describe
@@ -122,9 +122,12 @@ def adapt(optimizer: torch.optim.Optimizer, state_dict: StateDict, *hooks: LoadH
 
 
 def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequence[LoadHook]) -> StateDict:
-    if not {"state", "param_groups"} <= state_dict.keys():
+    given: Any = state_dict
+    if not isinstance(given, Mapping) or not {"state", "param_groups"} <= given.keys():
+        there = ", ".join(map(describe, list(given)[:5])) if isinstance(given, Mapping) else ""
         raise StateMismatchError(
-            f"this is not an optimizer's state dict: it has {', '.join(map(describe, list(state_dict)[:5]))}",
+            "this is not an optimizer's state dict: "
+            + (f"it has {there}" if there else f"it is a {type(given).__name__} of {len(given)}"),
             hint="Give the part of the checkpoint that is the optimizer's, or the whole to optimstate.resume().",
         )
     if _is_own(optimizer, state_dict):

@@ -10,10 +10,9 @@ learn.fit(1)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from os import PathLike
 from typing import Any
-
-from optimstate.installed_torch import torch  # isort: split
 
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.language.plan import Plan
@@ -22,11 +21,12 @@ from optimstate.resuming import Resumed, resume
 __all__ = ["resume_learner"]
 
 
+_optim: Any = import_module("torch.optim")
 _FLAGS = ("do_wd", "force_train")
 """What a learner says of parameters (norms and biases) in their state, when it makes the optimizer."""
 
 
-class _Live(torch.optim.Optimizer):
+class _Live(_optim.Optimizer):  # type: ignore[misc]
     """The parameters of fastai's own optimizer, which is none of torch's, with what it keeps of each."""
 
     def __init__(self, optimizer: Any) -> None:
@@ -68,7 +68,7 @@ def resume_learner(
         learner.create_opt()
     wrapped = getattr(learner.opt, "opt", None)
     given = Plan.of(plan)
-    if isinstance(wrapped, torch.optim.Optimizer):
+    if isinstance(wrapped, _optim.Optimizer):
         return resume(file, model=learner.model, optimizer=wrapped, plan=given, saved=saved)
     live = _Live(learner.opt)
     # A file does not say which parameter is in which group, so their options are no matter of the plan.

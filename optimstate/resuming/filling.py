@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from optimstate.describe import describe
-from optimstate.errors import StateMismatchError
+from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.formats.checksums import verify_read
 from optimstate.formats.dcp.tree import leaves
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Extent
 from optimstate.io.location import Place
 from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
+from optimstate.plan.language.rules import Rule
+from optimstate.problems import Problem
 from optimstate.resuming.shards import Reader, whole
+from optimstate.state.loose import gathered
 from optimstate.state.optimizer import OptimizerState
+from optimstate.state.sections import find_sections
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.lazy import LazyTensor
 
@@ -47,7 +53,8 @@ class Filling:
 
     def __init__(self, checkpoint: Place, plan: Plan | str | PathLike[str] | None) -> None:
         self._document = open_checkpoint(checkpoint)
-        tree, _, self.notes = apply_plan(Plan.of(plan), self._document.tree)
+        given, self._new = _without_new(Plan.of(plan), self._document.tree)
+        tree, _, self.notes = apply_plan(given, self._document.tree)
         tree = _by_name(tree)
         self.notes = [*self._document.notes, *self.notes]
         self._values: dict[str, Any] = {}
@@ -63,20 +70,26 @@ class Filling:
         """Bytes of tensors that this process read."""
         return self._reader.nbytes
 
-    def check(self, items: Mapping[str, Any], *, partial: bool = False) -> list[str]:
+    def check(
+        self, items: Mapping[str, Any], paths: Mapping[str, Sequence[Any]], *, partial: bool = False
+    ) -> list[str]:
         """The names that can be filled.
 
         Args:
             items: The live ones by name.
+            paths: The keys that lead to each.
             partial: Leave alone what the checkpoint does not have.
 
         Raises:
             StateMismatchError: The checkpoint does not have one, or has it in another shape.
+            MigrationError: A rule declares new what the live state dict does not have.
         """
         found = []
+        absent = {name: _parameter(paths.get(name, (name,))) for name in items if name not in self._values}
+        new = self._declared_new(absent)
         for name, live in items.items():
             if name not in self._values:
-                if partial:
+                if partial or name in new:
                     continue
                 near = sorted(self._values, key=lambda other: (-_common(name, other), other))[:3]
                 raise StateMismatchError(
@@ -97,6 +110,27 @@ class Filling:
                     )
             found.append(name)
         return found
+
+    def _declared_new(self, absent: Mapping[str, str]) -> set[str]:
+        """Which of the items that the checkpoint does not have are of parameters that the plan declares new.
+
+        They are left as they are in the live state: weights as they were initialised, slots as torch makes them, which
+        for `get_optimizer_state_dict` is by a step without gradients.
+        """
+        parameters = dict.fromkeys(absent.values())
+        modules = Modules(parameters)
+        new: dict[str, None] = {}
+        for rule in self._new:
+            templates = tuple(map(modules.reading, rule.sources or rule.targets))
+            matched = [name for name in parameters if any(each.match(name) is not None for each in templates)]
+            if not matched:
+                message = "matches no parameter of the checkpoint, and none that only the live state dict has"
+                raise MigrationError([Problem("unmatched", message, str(rule))])
+            new.update(dict.fromkeys(matched))
+        if new:
+            names = ", ".join(map(describe, list(new)[:3])) + (", ..." if len(new) > 3 else "")
+            self.notes.append(f"{len(new)} parameters are new and stay as they are in the live state: {names}")
+        return {name for name, parameter in absent.items() if parameter in new}
 
     def value(self, name: str) -> Any:
         """What is no tensor in the live state."""
@@ -134,6 +168,43 @@ class Filling:
         """Notes on tensors that have another precision now."""
         for (old, new), names in self._casts.items():
             yield f"{len(names)} tensors are {old} in the checkpoint and become {new}: {describe(names[0])}, ..."
+
+
+def _without_new(plan: Plan, tree: Any) -> tuple[Plan, list[Rule]]:
+    """The plan without the rules that declare parameters new which the checkpoint does not have, and these rules."""
+    declared = [rule for rule in plan.all_rules() if rule.fresh and not (rule.sources and rule.targets)]
+    if not declared:
+        return plan, []
+    _, migration, _ = apply_plan(plan.with_policy(unused="ignore"), tree)
+    idle = {id(rule) for rule, count in migration.counts if not count}
+    names: dict[str, None] = {}
+    for section in find_sections(gathered(tree) or tree):
+        if section.kind == "optimizer":
+            names.update(dict.fromkeys(str(name) for _, name, _ in section.optimizer().parameters()))
+        elif section.kind != "scheduler":
+            names.update(dict.fromkeys(section.tensors()))
+    modules = Modules(names)
+    known = {
+        id(rule)
+        for rule in declared
+        for each in map(modules.reading, rule.sources or rule.targets)
+        if any(each.match(name) is not None for name in names)
+    }
+    # Names that are spelled out count as parameters of the result, whether they are those of parameters or of modules.
+    new = [rule for rule in declared if id(rule) in idle or id(rule) not in known]
+    kept = [tuple(rule for rule in rules if not any(rule is each for each in new)) for rules in plan.passes]
+    return plan._replace(rules=kept[0], stages=tuple(kept[1:])), new
+
+
+def _parameter(path: Sequence[Any]) -> str:
+    """The name of the parameter that an item of a state dict is of: a weight, a slot or an option."""
+    match = _FLAT.fullmatch(str(path[-1]))
+    if match is not None:
+        return match[1]
+    return str(path[-2] if len(path) > 2 and path[-3] == "state" else path[-1])
+
+
+_FLAT = re.compile(r"(?:state|param_groups)\.(.+)\.[^.]+", re.DOTALL)
 
 
 def _by_name(node: Any) -> Any:

@@ -616,3 +616,14 @@ def test_options_of_the_file_alone_are_not_merged_with_live_ones(module: Any) ->
         optimizer.register_load_state_dict_pre_hook(lambda _, state, seen=seen: seen.append(state))  # type: ignore[misc]
         optimizer.load_state_dict(copy.deepcopy(saved))
         assert ("nesterov" in seen[0]["param_groups"][0]) == there, source  # type: ignore[index]
+
+
+def test_several_optimizers_at_once_are_no_state_dict(module: Any) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = module.AdamW(model.named_parameters())
+    optimizer.register_load_state_dict_pre_hook(hooks.match_names())
+    own = optimizer.state_dict()
+    for several, told in (({"gen": own, "dis": own}, "it has 'gen', 'dis'"), ([own, own], "it is a list of 2")):
+        with pytest.raises(StateMismatchError, match=told) as caught:
+            optimizer.load_state_dict(several)
+        assert "the whole to optimstate.resume()" in str(caught.value)

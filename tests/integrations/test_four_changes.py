@@ -152,11 +152,9 @@ def with_dcp_load(folder: Path, change: str) -> Resumed:
 
     checkpoint.save(parts(Net())[1], checkpoint_id=folder / "saved", no_dist=True)
     optimizer, state = parts(net := changed(change))
-    rules = CHANGES[change][1].replace(
-        '[[rule]]\nfresh = "blocks.1.**"\n', ""
-    )  # what a file does not have is left alone
-    planner = PlanLoadPlanner(folder / "saved", optimstate.Plan.from_toml(rules), allow_partial_load=True)
+    planner = PlanLoadPlanner(folder / "saved", plan(change))
     checkpoint.load(state, checkpoint_id=folder / "saved", planner=planner, no_dist=True)
+    assert any("new" in note for note in planner.notes) == (change == "a layer inserted")
     set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return train(net, optimizer, MORE)
 

@@ -267,3 +267,56 @@ def test_files_are_converted_there_and_back(tmp_path: Path) -> None:
     twin = torch.optim.AdamW(model.named_parameters())
     twin.load_state_dict(torch.load(back)["optimizer"])
     assert train(model, twin, 3, 1)[-1] < 1.0
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "SGD8bit"])
+def test_coded_state_of_large_tensors_is_renamed_reordered_and_copied_as_it_is(name: str, tmp_path: Path) -> None:
+    options = {"momentum": 0.9} if name == "SGD8bit" else {}
+    kind = getattr(bnb.optim, name)
+
+    def parts(*names: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(len(names))
+        model = torch.nn.Sequential()
+        for each in names:
+            model.add_module(each, torch.nn.Linear(WIDTH, WIDTH))
+        return model, kind(model.parameters(), lr=1e-3, **options)
+
+    def stepped(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model(torch.ones(2, WIDTH)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    old, before = parts("a", "b")
+    stepped(old, before)
+    assert before.state[old.a.weight]["state1"].dtype == torch.uint8
+    torch.save({"model": old.state_dict(), "optimizer": before.state_dict()}, tmp_path / "saved.pt")
+    renamed, copied = Plan.from_options(rename=["a=x"]), Plan.from_options(duplicate=["a=x,y"])
+    inserted = Plan.from_options(rename=["a=x"], fresh=["new"])
+    for plan, names in ((renamed, ("b", "x")), (copied, ("x", "b", "y")), (inserted, ("x", "new", "b"))):
+        model, optimizer = parts(*names)
+        done = optimstate.resume(tmp_path / "saved.pt", model=model, optimizer=optimizer, plan=plan)
+        assert not done.problems, done.problems
+        for parameter, saved in model.named_parameters():
+            module, _, leaf = parameter.partition(".")
+            slots = optimizer.state.get(saved, {})
+            if module == "new":
+                assert not slots
+                continue
+            source = before.state[getattr(old.b if module == "b" else old.a, leaf)]
+            assert slots.keys() == source.keys()
+            assert all(torch.equal(torch.as_tensor(slots[key]), torch.as_tensor(source[key])) for key in slots)
+        coded = [optimizer.state[p]["state1"].data_ptr() for p in model.parameters() if optimizer.state.get(p)]
+        assert len(set(coded)) == len(coded)
+        stepped(model, optimizer)
+    model = torch.nn.Sequential()
+    model.add_module("a", torch.nn.Linear(WIDTH, WIDTH))
+    model.add_module("b", torch.nn.Linear(WIDTH, WIDTH + 28))
+    grown = '[[rule]]\nfrom = "b.{p}"\nto = "b.{p}"\nresize = { dim = 0, size = 128, fill = 0.0 }\n'
+    optimizer = kind(model.parameters(), lr=1e-3, **options)
+    with pytest.raises(MigrationError, match='quantized = "requantize" in'):
+        optimstate.resume(tmp_path / "saved.pt", model=model, optimizer=optimizer, plan=Plan.from_toml(grown))
+    requantized = Plan.from_toml(grown + '[policy]\nquantized = "requantize"\n')
+    done = optimstate.resume(tmp_path / "saved.pt", model=model, optimizer=optimizer, plan=requantized)
+    assert "b.weight" in done.reports["optimizer"].approximate
+    assert tuple(optimizer.state[model.b.weight]["state1"].shape) == (128, WIDTH)
+    stepped(model, optimizer)

@@ -11,7 +11,10 @@ from optimstate.state.algorithms.slots import (
     algorithm,
 )
 
-__all__ = ["ALGORITHMS"]
+__all__ = ["ALGORITHMS", "TABLES"]
+
+TABLES = frozenset({"qmap1", "qmap2"})
+"""What codes stand for: read by every step and never changed, so that the library lets parameters share them."""
 
 _QUANTIZED = {"state1": GRADIENT, "state2": SQUARE, "step": SCALAR} | dict.fromkeys(
     ("qmap1", "qmap2", "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2", "gnorm_vec", "unorm_vec"), OPAQUE
