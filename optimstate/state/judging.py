@@ -21,7 +21,7 @@ from optimstate.state.records import is_tensor
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, Path, nodes
 
-__all__ = ["Candidate", "Verdict", "could_be_model", "judge", "slot_in"]
+__all__ = ["Candidate", "Verdict", "called_optimizer", "could_be_model", "judge", "slot_in"]
 
 _FLOATING = ("float", "bfloat", "complex", "double", "half")
 _SAMPLE = 512  # names that are looked at; the evidence of the first ones is that of all
@@ -36,7 +36,9 @@ _CALLED_MODEL = re.compile(
     r"embedding|embedder|unet|vae|target)(?![a-z])"
 )
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".safetensors", ".safetensors.index.json")
+_OPTIMIZER = re.compile(r"(last_)?(opt|optim|optimizers?)(_?states?)?(_dict)?s?", re.IGNORECASE)
 _LEAVES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias"}
+_LEAVES |= {"kernel", "scale", "embedding"}  # of flax
 _SLOTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta"}
 _STATISTICS = {"mean", "std", "var", "min", "max", "count", "sum", "median", "q01", "q99"}
 
@@ -72,22 +74,28 @@ class Verdict(Record):
 
 def could_be_model(fields: Mapping[Any, Any]) -> bool:
     """Whether it maps names to tensors, one of them floating, with few other values among them."""
-    count = others = of_modules = 0
-    floating = False
+    count = others = of_modules = dotted = 0
+    floating = containers = False
     for name, value in fields.items():
         if not isinstance(name, str):
             return False
         if type(value) is LazyTensor or is_tensor(value):
             count += 1
+            dotted += "." in name
             floating = floating or not isinstance(value, LazyTensor) or value.dtype.startswith(_FLOATING)
         elif ".param_groups." in f".{name}":
             continue  # of flattened param groups, see `flattened`
         elif not (value is None or name.rpartition(".")[2].startswith("_extra_state")):
             if not _is_carried(name, value):
-                return False
+                if any(is_tensor(node) for node in nodes(value)):
+                    return False
+                containers = True
             of_modules += "." in name  # a value of a module, by its name, weighs less
             others += "." not in name
-    return floating and others < count and of_modules <= 4 * count
+    by_name = 2 * dotted > count  # else what holds a configuration, too, is a whole checkpoint with a tensor in it
+    if containers and not by_name:
+        return False
+    return floating and others < (4 if by_name else 1) * count and of_modules <= 4 * count
 
 
 def _is_carried(name: str, value: Any) -> bool:
@@ -105,6 +113,14 @@ def slot_in(path: Path) -> str | None:
     for key in reversed(path):
         if isinstance(key, str) and not _SLOTS.isdisjoint(parts := key.replace("/", ".").split(".")):
             return next(part for part in reversed(parts) if part in _SLOTS)
+    return None
+
+
+def called_optimizer(path: Path) -> Path | None:
+    """The way to what is called as an optimizer is, on the way to a tensor; None where nothing is."""
+    for depth, key in enumerate(path, 1):
+        if isinstance(key, str) and _OPTIMIZER.fullmatch(key):
+            return path[:depth]
     return None
 
 
@@ -158,6 +174,8 @@ class _Evidence:
         slot = slot_in(candidate.path)
         if slot is not None:
             self.never = f"by its key, {describe(slot)} of an optimizer whose form is not known"
+        elif (optimizer := called_optimizer(candidate.path[:-1])) is not None:
+            self.never = f"below {describe(optimizer[-1])}, whose form is not known"
         for place in sorted(below & _NEVER_BELOW):
             self.never = f"below {describe(place)}"
         for place in sorted(below & _SELDOM_BELOW):
@@ -193,7 +211,7 @@ class _Evidence:
                 if most >= 2:
                     break
         if most == 0:
-            yield -3, "its tensors are single numbers"
+            yield -6, "its tensors are single numbers"
         else:
             yield most, ""
 

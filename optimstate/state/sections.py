@@ -12,9 +12,9 @@ from optimstate.record import Record
 from optimstate.state.arrays import is_array, why_no_model
 from optimstate.state.flattened import FlatState, find_flat_state
 from optimstate.state.judging import Candidate, Verdict, could_be_model, judge
+from optimstate.state.loose import loose_weights
 from optimstate.state.optimizer import OptimizerState, as_mapping
 from optimstate.state.records import is_tensor
-from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile, Path, children, difference, format_path, walk
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "judged",
     "parameter_labels",
     "section_called",
-    "tied_names",
     "with_hosts",
 ]
 
@@ -81,30 +80,6 @@ class Section(Record):
         if self.positional:
             return {str(index): value for index, value in enumerate(self.node["shadow_params"])}
         return {name: value for name, value in self.node.items() if is_tensor(value) and isinstance(name, str)}
-
-
-def tied_names(tensors: Mapping[str, Any]) -> list[list[str]]:
-    """Names whose tensors show the same bytes. Tensors side by side in one storage are not tied."""
-    storages = [id(tensor.storage) for tensor in tensors.values() if isinstance(tensor, LazyTensor)]
-    if len(set(storages)) == len(storages):
-        return []
-    users: dict[int, list[tuple[str, LazyTensor]]] = {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, LazyTensor):
-            users.setdefault(id(tensor.storage), []).append((name, tensor))
-    groups: list[list[str]] = []
-    for sharing in users.values():
-        if len(sharing) == 1:
-            continue
-        members = [(*tensor.span(), name) for name, tensor in sharing if tensor.nbytes]
-        end = -1
-        for start, stop, name in sorted(members, key=lambda member: member[:2]):
-            if start < end:
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-            end = max(end, stop)
-    return [names for names in groups if len(names) > 1]
 
 
 class Judgement(Record):
@@ -245,6 +220,8 @@ def _find(tree: Any) -> Iterator[Section | Candidate | Verdict]:
         elif (reason := why_no_model(path, node)) is not None:
             yield Verdict(Candidate(path, {}), None, reason)
         else:
+            if loose_weights(node) and not inside:
+                yield Verdict(Candidate(path, {}), None, "weights beside an optimizer: plans move them with it")
             inside = inside or (isinstance(node, Opaque) and as_mapping(node) is None)
             inner = [((*path, key), child, inside) for key, child in children(node)]
             stack.extend(reversed(inner))

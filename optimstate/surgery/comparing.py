@@ -14,7 +14,8 @@ from optimstate.io.places import located
 from optimstate.plan.language.template import Template
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import is_tensor
-from optimstate.state.sections import Section, find_sections, tied_names
+from optimstate.state.sections import Section, find_sections
+from optimstate.state.tied import tied_names
 from optimstate.surgery.contents import relative_difference, renames
 from optimstate.surgery.differences import Change, ChangeKind, DiffReport
 from optimstate.surgery.leaves import Shape, same

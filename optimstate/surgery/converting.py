@@ -268,7 +268,7 @@ class _Changes:
             return section.node
         from optimstate.formats.pickles.tensors import numpy_array
         from optimstate.state.arrays import is_array
-        from optimstate.state.sections import tied_names
+        from optimstate.state.tied import tied_names
 
         if not isinstance(section.node, Opaque) and any(map(is_array, section.node.values())):
             return {name: numpy_array(value) or value for name, value in section.node.items()}

@@ -25,7 +25,8 @@ from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.loose import loose_weights
 from optimstate.state.optimizer import Group, OptimizerState
 from optimstate.state.records import is_tensor
-from optimstate.state.sections import Section, judged, scheduler_name, section_called, tied_names
+from optimstate.state.sections import Section, judged, scheduler_name, section_called
+from optimstate.state.tied import tied_names
 from optimstate.surgery.inspection_text import Sort
 from optimstate.surgery.opening import opening
 from optimstate.surgery.repeated import repeated

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
+from pathlib import Path as FilePath
 
 from optimstate.formats.checksums import damaged
 from optimstate.formats.pickles.tensors import tensor_kind
@@ -14,7 +14,8 @@ from optimstate.io.extents import Progress
 from optimstate.io.location import Place
 from optimstate.io.places import located
 from optimstate.plan.language.plan import Plan
-from optimstate.state.judging import slot_in
+from optimstate.state.judging import called_optimizer, slot_in
+from optimstate.state.loose import loose_weights
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged
 from optimstate.surgery.certifying import certificates_in, differences
@@ -25,7 +26,7 @@ from optimstate.surgery.resume_checks import check_optimizer, check_schedulers
 from optimstate.surgery.text import plural
 from optimstate.surgery.viewing import viewed
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Opaque, OpaqueFile, difference, format_path, nodes, tensors, walk
+from optimstate.tree import Opaque, OpaqueFile, Path, difference, format_path, nodes, tensors, walk
 
 __all__ = ["verify", "verify_against"]
 
@@ -120,7 +121,7 @@ def _damaged(document: Document, checked: list[str], progress: Progress | None) 
     for error in damaged(document, progress):
         compared += 1
         if error is not None:
-            yield fault("checksum", Path(str(error.path or document.path)).name, error.message)
+            yield fault("checksum", FilePath(str(error.path or document.path)).name, error.message)
     checked.append(plural(compared, "checksum"))
     for part in _documents(document):
         for line in part.notes:
@@ -153,6 +154,7 @@ class _Rest:
         self.tensors = len(unique)
         self._weights: dict[int, str] = {}
         self._state = state = set[int]()
+        self._optimizers = [section.path for section in sections if section.kind == "optimizer"]
         for section in sections:
             if section.kind == "optimizer":
                 inside = (node for _, _, slots in section.optimizer().parameters() for node in nodes(slots))
@@ -160,6 +162,8 @@ class _Rest:
             elif section.kind != "scheduler":
                 where = f"{section.kind} at {section.label}"
                 self._weights.update((id(value), f"{where}, {name}") for name, value in section.tensors().items())
+        loose = loose_weights(document.tree)
+        self._weights |= {id(value): f"weights beside the optimizer, {name}" for name, value in loose.items()}
         self._others = [tensor for key, tensor in unique.items() if key not in state and key not in self._weights]
         self._of_models = [tensor for key, tensor in unique.items() if key in self._weights]
         self._tree = document.tree
@@ -184,12 +188,23 @@ class _Rest:
 
     def unread_state(self) -> Iterator[str]:
         """Tensors that are called as an optimizer's state is, and stand in no optimizer that is known."""
-        named = ((path, slot_in(path)) for path, tensor in tensors(self._tree) if id(tensor) not in self._state)
-        found = {path: name for path, name in named if name is not None}
+        found: dict[Path, str] = {}
+        for path, tensor in tensors(self._tree):
+            if id(tensor) in self._state:
+                continue
+            if (slot := slot_in(path)) is not None:
+                found[path] = slot
+            elif (place := called_optimizer(path[:-1])) is not None and not self._is_known(place):
+                found[path] = str(path[-1])
         if found:
-            slots = ", ".join(sorted(set(found.values())))
+            names = sorted(set(found.values()))
+            slots = ", ".join(names[:4]) + ("" if len(names) <= 4 else f" and {len(names) - 4} more")
             first = format_path(next(iter(found)))
             yield f"{plural(len(found), 'tensor')} of optimizer state ({slots}), such as {first}"
+
+    def _is_known(self, place: Path) -> bool:
+        """Whether there is an optimizer, or one below, whose form is known."""
+        return any(known[: len(place)] == place for known in self._optimizers)
 
     def unseen(self, *, numbers: bool) -> Iterator[str]:
         """What no check looked into."""
@@ -204,7 +219,7 @@ class _Rest:
             yield f"{count} times {kind}: only dtypes and shapes are known"
         files = [node for node in self.found if isinstance(node, OpaqueFile)]
         if files:
-            yield f"{plural(len(files), 'file')} of other kinds, such as {Path(files[0].path).name}"
+            yield f"{plural(len(files), 'file')} of other kinds, such as {FilePath(files[0].path).name}"
 
 
 # --- optimizers -----------------------------------------------------------------------------------------------------

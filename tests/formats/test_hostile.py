@@ -569,3 +569,12 @@ def test_a_hostile_pickle_of_every_protocol_is_only_recorded(tmp_path: Path, mon
         assert isinstance(tree["x"][0], Opaque)
         assert any(found == "system" for _, found in names)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [b"K\x01", b"M\x01\x01", b"G12345678", b"K\x01G12345678"])
+def test_a_row_of_numbers_is_gone_over_once(number: bytes) -> None:
+    """From each number anew, half a million would take hours."""
+    data = number * 500_000 + b"."
+    loose: list[int] = []
+    assert check_opcodes(data, loose=loose) == len(data)
+    assert loose == []

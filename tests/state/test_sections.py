@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -190,3 +192,59 @@ def test_the_parts_of_one_mapping_are_written_and_left_out_by_themselves(tmp_pat
     rest = torch.load(tmp_path / "rest.pt", weights_only=True)
     assert list(rest) == ["epoch", "all"]
     assert list(rest["all"]) == names
+
+
+# --- what stands beside weights, and what only looks like them --------------------------------------------------------
+
+
+WEIGHTS = {"fc.weight": torch.ones(3, 2), "fc.bias": torch.ones(3)}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"config": {"hidden": 3}}, {"log": [{"loss": 0.5}]}, {"args": argparse.Namespace(lr=0.1)}, {"epoch": 3, "a": "b"}],
+    ids=str,
+)
+def test_a_configuration_among_weights_does_not_hide_them(beside: Any, tmp_path: Path) -> None:
+    torch.save({**WEIGHTS, **beside}, tmp_path / "a.pt")
+    (section,) = find_sections(open_checkpoint(tmp_path / "a.pt").tree)
+    assert (section.kind, list(section.tensors())) == ("model", list(WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"model": WEIGHTS, "optimizer": {"moments": {name: {"m": t, "v": t} for name, t in WEIGHTS.items()}}},
+        {"params": WEIGHTS, "opt_state": {"mu": dict(WEIGHTS), "nu": dict(WEIGHTS)}},
+        {"model": WEIGHTS, "exp_avg": dict(WEIGHTS), "exp_avg_sq": dict(WEIGHTS)},
+        {"model": WEIGHTS, "optimizer": {"states": {0: {"exp_avg": torch.ones(3, 2)}}, "groups": [{"lr": 0.1}]}},
+    ],
+    ids=["by parameter", "by slot", "by slot, outside", "renamed"],
+)
+def test_what_is_called_an_optimizer_is_no_model_and_is_not_called_healthy(tree: Any, tmp_path: Path) -> None:
+    torch.save(tree, tmp_path / "a.pt")
+    models = [section for section in find_sections(open_checkpoint(tmp_path / "a.pt").tree) if section.kind == "model"]
+    assert [section.label for section in models] == [next(iter(tree))]
+    report = optimstate.verify(tmp_path / "a.pt")
+    assert report.verdict == "unknown"
+    assert "of optimizer state" in report.unread[0]
+
+
+def test_measures_are_no_model(tmp_path: Path) -> None:
+    torch.save({"loss.train": torch.tensor(0.5), "loss.test": torch.tensor(0.25)}, tmp_path / "a.pt")
+    judgement = judged(open_checkpoint(tmp_path / "a.pt").tree)
+    assert judgement.sections == ()
+    assert judgement.others == {(): "its tensors are single numbers"}
+    assert optimstate.verify(tmp_path / "a.pt").verdict == "unknown"
+
+
+def test_weights_beside_an_optimizer_are_told_of_and_checked(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    broken = {name: torch.full_like(value, math.nan) for name, value in model.state_dict().items()}
+    torch.save({**broken, "optimizer": optimizer.state_dict(), "step": 3}, tmp_path / "a.pt")
+    judgement = judged(open_checkpoint(tmp_path / "a.pt").tree)
+    assert judgement.others == {(): "weights beside an optimizer: plans move them with it"}
+    report = optimstate.verify(tmp_path / "a.pt")
+    assert report.verdict == "faulty"
+    assert "weights beside the optimizer, weight" in str(report)

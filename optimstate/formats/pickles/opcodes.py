@@ -40,16 +40,18 @@ def _opcode_pattern(high: int, few: bool) -> re.Pattern[bytes]:
     item = rb"(?:h.|j.{4}|" + counted(b"X", 4, range(1, 48)) + put + rb"|c[^\n]*\n[^\n]*\n" + put + rb")"
     flat = rb"\(?+(?:" + number + rb"++|(?:G.{8})++)[\x85-\x87t]"
     sizes = rb"(?:" + flat + put + rb"|\))"
-    early = item + rb"\(\(" + item * 4 + number + rb"t" + put + rb"Q" + number + sizes + sizes
+    first = rb"(?:h.|j.{4}|c[^\n]*\n[^\n]*\n" + put + rb")"
+    early = first + rb"\(\(" + item * 4 + number + rb"t" + put + rb"Q" + number + sizes + sizes
     early += rb"[\x88\x89]" + item + rb"\)R" + put + rb"t" + put + rb"R" + put
     simple = [
-        flat,
         memo + bare + b"?+",
-        rb"[hqK\x80\x82]." + bare + b"?+",
+        rb"[hq\x80\x82]." + bare + b"?+",
         bare,
-        rb"[Jj\x84].{4}",
-        rb"[M\x83]..",
-        rb"G.{8}",
+        flat,
+        number + rb"++" + bare + rb"?+",  # all of a row of numbers that is not a tuple, or it is tried from each anew
+        rb"(?:G.{8})++",
+        rb"[j\x84].{4}",
+        rb"\x83..",
     ]
     rows = [  # the most frequent first
         rb"h.\(" + storage + tensor,  # a whole tensor as torch writes nearly all of them
