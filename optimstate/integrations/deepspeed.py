@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from optimstate.certificates.certificate import Certificate
+from optimstate.certificates.digests import digest
 from optimstate.errors import StateMismatchError
 from optimstate.formats.deepspeed import universal
 from optimstate.formats.deepspeed.zero import MASTER
@@ -25,11 +27,17 @@ from optimstate.integrations.accelerate import ignore_next_load
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Like, Target
+from optimstate.problems import Problem
 from optimstate.resuming import Resumed, resume
+from optimstate.state.names import names_in
+from optimstate.state.sections import find_sections
 from optimstate.tensors.compute import filled, to_torch
 from optimstate.tensors.lazy import LazyTensor
 
-__all__ = ["Resume"]
+__all__ = ["CERTIFICATE", "Resume"]
+
+CERTIFICATE = "certificate.json"
+"""The file of a certificate in the folder of a checkpoint."""
 
 _fragments: Any = import_module("deepspeed.utils")
 
@@ -48,6 +56,10 @@ class Resume:
         schedule: Without ZeRO, `live` lets the schedule keep its arguments and take the position alone.
         folder: Where the migrated checkpoint is written, on a disk that all ranks see; beside the other by default. It
             is removed after loading.
+        certificate: Let `save_checkpoint` certify the run, and demand that what is resumed is what was certified:
+            `True` for the file `certificate.json` in the checkpoint's folder, or the path of one. It speaks of the
+            files, whole parameters at a time, so that the number of ranks does not matter; with ZeRO and without a
+            plan the engine's masters and moments are compared too after loading.
 
     Attributes:
         notes: What deserves attention in the last migration.
@@ -64,14 +76,74 @@ class Resume:
         *,
         schedule: Literal["checkpoint", "live"] | None = None,
         folder: str | PathLike[str] | None = None,
+        certificate: Literal[False, True] | str | PathLike[str] = False,
     ) -> None:
         self._engine, self._plan, self._schedule, self._folder = engine, Plan.of(plan), schedule, folder
-        self._load = engine.load_checkpoint
+        self._certificate, self._certifying = certificate, certificate is not False
+        self._load, self._save = engine.load_checkpoint, engine.save_checkpoint
         engine.load_checkpoint = self
+        if self._certifying:
+            engine.save_checkpoint = self._save_certified
 
     def remove(self) -> None:
-        """Let the engine load by itself again."""
-        self._engine.load_checkpoint = self._load
+        """Let the engine load and save by itself again."""
+        self._engine.load_checkpoint, self._engine.save_checkpoint = self._load, self._save
+
+    def _save_certified(self, save_dir: str, tag: str | None = None, *rest: Any, **options: Any) -> Any:
+        """What `save_checkpoint` returns; the first rank writes the certificate of what all have written."""
+        tag = str(tag if tag is not None else f"global_step{self._engine.global_steps}")
+        found = self._save(save_dir, tag, *rest, **options)
+        folder = Path(save_dir, tag)
+
+        def write() -> str:
+            engine = self._engine
+            names = () if engine.zero_optimization() else names_in(_unwrapped(engine), engine.module)
+            _certificate_of(folder, names).write(folder / CERTIFICATE)
+            return ""
+
+        _from_first(write)
+        return found
+
+    def _check(self, folder: Path) -> Certificate | None:
+        """Demand that the files are what was certified."""
+        if not self._certifying:
+            return None
+        path = folder / CERTIFICATE if self._certificate is True else Path(str(self._certificate))
+        if not path.is_file():
+            raise StateMismatchError(
+                f"{folder} has no certificate" if self._certificate is True else f"there is no certificate {path}",
+                hint="Save it with Resume(engine, certificate=True), or leave certificate out.",
+            )
+        certificate = Certificate.read(path)
+
+        def require() -> str:
+            certificate.require(_certificate_of(folder, [group.names for group in certificate.groups]))
+            return ""
+
+        _from_first(require)
+        return certificate
+
+    def _check_live(self, certificate: Certificate) -> None:
+        """Demand that the engine has the masters and moments that were certified."""
+        wrong = []
+        for parameter, name in self._engine.param_names.items():
+            for slot, wanted in certificate.state.get(name, {}).items():
+                if slot == MASTER:
+                    live = _fragments.safe_get_full_fp32_param(parameter)
+                elif isinstance(wanted, str) and wanted.startswith("float"):
+                    live = _fragments.safe_get_full_optimizer_state(parameter, slot)
+                else:
+                    continue
+                if (
+                    live is not None
+                    and digest(live.reshape(parameter.ds_shape if _is_sharded(parameter) else parameter.shape))
+                    != wanted
+                ):
+                    wrong.append(Problem("certificate", f"{slot} is not what was certified", name, (name,)))
+        if wrong:
+            raise StateMismatchError(
+                "the resumed run is not the one that was certified:\n" + "\n".join(map(str, wrong)), problems=wrong
+            )
 
     def __call__(self, load_dir: str, tag: str | None = None, **options: Any) -> tuple[Any, Any]:
         """What `load_checkpoint` returns.
@@ -85,6 +157,7 @@ class Resume:
             tag = latest.read_text(encoding="utf-8").strip()
         if tag is None or not Path(load_dir, tag).is_dir():
             raise StateMismatchError(f"there is no checkpoint {tag or 'latest'} in {load_dir}")
+        certificate = self._check(Path(load_dir, tag))
         if not self._engine.zero_optimization():
             return self._without_zero(load_dir, tag, options)
         beside = Path(self._folder or load_dir)
@@ -98,6 +171,8 @@ class Resume:
             for name, live in self._engine.module.named_buffers():
                 if isinstance(value := buffers.get(name), LazyTensor):
                     live.copy_(to_torch(value))
+            if certificate is not None and self._plan == Plan():
+                self._check_live(certificate)
             return str(Path(load_dir, tag)), found[1]
         finally:
             config.load_universal_checkpoint = before
@@ -107,22 +182,20 @@ class Resume:
         from optimstate.installed_torch import torch
 
         engine = self._engine
-        if not isinstance(engine.optimizer, torch.optim.Optimizer):
-            raise StateMismatchError(
-                f"DeepSpeed without ZeRO wraps the optimizer in a {type(engine.optimizer).__name__}",
-                hint='Set "zero_optimization": {"stage": 1} in the configuration, with which every precision resumes.',
-            )
+        optimizer = _unwrapped(engine)
         saved: Any = next(iter(open_checkpoint(Path(load_dir, tag)).tree.values()))
-        has_schedule = engine.lr_scheduler is not None and bool(saved.get("lr_scheduler"))
+        # DeepSpeed's own schedules are none of torch's, and the engine loads them itself.
+        is_torchs = isinstance(engine.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+        has_schedule = is_torchs and bool(saved.get("lr_scheduler"))
         self.resumed = resume(
             Path(load_dir, tag),
             model=engine.module,
-            optimizer=engine.optimizer,
+            optimizer=optimizer,
             scheduler=engine.lr_scheduler if has_schedule else None,
             plan=self._plan,
             schedule=self._schedule,
         )
-        ignore_next_load(engine.optimizer)
+        ignore_next_load(optimizer)
         if has_schedule:
             ignore_next_load(engine.lr_scheduler)
         engine.load_module_state_dict = lambda *_, **__: delattr(engine, "load_module_state_dict")
@@ -161,6 +234,45 @@ class Resume:
         """The live fp32 value of a parameter, put together from all ranks."""
         parameter = next(p for p, its in self._engine.param_names.items() if its == name)
         return _fragments.safe_get_full_fp32_param(parameter).detach().cpu().contiguous()
+
+
+def _unwrapped(engine: Any) -> Any:
+    """The optimizer of an engine without ZeRO.
+
+    Raises:
+        StateMismatchError: It is wrapped.
+    """
+    from optimstate.installed_torch import torch
+
+    if not isinstance(engine.optimizer, torch.optim.Optimizer):
+        raise StateMismatchError(
+            f"DeepSpeed without ZeRO wraps the optimizer in a {type(engine.optimizer).__name__}",
+            hint='Set "zero_optimization": {"stage": 1} in the configuration, with which every precision resumes.',
+        )
+    return engine.optimizer
+
+
+def _is_sharded(parameter: Any) -> bool:
+    """Whether ZeRO has cut a parameter, which then has another shape than it is."""
+    return hasattr(parameter, "ds_shape")
+
+
+def _certificate_of(folder: Path, names: Sequence[Sequence[str]]) -> Certificate:
+    """What the files of a checkpoint hold.
+
+    Args:
+        folder: Of the checkpoint.
+        names: Of the optimizer's parameters, by group, for files that have none.
+    """
+    tree = open_checkpoint(folder).tree
+    sections = {section.kind: section for section in reversed(find_sections(tree))}
+    state = sections["optimizer"].optimizer()
+    if not state.is_named:
+        state = state.named([name for group in names for name in group])
+    files = [tree, *(node for node in tree.values() if isinstance(node, Mapping))]
+    schedule = next((node["lr_scheduler"] for node in files if node.get("lr_scheduler")), None)
+    weights = sections["model"].tensors() if "model" in sections else None
+    return Certificate.of_parts(weights, state, schedule=schedule)
 
 
 def _options(tree: Any, count: int) -> tuple[Mapping[str, Any], ...]:

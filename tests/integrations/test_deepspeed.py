@@ -50,3 +50,13 @@ def test_the_example_on_two_ranks(tmp_path: Path) -> None:
     for run in [started(command, rank, 2, port) for rank in range(2)]:
         assert "the same losses" in finished(run)
     assert not list(tmp_path.glob(".*")), "the migrated checkpoint is removed"
+
+
+@pytest.mark.parametrize(("stage", "world"), [(0, 1), (2, 2)])
+def test_a_certified_run(stage: int, world: int, tmp_path: Path) -> None:
+    command, port = ["-m", "tests.integrations.deepspeed_certified", str(tmp_path), str(stage)], free_port()
+    printed = [finished(run) for run in [started(command, rank, world, port) for rank in range(world)]]
+    said = json.loads(printed[0].rpartition("said ")[2].splitlines()[0])
+    assert [way for way, error in said.items() if not error] == ["untouched", "untouched again"], said
+    assert len(said) == 13
+    assert all("certified" in error for way, error in said.items() if "untouched" not in way), said
