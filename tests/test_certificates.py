@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import optimstate
 from optimstate import Certificate, Plan, hooks, resume, surgery
 from optimstate.certificates.live import certificate_of, next_update
 from optimstate.errors import CheckpointError, OptimStateError, StateMismatchError
+from tests import certified_worker
 from tests.losses import WAYS
 
 
@@ -205,3 +208,71 @@ def test_names_of_wrappers_and_tied_weights_do_not_matter(tmp_path: Path) -> Non
     torch.save(found, tmp_path / "wrapped.pt")
     report = optimstate.verify(tmp_path / "wrapped.pt", certificate=tmp_path / "certificate.json")
     assert report.healthy, str(report)
+
+
+def test_a_sharded_run_is_certified_as_a_whole(tmp_path: Path) -> None:
+    """Two processes with FSDP2 and distributed checkpoints; then one process with the same certificate."""
+    command = [sys.executable, "-m", "tests.certified_worker", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in range(2):
+        said = json.loads((tmp_path / f"said-{rank}.json").read_text())
+        assert [way for way, error in said.items() if not error] == ["untouched", "untouched, its own"], said
+        assert all("not the one that was certified" in said[way] for way in certified_worker.WAYS)
+    for certificate in (tmp_path / "untouched.json", True):
+        assert not certified_worker.resumed(
+            tmp_path / "untouched", certificate, *certified_worker.built(3, sharded=False)
+        )
+    assert optimstate.verify(tmp_path / "untouched", certificate=tmp_path / "untouched.json").healthy
+    for way in certified_worker.WAYS:
+        assert not optimstate.verify(tmp_path / way, certificate=tmp_path / f"{way}.json").healthy, way
+
+
+def test_several_optimizers_that_are_divided_anew_have_to_come_from_what_was_certified(tmp_path: Path) -> None:
+    def parts(seed: int) -> tuple[nn.Module, dict[str, torch.optim.Optimizer]]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        named = list(model.named_parameters())
+        return model, {"one": torch.optim.AdamW(named[:2]), "two": torch.optim.AdamW(named[2:])}
+
+    model, optimizers = parts(1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimizer in optimizers.values():
+        optimizer.step()
+        optimizer.register_state_dict_post_hook(hooks.certify(model))
+    saved = {"model": model.state_dict(), **{key: each.state_dict() for key, each in optimizers.items()}}
+    plan = Plan.from_toml('[[optimizer]]\npath = "all"\nmatch = "**"\n')
+    for change in (False, True):
+        found = copy.deepcopy(saved)
+        if change:
+            found["two"]["state"][0]["exp_avg"].zero_()
+        torch.save(found, tmp_path / "run.pt")
+        model, _ = parts(2)
+        optimizer = torch.optim.AdamW(model.named_parameters())
+        if change:
+            with pytest.raises(StateMismatchError, match=r"the checkpoint.*1.weight has other values"):
+                resume(tmp_path / "run.pt", model=model, optimizer=optimizer, plan=plan, certificate=True)
+        else:
+            done = resume(tmp_path / "run.pt", model=model, optimizer=optimizer, plan=plan, certificate=True)
+            assert any("checkpoint is as certified" in note for note in done.notes)
+
+
+def test_the_log_of_several_generations(tmp_path: Path) -> None:
+    """Certified, resumed, changed twice, resumed by a plan, certified again: everything is in the chain, in order."""
+    saved(tmp_path)
+    there = Plan.from_options(rename=["3.{p}=head.{p}"])
+    again = Plan.from_options(rename=["head.{p}=out.{p}"])
+    back = Plan.from_options(rename=["out.{p}=3.{p}"])
+    optimstate.remap(tmp_path / "run.pt", tmp_path / "one.pt", there)
+    optimstate.remap(tmp_path / "one.pt", tmp_path / "two.pt", again)
+    entries = surgery.log(tmp_path / "two.pt").entries
+    assert [(e.what, e.digest) for e in entries[1:]] == [("plan", there.digest), ("plan", again.digest)]
+    parts = built(5)
+    resumed(tmp_path / "two.pt", False, *parts, plan=back)
+    saved(tmp_path, *parts)
+    optimstate.remap(tmp_path / "run.pt", tmp_path / "three.pt", there)
+    found = surgery.log(tmp_path / "three.pt").entries
+    assert [e.what for e in found] == ["certified", "plan", "plan", "plan", "certified", "plan"]
+    assert [e.digest for e in found[1:4]] == [there.digest, again.digest, back.digest]
+    assert (found[0], found[4].step) == (entries[0], 6)

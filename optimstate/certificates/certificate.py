@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -154,7 +155,7 @@ class Certificate(Record):
     def write(self, path: str | PathLike[str]) -> None:
         """Write it as a JSON file, in one piece or not at all."""
         target = Path(path)
-        part = target.with_name(f".{target.name}.part")
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")  # every process of a sharded run writes it
         part.write_text(json.dumps(self.fields(), indent=1), encoding="utf-8")
         part.replace(target)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.language.plan import Plan
 from optimstate.resuming import resume
+from optimstate.resuming.certified import Given
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ def resume_checkpoint(
     model_ema: torch.nn.Module | None = None,
     plan: Plan | str | PathLike[str] | None = None,
     saved: Any = None,
+    certificate: Given = False,
 ) -> int | None:
     """What `timm.models.resume_checkpoint` does, and averages too, by one plan; nothing in the file is executed.
 
@@ -48,6 +50,8 @@ def resume_checkpoint(
         model_ema: `ModelEmaV3` or the like: gets the average.
         plan: What has changed, as a plan or the path of a plan file.
         saved: The names that the checkpoint's optimizer has not got, in the order of its groups, or `live`.
+        certificate: Demand that model and optimizer are what was certified: `True` for the certificate in the file, or
+            the path of one. `optimizer.register_state_dict_post_hook(hooks.certify(model))` before saving writes it.
 
     Returns:
         The epoch to start with; None where the checkpoint is weights alone.
@@ -66,6 +70,7 @@ def resume_checkpoint(
         scaler=getattr(loss_scaler, "_scaler", loss_scaler) if with_scaler else None,
         plan=plan,
         saved=saved if whole else None,
+        certificate=certificate,
     )
     if log_info:
         _LOGGER.info("%s", found)

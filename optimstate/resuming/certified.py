@@ -16,7 +16,7 @@ from optimstate.resuming.shards import innermost
 from optimstate.state.names import unwrapped
 from optimstate.state.optimizer import OptimizerState
 
-__all__ = ["Given", "Part", "certificates_of", "checked", "note_histories"]
+__all__ = ["Given", "Part", "certificates_of", "checked", "checked_source", "note_histories"]
 
 Given: TypeAlias = "bool | str | PathLike[str] | Mapping[str, Any] | Certificate | Sequence[Any]"
 """What `resume` takes as `certificate`: whether the checkpoint's own are meant, or one or several others."""
@@ -118,6 +118,48 @@ def checked(
             remarks += _checked_with_plan(certificate, found, plan, owner, part)
         remarks += certificate.remarks(found)
     return remarks
+
+
+def checked_source(certificates: Sequence[Certificate], models: Sequence[Part], optimizers: Sequence[Part]) -> str:
+    """Demand that a checkpoint whose optimizers are divided anew is what was certified.
+
+    Args:
+        certificates: One for each optimizer that was certified.
+        models: What was loaded.
+        optimizers: Those of the checkpoint.
+
+    Returns:
+        What was not compared.
+
+    Raises:
+        StateMismatchError: It is not.
+    """
+    left, problems = list(optimizers), []
+    for certificate in certificates:
+        if not left:
+            raise StateMismatchError(
+                f"{len(certificates)} optimizers were certified, and the checkpoint has {len(optimizers)}"
+            )
+        part = max(left, key=lambda each: _common(certificate, each))
+        left.remove(part)
+        names = certificate.weights.keys()
+        owner = max(models, key=lambda each: len(names & _plain_names(each.source)), default=None)
+        source = Certificate.of_parts(owner.source if owner is not None else None, part.source)
+        told = {"state", "groups"} if owner is None else {"weights", "state", "groups"}
+        problems += [problem.at("the checkpoint") for problem in certificate.problems(source, told=told)]
+    if problems:
+        raise StateMismatchError(
+            "the resumed run is not the one that was certified:\n" + "\n".join(map(str, problems)), problems=problems
+        )
+    return (
+        "certificate: the checkpoint is as certified; what the [[optimizer]] tables made of it, and schedules, were "
+        "not compared"
+    )
+
+
+def _plain_names(weights: Mapping[str, Any]) -> set[str]:
+    rename = unwrapped(weights)
+    return {rename(name) for name in weights}
 
 
 def _checked_with_plan(

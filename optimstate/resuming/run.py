@@ -82,6 +82,7 @@ class Run:
     _reached: list[Reached] = field(default_factory=list)
     _asked: set[str] = field(default_factory=set)
     _division: Division | None = None
+    _divided: list[certified.Part] = field(default_factory=list)
     _rules: dict[int, OptimizerRule] = field(default_factory=dict)
     _schedules: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
 
@@ -268,6 +269,7 @@ class Run:
                 own = [str(name) for _, name, _ in state.parameters()]
                 state = state.named(list(map(unwrapped(own), own)))
             states[section.label] = state
+            self._divided.append(certified.Part(None, state, None, self.parts.beside(section)))
         self._division = division = Division.of(self.plan, self._lenient, states)
         self._inventories.update(division.inventories)
         self._reached += division.reached()
@@ -423,9 +425,12 @@ class Run:
     def check(self, given: certified.Given | None, scaler: Any) -> None:
         """Demand that the run is what was certified, if that is asked, and remember what it goes on from."""
         if given is not None and given is not False:
-            certificates = certified.certificates_of(given, self.loaded_optimizers)
-            parts = self.loaded_modules, self.loaded_optimizers
-            self.notes += certified.checked(certificates, self.plan, *parts, self._schedulers, scaler)
+            certificates = certified.certificates_of(given, self._divided or self.loaded_optimizers)
+            if self._divided:
+                self.notes.append(certified.checked_source(certificates, self.loaded_modules, self._divided))
+            else:
+                parts = self.loaded_modules, self.loaded_optimizers
+                self.notes += certified.checked(certificates, self.plan, *parts, self._schedulers, scaler)
         certified.note_histories(self.loaded_optimizers, self.plan, self.notes.append)
 
     def problems(self) -> tuple[Problem, ...]:

@@ -186,13 +186,16 @@ def log(path: Place) -> Lineage:
         for beside in _beside(find_sections(tree)):
             applied = [str(plan) for plan in _listed(beside.get(APPLIED))]
             if KEY in beside:
-                found += _entries(Certificate.from_fields(beside[KEY], str(path)), applied)
+                own = list(_entries(Certificate.from_fields(beside[KEY], str(path)), applied))
             else:
-                found += [Entry("plan", str(plan)) for plan in _listed(beside.get("plans"))]
+                own = [Entry("plan", str(plan)) for plan in _listed(beside.get("plans"))]
+            before = list(found)
+            # A plan may come twice in the life of a run; what two optimizers have in common is told once.
+            found += [entry for entry in own if entry not in before]
         known = {entry.digest for entry in found}
         stamps = _listed(tree.get(STAMP)) if isinstance(tree, Mapping) else []
         found += [Entry("plan", str(plan)) for plan in stamps if plan not in known]
-    return Lineage(str(path), tuple(dict.fromkeys(found)))
+    return Lineage(str(path), tuple(found))
 
 
 def _listed(value: Any) -> list[str]:

@@ -246,3 +246,45 @@ def test_baselines_changed(way: str, agent_file: Path, tmp_path: Path) -> None:
             new.writestr(name, content)
     with pytest.raises(OptimStateError, match=r"certified|checkpoint"):
         resume_algorithm(agent(), tmp_path / "ppo.zip", certificate=True)
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+
+def script(certificate: Any = False, path: Path | None = None) -> tuple[Any, Any]:
+    """What timm's train.py keeps; its saver writes these keys."""
+    from optimstate.integrations.timm import resume_checkpoint
+
+    model = net()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+    if path is not None:
+        resume_checkpoint(model, path, optimizer, certificate=certificate)
+    return model, optimizer
+
+
+@pytest.fixture(scope="module")
+def timm_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from optimstate import hooks
+
+    model, optimizer = script()
+    for _ in range(3):
+        model(torch.ones(2, 4)).square().mean().backward()
+        optimizer.step()
+    optimizer.register_state_dict_post_hook(hooks.certify(model))
+    saved = {"epoch": 3, "arch": "net", "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+    path = tmp_path_factory.mktemp("timm") / "last.pth.tar"
+    torch.save({**saved, "version": 2}, path)
+    return path
+
+
+def test_timm_untouched(timm_file: Path) -> None:
+    script(True, timm_file)
+
+
+@pytest.mark.parametrize("way", WITHOUT_SCHEDULE)
+def test_timm_changed(way: str, timm_file: Path, tmp_path: Path) -> None:
+    found = torch.load(timm_file, weights_only=False)
+    WAYS[way]({"weights": found["state_dict"], "optimizer": found["optimizer"]})
+    torch.save(found, tmp_path / "changed.pth.tar")
+    with pytest.raises(OptimStateError, match=r"certified|checkpoint"):
+        script(True, tmp_path / "changed.pth.tar")
