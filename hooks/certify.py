@@ -43,7 +43,7 @@ def certify(
         made = certificate_of(optimizer, model, scheduler=scheduler, scaler=scaler, state_dict=state_dict)
         if path is not None:
             made.write(path)
-        beside = {**state_dict.get(METADATA, {}), KEY: made.fields()}
+        beside = {**state_dict.get(METADATA, {}), KEY: made.document()}
         return {**state_dict, METADATA: beside}, f"{len(made.weights)} weights, {len(made.state)} parameters"
 
     return SaveHook("certify", change)

@@ -15,6 +15,7 @@ from torch import nn
 
 import optimstate
 from optimstate import Certificate, Plan, hooks, resume, surgery
+from optimstate.certificates.digests import digest
 from optimstate.certificates.live import certificate_of, next_update
 from optimstate.errors import CheckpointError, OptimStateError, StateMismatchError
 from tests import certified_worker
@@ -276,3 +277,75 @@ def test_the_log_of_several_generations(tmp_path: Path) -> None:
     assert [e.what for e in found] == ["certified", "plan", "plan", "plan", "certified", "plan"]
     assert [e.digest for e in found[1:4]] == [there.digest, again.digest, back.digest]
     assert (found[0], found[4].step) == (entries[0], 6)
+
+
+def changed_dtype(found: Any) -> None:
+    slots = found["optimizer"]["state"][0]
+    slots["exp_avg"] = slots["exp_avg"].double()
+
+
+def changed_weight_dtype(found: Any) -> None:
+    found["model"]["0.weight"] = found["model"]["0.weight"].double()
+
+
+def a_flipped_bit(found: Any) -> None:
+    found["optimizer"]["state"][0]["exp_avg"].view(torch.int32)[0, 0] ^= 1
+
+
+def a_lost_step(found: Any) -> None:
+    del found["optimizer"]["state"][0]["step"]
+
+
+def a_lost_slot(found: Any) -> None:
+    del found["optimizer"]["state"][0]["exp_avg_sq"]
+
+
+def another_length(found: Any) -> None:
+    found["scheduler"]["T_max"] = 7
+
+
+def a_buffer(found: Any) -> None:
+    found["model"]["1.num_batches_tracked"] += 1
+
+
+def an_edited_certificate(found: Any) -> None:
+    found["optimizer"]["state"][0]["exp_avg"].zero_()
+    found["optimizer"]["optimstate"]["certificate"]["state"]["0.weight"]["exp_avg"] = digest(
+        found["optimizer"]["state"][0]["exp_avg"]
+    )
+
+
+def a_certificate_that_says_less(found: Any) -> None:
+    found["optimizer"]["optimstate"]["certificate"]["update"] = {}
+
+
+def the_certificate_of_another_step(found: Any) -> None:
+    model, optimizer, scheduler = built(1)
+    train(model, optimizer, scheduler, range(4))
+    optimizer.register_state_dict_post_hook(hooks.certify(model, scheduler=scheduler))
+    found["optimizer"]["optimstate"] = optimizer.state_dict()["optimstate"]
+
+
+MORE = [
+    changed_dtype,
+    changed_weight_dtype,
+    a_flipped_bit,
+    a_lost_step,
+    a_lost_slot,
+    another_length,
+    a_buffer,
+    an_edited_certificate,
+    a_certificate_that_says_less,
+    the_certificate_of_another_step,
+]
+
+
+@pytest.mark.parametrize("way", MORE, ids=lambda way: way.__name__)
+def test_more_ways_to_change_a_checkpoint_or_its_certificate_fail(way: Any, tmp_path: Path) -> None:
+    found = saved(tmp_path)
+    way(found)
+    parts = built(2)
+    before = str(copy.deepcopy([part.state_dict() for part in parts]))
+    with pytest.raises(OptimStateError):
+        resumed(found, True, *parts)
+    assert str([part.state_dict() for part in parts]) == before

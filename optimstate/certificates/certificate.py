@@ -120,10 +120,10 @@ class Certificate(Record):
 
     @classmethod
     def from_fields(cls, fields: Any, where: str = "the certificate") -> Certificate:
-        """From what `fields` gives, as JSON has it.
+        """From what `document` gives, as JSON has it.
 
         Raises:
-            CorruptCheckpointError: It is something else.
+            CorruptCheckpointError: It is something else, or was changed after it was written.
         """
         try:
             if fields["form"] != FORM:
@@ -131,10 +131,17 @@ class Certificate(Record):
                     f"{where} has the form {describe(fields['form'])}, and this release reads form {FORM}"
                 )
             known = {key: value for key, value in fields.items() if key in cls._fields}
-            known["groups"] = tuple(CertifiedGroup(tuple(g["names"]), dict(g["options"])) for g in fields["groups"])
-            known["history"] = tuple(Ancestor(**dict(entry)) for entry in fields["history"])
-            known["state"] = {name: dict(slots) for name, slots in fields["state"].items()}
-            return cls(**known)
+            groups, history = fields.get("groups", ()), fields.get("history", ())
+            known["groups"] = tuple(CertifiedGroup(tuple(g["names"]), dict(g["options"])) for g in groups)
+            known["history"] = tuple(Ancestor(**dict(entry)) for entry in history)
+            known["state"] = {name: dict(slots) for name, slots in fields.get("state", {}).items()}
+            made = cls(**known)
+            if fields["digest"] != made.digest:
+                raise CorruptCheckpointError(
+                    f"{where} was changed after it was written: its digest is not that of what it says",
+                    hint="Take the one that the run wrote, or certify the run anew.",
+                )
+            return made
         except (KeyError, TypeError, AttributeError) as error:
             raise CorruptCheckpointError(f"{where} is not a certificate: {describe(str(error))}") from None
 
@@ -156,7 +163,7 @@ class Certificate(Record):
         """Write it as a JSON file, in one piece or not at all."""
         target = Path(path)
         part = target.with_name(f".{target.name}.{os.getpid()}.part")  # every process of a sharded run writes it
-        part.write_text(json.dumps(self.fields(), indent=1), encoding="utf-8")
+        part.write_text(json.dumps(self.document(), indent=1), encoding="utf-8")
         part.replace(target)
 
     def fields(self) -> dict[str, Any]:
@@ -164,10 +171,14 @@ class Certificate(Record):
         plain = {name: _plain(getattr(self, name)) for name in self._fields}
         return {"form": FORM, **plain}
 
+    def document(self) -> dict[str, Any]:
+        """What is written: plain values and the digest of them, so that an edited certificate is told."""
+        return {**self.fields(), "digest": self.digest}
+
     @property
     def digest(self) -> str:
         """Of the whole, its history included: certificates form a chain."""
-        text = json.dumps(self.fields(), sort_keys=True)
+        text = json.dumps(_without_empty(self.fields()), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -249,6 +260,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _without_empty(value: Any) -> Any:
+    """A value without what is empty in it, which distributed checkpoints do not keep."""
+    if isinstance(value, Mapping):
+        found = {key: _without_empty(item) for key, item in value.items()}
+        return {key: item for key, item in found.items() if item not in ({}, [])}
+    return [_without_empty(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_told(value: Any) -> bool:

@@ -11,6 +11,7 @@ from optimstate.errors import CheckpointError, StateMismatchError
 from optimstate.plan.expressions.tree import Leaf
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import SectionMoves
+from optimstate.problems import Problem
 from optimstate.resuming.owners import owner_of
 from optimstate.resuming.shards import innermost
 from optimstate.state.names import unwrapped
@@ -114,10 +115,42 @@ def checked(
         )
         if plan == Plan():
             certificate.require(found)
+            _require_kinds(certificate, part, owner)
         else:
             remarks += _checked_with_plan(certificate, found, plan, owner, part)
         remarks += certificate.remarks(found)
     return remarks
+
+
+def _require_kinds(certificate: Certificate, optimizer: Part, model: Part | None) -> None:
+    """Demand that the checkpoint's tensors have the dtypes that were certified: loading would convert them."""
+    kinds: dict[tuple[str, str], str] = {}
+    if model is not None:
+        rename = unwrapped(model.source)
+        kinds.update({(rename(name), ""): _kind(value) for name, value in model.source.items()})
+    rows = list(optimizer.source.parameters())
+    rename = unwrapped(str(name) for _, name, _ in rows)
+    kinds.update({(rename(str(n)), str(s)): _kind(value) for _, n, own in rows for s, value in (own or {}).items()})
+    told = {(name, ""): value for name, value in certificate.weights.items()}
+    told.update({(name, slot): value for name, own in certificate.state.items() for slot, value in own.items()})
+    problems = [
+        Problem("certificate", f"was {kind} and is {kinds[key]} in the checkpoint", " ".join(key).strip(), (key[0],))
+        for key, value in told.items()
+        if isinstance(value, str) and kinds.get(key) and (kind := value.rpartition(" ")[0]) and kind != kinds[key]
+    ]
+    if problems:
+        raise StateMismatchError(
+            "the checkpoint is not the one that was certified:\n" + "\n".join(map(str, problems)),
+            hint="Resume from the checkpoint that the certificate was written with.",
+            problems=problems,
+        )
+
+
+def _kind(value: Any) -> str:
+    """The dtype and shape of a tensor, as a digest has them; empty for anything else."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype") or not len(value.shape):
+        return ""
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 def checked_source(certificates: Sequence[Certificate], models: Sequence[Part], optimizers: Sequence[Part]) -> str:

@@ -251,7 +251,7 @@ class Run:
         def undo() -> None:
             optimizer.state, optimizer.param_groups = before
 
-        self._steps.append(Step(lambda: optimizer.load_state_dict(made), undo))
+        self._steps.append(Step(partial(_load_state, optimizer, made), undo))
         return request.counts
 
     def _plan_division(
@@ -460,3 +460,26 @@ def _becomes(state: OptimizerState, live: str) -> str:
     saved = recognise_state(state.state.values(), state.groups[0].options) if state.groups else None
     other = saved is not None and saved.name != live and bool(option_names(live))
     return live if other else ""
+
+
+def _load_state(optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> None:
+    """Load a state dict.
+
+    Raises:
+        StateMismatchError: It lacks a slot that the optimizer cannot load without.
+    """
+    try:
+        optimizer.load_state_dict(made)
+    except KeyError as error:
+        slot = str(error.args[0]) if error.args else ""
+        names = [
+            str(name)
+            for group in made["param_groups"]
+            for key, name in zip(group["params"], group.get("param_names", group["params"]), strict=False)
+            if slot not in made["state"].get(key, {slot: None})
+        ]
+        raise StateMismatchError(
+            f"the state of {', '.join(map(describe, names[:3])) or 'a parameter'} has no {describe(slot)}, without "
+            f"which {type(optimizer).__name__} cannot go on",
+            hint="`optimstate verify` shows what state is missing; drop it whole to let the parameter start fresh.",
+        ) from error
