@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "distributed": "problems errors installed_torch io state plan resuming",
         "derivation": "problems errors installed_torch tensors tree state formats plan",
         "rehearsal": "errors installed_torch reporting state plan hooks resuming",
-        "integrations": "errors installed_torch tensors state formats plan hooks resuming",
+        "integrations": "errors problems installed_torch tensors state certificates formats plan hooks resuming",
         "demo": "problems errors installed_torch optim hooks",
         "cli": "problems errors installed_torch io tensors tree reporting state "
         "formats plan surgery derivation rehearsal demo __init__",
