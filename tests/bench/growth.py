@@ -56,9 +56,10 @@ def write_zip(tensors: int, path: Path) -> None:
 
 
 def write_safetensors(tensors: int, path: Path) -> None:
-    """A header of names and one large hole."""
+    """A header of names and one large hole; the names are short, because a header may have 100 MB."""
     header: dict[str, object] = {}
-    for count, name in enumerate(f"{name}{tail}" for name in _names(tensors) for tail in ("", ".a", ".b", ".c")):
+    short = (name.replace("mlp.experts.", "").removesuffix(".weight") for name in _names(tensors))
+    for count, name in enumerate(f"{name}{tail}" for name in short for tail in (".w", ".a", ".b", ".c")):
         header[name] = {"dtype": "F32", "shape": [8], "data_offsets": [32 * count, 32 * count + 32]}
     text = json.dumps(header, separators=(",", ":")).encode()
     with path.open("wb") as file:

@@ -29,7 +29,8 @@ from optimstate.formats.dcp import metadata as reading
 from optimstate.formats.dcp.columns import Metadata
 from optimstate.formats.dcp.dump import dump_metadata
 from optimstate.formats.dcp.metadata import load_metadata
-from optimstate.formats.dcp.stream import UnfamiliarError, parse
+from optimstate.formats.dcp.opcodes import UnfamiliarError
+from optimstate.formats.dcp.stream import parse
 from optimstate.formats.pickles.unpickle import load
 from tests import corpus
 

@@ -8,7 +8,8 @@ from typing import Any
 from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats.dcp.columns import Box, Chunk, Form, Item, Metadata
-from optimstate.formats.dcp.stream import UnfamiliarError, parse
+from optimstate.formats.dcp.opcodes import UnfamiliarError
+from optimstate.formats.dcp.stream import parse
 from optimstate.formats.pickles.unpickle import load
 from optimstate.io.location import Location
 from optimstate.tensors.dtypes import DTYPES, check_sizes
