@@ -13,6 +13,7 @@ import typer
 
 from optimstate.describe import escaped
 from optimstate.io.location import Location
+from optimstate.surgery.text import plural, size
 
 __all__ = ["is_drawn", "progress", "show"]
 
@@ -77,9 +78,28 @@ def progress(verb: str, *sources: Location, quiet: bool = False) -> Iterator[Cal
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(verb, total=total)
-        yield lambda done: bar.update(task, advance=done)
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn()]
+    columns += [TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[asked]}")]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=total, asked="")
+        yield lambda done: bar.update(task, advance=done, asked=_asked_of_stores())
+
+
+def _asked_of_stores() -> str:
+    """How many requests stores have answered, and the bytes that went both ways; nothing where none is used."""
+    module = sys.modules.get("optimstate.io.remote.store")  # which is imported by who uses a store
+    traffic = None if module is None else module.traffic
+    if traffic is None or not traffic.requests:
+        return ""
+    ways = [f"{size(count)} {way}" for count, way in ((traffic.read, "down"), (traffic.written, "up")) if count]
+    return ", ".join([plural(traffic.requests, "request"), *ways])

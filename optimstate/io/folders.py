@@ -38,11 +38,11 @@ def kind_of(path: Location) -> str:
     """
     try:
         mode = path.stat().st_mode
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         hint = "Check the path for a typing mistake."
         raise CheckpointNotFoundError("no such file or folder", path=path, hint=hint) from None
-    except CheckpointError:
-        raise
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(f"cannot be read: {reason}", path=path) from error

@@ -1,7 +1,12 @@
-"""One process of a sharded run: saves and trains on, resumes under a plan and trains on; writes losses and bytes."""
+"""Two processes of a sharded run: they save and train on, then a renamed model resumes from a store and trains on.
+
+`python -m tests.remote.sharded_worker FOLDER URL` forks them, so that torch is imported once; URL names FOLDER.
+"""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import sys
 import warnings
 from pathlib import Path
@@ -53,24 +58,34 @@ def train(net: Net, optimizer: torch.optim.Optimizer, seeds: range) -> list[floa
     return losses
 
 
-def main(saved: str, place: str, out: str) -> None:
-    """Save at `saved`, which the store shows as `place`; one start of torchrun takes longer than all else."""
+def run(rank: int, folder: Path, url: str) -> None:
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}.rendezvous", rank=rank, world_size=2)
     net, optimizer = build("layer")
     train(net, optimizer, range(3))
     weights, state = get_state_dict(net, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=saved)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(folder))
     expected = train(net, optimizer, range(3, 5))
-    dist.barrier()
     net, optimizer = build("block")
     plan = optimstate.Plan.from_options(rename=["layer{i}.{p}=block{i}.{p}"])
-    optimstate.resume(place, model=net, optimizer=optimizer, plan=plan)
+    optimstate.resume(url, model=net, optimizer=optimizer, plan=plan)
     read = traffic.read
-    Path(out, str(dist.get_rank())).write_text(f"{expected}|{train(net, optimizer, range(3, 5))}|{read}")
+    said = {"expected": expected, "losses": train(net, optimizer, range(3, 5)), "read": read}
+    folder.with_name(f"said{rank}.json").write_text(json.dumps(said))
     dist.barrier()
     dist.destroy_process_group()
 
 
+def main() -> int:
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run, args=(rank, Path(sys.argv[1]), sys.argv[2])) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return max(abs(process.exitcode or 0) for process in ranks)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())

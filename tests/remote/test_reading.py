@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import struct
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ import pytest
 import torch
 
 import optimstate
+from optimstate.cli.render import terminal
 from optimstate.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     UnsupportedCheckpointError,
     UsageError,
 )
+from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
+from optimstate.io.places import located
 from tests.remote.conftest import SECRET
 from tests.remote.server import RangeServer, serving
 
@@ -41,7 +46,6 @@ def sparse_zip(path: Path) -> None:
     """A checkpoint of torch.save of 2 GB, whose tensors are a hole."""
     torch.save({"model": {f"layer.{n}.weight": torch.zeros(1) for n in range(60)}, "epoch": 3}, path)
     document = open_checkpoint(path)
-    from optimstate.formats.protocol import WriteOptions
     from optimstate.io.extents import Extent
     from optimstate.tensors.lazy import LazyTensor, Storage
 
@@ -134,14 +138,16 @@ def test_every_verb_reads_from_a_store_what_it_reads_from_a_file(
 ) -> None:
     served(ranges, checkpoint, "bucket/run.pt")
     url = "s3://bucket/run.pt"
-    there = {"source": url, "path": url, "left": url, "right": url, "destination": ""}
+    there = {"source": url, "path": url, "left": url, "right": url, "target": url, "destination": ""}
     here = {name: str(checkpoint) for name in there} | {"destination": ""}
 
     def fields(report: Any, names: dict[str, str]) -> Any:
-        found = json.loads(report.to_json())
+        found = json.loads(report.to_json().replace(url, str(checkpoint)))
         return {key: value for key, value in found.items() if key not in names}
 
     plan = optimstate.Plan.from_options(rename=["{i:int}.{p}=layers.{i}.{p}"])
+    names = list(torch.load(checkpoint)["model"])
+    optimstate.remap(checkpoint, tmp_path / "near.pt", plan)
     for verb in (
         optimstate.inspect,
         optimstate.verify,
@@ -150,14 +156,34 @@ def test_every_verb_reads_from_a_store_what_it_reads_from_a_file(
         lambda place: optimstate.diff(place, checkpoint, headers=True),
         lambda place: optimstate.remap(place, None, plan, dry_run=True),
         lambda place: optimstate.surgery.check_plan(plan, place),
+        lambda place: optimstate.name(place, None, names=names, dry_run=True),
+        lambda place: optimstate.suggest(place, tmp_path / "near.pt"),
+        lambda place: optimstate.suggest(tmp_path / "near.pt", place, headers=True),
     ):
         mine, theirs = fields(verb(url), there), fields(verb(checkpoint), here)
         mine.pop("checkpoint", None), theirs.pop("checkpoint", None)
         mine.pop("findings", None), theirs.pop("findings", None)
         assert mine == theirs
     optimstate.remap(url, tmp_path / "far.pt", plan)
-    optimstate.remap(checkpoint, tmp_path / "near.pt", plan)
     assert (tmp_path / "far.pt").read_bytes() == (tmp_path / "near.pt").read_bytes()
+
+
+def test_progress_counts_requests_and_bytes(
+    ranges: RangeServer, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    served(ranges, checkpoint, "bucket/run.pt")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(terminal, "PROGRESS_FROM", 0)
+    for name, value in {"COLUMNS": "160", "TERM": "xterm", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with terminal.progress("remapping", located("s3://bucket/run.pt")) as advance:
+        optimstate.convert("s3://bucket/run.pt", tmp_path / "new.safetensors", options=WriteOptions(progress=advance))
+    said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"\d+ requests, [\d.]+ MB down", said), said
 
 
 def test_a_copy_reads_every_byte_once(web: RangeServer, checkpoint: Path, tmp_path: Path) -> None:
@@ -300,8 +326,12 @@ def test_a_signature_is_sent_and_never_told(web: RangeServer, checkpoint: Path, 
 
 
 def test_missing_objects_and_buckets_are_one_line(bucket: Any) -> None:
-    for url in (f"{bucket.url}/none.pt", f"{bucket.url}/none", "s3://no-such-bucket-here/none.pt"):
-        with pytest.raises(CheckpointError, match="no such") as caught:
+    for url, what in (
+        (f"{bucket.url}/none.pt", "no such file"),
+        (f"{bucket.url}/none", "no such file"),
+        ("s3://no-such-bucket-here/none.pt", "no such bucket"),
+    ):
+        with pytest.raises(CheckpointError, match=what) as caught:
             optimstate.inspect(url)
         assert "\n" not in caught.value.message
         assert SECRET not in str(caught.value)

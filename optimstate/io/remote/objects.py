@@ -6,7 +6,7 @@ Credentials are those that the stores' own tools use: environment, configuration
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
@@ -32,6 +32,19 @@ from optimstate.io.remote.uploads import ObjectUpload, S3Upload
 __all__ = ["ObjectStore", "object_store"]
 
 T = TypeVar("T")
+
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("STORAGE_EMULATOR_HOST", "GOOGLE_BASE_URL"),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+
+
+def _version(meta: Mapping[str, Any]) -> str | None:
+    """An ETag as conditions have it; Azure's listings leave out its quotation marks."""
+    tag = meta.get("e_tag") or None
+    return tag if tag is None or tag.endswith('"') else f'"{tag}"'
 
 
 class ObjectStore:
@@ -80,6 +93,10 @@ class ObjectStore:
             options["config"] |= {"region": self.region, "copy_if_not_exists": "multipart"}
             if (provider := _profile()) is not None:
                 options["credential_provider"] = provider
+        elif scheme == "gs" and endpoint:
+            options["config"] = {"base_url": endpoint}
+            if os.environ.get("STORAGE_EMULATOR_HOST"):
+                options["credential_provider"] = lambda: {"token": "", "expires_at": None}
         try:
             self.raw: Any = made(bucket, **options)
         except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
@@ -87,9 +104,9 @@ class ObjectStore:
 
     @property
     def endpoint(self) -> str | None:
-        """The address of a server that speaks S3, where the environment names one."""
-        names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") if self.scheme == "s3" else ()
-        return next((os.environ[name] for name in names if os.environ.get(name)), None)
+        """The address of another server than the store's own, where the environment names one."""
+        found = next((os.environ[name] for name in _ENDPOINTS[self.scheme] if os.environ.get(name)), None)
+        return f"http://{found}" if found and "://" not in found else found
 
     @property
     def region(self) -> str:
@@ -112,7 +129,7 @@ class ObjectStore:
         try:
             return ask()
         except FileNotFoundError as error:
-            if "NoSuchBucket" in str(error):
+            if any(code in str(error) for code in _NO_BUCKET):
                 raise CheckpointNotFoundError(
                     "there is no such bucket", path=self.name, hint="Check its name, and the endpoint."
                 ) from None
@@ -124,7 +141,8 @@ class ObjectStore:
             if kind == "PreconditionError":
                 raise changed(place) from None
             if "status code: 404" in text:
-                what, named = ("bucket", self.name) if "NoSuchBucket" in text or not key else ("object", place)
+                no_bucket = not key or any(code in text for code in _NO_BUCKET)
+                what, named = ("bucket", self.name) if no_bucket else ("object", place)
                 raise CheckpointNotFoundError(
                     f"there is no such {what}", path=named, hint="Check the name, and the endpoint."
                 ) from None
@@ -164,7 +182,7 @@ class ObjectStore:
             found = self._obstore.get(self.raw, key, options=options)
             data = memoryview(found.bytes())
             traffic.read += len(data)
-            return Answer(data, int(found.meta["size"]), found.meta.get("e_tag") or None)
+            return Answer(data, int(found.meta["size"]), _version(found.meta))
 
         return self.asked(key, ask)
 
@@ -173,7 +191,7 @@ class ObjectStore:
         found = self.asked(key, lambda: self._obstore.head(self.raw, key))
         if found["size"]:
             raise error
-        return Answer(memoryview(b""), 0, found.get("e_tag") or None)
+        return Answer(memoryview(b""), 0, _version(found))
 
     def listed(self, folder: str) -> Iterator[Entry]:
         """All objects below a folder."""
@@ -186,7 +204,7 @@ class ObjectStore:
             if some is None:
                 return
             for meta in some:
-                yield Entry(meta["path"], meta["size"], meta.get("e_tag") or None)
+                yield Entry(meta["path"], meta["size"], _version(meta))
 
     def delete(self, key: str) -> None:
         """Remove an object."""
