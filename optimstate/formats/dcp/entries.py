@@ -303,7 +303,7 @@ class _Entries:
                     elif spelled[0] != len(inner):
                         break
                     else:
-                        keys.append(text_of(spelled, inner, recalled))
+                        keys.append(text_of(spelled, inner, b""))
                     end = found.end()
                 several = _TUPLES.get(raw[-1])
                 if end != len(raw) - 1 or (several or len(keys)) != len(keys) or (several is None) != (raw[0] == 0x28):
