@@ -30,7 +30,7 @@ def stage_of(source: Any, destination: Any, asked: Any) -> Stage | None:
     import json
     from hashlib import sha256  # takes milliseconds, which a command that runs alone need not wait for
 
-    from optimstate.errors import DestinationError
+    from optimstate.errors import CheckpointError, DestinationError
     from optimstate.io.together import Stage, team_of_environment
 
     team = team_of_environment(os.environ)
@@ -38,14 +38,27 @@ def stage_of(source: Any, destination: Any, asked: Any) -> Stage | None:
         return None
     if "://" in str(destination):
         raise DestinationError(f"{destination}: several processes meet in a folder, which a store has not")
-    digest = sha256(json.dumps([__version__, team.size, asked, _version(source)], default=str).encode())
-    return Stage(Path(str(destination)), digest.hexdigest()[:12], team)
+    version = _version(source)
+    digest = sha256(json.dumps([__version__, team.size, asked, version], default=str).encode())
+
+    def check() -> None:
+        if _version(source) != version:
+            raise CheckpointError(
+                "changed while it was read", path=source, hint="Start again when nobody writes to it any more."
+            )
+
+    return Stage(Path(str(destination)), digest.hexdigest()[:12], team, check=check)
 
 
 def _version(source: Any) -> list[Any]:
-    """Names, sizes and times of everything in a checkpoint."""
+    """Names, sizes and times of everything in a checkpoint; of objects what the store calls their version."""
     if "://" in str(source):
-        return [str(source)]
+        from optimstate.io.places import located, open_source
+
+        place = located(str(source))
+        objects = sorted(place.rglob("*")) if place.is_dir() else [place]
+        opened = ((each, open_source(each)) for each in objects)
+        return [(str(each), found.size, found.version) for each, found in opened]
     path = Path(str(source))
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]

@@ -73,7 +73,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"atomic"},
         {"checksums", "output", "directory", "folders", "linking"},
         {"remote", "together"},
-        {"places"},
+        {"places", "shared"},
     ),
 }
 MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "demo", "installed_torch"}
@@ -301,6 +301,7 @@ ONE_FOR_EVERY_TENSOR = {
     "optimstate.formats.torch.zip_directory": {"Record", "_Run"},
     "optimstate.io.checksums": {"Recorded"},
     "optimstate.io.extents": {"Extent"},
+    "optimstate.io.shared": {"Range"},
     "optimstate.optim._ops": {"Ops"},  # these are made and used where torch.compile traces
     "optimstate.optim._step": {"Rule", "Setting"},
     "optimstate.plan.expressions.tree": {"Leaf"},

@@ -157,9 +157,9 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
     if like is None or like.format != NAME:
         raise RepresentationError("only what was read from a folder can be written as one", hint="Give a file name.")
     notes: list[str] = []
-    with options.new_folder(path) as folder:
-        _write_entries(tree, folder, like, options, notes)
-        options.confirmed()
+    with options.together(path) as (folder, inner):
+        _write_entries(tree, folder, like, inner, notes)
+        inner.confirmed()
     return notes
 
 
@@ -172,10 +172,10 @@ def _write_entries(
         if isinstance(node, OpaqueFile):
             copied(located(node.path), target, options)
         elif part is None:  # a folder without a checkpoint in it
-            target.mkdir()
+            target.mkdir(exist_ok=options.shared is not None)
             _write_entries(node, target, Document(like.path / name, NAME, node), options, notes)
         elif part.format == NAME:
-            target.mkdir()
+            target.mkdir(exist_ok=options.shared is not None)
             _write_entries(node, target, part, options, notes)
         elif node is part.tree and not part.path.is_dir():
             for file in _files_of(part):

@@ -9,9 +9,10 @@ entry point of the group `optimstate.formats`, whose name is the format's and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import IntEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from optimstate.io.extents import Progress
@@ -22,6 +23,7 @@ from optimstate.record import Record
 if TYPE_CHECKING:
     from optimstate.io.checksums import Recorded
     from optimstate.io.output import AtomicGroup, Output
+    from optimstate.io.shared import SharedFiles
     from optimstate.io.together import Stage
 
 __all__ = ["HEAD_BYTES", "Claim", "Document", "Format", "WriteOptions"]
@@ -95,6 +97,7 @@ class WriteOptions(Record):
         copy: In a folder of `torch.distributed.checkpoint`, copy data files that are unchanged instead of linking them.
         ranks: Cut the tensors of such a folder for so many processes; None leaves them in the pieces that they are in.
         stage: The folder that several processes fill together, of which this is one; None where it is alone.
+        shared: Where the files of such a folder come from, for a format that writes them one by one.
         confirm: Called when everything is written and before it takes its name; what it raises undoes the writing.
     """
 
@@ -109,6 +112,7 @@ class WriteOptions(Record):
     ranks: int | None = None
     replace: bool = True
     stage: Stage | None = None
+    shared: SharedFiles | None = None
 
     def new_file(
         self, path: Location, *, expected_size: int = 0, group: AtomicGroup | None = None
@@ -120,11 +124,39 @@ class WriteOptions(Record):
             expected_size: Its number of bytes, where it is known about.
             group: Files that appear together.
         """
+        if self.shared is not None and isinstance(path, Path):
+            return self.shared.file(path)
         return new_file(path, expected_size=expected_size, sync=self.sync, replace=self.replace, group=group)
 
     def new_folder(self, path: Location) -> AbstractContextManager[Location]:
         """The output as a folder, which appears whole or not at all; files go to the place that is the value."""
+        if self.shared is not None and isinstance(path, Path):
+            return self.shared.folder(path)
         return new_folder(path, sync=self.sync)
+
+    @contextmanager
+    def together(self, path: Location) -> Iterator[tuple[Location, WriteOptions]]:
+        """The output as a folder that one process writes, or those of the stage together.
+
+        Args:
+            path: Its name.
+
+        Returns:
+            The place for files, and the options to write them with.
+        """
+        stage = self.stage
+        if stage is None:
+            with self.new_folder(path) as folder:
+                yield folder, self
+            return
+        from optimstate.io.shared import SharedFiles  # what works alone need not know how several work
+
+        shared = SharedFiles(stage, sync=self.sync)
+        with stage if stage.team.rank == 0 else nullcontext(stage.folder) as folder:
+            yield folder, self._replace(stage=None, confirm=None, shared=shared)
+            shared.share_out(self.progress)
+            if stage.team.rank == 0:
+                stage.clear()
 
     def confirmed(self) -> None:
         """The last thing that a format does before the name is given."""

@@ -70,13 +70,23 @@ class Stage(AtomicDirectory):
         digest: Twelve hexadecimal digits of everything that the result depends on.
         team: The processes.
         sync: Flush to the disk before the folder takes its name.
+        check: Raises where the source is not what it was; asked before this process says that it is done.
     """
 
-    def __init__(self, path: Path, digest: str, team: Team, *, sync: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        digest: str,
+        team: Team,
+        *,
+        sync: bool = True,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(path, sync=sync)
         name = os.fsdecode(os.fsencode(path.name)[:200])
         self.folder = path.with_name(f".{name}.{digest}.part")
         self.team = team
+        self._check = check
         self._seen: dict[int, tuple[float, float]] = {}
         self._moved: dict[int, int] = {}
 
@@ -176,7 +186,13 @@ class Stage(AtomicDirectory):
             time.sleep(_POLL)
 
     def vote(self, done: Any) -> None:
-        """Say that this process has done its share."""
+        """Say that this process has done its share.
+
+        Raises:
+            CheckpointError: The source has changed meanwhile.
+        """
+        if self._check is not None:
+            self._check()
         self._write(f"vote.{self.team.rank}", done)
 
     def voted(self) -> Any:

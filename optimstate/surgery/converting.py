@@ -154,7 +154,8 @@ def convert(
                 f"digests are recorded in safetensors files, not in {target}",
                 hint="Leave the digest out: torch's zip archives have checksums of their own.",
             )
-        check_distributed(target, copy=options.copy, ranks=options.ranks, stage=options.stage)
+        sharded = target == "safetensors" and options.shard_size is not None
+        check_distributed(target, copy=options.copy, ranks=options.ranks, stage=options.stage, sharded=sharded)
         if verify and dry_run:
             verify_checksums(document)
         elif not dry_run:

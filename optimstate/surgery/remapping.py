@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["RemapReport", "check_distributed", "remap"]
 
 DISTRIBUTED = "dcp"
+_FOLDER = "folder"
 """The container that several processes write together."""
 
 
@@ -158,16 +159,18 @@ def remap(
         return _remap_report(source, source if in_place else destination, not dry_run, migration, groups, notes)
 
 
-def check_distributed(target: str, *, copy: bool, ranks: int | None, stage: Stage | None = None) -> None:
-    """Refuse what only folders of `torch.distributed.checkpoint` have.
+def check_distributed(
+    target: str, *, copy: bool, ranks: int | None, stage: Stage | None = None, sharded: bool = False
+) -> None:
+    """Refuse what only folders of `torch.distributed.checkpoint` have, and several processes for what is one file.
 
     Raises:
         UsageError: It is asked for and another container is written, or it makes no sense.
     """
-    if stage is not None and target != DISTRIBUTED:
+    if stage is not None and target not in (DISTRIBUTED, _FOLDER) and not sharded:
         raise UsageError(
-            f"several processes write a folder of torch.distributed.checkpoint together; what is written is {target}",
-            hint="Run it without torchrun, or write a folder (convert --to dcp).",
+            f"several processes write a folder of distributed checkpoints or of shards together, not one {target} file",
+            hint="Run it without torchrun, or write a folder (convert --to dcp, or --to safetensors --shard-size 5GB).",
         )
     asked = "copy" if copy else "ranks" if ranks is not None else ""
     if asked and target != DISTRIBUTED:

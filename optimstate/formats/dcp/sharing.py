@@ -20,10 +20,10 @@ from optimstate.formats.dcp.columns import Box, Item
 from optimstate.formats.dcp.layout import Layout, Part
 from optimstate.formats.dcp.writing import write_file
 from optimstate.formats.protocol import WriteOptions
-from optimstate.io.copying import FileCopier
 from optimstate.io.extents import Extent, Progress, StoredSource
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
+from optimstate.io.shared import move, range_of_row
 from optimstate.io.together import Stage
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
@@ -143,15 +143,8 @@ def _moved(
         if options.progress is not None:
             options.progress(nbytes)
 
-    for source, offset, target, position, length in ranges:
-        fd = os.open(target, os.O_WRONLY)
-        try:
-            with FileCopier(fd, progress) as copier:
-                copier.put([Extent(open_source(source), offset, length)], position)
-            if options.sync:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
+    sources = {row[0]: open_source(row[0]) for row in ranges}
+    move((range_of_row(row, sources[row[0]]) for row in ranges), progress, sync=options.sync)
     items: Items = {}
     for name, parts in files.items():
         items.update(write_file(folder / name, parts, options._replace(progress=progress)))

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +181,17 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
         options = options._replace(digest=options.digest or algorithm_of(metadata))
         metadata.pop(DIGEST, None)
     if path.name.endswith(_INDEX_SUFFIX):
-        _write_shards(_shards_by_origin(layout.entries), metadata, path, options)
+        known = read_index(like.path)[0] if like is not None and like.path.name.endswith(_INDEX_SUFFIX) else {}
+        _write_shards(_shards_by_origin(layout.entries, known), metadata, path, options)
     elif options.shard_size is None:
         write_file(layout.entries, metadata, path, options)
     else:
-        with options.new_folder(path) as folder:
+        with options.together(path) as (folder, inner):
             shards = _shards_by_size(layout.entries, options.shard_size)
             if len(shards) == 1:
-                write_file(layout.entries, metadata, folder / "model.safetensors", options)
+                write_file(layout.entries, metadata, folder / "model.safetensors", inner)
             else:
-                _write_shards(shards, metadata, folder / f"model{_INDEX_SUFFIX}", options)
+                _write_shards(shards, metadata, folder / f"model{_INDEX_SUFFIX}", inner)
     return layout.notes
 
 
@@ -207,13 +208,21 @@ def _shards_by_size(entries: list[Entry], shard_size: int) -> dict[str, list[Ent
     return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
 
 
-def _shards_by_origin(entries: list[Entry]) -> dict[str, list[Entry]]:
-    """Each tensor in a file of the name it was read from."""
+def _shards_by_origin(entries: list[Entry], known: Mapping[str, str]) -> dict[str, list[Entry]]:
+    """Each tensor in a file of the name it was read from; what is computed in that of its name, or beside the last one.
+
+    Args:
+        entries: The tensors.
+        known: The file of each name in the index that they come from.
+    """
+    files = dict.fromkeys(known.values())
+    file = next(iter(files), "model-00001-of-00001.safetensors")
     shards: dict[str, list[Entry]] = {}
     for entry in entries:
-        source = entry.tensor.storage.pieces[0].source
-        assert isinstance(source, StoredSource)
-        shards.setdefault(source.path.name, []).append(entry)
+        source = entry.tensor.storage.pieces[0].source if entry.tensor.storage.pieces else None
+        origin = source.path.name if isinstance(source, StoredSource) else ""
+        file = origin if origin in files else known.get(entry.name, file)
+        shards.setdefault(file, []).append(entry)
     return shards
 
 
@@ -221,8 +230,9 @@ def _write_shards(
     shards: dict[str, list[Entry]], metadata: dict[str, str], index: Location, options: WriteOptions
 ) -> None:
     """The files beside `index`, then the index itself; shards of the index that it replaces are removed at last."""
-    replaced = _shards_of(index)
-    taken = replaced | {file.name for file in index.parent.iterdir()}
+    is_new = options.shared is not None  # what is there is of an earlier attempt, to be written again
+    replaced = set() if is_new else _shards_of(index)
+    taken = set() if is_new else replaced | {file.name for file in index.parent.iterdir()}
     names = {file: _fresh_shard_name(file) if file in taken else file for file in shards}
     weight_map = {entry.name: names[file] for file, entries in shards.items() for entry in entries}
     total = sum(entry.tensor.nbytes for entries in shards.values() for entry in entries)
