@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["RemapReport", "check_distributed", "remap"]
 
 DISTRIBUTED = "dcp"
-_FOLDER = "folder"
 """The container that several processes write together."""
+_FOLDER = "folder"
 
 
 class RemapReport(Report):
