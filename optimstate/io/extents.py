@@ -28,6 +28,7 @@ __all__ = [
     "chunks",
     "is_far",
     "near",
+    "trips",
 ]
 
 Progress = Callable[[int], None]
@@ -79,6 +80,10 @@ class StoredSource:
 
     def prefetch(self, extents: Iterable[Extent]) -> None:
         """Say that extents of any stored sources will be read soon: what is far away fetches them together."""
+
+    def trips(self, extents: Iterable[Extent]) -> int:  # noqa: ARG002
+        """How many requests `prefetch` would make."""
+        return 0
 
     def ahead(self, extents: Iterable[Extent]) -> Iterator[bytes | memoryview]:
         """The bytes of extents of any stored sources in order, several reads under way before they are asked for."""
@@ -300,6 +305,16 @@ def announce(extents: Iterable[Extent]) -> None:
     if first is not None and is_far(first):  # one checkpoint is in one store
         assert isinstance(first.source, StoredSource)
         first.source.prefetch(chain((first,), rest))
+
+
+def trips(extents: Iterable[Extent]) -> int:
+    """How many requests `announce` would make; none for files."""
+    rest = iter(extents)
+    first = next(rest, None)
+    if first is None or not is_far(first):
+        return 0
+    assert isinstance(first.source, StoredSource)
+    return first.source.trips(chain((first,), rest))
 
 
 def chunks(extents: Iterable[Extent], size: int = CHUNK) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from optimstate.describe import describe, few
 from optimstate.errors import UsageError
 from optimstate.formats.protocol import Document
+from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.io.location import Place
 from optimstate.io.places import located
@@ -18,13 +19,13 @@ from optimstate.state.sections import Section, find_sections
 from optimstate.state.tied import tied_names
 from optimstate.surgery.contents import relative_difference, renames
 from optimstate.surgery.differences import Change, ChangeKind, DiffReport
-from optimstate.surgery.leaves import Shape, same
+from optimstate.surgery.leaves import Shape, checksum_of_number, same
 from optimstate.surgery.naming import concluded_names
-from optimstate.surgery.opening import open_to_read, opening
+from optimstate.surgery.opening import opening
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.views import MEMBERS, OTHER, Key, View
-from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import path_key
+from optimstate.tensors.lazy import LazyTensor, announced
+from optimstate.tree import nodes, path_key
 
 __all__ = ["Change", "DiffReport", "diff", "model_tensors"]
 
@@ -59,9 +60,10 @@ def diff(
     paths = [side.path if isinstance(side, Document) else located(side) for side in (left, right)]
     with opening(paths[0]):
         documents = [
-            side if isinstance(side, Document) else open_to_read(path)
+            side if isinstance(side, Document) else open_checkpoint(path)
             for side, path in zip((left, right), paths, strict=True)
         ]
+        _announce(documents, headers=headers)
         comparison = _Comparison(headers, template, tolerance, progress)
         sides = _Side(documents[0]), _Side(documents[1])
         for mine, theirs in _pairs(*sides):
@@ -129,6 +131,16 @@ def _pairs(left: _Side, right: _Side) -> Iterator[tuple[Section | None, Section 
         yield section, alike
     for other in rest:
         yield left.section_at(other), other
+
+
+def _announce(documents: Sequence[Document], *, headers: bool) -> None:
+    """Say what will be read of both sides: of headers alone, numbers; of these none whose checksums say the same."""
+    tensors = [node for side in documents for node in nodes(side.tree) if isinstance(node, LazyTensor)]
+    asked = [tensor for tensor in tensors if tensor.numel == 1] if headers else tensors
+    if any(checksum_of_number(tensor) is None for tensor in asked if tensor.numel == 1):
+        announced(asked)
+    else:
+        announced(tensor for tensor in asked if tensor.numel != 1)
 
 
 class _Comparison:

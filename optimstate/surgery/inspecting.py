@@ -311,7 +311,8 @@ class _Look:
         return found
 
     def _optimizer_info(self, path: str, state: OptimizerState) -> OptimizerInfo:
-        slots, steps, fresh = counted(state)
+        counts = counted(state)
+        slots = counts.slots
         algorithm = algorithm_of(slots, state)
         return OptimizerInfo(
             path,
@@ -319,12 +320,13 @@ class _Look:
             state.is_named,
             tuple(_group_info(group) for group in state.groups),
             tuple(SlotInfo(str(n), c.parameters, tuple(sorted(c.dtypes)), c.nbytes) for n, c in slots.items()),
-            dict(sorted(steps.items())),
-            fresh,
+            dict(sorted(counts.steps.items())),
+            counts.fresh,
             len(state.orphans()),
             sum(count.nbytes for count in slots.values()),
             self._names_of(state, algorithm) if self.alone and state.is_named else {},
             self._listing(path, state, algorithm) if self.listed else (),
+            unread_steps=counts.unread,
         )
 
     def _names_of(self, state: OptimizerState, algorithm: Algorithm | None) -> dict[str, tuple[int, str]]:

@@ -170,7 +170,8 @@ def _optimizer(info: OptimizerInfo, view: View) -> Iterator[str]:
     yield f"optimizer at {info.path}: {algorithm}, {plural(len(info.groups), 'group')}, {names}"
     count = sum(group.parameters for group in info.groups)
     steps = ", ".join(f"{step} (x{n})" if len(info.steps) > 1 else step for step, n in info.steps.items()) or "none"
-    yield f"  {plural(count, 'parameter')}, {size(info.nbytes)} of state, step {steps}"
+    unread = f" ({info.unread_steps:,} were not read: they lie apart in the store)" if info.unread_steps else ""
+    yield f"  {plural(count, 'parameter')}, {size(info.nbytes)} of state, step {steps}{unread}"
     if info.fresh:
         yield f"  {plural(info.fresh, 'parameter')} without state (fresh)"
     if info.slots:

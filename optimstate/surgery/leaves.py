@@ -26,7 +26,7 @@ from optimstate.tree import (
     path_key,
 )
 
-__all__ = ["Shape", "is_leaf", "key_in_path", "leaves", "opened_file", "same", "spelled"]
+__all__ = ["Shape", "checksum_of_number", "is_leaf", "key_in_path", "leaves", "opened_file", "same", "spelled"]
 
 MAX_LEAVES = 5_000_000
 MAX_JSON = 1 << 24  # bytes of a JSON file that is looked into
@@ -179,7 +179,17 @@ def _attributes(tensor: LazyTensor) -> Mapping[str, Any]:
     return tensor.attributes if isinstance(tensor, AttributedTensor) else {}
 
 
+def checksum_of_number(tensor: LazyTensor) -> int | None:
+    """The CRC-32 of a number where its container recorded one: of up to four bytes it tells any two apart."""
+    storage = tensor.storage
+    return storage.crc if tensor.nbytes == storage.nbytes <= 4 else None
+
+
 def _equal_elements(a: LazyTensor, b: LazyTensor) -> bool:
+    if a.flags == b.flags and a.numel == 1:
+        known = checksum_of_number(a), checksum_of_number(b)
+        if None not in known:
+            return known[0] == known[1]
     if a.flags == b.flags:
         return all(x == y for x, y in zip(a.chunks(), b.chunks(), strict=True))
     from optimstate.surgery.statistics import blocks

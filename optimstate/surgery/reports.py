@@ -67,6 +67,7 @@ class OptimizerInfo(Record):
         algorithm: The class its state and options are those of, or None.
         named: Whether parameters have names.
         steps: Each step count found, with how many parameters (or groups) have it.
+        unread_steps: Parameters whose steps were not read: in a store each takes a request, so that some stand for all.
         fresh: Parameters without state.
         orphans: Entries of state that belong to no parameter.
         names: Of an optimizer in a checkpoint without a model: as in `ModelInfo`, with the parameters' shapes.
@@ -83,6 +84,7 @@ class OptimizerInfo(Record):
     nbytes: int
     names: Mapping[str, tuple[int, str]]
     parameters: tuple[ParameterInfo, ...]
+    unread_steps: int = 0
     kind: str = "optimizer"
 
 

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from optimstate.io.extents import trips
+from optimstate.record import Record
 from optimstate.state.algorithms.registry import recognise
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.optimizer import OptimizerState
@@ -16,7 +18,10 @@ from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, announced
 from optimstate.tree import Opaque
 
-__all__ = ["algorithm_of", "counted", "flat_slots", "is_flat"]
+FAR_STEPS = 6
+"""How many steps are read of a store that needs more requests than that for all of them."""
+
+__all__ = ["Counts", "algorithm_of", "counted", "flat_slots", "is_flat"]
 
 
 def algorithm_of(slots: Iterable[Any], state: OptimizerState) -> Algorithm | None:
@@ -55,7 +60,23 @@ class _SlotCount:
         self.nbytes += times * DTYPES[dtype].itemsize * math.prod(shape)
 
 
-def counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str], int]:
+class Counts(Record):
+    """What is counted of an optimizer.
+
+    Attributes:
+        slots: By name.
+        steps: How many parameters are at each step.
+        unread: Of how many the step was not read, because it takes a request for each.
+        fresh: How many have no state.
+    """
+
+    slots: dict[str, _SlotCount]
+    steps: Counter[str]
+    unread: int
+    fresh: int
+
+
+def counted(state: OptimizerState) -> Counts:
     """What there is of each slot, how many parameters are at each step, and how many have no state."""
     # Checkpoints have few kinds of slots and many tensors: what costs something is done once for each kind.
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
@@ -63,7 +84,7 @@ def counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str],
     steps: list[str] = []
     scalars = _ScalarReader()
     fresh = 0
-    announced(_unknown_steps(state))
+    unread = _announced_steps(state)
     for _, _, found in state.parameters():
         if not found:
             fresh += 1
@@ -71,7 +92,7 @@ def counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str],
         for slot, value in found.items():
             if type(value) is LazyTensor:
                 tensors.append((slot, value.dtype, value.shape))
-                if slot == "step":
+                if slot == "step" and id(value) not in unread:
                     steps.append(scalars.text(value))
                 continue
             for path, inner in flat_slots({slot: value}):
@@ -82,7 +103,18 @@ def counted(state: OptimizerState) -> tuple[dict[str, _SlotCount], Counter[str],
         slots.setdefault(slot, _SlotCount()).add_tensors(dtype, shape, times)
     if not steps:  # some algorithms count per group
         steps += [scalars.text(group.options["step"]) for group in state.groups if "step" in group.options]
-    return slots, Counter(steps), fresh
+    return Counts(slots, Counter(steps), len(unread), fresh)
+
+
+def _announced_steps(state: OptimizerState) -> set[int]:
+    """Announce the steps that are read; the identities of those that are not, where a store has each by itself."""
+    unknown = list(_unknown_steps(state))
+    if len(unknown) > FAR_STEPS and trips(extent for step in unknown for extent in step.storage.reach()) > FAR_STEPS:
+        chosen = [unknown[place * (len(unknown) - 1) // (FAR_STEPS - 1)] for place in range(FAR_STEPS)]
+        announced(chosen)
+        return {id(step) for step in unknown} - {id(step) for step in chosen}
+    announced(unknown)
+    return set()
 
 
 def _unknown_steps(state: OptimizerState) -> Iterator[LazyTensor]:

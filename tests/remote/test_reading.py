@@ -123,6 +123,32 @@ def test_inspecting_two_gigabytes_takes_few_requests(ranges: RangeServer, tmp_pa
         assert ranges.sent < 4 << 20
 
 
+def test_steps_that_lie_apart_are_not_all_read(ranges: RangeServer) -> None:
+    """As in large checkpoints; which of them were read is said."""
+    folder = ranges.root / "bucket"
+    folder.mkdir()
+    weights = {f"{n}.weight": torch.zeros(256, 128) for n in range(30)}
+    names = list(weights)
+    state = {n: {"step": torch.tensor(5.0), "exp_avg": weights[name]} for n, name in enumerate(names)}
+    group = {"lr": 0.1, "params": list(state), "param_names": names}
+    torch.save({"model": weights, "optimizer": {"state": state, "param_groups": [group]}}, folder / "run.pt")
+    optimstate.convert(folder / "run.pt", folder / "run.dcp")
+    near, far = (
+        next(section for section in optimstate.inspect(place).sections if section.kind == "optimizer")
+        for place in (folder / "run.dcp", "s3://bucket/run.dcp")
+    )
+    assert len(ranges.requests) <= 12, ranges.requests
+    assert (near.steps, near.unread_steps) == ({"5": 30}, 0)
+    assert (far.steps, far.unread_steps) == ({"5": 6}, 24)
+    assert "step 5 (24 were not read" in str(optimstate.inspect("s3://bucket/run.dcp"))
+
+
+def test_headers_of_zips_are_compared_by_their_directories(ranges: RangeServer, checkpoint: Path) -> None:
+    served(ranges, checkpoint, "bucket/run.pt")
+    assert optimstate.diff("s3://bucket/run.pt", checkpoint, headers=True).equal == 24
+    assert len(ranges.requests) <= 4, ranges.requests
+
+
 def test_the_same_over_the_web(web: RangeServer) -> None:
     sparse_zip(web.root / "run.pt")
     (web.root / "shards").mkdir()

@@ -212,6 +212,14 @@ class RemoteSource(StoredSource):
             (each.source, each.offset, each.length) for each in extents if isinstance(each.source, RemoteSource)
         )
 
+    def trips(self, extents: Iterable[Extent]) -> int:
+        """How many requests `prefetch` would make."""
+        wanted: dict[int, tuple[RemoteSource, list[tuple[int, int]]]] = {}
+        for each in extents:
+            if isinstance(each.source, RemoteSource):
+                wanted.setdefault(id(each.source), (each.source, []))[1].append((each.offset, each.length))
+        return sum(1 for source, ranges in wanted.values() for _ in source.missing(ranges))
+
     def missing(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """The requests that ranges need which are not here."""
         begun, end = -1, -1
