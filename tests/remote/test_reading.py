@@ -26,6 +26,7 @@ from optimstate.errors import (
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.places import located
+from tests.cli.test_together import together
 from tests.remote.conftest import SECRET
 from tests.remote.server import RangeServer, serving
 
@@ -221,6 +222,20 @@ def test_a_copy_reads_every_byte_once(web: RangeServer, checkpoint: Path, tmp_pa
         torch.load(checkpoint)["model"].keys()
         == optimstate.open_checkpoint(tmp_path / "copy.safetensors").tree["model"].keys()
     )
+
+
+def test_processes_of_torchrun_share_what_is_in_a_store(ranges: RangeServer, checkpoint: Path, tmp_path: Path) -> None:
+    optimstate.convert(checkpoint, tmp_path / "run.dcp")
+    served(ranges, tmp_path / "run.dcp", "bucket/run.dcp")
+    ranges.forget()
+    arguments = ["remap", "s3://bucket/run.dcp", tmp_path / "far", "--rename", "0.{p}=first.{p}", "--copy"]
+    done = together(2, arguments, OPTIMSTATE_PATIENCE="10")
+    assert [code for code, _ in done] == [0, 0], done
+    optimstate.remap(tmp_path / "run.dcp", tmp_path / "near", optimstate.Plan.from_options(rename=["0.{p}=first.{p}"]))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "far").iterdir()} == {
+        file.name: file.read_bytes() for file in (tmp_path / "near").iterdir()
+    }
+    assert ranges.sent < 1.1 * checkpoint.stat().st_size
 
 
 # --- one version ------------------------------------------------------------------------------------------------------

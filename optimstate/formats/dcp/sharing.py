@@ -65,7 +65,8 @@ def _ranges(made: Layout, folder: Location, size: int) -> list[list[Any]]:
             place = bisect_right(starts, at) - 1
             length = min(stop, starts[place + 1]) - at
             target = str(folder / made.source.metadata.files[files[place]])
-            share.append([str(sources[place].path), at - starts[place], target, at - starts[place], length])
+            at_in_file = at - starts[place]
+            share.append([str(sources[place].path), at_in_file, target, at_in_file, length])
             at += length
         shares.append(share)
     return shares
@@ -88,9 +89,9 @@ def share_out(made: Layout, stage: Stage, options: WriteOptions, *, copied: bool
     owned = [names[len(names) * rank // team.size : len(names) * (rank + 1) // team.size] for rank in range(team.size)]
     ranges = _ranges(made, folder, team.size) if copied else [[] for _ in range(team.size)]
     if team.rank == 0:
-        for share in ranges:
-            for source, _, target, _, _ in share:
-                _reserve(Path(target), Path(source).stat().st_size)
+        if copied and made.source is not None:
+            for number in made.linked():
+                _reserve(Path(str(folder / made.source.metadata.files[number])), made.source.sources[number].size)
         for rank in range(1, team.size):
             rows = {name: _rows(made.files[name]) for name in owned[rank]}
             stage.give(rank, {"ranges": ranges[rank], "files": None if None in rows.values() else rows})

@@ -199,12 +199,12 @@ class Template(Record):
         found = self._regex.fullmatch(name)
         if found is None:
             return None
+        for key, choices in self._choices:
+            if found[key] not in choices:
+                return None
         captures = found.groupdict()
         if None in captures.values():
             captures = {key: value for key, value in captures.items() if value is not None}
-        for key, choices in self._choices:
-            if captures[key] not in choices:
-                return None
         return self._solved(captures) if self.has_affine else captures
 
     @cached_property
