@@ -290,6 +290,30 @@ def test_a_server_that_does_wrong_is_an_error_of_one_line(
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("ignore-range", "does not give ranges"),
+        ("more", "165536 came"),
+        ("size", "another range than was asked for"),
+        ("short", "were asked for"),
+        (403, "access is denied"),
+        (404, "no such file"),
+        (400, "the store answers 400 Bad Request"),
+        (301, "in another region"),
+    ],
+)
+def test_a_store_that_does_wrong_is_an_error_of_one_line(
+    ranges: RangeServer, checkpoint: Path, fault: Any, message: str
+) -> None:
+    served(ranges, checkpoint, "bucket/run.pt")
+    ranges.faults["/bucket/run.pt"] = fault
+    with pytest.raises(CheckpointError, match=message) as caught:
+        optimstate.verify("s3://bucket/run.pt")
+    assert "\n" not in caught.value.message
+    assert not any(word in str(caught.value) for word in ("secret", "Debug", "Generic", SECRET))
+
+
 def test_a_server_that_is_busy_is_asked_again(
     web: RangeServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from optimstate.errors import CheckpointError, CheckpointNotFoundError
+from optimstate.errors import CheckpointError, CheckpointNotFoundError, UnsupportedCheckpointError
 from optimstate.io.remote.addresses import ALLOW_HTTP, allows_http
 from optimstate.io.remote.store import (
     PATIENCE,
@@ -150,7 +150,13 @@ class ObjectStore:
                 raise CheckpointError(
                     "access is denied", path=place, hint="Check the credentials in the environment, and the name."
                 ) from None
-            if "301 Moved" in text or "PermanentRedirect" in text:
+            if "non-partial response" in text:
+                raise UnsupportedCheckpointError(
+                    "the server does not give ranges of files", path=place, hint="Download the file first."
+                ) from None
+            if "UnexpectedRange" in text:
+                raise CheckpointError("the store gives another range than was asked for", path=place) from None
+            if any(said in text for said in ("301 Moved", "PermanentRedirect", "redirect without LOCATION")):
                 raise CheckpointError(
                     "the bucket is in another region", path=place, hint="Set AWS_REGION to its region."
                 ) from None
@@ -239,7 +245,7 @@ def _reason(text: str) -> str:
     """What is wrong, of the long message of a library."""
     with suppress(ValueError):
         at = text.index("status code: ")
-        return f"the store answers {without_secrets(text[at + 13 :])}"[:120]
+        return f"the store answers {without_secrets(text[at:]).removeprefix('status code: ')}"[:120]
     if "error sending request" in text:
         return "the store does not answer"
     return without_secrets(text)

@@ -140,12 +140,15 @@ def pool() -> ThreadPoolExecutor:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
+_ANSWERED = re.compile(r"<\?xml|Debug source")
+_BODY = re.compile(r"(status code: \d{3} [A-Za-z ]+):.*")
 _USER = re.compile(r"://[^/\s@]+@")
 
 
 def without_secrets(text: str) -> str:
     """A message of a library in one line, without queries and users in its addresses, and without what was answered."""
-    line = " ".join(text.split("<?xml")[0].split())
+    line = " ".join(_ANSWERED.split(text)[0].split())
+    line = _BODY.sub(r"\1", line)
     return _USER.sub("://", _QUERY.sub(r"\1", line)).rstrip(": ")[:300]
 
 
