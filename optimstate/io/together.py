@@ -175,15 +175,30 @@ class Stage(AtomicDirectory):
             DestinationError: It does not.
         """
         begun = time.monotonic()
+        others: dict[Path, float] = {}
         while True:
             work = self._read(f"work.{self.team.rank}")
             if work is not None:
                 return work
             if self.folder.is_dir():
                 self._expect(0, None)
+            elif self._is_elsewhere(others):
+                raise DestinationError(
+                    f"{self.path}: rank 0 writes it by another command, or from another version of the source",
+                    hint="Start all processes with the same arguments, when nobody writes to the source any more.",
+                )
             elif time.monotonic() - begun > 10 * self.team.patience:
                 raise DestinationError(f"{self.path}: rank 0 has not begun in {10 * self.team.patience:.0f} seconds")
             time.sleep(_POLL)
+
+    def _is_elsewhere(self, others: dict[Path, float]) -> bool:
+        """Whether a first process lives in another stage of the destination: its sign has moved since it was seen."""
+        for other in others_of(self.path):
+            with suppress(OSError):
+                beat = (other / f"{_PREFIX}alive.0").stat().st_mtime
+                if others.setdefault(other, beat) != beat:
+                    return True
+        return False
 
     def vote(self, done: Any) -> None:
         """Say that this process has done its share.

@@ -141,6 +141,17 @@ def test_another_plan_does_not_go_on_with_what_is_there(source: Path, tmp_path: 
     assert len(list(target.glob("*.distcp"))) == 3
 
 
+def test_processes_with_different_plans_are_told_apart(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    first = begin(0, 2, ["convert", source, target, "--to", "dcp", "--ranks", "2"], OPTIMSTATE_PATIENCE="4")
+    second = begin(1, 2, ["convert", source, target, "--to", "dcp", "--ranks", "3"], OPTIMSTATE_PATIENCE="30")
+    code, said = ended(second)
+    assert code == 5
+    assert "by another command" in said
+    assert ended(first)[0] == 5
+    assert not target.exists()
+
+
 def test_a_killed_first_process_is_noticed(source: Path, tmp_path: Path) -> None:
     arguments = ["convert", source, tmp_path / "b", "--to", "dcp", "--ranks", "2"]
     first = begin(0, 3, arguments, OPTIMSTATE_PATIENCE="30")
