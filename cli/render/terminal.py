@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -69,12 +69,19 @@ def _folded_line(line: str, width: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _size(sources: Iterable[Location]) -> int:
+    """The bytes of all files; 0 where they cannot be looked at, which who reads them says."""
+    try:
+        files = [file for source in sources for file in (source.rglob("*") if source.is_dir() else (source,))]
+        return sum(file.stat().st_size for file in files if file.is_file())
+    except (OSError, ValueError):
+        return 0
+
+
 @contextmanager
 def progress(verb: str, *sources: Location, quiet: bool = False) -> Iterator[Callable[[int], None] | None]:
     """A progress bar on stderr with rate and time left, for long work on a terminal; None otherwise."""
-    files = [file for source in sources for file in (source.rglob("*") if source.is_dir() else (source,))]
-    total = sum(file.stat().st_size for file in files if file.is_file())
-    if total < PROGRESS_FROM or quiet or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty() or (total := _size(sources)) < PROGRESS_FROM:
         yield None
         return
     from rich.console import Console

@@ -27,9 +27,9 @@ def check_destination(destination: Location, sources: Sequence[Location], *, for
         return
     try:
         for source in sources:
-            if not isinstance(source, Path):
+            if not isinstance(source, Path) or not _is_there(source):
                 continue
-            if destination.exists() and source.exists() and destination.samefile(source):
+            if destination.exists() and destination.samefile(source):
                 raise DestinationError(
                     f"{destination}: source and destination are the same",
                     hint="Give another destination; `remap --in-place` changes a file where it is.",
@@ -52,6 +52,15 @@ def check_destination(destination: Location, sources: Sequence[Location], *, for
         if isinstance(error, DestinationError):
             raise
         raise cannot_write(destination, error) from error
+
+
+def _is_there(source: Path) -> bool:
+    """Whether a source can be looked at; who reads it says why not."""
+    try:
+        source.stat()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _check_remote(destination: Location, sources: Sequence[Location], *, force: bool) -> None:

@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optimstate.errors import UsageError
 from optimstate.io.extents import FileSource, StoredSource
 from optimstate.io.location import Location, Place
 
@@ -31,8 +32,10 @@ def located(place: Place) -> Location:
     """A place by its name.
 
     Raises:
-        UsageError: It is in a store of an unknown kind, or there are credentials in the name.
+        UsageError: It is empty, in a store of an unknown kind, or there are credentials in the name.
     """
+    if place == "":
+        raise UsageError("a path is empty", hint="Give the name of a file or folder; `.` is the current folder.")
     if isinstance(place, str) and "://" in place:
         from optimstate.io.remote.path import remote  # only who names a store pays for it
 

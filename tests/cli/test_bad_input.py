@@ -171,6 +171,24 @@ def test_the_source_is_no_destination(place: Path) -> None:
             check(run("convert", str(good), str(out), *force), DESTINATION, "same")
 
 
+def test_a_source_that_cannot_be_looked_at_is_the_one_that_is_blamed(place: Path) -> None:
+    (place / "loop.pt").symlink_to("loop.pt")
+    for name, reason in (("loop.pt", "levels of symbolic links"), ("n" * 256, "name too long"), ("good.pt/x", "Not a")):
+        out = str(place / "out.pt")
+        for words in (["verify"], ["diff", str(place / "good.pt")], ["convert", out], ["remap", out, *RENAME]):
+            check(run(words[0], str(place / name), *words[1:]), BAD_INPUT, reason)
+    check(run("verify", ""), USAGE, "a path is empty")
+    check(run("convert", str(place / "good.pt"), "", "--force"), USAGE, "a path is empty")
+
+
+def test_a_link_at_the_destination_is_replaced_and_not_followed(place: Path) -> None:
+    (place / "kept.pt").write_bytes(b"precious")
+    (place / "link.pt").symlink_to("kept.pt")
+    assert run("convert", str(place / "good.pt"), str(place / "link.pt"), "--force").code == 0
+    assert not (place / "link.pt").is_symlink()
+    assert (place / "kept.pt").read_bytes() == b"precious"
+
+
 def test_a_folder_is_not_written_into_itself(place: Path) -> None:
     folder = place / "run"
     folder.mkdir()
