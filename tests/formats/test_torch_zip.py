@@ -366,6 +366,18 @@ def interrupted(source: Path, folder: Path) -> tuple[bytes, bytes]:
     return old, new
 
 
+def test_a_file_that_grew_since_it_was_read_is_not_edited_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    torch.save({"w": torch.ones(3)}, path)
+    document = open_checkpoint(path)
+    with path.open("ab") as file:
+        file.write(b"more")
+    before = path.read_bytes()
+    with pytest.raises(DestinationError, match="changed while it was read"):
+        zip_writer.rewrite_in_place(document, {"wrapped": document.tree})
+    assert path.read_bytes() == before
+
+
 # Of one tensor and of many: the directory of the second is longer than what readers look through for an end.
 EDITED = {"short": 3, "long": 1200}
 

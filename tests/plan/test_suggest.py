@@ -131,6 +131,15 @@ def test_contents_that_several_names_have_decide_nothing(side: str) -> None:
     assert found.rules == ()
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_rows_that_several_names_have_decide_nothing(side: int) -> None:
+    many, one = ("a", "b"), ("p", "q")
+    rows = {"a": b"12", "b": b"12", "p": b"12", "q": b"34"}
+    old, new = (dict.fromkeys(names, (2,)) for names in ((many, one), (one, many))[side])
+    found = suggest(old, new, rows=lambda _, name, __: [rows[name][:1], rows[name][1:]])
+    assert found.rules == ()
+
+
 def test_the_same_elements_in_another_shape() -> None:
     old, new = layers("h.{i}.proj.weight", (8, 3, 2, 2)), layers("h.{i}.proj.weight", (8, 12))
     found = suggest(old, new)

@@ -80,6 +80,14 @@ def test_renamed_parameters_are_recognised_by_content_in_model_and_optimizer(tmp
     assert len(changes) == len(renamed)  # step, too, is compared with that of the same parameter
 
 
+def test_content_that_several_have_makes_no_rename(tmp_path: Path) -> None:
+    weight = torch.arange(6.0).reshape(2, 3)
+    for side, names in (("left", ("a.weight", "b.weight")), ("right", ("c.weight", "d.weight"))):
+        torch.save({"model": {name: weight.clone() for name in names}}, tmp_path / f"{side}.pt")
+    changes = diff(tmp_path / "left.pt", tmp_path / "right.pt").changes
+    assert Counter(change.kind for change in changes) == {"removed": 2, "added": 2}
+
+
 def test_tying_is_a_difference(tmp_path: Path) -> None:
     left, right = tmp_path / "left.pt", tmp_path / "right.pt"
     weight = torch.randn(3, 3)
@@ -260,6 +268,8 @@ def unlike() -> dict[str, tuple[Any, Any]]:
         "counters": (Counter(a=1), {"a": 1}),
         "storages": (torch.FloatStorage([1, 2]), torch.FloatStorage([1, 3])),
         "long keys": ({"x" * 9000 + "a": 1}, {"x" * 9000 + "b": 1}),
+        "not a number": (float("nan"), 1.0),
+        "numbers that are none": (torch.tensor([float("nan")]), torch.tensor([1.0])),
         "devices": (torch.device("cpu"), torch.device("cuda:0")),
     }
 

@@ -69,6 +69,10 @@ def stale_learning_rate(c: Checkpoint) -> None:
     c["optimizer"]["param_groups"][1]["lr"] = 1e-3
 
 
+def rate_of_another_decimal(c: Checkpoint) -> None:
+    c["optimizer"]["param_groups"][1]["lr"] *= 1 + 1e-4
+
+
 def other_number_of_groups(c: Checkpoint) -> None:
     c["scheduler"]["_last_lr"] = [1e-3]
 
@@ -156,6 +160,7 @@ FAULTS += [(no_groups, "group"), (no_rate, "lr")]
 NOTES: list[tuple[Callable[[Checkpoint], None], str]] = [
     (orphan_state, "coverage"),
     (stale_learning_rate, "lr"),
+    (rate_of_another_decimal, "lr"),
     (wrong_dtype, "dtypes"),
     (step_mismatch, "steps"),
     (no_model, "section"),
@@ -169,6 +174,14 @@ def test_what_may_be_right_is_a_note(plant: Callable[[Checkpoint], None], check:
     report = verify(saved(checkpoint, tmp_path))
     assert report.healthy
     assert check in {finding.kind for finding in report.findings}
+
+
+def test_neighbours_in_one_storage_share_nothing(tmp_path: Path) -> None:
+    checkpoint = trained()
+    both = torch.stack([slots(checkpoint)["exp_avg"], slots(checkpoint)["exp_avg_sq"]])
+    slots(checkpoint).update(exp_avg=both[0], exp_avg_sq=both[1])
+    assert both[0].untyped_storage().data_ptr() == both[1].untyped_storage().data_ptr()
+    assert not verify(saved(checkpoint, tmp_path)).findings
 
 
 def refused_by_torch(checkpoint: Checkpoint) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from math import prod
 
@@ -70,6 +71,16 @@ def rearranged_in_part(search: Search) -> None:
 
 
 def _arranged(search: Search, *, whole: bool) -> None:
+    found = list(_candidates(search, whole=whole))
+    # The same contents under another name decide nothing where several have them: zeros, ones, copies.
+    equal = [(source, target) for source, target, operations, _ in found if not operations and source != target]
+    sources, targets = Counter(source for source, _ in equal), Counter(target for _, target in equal)
+    for source, target, operations, reason in found:
+        if operations or (source != target and sources[source] == targets[target] == 1):
+            search.propose([source], [target], 1.0, reason, *operations)
+
+
+def _candidates(search: Search, *, whole: bool) -> Iterator[tuple[str, str, tuple[Operation, ...], str]]:
     news = families_of(search.new)
     for pattern, family in families_of(search.old).items():
         for other in sorted(news.values(), key=lambda other: other.pattern != pattern):
@@ -77,9 +88,7 @@ def _arranged(search: Search, *, whole: bool) -> None:
             if whole and other.pattern != pattern and prod(shape) != prod(wanted):
                 continue
             if other.members.keys() == family.members.keys():
-                for source, target, operations, reason in _arrangements(search, family, other):
-                    if operations or source != target:
-                        search.propose([source], [target], 1.0, reason, *operations)
+                yield from _arrangements(search, family, other)
 
 
 def _members(source: str, family: Family) -> list[str]:
