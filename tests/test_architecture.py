@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,24 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     for name in sorted(graph):
         if name not in state:
             visit(name, ())
+
+
+# A drop-in has both names of torch's: `torch.optim._functional` from ever, `torch.optim.functional` since 2.15.
+ALIKE = [("optim", "_functional", "functional")]
+
+
+def test_no_two_files_of_a_package_are_told_apart_by_an_s_or_an_underscore() -> None:
+    by_package: dict[str, list[str]] = {}
+    for name in MODULES:
+        package, _, module = name.removeprefix("optimstate.").rpartition(".")
+        by_package.setdefault(package, []).append(module)
+    alike = [
+        (package, one, other)
+        for package, modules in by_package.items()
+        for one, other in combinations(sorted(modules), 2)
+        if one.replace("_", "").rstrip("s") == other.replace("_", "").rstrip("s")
+    ]
+    assert alike == ALIKE
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
