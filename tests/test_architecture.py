@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from itertools import combinations
@@ -237,6 +238,15 @@ def test_importing_the_package_imports_neither_torch_nor_numpy() -> None:
     code = "import optimstate, sys; print(sorted({'torch', 'numpy', 'typer', 'rich'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_every_package_is_named_for_the_build() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {
+        file.parent.relative_to(ROOT) for top in ("optimstate", "hooks", "cli") for file in (ROOT / top).rglob("*.py")
+    }
+    named = {".".join(f.parts if f.parts[0] == "optimstate" else ("optimstate", *f.parts)) for f in folders}
+    assert sorted(named) == listed
 
 
 def test_public_names_are_sorted_and_resolve() -> None:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import venv
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -31,15 +30,6 @@ def requirements(name: str) -> set[str]:
             except PackageNotFoundError:  # another platform's
                 continue
     return found
-
-
-def test_every_package_is_named_for_the_build() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {
-        file.parent.relative_to(ROOT) for top in ("optimstate", "hooks", "cli") for file in (ROOT / top).rglob("*.py")
-    }
-    named = {".".join(f.parts if f.parts[0] == "optimstate" else ("optimstate", *f.parts)) for f in folders}
-    assert sorted(named) == listed
 
 
 @pytest.fixture(scope="module")
