@@ -67,7 +67,7 @@ class S3Upload:
                 ) from None
             if code == "NoSuchBucket":
                 raise DestinationError(f"{self._place}: there is no such bucket", hint="Create it first.") from None
-            raise cannot_write(self._place, RuntimeError(code) if code else error) from None
+            raise cannot_write(self._place, RuntimeError(f"the store answers {code}") if code else error) from None
 
     def _later(self, ask: Callable[[], str]) -> None:
         if len(self._parts) >= IN_FLIGHT:
