@@ -54,9 +54,10 @@ def by_content(
 
 def relative_difference(a: LazyTensor, b: LazyTensor) -> float | None:
     """|a - b| / |a| in double precision, block by block; None where elements are not numbers torch can subtract."""
-    if not a.numel:
+    from optimstate.surgery.statistics import blocks, can_be_read
+
+    if not a.numel or not can_be_read(a) or not can_be_read(b):
         return None
-    from optimstate.surgery.statistics import blocks
 
     difference = norm = 0.0
     pairs = zip(blocks(a), blocks(b), strict=True)

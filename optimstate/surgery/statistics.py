@@ -11,9 +11,20 @@ from optimstate.io.extents import Progress, chunks
 from optimstate.problems import Kind
 from optimstate.record import Record
 from optimstate.state.algorithms.slots import Algorithm
+from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
 
-__all__ = ["Statistics", "blocks", "is_measurable", "measured", "oddities", "second_moments", "statistics"]
+__all__ = [
+    "Statistics",
+    "blocks",
+    "can_be_read",
+    "is_floating",
+    "is_measurable",
+    "measured",
+    "oddities",
+    "second_moments",
+    "statistics",
+]
 
 BLOCK_ELEMENTS = 1 << 16  # a block and its copy in double precision stay in the cache of a core
 
@@ -168,10 +179,18 @@ def measured(slots: Iterable[tuple[Any, Any]], progress: Progress | None = None)
 
 
 def is_measurable(value: Any) -> bool:
-    """Whether a value is a tensor of floating-point or complex numbers."""
-    if not isinstance(value, LazyTensor) or not value.numel or value.dtype == "float4_e2m1fn_x2":
-        return False
-    return value.dtype.startswith(("float", "bfloat", "complex"))
+    """Whether a value is a tensor of floating-point or complex numbers that torch can compute with."""
+    return isinstance(value, LazyTensor) and value.numel > 0 and is_floating(value) and can_be_read(value)
+
+
+def is_floating(tensor: LazyTensor) -> bool:
+    """Whether its numbers could be NaN or infinite."""
+    return tensor.dtype.startswith(("float", "bfloat", "complex"))
+
+
+def can_be_read(tensor: LazyTensor) -> bool:
+    """Whether torch has numbers of its dtype, each on its own."""
+    return DTYPES[tensor.dtype].in_torch and tensor.dtype != "float4_e2m1fn_x2"
 
 
 def second_moments(algorithm: Algorithm | None) -> set[str]:

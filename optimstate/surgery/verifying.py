@@ -210,6 +210,12 @@ class _Rest:
         """What no check looked into."""
         if not numbers and self.tensors:
             yield f"the contents of {plural(self.tensors, 'tensor')}: they were not read (--no-numbers)"
+        from optimstate.surgery.statistics import can_be_read, is_floating
+
+        lazy = (tensor for tensor in (*self._of_models, *self._others) if tensor.numel and is_floating(tensor))
+        packed = Counter(tensor.dtype for tensor in lazy if numbers and not can_be_read(tensor))
+        for dtype, count in packed.items():
+            yield f"the numbers of {count} times {dtype}: torch does not compute with them"
         records = Counter(
             tensor_kind(node) or f"an object of {node.type.path}"
             for node in self.found

@@ -222,6 +222,12 @@ def test_dtypes_without_a_counterpart_are_moved_as_bytes(dtype: str, nbytes: int
         header = json.loads(file.read(length))
         assert (header["net.w"]["dtype"], header["net.w"]["shape"]) == (dtype, [4, 8])
         assert file.read() == bytes(range(nbytes))
+    assert optimstate.inspect(path, statistics=True).tensors == 1
+    assert len(optimstate.verify(path).blind) == (dtype != "F8_E8M0")
+    other = raw(tmp_path / "other.safetensors", dtype, [4, 8], nbytes)
+    other.write_bytes(other.read_bytes()[:-1] + b"\0")
+    assert [change.kind for change in optimstate.diff(path, other).changes] == ["changed"]
+    assert optimstate.diff(path, path).changes == ()
     if dtype != "F8_E8M0":
         with pytest.raises(RepresentationError, match=f"{dtype}.*which torch does not have"):
             optimstate.convert(path, tmp_path / "c.pt")

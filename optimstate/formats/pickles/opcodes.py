@@ -95,7 +95,7 @@ class OpcodeError(CorruptCheckpointError):
         return error
 
 
-_FIRST_WINDOW = 1 << 16
+_FIRST_WINDOW = 1 << 14  # below `_FEW`: what is no pickle is seen at once
 
 
 def find_end(read: Callable[[int], bytes], size: int) -> tuple[bytes, int, CheckpointError | None]:
