@@ -15,6 +15,7 @@ from optimstate.errors import RepresentationError
 from optimstate.formats.pickles.globals import PLAIN_CLASSES
 from optimstate.formats.pickles.tensors import RECORDS, numpy_array, numpy_scalar, tensor_kind
 from optimstate.record import Record
+from optimstate.state.records import is_tensor
 from optimstate.state.sections import find_sections
 from optimstate.surgery.text import plural, size
 from optimstate.tensors.dtypes import DTYPES
@@ -130,9 +131,17 @@ def _holds_anything(node: Any) -> bool:
 
 
 def _refuse_lost_weights(tree: Any, lost: list[_Lost]) -> None:
-    """A pickled module is weights in a form that only its own classes read."""
+    """A pickled module is weights in a form that only its own classes read; so is a quantized or sparse weight."""
     places = {entry.path for entry in lost}
+    weights = {entry.path: entry for entry in lost if is_tensor(entry.node) and _names_a_weight(entry.path)}
     for section in find_sections(tree):
+        gone = [path for path in weights if path[:-1] == section.path and section.kind in ("model", "ema")]
+        if gone:
+            others = f" and {len(gone) - 1} more, of the model" if len(gone) > 1 else " of the model"
+            raise RepresentationError(
+                f"{weights[gone[0]].what}{others}, which would be lost",
+                hint="A torch file keeps them without --drop-opaque; make them plain (dequantized, dense) for others.",
+            )
         inside = next((section.path[:n] for n in range(len(section.path) + 1) if section.path[:n] in places), None)
         if inside is not None and section.kind in ("model", "ema"):
             found = section.tensors()
@@ -140,6 +149,11 @@ def _refuse_lost_weights(tree: Any, lost: list[_Lost]) -> None:
                 f"{format_path(inside)} holds the {plural(len(found), 'tensor')} of a model, which would be lost",
                 hint=f"--section {section.label} writes them by name; a torch file keeps them without --drop-opaque.",
             )
+
+
+def _names_a_weight(path: Path) -> bool:
+    """Whether the last key is a parameter's name: of a module in a module, or `weight` and the like."""
+    return bool(path) and isinstance(path[-1], str) and ("." in path[-1] or path[-1] in ("weight", "bias"))
 
 
 class _Lost(Record):

@@ -57,7 +57,10 @@ FILES = [
 ]
 
 
-REFUSED = {("optimstate/objects_containers", ".safetensors"): "contains itself"}
+REFUSED = {
+    ("optimstate/objects_containers", ".safetensors"): "contains itself",
+    **{("torchao/int8_weight_only", suffix): "which would be lost" for suffix in (".pt", ".safetensors")},
+}
 
 
 @pytest.mark.parametrize("case", FILES, ids=str)
@@ -187,3 +190,17 @@ def test_any_tree_loses_its_objects_and_nothing_else(tree: Any, tmp_path: Path) 
     records = [node for node in (open_checkpoint(tmp_path / "copy.pt").tree,) if isinstance(node, Opaque)]
     assert not records
     (tmp_path / "copy.pt").unlink()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", ["sparse", "quantized"])
+@pytest.mark.parametrize("name", ["fc.weight", "weight"])
+def test_a_weight_in_a_form_of_its_own_is_not_dropped(form: str, name: str, tmp_path: Path) -> None:
+    made = (
+        torch.eye(3).to_sparse() if form == "sparse" else torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8)
+    )
+    source = saved({"model": {name: made, "fc.bias": torch.ones(3), "fc.scale": torch.ones(3, 3)}}, tmp_path)
+    with pytest.raises(RepresentationError, match=f"is a {form} tensor of the model, which would be lost") as caught:
+        optimstate.convert(source, tmp_path / "b.safetensors", drop_opaque=True)
+    assert "A torch file keeps them" in caught.value.hint
+    assert not (tmp_path / "b.safetensors").exists()
