@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -370,3 +372,71 @@ def test_a_folder_with_several_checkpoints_is_told_by_its_file_latest(tmp_path: 
     (tmp_path / "latest").write_text("../elsewhere")
     with pytest.raises(StateMismatchError, match="several parts"):
         optimstate.resume(tmp_path, model=new, optimizer=second)
+
+
+SCHEDULES: dict[str, Any] = {
+    "sequence": lambda o: S.SequentialLR(o, [S.LinearLR(o, total_iters=2), S.CosineAnnealingLR(o, 10)], [2]),
+    "chain": lambda o: S.ChainedScheduler([S.LinearLR(o, total_iters=4), S.MultiStepLR(o, [1, 4])]),
+    "cycle": lambda o: S.OneCycleLR(o, 1e-2, total_steps=20),
+    "plateau": lambda o: S.ReduceLROnPlateau(o, patience=1),
+    "milestones": lambda o: S.MultiStepLR(o, [1, 2, 5]),
+    "restarts": lambda o: S.CosineAnnealingWarmRestarts(o, 5),
+    "function": lambda o: S.LambdaLR(o, lambda step: 0.9**step),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_goes_on_from_a_file_in_other_groups(name: str, tmp_path: Path) -> None:
+    """Losses are numbers of NumPy in many a script, and a plateau keeps the best of them."""
+
+    def parts(*, split: bool) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+        model = nn.Linear(2, 2)
+        groups = [{"params": [("weight", model.weight)]}, {"params": [("bias", model.bias)]}]
+        optimizer = torch.optim.SGD(groups if split else list(model.named_parameters()), lr=numpy.float64(0.1))
+        return model, optimizer, SCHEDULES[name](optimizer)
+
+    def stepped(scheduler: Any, steps: range) -> list[float]:
+        rates = []
+        for step in steps:
+            scheduler.step(numpy.float64(step)) if name == "plateau" else scheduler.step()
+            rates.append([float(group["lr"]) for group in scheduler.optimizer.param_groups])
+        assert all(len(set(own)) == 1 for own in rates)
+        return [own[0] for own in rates]
+
+    model, optimizer, scheduler = parts(split=False)
+    scheduler.optimizer = optimizer
+    stepped(scheduler, range(3))
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    torch.save(saved, tmp_path / "saved.pt")
+    model, other, live = parts(split=True)
+    live.optimizer = other
+    optimstate.resume(tmp_path / "saved.pt", model=model, optimizer=other, scheduler=live)
+    assert stepped(live, range(3, 9)) == stepped(scheduler, range(3, 9))
+    saved["scheduler"]["last_epoch"] = Fraction(3)
+    torch.save(saved, tmp_path / "other.pt")
+    with pytest.raises(StateMismatchError, match=r"last_epoch is an object of the class 'fractions.Fraction'"):
+        optimstate.resume(tmp_path / "other.pt", model=model, optimizer=other, scheduler=live)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "a")])
+def test_an_optimizer_over_two_models(names: tuple[str, str], tmp_path: Path) -> None:
+    def parts() -> tuple[list[nn.Module], torch.optim.Optimizer]:
+        models = [nn.ModuleDict({name: nn.Linear(2, size)}) for name, size in zip(names, (2, 3), strict=True)]
+        parameters = [p for model in models for p in model.parameters()]
+        return models, torch.optim.AdamW([{"params": parameters[:3]}, {"params": parameters[3:]}])
+
+    (old, before), (new, after) = parts(), parts()
+    sum(p.square().sum() for model in old for p in model.parameters()).backward()  # type: ignore[union-attr]
+    before.step()
+    saved = {"one": old[0].state_dict(), "two": old[1].state_dict(), "optimizer": before.state_dict()}
+    torch.save(saved, tmp_path / "saved.pt")
+    models = {"one": new[0], "two": new[1]}
+    done = optimstate.resume(tmp_path / "saved.pt", model=models, optimizer=after, saved="live")
+    for source, made in zip(old, new, strict=True):
+        for p, q in zip(source.parameters(), made.parameters(), strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(before.state[p]["exp_avg"], after.state[q]["exp_avg"])
+    plain = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    prefixed = {f"{number}.{name}.{kind}" for number, name in enumerate(names) for kind in ("weight", "bias")}
+    assert set(done.reports["optimizer"].exact) == (plain if len(set(names)) == 2 else prefixed)

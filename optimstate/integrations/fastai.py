@@ -17,6 +17,7 @@ from typing import Any
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.language.plan import Plan
 from optimstate.resuming import Resumed, resume
+from optimstate.resuming.records import revived
 
 __all__ = ["resume_learner"]
 
@@ -95,4 +96,5 @@ def _hypers(file: str | PathLike[str]) -> list[Mapping[str, Any]]:
     """The options of each group in a file."""
     listed = open_checkpoint(file).tree["opt"].get("hypers", [])
     held = getattr(listed, "state", None)
-    return list(held["items"] if isinstance(held, Mapping) else listed)
+    groups = held["items"] if isinstance(held, Mapping) else listed
+    return [{key: revived(value) for key, value in own.items()} for own in groups]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from optimstate.state.names import names_in, unwrapped
 from optimstate.state.sections import Section
@@ -26,12 +26,29 @@ def shares(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:
 
 
 def owner_of(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> torch.nn.Module | None:
-    """The model that an optimizer was built from; the last one where none has all its parameters, for the message."""
+    """The model, or the models, that an optimizer was built from; the last where they lack one, for the message."""
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for model in models:
         if own <= {id(parameter) for parameter in model.parameters()}:
             return model
+    if len(models) > 1 and own <= {id(parameter) for model in models for parameter in model.parameters()}:
+        return _together([model for model in models if shares(optimizer, model)])
     return models[-1] if models else None
+
+
+def _together(models: Sequence[torch.nn.Module]) -> torch.nn.Module:
+    """Models as one, by their parameters' own names, or by those after the models' numbers where two are the same."""
+    from optimstate.installed_torch import torch
+
+    class Models(torch.nn.Module):
+        def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+            found = [list(model.named_parameters(*args, **options)) for model in models]
+            names = [name for own in found for name, _ in own]
+            apart = len(set(names)) == len(names)
+            for number, own in enumerate(found):
+                yield from ((name if apart else f"{number}.{name}", parameter) for name, parameter in own)
+
+    return Models()
 
 
 def common_tensors(section: Section, module: torch.nn.Module) -> int:

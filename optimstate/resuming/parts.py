@@ -15,6 +15,7 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Extent
 from optimstate.io.location import Place
 from optimstate.io.places import located
+from optimstate.resuming.records import revived
 from optimstate.state.building import from_config, parameters_of
 from optimstate.state.flattened import find_flat_state
 from optimstate.state.grouping import trainer_of
@@ -26,7 +27,7 @@ from optimstate.state.pairing import ModelNames, Namer
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.lazy import LazyTensor, Storage
-from optimstate.tree import format_path
+from optimstate.tree import Opaque, format_path
 
 __all__ = ["Named", "Parts"]
 
@@ -178,7 +179,10 @@ class Parts:
         return found if isinstance(found, Mapping) else {}
 
     def _loaded_state(self, state: OptimizerState) -> OptimizerState:
-        return state._replace(state={key: self._loadable(dict(slots)) for key, slots in state.state.items()})
+        return state._replace(
+            groups=tuple(group._replace(options=self._loadable(dict(group.options))) for group in state.groups),
+            state={key: self._loadable(dict(slots)) for key, slots in state.state.items()},
+        )
 
     def names(self, section: Section, models: Sequence[Any]) -> Naming | None:
         """Names for an optimizer that has none, by the models beside it; None where there is no model.
@@ -228,7 +232,7 @@ class Parts:
         """
         for key, node in _mappings(self._tree):
             if node.keys() >= _SCALER or (not node and "scaler" in str(key)):
-                return dict(self._alive(self._original[id(node)]))
+                return dict(self._loadable(self._original[id(node)]))
         raise StateMismatchError("the checkpoint has no state of a gradient scaler")
 
     # --- tensors ------------------------------------------------------------------------------------------------------
@@ -271,10 +275,11 @@ class Parts:
         return made
 
     def _loadable(self, node: Any) -> Any:
-        return node if self._lazily else self._alive(node)
-
-    def _alive(self, node: Any) -> Any:
+        if isinstance(node, Opaque):
+            return revived(node)
         if isinstance(node, LazyTensor):
+            if self._lazily:
+                return node
             if id(node) not in self._live:
                 tensor = to_torch(node)
                 self.read += node.storage.cut(*node.span())
@@ -283,9 +288,9 @@ class Parts:
         if isinstance(node, Counter):  # the milestones of a schedule
             return Counter(node)
         if isinstance(node, Mapping):
-            return {key: self._alive(value) for key, value in node.items()}
+            return {key: self._loadable(value) for key, value in node.items()}
         if type(node) in (list, tuple):
-            return type(node)(self._alive(value) for value in node)
+            return type(node)(self._loadable(value) for value in node)
         return node
 
 

@@ -18,6 +18,7 @@ from optimstate.resuming import certified
 from optimstate.resuming.naming import with_given_names, with_names
 from optimstate.resuming.owners import common_names, common_tensors, keeps_names, owner_of, shares
 from optimstate.resuming.parts import Named, Parts
+from optimstate.resuming.records import refuse_records
 from optimstate.resuming.restoring import Step, restoring
 from optimstate.state.names import mentions_wrapper, names_in, unwrapped
 from optimstate.state.optimizer import OptimizerState
@@ -348,6 +349,7 @@ class Run:
                 {**group, **new} for group, new in zip(load.made["param_groups"], found.options, strict=True)
             ]
             self.notes += [f"scheduler: {note}" for note in found.notes]
+        refuse_records("the scheduler", made)
         self._schedulers.append(scheduler)
         self._steps.append(Step(lambda: scheduler.load_state_dict(made), restoring(scheduler)))
 
