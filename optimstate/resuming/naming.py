@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
+from optimstate.problems import Problem
 from optimstate.resuming.parts import Parts
 from optimstate.state.naming import observed_shapes
 from optimstate.state.optimizer import OptimizerState
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from optimstate.hooks.engine.live import Live
 
-__all__ = ["with_given_names", "with_names"]
+__all__ = ["unreached_names", "with_given_names", "with_names"]
 
 
 def with_given_names(
@@ -113,6 +114,25 @@ def with_names(
         "`optimstate name`."
         + (" Where the live optimizer was built as that one was: resume(..., saved='live')." if built_alike else ""),
     )
+
+
+def unreached_names(
+    saved: Sequence[str] | Mapping[str, Sequence[str]] | None, asked: Collection[str]
+) -> Iterator[Problem]:
+    """Names that are given for an optimizer that is not resumed.
+
+    Args:
+        saved: As they are given.
+        asked: The paths of the optimizers that are.
+    """
+    if saved is None:
+        return
+    given = list(saved) if isinstance(saved, Mapping) else [None]
+    for label in given:
+        if not asked or (label is not None and label not in asked):
+            which = "no optimizer is" if label is None else f"no optimizer at {describe(label)} is"
+            known = ", ".join(map(describe, sorted(asked))) or "none"
+            yield Problem("unreached", f"names are given, and {which} resumed", "saved", remedy=f"there are {known}")
 
 
 def _refuse_other_shapes(key: str, section: Section, live: Live) -> None:

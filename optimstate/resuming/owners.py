@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optimstate.state.names import names_in, unwrapped
+from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["common_names", "common_tensors", "keeps_names", "owner_of", "shares"]
+    from optimstate.hooks.engine.live import Live
+
+__all__ = ["becomes", "live_names", "live_of", "common_names", "common_tensors", "keeps_names", "owner_of", "shares"]
 
 
 def keeps_names(optimizer: torch.optim.Optimizer) -> bool:
@@ -49,6 +52,48 @@ def _together(models: Sequence[torch.nn.Module]) -> torch.nn.Module:
                 yield from ((name if apart else f"{number}.{name}", parameter) for name, parameter in own)
 
     return Models()
+
+
+def live_of(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module], *, is_named: bool) -> Live:
+    """A live optimizer with the names of its parameters, or where nothing has any, with their numbers.
+
+    Args:
+        optimizer: It.
+        models: The live ones.
+        is_named: Whether the checkpoint's parameters have names.
+
+    Raises:
+        StateMismatchError: It is not of these models, or its parameters have no names.
+    """
+    from optimstate.hooks.engine.live import Live
+
+    if keeps_names(optimizer):
+        if models and not any(shares(optimizer, model) for model in models):
+            names_in(optimizer, models[-1])  # which says that it is of another model
+        return Live.of(optimizer)
+    return Live.of(optimizer, owner_of(optimizer, models)) if models or is_named else Live.by_position(optimizer)
+
+
+def live_names(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> list[str]:
+    """The names of a live optimizer's parameters without wrapper prefixes; none where they have none."""
+    if not keeps_names(optimizer) and not models:
+        return []
+    from optimstate.hooks.engine.live import Live
+
+    live = Live.of(optimizer, None if keeps_names(optimizer) else owner_of(optimizer, models))
+    own = [name for group in live.names for name in group]
+    rename = unwrapped(own)
+    return [rename(name) for name in own]
+
+
+def becomes(state: OptimizerState, live: str) -> str:
+    """What part of a state is to become for a live optimizer of another algorithm; empty where it stays what it is."""
+    from optimstate.plan.slots.converted_options import option_names
+    from optimstate.state.algorithms.registry import recognise_state
+
+    saved = recognise_state(state.state.values(), state.groups[0].options) if state.groups else None
+    other = saved is not None and saved.name != live and bool(option_names(live))
+    return live if other else ""
 
 
 def common_tensors(section: Section, module: torch.nn.Module) -> int:

@@ -101,7 +101,10 @@ class Parts:
         if len(at_paths) == len(wanted):
             return at_paths
         if not found:
-            raise StateMismatchError(f"the checkpoint has no {kind}; it has {self._labels(self._sections)}")
+            raise StateMismatchError(
+                f"the checkpoint has no {kind}; it has {self._labels(self._sections)}",
+                hint=f"Give its file, or resume without {kind}=..., which leaves the live one as it is.",
+            )
         if kind == "optimizer" and len(found) == 1:  # which one had, several have now
             return found * len(wanted)
         if len(found) < len(wanted):

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    pass
+from optimstate.describe import describe
+from optimstate.errors import StateMismatchError
 
-__all__ = ["Step", "restoring"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Step", "load_state", "restoring"]
 
 
 @dataclass
@@ -43,3 +46,26 @@ def _own(node: Any) -> Any:
     if type(node) is dict:
         return {key: _own(value) for key, value in node.items()}
     return type(node)(map(_own, node)) if type(node) in (list, tuple) else node
+
+
+def load_state(optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> None:
+    """Load a state dict.
+
+    Raises:
+        StateMismatchError: It lacks a slot that the optimizer cannot load without.
+    """
+    try:
+        optimizer.load_state_dict(made)
+    except KeyError as error:
+        slot = str(error.args[0]) if error.args else ""
+        names = [
+            str(name)
+            for group in made["param_groups"]
+            for key, name in zip(group["params"], group.get("param_names", group["params"]), strict=False)
+            if slot not in made["state"].get(key, {slot: None})
+        ]
+        raise StateMismatchError(
+            f"the state of {', '.join(map(describe, names[:3])) or 'a parameter'} has no {describe(slot)}, without "
+            f"which {type(optimizer).__name__} cannot go on",
+            hint="`optimstate verify` shows what state is missing; drop it whole to let the parameter start fresh.",
+        ) from error

@@ -12,15 +12,16 @@ from optimstate.describe import describe
 from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Guard
-from optimstate.plan.solve.migration import Inventory, SectionMoves
+from optimstate.plan.solve.migration import SectionMoves
 from optimstate.problems import Problem
 from optimstate.resuming import certified
-from optimstate.resuming.naming import with_given_names, with_names
-from optimstate.resuming.owners import common_names, common_tensors, keeps_names, owner_of, shares
+from optimstate.resuming.naming import unreached_names, with_given_names, with_names
+from optimstate.resuming.owners import becomes, common_names, common_tensors, live_names, live_of
 from optimstate.resuming.parts import Named, Parts
 from optimstate.resuming.records import refuse_records
-from optimstate.resuming.restoring import Step, restoring
-from optimstate.state.names import mentions_wrapper, names_in, unwrapped
+from optimstate.resuming.restoring import Step, load_state, restoring
+from optimstate.resuming.tally import Tally
+from optimstate.state.names import mentions_wrapper, unwrapped
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
 from optimstate.tree import format_path
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from optimstate.hooks.engine.live import Live
     from optimstate.hooks.engine.request import LoadRequest
     from optimstate.plan.language.rules import OptimizerRule
-    from optimstate.plan.solve.reach import Reached
     from optimstate.resuming.division import Division
 
 __all__ = ["Run"]
@@ -73,19 +73,18 @@ class Run:
     loaded_optimizers: list[certified.Part] = field(default_factory=list)
     _modules: list[Step] = field(default_factory=list)
     _steps: list[Step] = field(default_factory=list)
-    _inventories: dict[str, Inventory] = field(default_factory=dict)
-    _counts: list[int] = field(default_factory=list)
-    _settled: list[bool] = field(default_factory=list)
     _loads: dict[int, _Load] = field(default_factory=dict)
     _optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     _schedulers: list[Any] = field(default_factory=list)
     _casts: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    _reached: list[Reached] = field(default_factory=list)
     _asked: set[str] = field(default_factory=set)
     _division: Division | None = None
     _divided: list[certified.Part] = field(default_factory=list)
     _rules: dict[int, OptimizerRule] = field(default_factory=dict)
     _schedules: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._tally = Tally(self.plan)
 
     @property
     def _lenient(self) -> Plan:
@@ -96,10 +95,6 @@ class Run:
     def _divides(self) -> bool:
         """Whether `[[optimizer]]` tables are for several optimizers of the checkpoint."""
         return bool(self.plan.optimizers) and len(self.parts.of_kind("optimizer")) > 1
-
-    def _count(self, counts: list[int]) -> None:
-        counts = counts or [0] * len(list(self.plan.all_rules()))
-        self._counts = [a + b for a, b in zip(self._counts or [0] * len(counts), counts, strict=True)]
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -126,8 +121,8 @@ class Run:
 
         node = self.parts.node(section)
         load = ModelLoad(module, node)
-        self._inventories[key] = inventory = load.inventory(self._lenient)
-        self._settled.append(load.is_settled)
+        self._tally.inventories[key] = inventory = load.inventory(self._lenient)
+        self._tally.settled.append(load.is_settled)
         migration = plan_migration(self._lenient, {key: inventory})
         if kind == "model":
             self.loaded_modules.append(certified.Part(module, node, migration.sections[key]))
@@ -142,7 +137,7 @@ class Run:
         reader = shards.Reader(self._casts, self.parts.read)
         made = {name: reader.part(name, live[name], value) if name in live else value for name, value in made.items()}
         self.nbytes += reader.nbytes
-        self._count([count for _, count in migration.counts])
+        self._tally.count([count for _, count in migration.counts])
         self.reports[key] = Report.of((key,), migration.sections[key])
         self.notes += migration.notes
         before: dict[str, Any] = {}
@@ -159,7 +154,7 @@ class Run:
         self, optimizers: Sequence[Named], sections: Sequence[Section], models: Sequence[torch.nn.Module]
     ) -> None:
         """Plan the state of optimizers, whose parameters the models name where they do not themselves."""
-        names = [self._live_names(optimizer, models) for _, optimizer in optimizers]
+        names = [live_names(optimizer, models) for _, optimizer in optimizers]
         if optimizers and self._divides:
             self._plan_division(optimizers, names, models)
             return
@@ -168,17 +163,6 @@ class Run:
             key = _key("optimizer", section, len(optimizers)) + (f" ({number})" if sharing else "")
             elsewhere = frozenset(name for other in sharing for name in names[other])
             self._plan_optimizer(key, optimizer, section, models, elsewhere)
-
-    def _live_names(self, optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> list[str]:
-        """The names of a live optimizer's parameters without wrapper prefixes; none where they have none."""
-        if not keeps_names(optimizer) and not models:
-            return []
-        from optimstate.hooks.engine.live import Live
-
-        live = Live.of(optimizer, None if keeps_names(optimizer) else owner_of(optimizer, models))
-        own = [name for group in live.names for name in group]
-        rename = unwrapped(own)
-        return [rename(name) for name in own]
 
     def _plan_optimizer(
         self,
@@ -193,36 +177,26 @@ class Run:
         from optimstate.plan.solve.inventory import optimizer_inventory
 
         state = self.parts.optimizer(section)
-        live = self._live(optimizer, models, is_named=state.is_named)
+        live = live_of(optimizer, models, is_named=state.is_named)
         request = LoadRequest(self._named(key, state, section, live, models), live)
         if self._takes_prefixes:
             request.strip_prefixes()
-        self._inventories[key] = optimizer_inventory(request.state)
+        self._tally.inventories[key] = optimizer_inventory(request.state)
         request.label = section.label
         groups = tuple(rule._replace(optimizer="") for rule in self.plan.groups if rule.is_for(section.label))
         request.add(self._lenient._replace(groups=groups))
         request.elsewhere = elsewhere
-        self._reached.append(reached(request))
+        self._tally.reached.append(reached(request))
         if elsewhere and not (self.plan.optimizer or self.plan.optimizers):
-            request.add(Plan(optimizer=_becomes(request.state, live.algorithm)))
-        self._settled.append(is_settled(request))
-        self._count(self._load(key, optimizer, live, request, lambda report: report, self.parts.beside(section)))
+            request.add(Plan(optimizer=becomes(request.state, live.algorithm)))
+        self._tally.settled.append(is_settled(request))
+        self._tally.count(self._load(key, optimizer, live, request, lambda report: report, self.parts.beside(section)))
 
     @property
     def _takes_prefixes(self) -> bool:
         """Whether rules speak of names without the prefixes of wrappers."""
         templates = (t for rule in self.plan.all_rules() for t in rule.sources or rule.targets)
         return not any(mentions_wrapper(template.text) for template in templates)
-
-    def _live(self, optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module], *, is_named: bool) -> Live:
-        """A live optimizer with the names of its parameters, or where nothing has any, with their numbers."""
-        from optimstate.hooks.engine.live import Live
-
-        if keeps_names(optimizer):
-            if models and not any(shares(optimizer, model) for model in models):
-                names_in(optimizer, models[-1])  # which says that it is of another model
-            return Live.of(optimizer)
-        return Live.of(optimizer, owner_of(optimizer, models)) if models or is_named else Live.by_position(optimizer)
 
     def _load(
         self,
@@ -252,7 +226,7 @@ class Run:
         def undo() -> None:
             optimizer.state, optimizer.param_groups = before
 
-        self._steps.append(Step(partial(_load_state, optimizer, made), undo))
+        self._steps.append(Step(partial(load_state, optimizer, made), undo))
         return request.counts
 
     def _plan_division(
@@ -272,16 +246,16 @@ class Run:
             states[section.label] = state
             self._divided.append(certified.Part(None, state, None, self.parts.beside(section)))
         self._division = division = Division.of(self.plan, self._lenient, states)
-        self._inventories.update(division.inventories)
-        self._reached += division.reached()
-        self._settled.append(False)
+        self._tally.inventories.update(division.inventories)
+        self._tally.reached += division.reached()
+        self._tally.settled.append(False)
         counts = [count for _, count in division.migration.counts]
         for (path, optimizer), rule in zip(optimizers, division.tables(names), strict=True):
             if path not in (None, rule.path):
                 raise MigrationError(
                     [Problem("group", f"the optimizer given as {describe(path)} has its parameters", str(rule))]
                 )
-            live = self._live(optimizer, models, is_named=True)
+            live = live_of(optimizer, models, is_named=True)
             request = LoadRequest(division.state_of(rule), live)
             if self._takes_prefixes:
                 request.strip_prefixes()
@@ -296,7 +270,7 @@ class Run:
             fresh = [each.fresh and not (each.sources and each.targets) for each in self.plan.all_rules()]
             counts = [count + (len(new) if is_fresh else 0) for count, is_fresh in zip(counts, fresh, strict=True)]
             self._rules[id(optimizer)] = rule
-        self._count(counts)
+        self._tally.count(counts)
 
     def _named(
         self, key: str, state: OptimizerState, section: Section, live: Live | None, models: Sequence[torch.nn.Module]
@@ -311,8 +285,6 @@ class Run:
             made, notes = with_names(self.parts, section, state, key, live, models)
         self.notes += notes
         return made
-
-    # --- the rest -----------------------------------------------------------------------------------------------------
 
     def plan_schedulers(self, schedulers: Sequence[Named], sections: Sequence[Section]) -> None:
         """Plan the state of schedulers, each for its own optimizer's groups."""
@@ -365,22 +337,14 @@ class Run:
     def refuse_unused(self) -> None:
         """Raise MigrationError where the guard, or a rule that matches nothing in any part, says that this is wrong."""
         from optimstate.plan.apply.stamps import refuse_second
-        from optimstate.plan.solve.problems import guarded, idle_rules, unmatched
-        from optimstate.plan.solve.reach import unreached
 
         refuse_second(self.plan, self.parts.tree)
-        problems = list(guarded(self.plan.guard, self._inventories))
-        problems += unreached(self.plan, self._reached)
-        problems += self._unreached_schedules()
-        problems += self._unreached_names()
-        if self.plan.policy.unused == "error" and not all(self._settled):
-            rules = zip(self.plan.all_rules(), self._counts, strict=True)
-            problems += [
-                unmatched(number, rule, self._inventories) for number, (rule, count) in enumerate(rules, 1) if not count
-            ]
+        problems = [*self._tally.unreached(), *self._unreached_schedules()]
+        problems += unreached_names(self.saved, self._asked)
+        problems += self._tally.unmatched()
         if problems:
             raise MigrationError(problems)
-        self.notes += idle_rules(self.plan, self._counts)
+        self.notes += self._tally.idle()
         if self.plan.guard.once:
             self.notes.append(
                 "the plan says `once`: what this run saves tells that it was applied where its optimizers have "
@@ -400,19 +364,6 @@ class Run:
             message = 'schedule = "live" is for a scheduler, and none is given'
             yield Problem("unreached", message, remedy="give it with scheduler=...")
         yield from unreached_schedulers(self.plan, self._schedules)
-
-    def _unreached_names(self) -> Iterator[Problem]:
-        """Names that are given for an optimizer that is not resumed."""
-        if self.saved is None:
-            return
-        given = list(self.saved) if isinstance(self.saved, Mapping) else [None]
-        for label in given:
-            if not self._asked or (label is not None and label not in self._asked):
-                which = "no optimizer is" if label is None else f"no optimizer at {describe(label)} is"
-                known = ", ".join(map(describe, sorted(self._asked))) or "none"
-                yield Problem(
-                    "unreached", f"names are given, and {which} resumed", "saved", remedy=f"there are {known}"
-                )
 
     def carry_out(self, check: Callable[[], object]) -> None:
         """Load every part, and check the result; if anything fails, put all of them back."""
@@ -452,36 +403,3 @@ class Run:
 
 def _key(kind: str, section: Section, count: int) -> str:
     return kind if count == 1 else f"{kind} {format_path(section.path)}"
-
-
-def _becomes(state: OptimizerState, live: str) -> str:
-    """What part of a state is to become for a live optimizer of another algorithm; empty where it stays what it is."""
-    from optimstate.plan.slots.converted_options import option_names
-    from optimstate.state.algorithms.registry import recognise_state
-
-    saved = recognise_state(state.state.values(), state.groups[0].options) if state.groups else None
-    other = saved is not None and saved.name != live and bool(option_names(live))
-    return live if other else ""
-
-
-def _load_state(optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> None:
-    """Load a state dict.
-
-    Raises:
-        StateMismatchError: It lacks a slot that the optimizer cannot load without.
-    """
-    try:
-        optimizer.load_state_dict(made)
-    except KeyError as error:
-        slot = str(error.args[0]) if error.args else ""
-        names = [
-            str(name)
-            for group in made["param_groups"]
-            for key, name in zip(group["params"], group.get("param_names", group["params"]), strict=False)
-            if slot not in made["state"].get(key, {slot: None})
-        ]
-        raise StateMismatchError(
-            f"the state of {', '.join(map(describe, names[:3])) or 'a parameter'} has no {describe(slot)}, without "
-            f"which {type(optimizer).__name__} cannot go on",
-            hint="`optimstate verify` shows what state is missing; drop it whole to let the parameter start fresh.",
-        ) from error
