@@ -258,3 +258,15 @@ def test_a_new_parameter_keeps_its_value() -> None:
     changed.load_state_dict(model.state_dict())
     assert torch.equal(changed.side.weight, weight)
     assert torch.equal(changed.embed.weight, model.embed.weight)
+
+
+def test_what_stands_in_several_places_is_looked_at_once() -> None:
+    """A dict and a tuple doubled 40 times are small in memory, and trees of a million million entries."""
+    doubled: Any = {"a": 1}
+    pairs: Any = ()
+    for _ in range(40):
+        doubled, pairs = {"left": doubled, "right": doubled}, (pairs, pairs)
+    model = torch.nn.Linear(2, 2)
+    scaler = torch.amp.GradScaler("cpu")
+    saved = {"model": model.state_dict(), "a": doubled, "b": pairs, "scaler": scaler.state_dict()}
+    optimstate.resume(saved, model=model, scaler=scaler)

@@ -63,7 +63,8 @@ class Parts:
         self._lazily = lazily
         self.read: list[Extent] = []
         self._original: dict[int, Any] = {}
-        self._keep: list[Any] = []
+        self._keep: list[Any] = [tree]  # as long as this lives, for what is known by its identity
+        self._shadows: dict[int, Any] = {}
         self._live: dict[int, Any] = {}
         self._storages: dict[int, Storage] = {}
         self._tree = self._with_one_model(self._shadow(tree))
@@ -246,11 +247,15 @@ class Parts:
 
         if isinstance(node, torch.Tensor):
             return self._stand_in(node)
+        if id(node) in self._shadows:  # what is in several places is looked at once
+            return self._shadows[id(node)]
         made: Any = node
         if isinstance(node, Mapping):
             made = {key: self._shadow(value) for key, value in node.items()}
         elif type(node) in (list, tuple):
             made = [self._shadow(value) for value in node]
+        if made is not node:
+            self._shadows[id(node)] = made
         self._original[id(made)] = node
         self._keep.append(made)
         return made
@@ -340,11 +345,15 @@ def _parameters(model: Any) -> list[tuple[Candidate, list[str]]]:
     ]
 
 
-def _mappings(node: Any, key: Any = "") -> Iterator[tuple[Any, Mapping[Any, Any]]]:
+def _mappings(node: Any, key: Any = "", seen: set[int] | None = None) -> Iterator[tuple[Any, Mapping[Any, Any]]]:
+    seen = set() if seen is None else seen
+    if not isinstance(node, Mapping | list) or id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, Mapping):
         yield key, node
         for inner, value in node.items():
-            yield from _mappings(value, inner)
-    elif isinstance(node, list):
+            yield from _mappings(value, inner, seen)
+    else:
         for value in node:
-            yield from _mappings(value, key)
+            yield from _mappings(value, key, seen)
