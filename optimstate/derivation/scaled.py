@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from itertools import chain, combinations, combinations_with_replacement, cycle
+from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ _PRIMES = (
     (5, 3, 11, 7, 17, 13, 23, 19, 31, 29, 41, 37, 47, 43, 59, 53, 67, 61, 73, 71),
 )
 _THIRD = (7, 11, 3, 5, 19, 23, 13, 17, 37, 41, 29, 31, 53, 59, 43, 47, 71, 73, 61, 67)
+_MOST_ELEMENTS = 1 << 25  # two gigabytes of tags
 _UNITS = (4, 16, 64)  # a function that cuts heads or halves needs sizes that they divide
 
 
@@ -126,12 +128,16 @@ class _Scaled:
         self.scales: list[dict[int, int]] = [{}, {}, {}]
         for size, *primes in columns:
             for scale, prime in zip(self.scales, primes, strict=True):
-                scale[size] = unit * prime
+                scale[size] = _small(size, unit * prime)
+
+        elements = max(sum(prod(s.shape) for s in self._shrunk(scale).values()) for scale in self.scales)
+        if elements > _MOST_ELEMENTS:
+            raise DerivationError(f"{elements} elements are left at shrunk dimensions, more than {_MOST_ELEMENTS}")
 
     def _naming(self, large: Sequence[int], unit: int) -> set[int]:
         """Sizes that say how many outputs there are (experts of a fused tensor): shrunk, they would lose some."""
         wanted = self._outputs({}).keys()
-        small = dict.fromkeys(large, unit * _PRIMES[0][0])
+        small = {size: _small(size, unit * _PRIMES[0][0]) for size in large}
         counts = [size for size in large if size <= _MOST_OUTPUTS]
         for kept in chain([()], combinations(counts, 1), combinations(counts, 2)):
             scale = {size: new for size, new in small.items() if size not in kept}
@@ -168,7 +174,8 @@ class _Scaled:
 
     def _prove_on_all(self, first: Derivation, second: Derivation) -> None:
         """Hold the plan of a few layers against the function on all of them, as small as the function lets them be."""
-        small = {size: 2 * prime for size, prime in zip(self.scales[2], cycle(_PRIMES[0][:4]), strict=False)}
+        primes = cycle(_PRIMES[0][:4])
+        small = {size: _small(size, 2 * prime) for size, prime in zip(self.scales[2], primes, strict=False)}
         reason: Exception | None = None
         for scale in (small, self.scales[2]):
             plan = self._derivation(scale, self._lifted(first, second, scale), prove=False).plan()
@@ -240,6 +247,11 @@ class _Scaled:
         if wrong:
             name = min(wrong)
             raise DerivationError(f"{describe(name)} has shape {expected.get(name)}, the plan makes {made.get(name)}")
+
+
+def _small(size: int, new: int) -> int:
+    """A shrunk size: what could be cut in three (queries, keys and values) still can."""
+    return new * gcd(size, 3)
 
 
 def _lift_all(

@@ -89,7 +89,8 @@ def live_model(source: Any) -> Any:
         with torch.device("meta"):
             return kind(config) if kind is not None else transformers.AutoModel.from_config(config)
     except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as error:
-        raise DerivationError(f"{source}: transformers builds no model from it: {error}") from error
+        given = source if isinstance(source, str | Path) else type(source).__name__
+        raise DerivationError(f"{given}: transformers builds no model from it: {error}") from error
 
 
 def to_hub(model: Any) -> Function:
