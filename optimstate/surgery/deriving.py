@@ -114,11 +114,19 @@ def derive_plan(
         }
         command = [str(python), "-m", "optimstate.derivation"]
         try:
-            done = subprocess.run(command, input=json.dumps(request), text=True, stderr=subprocess.PIPE, check=False)
+            done = subprocess.run(
+                command,
+                input=json.dumps(request),
+                text=True,
+                stdout=subprocess.DEVNULL,  # what the function prints is no part of the plan
+                stderr=subprocess.PIPE,
+                check=False,
+            )
         except OSError as error:
             raise DerivationError(f"{python} cannot be run: {error.strerror}") from None
         if not place.exists():
-            last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            last = done.stderr.strip().splitlines()[-1:] if done.returncode == 1 else []
+            last = last or [f"it ended the process with exit status {done.returncode}"]
             raise DerivationError(f"{function or transformers} failed: {last[0]}")
         answer = json.loads(place.read_text(encoding="utf-8"))
     if "error" in answer:

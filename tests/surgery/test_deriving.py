@@ -25,6 +25,18 @@ def squared(state):
 def broken(state):
     raise ValueError("no such layer")
 
+def leaving(state):
+    raise SystemExit(0)
+
+def gone(state):
+    import os
+    os._exit(3)
+
+def loud(state):
+    import os
+    os.write(1, b"not a plan")
+    return {"all": torch.cat([state[f"{x}.weight"] for x in "qkv"]), "out.weight": state.pop("out.weight")}
+
 constant = 3
 """
 
@@ -66,6 +78,8 @@ def test_the_derived_plan_moves_weights_and_state(checkpoint: Path) -> None:
     [
         ("converter:squared", "q.weight"),
         ("converter:broken", "converter:broken failed: ValueError: no such layer"),
+        ("converter:leaving", "converter:leaving failed: it ended the process with exit status 0"),
+        ("converter:gone", "converter:gone failed: it ended the process with exit status 3"),
         ("converter:nothing", "has no attribute 'nothing'"),
         ("converter:constant", "is not a function"),
         ("nowhere:fuse", "No module named 'nowhere'"),
@@ -76,6 +90,13 @@ def test_the_derived_plan_moves_weights_and_state(checkpoint: Path) -> None:
 def test_what_cannot_be_derived_is_refused(checkpoint: Path, function: str, message: str) -> None:
     with pytest.raises(DerivationError, match=message):
         derive_plan(checkpoint, function=function)
+
+
+def test_what_a_function_writes_to_the_terminal_does_not_mix_with_the_plan(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert derive_plan(checkpoint, function="converter:loud").rules
+    assert capfd.readouterr().out == ""
 
 
 def test_a_checkpoint_without_weights_is_refused(tmp_path: Path) -> None:
