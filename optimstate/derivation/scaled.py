@@ -40,6 +40,8 @@ _PRIMES = (
 )
 _THIRD = (7, 11, 3, 5, 19, 23, 13, 17, 37, 41, 29, 31, 53, 59, 43, 47, 71, 73, 61, 67)
 _MOST_ELEMENTS = 1 << 25  # two gigabytes of tags
+_MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
+"""What a function raises that meets a size it cannot take, or misses the name of a layer."""
 _UNITS = (4, 16, 64)  # a function that cuts heads or halves needs sizes that they divide
 
 
@@ -62,7 +64,7 @@ def derive_scaled(make: Maker, sources: Mapping[str, Source], *, allow_drop: boo
             return _Scaled(make, sources, allow_drop, unit, names).run()
         except DerivationError as error:
             reason = reason or error
-        except (RuntimeError, ValueError, IndexError, TypeError, LookupError) as error:
+        except _MISFITS as error:
             reason = error  # the function met a size that it cannot take, or misses a layer
     raise DerivationError(
         f"the function cannot be derived at shrunk dimensions: {reason}",
@@ -141,7 +143,7 @@ class _Scaled:
         counts = [size for size in large if size <= _MOST_OUTPUTS]
         for kept in chain([()], combinations(counts, 1), combinations(counts, 2)):
             scale = {size: new for size, new in small.items() if size not in kept}
-            with suppress(RuntimeError, ValueError, IndexError, TypeError, LookupError):
+            with suppress(*_MISFITS):
                 if self._outputs(scale).keys() == wanted:
                     return set(kept)
         return set()
@@ -183,7 +185,7 @@ class _Scaled:
             whole.new, whole.random = first.new, first.random
             try:
                 whole.compare(plan)
-            except (DerivationError, RuntimeError, ValueError, IndexError, TypeError, LookupError) as error:
+            except (DerivationError, *_MISFITS) as error:
                 reason = reason or error
             else:
                 return

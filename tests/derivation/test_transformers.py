@@ -12,6 +12,7 @@ from optimstate.derivation.transformers import derive_transformers, live_model, 
 from optimstate.errors import DerivationError
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.solve.planner import plan_model
+from tests.derivation.coverage import covered
 
 transformers = pytest.importorskip("transformers")
 
@@ -76,3 +77,10 @@ def test_a_model_of_47_billion_elements_is_derived_without_any_of_them() -> None
         moves = plan_model(derived.plan, given).sections["model"].moves
         assert {move.target: move.expression.shape for move in moves if move.expression} == targets
         assert any("shrunk dimensions" in note for note in derived.notes)
+
+
+@pytest.mark.parametrize(("kind", "result"), [("gte", "exact"), ("llama", "same"), ("align_text_model", "unbuilt")])
+def test_a_sample_of_the_coverage(kind: str, result: str) -> None:
+    """All types: `python -m tests.derivation.coverage`."""
+    line = covered(kind, seconds=60)
+    assert line["result"] == result, line
