@@ -77,6 +77,47 @@ def test_stacked_layers_are_another_layout(tmp_path: Path) -> None:
     assert "another layout" not in str(optimstate.verify(tmp_path / "stacked.pt", view=view))
 
 
+def test_an_optimizer_without_names_beside_another_layout_is_called_that(folder: Path) -> None:
+    """As Trainer writes a mixture of experts: what the file does not say by names, shapes say."""
+    found = torch.load(folder / "old.pt")
+    for group in found["optimizer"]["param_groups"]:
+        del group["param_names"]
+    torch.save(found, folder / "anonymous.pt")
+    told = str(optimstate.verify(folder / "anonymous.pt"))
+    assert "stored in another layout than the optimizer's, for 2 parameters of the shapes [4, 3, 3]" in told
+    found["model"] = {name: value for name, value in found["model"].items() if "experts.0" not in name}
+    torch.save(found, folder / "other.pt")
+    assert "may be the model of another run" in str(optimstate.verify(folder / "other.pt"))
+    assert "layout" not in str(optimstate.verify(folder / "anonymous.pt", view=folder / "to-live.toml"))
+
+
+def test_the_infix_of_adapters_is_another_layout(tmp_path: Path) -> None:
+    """As PEFT saves adapters: without the name that the optimizer's parameters have."""
+    model = nn.Module()
+    for part in "AB":
+        model.add_module(f"lora_{part}", nn.ModuleDict({"default": nn.Linear(3, 3, bias=False)}))
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    weights = {name.replace(".default", ""): value for name, value in model.state_dict().items()}
+    torch.save({"model": weights, "optimizer": optimizer.state_dict()}, tmp_path / "lora.pt")
+    assert "stored in another layout than the optimizer's, for 2 parameters" in str(
+        optimstate.verify(tmp_path / "lora.pt")
+    )
+    view = Plan.from_toml('[[rule]]\nfrom = "{m**}.weight"\nto = "{m}.default.weight"\n')
+    assert "another layout" not in str(optimstate.verify(tmp_path / "lora.pt", view=view))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    optimstate.resume(tmp_path / "lora.pt", model=model, optimizer=optimizer)  # which knows adapters
+    assert all(
+        torch.equal(model.state_dict()[name.replace(".w", ".default.w")], value) for name, value in weights.items()
+    )
+    torch.save({"model": {"other.weight": torch.ones(3, 3)}, "optimizer": optimizer.state_dict()}, tmp_path / "two.pt")
+    assert "none of its 2 parameters is in a model of this file" in str(optimstate.verify(tmp_path / "two.pt"))
+
+
 def test_verify_inspect_and_name_read_through_a_view(folder: Path) -> None:
     old, view = folder / "old.pt", folder / "to-live.toml"
     assert "another layout" in str(optimstate.verify(old))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from optimstate.describe import describe, few
@@ -48,7 +49,7 @@ def check_optimizer(
     yield from _steps(where, state)
     yield from _dtypes(where, state, models)
     yield from _aliases(where, state)
-    yield from _names(where, state, models)
+    yield from _names(where, state, algorithm, models)
     yield from _shapes(where, state, algorithm, models)
     if numbers:
         yield from _numbers(where, state, algorithm, progress)
@@ -171,32 +172,67 @@ def _model_tensors(models: Iterable[Section]) -> Iterator[dict[str, Any]]:
         yield {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
-def _names(where: str, state: OptimizerState, models: list[Section]) -> Iterator[Finding]:
+def _names(where: str, state: OptimizerState, algorithm: Algorithm | None, models: list[Section]) -> Iterator[Finding]:
     names = [name for _, name, _ in state.parameters() if name is not None]
-    if not state.is_named or not models:
+    if not models:
+        return
+    if not state.is_named:
+        yield from _unnamed_layout(where, state, algorithm, models)
         return
     prefix = wrapper_prefix(names)
     plain = [name.removeprefix(prefix) for name in names]
     best = max(_model_tensors(models), key=lambda model: len(model.keys() & set(plain)))
     unknown = [name for name in plain if name not in best]
-    if unknown and len(unknown) < len(names):
+    if unknown:
         known = {name: getattr(tensor, "shape", None) for name, tensor in best.items()}
         elsewhere = stored_in_another_layout(unknown, known, _parameter_shapes(state, prefix))
         if elsewhere:
-            yield note(
-                "name",
-                where,
-                f"the model is stored in another layout than the optimizer's, for {plural(len(elsewhere), 'parameter')}"
-                f" such as {min(elsewhere)}",
-                sorted(elsewhere),
+            yield _another_layout(
+                where, f"for {plural(len(elsewhere), 'parameter')} such as {min(elsewhere)}", elsewhere
             )
         unknown = [name for name in unknown if name not in elsewhere]
     if unknown and len(unknown) < len(names):
         shown = ", ".join(unknown[:3]) + (" ..." if len(unknown) > 3 else "")
         yield fault("name", where, f"{len(unknown)} parameters are not in the model of this file: {shown}", unknown)
+    elif unknown:
+        message = (
+            f"none of its {plural(len(names), 'parameter')} is in a model of this file: it is the optimizer of another"
+        )
+        yield note("name", where, message, unknown)
     twice = [name for name, count in Counter(names).items() if count > 1]
     for name in twice:
         yield fault("name", where, f"{name} is named twice", [name])
+
+
+def _another_layout(where: str, which: str, names: Iterable[str] = ()) -> Finding:
+    return note("name", where, f"the model is stored in another layout than the optimizer's, {which}", sorted(names))
+
+
+def _unnamed_layout(
+    where: str, state: OptimizerState, algorithm: Algorithm | None, models: list[Section]
+) -> Iterator[Finding]:
+    """Shapes that no tensor of the model has: then it is stored in another layout, or is the model of another run."""
+    like = {slot for slot, kind in algorithm.slots.items() if kind.is_elementwise} if algorithm else set()
+    shapes = [
+        next((v.shape for s, v in (slots or {}).items() if s in like and isinstance(v, LazyTensor) and v.shape), None)
+        for _, _, slots in state.parameters()
+    ]
+    wanted = Counter(shape for shape in shapes if shape is not None)
+    stored = [[t.shape for t in model.values() if isinstance(t, LazyTensor)] for model in _model_tensors(models)]
+    best = max(map(Counter, stored), key=lambda found: (found & wanted).total())
+    absent = wanted - best
+    # Vectors in which FSDP and others flatten parameters are of no model's shape by their nature.
+    if not absent or not (best & wanted) or all(len(shape) == 1 for shape in absent):
+        return
+    sizes = ", ".join(str(list(shape)) for shape in list(absent)[:3]) + (" ..." if len(absent) > 3 else "")
+    elements = sum(prod(shape) * count for shape, count in absent.items())
+    left = sum(prod(shape) * count for shape, count in (best - wanted).items())
+    which = f"for {plural(absent.total(), 'parameter')} of the shapes {sizes}"
+    if left >= elements:
+        yield _another_layout(where, which)
+    else:
+        message = f"the model of this file has no tensors {which}: it may be the model of another run"
+        yield note("name", where, message)
 
 
 def _parameter_shapes(state: OptimizerState, prefix: str) -> dict[str, tuple[int, ...] | None]:
