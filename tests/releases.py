@@ -20,6 +20,7 @@ __all__ = [
     "SWALR_KEEPS_STRATEGY",
     "WRITES_SAFETENSORS_SHARDS",
     "adagrad_of_2_10",
+    "adam_tells_its_decay",
     "muon",
     "safetensors_shards",
     "torchs_scheduler",
@@ -79,6 +80,9 @@ def torchs_scheduler(name: str, *, tensor_lr: bool = False, state: bool = False)
         pytest.skip("torch puts a number in the place of a tensor learning rate")
 
 
+adam_tells_its_decay = pytest.mark.skipif(
+    not ADAM_TELLS_ITS_DECAY, reason="this torch's AdamW has the state and the options of Adam"
+)
 muon = pytest.mark.skipif(not HAS_MUON, reason="torch's first Muon is that of 2.9")
 safetensors_shards = pytest.mark.skipif(not WRITES_SAFETENSORS_SHARDS, reason="this torch writes no safetensors shards")
 adagrad_of_2_10 = pytest.mark.skipif(not adagrad_starts_late(), reason="torch's Adagrad makes no state in a step")

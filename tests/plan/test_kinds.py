@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from optimstate.errors import MigrationError
+from optimstate.installed_torch import adagrad_starts_late
 from optimstate.plan.language.plan import Plan
 from optimstate.state.scheduler import regroup_scheduler_state
 from tests.plan.models import WIDTH, Attention, Deeper, Feed, Tied, Twins, made
@@ -155,6 +156,8 @@ def test_experts_scaled_train_like_the_dense_layer(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adagrad"])
 def test_a_new_layer_in_front_shifts_the_others(kind: str) -> None:
+    if kind == "adagrad" and not adagrad_starts_late():
+        pytest.skip("torch's Adagrad makes no state in a step")
     optimizer_type, options = ELEMENTWISE[kind]
     old, new = made(lambda: Deeper(3)), made(lambda: Deeper(3, front=True), seed=7)
     before, after = (optimizer_type(m.named_parameters(), **options) for m in (old, new))

@@ -18,6 +18,7 @@ from optimstate.errors import MigrationError
 from optimstate.formats.registry import get_format, open_checkpoint
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
+from tests.releases import KEEPS_TENSOR_RATES
 
 STEPS = 50
 AT = (1, 4, 11)
@@ -387,6 +388,8 @@ def test_a_scheduler_alone_takes_a_plans_arguments() -> None:
 def test_rates_that_are_tensors_stay_tensors(name: str) -> None:
     """As capturable optimizers have them: the tensor is kept, and has the rate."""
     make, _, new, text = SCHEDULERS[name]
+    if name == "SequentialLR" and not KEEPS_TENSOR_RATES:
+        pytest.skip("torch puts a number in the place of a tensor learning rate")
 
     def run(steps: int, *length: Any) -> tuple[Any, Any]:
         parameter = torch.nn.Parameter(torch.ones(2))

@@ -26,6 +26,7 @@ from optimstate.surgery.casting import Cast, parse_dtypes
 from optimstate.surgery.converting import ConvertReport, convert
 from optimstate.surgery.inspecting import inspect
 from tests.corpus import case
+from tests.releases import adam_tells_its_decay
 from tests.support import load_torch, unlike
 from tests.surgery.test_verify import saved, trained
 
@@ -316,6 +317,7 @@ def test_an_unknown_or_ambiguous_section_is_refused(tmp_path: Path) -> None:
 # --- another optimizer ----------------------------------------------------------------------------------------------
 
 
+@adam_tells_its_decay
 def test_the_state_of_another_optimizer_loads_into_it(tmp_path: Path) -> None:
     checkpoint = trained()
     made, report = converted(saved(checkpoint, tmp_path), tmp_path, optimizer="NAdam")
@@ -388,6 +390,7 @@ def test_state_that_cannot_be_converted_is_refused_by_parameter(change: Any, men
     assert name in str(caught.value)
 
 
+@adam_tells_its_decay
 def test_what_has_no_meaning_or_is_that_already(tmp_path: Path) -> None:
     source = saved(trained(), tmp_path)
     with pytest.raises(MigrationError, match="no meaning in SGD"):

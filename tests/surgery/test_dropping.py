@@ -23,6 +23,7 @@ from safetensors import safe_open
 import optimstate
 from optimstate.errors import RepresentationError
 from optimstate.formats.registry import open_checkpoint
+from optimstate.installed_torch import has_dtype
 from optimstate.tree import Opaque, tensors
 from tests import corpus
 
@@ -66,6 +67,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", FILES, ids=str)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_every_copy_is_taken_and_counted(case: corpus.Case, suffix: str, tmp_path: Path) -> None:
+    if (case.name, suffix) == ("optimstate/tensors_dtypes", ".pt") and not has_dtype("float8_e8m0fnu"):
+        pytest.skip("this torch lacks one of the dtypes")
     options = optimstate.formats.protocol.WriteOptions(sync=False, clone_views=True)
     convert = partial(optimstate.convert, case.entry, tmp_path / f"copy{suffix}", drop_opaque=True, options=options)
     if (case.name, suffix) in REFUSED:

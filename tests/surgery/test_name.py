@@ -119,6 +119,7 @@ def test_every_optimizer_is_named_from_its_own_model(tmp_path: Path) -> None:
 
 def test_a_config_of_transformers_gives_the_order(tmp_path: Path) -> None:
     """Where the weights are in safetensors, which sorts them, the config builds the model in its own order."""
+    pytest.importorskip("transformers")
     found = case("transformers/gpt2_adamw")
     checkpoint = next((FILES / found.name).glob("checkpoint-*"))
     with pytest.raises(MigrationError, match="does not keep the model's order"):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from optimstate.errors import CheckpointError
+from optimstate.installed_torch import has_dtype
 from optimstate.plan.language.plan import Plan
 from optimstate.surgery.remapping import remap
 from optimstate.surgery.verifying import verify, verify_against
@@ -290,6 +291,8 @@ def readable() -> list[Case]:
 
 @pytest.mark.parametrize("case", readable(), ids=str)
 def test_healthy_files_of_real_frameworks_pass(case: Case) -> None:
+    if case.name == "optimstate/tensors_dtypes" and not has_dtype("float8_e8m0fnu"):
+        pytest.skip("this torch lacks one of the dtypes")
     assert [finding for finding in verify(case.entry).findings if finding.level == "fault"] == []
 
 
