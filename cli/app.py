@@ -100,7 +100,7 @@ class _Misplaced(Exception):
 
 
 def _place(name: str) -> Location:
-    from optimstate.io.places import located  # `--version` and help need it not
+    from optimstate.io.places import located  # `--version` and help do not need it
 
     try:
         return located(name)

@@ -195,8 +195,10 @@ class FileSource(StoredSource):
             self._fd = -1
 
     def __del__(self) -> None:
-        with suppress(Exception):
+        try:  # noqa: SIM105 - at the interpreter's end no other module can be relied on
             self.close()
+        except Exception:
+            pass
 
     def __repr__(self) -> str:
         return f"FileSource({self.path}, {self.size} bytes)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from optimstate.errors import CheckpointError, LimitExceededError, OptimStateError
 from optimstate.formats.protocol import Document
@@ -12,9 +11,6 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.io.location import Place
 from optimstate.tensors.lazy import LazyTensor, announced
 from optimstate.tree import no_garbage_collection, nodes
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["open_to_read", "opening"]
 
