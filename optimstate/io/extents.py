@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from itertools import chain, groupby
 from pathlib import Path
 from stat import S_ISREG
@@ -197,7 +196,7 @@ class FileSource(StoredSource):
     def __del__(self) -> None:
         try:  # noqa: SIM105 - at the interpreter's end no other module can be relied on
             self.close()
-        except Exception:
+        except Exception:  # noqa: BLE001
             pass
 
     def __repr__(self) -> str:
