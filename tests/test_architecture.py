@@ -318,7 +318,7 @@ def test_pythons_form_of_a_value_is_seen() -> None:
 
 # A NamedTuple is for what is made by the hundred thousand: one for every tensor, stored record or piece of one.
 ONE_FOR_EVERY_TENSOR = {
-    "optimstate.derivation.layout": {"_Digit", "_Part"},
+    "optimstate.derivation.strides": {"_Digit", "_Part"},
     "optimstate.formats.dcp.columns": {"Chunk", "Form", "Item"},
     "optimstate.formats.dcp.layout": {"Part"},
     "optimstate.formats.deepspeed.zero": {"_Slice"},

@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from optimstate.derivation.derived import Derived, source_of
 from optimstate.derivation.modules import derive_copying
-from optimstate.derivation.moves import Derivation, Derived, source_of
+from optimstate.derivation.moves import Derivation
 from optimstate.derivation.scaled import derive_scaled
 from optimstate.errors import DerivationError
 

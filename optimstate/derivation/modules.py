@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from optimstate.derivation.moves import Derivation, Derived, source_of
+from optimstate.derivation.derived import Derived, source_of
+from optimstate.derivation.moves import Derivation
 from optimstate.derivation.probe import Combined, Moved, New, Origin, Probe, Source, Unexplained, probe
 from optimstate.describe import describe
 from optimstate.errors import DerivationError

@@ -2,69 +2,32 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from optimstate.derivation.layout import Blocks, Program, Wanted, blocked, core, cut, joined
+from optimstate.derivation.blocks import Blocks, blocked
+from optimstate.derivation.derived import Derived
+from optimstate.derivation.families import Moves
+from optimstate.derivation.finishing import extras, finished, one_factor, scaling, shortest
+from optimstate.derivation.layout import Search, joined
+from optimstate.derivation.owners import Component, Owners
 from optimstate.derivation.probe import Combined, Function, Moved, New, Probe, Source, Unexplained, probe
+from optimstate.derivation.programs import Program, Wanted
 from optimstate.derivation.proof import Terms, differences, roundings
-from optimstate.derivation.templates import Moves, drops, generalised
+from optimstate.derivation.templates import drops, generalised
 from optimstate.describe import describe
 from optimstate.errors import DerivationError
-from optimstate.plan.expressions.tree import Fill
 from optimstate.plan.language.base import Operation
 from optimstate.plan.language.operations import OPERATIONS
 from optimstate.plan.language.plan import Plan
-from optimstate.record import Record
 
 if TYPE_CHECKING:
     from optimstate.installed_torch import torch
 
-__all__ = ["Derivation", "Derived", "source_of"]
+__all__ = ["Derivation"]
 
 Shape = tuple[int, ...]
-Resize = OPERATIONS["resize"]
-
-
-class Derived(Record):
-    """A plan that was read off a function.
-
-    Attributes:
-        plan: What the function does, in the plan language.
-        dropped: Sources that no output takes.
-        new: Outputs that depend on no source: they start fresh.
-        notes: What deserves attention though nothing is wrong.
-        calls: How often the function was called.
-        untouched: Those of `new` that a copying script leaves as the new model has them.
-    """
-
-    plan: Plan
-    dropped: tuple[str, ...]
-    new: tuple[str, ...]
-    notes: tuple[str, ...]
-    calls: int
-    untouched: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return self.plan.to_toml()
-
-
-def source_of(value: Any) -> Source:
-    """What a function is given for a tensor, a shape, or a source."""
-    if isinstance(value, Source):
-        return value
-    if hasattr(value, "shape"):
-        return Source(tuple(value.shape), str(value.dtype).removeprefix("torch."))
-    return Source(tuple(value))
-
-
-class _Component(Record):
-    """Sources and outputs that share elements."""
-
-    sources: tuple[str, ...]
-    outputs: tuple[str, ...]
 
 
 class Derivation:
@@ -99,7 +62,7 @@ class Derivation:
         self.untouched: tuple[str, ...] = ()
         self.random: tuple[str, ...] = ()
         self.calls = 0
-        self._known: dict[Any, Any] = {}
+        self._search = Search()
         self._sums: dict[tuple[str, str], list[str]] = {}
 
     def run(self) -> Derived:
@@ -127,7 +90,7 @@ class Derivation:
         self.calls = found.calls
         self._refuse(found)
         moved = {name: origin for name, origin in found.outputs.items() if isinstance(origin, Moved)}
-        owners = _Owners(found, moved)
+        owners = Owners(found, moved)
         components = owners.components()
         for component in components:
             self._explain(component, moved, owners)
@@ -178,14 +141,16 @@ class Derivation:
         shape = self.sources[terms[0]].shape
         parts = [part.reshape(-1) - found.starts[term] for term, (part, _) in zip(terms, origin.parts, strict=True)]
         layouts = {(self.sources[term].shape, tuple(part.tolist())) for term, part in zip(terms, parts, strict=True)}
-        program = self._cut(shape, [Wanted(tuple(origin.parts[0][0].shape), parts[0])]) if len(layouts) == 1 else None
+        program = (
+            self._search.cut(shape, [Wanted(tuple(origin.parts[0][0].shape), parts[0])]) if len(layouts) == 1 else None
+        )
         if program is None:
             raise DerivationError(
                 f"{describe(name)} is a sum of {len(terms)} tensors that are laid out in different ways"
             )
         factors = [factor for _, factor in origin.parts]
         equal = all(abs(factor * len(factors) - 1) < 1e-6 for factor in factors) and len(factors) > 1
-        joins = OPERATIONS["mean"](0) if equal else OPERATIONS["average"](tuple(map(_short, factors)))
+        joins = OPERATIONS["mean"](0) if equal else OPERATIONS["average"](tuple(map(shortest, factors)))
         extra = self._extras(Moved(origin.parts[0][0], 1.0, origin.shift, 0.0, origin.dtype), terms)
         self.first.append(Moves(terms, (name,), (joins, *program[0], *extra)))
         kept = "approximate" if min(factors) >= 0 and abs(sum(factors) - 1) < 1e-6 else "left behind"
@@ -211,7 +176,7 @@ class Derivation:
 
     # --- one component ----------------------------------------------------------------------------------------------
 
-    def _explain(self, component: _Component, moved: Mapping[str, Moved], owners: _Owners) -> None:
+    def _explain(self, component: Component, moved: Mapping[str, Moved], owners: Owners) -> None:
         if len(component.sources) == 1 or len(component.outputs) > 1:
             self._refuse_factors(component, moved)
         if len(component.sources) == 1:
@@ -221,18 +186,18 @@ class Derivation:
         else:
             self._across(component, moved, owners)
 
-    def _refuse_factors(self, component: _Component, moved: Mapping[str, Moved]) -> None:
+    def _refuse_factors(self, component: Component, moved: Mapping[str, Moved]) -> None:
         for name in component.outputs:
             if moved[name].factors is not None:
                 of = ", ".join(map(describe, component.sources[:4]))
                 reason = "its elements are not all multiplied by one number"
                 raise DerivationError(f"{describe(name)} is not a layout of the sources: {reason} (it depends on {of})")
 
-    def _fan_out(self, source: str, outputs: Sequence[str], moved: Mapping[str, Moved], owners: _Owners) -> None:
+    def _fan_out(self, source: str, outputs: Sequence[str], moved: Mapping[str, Moved], owners: Owners) -> None:
         shape = self.sources[source].shape
         wanted = [owners.relative(name, source) for name in outputs]
         alike = {(*map(str, self._extras(moved[name], [source])), moved[name].fill) for name in outputs}
-        found = self._cut(shape, wanted) if len(alike) == 1 else None
+        found = self._search.cut(shape, wanted) if len(alike) == 1 else None
         if found is not None:
             program, order = found
             program = self._finished(program, moved[outputs[0]], [source])
@@ -243,12 +208,12 @@ class Derivation:
         copies = tuple(f"{name}.copy" for name in outputs)
         self.first.append(Moves((source,), copies))
         for name, copy, item in zip(outputs, copies, wanted, strict=True):
-            single = self._cut(shape, [item])
+            single = self._search.cut(shape, [item])
             if single is None:
                 raise self._unsayable(name, [source])
             self.second.append(Moves((copy,), (name,), self._finished(single[0], moved[name], [source])))
 
-    def _gather(self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners) -> None:
+    def _gather(self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: Owners) -> None:
         found = self._joined(sources, output, moved, owners) if moved[output].factors is None else None
         if found is None:
             self._assemble(sources, output, moved, owners)
@@ -256,7 +221,7 @@ class Derivation:
         program, order = found
         self._add(tuple(sources[number] for number in order), (output,), program)
 
-    def _assemble(self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners) -> None:
+    def _assemble(self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: Owners) -> None:
         """Sources that are laid out each in its own way, and then joined in a stage; zeros between are grown."""
         origin = moved[output]
         ids, owner = owners.split(output, sources)
@@ -286,14 +251,14 @@ class Derivation:
         for number, block in blocks.parts:
             inside = ids.reshape(blocks.shape)[block]
             wanted = Wanted(tuple(inside.shape), inside.reshape(-1))
-            found = self._cut(self.sources[sources[number]].shape, [wanted])
-            factor = _factor(origin, blocks.shape, block, wanted)
+            found = self._search.cut(self.sources[sources[number]].shape, [wanted])
+            factor = one_factor(origin, blocks.shape, block, wanted)
             if found is None or factor is None:
                 return None
-            parts.append((sources[number], (*found[0], *_scaled(factor))))
+            parts.append((sources[number], (*found[0], *scaling(factor))))
         return parts
 
-    def _across(self, component: _Component, moved: Mapping[str, Moved], owners: _Owners) -> None:
+    def _across(self, component: Component, moved: Mapping[str, Moved], owners: Owners) -> None:
         """Many to many: every source is cut into the parts that outputs take, and these are joined in a stage."""
         from optimstate.installed_torch import torch
 
@@ -307,7 +272,7 @@ class Derivation:
             for name in takers:
                 ids = owners.own_ids(name, source).sort().values
                 wanted.append(_block(self.sources[source].shape, ids))
-            found = self._cut(self.sources[source].shape, wanted)
+            found = self._search.cut(self.sources[source].shape, wanted)
             if found is None:
                 raise self._unsayable(takers[0], [source])
             program, order = found
@@ -333,7 +298,7 @@ class Derivation:
                 owner[mine] = number
             item = Wanted(tuple(moved[name].ids.shape), ids)
             if len(sources) == 1:
-                single = self._cut(shapes[0], [item])
+                single = self._search.cut(shapes[0], [item])
                 result: tuple[Program, tuple[int, ...]] | None = None if single is None else (single[0], (0,))
             else:
                 result = joined(shapes, item, owner)
@@ -344,45 +309,21 @@ class Derivation:
             self.second.append(Moves(taken, (name,), self._finished(program, moved[name], sources)))
 
     def _joined(
-        self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: _Owners
+        self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: Owners
     ) -> tuple[Program, tuple[int, ...]] | None:
-
         shapes = [self.sources[name].shape for name in sources]
         ids, owner = owners.split(output, sources)
-        key = ("joined", tuple(shapes), tuple(moved[output].ids.shape), _digest(ids, owner))
-        if key not in self._known:
-            whole = Wanted(tuple(moved[output].ids.shape), ids)
-            inner, growth = core(whole)
-            found = None if bool((inner.ids < 0).any()) else joined(shapes, inner, owner[ids >= 0])
-            self._known[key] = None if found is None else ((*found[0], *growth), found[1])
-        found = self._known[key]
+        found = self._search.grown(shapes, Wanted(tuple(moved[output].ids.shape), ids), owner)
         return None if found is None else (self._finished(found[0], moved[output], sources), found[1])
 
-    def _cut(self, shape: Shape, wanted: Sequence[Wanted]) -> tuple[Program, tuple[int, ...]] | None:
-        key = ("cut", shape, tuple(item.shape for item in wanted), _digest(*(item.ids for item in wanted)))
-        if key not in self._known:
-            self._known[key] = cut(shape, wanted)
-        found: tuple[Program, tuple[int, ...]] | None = self._known[key]
-        return found
-
     def _finished(self, program: Program, origin: Moved, sources: Sequence[str]) -> Program:
-        """A layout with what it is filled with where it grows, a factor and another dtype."""
-        extra = self._extras(origin, sources)
-        if isinstance(origin.fill, str):  # values that are not to be scaled
-            fill = Fill("live") if origin.fill == "live" else Fill(None, {"param": "mean"})
-            return (*extra, *_filled(program, fill))
-        value = _short((origin.fill - origin.shift) / origin.scale)
-        return (*_filled(program, Fill(None, {"param": value}) if value else Fill(0.0)), *extra)
+        return finished(program, origin, self._dtypes(sources))
 
     def _extras(self, origin: Moved, sources: Sequence[str]) -> tuple[Operation, ...]:
-        """What is done beside the layout: a factor, another dtype."""
-        extra: list[Operation] = []
-        extra += _scaled(origin.scale)
-        if origin.shift:
-            extra.append(OPERATIONS["shift"](_short(origin.shift)))
-        if {self.sources[name].dtype for name in sources} != {origin.dtype}:
-            extra.append(OPERATIONS["cast"]({"param": origin.dtype}))
-        return tuple(extra)
+        return extras(origin, self._dtypes(sources))
+
+    def _dtypes(self, sources: Sequence[str]) -> set[str]:
+        return {self.sources[name].dtype for name in sources}
 
     def _unsayable(self, output: str, sources: Sequence[str]) -> DerivationError:
         of = ", ".join(map(describe, list(sources)[:4]))
@@ -444,118 +385,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(describe, names[:5])) + (f" and {more} more" if more > 0 else "")
 
 
-def _filled(program: Program, fill: Fill) -> Program:
-    return tuple(step._replace(fill=fill) if isinstance(step, Resize) else step for step in program)
-
-
-def _short(number: float) -> float:
-    """A number as a person writes it, where rounding alone has given it more digits."""
-    return float(f"{number:.7g}") if abs(float(f"{number:.4g}") - number) <= 1e-6 * abs(number) else number
-
-
-def _scaled(scale: float) -> tuple[Operation, ...]:
-    return () if scale == 1 else (OPERATIONS["scale"](_short(scale), 1 / _short(scale)),)
-
-
-def _factor(origin: Moved, shape: Shape, block: tuple[slice, ...], wanted: Wanted) -> float | None:
-    """What all elements of a block are multiplied by; None where it is not one number."""
-    if origin.factors is None:
-        return 1.0
-    factors = origin.factors.reshape(shape)[block].reshape(-1)[wanted.ids >= 0]
-    close = bool(((factors - factors[0]).abs() <= factors[0].abs() * 1e-6).all())
-    return float(factors[0]) if close else None
-
-
 def _block(shape: Shape, ids: torch.Tensor) -> Wanted:
     """A part of a source, its elements in the source's order, in the shape that follows the source's where it can."""
     rows = shape[0] if shape else 1
     width = prod(shape[1:])
     whole = ids.numel() % width == 0 if width else False
     return Wanted((ids.numel() // width, *shape[1:]) if rows and whole and shape else (ids.numel(),), ids)
-
-
-def _digest(*tensors: torch.Tensor) -> str:
-    from hashlib import sha256
-
-    made = sha256()
-    for tensor in tensors:
-        made.update(tensor.numpy().tobytes())
-    return made.hexdigest()
-
-
-class _Owners:
-    """Which source each element of each output belongs to."""
-
-    def __init__(self, found: Probe, moved: Mapping[str, Moved]) -> None:
-        from optimstate.installed_torch import torch
-
-        self.names = list(found.sources)
-        self.starts = torch.tensor([found.starts[name] for name in self.names], dtype=torch.int64)
-        self._flat = {name: origin.ids.reshape(-1) for name, origin in moved.items()}
-        self._shapes = {name: tuple(origin.ids.shape) for name, origin in moved.items()}
-        self._owner = {
-            name: torch.where(flat >= 0, torch.searchsorted(self.starts, flat, right=True) - 1, -1)
-            for name, flat in self._flat.items()
-        }
-        self._sources = {
-            name: [self.names[number] for number in owner.unique().tolist() if number >= 0]  # type: ignore[no-untyped-call]
-            for name, owner in self._owner.items()
-        }
-        self._number = {name: number for number, name in enumerate(self.names)}
-
-    def sources_of(self, output: str) -> list[str]:
-        """The sources that an output takes elements of, in order."""
-        return self._sources[output]
-
-    def mask(self, output: str, source: str) -> torch.Tensor:
-        """Which elements of an output, flat, are the source's."""
-        return self._owner[output] == self._number[source]
-
-    def own_ids(self, output: str, source: str) -> torch.Tensor:
-        """For those elements, in the output's order, the place in the source."""
-        number = self._number[source]
-        return self._flat[output][self._owner[output] == number] - int(self.starts[number])
-
-    def split(self, output: str, sources: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """For every element of an output, flat, its place in its source and the source's number among those given."""
-        from optimstate.installed_torch import torch
-
-        numbers = torch.full((len(self.names) + 1,), -1, dtype=torch.int64)  # the last is of elements from nowhere
-        numbers[[self._number[name] for name in sources]] = torch.arange(len(sources))
-        owner = self._owner[output]
-        ids = torch.where(owner >= 0, self._flat[output] - self.starts[owner.clamp(min=0)], -1)
-        return ids, numbers[owner]
-
-    def relative(self, output: str, source: str) -> Wanted:
-        """An output of one source alone."""
-        from optimstate.installed_torch import torch
-
-        flat = self._flat[output]
-        start = int(self.starts[self._number[source]])
-        return Wanted(self._shapes[output], torch.where(flat >= 0, flat - start, -1))
-
-    def components(self) -> list[_Component]:
-        """Sources and outputs that share elements, in the order of the sources."""
-        parent: dict[str, str] = {name: name for name in self.names}
-
-        def root(name: str) -> str:
-            while parent[name] != name:
-                parent[name] = parent[parent[name]]
-                name = parent[name]
-            return name
-
-        for sources in self._sources.values():
-            for name in sources[1:]:
-                one, other = root(sources[0]), root(name)
-                if one != other:
-                    parent[max(one, other, key=self._number.__getitem__)] = min(
-                        one, other, key=self._number.__getitem__
-                    )
-        members: dict[str, list[str]] = defaultdict(list)
-        outputs: dict[str, list[str]] = defaultdict(list)
-        for output, sources in self._sources.items():
-            if sources:
-                outputs[root(sources[0])].append(output)
-        for name in self.names:
-            members[root(name)].append(name)
-        return [_Component(tuple(members[key]), tuple(outputs[key])) for key in members if key in outputs]

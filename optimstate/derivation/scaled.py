@@ -17,9 +17,10 @@ from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
-from optimstate.derivation.moves import Derivation, Derived
+from optimstate.derivation.derived import Derived
+from optimstate.derivation.families import Moves
+from optimstate.derivation.moves import Derivation
 from optimstate.derivation.probe import Function, Source
-from optimstate.derivation.templates import Moves
 from optimstate.describe import describe
 from optimstate.errors import DerivationError
 from optimstate.plan.language.base import OPERATIONS, Operation

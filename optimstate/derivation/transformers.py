@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optimstate.derivation.derive import derive
-from optimstate.derivation.moves import Derived, source_of
+from optimstate.derivation.derived import Derived, source_of
 from optimstate.derivation.probe import Function
 from optimstate.derivation.scaled import derive_scaled
 from optimstate.errors import DerivationError
