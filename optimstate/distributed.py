@@ -95,10 +95,11 @@ class PlanLoadPlanner(DefaultLoadPlanner):
         self.nbytes = 0
 
     def create_local_plan(self) -> LoadPlan:
-        """Check that everything is there.
+        """Check that everything is there, and compare the checksums of what this process is to read.
 
         Raises:
             CheckpointError: The checkpoint cannot be read.
+            CorruptCheckpointError: Bytes do not match their checksum.
             MigrationError: The plan does not fit.
             StateMismatchError: Something of the state dict is not in the checkpoint.
         """
@@ -112,19 +113,18 @@ class PlanLoadPlanner(DefaultLoadPlanner):
         """Read this process's part of everything.
 
         Raises:
-            CorruptCheckpointError: Bytes do not match their checksum; the state dict is filled all the same.
+            CheckpointError: Bytes could be read before and cannot now; the state dict is then filled in part.
         """
         filling = self._filling
         assert filling is not None
         for name in self._names:
             live = self.state_dict[name]
             if hasattr(live, "shape") and hasattr(live, "dtype"):
-                filling.fill(name, live)
+                filling.fill(name)
             elif self.flatten_state_dict:
                 put(self.original_state_dict, self.mappings[name], filling.value(name))
             else:
                 self.original_state_dict[name] = filling.value(name)
-        filling.compare()
         self.notes, self.nbytes = [*filling.notes, *filling.casts()], filling.nbytes
         self._filling = None
         return new_plan
@@ -140,6 +140,9 @@ def fill_state_dict(
 ) -> PlanLoadPlanner:
     """Load a state dict in place, as `torch.distributed.checkpoint.load` does, from a checkpoint in any container.
 
+    Every process checks everything, checksums included, before any fills its own. Only where bytes that could be read
+    then cannot be read again is the state dict filled in part.
+
     Returns:
         The planner, with its notes and the bytes that were read.
 
@@ -147,6 +150,7 @@ def fill_state_dict(
         CheckpointError: The checkpoint cannot be read.
         MigrationError: The plan does not fit.
         StateMismatchError: Something is not in the checkpoint, or another process failed.
+        CorruptCheckpointError: Bytes do not match their checksum; nothing was filled.
     """
     planner = PlanLoadPlanner(checkpoint, plan, allow_partial_load=allow_partial_load)
     failure: Exception | None = None

@@ -61,6 +61,7 @@ class Filling:
         for flattened in (True, False):
             found, _ = leaves(tree, flattened=flattened)
             self._values.update((name, value) for name, (_, value) in found.items())
+        self._parts: dict[str, list[tuple[torch.Tensor, LazyTensor]]] = {}  # live ones, and what they become
         self._casts: dict[tuple[str, str], list[str]] = {}
         self._read: list[Extent] = []
         self._reader = Reader(self._casts, self._read)
@@ -73,7 +74,7 @@ class Filling:
     def check(
         self, items: Mapping[str, Any], paths: Mapping[str, Sequence[Any]], *, partial: bool = False
     ) -> list[str]:
-        """The names that can be filled.
+        """The names that can be filled. Nothing of the live state is changed.
 
         Args:
             items: The live ones by name.
@@ -83,6 +84,7 @@ class Filling:
         Raises:
             StateMismatchError: The checkpoint does not have one, or has it in another shape.
             MigrationError: A rule declares new what the live state dict does not have.
+            CorruptCheckpointError: Bytes that this process is to read do not match their checksum.
         """
         found = []
         absent = {name: _parameter(paths.get(name, (name,))) for name in items if name not in self._values}
@@ -108,8 +110,25 @@ class Filling:
                         f"the live one {list(shape)}",
                         hint="Cut, join or resize it in the plan.",
                     )
+                self._parts[name] = list(self._cut(name, live, value))
+            else:
+                self._reader.count(value)
             found.append(name)
+        verify_read(self._document, self._read, wholly=True)
         return found
+
+    def _cut(self, name: str, live: Any, value: LazyTensor) -> Iterator[tuple[torch.Tensor, LazyTensor]]:
+        """What this process has of a live tensor, and the same stretch of the checkpoint's."""
+        shards = getattr(live, "local_shards", None)
+        if shards is None:
+            yield live.to_local() if hasattr(live, "to_local") else live, self._reader.cut(name, live, value)
+            return
+        for shard in shards():  # FSDP1's ShardedTensor
+            part, about = value, shard.metadata
+            for dim, (start, size) in enumerate(zip(about.shard_offsets, about.shard_sizes, strict=True)):
+                part = part.narrow(dim, start, size)
+            self._reader.count(part)
+            yield shard.tensor, part
 
     def _declared_new(self, absent: Mapping[str, str]) -> set[str]:
         """Which of the items that the checkpoint does not have are of parameters that the plan declares new.
@@ -136,33 +155,13 @@ class Filling:
         """What is no tensor in the live state."""
         return whole(self._values[name])
 
-    def fill(self, name: str, live: torch.Tensor) -> None:
+    def fill(self, name: str) -> None:
         """Read this process's part of a tensor into the live one."""
         from optimstate.installed_torch import torch
 
-        value = self._values[name]
         with torch.no_grad():
-            shards = getattr(live, "local_shards", None)
-            if shards is not None:  # FSDP1's ShardedTensor
-                for shard in shards():
-                    part = value
-                    about = shard.metadata
-                    for dim, (start, size) in enumerate(zip(about.shard_offsets, about.shard_sizes, strict=True)):
-                        part = part.narrow(dim, start, size)
-                    self._reader.count(part)
-                    shard.tensor.copy_(to_torch(part.contiguous()))
-                return
-            made = self._reader.part(name, live, value)
-            target = live.to_local() if hasattr(live, "to_local") else live
-            target.copy_(made.to_local() if hasattr(made, "to_local") else made)
-
-    def compare(self) -> None:
-        """Compare the checksums of all the bytes that this process read.
-
-        Raises:
-            CorruptCheckpointError: One differs.
-        """
-        verify_read(self._document, self._read, wholly=True)
+            for live, part in self._parts[name]:
+                live.copy_(to_torch(part.contiguous()))
 
     def casts(self) -> Iterator[str]:
         """Notes on tensors that have another precision now."""

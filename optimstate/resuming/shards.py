@@ -86,28 +86,30 @@ class Reader:
 
     def part(self, name: str, like: Any, value: Any) -> Any:
         """This process's part of a value, as `like` is placed."""
-        if not _is_dtensor(like):
-            self.count(value)
-            self._note_cast(name, value, like)
-            return whole(value)
-        if value is like or _is_dtensor(value):
+        if _is_dtensor(like) and (value is like or _is_dtensor(value)):
             return value
+        part = self.cut(name, like, value)
+        if not _is_dtensor(like):
+            return whole(part)
+        return _placed(to_torch(part.contiguous()).clone() if isinstance(part, LazyTensor) else part, like)
+
+    def cut(self, name: str, like: Any, value: Any) -> Any:
+        """The same before it is read: the stretch of a value that this process has of `like`."""
         self._note_cast(name, value, like)
-        local, offsets = _local(like)
-        if tuple(value.shape) != tuple(like.shape):
-            raise StateMismatchError(
-                f"{describe(name)} has the shape {list(value.shape)} and its parameter {list(like.shape)}: "
-                "it cannot be cut "
-                "into the same shards",
-                hint="Start it anew with `fresh` in the plan, or load it in one process.",
-            )
-        for dim, (start, size) in enumerate(zip(offsets, local.shape, strict=True)):
-            if size != value.shape[dim]:
-                value = value.narrow(dim, start if size else 0, size)
-        if isinstance(value, LazyTensor):
-            self.count(value)
-            value = to_torch(value.contiguous()).clone()
-        return _placed(value, like)
+        if _is_dtensor(like):
+            local, offsets = _local(like)
+            if tuple(value.shape) != tuple(like.shape):
+                raise StateMismatchError(
+                    f"{describe(name)} has the shape {list(value.shape)} and its parameter {list(like.shape)}: "
+                    "it cannot be cut "
+                    "into the same shards",
+                    hint="Start it anew with `fresh` in the plan, or load it in one process.",
+                )
+            for dim, (start, size) in enumerate(zip(offsets, local.shape, strict=True)):
+                if size != value.shape[dim]:
+                    value = value.narrow(dim, start if size else 0, size)
+        self.count(value)
+        return value
 
     def optimizer(self, optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> dict[str, Any]:
         """An optimizer's dict with this process's part of every slot."""
