@@ -26,7 +26,7 @@ Part = dict[str, Any]
 
 def built(seed: int, sharded: bool = True) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 5))
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))  # 5 is not divided evenly
     if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
@@ -35,7 +35,7 @@ def built(seed: int, sharded: bool = True) -> tuple[nn.Module, torch.optim.Optim
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> None:
     for _ in range(steps):
-        model(torch.ones(2, 4)).square().mean().backward()
+        model(torch.ones(2, 5)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
@@ -56,7 +56,7 @@ def a_bit_in_one_process(model: nn.Module, optimizer: torch.optim.Optimizer, sch
 
 
 def moments_exchanged(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    one, other = _first(optimizer, 2), _first(optimizer, 4)
+    one, other = _first(optimizer, 0), _first(optimizer, 2)
     one["exp_avg"], other["exp_avg"] = other["exp_avg"], one["exp_avg"]
 
 

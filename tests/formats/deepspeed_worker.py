@@ -52,7 +52,7 @@ def main() -> None:
     stage, folder, port, *tag = sys.argv[1:]
     warnings.simplefilter("ignore")
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}  # or importing its Muon compiles it
     running = engine(int(stage), universal=bool(tag))
     if tag:
         running.load_checkpoint(folder, tag=tag[0])
