@@ -139,6 +139,9 @@ def derive(
         Path | None,
         typer.Option("--python", metavar="PYTHON", help="The interpreter that runs the function; this one by default."),
     ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="End the function's process where it takes longer.")
+    ] = 600,
     output: Out = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -168,6 +171,7 @@ def derive(
         to=to.value,
         allow_drop=allow_drop,
         python=python or sys.executable,
+        timeout=timeout,
     )
     if not _put(report.plan, output):
         terminal.show(report, as_json=as_json, quiet=quiet)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.derivation.derive import Derived, derive
-from optimstate.derivation.probe import Source
+from optimstate.derivation.origins import Source
 from optimstate.describe import describe
 from optimstate.errors import DerivationError, OptimStateError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from optimstate.derivation.probe import Source
+from optimstate.derivation.origins import Source
 from optimstate.plan.language.plan import Plan
 from optimstate.record import Record
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optimstate.derivation.probe import Moved
+from optimstate.derivation.origins import Moved
 from optimstate.derivation.programs import Program, Wanted
 from optimstate.plan.expressions.tree import Fill, Shape
 from optimstate.plan.language.base import Operation

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.derivation.derived import Derived, source_of
 from optimstate.derivation.moves import Derivation
-from optimstate.derivation.probe import Combined, Moved, New, Origin, Probe, Source, Unexplained, probe
+from optimstate.derivation.origins import Combined, Moved, New, Origin, Probe, Source, Unexplained
+from optimstate.derivation.probe import probe
 from optimstate.describe import describe
 from optimstate.errors import DerivationError
 

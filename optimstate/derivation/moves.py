@@ -11,8 +11,9 @@ from optimstate.derivation.derived import Derived
 from optimstate.derivation.families import Moves
 from optimstate.derivation.finishing import extras, finished, one_factor, scaling, shortest
 from optimstate.derivation.layout import Search, joined
+from optimstate.derivation.origins import Combined, Function, Moved, New, Probe, Source, Unexplained
 from optimstate.derivation.owners import Component, Owners
-from optimstate.derivation.probe import Combined, Function, Moved, New, Probe, Source, Unexplained, probe
+from optimstate.derivation.probe import probe
 from optimstate.derivation.programs import Program, Wanted
 from optimstate.derivation.proof import Terms, differences, roundings
 from optimstate.derivation.templates import drops, generalised

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from optimstate.derivation.probe import Moved, Probe
+from optimstate.derivation.origins import Moved, Probe
 from optimstate.derivation.programs import Wanted
 from optimstate.record import Record
 

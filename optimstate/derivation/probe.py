@@ -2,114 +2,32 @@
 
 Element n of all sources, counted through, is given the digits of n in base 128, one call a digit: every floating dtype,
 bfloat16 too, holds such integers exactly, so that casts inside the function change nothing. Further calls, with zeros,
-ones and two draws of random integers, tell a layout from arithmetic: only the random inputs decide.
+ones and two draws of random integers, tell a layout from arithmetic: only the random inputs decide. Three more, with
+large, huge and tiny values of both signs, show what looks at how large they are: a clamp, a threshold.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from optimstate.derivation.draws import BASE, drawn, holds, magnitudes, rounding
+from optimstate.derivation.origins import Combined, Function, Moved, New, Origin, Probe, Shape, Source, Unexplained
 from optimstate.describe import describe
 from optimstate.errors import DerivationError
-from optimstate.record import Record
 
 if TYPE_CHECKING:
     from optimstate.installed_torch import torch
 
-__all__ = ["Combined", "Function", "Moved", "New", "Origin", "Probe", "Source", "Unexplained", "probe"]
+__all__ = ["probe"]
 
-Function = Callable[[dict[str, Any]], Mapping[str, Any]]
-Shape = tuple[int, ...]
 
-_BASE = 128
+Outputs = dict[str, Any]
+_NOT_LINEAR = "it is not linear"
+_ADDS = "it adds elements of one tensor to each other, which no operation of the plan language does"
+_ONE_NUMBER = "its elements are not all multiplied by one number"
 _MOST_SOURCES = 4096  # for linear combinations every source is tried by itself
-
-
-class Source(Record):
-    """A tensor that the function is given: its shape and dtype (as torch names it)."""
-
-    shape: Shape
-    dtype: str = "float32"
-
-
-class Moved(Record):
-    """An output whose elements are elements of the sources times one number, plus one number.
-
-    Attributes:
-        ids: int64, of the output's shape: the element of the sources, counted through from 0; -1 for one from nowhere.
-        scale: What every element is multiplied by.
-        shift: What is added to every element.
-        fill: What the elements from nowhere hold: a number, "random" values, or those of the "live" model.
-        dtype: The output's, as torch names it.
-        factors: In place of one scale, of the output's shape: what every element is multiplied by.
-    """
-
-    ids: torch.Tensor
-    scale: float
-    shift: float
-    fill: float | Literal["random", "live"]
-    dtype: str
-    factors: torch.Tensor | None = None
-
-
-class Combined(Record):
-    """An output that is a sum of several layouts, each times a number.
-
-    Attributes:
-        parts: For each term its source elements (see `Moved.ids`) and its coefficient.
-        shift: What is added to every element.
-    """
-
-    parts: tuple[tuple[torch.Tensor, float], ...]
-    shift: float
-    dtype: str
-
-
-class New(Record):
-    """An output that depends on no source.
-
-    Attributes:
-        shape: Its shape.
-        random: Whether two calls with the same sources gave different values.
-        untouched: Whether it is a tensor of a live module that a script leaves as it is.
-    """
-
-    shape: Shape
-    random: bool
-    untouched: bool = False
-
-
-class Unexplained(Record):
-    """An output that is not a linear layout: why, and some of the sources it depends on."""
-
-    reason: str
-    sources: tuple[str, ...]
-
-
-Origin = Moved | Combined | New | Unexplained
-
-
-class Probe(Record):
-    """What a function does.
-
-    Attributes:
-        sources: By name, in the order of the tags.
-        starts: The tag of each source's first element.
-        outputs: By name, in the order of the function's result.
-        calls: How often the function was called.
-    """
-
-    sources: Mapping[str, Source]
-    starts: Mapping[str, int]
-    outputs: Mapping[str, Origin]
-    calls: int
-
-    def owner(self, tag: int) -> str:
-        """The source whose element has this tag."""
-        return list(self.starts)[bisect_right(list(self.starts.values()), tag) - 1]
 
 
 def probe(function: Function, sources: Mapping[str, Source]) -> Probe:
@@ -132,9 +50,11 @@ class _Prober:
         for name, source in self.sources.items():
             self.starts[name] = total
             total += prod(source.shape)
-        self.total, self.calls, self.base = total, 0, _BASE
+        self.total, self.calls, self.base = total, 0, BASE
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, str] = {}
+        self.places = 1
+        self.apart: dict[str, tuple[torch.Tensor, list[Outputs], Outputs, list[Outputs]]] = {}
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -184,37 +104,23 @@ class _Prober:
         made: torch.Tensor = (tags // self.base**place % self.base).to(self.torch.float64)
         return made
 
-    def _drawn(self, seed: int, *, signed: bool) -> torch.Tensor:
-        """Random integers, of both signs where a source can have them: an absolute value is not a layout."""
-        generator = self.torch.Generator().manual_seed(seed)
-        made: torch.Tensor = self.torch.randint(1, max(self.base, 8), (self.total,), generator=generator).double()
-        signs = self.torch.randint(0, 2, (self.total,), generator=generator).double() * 2 - 1
-        for name, source in self.sources.items():
-            mine = slice(self.starts[name], self.starts[name] + prod(source.shape))
-            if source.dtype == "bool":
-                made[mine] %= 2
-            elif signed and not source.dtype.startswith("uint"):
-                made[mine] *= signs[mine]
-        return made
-
     def _chosen_base(self) -> int:
         """What the tags are written in: every dtype that the function is given or makes holds such digits exactly."""
         dtypes = {*(source.dtype for source in self.sources.values()), *self.dtypes.values()}
         if "bool" in dtypes:
             return 2
-        return 8 if any(dtype.startswith("float8") for dtype in dtypes) else _BASE
+        return 8 if any(dtype.startswith("float8") for dtype in dtypes) else BASE
 
     # --- what they tell ---------------------------------------------------------------------------------------------
 
     def run(self) -> Probe:
         zeros, again, ones = self._call(self._filled(0)), self._call(self._filled(0)), self._call(self._filled(1))
         self.base = self._chosen_base()
-        places = 1
-        while self.base**places < self.total:
-            places += 1
-        digits = [self._call(self._digit(place)) for place in range(places)]
-        draws = [self._drawn(1, signed=False), self._drawn(2, signed=True)]
-        drawn = [self._call(values) for values in draws]
+        while self.base**self.places < self.total:
+            self.places += 1
+        digits = [self._call(self._digit(place)) for place in range(self.places)]
+        draws = [drawn(self.sources, self.base, seed, signed=seed == 2) for seed in (1, 2)]
+        seen = [self._call(values) for values in draws]
         found: dict[str, Origin] = {}
         open_: list[str] = []
         for name in self.shapes:
@@ -225,21 +131,37 @@ class _Prober:
                 found[name] = New(self.shapes[name], random=True)
             elif not bool(self.torch.isfinite(o - z)[same & (o != z)].all()):
                 found[name] = Unexplained("it is not finite on zeros or ones", ())
-            elif not bool((o != z)[same].any()) and all(_equal(r[name], z, same) for r in drawn) and z.numel():
+            elif not bool((o != z)[same].any()) and all(_equal(r[name], z, same) for r in seen) and z.numel():
                 found[name] = New(self.shapes[name], random=bool(random.any()))
             else:
-                moved = self._moved(name, z, o, [d[name] for d in digits], draws, [r[name] for r in drawn], random)
+                moved = self._moved(name, z, o, [d[name] for d in digits], draws, [r[name] for r in seen], random)
                 if moved is None:
                     open_.append(name)
                 else:
                     found[name] = moved
         if open_:
-            found.update(self._combinations(open_, zeros, draws, drawn, places))
+            found.update(self._combinations(open_, zeros, draws, seen))
+        for values in magnitudes(self.sources, self.base):
+            made = self._call(values)
+            for name, origin in found.items():
+                if not isinstance(origin, Unexplained) and not holds(
+                    origin, self.dtypes[name], zeros[name], values, made[name]
+                ):
+                    found[name] = Unexplained("it depends on how large the values are", self._taken(origin))
         named = {
             name: origin if not isinstance(origin, Unexplained) or origin.sources else self._blamed(name, origin)
             for name, origin in ((name, found[name]) for name in self.shapes)
         }
         return Probe(self.sources, self.starts, named, self.calls)
+
+    def _taken(self, origin: Origin) -> tuple[str, ...]:
+        """Up to four sources that an output takes elements of."""
+        ids = [origin.ids] if isinstance(origin, Moved) else []
+        ids += [part for part, _ in origin.parts] if isinstance(origin, Combined) else []
+        names = list(self.starts)
+        bounds = self.torch.tensor(list(self.starts.values()), dtype=self.torch.int64)
+        found = {int(n) for each in ids for n in self.torch.searchsorted(bounds, each[each >= 0], right=True).unique()}
+        return tuple(names[number - 1] for number in sorted(found))[:4]
 
     def _moved(
         self,
@@ -274,7 +196,7 @@ class _Prober:
         if made.numel() and not (int(made.min()) >= 0 and int(made.max()) < self.total):
             return None
         ids[there] = made
-        room = _rounding(self.dtypes[name], largest, shift)
+        room = rounding(self.dtypes[name], largest, shift)
         for values, seen in zip(draws, drawn, strict=True):
             expected = torch.full_like(seen, fill)
             expected[there] = values[made] * factor + shift
@@ -290,7 +212,6 @@ class _Prober:
         zeros: dict[str, torch.Tensor],
         draws: list[torch.Tensor],
         drawn: list[dict[str, torch.Tensor]],
-        places: int,
     ) -> dict[str, Origin]:
         """The outputs as sums over sources, each tried by itself with all others zero."""
         from optimstate.installed_torch import torch
@@ -308,16 +229,16 @@ class _Prober:
             if not touched:
                 continue
             digits = []
-            for place in range(places):
+            for place in range(self.places):
                 tags = self._filled(0)
                 tags[start:stop] = self._digit(place)[start:stop]
                 digits.append(self._call(tags))
             for name in touched:
                 factor = _one_number(ones[name] - zeros[name])
                 if factor is None:
-                    refused[name] = Unexplained("its elements are not all multiplied by one number", (source,))
+                    refused[name] = Unexplained(self._reason(name, source, zeros[name]), (source,))
                     continue
-                room = _rounding(self.dtypes[name], factor, 0.0)
+                room = rounding(self.dtypes[name], factor, 0.0)
                 ids = sum(
                     ((d[name] - zeros[name]) / factor).round().to(torch.int64) * self.base**place
                     for place, d in enumerate(digits)
@@ -325,7 +246,7 @@ class _Prober:
                 assert not isinstance(ids, int)
                 good = room < 1 and bool(((ids >= start) & (ids < stop)).all())
                 if not good:
-                    refused[name] = Unexplained("it is not linear", (source,))
+                    refused[name] = Unexplained(self._reason(name, source, zeros[name]), (source,))
                     continue
                 terms[name].append((source, ids, factor))
         found: dict[str, Origin] = {}
@@ -341,14 +262,55 @@ class _Prober:
             explained = True
             for values, seen in zip(draws, drawn, strict=True):
                 expected = sum((values[ids] * factor for _, ids, factor in terms[name])) + shift
-                room = sum(_rounding(self.dtypes[name], 2 * factor, 2 * shift) for _, _, factor in terms[name])
+                room = sum(rounding(self.dtypes[name], 2 * factor, 2 * shift) for _, _, factor in terms[name])
                 explained &= bool(((expected - seen[name]).abs() <= room).all())
             if explained:
                 parts = tuple((ids.reshape(self.shapes[name]), factor) for _, ids, factor in terms[name])
                 found[name] = Combined(parts, shift, self.dtypes[name])
             else:
-                found[name] = Unexplained("it is not linear", blamed)
+                reasons = dict.fromkeys(self._reason(name, source, zeros[name]) for source in ("", *blamed))
+                found[name] = Unexplained(max(reasons, key=[_ONE_NUMBER, _ADDS, _NOT_LINEAR].index), blamed)
         return found
+
+    def _reason(self, name: str, source: str, zeros: torch.Tensor) -> str:
+        """Why an output is no layout of this source, all others being zero; without a source, of them all."""
+        from optimstate.installed_torch import torch
+
+        values, made, ones, digits = self._apart(source)
+        first, second, both = (result[name] - zeros for result in made)
+        largest = max(float(result.abs().max()) for result in (first, second, both))
+        room = 4 * rounding(self.dtypes[name], largest / BASE, 1.0)
+        if not bool(((first + second - both).abs() <= room).all()):
+            return _NOT_LINEAR
+        factors = ones[name] - zeros
+        ids = torch.zeros_like(factors)
+        for place, digit in enumerate(digits):
+            ids += ((digit[name] - zeros) / factors).nan_to_num(0, 0, 0).round() * self.base**place
+        single = values[ids.clamp(0, self.total - 1).to(torch.int64)] * factors
+        if not source or bool(((single - first).abs() <= room).all()):
+            return _ONE_NUMBER
+        return _ADDS
+
+    def _apart(self, source: str) -> tuple[torch.Tensor, list[Outputs], Outputs, list[Outputs]]:
+        """What comes of one source, all others being zero.
+
+        Returns:
+            Values for it; the outputs for these, for others, and for the sum of both; for ones; for each digit.
+        """
+        if source not in self.apart:
+            start = self.starts.get(source, 0)
+            mine = slice(start, start + prod(self.sources[source].shape) if source else self.total)
+
+            def alone(values: torch.Tensor) -> torch.Tensor:
+                made = self._filled(0)
+                made[mine] = values[mine]
+                return made
+
+            one, other = (alone((drawn(self.sources, self.base, n, signed=True) / 2).trunc()) for n in (5, 6))
+            made = [self._call(values) for values in (one, other, one + other)]
+            digits = [self._call(alone(self._digit(place))) for place in range(self.places)]
+            self.apart = {source: (one, made, self._call(alone(self._filled(1))), digits)}
+        return self.apart[source]
 
     def _blamed(self, name: str, origin: Unexplained) -> Unexplained:
         """The same with up to four sources on which the output depends."""
@@ -379,15 +341,3 @@ def _one_number(values: Any) -> float | None:
         return first
     close = bool(((values - first).abs() <= abs(first) * 1e-6).all())
     return first if close else None
-
-
-def _rounding(dtype: str, scale: float, shift: float) -> float:
-    """How far an element may be off by rounding alone: none for a factor that is a power of two, without a shift."""
-    digits = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}.get(dtype, 52)
-    mantissa = abs(scale)
-    while mantissa and mantissa != int(mantissa) and mantissa < 2**20:
-        mantissa *= 2
-    exact = mantissa == int(mantissa) and int(mantissa).bit_count() == 1
-    if exact and shift == 0:
-        return 0.0
-    return float((abs(scale) * _BASE + abs(shift)) * 2.0 ** (2 - digits))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from optimstate.derivation.probe import Function, Source
+from optimstate.derivation.origins import Function, Source
 from optimstate.describe import describe
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.language.plan import Plan

@@ -20,7 +20,7 @@ from typing import Any
 from optimstate.derivation.derived import Derived
 from optimstate.derivation.families import Moves
 from optimstate.derivation.moves import Derivation
-from optimstate.derivation.probe import Function, Source
+from optimstate.derivation.origins import Function, Source
 from optimstate.describe import describe
 from optimstate.errors import DerivationError
 from optimstate.plan.language.base import OPERATIONS, Operation

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from optimstate.derivation.derive import derive
 from optimstate.derivation.derived import Derived, source_of
-from optimstate.derivation.probe import Function
+from optimstate.derivation.origins import Function
 from optimstate.derivation.scaled import derive_scaled
 from optimstate.errors import DerivationError
 

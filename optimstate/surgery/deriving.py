@@ -1,6 +1,7 @@
 """Derive: the plan that does what a function, or the installed transformers, does to the weights of a checkpoint.
 
-The function runs in a process of its own, which gets names, shapes and dtypes and nothing else of the checkpoint.
+The function runs in a process of its own, which gets names, shapes and dtypes and nothing else of the checkpoint, and
+is ended where it takes too long.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from optimstate.reporting import Report, to_json
 from optimstate.surgery.comparing import model_tensors
 from optimstate.surgery.opening import opening
 
-__all__ = ["DeriveReport", "derive_plan"]
+__all__ = ["TIMEOUT", "DeriveReport", "derive_plan"]
+
+TIMEOUT = 600.0
 
 
 class DeriveReport(Report):
@@ -75,6 +78,7 @@ def derive_plan(
     to: Literal["live", "hub"] = "live",
     allow_drop: bool = False,
     python: str | Path = sys.executable,
+    timeout: float = TIMEOUT,
 ) -> DeriveReport:
     """Derive the plan for checkpoints like this one.
 
@@ -87,10 +91,11 @@ def derive_plan(
         to: With `transformers`, the layout that the plan leads to.
         allow_drop: Whether the function may leave tensors out.
         python: The interpreter that runs the function.
+        timeout: The seconds that its process may take, all calls of the function and the search together.
 
     Raises:
         CheckpointError: The checkpoint cannot be read or holds no weights.
-        DerivationError: No plan says what the function does, it failed, or it is not there.
+        DerivationError: No plan says what the function does, it failed, did not end in time, or is not there.
     """
     if bool(function) == bool(transformers):
         raise DerivationError("give either a function or a transformers configuration")
@@ -121,7 +126,13 @@ def derive_plan(
                 stdout=subprocess.DEVNULL,  # what the function prints is no part of the plan
                 stderr=subprocess.PIPE,
                 check=False,
+                timeout=timeout,
             )
+        except subprocess.TimeoutExpired:
+            raise DerivationError(
+                f"{function or transformers} did not end within {timeout:g} s",
+                hint="If it needs longer, allow it: timeout=SECONDS, or --timeout SECONDS.",
+            ) from None
         except OSError as error:
             raise DerivationError(f"{python} cannot be run: {error.strerror}") from None
         if not place.exists():

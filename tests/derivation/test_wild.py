@@ -1,4 +1,4 @@
-"""Conversion functions in the wild style: derived, refused or approximated rightly; see `wild` for the functions."""
+"""Conversion functions in the wild style: derived, refused or approximated rightly; see `wild` and `wild_refused`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from optimstate.derivation.derive import Derived, derive
 from optimstate.errors import DerivationError
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.solve.planner import plan_model
-from tests.derivation.wild import EXACT, REFUSED
+from tests.derivation.wild import EXACT
+from tests.derivation.wild_refused import REFUSED
 
 RULES = {
     "renaming_loop": 6, "rotary_then_fused": 3, "rotary_then_grouped": 4, "layers_stacked": 1, "vocabulary_padded": 2,

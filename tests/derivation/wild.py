@@ -1,7 +1,6 @@
-"""Conversion functions as strangers write them: what each takes, and what becomes of it.
+"""Conversion functions as strangers write them, with what each takes: the plan gives their weights.
 
-`EXACT` functions are layouts: the plan gives their weights bit for bit, or to rounding where they multiply. `REFUSED`
-ones are not, or cannot be said: with what the refusal says. Names and habits are those of public conversion scripts.
+Bit for bit, or to rounding where they multiply. Names and habits are those of public conversion scripts.
 """
 
 from __future__ import annotations
@@ -19,21 +18,12 @@ from torch.nn import functional
 State = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 EXACT: dict[str, tuple[Callable[[State], Any], Shapes]] = {}
-REFUSED: dict[str, tuple[Callable[[State], Any], Shapes, str]] = {}
 L = 3
 
 
 def exact(shapes: Shapes) -> Callable[[Callable[[State], Any]], Callable[[State], Any]]:
     def listed(function: Callable[[State], Any]) -> Callable[[State], Any]:
         EXACT[function.__name__] = function, shapes
-        return function
-
-    return listed
-
-
-def refused(shapes: Shapes, message: str) -> Callable[[Callable[[State], Any]], Callable[[State], Any]]:
-    def listed(function: Callable[[State], Any]) -> Callable[[State], Any]:
-        REFUSED[function.__name__] = function, shapes, message
         return function
 
     return listed
@@ -253,93 +243,6 @@ def parameters_out(sd: State) -> State:
     return {"mask": sd["mask"], "w": torch.nn.Parameter(sd["w"].t())}
 
 
-# --- what is none ---------------------------------------------------------------------------------------------------
-
-
-@refused({"c.weight": (8, 4, 3, 3), "bn.weight": (8,), "bn.running_var": (8,)}, "'c.weight' is not a layout")
-def batch_norm_folded(sd: State) -> State:
-    scale = sd["bn.weight"] / torch.sqrt(sd["bn.running_var"] + 1e-5)
-    return {"c.weight": sd["c.weight"] * scale[:, None, None, None]}
-
-
-@refused({"g": (8, 1), "v": (8, 4)}, "'w' is not a layout")
-def weight_norm_removed(sd: State) -> State:
-    return {"w": sd["g"] * sd["v"] / sd["v"].norm(dim=1, keepdim=True)}
-
-
-@refused({"q.weight": (8, 8), "q.lora_A": (2, 8), "q.lora_B": (8, 2)}, "'q.weight' is not a layout .*'q.weight'")
-def lora_merged(sd: State) -> State:
-    return {"q.weight": sd["q.weight"] + 2.0 * (sd["q.lora_B"] @ sd["q.lora_A"])}
-
-
-@refused({"norm.weight": (8,), "q.weight": (8, 8)}, "'q.weight' is not a layout")
-def norm_folded(sd: State) -> State:
-    return {"q.weight": sd["q.weight"] * sd["norm.weight"]}
-
-
-@refused({"a": (1, 17, 8)}, "'a' is not a layout")
-def position_embeddings_interpolated(sd: State) -> State:
-    cls, grid = sd["a"][:, :1], sd["a"][:, 1:]
-    grid = functional.interpolate(grid.reshape(1, 4, 4, 8).permute(0, 3, 1, 2), size=(8, 8), mode="bicubic")
-    return {"a": torch.cat([cls, grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)}
-
-
-@refused({"a": (8, 8)}, "'a' is not a layout .* it is not linear")
-def absolute(sd: State) -> State:
-    return {"a": sd["a"].abs()}
-
-
-@refused({"a": (8, 8)}, "'a' is not a layout .* it is not linear")
-def negative_ones_cut_off(sd: State) -> State:
-    return {"a": sd["a"].clamp(min=0)}
-
-
-@refused({"a": (8, 8)}, "depends on the values")
-def truncated(sd: State) -> State:
-    return {"a": sd["a"].trunc()}
-
-
-@refused({"a": (8, 8)}, "'a' is not a layout")
-def turned_by_its_sum(sd: State) -> State:
-    return {"a": sd["a"].t() if sd["a"].sum() > 0 else sd["a"]}
-
-
-@refused({"a": (8, 8), "b": (8, 8)}, "names or shapes of the outputs depend on the values: 'b'")
-def equal_ones_tied(sd: State) -> State:
-    return {"a": sd["a"]} if torch.equal(sd["a"], sd["b"]) else sd
-
-
-@refused({"a": (8, 8)}, "'a' is not a layout .* complex numbers")
-def complex_rotation(sd: State) -> State:
-    return {"a": torch.view_as_complex(sd["a"].view(8, 4, 2))}
-
-
-@refused({"a": (8, 8)}, "'a' is not a layout .* not finite")
-def not_a_number(sd: State) -> State:
-    return {"a": torch.cat([sd["a"], torch.full((2, 8), math.nan)])}
-
-
-@refused({"a": (8, 8), "lost": (3,)}, "no output takes 'a', 'lost'")
-def everything_dropped(sd: State) -> State:
-    return {}
-
-
-@refused({"a": (8,)}, "returned NoneType, not a mapping")
-def returns_nothing(sd: State) -> None:
-    sd["b"] = sd.pop("a")
-
-
-@refused({"a": (8,)}, "returned int for 'epoch', not a tensor")
-def returns_more_than_tensors(sd: State) -> State:
-    return sd | {"epoch": 3}
-
-
-@refused({"a": (8,)}, "under 0, which is not a text")
-def numbers_for_names(sd: State) -> dict[int, Any]:
-    return dict(enumerate(sd.values()))
-
-
-@refused({"w": (8, 8)}, "'w' is not a layout .* one number .*'w'")
-def rows_of_other_signs(sd: State) -> State:
-    sd["w"][::2] *= -1
-    return sd
+@exact({"a": (8, 4), "n": (8,)})
+def narrowed_and_shifted(sd: State) -> State:
+    return {"a": sd["a"].bfloat16().t(), "n": (sd["n"] + 1).bfloat16()}

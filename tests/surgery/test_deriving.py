@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 import optimstate
+from optimstate.cli import plan
 from optimstate.errors import CheckpointError, DerivationError
-from optimstate.surgery.deriving import derive_plan
+from optimstate.surgery.deriving import TIMEOUT, derive_plan
 
 CONVERTER = """
 import torch
@@ -36,6 +38,10 @@ def loud(state):
     import os
     os.write(1, b"not a plan")
     return {"all": torch.cat([state[f"{x}.weight"] for x in "qkv"]), "out.weight": state.pop("out.weight")}
+
+def endless(state):
+    while True:
+        pass
 
 constant = 3
 """
@@ -108,3 +114,10 @@ def test_a_checkpoint_without_weights_is_refused(tmp_path: Path) -> None:
 def test_an_interpreter_that_is_not_there_is_named(checkpoint: Path) -> None:
     with pytest.raises(DerivationError, match="no-python cannot be run"):
         derive_plan(checkpoint, function="converter:fuse", python="no-python")
+
+
+def test_a_function_that_does_not_end_is_ended(checkpoint: Path) -> None:
+    with pytest.raises(DerivationError, match=r"converter:endless did not end within 0\.2 s") as caught:
+        derive_plan(checkpoint, function="converter:endless", timeout=0.2)
+    assert "--timeout" in caught.value.hint
+    assert signature(plan.derive).parameters["timeout"].default == TIMEOUT
