@@ -1,4 +1,4 @@
-"""Conversion functions as strangers write them that are no layouts, or cannot be said: what the refusal of each says."""
+"""Conversion functions as strangers write them that are not layouts, or cannot be said, with the refusal."""
 
 from __future__ import annotations
 
