@@ -42,7 +42,8 @@ def derived_once() -> Iterator[None]:
             answers[key] = place.read_text(encoding="utf-8")
         return done
 
-    with mock.patch.object(deriving, "subprocess", SimpleNamespace(run=asked, PIPE=subprocess.PIPE)):
+    stand_in = SimpleNamespace(**vars(subprocess) | {"run": asked})
+    with mock.patch.object(deriving, "subprocess", stand_in):
         yield
 
 
