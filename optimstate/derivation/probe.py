@@ -217,7 +217,7 @@ class _Prober:
         from optimstate.installed_torch import torch
 
         if len(self.sources) > _MOST_SOURCES:
-            return {name: Unexplained("it is no layout of single elements", ()) for name in names}
+            return {name: Unexplained("it is not a layout of single elements", ()) for name in names}
         terms: dict[str, list[tuple[str, torch.Tensor, float]]] = {name: [] for name in names}
         refused: dict[str, Unexplained] = {}
         for source, spec in self.sources.items():

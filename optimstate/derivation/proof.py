@@ -38,7 +38,7 @@ class Terms(Record):
 def differences(plan: Plan, function: Function, sources: Mapping[str, Source], terms: Terms) -> list[str]:
     """Where a plan and a function differ on random integers: one sentence for each output that does.
 
-    Every floating dtype holds the integers exactly, so that a cast inside the function is no difference.
+    Every floating dtype holds the integers exactly, so that a cast inside the function makes no difference.
     """
     return _differing(plan, function, _drawn(sources, whole=True), terms)
 

@@ -55,7 +55,7 @@ def derive_scaled(make: Maker, sources: Mapping[str, Source], *, allow_drop: boo
         allow_drop: Whether sources may go nowhere.
 
     Raises:
-        DerivationError: The function is no layout, knows sizes that were shrunk, or lays shrunk tensors out otherwise.
+        DerivationError: The function is not a layout, knows sizes that were shrunk, or treats shrunk tensors otherwise.
     """
     reason: Exception | None = None
     some = sampled(sources)

@@ -47,9 +47,9 @@ def function_of(
 
     Args:
         cls: The algorithm.
-        step: How it is made where the class is no RuleOptimizer.
+        step: How it is made where the class is not a RuleOptimizer.
         signature_of: torch's function; None for that of the class's name in lower case, in the module of the class.
-        fixed: Options that are no arguments of the function.
+        fixed: Options that are not arguments of the function.
     """
     name = cls.__name__.lower()
     torchs = signature_of or getattr(import_module(f"torch.optim.{cls.__module__.rpartition('.')[2]}"), name)

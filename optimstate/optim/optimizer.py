@@ -42,7 +42,7 @@ class Optimizer(OptimizerBase):
 
     Raises:
         TypeError: What is to be optimized is not a tensor.
-        ValueError: There is nothing to optimize, a tensor is no leaf or in two groups, or only some have names.
+        ValueError: There is nothing to optimize, a tensor is not a leaf or in two groups, or only some have names.
     """
 
     _scalars: ClassVar[tuple[str, ...]] = ()  # slots of one element

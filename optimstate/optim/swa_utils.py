@@ -225,7 +225,7 @@ class SWALR(LRScheduler, torch.optim.swa_utils.SWALR):
         last_epoch: Index of the last epoch seen; -1 starts anew.
 
     Raises:
-        ValueError: The strategy is unknown, `anneal_epochs` is no integer from 0 on, or the list has a wrong length.
+        ValueError: Unknown strategy, `anneal_epochs` is not an integer from 0 on, or the list has another length.
     """
 
     def __init__(

@@ -152,7 +152,7 @@ class Filling:
         return {name for name, parameter in absent.items() if parameter in new}
 
     def value(self, name: str) -> Any:
-        """What is no tensor in the live state."""
+        """What is not a tensor in the live state."""
         return whole(self._values[name])
 
     def fill(self, name: str) -> None:

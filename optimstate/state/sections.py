@@ -74,7 +74,7 @@ class Section(Record):
         return OptimizerState.from_node(_keyed(fields) if _is_listed_optimizer(fields) else fields)
 
     def tensors(self) -> dict[str, Any]:
-        """Name to tensor, in order; only for models and EMAs. What is no tensor, or under no name, is left out."""
+        """Name to tensor, in order; only for models and EMAs. What is not a tensor, or under no name, is left out."""
         if isinstance(self.node, Opaque):
             return dict(_module_tensors(self.node))
         if self.positional:
@@ -187,7 +187,7 @@ def section_called(name: str, tree: Any, sections: Sequence[Section]) -> Section
             and any(is_tensor(v) or is_array(v) for v in node.values())
         ):
             return Section("model", path, node)
-    problem = f"no section is called {describe(name)}, and there is no mapping of names to tensors at such a path"
+    problem = f"no section is called {describe(name)}, and there is not a mapping of names to tensors at such a path"
     if name not in KINDS:
         raise UsageError.unknown(problem, name, (*KINDS, *(section.label for section in sections)))
     known = f"There are: {there}." if sections else "No section was recognised; `optimstate inspect` shows what is."

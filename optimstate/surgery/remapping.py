@@ -126,7 +126,7 @@ def remap(
 
     Raises:
         CheckpointError: The source cannot be read, or `verify` finds damage.
-        UsageError: `copy` or `ranks` is given and the source is no such folder.
+        UsageError: `copy` or `ranks` is given and the source is not such a folder.
         MigrationError: The plan does not fit.
         DestinationError: The destination exists, is the source, or cannot be written.
     """

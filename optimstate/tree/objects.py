@@ -177,7 +177,7 @@ class AttributedTensor(LazyTensor):
 
 
 class OpaqueFile(NamedTuple):
-    """A file of a folder that is no checkpoint: copied as it is."""
+    """A file of a folder that is not a checkpoint: copied as it is."""
 
     path: str
     nbytes: int

@@ -25,7 +25,7 @@ def differs(lazy: Any, live: Any, where: str = "") -> str | None:
     """The first place where a tree of lazy tensors is not what torch loaded, bit for bit."""
     if isinstance(live, torch.Tensor):
         if not isinstance(lazy, LazyTensor):
-            return f"{where}: {lazy!r} is no tensor"
+            return f"{where}: {lazy!r} is not a tensor"
         about = (lazy.dtype, lazy.shape, lazy.requires_grad)
         expected = (str(live.dtype).removeprefix("torch."), tuple(live.shape), live.requires_grad)
         if about != expected:

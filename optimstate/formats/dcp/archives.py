@@ -62,7 +62,7 @@ class Archives:
         self._layouts: dict[tuple[str, tuple[int, ...], int], _Layout] = {}
         self._compared: set[tuple[str, tuple[int, ...], int]] = set()
 
-    # --- what is no tensor ----------------------------------------------------------------------------------------
+    # --- what is not a tensor ----------------------------------------------------------------------------------------
 
     def read(self, slice_of: Callable[[int], FileSlice], rows: Sequence[int]) -> dict[int, Any]:
         """What was saved with `torch.save` as one item each. The many equal numbers of a folder are unpickled once.
@@ -99,8 +99,8 @@ class Archives:
         """The elements of a tensor that is alone in an archive, row-major.
 
         Returns:
-            A storage; what the archive has instead where that is no tensor of this dtype and these sizes; None where
-            it is no archive.
+            A storage; what the archive has instead where that is not a tensor of this dtype and these sizes; None where
+            it is not an archive.
 
         Raises:
             CheckpointError: It is damaged.

@@ -49,10 +49,10 @@ class Metadata:
 
     Attributes:
         order: The names of all items, as in the file.
-        forms: Of each item what its elements are; None for one that is no tensor.
+        forms: Of each item what its elements are; None for one that is not a tensor.
         numbers: The place of each name in `order`.
         first: The first row of each item, and behind them the number of all rows.
-        boxes: Of each row the box that it fills; None for what is no tensor. Equal boxes are one object.
+        boxes: Of each row the box that it fills; None for what is not a tensor. Equal boxes are one object.
         files: The names of the files that rows are in.
         file: Of each row the number of its file.
         offset: Of each row where in the file it begins.
@@ -82,7 +82,7 @@ class Metadata:
 
         Args:
             name: A new one.
-            form: None for what is no tensor.
+            form: None for what is not a tensor.
             boxes: Those of its pieces; of equal ones, which ranks list where each has a copy, one is kept.
         """
         self.numbers[name] = len(self.order)
@@ -139,7 +139,7 @@ class Metadata:
             self.put(row, name, chunk.item)
 
     def add_object(self, name: str, item: Item) -> None:
-        """Add what is no tensor, and where it is."""
+        """Add what is not a tensor, and where it is."""
         self.add(name, None)
         self.put(self.first[-2], name, item)
 
@@ -179,7 +179,7 @@ class Metadata:
                 yield number, self.order[number], form
 
     def objects(self) -> Iterator[tuple[str, Item]]:
-        """Everything that is no tensor, and where it is."""
+        """Everything that is not a tensor, and where it is."""
         for number, form in enumerate(self.forms):
             if form is None:
                 yield self.order[number], self.item(self.first[number])

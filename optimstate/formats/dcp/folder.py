@@ -109,7 +109,7 @@ def _other_files(document: Document) -> dict[str, Document]:
             continue
         found = detect(file)
         if found is None:
-            document.notes.append(f"{file.name} is no checkpoint and is not part of what is read")
+            document.notes.append(f"{file.name} is not a checkpoint and is not part of what is read")
             continue
         part = found.read(file)
         document.parts[file.name] = part
@@ -125,7 +125,7 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
     """Write a folder. What is unchanged in the folder that the tree came from is linked and stays in its pieces.
 
     Raises:
-        RepresentationError: The tree is no mapping, or two of its paths would have the same name.
+        RepresentationError: The tree is not a mapping, or two of its paths would have the same name.
     """
     options = options or WriteOptions()
     if not isinstance(tree, dict):

@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
     Attributes:
         name: Of the item.
-        box: Where the piece is in its tensor; None for what is no tensor.
+        box: Where the piece is in its tensor; None for what is not a tensor.
         value: The piece.
     """
 

@@ -101,7 +101,7 @@ def _size(value: Any) -> tuple[int, ...]:
 def merged(ranks: Sequence[Metadata], path: Location) -> tuple[Metadata, list[str]]:
     """The metadata of all ranks from that of each.
 
-    Of an item that is no tensor, and of a part that several ranks have, the first rank's is taken, as torch does where
+    Of an item that is not a tensor and of a part that several ranks have the first rank's is taken, as torch does where
     ranks save together.
 
     Args:
@@ -144,5 +144,5 @@ def merged(ranks: Sequence[Metadata], path: Location) -> tuple[Metadata, list[st
     notes = [f"the metadata of {len(ranks)} ranks is put together"]
     objects = sorted(name for name, form in forms.items() if form is None)
     if objects:
-        notes.append(f"what is no tensor is the first rank's: {', '.join(objects[:5])}")
+        notes.append(f"what is not a tensor is the first rank's: {', '.join(objects[:5])}")
     return made, notes

@@ -90,7 +90,7 @@ class Pieces:
         return made
 
     def number_of(self, value: Any) -> int | None:
-        """The item that a value which is no tensor was read from."""
+        """The item that a value which is not a tensor was read from."""
         if value is None or type(value) in (bool, int, float, str):
             return self._scalars.get((type(value), exact(value)))
         found = self._objects.get(id(value))

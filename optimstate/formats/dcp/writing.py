@@ -48,7 +48,7 @@ def link_files(folder: Location, made: Layout, options: WriteOptions) -> list[st
 
 
 def write_file(path: Location, parts: Sequence[Part], options: WriteOptions) -> dict[tuple[str, Box | None], Item]:
-    """Write one data file: what is no tensor first, then the tensors, as torch orders them."""
+    """Write one data file: what is not a tensor first, then the tensors, as torch orders them."""
     items: dict[tuple[str, Box | None], Item] = {}
     scalars: dict[tuple[type, str], Item] = {}
     expected = sum(part.nbytes for part in parts if part.box is not None)

@@ -75,7 +75,7 @@ _PARAMETERS = frozenset(path for path, method in READ.items() if "parameter" in 
 def tensor_kind(node: Any) -> str | None:
     """What a record says that it is, if it stands for a tensor: `a sparse tensor`, `a tensor of class my.Tensor`.
 
-    A tensor that was read is no record: for it, and for anything else, None.
+    A tensor that was read is not a record: for it, and for anything else, None.
     """
     if not isinstance(node, Opaque):
         return None

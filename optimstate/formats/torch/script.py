@@ -87,7 +87,7 @@ def read_script(path: Location, archive: Archive) -> Document:
 
 
 def _named(module: Any) -> Iterator[tuple[str, Any]]:
-    """Everything that is no submodule, under the name of its place; a module within itself is a value."""
+    """Everything that is not a submodule, under the name of its place; a module within itself is a value."""
     entered: set[int] = set()
     stack: list[tuple[str, Any]] = [("", module)]
     while stack:
