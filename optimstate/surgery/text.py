@@ -11,7 +11,7 @@ from optimstate.describe import describe, escaped
 
 R = TypeVar("R")
 
-__all__ = ["collapsed", "families", "percent", "plural", "readable", "shown", "size", "table"]
+__all__ = ["collapsed", "columns", "families", "percent", "plural", "readable", "shown", "size", "table"]
 
 
 def size(nbytes: float) -> str:
@@ -64,14 +64,26 @@ def _readable(value: Any, without: Container[str], *, lines: bool) -> Any:
 _OF_SEVERAL_LINES = frozenset({"plan", "toml"})  # plans as text, which escape what is in them themselves
 
 
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes: two for a wide character, none for one that joins another."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+
+    return sum(0 if combining(sign) else 2 if east_asian_width(sign) in "WF" else 1 for sign in text)
+
+
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Aligned columns; those that hold numbers and sizes to the right."""
     lines = [tuple(headings), *(tuple(map(escaped, row)) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(columns, column)) for column in zip(*lines, strict=True)]
     right = [heading in _RIGHT for heading in headings]
 
     def line(cells: Sequence[str]) -> str:
-        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        padded = []
+        for cell, width, to_the_right in zip(cells, widths, right, strict=True):
+            space = " " * (width - columns(cell))
+            padded.append(space + cell if to_the_right else cell + space)
         return ("  " + "  ".join(padded)).rstrip()
 
     return "\n".join(map(line, lines))

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from optimstate import surgery
 from optimstate.plan.language.plan import Plan
+from optimstate.surgery.text import table
 from tests.cli.place import furnish
 from tests.cli.running import run
 
@@ -42,3 +46,10 @@ def test_no_name_of_a_file_becomes_markup_in_a_notebook(tmp_path: Path) -> None:
     torch.save({"model": {"<script>alert(1)</script>": torch.ones(2), "b": torch.ones(2)}}, tmp_path / "a.pt")
     shown = surgery.verify(tmp_path / "a.pt")._repr_html_() + surgery.inspect(tmp_path / "a.pt")._repr_html_()
     assert "<script" not in shown
+
+
+@given(st.lists(st.text(st.sampled_from("ab層ワ한e\u0301é\u0327 ü"), max_size=6), min_size=1, max_size=4))
+def test_columns_stand_under_each_other_whatever_the_script(names: list[str]) -> None:
+    rows = [(name + ".", "x") for name in names]
+    lines = table(["parameter", "dtype"], rows).splitlines()
+    assert len({cell_len(line.removesuffix("dtype").removesuffix("x")) for line in lines}) == 1
