@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path as FilePath
 
+from optimstate.describe import few
 from optimstate.formats.checksums import damaged
 from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.formats.protocol import Document
@@ -195,10 +196,9 @@ class _Rest:
             if (slot := slot_in(path)) is not None:
                 found[path] = slot
             elif (place := called_optimizer(path[:-1])) is not None and not self._is_known(place):
-                found[path] = str(path[-1])
+                found[path] = str(path[-1]).rpartition(".")[2]
         if found:
-            names = sorted(set(found.values()))
-            slots = ", ".join(names[:4]) + ("" if len(names) <= 4 else f" and {len(names) - 4} more")
+            slots = few(sorted(set(found.values())), 4)
             first = format_path(next(iter(found)))
             yield f"{plural(len(found), 'tensor')} of optimizer state ({slots}), such as {first}"
 

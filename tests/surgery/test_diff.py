@@ -156,7 +156,7 @@ def changed(tree: Any, new: Any, draw: st.DrawFn) -> Any:
     if isinstance(tree, dict) and tree and draw(st.integers(0, 3)):
         key = draw(st.sampled_from(list(tree)))
         return {**tree, key: changed(tree[key], new, draw)}
-    if isinstance(tree, list | tuple) and tree and draw(st.integers(0, 3)):
+    if isinstance(tree, list | tuple) and tree and type(tree) is not torch.Size and draw(st.integers(0, 3)):
         place = draw(st.integers(0, len(tree) - 1))
         return type(tree)([*tree[:place], changed(tree[place], new, draw), *tree[place + 1 :]])
     return new
