@@ -241,23 +241,6 @@ def gpt_oss(sd: State) -> State:
     return out
 
 
-@layout(MX)
-def halves(sd: State) -> State:
-    out = {}
-    for i in range(2):
-        p = f"model.layers.{i}.block_sparse_moe."
-        q = f"model.layers.{i}.mlp."
-        for h, es in (("text", range(4)), ("vision", range(4, 8))):
-            out[q + f"{h}.gate_up"] = torch.stack(
-                [torch.cat([sd[p + f"experts.{e}.w1.weight"], sd[p + f"experts.{e}.w3.weight"]]) for e in es]
-            )
-            out[q + f"{h}.down"] = torch.stack([sd[p + f"experts.{e}.w2.weight"] for e in es])
-            out[q + f"{h}.gate"] = sd[p + "gate.weight"][es.start : es.stop]
-        out[f"model.layers.{i}.input_layernorm.weight"] = sd[f"model.layers.{i}.input_layernorm.weight"]
-    out["model.norm.weight"] = sd["model.norm.weight"]
-    return out
-
-
 @layout({"a.qkv": (12, 4), "b.qkv": (12, 4)})
 def many(sd: State) -> State:
     a = sd["a.qkv"].chunk(3)
@@ -357,3 +340,61 @@ def dense37(sd: State) -> State:
 @layout({"x": (6, 4)})
 def flip(sd: State) -> State:
     return {"x": sd["x"].flip(0)}
+
+
+@layout(
+    {f"layers.{i}.mlp.experts.{e}.{w}.weight": (24, 16) for i in range(3) for e in range(4) for w in ("w1", "w3")}
+    | {f"layers.{i}.mlp.experts.{e}.w2.weight": (16, 24) for i in range(3) for e in range(4)}
+    | {f"layers.{i}.mlp.gate.weight": (4, 16) for i in range(3)}
+)
+def halves(sd: State) -> State:
+    out = {k: v for k, v in sd.items() if "experts" not in k}
+    for i in range(3):
+        p = f"layers.{i}.mlp."
+        for h, es in (("text", (0, 1)), ("vision", (2, 3))):
+            pairs = [[sd[f"{p}experts.{e}.{w}.weight"] for w in ("w1", "w3")] for e in es]
+            out[f"{p}{h}.gate_up"] = torch.stack([torch.cat(pair) for pair in pairs])
+            out[f"{p}{h}.down"] = torch.stack([sd[f"{p}experts.{e}.w2.weight"] for e in es])
+    return out
+
+
+@layout({f"l.{i}.attn.qkvg.weight": (2 * (3 * 8 + 8 + 8 + 3), 12) for i in range(2)})
+def grouped_with_gate(sd: State) -> State:
+    """Two groups, each with three heads of queries, one of keys, one of values and three rows of a gate."""
+    out = {}
+    for k, v in sd.items():
+        parts = v.view(2, 43, 12).split([24, 8, 8, 3], dim=1)
+        out |= {k.replace("qkvg", x): part.reshape(-1, 12) for x, part in zip("qkvg", parts, strict=True)}
+    return out
+
+
+@layout({f"l.{i}.conv.weight": (20, 1, 4) for i in range(3)} | {f"l.{i}.conv.bias": (20,) for i in range(3)})
+def depthwise(sd: State) -> State:
+    return {k: v.squeeze(1) if v.dim() == 3 else v for k, v in sd.items()}
+
+
+@layout({"tok.weight": (64, 8), "lm_head.weight": (64, 8), "lm_head.bias": (64,)})
+def vocab_padding_cut(sd: State) -> State:
+    return {k: v[:50] for k, v in sd.items()}
+
+
+@layout(
+    {f"h.{i}.{x}.kernel": (6, 4) for i in range(12) for x in ("q", "o")} | {f"h.{i}.ln.scale": (4,) for i in range(12)}
+)
+def scan(sd: State) -> State:
+    return {
+        f"h.{x}": torch.stack([v.t() if v.dim() == 2 else v for v in (sd[f"h.{i}.{x}"] for i in range(12))])
+        for x in ("q.kernel", "o.kernel", "ln.scale")
+    }
+
+
+@layout(
+    {f"l.{i}.mlp.{s}.{e}.w": (4, 6) for i in range(2) for s in ("experts", "shared_experts") for e in range(3)}
+    | {f"l.{i}.mlp.experts_gate.w": (3, 4) for i in range(2)}
+)
+def two_sets_of_experts(sd: State) -> State:
+    out = {k: v for k, v in sd.items() if "gate" in k}
+    for i in range(2):
+        out[f"l.{i}.mlp.experts.w"] = torch.stack([sd[f"l.{i}.mlp.experts.{e}.w"] for e in range(3)])
+        out[f"l.{i}.mlp.shared.w"] = torch.cat([sd[f"l.{i}.mlp.shared_experts.{e}.w"].t() for e in range(3)])
+    return out

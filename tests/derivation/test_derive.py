@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, event, given, reject
+from hypothesis import assume, event, given, reject, settings
 from hypothesis import strategies as st
 
 from optimstate import Plan
 from optimstate.derivation.derive import derive
-from optimstate.errors import DerivationError
+from optimstate.errors import DerivationError, MigrationError, PlanError
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
+from optimstate.plan.solve.inverse import inverse
 from optimstate.plan.solve.planner import plan_model, plan_optimizer
 from optimstate.state.optimizer import OptimizerState
 from optimstate.surgery.plan_files import save_plan
@@ -22,9 +23,10 @@ from tests.derivation.functions import FUNCTIONS
 
 RULES = {
     "llama_to_meta": 6, "gqa_fuse": 3, "gqa_unfuse": 2, "neox": 2, "conv1d": 3, "conv1d_cut": 4, "gqa_to_mha": 1,
-    "vit": 5, "mixtral": 3, "mixtral_back": 3, "gpt_oss": 3, "halves": 5, "many": 2, "vocab": 1, "tied": 2, "bf16": 1,
+    "vit": 5, "mixtral": 3, "mixtral_back": 3, "gpt_oss": 3, "halves": 4, "many": 2, "vocab": 1, "tied": 2, "bf16": 1,
     "gammabeta": 2, "everysecond": 2, "shifted": 3, "stacked": 1, "mla": 1, "mamba": 1, "dense37": 1,
-    "mean4": 1, "flip": 1, "plus1": 1,
+    "mean4": 1, "flip": 1, "plus1": 1, "grouped_with_gate": 1, "depthwise": 1, "vocab_padding_cut": 2,
+    "scan": 2, "two_sets_of_experts": 2,
 }  # fmt: skip
 REFUSED = {
     "lora": "'w' is not a layout",
@@ -164,6 +166,60 @@ def test_whatever_is_composed_of_layouts_is_derived_or_refused_never_wrong(steps
         for name, value in composed(dict(weights)).items():
             assert torch.equal(made[name], value)
     event("refused" if refused else "derived")
+
+
+OPERATIONS = [
+    "transpose = true", "transpose = [0, 1]", "reshape = [4, -1]", "reshape = [2, 3, -1]",
+    "reshape = { dim = 0, to = [2, -1] }",
+    "permute = [1, 0]", "flip = 0", "slice = { dim = 0, stop = 2 }", "resize = { dim = 0, size = 16 }",
+    "repeat = { dim = 0, times = 2 }", "select = { dim = 0, index = [1, 0] }", "scale = { param = 0.5, grad = 2.0 }",
+]  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(steps=st.lists(st.sampled_from(OPERATIONS), max_size=4), joined=st.booleans(), parts=st.sampled_from([1, 2, 3]),
+    last=st.sampled_from(["split = 0", "unstack = 0"]))  # fmt: skip
+def test_a_plan_of_random_operations_is_derived_again_and_so_is_its_inverse(
+    steps: list[str], joined: bool, parts: int, last: str
+) -> None:
+    shapes = {f"w.{number}": (6, 4) for number in range(1 + joined)}
+    operations = [*(["concat = 0"] if joined else []), *steps, *([last] if parts > 1 else [])]
+    source = "{a=0|1}" if joined else "0"
+    target = {1: "0", 2: "{b=0|1}", 3: "{b=0|1|2}"}[parts]
+    ops = ", ".join(f"{{ {operation} }}" for operation in operations)
+    plan = Plan.from_toml(
+        f'[[rule]]\nfrom = "w.{source}"\nto = "v.{target}"\n' + (f"ops = [{ops}]\n" if operations else "")
+    )
+
+    def function(state: dict[str, Any]) -> dict[str, Any]:
+        return execute_model(plan_model(plan, state).sections["model"], state)
+
+    weights = drawn(shapes, 6)
+    try:
+        expected = function(dict(weights))
+    except MigrationError:  # the operations do not fit each other
+        reject()
+    try:
+        found = derive(function, shapes, allow_drop=True)
+    except DerivationError as error:
+        if "no operations of the plan language" not in str(error):
+            raise
+        event("refused")
+        return
+    derived = found.plan
+    expected = {name: value for name, value in expected.items() if name not in found.new}  # nothing but filling
+    made = execute_model(plan_model(derived, weights).sections["model"], weights)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], value) for name, value in expected.items())
+    try:
+        undone = inverse(derived, shapes)
+    except PlanError:  # something is lost; or what was cut in reverse order was written as copies
+        event("derived, and not to be undone")
+        return
+    back = execute_model(plan_model(undone, made).sections["model"], made)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], value) for name, value in weights.items())
+    event("derived, and undone")
 
 
 def test_a_plan_derives_itself() -> None:
