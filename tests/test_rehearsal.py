@@ -134,6 +134,35 @@ def test_lost_state_is_wrong_state(old: Any) -> None:
     assert all(d.size == float("inf") for d in found.decisive)
 
 
+class Noisy(Model):
+    """Draws random numbers by a function, not by a module that could be switched off; `always` in evaluation too."""
+
+    always = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + nn.functional.dropout(torch.ones(11), 0.5, self.training or self.always)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_models_that_use_random_numbers_are_compared_in_evaluation(always: bool) -> None:
+    def noisy(seed: int = 1) -> Any:
+        torch.manual_seed(seed)
+        model = Noisy()
+        model.always = always
+        return model, torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+
+    model, optimizer = noisy(0)
+    loss(model, BATCH)[0].backward()
+    optimizer.step()
+    found = rehearse((model, optimizer), noisy, None, BATCH, loss)
+    assert any("compared in evaluation mode" in note for note in found.notes)
+    assert any("random numbers in evaluation too" in note for note in found.notes) is always
+    assert found.verdict == "exact", str(found)
+    assert model.training, "the run that was given is left as it was"
+    lost = rehearse((model, optimizer), noisy, None, BATCH, loss, load=lambda s, m, _: m.load_state_dict(s["model"]))
+    assert lost.verdict == "wrong state", str(lost)
+
+
 class Scaled(Model):
     """The same function, with the mlp's weight stored four times as large."""
 

@@ -8,14 +8,14 @@ model on the meta device; what they do is read off, never translated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from optimstate.derivation.derive import derive
 from optimstate.derivation.derived import Derived, source_of
-from optimstate.derivation.origins import Function
+from optimstate.derivation.origins import Function, Source
 from optimstate.derivation.scaled import derive_scaled
 from optimstate.errors import DerivationError
 
@@ -31,7 +31,9 @@ def derive_transformers(source: Any, *, to: Layout = "live", shapes: Mapping[str
     Args:
         source: A model, a configuration, or a folder or file with one (`config.json`).
         to: The layout that the plan leads to.
-        shapes: Names with tensors or shapes of the checkpoint; without, those of the model in the other layout.
+        shapes: Names with tensors or shapes of the checkpoint; without, those of the model in the other layout. Where
+            they stand in the layout that the plan leads to, it leads there from what they are in the other; a note
+            says so.
 
     Raises:
         DerivationError: transformers is not installed or too old, builds no such model, or its converters do something
@@ -43,7 +45,31 @@ def derive_transformers(source: Any, *, to: Layout = "live", shapes: Mapping[str
         shapes = {name: value for name, value in model.state_dict().items() if not _is_tied(model, name)}
         if to == "live":
             shapes = to_hub(model)({name: value.to("meta") for name, value in shapes.items()})
-    given = {name: source_of(value) for name, value in shapes.items()}
+    given, note = _turned(model, {name: source_of(value) for name, value in shapes.items()}, to)
+    found = _derived(model, convert, given)
+    return found._replace(notes=(note, *found.notes)) if note else found
+
+
+def _turned(model: Any, given: dict[str, Source], to: Layout) -> tuple[dict[str, Source], str]:
+    """What the plan leads from, and what is to be said of it where that is not what was given."""
+    live = model.state_dict().keys()
+    if (given.keys() <= live) is (to == "hub"):
+        return given, ""
+    from optimstate.installed_torch import torch
+
+    convert, back = (to_hub, to_live) if to == "hub" else (to_live, to_hub)
+
+    def run(function: Function) -> dict[str, Source]:
+        made = {n: torch.empty(s.shape, dtype=getattr(torch, s.dtype), device="meta") for n, s in given.items()}
+        return {name: source_of(value) for name, value in function(made).items()}
+
+    if run(convert(model)) != given or (other := run(back(model))) == given:
+        return given, ""
+    here, there = ("hub", "live") if to == "hub" else ("live", "hub")
+    return other, f"the checkpoint stands in the {here} layout already: the plan leads there from the {there} layout"
+
+
+def _derived(model: Any, convert: Callable[[Any], Function], given: dict[str, Source]) -> Derived:
     if sum(prod(value.shape) for value in given.values()) < _SCALED_FROM:
         return derive(convert(model), given, allow_drop=True, scaled=False)
     known: dict[tuple[tuple[int, int], ...], Function] = {}

@@ -59,6 +59,18 @@ def test_mixtral_takes_three_rules_each_way() -> None:
         assert len(list(derive_transformers(small("mixtral"), to=to).plan.all_rules())) == 3  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "llama"])
+def test_a_checkpoint_in_the_layout_that_is_asked_for_is_told(kind: str) -> None:
+    model = small(kind)
+    live = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    hub = {name: tuple(value.shape) for name, value in to_hub(model)(dict(model.state_dict())).items()}
+    for to, stored, other in (("live", live, hub), ("hub", hub, live)):
+        derived = derive_transformers(model, to=to, shapes=stored)  # type: ignore[arg-type]
+        assert derived.plan == derive_transformers(model, to=to, shapes=other).plan  # type: ignore[arg-type]
+        told = any(f"stands in the {to} layout already" in note for note in derived.notes)
+        assert told is (kind == "mixtral"), "Llama has one layout"
+
+
 def test_a_folder_without_a_configuration_is_refused(tmp_path: Any) -> None:
     with pytest.raises(DerivationError, match="transformers builds no model"):
         live_model(tmp_path)
