@@ -23,21 +23,20 @@ def stage_of(source: Any, destination: Any, asked: Any) -> Stage | None:
         asked: Everything else that the result depends on.
 
     Raises:
-        DestinationError: The environment is not that of torchrun, or the destination is in a store.
+        DestinationError: The environment is not that of torchrun, or the destination is in a store that is only read.
     """
     if "RANK" not in os.environ or destination is None:
         return None
     import json
     from hashlib import sha256  # takes milliseconds, which a command that runs alone need not wait for
 
-    from optimstate.errors import CheckpointError, DestinationError
-    from optimstate.io.together import Stage, team_of_environment
+    from optimstate.errors import CheckpointError
+    from optimstate.io.places import located
+    from optimstate.io.together import FolderStage, team_of_environment
 
     team = team_of_environment(os.environ)
     if team is None:
         return None
-    if "://" in str(destination):
-        raise DestinationError(f"{destination}: several processes meet in a folder, which a store has not")
     version = _version(source)
     digest = sha256(json.dumps([__version__, team.size, asked, version], default=str).encode())
 
@@ -47,7 +46,14 @@ def stage_of(source: Any, destination: Any, asked: Any) -> Stage | None:
                 "changed while it was read", path=source, hint="Start again when nobody writes to it any more."
             )
 
-    return Stage(Path(str(destination)), digest.hexdigest()[:12], team, check=check)
+    place, name = located(str(destination)), digest.hexdigest()[:12]
+    if isinstance(place, Path):
+        return FolderStage(place, name, team, check=check)
+    from optimstate.io.remote.path import RemotePath
+    from optimstate.io.remote.stage import StoreStage
+
+    assert isinstance(place, RemotePath)
+    return StoreStage(place, name, team, last=".metadata", check=check)
 
 
 def _version(source: Any) -> list[Any]:

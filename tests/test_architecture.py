@@ -74,7 +74,8 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"copying", "temporary"},
         {"atomic"},
         {"checksums", "output", "directory", "folders", "linking"},
-        {"remote", "together"},
+        {"together"},
+        {"remote"},
         {"places", "shared"},
     ),
 }

@@ -1,9 +1,9 @@
 """Several processes, on one machine or many, that fill one folder: a stage they share, votes, and one commit.
 
-They meet in the stage alone, a folder beside the destination on a file system that all of them see; no connection is
-made between them. The stage is named after what is to be done, so that a second attempt finds what the first has done.
-Every process says that it lives by a file that it touches, and that it is done by a vote; the first process waits for
-all votes and gives the folder its name.
+They meet in the stage alone, a folder beside the destination on a file system that all of them see, or objects of the
+store that they write to (`optimstate.io.remote.stage`); no connection is made between them. The stage is named after
+what is to be done, so that a second attempt finds what the first has done. Every process says that it lives by a file
+that it touches, and that it is done by a vote; the first process waits for all votes and commits.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from __future__ import annotations
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
+from types import TracebackType
 from typing import Any
 
-from optimstate.errors import DestinationError
+from optimstate.errors import CheckpointError, DestinationError
 from optimstate.io.directory import AtomicDirectory
+from optimstate.io.location import Location
 from optimstate.io.temporary import lock, others_of, remove_dead
 from optimstate.record import Record
 
-__all__ = ["Stage", "Team", "team_of_environment"]
+__all__ = ["FolderStage", "Stage", "Team", "team_of_environment"]
 
-_BEAT = 1.0  # seconds between two signs of life
-_POLL = 0.05
 _PREFIX = ".together."  # of the files that are not part of the result
 
 
@@ -59,19 +60,239 @@ def team_of_environment(environment: Mapping[str, str]) -> Team | None:
     return Team(rank, size, patience) if size > 1 else None
 
 
-class Stage(AtomicDirectory):
-    """The folder that processes fill together, as the first of them and as the others see it.
+class Stage(ABC):
+    """What processes fill together, as the first of them and as the others see it.
 
-    As a context manager, for the first process, it takes the name of the destination when it is left, and stays as it
-    is after an error, to go on with.
+    As a context manager, for the first process, it commits when it is left, and stays as it is after an error, to go on
+    with. The others only call its methods.
+
+    Args:
+        destination: Its name when it is complete.
+        folder: Where the files of the result are written.
+        team: The processes.
+        check: Raises where the source is not what it was; asked before this process says that it is done.
+
+    Attributes:
+        in_store: Whether files are objects: written from beginning to end by one process each, and never renamed.
+        beat: Seconds between two signs of life.
+        poll: Seconds between two looks at what others say.
+    """
+
+    in_store = False
+    beat = 1.0
+    poll = 0.05
+    destination: Location
+    folder: Location
+
+    def __init__(self, destination: Location, folder: Location, team: Team, check: Callable[[], None] | None) -> None:
+        self.destination = destination
+        self.folder = folder
+        self.team = team
+        self._check = check
+        self._seen: dict[int, tuple[object, float]] = {}
+        self._moved: dict[int, int] = {}
+
+    @abstractmethod
+    def __enter__(self) -> Location:
+        """Begin, or go on; the place to write to."""
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        """Commit."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Remove what is not part of the result, before it takes its name."""
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every file that is written, by name."""
+
+    # --- what is said ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _look(self) -> None:
+        """Learn what others say, where that is not asked one by one."""
+
+    @abstractmethod
+    def _is_open(self) -> bool:
+        """Whether the first process has begun, and not committed."""
+
+    @abstractmethod
+    def _is_elsewhere(self, others: dict[str, object]) -> bool:
+        """Whether a first process lives in another stage of the destination: its sign has moved since it was seen."""
+
+    @abstractmethod
+    def _sign_of(self, rank: int, last: object) -> tuple[object, int]:
+        """What changes while a process lives, None before; the bytes it has moved, where it is not the last one."""
+
+    @abstractmethod
+    def _give_sign(self, moved: int) -> None:
+        """Say that this process lives and has moved so many bytes."""
+
+    @abstractmethod
+    def _end_signs(self) -> None:
+        """This process says no more."""
+
+    @abstractmethod
+    def _has(self, name: str) -> bool:
+        """Whether something was said."""
+
+    @abstractmethod
+    def _read(self, name: str) -> Any:
+        """What was said, or None."""
+
+    @abstractmethod
+    def _write(self, name: str, value: Any) -> None:
+        """Say something, whole."""
+
+    # --- the first process ----------------------------------------------------------------------------------------
+
+    def give(self, rank: int, work: Any) -> None:
+        """Tell a process what to do."""
+        self._write(f"work.{rank}", work)
+
+    def votes(self, moved: Callable[[int], None] | None) -> list[Any]:
+        """What every process has done, in order, when all have.
+
+        Args:
+            moved: Called with the bytes that others have moved since the last call.
+
+        Raises:
+            DestinationError: A process is dead.
+        """
+        found: dict[int, Any] = {}
+        while True:
+            self._look()
+            for rank in range(self.team.size):
+                if rank in found:
+                    continue
+                vote = self._read(f"vote.{rank}")
+                if vote is not None:
+                    found[rank] = vote
+                elif rank != self.team.rank:
+                    self._expect(rank, moved)
+            if len(found) == self.team.size:
+                return [found[rank] for rank in range(self.team.size)]
+            time.sleep(self.poll)
+
+    def _expect(self, rank: int, moved: Callable[[int], None] | None) -> None:
+        """A sign of life that is newer than the last, as this process's own clock counts."""
+        now = time.monotonic()
+        last, since = self._seen.get(rank, (None, now))
+        sign, done = self._sign_of(rank, last)
+        if moved is not None and done > self._moved.get(rank, 0):
+            moved(done - self._moved.get(rank, 0))
+            self._moved[rank] = done
+        if rank not in self._seen or sign != last:
+            self._seen[rank] = sign, now
+        elif now - since > self.team.patience:
+            raise DestinationError(
+                f"{self.destination}: rank {rank} has given no sign of life for {self.team.patience:.0f} seconds; "
+                "nothing has been committed",
+                hint="Start it again with the same plan and number of processes: it goes on where it stopped.",
+            )
+
+    # --- every process --------------------------------------------------------------------------------------------
+
+    def work(self) -> Any:
+        """What this process is to do, when the first one has said so.
+
+        Raises:
+            DestinationError: It does not.
+        """
+        begun = time.monotonic()
+        others: dict[str, object] = {}
+        while True:
+            self._look()
+            work = self._read(f"work.{self.team.rank}")
+            if work is not None:
+                return work
+            if self._is_open():
+                self._expect(0, None)
+            elif self._is_elsewhere(others):
+                raise DestinationError(
+                    f"{self.destination}: rank 0 writes it by another command, or from another version of the source",
+                    hint="Start all processes with the same arguments, when nobody writes to the source any more.",
+                )
+            elif (waited := time.monotonic() - begun) > 10 * self.team.patience:
+                raise DestinationError(f"{self.destination}: rank 0 has not begun in {waited:.0f} seconds")
+            time.sleep(self.poll)
+
+    def vote(self, done: Any) -> None:
+        """Say that this process has done its share.
+
+        Raises:
+            CheckpointError: The source has changed meanwhile.
+        """
+        if self._check is not None:
+            self._check()
+        self._write(f"vote.{self.team.rank}", done)
+
+    def voted(self) -> Any:
+        """What this process said it had done at an earlier attempt, or None."""
+        self._look()
+        found = self._read(f"vote.{self.team.rank}")
+        return self._read(f"done.{self.team.rank}") if found is None else found
+
+    def wait(self) -> None:
+        """Until the first process has committed.
+
+        Raises:
+            DestinationError: It does not.
+        """
+        while True:
+            self._look()
+            if not self._is_open():
+                return
+            with suppress(FileNotFoundError):
+                if not self._has(f"vote.{self.team.rank}"):
+                    done = self._read(f"done.{self.team.rank}")
+                    if done is None:  # all is done, and what is not part of the result is being removed
+                        return
+                    self.vote(done)
+                self._expect(0, None)
+            time.sleep(self.poll)
+
+    @contextmanager
+    def alive(self) -> Iterator[Callable[[int], None]]:
+        """Give signs of life meanwhile; the value is to be called with bytes that were moved."""
+        stopped, count = Event(), [0]
+
+        def beat() -> None:
+            while True:
+                with suppress(OSError, CheckpointError):
+                    self._give_sign(count[0])
+                if stopped.wait(self.beat):
+                    return
+
+        def moved(nbytes: int) -> None:
+            count[0] += nbytes
+
+        thread = Thread(target=beat, name="optimstate-alive", daemon=True)
+        thread.start()
+        try:
+            yield moved
+        finally:
+            stopped.set()
+            thread.join()
+            self._end_signs()
+
+
+class FolderStage(AtomicDirectory, Stage):
+    """A folder beside the destination, whose name it takes when it is left without an error.
 
     Args:
         path: The destination.
         digest: Twelve hexadecimal digits of everything that the result depends on.
         team: The processes.
         sync: Flush to the disk before the folder takes its name.
-        check: Raises where the source is not what it was; asked before this process says that it is done.
+        check: As for `Stage`.
     """
+
+    folder: Path
 
     def __init__(
         self,
@@ -82,15 +303,9 @@ class Stage(AtomicDirectory):
         sync: bool = True,
         check: Callable[[], None] | None = None,
     ) -> None:
-        super().__init__(path, sync=sync)
+        AtomicDirectory.__init__(self, path, sync=sync)
         name = os.fsdecode(os.fsencode(path.name)[:200])
-        self.folder = path.with_name(f".{name}.{digest}.part")
-        self.team = team
-        self._check = check
-        self._seen: dict[int, tuple[float, float]] = {}
-        self._moved: dict[int, int] = {}
-
-    # --- the first process ----------------------------------------------------------------------------------------
+        Stage.__init__(self, self.path, path.with_name(f".{name}.{digest}.part"), team, check)
 
     def _begin(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -120,145 +335,41 @@ class Stage(AtomicDirectory):
             for file in sorted(folder.glob(f"{_PREFIX}*"), key=lambda file: not file.name.startswith(f"{_PREFIX}done")):
                 file.unlink(missing_ok=True)
 
-    def give(self, rank: int, work: Any) -> None:
-        """Tell a process what to do."""
-        self._write(f"work.{rank}", work)
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every file that is written, by name."""
+        return {file.name: file.stat().st_size for file in self.folder.iterdir() if file.is_file()}
 
-    def votes(self, moved: Callable[[int], None] | None) -> list[Any]:
-        """What every process has done, in order, when all have.
+    def _look(self) -> None:
+        """Nothing: files are looked at one by one."""
 
-        Args:
-            moved: Called with the bytes that others have moved since the last call.
+    def _end_signs(self) -> None:
+        """Nothing: they go with the folder's other files."""
 
-        Raises:
-            DestinationError: A process is dead.
-        """
-        found: dict[int, Any] = {}
-        while True:
-            for rank in range(self.team.size):
-                if rank in found:
-                    continue
-                vote = self._read(f"vote.{rank}")
-                if vote is not None:
-                    found[rank] = vote
-                elif rank != self.team.rank:
-                    self._expect(rank, moved)
-            if len(found) == self.team.size:
-                return [found[rank] for rank in range(self.team.size)]
-            time.sleep(_POLL)
+    def _is_open(self) -> bool:
+        return self.folder.is_dir()
 
-    def _expect(self, rank: int, moved: Callable[[int], None] | None) -> None:
-        """A sign of life that is newer than the last, as this process's own clock counts."""
-        now, beat = time.monotonic(), -1.0
-        with suppress(OSError, ValueError):
-            beat = self._sign(rank).stat().st_mtime
-            done = int(self._sign(rank).read_text() or 0)
-            if moved is not None and done > self._moved.get(rank, 0):
-                moved(done - self._moved.get(rank, 0))
-                self._moved[rank] = done
-        last, since = self._seen.setdefault(rank, (beat, now))
-        if beat != last:
-            self._seen[rank] = beat, now
-        elif now - since > self.team.patience:
-            raise DestinationError(
-                f"{self.path}: rank {rank} has given no sign of life for {self.team.patience:.0f} seconds; nothing has "
-                "been committed",
-                hint="Start it again with the same plan and number of processes: it goes on where it stopped.",
-            )
-
-    # --- every process --------------------------------------------------------------------------------------------
-
-    def work(self) -> Any:
-        """What this process is to do, when the first one has said so.
-
-        Raises:
-            DestinationError: It does not.
-        """
-        begun = time.monotonic()
-        others: dict[Path, float] = {}
-        while True:
-            work = self._read(f"work.{self.team.rank}")
-            if work is not None:
-                return work
-            if self.folder.is_dir():
-                self._expect(0, None)
-            elif self._is_elsewhere(others):
-                raise DestinationError(
-                    f"{self.path}: rank 0 writes it by another command, or from another version of the source",
-                    hint="Start all processes with the same arguments, when nobody writes to the source any more.",
-                )
-            elif time.monotonic() - begun > 10 * self.team.patience:
-                raise DestinationError(f"{self.path}: rank 0 has not begun in {10 * self.team.patience:.0f} seconds")
-            time.sleep(_POLL)
-
-    def _is_elsewhere(self, others: dict[Path, float]) -> bool:
-        """Whether a first process lives in another stage of the destination: its sign has moved since it was seen."""
+    def _is_elsewhere(self, others: dict[str, object]) -> bool:
         for other in others_of(self.path):
             with suppress(OSError):
                 beat = (other / f"{_PREFIX}alive.0").stat().st_mtime
-                if others.setdefault(other, beat) != beat:
+                if others.setdefault(other.name, beat) != beat:
                     return True
         return False
 
-    def vote(self, done: Any) -> None:
-        """Say that this process has done its share.
+    def _sign_of(self, rank: int, last: object) -> tuple[object, int]:  # noqa: ARG002  # it is read in any case
+        path = self.folder / f"{_PREFIX}alive.{rank}"
+        beat: float | None = None
+        with suppress(OSError, ValueError):
+            beat = path.stat().st_mtime
+            return beat, int(path.read_text() or 0)
+        return beat, 0
 
-        Raises:
-            CheckpointError: The source has changed meanwhile.
-        """
-        if self._check is not None:
-            self._check()
-        self._write(f"vote.{self.team.rank}", done)
+    def _give_sign(self, moved: int) -> None:
+        if self.folder.is_dir():
+            (self.folder / f"{_PREFIX}alive.{self.team.rank}").write_text(str(moved))
 
-    def voted(self) -> Any:
-        """What this process said it had done at an earlier attempt, or None."""
-        found = self._read(f"vote.{self.team.rank}")
-        return self._read(f"done.{self.team.rank}") if found is None else found
-
-    def wait(self) -> None:
-        """Until the first process has given the folder its name.
-
-        Raises:
-            DestinationError: It does not.
-        """
-        while self.folder.is_dir():
-            with suppress(FileNotFoundError):
-                if not (self.folder / f"{_PREFIX}vote.{self.team.rank}").exists():
-                    done = self._read(f"done.{self.team.rank}")
-                    if done is None:  # all is done, and what is not part of the result is being removed
-                        return
-                    self.vote(done)
-                self._expect(0, None)
-            time.sleep(_POLL)
-
-    @contextmanager
-    def alive(self) -> Iterator[Callable[[int], None]]:
-        """Give signs of life meanwhile; the value is to be called with bytes that were moved."""
-        stopped, count = Event(), [0]
-        path = self._sign(self.team.rank)
-
-        def beat() -> None:
-            while True:
-                with suppress(OSError):
-                    if self.folder.is_dir():
-                        path.write_text(str(count[0]))
-                if stopped.wait(_BEAT):
-                    return
-
-        def moved(nbytes: int) -> None:
-            count[0] += nbytes
-
-        thread = Thread(target=beat, name="optimstate-alive", daemon=True)
-        thread.start()
-        try:
-            yield moved
-        finally:
-            stopped.set()
-            thread.join()
-
-    def _sign(self, rank: int) -> Path:
-        """The file that a process touches while it lives."""
-        return self.folder / f"{_PREFIX}alive.{rank}"
+    def _has(self, name: str) -> bool:
+        return (self.folder / f"{_PREFIX}{name}").exists()
 
     def _write(self, name: str, value: Any) -> None:
         path = self.folder / f"{_PREFIX}{name}"

@@ -145,7 +145,8 @@ def convert(
         if optimizer not in TARGETS:
             raise UsageError.unknown(f"no conversion to an optimizer {describe(optimizer)}", optimizer, TARGETS)
     if not dry_run:
-        check_destination(destination, [source], force=force)
+        stage = options.stage
+        check_destination(destination, [source], force=force or (stage is not None and stage.in_store))
     with opening(source), ExitStack() as stack:
         document = open_checkpoint(source, salvage=salvage)
         target = _target_format(destination, to, options, document)

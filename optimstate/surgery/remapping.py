@@ -133,7 +133,7 @@ def remap(
     plan, source = Plan.of(plan), located(source)
     destination = None if destination is None else located(destination)
     if destination is not None and not dry_run:
-        check_destination(destination, [source], force=force)
+        check_destination(destination, [source], force=force or (stage is not None and stage.in_store))
     with opening(source):
         document = open_checkpoint(source)
         check_distributed(document.format, copy=copy, ranks=ranks, stage=stage)
@@ -171,6 +171,11 @@ def check_distributed(
         raise UsageError(
             f"several processes write a folder of distributed checkpoints or of shards together, not one {target} file",
             hint="Run it without torchrun, or write a folder (convert --to dcp, or --to safetensors --shard-size 5GB).",
+        )
+    if stage is not None and stage.in_store and target != DISTRIBUTED:
+        raise UsageError(
+            "several processes write distributed checkpoints to a store, and no shards: an object is written by one",
+            hint="Run it without torchrun, write a distributed checkpoint (convert --to dcp), or to a shared disk.",
         )
     asked = "copy" if copy else "ranks" if ranks is not None else ""
     if asked and target != DISTRIBUTED:

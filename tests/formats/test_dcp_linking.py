@@ -170,6 +170,16 @@ def test_tensors_are_cut_for_other_ranks(source: Path, tmp_path: Path) -> None:
     assert max(sizes) < 1.6 * min(sizes)
 
 
+def test_torch_loads_what_is_cut_for_more_ranks_than_there_are_rows(tmp_path: Path) -> None:
+    tree = save(tmp_path / "a")
+    optimstate.convert(tmp_path / "a", tmp_path / "b", to="dcp", options=WriteOptions(ranks=64))
+    assert len(list((tmp_path / "b").glob("*.distcp"))) == 64
+    into = {"model": {name: torch.zeros_like(value) for name, value in tree["model"].items()}, "epoch": 0}
+    dcp.load(into, checkpoint_id=tmp_path / "b", no_dist=True)
+    assert into["epoch"] == 3
+    assert all(torch.equal(into["model"][name], value) for name, value in tree["model"].items())
+
+
 def test_other_containers_have_neither(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "a.pt")
     plan = Plan.from_options(rename=["a=c"])

@@ -29,7 +29,7 @@ from optimstate.formats.dcp.layout import layout, metadata_of
 from optimstate.formats.dcp.metadata import load_metadata, merged
 from optimstate.formats.dcp.pieces import Pieces
 from optimstate.formats.dcp.sharing import share_out
-from optimstate.formats.dcp.writing import link_files, write_file
+from optimstate.formats.dcp.writing import link_files, notes_of_dead, write_file
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.registry import detect, get_format
@@ -149,8 +149,9 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
         return notes
     with stage or options.new_folder(path) as folder:
         places: dict[tuple[str, Box | None], Item] = {}
-        if stage is None or not options.copy:
+        if stage is None or not (options.copy or stage.in_store):
             notes.extend(link_files(folder, made, options))
+        notes.extend(notes_of_dead(made))
         if stage is not None:
             places = share_out(made, stage, options, copied=options.copy)
             stage.clear()
@@ -162,10 +163,10 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
             metadata.paths = {name: place for name, (place, _) in leaves.items()}
         for name, part in beside.items():
             beside_notes = get_format(part.format).write(
-                tree[name], folder / name, like=part, options=options._replace(stage=None, confirm=None)
+                tree[name], folder / name, like=part, options=options._replace(stage=None, confirm=None, replace=True)
             )
             notes.extend(f"{name}: {note}" for note in beside_notes)
-        with options.new_file(folder / ".metadata") as out:
-            out.write(dump_metadata(metadata))
         options.confirmed()
+        with options.new_file(folder / ".metadata") as out:  # with it a folder of a store can be loaded
+            out.write(dump_metadata(metadata))
     return notes

@@ -22,7 +22,7 @@ from optimstate.formats.dcp.writing import write_file
 from optimstate.formats.protocol import WriteOptions
 from optimstate.io.extents import Extent, Progress, StoredSource
 from optimstate.io.location import Location
-from optimstate.io.places import open_source
+from optimstate.io.places import located, open_source
 from optimstate.io.shared import move, range_of_row
 from optimstate.io.together import Stage
 from optimstate.tensors.dtypes import DTYPES
@@ -72,6 +72,20 @@ def _ranges(made: Layout, folder: Location, size: int) -> list[list[Any]]:
     return shares
 
 
+def _whole_files(made: Layout, folder: Location, size: int) -> list[list[Any]]:
+    """The same for a store, where one process writes an object: whole files, the next to who has least."""
+    shares: list[list[Any]] = [[] for _ in range(size)]
+    filled = [0] * size
+    files = [] if made.source is None else made.linked()
+    for number in files:
+        assert made.source is not None
+        source = made.source.sources[number]
+        rank = min(range(size), key=filled.__getitem__)
+        filled[rank] += source.size
+        shares[rank].append([str(source.path), 0, str(folder / made.source.metadata.files[number]), 0, source.size])
+    return shares
+
+
 def share_out(made: Layout, stage: Stage, options: WriteOptions, *, copied: bool) -> Items:
     """Write all files of a layout together with the other processes of a stage, of which this may be any.
 
@@ -87,9 +101,13 @@ def share_out(made: Layout, stage: Stage, options: WriteOptions, *, copied: bool
     team, folder = stage.team, stage.folder
     names = list(made.files)
     owned = [names[len(names) * rank // team.size : len(names) * (rank + 1) // team.size] for rank in range(team.size)]
-    ranges = _ranges(made, folder, team.size) if copied else [[] for _ in range(team.size)]
+    ranges: list[list[Any]] = [[] for _ in range(team.size)]
+    if stage.in_store:
+        ranges = _whole_files(made, folder, team.size)
+    elif copied:
+        ranges = _ranges(made, folder, team.size)
     if team.rank == 0:
-        if copied and made.source is not None:
+        if copied and not stage.in_store and made.source is not None:
             for number in made.linked():
                 _reserve(Path(str(folder / made.source.metadata.files[number])), made.source.sources[number].size)
         for rank in range(1, team.size):
@@ -98,14 +116,14 @@ def share_out(made: Layout, stage: Stage, options: WriteOptions, *, copied: bool
     with stage.alive() as moved:
         if stage.voted() is None:
             files = {name: made.files[name] for name in owned[team.rank]}
-            stage.vote(_done(_moved(folder, ranges[team.rank], files, options, moved)))
+            stage.vote(_done(_moved(stage, ranges[team.rank], files, options, moved)))
         if team.rank:
             stage.wait()
             return {}
         items: Items = {}
         for vote in stage.votes(options.progress):
             items.update({(name, _box(box)): Item(*item) for name, box, item in vote})
-        _check_sizes(folder, items)
+        _check_sizes(stage, items, [row for rows in ranges for row in rows])
         return items
 
 
@@ -122,7 +140,7 @@ def help_out(stage: Stage, options: WriteOptions) -> bool:
         if stage.voted() is None:
             sources: dict[str, StoredSource] = {}
             files = {name: [_part(row, sources) for row in rows] for name, rows in work["files"].items()}
-            stage.vote(_done(_moved(stage.folder, work["ranges"], files, options, moved)))
+            stage.vote(_done(_moved(stage, work["ranges"], files, options, moved)))
         stage.wait()
     return True
 
@@ -131,7 +149,7 @@ def help_out(stage: Stage, options: WriteOptions) -> bool:
 
 
 def _moved(
-    folder: Location,
+    stage: Stage,
     ranges: Sequence[Any],
     files: Mapping[str, Sequence[Part]],
     options: WriteOptions,
@@ -144,11 +162,17 @@ def _moved(
         if options.progress is not None:
             options.progress(nbytes)
 
+    inner = options._replace(progress=progress, replace=True)  # what an attempt before this one has left
     sources = {row[0]: open_source(row[0]) for row in ranges}
-    move((range_of_row(row, sources[row[0]]) for row in ranges), progress, sync=options.sync)
+    if stage.in_store:
+        for path, _, target, _, length in ranges:
+            with inner.new_file(located(target), expected_size=length) as out:
+                out.copy([Extent(sources[path], 0, length)], progress)
+    else:
+        move((range_of_row(row, sources[row[0]]) for row in ranges), progress, sync=options.sync)
     items: Items = {}
     for name, parts in files.items():
-        items.update(write_file(folder / name, parts, options._replace(progress=progress)))
+        items.update(write_file(stage.folder / name, parts, inner))
     return items
 
 
@@ -183,11 +207,15 @@ def _part(row: Sequence[Any], sources: dict[str, StoredSource]) -> Part:
     return Part(name, made, LazyTensor(storage, dtype, made[1]))
 
 
-def _check_sizes(folder: Location, items: Items) -> None:
+def _check_sizes(stage: Stage, items: Items, copied: Sequence[Any]) -> None:
     """Every file is as long as those who wrote it say: a file system may show less for a while, or for ever."""
     ends: dict[str, int] = {}
     for item in items.values():
         ends[item.file] = max(ends.get(item.file, 0), item.offset + item.length)
+    start = len(str(stage.folder / "x")) - 1
+    for _, _, target, position, length in copied:
+        ends[target[start:]] = max(ends.get(target[start:], 0), position + length)
+    sizes = stage.sizes()
     for name, end in ends.items():
-        if (folder / name).stat().st_size != end:
-            raise CheckpointError(f"has not {end} bytes, which a process has written", path=folder / name)
+        if sizes.get(name) != end:
+            raise CheckpointError(f"has not {end} bytes, which a process has written", path=stage.folder / name)

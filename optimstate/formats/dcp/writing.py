@@ -15,7 +15,7 @@ from optimstate.io.location import Location
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage, announced
 
-__all__ = ["link_files", "write_file"]
+__all__ = ["link_files", "notes_of_dead", "write_file"]
 
 
 def link_files(folder: Location, made: Layout, options: WriteOptions) -> list[str]:
@@ -23,8 +23,7 @@ def link_files(folder: Location, made: Layout, options: WriteOptions) -> list[st
     if made.source is None:
         return []
     metadata, links = made.source.metadata, 0
-    files = made.linked()
-    for number in files:
+    for number in made.linked():
         source, target = made.source.sources[number], folder / metadata.files[number]
         if not options.copy and linked(source, target):
             links += 1
@@ -36,15 +35,21 @@ def link_files(folder: Location, made: Layout, options: WriteOptions) -> list[st
         notes.append(
             f"{links} data files are links to those of {made.source.folder}: no bytes were moved (--copy moves them)"
         )
+    return notes
+
+
+def notes_of_dead(made: Layout) -> list[str]:
+    """What people are told of bytes in the files that are kept, of tensors that are not."""
+    if made.source is None:
+        return []
+    metadata = made.source.metadata
     used = {row for number in made.kept.values() for row in metadata.rows(number)}
-    held = set(files)
+    held = set(made.linked())
     dead = 0
     for row, box in enumerate(metadata.boxes):
         if box is not None and row not in used and metadata.file[row] in held:
             dead += metadata.length[row]
-    if dead:
-        notes.append(f"{dead:,} bytes of the kept data files belong to tensors that are not in this folder")
-    return notes
+    return [f"{dead:,} bytes of the kept data files belong to tensors that are not in this folder"] if dead else []
 
 
 def write_file(path: Location, parts: Sequence[Part], options: WriteOptions) -> dict[tuple[str, Box | None], Item]:

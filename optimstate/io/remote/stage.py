@@ -1,0 +1,198 @@
+"""Processes that fill a folder of a store together: objects beside it say who lives and what is done.
+
+A store renames nothing, so data files have their names as soon as they are whole. What makes a checkpoint of them, the
+file that names the others, is written by the first process when all have voted, and only where there is none.
+
+What is said is in `.NAME.000000000000.part/DIGEST/` beside the destination. `claim`, one for all, is there from the
+beginning to the commit: made where there is none, it keeps others away, and it alone tells objects of an attempt that
+has ended too early from somebody else's. It is taken over where no sign of life changes for a while.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from optimstate.errors import CheckpointError, CheckpointNotFoundError, DestinationError, DestinationExistsError
+from optimstate.io.remote.path import RemotePath
+from optimstate.io.together import Stage, Team
+
+__all__ = ["StoreStage"]
+
+_BEGUN = "begun"
+_MOST = 1 << 40  # bytes of what is said: all there are
+
+
+class StoreStage(Stage):
+    """A folder of objects that processes write together; see `Stage`.
+
+    Args:
+        path: The destination.
+        digest: Twelve hexadecimal digits of everything that the result depends on.
+        team: The processes.
+        last: The name of the object without which nobody reads the others.
+        check: As for `Stage`.
+
+    Raises:
+        DestinationError: The store is only read.
+    """
+
+    in_store = True
+
+    def __init__(
+        self, path: RemotePath, digest: str, team: Team, *, last: str, check: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(path, path, team, check)
+        path.store.begin(path.key, expected=0, replace=False)  # asks for nothing yet, and refuses where nothing can be
+        self._store = path.store
+        self._path = path
+        self._key = path.key
+        self._meeting = path.with_name(f".{path.name}.{'0' * 12}.part").key
+        self._place = f"{self._meeting}/{digest}"
+        self._claim = f"{self._meeting}/claim"
+        self._mine = os.urandom(16).hex().encode()
+        self._last = last
+        self._said: dict[str, str | None] = {}
+        self._count = 0
+        self.beat = min(2.0, team.patience / 8)
+        self.poll = self.beat / 2
+
+    # --- the first process ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> RemotePath:
+        said, there = self._keys(self._meeting), list(self.sizes())
+        claimed = self._claim in said
+        if self._last in there or (there and not claimed):
+            raise DestinationExistsError(
+                f"{self.destination}: there are objects below this name; a folder of a store is not replaced",
+                hint="Give another name, or remove it with the store's own tools first.",
+            )
+        if claimed:
+            self._expect_none_alive()
+        self._put(self._claim, self._mine, replace=claimed)
+        if claimed:  # another one who takes it over has done so by then, and the last one has it
+            time.sleep(self.beat)
+        self._expect_claim()
+        for key in said:
+            if key != self._claim and not key.startswith(f"{self._place}/"):
+                self._store.delete(key)
+        begun = f"{self._place}/{_BEGUN}"
+        if begun not in said:
+            for name in there:  # what another plan or source has left
+                self._store.delete(f"{self._key}/{name}")
+            self._put(begun, b"0", replace=True)
+        self._look()
+        for rank in range(self.team.size):  # what was done at an earlier attempt is to be said again, by who is there
+            vote = self._read(f"vote.{rank}") if rank != self.team.rank else None
+            if vote is not None:
+                self._write(f"done.{rank}", vote)
+                self._store.delete(f"{self._place}/vote.{rank}")
+        self._give_sign(0)
+        self._path.forget()
+        return self._path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        if error is None:
+            order = {"done": 0, "vote": 1, _BEGUN: 3}
+            for key in sorted(self._keys(self._place), key=lambda key: order.get(_name(key).split(".")[0], 2)):
+                self._store.delete(key)
+            self._store.delete(self._claim)
+        self._path.forget()
+
+    def clear(self) -> None:
+        """Nothing yet: what is said lies elsewhere. It is the last moment to see that another one has taken over."""
+        self._expect_claim()
+
+    def sizes(self) -> dict[str, int]:
+        """The bytes of every object that is written, by name."""
+        return {entry.key[len(self._key) + 1 :]: entry.size for entry in self._store.listed(self._key)}
+
+    def _expect_claim(self) -> None:
+        """The destination is this process's."""
+        found = b""
+        with suppress(CheckpointNotFoundError):
+            found = bytes(self._store.get(self._claim, 0, _MOST, None).data)
+        if found != self._mine:
+            raise DestinationError(f"{self.destination}: is being written by other processes")
+
+    def _expect_none_alive(self) -> None:
+        """Nobody writes the destination at this time."""
+        signs: dict[str, object] = {}
+        ends = time.monotonic() + 3 * self.beat
+        while time.monotonic() < ends:
+            if self._has_moved(signs, but=None):
+                raise DestinationError(f"{self.destination}: is being written by other processes")
+            time.sleep(self.poll)
+
+    # --- what is said ---------------------------------------------------------------------------------------------
+
+    def _keys(self, folder: str) -> list[str]:
+        return [entry.key for entry in self._store.listed(folder)]
+
+    def _look(self) -> None:
+        self._said = {_name(entry.key): entry.version for entry in self._store.listed(self._place)}
+
+    def _is_open(self) -> bool:
+        return _BEGUN in self._said
+
+    def _is_elsewhere(self, others: dict[str, object]) -> bool:
+        return self._has_moved(others, but=self._place)
+
+    def _has_moved(self, signs: dict[str, object], *, but: str | None) -> bool:
+        """Whether the sign of a first process is another than it was, that of one place left out."""
+        moved = False
+        for entry in self._store.listed(self._meeting):
+            if _name(entry.key) == "alive.0" and entry.key.rpartition("/")[0] != but:
+                moved |= signs.setdefault(entry.key, entry.version) != entry.version
+        return moved
+
+    def _sign_of(self, rank: int, last: object) -> tuple[object, int]:
+        sign = self._said.get(f"alive.{rank}")
+        if sign is None or sign == last:
+            return sign, 0
+        said = self._read(f"alive.{rank}")
+        return sign, 0 if said is None else int(said[1])
+
+    def _give_sign(self, moved: int) -> None:
+        self._count += 1
+        self._write(f"alive.{self.team.rank}", [time.time_ns() + self._count, moved])  # another one each time
+
+    def _end_signs(self) -> None:
+        """What this process said last may have come when all else was removed already."""
+        with suppress(CheckpointError, OSError):
+            self._look()
+            if not self._is_open():
+                for name in (f"alive.{self.team.rank}", f"vote.{self.team.rank}"):
+                    if name in self._said:
+                        self._store.delete(f"{self._place}/{name}")
+
+    def _has(self, name: str) -> bool:
+        return name in self._said
+
+    def _read(self, name: str) -> Any:
+        if name not in self._said:
+            return None
+        try:
+            return json.loads(bytes(self._store.get(f"{self._place}/{name}", 0, _MOST, None).data))
+        except CheckpointNotFoundError:
+            return None
+
+    def _write(self, name: str, value: Any) -> None:
+        self._put(f"{self._place}/{name}", json.dumps(value).encode(), replace=True)
+
+    def _put(self, key: str, data: bytes, *, replace: bool) -> None:
+        try:
+            self._store.begin(key, expected=len(data), replace=replace).complete(data)
+        except DestinationExistsError:
+            raise DestinationError(f"{self.destination}: is being written by other processes") from None
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]
