@@ -67,7 +67,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"byte_kinds", "unpickled"},
     ),
     "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),
-    "tree": ({"objects"}, {"walking"}, {"copies", "comparison"}),
+    "tree": ({"objects"}, {"walking"}, {"copies", "comparison", "unfolding"}),
     "io": (
         {"location", "streams"},
         {"extents", "destination"},

@@ -29,14 +29,13 @@ from optimstate.formats.pickles.unpickle import load
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.safetensors import container as safetensors
-from optimstate.formats.safetensors import json_tree
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent, FileSource
 from optimstate.plan.language.plan import Plan
 from optimstate.state.sections import find_sections
 from optimstate.surgery.dropping import held_by_json, plain_copy
 from optimstate.tensors.lazy import Storage
-from optimstate.tree import Opaque, difference, tensors, walk
+from optimstate.tree import Opaque, check_unfolded, difference, tensors, walk
 from tests import corpus
 
 QUICK = WriteOptions(sync=False)
@@ -265,8 +264,7 @@ def write_zip(tree: Any, path: Path) -> Path:
     return path
 
 
-def test_a_billion_laughs_are_read_shown_and_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_tree, "MAX_NODES", 20_000)
+def test_a_billion_laughs_are_read_shown_and_renamed(tmp_path: Path) -> None:
     optimizer = {"state": {0: {"step": 1, "joke": laughs()}}, "param_groups": [{"joke": laughs(), "params": [0]}]}
     weight = load(pickled(TENSOR), storage)[0]
     path = write_zip({"model": {"a.w": weight}, "optimizer": optimizer, "joke": laughs()}, tmp_path / "laughs.pt")
@@ -274,9 +272,20 @@ def test_a_billion_laughs_are_read_shown_and_renamed(tmp_path: Path, monkeypatch
     assert len(optimstate.inspect(path, parameters=True).to_json()) < 10 << 20
     optimstate.remap(path, tmp_path / "renamed.pt", Plan.from_options(rename=["a.{p}=b.{p}"]), sync=False)
     assert difference(open_checkpoint(path).tree["joke"], open_checkpoint(tmp_path / "renamed.pt").tree["joke"]) is None
-    with pytest.raises(LimitExceededError):
-        optimstate.convert(path, tmp_path / "never.safetensors")
+    for never, form in (("never.safetensors", "safetensors"), ("never", "dcp")):
+        with pytest.raises(LimitExceededError, match=r"the limit is [\d,]+"):
+            optimstate.convert(path, tmp_path / never, to=form)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["laughs.pt", "renamed.pt"]
+
+
+def test_what_is_written_often_is_measured_before_it_is_written() -> None:
+    text, row, loop = "x" * 1_000_000, list(range(10_000)), []  # type: ignore[var-annotated]
+    loop.append(loop)
+    for much in ([text] * 10_000, [row] * 1_000, [{text: 1} for _ in range(100)], laughs(), [{"k": laughs(20, 2)}]):
+        with pytest.raises(LimitExceededError):
+            check_unfolded(much)
+    for fine in ([()] * 600_000, [text] * 7, [row] * 8, loop, laughs(16, 2), [{"a": {"b": 1.0}} for _ in range(9)]):
+        check_unfolded(fine)
 
 
 def test_laughing_slots_are_duplicated_without_being_written_out(tmp_path: Path) -> None:

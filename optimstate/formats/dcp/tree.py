@@ -18,7 +18,7 @@ from optimstate.describe import describe, exact
 from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.dcp.megatron import tree_of_names
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Opaque, Path, format_path
+from optimstate.tree import Opaque, Path, check_unfolded, format_path
 
 __all__ = ["Leaves", "is_flattened", "leaves", "nested"]
 
@@ -179,8 +179,10 @@ def leaves(tree: Mapping[Any, Any], *, flattened: bool = False) -> tuple[Leaves,
         The items, and notes on what the names cannot hold.
 
     Raises:
+        LimitExceededError: What stands in several places would be written too often.
         RepresentationError: Two paths have the same name.
     """
+    check_unfolded(tree)
     walker = _Leaves(flattened)
     for key, value in tree.items():
         walker.visit((str(key),), value)
@@ -199,6 +201,7 @@ class _Leaves:
         self.notes: dict[str, tuple[int, str]] = {}
         self.storages: dict[int, Path] = {}
         self.open: set[int] = set()
+        self.entered: dict[int, bool] = {}  # of lists
 
     def note(self, what: str, path: Path) -> None:
         count, first = self.notes.get(what, (0, format_path(path)))
@@ -210,8 +213,18 @@ class _Leaves:
         if path[-1:] != ("state",) and not all(type(key) is str for key in node):
             self.note("keys that are no text become text", path)
 
+    def is_entered(self, node: Any) -> bool:
+        """Torch's rule: a list is one item unless something in it has a name of its own."""
+        if not isinstance(node, list):
+            return False
+        if id(node) not in self.entered:
+            self.entered[id(node)] = False  # within itself
+            found = any(isinstance(item, LazyTensor | Mapping) or self.is_entered(item) for item in node)
+            self.entered[id(node)] = found
+        return self.entered[id(node)]
+
     def visit(self, path: Path, node: Any) -> None:
-        if not (isinstance(node, Mapping) and node) and not _is_entered(node):
+        if not (isinstance(node, Mapping) and node) and not self.is_entered(node):
             self.add(path, node)  # an empty mapping too: torch leaves it out, and reads past it
             return
         if id(node) in self.open:
@@ -245,11 +258,6 @@ class _Leaves:
                 self.note("a Parameter becomes a tensor", path)
         elif isinstance(leaf, Opaque):
             self.note(f"an object of {leaf.type.path} is stored as it was pickled", path)
-
-
-def _is_entered(node: Any) -> bool:
-    """Torch's rule: a list is one item unless something in it has a name of its own."""
-    return isinstance(node, list) and any(isinstance(item, LazyTensor | Mapping) or _is_entered(item) for item in node)
 
 
 def _is_named_optimizer(node: Mapping[Any, Any]) -> bool:

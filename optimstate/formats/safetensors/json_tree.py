@@ -22,17 +22,14 @@ from collections.abc import Callable
 from typing import Any
 
 from optimstate.describe import describe
-from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, RepresentationError
+from optimstate.errors import CheckpointError, CorruptCheckpointError, RepresentationError
 from optimstate.formats.pickles.foreign import remedy_for
 from optimstate.formats.pickles.globals import PLAIN_CLASSES
 from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.tensors.lazy import LazyTensor, Storage
-from optimstate.tree import GlobalName, Opaque, Path, bare_value, format_path, path_key
+from optimstate.tree import GlobalName, Opaque, Path, bare_value, check_unfolded, format_path, path_key
 
 __all__ = ["decode", "encode"]
-
-MAX_NODES = 2_000_000
-"""Written containers: one that stands in several places is written in each, so a small tree can have a huge text."""
 
 Note = Callable[[str], None]
 
@@ -46,9 +43,10 @@ def encode(tree: Any, tensor: Callable[[Path, LazyTensor], Any], note: Note | No
         note: Called with what was changed: an object that is nothing but a text or number becomes that.
 
     Raises:
-        LimitExceededError: The text would be beyond any honest checkpoint's.
+        LimitExceededError: What stands in several places would be written too often.
         RepresentationError: An object has no representation; the message names it.
     """
+    check_unfolded(tree)
     return _Encoder(tensor, note or (lambda _: None)).encode((), tree)
 
 
@@ -60,7 +58,6 @@ class _Encoder:
         self.tensor = tensor
         self.note = note
         self.open: set[int] = set()
-        self.count = 0
 
     def encode(self, path: Path, node: Any) -> Any:
         kind = type(node)
@@ -82,9 +79,6 @@ class _Encoder:
             return {"$global": "collections.OrderedDict"}
         if id(node) in self.open:
             raise RepresentationError(f"{format_path(path)} contains itself")
-        self.count += 1
-        if self.count > MAX_NODES:
-            raise LimitExceededError(f"more than {MAX_NODES} containers, counting each place where one stands")
         self.open.add(id(node))
         try:
             return self.encode_container(path, node)
