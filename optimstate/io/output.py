@@ -22,6 +22,7 @@ from optimstate.io.temporary import begin, count_as_unfinished, remove, sync_dir
 
 __all__ = ["AtomicFile", "AtomicGroup", "FileOutput", "Output", "write_bytes"]
 
+_MAX_LOCKS = 500  # files of a group that are held open; a process may commonly open 1,024
 FLUSH_FROM = 1 << 26  # files from this size on are flushed while they are written
 
 
@@ -181,7 +182,7 @@ class AtomicFile(Atomic, FileOutput):
         assert self._temporary is not None
         self._flush(self._temporary)
         if self._group is not None:
-            self._group.take(self._temporary, self.path)
+            self.fd = self._group.take(self._temporary, self.path, self.fd)
         else:
             check_kind(self.path)
             take_name(self._temporary, self.path)
@@ -224,11 +225,20 @@ class AtomicGroup(Atomic):
         self._sync = sync
         self._waiting: list[tuple[Path, Path]] = []
         self._named: list[Path] = []
+        self._locks: list[int] = []
         self._last: Path | None = None  # the last temporary name, from when on it may be gone
 
-    def take(self, temporary: Path, path: Path) -> None:
-        """Hold a complete file and its name."""
+    def take(self, temporary: Path, path: Path, fd: int) -> int:
+        """Hold a complete file, its name and its lock, without which another writer would take it for a dead one's.
+
+        Returns:
+            What the file's writer still has to close, -1 for nothing.
+        """
         self._waiting.append((temporary, path))
+        if len(self._locks) == _MAX_LOCKS:
+            return fd
+        self._locks.append(fd)
+        return -1
 
     def __enter__(self) -> AtomicGroup:
         return self
@@ -248,6 +258,11 @@ class AtomicGroup(Atomic):
             if self._sync:
                 sync_directory(path.parent)
         self._remove_replaced()
+        self._close()
+
+    def _close(self) -> None:
+        while self._locks:
+            os.close(self._locks.pop())
 
     def _remove_replaced(self) -> None:
         for path in self._replaced:
@@ -258,8 +273,11 @@ class AtomicGroup(Atomic):
     def _discard(self) -> None:
         if self._last is not None and not os.path.lexists(self._last):
             self._remove_replaced()  # everything has its name: only this was missing
+            self._close()
             return
         for temporary, _ in self._waiting:
             remove(temporary)
         for path in self._named:
             withdraw(path)
+        with suppress(OSError):
+            self._close()

@@ -27,7 +27,7 @@ from optimstate.state.pairing import ModelNames, Namer
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.lazy import LazyTensor, Storage
-from optimstate.tree import Opaque, format_path
+from optimstate.tree import Opaque, check_unfolded, format_path
 
 __all__ = ["Named", "Parts"]
 
@@ -283,6 +283,10 @@ class Parts:
         return made
 
     def _loadable(self, node: Any) -> Any:
+        check_unfolded(node)  # torch goes through what stands in several places as often
+        return self._live_copy(node)
+
+    def _live_copy(self, node: Any) -> Any:
         if isinstance(node, Opaque):
             return revived(node)
         if isinstance(node, LazyTensor):
@@ -296,9 +300,9 @@ class Parts:
         if isinstance(node, Counter):  # the milestones of a schedule
             return Counter(node)
         if isinstance(node, Mapping):
-            return {key: self._loadable(value) for key, value in node.items()}
+            return {key: self._live_copy(value) for key, value in node.items()}
         if type(node) in (list, tuple):
-            return type(node)(self._loadable(value) for value in node)
+            return type(node)(self._live_copy(value) for value in node)
         return node
 
 

@@ -64,7 +64,7 @@ def check_unfolded(tree: Any) -> None:
         raise LimitExceededError(
             f"{held:,} values are {shown} when what stands in several places is written in each, "
             f"and the limit is {max(MAX_UNFOLDED, _GROWTH * held):,}",
-            hint="A torch container keeps what is shared.",
+            hint="Leave it out; to keep it as it is, write a torch container, which keeps what is shared.",
         )
 
 

@@ -276,6 +276,10 @@ def test_a_billion_laughs_are_read_shown_and_renamed(tmp_path: Path) -> None:
         with pytest.raises(LimitExceededError, match=r"the limit is [\d,]+"):
             optimstate.convert(path, tmp_path / never, to=form)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["laughs.pt", "renamed.pt"]
+    live = torch.optim.SGD([("a.w", torch.nn.Parameter(torch.zeros(4)))])
+    with pytest.raises(LimitExceededError):
+        optimstate.resume(path, optimizer=live)
+    assert live.state == {}
 
 
 def test_what_is_written_often_is_measured_before_it_is_written() -> None:

@@ -120,6 +120,18 @@ def test_a_living_writers_file_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
+def test_a_living_groups_files_stay(tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    with AtomicGroup(index) as group:
+        for name in ("shard", "index"):
+            with AtomicFile(tmp_path / name, group=group) as out:
+                out.write(b"first")
+        script = f"from optimstate.io.output import *\nwith AtomicFile({str(index)!r}) as out: out.write(b'other')"
+        subprocess.run([sys.executable, "-c", script], check=True)
+        assert index.read_bytes() == b"other"
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == {"shard": b"first", "index": b"first"}
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_folder_takes_the_place_of_a_folder_or_file(
     exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
