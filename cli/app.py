@@ -55,6 +55,7 @@ EXIT_CODES: tuple[tuple[type[errors.OptimStateError], int], ...] = (
     (errors.DestinationError, 5),
     (errors.RepresentationError, 6),
     (errors.TorchError, 7),
+    (errors.OptimStateError, 3),  # of what a script gave: it fits no live state, or cannot be followed
 )
 CRASHED = 70
 """What sysexits calls an internal software error: never a finding."""

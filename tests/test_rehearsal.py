@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from optimstate import Plan
+from optimstate.errors import StateMismatchError
 from optimstate.rehearsal import Rehearsal, rehearse
+from optimstate.rehearsal.runs import Run
 from tests.cli.running import run
 
 HEADS = 2
@@ -225,6 +227,17 @@ batch = torch.ones(2, 4)
 loss = lambda model, batch: model(batch).square().sum()
 plan = PLAN
 """
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    for given in (lambda: nn.Linear(2, 2), lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU()), None, "ab"):
+        with pytest.raises(StateMismatchError, match=r"a run is \(model, optimizer\)"):
+            Run.of(given, double=False)
+    lines = ["import torch", "def old(): return torch.nn.Linear(2, 2)", "new, batch, loss = old, abs, abs"]
+    (tmp_path / "script.py").write_text("\n".join(lines))
+    outcome = run("rehearse", "--script", str(tmp_path / "script.py"))
+    assert (outcome.code, outcome.out) == (3, "")
+    assert outcome.err.startswith("error: a run is (model, optimizer)")
 
 
 @pytest.mark.parametrize(("plan", "code"), [('"plan.toml"', 0), ('"twisted.toml"', 1), ("None", 4)])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
-from optimstate.cli.render.page import document, head, messages
+from optimstate.cli.render.page import document, escape, head, messages
 from optimstate.surgery.text import collapsed, plural
 
 if TYPE_CHECKING:

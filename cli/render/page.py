@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimstate import __version__
+from optimstate.describe import escaped
 from optimstate.io.output import AtomicFile
 from optimstate.state.algorithms.registry import named
 from optimstate.surgery.inspection_text import is_step, telling_options
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
     from optimstate.surgery.updates import Update
 
-__all__ = ["diff_page", "document", "head", "inspection_page", "messages", "write_page"]
+__all__ = ["diff_page", "document", "escape", "head", "inspection_page", "messages", "write_page"]
 
 ANONYMOUS_PER_ROW = 32  # parameters without names in a row of the heat map
 
@@ -48,6 +49,11 @@ def write_page(text: str, path: Path) -> None:
     """
     with AtomicFile(path) as out:
         out.write(text.encode("utf-8", "xmlcharrefreplace"))
+
+
+def escape(text: str) -> str:
+    """A text, such as a name in a file or of one, as it may stand in a page."""
+    return html.escape(escaped(text, lines=True))
 
 
 def inspection_page(found: Inspection, steps: Sequence[Update]) -> str:

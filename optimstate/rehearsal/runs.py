@@ -49,7 +49,8 @@ class Run:
         from optimstate.installed_torch import torch
 
         found = given() if callable(given) else copy.deepcopy(given)
-        parts = found if isinstance(found, Mapping) else dict(zip(_PARTS, found, strict=False))
+        listed = found if isinstance(found, tuple | list) else ()
+        parts = found if isinstance(found, Mapping) else dict(zip(_PARTS, listed, strict=False))
         if not {"model", "optimizer"} <= parts.keys() <= {*_PARTS} or len(found) != len(parts):
             raise StateMismatchError(
                 "a run is (model, optimizer), (model, optimizer, scheduler) or a dict with these keys",

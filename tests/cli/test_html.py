@@ -70,6 +70,16 @@ def data_of(page: str) -> dict[str, Any]:
 # --- without a browser ----------------------------------------------------------------------------------------------
 
 
+def test_the_page_has_no_control_characters_of_a_files_name(tmp_path: Path) -> None:
+    path = tmp_path / "a\x1b[31m\u202e.pt"
+    torch.save(checkpoint(["w"]), path)
+    for words in (["inspect", str(path)], ["diff", str(path), str(path)]):
+        assert run(*words, "--html", str(tmp_path / "page.html"), "--force").code == 0
+        page = (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert "a\\x1b[31m\\u202e.pt" in page
+        assert not re.search("[\x1b\u202e]", page)
+
+
 class Elements(HTMLParser):
     """The elements of a page, in order."""
 
