@@ -90,11 +90,13 @@ def holds(origin: Origin, dtype: str, zeros: torch.Tensor, values: torch.Tensor,
         there = taken if isinstance(origin.fill, str) else there
         if plain:
             expected[taken] = values[ids[taken]]
+    overflown = ~seen.isfinite() & (expected.abs() > _HALF)
+    if plain:
+        return bool(((expected == seen) | overflown)[there].all())
     shift = origin.shift if isinstance(origin, Moved | Combined) else 0.0
     largest = float(values.abs().max()) / BASE if values.numel() else 0.0
     room = rounding(dtype, reach * max(largest, 1.0), shift)
-    room += 0.0 if plain else 2.0**-23 * (1 + abs(reach))  # what a narrow dtype takes for zero
-    overflown = ~seen.isfinite() & (expected.abs() > _HALF)
+    room += 2.0**-23 * (1 + abs(reach))  # what a narrow dtype takes for zero
     good = (expected == seen) | ((expected - seen).abs() <= room) | overflown
     return bool(good[there].all())
 
