@@ -28,12 +28,14 @@ def open_to_read(place: Place) -> Document:
 
 @contextmanager
 def opening(path: Place) -> Iterator[None]:
-    """Work on an opened checkpoint: without garbage collection, and too deep a nesting is an error, not a crash."""
+    """Work on an opened checkpoint without garbage collection; too deep a nesting or too large a number is an error."""
     try:
         with no_garbage_collection():
             yield
     except RecursionError:
         raise LimitExceededError("nested too deeply", path=path) from None
+    except OverflowError:
+        raise LimitExceededError("has a whole number that is too large to compute with", path=path) from None
     except OSError as error:
         if isinstance(error, OptimStateError):
             raise

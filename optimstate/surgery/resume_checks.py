@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
-from math import prod
+from math import isclose, prod
 from typing import Any
 
 from optimstate.describe import describe, few
@@ -300,17 +300,22 @@ def check_schedulers(optimizers: list[Section], schedulers: list[Section]) -> It
             counts = ", ".join(str(len(found)) for found in rates)
             yield fault("group", where, f"learning rates for {len(last)} groups, the optimizers have {counts}")
         elif not any(_equal_rates(last, found) for found in rates):
-            shown = ", ".join(map(str, rates))
+            shown = ", ".join(map(describe, rates))
             usable = all(isinstance(rate, int | float) for found in rates for rate in found)  # NaN is shown as text
-            message = f"set {last} last, but the optimizers have {shown}"
+            message = f"set {describe(last)} last, but the optimizers have {shown}"
             yield (
                 note("lr", where, f"{message}: right if it was set by hand") if usable else fault("lr", where, message)
             )
 
 
 def _equal_rates(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(
-        x == y
-        or (isinstance(x, int | float) and isinstance(y, int | float) and abs(x - y) <= 1e-6 * max(abs(x), abs(y)))
-        for x, y in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(x == y or _close(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _close(x: Any, y: Any) -> bool:
+    if not isinstance(x, int | float) or not isinstance(y, int | float):
+        return False
+    try:
+        return isclose(x, y, rel_tol=1e-6)
+    except OverflowError:  # a whole number that no float holds
+        return False

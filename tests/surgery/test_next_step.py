@@ -15,6 +15,7 @@ import optimstate
 from optimstate.errors import MigrationError
 from optimstate.plan.language.plan import Plan
 from optimstate.surgery.settings import with_options
+from tests.cli.running import run
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9},
@@ -152,3 +153,40 @@ def test_a_value_that_the_optimizer_cannot_take_is_refused(setting: str, tmp_pat
     table = f"[[group]]\nset = {{ {setting} }}\n"
     with pytest.raises(MigrationError, match=setting.partition("=")[0]):
         optimstate.remap(path, tmp_path / "b.pt", Plan.from_toml(table))
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay", "eps", "betas", "momentum", "foreach", "anything"])
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), float("nan"), [10**5000, None, "x"], (), {"a": 1}, b"\xff", True]
+)
+def test_verify_judges_options_of_any_value(option: str, value: Any, tmp_path: Path) -> None:
+    live = model()
+    saved = built("AdamW", live).state_dict()
+    saved["param_groups"][0][option] = value
+    torch.save({"optimizer": saved, "model": live.state_dict()}, tmp_path / "a.pt")
+    assert optimstate.verify(tmp_path / "a.pt").verdict in ("healthy", "faulty", "unknown")
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**5000)], ids=["large", "larger than Python prints"])
+@pytest.mark.parametrize("option", ["lr", "eps", "betas"])
+def test_a_number_that_no_float_holds_is_no_crash(option: str, number: int, tmp_path: Path) -> None:
+    slots = {"step": number, "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    group = {"lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "params": [0]}
+    scheduler = {"last_epoch": number, "base_lrs": [number], "_last_lr": [number]}
+    optimizer = {"state": {0: slots}, "param_groups": [{**group, option: number}]}
+    path, out = tmp_path / "a.pt", tmp_path / "b.pt"
+    torch.save({"optimizer": optimizer, "lr_scheduler": scheduler, "epoch": number}, path)
+    lines: list[tuple[str | Path, ...]] = [
+        ("inspect", path),
+        ("inspect", path, "--stats", "--json"),
+        ("verify", path),
+        ("diff", path, path),
+        ("scan", path),
+        ("name", path, out, "--force"),
+        ("remap", path, out, "--force", "--set", "lr=0.1"),
+        ("remap", path, out, "--force", "--set-schedule", "gamma=0.5"),
+        ("convert", path, tmp_path / "b.safetensors", "--force"),
+    ]
+    for line in lines:
+        outcome = run(*map(str, line))
+        assert outcome.code in range(8), (line, outcome)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf
 from typing import Any
 
 from optimstate.describe import describe
@@ -40,7 +40,7 @@ def unusable(option: str, value: Any) -> str:
             return f"betas are two numbers, not {describe(value)}"
         if not all(0 <= number < 1 for number in numbers):
             return f"betas lie between 0 and 1, and {describe(value)} does not"
-    if option in _NOT_NEGATIVE and not all(isfinite(number) and number >= 0 for number in numbers):
+    if option in _NOT_NEGATIVE and not all(0 <= number < inf for number in numbers):
         return f"{option} is a number from 0 up, not {describe(value)}"
     return ""
 
