@@ -27,7 +27,8 @@ from optimstate.state.pairing import ModelNames, Namer
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.lazy import LazyTensor, Storage
-from optimstate.tree import Opaque, check_unfolded, format_path
+from optimstate.tree import Opaque, format_path
+from optimstate.tree.unfolding import check_unfolded
 
 __all__ = ["Named", "Parts"]
 

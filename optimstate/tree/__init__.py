@@ -7,7 +7,6 @@ imported or called for it; it can be shown, compared and written back.
 from optimstate.tree.comparison import difference
 from optimstate.tree.copies import cloned, rebuilt_mapping, replaced
 from optimstate.tree.objects import AttributedTensor, GlobalName, Opaque, OpaqueFile, bare_value, path_key
-from optimstate.tree.unfolding import check_unfolded
 from optimstate.tree.walking import (
     MAX_DEPTH,
     Path,
@@ -29,7 +28,6 @@ __all__ = [
     "Path",
     "bare_value",
     "census",
-    "check_unfolded",
     "children",
     "cloned",
     "difference",

@@ -35,7 +35,8 @@ from optimstate.plan.language.plan import Plan
 from optimstate.state.sections import find_sections
 from optimstate.surgery.dropping import held_by_json, plain_copy
 from optimstate.tensors.lazy import Storage
-from optimstate.tree import Opaque, check_unfolded, difference, tensors, walk
+from optimstate.tree import Opaque, difference, tensors, walk
+from optimstate.tree.unfolding import check_unfolded
 from tests import corpus
 
 QUICK = WriteOptions(sync=False)

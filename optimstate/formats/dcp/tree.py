@@ -18,7 +18,8 @@ from optimstate.describe import describe, exact
 from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.dcp.megatron import tree_of_names
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Opaque, Path, check_unfolded, format_path
+from optimstate.tree import Opaque, Path, format_path
+from optimstate.tree.unfolding import check_unfolded
 
 __all__ = ["Leaves", "is_flattened", "leaves", "nested"]
 

@@ -27,7 +27,8 @@ from optimstate.formats.pickles.foreign import remedy_for
 from optimstate.formats.pickles.globals import PLAIN_CLASSES
 from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.tensors.lazy import LazyTensor, Storage
-from optimstate.tree import GlobalName, Opaque, Path, bare_value, check_unfolded, format_path, path_key
+from optimstate.tree import GlobalName, Opaque, Path, bare_value, format_path, path_key
+from optimstate.tree.unfolding import check_unfolded
 
 __all__ = ["decode", "encode"]
 
