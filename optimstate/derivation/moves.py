@@ -17,7 +17,7 @@ from optimstate.derivation.probe import probe
 from optimstate.derivation.programs import Program, Wanted
 from optimstate.derivation.proof import Terms, differences, roundings
 from optimstate.derivation.templates import drops, generalised
-from optimstate.describe import describe
+from optimstate.describe import describe, few
 from optimstate.errors import DerivationError
 from optimstate.plan.language.base import Operation
 from optimstate.plan.language.operations import OPERATIONS
@@ -382,8 +382,7 @@ class Derivation:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = len(names) - 5
-    return ", ".join(map(describe, names[:5])) + (f" and {more} more" if more > 0 else "")
+    return few(list(map(describe, names)), 5)
 
 
 def _block(shape: Shape, ids: torch.Tensor) -> Wanted:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from optimstate.describe import describe
+from optimstate.describe import describe, few
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import parameter_shape, recognise_state
 from optimstate.state.algorithms.slots import Algorithm
@@ -251,13 +251,13 @@ def _obstacles(
         if not possible:
             problems.append(f"{shown}: the model has no parameter of that shape")
         elif len(possible) < len(indices):
-            problems.append(f"{shown}: the model has only {len(possible)} ({_some(possible)})")
+            problems.append(f"{shown}: the model has only {len(possible)} ({few(possible)})")
         elif any(len(found.domains[index]) != 1 for index in indices) or not found.fits:
             if len(possible) == 1 == len(indices):
                 continue
             numbers = sorted({group_of[index] for index in indices})
             reason = _reason(shape, len(indices), len(possible), numbers, ordered=ordered, keeps_order=keeps_order)
-            problems.append(f"{shown} can be {_some(possible)}: {reason}")
+            problems.append(f"{shown} can be {few(possible)}: {reason}")
     return problems or ["no assignment of the model's parameters fits its param groups"]
 
 
@@ -280,9 +280,4 @@ def _reason(
 
 
 def _listed(indices: Sequence[int]) -> str:
-    head = ", ".join(map(str, indices[:4])) + (f" and {len(indices) - 4} more" if len(indices) > 4 else "")
-    return f"parameter{'s' if len(indices) > 1 else ''} {head}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"parameter{'s' if len(indices) > 1 else ''} {few(list(map(str, indices)), 4)}"
