@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 import optimstate
 from optimstate import hooks
 from optimstate.errors import OptimStateError
+from tests.support import forked
 
 Part = dict[str, Any]
 
@@ -129,13 +129,7 @@ def work(rank: int, folder: Path) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=work, args=(rank, folder)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(200)
-    sys.exit(any(process.exitcode for process in ranks))
+    sys.exit(forked(work, [(rank, folder) for rank in range(2)]))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import re
 import socket
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def forked(work: Callable[..., None], calls: Sequence[tuple[Any, ...]]) -> bool:
+    """Call a function in one forked process for each of the arguments, all at once; whether one of them failed."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=arguments) for arguments in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+    return any(process.exitcode for process in processes)

@@ -7,7 +7,6 @@ in stage 3 and a certified run with ZeRO. What the first rank found goes to FOLD
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import runpy
 import sys
@@ -19,7 +18,7 @@ import torch
 
 from tests.integrations.changes import CHANGES, TOKENS, Net, changed, plan
 from tests.integrations.deepspeed_certified import certified
-from tests.support import free_port
+from tests.support import forked, free_port
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "deepspeed_load_checkpoint.py"
 STEPS = 3
@@ -90,13 +89,8 @@ def main() -> None:
     import optimstate.integrations.deepspeed  # noqa: F401
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for several processes
-    context, port = multiprocessing.get_context("fork"), free_port()
-    ranks = [context.Process(target=work, args=(rank, world, port, folder, options)) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(200)
-    sys.exit(any(process.exitcode for process in ranks))
+    port = free_port()
+    sys.exit(forked(work, [(rank, world, port, folder, options) for rank in range(world)]))
 
 
 if __name__ == "__main__":
