@@ -96,7 +96,6 @@ def remap(
     from optimstate.cli.render import terminal
     from optimstate.plan.language.plan import Plan
     from optimstate.surgery import plan_files
-    from optimstate.surgery.settings import with_options, with_schedules
 
     rules = read_plan(plan) if plan else Plan()
     rules += Plan.from_options(rename=rename or (), duplicate=duplicate or (), drop=drop or (), fresh=fresh or ())
@@ -110,10 +109,11 @@ def remap(
         raise typer.BadParameter("--in-place takes no destination")
     if plan_out is not None and str(plan_out) == "-" and as_json:
         raise typer.BadParameter("--json has the plan in it: leave out --plan-out -")
-    if settings:
-        rules = with_options(rules, source, settings)
-    if schedules:
-        rules = with_schedules(rules, schedules)
+    if settings or schedules:
+        from optimstate.surgery.settings import with_options, with_schedules
+
+        rules = with_options(rules, source, settings) if settings else rules
+        rules = with_schedules(rules, schedules) if schedules else rules
     if plan_out is not None:
         plan_files.check_plan_destination(plan_out, source, force=force)
     asked = ["remap", rules.to_toml(), str(like), copy, ranks]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import tarfile
 
 from optimstate.formats.safetensors.file import MAX_HEADER
 from optimstate.io.streams import Source
@@ -37,6 +36,8 @@ def is_safetensors(source: Source) -> bool:
 
 def is_tar(head: bytes) -> bool:
     """Whether the sum of the first header is right; archives of before 1988 have no other mark."""
+    import tarfile  # takes milliseconds, and few files are looked at so
+
     try:
         tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
     except (tarfile.TarError, ValueError):

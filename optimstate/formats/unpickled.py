@@ -9,7 +9,6 @@ import io
 import json
 import re
 import struct
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,7 +19,6 @@ from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.byte_kinds import MAX_TEXT, is_safetensors, is_tar, is_text
 from optimstate.formats.byte_sources import Item, Memory, Part, unpacker
 from optimstate.formats.pickles.mentions import Mention, Mentions, mentions
-from optimstate.formats.torch.legacy import MAGIC_BYTES, read_stream, read_tar
 from optimstate.formats.torch.zip_directory import Archive
 from optimstate.formats.torch.zip_end import LOCAL, archive_length, read_in_two_ways
 from optimstate.io.extents import FileSlice, StoredSource
@@ -133,12 +131,20 @@ class _Search:
             yield Pickled(_at_byte(record, start), found)
             for inner in found.embedded:
                 yield from self.whole(Memory(inner), _inside(_at_byte(record, start), "storage"), depth + 1)
-        if end and MAGIC_BYTES in head[:32]:
-            read_stream(source)  # accounts for the storages that follow the pickles, or raises
-        elif 0 < end < source.size:
-            yield Unread(record, f"{source.size - end} bytes after the pickle that ends at byte {end}")
+        if end:
+            yield from self._after_pickles(source, head, record, end)
         if not known:
             yield from self._without_pickle(source, head, record, depth)
+
+    @staticmethod
+    def _after_pickles(source: Source, head: bytes, record: str, end: int) -> Found:
+        """What follows pickles in a row: in streams of old torch the storages, anywhere else nothing known."""
+        from optimstate.formats.torch.legacy import MAGIC_BYTES, read_stream
+
+        if MAGIC_BYTES in head[:32]:
+            read_stream(source)  # accounts for the storages, or raises
+        elif end < source.size:
+            yield Unread(record, f"{source.size - end} bytes after the pickle that ends at byte {end}")
 
     def _without_pickle(self, source: Source, head: bytes, record: str, depth: int) -> Found:
         """What is known to hold no pickle."""
@@ -193,6 +199,10 @@ class _Search:
 
     def _tar(self, source: Source, record: str, depth: int) -> Found:
         """The members of an archive; those that torch 0.1 wrote of pickles and raw numbers in turn, by their reader."""
+        import tarfile
+
+        from optimstate.formats.torch.legacy import read_tar
+
         read: tuple[str, ...] = ()
         if isinstance(source, StoredSource):
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +32,8 @@ def why_no_model(path: Path, node: Any) -> str | None:
     alone = not any(isinstance(value, Mapping | list | tuple) for value in node.values())
     if arrays * 2 <= len(node) or not alone or not any("." in key for key in node):
         return None
+    from shlex import quote  # few checkpoints hold arrays
+
     dotted = ".".join(map(str, path)) if all(isinstance(key, str) and key.isidentifier() for key in path) else ""
-    word = dotted or shlex.quote(format_path(path))
+    word = dotted or quote(format_path(path))
     return f"its values are arrays of NumPy, of which tensors are made by `optimstate convert --section {word}`"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from optimstate.describe import describe, few
 from optimstate.errors import UsageError
@@ -12,7 +12,6 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Progress
 from optimstate.io.location import Place
 from optimstate.io.places import located
-from optimstate.plan.language.template import Template
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, find_sections
@@ -20,12 +19,14 @@ from optimstate.state.tied import tied_names
 from optimstate.surgery.contents import relative_difference, renames
 from optimstate.surgery.differences import Change, ChangeKind, DiffReport
 from optimstate.surgery.leaves import Shape, checksum_of_number, same
-from optimstate.surgery.naming import concluded_names
 from optimstate.surgery.opening import opening
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.views import MEMBERS, OTHER, Key, View
 from optimstate.tensors.lazy import LazyTensor, announced
 from optimstate.tree import nodes, path_key
+
+if TYPE_CHECKING:
+    from optimstate.plan.language.template import Template
 
 __all__ = ["Change", "DiffReport", "diff", "model_tensors"]
 
@@ -56,7 +57,7 @@ def diff(
         CheckpointError: One of them cannot be read.
         PlanSyntaxError: The template cannot be parsed.
     """
-    template = None if name is None else Template(name)
+    template = None if name is None else _template(name)
     paths = [side.path if isinstance(side, Document) else located(side) for side in (left, right)]
     with opening(paths[0]):
         documents = [
@@ -76,6 +77,12 @@ def diff(
         return comparison.report(*map(str, paths))
 
 
+def _template(name: str) -> Template:
+    from optimstate.plan.language.template import Template  # for those who ask for names alone
+
+    return Template(name)
+
+
 class _Side:
     """One of the two checkpoints."""
 
@@ -87,6 +94,8 @@ class _Side:
     def names_of(self, section: Section) -> tuple[str, ...] | str:
         """The names that the weights of the file determine for an optimizer without names, or why they do not."""
         if self._names is None:
+            from optimstate.surgery.naming import concluded_names  # few optimizers need them
+
             self._names = concluded_names(self.document, self.sections)
         return self._names[section.label]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
@@ -41,9 +40,11 @@ def by_content(
         tensors: By name; all are read.
         progress: Called with the bytes read since the last call.
     """
+    from hashlib import blake2b  # takes milliseconds, and most files have nothing to find by content
+
     found: dict[tuple[str, tuple[int, ...], bytes], list[K]] = {}
     for name, tensor in tensors.items():
-        digest = hashlib.blake2b(digest_size=16)
+        digest = blake2b(digest_size=16)
         for block in tensor.chunks():
             digest.update(block)
             if progress is not None:

@@ -9,7 +9,6 @@ and the tree refers to them by number.
 from __future__ import annotations
 
 import struct
-import tarfile
 from io import BufferedReader
 from typing import Any, NamedTuple, Protocol
 
@@ -56,6 +55,8 @@ def sniff(path: Location, head: bytes) -> Claim:
 
 
 def _is_tar(path: Location) -> bool:
+    import tarfile
+
     with BufferedReader(SourceFile(open_source(path))) as file:
         return tarfile.is_tarfile(file)
 
@@ -273,6 +274,8 @@ def read_tar(source: StoredSource) -> tuple[Any, Globals]:
 
 def _tar_members(source: StoredSource) -> dict[str, tuple[int, int]]:
     """Offset and size of each regular member."""
+    import tarfile
+
     try:
         with BufferedReader(SourceFile(source)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             return {m.name: (m.offset_data, m.size) for m in archive.getmembers() if m.isreg()}

@@ -7,7 +7,6 @@ from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.scheduled import Groups
-from optimstate.plan.apply.schedulers import followed, reaches, unreached_schedulers
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.slots.outcomes import flat_slots
 from optimstate.plan.solve.groups import GroupPlan, with_tables
@@ -90,6 +89,10 @@ def scheduled(
             is not there.
     """
     found = [section for section in schedulers if isinstance(section.node, Mapping)]
+    if not (found or plan.schedulers or plan.policy.schedule == "live"):
+        return migration, {}, []
+    from optimstate.plan.apply.schedulers import followed, reaches  # with the rules of every schedule
+
     if problems := list(_unreached(plan, found)):
         raise MigrationError(problems)
     sections, made, notes = dict(migration.sections), dict[int, Any](), list[str]()
@@ -121,6 +124,8 @@ def _unreached(plan: Plan, schedulers: Sequence[Section]) -> Iterator[Problem]:
     if plan.policy.schedule == "live":
         message = 'schedule = "live" in [policy] speaks of a scheduler in memory, and a file has none'
         yield Problem("unreached", message, remedy="use it in optimstate.resume")
+    from optimstate.plan.apply.schedulers import unreached_schedulers
+
     yield from unreached_schedulers(plan, [(section.label, section.node) for section in schedulers])
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimstate.plan.expressions.evaluate import number_of
 from optimstate.plan.solve.groups import same_value
 from optimstate.plan.solve.migration import SectionMoves
 from optimstate.record import Record
-from optimstate.state.schedules import Schedule
+
+if TYPE_CHECKING:
+    from optimstate.state.schedules import Schedule
 
 __all__ = ["BOUNDS", "Followed", "Groups", "LiveScheduler", "named", "near", "rate_of", "unshared"]
 

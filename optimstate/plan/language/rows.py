@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,7 +142,9 @@ class Gather(Select):
 
 def digest_of(index: Sequence[int]) -> str:
     """The digest of an index, however its file is written: SHA-256 of the numbers, joined with commas."""
-    return hashlib.sha256(",".join(map(str, index)).encode()).hexdigest()
+    from hashlib import sha256  # takes milliseconds, and few plans have an index in a file
+
+    return sha256(",".join(map(str, index)).encode()).hexdigest()
 
 
 def with_index_files(plan: Any, stem: str) -> tuple[Any, dict[str, str]]:
