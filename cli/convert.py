@@ -162,6 +162,6 @@ def convert(
 def _parsed(dtypes: list[str] | None) -> dict[str, str]:
     if not dtypes:
         return {}
-    from optimstate.surgery.casting import parse_dtypes
+    from optimstate.surgery.writing.casting import parse_dtypes
 
     return parse_dtypes(dtypes)

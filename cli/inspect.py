@@ -69,7 +69,7 @@ def inspect(
     import optimstate
     from optimstate.cli.render import terminal
     from optimstate.formats.registry import open_checkpoint
-    from optimstate.surgery.inspection_text import View
+    from optimstate.surgery.inspection.text import View
 
     found_paths = _expanded(paths)
     if html is not None:
@@ -101,14 +101,14 @@ def inspect(
                 raise typer.BadParameter(f"--section: {error.message}") from None
             inspections.append(found)
     if len(inspections) > 1:
-        from optimstate.surgery.history import History
+        from optimstate.surgery.inspection.history import History
 
         terminal.show(History(tuple(inspections)), as_json=as_json, quiet=quiet)
         return
     (found,) = inspections
     if html is not None:
         from optimstate.cli.render.page import inspection_page, write_page
-        from optimstate.surgery.updates import updates
+        from optimstate.surgery.inspection.updates import updates
 
         write_page(inspection_page(found, list(updates(documents[0]))), html)
     text = None

@@ -29,7 +29,7 @@ def log(
     Runs that save with hooks.certify() keep this chain; optimstate remap adds its plan to it.
     """
     from optimstate.cli.render import terminal
-    from optimstate.surgery.certifying import log as lineage
+    from optimstate.surgery.verification.certifying import log as lineage
 
     found = lineage(path)
     terminal.show(found, as_json=as_json, quiet=quiet)

@@ -66,7 +66,7 @@ def name(
     """Give an anonymous optimizer its parameter names, from the model beside it or a given one. Nothing is guessed."""
     import optimstate
     from optimstate.cli.render import terminal
-    from optimstate.surgery.naming import read_names
+    from optimstate.surgery.writing.naming import read_names
 
     if destination is None and not dry_run:
         raise typer.BadParameter("give a destination or --dry-run")

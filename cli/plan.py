@@ -156,7 +156,7 @@ def derive(
     import sys
 
     from optimstate.cli.render import terminal
-    from optimstate.surgery.deriving import derive_plan
+    from optimstate.surgery.plans.deriving import derive_plan
 
     if bool(function) == (transformers is not None):
         raise typer.BadParameter("give either --function or --transformers")
@@ -205,11 +205,11 @@ def check(
     Each problem names the parameter, both sides and the remedy.
     """
     from optimstate.cli.render import terminal
-    from optimstate.surgery import plan_checking
+    from optimstate.surgery.plans import checking
 
     if target is not None and checkpoint is None:
         raise typer.BadParameter("--target needs the checkpoint that the plan is for")
-    report = plan_checking.check_plan(read_plan(plan), checkpoint, target=target)
+    report = checking.check_plan(read_plan(plan), checkpoint, target=target)
     terminal.show(report, as_json=as_json, quiet=quiet)
     if not report.fits:
         raise typer.Exit(4)
@@ -239,10 +239,10 @@ def invert(
 
     Without --output the plan itself is printed.
     """
-    from optimstate.surgery import plans
+    from optimstate.surgery.plans import inverting
 
     _check(output, plan, *(() if checkpoint is None else (checkpoint,)), force=force, as_json=as_json)
-    report = plans.invert_plan(read_plan(plan), checkpoint)
+    report = inverting.invert_plan(read_plan(plan), checkpoint)
     if as_json:
         typer.echo(report.to_json())
     _put(report.plan, output or (None if as_json or quiet else Path("-")))
@@ -280,11 +280,11 @@ def show(
     A slot is exact, approximate, fresh or dropped; the reasons are given.
     """
     from optimstate.cli.render import terminal
-    from optimstate.surgery import plan_files, plan_showing
+    from optimstate.surgery.plans import files, showing
 
     if html is not None:
-        plan_files.check_plan_destination(html, plan, *([] if checkpoint is None else [checkpoint]), force=force)
-    report = plan_showing.show_plan(read_plan(plan), checkpoint)
+        files.check_plan_destination(html, plan, *([] if checkpoint is None else [checkpoint]), force=force)
+    report = showing.show_plan(read_plan(plan), checkpoint)
     if html is not None:
         from optimstate.cli.render.lineage import lineage_page
         from optimstate.cli.render.page import write_page
@@ -296,24 +296,24 @@ def show(
 
 def _check(output: Path | None, *sources: Location, force: bool, as_json: bool) -> None:
     """Refuse what cannot be written before any work is done."""
-    from optimstate.surgery import plan_files
+    from optimstate.surgery.plans import files
 
     if str(output) == "-" and as_json:
         raise typer.BadParameter("--json has the plan in it: leave out -o -")
     if output is not None:
-        plan_files.check_plan_destination(output, *sources, force=force)
+        files.check_plan_destination(output, *sources, force=force)
 
 
 def _put(text: str, output: Path | None) -> bool:
     """Write a plan where it was asked for; whether that was standard output, which then holds nothing else."""
-    from optimstate.surgery import plan_files
+    from optimstate.surgery.plans import files
 
     if output is None:
         return False
     if str(output) == "-":
         typer.echo(text, nl=False)
         return True
-    plan_files.save_plan(text, output)
+    files.save_plan(text, output)
     return False
 
 

@@ -95,7 +95,7 @@ def remap(
     import optimstate
     from optimstate.cli.render import terminal
     from optimstate.plan.language.plan import Plan
-    from optimstate.surgery import plan_files
+    from optimstate.surgery.plans import files
 
     rules = read_plan(plan) if plan else Plan()
     rules += Plan.from_options(rename=rename or (), duplicate=duplicate or (), drop=drop or (), fresh=fresh or ())
@@ -110,12 +110,12 @@ def remap(
     if plan_out is not None and str(plan_out) == "-" and as_json:
         raise typer.BadParameter("--json has the plan in it: leave out --plan-out -")
     if settings or schedules:
-        from optimstate.surgery.settings import with_options, with_schedules
+        from optimstate.surgery.writing.settings import with_options, with_schedules
 
         rules = with_options(rules, source, settings) if settings else rules
         rules = with_schedules(rules, schedules) if schedules else rules
     if plan_out is not None:
-        plan_files.check_plan_destination(plan_out, source, force=force)
+        files.check_plan_destination(plan_out, source, force=force)
     asked = ["remap", rules.to_toml(), str(like), copy, ranks]
     stage = None if dry_run or in_place else stage_of(source, destination, asked)
     if helped(stage, sync=not no_sync):
@@ -143,5 +143,5 @@ def remap(
         typer.echo(report.plan, nl=False)
         return
     if plan_out is not None:
-        plan_files.save_plan(report.plan, plan_out)
+        files.save_plan(report.plan, plan_out)
     terminal.show(report, as_json=as_json, quiet=quiet)

@@ -45,7 +45,7 @@ def verify(
     """
     import optimstate
     from optimstate.cli.render import terminal
-    from optimstate.surgery.verifying import verify_against
+    from optimstate.surgery.verification.verifying import verify_against
 
     if (against is None) != (plan is None):
         raise typer.BadParameter("--against and --plan belong together")

@@ -30,7 +30,7 @@ def sections(incomplete: str) -> list[str]:
 def dtypes(incomplete: str) -> list[str]:
     """`model=bfloat16`: a section or slot, then a dtype."""
     from optimstate.state.sections import KINDS
-    from optimstate.surgery.casting import DTYPES
+    from optimstate.surgery.writing.casting import DTYPES
 
     what, separator, name = incomplete.partition("=")
     if not separator:

@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from optimstate.plan.language.plan import Plan
     from optimstate.rehearsal import rehearse
     from optimstate.resuming import Resumed, resume
-    from optimstate.surgery.comparing import diff
-    from optimstate.surgery.converting import convert
-    from optimstate.surgery.inspecting import inspect
-    from optimstate.surgery.naming import name
-    from optimstate.surgery.remapping import remap
+    from optimstate.surgery.comparison.comparing import diff
+    from optimstate.surgery.inspection.inspecting import inspect
+    from optimstate.surgery.plans.suggesting import suggest
     from optimstate.surgery.scanning import scan
-    from optimstate.surgery.suggesting import suggest
-    from optimstate.surgery.verifying import verify
+    from optimstate.surgery.verification.verifying import verify
+    from optimstate.surgery.writing.converting import convert
+    from optimstate.surgery.writing.naming import name
+    from optimstate.surgery.writing.remapping import remap
 
 __version__ = "0.1.0"
 
@@ -57,18 +57,18 @@ _HOMES = {
     "Plan": "plan.language.plan",
     "Resumed": "resuming",
     "Rule": "plan.language.rules",
-    "convert": "surgery.converting",
+    "convert": "surgery.writing.converting",
     "derive": "derivation.derive",
-    "diff": "surgery.comparing",
-    "inspect": "surgery.inspecting",
-    "name": "surgery.naming",
+    "diff": "surgery.comparison.comparing",
+    "inspect": "surgery.inspection.inspecting",
+    "name": "surgery.writing.naming",
     "open_checkpoint": "formats.registry",
     "rehearse": "rehearsal",
-    "remap": "surgery.remapping",
+    "remap": "surgery.writing.remapping",
     "resume": "resuming",
     "scan": "surgery.scanning",
-    "suggest": "surgery.suggesting",
-    "verify": "surgery.verifying",
+    "suggest": "surgery.plans.suggesting",
+    "verify": "surgery.verification.verifying",
 }
 _MODULES = ("distributed", "hooks", "optim", "surgery")
 

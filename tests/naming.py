@@ -24,7 +24,7 @@ from optimstate.errors import MigrationError, OptimStateError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.state.names import unwrapped
 from optimstate.state.sections import find_sections
-from optimstate.surgery.naming import concluded_names, name
+from optimstate.surgery.writing.naming import concluded_names, name
 from optimstate.tree import replaced
 
 Outcome = Literal["right", "wrong", "refused", "no optimizer"]

@@ -22,7 +22,7 @@ import torch
 from optimstate.errors import OptimStateError
 from optimstate.formats.protocol import Document
 from optimstate.formats.registry import open_checkpoint
-from optimstate.surgery.comparing import diff
+from optimstate.surgery.comparison.comparing import diff
 from tests import sweep
 from tests.surgery.equality import equal
 

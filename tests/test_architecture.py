@@ -66,6 +66,13 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"torch_checkpointing"},
         {"byte_kinds", "unpickled"},
     ),
+    "surgery": (
+        {"opening", "viewing", "shown", "slot_counts", "statistics", "text"},
+        {"leaves"},
+        {"inspection", "scanning", "writing"},
+        {"comparison", "verification"},
+        {"plans"},
+    ),
     "tensors": ({"dtypes"}, {"strided"}, {"lazy"}, {"compute"}),
     "tree": ({"objects"}, {"walking"}, {"copies", "comparison", "unfolding"}),
     "io": (

@@ -33,7 +33,10 @@ def test_no_module_hides_a_function() -> None:
     """Importing a verb's module first must not put the module in the place of the function."""
     code = f"""
 import sys, optimstate
-from optimstate.surgery import remapping, inspecting, comparing, naming
+from optimstate.surgery import plans
+from optimstate.surgery.comparison import comparing
+from optimstate.surgery.inspection import inspecting
+from optimstate.surgery.writing import naming, remapping
 import optimstate.surgery as surgery
 dir(optimstate), dir(surgery)
 assert not {{"torch", "numpy"}} & set(sys.modules), sorted(sys.modules)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import optimstate
 from optimstate.errors import MigrationError, OptimStateError, StateMismatchError
 from optimstate.plan.language.plan import Plan
-from optimstate.surgery.remapping import remap
+from optimstate.surgery.writing.remapping import remap
 from tests import oracle
 
 S = torch.optim.lr_scheduler

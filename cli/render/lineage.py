@@ -9,7 +9,7 @@ from optimstate.surgery.text import collapsed, plural
 
 if TYPE_CHECKING:
     from optimstate.plan.apply.explain import Row
-    from optimstate.surgery.plan_showing import ShowReport
+    from optimstate.surgery.plans.showing import ShowReport
 
 __all__ = ["lineage_page"]
 

@@ -20,17 +20,17 @@ from optimstate import __version__
 from optimstate.describe import escaped
 from optimstate.io.output import AtomicFile
 from optimstate.state.algorithms.registry import named
-from optimstate.surgery.inspection_text import is_step, telling_options
-from optimstate.surgery.reports import ModelInfo, OptimizerInfo, SchedulerInfo
+from optimstate.surgery.inspection.report import ModelInfo, OptimizerInfo, SchedulerInfo
+from optimstate.surgery.inspection.text import is_step, telling_options
+from optimstate.surgery.inspection.updates import BINS, LEAST, PER_DECADE, Histogram
 from optimstate.surgery.statistics import second_moments
 from optimstate.surgery.text import plural, shown, size
-from optimstate.surgery.updates import BINS, LEAST, PER_DECADE, Histogram
 
 if TYPE_CHECKING:
-    from optimstate.surgery.comparing import DiffReport
-    from optimstate.surgery.reports import GroupInfo, Inspection, ParameterInfo
+    from optimstate.surgery.comparison.comparing import DiffReport
+    from optimstate.surgery.inspection.report import GroupInfo, Inspection, ParameterInfo
+    from optimstate.surgery.inspection.updates import Update
     from optimstate.surgery.statistics import Statistics
-    from optimstate.surgery.updates import Update
 
 __all__ = ["diff_page", "document", "escape", "head", "inspection_page", "messages", "write_page"]
 

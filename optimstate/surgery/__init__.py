@@ -2,7 +2,7 @@
 
 None of them imports torch unless elements of a tensor must be read or rearranged, and none executes anything from a
 file.
-A module is called by what its verb is doing (`remapping` has `remap`), so that no module hides the function.
+A module is called by what its verb is doing (`writing.remapping` has `remap`), so that no module hides the function.
 """
 
 from __future__ import annotations
@@ -13,52 +13,52 @@ from typing import TYPE_CHECKING, Any
 from optimstate.describe import describe
 
 if TYPE_CHECKING:
-    from optimstate.surgery.comparing import DiffReport, diff
-    from optimstate.surgery.converting import ConvertReport, convert
-    from optimstate.surgery.findings import VerifyReport
-    from optimstate.surgery.inspecting import inspect
-    from optimstate.surgery.naming import NameReport, name
-    from optimstate.surgery.plan_checking import CheckReport, check_plan
-    from optimstate.surgery.plan_files import save_plan
-    from optimstate.surgery.plan_showing import ShowReport, show_plan
-    from optimstate.surgery.plans import InvertReport, invert_plan
-    from optimstate.surgery.remapping import RemapReport, remap
-    from optimstate.surgery.reports import Inspection
+    from optimstate.surgery.comparison.comparing import DiffReport, diff
+    from optimstate.surgery.inspection.inspecting import inspect
+    from optimstate.surgery.inspection.report import Inspection
+    from optimstate.surgery.plans.checking import CheckReport, check_plan
+    from optimstate.surgery.plans.files import save_plan
+    from optimstate.surgery.plans.inverting import InvertReport, invert_plan
+    from optimstate.surgery.plans.showing import ShowReport, show_plan
+    from optimstate.surgery.plans.suggesting import SuggestReport, suggest
+    from optimstate.surgery.plans.suggesting import suggest as suggest_plan
     from optimstate.surgery.scanning import ScanReport, scan
-    from optimstate.surgery.settings import with_options
-    from optimstate.surgery.suggesting import SuggestReport, suggest
-    from optimstate.surgery.suggesting import suggest as suggest_plan
-    from optimstate.surgery.verifying import verify, verify_against
+    from optimstate.surgery.verification.findings import VerifyReport
+    from optimstate.surgery.verification.verifying import verify, verify_against
+    from optimstate.surgery.writing.converting import ConvertReport, convert
+    from optimstate.surgery.writing.naming import NameReport, name
+    from optimstate.surgery.writing.remapping import RemapReport, remap
+    from optimstate.surgery.writing.settings import with_options
 
 _HOMES = {
-    "CheckReport": "plan_checking",
-    "ConvertReport": "converting",
-    "DiffReport": "comparing",
-    "Inspection": "reports",
-    "InvertReport": "plans",
-    "Lineage": "certifying",
-    "NameReport": "naming",
-    "RemapReport": "remapping",
+    "CheckReport": "plans.checking",
+    "ConvertReport": "writing.converting",
+    "DiffReport": "comparison.comparing",
+    "Inspection": "inspection.report",
+    "InvertReport": "plans.inverting",
+    "Lineage": "verification.certifying",
+    "NameReport": "writing.naming",
+    "RemapReport": "writing.remapping",
     "ScanReport": "scanning",
-    "ShowReport": "plan_showing",
-    "SuggestReport": "suggesting",
-    "VerifyReport": "verifying",
-    "check_plan": "plan_checking",
-    "convert": "converting",
-    "diff": "comparing",
-    "inspect": "inspecting",
-    "invert_plan": "plans",
-    "log": "certifying",
-    "name": "naming",
-    "remap": "remapping",
-    "save_plan": "plan_files",
+    "ShowReport": "plans.showing",
+    "SuggestReport": "plans.suggesting",
+    "VerifyReport": "verification.verifying",
+    "check_plan": "plans.checking",
+    "convert": "writing.converting",
+    "diff": "comparison.comparing",
+    "inspect": "inspection.inspecting",
+    "invert_plan": "plans.inverting",
+    "log": "verification.certifying",
+    "name": "writing.naming",
+    "remap": "writing.remapping",
+    "save_plan": "plans.files",
     "scan": "scanning",
-    "show_plan": "plan_showing",
-    "suggest": "suggesting",
-    "suggest_plan": "suggesting",
-    "verify": "verifying",
-    "verify_against": "verifying",
-    "with_options": "settings",
+    "show_plan": "plans.showing",
+    "suggest": "plans.suggesting",
+    "suggest_plan": "plans.suggesting",
+    "verify": "verification.verifying",
+    "verify_against": "verification.verifying",
+    "with_options": "writing.settings",
 }
 
 __all__ = [

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from optimstate.surgery import deriving
+from optimstate.surgery.plans import deriving
 from tests.cli.place import furnish
 
 

@@ -20,7 +20,7 @@ from optimstate.demo.proof import prove, tensors_by_name
 from optimstate.demo.training import TOKENS, Run
 from optimstate.errors import MigrationError
 from optimstate.plan.language.plan import Plan
-from optimstate.surgery.remapping import remap
+from optimstate.surgery.writing.remapping import remap
 from tests import corpus
 from tests.cli.running import run
 

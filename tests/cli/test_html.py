@@ -17,8 +17,8 @@ import torch
 
 import optimstate
 from optimstate.formats.registry import open_checkpoint
-from optimstate.surgery.reports import ModelInfo
-from optimstate.surgery.updates import LEAST, PER_DECADE, updates
+from optimstate.surgery.inspection.report import ModelInfo
+from optimstate.surgery.inspection.updates import LEAST, PER_DECADE, updates
 from tests import corpus
 from tests.cli.running import run
 

@@ -18,7 +18,7 @@ from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.solve.inverse import inverse
 from optimstate.plan.solve.planner import plan_model, plan_optimizer
 from optimstate.state.optimizer import OptimizerState
-from optimstate.surgery.plan_files import save_plan
+from optimstate.surgery.plans.files import save_plan
 from tests.derivation.functions import FUNCTIONS
 
 RULES = {

@@ -15,7 +15,7 @@ from torch import nn
 import optimstate
 from optimstate import Plan
 from optimstate.errors import DerivationError
-from optimstate.surgery.deriving import derive_plan
+from optimstate.surgery.plans.deriving import derive_plan
 
 
 class Old(nn.Module):

@@ -30,7 +30,7 @@ from optimstate.formats.ranks.tiles import Tile, check_tiling, tiled
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Extent, chunks
 from optimstate.state.sections import find_sections
-from optimstate.surgery.converting import convert
+from optimstate.surgery.writing.converting import convert
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import difference
 from tests import corpus

@@ -166,7 +166,7 @@ print(time.process_time() - start, re.search(r"VmHWM:\\s+(\\d+)", open("/proc/se
 """
 _OURS = _PROGRAM.format(
     imports="from optimstate.formats.registry import open_checkpoint",
-    read="from optimstate.surgery.inspecting import inspect\nstr(inspect(sys.argv[1]))",
+    read="from optimstate.surgery.inspection.inspecting import inspect\nstr(inspect(sys.argv[1]))",
 )
 _TORCHS = _PROGRAM.format(
     imports="from torch.distributed.checkpoint.filesystem import FileSystemReader",

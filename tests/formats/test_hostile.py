@@ -33,7 +33,7 @@ from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent, FileSource
 from optimstate.plan.language.plan import Plan
 from optimstate.state.sections import find_sections
-from optimstate.surgery.dropping import held_by_json, plain_copy
+from optimstate.surgery.writing.dropping import held_by_json, plain_copy
 from optimstate.tensors.lazy import Storage
 from optimstate.tree import Opaque, difference, tensors, walk
 from optimstate.tree.unfolding import check_unfolded

@@ -21,7 +21,7 @@ from optimstate.errors import RepresentationError
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
 from optimstate.state.sections import find_sections
-from optimstate.surgery.converting import convert
+from optimstate.surgery.writing.converting import convert
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import OpaqueFile, bare_value, difference, rebuilt_mapping, tensors
 from tests import corpus
@@ -196,7 +196,7 @@ def test_torch_loads_the_zip_made_of_it(name: str, tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from optimstate.formats.protocol import WriteOptions
-from optimstate.surgery.converting import convert
+from optimstate.surgery.writing.converting import convert
 convert(sys.argv[1], sys.argv[2], to=sys.argv[3], options=WriteOptions(sync=False))
 assert not {"torch", "numpy"} & set(sys.modules), "imported"
 with open("/proc/self/status") as status:

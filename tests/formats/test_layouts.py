@@ -14,7 +14,7 @@ from optimstate.formats import archive
 from optimstate.formats.registry import format_for_destination, open_checkpoint
 from optimstate.state.records import tensor_record
 from optimstate.state.sections import Section, find_sections
-from optimstate.surgery.inspecting import inspect
+from optimstate.surgery.inspection.inspecting import inspect
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import AttributedTensor, Opaque, difference, tensors
 from tests import corpus

@@ -27,8 +27,8 @@ from optimstate.formats.ranks.shards import _box_at, _shard_order
 from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.plan.language.plan import Plan
-from optimstate.surgery.converting import convert
-from optimstate.surgery.remapping import remap
+from optimstate.surgery.writing.converting import convert
+from optimstate.surgery.writing.remapping import remap
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque, replaced, tensors
 from tests import corpus

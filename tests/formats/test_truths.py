@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from optimstate.formats.registry import open_checkpoint
-from optimstate.surgery.inspecting import inspect
+from optimstate.surgery.inspection.inspecting import inspect
 from tests import corpus
 from tests.formats.truths import judge
 

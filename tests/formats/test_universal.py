@@ -12,7 +12,7 @@ import torch
 from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.deepspeed import universal as deepspeed_universal
 from optimstate.formats.registry import open_checkpoint
-from optimstate.surgery.converting import convert
+from optimstate.surgery.writing.converting import convert
 from optimstate.tree import difference
 from tests import corpus
 from tests.formats import zero

@@ -40,7 +40,7 @@ def read_anything(read: Input) -> None:
         Exception: What none of them may raise.
     """
     from optimstate.formats.registry import open_checkpoint
-    from optimstate.surgery.inspecting import inspect
+    from optimstate.surgery.inspection.inspecting import inspect
     from optimstate.surgery.scanning import scan
 
     path = _place() / read.name

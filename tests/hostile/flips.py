@@ -18,7 +18,7 @@ import optimstate
 from optimstate.errors import OptimStateError
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
-from optimstate.surgery.verifying import verify
+from optimstate.surgery.verification.verifying import verify
 from optimstate.tree import difference
 from tests.corpus import FILES
 

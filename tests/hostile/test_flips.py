@@ -12,7 +12,7 @@ from optimstate.distributed import fill_state_dict
 from optimstate.errors import CorruptCheckpointError, OptimStateError, UsageError
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
-from optimstate.surgery.verifying import verify
+from optimstate.surgery.verification.verifying import verify
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import difference, nodes
 from tests.hostile.flips import CHECKPOINTS, WITHOUT_CHECKSUMS, flips, made

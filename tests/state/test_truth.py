@@ -246,7 +246,8 @@ optimstate.formats.torch: script zip zip_directory zip_end zip_reader
 optimstate.io: destination extents folders location places streams temporary
 optimstate.state: algorithms arrays flattened judging loose names optimizer records sections tied
 optimstate.state.algorithms: bitsandbytes libraries registry slots torch
-optimstate.surgery: inspecting inspection_text leaves opening repeated reports rest shown slot_counts text viewing
+optimstate.surgery: inspection leaves opening shown slot_counts text viewing
+optimstate.surgery.inspection: inspecting repeated report rest text
 optimstate.tensors: dtypes lazy strided
 optimstate.tree: comparison copies objects walking
 """
@@ -257,7 +258,7 @@ def test_the_inspect_command_loads_these_modules_and_neither_torch_nor_a_rendere
     command = [sys.executable, "-X", "importtime", "-m", "optimstate.cli", "inspect", str(path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in out.stderr.splitlines() if line.startswith("import time:")}
-    assert "optimstate.surgery.reports" in imported
+    assert "optimstate.surgery.inspection.report" in imported
     # What takes long: `json` is for those who ask for it, `dataclasses` compiles a class at every start.
     heavy = {"torch", "numpy", "rich", "safetensors", "json", "dataclasses", "glob", "queue", "tarfile", "tomllib"}
     if "typer._adapters" in imported:  # typer 0.28 and later, which asks for pydantic

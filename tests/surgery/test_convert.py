@@ -22,9 +22,9 @@ from torch import nn
 
 from optimstate.errors import CorruptCheckpointError, MigrationError, RepresentationError, UsageError
 from optimstate.formats.protocol import WriteOptions
-from optimstate.surgery.casting import Cast, parse_dtypes
-from optimstate.surgery.converting import ConvertReport, convert
-from optimstate.surgery.inspecting import inspect
+from optimstate.surgery.inspection.inspecting import inspect
+from optimstate.surgery.writing.casting import Cast, parse_dtypes
+from optimstate.surgery.writing.converting import ConvertReport, convert
 from tests.corpus import case
 from tests.releases import adam_tells_its_decay
 from tests.support import load_torch, unlike

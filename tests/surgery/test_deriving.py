@@ -12,7 +12,7 @@ from torch import nn
 import optimstate
 from optimstate.cli import plan
 from optimstate.errors import CheckpointError, DerivationError
-from optimstate.surgery.deriving import TIMEOUT, derive_plan
+from optimstate.surgery.plans.deriving import TIMEOUT, derive_plan
 
 CONVERTER = """
 import torch

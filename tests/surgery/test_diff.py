@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from optimstate.errors import UsageError
 from optimstate.plan.language.plan import Plan
-from optimstate.surgery.comparing import diff
-from optimstate.surgery.converting import convert
-from optimstate.surgery.inspecting import inspect
-from optimstate.surgery.remapping import remap
+from optimstate.surgery.comparison.comparing import diff
+from optimstate.surgery.inspection.inspecting import inspect
+from optimstate.surgery.writing.converting import convert
+from optimstate.surgery.writing.remapping import remap
 from tests.corpus import Case, all_cases
 from tests.surgery.equality import equal
 from tests.surgery.test_verify import saved, trained

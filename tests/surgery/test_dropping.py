@@ -48,7 +48,7 @@ def saved(tree: Any, folder: Path) -> Path:
     return folder / "source.pt"
 
 
-def copied(tree: Any, folder: Path) -> tuple[Any, optimstate.surgery.converting.ConvertReport]:
+def copied(tree: Any, folder: Path) -> tuple[Any, optimstate.surgery.writing.converting.ConvertReport]:
     report = optimstate.convert(saved(tree, folder), folder / "copy.pt", drop_opaque=True)
     return torch.load(folder / "copy.pt", weights_only=True), report
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import optimstate
-from optimstate.surgery.reports import ModelInfo, OptimizerInfo, ParameterInfo
+from optimstate.surgery.inspection.report import ModelInfo, OptimizerInfo, ParameterInfo
 from optimstate.surgery.statistics import Statistics, statistics
 from optimstate.tree import tensors
 from tests.cli.running import run

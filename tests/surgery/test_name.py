@@ -12,7 +12,7 @@ from torch import nn
 
 from optimstate.errors import CheckpointError, MigrationError
 from optimstate.state.names import wrapper_prefix
-from optimstate.surgery.naming import name
+from optimstate.surgery.writing.naming import name
 from tests.corpus import FILES, Case, case, cases
 from tests.naming import judged, without_names
 

@@ -14,7 +14,7 @@ from torch import nn
 import optimstate
 from optimstate.errors import MigrationError
 from optimstate.plan.language.plan import Plan
-from optimstate.surgery.settings import with_options
+from optimstate.surgery.writing.settings import with_options
 from tests.cli.running import run
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ import torch
 import optimstate
 from optimstate.errors import CheckpointError, MigrationError
 from optimstate.plan.language.plan import Plan
-from optimstate.surgery.ordering import read_like
+from optimstate.surgery.writing.ordering import read_like
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -12,11 +12,11 @@ from torch import nn
 import optimstate
 from optimstate import hooks
 from optimstate.errors import PlanSyntaxError
-from optimstate.surgery.plan_checking import check_plan
-from optimstate.surgery.plan_showing import show_plan
-from optimstate.surgery.plans import invert_plan
-from optimstate.surgery.settings import with_options
-from optimstate.surgery.verifying import verify_against
+from optimstate.surgery.plans.checking import check_plan
+from optimstate.surgery.plans.inverting import invert_plan
+from optimstate.surgery.plans.showing import show_plan
+from optimstate.surgery.verification.verifying import verify_against
+from optimstate.surgery.writing.settings import with_options
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch import nn
 import optimstate
 from optimstate.errors import CheckpointError, DestinationExistsError, PlanError
 from optimstate.plan.language.plan import Plan
-from optimstate.surgery import plan_files, plans
+from optimstate.surgery.plans import files, inverting
 from tests import corpus
 from tests.support import digest, unlike
 
@@ -211,13 +211,13 @@ def test_neither_checking_nor_the_others_import_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 import optimstate
-from optimstate.surgery import plans
-from optimstate.surgery.settings import with_options
+from optimstate.surgery.plans import inverting
+from optimstate.surgery.writing.settings import with_options
 from optimstate.plan.language.plan import Plan
 plan = Plan.from_file({str(plan)!r})
 optimstate.surgery.check_plan(plan, {str(DENSE)!r}, target={str(EXPERTS)!r})
 optimstate.surgery.show_plan(plan, {str(DENSE)!r})
-plans.invert_plan(plan, {str(DENSE)!r})
+inverting.invert_plan(plan, {str(DENSE)!r})
 optimstate.suggest({str(DENSE)!r}, {str(EXPERTS)!r})
 with_options(plan, {str(DENSE)!r}, ["lr=0.5"])
 print(sorted({{"torch", "numpy", "typer", "rich"}} & set(sys.modules)))
@@ -236,7 +236,7 @@ def test_an_inverse_gives_back_every_byte(tmp_path: Path) -> None:
         '[[rule]]\nfrom = "head.weight"\nto = "out.weight"\ntranspose = true\n'
     )
     before = digest(old)
-    report = plans.invert_plan(plan, old)
+    report = inverting.invert_plan(plan, old)
     optimstate.remap(old, tmp_path / "there.pt", plan)
     optimstate.remap(tmp_path / "there.pt", tmp_path / "back.pt", Plan.from_toml(report.plan))
     there, back = torch.load(old), torch.load(tmp_path / "back.pt")
@@ -249,7 +249,7 @@ def test_an_inverse_gives_back_every_byte(tmp_path: Path) -> None:
 def test_what_cannot_be_undone_names_the_rules() -> None:
     plan = Plan.from_options(drop=["head.**"], duplicate=["fc=fc1,fc2"])
     with pytest.raises(PlanError, match=r"rule 1 copies 'fc'.*rule 2 drops 'head"):
-        plans.invert_plan(plan)
+        inverting.invert_plan(plan)
     assert "rule 2 drops" in optimstate.surgery.show_plan(plan).irreversible
 
 
@@ -270,12 +270,12 @@ def test_showing_has_a_row_for_every_slot_of_every_parameter() -> None:
 
 def test_a_plan_is_never_written_over_something(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
-    plan_files.check_plan_destination(path)
-    plan_files.save_plan("# a plan\n", path)
+    files.check_plan_destination(path)
+    files.save_plan("# a plan\n", path)
     with pytest.raises(DestinationExistsError):
-        plan_files.check_plan_destination(path)
-    plan_files.check_plan_destination(path, force=True)
-    plan_files.check_plan_destination("-")
+        files.check_plan_destination(path)
+    files.check_plan_destination(path, force=True)
+    files.check_plan_destination("-")
     assert path.read_text() == "# a plan\n"
 
 

@@ -19,7 +19,7 @@ from optimstate.errors import DestinationError, MigrationError, PlanSyntaxError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.language.plan import Plan
 from optimstate.state.sections import find_sections
-from optimstate.surgery.remapping import RemapReport
+from optimstate.surgery.writing.remapping import RemapReport
 from optimstate.tree import OpaqueFile, difference
 from tests import corpus
 from tests.corpus import Case

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from optimstate.errors import CheckpointNotFoundError, OptimStateError
 from optimstate.formats.pickles.mentions import mentions
 from optimstate.formats.pickles.unpickle import load
-from optimstate.surgery.inspecting import inspect
+from optimstate.surgery.inspection.inspecting import inspect
 from optimstate.surgery.scanning import scan
 from optimstate.tensors.lazy import Storage
 from tests.corpus import Case, all_cases, case

@@ -14,7 +14,7 @@ from optimstate.errors import MigrationError, PlanError, PlanSyntaxError
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import GroupRule
 from optimstate.plan.language.template import Template
-from optimstate.surgery.settings import with_options
+from optimstate.surgery.writing.settings import with_options
 from tests import corpus
 from tests.support import unlike
 

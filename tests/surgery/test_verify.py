@@ -14,8 +14,8 @@ from torch import nn
 from optimstate.errors import CheckpointError
 from optimstate.installed_torch import has_dtype
 from optimstate.plan.language.plan import Plan
-from optimstate.surgery.remapping import remap
-from optimstate.surgery.verifying import verify, verify_against
+from optimstate.surgery.verification.verifying import verify, verify_against
+from optimstate.surgery.writing.remapping import remap
 from tests.corpus import Case, all_cases, case
 
 Checkpoint = dict[str, Any]

@@ -15,11 +15,11 @@ from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
-from optimstate.surgery.findings import Finding, fault, note
-from optimstate.surgery.layouts import stored_in_another_layout
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.slot_counts import algorithm_of, flat_slots
 from optimstate.surgery.text import plural
+from optimstate.surgery.verification.findings import Finding, fault, note
+from optimstate.surgery.verification.layouts import stored_in_another_layout
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque
 

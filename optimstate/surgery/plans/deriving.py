@@ -17,7 +17,7 @@ from optimstate.errors import CheckpointError, DerivationError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.location import Place
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.comparing import model_tensors
+from optimstate.surgery.comparison.comparing import model_tensors
 from optimstate.surgery.opening import opening
 
 __all__ = ["TIMEOUT", "DeriveReport", "derive_plan"]

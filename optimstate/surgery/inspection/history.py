@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.reports import Inspection, ModelInfo, OptimizerInfo
+from optimstate.surgery.inspection.report import Inspection, ModelInfo, OptimizerInfo
 from optimstate.surgery.text import plural, readable, shown, size, table
 
 __all__ = ["History"]

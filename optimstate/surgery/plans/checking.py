@@ -17,7 +17,7 @@ from optimstate.plan.solve.planner import plan_migration
 from optimstate.problems import Problem
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
-from optimstate.surgery.plans import Names, irreversible_reason, kind_of, merged, names_of
+from optimstate.surgery.plans.inverting import Names, irreversible_reason, kind_of, merged, names_of
 from optimstate.surgery.text import plural, readable
 
 __all__ = ["CheckReport", "check_plan"]

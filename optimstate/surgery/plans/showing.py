@@ -15,7 +15,7 @@ from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
-from optimstate.surgery.plans import irreversible_reason, merged, names_of
+from optimstate.surgery.plans.inverting import irreversible_reason, merged, names_of
 from optimstate.surgery.text import collapsed, plural, readable, table
 
 __all__ = ["ShowReport", "show_plan"]

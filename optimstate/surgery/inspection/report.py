@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.record import Record, field
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.inspection_text import View, inspection_lines
-from optimstate.surgery.rest import Entry
+from optimstate.surgery.inspection.rest import Entry
+from optimstate.surgery.inspection.text import View, inspection_lines
 
 if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics

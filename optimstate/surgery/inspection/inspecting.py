@@ -27,10 +27,8 @@ from optimstate.state.optimizer import Group, OptimizerState
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged, scheduler_name, section_called
 from optimstate.state.tied import tied_names
-from optimstate.surgery.inspection_text import Sort
-from optimstate.surgery.opening import opening
-from optimstate.surgery.repeated import repeated
-from optimstate.surgery.reports import (
+from optimstate.surgery.inspection.repeated import repeated
+from optimstate.surgery.inspection.report import (
     GroupInfo,
     Inspection,
     ModelInfo,
@@ -41,7 +39,9 @@ from optimstate.surgery.reports import (
     collapsed,
     missing_for_resume,
 )
-from optimstate.surgery.rest import rest_of
+from optimstate.surgery.inspection.rest import rest_of
+from optimstate.surgery.inspection.text import Sort
+from optimstate.surgery.opening import opening
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.slot_counts import algorithm_of, counted, flat_slots, is_flat
 from optimstate.surgery.viewing import viewed

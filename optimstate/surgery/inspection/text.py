@@ -12,7 +12,7 @@ from optimstate.surgery.text import collapsed, percent, plural, readable, shown,
 Sort = Literal["name", "size", "norm"]
 
 if TYPE_CHECKING:
-    from optimstate.surgery.reports import Inspection, ModelInfo, OptimizerInfo, ParameterInfo, SchedulerInfo
+    from optimstate.surgery.inspection.report import Inspection, ModelInfo, OptimizerInfo, ParameterInfo, SchedulerInfo
     from optimstate.surgery.statistics import Statistics
 
 __all__ = ["Sort", "View", "inspection_lines", "is_step", "telling_options"]

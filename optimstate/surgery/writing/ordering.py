@@ -36,7 +36,9 @@ def read_like(path: Place) -> Like:
     """
     path = located(path)
     if path.suffix in _TEXT and path.is_file():
-        from optimstate.surgery.naming import read_names  # no other file of names needs the engine that finds them
+        from optimstate.surgery.writing.naming import (
+            read_names,  # no other file of names needs the engine that finds them
+        )
 
         names = read_names(path, [str(path)])
         assert isinstance(names, list)

@@ -23,13 +23,13 @@ from optimstate.plan.solve.known import read as read_layouts
 from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.comparing import model_tensors
-from optimstate.surgery.contents import by_content
-from optimstate.surgery.head_sizes import head_size
+from optimstate.surgery.comparison.comparing import model_tensors
+from optimstate.surgery.comparison.contents import by_content
 from optimstate.surgery.opening import opening
-from optimstate.surgery.ordering import wrong_positions
-from optimstate.surgery.plans import kind_of, merged, names_of
+from optimstate.surgery.plans.head_sizes import head_size
+from optimstate.surgery.plans.inverting import kind_of, merged, names_of
 from optimstate.surgery.text import families, plural, readable
+from optimstate.surgery.writing.ordering import wrong_positions
 from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["Alternatives", "SuggestReport", "SuggestedChoice", "SuggestedRule", "suggest"]

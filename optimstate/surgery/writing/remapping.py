@@ -19,9 +19,9 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration, SectionMoves
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
-from optimstate.surgery.ordering import order_notes, read_like
-from optimstate.surgery.outcomes import Group, Outcome, outcomes, regrouped
 from optimstate.surgery.text import plural, readable, shown, table
+from optimstate.surgery.writing.ordering import order_notes, read_like
+from optimstate.surgery.writing.outcomes import Group, Outcome, outcomes, regrouped
 
 if TYPE_CHECKING:
     from optimstate.io.together import Stage

@@ -16,12 +16,13 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, find_sections
 from optimstate.state.tied import tied_names
-from optimstate.surgery.contents import relative_difference, renames
-from optimstate.surgery.differences import Change, ChangeKind, DiffReport
+from optimstate.surgery.comparison.contents import relative_difference, renames
+from optimstate.surgery.comparison.differences import Change, ChangeKind, DiffReport
+from optimstate.surgery.comparison.views import MEMBERS, OTHER, Key, View
 from optimstate.surgery.leaves import Shape, checksum_of_number, same
 from optimstate.surgery.opening import opening
 from optimstate.surgery.shown import form_of, plain
-from optimstate.surgery.views import MEMBERS, OTHER, Key, View
+from optimstate.surgery.writing.naming import concluded_names
 from optimstate.tensors.lazy import LazyTensor, announced
 from optimstate.tree import nodes, path_key
 
@@ -94,7 +95,7 @@ class _Side:
     def names_of(self, section: Section) -> tuple[str, ...] | str:
         """The names that the weights of the file determine for an optimizer without names, or why they do not."""
         if self._names is None:
-            from optimstate.surgery.naming import concluded_names  # few optimizers need them
+            from optimstate.surgery.writing.naming import concluded_names  # few optimizers need them
 
             self._names = concluded_names(self.document, self.sections)
         return self._names[section.label]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from optimstate.io.extents import Progress
-from optimstate.surgery.views import Key
+from optimstate.surgery.comparison.views import Key
 from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["by_content", "relative_difference", "renames"]

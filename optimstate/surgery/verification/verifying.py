@@ -19,12 +19,12 @@ from optimstate.state.judging import called_optimizer, slot_in
 from optimstate.state.loose import loose_weights
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged
-from optimstate.surgery.certifying import certificates_in, differences
-from optimstate.surgery.findings import Finding, VerifyReport, fault, note
+from optimstate.surgery.inspection.repeated import repeated
 from optimstate.surgery.opening import open_to_read, opening
-from optimstate.surgery.repeated import repeated
-from optimstate.surgery.resume_checks import check_optimizer, check_schedulers
 from optimstate.surgery.text import plural
+from optimstate.surgery.verification.certifying import certificates_in, differences
+from optimstate.surgery.verification.findings import Finding, VerifyReport, fault, note
+from optimstate.surgery.verification.resume_checks import check_optimizer, check_schedulers
 from optimstate.surgery.viewing import viewed
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, OpaqueFile, Path, difference, format_path, nodes, tensors, walk

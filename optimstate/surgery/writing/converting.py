@@ -18,15 +18,15 @@ from optimstate.problems import Problem
 from optimstate.record import field
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
-from optimstate.surgery.remapping import check_distributed
 from optimstate.surgery.text import plural, readable, size, table
+from optimstate.surgery.writing.remapping import check_distributed
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, OpaqueFile, nodes, replaced
 
 if TYPE_CHECKING:
     from optimstate.state.sections import Section
-    from optimstate.surgery.casting import Cast, Casting
-    from optimstate.surgery.optimizer_conversion import OptimizerChange
+    from optimstate.surgery.writing.casting import Cast, Casting
+    from optimstate.surgery.writing.optimizer_conversion import OptimizerChange
 
 __all__ = ["ConvertReport", "convert"]
 
@@ -206,7 +206,7 @@ class _Changes:
         self, names: Sequence[str], without: Sequence[str], dtypes: Mapping[str, str], optimizer: str | None
     ) -> None:
         from optimstate.state.sections import find_sections, section_called, with_hosts
-        from optimstate.surgery import selection
+        from optimstate.surgery.writing import selection
 
         sections = find_sections(self.tree)
         if without:
@@ -237,7 +237,7 @@ class _Changes:
 
     def drop_opaque(self, target: str) -> None:
         """Leave out what the container does not hold."""
-        from optimstate.surgery import dropping
+        from optimstate.surgery.writing import dropping
 
         holds = dropping.held_by_json if target == "safetensors" else dropping.held_by_weights_only
         copy = dropping.plain_copy(self.tree, holds)
@@ -279,7 +279,7 @@ class _Changes:
         return tensors if isinstance(section.node, Opaque) else section.node
 
     def _converted(self, sections: Sequence[Section], nodes: Sequence[Any], target: str) -> list[Any]:
-        from optimstate.surgery.optimizer_conversion import convert_optimizer
+        from optimstate.surgery.writing.optimizer_conversion import convert_optimizer
 
         made = list(nodes)
         problems: list[Problem] = []
@@ -297,7 +297,7 @@ class _Changes:
 
 
 def _casting(dtypes: Mapping[str, str], sections: Sequence[Section], nodes: Sequence[Any]) -> Casting:
-    from optimstate.surgery.casting import Casting
+    from optimstate.surgery.writing.casting import Casting
 
     return Casting(dtypes, list(zip(sections, nodes, strict=True)))
 

@@ -1,0 +1,1 @@
+"""Plans found, checked against checkpoints, shown and inverted."""
