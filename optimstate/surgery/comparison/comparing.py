@@ -22,7 +22,6 @@ from optimstate.surgery.comparison.views import MEMBERS, OTHER, Key, View
 from optimstate.surgery.leaves import Shape, checksum_of_number, same
 from optimstate.surgery.opening import opening
 from optimstate.surgery.shown import form_of, plain
-from optimstate.surgery.writing.naming import concluded_names
 from optimstate.tensors.lazy import LazyTensor, announced
 from optimstate.tree import nodes, path_key
 
