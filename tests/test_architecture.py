@@ -84,6 +84,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"together"},
         {"remote"},
         {"places", "shared"},
+        {"shared_objects"},
     ),
 }
 MAY_IMPORT_TORCH = {"optim", "hooks", "distributed", "demo", "installed_torch"}

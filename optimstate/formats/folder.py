@@ -6,11 +6,18 @@ several ranks wrote of the same tensors are one entry (see `ranks` and `_hf_shar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from optimstate.errors import CheckpointError, RepresentationError, UnrecognizedFormatError
+from optimstate.describe import describe
+from optimstate.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    RepresentationError,
+    UnrecognizedFormatError,
+)
 from optimstate.formats.protocol import Claim, Document, Format, WriteOptions
 from optimstate.formats.ranks import files as ranks
 from optimstate.formats.registry import detect, get_format, salvaged
@@ -91,6 +98,14 @@ def _read_folder(path: Location, root: Location, opened: Open) -> Document:
         if file.name.endswith(".safetensors.index.json"):
             shards.update(read_index(file)[0].values())
     abandoned = abandoned_shards((file.name for file in files), shards) if shards else ()
+    missing = _missing_shards(file.name for file in files if file.name not in shards)
+    if missing and opened is _opened:
+        raise CorruptCheckpointError(
+            missing[0],
+            path=path,
+            hint="Whoever wrote it did not finish: copy it again. `optimstate convert --salvage` writes what is there.",
+        )
+    document.lost.extend(missing)
     for file in files:
         if file.name in abandoned:
             document.notes.append(f"{file.name} is a shard that no index names: a writer was killed; it may be deleted")
@@ -112,6 +127,24 @@ def _read_folder(path: Location, root: Location, opened: Open) -> Document:
         document.notes.extend(f"{name}: {note}" for note in part.notes)
         document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
     return document
+
+
+_NUMBERED = re.compile(r"(?!shard-)(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+def _missing_shards(names: Iterable[str]) -> list[str]:
+    """Of shards whose names say how many there are, and that no index names, what is not there."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        if match := _NUMBERED.fullmatch(name):
+            found.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    said = []
+    for (stem, count), numbers in found.items():
+        first = next((number for number in range(1, count + 1) if number not in numbers), None)
+        if first is not None:
+            name = describe(f"{stem}-{first:05d}-of-{count:05d}.safetensors")
+            said.append(f"{name} is not there: no index names these shards, and {len(numbers)} of {count} are there")
+    return said
 
 
 def _leads_outside(file: Location, root: Location) -> bool:

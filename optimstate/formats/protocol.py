@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import IntEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from optimstate.io.extents import Progress
@@ -124,13 +123,13 @@ class WriteOptions(Record):
             expected_size: Its number of bytes, where it is known about.
             group: Files that appear together.
         """
-        if self.shared is not None and isinstance(path, Path):
-            return self.shared.file(path)
+        if self.shared is not None:
+            return self.shared.file(path, expected_size)
         return new_file(path, expected_size=expected_size, sync=self.sync, replace=self.replace, group=group)
 
     def new_folder(self, path: Location) -> AbstractContextManager[Location]:
         """The output as a folder, which appears whole or not at all; files go to the place that is the value."""
-        if self.shared is not None and isinstance(path, Path):
+        if self.shared is not None:
             return self.shared.folder(path)
         return new_folder(path, sync=self.sync)
 
@@ -149,12 +148,19 @@ class WriteOptions(Record):
             with self.new_folder(path) as folder:
                 yield folder, self
             return
-        from optimstate.io.shared import SharedFiles  # what works alone need not know how several work
+        shared: SharedFiles
+        if stage.in_store:  # what works alone need not know how several work
+            from optimstate.io.shared_objects import SharedObjects
 
-        shared = SharedFiles(stage, sync=self.sync)
+            shared = SharedObjects(stage)
+        else:
+            from optimstate.io.shared import SharedFiles
+
+            shared = SharedFiles(stage, sync=self.sync)
         with stage if stage.team.rank == 0 else nullcontext(stage.folder) as folder:
-            yield folder, self._replace(stage=None, confirm=None, shared=shared)
-            shared.share_out(self.progress)
+            with stage.alive() as moved:
+                yield folder, self._replace(stage=None, confirm=None, shared=shared)
+                shared.share_out(moved, self.progress)
             if stage.team.rank == 0:
                 stage.clear()
 

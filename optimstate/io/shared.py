@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from typing import IO, Any, NamedTuple
 from optimstate.io.copying import Checksum, FileCopier
 from optimstate.io.destination import cannot_write
 from optimstate.io.extents import Extent, Progress, StoredSource
+from optimstate.io.location import Location
 from optimstate.io.together import Stage
 
 __all__ = ["Range", "SharedFiles", "move", "range_of_row", "row_of_range"]
@@ -82,45 +84,60 @@ class SharedFiles:
         self.sync = sync
         self.ranges: list[Range] = []
 
-    def file(self, path: Path) -> SharedFile:
+    def file(self, path: Location, expected_size: int) -> SharedFile:  # noqa: ARG002  # for who deals out whole files
         """A file of the folder; what it held at an earlier attempt stays where nothing else is written."""
         return SharedFile(self, path)
 
     @contextmanager
-    def folder(self, path: Path) -> Iterator[Path]:
+    def folder(self, path: Location) -> Iterator[Location]:
         """A folder of the folder."""
         path.mkdir(exist_ok=True)
         yield path
 
-    def share_out(self, progress: Progress | None) -> None:
-        """Move all ranges together with the other processes.
+    def share_out(self, moved: Progress, progress: Progress | None) -> None:
+        """Do together with the other processes what was noted.
+
+        Args:
+            moved: Told of the bytes that this process has moved; what others are told of it.
+            progress: Told of the bytes that all have moved.
 
         Raises:
             DestinationError: One of them is dead.
         """
         stage, rank = self.stage, self.stage.team.rank
-        shares = self._shares(stage.team.size)
         if rank == 0:
             for other in range(1, stage.team.size):
-                rows = [row_of_range(found) for found in shares[other]]
-                stage.give(other, {"ranges": [], "files": None} if None in rows else {"ranges": rows, "files": {}})
-        with stage.alive() as moved:
+                stage.give(other, self._work(other))
 
-            def report(nbytes: int) -> None:
-                moved(nbytes)
-                if progress is not None:
-                    progress(nbytes)
+        def report(nbytes: int) -> None:
+            moved(nbytes)
+            if progress is not None:
+                progress(nbytes)
 
-            if stage.voted() is None:
-                move(shares[rank], report, sync=self.sync)
-                stage.vote([])
-            if rank:
-                stage.wait()
-            else:
-                stage.votes(progress)
+        if stage.voted() is None:
+            stage.vote(self._moved(rank, report))
+        if rank:
+            stage.wait()
+        else:
+            self._end(stage.votes(progress))
 
-    def _shares(self, size: int) -> list[list[Range]]:
+    def _work(self, rank: int) -> dict[str, Any]:
+        """What another process is to do; nothing of it where it must decide for itself."""
+        rows = [row_of_range(found) for found in self._shares[rank]]
+        return {"ranges": [], "files": None} if None in rows else {"ranges": rows, "files": {}}
+
+    def _moved(self, rank: int, progress: Progress) -> Any:
+        """Do what is this process's part, and return its vote."""
+        move(self._shares[rank], progress, sync=self.sync)
+        return []
+
+    def _end(self, votes: Sequence[Any]) -> None:
+        """What is left to the first process when all have voted."""
+
+    @cached_property
+    def _shares(self) -> list[list[Range]]:
         """The ranges in their order, cut into shares of equal bytes."""
+        size = self.stage.team.size
         total = sum(found.extent.length for found in self.ranges)
         shares: list[list[Range]] = [[] for _ in range(size)]
         rank = at = 0
@@ -141,9 +158,9 @@ class SharedFiles:
 class SharedFile:
     """One of the files, as an `Output`; in other processes than the first nothing is written."""
 
-    def __init__(self, files: SharedFiles, path: Path) -> None:
+    def __init__(self, files: SharedFiles, path: Location) -> None:
         self._files = files
-        self._path = path
+        self.path = path
         self._at = 0
         self._fd: int | None = None
 
@@ -151,9 +168,9 @@ class SharedFile:
         if self._files.stage.team.rank == 0:
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
             try:
-                self._fd = os.open(self._path, flags, 0o666)
+                self._fd = os.open(Path(str(self.path)), flags, 0o666)
             except OSError as error:
-                raise cannot_write(self._path, error) from error
+                raise cannot_write(Path(str(self.path)), error) from error
         return self
 
     def __exit__(
@@ -167,7 +184,7 @@ class SharedFile:
                 if self._files.sync:
                     os.fsync(self._fd)
         except OSError as problem:
-            raise cannot_write(self._path, problem) from problem
+            raise cannot_write(Path(str(self.path)), problem) from problem
         finally:
             os.close(self._fd)
 
@@ -202,9 +219,21 @@ class SharedFile:
         start = position
         for extent in extents:
             if extent.source is not None and extent.length:
-                self._files.ranges.append(Range(extent, self._path, position))
+                self._files.ranges.append(Range(extent, Path(str(self.path)), position))
             position += extent.length
         return position - start
+
+    def note_with_checksum(self, extents: Sequence[Extent], position: int, progress: Progress) -> int:
+        """Write ranges to a position at once, and return their CRC-32: the first process reads them in any case."""
+        value = 0
+        for extent in extents if self.is_first else ():
+            for at in range(0, extent.length, 1 << 20):
+                data = extent.cut(at, min(at + (1 << 20), extent.length)).read()
+                value = zlib.crc32(data, value)
+                self.write_at(data, position)
+                position += len(data)
+                progress(len(data))
+        return value
 
     def copy(self, extents: Iterable[Extent], progress: Progress | None = None) -> int:  # noqa: ARG002
         """Append the bytes of `extents`, later."""
@@ -236,16 +265,8 @@ class SharedCopier:
         return self._file.note(extents, position)
 
     def put_with_checksum(self, extents: Sequence[Extent], position: int) -> Checksum | int:
-        """As `put`, at once: the CRC-32 stands in the file, so the first process reads the bytes in any case."""
-        value = 0
-        for extent in extents if self._file.is_first else ():
-            for at in range(0, extent.length, 1 << 20):
-                data = extent.cut(at, min(at + (1 << 20), extent.length)).read()
-                value = zlib.crc32(data, value)
-                self._file.write_at(data, position)
-                position += len(data)
-                self.report(len(data))
-        return value
+        """As `put`; the CRC-32 stands in the file."""
+        return self._file.note_with_checksum(extents, position, self.report)
 
     def write(self, data: bytes | memoryview, position: int) -> None:
         """Write bytes."""

@@ -151,3 +151,19 @@ def test_the_pickle_that_is_lost_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:500])
     with pytest.raises(CorruptCheckpointError, match=r"data\.pkl\) is not whole"):
         open_checkpoint(tmp_path / "cut.pt", salvage=True)
+
+
+def test_shards_without_an_index_one_of_which_is_missing(tmp_path: Path) -> None:
+    """What a writer leaves that was killed before it wrote the index is no whole checkpoint."""
+    save_file({f"layers.{i}": torch.arange(100.0) + i for i in range(4)}, tmp_path / "a.safetensors")
+    options = optimstate.formats.protocol.WriteOptions(shard_size=900, sync=False)
+    optimstate.convert(tmp_path / "a.safetensors", tmp_path / "shards", options=options)
+    (tmp_path / "shards" / "model.safetensors.index.json").unlink()
+    first, second = sorted((tmp_path / "shards").iterdir())
+    assert len(open_checkpoint(tmp_path / "shards").parts) == 2
+    second.unlink()
+    with pytest.raises(CorruptCheckpointError, match=f"'{second.name}' is not there.* 1 of 2 are there"):
+        open_checkpoint(tmp_path / "shards")
+    found = open_checkpoint(tmp_path / "shards", salvage=True)
+    assert list(found.parts) == [first.name]
+    assert [second.name in lost for lost in found.lost] == [True]

@@ -83,6 +83,11 @@ class Bucket:
     def keys(self) -> list[str]:
         return [each["Key"] for each in self.client.list_objects_v2(Bucket=self.name).get("Contents", [])]
 
+    def objects(self, folder: str) -> dict[str, bytes]:
+        """What is below a folder, by name."""
+        found = [key for key in self.keys() if key.startswith(f"{folder}/")]  # not a dict's
+        return {key[len(folder) + 1 :]: self.get(key) for key in found}
+
     def unfinished(self) -> list[str]:
         return [each["Key"] for each in self.client.list_multipart_uploads(Bucket=self.name).get("Uploads", [])]
 

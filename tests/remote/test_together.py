@@ -16,8 +16,11 @@ from optimstate.io.remote.path import RemotePath
 from optimstate.io.remote.stage import StoreStage
 from optimstate.io.together import Team
 from optimstate.tree import difference
-from tests.cli.test_together import begin, data_of, ended, together
+from tests.cli.running import run
+from tests.cli.test_together import begin, data_of, ended, shards, together
 from tests.remote.conftest import Bucket
+
+__all__ = ["shards"]  # a fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -120,3 +123,54 @@ def test_a_folder_that_is_complete_is_not_taken_for_one_that_is_not(bucket: Buck
         with pytest.raises(DestinationExistsError), stage(bucket, digest=digest):
             pass
     assert bucket.get("b/.metadata") == b"whole"
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("remap", "--rename", "model.{p**}=net.{p}"),
+        ("convert", "--to", "safetensors", "--shard-size", "50000", "--section", "model.safetensors.index.json"),
+        ("convert", "--to", "folder", "--dtype", "rank_0.pt=bf16", "--dtype", "model.safetensors.index.json=bf16"),
+    ],
+    ids=["remap", "convert", "cast"],
+)
+def test_shards_are_uploaded_together(arguments: tuple[str, ...], bucket: Bucket, shards: Path, tmp_path: Path) -> None:
+    verb, *options = arguments
+    assert run(verb, str(shards), str(tmp_path / "one"), *options).code == 0
+    done = together(2, [verb, shards, f"{bucket.url}/b", *options], OPTIMSTATE_PATIENCE="3")
+    assert [code for code, _ in done] == [0, 0], done
+    assert bucket.objects("b") == data_of(tmp_path / "one")
+    assert len(bucket.keys()) == len(bucket.objects("b"))
+    assert bucket.unfinished() == []
+
+
+def test_of_shards_nothing_is_there_before_all_have_voted_and_the_next_attempt_goes_on(
+    bucket: Bucket, shards: Path, tmp_path: Path
+) -> None:
+    arguments = ["remap", shards, f"{bucket.url}/b", *RENAME]
+    code, said = ended(begin(0, 2, arguments, OPTIMSTATE_PATIENCE="1"))  # rank 1 never comes
+    assert code == 5
+    assert "rank 1 has given no sign of life" in said
+    assert bucket.objects("b") == {}
+    assert bucket.unfinished()
+    done = together(2, arguments, OPTIMSTATE_PATIENCE="2")
+    assert [code for code, _ in done] == [0, 0], done
+    assert run("remap", str(shards), str(tmp_path / "one"), *RENAME).code == 0
+    assert bucket.objects("b") == data_of(tmp_path / "one")
+    assert len(bucket.keys()) == len(bucket.objects("b"))
+    assert bucket.unfinished() == []
+    assert ended(begin(0, 2, arguments))[0] == 5  # it is there already
+
+
+def test_another_command_gives_up_what_is_held_back(bucket: Bucket, shards: Path, tmp_path: Path) -> None:
+    assert ended(begin(0, 2, ["remap", shards, f"{bucket.url}/b", *RENAME], OPTIMSTATE_PATIENCE="1"))[0] == 5
+    other = ("--rename", "model.{p**}=other.{p}")
+    done = together(2, ["remap", shards, f"{bucket.url}/b", *other], OPTIMSTATE_PATIENCE="2")
+    assert [code for code, _ in done] == [0, 0], done
+    assert run("remap", str(shards), str(tmp_path / "one"), *other).code == 0
+    assert bucket.objects("b") == data_of(tmp_path / "one")
+    assert len(bucket.keys()) == len(bucket.objects("b"))
+    assert bucket.unfinished() == []

@@ -137,7 +137,11 @@ def help_out(stage: Stage, options: WriteOptions) -> bool:
         work = stage.work()
         if work["files"] is None:
             return False
-        if stage.voted() is None:
+        if stage.voted() is None and "objects" in work:
+            from optimstate.io.shared_objects import upload_objects
+
+            stage.vote(upload_objects(stage, work["objects"], _reported(moved, options)))
+        elif stage.voted() is None:
             sources: dict[str, StoredSource] = {}
             files = {name: [_part(row, sources) for row in rows] for name, rows in work["files"].items()}
             stage.vote(_done(_moved(stage, work["ranges"], files, options, moved)))
@@ -148,6 +152,15 @@ def help_out(stage: Stage, options: WriteOptions) -> bool:
 # --- doing ------------------------------------------------------------------------------------------------------------
 
 
+def _reported(moved: Progress, options: WriteOptions) -> Progress:
+    def progress(nbytes: int) -> None:
+        moved(nbytes)
+        if options.progress is not None:
+            options.progress(nbytes)
+
+    return progress
+
+
 def _moved(
     stage: Stage,
     ranges: Sequence[Any],
@@ -156,12 +169,7 @@ def _moved(
     moved: Progress,
 ) -> Items:
     """Copy ranges and write files."""
-
-    def progress(nbytes: int) -> None:
-        moved(nbytes)
-        if options.progress is not None:
-            options.progress(nbytes)
-
+    progress = _reported(moved, options)
     inner = options._replace(progress=progress, replace=True)  # what an attempt before this one has left
     sources = {row[0]: open_source(row[0]) for row in ranges}
     if stage.in_store:

@@ -216,11 +216,23 @@ class ObjectStore:
         """Remove an object."""
         self.asked(key, lambda: self._obstore.delete(self.raw, key))
 
-    def begin(self, key: str, *, expected: int, replace: bool) -> Upload:
+    def begin(self, key: str, *, expected: int, replace: bool, aside: str = "") -> Upload:
         """Write an object by parts."""
         if self.scheme == "s3" and self.client is not None:
             return S3Upload(self.client, self, key, expected=expected, replace=replace)
-        return ObjectUpload(self._obstore, self.raw, f"{self.name}/{key}", key, expected=expected, replace=replace)
+        place = f"{self.name}/{key}"
+        return ObjectUpload(self._obstore, self.raw, place, key, expected=expected, replace=replace, aside=aside)
+
+    def abort_unfinished(self, folder: str) -> None:
+        """Give up every upload to a folder that is not complete; nothing where that cannot be asked."""
+        if self.scheme != "s3" or self.client is None:
+            return
+        bucket = {"Bucket": self.bucket}
+        with suppress(Exception):  # not everybody who may write may ask; a rule of the bucket does it then
+            for page in self.client.get_paginator("list_multipart_uploads").paginate(**bucket, Prefix=f"{folder}/"):
+                traffic.requests += 1
+                for found in page.get("Uploads", []):
+                    self.client.abort_multipart_upload(**bucket, Key=found["Key"], UploadId=found["UploadId"])
 
 
 @cache

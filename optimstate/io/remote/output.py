@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -14,10 +15,11 @@ from optimstate.errors import CheckpointError, DestinationError, RepresentationE
 from optimstate.io.copying import Checksum
 from optimstate.io.extents import Extent, Progress, near
 from optimstate.io.output import AtomicGroup
-from optimstate.io.remote.path import RemotePath
+from optimstate.io.remote.path import Held, RemotePath
 from optimstate.io.remote.source import RemoteSource
+from optimstate.io.remote.store import Store, in_window
 
-__all__ = ["RemoteFile", "RemoteFolder", "RemoteGroup"]
+__all__ = ["RemoteFile", "RemoteFolder", "RemoteGroup", "discard", "release"]
 
 SMALLEST = 5 << 20  # of the parts of an upload but its last
 ZEROS = bytes(1 << 20)
@@ -31,12 +33,23 @@ class RemoteFile:
         expected_size: About how many bytes it will have.
         replace: Whether it may take the place of another.
         made: Told of the object when it is there.
+        held: Told what makes the object, which is not there then; see `Upload.hold`.
+        aside: The name that it may have meanwhile.
     """
 
     def __init__(
-        self, path: RemotePath, *, expected_size: int = 0, replace: bool = True, made: list[RemotePath] | None = None
+        self,
+        path: RemotePath,
+        *,
+        expected_size: int = 0,
+        replace: bool = True,
+        made: list[RemotePath] | None = None,
+        held: Callable[[dict[str, Any]], None] | None = None,
+        aside: str = "",
     ) -> None:
         self.path = path
+        self._hold = held
+        self._aside = aside
         self._expected = expected_size
         self._replace = replace
         self._made = made
@@ -44,10 +57,8 @@ class RemoteFile:
         self._at = 0
 
     def __enter__(self) -> RemoteFile:
-        begin = getattr(self.path.store, "begin", None)
-        if begin is None:
-            raise DestinationError(f"{self.path}: this kind of store is read, but not written")
-        self._upload = begin(self.path.key, expected=self._expected, replace=self._replace)
+        begin = self.path.store.begin
+        self._upload = begin(self.path.key, expected=self._expected, replace=self._replace, aside=self._aside)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -55,6 +66,12 @@ class RemoteFile:
             self._upload.abort()
             return
         try:
+            if self._hold is not None:
+                self._hold(self._upload.hold(bytes(self._held)))
+                return
+            if self.path.held is not None and self._upload.holds:
+                self.path.held[self.path.key] = self._upload.hold(bytes(self._held))
+                return
             self._upload.complete(bytes(self._held))
         except BaseException:
             self._upload.abort()
@@ -221,8 +238,28 @@ class RemoteGroup(AtomicGroup):
         _taken_back(self.made)
 
 
+def release(store: Store, held: Mapping[str, Held]) -> None:
+    """Make objects of all that was held back, by key: those that name others when all others are there."""
+    others, last = (
+        [key for key in held if key.endswith((".index.json", ".metadata")) == naming] for naming in (False, True)
+    )
+    for group in (others, last):
+        made = [store.begin(key, expected=0, replace=False) for key in group]
+        for _ in in_window([partial(upload.release, held[key]) for upload, key in zip(made, group, strict=True)]):
+            pass
+
+
+def discard(store: Store, held: Mapping[str, Held]) -> None:
+    """Give up what was held back."""
+    for key, found in held.items():
+        with suppress(CheckpointError, OSError):
+            store.begin(key, expected=0, replace=False).discard(found)
+
+
 class RemoteFolder:
-    """A new folder of objects: what names the others is written last, and on an error all of them are removed.
+    """A new folder of objects: they are made when all are uploaded, or, where the store cannot hold them back, at once.
+
+    What names the others is last, and on an error all of them are removed.
 
     Args:
         path: Its name, below which there must be nothing.
@@ -230,6 +267,7 @@ class RemoteFolder:
 
     def __init__(self, path: RemotePath) -> None:
         self.path = path
+        self._held: dict[str, Held] = {}
 
     def __enter__(self) -> RemotePath:
         if self.path.exists():
@@ -237,11 +275,23 @@ class RemoteFolder:
                 f"{self.path}: there are objects below this name; a folder of a store is not replaced",
                 hint="Give another name, or remove it with the store's own tools first.",
             )
+        self.path.hold(self._held)
         return self.path
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.path.hold(None)
         if error is None:
+            try:
+                release(self.path.store, self._held)
+            except BaseException:
+                self._discard()
+                raise
+            self.path.forget()
             return
+        self._discard()
+
+    def _discard(self) -> None:
+        discard(self.path.store, self._held)
         with suppress(CheckpointError, OSError):
             self.path.forget()
             _taken_back(list(self.path.rglob("*")))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from stat import S_IFDIR, S_IFREG
+from typing import Any
 from urllib.parse import urlsplit
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, LimitExceededError, UsageError
@@ -16,7 +17,7 @@ from optimstate.io.remote.source import Cache, RemoteSource, fetched_together
 from optimstate.io.remote.store import Entry, Store, in_window
 from optimstate.record import Record
 
-__all__ = ["RemotePath", "opened_together", "remote"]
+__all__ = ["Held", "RemotePath", "opened_together", "remote"]
 
 SCHEMES = ("s3", "gs", "az", "hf", "https", "http")
 MAX_LISTED = 500_000
@@ -36,6 +37,10 @@ _OBJECTS: tuple[str, ...] = (
 _OBJECTS += (".json", ".pkl", ".pickle", ".distcp", ".metadata", ".txt", ".toml")
 
 
+Held = dict[str, Any]
+"""What `Upload.release` makes an object of."""
+
+
 class _Status(Record):
     """What is known of a place."""
 
@@ -48,6 +53,7 @@ class _Opening:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.held: dict[str, Held] | None = None
         self.cache = Cache()
         self.sources: dict[str, RemoteSource] = {}
         self._entries: dict[str, Entry] = {}
@@ -193,6 +199,15 @@ class RemotePath:
     def parent(self) -> RemotePath:
         """The folder it is in."""
         return RemotePath(self._opening, self.key.rpartition("/")[0])
+
+    @property
+    def held(self) -> dict[str, Held] | None:
+        """Where objects that are written are held back, by key, until all of a folder are there; None where not."""
+        return self._opening.held
+
+    def hold(self, held: dict[str, Held] | None) -> None:
+        """Hold back there what is written from now on, below any place of this opening."""
+        self._opening.held = held
 
     @property
     def store(self) -> Store:

@@ -1,7 +1,9 @@
 """Processes that fill a folder of a store together: objects beside it say who lives and what is done.
 
-A store renames nothing, so data files have their names as soon as they are whole. What makes a checkpoint of them, the
-file that names the others, is written by the first process when all have voted, and only where there is none.
+A store renames no folder. Of a distributed checkpoint, data files have their names as soon as they are whole; what
+makes a checkpoint of them, the file that names the others, is written by the first process when all have voted, and
+only where there is none. Of other files none is there before that: each process uploads its own and holds them back,
+and the first one makes objects of them all (`release`).
 
 What is said is in `.NAME.000000000000.part/DIGEST/` beside the destination. `claim`, one for all, is there from the
 beginning to the commit: made where there is none, it keeps others away, and it alone tells objects of an attempt that
@@ -13,18 +15,22 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from hashlib import sha256
 from types import TracebackType
 from typing import Any
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, DestinationError, DestinationExistsError
-from optimstate.io.remote.path import RemotePath
+from optimstate.io.remote.output import RemoteFile, discard, release
+from optimstate.io.remote.path import Held, RemotePath
+from optimstate.io.remote.uploads import PartsGoneError
 from optimstate.io.together import Stage, Team
 
 __all__ = ["StoreStage"]
 
 _BEGUN = "begun"
+_CLOSING = "closing"
 _MOST = 1 << 40  # bytes of what is said: all there are
 
 
@@ -67,7 +73,8 @@ class StoreStage(Stage):
     def __enter__(self) -> RemotePath:
         said, there = self._keys(self._meeting), list(self.sizes())
         claimed = self._claim in said
-        if self._last in there or (there and not claimed):
+        closed = any(_name(key) == _CLOSING and key != f"{self._place}/{_CLOSING}" for key in said)
+        if self._last in there or (there and not claimed) or closed:
             raise DestinationExistsError(
                 f"{self.destination}: there are objects below this name; a folder of a store is not replaced",
                 hint="Give another name, or remove it with the store's own tools first.",
@@ -78,8 +85,12 @@ class StoreStage(Stage):
         if claimed:  # another one who takes it over has done so by then, and the last one has it
             time.sleep(self.beat)
         self._expect_claim()
-        for key in said:
-            if key != self._claim and not key.startswith(f"{self._place}/"):
+        others = [key for key in said if key != self._claim and not key.startswith(f"{self._place}/")]
+        for key in others:
+            if _name(key).startswith(("vote.", "done.")):
+                self._discard_voted(key)
+        for key in others:
+            with suppress(CheckpointNotFoundError):  # what was held, and is discarded
                 self._store.delete(key)
         begun = f"{self._place}/{_BEGUN}"
         if begun not in said:
@@ -104,6 +115,7 @@ class StoreStage(Stage):
             for key in sorted(self._keys(self._place), key=lambda key: order.get(_name(key).split(".")[0], 2)):
                 self._store.delete(key)
             self._store.delete(self._claim)
+            self._store.abort_unfinished(self._key)  # of processes that have died
         self._path.forget()
 
     def clear(self) -> None:
@@ -113,6 +125,65 @@ class StoreStage(Stage):
     def sizes(self) -> dict[str, int]:
         """The bytes of every object that is written, by name."""
         return {entry.key[len(self._key) + 1 :]: entry.size for entry in self._store.listed(self._key)}
+
+    # --- objects that are held back -------------------------------------------------------------------------------
+
+    def place(self, name: str) -> RemotePath:
+        """The place of an object of the destination by its whole name."""
+        return self._path / name.removeprefix(f"{self._path}/")
+
+    def new_object(self, path: RemotePath, held: dict[str, Held]) -> RemoteFile:
+        """An object to write, which is not there before `release`.
+
+        Args:
+            path: Its name.
+            held: Gets what `release` needs, by the key of the object.
+        """
+        aside = f"{self._place}/held.{sha256(path.key.encode()).hexdigest()[:16]}"
+        return RemoteFile(path, replace=False, held=lambda found: held.update({path.key: found}), aside=aside)
+
+    def release(self, held: Mapping[str, Held], sizes: Mapping[str, int]) -> None:
+        """Make objects of all that was held back, those that name others last.
+
+        Args:
+            held: What the processes have held back, by key.
+            sizes: The bytes of every object that there is to be, by key.
+
+        Raises:
+            DestinationError: One cannot be made, or is not as long as it should be; started again, it goes on.
+        """
+        self._expect_claim()
+        self._write(_CLOSING, 0)
+        there = self.sizes()
+        start = len(self._key) + 1
+        missing = [key for key, size in sizes.items() if there.get(key[start:]) != size]
+        for key in missing:
+            if key not in held:
+                raise DestinationError(f"{self._path / key[start:]}: no process has written it")
+        try:
+            release(self._store, {key: held[key] for key in missing})
+        except PartsGoneError:
+            for key in self._keys(self._place):
+                if _name(key).startswith(("vote.", "done.")):
+                    self._store.delete(key)
+            raise
+        discard(self._store, {key: held[key] for key in held.keys() - set(missing)})  # an attempt has made them
+        there = self.sizes()
+        for key, size in sizes.items():
+            if there.get(key[start:]) != size:
+                path = self._path / key[start:]
+                raise CheckpointError(f"has not {size} bytes, which a process has written", path=path)
+
+    def discard(self, held: Mapping[str, Held]) -> None:
+        """Give up what was held back."""
+        discard(self._store, held)
+
+    def _discard_voted(self, key: str) -> None:
+        with suppress(CheckpointNotFoundError):
+            found = json.loads(bytes(self._store.get(key, 0, _MOST, None).data))
+            self.discard(found["held"] if isinstance(found, dict) else {})
+
+    # --- who writes -----------------------------------------------------------------------------------------------
 
     def _expect_claim(self) -> None:
         """The destination is this process's."""

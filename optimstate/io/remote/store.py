@@ -7,7 +7,7 @@ query, no credentials.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -84,18 +84,30 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object."""
 
-    def begin(self, key: str, *, expected: int, replace: bool) -> Upload:
+    def begin(self, key: str, *, expected: int, replace: bool, aside: str = "") -> Upload:
         """Write an object, which is not there before it is complete.
 
         Args:
             key: Its name.
             expected: About how many bytes it will have, 0 where that is not known.
             replace: Whether it may take the place of another.
+            aside: The name that what is held has where the store can give none to parts of an upload.
         """
+
+    def abort_unfinished(self, folder: str) -> None:
+        """Give up every upload to a folder that is not complete, where the store says which there are."""
 
 
 class Upload(Protocol):
-    """An object that is being written by parts, in order."""
+    """An object that is being written by parts, in order.
+
+    Attributes:
+        size: Bytes of a part.
+        holds: Whether parts can be held back under the object's own name.
+    """
+
+    size: int
+    holds: bool
 
     def part(self, data: bytes | memoryview) -> None:
         """Append a part of at least 5 MiB, but for the last one; it may still be under way afterwards."""
@@ -113,6 +125,19 @@ class Upload(Protocol):
             DestinationExistsError: There is one, and it may not be replaced.
             DestinationError: The store does not take it.
         """
+
+    def hold(self, rest: bytes) -> dict[str, Any]:
+        """Append the last bytes; any process makes the object later, by `release` of what this returns, as JSON."""
+
+    def release(self, held: Mapping[str, Any]) -> None:
+        """Make the object of what was held, as the only thing that is done with it.
+
+        Raises:
+            As `complete`.
+        """
+
+    def discard(self, held: Mapping[str, Any]) -> None:
+        """Give up what was held."""
 
     def abort(self) -> None:
         """Give up what was written; nothing of it is there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -14,11 +14,15 @@ from typing import Any
 from optimstate.errors import CheckpointError, DestinationError, DestinationExistsError
 from optimstate.io.remote.store import PART, cannot_write, changed, pool, traffic
 
-__all__ = ["ObjectUpload", "S3Upload"]
+__all__ = ["ObjectUpload", "PartsGoneError", "S3Upload"]
 
 MAX_PARTS = 9_500  # of 10,000 that S3 takes
 COPIED_PART = 1 << 30
 IN_FLIGHT = 8
+
+
+class PartsGoneError(DestinationError):
+    """What was uploaded of an object is gone: somebody has aborted the upload, or a rule of the bucket has."""
 
 
 def exists(place: str) -> DestinationExistsError:
@@ -36,6 +40,8 @@ class S3Upload:
         expected: About how many bytes it will have.
         replace: Whether it may take the place of another.
     """
+
+    holds = True
 
     def __init__(self, client: Any, store: Any, key: str, *, expected: int, replace: bool) -> None:
         self._client = client
@@ -64,6 +70,11 @@ class S3Upload:
             if code in ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"):
                 raise DestinationError(
                     f"{self._place}: access is denied", hint="Check the credentials in the environment, and the name."
+                ) from None
+            if code == "NoSuchUpload":
+                raise PartsGoneError(
+                    f"{self._place}: what was uploaded of it is not at the store any more",
+                    hint="Start it again: it is uploaded anew.",
                 ) from None
             if code == "NoSuchBucket":
                 raise DestinationError(f"{self._place}: there is no such bucket", hint="Create it first.") from None
@@ -129,6 +140,28 @@ class S3Upload:
         )
         self._id = None
 
+    def hold(self, rest: bytes) -> dict[str, Any]:
+        """Send the last bytes, and say what `release` needs to make the object."""
+        if rest or not self._parts:
+            self.part(rest)
+        held = {"id": self._id, "parts": [part.result() for part in self._parts]}
+        self._id = None
+        return held
+
+    def release(self, held: Mapping[str, Any]) -> None:
+        """Make the object of what was held."""
+        self._id = held["id"]
+        for tag in held["parts"]:
+            done: Future[str] = Future()
+            done.set_result(tag)
+            self._parts.append(done)
+        self.complete(b"")
+
+    def discard(self, held: Mapping[str, Any]) -> None:
+        """Give up what was held."""
+        self._id = held["id"]
+        self.abort()
+
     def abort(self) -> None:
         """Give up the parts."""
         for part in self._parts:
@@ -143,15 +176,29 @@ class S3Upload:
 
 
 class ObjectUpload:
-    """An upload by obstore: a thread sends what it is given; what may not replace another gets its name at the end."""
+    """An upload by obstore: a thread sends what it is given; what may not replace another gets its name at the end.
 
-    def __init__(self, library: Any, store: Any, place: str, key: str, *, expected: int, replace: bool) -> None:
+    Args:
+        library: obstore.
+        store: Its object for the bucket.
+        place: What is said of the object.
+        key: Its name.
+        expected: About how many bytes it will have.
+        replace: Whether it may take the place of another.
+        aside: The name that it has until then; empty for one beside it.
+    """
+
+    holds = False
+
+    def __init__(
+        self, library: Any, store: Any, place: str, key: str, *, expected: int, replace: bool, aside: str = ""
+    ) -> None:
         self._library = library
         self._store = store
         self._place = place
         self._key = key
         self._replace = replace
-        self._temporary = ""
+        self._temporary = aside
         self._queue: Queue[bytes | None] = Queue(2)
         self._thread: Thread | None = None
         self._failure: BaseException | None = None
@@ -176,7 +223,7 @@ class ObjectUpload:
     def part(self, data: bytes | memoryview) -> None:
         """Append a part."""
         if self._thread is None:
-            if not self._replace:
+            if not self._replace and not self._temporary:
                 folder, _, name = self._key.rpartition("/")
                 self._temporary = f"{folder}/.{name}.{os.urandom(6).hex()}.part".lstrip("/")
             self._thread = Thread(target=self._send, name="optimstate-upload", daemon=True)
@@ -205,28 +252,54 @@ class ObjectUpload:
 
     def complete(self, rest: bytes) -> None:
         """Append the last bytes and make the object."""
+        self._asked(lambda: self._finish(rest))
+        if self._temporary:
+            self._take_name()
+
+    def hold(self, rest: bytes) -> dict[str, Any]:
+        """Send the last bytes, and say what `release` needs to make the object."""
+        self._asked(lambda: self._finish(rest))
+        held = {"aside": self._temporary}
+        self._temporary = ""
+        return held
+
+    def release(self, held: Mapping[str, Any]) -> None:
+        """Make the object of what was held."""
+        self._temporary = held["aside"]
+        self._take_name()
+
+    def discard(self, held: Mapping[str, Any]) -> None:
+        """Give up what was held."""
+        self._temporary = held["aside"]
+        self.abort()
+
+    def _asked(self, ask: Callable[[], object]) -> None:
         traffic.requests += 1
         try:
-            if self._thread is None:
-                traffic.written += len(rest)
-                mode = "overwrite" if self._replace else "create"
-                self._library.put(self._store, self._key, rest, mode=mode, use_multipart=False)
-                return
-            if rest:
-                self._put(rest)
-            self._put(None)
-            self._thread.join()
-            if self._failure is not None:
-                raise self._failure
-            if self._temporary:
-                self._library.rename(self._store, self._temporary, self._key, overwrite=False)
-                self._temporary = ""
+            ask()
         except DestinationError:
             raise
         except Exception as error:  # noqa: BLE001  # as above
             if type(error).__name__ == "AlreadyExistsError":
                 raise exists(self._place) from None
             raise cannot_write(self._place, error) from None
+
+    def _finish(self, rest: bytes) -> None:
+        if self._thread is None:
+            traffic.written += len(rest)
+            mode = "overwrite" if self._replace or self._temporary else "create"
+            self._library.put(self._store, self._temporary or self._key, rest, mode=mode, use_multipart=False)
+            return
+        if rest:
+            self._put(rest)
+        self._put(None)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _take_name(self) -> None:
+        self._asked(lambda: self._library.rename(self._store, self._temporary, self._key, overwrite=False))
+        self._temporary = ""
 
     def abort(self) -> None:
         """Give up the parts; obstore aborts what it sends when its source fails."""

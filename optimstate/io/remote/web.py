@@ -86,7 +86,10 @@ class WebStore:
         """
         raise DestinationError(f"{self.name}/{key}: a web server is read, but not written")
 
-    def begin(self, key: str, *, expected: int, replace: bool) -> Any:  # noqa: ARG002
+    def abort_unfinished(self, folder: str) -> None:
+        """Nothing: there are none."""
+
+    def begin(self, key: str, *, expected: int, replace: bool, aside: str = "") -> Any:  # noqa: ARG002
         """Refused.
 
         Raises:

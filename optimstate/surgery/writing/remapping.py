@@ -172,11 +172,6 @@ def check_distributed(
             f"several processes write a folder of distributed checkpoints or of shards together, not one {target} file",
             hint="Run it without torchrun, or write a folder (convert --to dcp, or --to safetensors --shard-size 5GB).",
         )
-    if stage is not None and stage.in_store and target != DISTRIBUTED:
-        raise UsageError(
-            "several processes write distributed checkpoints to a store, and no shards: an object is written by one",
-            hint="Run it without torchrun, write a distributed checkpoint (convert --to dcp), or to a shared disk.",
-        )
     asked = "copy" if copy else "ranks" if ranks is not None else ""
     if asked and target != DISTRIBUTED:
         raise UsageError(
