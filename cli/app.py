@@ -19,12 +19,12 @@ from typer.exceptions import TyperException
 
 from optimstate import __version__, errors
 from optimstate.describe import describe, escaped
+from optimstate.io.location import Location
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from optimstate.io.location import Location
     from optimstate.plan.language.plan import Plan
 
 __all__ = [
@@ -40,6 +40,8 @@ __all__ = [
     "NoSync",
     "Quiet",
     "Ranks",
+    "Source",
+    "Verify",
     "app",
     "epilog",
     "read_plan",
@@ -80,12 +82,14 @@ Ranks = Annotated[
 View = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE",
-        help="The plan from the layout in which the weights are stored to that of the optimizer.",
-        show_default=False,
+        metavar="FILE", help="The plan from the layout in which the weights are stored to that of the optimizer."
     ),
 ]
 
+Verify = Annotated[
+    bool | None,
+    typer.Option("--verify/--no-verify", help="Compare the source's checksums: by default beside the copying."),
+]
 NoSync = Annotated[
     bool,
     typer.Option("--no-sync", help="Leave flushing to the disk to the system, as cp does: faster, not power-safe."),
@@ -109,8 +113,10 @@ def _place(name: str) -> Location:
         raise _Misplaced(error) from None
 
 
-PLACE: dict[str, Any] = {"parser": _place, "show_default": False}
+PLACE: dict[str, Any] = {"parser": _place}
 """Of arguments that are a file, a folder or a place in a store, which no `Path` could hold."""
+
+Source = Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)]
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from optimstate.cli import words
-from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog
+from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, Source, Verify, app, epilog
 from optimstate.cli.together import helped, stage_of
 from optimstate.describe import describe
 from optimstate.io.location import Location
@@ -34,14 +34,13 @@ def parse_size(text: str) -> int:
     ),
 )
 def convert(
-    source: Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)],
+    source: Source,
     destination: Annotated[Location, typer.Argument(help="Where to write; the suffix says what.", **PLACE)],
     to: Annotated[
         str | None,
         typer.Option(
             metavar="FORMAT",
             help="torch, safetensors, dcp, deepspeed-universal or torch-checkpointing; without it the suffix decides.",
-            show_default=False,
             autocompletion=words.formats,
         ),
     ] = None,
@@ -51,7 +50,6 @@ def convert(
             metavar="KIND|PATH",
             help="Write this alone: model, ema, optimizer or scheduler, or a path in the checkpoint. Given several "
             "times, these and nothing else.",
-            show_default=False,
             autocompletion=words.sections,
         ),
     ] = None,
@@ -60,35 +58,25 @@ def convert(
         typer.Option(
             metavar="KIND|PATH",
             help="Leave this out and keep everything else where it is.",
-            show_default=False,
             autocompletion=words.sections,
         ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="WHAT=DTYPE",
-            help="Cast a section or slot: model=bf16, exp_avg=bf16.",
-            show_default=False,
-            autocompletion=words.dtypes,
+            metavar="WHAT=DTYPE", help="Cast a section or slot: model=bf16, exp_avg=bf16.", autocompletion=words.dtypes
         ),
     ] = None,
     optimizer: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME",
-            help="Make the state that of Adam, Lion, Adafactor, ...",
-            show_default=False,
-            autocompletion=words.optimizers,
+            metavar="NAME", help="Make the state that of Adam, Lion, Adafactor, ...", autocompletion=words.optimizers
         ),
     ] = None,
     shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Write a folder of shards of at most this size.")
     ] = None,
-    verify: Annotated[
-        bool | None,
-        typer.Option("--verify/--no-verify", help="Compare the source's checksums: by default beside the copying."),
-    ] = None,
+    verify: Verify = None,
     no_checksums: Annotated[
         bool, typer.Option("--no-checksums", help="Write zip records without CRC-32, as torch can too.")
     ] = False,
@@ -97,7 +85,6 @@ def convert(
         typer.Option(
             metavar="sha256|xxh3",
             help="Record digests of tensors and header in safetensors files; verify and convert compare them.",
-            show_default=False,
         ),
     ] = None,
     drop_opaque: Annotated[

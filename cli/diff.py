@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import PLACE, Force, Json, Quiet, app, epilog
+from optimstate.cli.app import PLACE, Force, Json, Quiet, Source, app, epilog
 from optimstate.io.location import Location
 
 
@@ -20,23 +20,19 @@ from optimstate.io.location import Location
     ),
 )
 def diff(
-    left: Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)],
+    left: Source,
     right: Annotated[Location, typer.Argument(help="Another, of any container.", **PLACE)],
     headers: Annotated[bool, typer.Option("--headers", help="Compare names, shapes, dtypes and values only.")] = False,
     name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEMPLATE", help="Compare only what has such a name, e.g. 'layers.3.**'.", show_default=False
-        ),
+        str | None, typer.Option(metavar="TEMPLATE", help="Compare only what has such a name, e.g. 'layers.3.**'.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Relative differences up to this, by the norm, are none.", show_default=False)
+        float, typer.Option(min=0, help="Relative differences up to this, by the norm, are none.")
     ] = 0.0,
     params: Annotated[bool, typer.Option("--params", help="A line for every difference, not layers together.")] = False,
     stat: Annotated[bool, typer.Option("--stat", help="Only how many differences each part has.")] = False,
     html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write a page: heat maps of the differences, a table.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Write a page: heat maps of the differences, a table.")
     ] = None,
     force: Force = False,
     quiet: Quiet = False,

@@ -38,24 +38,17 @@ def inspect(
         bool, typer.Option("--stats", help="Read every tensor: norms, ranges, zeros, NaN (imports torch).")
     ] = False,
     name: Annotated[
-        str | None,
-        typer.Option(metavar="TEMPLATE", help="Only such parameters, e.g. 'layers.3.**'.", show_default=False),
+        str | None, typer.Option(metavar="TEMPLATE", help="Only such parameters, e.g. 'layers.3.**'.")
     ] = None,
-    section: Annotated[
-        str | None, typer.Option(metavar="KIND|PATH", help="Only this part.", show_default=False)
-    ] = None,
-    sort: Annotated[
-        Sort | None, typer.Option(help="List parameters in this order, the largest first.", show_default=False)
-    ] = None,
-    top: Annotated[int | None, typer.Option(min=1, metavar="N", help="List so many.", show_default=False)] = None,
+    section: Annotated[str | None, typer.Option(metavar="KIND|PATH", help="Only this part.")] = None,
+    sort: Annotated[Sort | None, typer.Option(help="List parameters in this order, the largest first.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, metavar="N", help="List so many.")] = None,
     tree: Annotated[bool, typer.Option("--tree", help="Show names as a tree of modules.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List every other entry, without limits.")] = False,
     view: View = None,
     html: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Write a page: histograms of moments and steps, heat maps, tables.", show_default=False
-        ),
+        typer.Option(metavar="FILE", help="Write a page: histograms of moments and steps, heat maps, tables."),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,

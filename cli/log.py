@@ -17,10 +17,7 @@ from optimstate.io.location import Location
     ),
 )
 def log(
-    path: Annotated[
-        Location,
-        typer.Argument(help="A checkpoint, or the JSON file of a certificate.", **PLACE),
-    ],
+    path: Annotated[Location, typer.Argument(help="A checkpoint, or the JSON file of a certificate.", **PLACE)],
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import PLACE, Force, Json, Quiet, View, app, epilog
+from optimstate.cli.app import PLACE, Force, Json, Quiet, Source, View, app, epilog
 from optimstate.io.location import Location
 
 
@@ -31,31 +31,25 @@ class Order(StrEnum):
     ),
 )
 def name(
-    source: Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)],
+    source: Source,
     destination: Annotated[
-        Location | None,
-        typer.Argument(help="Where to write; left out with --dry-run.", **PLACE),
+        Location | None, typer.Argument(help="Where to write; left out with --dry-run.", **PLACE)
     ] = None,
     names: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[PATH=]FILE",
             help="The parameters' names; PATH says of which optimizer, as `inspect` prints it. Repeatable.",
-            show_default=False,
         ),
     ] = None,
     order: Annotated[
         Order, typer.Option(help="The order of the names: named_parameters(), or the optimizer's, group by group.")
     ] = Order.model,
     model: Annotated[
-        str | None,
-        typer.Option(metavar="MODULE:FACTORY", help="Builds the model; runs that module's code.", show_default=False),
+        str | None, typer.Option(metavar="MODULE:FACTORY", help="Builds the model; runs that module's code.")
     ] = None,
     hf: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="CONFIG|FOLDER", help="Builds the model of transformers that a config names.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="CONFIG|FOLDER", help="Builds the model of transformers that a config names.")
     ] = None,
     view: View = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report and write nothing.")] = False,

@@ -33,7 +33,7 @@ class Layout(StrEnum):
     hub = "hub"
 
 
-PlanFile = Annotated[Path, typer.Argument(help="A plan file (TOML); - reads standard input.", show_default=False)]
+PlanFile = Annotated[Path, typer.Argument(help="A plan file (TOML); - reads standard input.")]
 Out = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write the plan there; - prints it in place of the report."),
@@ -54,10 +54,7 @@ Out = Annotated[
 )
 def suggest(
     source: Annotated[Location, typer.Argument(help="The checkpoint to be moved.", **PLACE)],
-    target: Annotated[
-        Location,
-        typer.Argument(help="A checkpoint of the new model; its weights are enough.", **PLACE),
-    ],
+    target: Annotated[Location, typer.Argument(help="A checkpoint of the new model; its weights are enough.", **PLACE)],
     output: Out = None,
     rehearse: Annotated[
         Path | None,
@@ -111,23 +108,16 @@ def suggest(
 )
 def derive(
     like: Annotated[
-        Location,
-        typer.Argument(help="A checkpoint with the names and shapes that the function takes.", **PLACE),
+        Location, typer.Argument(help="A checkpoint with the names and shapes that the function takes.", **PLACE)
     ],
     function: Annotated[
-        str, typer.Option(metavar="MODULE:NAME", help="A function from state dict to state dict.", show_default=False)
+        str, typer.Option(metavar="MODULE:NAME", help="A function from state dict to state dict.")
     ] = "",
     old_model: Annotated[
-        str,
-        typer.Option(
-            metavar="MODULE:NAME", help="What makes the old module, for a function of two modules.", show_default=False
-        ),
+        str, typer.Option(metavar="MODULE:NAME", help="What makes the old module, for a function of two modules.")
     ] = "",
     new_model: Annotated[
-        str,
-        typer.Option(
-            metavar="MODULE:NAME", help="What makes the new one, which the function copies into.", show_default=False
-        ),
+        str, typer.Option(metavar="MODULE:NAME", help="What makes the new one, which the function copies into.")
     ] = "",
     transformers: Annotated[
         Path | None,
@@ -266,10 +256,7 @@ def show(
         bool, typer.Option("--params", help="List every parameter and slot, not layers together.")
     ] = False,
     html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Write a page: which old parameters feed which new ones.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FILE", help="Write a page: which old parameters feed which new ones.")
     ] = None,
     force: Force = False,
     quiet: Quiet = False,

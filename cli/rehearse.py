@@ -21,8 +21,7 @@ from optimstate.cli.scripts import rehearsed_script
 )
 def rehearse(
     script: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="Defines old, new, batch, loss; plan, checkpoint, load if needed."),
+        Path, typer.Option(metavar="FILE", help="Defines old, new, batch, loss; plan, checkpoint, load if needed.")
     ],
     steps: Annotated[int, typer.Option(min=1, help="How many steps both runs make.")] = 2,
     quiet: Quiet = False,

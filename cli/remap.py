@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, app, epilog, read_plan
+from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, Source, Verify, app, epilog, read_plan
 from optimstate.cli.together import helped, stage_of
 from optimstate.io.location import Location
 
@@ -24,10 +24,9 @@ from optimstate.io.location import Location
     ),
 )
 def remap(
-    source: Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)],
+    source: Source,
     destination: Annotated[
-        Location | None,
-        typer.Argument(help="Where to write; left out with --in-place or --dry-run.", **PLACE),
+        Location | None, typer.Argument(help="Where to write; left out with --in-place or --dry-run.", **PLACE)
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A plan file (TOML); - reads standard input.")
@@ -75,10 +74,7 @@ def remap(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Report what would be done and leave checkpoints alone.")
     ] = False,
-    verify: Annotated[
-        bool | None,
-        typer.Option("--verify/--no-verify", help="Compare the source's checksums: by default beside the copying."),
-    ] = None,
+    verify: Verify = None,
     force: Force = False,
     copy: Copy = False,
     ranks: Ranks = None,

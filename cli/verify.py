@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import PLACE, Json, Quiet, View, app, epilog, read_plan
+from optimstate.cli.app import PLACE, Json, Quiet, Source, View, app, epilog, read_plan
 from optimstate.io.location import Location
 
 
@@ -20,14 +20,12 @@ from optimstate.io.location import Location
     ),
 )
 def verify(
-    path: Annotated[Location, typer.Argument(help="A checkpoint file or folder.", **PLACE)],
+    path: Source,
     against: Annotated[
-        Location | None,
-        typer.Option(metavar="SRC", help="The checkpoint it was made from.", **PLACE),
+        Location | None, typer.Option(metavar="SRC", help="The checkpoint it was made from.", **PLACE)
     ] = None,
     plan: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The plan it was made by; - reads standard input."),
+        Path | None, typer.Option(metavar="FILE", help="The plan it was made by; - reads standard input.")
     ] = None,
     certificate: Annotated[
         Location | None,
