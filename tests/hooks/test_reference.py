@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimstate import hooks
+from optimstate import Plan, hooks
 from tests import oracle
 from tests.hooks.recipes import (
     DUPLICATED,
@@ -23,20 +23,34 @@ from tests.hooks.recipes import (
 )
 
 
-class Reordered(nn.Module):
-    """OneLayerModel with its parameters the other way round."""
+class Ordered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x))
+
+
+class Reordered(Ordered):
+    """Its parameters in another order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Module()
-        self.fc.bias = nn.Parameter(torch.zeros(4))
-        self.fc.weight = nn.Parameter(torch.zeros(4, 3))
+        self.a = self._modules.pop("a")
 
 
+DUPLICATE = Plan.from_options(duplicate=["fc.{p}=fc1.{p},fc2.{p}"])
+BYPASS = Plan.from_options(fresh=["bypass.weight"])
+# What each recipe is for, and what does the same: a hook for it, and a plan.
 RECIPES = {
     "duplicate": (OneLayerModel, TwoLayerModel, theirs(DUPLICATED), [hooks.duplicate({"fc": ["fc1", "fc2"]})]),
+    "duplicate by a plan": (OneLayerModel, TwoLayerModel, theirs(DUPLICATED), [hooks.migrate(DUPLICATE)]),
     "missing": (Model1, ModelBypass, theirs(WITH_BYPASS), [hooks.match_names(), hooks.fill_missing()]),
-    "names": (OneLayerModel, Reordered, names_matching, [hooks.match_names()]),
+    "missing by a plan": (Model1, ModelBypass, theirs(WITH_BYPASS), [hooks.migrate(BYPASS)]),
+    "names": (Ordered, Reordered, names_matching, [hooks.match_names()]),
+    "names by a plan": (Ordered, Reordered, names_matching, [hooks.migrate(Plan())]),
 }
 OPTIMIZERS = {
     "SGD": lambda module, params: module.SGD(params, lr=0.01, momentum=0.9),
@@ -85,8 +99,7 @@ def test_the_recipes_of_the_documentation(
     reference.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
     assert oracle.differences(reference.state_dict(), optimizer2.state_dict()) == []
     assert optimizer2.state_dict()["state"]
-    if new is not Reordered:
-        assert trained(model2, optimizer2, 10) == trained(twin, reference, 10)
+    assert trained(model2, optimizer2, 10) == trained(twin, reference, 10)
 
 
 def two_groups(model: nn.Module, *, flipped: bool = False) -> torch.optim.Optimizer:
@@ -97,7 +110,8 @@ def two_groups(model: nn.Module, *, flipped: bool = False) -> torch.optim.Optimi
     return torch.optim.SGD(groups[::-1] if flipped else groups, momentum=0.9)
 
 
-def test_two_groups_where_the_first_recipe_loses_one() -> None:
+@pytest.mark.parametrize("hook", [hooks.duplicate({"fc": ["fc1", "fc2"]}), hooks.migrate(DUPLICATE)])
+def test_two_groups_where_the_first_recipe_loses_one(hook: Any) -> None:
     model = OneLayerModel()
     optimizer = two_groups(model)
     trained(model, optimizer)
@@ -105,7 +119,7 @@ def test_two_groups_where_the_first_recipe_loses_one() -> None:
     broken.register_load_state_dict_pre_hook(theirs(DUPLICATED))
     broken.load_state_dict(optimizer.state_dict())
     assert len(broken.state_dict()["state"]) == 2  # the biases' momentum is gone, without a word
-    ours.register_load_state_dict_pre_hook(hooks.duplicate({"fc": ["fc1", "fc2"]}))
+    ours.register_load_state_dict_pre_hook(hook)
     ours.load_state_dict(optimizer.state_dict())
     made = ours.state_dict()
     saved = optimizer.state_dict()
@@ -116,7 +130,24 @@ def test_two_groups_where_the_first_recipe_loses_one() -> None:
     assert [group["lr"] for group in made["param_groups"]] == [0.5, 0.25]
 
 
-def test_groups_the_other_way_round_where_the_third_recipe_fails() -> None:
+@pytest.mark.parametrize("added", [[hooks.match_names(), hooks.fill_missing()], [hooks.migrate(BYPASS)]])
+def test_a_new_parameter_in_one_of_two_groups_is_fresh(added: list[Any]) -> None:
+    model, grown = Model1(), ModelBypass()
+    optimizer, ours = two_groups(model), two_groups(grown)
+    trained(model, optimizer)
+    for hook in added:
+        ours.register_load_state_dict_pre_hook(hook)
+    ours.load_state_dict(optimizer.state_dict())
+    assert grown.bypass.weight not in ours.state
+    for name, p in model.named_parameters():
+        assert torch.equal(
+            ours.state[grown.get_parameter(name)]["momentum_buffer"], optimizer.state[p]["momentum_buffer"]
+        )
+    assert [(group["lr"], group["weight_decay"]) for group in ours.param_groups] == [(0.5, 0.1), (0.25, 0.0)]
+
+
+@pytest.mark.parametrize("hook", [hooks.match_names(), hooks.migrate(Plan())])
+def test_groups_the_other_way_round_where_the_third_recipe_fails(hook: Any) -> None:
     model, model2 = OneLayerModel(), OneLayerModel()
     optimizer = two_groups(model)
     trained(model, optimizer)
@@ -124,7 +155,7 @@ def test_groups_the_other_way_round_where_the_third_recipe_fails() -> None:
     broken.register_load_state_dict_pre_hook(names_matching)
     with pytest.raises(ValueError, match="is not in list"):
         broken.load_state_dict(optimizer.state_dict())
-    ours.register_load_state_dict_pre_hook(hooks.match_names())
+    ours.register_load_state_dict_pre_hook(hook)
     ours.load_state_dict(optimizer.state_dict())
     by_name = {name: ours.state[p]["momentum_buffer"] for name, p in model2.named_parameters()}
     for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Names matched and produced."""
+"""Templates: what they match, what they produce, what they refuse."""
 
 from __future__ import annotations
 
@@ -9,41 +9,62 @@ from hypothesis import strategies as st
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language.template import Template
 
+MATCHES: list[tuple[str, str, dict[str, str] | None]] = [
+    ("fc.weight", "fc.weight", {}),
+    ("fc.weight", "fc.weights", None),
+    ("fc.weight", "fcxweight", None),
+    ("fc.{p}", "fc.weight", {"p": "weight"}),
+    ("fc.{p}", "fc.sub.weight", None),
+    ("fc.{p**}", "fc.sub.weight", {"p": "sub.weight"}),
+    ("fc.{p**}", "fc", None),
+    ("{p**}", "a.b.c", {"p": "a.b.c"}),
+    ("blocks.{i:int}.w", "blocks.12.w", {"i": "12"}),
+    ("blocks.{i:int}.w", "blocks.x.w", None),
+    ("{x=q|k|v}_proj.w", "k_proj.w", {"x": "k"}),
+    ("{x=q|k|v}_proj.w", "o_proj.w", None),
+    ("e.{e=0..3}.w", "e.3.w", {"e": "3"}),
+    ("e.{e=0..3}.w", "e.4.w", None),
+    ("{a}.{b}.{a}", "x.y.x", {"a": "x", "b": "y"}),
+    ("{a}.{b}.{a}", "x.y.z", None),
+    ("experts.{p**}", "shared_experts.w", None),
+    ("*.weight", "fc.weight", {}),
+    ("*.weight", "a.fc.weight", None),
+    ("**.weight", "a.fc.weight", {}),
+    ("a.{i}.w", "a.0.1.w", None),
+    ("e.{n=0..7}", "e.07", None),
+    ("h.{2*i+1}.w", "h.7.w", {"i": "3"}),
+    ("h.{2*i+1}.w", "h.8.w", None),
+    ("h.{i+1}.w", "h.0.w", None),
+    (r"re:(?P<a>.+)_old\.(?P<p>\w+)", "m.x_old.w", {"a": "m.x", "p": "w"}),
+    ("a+b.(c)", "a+b.(c)", {}),
+]
 
-@pytest.mark.parametrize(
-    ("template", "name", "captures"),
-    [
-        ("a.{i}.w", "a.0.w", {"i": "0"}),
-        ("a.{i}.w", "a.0.1.w", None),
-        ("a.{i:int}.w", "a.x.w", None),
-        ("{rest**}.w", "a.b.c.w", {"rest": "a.b.c"}),
-        ("{x=q|k}_proj", "k_proj", {"x": "k"}),
-        ("{x=q|k}_proj", "v_proj", None),
-        ("e.{n=0..7}", "e.8", None),
-        ("e.{n=0..7}", "e.07", None),
-        ("experts.{i}", "shared_experts.0", None),
-        ("{i}.{i}", "3.3", {"i": "3"}),
-        ("{i}.{i}", "3.4", None),
-        ("h.{2*i+1}.w", "h.7.w", {"i": "3"}),
-        ("h.{2*i+1}.w", "h.8.w", None),
-        ("h.{i+1}.w", "h.0.w", None),
-        ("**.bias", "a.b.bias", {}),
-        ("*.bias", "a.b.bias", None),
-        (r"re:(?P<a>.+)_old\.(?P<p>\w+)", "m.x_old.w", {"a": "m.x", "p": "w"}),
-        ("a+b.(c)", "a+b.(c)", {}),
-    ],
-)
-def test_matching(template: str, name: str, captures: dict[str, str] | None) -> None:
+
+@pytest.mark.parametrize(("template", "name", "captures"), MATCHES)
+def test_a_template_matches_whole_names_by_component(template: str, name: str, captures: dict[str, str] | None) -> None:
     assert Template(template).match(name) == captures
 
 
-def test_producing_all_combinations() -> None:
-    made = list(Template("{i}.{x=a|b}.{e=0..1}").produce({"i": "5"}))
-    assert made == ["5.a.0", "5.a.1", "5.b.0", "5.b.1"]
+@pytest.mark.parametrize(
+    ("template", "captures", "names"),
+    [
+        ("b.{i}.w", {"i": "3"}, ["b.3.w"]),
+        ("b.{2*i+1}.w", {"i": "3"}, ["b.7.w"]),
+        ("b.{i-1}.w", {"i": "3"}, ["b.2.w"]),
+        ("e.{e=0..2}.{p}", {"p": "w"}, ["e.0.w", "e.1.w", "e.2.w"]),
+        ("{x=a|b}.{e=0..1}", {}, ["a.0", "a.1", "b.0", "b.1"]),
+        ("{x=a|b}.w", {"x": "b"}, ["b.w"]),
+    ],
+)
+def test_a_template_produces_names(template: str, captures: dict[str, str], names: list[str]) -> None:
+    assert list(Template(template).produce(captures)) == names
 
 
-@pytest.mark.parametrize("text", ["", "{", "a}", "{1x}", "{x=a|a}", "{x=a||b}", "{e=3..1}", "re:(", "{0*i}"])
-def test_mistakes(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "a}", "{1x}", "{x=}", "{x=a|a}", "{x=a||b}", "{e=3..1}", "{e=0..999999999}", "{x y}", "re:(", "{0*i}"],
+)
+def test_a_template_that_cannot_be_read_is_refused_when_it_is_written(text: str) -> None:
     with pytest.raises(PlanSyntaxError):
         Template(text)
 
