@@ -26,7 +26,6 @@ from optimstate.plan.language.joining import Concat, Split
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import GroupRule, Policy, Rule
 from optimstate.plan.language.template import Template
-from optimstate.problems import Problem
 from optimstate.state.optimizer import Slots
 
 __all__ = [
@@ -168,15 +167,11 @@ def resize(
         rules = []
         for name in found:
             if name not in shapes:
-                raise MigrationError(
-                    [
-                        Problem(
-                            "name",
-                            f"the live optimizer has no parameter {describe(name)} to take the shape of",
-                            "resize",
-                            (name,),
-                        )
-                    ]
+                raise MigrationError.of(
+                    "name",
+                    f"the live optimizer has no parameter {describe(name)} to take the shape of",
+                    "resize",
+                    (name,),
                 )
             steps: tuple[Operation, ...] = tuple(
                 Resize(dim, size, filling) for dim, size in enumerate(shapes[name] or ())
@@ -366,8 +361,8 @@ def _fill_like(request: LoadRequest, names: Mapping[str, str]) -> None:
         source, target = Template(f"{new}.{{rest**}}" if wide else new), Template(f"{old}.{{rest}}" if wide else old)
         matches = {name: captures for name in known if (captures := source.match(name)) is not None}
         if not matches:
-            raise MigrationError(
-                [Problem("unmatched", f"{describe(new)} matches no parameter of the live optimizer", "fill_missing")]
+            raise MigrationError.of(
+                "unmatched", f"{describe(new)} matches no parameter of the live optimizer", "fill_missing"
             )
         like.update({name: next(iter(target.produce(captures))) for name, captures in matches.items()})
     request.add(Plan(tuple(Rule((), (Template.literal(name),), fresh=True) for name in like)))
@@ -377,28 +372,20 @@ def _fill_like(request: LoadRequest, names: Mapping[str, str]) -> None:
             return None
         other = like[name]
         if other not in slots:
-            raise MigrationError(
-                [
-                    Problem(
-                        "name",
-                        f"{describe(name)} is to be like {describe(other)}, which the live optimizer lacks",
-                        "fill_missing",
-                    )
-                ]
+            raise MigrationError.of(
+                "name",
+                f"{describe(name)} is to be like {describe(other)}, which the live optimizer lacks",
+                "fill_missing",
             )
         found = slots[other]
         if found is None:
             return None
         shape = dict(request.live.pairs())[other].shape
         if shape != parameter.shape:
-            raise MigrationError(
-                [
-                    Problem(
-                        "shape",
-                        f"{describe(name)} has shape {list(parameter.shape)}, {describe(other)} has {list(shape)}",
-                        "fill_missing",
-                    )
-                ]
+            raise MigrationError.of(
+                "shape",
+                f"{describe(name)} has shape {list(parameter.shape)}, {describe(other)} has {list(shape)}",
+                "fill_missing",
             )
         return {key: copied(value) for key, value in found.items()}, f"a copy of the state of {other}"
 

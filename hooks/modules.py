@@ -20,7 +20,6 @@ from optimstate.plan.solve.inventory import model_inventory
 from optimstate.plan.solve.migration import Inventory, SectionMoves, Target
 from optimstate.plan.solve.planner import plan_migration
 from optimstate.plan.solve.resolve import Resolver
-from optimstate.problems import Problem
 from optimstate.state.names import unwrapped
 from optimstate.state.schedules import schedule_of
 from optimstate.tensors.lazy import LazyTensor
@@ -52,9 +51,7 @@ class ModelLoad:
         self._live = {plain_live(name): (name, value) for name, value in own.items()}
         for before, after in ((tensors, self._tensors), (own, self._live)):
             if len(before) != len(after):
-                raise MigrationError(
-                    [Problem("name", "two parameters have the same name when wrapper prefixes are taken off")]
-                )
+                raise MigrationError.of("name", "two parameters have the same name when wrapper prefixes are taken off")
 
     @property
     def is_settled(self) -> bool:
@@ -229,7 +226,7 @@ def migrate_scheduler(
         listed = ", ".join(f"{key} = {value}" for key, value in rates.items())
         message = f"its schedule gives param group {number} {listed}, which the group is not given by the load hook"
         remedy = "give the optimizer too, which gets it: migrate_scheduler(..., optimizer=optimizer)"
-        raise MigrationError([Problem("scheduler", message, names=(), remedy=remedy)])
+        raise MigrationError.of("scheduler", message, names=(), remedy=remedy)
     for group, rates in zip(own, changed, strict=True) if optimizer is not None else ():
         for key, value in rates.items():
             if torch.is_tensor(group.get(key)):

@@ -34,7 +34,7 @@ from collections.abc import Iterable, Sequence
 from typing import Self
 
 from optimstate.describe import describe, escaped
-from optimstate.problems import Problem
+from optimstate.problems import Kind, Problem
 
 __all__ = [
     "CheckpointError",
@@ -174,6 +174,22 @@ class MigrationError(PlanError):
 
     def __init__(self, problems: Sequence[Problem], *, hint: str = "") -> None:
         super().__init__("\n".join(map(str, problems)), hint=hint, problems=problems)
+
+    @classmethod
+    def of(
+        cls, kind: Kind, message: str, place: str = "", names: tuple[str, ...] = (), remedy: str = "", *, hint: str = ""
+    ) -> MigrationError:
+        """The error of one problem.
+
+        Args:
+            kind: What kind of thing is wrong, as the others a field of `Problem`.
+            message: What is wrong.
+            place: Where.
+            names: The parameters it is about.
+            remedy: What to do next.
+            hint: What to do next, on a line of its own.
+        """
+        return cls([Problem(kind, message, place, names, remedy)], hint=hint)
 
 
 class DerivationError(PlanError):

@@ -145,7 +145,7 @@ def _choose_table(request: LoadRequest) -> None:
     if len(own) != 1 or None in own.values():
         which = " and ".join(str(rule) if rule is not None else "no table" for rule in own.values())
         message = f"the live optimizer has parameters of {which}; the tables and the live optimizers must agree"
-        raise MigrationError([Problem("group", message, names=tuple(live[:3]))])
+        raise MigrationError.of("group", message, names=tuple(live[:3]))
     (rule,) = own.values()
     assert rule is not None
     problems = list(option_problems(rule.set, request.live.options, str(rule), known=option_names(rule.algorithm)))

@@ -13,7 +13,6 @@ from optimstate.plan.language.operations import Operation
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
-from optimstate.problems import Problem
 
 __all__ = ["HookStep", "below", "is_module", "literal", "matching", "ruled", "templates"]
 
@@ -108,8 +107,6 @@ def matching(names: Iterable[str], known: Sequence[str], hook: str) -> list[str]
         template = Template(below(name, set(known)))
         matches = [other for other in known if template.match(other) is not None]
         if not matches:
-            raise MigrationError(
-                [Problem("unmatched", f"{describe(name)} matches no parameter of the checkpoint", hook)]
-            )
+            raise MigrationError.of("unmatched", f"{describe(name)} matches no parameter of the checkpoint", hook)
         found.update(dict.fromkeys(matches))
     return list(found)

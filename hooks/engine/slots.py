@@ -11,7 +11,6 @@ from optimstate.errors import MigrationError, PlanError
 from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import copied, number_of, shape_of
 from optimstate.plan.slots.outcomes import SlotPath, flat_slots, slot_name
-from optimstate.problems import Problem
 from optimstate.state.algorithms.registry import conventional, recognise_state
 from optimstate.state.optimizer import Slots
 
@@ -58,14 +57,10 @@ def zeros_like_others(
         elif slot is not None and slot.kind == "scalar":
             node[key] = _agreed(name, path, donor, others)
         else:
-            raise MigrationError(
-                [
-                    Problem(
-                        "slot",
-                        f"it is not known what zero is for the slot {describe(slot_name(path))} of {describe(donor)}",
-                        "fill_missing",
-                    )
-                ],
+            raise MigrationError.of(
+                "slot",
+                f"it is not known what zero is for the slot {describe(slot_name(path))} of {describe(donor)}",
+                "fill_missing",
                 hint='Leave it fresh: fill_missing("fresh").',
             )
     return made, "zeros, at the others' step"
@@ -77,16 +72,12 @@ def _agreed(name: str, path: SlotPath, donor: str, others: Mapping[str, Slots]) 
     value = found[donor]
     for other, its in found.items():
         if number_of(its) != number_of(value):
-            raise MigrationError(
-                [
-                    Problem(
-                        "disagreement",
-                        f"{describe(name)} is to get the others' {slot_name(path)}, but {describe(donor)} has "
-                        f"{number_of(value)} and {describe(other)} has {number_of(its)}",
-                        "fill_missing",
-                        (name, donor, other),
-                    )
-                ],
+            raise MigrationError.of(
+                "disagreement",
+                f"{describe(name)} is to get the others' {slot_name(path)}, but {describe(donor)} has "
+                f"{number_of(value)} and {describe(other)} has {number_of(its)}",
+                "fill_missing",
+                (name, donor, other),
                 hint='Name the parameter it is to be like: fill_missing({"new": "other"}), or leave it fresh.',
             )
     return copied(value)

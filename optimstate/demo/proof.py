@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from optimstate.errors import MigrationError
-from optimstate.problems import Problem
 
 __all__ = ["prove", "tensors_by_name"]
 
@@ -37,13 +36,11 @@ def prove(before: Path, after: Path, expected: Callable[[str], Iterable[str]]) -
         for target in expected(name):
             found = new.get((section, target, slot))
             if found is None or found.dtype != tensor.dtype or not _same_bits(found, tensor):
-                raise MigrationError(
-                    [Problem("content", f"not the tensor that {name} had", f"{section} {target} {slot}")]
-                )
+                raise MigrationError.of("content", f"not the tensor that {name} had", f"{section} {target} {slot}")
             rest.discard((section, target, slot))
             compared += 1
     if rest:
-        raise MigrationError([Problem("content", f"{after} holds {min(rest)}, which {before} does not")])
+        raise MigrationError.of("content", f"{after} holds {min(rest)}, which {before} does not")
     return compared
 
 

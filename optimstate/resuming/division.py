@@ -165,11 +165,11 @@ class Division(Record):
         keys = list(self.inventories)
         if len(schedules) not in (1, len(keys)):
             message = f"{len(schedules)} schedulers and {len(keys)} optimizers: nothing says which follows which"
-            raise MigrationError([Problem("scheduler", message, str(rule))], hint="Build the scheduler anew.")
+            raise MigrationError.of("scheduler", message, str(rule), hint="Build the scheduler anew.")
         of = dict(zip(keys, list(schedules) * (len(keys) if len(schedules) == 1 else 1), strict=True))
         own = [part for part in self.parts if part.rule is rule]
         if not own:
-            raise MigrationError([Problem("scheduler", "it has no parameter of the checkpoint", str(rule))])
+            raise MigrationError.of("scheduler", "it has no parameter of the checkpoint", str(rule))
         return joined_scheduler([schedulers_of(of[part.key], [part])[rule.path] for part in own], rule.path)
 
 

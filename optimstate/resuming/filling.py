@@ -18,7 +18,6 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Rule
-from optimstate.problems import Problem
 from optimstate.resuming.shards import Reader, whole
 from optimstate.state.loose import gathered
 from optimstate.state.optimizer import OptimizerState
@@ -144,7 +143,7 @@ class Filling:
             matched = [name for name in parameters if any(each.match(name) is not None for each in templates)]
             if not matched:
                 message = "matches no parameter of the checkpoint, and none that only the live state dict has"
-                raise MigrationError([Problem("unmatched", message, str(rule))])
+                raise MigrationError.of("unmatched", message, str(rule))
             new.update(dict.fromkeys(matched))
         if new:
             names = ", ".join(map(describe, list(new)[:3])) + (", ..." if len(new) > 3 else "")

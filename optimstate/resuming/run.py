@@ -252,8 +252,8 @@ class Run:
         counts = [count for _, count in division.migration.counts]
         for (path, optimizer), rule in zip(optimizers, division.tables(names), strict=True):
             if path not in (None, rule.path):
-                raise MigrationError(
-                    [Problem("group", f"the optimizer given as {describe(path)} has its parameters", str(rule))]
+                raise MigrationError.of(
+                    "group", f"the optimizer given as {describe(path)} has its parameters", str(rule)
                 )
             live = live_of(optimizer, models, is_named=True)
             request = LoadRequest(division.state_of(rule), live)
@@ -294,7 +294,7 @@ class Run:
                 rule = self._rules.get(id(scheduler.optimizer))
                 if rule is None:
                     message = "a scheduler is given, and the optimizer that it follows is not"
-                    raise MigrationError([Problem("scheduler", message, type(scheduler).__name__)])
+                    raise MigrationError.of("scheduler", message, type(scheduler).__name__)
                 self._plan_scheduler(scheduler, self._division.schedule_of(rule, found), rule.path)
         for (_, scheduler), section in zip(schedulers, sections, strict=False):
             self._plan_scheduler(scheduler, self.parts.node(section), section.label)

@@ -7,7 +7,6 @@ from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import MigrationError
-from optimstate.problems import Problem
 from optimstate.state.records import is_tensor
 
 __all__ = ["gathered", "loose_weights", "spread"]
@@ -53,7 +52,7 @@ def spread(fields: Mapping[str, Any]) -> dict[str, Any]:
         message = (
             f"the weights stand among the other entries of the checkpoint, one of which is {describe(taken[0])} too"
         )
-        raise MigrationError([Problem("name", message, names=tuple(taken[:4]), remedy="give the weight another name")])
+        raise MigrationError.of("name", message, names=tuple(taken[:4]), remedy="give the weight another name")
     return {**weights, **rest}
 
 

@@ -190,13 +190,9 @@ def _initial_lrs(state: Mapping[str, Any]) -> Sequence[Any]:
     for key in ("base_lrs", "_last_lr"):
         for _, values in _lists(state, {key}):
             return values
-    raise MigrationError(
-        [
-            Problem(
-                "scheduler",
-                "the scheduler state has neither base_lrs nor _last_lr, by which 'min' and 'max' choose between groups",
-            )
-        ],
+    raise MigrationError.of(
+        "scheduler",
+        "the scheduler state has neither base_lrs nor _last_lr, by which 'min' and 'max' choose between groups",
         hint="Use merge='first'.",
     )
 

@@ -191,7 +191,7 @@ def section_called(name: str, tree: Any, sections: Sequence[Section]) -> Section
     if name not in KINDS:
         raise UsageError.unknown(problem, name, (*KINDS, *(section.label for section in sections)))
     known = f"There are: {there}." if sections else "No section was recognised; `optimstate inspect` shows what is."
-    raise MigrationError([Problem("section", problem)], hint=known)
+    raise MigrationError.of("section", problem, hint=known)
 
 
 def _spellings(path: Path) -> tuple[str, str]:

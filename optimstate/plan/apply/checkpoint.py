@@ -181,10 +181,10 @@ class _Checkpoint:
         for section in old:
             for masters in masters_beside(tree, section.path, self.states[key_of(section)], self._shapes()):
                 message = "weights in the order of the optimizer's parameters stand beside it, and cannot be divided"
-                raise MigrationError([Problem("unreached", message, format_path(masters.path))])
+                raise MigrationError.of("unreached", message, format_path(masters.path))
         if any(section.host is not None for section in old):
             message = "flattened optimizer state cannot become other optimizers: convert the checkpoint first"
-            raise MigrationError([Problem("unreached", message)])
+            raise MigrationError.of("unreached", message)
         return placed(made, nodes, [section.path for section in old], followers), reported(migration, parts)
 
     def rebuilt(self, migration: Migration) -> dict[int, Any]:
@@ -303,7 +303,7 @@ def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint, like: Like | None) ->
     if plan.policy.hyperparameters == "live" and (like is None or not like.targets):
         message = 'hyperparameters = "live" in [policy] speaks of an optimizer in memory, and a file has none'
         remedy = "use it in optimstate.resume or hooks, or give the new run's checkpoint with --like"
-        raise MigrationError([Problem("unreached", message, remedy=remedy)])
+        raise MigrationError.of("unreached", message, remedy=remedy)
     if plan.policy.unused != "error":
         return
     rest = (
@@ -339,8 +339,11 @@ def _refuse_other_parameters(section: Section, migration: Migration) -> None:
         changed += [move.target for move in moves.moves if move.clone or not move.is_moved_whole]
         if changed:
             message = f"has no parameter names: it cannot follow what is dropped, duplicated or cut in {key}"
-            raise MigrationError(
-                [Problem("name", message, key_of(section), tuple(changed))],
+            raise MigrationError.of(
+                "name",
+                message,
+                key_of(section),
+                tuple(changed),
                 hint="Save it with names (build the optimizer from model.named_parameters()), "
                 "or convert only the weights.",
             )

@@ -10,7 +10,6 @@ from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_optimizer
 from optimstate.plan.solve.division import Part
 from optimstate.plan.solve.migration import Migration
-from optimstate.problems import Problem
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.scheduler import PER_GROUP_KEYS, regroup_scheduler_state
 from optimstate.tree import Path, rebuilt_mapping
@@ -78,7 +77,7 @@ def joined_scheduler(found: Sequence[Mapping[str, Any]], path: str) -> dict[str,
             elif both[0] != both[1]:
                 values = f"{describe(both[0])} and {describe(both[1])}"
                 message = f"its schedulers differ in {key} ({values}), so they cannot become one"
-                raise MigrationError([Problem("scheduler", message, f"[[optimizer]] {describe(path)}")])
+                raise MigrationError.of("scheduler", message, f"[[optimizer]] {describe(path)}")
     return first
 
 
@@ -119,7 +118,7 @@ def placed(
     joined = next((label for label, found in by_optimizer.items() if len(found) > 1), None)
     if joined is not None:
         message = "several schedulers would follow it beside other optimizers"
-        raise MigrationError([Problem("scheduler", message, f"[[optimizer]] {describe(joined)}")])
+        raise MigrationError.of("scheduler", message, f"[[optimizer]] {describe(joined)}")
     for place, states in schedulers.items():
         tree = _replaced(tree, place, next(iter(states.values())) if len(states) == 1 else dict(states))
     return tree
@@ -127,7 +126,7 @@ def placed(
 
 def _refused(path: Path) -> MigrationError:
     message = f"{'.'.join(map(str, path))} is not in dicts alone, so it cannot be replaced by other optimizers"
-    return MigrationError([Problem("unreached", message)], hint="Convert the checkpoint to one file of dicts first.")
+    return MigrationError.of("unreached", message, hint="Convert the checkpoint to one file of dicts first.")
 
 
 def _removed(tree: Any, path: Path) -> Any:
@@ -149,6 +148,6 @@ def _replaced(tree: Any, path: Path, node: Any) -> Any:
 def _put(tree: Any, path: Path, node: Any, whole: str) -> Any:
     if not isinstance(tree, Mapping) or (len(path) == 1 and path[0] in tree):
         message = f"something else is at {describe(whole)}, where an [[optimizer]] is to stand"
-        raise MigrationError([Problem("conflict", message, remedy="choose another path")])
+        raise MigrationError.of("conflict", message, remedy="choose another path")
     inner = node if len(path) == 1 else _put(tree.get(path[0], {}), path[1:], node, whole)
     return rebuilt_mapping(tree, {**tree, path[0]: inner})

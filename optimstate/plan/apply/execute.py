@@ -15,7 +15,6 @@ from optimstate.plan.expressions.evaluate import LIVE, backend_of, copied, evalu
 from optimstate.plan.expressions.tree import Expr, Leaf
 from optimstate.plan.slots.outcomes import SlotPath, nested
 from optimstate.plan.solve.migration import Move, SectionMoves
-from optimstate.problems import Problem
 from optimstate.state.optimizer import Group, Member, OptimizerState, ParameterKey, Slots
 from optimstate.tensors.lazy import LazyTensor
 
@@ -169,7 +168,7 @@ class _Builder:
         kept = evaluated(ex.kept_places(expression), ones, {})
         if not ((kept == 0) | (kept == 1)).all():
             message = "a mean over elements that hold the live model's values (fill = \"live\") is neither side's"
-            raise MigrationError([Problem("operation", message)])
+            raise MigrationError.of("operation", message)
         return torch.where(kept.bool(), found, live.detach().to(found.device, found.dtype))
 
     def _leaf(self, leaf: Leaf, path: SlotPath) -> Any:

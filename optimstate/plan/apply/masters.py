@@ -18,7 +18,6 @@ from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.slots.elementwise import Translator, translation_outcome
 from optimstate.plan.slots.outcomes import Refusal
 from optimstate.plan.solve.migration import Move, SectionMoves
-from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.algorithms.slots import WEIGHT
 from optimstate.state.optimizer import OptimizerState
@@ -89,7 +88,7 @@ class Masters(Record):
             message = (
                 f"{describe(name)} is new, and no model in the checkpoint has the weight for its place in these lists"
             )
-            raise MigrationError([Problem("unfilled", message, format_path(self.path), (name,))])
+            raise MigrationError.of("unfilled", message, format_path(self.path), (name,))
         return backend_of(weight).cast(weight, dtype)
 
 
@@ -138,4 +137,4 @@ def masters_beside(
             message = (
                 f"has {counts} tensors, or others than the param groups' {sizes}, and cannot follow the parameters"
             )
-            raise MigrationError([Problem("shape", message, format_path((*path[:-1], key)))])
+            raise MigrationError.of("shape", message, format_path((*path[:-1], key)))

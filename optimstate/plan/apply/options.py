@@ -158,8 +158,7 @@ def followers_of(
             f"{len(schedulers)} schedulers and {len(optimizers)} optimizers: nothing says which "
             "scheduler follows which optimizer's param groups"
         )
-        raise MigrationError(
-            [Problem("scheduler", message)],
-            hint="Migrate the optimizers one at a time, or write the schedulers anew.",
+        raise MigrationError.of(
+            "scheduler", message, hint="Migrate the optimizers one at a time, or write the schedulers anew."
         )
     return [pair for pair in pairs if pair[1] in sections]

@@ -103,21 +103,18 @@ def differences(state: Mapping[str, Any], live: LiveScheduler) -> list[str]:
     """
     saved, own = schedule_of(unshared(state)), schedule_of(unshared(live.state))
     if type(saved) is not type(own) or len(list(parts(saved))) != len(list(parts(own))):
-        raise MigrationError(
-            [Problem("scheduler", f"the checkpoint's scheduler is {named(saved)}, the live one is {live.name}")],
+        raise MigrationError.of(
+            "scheduler",
+            f"the checkpoint's scheduler is {named(saved)}, the live one is {live.name}",
             hint='Build the same scheduler, or let the live one take the position: schedule = "live" in [policy].',
         )
     found = []
     for (path, old), (_, new) in zip(parts(saved), parts(own), strict=True):
         if type(old) is not type(new):
-            raise MigrationError(
-                [
-                    Problem(
-                        "scheduler",
-                        f"in the checkpoint it is {named(old)}, in the live scheduler {named(new)}",
-                        path,
-                    )
-                ],
+            raise MigrationError.of(
+                "scheduler",
+                f"in the checkpoint it is {named(old)}, in the live scheduler {named(new)}",
+                path,
                 hint='Build the same scheduler, or say schedule = "live" in [policy].',
             )
         for key in old.ARGUMENTS:

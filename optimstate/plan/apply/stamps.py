@@ -7,7 +7,6 @@ from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan.language.plan import Plan
-from optimstate.problems import Problem
 from optimstate.state.sections import find_sections
 from optimstate.tree import rebuilt_mapping
 
@@ -28,8 +27,9 @@ def refuse_second(plan: Plan, tree: Any) -> None:
         MigrationError: It was.
     """
     if plan.guard.once and plan.digest in set(_applied(tree)):
-        raise MigrationError(
-            [Problem("guard", "this plan was applied to this checkpoint already")],
+        raise MigrationError.of(
+            "guard",
+            "this plan was applied to this checkpoint already",
             hint="Apply it to the original, or take `once` out of the plan's [guard].",
         )
 
@@ -56,5 +56,5 @@ def stamped(plan: Plan, tree: Any) -> Any:
     roots = [section for section in find_sections(tree) if section.path == ()]
     if not isinstance(tree, dict) or roots or not all(isinstance(key, str) for key in tree):
         message = "[guard] once = true needs a checkpoint that is a dict of sections, to note the plan in"
-        raise MigrationError([Problem("guard", message)], hint="Use has and lacks, which need no note.")
+        raise MigrationError.of("guard", message, hint="Use has and lacks, which need no note.")
     return rebuilt_mapping(tree, {**tree, STAMP: [*tree.get(STAMP, ()), plan.digest]})

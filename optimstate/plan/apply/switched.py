@@ -13,7 +13,6 @@ from optimstate.describe import describe
 from optimstate.errors import MigrationError
 from optimstate.plan.expressions.evaluate import backend_of, copied, shape_of
 from optimstate.plan.solve.groups import GroupPlan
-from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import recognise_state
 from optimstate.state.algorithms.slots import Algorithm
@@ -116,4 +115,4 @@ def _first(algorithm: Algorithm | None, slot: str, key: Any, own: Slots, paramet
             return backend_of(value).full(value, shape, 0.0)
     message = f"{algorithm.name} would need {slot} now, and no slot here has the parameter's shape to start it with"
     remedy = "set the option in the live optimizer instead: optimstate.resume and the load hooks start the slot"
-    raise MigrationError([Problem("slot", message, describe(key), remedy=remedy)])
+    raise MigrationError.of("slot", message, describe(key), remedy=remedy)

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Expr, Shape
-from optimstate.problems import Problem
 from optimstate.tensors.compute import concatenated, filled, mapped, reduced, taken
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, cloned
@@ -91,8 +90,8 @@ def _live_copy(value: Any) -> Any:
         return value.detach().clone().requires_grad_(value.requires_grad)
     except NotImplementedError:  # a subclass without a clone of its own, as torchao's low-bit state: copy its parts
         if not hasattr(value, "__tensor_flatten__"):
-            raise MigrationError(
-                [Problem("slot", f"a tensor of {type(value).__qualname__} cannot be copied: it has no clone")]
+            raise MigrationError.of(
+                "slot", f"a tensor of {type(value).__qualname__} cannot be copied: it has no clone"
             ) from None
         names, context = value.__tensor_flatten__()
         parts = {name: _live_copy(getattr(value, name)) for name in names}

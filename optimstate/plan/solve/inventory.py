@@ -10,7 +10,6 @@ from optimstate.plan.expressions.evaluate import shape_of
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.slots.outcomes import Parameter, SlotPath, flattened, nested
 from optimstate.plan.solve.migration import Inventory, Target
-from optimstate.problems import Problem
 from optimstate.state.algorithms.registry import parameter_shape, recognise_state
 from optimstate.state.optimizer import OptimizerState
 
@@ -34,8 +33,9 @@ def optimizer_inventory(
         MigrationError: A parameter has no name.
     """
     if not state.is_named and any(group.params for group in state.groups):
-        raise MigrationError(
-            [Problem("name", "the optimizer's parameters have no names, so nothing can be moved by name")],
+        raise MigrationError.of(
+            "name",
+            "the optimizer's parameters have no names, so nothing can be moved by name",
             hint="Give them in order: state.named([...]), or save from an optimizer built on named_parameters().",
         )
     used: dict[str, None] = {}
