@@ -63,6 +63,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"archive"},
         {"numpy_files"},
         {"folder"},
+        {"named_optimizers"},
         {"torch_checkpointing"},
         {"byte_kinds", "unpickled"},
     ),

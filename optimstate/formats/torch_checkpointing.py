@@ -23,6 +23,7 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.formats.folder import copied
+from optimstate.formats.named_optimizers import FORM_VERSION, by_name, is_optimizer, numbered
 from optimstate.formats.pickles.pickle import dump
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.ranks.files import join_ranks
@@ -35,7 +36,7 @@ from optimstate.io.location import Location
 from optimstate.io.places import beginning, located
 from optimstate.record import Record
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import OpaqueFile, difference, nodes, rebuilt_mapping
+from optimstate.tree import OpaqueFile, difference, nodes
 
 __all__ = ["NAME", "SUFFIXES", "read", "sniff", "write"]
 
@@ -43,7 +44,6 @@ NAME = "torch-checkpointing"
 SUFFIXES: tuple[str, ...] = ()
 
 _METADATA = "metadata.pkl"
-_VERSION = "_optimizer_state_format_version"
 _MARK = b"rank_to_layout_info"
 _ITEM_FILE = re.compile(r"(?P<item>.+)_(?P<rank>\d+)\.pt")
 _ITEM = re.compile(r"[\w-]+")
@@ -89,7 +89,7 @@ def _is_ours(metadata: Location, *, damaged: bool) -> bool:
 
 
 def _has_form(file: Location) -> bool:
-    return _VERSION.encode() in beginning(file, _HEAD)
+    return FORM_VERSION.encode() in beginning(file, _HEAD)
 
 
 def read(path: Location) -> Document:
@@ -106,7 +106,7 @@ def read(path: Location) -> Document:
     for item, files in layout.files.items():
         part = _item(path, item, files, layout.kinds.get(item, frozenset()))
         taken.update(files)
-        document.tree[item] = _for_torch(part.tree, item, path)
+        document.tree[item] = numbered(part.tree, item, path)
         document.parts[item] = part
     for name in paths:
         if name not in taken:
@@ -237,33 +237,6 @@ def _opened(file: Location) -> Document:
     return found.read(file)
 
 
-def _for_torch(tree: Any, item: str, path: Location) -> Any:
-    """The tree with its optimizers in the form that `torch.optim` loads."""
-    if not isinstance(tree, dict):
-        return tree
-    if _VERSION not in tree:
-        made = {key: _for_torch(value, item, path) for key, value in tree.items() if isinstance(value, dict)}
-        changed = any(tree[key] is not value for key, value in made.items())
-        return rebuilt_mapping(tree, {**tree, **made}) if changed else tree
-    try:
-        if tree[_VERSION] != 1:
-            raise UnsupportedCheckpointError(f"an optimizer of form {describe(tree[_VERSION])}", path=path, place=item)
-        numbers: dict[str, int] = {}
-        groups = []
-        for group in tree["param_groups"]:
-            names = list(map(str, group["param_names"]))
-            groups.append({**group, "params": list(range(len(numbers), len(numbers) + len(names)))})
-            numbers.update(zip(names, groups[-1]["params"], strict=True))
-        state = {numbers[name]: slots for name, slots in tree["state"].items()}
-        if len(numbers) != sum(len(group["params"]) for group in groups):
-            raise ValueError("a name is there twice")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        message = f"names and state of the optimizer do not fit together: {describe(error)}"[:300]
-        raise CorruptCheckpointError(message, path=path, place=item) from None
-    rest = {key: value for key, value in tree.items() if key not in ("state", "param_groups", _VERSION)}
-    return {"state": state, "param_groups": groups, **rest}
-
-
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +258,7 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
             if isinstance(node, OpaqueFile):
                 copied(located(node.path), folder / file, options)
                 continue
-            made = node if kept and item not in kept.handle.files else _by_name(node, item, notes)
+            made = node if kept and item not in kept.handle.files else by_name(node, item, notes)
             notes += found.write(made, folder / file, like=part, options=options)
             if not kept or item in kept.handle.files:
                 metadata.update(_described(item, made, file, found.NAME))
@@ -299,8 +272,8 @@ def _items(tree: Any, kept: Document | None) -> tuple[dict[str, Any], list[str]]
     """The items of a tree, and the files beside them; a state dict alone is one."""
     if not isinstance(tree, Mapping):
         raise RepresentationError(f"a folder of {NAME} holds named items, not {describe(tree)}"[:300])
-    if _is_optimizer(tree) or (tree and all(isinstance(node, LazyTensor) for node in tree.values())):
-        item = "optimizer" if _is_optimizer(tree) else "model"
+    if is_optimizer(tree) or (tree and all(isinstance(node, LazyTensor) for node in tree.values())):
+        item = "optimizer" if is_optimizer(tree) else "model"
         return {item: tree}, [f"the whole is written as one item, {describe(item)}"]
     for key, node in tree.items():
         beside = isinstance(node, OpaqueFile) or (kept is not None and key in kept.parts)
@@ -321,50 +294,6 @@ def _target(item: str, node: Any, kept: Document | None, part: Document | None) 
         known = torch_zip if part.format in ("file", "ranks") else get_format(part.format)
         return files[0], known
     return f"{item}_0.pt", torch_zip
-
-
-def _is_optimizer(node: Any) -> bool:
-    groups = node.get("param_groups") if isinstance(node, Mapping) else None
-    return (
-        isinstance(groups, list)
-        and isinstance(node.get("state"), Mapping)
-        and all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups)
-    )
-
-
-def _by_name(node: Any, item: str, notes: list[str]) -> Any:
-    """The item with its optimizers in the form in which they can be given to any number of ranks."""
-    if not isinstance(node, dict):
-        return node
-    if not _is_optimizer(node):
-        inner = {key: _by_name(value, item, notes) for key, value in node.items() if isinstance(value, dict)}
-        changed = any(node[key] is not value for key, value in inner.items())
-        return rebuilt_mapping(node, {**node, **inner}) if changed else node
-    groups = node["param_groups"]
-    keys = [key for group in groups for key in group["params"]]
-    names = [name for group in groups for name in _names(group)]
-    plain = all(type(key) in (int, str) for key in keys) and not node.keys() - {"state", "param_groups"}
-    if not plain or len(names) != len(keys) or len(set(names)) != len(names):
-        notes.append(
-            f"{item}: an optimizer whose parameters have no names is written in torch's form, "
-            "which torch_checkpointing cannot give to other ranks; `optimstate name` gives names"
-        )
-        return node
-    rename = dict(zip(keys, names, strict=True))
-    orphans = [key for key in node["state"] if key not in rename]
-    if orphans:
-        raise RepresentationError(f"{item}: state of {describe(orphans[0])}, which is in no param group")
-    made = []
-    for group in groups:
-        options = {key: value for key, value in group.items() if key != "params"}
-        made.append({**options, "param_names": list(_names(group))})
-    return {"state": {rename[key]: s for key, s in node["state"].items()}, "param_groups": made, _VERSION: 1}
-
-
-def _names(group: Mapping[str, Any]) -> Sequence[str]:
-    names = group.get("param_names", group["params"])
-    alike = isinstance(names, list | tuple) and len(names) == len(group["params"])
-    return names if alike and all(type(name) is str for name in names) else ()
 
 
 def _described(item: str, node: Any, file: str, kind: str) -> dict[str, Any]:

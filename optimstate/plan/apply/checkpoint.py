@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,20 +9,20 @@ from optimstate.errors import MigrationError
 from optimstate.plan.apply.division import optimizers_of, placed, reported, schedulers_of
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.apply.masters import masters_beside
+from optimstate.plan.apply.models import plain_tensors, rebuilt_model
 from optimstate.plan.apply.options import followers_of, scheduled, with_group_options, with_options
 from optimstate.plan.apply.stamps import APPLIED, METADATA, refuse_second, stamped
 from optimstate.plan.apply.switched import with_switched_slots
-from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.division import divided
 from optimstate.plan.solve.groups import GroupPlan
 from optimstate.plan.solve.inventory import model_inventory, optimizer_inventory
-from optimstate.plan.solve.migration import Inventory, Like, Migration, SectionMoves
+from optimstate.plan.solve.migration import Inventory, Like, Migration
 from optimstate.plan.solve.planner import plan_migration
 from optimstate.problems import Problem
 from optimstate.state.loose import gathered, spread
-from optimstate.state.names import WRAPPERS, renamed_modules, wrapper_prefix
+from optimstate.state.names import WRAPPERS, wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section, find_sections, with_hosts
 from optimstate.tensors.lazy import LazyTensor
@@ -145,7 +144,7 @@ class _Checkpoint:
                 found = optimizer_inventory(self.states[key], shapes=shapes, target=target)
                 made[key] = found if like is None or target is not None else found._replace(order=like.names)
             else:
-                made[key] = model_inventory(_plain_tensors(section, prefix))
+                made[key] = model_inventory(plain_tensors(section, prefix))
         return made
 
     def _shapes(self) -> dict[str, Shape | None]:
@@ -154,7 +153,7 @@ class _Checkpoint:
         for section, prefix in self.named.values():
             if section.kind == "optimizer":
                 continue
-            for name, value in _plain_tensors(section, prefix).items():
+            for name, value in plain_tensors(section, prefix).items():
                 shape = value.shape if isinstance(value, LazyTensor) else None
                 found[name] = shape if found.get(name, shape) == shape else None
         return found
@@ -200,7 +199,7 @@ class _Checkpoint:
                     made[id(section.node)] = _with_prefix(state, prefix).to_node()
                 made.update(self._masters(key, section, migration))
             elif moves.changes:
-                made[id(section.node)] = _rebuilt_model(section, moves, prefix)
+                made[id(section.node)] = rebuilt_model(section, moves, prefix)
         for section in self.anonymous:
             options = migration.sections.get(key_of(section))
             if options is not None and options.regrouped:
@@ -245,16 +244,8 @@ class _Checkpoint:
         made: dict[str, Any] = {}
         for key, (section, prefix) in self.named.items():
             if section.kind == "model":
-                made.update(execute_model(migration.sections[key], _plain_tensors(section, prefix)))
+                made.update(execute_model(migration.sections[key], plain_tensors(section, prefix)))
         return made
-
-
-def _plain_tensors(section: Section, prefix: str) -> dict[str, Any]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in section.tensors().items()
-        if section.kind != "ema" or name != "n_averaged"
-    }
 
 
 def _without_prefix(state: OptimizerState, prefix: str) -> OptimizerState:
@@ -347,60 +338,3 @@ def _refuse_other_parameters(section: Section, migration: Migration) -> None:
                 hint="Save it with names (build the optimizer from model.named_parameters()), "
                 "or convert only the weights.",
             )
-
-
-def _rebuilt_model(section: Section, moves: SectionMoves, prefix: str) -> dict[str, Any]:
-    node = section.node
-    values = execute_model(moves, _plain_tensors(section, prefix))
-    taken = {prefix + source for move in moves.moves for source in move.sources}
-    taken |= {prefix + source for source, _ in moves.dropped}
-    at: dict[str, list[str]] = {}
-    for move in moves.moves:
-        if move.target in values:
-            at.setdefault(prefix + move.sources[0], []).append(prefix + move.target)
-    made: dict[str, Any] = {}
-    # Non-tensor entries keep their position.
-    for key, value in node.items():
-        if key in taken:
-            made.update(dict.fromkeys(at.get(key, ())))
-        else:
-            made[key] = value
-    ordered = _in_order_of(made, {prefix + name: value for name, value in values.items()})
-    rebuilt: dict[str, Any] = rebuilt_mapping(node, ordered)
-    if isinstance(rebuilt, OrderedDict) and isinstance(vars(rebuilt).get("_metadata"), Mapping):
-        vars(rebuilt)["_metadata"] = _moved_metadata(vars(rebuilt)["_metadata"], moves, prefix)
-    return rebuilt
-
-
-def _in_order_of(made: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries with `values` in their own order, in the places that they have."""
-    wanted = iter(values.items())
-    return dict(next(wanted) if key in values else (key, value) for key, value in made.items())
-
-
-def _moved_metadata(metadata: Mapping[Any, Any], moves: SectionMoves, prefix: str) -> Mapping[Any, Any]:
-    """The version numbers torch keeps per module, under the modules' new names; what is not by name stays."""
-    pairs = [
-        (prefix + leaf.name, prefix + move.target)
-        for move in moves.moves
-        if move.expression is not None
-        for leaf in ex.leaves(move.expression)
-    ]
-    modules = renamed_modules(pairs)
-    lost = renamed_modules((prefix + name, prefix + name) for name, _ in moves.dropped).keys() - modules.keys() - {""}
-    if "" in modules.get("", ()):  # what is beside modules that stayed, stays
-        modules[""] = [""]
-    made: dict[Any, Any] = {"": metadata[""]} if "" in metadata else {}  # there is always a root
-    for name, value in metadata.items():
-        if not isinstance(name, str):
-            made[name] = value
-            continue
-        if name in lost:
-            continue
-        owner = name
-        while owner and owner not in modules:  # a module without parameters moves with the one around it
-            owner = owner.rpartition(".")[0]
-        inner = name[len(owner) :].lstrip(".")
-        for target in modules.get(owner, [owner]):
-            made[".".join(filter(None, (target, inner)))] = value
-    return rebuilt_mapping(metadata, made)

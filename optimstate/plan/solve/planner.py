@@ -9,19 +9,17 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from optimstate.describe import describe
 from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.expressions.evaluate import dtype_of
 from optimstate.plan.expressions.tree import Leaf, Shape
-from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import SECTIONS, Rule
-from optimstate.plan.language.template import Template
 from optimstate.plan.slots.elementwise import translated
 from optimstate.plan.slots.outcomes import Outcome, Refusal, SlotPath
 from optimstate.plan.slots.planner import SlotPlanner
 from optimstate.plan.slots.sources import Sources
+from optimstate.plan.solve.declared import declared, misplaced
 from optimstate.plan.solve.fitting import fitted, unsized, untied, without_live_values
 from optimstate.plan.solve.groups import Candidate, GroupPlan, in_order, plan_groups
 from optimstate.plan.solve.inventory import decoded, model_inventory, optimizer_inventory
@@ -131,7 +129,10 @@ class _Section:
     def plan(self) -> SectionMoves:
         found = Resolver(self.plan_.passes, self.key, self.counts, self.problems).resolve(self.inventory.shapes)
         made: dict[str, Made | None] = dict(found.made)
-        new = self._new_parameters(made, found)
+        new = declared(self.rules, self.counts, self.key, self.inventory, list(self.weights), made, found)
+        made.update(dict.fromkeys(new))
+        wrong = misplaced(self.rules, self.inventory, found, new, tables=bool(self.plan_.groups))
+        self.problems.extend(problem.at(self.key) for problem in wrong)
         dropped: list[tuple[str, Rule | None]] = list(found.dropped)
         target = self.inventory.target
         if target is not None:
@@ -157,62 +158,6 @@ class _Section:
             if move.target.rpartition(".")[2] not in _BUFFERS
             and all(dtypes.get(name, "").startswith(_FLOATING) for name in move.sources)
         }
-
-    def _new_parameters(self, made: dict[str, Made | None], found: Resolved) -> dict[str, int | None]:
-        """Parameters a rule declares.
-
-        With a target they are those of the target that it matches. Without, they are those it spells out, and if it
-        matches no parameter of this optimizer, the weights of the checkpoint that it matches.
-        """
-        new: dict[str, int | None] = {}
-        target = self.inventory.target
-        wanted = [name for name in target.names() if name not in made] if target is not None else []
-        others = [name for name in self.weights if name not in made]
-        matched = [(use.rule, name) for uses in found.applications for use in uses for name in use.sources]
-        modules = Modules(wanted if target is not None else others)
-        for index, rule in enumerate(self.rules):
-            if not rule.fresh or (rule.sources and rule.targets) or not rule.is_for(self.key):
-                continue
-            templates = tuple(map(modules.reading, rule.sources or rule.targets))
-            names: list[str] = []
-            if target is not None:
-                names = [name for name in wanted if any(t.match(name) is not None for t in templates)]
-            elif self.inventory.state is not None:
-                own = {name for used, name in matched if used is rule}
-                names = [name for t in templates for name in _spelled(t) if name not in made and name not in own]
-                if not self.counts[index]:
-                    names += [name for name in others if any(t.match(name) is not None for t in templates)]
-            if names or any(t.match(name) is not None for t in templates for name in new):
-                self.counts[index] += max(len(names), 1)
-            for name in names:
-                if name not in new:
-                    new[name] = rule.group
-                    made[name] = None
-        self._refuse_other_groups(found, new)
-        return new
-
-    def _refuse_other_groups(self, found: Resolved, new: Mapping[str, int | None]) -> None:
-        """A rule's `group` is for new parameters: one whose group is decided elsewhere keeps it."""
-        if self.inventory.state is None or not any(rule.group is not None for rule in self.rules):
-            return
-        group_of = {name: n for n, group in enumerate(self.inventory.state.groups) for name in group.names or ()}
-        target = self.inventory.target
-        live = {name: n for n, names in enumerate(target.groups) for name in names} if target is not None else {}
-        asked = [
-            (name, use.rule.group, group_of.get(name), "in the checkpoint")
-            for uses in found.applications
-            for use in uses
-            for name in use.sources
-        ]
-        asked += [(name, group, live.get(name), "in the live optimizer") for name, group in new.items()]
-        for name, group, has, where in asked:
-            if group is not None and has is not None and group != has:
-                message = f"group = {group}, but {describe(name)} is in param group {has} {where}"
-                remedy = "leave `group` out, or write [[group]] tables"
-                self.problems.append(Problem("unreached", message, self.key, (name,), remedy))
-        if self.plan_.groups and any(group is not None for group in new.values()):
-            message = "`group` of a rule has no effect beside [[group]] tables, which say where every parameter is"
-            self.problems.append(Problem("unreached", message, self.key, tuple(new), "leave `group` out"))
 
     def _model(self, made: Mapping[str, Made | None], problems: list[Problem]) -> list[Move]:
         dtypes = {name: dtype_of(value) for name, value in self.inventory.tensors.items()}
@@ -319,9 +264,7 @@ class _Section:
         conversion = None
         if self.plan_.optimizer:
             new_shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
-            from optimstate.plan.slots.conversion import (
-                plan_conversion,
-            )  # few plans need it, and the others start sooner
+            from optimstate.plan.slots.conversion import plan_conversion  # as few need this
 
             conversion = plan_conversion(algorithm, self.plan_.optimizer, state, new_shapes, problems)
             if conversion is not None and self.plan_.policy.approximate == "refuse":
@@ -393,10 +336,3 @@ def _joins(move: Move) -> bool:
     return move.expression is not None and any(
         isinstance(step, ex.Cat | ex.Narrow | ex.Take) for step in ex.steps(move.expression)
     )
-
-
-def _spelled(template: Template) -> list[str]:
-    """The names a template produces by itself; none where it captures."""
-    if template.is_regex or template.has_wildcard or any(choices is None for choices in template.captures.values()):
-        return []
-    return list(template.produce({}))
