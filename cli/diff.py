@@ -27,7 +27,7 @@ def diff(
         str | None, typer.Option(metavar="TEMPLATE", help="Compare only what has such a name, e.g. 'layers.3.**'.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Relative differences up to this, by the norm, are none.")
+        float, typer.Option(min=0, help="Relative differences up to this, by the norm, are none.", show_default=False)
     ] = 0.0,
     params: Annotated[bool, typer.Option("--params", help="A line for every difference, not layers together.")] = False,
     stat: Annotated[bool, typer.Option("--stat", help="Only how many differences each part has.")] = False,

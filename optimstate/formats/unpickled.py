@@ -12,13 +12,12 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.byte_kinds import MAX_TEXT, is_safetensors, is_tar, is_text
 from optimstate.formats.byte_sources import Item, Memory, Part, unpacker
-from optimstate.formats.pickles.mentions import Mention, Mentions, mentions
+from optimstate.formats.pickles.mentions import Mention, Mentions, mentions_in_a_row
 from optimstate.formats.torch.zip_directory import Archive
 from optimstate.formats.torch.zip_end import LOCAL, archive_length, read_in_two_ways
 from optimstate.io.extents import FileSlice, StoredSource
@@ -126,7 +125,7 @@ class _Search:
             known = True
             yield from self._tar(source, record, depth)
         end = 0
-        for start, stop, found in _in_a_row(source):
+        for start, stop, found in mentions_in_a_row(source):
             known, end = True, stop
             yield Pickled(_at_byte(record, start), found)
             for inner in found.embedded:
@@ -339,7 +338,7 @@ class _Search:
             return
         objects = Part(source, start, source.size - start)
         end = 0
-        for begin, stop, found in _in_a_row(objects):
+        for begin, stop, found in mentions_in_a_row(objects):
             end = stop
             yield Pickled(_at_byte(record, start + begin), found)
         if end < objects.size or not objects.size:
@@ -390,18 +389,3 @@ def _slice(source: Source, start: int, size: int) -> Source:
         small = size <= _SMALL
         return Item(source.path, source.read(start, size)) if small else FileSlice(source, start, size)
     return Part(source, start, size)
-
-
-def _in_a_row(source: Source) -> Iterator[tuple[int, int, Mentions]]:
-    """Where each pickle begins and ends, and what it names: one after another, as loaders take them."""
-    start = 0
-    while start < source.size:
-        begin = start
-        found = mentions(partial(source.read, begin), source.size - begin)
-        if found is None:
-            return
-        length, named = found
-        yield begin, (begin + length if length else source.size), named
-        if not length:
-            return
-        start = begin + length

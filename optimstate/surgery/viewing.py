@@ -1,4 +1,4 @@
-"""Checkpoints whose weights stand in another layout than their optimizer: read as if they stood in its layout."""
+"""What of a checkpoint is looked at: names that match a template, and weights in the layout of their optimizer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ from optimstate.formats.protocol import Document
 
 if TYPE_CHECKING:
     from optimstate.plan.language.plan import Plan
+    from optimstate.plan.language.template import Template
 
-__all__ = ["viewed"]
+__all__ = ["template_of", "viewed"]
+
+
+def template_of(name: str | None) -> Template | None:
+    """The template that names have to match, if there is one.
+
+    Raises:
+        PlanSyntaxError: It cannot be parsed.
+    """
+    if name is None:
+        return None
+    from optimstate.plan.language.template import Template  # few ask for names
+
+    return Template(name)
 
 
 def viewed(document: Document, view: Plan | str | PathLike[str] | None) -> Document:

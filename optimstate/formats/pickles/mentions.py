@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from optimstate.describe import describe
 from optimstate.formats.pickles.opcodes import OpcodeError, check_opcodes, find_end
 from optimstate.formats.pickles.sharing import check_sharing
+from optimstate.io.streams import Source
 from optimstate.record import Record
 from optimstate.tree import no_garbage_collection
 
-__all__ = ["Mention", "Mentions", "mentions"]
+__all__ = ["Mention", "Mentions", "mentions", "mentions_in_a_row"]
 
 
 class Mention(NamedTuple):
@@ -156,6 +158,21 @@ def mentions(read: Callable[[int], bytes], size: int) -> tuple[int, Mentions] | 
     if not found.found and not _extends(data[:stopped]):
         return None
     return 0, found._replace(problem=f"ends in what no unpickler reads: {error.message}")
+
+
+def mentions_in_a_row(source: Source) -> Iterator[tuple[int, int, Mentions]]:
+    """Pickles that follow one another, as loaders take them: where each begins and ends, and what it names."""
+    start = 0
+    while start < source.size:
+        begin = start
+        found = mentions(partial(source.read, begin), source.size - begin)
+        if found is None:
+            return
+        length, named = found
+        yield begin, (begin + length if length else source.size), named
+        if not length:
+            return
+        start = begin + length
 
 
 _EXTENSIONS = frozenset(b"\x82\x83\x84")

@@ -22,6 +22,7 @@ from optimstate.surgery.comparison.views import MEMBERS, OTHER, Key, View
 from optimstate.surgery.leaves import Shape, checksum_of_number, same
 from optimstate.surgery.opening import opening
 from optimstate.surgery.shown import form_of, plain
+from optimstate.surgery.viewing import template_of
 from optimstate.tensors.lazy import LazyTensor, announced
 from optimstate.tree import nodes, path_key
 
@@ -57,7 +58,7 @@ def diff(
         CheckpointError: One of them cannot be read.
         PlanSyntaxError: The template cannot be parsed.
     """
-    template = None if name is None else _template(name)
+    template = template_of(name)
     paths = [side.path if isinstance(side, Document) else located(side) for side in (left, right)]
     with opening(paths[0]):
         documents = [
@@ -75,12 +76,6 @@ def diff(
             comparison.drop_if_equal(OTHER)
         comparison.refuse_unmatched()
         return comparison.report(*map(str, paths))
-
-
-def _template(name: str) -> Template:
-    from optimstate.plan.language.template import Template  # for those who ask for names alone
-
-    return Template(name)
 
 
 class _Side:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,13 +20,13 @@ from optimstate.io.location import Location, Place
 from optimstate.io.places import located
 from optimstate.io.temporary import is_leftover
 from optimstate.record import Record
-from optimstate.state.algorithms.registry import parameter_shape
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.loose import loose_weights
 from optimstate.state.optimizer import Group, OptimizerState
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged, scheduler_name, section_called
 from optimstate.state.tied import tied_names
+from optimstate.surgery.inspection.kinds import kinds_of_names
 from optimstate.surgery.inspection.repeated import repeated
 from optimstate.surgery.inspection.report import (
     GroupInfo,
@@ -36,7 +36,6 @@ from optimstate.surgery.inspection.report import (
     ParameterInfo,
     SchedulerInfo,
     SlotInfo,
-    collapsed,
     missing_for_resume,
 )
 from optimstate.surgery.inspection.rest import rest_of
@@ -44,7 +43,7 @@ from optimstate.surgery.inspection.text import Sort
 from optimstate.surgery.opening import opening
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.slot_counts import algorithm_of, counted, flat_slots, is_flat
-from optimstate.surgery.viewing import viewed
+from optimstate.surgery.viewing import template_of, viewed
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, census, format_path, nodes
@@ -105,7 +104,7 @@ def inspect(
                 opaque[found.node.type.path] -= 1
         alone = not any(found.kind in ("model", "ema") for found in judgement.sections)
         listed = parameters or statistics or sort is not None or top is not None
-        choice = _Choice(None if name is None else _template(name), sort, top)
+        choice = _Choice(template_of(name), sort, top)
         look = _Look(listed, statistics or sort == "norm", alone, choice, progress)
         states = {id(section): section.optimizer() for section in sections if section.kind == "optimizer"}
         infos = tuple(look.section_info(section, states.get(id(section))) for section in sections)
@@ -166,12 +165,6 @@ def _unmeasured(tree: Any) -> Iterator[str]:
 def _chosen(name: str, tree: Any, sections: Sequence[Section]) -> list[Section]:
     """All sections of a kind, or the one part at a path."""
     return [found for found in sections if found.kind == name] or [section_called(name, tree, sections)]
-
-
-def _template(name: str) -> Template:
-    from optimstate.plan.language.template import Template  # for those who ask for names alone
-
-    return Template(name)
 
 
 class _Choice(Record):
@@ -298,7 +291,7 @@ class _Look:
             dict(dtypes),
             sum(count * DTYPES[dtype].itemsize for dtype, count in elements.items()),
             tuple(tuple(names) for names in tied_names(lazy)),
-            _kinds_of_names(asked.items()),
+            kinds_of_names(asked.items()),
             {name: form_of(tensor) for name, tensor in listing},
             {name: statistics[name] for name, _ in listing if name in statistics},
         )
@@ -330,7 +323,7 @@ class _Look:
         )
 
     def _names_of(self, state: OptimizerState, algorithm: Algorithm | None) -> dict[str, tuple[int, str]]:
-        return _kinds_of_names(list(self.choice.matching(_named_slots(state))), algorithm)
+        return kinds_of_names(list(self.choice.matching(_named_slots(state))), algorithm)
 
     def _listing(self, path: str, state: OptimizerState, algorithm: Algorithm | None) -> tuple[ParameterInfo, ...]:
         sizes = [float(sum(getattr(v, "nbytes", 0) for _, v in flat_slots(s or {}))) for _, _, s in state.parameters()]
@@ -370,42 +363,6 @@ class _Look:
 
 
 MAX_ODDITIES = 20
-
-
-def _kinds_of_names(
-    found: Collection[tuple[str, Any]], algorithm: Algorithm | None = None
-) -> dict[str, tuple[int, str]]:
-    """Names with their layer indices collapsed: how many, and the first tensor, or the shape that slots tell."""
-    names, values = zip(*found, strict=True) if found else ((), ())
-    patterns = list(map(collapsed, names))
-    first = dict(zip(reversed(patterns), reversed(values), strict=True))
-    varied = _of_several_shapes(patterns, values)
-    return {
-        pattern: (
-            count,
-            _described(first[pattern], algorithm) + (" and other shapes" if pattern in varied else ""),
-        )
-        for pattern, count in Counter(patterns).items()
-    }
-
-
-def _of_several_shapes(patterns: Sequence[str], values: Sequence[Any]) -> set[str]:
-    shapes = {(pattern, _first_shape(value)) for pattern, value in zip(patterns, values, strict=True)}
-    return {pattern for pattern, times in Counter(pattern for pattern, _ in shapes).items() if times > 1}
-
-
-def _first_shape(value: Any) -> Any:
-    """Of a tensor its shape, of a parameter's slots that of the first that has dimensions."""
-    if isinstance(value, dict):
-        return next((slot.shape for slot in value.values() if isinstance(slot, LazyTensor) and slot.shape), None)
-    return getattr(value, "shape", None)
-
-
-def _described(value: Any, algorithm: Algorithm | None) -> str:
-    if not isinstance(value, dict):
-        return form_of(value)
-    shape = parameter_shape({s: v.shape if isinstance(v, LazyTensor) else None for s, v in value.items()}, algorithm)
-    return "shape unknown" if shape is None else str(list(shape))
 
 
 def _named_slots(state: OptimizerState) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -351,4 +351,4 @@ def _check_named(where: str, slot: Any, values: Sequence[Any], target: str) -> N
 
 
 def _refused(where: str, why: str, hint: str) -> MigrationError:
-    return MigrationError([Problem("cast", f"cannot be cast: {why}", where)], hint=hint)
+    return MigrationError.of("cast", f"cannot be cast: {why}", where, hint=hint)

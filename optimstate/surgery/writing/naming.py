@@ -173,8 +173,9 @@ def _by_path(
     labels = [section.label for section in optimizers]
     if isinstance(names, Mapping):
         if unknown := [path for path in names if path not in labels]:
-            raise MigrationError(
-                [Problem("name", f"names are given for {describe(unknown[0])}, where there is no optimizer")],
+            raise MigrationError.of(
+                "name",
+                f"names are given for {describe(unknown[0])}, where there is no optimizer",
                 hint=f"There are optimizers at {', '.join(labels)}.",
             )
         return dict(names)
@@ -202,7 +203,7 @@ def _model_of(model: str | None, hf: str | Path | None) -> list[Candidate] | Non
     except Exception as error:
         option = f"--model {model}" if model is not None else f"--hf {hf}"
         message = str(error) or type(error).__name__
-        raise MigrationError([Problem("setting", f"{type(error).__name__}: {message}", option)]) from error
+        raise MigrationError.of("setting", f"{type(error).__name__}: {message}", option) from error
 
 
 def _refuse_open_questions(found: list[tuple[Section, Naming]], *, given: Order | None, built: bool) -> None:
@@ -233,14 +234,10 @@ def _refuse_open_questions(found: list[tuple[Section, Naming]], *, given: Order 
 
 def _with_names(section: Section, naming: Naming) -> Any:
     if isinstance(section.node, Opaque) or "param_groups" not in section.node:
-        raise MigrationError(
-            [
-                Problem(
-                    "name",
-                    "is not a state_dict of torch's form: it has no place for parameter names",
-                    f"optimizer at {section.label}",
-                )
-            ]
+        raise MigrationError.of(
+            "name",
+            "is not a state_dict of torch's form: it has no place for parameter names",
+            f"optimizer at {section.label}",
         )
     state: OptimizerState = section.optimizer()
     rest = iter(naming.names)
@@ -267,13 +264,15 @@ def read_names(source: Place, files: Sequence[str]) -> list[str] | dict[str, lis
             labels = [s.label for s in find_sections(open_checkpoint(source).tree) if s.kind == "optimizer"]
         if len(labels) != len(files):
             problem = f"{len(files)} files of names are given for {len(labels)} optimizers"
-            raise MigrationError([Problem("setting", problem)])
+            raise MigrationError.of("setting", problem)
         files = [f"{label}={file}" for label, file in zip(labels, files, strict=True)]
     for text in files:
         path, _, file = text.rpartition("=")
         if not path or path in found:
-            raise MigrationError(
-                [Problem("setting", "nothing says of which optimizer" if not path else f"two files name {path}", text)],
+            raise MigrationError.of(
+                "setting",
+                "nothing says of which optimizer" if not path else f"two files name {path}",
+                text,
                 hint="Give each as PATH=FILE, with the path that inspect prints.",
             )
         found[path] = _read(file)

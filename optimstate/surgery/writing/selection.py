@@ -26,7 +26,7 @@ def _called(name: str, sections: Sequence[Section]) -> list[Section]:
             if sections
             else "No section was recognised; `optimstate inspect` shows what is."
         )
-        raise MigrationError([Problem("section", f"no section is called {describe(name)}")], hint=known)
+        raise MigrationError.of("section", f"no section is called {describe(name)}", hint=known)
     return found
 
 
@@ -133,8 +133,9 @@ def _places(node: Any, path: Path, sections: Mapping[int, Section], seen: set[in
 
 def _refuse_unremovable(tree: Any, sections: Sequence[Section]) -> None:
     if any(section.in_tree is tree for section in sections):
-        raise MigrationError(
-            [Problem("section", f"the {sections[0].kind} is the whole checkpoint: nothing would be left")],
+        raise MigrationError.of(
+            "section",
+            f"the {sections[0].kind} is the whole checkpoint: nothing would be left",
             hint="Name a part of the checkpoint.",
         )
     raise MigrationError(

@@ -82,7 +82,7 @@ def with_options(plan: Plan | str | PathLike[str], source: Place, settings: Sequ
         states = {section.label: section.optimizer() for section in find_sections(tree) if section.kind == "optimizer"}
         parsed = [_parsed(text, states) for text in settings]
         if not states:
-            raise MigrationError([Problem("unreached", "--set changes optimizers, and the checkpoint has none")])
+            raise MigrationError.of("unreached", "--set changes optimizers, and the checkpoint has none")
         moves: dict[str, SectionMoves] = {}
         if any(isinstance(setting.where, Template) for setting in parsed):
             _, migration, _ = apply_plan(plan, tree)
@@ -119,7 +119,7 @@ def with_schedules(plan: Plan | str | PathLike[str], settings: Sequence[str]) ->
         path, key, value = _split(text, "--set-schedule", "'T_max=40'")
         if key in found.get(path, {}):
             place = f"--set-schedule {describe(text)}"
-            raise MigrationError([Problem("setting", f"{key} is set twice for the same scheduler", place)])
+            raise MigrationError.of("setting", f"{key} is set twice for the same scheduler", place)
         found.setdefault(path, {})[key] = value
     return plan._replace(
         schedulers=(*plan.schedulers, *(SchedulerRule(options, path) for path, options in found.items()))
@@ -237,7 +237,7 @@ def _split_groups(settings: Sequence[_Setting], section: SectionMoves, path: str
     """
     if empty := [number for number, group in enumerate(section.groups) if not group.members]:
         message = f"param group {empty[0]} is empty, and a template of --set would lose it"
-        raise MigrationError([Problem("group", message, remedy="set options by the numbers of groups")])
+        raise MigrationError.of("group", message, remedy="set options by the numbers of groups")
     new = {move.target for move in section.moves if move.expression is None}
     cells: list[tuple[int, Mapping[str, Any], list[str]]] = []
     for number, group in enumerate(section.groups):
