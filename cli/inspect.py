@@ -107,8 +107,9 @@ def inspect(
     text = None
     if not quiet and not as_json:
         text = found.text(View(params, groups, stats or sort == "norm", sort, top, tree, everything))
-        text += f"\n\nwrote {html}" if html is not None else ""
     terminal.show(found, text, as_json=as_json, quiet=quiet)
+    if html is not None and not (quiet or as_json):
+        typer.echo(f"\nwrote {html}")
 
 
 def _expanded(paths: list[Location]) -> list[Location]:

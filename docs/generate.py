@@ -19,7 +19,6 @@ from optimstate.state.algorithms.registry import ALGORITHMS, Algorithm, Slot
 __all__ = ["PAGES", "command_line", "slots"]
 
 DOCS = Path(__file__).parent
-VERBS = {"plan": ("suggest", "check", "invert", "show")}
 MADE = "<!-- Made by `python -m docs.generate`: change the code, not this page. -->\n"
 
 
@@ -176,6 +175,7 @@ def _power(letter: str, power: int) -> str:
 
 SCREENS = (
     ("inspect", "inspect checkpoint.pt"),
+    ("inspect --params", "inspect checkpoint.pt --section optimizer --params"),
     ("diff", "diff checkpoint.pt experts.pt --name 'layers.0.**'"),
     ("remap", "remap checkpoint.pt --dry-run --fresh '**.norm.*' --set weight_decay=0.05"),
     ("verify", "verify checkpoint.pt"),
@@ -185,14 +185,14 @@ SCREENS = (
 
 def screens() -> str:
     """What commands show on terminals of three widths, and piped."""
-    from optimstate.cli.render.drawn import drawn
     from tests import corpus
     from tests.cli.place import furnish
+    from tests.cli.test_manners import on_terminal
 
     parts = [
-        f"# Screens\n\n{MADE}\nOn a terminal reports are drawn as wide as it is, with colours that mean something "
-        "(left out here), and go through `PAGER` when they are longer than the screen. Piped, with `NO_COLOR` or "
-        f"`TERM=dumb`, they are plain text.\n\n{_PICTURES}"
+        f"# Screens\n\n{MADE}\nOn a terminal, reports are laid out to fit its width, with colours that carry meaning "
+        "(not shown here), and go through `PAGER` when they are longer than the screen. `NO_COLOR` and `TERM=dumb` "
+        f"turn colours and pager off. In a pipe, reports are plain text whose lines are never broken.\n\n{_PICTURES}"
     ]
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         furnish(Path(folder))
@@ -201,11 +201,22 @@ def screens() -> str:
         for title, line in SCREENS:
             piped = _run(*shlex.split(line))
             parts.append(f"\n## {title}\n\n`optimstate {line}`\n")
-            for width in (60, 80, 200):
-                shown = drawn(piped, width=width, colour=False).rstrip()
-                parts.append(f"\nA terminal of {width} columns:\n\n```text\n{shown}\n```\n")
-            parts.append(f"\nPiped:\n\n```text\n{piped}\n```\n")
+            shown = {
+                f"at {width} columns": on_terminal(*shlex.split(line), columns=width, code=None, NO_COLOR="1").rstrip()
+                for width in (60, 80, 200)
+            }
+            alike: dict[str, list[str]] = {}
+            for where, text in {**shown, "piped": piped}.items():
+                alike.setdefault(text, []).append(where)
+            for text, places in alike.items():
+                parts.append(f"\n{_listed(places)}:\n\n```text\n{text}\n```\n")
     return "".join(parts)
+
+
+def _listed(places: list[str]) -> str:
+    *first, last = places
+    listed = f"{', '.join(first)} and {last}" if first else last
+    return listed[0].upper() + listed[1:]
 
 
 def _run(*words: str) -> str:

@@ -1,9 +1,8 @@
-"""Everything that is shown to people: as text where it is piped or colour is not wanted, drawn on terminals."""
+"""Everything that is shown to people: plain text where it is piped, laid out on terminals."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from optimstate.describe import escaped
 from optimstate.io.location import Location
 from optimstate.surgery.text import plural, size
 
-__all__ = ["is_drawn", "progress", "show"]
+__all__ = ["is_coloured", "progress", "show"]
 
 PROGRESS_FROM = 1 << 28  # bytes below which nobody waits long enough to need a bar
 
@@ -32,41 +31,18 @@ def show(report: Report, text: str | None = None, *, as_json: bool, quiet: bool)
     if as_json:
         typer.echo(report.to_json())
     elif not quiet:
-        text = escaped(str(report) if text is None else text, lines=True)
-        if is_drawn():
+        text = str(report) if text is None else text
+        if sys.stdout.isatty():
             from optimstate.cli.render.drawn import draw
 
-            draw(text)
+            draw(text, colour=is_coloured())
         else:
-            typer.echo(_folded(text + "\n"), nl=False)
+            typer.echo(escaped(text, lines=True))
 
 
-def is_drawn() -> bool:
+def is_coloured() -> bool:
     """Whether standard output is a terminal that shows colours, and they are wanted."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-
-
-def _folded(text: str) -> str:
-    """Long lines go on below, further in, on a terminal; what is piped keeps its lines."""
-    if not sys.stdout.isatty():
-        return text
-    width = shutil.get_terminal_size().columns
-    return "".join(line if len(line) <= width else _folded_line(line, width) for line in text.splitlines(True))
-
-
-def _folded_line(line: str, width: int) -> str:
-    import textwrap
-
-    indent = " " * (len(line) - len(line.lstrip()))
-    lines = textwrap.wrap(
-        line.strip(),
-        width,
-        initial_indent=indent,
-        subsequent_indent=indent + "    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return "\n".join(lines) + "\n"
 
 
 def _size(sources: Iterable[Location]) -> int:

@@ -17,7 +17,7 @@ from optimstate.io.temporary import is_leftover
 from optimstate.record import Record
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
-from optimstate.surgery.text import plural, readable, table
+from optimstate.surgery.text import joined, plural, readable, table
 
 __all__ = ["Finding", "ScanReport", "scan"]
 
@@ -68,7 +68,7 @@ class ScanReport(Report):
         return to_json("scan", self._asdict())
 
     def __str__(self) -> str:
-        return "\n".join(readable(self)._lines())
+        return joined(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         order = {"dangerous": 0, "unknown": 1, "data": 2}

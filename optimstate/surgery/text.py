@@ -11,7 +11,20 @@ from optimstate.describe import describe, escaped
 
 R = TypeVar("R")
 
-__all__ = ["collapsed", "columns", "families", "percent", "plural", "readable", "shown", "size", "table"]
+__all__ = [
+    "Table",
+    "collapsed",
+    "columns",
+    "families",
+    "joined",
+    "parts_of",
+    "percent",
+    "plural",
+    "readable",
+    "shown",
+    "size",
+    "table",
+]
 
 
 def size(nbytes: float) -> str:
@@ -27,9 +40,6 @@ def plural(count: int, noun: str) -> str:
     """`1 group`, `2 groups`, `2 matches`."""
     ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
     return f"{count:,} {noun}{ending}"
-
-
-_RIGHT = {"parameters", "size", "group", "elements", "x", "norm", "rms", "min", "max", "zeros", "NaN", "inf"}
 
 
 def readable(report: R, *, without: Container[str] = ()) -> R:
@@ -73,20 +83,65 @@ def columns(text: str) -> int:
     return sum(0 if combining(sign) else 2 if east_asian_width(sign) in "WF" else 1 for sign in text)
 
 
+_NUMBER = re.compile(r"(?:[\d,.<%e+-]+(?: [kMGT]?B)?|inf|nan)?")
+
+
+class Table(str):
+    """Aligned columns; those that hold numbers and sizes to the right.
+
+    Attributes:
+        headings: Of the columns.
+        rows: The cells, spelled out harmlessly.
+        widths: Of the columns, as a terminal counts them.
+        right: Of each column whether it stands to the right.
+    """
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    widths: tuple[int, ...]
+    right: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+        """The table with these headings and rows."""
+        cells = tuple(tuple(map(escaped, row)) for row in rows)
+        lines = [tuple(headings), *cells]
+        widths = tuple(max(map(columns, column)) for column in zip(*lines, strict=True))
+        columned = list(zip(*cells, strict=True)) or [()] * len(widths)
+        right = tuple(any(column) and all(map(_NUMBER.fullmatch, column)) for column in columned)
+
+        def line(row: Sequence[str]) -> str:
+            padded = []
+            for cell, width, to_the_right in zip(row, widths, right, strict=True):
+                space = " " * (width - columns(cell))
+                padded.append(space + cell if to_the_right else cell + space)
+            return ("  " + "  ".join(padded)).rstrip()
+
+        made = cls("\n".join(map(line, lines)))
+        made.headings, made.rows, made.widths, made.right = tuple(headings), cells, widths, right
+        return made
+
+
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns; those that hold numbers and sizes to the right."""
-    lines = [tuple(headings), *(tuple(map(escaped, row)) for row in rows)]
-    widths = [max(map(columns, column)) for column in zip(*lines, strict=True)]
-    right = [heading in _RIGHT for heading in headings]
+    """Aligned columns, which `joined` keeps apart from the lines around them."""
+    return Table.of(headings, rows)
 
-    def line(cells: Sequence[str]) -> str:
-        padded = []
-        for cell, width, to_the_right in zip(cells, widths, right, strict=True):
-            space = " " * (width - columns(cell))
-            padded.append(space + cell if to_the_right else cell + space)
-        return ("  " + "  ".join(padded)).rstrip()
 
-    return "\n".join(map(line, lines))
+class _Joined(str):
+    parts: tuple[str, ...] = ()
+
+
+def joined(parts: Iterable[str]) -> str:
+    """A report's text of its lines and tables, which `parts_of` gives back to whoever lays it out for a terminal."""
+    listed = tuple(parts)
+    made = _Joined("\n".join(listed))
+    made.parts = listed
+    return made
+
+
+def parts_of(text: str) -> tuple[str, ...]:
+    """The lines and tables that a report's text was joined from; of any other text, itself."""
+    return text.parts if isinstance(text, _Joined) else (text,)
 
 
 def shown(value: Any) -> str:
@@ -106,7 +161,7 @@ def percent(part: int, whole: int) -> str:
     return "<100%" if part < whole and share > 99.9 else f"{share:.3g}%"
 
 
-_NAME = re.compile(r"[^\W\d][\w.]*")
+_NAME = re.compile(r"(?<![\w.])(?:\d+\.)*[^\W\d][\w.]*")
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 

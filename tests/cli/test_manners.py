@@ -240,8 +240,8 @@ def test_what_takes_all_bytes_says_how_far_it_is(
     assert sum(seen) >= tensors > 0
 
 
-def on_terminal(*words: str, columns: int, **environment: str) -> str:
-    """What a whole process shows on a real pseudo-terminal."""
+def on_terminal(*words: str, columns: int, code: int | None = 0, **environment: str) -> str:
+    """What a whole process, which ends with that exit code or None for any, shows on a real pseudo-terminal."""
     import fcntl
     import struct
     import termios
@@ -267,7 +267,8 @@ def on_terminal(*words: str, columns: int, **environment: str) -> str:
             break
         shown += data
     os.close(leader)
-    assert process.wait(60) == 0, shown
+    ended = process.wait(60)
+    assert code in (None, ended), shown
     return shown.decode().replace("\r\n", "\n")
 
 

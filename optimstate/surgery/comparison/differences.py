@@ -8,7 +8,7 @@ from typing import Literal
 
 from optimstate.record import Record, field
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.text import collapsed, plural, readable, shown
+from optimstate.surgery.text import collapsed, joined, plural, readable, shown
 
 __all__ = ["Change", "ChangeKind", "DiffReport"]
 
@@ -91,7 +91,7 @@ class DiffReport(Report):
             params: A line for every difference, in the order of the files.
             stat: Only how many differences of each kind there are, a line for each part.
         """
-        return "\n".join(readable(self)._lines(params, stat))
+        return joined(readable(self)._lines(params, stat))
 
     def _lines(self, params: bool, stat: bool) -> list[str]:
         lines: list[str] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.inspection.report import Inspection, ModelInfo, OptimizerInfo
-from optimstate.surgery.text import plural, readable, shown, size, table
+from optimstate.surgery.text import joined, plural, readable, shown, size, table
 
 __all__ = ["History"]
 
@@ -29,7 +29,7 @@ class History(Report):
         return to_json("inspect", {"checkpoints": self.checkpoints})
 
     def __str__(self) -> str:
-        return "\n".join(readable(self)._lines())
+        return joined(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         rows = [_row(found) for found in self.checkpoints]

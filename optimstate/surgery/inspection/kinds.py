@@ -8,8 +8,8 @@ from typing import Any
 
 from optimstate.state.algorithms.registry import parameter_shape
 from optimstate.state.algorithms.slots import Algorithm
-from optimstate.surgery.inspection.report import collapsed
 from optimstate.surgery.shown import form_of
+from optimstate.surgery.text import collapsed
 from optimstate.tensors.lazy import LazyTensor
 
 __all__ = ["kinds_of_names"]

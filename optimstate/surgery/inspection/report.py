@@ -9,6 +9,7 @@ from optimstate.record import Record, field
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.inspection.rest import Entry
 from optimstate.surgery.inspection.text import View, inspection_lines
+from optimstate.surgery.text import joined
 
 if TYPE_CHECKING:
     from optimstate.surgery.statistics import Statistics
@@ -21,7 +22,6 @@ __all__ = [
     "ParameterInfo",
     "SchedulerInfo",
     "SlotInfo",
-    "collapsed",
     "missing_for_resume",
 ]
 
@@ -157,12 +157,7 @@ class Inspection(Report):
 
     def text(self, view: View | None = None) -> str:
         """The report for people: layers together unless the view says otherwise."""
-        return "\n".join(inspection_lines(self, view or View()))
-
-
-def collapsed(name: str) -> str:
-    """A name with its layer indices as `*`: `blocks.*.mlp.weight`."""
-    return ".".join(["*" if part.isdecimal() else part for part in name.split(".")])
+        return joined(inspection_lines(self, view or View()))
 
 
 def missing_for_resume(

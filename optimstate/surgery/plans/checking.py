@@ -18,7 +18,7 @@ from optimstate.problems import Problem
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
 from optimstate.surgery.plans.inverting import Names, irreversible_reason, kind_of, merged, names_of
-from optimstate.surgery.text import plural, readable
+from optimstate.surgery.text import joined, plural, readable
 
 __all__ = ["CheckReport", "check_plan"]
 
@@ -51,7 +51,7 @@ class CheckReport(Report):
         return to_json("plan check", {**self._asdict(), "rules": rules, "fits": self.fits})
 
     def __str__(self) -> str:
-        return "\n".join(readable(self)._lines())
+        return joined(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for rule, count in self.rules:

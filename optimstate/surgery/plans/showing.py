@@ -16,7 +16,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
 from optimstate.surgery.plans.inverting import irreversible_reason, merged, names_of
-from optimstate.surgery.text import collapsed, plural, readable, table
+from optimstate.surgery.text import collapsed, joined, plural, readable, table
 
 __all__ = ["ShowReport", "show_plan"]
 
@@ -59,7 +59,7 @@ class ShowReport(Report):
             name: What the plan is called.
             params: List every parameter and slot instead of layers together.
         """
-        return "\n".join(readable(self)._lines(name, params))
+        return joined(readable(self)._lines(name, params))
 
     def _lines(self, name: str, params: bool) -> Iterator[str]:
         yield f"{name}: {plural(sum(map(len, self.passes)), 'rule')}, digest {self.digest[:12]}"

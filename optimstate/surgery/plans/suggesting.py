@@ -28,7 +28,7 @@ from optimstate.surgery.comparison.contents import by_content
 from optimstate.surgery.opening import opening
 from optimstate.surgery.plans.head_sizes import head_size
 from optimstate.surgery.plans.inverting import kind_of, merged, names_of
-from optimstate.surgery.text import families, plural, readable
+from optimstate.surgery.text import families, joined, plural, readable
 from optimstate.surgery.writing.ordering import wrong_positions
 from optimstate.tensors.lazy import LazyTensor
 
@@ -111,7 +111,7 @@ class SuggestReport(Report):
         return to_json("plan suggest", {**self._asdict(), "complete": self.complete})
 
     def __str__(self) -> str:
-        return "\n".join(readable(self)._lines())
+        return joined(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for rule in self.rules:

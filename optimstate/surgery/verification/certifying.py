@@ -19,7 +19,7 @@ from optimstate.reporting import Report, to_json
 from optimstate.state.names import unwrapped
 from optimstate.state.sections import Section, find_sections
 from optimstate.surgery.opening import opening
-from optimstate.surgery.text import plural, readable
+from optimstate.surgery.text import joined, plural, readable
 
 __all__ = ["Entry", "Lineage", "certificates_in", "differences", "log"]
 
@@ -152,7 +152,7 @@ class Lineage(Report):
         return to_json("log", {"path": self.path, "entries": entries})
 
     def __str__(self) -> str:
-        return "\n".join(readable(self)._lines())
+        return joined(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for entry in self.entries:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from optimstate.problems import Kind, Problem
 from optimstate.reporting import Report, to_json
-from optimstate.surgery.text import plural, readable
+from optimstate.surgery.text import joined, plural, readable
 
 __all__ = ["Finding", "VerifyReport", "fault", "note"]
 
@@ -71,7 +71,7 @@ class VerifyReport(Report):
         return to_json("verify", {**self._asdict(), "healthy": self.healthy, "verdict": self.verdict})
 
     def __str__(self) -> str:
-        return "\n".join(readable(self)._lines())
+        return joined(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for level in ("fault", "note"):

@@ -18,7 +18,7 @@ from optimstate.problems import Problem
 from optimstate.record import field
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
-from optimstate.surgery.text import plural, readable, size, table
+from optimstate.surgery.text import joined, plural, readable, size, table
 from optimstate.surgery.writing.remapping import check_distributed
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, OpaqueFile, nodes, replaced
@@ -61,7 +61,7 @@ class ConvertReport(Report):
         return to_json("convert", self._asdict())
 
     def __str__(self) -> str:
-        return "\n".join(readable(self)._lines())
+        return joined(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for where in self.without:

@@ -28,7 +28,7 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.pairing import ModelNames, Namer, Order
 from optimstate.state.sections import Section, find_sections
 from optimstate.surgery.opening import opening
-from optimstate.surgery.text import readable, table
+from optimstate.surgery.text import joined, readable, table
 from optimstate.surgery.viewing import viewed
 from optimstate.tree import Opaque, replaced
 
@@ -53,7 +53,7 @@ class NameReport(Report):
         return to_json("name", self._asdict())
 
     def __str__(self) -> str:
-        return "\n".join(readable(self)._lines())
+        return joined(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for path, found in self.optimizers.items():

@@ -19,7 +19,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration, SectionMoves
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
-from optimstate.surgery.text import plural, readable, shown, table
+from optimstate.surgery.text import families, joined, plural, readable, shown, table
 from optimstate.surgery.writing.ordering import order_notes, read_like
 from optimstate.surgery.writing.outcomes import Group, Outcome, outcomes, regrouped
 
@@ -64,7 +64,7 @@ class RemapReport(Report):
         return to_json("remap", self._asdict())
 
     def __str__(self) -> str:
-        return "\n".join(readable(self)._lines())
+        return joined(readable(self)._lines())
 
     def _lines(self) -> Iterator[str]:
         for rule, count in self.rules:
@@ -78,8 +78,8 @@ class RemapReport(Report):
             for group in self.groups.get(section, ()):
                 yield f"  {_regrouped(group)}"
             if not self.written:
-                yield from _cut([f"  {source} -> {target}" for source, target in moves[: MOVES_SHOWN + 1]], len(moves))
-                yield from _cut([f"  {source} dropped" for source in dropped[: MOVES_SHOWN + 1]], len(dropped))
+                yield from _cut([f"  {line}" for line in families(f"{source} -> {target}" for source, target in moves)])
+                yield from _cut([f"  {line} dropped" for line in families(dropped)])
         for note in self.notes:
             yield f"note: {note}"
         yield "plan:"
@@ -244,11 +244,11 @@ OUTCOMES_SHOWN = 20
 MOVES_SHOWN = 50
 
 
-def _cut(lines: Sequence[str], count: int) -> Iterator[str]:
-    """The first of so many lines, and how many more there are."""
+def _cut(lines: Sequence[str]) -> Iterator[str]:
+    """The first of these lines, and how many more there are."""
     yield from lines[:MOVES_SHOWN]
-    if count > MOVES_SHOWN:
-        yield f"  ... and {count - MOVES_SHOWN:,} more (--json lists all)"
+    if len(lines) > MOVES_SHOWN:
+        yield f"  ... and {len(lines) - MOVES_SHOWN:,} more kinds (--json lists all)"
 
 
 def _outcomes(found: Sequence[Outcome], whole: str) -> Iterator[str]:
