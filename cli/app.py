@@ -64,7 +64,7 @@ CRASHED = 70
 INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what --json or - asks for.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors, and what --json or - asks for.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing destination.")]
 
 Copy = Annotated[
@@ -76,23 +76,21 @@ Ranks = Annotated[
     typer.Option(
         "--ranks",
         metavar="N",
-        help="Cut the tensors of a distributed checkpoint for N processes instead of leaving them in their pieces.",
+        help="Reshard the tensors of a distributed checkpoint for N processes instead of keeping their shards.",
     ),
 ]
 View = Annotated[
     str | None,
-    typer.Option(
-        metavar="FILE", help="The plan from the layout in which the weights are stored to that of the optimizer."
-    ),
+    typer.Option(metavar="FILE", help="A plan from the layout of the stored weights to the layout of the optimizer."),
 ]
 
 Verify = Annotated[
     bool | None,
-    typer.Option("--verify/--no-verify", help="Compare the source's checksums: by default beside the copying."),
+    typer.Option("--verify/--no-verify", help="Check the source's checksums while copying (the default)."),
 ]
 NoSync = Annotated[
     bool,
-    typer.Option("--no-sync", help="Leave flushing to the disk to the system, as cp does: faster, not power-safe."),
+    typer.Option("--no-sync", help="Do not flush to disk, as cp does: faster, but not safe against power loss."),
 ]
 
 

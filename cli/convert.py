@@ -35,12 +35,12 @@ def parse_size(text: str) -> int:
 )
 def convert(
     source: Source,
-    destination: Annotated[Location, typer.Argument(help="Where to write; the suffix says what.", **PLACE)],
+    destination: Annotated[Location, typer.Argument(help="Where to write; the suffix decides the container.", **PLACE)],
     to: Annotated[
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="torch, safetensors, dcp, deepspeed-universal or torch-checkpointing; without it the suffix decides.",
+            help="torch, safetensors, dcp, deepspeed-universal or torch-checkpointing (default: by suffix).",
             autocompletion=words.formats,
         ),
     ] = None,
@@ -57,7 +57,7 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="KIND|PATH",
-            help="Leave this out and keep everything else where it is.",
+            help="Leave this out and keep everything else.",
             autocompletion=words.sections,
         ),
     ] = None,
@@ -74,11 +74,11 @@ def convert(
         ),
     ] = None,
     shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Write a folder of shards of at most this size.")
+        str | None, typer.Option(metavar="SIZE", help="Write a folder of shards no larger than this.")
     ] = None,
     verify: Verify = None,
     no_checksums: Annotated[
-        bool, typer.Option("--no-checksums", help="Write zip records without CRC-32, as torch can too.")
+        bool, typer.Option("--no-checksums", help="Write zip records without CRC-32, as torch can.")
     ] = False,
     digest: Annotated[
         str | None,
@@ -88,15 +88,15 @@ def convert(
         ),
     ] = None,
     drop_opaque: Annotated[
-        bool, typer.Option("--drop-opaque", help="Leave out objects of other classes; what is lost is named.")
+        bool, typer.Option("--drop-opaque", help="Leave out objects of other classes; what is lost is reported.")
     ] = False,
     salvage: Annotated[
-        bool, typer.Option("--salvage", help="Of a damaged source, write what is whole and name what is lost.")
+        bool, typer.Option("--salvage", help="Write what is intact in a damaged source and name what is lost.")
     ] = False,
     clone_views: Annotated[
-        bool, typer.Option("--clone-views", help="Store tensors that share memory each on its own.")
+        bool, typer.Option("--clone-views", help="Store tensors that share memory as separate copies.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that it can be done and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check that it would work and write nothing.")] = False,
     force: Force = False,
     copy: Copy = False,
     ranks: Ranks = None,
@@ -104,9 +104,10 @@ def convert(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint in another container, torch or safetensors: without loss and in constant memory.
+    """Write a checkpoint in another container, without loss and in constant memory.
 
-    Or some sections of it, in other dtypes, or with another optimizer's state: what that rounds or loses is reported.
+    Can also select sections, change dtypes, or translate the state for another optimizer; whatever that rounds or
+    loses is reported.
     """
     import optimstate
     from optimstate.cli.render import terminal

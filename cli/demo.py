@@ -27,18 +27,18 @@ COLOURS = (("red", "#d62728"), ("yellow", "#e69f00"), ("green", "#2ca02c"), ("ma
     epilog=epilog("optimstate demo", "optimstate demo --out there --seed 1 --steps 1000"),
 )
 def demo(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to leave the files.")] = Path("optimstate-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the order of the text.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to put the files.")] = Path("optimstate-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the order of the text.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Training steps before the switch.")] = 500,
-    after: Annotated[int, typer.Option(min=4, help="Training steps after it, for each way to go on.")] = 80,
+    after: Annotated[int, typer.Option(min=4, help="Training steps after it, for each variant.")] = 80,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train a small transformer, change its model, and go on with and without the optimizer's state.
+    """Train a small transformer, change its model, and continue with and without the optimizer's state.
 
     First its layers are reordered and renamed: torch alone, fresh, and by name. Then its MLPs become experts by a plan.
     Takes about half a minute on one core. The model learns the help topics of Python's pydoc, character by character.
-    Leaves the checkpoints, the plan, the losses as CSV and drawings of them as SVG.
+    Writes the checkpoints, the plan, the losses as CSV, and plots of them as SVG.
     """
     import tempfile
     from contextlib import chdir

@@ -21,18 +21,24 @@ from optimstate.io.location import Location
 )
 def diff(
     left: Source,
-    right: Annotated[Location, typer.Argument(help="Another, of any container.", **PLACE)],
-    headers: Annotated[bool, typer.Option("--headers", help="Compare names, shapes, dtypes and values only.")] = False,
+    right: Annotated[Location, typer.Argument(help="Another checkpoint, in any container.", **PLACE)],
+    headers: Annotated[
+        bool,
+        typer.Option("--headers", help="Do not read tensors: compare names, shapes, dtypes and other values only."),
+    ] = False,
     name: Annotated[
-        str | None, typer.Option(metavar="TEMPLATE", help="Compare only what has such a name, e.g. 'layers.3.**'.")
+        str | None, typer.Option(metavar="TEMPLATE", help="Compare only names that match, e.g. 'layers.3.**'.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Relative differences up to this, by the norm, are none.", show_default=False)
+        float, typer.Option(min=0, help="Ignore relative differences (of norms) up to this.", show_default=False)
     ] = 0.0,
-    params: Annotated[bool, typer.Option("--params", help="A line for every difference, not layers together.")] = False,
-    stat: Annotated[bool, typer.Option("--stat", help="Only how many differences each part has.")] = False,
+    params: Annotated[
+        bool, typer.Option("--params", help="Print a line for every difference instead of grouping layers.")
+    ] = False,
+    stat: Annotated[bool, typer.Option("--stat", help="Print only how many differences each section has.")] = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page: heat maps of the differences, a table.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write an HTML page with heat maps of the differences and a table."),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -40,8 +46,8 @@ def diff(
 ) -> None:
     """Compare everything in two checkpoints by name: tensors, hyperparameters, and every other value.
 
-    Layers are shown together, what differs most first. Exits with 1 when there are differences. Torch is imported only
-    to measure how far changed tensors are apart.
+    Layers are grouped, and what differs most comes first. Exits with 1 if there are differences. Torch is imported only
+    to measure how much changed tensors differ.
     """
     import optimstate
     from optimstate.cli.render import terminal

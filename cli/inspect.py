@@ -27,28 +27,30 @@ def inspect(
     paths: Annotated[
         list[Location],
         typer.Argument(
-            metavar="PATH...", help="A checkpoint file or folder; several, or a pattern, are a table.", **PLACE
+            metavar="PATH...", help="Checkpoint files or folders; several, or a pattern, give a table.", **PLACE
         ),
     ],
     params: Annotated[
-        bool, typer.Option("--params", help="List every parameter with its slots (in --json too).")
+        bool, typer.Option("--params", help="List every parameter with its slots (also in --json).")
     ] = False,
-    groups: Annotated[bool, typer.Option("--groups", help="List every group with all its options.")] = False,
+    groups: Annotated[bool, typer.Option("--groups", help="List all options of every param group.")] = False,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Read every tensor: norms, ranges, zeros, NaN (imports torch).")
+        bool, typer.Option("--stats", help="Read every tensor for norms, ranges, zeros and NaN (imports torch).")
     ] = False,
     name: Annotated[
-        str | None, typer.Option(metavar="TEMPLATE", help="Only such parameters, e.g. 'layers.3.**'.")
+        str | None, typer.Option(metavar="TEMPLATE", help="Show only parameters that match, e.g. 'layers.3.**'.")
     ] = None,
-    section: Annotated[str | None, typer.Option(metavar="KIND|PATH", help="Only this part.")] = None,
-    sort: Annotated[Sort | None, typer.Option(help="List parameters in this order, the largest first.")] = None,
-    top: Annotated[int | None, typer.Option(min=1, metavar="N", help="List so many.")] = None,
+    section: Annotated[str | None, typer.Option(metavar="KIND|PATH", help="Show only this section.")] = None,
+    sort: Annotated[Sort | None, typer.Option(help="List parameters by name, or the largest first.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, metavar="N", help="List only the first N parameters.")] = None,
     tree: Annotated[bool, typer.Option("--tree", help="Show names as a tree of modules.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="List every other entry, without limits.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List all other entries, however many.")] = False,
     view: View = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a page: histograms of moments and steps, heat maps, tables."),
+        typer.Option(
+            metavar="FILE", help="Write an HTML page with histograms of moments and steps, heat maps and tables."
+        ),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
@@ -56,8 +58,8 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds, and whether a run can resume from it.
 
-    Sections, algorithm, groups, parameters, slots, steps, sizes, every other entry, oddities. Nothing in the file is
-    executed, and torch is imported for --stats, --sort norm and --html alone.
+    Lists sections, algorithm, groups, parameters, slots, steps, sizes, all other entries, and anything unusual. Nothing
+    in the file is executed; torch is imported only for --stats, --sort norm and --html.
     """
     import optimstate
     from optimstate.cli.render import terminal

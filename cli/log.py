@@ -9,10 +9,10 @@ from optimstate.io.location import Location
 
 
 @app.command(
-    short_help="Where a checkpoint comes from: its certificates and plans.",
+    short_help="Show where a checkpoint comes from: its certificates and plans.",
     epilog=epilog(
         "optimstate log certified.pt",
-        exits="0 something is noted, 1 nothing is, 2 wrong usage, 3 bad input.",
+        exits="0 there is a record, 1 there is none, 2 wrong usage, 3 bad input.",
         page="certificates",
     ),
 )
@@ -21,7 +21,7 @@ def log(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """List the certificates that a run was resumed from, and the plans that were applied in between, oldest first.
+    """List the certificates a run was resumed from and the plans applied in between, oldest first.
 
     Runs that save with hooks.certify() keep this chain; optimstate remap adds its plan to it.
     """

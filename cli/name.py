@@ -33,23 +33,25 @@ class Order(StrEnum):
 def name(
     source: Source,
     destination: Annotated[
-        Location | None, typer.Argument(help="Where to write; left out with --dry-run.", **PLACE)
+        Location | None, typer.Argument(help="Where to write; not needed with --dry-run.", **PLACE)
     ] = None,
     names: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[PATH=]FILE",
-            help="The parameters' names; PATH says of which optimizer, as `inspect` prints it. Repeatable.",
+            help="The parameter names, of the optimizer at PATH (as `inspect` prints it). Repeatable.",
         ),
     ] = None,
     order: Annotated[
-        Order, typer.Option(help="The order of the names: named_parameters(), or the optimizer's, group by group.")
+        Order,
+        typer.Option(help="Order of the names: that of named_parameters(), or the optimizer's own, group by group."),
     ] = Order.model,
     model: Annotated[
-        str | None, typer.Option(metavar="MODULE:FACTORY", help="Builds the model; runs that module's code.")
+        str | None, typer.Option(metavar="MODULE:FACTORY", help="Build the model with this function (runs its code).")
     ] = None,
     hf: Annotated[
-        Path | None, typer.Option(metavar="CONFIG|FOLDER", help="Builds the model of transformers that a config names.")
+        Path | None,
+        typer.Option(metavar="CONFIG|FOLDER", help="Build the transformers model that this config describes."),
     ] = None,
     view: View = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report and write nothing.")] = False,
@@ -57,7 +59,10 @@ def name(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Give an anonymous optimizer its parameter names, from the model beside it or a given one. Nothing is guessed."""
+    """Give an anonymous optimizer its parameter names, from the model stored with it or a given one.
+
+    Nothing is guessed.
+    """
     import optimstate
     from optimstate.cli.render import terminal
     from optimstate.surgery.writing.naming import read_names

@@ -11,7 +11,7 @@ from optimstate.io.location import Location
 
 plans = Application(
     name="plan",
-    help="Write, check, undo and look at plans: the TOML files that say which parameters are made from which.\n\n"
+    help="Write, check, invert and show plans: TOML files that say which parameters are made from which.\n\n"
     "Torch is never imported and no checkpoint is changed.",
     short_help="Suggest, derive, check, invert and show plans.",
     epilog=epilog(
@@ -36,7 +36,7 @@ class Layout(StrEnum):
 PlanFile = Annotated[Path, typer.Argument(help="A plan file (TOML); - reads standard input.")]
 Out = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Write the plan there; - prints it in place of the report."),
+    typer.Option("--output", "-o", metavar="FILE", help="Write the plan to FILE; - prints it instead of the report."),
 ]
 
 
@@ -47,31 +47,33 @@ Out = Annotated[
         "optimstate plan suggest old.pt new-model.pt --headers --json",
         "optimstate plan suggest old.pt new-model.pt --rehearse resume_check.py",
         "optimstate plan suggest old.pt new-model.pt -o - | optimstate plan check - old.pt",
-        exits="0 everything is explained, 1 something of TARGET is not, or a rule does not fit SOURCE, "
+        exits="0 everything is explained, 1 part of TARGET is not, or a rule does not fit SOURCE, "
         "2 wrong usage, 3 bad input, 5 the destination.",
         page="command-line",
     ),
 )
 def suggest(
-    source: Annotated[Location, typer.Argument(help="The checkpoint to be moved.", **PLACE)],
-    target: Annotated[Location, typer.Argument(help="A checkpoint of the new model; its weights are enough.", **PLACE)],
+    source: Annotated[Location, typer.Argument(help="The checkpoint to move.", **PLACE)],
+    target: Annotated[
+        Location, typer.Argument(help="A checkpoint of the new model (the weights are enough).", **PLACE)
+    ],
     output: Out = None,
     rehearse: Annotated[
         Path | None,
-        typer.Option(metavar="SCRIPT", help="Decide what stays open with a script as `optimstate rehearse` runs."),
+        typer.Option(metavar="SCRIPT", help="Decide open questions with a script for `optimstate rehearse`."),
     ] = None,
     headers: Annotated[
-        bool, typer.Option("--headers", help="Compare names and shapes only; contents tell renames more surely.")
+        bool, typer.Option("--headers", help="Compare names and shapes only. Contents identify renames more reliably.")
     ] = False,
     layouts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Known layouts beside those of this release, in a file of the same form."),
+        typer.Option(metavar="FILE", help="A file of further known layouts, in the form of the built-in one."),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Propose a plan that makes the names and shapes of TARGET from those of SOURCE.
+    """Propose a plan that turns the names and shapes of SOURCE into those of TARGET.
 
     Every rule comes with a confidence from 0 to 1 and the reason: the contents are the same, a library's layout is
     known, nothing else has the shape, the sizes add up. Where names and shapes do not decide, the possibilities are
@@ -108,39 +110,41 @@ def suggest(
 )
 def derive(
     like: Annotated[
-        Location, typer.Argument(help="A checkpoint with the names and shapes that the function takes.", **PLACE)
+        Location, typer.Argument(help="A checkpoint with the names and shapes that the function expects.", **PLACE)
     ],
     function: Annotated[
-        str, typer.Option(metavar="MODULE:NAME", help="A function from state dict to state dict.")
+        str, typer.Option(metavar="MODULE:NAME", help="A function that takes a state dict and returns one.")
     ] = "",
     old_model: Annotated[
-        str, typer.Option(metavar="MODULE:NAME", help="What makes the old module, for a function of two modules.")
+        str, typer.Option(metavar="MODULE:NAME", help="Builds the old module, for a function of two modules.")
     ] = "",
     new_model: Annotated[
-        str, typer.Option(metavar="MODULE:NAME", help="What makes the new one, which the function copies into.")
+        str, typer.Option(metavar="MODULE:NAME", help="Builds the new module, into which the function copies.")
     ] = "",
     transformers: Annotated[
         Path | None,
-        typer.Option(metavar="CONFIG", help="A folder or file with a config.json: the library's own converters."),
+        typer.Option(
+            metavar="CONFIG", help="Use the converters of transformers for this config.json (file or folder)."
+        ),
     ] = None,
-    to: Annotated[Layout, typer.Option(help="With --transformers, the layout that the plan leads to.")] = Layout.live,
-    allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Let the function leave tensors out.")] = False,
+    to: Annotated[Layout, typer.Option(help="With --transformers, the layout to produce.")] = Layout.live,
+    allow_drop: Annotated[bool, typer.Option("--allow-drop", help="Allow the function to leave tensors out.")] = False,
     python: Annotated[
         Path | None,
-        typer.Option("--python", metavar="PYTHON", help="The interpreter that runs the function; this one by default."),
+        typer.Option("--python", metavar="PYTHON", help="The interpreter that runs the function (default: this one)."),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="End the function's process where it takes longer.")
+        float, typer.Option(metavar="SECONDS", min=0, help="Stop the function's process after this time.")
     ] = 600,
     output: Out = None,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Derive the plan that does to a checkpoint, optimizer state included, what a function does to weights.
+    """Derive the plan that does to a whole checkpoint what a function does to weights.
 
-    The function runs in a process of its own, a few times, on tensors whose elements carry their numbers; where they
-    end up is read off. No value of the checkpoint is read. The plan is compared with the function before it is printed.
+    The function runs a few times, in a separate process, on tensors whose elements are numbered; the plan is read from
+    where they end up. No value of the checkpoint is read. The plan is compared with the function before it is printed.
     With --old-model and --new-model the function copies weights from one module into another, in place.
     """
     import sys
@@ -180,19 +184,21 @@ def derive(
 )
 def check(
     plan: PlanFile,
-    checkpoint: Annotated[Location | None, typer.Argument(help="The checkpoint that it is for.", **PLACE)] = None,
+    checkpoint: Annotated[Location | None, typer.Argument(help="The checkpoint the plan is for.", **PLACE)] = None,
     target: Annotated[
         Location | None,
         typer.Option(
-            metavar="CHECKPOINT", help="One of the new model, whose names and shapes the result must have.", **PLACE
+            metavar="CHECKPOINT",
+            help="A checkpoint of the new model, whose names and shapes the result must have.",
+            **PLACE,
         ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Find everything that is wrong with a plan, at once: alone, for a checkpoint, and for what shall come of it.
+    """Find all problems of a plan at once: by itself, for a checkpoint, and against the model it should lead to.
 
-    Each problem names the parameter, both sides and the remedy.
+    Each problem names the parameter, both sides and a remedy.
     """
     from optimstate.cli.render import terminal
     from optimstate.surgery.plans import checking
@@ -218,16 +224,18 @@ def invert(
     plan: PlanFile,
     checkpoint: Annotated[
         Location | None,
-        typer.Argument(help="The checkpoint that it is for, not its result: tells unequal sizes.", **PLACE),
+        typer.Argument(
+            help="The checkpoint the plan is for (not its result), which shows sizes that are not equal.", **PLACE
+        ),
     ] = None,
     output: Out = None,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write the plan that undoes a plan which loses nothing, or say which rules lose what.
+    """Write the plan that undoes a plan, or say which rules lose what.
 
-    Without --output the plan itself is printed.
+    Without --output, the plan is printed.
     """
     from optimstate.surgery.plans import inverting
 
@@ -240,7 +248,7 @@ def invert(
 
 
 @plans.command(
-    short_help="Show what a plan says, and does to a checkpoint.",
+    short_help="Show what a plan says, and what it does to a checkpoint.",
     epilog=epilog(
         "optimstate plan show plan.toml",
         "optimstate plan show plan.toml old.pt",
@@ -251,20 +259,21 @@ def invert(
 )
 def show(
     plan: PlanFile,
-    checkpoint: Annotated[Location | None, typer.Argument(help="The checkpoint that it is for.", **PLACE)] = None,
+    checkpoint: Annotated[Location | None, typer.Argument(help="The checkpoint the plan is for.", **PLACE)] = None,
     params: Annotated[
-        bool, typer.Option("--params", help="List every parameter and slot, not layers together.")
+        bool, typer.Option("--params", help="List every parameter and slot instead of grouping layers.")
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page: which old parameters feed which new ones.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write an HTML page of which old parameters feed which new ones."),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show the rules of a plan in order, and with a checkpoint what becomes of its parameters and every slot.
+    """Show the rules of a plan in order and, given a checkpoint, what becomes of every parameter and slot.
 
-    A slot is exact, approximate, fresh or dropped; the reasons are given.
+    Each slot is exact, approximate, fresh or dropped, with the reason.
     """
     from optimstate.cli.render import terminal
     from optimstate.surgery.plans import files, showing

@@ -11,7 +11,7 @@ from optimstate.cli.scripts import rehearsed_script
 
 @app.command(
     context_settings=SETTINGS,
-    short_help="Run old and new side by side: what would a resume lose?",
+    short_help="Run old and new side by side to see what a resume would lose.",
     epilog=epilog(
         "optimstate rehearse --script resume_check.py",
         "optimstate rehearse --script resume_check.py --steps 5 --json",
@@ -21,15 +21,16 @@ from optimstate.cli.scripts import rehearsed_script
 )
 def rehearse(
     script: Annotated[
-        Path, typer.Option(metavar="FILE", help="Defines old, new, batch, loss; plan, checkpoint, load if needed.")
+        Path,
+        typer.Option(metavar="FILE", help="Defines old, new, batch and loss, and plan, checkpoint, load if needed."),
     ],
-    steps: Annotated[int, typer.Option(min=1, help="How many steps both runs make.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps both runs take.")] = 2,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare a run with its continuation in a changed model: function, gradients, then parameters and slots.
 
-    The script is Python that you wrote and is executed. `old()` and `new()` build (model, optimizer), or these and a
+    The script is your own Python code, and is executed. `old()` and `new()` build (model, optimizer), or these and a
     scheduler; `batch` is what
     `loss(model, batch)` takes; `plan` is a plan or the path of one, `checkpoint` what the old run is loaded from, and
     `load(state, model, optimizer)` loads the new run where that is not optimstate's.

@@ -26,26 +26,28 @@ from optimstate.io.location import Location
 def remap(
     source: Source,
     destination: Annotated[
-        Location | None, typer.Argument(help="Where to write; left out with --in-place or --dry-run.", **PLACE)
+        Location | None, typer.Argument(help="Where to write; not needed with --in-place or --dry-run.", **PLACE)
     ] = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A plan file (TOML); - reads standard input.")
     ] = None,
-    rename: Annotated[list[str] | None, typer.Option(metavar="OLD=NEW", help="Other names.")] = None,
-    duplicate: Annotated[list[str] | None, typer.Option(metavar="OLD=NEW,NEW", help="Copies, state included.")] = None,
-    drop: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Leave parameters out.")] = None,
+    rename: Annotated[list[str] | None, typer.Option(metavar="OLD=NEW", help="Rename parameters.")] = None,
+    duplicate: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW,NEW", help="Copy parameters with their state.")
+    ] = None,
+    drop: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Drop parameters and their state.")] = None,
     fresh: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Keep the value, leave the optimizer's state behind; or a new parameter."),
+        typer.Option(metavar="NAME", help="Reset the optimizer state of existing parameters, or declare new ones."),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="[WHERE:]KEY=VALUE",
-            help="An option of the param groups: of all, of group number WHERE, or of the parameters that the "
-            "template WHERE matches ('**.bias:weight_decay=0.0'), which then have a group of their own. Before it, or "
-            "alone, the path of one of several optimizers: 'dis_optimizer:0:lr=1e-4'.",
+            help="Set an option of all param groups, of group number WHERE, or of the parameters that the template "
+            "WHERE matches ('**.bias:weight_decay=0.0'), which then get a group of their own. With several optimizers, "
+            "put the path of one in front: 'dis_optimizer:0:lr=1e-4'.",
         ),
     ] = None,
     schedules: Annotated[
@@ -53,8 +55,8 @@ def remap(
         typer.Option(
             "--set-schedule",
             metavar="[PATH:]KEY=VALUE",
-            help="An argument of a scheduler, as if it had been so from the start (T_max=40): of every one, of that at "
-            "PATH, or of a part ('_schedulers[1]:T_max=40').",
+            help="Set an argument of every scheduler as if it had always had that value (T_max=40), or only of the "
+            "one at PATH, or of a part of one ('_schedulers[1]:T_max=40').",
         ),
     ] = None,
     like: Annotated[
@@ -62,17 +64,17 @@ def remap(
         typer.Option(
             **PLACE,
             metavar="MODEL|NAMES.txt",
-            help="Write the optimizer in the order (and groups) of the new model, by which torch loads it. MODEL is a "
-            "checkpoint of it, whose weights are enough; NAMES.txt has its parameters' names, one a line.",
+            help="Write the optimizer in the order (and groups) of the new model, since torch loads by position. "
+            "MODEL is a checkpoint of it (the weights are enough); NAMES.txt lists its parameter names, one per line.",
         ),
     ] = None,
     plan_out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Save all of this as a plan; - prints the plan in place of the report."),
+        typer.Option(metavar="FILE", help="Save all of this as a plan; - prints the plan instead of the report."),
     ] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="Rename inside the file by appending to it.")] = False,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Rename within the file, by appending to it.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Report what would be done and leave checkpoints alone.")
+        bool, typer.Option("--dry-run", help="Report what would be done and write no checkpoint.")
     ] = False,
     verify: Verify = None,
     force: Force = False,
@@ -85,8 +87,8 @@ def remap(
     """Rename, duplicate, drop or rebuild parameters: weights, every optimizer slot, groups and averages together.
 
     Templates match whole dotted names: {i} is one component, {rest**} several, {x=q|k|v} and {e=0..7} enumerate. The
-    options become rules of one plan, after those of --plan: the first that matches a name decides. What becomes of
-    every slot (exact, approximate, fresh, dropped) is reported with the reasons, and so is the equivalent plan.
+    options become rules of one plan, after those of --plan: the first rule that matches a name applies. The
+    report says what becomes of every slot (exact, approximate, fresh, dropped) and why, and gives the equivalent plan.
     """
     import optimstate
     from optimstate.cli.render import terminal

@@ -9,7 +9,7 @@ from optimstate.io.location import Location
 
 
 @app.command(
-    short_help="List what the pickles of a checkpoint name, running nothing.",
+    short_help="List what the pickles of a checkpoint name, without running anything.",
     epilog=epilog(
         "optimstate scan checkpoint.pt",
         "optimstate scan downloaded-checkpoint/ --quiet || echo 'look before you load'",
@@ -24,8 +24,8 @@ def scan(
 ) -> None:
     """List every class and function that the pickles of a checkpoint name, without running any.
 
-    Archives, compressed files and arrays are looked into, one within another. Exits with 1 when a name is not known to
-    build plain data only, or when there is anything that was not scanned.
+    Archives, compressed files and arrays are searched, also inside one another. Exits with 1 if a name is not known to
+    build plain data only, or if anything could not be scanned.
     """
     import optimstate
     from optimstate.cli.render import terminal

@@ -22,24 +22,24 @@ from optimstate.io.location import Location
 def verify(
     path: Source,
     against: Annotated[
-        Location | None, typer.Option(metavar="SRC", help="The checkpoint it was made from.", **PLACE)
+        Location | None, typer.Option(metavar="SRC", help="The checkpoint that this one was made from.", **PLACE)
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The plan it was made by; - reads standard input.")
+        Path | None, typer.Option(metavar="FILE", help="The plan that it was made with; - reads standard input.")
     ] = None,
     certificate: Annotated[
         Location | None,
         typer.Option(metavar="FILE", help="What hooks.certify() wrote, or a checkpoint with it.", **PLACE),
     ] = None,
     view: View = None,
-    no_numbers: Annotated[bool, typer.Option("--no-numbers", help="Do not look into tensors (no torch).")] = False,
+    no_numbers: Annotated[bool, typer.Option("--no-numbers", help="Do not read tensors (no torch needed).")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Prove that a run can resume: coverage, steps, moments, dtypes, aliases, learning rates, names, checksums.
 
-    Exits with 1 when there is a fault, or nothing was recognised. With --against and --plan, every byte is accounted
-    for; with --certificate, weights, slots, groups and schedule have to be what they were when the run stopped.
+    Exits with 1 if there is a fault or nothing was recognised. With --against and --plan, accounts for every byte; with
+    --certificate, checks that weights, slots, groups and schedule are what they were when the run stopped.
     """
     import optimstate
     from optimstate.cli.render import terminal

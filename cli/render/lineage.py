@@ -18,10 +18,12 @@ NEW, GONE = "(new)", "(dropped)"
 
 _GRAPH = """<section class="panel" aria-labelledby="graph-title">
 <h2 id="graph-title">Lineage</h2>
-<div class="controls"><label>Name has <input id="filter" type="search" spellcheck="false" autocomplete="off"></label>
+<div class="controls"><label>Name contains
+<input id="filter" type="search" spellcheck="false" autocomplete="off"></label>
 <span class="legend"><span class="mark exact">exact</span><span class="mark approximate">approximate</span>
 <span class="mark fresh">fresh</span><span class="mark dropped">dropped</span></span></div>
-<div id="detail" class="detail" role="status" aria-live="polite">Choose a name: layers unfold, its outcomes are listed.
+<div id="detail" class="detail" role="status" aria-live="polite">
+Choose a name to unfold its layers and list its outcomes.
 </div>
 <div id="graph" class="graph"><ul id="old" aria-label="Old parameters"></ul>
 <svg id="links" aria-hidden="true" preserveAspectRatio="none"></svg><ul id="new" aria-label="New parameters"></ul></div>

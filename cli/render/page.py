@@ -10,7 +10,6 @@ import base64
 import hashlib
 import html
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from optimstate import __version__
 from optimstate.cli.render.rows import change_rows, inspection_rows, kind_of
 from optimstate.describe import escaped
 from optimstate.io.output import AtomicFile
+from optimstate.surgery.comparison.differences import counted_kinds
 from optimstate.surgery.inspection.report import ModelInfo, OptimizerInfo, SchedulerInfo
 from optimstate.surgery.inspection.text import telling_options
 from optimstate.surgery.text import plural, shown, size
@@ -66,9 +66,8 @@ def inspection_page(found: Inspection, steps: Sequence[Update]) -> str:
 def diff_page(report: DiffReport) -> str:
     """The page of a comparison."""
     names = [Path(path).name or path for path in (report.left, report.right)]
-    kinds = Counter(change.kind for change in report.changes)
     facts = [f"{plural(report.equal, 'tensor')} {'equal' if report.compared_contents else 'alike'}"]
-    facts += [f"{count:,} {kind}" for kind, count in kinds.items()]
+    facts += counted_kinds(report.changes)
     lines = [("good", "No differences.")] if not report.changes else []
     body = f"{messages(lines)}\n{_MAPS}\n{_TABLE}"
     title = " and ".join(names)
@@ -134,7 +133,7 @@ def _messages(found: Inspection) -> str:
     lines += [("warn", f"To resume: {line}.") for line in found.resume]
     lines += [("warn", note) for note in found.notes]
     if not found.resume and found.sections:
-        lines.insert(0, ("good", "To resume, nothing is missing that names, sizes and steps can show."))
+        lines.insert(0, ("good", "Names, sizes and steps show nothing missing for a resume."))
     return messages(lines)
 
 
@@ -146,9 +145,9 @@ def messages(lines: Sequence[tuple[str, str]]) -> str:
 
 _HISTOGRAMS = """<section class="panel" aria-labelledby="histograms-title" id="histograms">
 <h2 id="histograms-title">Magnitudes</h2>
-<p class="hint">How many elements have which magnitude. The effective step is lr·m̂/(√v̂+ε), the step that the moments
-alone
-make; step / weight is its norm over the weight's, one number for each parameter: about 1e-3 is usual.</p>
+<p class="hint">How many elements have each magnitude. The effective step is lr·m̂/(√v̂+ε), the step that follows from
+the moments alone; step / weight is the ratio of its norm to the weight's, one number per parameter: about 1e-3 is
+usual.</p>
 <div class="controls"><label>Of <select id="histogram-kind"></select></label></div>
 <div id="histogram-box" class="histograms"></div>
 </section>"""
@@ -167,9 +166,10 @@ _MAPS = """<section class="panel" aria-labelledby="maps-title">
 
 _TABLE = """<section class="panel" aria-labelledby="table-title">
 <h2 id="table-title">Parameters</h2>
-<div class="controls"><label>Name has <input id="filter" type="search" spellcheck="false" autocomplete="off"></label>
+<div class="controls"><label>Name contains
+<input id="filter" type="search" spellcheck="false" autocomplete="off"></label>
 <label>Of <select id="table-series"></select></label>
-<label><input id="odd" type="checkbox"> only odd ones</label>
+<label><input id="odd" type="checkbox"> only unusual ones</label>
 <span id="count" role="status" aria-live="polite"></span></div>
 <div class="scroll" id="rows-box" tabindex="0" role="region" aria-label="Table of parameters">
 <table id="rows" class="rows"><thead></thead><tbody></tbody></table></div>

@@ -146,7 +146,7 @@ def change_rows(report: DiffReport) -> dict[str, Any]:
     made = _Rows()
     for change in report.changes:
         name, _, slot = change.name.partition(" ")
-        sides = " → ".join(shown(side) for side in (change.left, change.right) if side)
+        sides = " → ".join(dict.fromkeys(shown(side) for side in (change.left, change.right) if side))
         series = f"{change.section}{f', {slot}' if slot else ''}"
         made.add(series, name, _place(name), change.kind, sides, None, change.relative, *[None] * 3, *[0] * 4)
     return made.data(("parameter", "of", "difference", "left and right", "", "relative"), ("relative difference",))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from optimstate.record import Record, field
 from optimstate.reporting import Report, to_json
 from optimstate.surgery.text import collapsed, joined, plural, readable, shown
 
-__all__ = ["Change", "ChangeKind", "DiffReport"]
+__all__ = ["Change", "ChangeKind", "DiffReport", "counted_kinds"]
 
 ChangeKind = Literal[
     "added", "removed", "renamed", "reshaped", "retyped", "changed", "option", "sharing", "prefix", "moved"
@@ -126,9 +126,15 @@ class DiffReport(Report):
         return f"{equal}, {_counted(self.changes)}{unread}"
 
 
-def _counted(changes: list[Change] | tuple[Change, ...]) -> str:
+def counted_kinds(changes: Sequence[Change]) -> list[str]:
+    """How many differences of each kind there are, in words."""
     kinds = Counter(change.kind for change in changes)
-    return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no differences"
+    words = {"option": "other values changed", "sharing": "shared differently"}
+    return [f"{count:,} {words.get(kind, kind)}" for kind, count in kinds.items()]
+
+
+def _counted(changes: Sequence[Change]) -> str:
+    return ", ".join(counted_kinds(changes)) or "no differences"
 
 
 _FIRST = ("moved", "prefix", "removed", "added", "renamed", "reshaped", "retyped", "changed", "sharing", "option")
