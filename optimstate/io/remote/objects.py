@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, UnsupportedCheckpointError
+from optimstate.io.remote import redirects
 from optimstate.io.remote.addresses import ALLOW_HTTP, allows_http
 from optimstate.io.remote.store import (
     PATIENCE,
@@ -84,6 +85,7 @@ class ObjectStore:
                 "allow_http": plain,
                 "connect_timeout": "10s",
                 "timeout": timedelta(seconds=4 * PATIENCE),
+                **redirects.client_options(endpoint),
             },
             "retry_config": {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=PATIENCE)},
         }
@@ -156,7 +158,12 @@ class ObjectStore:
                 ) from None
             if "UnexpectedRange" in text:
                 raise CheckpointError("the store gives another range than was asked for", path=place) from None
-            if any(said in text for said in ("301 Moved", "PermanentRedirect", "redirect without LOCATION")):
+            moved = any(said in text for said in ("PermanentRedirect", "redirect without LOCATION"))
+            if self.endpoint is not None and redirects.are_refused(text) and not moved:
+                raise CheckpointError(
+                    redirects.REFUSED, path=place, hint="Name the endpoint that answers itself, and the region."
+                ) from None
+            if moved or "301 Moved" in text:
                 raise CheckpointError(
                     "the bucket is in another region", path=place, hint="Set AWS_REGION to its region."
                 ) from None
@@ -250,7 +257,10 @@ def _client(endpoint: str | None, region: str) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return session.get_session().create_client("s3", endpoint_url=endpoint, region_name=region, config=made)
+    client = session.get_session().create_client("s3", endpoint_url=endpoint, region_name=region, config=made)
+    if endpoint is not None:
+        client.meta.events.register_first("needs-retry.s3", redirects.raise_redirect)
+    return client
 
 
 def _reason(text: str) -> str:

@@ -12,6 +12,7 @@ from threading import Thread
 from typing import Any
 
 from optimstate.errors import CheckpointError, DestinationError, DestinationExistsError
+from optimstate.io.remote.redirects import REFUSED, RedirectedError, are_refused
 from optimstate.io.remote.store import PART, cannot_write, changed, pool, traffic
 
 __all__ = ["ObjectUpload", "PartsGoneError", "S3Upload"]
@@ -62,6 +63,8 @@ class S3Upload:
         traffic.requests += 1
         try:
             return ask()
+        except RedirectedError:
+            raise DestinationError(f"{self._place}: {REFUSED}") from None
         except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
             answer = getattr(error, "response", None) or {}
             code = str(answer.get("Error", {}).get("Code", ""))
@@ -235,7 +238,7 @@ class ObjectUpload:
     def _put(self, data: bytes | None) -> None:
         while True:
             if self._failure is not None:
-                raise cannot_write(self._place, self._failure) from None
+                raise self._refusal(self._failure) from None
             try:
                 self._queue.put(data, timeout=0.2)
                 return
@@ -280,9 +283,15 @@ class ObjectUpload:
         except DestinationError:
             raise
         except Exception as error:  # noqa: BLE001  # as above
-            if type(error).__name__ == "AlreadyExistsError":
-                raise exists(self._place) from None
-            raise cannot_write(self._place, error) from None
+            raise self._refusal(error) from None
+
+    def _refusal(self, error: BaseException) -> DestinationError:
+        """What a store means that does not take the object."""
+        if type(error).__name__ == "AlreadyExistsError":
+            return exists(self._place)
+        if are_refused(str(error)):
+            return DestinationError(f"{self._place}: {REFUSED}")
+        return cannot_write(self._place, error)
 
     def _finish(self, rest: bytes) -> None:
         if self._thread is None:
