@@ -6,7 +6,7 @@ import typer
 
 from optimstate.cli import words
 from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, Source, Verify, app, epilog
-from optimstate.cli.together import helped, stage_of
+from optimstate.cli.together import helped, rank_of, stage_of
 from optimstate.describe import describe
 from optimstate.io.location import Location
 
@@ -116,8 +116,11 @@ def convert(
     if section and without:
         raise typer.BadParameter("--section and --without exclude each other: what is not chosen is left out")
     size = None if shard_size is None else parse_size(shard_size)
+    if rank_of() and dry_run:
+        return  # the first one says it
     asked = ["convert", to, section, without, dtype, optimizer, drop_opaque, salvage, copy, ranks]
-    stage = None if dry_run else stage_of(source, destination, asked)
+    asked += [size, no_checksums, digest, clone_views]
+    stage = None if dry_run else stage_of(source, destination, asked, sync=not no_sync)
     if helped(stage, sync=not no_sync):
         return
     quiet = quiet or (stage is not None and stage.team.rank > 0)
@@ -135,7 +138,7 @@ def convert(
             optimizer=optimizer,
             drop_opaque=drop_opaque,
             salvage=salvage,
-            verify=False if verify is None and stage is not None else verify,
+            verify=verify,
             dry_run=dry_run,
             force=force,
             options=options,

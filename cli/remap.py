@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, Source, Verify, app, epilog, read_plan
-from optimstate.cli.together import helped, stage_of
+from optimstate.cli.together import helped, rank_of, stage_of
 from optimstate.io.location import Location
 
 
@@ -95,6 +95,8 @@ def remap(
     from optimstate.plan.language.plan import Plan
     from optimstate.surgery.plans import files
 
+    alone = ["--plan -"] if str(plan) == "-" else []
+    rank = rank_of(*alone, *(["--in-place"] if in_place else []))
     rules = read_plan(plan) if plan else Plan()
     rules += Plan.from_options(rename=rename or (), duplicate=duplicate or (), drop=drop or (), fresh=fresh or ())
     if rules == Plan() and not (settings or schedules or like):
@@ -114,8 +116,10 @@ def remap(
         rules = with_schedules(rules, schedules) if schedules else rules
     if plan_out is not None:
         files.check_plan_destination(plan_out, source, force=force)
+    if dry_run and rank:
+        return  # the first one says it
     asked = ["remap", rules.to_toml(), str(like), copy, ranks]
-    stage = None if dry_run or in_place else stage_of(source, destination, asked)
+    stage = None if dry_run else stage_of(source, destination, asked, like=like, sync=not no_sync)
     if helped(stage, sync=not no_sync):
         return
     quiet = quiet or (stage is not None and stage.team.rank > 0)

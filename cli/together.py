@@ -11,16 +11,39 @@ from optimstate import __version__
 if TYPE_CHECKING:
     from optimstate.io.together import Stage
 
-__all__ = ["helped", "stage_of"]
+__all__ = ["helped", "rank_of", "stage_of"]
 
 
-def stage_of(source: Any, destination: Any, asked: Any) -> Stage | None:
+def rank_of(*alone: str) -> int:
+    """The number of this process among those that torchrun has started; 0 for a command that runs alone.
+
+    Args:
+        alone: What was asked for that one process does alone; nothing of it may be where there are several.
+
+    Raises:
+        UsageError: Something is.
+        DestinationError: The environment is not that of torchrun.
+    """
+    if "RANK" not in os.environ:
+        return 0
+    from optimstate.errors import UsageError
+    from optimstate.io.together import team_of_environment
+
+    team = team_of_environment(os.environ)
+    if team is not None and alone:
+        raise UsageError(f"{alone[0]} is for one process, and torchrun has started {team.size}", hint="Run it without.")
+    return 0 if team is None else team.rank
+
+
+def stage_of(source: Any, destination: Any, asked: Any, *, like: Any = None, sync: bool = True) -> Stage | None:
     """The folder that this process and others fill together; None for a command that runs alone.
 
     Args:
         source: The checkpoint.
         destination: Where to write; None where nothing is written.
         asked: Everything else that the result depends on.
+        like: Another file or folder that it depends on.
+        sync: Flush the folder to the disk before it takes its name.
 
     Raises:
         DestinationError: The environment is not that of torchrun, or the destination is in a store that is only read.
@@ -38,7 +61,8 @@ def stage_of(source: Any, destination: Any, asked: Any) -> Stage | None:
     if team is None:
         return None
     version = _version(source)
-    digest = sha256(json.dumps([__version__, team.size, asked, version], default=str).encode())
+    others = None if like is None else _version(like)
+    digest = sha256(json.dumps([__version__, team.size, asked, version, others], default=str).encode())
 
     def check() -> None:
         if _version(source) != version:
@@ -48,7 +72,7 @@ def stage_of(source: Any, destination: Any, asked: Any) -> Stage | None:
 
     place, name = located(str(destination)), digest.hexdigest()[:12]
     if isinstance(place, Path):
-        return FolderStage(place, name, team, check=check)
+        return FolderStage(place, name, team, sync=sync, check=check)
     from optimstate.io.remote.path import RemotePath
     from optimstate.io.remote.stage import StoreStage
 

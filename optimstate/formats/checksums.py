@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from operator import itemgetter
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.protocol import Document, WriteOptions
@@ -16,6 +17,9 @@ from optimstate.io.extents import Extent, Progress
 from optimstate.io.places import is_remote
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import format_path, walk
+
+if TYPE_CHECKING:
+    from optimstate.io.together import Stage
 
 __all__ = ["UNCOMPARED", "compares", "damaged", "verified", "verify_checksums", "verify_read"]
 
@@ -41,9 +45,17 @@ def verify_checksums(document: Document) -> None:
             raise error
 
 
-def compares(document: Document, verify: bool | None) -> bool:
-    """Whether checksums are compared: where nothing is said, unless the document is in a store."""
-    return not is_remote(document.path) if verify is None else verify
+def compares(document: Document, verify: bool | None, stage: Stage | None = None) -> bool:
+    """Whether this process compares checksums.
+
+    Args:
+        document: What has them.
+        verify: Whether to; None: unless the document is in a store, or several processes share the work.
+        stage: What they share; the first one compares then.
+    """
+    if stage is not None and stage.team.rank:
+        return False
+    return not is_remote(document.path) and stage is None if verify is None else verify
 
 
 UNCOMPARED = "checksums were not compared: with --verify they are, and the source is read twice"
@@ -59,7 +71,7 @@ def verified(document: Document, options: WriteOptions, *, verify: bool | None =
         options: How to write otherwise.
         verify: Whether to compare at all. None: unless the document is in a store and would be read twice.
     """
-    if not compares(document, verify):
+    if not compares(document, verify, options.stage):
         yield options
         return
     tasks = SharedTasks()

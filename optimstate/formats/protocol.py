@@ -160,7 +160,7 @@ class WriteOptions(Record):
         with stage if stage.team.rank == 0 else nullcontext(stage.folder) as folder:
             with stage.alive() as moved:
                 yield folder, self._replace(stage=None, confirm=None, shared=shared)
-                shared.share_out(moved, self.progress)
+                shared.share_out(moved, self.progress, self.confirmed)
             if stage.team.rank == 0:
                 stage.clear()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
@@ -94,12 +94,13 @@ class SharedFiles:
         path.mkdir(exist_ok=True)
         yield path
 
-    def share_out(self, moved: Progress, progress: Progress | None) -> None:
+    def share_out(self, moved: Progress, progress: Progress | None, confirmed: Callable[[], None]) -> None:
         """Do together with the other processes what was noted.
 
         Args:
             moved: Told of the bytes that this process has moved; what others are told of it.
             progress: Told of the bytes that all have moved.
+            confirmed: The last thing before the commit; what it raises undoes the writing.
 
         Raises:
             DestinationError: One of them is dead.
@@ -119,7 +120,9 @@ class SharedFiles:
         if rank:
             stage.wait()
         else:
-            self._end(stage.votes(progress))
+            votes = stage.votes(progress)
+            confirmed()
+            self._end(votes)
 
     def _work(self, rank: int) -> dict[str, Any]:
         """What another process is to do; nothing of it where it must decide for itself."""

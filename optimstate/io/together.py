@@ -57,6 +57,11 @@ def team_of_environment(environment: Mapping[str, str]) -> Team | None:
         patience = float(environment.get("OPTIMSTATE_PATIENCE", Team.patience))
     except (KeyError, ValueError) as error:
         raise DestinationError(f"RANK, WORLD_SIZE and OPTIMSTATE_PATIENCE must be numbers: {error}") from None
+    if not (0 <= rank < size and 0 < patience < float("inf")):
+        raise DestinationError(
+            f"RANK is {rank}, WORLD_SIZE {size} and OPTIMSTATE_PATIENCE {patience}: the first must be from 0 to below "
+            "the second, and the third more than 0"
+        )
     return Team(rank, size, patience) if size > 1 else None
 
 

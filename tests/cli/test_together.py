@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,12 +287,83 @@ def test_the_environment_says_who_works_together() -> None:
     assert team_of_environment({"RANK": "3", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}) == Team(3, 4)
     with pytest.raises(DestinationError, match="must be numbers"):
         team_of_environment({"RANK": "x", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"})
+    for rank, patience in (("4", "60"), ("-1", "60"), ("1", "0"), ("1", "nan"), ("1", "inf")):
+        with pytest.raises(DestinationError, match="the first must be"):
+            team_of_environment(
+                {"RANK": rank, "WORLD_SIZE": "4", "OPTIMSTATE_PATIENCE": patience, "OPTIMSTATE_TOGETHER": "1"}
+            )
 
 
 def test_two_first_processes_do_not_share_a_stage(tmp_path: Path) -> None:
     one, other = (FolderStage(tmp_path / "a", "0" * 12, Team(0, 2)) for _ in range(2))
     with one, pytest.raises(DestinationError, match="is being written by other processes"), other:
         pass
+
+
+def test_what_one_process_does_is_refused_and_what_is_only_said_is_said_once(source: Path, tmp_path: Path) -> None:
+    one = tmp_path / "a.pt"
+    torch.save({"model": {"model.a": torch.ones(3)}}, one)
+    before = one.read_bytes()
+    for arguments in (["remap", one, *RENAME, "--in-place"], ["remap", source, tmp_path / "b", "--plan", "-"]):
+        for code, said in together(2, arguments):
+            assert code == 2
+            assert "is for one process, and torchrun has started 2" in " ".join(said.split())
+    assert one.read_bytes() == before
+    for verb, options in (("remap", [*RENAME, "--dry-run"]), ("convert", ["--to", "dcp", "--dry-run"])):
+        done = together(2, [verb, source, *([tmp_path / "b"] if verb == "convert" else []), *options])
+        assert [(code, bool(words)) for code, words in done] == [(0, True), (0, False)]
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (["--shard-size", "50000"], ["--shard-size", "90000"]),
+        (["--shard-size", "50000"], ["--shard-size", "50000", "--digest", "sha256"]),
+    ],
+)
+def test_an_attempt_with_other_options_does_not_go_on_with_the_bytes_of_the_first(
+    first: list[str], second: list[str], shards: Path, tmp_path: Path
+) -> None:
+    common = ["--to", "safetensors", "--section", "model.safetensors.index.json"]
+    arguments = ["convert", shards, tmp_path / "b", *common]
+    assert ended(begin(0, 2, [*arguments, *first], OPTIMSTATE_PATIENCE="0.6"))[0] == 5
+    assert parts_of(tmp_path / "b")
+    assert [code for code, _ in together(2, [*arguments, *second])] == [0, 0]
+    assert run("convert", str(shards), str(tmp_path / "one"), *common, *second).code == 0
+    assert data_of(tmp_path / "one") == data_of(tmp_path / "b")
+
+
+def test_a_names_file_that_changes_between_attempts_begins_anew(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"OPTIMSTATE_TOGETHER": "1", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\n")
+    one = stage_of(shards, tmp_path / "b", ["remap"], like=names)
+    names.write_text("b\na\nc\n")
+    other = stage_of(shards, tmp_path / "b", ["remap"], like=names)
+    assert one is not None
+    assert other is not None
+    assert one.folder != other.folder
+
+
+@pytest.mark.parametrize("arguments", [["remap", *RENAME], ["convert", "--to", "folder"]])
+def test_damage_that_verify_finds_is_found_before_the_commit(
+    arguments: list[str], shards: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards, damaged)
+    data = bytearray((damaged / "rank_1.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (damaged / "rank_1.pt").write_bytes(data)
+    verb, *options = arguments
+    done = together(2, [verb, damaged, tmp_path / "b", *options, "--verify"], OPTIMSTATE_PATIENCE="1.5")
+    assert done[0][0] == 3
+    assert "checksum" in done[0][1]
+    assert done[1][0] == 5
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow

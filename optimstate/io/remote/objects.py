@@ -217,7 +217,18 @@ class ObjectStore:
             if some is None:
                 return
             for meta in some:
-                yield Entry(meta["path"], meta["size"], _version(meta))
+                if meta["size"] or not self._stands_for_folder(meta["path"], folder):
+                    yield Entry(meta["path"], meta["size"], _version(meta))
+
+    def _stands_for_folder(self, key: str, folder: str) -> bool:
+        """Whether an object without bytes is one that has a slash at its end, which a listing leaves out."""
+        if key == folder:
+            return True
+        try:
+            self.asked(key, lambda: self._obstore.head(self.raw, key))
+        except CheckpointNotFoundError:
+            return True
+        return False
 
     def delete(self, key: str) -> None:
         """Remove an object."""

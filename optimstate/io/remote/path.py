@@ -89,6 +89,9 @@ class _Opening:
                 raise LimitExceededError(
                     f"more than {MAX_LISTED} objects, the limit", path=f"{self.store.name}/{folder}"
                 )
+        for key in self._folders & self._entries.keys():
+            if not self._entries[key].size:  # what some stores and tools have in place of a folder
+                del self._entries[key]
         self._listed.append(folder)
 
     def _covers(self, key: str) -> bool:
@@ -337,7 +340,15 @@ def remote(url: str) -> RemotePath:
     else:
         bucket, _, key = rest.partition("/")
         if "?" in rest or not bucket:
-            raise UsageError(f"{scheme}://{rest.partition('?')[0]}: a name in a store is {scheme}://BUCKET/NAME")
+            raise UsageError(
+                f"{scheme}://{rest.partition('?')[0]}: a name in a store is {scheme}://BUCKET/NAME, without ? in it",
+                hint="Signed addresses are https://; a version of an object cannot be named.",
+            )
+        if any(part in ("", ".", "..") for part in key.removesuffix("/").split("/") if key):
+            raise UsageError(
+                f"{scheme}://{rest}: a part of the name is empty, . or ..",
+                hint=f"A name in a store is {scheme}://BUCKET/NAME, with one slash between its parts.",
+            )
         from optimstate.io.remote.objects import object_store
 
         store = object_store(scheme, bucket)

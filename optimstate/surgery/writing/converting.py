@@ -162,7 +162,7 @@ def convert(
         elif not dry_run:
             options = stack.enter_context(verified(document, options, verify=verify))
         changes = _Changes(document, target, sections, without, dtypes or {}, optimizer)
-        if verify is None and not dry_run and not compares(document, verify):
+        if verify is None and not dry_run and not compares(document, verify, options.stage):
             changes.notes.append(UNCOMPARED)
         if target == "safetensors" and not options.clone_views:
             changes.notes += [_stored_once(names) for names in changes.tied]

@@ -7,7 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import DestinationError, RepresentationError, UsageError
-from optimstate.formats.checksums import UNCOMPARED, compares, verified
+from optimstate.formats.checksums import UNCOMPARED, compares, verified, verify_checksums
 from optimstate.formats.protocol import Document, WriteOptions
 from optimstate.formats.registry import format_for_destination, get_format, open_checkpoint
 from optimstate.io.destination import check_destination
@@ -116,8 +116,8 @@ def remap(
         dry_run: Only report.
         force: Replace an existing destination.
         verify: Compare every checksum of the source beside the copying, so that no damage is copied. None: unless the
-            source is in a store, where it would be read twice. Not where data files are linked, nor where several
-            processes share the work: `optimstate verify` reads them.
+            source is in a store, where it would be read twice, or data files are linked, or several processes share the
+            work, of which one would read everything.
         sync: Flush the result to the disk before it takes its name.
         progress: Called with the bytes written since the last call.
         copy: Of a folder of `torch.distributed.checkpoint`, copy data files that are unchanged instead of linking them.
@@ -141,6 +141,8 @@ def remap(
         tree, migration, notes = apply_plan(plan, document.tree, like=model)
         notes += order_notes(migration, document.tree, model)
         groups = regrouped(migration, document.tree)
+        if verify and (dry_run or in_place):
+            verify_checksums(document)
         if not dry_run:
             if in_place:
                 _rename_in_place(document, tree)
@@ -150,9 +152,9 @@ def remap(
                 target = _check_suffix(document, destination)
                 options = WriteOptions(sync=sync, progress=progress, copy=copy, ranks=ranks, replace=force, stage=stage)
                 moved = document.format != DISTRIBUTED or copy or ranks is not None  # what is linked is not read
-                if not moved or stage is not None:
+                if verify is None and not moved:
                     verify = False
-                if verify is None and not compares(document, verify):
+                if verify is None and not compares(document, verify, stage):
                     notes.append(UNCOMPARED)
                 with verified(document, options, verify=verify) as options:
                     notes += get_format(document.format).write(tree, target, like=document, options=options)
