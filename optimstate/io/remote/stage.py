@@ -114,6 +114,9 @@ class StoreStage(Stage):
             order = {"done": 0, "vote": 1, _BEGUN: 3}
             for key in sorted(self._keys(self._place), key=lambda key: order.get(_name(key).split(".")[0], 2)):
                 self._store.delete(key)
+            for key in self._keys(self._place):  # said by who ended before it could see that all is done
+                with suppress(CheckpointNotFoundError):
+                    self._store.delete(key)
             self._store.delete(self._claim)
             self._store.abort_unfinished(self._key)  # of processes that have died
         self._path.forget()
