@@ -66,7 +66,7 @@ class ModelLoad:
         )
 
     def inventory(self, plan: Plan) -> Inventory:
-        """What the planner is told.
+        """What the planner needs to know of each section.
 
         Args:
             plan: The one that is applied: which of several names of a tied parameter it fills is enough.

@@ -76,7 +76,7 @@ def apply_plan(
 
 
 def key_of(section: Section) -> str:
-    """What reports call a section."""
+    """The name of a section in reports."""
     return f"{section.kind} {section.label}"
 
 
@@ -134,7 +134,7 @@ class _Checkpoint:
                 yield f"{key_of(section)}: no parameter names, left as it is"
 
     def inventories(self, like: Like | None) -> dict[str, Inventory]:
-        """What the planner is told."""
+        """What the planner needs to know of each section."""
         shapes = self._shapes()
         made = {}
         for key, (section, prefix) in self.named.items():
@@ -210,7 +210,7 @@ class _Checkpoint:
         return with_hosts([section for section, _ in self.named.values()], made)
 
     def _switched(self, key: str, state: OptimizerState, groups: Sequence[GroupPlan]) -> OptimizerState:
-        """An optimizer of the result with the slots of the options that came on with the plan."""
+        """An optimizer of the result, with the slots of the options that the plan turns on."""
         if not groups:
             return state
         state, notes = with_switched_slots(state, groups, self.optimizers[key].groups)
@@ -218,7 +218,7 @@ class _Checkpoint:
         return state
 
     def _noted(self, made: Mapping[int, Any]) -> Iterator[tuple[int, Any]]:
-        """Optimizers with a certificate, which is of the checkpoint before this plan: it says so from now on."""
+        """Optimizers whose certificate describes the checkpoint before this plan; the plan is noted beside it."""
         for section in [*(found for found, _ in self.named.values()), *self.anonymous]:
             node = made.get(id(section.node), section.node)
             beside = node.get(METADATA) if isinstance(node, Mapping) and section.kind == "optimizer" else None
@@ -271,7 +271,7 @@ def _renamed(state: OptimizerState, rename: Callable[[Any], str]) -> OptimizerSt
 
 
 def _refuse_unordered(checkpoint: _Checkpoint) -> None:
-    """An order by names must reach every optimizer."""
+    """Refuse an order by names that cannot be applied to every optimizer."""
     problems = [
         Problem(
             "unreached",
@@ -290,7 +290,7 @@ def _refuse_unordered(checkpoint: _Checkpoint) -> None:
 
 
 def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint, like: Like | None) -> None:
-    """What a plan says of optimizers by their parameters' names must reach every one of them."""
+    """Refuse a plan that addresses parameters by name where an optimizer has no names."""
     if plan.policy.hyperparameters == "live" and (like is None or not like.targets):
         message = 'hyperparameters = "live" in [policy] speaks of an optimizer in memory, and a file has none'
         remedy = "use it in optimstate.resume or hooks, or give the new run's checkpoint with --like"
@@ -316,7 +316,7 @@ def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint, like: Like | None) ->
 
 
 def _refuse_other_parameters(section: Section, migration: Migration) -> None:
-    """Names may change beside what lists its parameters without; which there are, and their layout, may not."""
+    """Refuse to drop, duplicate or cut parameters beside a section that lists them without names; renaming is fine."""
     if section.kind == "optimizer":
         if not any(group.params for group in section.optimizer().groups):
             return

@@ -1,4 +1,4 @@
-"""The optimizers that `[[optimizer]]` tables make of those of a checkpoint, put where the tables say."""
+"""The optimizers that `[[optimizer]]` tables make from those of a checkpoint, at the paths that the tables name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def optimizers_of(parts: Sequence[Part], states: Mapping[str, OptimizerState]) -
 
 
 def _joined(states: Sequence[OptimizerState]) -> OptimizerState:
-    """Several optimizers as one: the groups one after the other, parameters numbered anew."""
+    """Several optimizers as one: their groups in sequence, with the parameters renumbered."""
     if len(states) == 1:
         return states[0]
     groups, state, count = [], {}, 0
@@ -60,12 +60,12 @@ def reported(migration: Migration, parts: Sequence[Part]) -> Migration:
 
 
 def schedulers_of(state: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
-    """A scheduler's state for each optimizer that has parameters of the one it followed, by path."""
+    """A scheduler's state for each new optimizer that has parameters of the old one, by path."""
     return {part.rule.path: regroup_scheduler_state(state, [[n] for n in part.numbers]) for part in parts}
 
 
 def joined_scheduler(found: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
-    """The schedulers of optimizers that became one, as one."""
+    """One scheduler from those of several optimizers that became one."""
     first = dict(found[0])
     for other in found[1:]:
         for key in {**first, **other}:

@@ -1,4 +1,4 @@
-"""Carry a migration out: the same for tensors in files, which stay where they are, and for live ones.
+"""Carry out a migration, in the same way for tensors in files (which are not read) and for tensors in memory.
 
 The first use of a source moves it, later ones copy it, and what is computed is computed once; nothing else is copied.
 The state that is read is never changed.
@@ -60,7 +60,7 @@ def execute_optimizer(
 def _requantized(
     moves: Sequence[Move], old: Mapping[str, tuple[ParameterKey, Slots | None]]
 ) -> dict[str, Slots | None]:
-    """8-bit slots of what is not moved whole: decoded, carried along, and coded again."""
+    """8-bit slots of parameters that are joined or cut: decoded, moved, and quantized again."""
     from optimstate.plan.slots import quantized
 
     builder = _Builder({name: quantized.plain(slots) if slots else slots for name, (_, slots) in old.items()})
@@ -82,7 +82,7 @@ def _with_flat(
     old: Mapping[str, tuple[ParameterKey, Slots | None]],
     slots: dict[str, Slots | None],
 ) -> dict[str, Slots | None]:
-    """The one state that is for all parameters, at the first of the new ones."""
+    """State that belongs to all parameters together; it is stored with the first of the new ones."""
     flat = section.flat
     assert flat is not None
     whole = old[flat.holder][1] or {}
@@ -113,7 +113,7 @@ def execute_model(
 
 
 class _Builder:
-    """Builds results one after the other, remembering what has been moved and computed."""
+    """Builds results one after another and remembers what has already been moved or computed."""
 
     def __init__(self, sources: Mapping[str, Mapping[Any, Any] | None], live: Mapping[str, Any] | None = None) -> None:
         self._sources, self._live = sources, live or {}
@@ -139,7 +139,7 @@ class _Builder:
         return nested(made) or None
 
     def value(self, expression: Expr, path: SlotPath = (), *, target: str = "") -> Any:
-        """The value of a translated expression; leaves that name no slot stand for the one at `path`."""
+        """The value of a translated expression; leaves without a slot of their own mean the slot at `path`."""
         if not isinstance(expression, Leaf) and ex.takes_live(expression):
             return self._with_live(expression, path, self._live[target])
         if isinstance(expression, Leaf):
@@ -159,7 +159,7 @@ class _Builder:
         return made
 
     def _with_live(self, expression: Expr, path: SlotPath, live: Any) -> Any:
-        """A value with those of the live model where the expression asks for them."""
+        """A value, filled in from the live model where the expression asks for it."""
         from optimstate.installed_torch import torch
 
         leaves = {id(leaf): self._raw(leaf, leaf.slot or path).detach() for leaf in ex.leaves(expression)}
@@ -186,7 +186,7 @@ class _Builder:
         return found
 
     def _key(self, expression: Expr, path: SlotPath) -> Any:
-        """Equal for expressions that do the same to the same memory."""
+        """A key that is equal for expressions that do the same to the same memory."""
         if isinstance(expression, Leaf):
             value = self._raw(expression, expression.slot or path)
             return identity(value) if isinstance(value, LazyTensor) or hasattr(value, "shape") else id(value)

@@ -49,7 +49,7 @@ def explained(migration: Migration) -> Iterator[Row]:
 
 
 def rows_of(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
-    """What becomes of one parameter of a section that is called `key`: of itself, or of each of its slots."""
+    """What becomes of one parameter of the section `key`: of its value, or of each of its slots."""
     rule = "; ".join(map(str, move.rules))
     how = "" if move.expression is None or isinstance(move.expression, Leaf) else described(move.expression)
     copied = "a copy" if move.clone else ""
@@ -78,7 +78,7 @@ def rows_of(key: str, move: Move, section: SectionMoves) -> Iterator[Row]:
 
 
 def summary(migration: Migration) -> dict[str, dict[str, int]]:
-    """For each section how many parameters and slots are exact, approximate, fresh and dropped."""
+    """For each section, how many parameters and slots are exact, approximate, fresh and dropped."""
     made: dict[str, Counter[str]] = {key: Counter() for key in migration.sections}
     for row in explained(migration):
         made[row.section][row.outcome] += 1

@@ -60,7 +60,7 @@ def rebuilt_model(section: Section, moves: SectionMoves, prefix: str) -> dict[st
 
 
 def _in_order_of(made: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries with `values` in their own order, in the places that they have."""
+    """The entries, with the places of `values` filled in the order of `values`."""
     wanted = iter(values.items())
     return dict(next(wanted) if key in values else (key, value) for key, value in made.items())
 

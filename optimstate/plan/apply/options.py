@@ -1,4 +1,4 @@
-"""What of a checkpoint's param groups needs no parameter names: their options, and the schedulers that follow them."""
+"""The part of a migration that needs no parameter names: options of param groups, and their schedulers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def with_options(
 
 
 def _reached(key: str, state: OptimizerState, migration: Migration) -> Reached:
-    """What the plan may speak of in an optimizer of the checkpoint."""
+    """What the plan can refer to in an optimizer of the checkpoint."""
     section = migration.sections.get(key)
     names = [move.target for move in section.moves] if section is not None else []
     options = [group.options for group in state.groups]
@@ -65,7 +65,7 @@ def _reached(key: str, state: OptimizerState, migration: Migration) -> Reached:
 
 
 def with_group_options(state: OptimizerState, moves: SectionMoves) -> OptimizerState:
-    """A state whose groups have the options of a migration, and the parameters that they had."""
+    """The state with the group options of a migration; the parameters of each group stay."""
     made = (group._replace(options=new.options) for group, new in zip(state.groups, moves.groups, strict=True))
     return state._replace(groups=tuple(made))
 
@@ -120,7 +120,7 @@ def _with_rates(moves: SectionMoves, options: Sequence[Mapping[str, Any]]) -> Se
 
 
 def _unreached(plan: Plan, schedulers: Sequence[Section]) -> Iterator[Problem]:
-    """What the plan asks of schedulers that are not there."""
+    """What the plan asks for that no scheduler of the checkpoint can provide."""
     if plan.policy.schedule == "live":
         message = 'schedule = "live" in [policy] speaks of a scheduler in memory, and a file has none'
         yield Problem("unreached", message, remedy="use it in optimstate.resume")

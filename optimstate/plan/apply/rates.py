@@ -1,4 +1,4 @@
-"""The learning rates of param groups while they and their scheduler are made to agree."""
+"""Making the learning rates of param groups and the state of their scheduler agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Rates"]
 
 
 class Rates:
-    """A scheduler's state and the rates of its param groups: what is set, and what is new, made true at the next step.
+    """A scheduler's state and the rates of its groups; rates that are set take effect at the next step.
 
     Args:
         groups: The param groups; not changed.
@@ -50,7 +50,7 @@ class Rates:
         yield from (number for number, base in enumerate(self.groups.bases) if base is None)
 
     def _fresh(self, number: int, state: Mapping[str, Any]) -> dict[str, Any]:
-        """What the lists of a scheduler have for a group that is new."""
+        """The entries of a scheduler's lists for a new group."""
         options = self.options[number]
         lr = options.get("lr")
         made = {"base_lrs": options.get("initial_lr", lr), "_last_lr": lr}
@@ -63,7 +63,7 @@ class Rates:
         return made
 
     def rates(self) -> None:
-        """Make the rates that groups were given true, now and at the next step."""
+        """Make the rates that groups were given take effect, now and at the next step."""
         for number, base in enumerate(self.groups.bases):
             if base is None:
                 self._join(number)
@@ -117,7 +117,7 @@ class Rates:
     def _begin(
         self, number: int, options: dict[str, Any], had: Mapping[str, Any], rate: float, initial: float | None
     ) -> None:
-        """Another initial rate: everything is as if the group had had it from the start."""
+        """Another initial rate: the result is as if the group had had it from the start."""
         wanted = rate_of(options["initial_lr"])
         if initial is None or wanted is None:
             self._refuse(number, f"{named(self.schedule)} does not compute from initial_lr", "set lr instead")
@@ -184,7 +184,7 @@ class Rates:
         self._note(number, f"has initial_lr = {started:.9g} now, from which {named(self.schedule)} gives its lr")
 
     def _be_where_it_leads(self, number: int, options: dict[str, Any], had: Mapping[str, Any], rate: float) -> None:
-        """A bound of the schedule is another: the rate is what it gives."""
+        """Another bound of the schedule, from which the rate follows."""
         initial = rate_of(self.schedule.initial(number, options))
         old, new = self.schedule.line(number, had), self.schedule.line(number, options)
         if initial is not None and old is not None and new is not None and near(old.at(initial), rate, initial):
@@ -214,7 +214,7 @@ class Rates:
         self._note(number, f"is new: lr = {line.at(initial):.9g}, which {named(self.schedule)} gives it at this step")
 
     def _line(self, number: int, options: Mapping[str, Any]) -> Line | None:
-        """The rate over the initial one; of functions as the live scheduler has them, or as the other groups show."""
+        """The rate divided by the initial one; for functions, as the live scheduler or the other groups show it."""
         found = self.schedule.line(number, options)
         if found is not None or not self.schedule.proportional:
             return found

@@ -1,4 +1,4 @@
-"""The param groups that a scheduler follows, a scheduler in memory, and what the two become."""
+"""The param groups that a scheduler drives, a scheduler in memory, and what both become."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOUNDS = ("max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
 
 
 class Groups(Record):
-    """The param groups that a scheduler follows.
+    """The param groups that a scheduler drives.
 
     Attributes:
         options: Of each group of the result.
@@ -93,19 +93,19 @@ class Followed(Record):
 
 
 def named(schedule: Schedule) -> str:
-    """A schedule as messages call it."""
+    """The name of a schedule in messages."""
     return schedule.NAME or "a scheduler that is not torch's"
 
 
 def unshared(node: Any) -> Any:
-    """The state with containers of its own; what they hold is shared."""
+    """A copy of the state with new containers and shared leaves."""
     if type(node) is dict:
         return {key: unshared(value) for key, value in node.items()}
     return [unshared(value) for value in node] if type(node) is list else node
 
 
 def near(one: float, other: float, scale: float = 0.0) -> bool:
-    """Whether two rates are one, up to rounding; near zero, measured by `scale`."""
+    """Whether two rates are equal up to rounding; near zero, relative to `scale`."""
     return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9 * abs(scale))
 
 

@@ -63,7 +63,7 @@ def followed(
 
 
 def reaches(rule: SchedulerRule, state: Mapping[str, Any], label: str) -> bool:
-    """Whether a `[scheduler]` table speaks of a scheduler or of a part of it."""
+    """Whether a `[scheduler]` table applies to a scheduler or to a part of it."""
     return any(rule.path in _spellings(label, path) for path, _ in parts(schedule_of(dict(state))))
 
 
@@ -89,14 +89,14 @@ def unreached_schedulers(plan: Plan, schedulers: Sequence[tuple[str, Mapping[str
 
 
 def _spellings(label: str, path: str) -> set[str]:
-    """How a plan may call a scheduler or a part of it."""
+    """The names that a plan may use for a scheduler or a part of it."""
     if not path:
         return {"", label}
     return {path, f"{label}.{path}", f"{label}{path.replace('_schedulers', '[' + repr('_schedulers') + ']')}"}
 
 
 def differences(state: Mapping[str, Any], live: LiveScheduler) -> list[str]:
-    """What a scheduler in memory was made with and its state would replace.
+    """Arguments that a scheduler in memory was built with and that loading would replace.
 
     Raises:
         MigrationError: The state is of another scheduler.
@@ -129,7 +129,7 @@ def differences(state: Mapping[str, Any], live: LiveScheduler) -> list[str]:
 
 
 class _Work(Rates):
-    """A scheduler and its param groups while arguments change, or the live schedule takes over."""
+    """A scheduler and its param groups while arguments change or the live schedule takes over."""
 
     # --- arguments --------------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class _Work(Rates):
         return self.schedule.line(number, self.options[number])
 
     def _lines(self, number: int) -> list[Line | None]:
-        """What each scheduler that has its turn now makes of a group's initial rate."""
+        """For each active scheduler, the present rate as a function of the initial rate of a group."""
         return [part.line(number, self.options[number]) for part in acting(self.schedule)]
 
     def _move_rate(self, number: int, old: Line | None, own: list[Line | None], part: Schedule) -> None:

@@ -1,4 +1,4 @@
-"""Which plans were applied to a checkpoint already, for guards that say `once`."""
+"""Which plans have already been applied to a checkpoint, for guards with `once`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ APPLIED = "applied"
 
 
 def refuse_second(plan: Plan, tree: Any) -> None:
-    """Refuse a plan that may be applied once where it was: to a checkpoint, or to an optimizer's state.
+    """Refuse a plan with `once` that was already applied to this checkpoint or optimizer state.
 
     Raises:
         MigrationError: It was.
@@ -46,7 +46,7 @@ def _applied(node: Any, depth: int = 4) -> Iterator[str]:
 
 
 def stamped(plan: Plan, tree: Any) -> Any:
-    """The tree with the plan's digest, where the plan asks for it and an entry more changes no section's meaning.
+    """The tree with the plan's digest, where the plan asks for it and another entry changes no section's meaning.
 
     Raises:
         MigrationError: There is no place for it.

@@ -1,4 +1,4 @@
-"""Slots that an optimizer has only while an option is on, and that are not there when the option comes on.
+"""Slots that exist only while an option is on, and are therefore missing when the option is turned on.
 
 torch makes them with a parameter's first state alone, and fails at the next step where they are not there.
 """
@@ -25,7 +25,7 @@ _LARGEST = {"max_exp_avg_sq": "exp_avg_sq"}
 
 
 class Asked(Record):
-    """A param group whose options ask for slots.
+    """A param group whose options require slots.
 
     Attributes:
         parameters: The keys of their slots.
@@ -41,7 +41,7 @@ class Asked(Record):
 def with_switched_slots(
     state: OptimizerState, groups: Sequence[GroupPlan], old: Sequence[Group] = ()
 ) -> tuple[OptimizerState, tuple[str, ...]]:
-    """An optimizer with the slots of the options that came on, and a note for each slot that starts.
+    """The optimizer with the slots of options that were turned on, and a note for each new slot.
 
     Args:
         state: After a plan.
@@ -68,7 +68,7 @@ def started(
     groups: Iterable[Asked],
     parameters: Mapping[Any, Any] | None = None,
 ) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
-    """The slots of every parameter with those that the options ask for.
+    """The slots of every parameter, with those that the options require.
 
     Args:
         algorithm: Whose state it is; None where that is not known, and nothing can be said.
@@ -101,7 +101,7 @@ def started(
 
 
 def _first(algorithm: Algorithm | None, slot: str, key: Any, own: Slots, parameter: Any) -> Any:
-    """What a slot begins with."""
+    """The initial value of a slot."""
     if _LARGEST.get(slot) in own:
         return copied(own[_LARGEST[slot]])
     if parameter is not None:

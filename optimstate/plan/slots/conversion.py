@@ -62,7 +62,7 @@ class Conversion(Record):
     given: frozenset[str] = frozenset()
 
     def line(self, slot: str, shape: Shape | None) -> Lost:
-        """What is said of a slot that a parameter of this shape had: it is dropped where nothing is."""
+        """The line for a slot that a parameter of this shape had; it is dropped where no line mentions it."""
         meant = CODED.get(slot.rpartition(".")[2], slot)
         said = (line for line in self.report if meant in line.slot.split(", "))  # a line may speak of several
         found = next(said, Lost(slot, "dropped", f"{self.target} has no such slot"))
@@ -70,7 +70,7 @@ class Conversion(Record):
         return found if kept else found._replace(outcome="dropped")
 
     def new_slots(self, shape: Shape | None) -> Iterator[Lost]:
-        """The lines of slots that a parameter of this shape has afterwards, each of one slot."""
+        """The lines of the slots that a parameter of this shape has afterwards, one per slot."""
         for line in self.report:
             for slot in line.slot.split(", ") if line.outcome != "dropped" else ():
                 if self._holds(slot, shape):
@@ -108,7 +108,7 @@ def plan_conversion(
     options: Sequence[Mapping[str, Any]] | None = None,
     given: frozenset[str] = frozenset(),
 ) -> Conversion | None:
-    """How to convert; None, with a problem noted, where it has no meaning, and None where nothing changes.
+    """How to convert. None where nothing changes, and, with a problem noted, where the conversion has no meaning.
 
     Args:
         source: The algorithm whose state it is; None where it was not recognised.

@@ -1,4 +1,4 @@
-"""The options of the groups of each algorithm, and what they become where state becomes that of another."""
+"""The group options of each algorithm, and what they become when state is converted to another."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _OWN = {
 def converted_options(
     target: str, old: Mapping[str, Any], *, keeps_betas: bool, given: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """The options of a group: those both have as they were, the others at the new algorithm's defaults."""
+    """The options of a group: those that both algorithms have are kept, the others get the new defaults."""
     own = _OWN.get(target, set()) | ({"eps"} if isinstance(old.get("eps"), tuple | list) else set())
     own = (own | {"decoupled_weight_decay"} | (set() if keeps_betas else {"betas"})) - given
     made = {key: old.get(key, value) if key not in own else value for key, value in DEFAULTS[target].items()}
@@ -64,6 +64,6 @@ def option_names(target: str) -> tuple[str, ...]:
 
 
 def other_average(group: Mapping[str, Any], given: frozenset[str]) -> bool:
-    """Whether Muon would go on with another decay rate than that of Adam's first average."""
+    """Whether Muon would continue with another decay rate than that of Adam's first moment."""
     momentum = converted_options("Muon", group, keeps_betas=True, given=given)["momentum"]
     return "betas" not in group or number_of(group["betas"][0]) != number_of(momentum)

@@ -1,4 +1,4 @@
-"""What the slots of one algorithm are in another, as far as they have a meaning there."""
+"""Which slots of one algorithm correspond to which of another, as far as they have a meaning there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAME = "it means the same in both"
 
 
 def _became(slot: str, outcome: str, other: str) -> tuple[str, str, str, str]:
-    """The line of a slot whose content another slot has."""
+    """The line of a slot whose content moves to another slot."""
     return slot, outcome, f"it became {other}", other
 
 
@@ -134,7 +134,7 @@ def _with_product(made: dict[str, Any], target: str, options: Mapping[str, Any])
 
 
 def scalar_like(like: Any, value: float) -> Any:
-    """A number as a tensor of the kind of another."""
+    """A number as a tensor of the same kind as another."""
     return backend_of(like).full(like, (), value)
 
 

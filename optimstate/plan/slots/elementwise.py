@@ -1,4 +1,4 @@
-"""Expressions of a parameter, translated for a slot of its layout: scaled by its degree, filled by its policy."""
+"""A parameter's expressions translated for a slot of the same layout: scaled by its degree, filled by its policy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _rounds(old: str | None, new: str) -> bool:
 
 
 class Translation(Record):
-    """An expression translated for one slot, and what it costs."""
+    """An expression translated for one slot, and what is lost by it."""
 
     made: Expr
     approximate: list[str]
@@ -37,7 +37,7 @@ class Translation(Record):
 
 
 class Translator:
-    """Translates expressions for one elementwise slot; what several targets share is translated once.
+    """Translates expressions for one elementwise slot; shared subexpressions are translated once.
 
     Args:
         name: Of the slot; `param` is the parameter itself.

@@ -1,4 +1,4 @@
-"""Second moments kept as means over rows and over columns (Adafactor and its kin), under every layout change.
+"""Second moments stored as means over rows and over columns (Adafactor and similar), under every layout change.
 
 Such a slot is carried through an expression as a tensor with the parameter's dimensions, those it is a mean over having
 size 1. Joining along a dimension that is kept is exact; joining along one that was averaged is the weighted mean, exact
@@ -22,7 +22,7 @@ __all__ = ["mean_outcome", "raised_vector"]
 
 
 class _Lost(Exception):
-    """The means do not tell what is asked of them; the message says why."""
+    """The means do not determine the result; the message says why."""
 
 
 class _Carried:
@@ -44,10 +44,10 @@ class _Carried:
 
 
 def mean_outcome(sources: Sources, joined: JoinedSlot) -> Outcome:
-    """What becomes of means over rows, or over columns: made from whichever of the two means is one over what is asked.
+    """What becomes of a row or column mean: it is made from whichever of the two old means averages what is needed.
 
     Raises:
-        Refusal: The means do not tell what is asked of them.
+        Refusal: The means do not determine the result.
     """
     shape = _known_shape(joined)
     if len(shape) < 2:
@@ -74,7 +74,7 @@ def _known_shape(joined: JoinedSlot) -> Shape:
 
 
 def _pair(sources: Sources, joined: JoinedSlot) -> tuple[SlotPath, SlotPath]:
-    """The means over rows and over columns that belong together, of which one is asked for."""
+    """The row and column means that belong together, one of which is wanted."""
     parameter = sources.parameters[joined.names[0]]
     kinds = {path: sources.meaning(path, value, parameter.shape)[0].kind for path, value in parameter.slots.items()}
     rows, cols = ([path for path, found in kinds.items() if found == kind] for kind in ("row", "col"))
@@ -260,7 +260,7 @@ def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
 
 
 def raised_vector(sources: Sources, joined: JoinedSlot, outcome: Outcome) -> dict[SlotPath, Outcome]:
-    """The means that the full second moment of vectors becomes where they become a matrix; none for other slots.
+    """The means that replace the full second moment of vectors when they become a matrix; none for other slots.
 
     Args:
         sources: What is known of the checkpoint's parameters.

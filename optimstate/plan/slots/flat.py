@@ -1,4 +1,4 @@
-"""Vectors over all parameters (LBFGS): cut into the parameters' segments, and put together again in the new order."""
+"""Vectors over all parameters (LBFGS), cut into the segments of the parameters and rejoined in the new order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FlatPlan(Record):
         return {str(slot): self._value(value, total) for slot, value in slots.items()}
 
     def moves_each_element_once(self, total: int) -> bool:
-        """Whether a rebuilt vector has every element once, which is seen by rebuilding the vector of their numbers."""
+        """Whether a rebuilt vector has every element exactly once, found by rebuilding the vector of indices."""
         from optimstate.installed_torch import torch
 
         return torch.equal(self._vector(torch.arange(total)).sort().values, torch.arange(total))

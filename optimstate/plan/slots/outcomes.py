@@ -53,7 +53,7 @@ Signature = tuple[Shape | None, tuple[tuple[SlotPath, Shape | None, str | None],
 
 
 class Parameter:
-    """What is known of a parameter: its shape, and its slots by their path."""
+    """What is known of a parameter: its shape, and its slots by path."""
 
     __slots__ = ("_signature", "shape", "slots")
 
@@ -84,12 +84,12 @@ class Refusal(Exception):
         self.message, self.remedy, self.kind = message, remedy, kind
 
     def problem(self, place: str, names: Sequence[str]) -> Problem:
-        """The problem it is for a parameter of the result."""
+        """This refusal as a problem of a parameter of the result."""
         return Problem(self.kind, self.message, place, tuple(names), self.remedy)
 
 
 def flattened(slots: Mapping[Any, Any], prefix: SlotPath = ()) -> dict[SlotPath, Any]:
-    """Every slot by the keys that lead to it: some libraries nest them."""
+    """Every slot by the keys that lead to it, because some libraries nest them."""
     made: dict[SlotPath, Any] = {}
     for key, value in slots.items():
         if isinstance(value, dict):
@@ -116,5 +116,5 @@ def flat_slots(slots: Mapping[Any, Any] | None) -> Iterator[tuple[SlotPath, Any]
 
 
 def slot_name(path: SlotPath) -> str:
-    """A slot as messages call it."""
+    """The name of a slot in messages."""
     return ".".join(map(str, path))

@@ -1,4 +1,4 @@
-"""To and from the slots of bitsandbytes' optimizers, which are those of the same name with codes of their own."""
+"""To and from the slots of bitsandbytes' optimizers, whose 8-bit codes have names of their own."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CODED = {f"{part}{name[-1]}": slot for slot, name in _CODED_SLOTS.items() for pa
 
 
 def unchanged(name: str) -> Found:
-    """What stays as it is between optimizers of one algorithm that keep it alike."""
+    """Slots that optimizers of the same algorithm store alike; they are kept."""
     kept = ("exp_avg",) if name == "Lion" else ("step", *_CODED_SLOTS)
     return [(slot, "exact", "") for slot in kept], lambda old, _: dict(old)
 
 
 def unpacked(state: OptimizerState, goal: str, *, packed: bool) -> Found | None:
-    """From bitsandbytes' slots; to slots of its own for the same moments, codes stay what they are."""
+    """From bitsandbytes' slots; codes are kept where the result is bitsandbytes' too, with the same moments."""
     family = _coded_family(state)
     if family is None:
         return None

@@ -75,7 +75,7 @@ class SlotPlanner:
         return made
 
     def _decided_by(self, signature: Signature) -> Mapping[SlotPath, Outcome | None] | None:
-        """What becomes of each slot where elements are only moved between parameters of one signature.
+        """What becomes of each slot where elements are only moved between parameters of the same signature.
 
         Returns:
             For each slot its outcome, None for numbers that must agree; None altogether where the signature does
@@ -119,7 +119,7 @@ class SlotPlanner:
     def _joined(
         self, target: str, expression: Expr, names: Sequence[str], problems: list[Problem], *, layout: bool
     ) -> tuple[dict[SlotPath, Outcome], bool]:
-        """What becomes of each slot, and whether another target made of the same sources may differ."""
+        """What becomes of each slot, and whether another target made from the same sources may differ."""
         made: dict[SlotPath, Outcome] = {}
         may_differ = self._sources.factors()
         for path in dict.fromkeys(path for name in names for path in self._parameters[name].slots):

@@ -17,7 +17,7 @@ __all__ = ["equal", "rearranged", "rearranged_in_part"]
 
 
 def equal(search: Search) -> None:
-    """Names whose contents are the same on both sides and are those of no other name."""
+    """Names with equal contents on both sides that no other name has."""
     places, wanted = _owners(search.old, search.had), _owners(search.new, search.wanted)
     pairs = {
         names[0]: wanted[content][0]
@@ -53,7 +53,7 @@ def _same_content(search: Search, source: str, target: str, had: Shape, wanted: 
 
 
 def rearranged(search: Search) -> None:
-    """Tensors whose elements stand in another arrangement, under the same name or another.
+    """Tensors whose elements are arranged differently, under the same or another name.
 
     A name with the same shape on both sides is among them: its contents say whether it is kept.
     """
@@ -66,7 +66,7 @@ def rearranged(search: Search) -> None:
 
 
 def rearranged_in_part(search: Search) -> None:
-    """Those under another name of which only a part is there."""
+    """Tensors of another name that contain only part of the elements."""
     _arranged(search, whole=False)
 
 
@@ -98,7 +98,7 @@ def _members(source: str, family: Family) -> list[str]:
 def _arrangements(
     search: Search, family: Family, other: Family
 ) -> Iterator[tuple[str, str, tuple[Operation, ...], str]]:
-    """Rules' sides and operations: one for all members where all are arranged alike, else one each."""
+    """The sides and operations of rules: one for all members if all are arranged alike, else one each."""
     found = []
     for index, (name, had) in family.members.items():
         target, wanted = other.members[index]

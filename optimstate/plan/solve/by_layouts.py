@@ -18,7 +18,7 @@ _HEADS_TRIED = 12
 
 
 def of_known_layouts(search: Search, known: Knowledge) -> None:
-    """The rules of every layout that is met, in either direction."""
+    """The rules of every known layout that is found, in either direction."""
     for layout in known.layouts:
         for back in (False, True):
             if search.new and _use(search, layout, back):
@@ -26,7 +26,7 @@ def of_known_layouts(search: Search, known: Knowledge) -> None:
 
 
 class _Found:
-    """A rule form with what it means here.
+    """A rule of a layout, made concrete for each size that a head can have.
 
     Attributes:
         ways: The rules by the size of a head; 0 where it does not matter.
@@ -37,7 +37,7 @@ class _Found:
 
 
 def _use(search: Search, layout: KnownLayout, back: bool) -> bool:
-    """Propose the rules of a layout if it is the one that is met."""
+    """Propose the rules of a layout if the names fit it."""
     olds = [next(iter(family.members.values()))[0] for family in families_of(search.shapes).values()]
     news = [next(iter(family.members.values()))[0] for family in families_of(search.all_wanted).values()]
     found = []
@@ -78,7 +78,7 @@ def _ways(search: Search, form: RuleForm, pair: tuple[str, str], back: bool) -> 
 
 
 def _names(search: Search, rule: Rule) -> tuple[list[str], list[str]] | None:
-    """What a rule takes of all that there is, and makes of all that is wanted, if it fits the shapes."""
+    """Which of the old names a rule takes and which of the wanted names it makes, if the shapes fit."""
     taken = {n: s for n, s in search.shapes.items() if any(t.match(n) is not None for t in rule.sources)}
     problems: list[Problem] = []
     found = Resolver([[rule]], "", [0], problems).resolve(taken)
@@ -93,14 +93,14 @@ def _fits(search: Search, rule: Rule) -> bool:
 
 
 def _changes(search: Search, found: _Found) -> bool:
-    """Whether a rule explains a name that does not stay as it is: then the layout is told from others."""
+    """Whether a rule explains a name that changes, which distinguishes the layout from others."""
     rules = next(iter(found.ways.values()))
     made = {name for rule in rules for name in (_names(search, rule) or ((), ()))[1]}
     return any(name in search.new for name in made)
 
 
 def _take(search: Search, rule: Rule, sure: float, reason: str) -> None:
-    """Propose a rule; names that stay as they are, by their shapes alone, are given back for it."""
+    """Propose a rule; names that were only assumed to stay, because of their shapes, are released for it."""
     for family in families_of({n: search.shapes[n] for n in (_names(search, rule) or ((), ()))[0]}).values():
         kept = [name for name, _ in family.members.values() if name in search.kept]
         if kept and rule.operations and not search.says_to_keep(family):
@@ -109,7 +109,7 @@ def _take(search: Search, rule: Rule, sure: float, reason: str) -> None:
 
 
 def _with_heads(search: Search, found: Sequence[_Found], reason: str) -> None:
-    """Ask for the size of a head, where rules depend on it: one question for all of them."""
+    """Leave the head size open where rules depend on it, as one question for all of them."""
     fits = [item for item in found if all(search.uses(rule) is not None for rule in _any(item))]
     if not fits:
         return

@@ -1,4 +1,4 @@
-"""Renames: modules that are called alike, that are of known layouts, or that alone have their shapes.
+"""Renames: modules with similar names, of known layouts, or with shapes that no other has.
 
 Shapes alone never decide between two names. Where several fit, what follows the last index has to be the same or to
 mean the same, or at least two modules have to move alike; otherwise the possibilities are listed and none is proposed.
@@ -36,7 +36,7 @@ class _Unit(Record):
 
 
 class _Edge(Record):
-    """That an old unit can become a new one."""
+    """An old unit that can become a new one."""
 
     old: _Unit
     new: _Unit
@@ -46,11 +46,11 @@ class _Edge(Record):
 
     @property
     def alike(self) -> float:
-        """How alike the names are."""
+        """How similar the names are."""
         return max(likeness(one.pattern, other.pattern) for one, other in self.pairs)
 
     def rules(self) -> Iterator[tuple[Family, Family, Sequence[str], Sequence[str], tuple[Operation, ...], str]]:
-        """For each parameter the families, the templates of a rule, its operations and what they do."""
+        """For each parameter: the families, the templates of a rule, its operations and what they do."""
         for one, other in self.pairs:
             if self.kind == "part":
                 names = _ranges(one, other)
@@ -67,7 +67,7 @@ class _Edge(Record):
 
 
 def called_alike(search: Search, known: Knowledge) -> None:
-    """Modules whose names are the same behind another prefix, or mean the same."""
+    """Modules whose names are equal apart from the prefix, or mean the same."""
     done = True
     while done:
         done = False
@@ -81,7 +81,7 @@ def called_alike(search: Search, known: Knowledge) -> None:
 
 
 def the_only_ones(search: Search) -> None:
-    """Modules that alone have their shapes, on both sides."""
+    """Modules with shapes that no other module on their side has."""
     first = True
     while True:
         done = False
@@ -96,7 +96,7 @@ def the_only_ones(search: Search) -> None:
 
 
 def left_open(search: Search) -> None:
-    """Modules of the same shapes whose names tell nothing: the possibilities, and none of them in the plan."""
+    """Modules of the same shapes whose names do not decide: the possibilities are listed and none is taken."""
     for modules in (True, False):
         edges = list(_edges(search, ("same",), modules=modules))
         while edges:
@@ -185,7 +185,7 @@ def _heads(edge: _Edge, known: Knowledge) -> tuple[tuple[str, ...], tuple[str, .
 
 
 def _moves(edges: Sequence[_Edge], known: Knowledge) -> dict[tuple[tuple[str, ...], tuple[str, ...]], set[str]]:
-    """For each pair of what stands before equal ends, the ends that it has."""
+    """For each pair of prefixes, the common endings that follow them."""
     found: dict[tuple[tuple[str, ...], tuple[str, ...]], set[str]] = {}
     for edge in edges:
         tail = _tail(edge, known)
@@ -197,7 +197,7 @@ def _moves(edges: Sequence[_Edge], known: Knowledge) -> dict[tuple[tuple[str, ..
 def _rank(
     edge: _Edge, moves: Mapping[tuple[tuple[str, ...], tuple[str, ...]], set[str]], known: Knowledge, *, modules: bool
 ) -> tuple[int, int, int]:
-    """How much names tell of an edge: nothing where the first number is 0."""
+    """How much the names say for an edge: nothing where the first number is 0."""
     tail = _tail(edge, known)
     supported = tail > 0 and len(moves.get(_heads(edge, known), ())) > 1
     told = _told(edge, known, modules=modules)
@@ -244,7 +244,7 @@ def _which_layers(one: Family, other: Family) -> str:
 
 
 def _ranges(one: Family, other: Family) -> tuple[str, str] | None:
-    """Templates of the members that both have; None where a template would say more."""
+    """Templates of the members that both sides have; None where a template would match more."""
     common = sorted(one.members.keys() & other.members.keys())
     if len(common) == len(one.members):
         return one.template(), other.template()
@@ -332,7 +332,7 @@ def _plain_rules(edge: _Edge) -> Iterator[Rule]:
 
 
 def _names(edges: Sequence[_Edge]) -> tuple[list[str], list[str]]:
-    """The names that some edges could take, and those that they could make."""
+    """The names that the edges could take, and those that they could make."""
     pairs = [pair for edge in edges for pair in edge.pairs]
     return (
         [name for one, _ in pairs for name, _ in one.members.values()],

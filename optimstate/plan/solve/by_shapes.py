@@ -1,4 +1,4 @@
-"""Rules that shapes tell: another size, rows and columns exchanged, copies."""
+"""Rules concluded from shapes: another size, rows and columns exchanged, copies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["changes", "copied", "note_cut", "renamed_and_changed", "resized", "s
 
 
 def changes(shape: Shape, wanted: Shape) -> Iterator[tuple[Operation, float, str]]:
-    """The operations that make one shape of another, how sure each is, and what it does; the likeliest first."""
+    """The operations that turn one shape into another, how certain each is and what it does; the likeliest first."""
     differing = [dim for dim, sizes in enumerate(zip(shape, wanted, strict=False)) if sizes[0] != sizes[1]]
     if shape == wanted:
         return
@@ -31,7 +31,7 @@ def changes(shape: Shape, wanted: Shape) -> Iterator[tuple[Operation, float, str
 
 
 def note_cut(search: Search, pattern: str, shape: Shape, wanted: Shape) -> None:
-    """Say of a tensor that becomes smaller that other rows may be meant."""
+    """Note that a tensor which becomes smaller might keep other rows."""
     if prod(shape) > prod(wanted):
         search.note(
             f"{pattern.replace('#', '*')} may keep other rows than the first: shapes do not tell. The "
@@ -40,7 +40,7 @@ def note_cut(search: Search, pattern: str, shape: Shape, wanted: Shape) -> None:
 
 
 def note_reshape(search: Search, family: Family, other: Family) -> None:
-    """Say of a matrix that its rows and columns may be exchanged, or its elements follow each other as before."""
+    """Note that a matrix may be transposed, or reshaped with its elements in the same order."""
     shape, wanted = first_shapes(family, other)
     ways = list(changes(shape, wanted))
     if len(ways) > 1:
@@ -109,7 +109,7 @@ def _changed(family: Family, other: Family) -> Choice | None:
 
 
 def copied(search: Search) -> None:
-    """Families that have one index more, and the shape of one that has not."""
+    """Families with one more index whose members have the shape of one without it."""
     pairs = [
         (family, other)
         for family in families_of(search.old).values()
@@ -148,7 +148,7 @@ def _common_end(family: Family, other: Family) -> int:
 
 
 def squares(search: Search) -> None:
-    """Square matrices, of which shapes do not tell whether they are transposed, where others are."""
+    """Square matrices beside transposed ones: their shapes do not show whether they are transposed too."""
     turned = [item for item in search.found if any(isinstance(op, Transpose) for op in item.rule.operations)]
     if not turned:
         return

@@ -1,4 +1,4 @@
-"""What names and shapes leave open, decided by trying every possibility."""
+"""Deciding what names and shapes leave open, by trying every possibility."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRIED = 256
 
 
 def decided(found: Suggestion, old: Mapping[str, Shape], keeps: Callable[[Plan], bool]) -> Suggestion:
-    """A suggestion in which what can be told by trying is decided.
+    """The suggestion, with everything decided that trying can decide.
 
     Args:
         found: What names, shapes and contents tell.

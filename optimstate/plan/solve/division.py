@@ -23,7 +23,7 @@ __all__ = ["Part", "divided"]
 
 
 class Part(Record):
-    """What one optimizer of the result has of one of the checkpoint.
+    """What one optimizer of the result takes from one of the checkpoint.
 
     Attributes:
         rule: The table it is.
@@ -39,7 +39,7 @@ class Part(Record):
 
 
 def divided(plan: Plan, migration: Migration, states: Mapping[str, OptimizerState]) -> list[Part]:
-    """The parameters of all optimizers given to those of the result, in the order of the tables.
+    """The parameters of all optimizers, assigned to those of the result in the order of the tables.
 
     Args:
         plan: Its `[[optimizer]]` tables.
@@ -124,7 +124,7 @@ def _unknown_options(rule: OptimizerRule, groups: Sequence[GroupPlan]) -> Iterat
 
 
 def _mixed(rule: OptimizerRule, parts: Sequence[Part]) -> Iterator[Problem]:
-    """An optimizer's state is of one algorithm."""
+    """Refuse to join state of different algorithms."""
     found = {part.moves.algorithm.name: part.key for part in parts if part.moves.algorithm is not None}
     if not rule.algorithm and len(found) > 1:
         both = " and ".join(f"{name} (from {key})" for name, key in found.items())

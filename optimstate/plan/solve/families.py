@@ -1,4 +1,4 @@
-"""Names in families: those of all layers at once, which differ in their indices alone."""
+"""Families of names: those of all layers together, which differ only in their indices."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LETTERS = "ijklmn"
 
 
 class Family(Record):
-    """Names that differ in their indices alone: the text between the indices, and the members by index."""
+    """Names that differ only in their indices: the text between the indices, and the members by index."""
 
     pattern: str
     members: Mapping[Indices, tuple[str, Shape]]
@@ -75,7 +75,7 @@ def first_shapes(family: Family, other: Family) -> tuple[Shape, Shape]:
 
 
 def shift_of(family: Family, other: Family) -> int | None:
-    """By how much the indices move; None where the families are not alike."""
+    """By how much the indices shift; None where the families do not correspond."""
     if family.pattern.count("#") != other.pattern.count("#") or len(family.members) != len(other.members):
         return None
     if family.shapes == other.shapes:
@@ -87,7 +87,7 @@ def shift_of(family: Family, other: Family) -> int | None:
 
 
 def likeness(one: str, other: str) -> float:
-    """How alike two patterns are, the last component counting most."""
+    """How similar two patterns are; the last component counts most."""
     ratio = difflib.SequenceMatcher(None, one, other).ratio()
     return 0.5 * ratio + 0.5 * (last_of(one) == last_of(other))
 
@@ -114,5 +114,5 @@ _USUAL = ("qkv", "wqwkwv", "querykeyvalue", "gateup", "w1w3", "q_projk_projv_pro
 
 
 def order_known(parts: Sequence[Family]) -> bool:
-    """Whether an order of neighbours is a usual one."""
+    """Whether the order of neighbours is a common one."""
     return "".join(part.pattern.split(".")[-2] for part in parts if "." in part.pattern) in _USUAL

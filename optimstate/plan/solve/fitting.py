@@ -76,7 +76,7 @@ def fitted(
 
 
 def without_live_values(target: Target | None, moves: Sequence[Move]) -> Iterator[Problem]:
-    """What is to hold the live model's values where there is none."""
+    """Parameters that should keep the live model's values where there is no live model."""
     values = target.values if target is not None else {}
     for move in moves:
         outcomes = [*([move.value] if move.value is not None else []), *move.slots.values()]
@@ -88,7 +88,7 @@ def without_live_values(target: Target | None, moves: Sequence[Move]) -> Iterato
 
 
 def untied(inventory: Inventory, moves: Sequence[Move]) -> Iterator[Problem]:
-    """Names that share memory, but would not go on holding the same."""
+    """Names that share memory but would no longer hold the same values."""
     by_identity: dict[Any, list[str]] = {}
     for name, value in inventory.tensors.items():
         shape = inventory.shapes.get(name)

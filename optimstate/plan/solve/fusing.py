@@ -25,13 +25,13 @@ Use = Callable[[Search, Sequence[Family], Family, int], bool]
 
 
 def joined(search: Search) -> None:
-    """Several neighbours whose sizes add up to one that is wanted."""
+    """Several neighbouring parameters whose sizes add up to one that is wanted."""
     for target in list(families_of(search.new).values()):
         _groups(search, target, families_of(search.old), joining=True)
 
 
 def cut(search: Search) -> None:
-    """One whose size is that of several wanted neighbours together."""
+    """One parameter whose size is that of several wanted neighbours together."""
     for source in list(families_of(search.old).values()):
         _groups(search, source, families_of(search.new), joining=False)
 
@@ -88,7 +88,7 @@ def _in_blocks(parts: Sequence[Family], dim: int, joining: bool) -> list[Operati
 def _order_of(
     search: Search, parts: Sequence[Family], dim: int, one: Family, joining: bool
 ) -> tuple[float, str, tuple[Select, ...]]:
-    """How sure the order of parts in a whole is, why, and what orders the rows where they are interleaved."""
+    """How certain the order of the parts is, why, and how the rows are ordered where parts are interleaved."""
     found = set()
     for index, (name, _) in one.members.items():
         names = [part.members[index][0] for part in parts]
@@ -104,7 +104,7 @@ def _order_of(
 
 
 def _ways(parts: Sequence[Family], one: Family, dim: int, joining: bool) -> Iterator[Choice]:
-    """The plans that fit the shapes: in blocks, in another order, and interleaved in as many groups as there may be."""
+    """The plans that fit the shapes: in blocks, in another order, and interleaved in each possible number of groups."""
     known = order_known(parts)
     for number, order in enumerate(itertools.permutations(parts)):
         listed = ", ".join(part.pattern.split(".")[-2] for part in order)

@@ -36,7 +36,7 @@ class GroupPlan(Record):
 
 
 class Candidate(Record):
-    """A parameter of the result: its name, the old groups it comes from, and the group a rule puts a new one in."""
+    """A parameter of the result: its name, the groups it comes from, and the group that a rule gives a new one."""
 
     name: str
     groups: tuple[int, ...]
@@ -85,7 +85,7 @@ def plan_groups(
 
 
 def with_values(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with values that are given, in the forms that they had: a number as a float, a list as a tuple."""
+    """Options with new values in the types that the old ones had: a number as a float, a list as a tuple."""
     made = dict(options)
     for key, value in given.items():
         old = options.get(key)
@@ -176,7 +176,7 @@ def _matched(
 def _rule_of(
     rules: Sequence[GroupRule], names: Sequence[str], modules: Modules, problems: list[Problem]
 ) -> GroupRule | None:
-    """The `[[group]]` table that a group of the live optimizer is; all its parameters must say the same."""
+    """The `[[group]]` table of a live param group, which must be the same for all its parameters."""
     found: dict[int, str] = {}
     matches = [tuple(map(modules.reading, rule.match)) for rule in rules]
     for name in names:
@@ -280,7 +280,7 @@ def _refuse_lost_differences(
     rules: Sequence[GroupRule | None],
     problems: list[Problem],
 ) -> None:
-    """Live groups that differ on purpose, but would both take their options from one old group."""
+    """Live groups that differ on purpose but would take their options from the same old group."""
     first: dict[int, int] = {}
     for number, group in enumerate(made):
         if group.base is None:
@@ -302,7 +302,7 @@ def _refuse_lost_differences(
 
 
 def in_order(groups: Sequence[GroupPlan], order: Sequence[str], problems: list[Problem]) -> tuple[GroupPlan, ...]:
-    """The groups with their members in the order that is wanted."""
+    """The groups with their members in the wanted order."""
     place = {name: number for number, name in enumerate(order)}
     if unknown := tuple(name for group in groups for name in group.members if name not in place):
         message = f"the new model, whose order is asked for, does not have {few(list(map(describe, unknown)))}"

@@ -1,4 +1,4 @@
-"""What the planner is told of a model or an optimizer, found out in one pass over its tensors."""
+"""What the planner needs to know of a model or an optimizer, collected in one pass over its tensors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _flat(slots: Mapping[Any, Any], paths: dict[tuple[Any, ...], list[SlotPath]]
 
 
 def decoded(inventory: Inventory) -> Inventory:
-    """The inventory with the 8-bit slots that cutting and joining see decoded, where it has any."""
+    """The inventory, with its 8-bit slots described as what they decode to, for rules that cut or join."""
     if inventory.algorithm is None or inventory.algorithm.name != "bitsandbytes":
         return inventory
     from optimstate.plan.slots import quantized

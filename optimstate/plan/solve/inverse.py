@@ -137,7 +137,7 @@ def _inverted(rule: Rule) -> Rule:
 
 
 def _undoes(plan: Plan, made: Plan, names: Mapping[str, Shape | None]) -> bool:
-    """Whether a plan and its supposed inverse, one after the other, give every name back with its shape."""
+    """Whether a plan followed by its supposed inverse restores every name with its shape."""
     problems: list[Problem] = []
     passes = (*plan.passes, *made.passes)
     found = Resolver(passes, "", [0] * sum(map(len, passes)), problems).resolve(names)
@@ -250,7 +250,7 @@ def _sources(item: Made) -> set[str]:
 
 
 def _patterns(names: Sequence[str], everything: Collection[str]) -> list[Template]:
-    """Few templates that match these names and none of the others."""
+    """A small set of templates that match these names and no others."""
     members = set(names)
     found: dict[str, Template | None] = {}
     made: list[Template] = []

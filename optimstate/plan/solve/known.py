@@ -114,7 +114,7 @@ class KnownLayout(Record):
 
 
 class Knowledge(Record):
-    """What is known of libraries.
+    """What is known of the layouts of libraries.
 
     Attributes:
         layouts: Pairs of layouts.
@@ -126,7 +126,7 @@ class Knowledge(Record):
 
     @classmethod
     def from_toml(cls, text: str, name: str) -> Knowledge:
-        """From a file of the form of `known_layouts.toml`.
+        """Read a file of the same format as `known_layouts.toml`.
 
         Raises:
             PlanSyntaxError: It has another form.
@@ -171,13 +171,13 @@ class Knowledge(Record):
 
 @cache
 def knowledge() -> Knowledge:
-    """What this release knows."""
+    """The layouts that this release knows."""
     path = files("optimstate.plan.solve") / "known_layouts.toml"
     return Knowledge.from_toml(path.read_text(encoding="utf-8"), "known_layouts.toml")
 
 
 def read(path: Path) -> Knowledge:
-    """What this release knows, and a file of the same form.
+    """The layouts that this release knows, together with those of a file.
 
     Raises:
         PlanSyntaxError: The file has another form, or cannot be read.
@@ -191,7 +191,7 @@ def read(path: Path) -> Knowledge:
 
 
 def prefixes(texts: Sequence[str], names: Sequence[str]) -> list[str]:
-    """What stands before names that one of some templates matches; no numbers are in it."""
+    """Prefixes, without numbers, before names that one of the templates matches."""
     found: dict[str, None] = {}
     templates = [Template(text) for text in texts]
     for name in names:
@@ -245,7 +245,7 @@ def _form(table: Mapping[str, Any]) -> RuleForm:
 
 
 def _filled(value: Any, numbers: Mapping[str, Any]) -> Any:
-    """A value with numbers in place of the texts that stand for them."""
+    """A value with the numbers that its placeholders stand for."""
     if isinstance(value, Mapping):
         return {key: _filled(item, numbers) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What moving elements leaves behind: rows of a source that no parameter of the result takes."""
+"""What a move leaves behind: rows of a source that no parameter of the result takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COUNTED = 1 << 20  # cells that are looked at one by one where several dimensio
 
 
 def with_losses(moves: Sequence[Move]) -> list[Move]:
-    """The moves with what they lose: a parameter or slot that arrives in part is not exact."""
+    """The moves, with what they lose: a parameter or slot of which only part arrives is not exact."""
     expressions = [move.expression for move in moves if isinstance(move.expression, Node)]
     if not any(isinstance(step, _CUTS) for expression in expressions for step in ex.steps(expression)):
         return list(moves)
@@ -45,7 +45,7 @@ def _nodes(expressions: Iterable[Expr]) -> Iterable[Node]:
 
 
 def _losses(expressions: Sequence[Expr]) -> dict[object, str]:
-    """For each source or result between that is not taken as a whole, what of it is lost."""
+    """What is lost of each source or intermediate result that is not taken whole."""
     whole = {_key(expression) for expression in expressions}
     cuts: dict[object, tuple[tuple[int, ...], list[_Cut]]] = {}
     for node in _nodes(expressions):
@@ -85,7 +85,7 @@ def _lost(shape: Sequence[int], taken: Sequence[_Cut]) -> str:
 
 
 def _of(expression: Expr, losses: Mapping[object, str]) -> str:
-    """What is lost of what an expression is made from."""
+    """What is lost of the sources of an expression."""
     keys = [_key(leaf) for leaf in ex.leaves(expression)] + [_key(node) for node in _nodes([expression])]
     return "; ".join(dict.fromkeys(losses[key] for key in keys if key in losses))
 

@@ -1,4 +1,4 @@
-"""What the planner is told, and what it decides: frozen, without tensors of its own."""
+"""The input and the result of planning: immutable, without tensors of their own."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Like(Record):
     targets: Mapping[str, Target] = field(default_factory=dict)
 
     def target(self, label: str, count: int) -> Target | None:
-        """The param groups for the optimizer at a path; of the only one for the only one.
+        """The param groups of the optimizer at a path; a single one is taken for a single one, whatever its path.
 
         Args:
             label: The path.
@@ -124,7 +124,7 @@ class Move:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Where it comes from."""
+        """The parameters it comes from."""
         if isinstance(self.expression, Leaf):
             return (self.expression.name,)
         found = () if self.expression is None else ex.leaves(self.expression)
@@ -132,12 +132,12 @@ class Move:
 
     @property
     def is_moved_whole(self) -> bool:
-        """Whether it is one parameter of the checkpoint, as it was."""
+        """Whether it is one parameter of the checkpoint, unchanged."""
         return isinstance(self.expression, Leaf)
 
     @property
     def changes(self) -> bool:
-        """Whether its name, value or state is another than before."""
+        """Whether its name, value or state changes."""
         return not isinstance(self.expression, Leaf) or self.expression.name != self.target
 
 
@@ -174,7 +174,7 @@ class SectionMoves(Record):
 
     @property
     def changes(self) -> bool:
-        """Whether anything is another than before."""
+        """Whether anything changes."""
         different = self.reordered or self.regrouped or self.conversion is not None
         return bool(self.dropped) or different or any(move.changes for move in self.moves)
 
@@ -199,5 +199,5 @@ class Migration(Record):
 
     @property
     def notes(self) -> list[str]:
-        """What deserves attention, of every section."""
+        """Notes of all sections."""
         return [f"{key}: {note}" for key, section in self.sections.items() for note in section.notes]

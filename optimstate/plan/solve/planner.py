@@ -150,7 +150,7 @@ class _Section:
         return section
 
     def trainable(self, moves: SectionMoves) -> dict[str, None]:
-        """The names of a model's result that an optimizer may have: of floating tensors that are not known buffers."""
+        """Names of the resulting model that can be parameters: floating-point tensors that are not known buffers."""
         dtypes = {name: dtype_of(value) or "" for name, value in self.inventory.tensors.items()}
         return {
             move.target: None

@@ -1,4 +1,4 @@
-"""How mismatches are told: each names the parameter, both sides and the remedy."""
+"""The wording of mismatches: each names the parameter, both sides and the remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 20  # problems of one kind that are spelled out
 
 
 def guarded(guard: Guard, sections: Mapping[str, Inventory]) -> Iterator[Problem]:
-    """What a guard finds amiss."""
+    """How a checkpoint fails the plan's guard."""
     names = dict.fromkeys(name for inventory in sections.values() for name in inventory.shapes)
     modules = Modules(names)
     wrong = "this is another checkpoint than the plan is for, or the plan was applied already"
@@ -52,7 +52,7 @@ def unmatched(number: int, rule: Rule, sections: Mapping[str, Inventory]) -> Pro
 
 
 def idle_rules(plan: Plan, counts: Sequence[int]) -> list[str]:
-    """A note on rules that match nothing where the checkpoint has the names of the live run already.
+    """A note on rules that match nothing because the checkpoint already has the names of the live run.
 
     Args:
         plan: The plan.
@@ -67,14 +67,14 @@ def idle_rules(plan: Plan, counts: Sequence[int]) -> list[str]:
 
 
 def shortened(problems: Sequence[Problem]) -> list[Problem]:
-    """The first of them, and how many more there are."""
+    """The first few problems, and how many more there are."""
     if len(problems) <= _SHOWN:
         return list(problems)
     return [*problems[:_SHOWN], Problem("more", f"and {len(problems) - _SHOWN} more problems like these")]
 
 
 def shape_problem(name: str, shape: Shape, wanted: Shape) -> Problem:
-    """A shape that is not the one the target has."""
+    """A shape that differs from the target's."""
     if sorted(shape) == sorted(wanted):
         remedy = "permute it (transpose = true)"
     elif len(shape) == len(wanted) and sum(a != b for a, b in zip(shape, wanted, strict=True)) == 1:
@@ -87,7 +87,7 @@ def shape_problem(name: str, shape: Shape, wanted: Shape) -> Problem:
 
 
 class Suggestions:
-    """Names that another could have meant, those of its shape first."""
+    """Suggests names that could have been meant, those of the same shape first."""
 
     def __init__(self, names: Sequence[str], shapes: Mapping[str, Shape | None]) -> None:
         self._names, self._shapes = names[:1000], shapes

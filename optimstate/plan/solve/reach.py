@@ -1,4 +1,4 @@
-"""What a plan asks beside its rules, and whether there is anything that it reaches."""
+"""What a plan asks for besides its rules, and whether any of it applies to the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T", GroupRule, OptimizerRule)
 
 
 class Reached(Record):
-    """What a plan may speak of in an optimizer.
+    """What a plan can refer to in an optimizer.
 
     Attributes:
         label: Its path; None where that is not known.
@@ -36,7 +36,7 @@ class Reached(Record):
 
 
 def asked_of_optimizers(plan: Plan) -> list[str]:
-    """What a plan asks of optimizers, whatever rules it has, as messages call it."""
+    """What a plan asks of optimizers apart from its rules, as messages name it."""
     asked = (
         ("[[group]] tables", bool(plan.groups)),
         ("[[optimizer]] tables", bool(plan.optimizers)),
@@ -49,7 +49,7 @@ def asked_of_optimizers(plan: Plan) -> list[str]:
 
 
 def unreached(plan: Plan, optimizers: Sequence[Reached]) -> Iterator[Problem]:
-    """What a plan asks of optimizers, and reaches none of those that it is applied to.
+    """What a plan asks of optimizers that applies to none of those it is used on.
 
     Args:
         plan: With its own policies.
@@ -88,7 +88,7 @@ def unreached(plan: Plan, optimizers: Sequence[Reached]) -> Iterator[Problem]:
 
 
 def _set_twice(tables: Sequence[GroupRule]) -> Iterator[Problem]:
-    """Options that a table without `match` sets though a later one, for the same groups or for all, sets them anew."""
+    """Options that a table without `match` sets although a later one for the same groups overrides them."""
     for number, later in enumerate(tables, 1):
         for earlier in tables[: number - 1]:
             same = earlier.optimizer == later.optimizer or "" in (earlier.optimizer, later.optimizer)
@@ -100,7 +100,7 @@ def _set_twice(tables: Sequence[GroupRule]) -> Iterator[Problem]:
 
 
 def _taking(rules: Sequence[GroupRule], found: Reached) -> list[GroupRule]:
-    """The tables that have a parameter of an optimizer."""
+    """The tables that match a parameter of an optimizer."""
     mine = [rule for rule in rules if rule.match and (found.label is None or rule.is_for(found.label))]
     taken = takers(mine, found.names).values()
     return [rule for rule in mine if any(taker is rule for taker in taken)]

@@ -37,7 +37,7 @@ class Application:
 
 
 class Made:
-    """A target: how it is made, and by which uses of rules, the last one last."""
+    """How a target is made, and by which uses of rules, in order."""
 
     __slots__ = ("applications", "expression")
 
@@ -46,7 +46,7 @@ class Made:
 
 
 class Resolved(NamedTuple):
-    """What a plan makes of the names of a section.
+    """What a plan turns the names of a section into.
 
     Attributes:
         made: The targets, in order.
@@ -75,7 +75,7 @@ class Resolver:
         self._passes, self._where, self._counts, self._problems = passes, where, counts, problems
 
     def resolve(self, names: Mapping[str, Shape | None]) -> Resolved:
-        """What becomes of the names, which have these shapes."""
+        """What becomes of the names, given their shapes."""
         made = {name: Made(Leaf(name, shape), ()) for name, shape in names.items()}
         gone: list[tuple[Made, Rule]] = []
         applications: list[list[Application]] = []
@@ -97,7 +97,7 @@ class Resolver:
 
 
 class _Gathering:
-    """The members one use of a joining rule has found so far, by source template and the captures it gathers over."""
+    """The members that one use of a joining rule has found so far, by source template and gathered captures."""
 
     def __init__(self, application: Application, names: list[str]) -> None:
         self.application, self.names = application, names
@@ -186,7 +186,7 @@ class _Pass:
         return None
 
     def _emit(self, uses: Sequence[Application | _Gathering | str], before: Mapping[str, Made]) -> dict[str, Made]:
-        """The results of the uses of rules, in order; a name stands for itself, as no rule matches it."""
+        """The results of the uses of rules, in order; a string is a name that no rule matches."""
         made: dict[str, Made] = {}
         run: list[tuple[str, Made]] = []  # results of neighbours that become several each are put in module order
 
@@ -269,13 +269,13 @@ def _past(items: Iterable[Made]) -> tuple[Application, ...]:
 
 
 def _gathered(rule: Rule) -> list[tuple[str, ...]] | None:
-    """For each source template the captures it gathers over; None for a rule that takes one parameter at a time."""
+    """For each source template, the captures it gathers over; None for a rule that takes one parameter at a time."""
     over = [tuple(name for name in source.captures if name not in rule.shared) for source in rule.sources]
     return over if rule.targets and (len(rule.sources) > 1 or any(over)) else None
 
 
 def _values(source: Template, name: str, found: Sequence[str]) -> Sequence[str]:
-    """The values a gathered capture must have: those it enumerates, or the integers from the least to the greatest."""
+    """The values that a gathered capture must take: those it enumerates, or the integers from least to greatest."""
     choices = source.captures[name]
     if choices is not None:
         return choices
@@ -285,7 +285,7 @@ def _values(source: Template, name: str, found: Sequence[str]) -> Sequence[str]:
 
 
 def _spelled(source: Template, found: _Gathering, captures: dict[str, str]) -> str:
-    """The name of a missing member, as far as the names of the others tell."""
+    """The name of a missing member, as far as the other names determine it."""
     (known, _), name = next(iter(found.members.items()))
     values = {**(found.application.rule.sources[known].match(name) or {}), **captures}
     try:

@@ -1,4 +1,4 @@
-"""What is wanted and not explained yet, and the rules found so far."""
+"""The state of a search: what is wanted and not yet explained, and the rules found so far."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Search:
         return tuple(name for name in self.shapes if name in left)
 
     def unkeep(self, names: Sequence[str]) -> None:
-        """Take back that some names stay as they are."""
+        """Withdraw the assumption that some names stay as they are."""
         for name in names:
             self.kept.remove(name)
             self.old[name] = self.new[name] = self.shapes[name]
@@ -119,7 +119,7 @@ class Search:
         return True
 
     def leave_open(self, about: str, choices: Sequence[Choice], *, proposed: bool = False, module: str = "") -> bool:
-        """Note what cannot be decided; other steps leave alone what the possibilities take and make.
+        """Note what cannot be decided; other steps do not touch what the possibilities take and make.
 
         Args:
             about: What is open.
@@ -147,17 +147,17 @@ class Search:
         return True
 
     def note(self, option: str) -> None:
-        """Say once what is open."""
+        """State once what is open."""
         if option not in self.options:
             self.options.append(option)
 
     def set_aside(self, names: tuple[Sequence[str], Sequence[str]]) -> None:
-        """Have other steps leave alone some names of what there is, and of what is wanted."""
+        """Reserve names, old and wanted, so that other steps do not use them."""
         self._open_old += [name for name in names[0] if self.old.pop(name, None) is not None]
         self._open_new += [name for name in names[1] if self.new.pop(name, None) is not None]
 
     def says_to_keep(self, family: Family) -> bool:
-        """Whether contents say of every member that it stays as it is."""
+        """Whether the contents show that every member stays as it is."""
         return all(
             name in self.kept and self.rows(0, name, 0) == self.rows(1, name, 0) is not None
             for name, _ in family.members.values()
@@ -165,7 +165,7 @@ class Search:
 
 
 def _together(one: Decision, other: Decision) -> Decision | None:
-    """One question in place of two that have the same answers."""
+    """Merge two questions that have the same answers into one."""
     if [choice.reason for choice in one.choices] != [choice.reason for choice in other.choices]:
         return None
     pairs = zip(one.choices, other.choices, strict=True)
@@ -181,7 +181,7 @@ def rule_of(sources: Sequence[str], targets: Sequence[str], *operations: Operati
 
 
 def merged_renames(found: Sequence[Suggested], names: Mapping[str, Shape]) -> Iterator[Suggested]:
-    """Renames that differ in their last component alone, as one rule where it takes nothing else."""
+    """Renames that differ only in their last component, as one rule if it takes nothing else."""
     groups: dict[tuple[str, str], list[Suggested]] = {}
     order: list[tuple[str, str] | Suggested] = []
     for item in found:
