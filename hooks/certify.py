@@ -21,7 +21,7 @@ def certify(
     scaler: Any = None,
     path: str | PathLike[str] | None = None,
 ) -> SaveHook:
-    """Write into every state dict what the run is: its certificate, for `resume(..., certificate=True)`.
+    """Write a certificate of the run into every state dict, for `resume(..., certificate=True)`.
 
     It has digests of the weights and of every slot by name, the param groups, what the schedulers and the gradient
     scaler keep, the release of torch, how the next update will be, and the certificates that the run was resumed from.

@@ -57,7 +57,7 @@ class _Matching(LoadHook):
 
 
 class _Casting(LoadHook):
-    """A hook that has something left to do after torch has loaded."""
+    """A hook that still has work to do after torch has loaded."""
 
     after_loading = True
 
@@ -72,7 +72,7 @@ class _Casting(LoadHook):
 
 
 def match_names(model: torch.nn.Module | None = None, *, saved: Sequence[str] | None = None) -> LoadHook:
-    """Give every parameter the state of the parameter of its name, whatever the order and the groups.
+    """Give every parameter the state of the parameter with the same name, whatever the order and the groups.
 
     Args:
         model: Names the live parameters, for an optimizer that was built without names.
@@ -94,7 +94,7 @@ def rename(names: Mapping[str, str]) -> LoadHook:
 
 
 def strip_prefix() -> LoadHook:
-    """Take off what wrappers put into names (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, ...), on both sides.
+    """Remove what wrappers add to names (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, ...), on both sides.
 
     The live optimizer keeps its own names. Hooks with rules that follow see the names without prefixes.
 
@@ -129,7 +129,7 @@ def split(names: Mapping[str, Iterable[str]], *, dim: int = 0, sizes: Sequence[i
 
 
 def fuse(names: Mapping[str, Iterable[str]], *, dim: int = 0) -> LoadHook:
-    """Join the state of several parameters into that of one, which has them one after the other.
+    """Join the state of several parameters, in order, into that of one.
 
     Args:
         names: The new one to the old ones, in order.
@@ -235,7 +235,7 @@ def regroup(
     merge: Literal["refuse", "first", "min", "max"] = "refuse",
     step: Literal["error", "min", "max", "keep"] = "error",
 ) -> LoadHook:
-    """Say what becomes of options and step counts where parameters meet that were apart, or part that were together.
+    """Say what becomes of options and step counts when param groups are merged or split.
 
     Which group a parameter is in, the live optimizer decides; the options come from where its parameters were.
 
@@ -307,7 +307,7 @@ def cast_state(dtypes: Mapping[str, str | torch.dtype] | str | torch.dtype) -> L
 
 
 def reset(*names: str) -> LoadHook:
-    """Let parameters or modules start without state, though the checkpoint has some.
+    """Let parameters or modules start without state, although the checkpoint has some.
 
     Args:
         *names: Which, by the names they have after the hooks before; `all` for every one, `none` for none.
@@ -332,7 +332,7 @@ def reset(*names: str) -> LoadHook:
 
 
 def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
-    """All that a plan says.
+    """Apply a plan.
 
     Args:
         plan: A plan, or the path of a plan file.
@@ -353,7 +353,7 @@ def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
 
 
 def _fill_like(request: LoadRequest, names: Mapping[str, str]) -> None:
-    """Declare parameters new, and remember whose state they are to get a copy of."""
+    """Declare parameters new, and remember whose state they get a copy of."""
     known = {name for group in request.live.names for name in group}
     like: dict[str, str] = {}
     for new, old in names.items():

@@ -55,7 +55,7 @@ class ModelLoad:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it has the module's names already, so that rules that match nothing have done their work before."""
+        """Whether it already has the module's names, so that rules that match nothing were applied before."""
         return self._tensors.keys() == self._live.keys() - self._saved_once(self._tensors).keys()
 
     @property
@@ -83,7 +83,7 @@ class ModelLoad:
         return {plain: value for plain, (_, value) in self._live.items()}
 
     def _saved_once(self, there: Iterable[str]) -> dict[str, str]:
-        """Names of tied parameters that are not there, each with one that is: safetensors holds every tensor once."""
+        """Missing names of tied parameters, each with one that is there: safetensors stores every tensor once."""
         known = set(there)
         absent = [name for name in self._live if name not in known]
         if not absent:
@@ -105,7 +105,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same memory seen alike; a tensor without memory is like none but itself."""
+    """A key that is equal for identical views of the same memory; a tensor without memory equals only itself."""
     try:
         place = tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
@@ -136,7 +136,7 @@ class ModelHook:
         unexpected_keys: list[str],  # noqa: ARG002
         error_msgs: list[str],  # noqa: ARG002
     ) -> None:
-        """Put the module's entries of `state_dict`, which is torch's own copy of the dict, under their new names.
+        """Rename the module's entries in `state_dict`, which is torch's own copy of the dict.
 
         Raises:
             MigrationError: The plan does not fit; nothing was loaded.

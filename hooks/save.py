@@ -39,7 +39,7 @@ class SaveHook:
         self._name, self._change = name, change
 
     def __call__(self, optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
-        """The dict to hand over instead; the one that is given stays as it is.
+        """The dict to return instead; the given one is not changed.
 
         Raises:
             StateMismatchError: The optimizer is not what the hook was made for.
@@ -55,7 +55,7 @@ class SaveHook:
 
 
 def name_params(model: torch.nn.Module) -> SaveHook:
-    """Write the parameters' names into every state dict, for an optimizer that was built without them.
+    """Write the parameters' names into every state dict of an optimizer that was built without them.
 
     Args:
         model: Which has all parameters of the optimizer.
@@ -83,7 +83,7 @@ def name_params(model: torch.nn.Module) -> SaveHook:
 
 
 def add_metadata(model: torch.nn.Module | None = None, *, plan: Plan | str | PathLike[str] | None = None) -> SaveHook:
-    """Write beside the state what a later reader would have to guess, as plain values under the key `optimstate`.
+    """Write what a later reader would otherwise have to guess, as plain values under the key `optimstate`.
 
     `algorithm` is the optimizer's class, `shapes` has every parameter's shape by name (without names, by key),
     `versions` those of torch and optimstate, and `plans` the digests of the plans that made this state.
@@ -166,7 +166,7 @@ def cast_slots(dtypes: Mapping[str, str | torch.dtype] | str | torch.dtype) -> S
 
 
 def to_cpu() -> SaveHook:
-    """Write every tensor as it is on the CPU; those that are there already are not copied.
+    """Write every tensor as a CPU tensor; those on the CPU already are not copied.
 
     Example:
         `hooks.to_cpu()`

@@ -1,4 +1,4 @@
-"""The hooks that run after an optimizer has loaded: is what it has now what a resumed run should have?"""
+"""The hooks that run after an optimizer has loaded: does it have what a resumed run should have?"""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class _VerifyResume(LoadHook):
 def verify_resume(
     otherwise: Literal["raise", "warn"] = "raise", *, skip: Sequence[Check] = (), scheduler: Any = None
 ) -> _VerifyResume:
-    """Look at what was loaded: `optimizer.register_load_state_dict_post_hook(hooks.verify_resume())`.
+    """Check what was loaded: `optimizer.register_load_state_dict_post_hook(hooks.verify_resume())`.
 
     What is looked at: `slots` (state that is not that of the optimizer's class), `coverage` (trainable parameters
     without state beside others that have some), `zeros` (moments that are all zero after steps were made), `steps`
@@ -152,7 +152,7 @@ def _elementwise(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.
 
 
 def _foreign(optimizer: torch.optim.Optimizer) -> Iterator[Problem]:
-    """State of another algorithm than that of the optimizer's class."""
+    """State of another algorithm than the class of the optimizer."""
     live = algorithm_name(optimizer)
     known = named(live)
     if known is None:
@@ -259,7 +259,7 @@ class _Report:
         self._write = write
 
     def __call__(self, optimizer: torch.optim.Optimizer) -> None:
-        """Say what the optimizer has."""
+        """Describe what the optimizer has."""
         lines = []
         for number, group in enumerate(optimizer.param_groups):
             found = [optimizer.state.get(parameter) or {} for parameter in group["params"]]
@@ -280,7 +280,7 @@ class _Report:
 
 
 def report(write: Callable[[str], object] | None = None) -> _Report:
-    """Say after every load what each group has: `optimizer.register_load_state_dict_post_hook(hooks.report(print))`.
+    """Describe each group after every load: `optimizer.register_load_state_dict_post_hook(hooks.report(print))`.
 
     Args:
         write: Gets the text, one line a group; without, it is only logged and kept as `report`.

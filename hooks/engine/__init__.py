@@ -1,1 +1,1 @@
-"""What the hooks share: live state as the planner sees it, and reports."""
+"""What the hooks share: state in memory as the planner sees it, and reports."""

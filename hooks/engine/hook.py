@@ -1,4 +1,4 @@
-"""The base of the hooks that run before an optimizer loads: those registered side by side act as one.
+"""The base of the hooks that run before an optimizer loads; hooks registered side by side act as one.
 
 Each says what it wants in a `LoadRequest`; the last of them plans once, for the live optimizer, and hands over a new
 dict. So a rule and the policies it needs may be registered in any order, and nothing is copied on the way.
@@ -45,11 +45,11 @@ class LoadHook:
 
     @property
     def report(self) -> Report | None:
-        """What the last load did; None before."""
+        """What the last load did; None before the first."""
         return self._outcome.report if self._outcome is not None else None
 
     def prepare(self, request: LoadRequest) -> None:
-        """Say what is wanted."""
+        """Add to the request what this hook wants."""
 
     def identify(self) -> tuple[torch.nn.Module | None, Sequence[str] | None]:
         """A model that names the live parameters, and names for those of the checkpoint, where they are given."""
@@ -65,7 +65,7 @@ class LoadHook:
         """
 
     def __call__(self, optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict | None:
-        """The dict to load instead; None where a later hook gives it.
+        """The dict to load instead; None where a later hook supplies it.
 
         Raises:
             OptimStateError: The state does not fit.
@@ -97,7 +97,7 @@ class LoadHook:
 
 
 def adapt(optimizer: torch.optim.Optimizer, state_dict: StateDict, *hooks: LoadHook) -> StateDict:
-    """The dict that load hooks would hand to an optimizer, for one whose own loading does not let them.
+    """The dict that load hooks would give to an optimizer, for optimizers whose own loading does not run hooks.
 
     `optimizer.load_state_dict(hooks.adapt(optimizer, state_dict, hooks.match_names()))` also works where
     `load_state_dict` runs no hooks (bitsandbytes), or goes back to the dict from before they ran (pytorch_optimizer).
@@ -151,7 +151,7 @@ def _load(optimizer: torch.optim.Optimizer, state_dict: StateDict, hooks: Sequen
 
 
 def _with_adagrads_start(optimizer: torch.optim.Optimizer, made: StateDict) -> StateDict:
-    """State for the parameters that have none, where torch's Adagrad makes it in its constructor alone."""
+    """State for parameters without any, which torch's Adagrad creates only in its constructor."""
     adagrad: Any = torch.optim.Adagrad
     if getattr(type(optimizer), "_init_group", None) is not adagrad._init_group or adagrad_starts_late():
         return made

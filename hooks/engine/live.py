@@ -1,4 +1,4 @@
-"""What a hook knows of the live optimizer, and the groups it hands back to it."""
+"""What a hook knows of the live optimizer, and the groups that it gives back to it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Consecutive(list[int]):
 
 
 def algorithm_name(optimizer: torch.optim.Optimizer) -> str:
-    """Which algorithm an optimizer's class is, as plans call it in `optimizer = "..."`; empty where that is unknown."""
+    """The algorithm of an optimizer's class, as plans name it in `optimizer = "..."`; empty where it is unknown."""
     for cls in type(optimizer).__mro__:
         library = cls.__module__.partition(".")[0]
         if library == "bitsandbytes":
@@ -113,7 +113,7 @@ class Live(Record):
 
     @classmethod
     def by_position(cls, optimizer: torch.optim.Optimizer) -> Self:
-        """Read a live optimizer whose parameters nothing names: they are called by their numbers."""
+        """Read a live optimizer whose parameters have no names: their numbers stand for them."""
         number = iter(range(sum(len(group["params"]) for group in optimizer.param_groups)))
         groups = optimizer.param_groups
         return cls(
@@ -139,7 +139,7 @@ class Live(Record):
                 seen[new] = name
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
-        """The same parameters by other names."""
+        """The same parameters under other names."""
         self.refuse_twins(rename)
         return self._replace(names=tuple(tuple(map(rename, group)) for group in self.names))
 

@@ -1,4 +1,4 @@
-"""From a request to the dict that a live optimizer can load by position."""
+"""From a request to the dict that the live optimizer can load by position."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["LoadOutcome", "foreign_slots", "matched", "own_containers", "reached
 
 
 class LoadOutcome(Record):
-    """What a report is made of, when somebody asks for it.
+    """What a report is made from, once somebody asks for it.
 
     Attributes:
         hooks: Which hooks did it.
@@ -114,7 +114,7 @@ def matched(
 
 
 def reached(request: LoadRequest) -> Reached:
-    """What a plan may speak of in this optimizer."""
+    """What a plan can refer to in this optimizer."""
     slots = dict.fromkeys(str(path[-1]) for _, _, found in request.state.parameters() for path, _ in flat_slots(found))
     options = [*(group.options for group in request.state.groups), *request.live.options]
     names = [name for group in request.live.names for name in group]
@@ -122,7 +122,7 @@ def reached(request: LoadRequest) -> Reached:
 
 
 def _refuse_unreached(request: LoadRequest) -> None:
-    """Refuse what a plan asks beside its rules and does not reach in this optimizer."""
+    """Refuse what a plan asks for besides its rules that does not apply to this optimizer."""
     problems = list(unreached(request.plan, [reached(request)]))
     if request.label is None and (request.plan.schedulers or request.plan.policy.schedule == "live"):
         asked = "[scheduler] tables are" if request.plan.schedulers else 'schedule = "live" in [policy] is'
@@ -134,7 +134,7 @@ def _refuse_unreached(request: LoadRequest) -> None:
 
 
 def _choose_table(request: LoadRequest) -> None:
-    """Of a plan's `[[optimizer]]` tables keep what the one says that is the live optimizer.
+    """Reduce a plan's `[[optimizer]]` tables to the one for the live optimizer.
 
     Raises:
         MigrationError: The live optimizer has parameters of several tables, or of none.
@@ -159,7 +159,7 @@ def _choose_table(request: LoadRequest) -> None:
 
 
 def refuse_other_algorithm(wanted: str, saved: Algorithm | None, state: OptimizerState, live: str) -> None:
-    """Refuse state of an algorithm that the live optimizer is not: the one place where `optimizer = ...` is judged.
+    """Refuse state of another algorithm than the live optimizer's: the only place that judges `optimizer = ...`.
 
     Args:
         wanted: What the plan makes of the state; empty for what it is.
@@ -209,7 +209,7 @@ _NEEDED = frozenset({"step", "exp_avg", "exp_avg_sq", "exp_inf", "mu_product", "
 
 
 def _converted(old: Mapping[str, Any], new: Mapping[str, Any], live: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group of another algorithm now: what both have as it was, the rest as the live one has it."""
+    """The options of a converted group: those both algorithms have are kept, the rest are the live group's."""
     carried = {key: value for key, value in new.items() if key in old and value is old[key]}
     return {**live, **carried}
 
@@ -232,7 +232,7 @@ def _without_orphans(request: LoadRequest) -> tuple[OptimizerState, list[Any]]:
 
 
 def _undecided(group: Group, request: LoadRequest) -> Group:
-    """A group without the options of which a hook decides, so that the planner does not stumble over them."""
+    """A group without the options that a hook decides, so that the planner does not compare them."""
     decided = request.values.keys() | {key for key, source in request.options.items() if source == "live"}
     if not decided:
         return group
@@ -374,7 +374,7 @@ def _as_dict(
 
 
 def own_containers(node: Any) -> Any:
-    """The same values in dicts, lists and tuples that belong to nobody else; tensors are not copied."""
+    """A copy of the dicts, lists and tuples around the same values; tensors are not copied."""
     if isinstance(node, Consecutive):
         return node
     if isinstance(node, dict):

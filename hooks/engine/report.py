@@ -36,7 +36,7 @@ class Report(reporting.Report):
 
     @classmethod
     def of(cls, hooks: tuple[str, ...], section: SectionMoves, filled: Mapping[str, str] | None = None) -> Self:
-        """From a migration; `filled` says of parameters that had no state how they got some."""
+        """From a migration; `filled` says how parameters without state got some."""
         exact = []
         approximate: dict[str, str] = dict(filled or {})
         fresh: dict[str, str] = {}
@@ -65,7 +65,7 @@ class Report(reporting.Report):
 
     @property
     def changes(self) -> bool:
-        """Whether anything but the exact state of equally named parameters was handed on."""
+        """Whether anything happened beyond passing on the exact state of parameters of the same name."""
         return bool(self.approximate or self.fresh or self.dropped or self.sources)
 
     def summary(self) -> str:
@@ -99,7 +99,7 @@ class Report(reporting.Report):
 
 
 def _reasons(rows: Sequence[Row]) -> str:
-    """Why slots are not what they were, each reason with one of them."""
+    """Why slots are not exact: each reason with one example."""
     found: dict[str, str] = {}
     for row in rows:
         if row.outcome != "exact" and row.reason:

@@ -1,4 +1,4 @@
-"""What the hooks of one load want, before it is decided."""
+"""What the hooks of one load want, before anything is decided."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LoadRequest:
     label: str | None = None
 
     def add(self, plan: Plan) -> None:
-        """Let a plan follow those of the hooks before.
+        """Add a plan after those of earlier hooks.
 
         Raises:
             PlanError: Both decide on the param groups.
@@ -58,7 +58,7 @@ class LoadRequest:
         self.plan = in_sequence(self.plan, plan)
 
     def names(self) -> list[str]:
-        """The names that the rules so far produce from the checkpoint's."""
+        """The names that the rules so far produce from those of the checkpoint."""
         old: dict[str, Any] = {str(name): None for _, name, _ in self.state.parameters()}
         rules = list(self.plan.all_rules())
         if not rules:
@@ -68,7 +68,7 @@ class LoadRequest:
         return list(found.made)
 
     def strip_prefixes(self) -> None:
-        """Take wrapper prefixes off both sides.
+        """Remove wrapper prefixes on both sides.
 
         Raises:
             PlanError: Rules have been applied to the names that have them.
@@ -100,7 +100,7 @@ def in_sequence(first: Plan, second: Plan) -> Plan:
 
 
 def is_settled(request: LoadRequest) -> bool:
-    """Whether the checkpoint has the live names already: then a rule that matches nothing has done its work before.
+    """Whether the checkpoint already has the live names: a rule that matches nothing was then applied before.
 
     So a script that was resumed with a rule can be resumed with it again, and trainers that load an optimizer's own
     state (Accelerate does) can.
@@ -110,7 +110,7 @@ def is_settled(request: LoadRequest) -> bool:
 
 
 def named(state: OptimizerState, live: Live, saved: Sequence[str] | None = None) -> OptimizerState:
-    """A checkpoint's state with names: its own, or those that are given.
+    """A checkpoint's state with names: its own, or the given ones.
 
     Where there is no state yet, only options by group, groups of the live sizes are the live ones: trainers load what
     a new optimizer has into itself (Accelerate does when it prepares one).

@@ -1,4 +1,4 @@
-"""From the names that hooks are given to rules: templates, and modules that stand for all that is below them."""
+"""From names given to hooks to rules: templates, and modules that stand for everything below them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["HookStep", "below", "is_module", "literal", "matching", "ruled", "te
 
 
 class HookStep(LoadHook):
-    """A hook that is what it asks for."""
+    """A hook that consists of what it asks for."""
 
     def __init__(self, name: str, prepare: Callable[[LoadRequest], None]) -> None:
         self._name, self._prepare = name, prepare
@@ -73,12 +73,12 @@ def ruled(
 
 
 def templates(*texts: str) -> tuple[Template, ...]:
-    """The templates that texts spell."""
+    """Texts as templates."""
     return tuple(map(Template, texts))
 
 
 def literal(old: str, new: str, *operations: Operation) -> Rule:
-    """A rule for one name that may look like a template."""
+    """A rule for one name, taken literally even if it looks like a template."""
     return Rule((Template.literal(old),), (Template.literal(new),), operations)
 
 
@@ -87,12 +87,12 @@ def _is_plain(name: str) -> bool:
 
 
 def is_module(name: str, known: Collection[str]) -> bool:
-    """Whether a name without captures stands for all that is below it."""
+    """Whether a name without captures stands for everything below it."""
     return _is_plain(name) and name not in known and any(other.startswith(name + ".") for other in known)
 
 
 def below(name: str, known: Collection[str]) -> str:
-    """A template for a name or for all that is below a module."""
+    """A template for a name, or for everything below a module."""
     return f"{name}.**" if is_module(name, known) else name
 
 

@@ -32,7 +32,7 @@ def as_dtype(name: str | torch.dtype) -> torch.dtype:
 def zeros_like_others(
     name: str, parameter: torch.Tensor, slots: Mapping[str, Slots | None], options: Mapping[str, Any]
 ) -> tuple[Slots, str] | None:
-    """The slots that the other parameters have, with zeros, and their step count.
+    """The slots that the other parameters have, filled with zeros, and the others' step count.
 
     Raises:
         MigrationError: What zero is for a slot is not known, or the others' counts differ.
@@ -84,7 +84,7 @@ def _agreed(name: str, path: SlotPath, donor: str, others: Mapping[str, Slots]) 
 
 
 class Casts:
-    """A dtype policy for slots, carried out after torch has cast them to their parameter's dtype.
+    """A dtype policy for slots, applied after torch has cast them to their parameter's dtype.
 
     Args:
         dtypes: For every slot, or by name with `*` for the rest.
@@ -101,7 +101,7 @@ class Casts:
         self._followed: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
 
     def expect(self, optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> None:
-        """Cast what this optimizer is about to load, once it has."""
+        """Remember to cast what this optimizer is about to load, once it has loaded."""
         self._loading[optimizer] = made
         if optimizer not in self._followed:
             self._followed[optimizer] = True

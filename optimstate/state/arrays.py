@@ -1,4 +1,4 @@
-"""Mappings of names to arrays of NumPy: what a model looks like to programs that are not torch's."""
+"""Mappings of names to NumPy arrays: models as other programs than torch write them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KINDS = {
 
 
 def is_array(value: Any) -> bool:
-    """Whether a leaf is the record of an array of NumPy: numbers, which no loader takes for a tensor."""
+    """Whether a leaf is the record of a NumPy array: numbers that no loader takes for a tensor."""
     return isinstance(value, Opaque) and value.type.path in _KINDS
 
 

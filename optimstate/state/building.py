@@ -1,4 +1,4 @@
-"""The parameters of a model that is built on the meta device, for its names, shapes and order alone."""
+"""The parameters of a model that is built on the meta device only for its names, shapes and order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def imported(model: str) -> Any:
 
 
 def from_config(path: Path) -> Any:
-    """A model of transformers, by its config alone: no weights, no code of the checkpoint, no network."""
+    """A transformers model built from its config alone: no weights, no code of the checkpoint, no network."""
     transformers = import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     classes = [getattr(transformers, found, None) for found in config.architectures or ()]

@@ -1,4 +1,4 @@
-"""Optimizer state that stands flat in a mapping of names to tensors, often beside the model's own names.
+"""Optimizer state flattened into a mapping of names to tensors, often beside the model's own names.
 
 Torch's flattened optimizer state dicts have the keys `state.<name>.<slot>` and `param_groups.<name>.<option>`; writers
 of safetensors keep them in one mapping with the weights. Here such a mapping is taken apart into the nested form that

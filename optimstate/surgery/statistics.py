@@ -67,7 +67,7 @@ def _exact(dtype: str) -> Any:
 
 
 class Statistics(Record):
-    """Of the elements of a tensor, or of several.
+    """Statistics of the elements of one or several tensors.
 
     Attributes:
         elements: How many there are.
@@ -91,17 +91,17 @@ class Statistics(Record):
 
     @property
     def nonfinite(self) -> int:
-        """How many are not finite numbers."""
+        """How many are not finite."""
         return self.nan + self.inf
 
     @property
     def rms(self) -> float | None:
-        """The root of the mean square of the finite elements: a norm that tensors of all sizes can be compared by."""
+        """The root mean square of the finite elements, which is comparable between tensors of any size."""
         finite = self.elements - self.nonfinite
         return self.norm / math.sqrt(finite) if finite and self.norm is not None else None
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Of the elements of both."""
+        """The statistics of the elements of both together."""
         lows = [value for value in (self.minimum, other.minimum) if value is not None]
         highs = [value for value in (self.maximum, other.maximum) if value is not None]
         norm = None if self.norm is None or other.norm is None else math.hypot(self.norm, other.norm)
@@ -184,12 +184,12 @@ def is_measurable(value: Any) -> bool:
 
 
 def is_floating(tensor: LazyTensor) -> bool:
-    """Whether its numbers could be NaN or infinite."""
+    """Whether its dtype has NaN and infinities."""
     return tensor.dtype.startswith(("float", "bfloat", "complex"))
 
 
 def can_be_read(tensor: LazyTensor) -> bool:
-    """Whether torch has numbers of its dtype, each on its own."""
+    """Whether torch has its dtype, with one element for each number."""
     return DTYPES[tensor.dtype].in_torch and tensor.dtype != "float4_e2m1fn_x2"
 
 
@@ -201,7 +201,7 @@ def second_moments(algorithm: Algorithm | None) -> set[str]:
 
 
 def oddities(found: Mapping[str, Statistics], step: Any, second: Collection[str]) -> Iterator[tuple[Kind, str]]:
-    """What is wrong with the numbers of one parameter's slots: its kind, and what was found.
+    """What is wrong with the numbers in one parameter's slots: the kind of problem, and what was found.
 
     Args:
         found: The statistics of its slots.

@@ -28,7 +28,7 @@ __all__ = [
 
 
 def size(nbytes: float) -> str:
-    """Bytes as people read them."""
+    """A number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -75,7 +75,7 @@ _OF_SEVERAL_LINES = frozenset({"plan", "toml"})  # plans as text, which escape w
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal a text takes: two for a wide character, none for one that joins another."""
+    """How many terminal columns a text takes: two for a wide character, none for a combining one."""
     if text.isascii():
         return len(text)
     from unicodedata import combining, east_asian_width
@@ -145,7 +145,7 @@ def parts_of(text: str) -> tuple[str, ...]:
 
 
 def shown(value: Any) -> str:
-    """A value in few characters."""
+    """A value in a few characters."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
@@ -171,7 +171,7 @@ def collapsed(text: str) -> str:
 
 
 def families(names: Iterable[str]) -> Iterator[str]:
-    """Names that differ in their indices alone, as one."""
+    """Names that differ only in their indices, merged into one."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(collapsed(name), []).append(name)

@@ -1,4 +1,4 @@
-"""The optimizers of bitsandbytes, whose 8-bit blocks are seen by their dtype."""
+"""The optimizers of bitsandbytes, whose 8-bit blocks are recognised by their dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which values common hyperparameters can take, as the constructors of torch.optim check them."""
+"""The values that common hyperparameters can take, as the constructors of torch.optim check them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FLAGS = frozenset(
 
 
 def unusable(option: str, value: Any) -> str:
-    """Why an optimizer could not step, or would not start, with a value; empty where nothing speaks against it.
+    """Why an optimizer could not be built, or could not step, with a value; empty where there is no objection.
 
     Args:
         option: Its name in a param group.

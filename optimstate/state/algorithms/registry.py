@@ -1,4 +1,4 @@
-"""Whose state it is: every known optimizer in one table, and what slots of an unknown one are."""
+"""Recognising whose state it is: one table of all known optimizers, and conventions for unknown ones."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def recognise(slots: Iterable[Any], options: Mapping[str, Any]) -> Algorithm | N
 
 
 def named(name: str) -> Algorithm | None:
-    """The algorithm of a name, or None."""
+    """The algorithm with a name, or None."""
     return next((algorithm for algorithm in (*ALGORITHMS, *_outside()) if algorithm.name == name), None)
 
 
 def recognise_state(state: Iterable[Mapping[Any, Any] | None], options: Mapping[str, Any]) -> Algorithm | None:
-    """The algorithm of the parameters' slots together.
+    """The algorithm that the slots of all parameters together belong to.
 
     Args:
         state: The slots of each parameter.
@@ -102,7 +102,7 @@ _CONVENTIONAL: dict[str, Slot] = {
 
 
 def conventional(name: str, shape: Shape | None, parameter: Shape | None) -> Slot | None:
-    """What a slot of an unknown optimizer is by convention of its name, where its shape agrees."""
+    """What a slot of an unknown optimizer is, by the convention of its name, where its shape agrees."""
     slot = _CONVENTIONAL.get(name)
     if slot is None or (slot.kind == "like_param" and (shape is None or shape != parameter)):
         return None
@@ -110,7 +110,7 @@ def conventional(name: str, shape: Shape | None, parameter: Shape | None) -> Slo
 
 
 def inferred_kind(shape: Shape | None, parameter: Shape | None) -> SlotKind:
-    """What a slot of an unknown optimizer is, by its shape alone.
+    """What a slot of an unknown optimizer is, judged by its shape alone.
 
     Args:
         shape: Of the slot; None for what is not a tensor of a plain dtype. A number has shape ().
@@ -133,7 +133,7 @@ def inferred_kind(shape: Shape | None, parameter: Shape | None) -> SlotKind:
 
 
 def parameter_shape(slots: Mapping[str, Shape | None], algorithm: Algorithm | None) -> Shape | None:
-    """A parameter's shape, told from its slots; None where they do not tell."""
+    """A parameter's shape, concluded from its slots; None where they do not determine it."""
     row = col = None
     for name, shape in slots.items():
         slot = algorithm.slot(name) if algorithm is not None else _CONVENTIONAL.get(name)

@@ -53,7 +53,7 @@ class Slot(Record):
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether it has the parameter's shape by what it is, place by place."""
+        """Whether it has, by its meaning, one element for each of the parameter's."""
         return self.kind in ("like_param", "weight")
 
 
@@ -89,7 +89,7 @@ class Algorithm(Record):
         return found or (WEIGHT if name in MASTERS else None)
 
     def missing(self, slots: Iterable[Any], options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Slots that the next step reads and that are not there, each with the option that asks for it.
+        """Slots that the next step reads and that are missing, each with the option that requires it.
 
         Args:
             slots: Those of a parameter that has state.
@@ -110,11 +110,11 @@ class Algorithm(Record):
 
     @property
     def factors_every_matrix(self) -> bool:
-        """Whether it keeps the second moment of every matrix as means, and that of vectors in full."""
+        """Whether it stores the second moment of matrices as means, and that of vectors in full."""
         return self.name in ("Adafactor", "Adafactor (transformers)", "CAME")
 
     def holds(self, name: str, rank: int) -> bool:
-        """Whether a parameter of so many dimensions has a slot that some parameters have."""
+        """Whether a parameter with so many dimensions has a slot that only some parameters have."""
         slot = self.slot(name)
         if slot is None or not self.factors_every_matrix:
             return slot is not None
@@ -122,7 +122,7 @@ class Algorithm(Record):
 
     @property
     def is_flat(self) -> bool:
-        """Whether it keeps one state for all parameters."""
+        """Whether it keeps one state for all parameters together."""
         return any(slot.kind == "flat" for slot in self.slots.values())
 
     def matches(self, slots: Iterable[str], options: Mapping[str, Any]) -> bool:
@@ -136,7 +136,7 @@ class Algorithm(Record):
         )
 
     def _is_foreign(self, key: str, value: Any) -> bool:
-        """Whether an option is a hyperparameter that the algorithm does not have, and no note of a framework's."""
+        """Whether an option is a hyperparameter that the algorithm does not have, and not a note of a framework."""
         if key in self.own or key in COMMON_OPTIONS or is_note(key):
             return False
         numbers = value if isinstance(value, list | tuple) else (value,)
@@ -172,7 +172,7 @@ _NOTES = ("_lr", "lr_scale", "_mult", "name", "_momentum", "_id", "_index", "_ty
 
 
 def is_note(option: str) -> bool:
-    """Whether an option of a group is a note of a scheduler, a trainer or a user, and no hyperparameter."""
+    """Whether an option of a group is a note of a scheduler, a trainer or a user, and not a hyperparameter."""
     return str(option).endswith(_NOTES)  # programs put numbers among them, too
 
 
@@ -207,5 +207,5 @@ def algorithm(
 
 
 def needed(words: str) -> dict[str, str]:
-    """Slots that the next step reads, with the option that asks for each, written as ``slot`` or ``slot:option``."""
+    """Slots that the next step reads, each with the option that requires it, written as ``slot`` or ``slot:option``."""
     return {slot: option for slot, _, option in (word.partition(":") for word in words.split())}

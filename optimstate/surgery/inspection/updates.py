@@ -40,7 +40,7 @@ class Histogram(Record):
     zeros: int = 0
 
     def __add__(self, other: Histogram) -> Histogram:
-        """Of the elements of both."""
+        """The statistics of the elements of both together."""
         counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
         return Histogram(counts, self.zeros + other.zeros)
 

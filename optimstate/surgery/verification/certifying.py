@@ -55,7 +55,7 @@ def _beside(sections: Sequence[Section]) -> Iterator[Mapping[str, Any]]:
 def differences(
     sections: Sequence[Section], certificates: Sequence[Certificate]
 ) -> tuple[list[tuple[str, Problem]], list[str]]:
-    """In what a checkpoint is not what was certified.
+    """How a checkpoint differs from what was certified.
 
     Returns:
         Each problem after the part it is in, and what a file does not tell.

@@ -1,4 +1,4 @@
-"""What verify found, and how it is told."""
+"""What verify found, and its text."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class Finding(Problem):
 
 
 def fault(kind: Kind, place: str, message: str, names: Iterable[str] = ()) -> Finding:
-    """What is surely damage, or what torch would refuse."""
+    """What is certainly damaged, or what torch would refuse."""
     return Finding(kind, message, place, tuple(names))
 
 
 def note(kind: Kind, place: str, message: str, names: Iterable[str] = ()) -> Finding:
-    """What may be right."""
+    """What may be intended."""
     return Finding(kind, message, place, tuple(names), level="note")
 
 
 class VerifyReport(Report):
-    """The findings, and what was looked at.
+    """The findings, and what was checked.
 
     Attributes:
         checked: What was compared, in words.

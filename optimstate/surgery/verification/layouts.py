@@ -1,4 +1,4 @@
-"""Models that are stored under other names than their optimizer knows: what a framework's save does by itself.
+"""Models stored under other names than their optimizer knows, because the framework renames while saving.
 
 transformers 5 keeps the experts of a layer in one tensor (`mlp.experts.gate_up_proj`) and writes them one by one, as
 the hub has them (`mlp.experts.0.gate_proj.weight`, in Mixtral `block_sparse_moe.experts.0.w1.weight`).
@@ -23,7 +23,7 @@ _EXPERTS = re.compile(r"(.*\bexperts)\.(?:\d+\.)?(.+)")
 def stored_in_another_layout(
     missing: Collection[str], known: Mapping[str, Shape | None], shapes: Mapping[str, Shape | None]
 ) -> set[str]:
-    """Which of the parameters that the model does not have are in it in another layout.
+    """Which of the parameters missing from the model are there in another layout.
 
     Args:
         missing: Names of the optimizer that the model does not have.
@@ -56,7 +56,7 @@ def stored_in_another_layout(
 
 
 def _as_many_elements(ours: list[Shape | None], theirs: list[Shape | None]) -> bool:
-    """Whether tensors of other shapes have just as many elements together; those of the same are renamed."""
+    """Whether tensors of other shapes have the same number of elements together; equal shapes mean a rename."""
     if not ours or None in ours or None in theirs or Counter(ours) == Counter(theirs):
         return False
     mine, stored = (sum(prod(shape) for shape in side if shape is not None) for side in (ours, theirs))
@@ -68,7 +68,7 @@ def _respelled(name: str) -> str:
 
 
 def _without_adapter(name: str) -> str:
-    """PEFT leaves the name of the adapter out of what it saves."""
+    """The name without wrappers, and without the adapter, which PEFT leaves out when it saves."""
     return unwrapped([name])(name).replace(".default.", ".")
 
 

@@ -103,7 +103,7 @@ def _coverage(where: str, state: OptimizerState, algorithm: Algorithm | None) ->
 
 
 def _unsteppable(where: str, state: OptimizerState, algorithm: Algorithm | None) -> Iterator[Finding]:
-    """Parameters whose state lacks what the next step reads."""
+    """Parameters whose state lacks slots that the next step reads."""
     options = [group.options for group in state.groups for _ in group.params]
     lacking: dict[tuple[str, str], list[str]] = {}
     for (label, slots), chosen in zip(_labelled(state), options, strict=True):
@@ -134,7 +134,7 @@ def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
 
 
 def _dtypes(where: str, state: OptimizerState, models: list[Section]) -> Iterator[Finding]:
-    """Weights of one dtype have state of one dtype; torch casts what differs, but for steps, when it loads."""
+    """Weights of one dtype should have state of one dtype; except for steps, torch casts what differs when it loads."""
     weights = {name: tensor for model in _model_tensors(models) for name, tensor in model.items()}
     prefix = wrapper_prefix([name for _, name, _ in state.parameters() if name is not None])
     kinds: dict[tuple[str, str], dict[str, list[str]]] = {}
@@ -211,7 +211,7 @@ def _another_layout(where: str, which: str, names: Iterable[str] = ()) -> Findin
 def _unnamed_layout(
     where: str, state: OptimizerState, algorithm: Algorithm | None, models: list[Section]
 ) -> Iterator[Finding]:
-    """Shapes that no tensor of the model has: then it is stored in another layout, or is the model of another run."""
+    """Shapes that no tensor of the model has: it is in another layout, or belongs to another run."""
     like = {slot for slot, kind in algorithm.slots.items() if kind.is_elementwise} if algorithm else set()
     shapes = [
         next((v.shape for s, v in (slots or {}).items() if s in like and isinstance(v, LazyTensor) and v.shape), None)
@@ -236,7 +236,7 @@ def _unnamed_layout(
 
 
 def _parameter_shapes(state: OptimizerState, prefix: str) -> dict[str, tuple[int, ...] | None]:
-    """By name the shape of the first slot that is not a single number."""
+    """The shape of the first slot that is not a single number, by parameter name."""
     return {
         str(name).removeprefix(prefix): next(
             (value.shape for value in (slots or {}).values() if isinstance(value, LazyTensor) and value.numel > 1), None
@@ -246,7 +246,7 @@ def _parameter_shapes(state: OptimizerState, prefix: str) -> dict[str, tuple[int
 
 
 def _shapes(where: str, state: OptimizerState, algorithm: Algorithm | None, models: list[Section]) -> Iterator[Finding]:
-    """Slots of one parameter must agree with one another, and with the weight of its name where there is one."""
+    """Slots of one parameter must agree in shape with each other, and with the weight of the same name."""
     weights: dict[str, Any] = {}
     for model in _model_tensors(models):
         weights.update(model)
@@ -288,7 +288,7 @@ def _equal_moments(where: str, slots: Mapping[str, Any], found: Mapping[str, Any
 
 
 def check_schedulers(optimizers: list[Section], schedulers: list[Section]) -> Iterator[Finding]:
-    """Learning rates of the groups against the ones a scheduler says it set last."""
+    """Learning rates of the groups compared with those a scheduler says it set last."""
     rates = [[plain(group.options.get("lr")) for group in section.optimizer().groups] for section in optimizers]
     for section in schedulers:
         fields = section.node if isinstance(section.node, Mapping) else section.node.state

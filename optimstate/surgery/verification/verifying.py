@@ -130,7 +130,7 @@ def _damaged(document: Document, checked: list[str], progress: Progress | None) 
 
 
 def _empty(document: Document) -> Iterator[Finding]:
-    """Dicts that are called as models are, and hold nothing."""
+    """Dicts that have the name of a model and are empty."""
     for path, node in walk(document.tree):
         if isinstance(node, Mapping) and not node and path and str(path[-1]) in _MODELS and len(path) <= 2:
             yield note("section", format_path(path), "is empty: a model that is loaded from it finds no weights")
@@ -188,7 +188,7 @@ class _Rest:
                 yield note("numbers", format_path(path), odd.pop(id(node)))
 
     def unread_state(self) -> Iterator[str]:
-        """Tensors that are called as an optimizer's state is, and stand in no optimizer that is known."""
+        """Tensors with names of optimizer slots that are not in any recognised optimizer."""
         found: dict[Path, str] = {}
         for path, tensor in tensors(self._tree):
             if id(tensor) in self._state:
@@ -203,11 +203,11 @@ class _Rest:
             yield f"{plural(len(found), 'tensor')} of optimizer state ({slots}), such as {first}"
 
     def _is_known(self, place: Path) -> bool:
-        """Whether there is an optimizer, or one below, whose form is known."""
+        """Whether this is, or contains, an optimizer of a known form."""
         return any(known[: len(place)] == place for known in self._optimizers)
 
     def unseen(self, *, numbers: bool) -> Iterator[str]:
-        """What no check looked into."""
+        """What was not checked."""
         if not numbers and self.tensors:
             yield f"the contents of {plural(self.tensors, 'tensor')}: they were not read (--no-numbers)"
         from optimstate.surgery.statistics import can_be_read, is_floating

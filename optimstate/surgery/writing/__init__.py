@@ -1,1 +1,1 @@
-"""Checkpoints written anew: renamed, converted, cast, named, with parts left out or options set."""
+"""Writing checkpoints: renamed, converted, cast, named, with parts left out or options set."""

@@ -65,7 +65,7 @@ class Cast(Record):
 
 
 def parse_dtypes(texts: Iterable[str]) -> dict[str, str]:
-    """From `model=bf16`, `exp_avg=float16`: section or slot to dtype, by torch's name.
+    """Parse `model=bf16`, `exp_avg=float16`: section or slot to dtype, by torch's name.
 
     Raises:
         UsageError: One is not of this form, or asks for something twice.
@@ -124,7 +124,7 @@ _Place = tuple[int, str, str]
 
 
 class Casting:
-    """Casts tensors of sections, and keeps account of it.
+    """Casts tensors of sections, and counts what was cast.
 
     Args:
         dtypes: By the name of a slot, else by the path, else by the kind of a section. A slot that is named is cast
@@ -173,7 +173,7 @@ class Casting:
         return made
 
     def note_partings(self, tree: Any) -> None:
-        """Note how many tensors of the result shared memory with ones that were cast, and do not any more."""
+        """Note how many tensors of the result no longer share memory because the others were cast."""
         left = {id(node.storage) for node in nodes(tree) if isinstance(node, LazyTensor)} & self._cast_from
         if left:
             count = f"{len(left)} storage{'' if len(left) == 1 else 's'} no longer shared"
@@ -305,7 +305,7 @@ def _cast_storage(storage: Storage, source: str, target: str, tally: _Tally) -> 
 
 
 def _leaves(section: Section, node: Any) -> Iterator[tuple[str, Any]]:
-    """Slots, or nothing, with the values of a section's tensors."""
+    """The tensors of a section with their slots, which are empty outside optimizers."""
     if section.kind == "optimizer":
         for slots in Section("optimizer", section.path, node).optimizer().state.values():
             yield from ((str(slot), value) for slot, value in slots.items())

@@ -236,7 +236,7 @@ class _Changes:
             self.notes += self._casting.notes
 
     def drop_opaque(self, target: str) -> None:
-        """Leave out what the container does not hold."""
+        """Leave out what the container cannot hold."""
         from optimstate.surgery.writing import dropping
 
         holds = dropping.held_by_json if target == "safetensors" else dropping.held_by_weights_only
@@ -265,7 +265,7 @@ class _Changes:
         )
 
     def _plain(self, section: Section) -> Any:
-        """The node of a section that is to stand alone; of a pickled module its tensors, and arrays as tensors."""
+        """The node of a section that is written alone; of a pickled module its tensors, and arrays as tensors."""
         if section.kind != "model":
             return section.node
         from optimstate.formats.pickles.tensors import numpy_array

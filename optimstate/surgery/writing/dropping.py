@@ -1,4 +1,4 @@
-"""Copies without objects of other classes: what a container of plain data, or `torch.load(weights_only=True)`, takes.
+"""Copies without objects of foreign classes, as containers of plain data and `weights_only=True` require.
 
 Containers that are nothing but their entries (configurations, named options) become dicts and lists, values of other
 types that are one value (NumPy scalars, paths, `torch.__version__`) become that value, arrays become tensors. Every
@@ -79,7 +79,7 @@ _OMEGACONF = ("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfi
 
 
 class Plain(Record):
-    """A tree of what a container holds, and what became of the rest.
+    """A tree that a container can hold, and what became of the rest.
 
     Attributes:
         tree: The copy; whatever had nothing to lose is shared with the original.
@@ -91,7 +91,7 @@ class Plain(Record):
 
 
 def held_by_json(node: Opaque | GlobalName) -> bool:
-    """Whether the tree beside safetensors holds it."""
+    """Whether the JSON tree beside safetensors can hold it."""
     return isinstance(node, GlobalName) or node.type.path in PLAIN_CLASSES
 
 
@@ -106,7 +106,7 @@ def held_by_weights_only(node: Opaque | GlobalName) -> bool:
 
 
 def plain_copy(tree: Any, holds: Holds) -> Plain:
-    """The tree without objects that a container does not hold.
+    """The tree without objects that a container cannot hold.
 
     Args:
         tree: Never changed.
@@ -166,7 +166,7 @@ class _Lost(Record):
         return f"{format_path(self.path)} is {described}"
 
     def note(self, named: set[int]) -> str:
-        """What is lost with it, but for tensors that are kept elsewhere or were named before, to which it adds."""
+        """What is lost with a node, without tensors that are kept elsewhere or were already named."""
         inside = {id(tensor): (path, tensor) for path, tensor in tensors(self.node) if id(tensor) not in named}
         named.update(inside)
         if not inside:
@@ -267,7 +267,7 @@ class _PlainCopy:
         return self.visit(path, found) if isinstance(found, dict | list) else found
 
     def _cleaned(self, path: Path, node: Opaque) -> Opaque:
-        """A record that is held, without what is not held in it."""
+        """A record that can be held, without what cannot be held inside it."""
         arguments = self._items(path, node.arguments)
         items = self._items(path, node.items)
         entries = [(key, self.visit((*path, path_key(key)), value)) for key, value in node.entries]
@@ -287,7 +287,7 @@ class _PlainCopy:
 
 
 def _plain(node: Opaque) -> Any:
-    """The plain data that a record is nothing but, else `_GONE`."""
+    """The plain data that a record stands for, else `_GONE`."""
     kind, state = node.type.path, node.state
     if kind in _ENTRIES:
         return dict(node.entries)

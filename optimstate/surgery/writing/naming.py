@@ -167,7 +167,7 @@ def concluded_names(document: Document, sections: Sequence[Section]) -> dict[str
 def _by_path(
     names: Sequence[str] | Mapping[str, Sequence[str]] | None, optimizers: Sequence[Section]
 ) -> dict[str, Sequence[str]]:
-    """The names that are given for each optimizer, by its label."""
+    """The given names of each optimizer, by its label."""
     if names is None:
         return {}
     labels = [section.label for section in optimizers]
@@ -250,7 +250,7 @@ def _with_names(section: Section, naming: Naming) -> Any:
 
 
 def read_names(source: Place, files: Sequence[str]) -> list[str] | dict[str, list[str]]:
-    """Names from files that are given as `FILE` or `PATH=FILE`; several without a path are the optimizers' in order.
+    """Names from files given as `FILE` or `PATH=FILE`; several without a path belong to the optimizers in order.
 
     Raises:
         CheckpointError: A file cannot be read.

@@ -1,4 +1,4 @@
-"""One optimizer's state as that of another, for whole sections: what `plan.conversion` decides, with every loss."""
+"""Converting whole sections to another optimizer as `plan.conversion` decides, with every loss reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["OptimizerChange", "convert_optimizer"]
 
 
 class OptimizerChange(Record):
-    """The state of one algorithm that became that of another.
+    """State that was converted from one algorithm to another.
 
     Attributes:
         source: The algorithm it was of.
@@ -117,7 +117,7 @@ def _every_slot(conversion: Conversion, old: OptimizerState, new: OptimizerState
 
 
 def _changed_options(old: OptimizerState, new: OptimizerState) -> Iterator[str]:
-    """What became of the groups' options, as far as the first group shows it."""
+    """What became of the options, as the first group shows it."""
     for before, after in zip(old.groups[:1], new.groups, strict=False):
         absent = object()
         made = [key for key, value in after.options.items() if before.options.get(key, absent) is not value]

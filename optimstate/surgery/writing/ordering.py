@@ -71,7 +71,7 @@ def _like(tree: Any) -> Like:
 
 
 def order_notes(migration: Migration, tree: Any, like: Like | None) -> Iterator[str]:
-    """What is to be said about the order of the result.
+    """Notes on the order of the result.
 
     Args:
         migration: What was done.
@@ -101,7 +101,7 @@ def order_notes(migration: Migration, tree: Any, like: Like | None) -> Iterator[
 
 
 def _changed_order(section: SectionMoves) -> Iterator[str]:
-    """What was put between parameters that keep their order, and after which one it stands."""
+    """What was inserted between parameters that keep their order, and after which one."""
     order = [name for group in section.groups for name in group.members]
     before = dict(zip(order[1:], order, strict=False))
     uses = Counter(source for move in section.moves for source in move.sources)
@@ -132,7 +132,7 @@ def _missing(migration: Migration, section: SectionMoves, like: Like) -> list[st
 def wrong_positions(
     migration: Migration, tree: Any, target: Any, missing: Collection[str] = (), unused: Sequence[str] = ()
 ) -> Iterator[Problem]:
-    """Optimizers of a result that torch, by position, would load into other parameters or refuse.
+    """Optimizers of a result that torch would load by position into other parameters, or refuse.
 
     Args:
         migration: How the result is made.
@@ -207,7 +207,7 @@ def _groups_of(sizes: Sequence[int]) -> str:
 
 
 def _misplaced(mine: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
-    """Two names that stand in the other order in what is wanted; empty where all are in order."""
+    """Two names whose order is the other way round in the target; empty where all are in order."""
     place = {name: number for number, name in enumerate(wanted)}
     known = [name for name in mine if name in place]
     return next(((later, earlier) for earlier, later in pairwise(known) if place[later] < place[earlier]), ())

@@ -53,7 +53,7 @@ class Group(Record):
 
 
 def regrouped(migration: Migration, tree: Any) -> dict[str, tuple[Group, ...]]:
-    """The param groups of each optimizer whose groups or options are others than in the tree it was planned for."""
+    """The param groups of each optimizer whose groups or options change."""
     if not any(section.regrouped for section in migration.sections.values()):
         return {}
     from optimstate.surgery.shown import plain
@@ -75,7 +75,7 @@ def regrouped(migration: Migration, tree: Any) -> dict[str, tuple[Group, ...]]:
 
 
 def outcomes(migration: Migration) -> dict[str, tuple[Outcome, ...]]:
-    """For each section what became of each slot, exact ones first."""
+    """For each section, what became of each slot; exact ones first."""
     return {key: _outcomes(migration, key, section) for key, section in migration.sections.items()}
 
 
@@ -110,7 +110,7 @@ def _rows(migration: Migration, key: str, section: SectionMoves) -> Iterator[Row
 
 
 def _is_exact(move: Move) -> bool:
-    """Whether it is moved whole, and there is nothing to say about it."""
+    """Whether it is moved whole, with nothing to remark."""
     if not move.is_moved_whole or move.clone or not (move.value or move.slots):
         return False
     outcomes = move.slots.values() if move.value is None else (move.value,)

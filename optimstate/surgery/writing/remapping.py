@@ -164,7 +164,7 @@ def remap(
 def check_distributed(
     target: str, *, copy: bool, ranks: int | None, stage: Stage | None = None, sharded: bool = False
 ) -> None:
-    """Refuse what only folders of `torch.distributed.checkpoint` have, and several processes for what is one file.
+    """Refuse options that only `torch.distributed.checkpoint` folders have, and several processes for one file.
 
     Raises:
         UsageError: It is asked for and another container is written, or it makes no sense.
@@ -237,7 +237,7 @@ def _remap_report(
 
 
 def _kept(section: SectionMoves) -> int:
-    """How many parameters kept their name, or their place where they have none."""
+    """How many parameters kept their name, or their position where they have none."""
     members = sum(len(group.members) for group in section.groups)
     return sum(not move.changes for move in section.moves) if section.moves or section.dropped else members
 
@@ -247,7 +247,7 @@ MOVES_SHOWN = 50
 
 
 def _cut(lines: Sequence[str]) -> Iterator[str]:
-    """The first of these lines, and how many more there are."""
+    """The first few lines, and how many more there are."""
     yield from lines[:MOVES_SHOWN]
     if len(lines) > MOVES_SHOWN:
         yield f"  ... and {len(lines) - MOVES_SHOWN:,} more kinds (--json lists all)"

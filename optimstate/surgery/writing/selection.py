@@ -35,7 +35,7 @@ def _listed(sections: Sequence[Section]) -> str:
 
 
 def only(tree: Any, nodes: Collection[int]) -> Any:
-    """The tree with nothing but these nodes, each where it was; lists close up.
+    """The tree reduced to these nodes, each at its place; gaps in lists are closed.
 
     Args:
         tree: Not changed.
@@ -70,7 +70,7 @@ class _Place(Record):
 
 
 def without(tree: Any, names: Sequence[str], sections: Sequence[Section]) -> tuple[Any, list[str], list[str]]:
-    """The tree less some sections; everything else stays where it was, and lists close up.
+    """The tree without some sections; everything else stays in place, and gaps in lists are closed.
 
     Args:
         tree: Not changed; whatever holds none of the sections is shared with the result.

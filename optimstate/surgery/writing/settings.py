@@ -1,4 +1,4 @@
-"""Options of param groups and arguments of schedulers set from the command line, as the tables that say the same."""
+"""Options of param groups and arguments of schedulers from the command line, as the equivalent plan tables."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def _split(text: str, option: str, example: str) -> tuple[str, str, Any]:
 
 
 def _cut(text: str, separator: str, *, last: bool = False) -> tuple[str, str, str]:
-    """Cut at the first separator outside of braces; with `last`, at the last one, and all is right of none."""
+    """Split at the first separator outside braces; with `last`, at the last. Without one, all is on the right."""
     depth, places = 0, []
     for place, character in enumerate(text):
         depth += (character == "{") - (character == "}")
@@ -221,7 +221,7 @@ def _reached(setting: _Setting, found: _Found) -> Iterator[int]:
 
 
 def _whole_groups(settings: Sequence[_Setting], path: str) -> Iterator[GroupRule]:
-    """Tables for groups that stay as they are: one for all, one for each number."""
+    """Tables for groups that keep their members: one for all, one for each number."""
     made: dict[int | None, dict[str, Any]] = {}
     for setting in settings:
         assert not isinstance(setting.where, Template)
@@ -257,7 +257,7 @@ _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def _templates(names: Sequence[str], others: Sequence[str]) -> list[Template]:
-    """Few templates that match all names, and none of the others."""
+    """A small set of templates that match all names and none of the others."""
     if not others:
         return [Template("**")]
     made: list[Template] = []
@@ -279,7 +279,7 @@ def _matches(template: Template, name: str) -> bool:
 
 
 def _template(text: str) -> Template | None:
-    """A template, or None where a name has characters that mean something in one."""
+    """The template, or None where the name has characters with a meaning in templates."""
     try:
         return Template(text)
     except PlanSyntaxError:
