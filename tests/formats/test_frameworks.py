@@ -9,7 +9,6 @@ import importlib.util
 import json
 import logging
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,13 +20,12 @@ import torch
 from torch import nn
 
 import optimstate
-from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.language.plan import Plan
 from optimstate.tree import difference
+from tests.formats.deepspeed_worker import QUICK, STAGES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-QUICK = WriteOptions(sync=False)
 RENAMED = Plan.from_options(
     rename=["model.fc.{p}=model.body.{p}", "model.out.{p}=model.head.{p}", "fc.{p}=body.{p}", "out.{p}=head.{p}"]
 )
@@ -190,34 +188,31 @@ def test_trainer_resumes_from_what_was_converted_and_renamed(tmp_path: Path) -> 
 # --- DeepSpeed ------------------------------------------------------------------------------------------------------
 
 
-def deepspeed_losses(stage: int, folder: Path, *tag: str) -> list[float]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "tests.formats.deepspeed_worker", str(stage), str(folder), port, *tag]
+@pytest.fixture(scope="module")
+def partitions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each stage: what a run saved, the universal checkpoint made of it, and the losses of both runs."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    folder = tmp_path_factory.mktemp("deepspeed")
+    command = [sys.executable, "-m", "tests.formats.deepspeed_worker", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("losses "))
-    losses: list[float] = json.loads(line.removeprefix("losses "))
-    return losses
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
-def test_deepspeed_resumes_from_a_universal_checkpoint_made_of_its_partitions(stage: int, tmp_path: Path) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
-    expected = deepspeed_losses(stage, tmp_path)
-    optimstate.convert(tmp_path / "step4", tmp_path / "universal", to="deepspeed-universal", options=QUICK)
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_resumes_from_a_universal_checkpoint_made_of_its_partitions(stage: int, partitions: Path) -> None:
+    folder = partitions / str(stage)
+    expected, found = (json.loads((folder / f"losses{tag}.json").read_text()) for tag in ("", "universal"))
     assert len(set(expected)) == 4
-    assert deepspeed_losses(stage, tmp_path, "universal") == expected
-    if stage == 1:  # the tool asks for what only trainers write
-        return
-    theirs = tmp_path / "theirs"
-    tool = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(tmp_path / "step4")]
-    done = subprocess.run([sys.executable, *tool, "--output_folder", str(theirs)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ours, made = (open_checkpoint(folder).tree for folder in (tmp_path / "universal", theirs))
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_a_universal_checkpoint_is_what_deepspeeds_own_tool_makes(partitions: Path) -> None:
+    folder = partitions / "3"
+    ours, made = (open_checkpoint(folder).tree for folder in (folder / "universal", folder / "theirs"))
     assert {name: w.tobytes() for name, w in ours["model"].items()} == {
         n: w.tobytes() for n, w in made["model"].items()
     }
