@@ -19,6 +19,7 @@ from torch import nn
 import optimstate
 from optimstate import hooks
 from tests.cli import place
+from tests.derivation.by_fork import derived_by_fork
 from tests.documents import ROOT, blocks, console, follow
 
 RUNNABLE = {"console", "python", "toml"}
@@ -153,7 +154,8 @@ def test_what_pages_show_works_in_the_order_of_the_site(tmp_path: Path, monkeypa
         scope = FOLLOWED[name](folder)
         text = page.read_text(encoding="utf-8")
         text = re.sub(r"```python\n[^`]*trainer\.train\([^`]*```", "", text)  # tests/hooks/test_hub.py runs Trainer
-        follow(text, folder, {"__name__": "page", **scope})
+        with derived_by_fork():
+            follow(text, folder, {"__name__": "page", **scope})
         for block in blocks(text):
             if block.language == "toml" and not block.text.startswith("# "):
                 optimstate.Plan.from_toml(block.text)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
 import pytest
 
-from optimstate.surgery.plans import deriving
 from tests.cli.place import furnish
+from tests.derivation.by_fork import derived_by_fork
 
 
 @pytest.fixture(scope="session")
@@ -25,25 +20,8 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def derived_once() -> Iterator[None]:
-    """`plan derive` asks a process that imports torch, for seconds: here the same question is asked once a session."""
-    answers: dict[str, str] = {}
-
-    def asked(command: list[str], *, input: str, **options: Any) -> Any:  # noqa: A002 - as `subprocess.run` has it
-        request = json.loads(input)
-        place = Path(request.pop("answer"))
-        code = [file.read_text(encoding="utf-8") for file in sorted(Path().glob("*.py"))]
-        key = json.dumps([command, request, code])
-        if key in answers:
-            place.write_text(answers[key], encoding="utf-8")
-            return subprocess.CompletedProcess(command, 0, stderr="")
-        done = subprocess.run(command, input=input, **options)
-        if place.exists():
-            answers[key] = place.read_text(encoding="utf-8")
-        return done
-
-    stand_in = SimpleNamespace(**vars(subprocess) | {"run": asked})
-    with mock.patch.object(deriving, "subprocess", stand_in):
+def _derived_by_fork() -> Iterator[None]:
+    with derived_by_fork():
         yield
 
 

@@ -13,6 +13,7 @@ import optimstate
 from optimstate.cli import plan
 from optimstate.errors import CheckpointError, DerivationError
 from optimstate.surgery.plans.deriving import TIMEOUT, derive_plan
+from tests.derivation.by_fork import derived_by_fork
 
 CONVERTER = """
 import torch
@@ -68,6 +69,11 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("old.pt")
 
 
+def test_what_ends_the_process_without_an_answer_is_named(checkpoint: Path) -> None:
+    with pytest.raises(DerivationError, match="converter:broken failed: ValueError: no such layer"):
+        derive_plan(checkpoint, function="converter:broken")
+
+
 def test_the_derived_plan_moves_weights_and_state(checkpoint: Path) -> None:
     report = derive_plan(checkpoint, function="converter:fuse")
     assert report.rules == ("{a0=q|k|v}.weight -> qkv.weight, concat = 0", "out.weight -> out.weight, transpose = true")
@@ -94,7 +100,7 @@ def test_the_derived_plan_moves_weights_and_state(checkpoint: Path) -> None:
     ],
 )
 def test_what_cannot_be_derived_is_refused(checkpoint: Path, function: str, message: str) -> None:
-    with pytest.raises(DerivationError, match=message):
+    with derived_by_fork(), pytest.raises(DerivationError, match=message):
         derive_plan(checkpoint, function=function)
 
 
