@@ -48,9 +48,14 @@ class _Comparison:
         if not isinstance(a, dict | list | tuple | Opaque):
             same = a == b or (a != a and b != b)
             return None if same else f"{where}: {describe(a)} != {describe(b)}"
+        return self._differ_parts(path, a, b)
+
+    def _differ_parts(self, path: Path, a: Any, b: Any) -> str | None:
+        """How two containers or records of one type differ in what they hold."""
         if (id(a), id(b)) in self.visited:
             return None
         self.visited.add((id(a), id(b)))
+        where = format_path(path)
         left, right = list(children(a)), list(children(b))
         self.keep.append((left, right))
         if isinstance(a, dict):  # keys that look alike in a path may differ in type

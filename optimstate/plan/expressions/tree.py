@@ -280,42 +280,57 @@ def simplified(expression: Expr) -> Expr:
     if isinstance(expression, Leaf):
         return expression
     inputs = tuple(map(simplified, expression.inputs))
-    step, first, shape = expression.step, inputs[0], expression.shape
-    if isinstance(step, Narrow):
-        whole = first.shape
-        if whole is not None and step.step == 1 and step.length == whole[step.dim]:
-            return first
-        if isinstance(first, Node) and first.step == Cat(step.dim) and step.step == 1:
-            start = 0
-            for part in first.inputs:
-                size = (part.shape or ())[step.dim] if part.shape else 0
-                if (start, size) == (step.start, step.length):
-                    return part
-                start += size
-    elif isinstance(step, Cat):
-        return _rejoined(step, inputs, shape)
-    elif isinstance(step, Reshape):
-        while isinstance(first, Node) and isinstance(first.step, Reshape):
-            first = first.inputs[0]
-        return first if first.shape == shape else Node(step, (first,), shape)
-    elif isinstance(step, Permute):
-        dims = step.dims
-        if isinstance(first, Node) and isinstance(first.step, Permute):
-            dims, first = tuple(first.step.dims[dim] for dim in dims), first.inputs[0]
-        return first if dims == tuple(range(len(dims))) else Node(Permute(dims), (first,), shape)
-    elif isinstance(step, Take):
-        index = step.index
-        if isinstance(first, Node) and isinstance(first.step, Take) and first.step.dim == step.dim:
-            index, first = tuple(first.step.index[row] for row in index), first.inputs[0]
-        same = first.shape is not None and index == tuple(range(first.shape[step.dim]))
-        return first if same else Node(Take(step.dim, index), (first,), shape)
-    elif isinstance(step, Shift) and isinstance(first, Node) and isinstance(first.step, Shift):
-        together = first.step.param + step.param
-        return Node(Shift(together), first.inputs, shape) if together else first.inputs[0]
-    elif isinstance(step, Scale) and isinstance(first, Node) and isinstance(first.step, Scale):
-        both = Scale(first.step.param * step.param, first.step.grad * step.grad)
-        return first.inputs[0] if both == Scale(1.0, 1.0) else Node(both, first.inputs, shape)
-    return Node(step, inputs, shape)
+    first, shape = inputs[0], expression.shape
+    inner, below = (first.step, first.inputs) if isinstance(first, Node) else (None, ())
+    match expression.step, inner:
+        case Narrow() as cut, _:
+            return _narrowed(cut, first) or Node(cut, inputs, shape)
+        case Cat() as joined, _:
+            return _rejoined(joined, inputs, shape)
+        case Reshape() as step, _:
+            while isinstance(first, Node) and isinstance(first.step, Reshape):
+                first = first.inputs[0]
+            return first if first.shape == shape else Node(step, (first,), shape)
+        case Permute(dims), Permute(before):
+            return _permuted(tuple(before[dim] for dim in dims), below[0], shape)
+        case Permute(dims), _:
+            return _permuted(dims, first, shape)
+        case Take(dim, index), Take(same, before) if dim == same:
+            return _taken(dim, tuple(before[row] for row in index), below[0], shape)
+        case Take(dim, index), _:
+            return _taken(dim, index, first, shape)
+        case Shift(param), Shift(before):
+            return Node(Shift(before + param), below, shape) if before + param else below[0]
+        case Scale(param, grad), Scale(before, grad_before):
+            both = Scale(before * param, grad_before * grad)
+            return below[0] if both == Scale(1.0, 1.0) else Node(both, below, shape)
+        case step, _:
+            return Node(step, inputs, shape)
+
+
+def _permuted(dims: tuple[int, ...], tensor: Expr, shape: Shape | None) -> Expr:
+    return tensor if dims == tuple(range(len(dims))) else Node(Permute(dims), (tensor,), shape)
+
+
+def _taken(dim: int, index: tuple[int, ...], tensor: Expr, shape: Shape | None) -> Expr:
+    everything = tensor.shape is not None and index == tuple(range(tensor.shape[dim]))
+    return tensor if everything else Node(Take(dim, index), (tensor,), shape)
+
+
+def _narrowed(cut: Narrow, tensor: Expr) -> Expr | None:
+    """What is cut out, where that is the whole tensor or one of those it is joined from; else None."""
+    if cut.step != 1:
+        return None
+    if tensor.shape is not None and cut.length == tensor.shape[cut.dim]:
+        return tensor
+    if isinstance(tensor, Node) and tensor.step == Cat(cut.dim):
+        start = 0
+        for part in tensor.inputs:
+            size = part.shape[cut.dim] if part.shape else 0
+            if (start, size) == (cut.start, cut.length):
+                return part
+            start += size
+    return None
 
 
 def _rejoined(step: Cat, inputs: tuple[Expr, ...], shape: Shape | None) -> Expr:

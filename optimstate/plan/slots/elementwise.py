@@ -14,6 +14,15 @@ from optimstate.state.algorithms.slots import MASTERS, WEIGHT, Slot, SlotKind
 __all__ = ["Translation", "Translator", "translated", "translation_outcome"]
 
 
+_FILLS = {
+    "zeros": "zeros",
+    "mean": "the mean of the old ones",
+    "wrap": "the old ones again",
+    "live": "the values of the live model",
+}
+"""What new rows hold, in words."""
+
+
 def _power_of_two(factor: float) -> bool:
     return abs(frexp(factor)[0]) == 0.5
 
@@ -76,48 +85,44 @@ class Translator:
             raise Refusal(f"its parts have the dtypes {', '.join(sorted(map(str, dtypes)))}: cast them to one first")
         step, dtype = expression.step, inputs[0][1]
         made = tuple(item for item, _, _, _ in inputs)
-        if isinstance(step, ex.Scale):
-            factor = self._factor(step)
-            if factor == 1.0:
-                return made[0], dtype, approximate, remarks
-            if not _power_of_two(factor):
-                approximate.append(f"times {factor:g}, rounded")
-            return Node(ex.Multiply(factor), made, expression.shape), dtype, approximate, remarks
-        if isinstance(step, ex.Shift):
-            if not self.slot.power:
-                return made[0], dtype, approximate, remarks
-            approximate.append(f"plus {step.param:g}, rounded")
-            return Node(ex.Add(step.param), made, expression.shape), dtype, approximate, remarks
         if isinstance(step, ex.Cast):
             return self._cast(step, made, dtype, approximate, remarks, expression.shape)
-        if isinstance(step, ex.Fresh):
-            return made[0], dtype, approximate, remarks
-        if isinstance(step, ex.Pad):
-            step = self._filled(step)
-            reason = {"zeros": "zeros", "mean": "the mean of the old ones", "wrap": "the old ones again"}
-            reason["live"] = "the values of the live model"
-            filled = reason.get(str(step.fill.default), str(step.fill.default))
-            approximate.append(f"{step.count} new rows of dimension {step.dim} are filled with {filled}")
-        if isinstance(step, ex.Full):
-            fill = self._fill(step.fill)
-            if fill is None:
-                return made[0], dtype, approximate, remarks
-            step = ex.Full(ex.Fill(fill))
-            approximate.append(f"{fill} in every element")
-        if isinstance(step, ex.Mean):
-            if dtype is not None and not dtype.startswith(("float", "bfloat", "complex")):
-                raise Refusal(f"{dtype} has no mean", "cast it first, or leave it out of the rule")
-            if step.weights:
-                state = "weights, rounded" if not self.path else "states: no run has had it"
-                approximate.append(f"the average of {len(step.weights)} {state}")
-            else:
-                size = next((made[0].shape or ())[dim] for dim in step.dims)
-                approximate.append(f"the mean of {size} rows")
-        if isinstance(step, ex.Narrow):
-            whole = inputs[0][0].shape
-            if whole is not None and step.length * step.step == whole[step.dim] == step.length:
-                return made[0], dtype, approximate, remarks
-        return Node(step, made, expression.shape), dtype, approximate, remarks
+        own, lost = self._own(step, made[0], dtype)
+        approximate += [lost] if lost else []
+        return (made[0] if own is None else Node(own, made, expression.shape)), dtype, approximate, remarks
+
+    def _own(self, step: ex.Step, tensor: Expr, dtype: str | None) -> tuple[ex.Step | None, str]:
+        """What a step is for the slot (None where it does nothing to it), and what is not exact about it."""
+        match step:
+            case ex.Scale():
+                factor = self._factor(step)
+                rounded = "" if _power_of_two(factor) else f"times {factor:g}, rounded"
+                return (None, "") if factor == 1.0 else (ex.Multiply(factor), rounded)
+            case ex.Shift(number):
+                return (ex.Add(number), f"plus {number:g}, rounded") if self.slot.power else (None, "")
+            case ex.Fresh():
+                return None, ""
+            case ex.Pad(dim, count):
+                filled = self._filled(step)
+                fill = str(filled.fill.default)
+                return filled, f"{count} new rows of dimension {dim} are filled with {_FILLS.get(fill, fill)}"
+            case ex.Full():
+                value = self._fill(step.fill)
+                return (None, "") if value is None else (ex.Full(ex.Fill(value)), f"{value} in every element")
+            case ex.Mean(dims, weights):
+                if dtype is not None and not dtype.startswith(("float", "bfloat", "complex")):
+                    raise Refusal(f"{dtype} has no mean", "cast it first, or leave it out of the rule")
+                if weights:
+                    state = "weights, rounded" if not self.path else "states: no run has had it"
+                    return step, f"the average of {len(weights)} {state}"
+                size = next((tensor.shape or ())[dim] for dim in dims)
+                return step, f"the mean of {size} rows"
+            case ex.Narrow(dim, _, length, apart):
+                whole = tensor.shape
+                everything = whole is not None and length * apart == whole[dim] == length
+                return (None if everything else step), ""
+            case _:
+                return step, ""
 
     def _factor(self, step: ex.Scale) -> float:
         if self.slot.degree is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import MigrationError
 from optimstate.plan.expressions import tree as ex
@@ -30,6 +30,9 @@ from optimstate.plan.solve.resolve import Made, Resolved, Resolver
 from optimstate.problems import Problem
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tree import no_garbage_collection
+
+if TYPE_CHECKING:
+    from optimstate.plan.slots.conversion import Conversion
 
 __all__ = ["plan_migration", "plan_model", "plan_optimizer"]
 
@@ -261,22 +264,7 @@ class _Section:
             from optimstate.plan.slots.flat import plan_flat  # few plans need it, and the others start sooner
 
             flat = plan_flat(state, self.inventory.shapes, moves, groups, problems)
-        conversion = None
-        if self.plan_.optimizer:
-            new_shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
-            from optimstate.plan.slots.conversion import plan_conversion  # as few need this
-
-            conversion = plan_conversion(algorithm, self.plan_.optimizer, state, new_shapes, problems)
-            if conversion is not None and self.plan_.policy.approximate == "refuse":
-                problems.extend(
-                    Problem(
-                        "approximate",
-                        f"{line.slot} can only be approximated in {conversion.target} ({line.reason}), "
-                        "which the policy refuses",
-                    )
-                    for line in conversion.report
-                    if line.outcome == "approximate"
-                )
+        conversion = self._conversion(state, moves, problems)
         regrouped = [list(group.sources) for group in groups] != [[index] for index in range(len(state.groups))] or any(
             group.options != old.options for group, old in zip(groups, state.groups, strict=False)
         )
@@ -295,6 +283,21 @@ class _Section:
             conversion,
             self._requantizes(),
         )
+
+    def _conversion(self, state: OptimizerState, moves: Sequence[Move], problems: list[Problem]) -> Conversion | None:
+        """How the state becomes that of the optimizer that the plan names."""
+        if not self.plan_.optimizer:
+            return None
+        from optimstate.plan.slots.conversion import plan_conversion  # few plans need it, and the others start sooner
+
+        shapes = {move.target: move.expression.shape for move in moves if move.expression is not None}
+        made = plan_conversion(self.inventory.algorithm, self.plan_.optimizer, state, shapes, problems)
+        if made is not None and self.plan_.policy.approximate == "refuse":
+            for line in made.report:
+                if line.outcome == "approximate":
+                    what = f"{line.slot} can only be approximated in {made.target} ({line.reason})"
+                    problems.append(Problem("approximate", f"{what}, which the policy refuses"))
+        return made
 
     def _groups(
         self, state: OptimizerState, moves: Sequence[Move], new: Mapping[str, int | None], problems: list[Problem]
