@@ -1,4 +1,4 @@
-"""Which model a live optimizer was built from, and what it and a part of a checkpoint have in common."""
+"""Which model a live optimizer was built from, and how similar it is to a part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def live_names(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Modul
 
 
 def becomes(state: OptimizerState, live: str) -> str:
-    """What part of a state is to become for a live optimizer of another algorithm; empty where it stays what it is."""
+    """The algorithm to convert a state to for a live optimizer; empty where it stays the same."""
     from optimstate.plan.slots.converted_options import option_names
     from optimstate.state.algorithms.registry import recognise_state
 

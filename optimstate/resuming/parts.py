@@ -1,4 +1,4 @@
-"""The checkpoint's side of a resumption: which of its parts is meant, with tensors that can be loaded."""
+"""The checkpoint's side of a resumption: finding the right parts, with tensors that can be loaded."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Parts:
         return [found[index] for index in chosen]
 
     def _are_of_several_folders(self, found: Sequence[Section]) -> bool:
-        """Whether sections stand in folders of their own, as in an output folder with several checkpoints."""
+        """Whether sections are in folders of their own, as in an output folder with several checkpoints."""
         tops = [str(section.path[0]) if section.path else "" for section in found]
         document = self._document
         return document is not None and len(set(tops)) == len(tops) and all((document.path / t).is_dir() for t in tops)
@@ -141,7 +141,7 @@ class Parts:
         return found
 
     def _by_keys(self, kind: str, found: Sequence[Section]) -> list[int] | None:
-        """The one whose key says that it is meant; of models, the one that is not an average of another."""
+        """The one whose key says that it is meant; among models, the one that is not an average of another."""
         named = [i for i, section in enumerate(found) if section.path and str(section.path[-1]).startswith(kind)]
         if kind == "model" and len(named) != 1:
             named = [index for index, section in enumerate(found) if not _is_average(section)]
@@ -243,7 +243,7 @@ class Parts:
     # --- tensors ------------------------------------------------------------------------------------------------------
 
     def _shadow(self, node: Any) -> Any:
-        """The tree as sections and names are found in it: of a live tensor all but its elements."""
+        """The tree for finding sections and names: tensors in memory without their elements."""
         from optimstate.installed_torch import torch
 
         if isinstance(node, torch.Tensor):
@@ -321,7 +321,7 @@ def _is_average(section: Section) -> bool:
 
 
 def _alike(scores: Sequence[Sequence[int]], *, in_order: bool) -> list[int] | None:
-    """For each live object the part that is most like it; in the order of the objects where names tell nothing."""
+    """For each live object the most similar part; in order where names do not decide."""
     objects, parts = len(scores), len(scores[0])
     if objects > 6 or parts > 8:
         return list(range(objects)) if in_order else None

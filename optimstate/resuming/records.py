@@ -1,4 +1,4 @@
-"""What pickles record of small objects that optimizers and schedules calculate with."""
+"""Small objects in pickles that optimizers and schedules calculate with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that are ready to be loaded, and how that is undone."""
+"""Parts that are ready to be loaded, and how to undo loading them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Step", "load_state", "restoring"]
 
 @dataclass
 class Step:
-    """A part that is ready to be loaded, and how that is undone."""
+    """A part that is ready to be loaded, and how to undo loading it."""
 
     load: Callable[[], object]
     undo: Callable[[], object]
 
 
 def restoring(scheduler: Any) -> Callable[[], None]:
-    """How a scheduler gets back what it has now, with the schedulers inside it."""
+    """A function that restores the present state of a scheduler and the schedulers inside it."""
     before = {key: _own(value) for key, value in vars(scheduler).items()}
     inner = [restoring(each) for each in getattr(scheduler, "_schedulers", ())]
 
@@ -40,7 +40,7 @@ def restoring(scheduler: Any) -> Callable[[], None]:
 
 
 def _own(node: Any) -> Any:
-    """The same values in containers of their own."""
+    """A copy with new containers around the same values."""
     if isinstance(node, Counter):
         return copy.copy(node)
     if type(node) is dict:

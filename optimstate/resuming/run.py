@@ -88,12 +88,12 @@ class Run:
 
     @property
     def _lenient(self) -> Plan:
-        """The plan for one part: whether every rule matches, and the guard, is asked of all parts together."""
+        """The plan for one part; the guard, and whether every rule matches, are checked for all parts together."""
         return self.plan.with_policy(unused="ignore")._replace(guard=Guard())
 
     @property
     def _divides(self) -> bool:
-        """Whether `[[optimizer]]` tables are for several optimizers of the checkpoint."""
+        """Whether `[[optimizer]]` tables apply to several optimizers of the checkpoint."""
         return bool(self.plan.optimizers) and len(self.parts.of_kind("optimizer")) > 1
 
     # --- weights ------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class Run:
 
     @property
     def _takes_prefixes(self) -> bool:
-        """Whether rules speak of names without the prefixes of wrappers."""
+        """Whether rules refer to names without wrapper prefixes."""
         templates = (t for rule in self.plan.all_rules() for t in rule.sources or rule.targets)
         return not any(mentions_wrapper(template.text) for template in templates)
 
@@ -357,7 +357,7 @@ class Run:
         self.notes += self.parts.notes
 
     def _unreached_schedules(self) -> Iterator[Problem]:
-        """What is asked of schedulers that are not given."""
+        """What the plan asks of schedulers that were not given."""
         from optimstate.plan.apply.schedulers import unreached_schedulers
 
         if self.plan.policy.schedule == "live" and not self._schedules:
@@ -376,7 +376,7 @@ class Run:
             undone.pop_all()
 
     def check(self, given: certified.Given | None, scaler: Any) -> None:
-        """Demand that the run is what was certified, if that is asked, and remember what it goes on from."""
+        """Check that the run is the certified one, if asked, and record what it continues from."""
         if given is not None and given is not False:
             certificates = certified.certificates_of(given, self._divided or self.loaded_optimizers)
             if self._divided:

@@ -1,4 +1,4 @@
-"""What each process has of a tensor, and how it gets that from a checkpoint."""
+"""The part of a tensor that each process has, and how it is read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def kept(value: Any) -> Any:
 
 
 class Reader:
-    """Reads what this process has of tensors.
+    """Reads this process's parts of tensors.
 
     Args:
         casts: Gets the names of tensors whose dtype changes.
@@ -94,7 +94,7 @@ class Reader:
         return _placed(to_torch(part.contiguous()).clone() if isinstance(part, LazyTensor) else part, like)
 
     def cut(self, name: str, like: Any, value: Any) -> Any:
-        """The same before it is read: the stretch of a value that this process has of `like`."""
+        """The same without reading: the stretch of a value that corresponds to this process's part of `like`."""
         self._note_cast(name, value, like)
         if _is_dtensor(like):
             local, offsets = _local(like)
@@ -148,7 +148,7 @@ class Reader:
 
 
 def whole(value: Any) -> Any:
-    """A value that every process has alike."""
+    """A value that is the same in every process."""
     if isinstance(value, LazyTensor):
         return to_torch(value).clone()
     if type(value) is dict:
@@ -159,7 +159,7 @@ def whole(value: Any) -> Any:
 
 
 def _local(tensor: Any) -> tuple[Any, tuple[int, ...]]:
-    """What this process has of a DTensor, and where in the whole it begins."""
+    """This process's part of a DTensor, and where it begins in the whole."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if any(placement.is_partial() for placement in tensor.placements):

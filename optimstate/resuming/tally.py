@@ -1,4 +1,4 @@
-"""What a plan reaches in all parts of a resumption together: a rule need only match somewhere, but it must."""
+"""What a plan matches in all parts of a resumption together: each rule must match somewhere."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Tally:
     reached: list[Reached] = field(default_factory=list)
 
     def count(self, counts: list[int]) -> None:
-        """Add what the rules matched in one part; an empty list where they were not asked."""
+        """Add what the rules matched in one part; an empty list where they were not applied."""
         counts = counts or [0] * len(list(self.plan.all_rules()))
         self.counts = [a + b for a, b in zip(self.counts or [0] * len(counts), counts, strict=True)]
 
     def unreached(self) -> Iterator[Problem]:
-        """What the guard does not allow, and what the plan says of nothing that is there."""
+        """What the guard does not allow, and what the plan asks for that is not there."""
         from optimstate.plan.solve.problems import guarded
         from optimstate.plan.solve.reach import unreached
 

@@ -22,7 +22,7 @@ _KEY = r"(?s)((?:optim\w*\.)?)(state|param_groups)\.(.+)\.([^.]+)"
 
 
 class FlatState(Record):
-    """A mapping whose flattened optimizer state was taken out of it.
+    """A mapping from which flattened optimizer state was taken out.
 
     Attributes:
         host: The mapping as it is in the file.
@@ -41,7 +41,7 @@ class FlatState(Record):
     by_group: bool = False
 
     def joined(self, rest: Mapping[str, Any], optimizer: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The mapping again, of other entries; each in the place of one of its kind, as far as there are places.
+        """The mapping with other entries, each at the position of one of its kind as far as there are any.
 
         Args:
             rest: In the place of `rest`; may be empty.
@@ -91,7 +91,7 @@ def find_flat_state(fields: Mapping[str, Any]) -> FlatState | None:
 
 
 def _within(rest: Mapping[str, Any], names: Set[str]) -> str:
-    """What stands before the names of the model, where an optimizer's names are those of the model without it."""
+    """The prefix of the model's names that the optimizer's names lack."""
     first = next((key.partition(".")[0] + "." for key in rest if "." in key), "")
     inner = [key.removeprefix(first) for key in rest]
     numbers = all(name.isdecimal() for name in names)  # of parameters without names
@@ -107,7 +107,7 @@ _SLOTS = frozenset(slot for algorithm in ALGORITHMS for slot in algorithm.slots)
 
 
 def _groups(fields: Mapping[str, Any], matches: Mapping[str, re.Match[str]]) -> list[dict[str, Any]] | None:
-    """The param groups, where options are spelled by the number of the group and the group lists its parameters."""
+    """The param groups, where options are keyed by group number and groups list their parameters."""
     found: dict[str, dict[str, Any]] = {}
     for key, match in matches.items():
         if match[2] == "param_groups":

@@ -1,4 +1,4 @@
-"""How known trainers divide a model's parameters among param groups, which says where each of them cannot be."""
+"""How known trainers divide parameters among param groups, which excludes groups for each parameter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Trainer = Literal["transformers", "timm", "mmengine"]
 
 
 def trainer_of(tree: Any) -> Trainer | None:
-    """Which trainer wrote a checkpoint, as far as its param groups follow a rule that is known here."""
+    """Which trainer wrote a checkpoint, if its param groups follow a rule known here."""
     if not isinstance(tree, Mapping):
         return None
     if "trainer_state.json" in tree:
@@ -35,7 +35,7 @@ def trainer_of(tree: Any) -> Trainer | None:
 def excluded_places(
     trainer: Trainer | None, state: OptimizerState, candidates: Sequence[Candidate]
 ) -> dict[int, frozenset[int]]:
-    """For param groups made by a known rule, the candidates that it keeps out of them.
+    """The candidates that a known rule for param groups excludes from each group.
 
     Args:
         trainer: Whose rule.
@@ -92,7 +92,7 @@ def _vectors_rest(state: OptimizerState, candidates: Sequence[Candidate]) -> dic
 
 
 def _by_layer(state: OptimizerState, candidates: Sequence[Candidate]) -> dict[int, frozenset[int]]:
-    """Layer decay: groups of one `lr_scale` are a layer, and layers follow one another in the model."""
+    """Layer decay: groups with the same `lr_scale` are one layer, and layers are in the order of the model."""
     sizes: dict[float, int] = {}
     for group in state.groups:
         scale = group.options["lr_scale"]
@@ -117,7 +117,7 @@ _NUMBERED = re.compile(r"(.*\.\d+)\.")
 
 
 def _blocks(candidates: Sequence[Candidate]) -> Iterator[set[int]]:
-    """The places of the parameters of each numbered module."""
+    """The positions of the parameters of each numbered module."""
     found: dict[str, set[int]] = {}
     for place, candidate in enumerate(candidates):
         if block := _NUMBERED.match(candidate.name):

@@ -1,4 +1,4 @@
-"""Judge which mappings of names to tensors are models, by everything else that the checkpoint holds.
+"""Judging which mappings of names to tensors are models, from everything else in the checkpoint.
 
 Metrics, normalizers and the best files of a callback are mappings of names to tensors too. Each such mapping is a
 candidate; what speaks for and against it is counted, and the candidates are judged together. `docs/checkpoints.md`
@@ -60,7 +60,7 @@ class Candidate(Record):
 
 
 class Verdict(Record):
-    """What a candidate was judged to be.
+    """The verdict on a candidate.
 
     Attributes:
         kind: `model`, `ema` for the copy of a model that a callback keeps, or None for neither.
@@ -73,7 +73,7 @@ class Verdict(Record):
 
 
 def could_be_model(fields: Mapping[Any, Any]) -> bool:
-    """Whether it maps names to tensors, one of them floating, with few other values among them."""
+    """Whether it maps names to tensors, at least one of them floating-point, with few other values."""
     count = others = of_modules = dotted = 0
     floating = containers = False
     for name, value in fields.items():
@@ -109,7 +109,7 @@ def _is_carried(name: str, value: Any) -> bool:
 
 
 def slot_in(path: Path) -> str | None:
-    """The slot of an optimizer that keys on the way to a tensor name, or None: whose layout is known or not."""
+    """The optimizer slot that keys on the path to a tensor name, of a known layout or not; else None."""
     for key in reversed(path):
         if isinstance(key, str) and not _SLOTS.isdisjoint(parts := key.replace("/", ".").split(".")):
             return next(part for part in reversed(parts) if part in _SLOTS)
@@ -117,7 +117,7 @@ def slot_in(path: Path) -> str | None:
 
 
 def called_optimizer(path: Path) -> Path | None:
-    """The way to what is called as an optimizer is, on the way to a tensor; None where nothing is."""
+    """The part of a tensor's path that ends at something with the name of an optimizer; None without one."""
     for depth, key in enumerate(path, 1):
         if isinstance(key, str) and _OPTIMIZER.fullmatch(key):
             return path[:depth]
@@ -125,7 +125,7 @@ def called_optimizer(path: Path) -> Path | None:
 
 
 def judge(candidates: Sequence[Candidate], optimizers: Iterable[OptimizerState]) -> list[Verdict]:
-    """What each of the candidates of a checkpoint is, in their order."""
+    """The verdict on each candidate of a checkpoint, in order."""
     if not candidates:
         return []
     states = list(optimizers) if len(candidates) > 1 else []
@@ -157,7 +157,7 @@ def judge(candidates: Sequence[Candidate], optimizers: Iterable[OptimizerState])
 
 
 class _Evidence:
-    """What speaks for a candidate and against it.
+    """What speaks for and against a candidate.
 
     Attributes:
         never: Why it is not a model whatever its score, or an empty string.
@@ -230,7 +230,7 @@ def _shapes(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _agrees(node: Mapping[str, Any], state: OptimizerState) -> bool:
-    """Whether an optimizer's parameters can be the tensors of a mapping: by their names, else by their shapes."""
+    """Whether an optimizer's parameters can be the tensors of a mapping, by names or else by shapes."""
     names = [name for _, name, _ in state.parameters() if name is not None]
     if names:
         wrapper = wrapper_prefix(node)

@@ -15,7 +15,7 @@ _MODEL = "model"
 
 
 def loose_weights(fields: Any) -> dict[str, Any]:
-    """The weights of a mapping that holds an optimizer, too; empty where it holds none.
+    """The weights in a mapping that also holds an optimizer; empty where it holds none.
 
     They are the tensors with names of several components, and all that have the names of an optimizer's parameters.
     """
@@ -33,7 +33,7 @@ def loose_weights(fields: Any) -> dict[str, Any]:
 
 
 def gathered(fields: Any) -> dict[str, Any] | None:
-    """The mapping with its loose weights in one of their own, at `model`; None where it has none or has a `model`."""
+    """The mapping with its loose weights moved to `model`; None without any, or where `model` is taken."""
     weights = loose_weights(fields)
     if not weights or _MODEL in fields:
         return None
@@ -41,7 +41,7 @@ def gathered(fields: Any) -> dict[str, Any] | None:
 
 
 def spread(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights at `model` among the other entries again: the opposite of `gathered`.
+    """The weights at `model` put back among the other entries: the inverse of `gathered`.
 
     Raises:
         MigrationError: A weight has the name of another entry.

@@ -1,4 +1,4 @@
-"""Which parameter of a model each parameter of an optimizer is: a matching proved unique, or what it leaves open.
+"""Matching an optimizer's parameters with a model's: a match proved unique, or what is left open.
 
 What is known of an optimizer's parameter is its param group, its place in that group and, from its state, its shape. A
 model's parameter has a name, a shape and a place in the model. Each of the former is one of the latter; the question is
@@ -18,7 +18,7 @@ _PASSES, _NODES = 10_000, 2_000
 
 
 class Matching(Record):
-    """What is known after all conclusions are drawn.
+    """What is known when no further conclusion can be drawn.
 
     Attributes:
         domains: For each parameter of the optimizer the places in the model that it can have, in order.
@@ -30,7 +30,7 @@ class Matching(Record):
 
     @property
     def unique(self) -> bool:
-        """Whether one assignment fits, and no other."""
+        """Whether exactly one assignment fits."""
         return self.fits and all(len(domain) == 1 for domain in self.domains)
 
 
@@ -86,7 +86,7 @@ def _is_single(domain: int) -> bool:
 
 
 class _Solver:
-    """Draws conclusions on domains, which are sets of places as bits of an integer.
+    """Draws conclusions on domains: sets of positions, as bits of an integer.
 
     Attributes:
         gave_up: Whether the search ended before all was tried: then nothing is proved.
@@ -98,7 +98,7 @@ class _Solver:
         self.gave_up = False
 
     def narrow(self, domains: list[int]) -> bool:
-        """Remove what cannot be; False where nothing is left for a parameter."""
+        """Remove impossible positions; False where none is left for a parameter."""
         for _ in range(_PASSES):
             before = list(domains)
             for chain in self._chains:
@@ -113,7 +113,7 @@ class _Solver:
         return True
 
     def solutions(self, domains: list[int]) -> Iterator[list[int]]:
-        """Assignments that fit, found by trying; where there is too much to try, it ends and sets `gave_up`."""
+        """Assignments that fit, found by search; it stops and sets `gave_up` when there are too many to try."""
         self._nodes += 1
         if self._nodes > _NODES:
             self.gave_up = True
@@ -131,7 +131,7 @@ class _Solver:
 
 
 def _narrow_chain(domains: list[int], chain: range) -> None:
-    """Places grow along a group that keeps the model's order."""
+    """Positions increase along a group that keeps the model's order."""
     lowest = 0
     for index in chain:
         domains[index] = domains[index] >> lowest << lowest
@@ -148,7 +148,7 @@ def _narrow_chain(domains: list[int], chain: range) -> None:
 
 
 def _narrow_sharing(domains: list[int]) -> bool:
-    """What one parameter must be, no other is; and as many parameters as places for them leave none to others."""
+    """A position taken by one parameter is closed to others; so are n positions that n parameters share."""
     taken = 0
     for domain in domains:
         if _is_single(domain):
@@ -172,7 +172,7 @@ def _narrow_sharing(domains: list[int]) -> bool:
 
 
 def _narrow_last_choices(domains: list[int]) -> bool:
-    """Where every place is taken, one that only one parameter can have is that one's."""
+    """If all positions must be taken, one that only a single parameter can have belongs to it."""
     once = several = 0
     for domain in domains:
         several |= once & domain

@@ -30,7 +30,7 @@ _ANYWHERE = frozenset(wrapper.rstrip(".") for wrapper in WRAPPERS if wrapper != 
 
 
 def unwrapped(names: Iterable[str]) -> Callable[[str], str]:
-    """How the parameters of a model lose what wrappers put into their names, in any nesting and at any depth.
+    """A function that removes from parameter names what wrappers add, in any nesting and at any depth.
 
     `layers.0._checkpoint_wrapped_module.weight` becomes `layers.0.weight`. `module.` is also an honest name of a
     submodule: it is a wrapper's only in front, and only where all names begin with it. The name of PEFT's adapter goes
@@ -82,7 +82,7 @@ def _without_markers(name: str) -> str:
 
 
 def mentions_wrapper(text: str) -> bool:
-    """Whether a name, or a template of names, spells a wrapper's part: then it means names as they are."""
+    """Whether a name or template contains a wrapper's part, and so refers to names with wrappers."""
     return text.startswith(_PARALLEL) or not _ANYWHERE.isdisjoint(text.split("."))
 
 
@@ -126,7 +126,7 @@ def in_module_order(names: Sequence[str]) -> list[int]:
 
 
 def renamed_modules(moves: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Which modules were renamed to what, concluded from parameters' old and new names.
+    """Old and new names of modules, concluded from those of their parameters.
 
     `blocks.0.attn.q.weight -> layers.0.attn.q.weight` says that blocks.0.attn.q, blocks.0.attn, blocks.0 and blocks
     became layers.0.attn.q, layers.0.attn, layers.0 and layers; `fc.weight -> net.fc.weight` that fc became net.fc and

@@ -72,7 +72,7 @@ class Naming(Record):
 
 
 def model_candidates(tensors: Mapping[str, Any]) -> list[Candidate]:
-    """The parameters among a model's tensors: no batch-norm buffers, no integers, and tied ones once."""
+    """The parameters among a model's tensors: without batch-norm buffers and integers, tied ones once."""
     owners = {name.rpartition(".")[0] for name in tensors if name.endswith(".running_mean") or name == "running_mean"}
     seen: set[tuple[int, int]] = set()
     found = []
@@ -121,7 +121,7 @@ _PRECONDITIONER = re.compile(r"^(?:precond_(\d+)|pre_conds|GG)$")
 
 
 def _of_preconditioners(slots: Mapping[Any, Any]) -> Shape | None:
-    """One square matrix for each dimension of the parameter, as Shampoo and its kin keep them."""
+    """One square matrix for each dimension of the parameter, as Shampoo and similar optimizers keep them."""
     sides: dict[int, int] = {}
     for name, value in slots.items():
         found = _PRECONDITIONER.match(str(name))
@@ -208,7 +208,7 @@ def name_parameters(
 
 
 def _are_the_models(names: Sequence[str], observed: Sequence[Shape | None], known: Mapping[str, Shape | None]) -> bool:
-    """Whether the model has parameters of these names, and of the shapes that are seen."""
+    """Whether the model has parameters with these names and the visible shapes."""
     pairs = [(known[name], shape) for name, shape in zip(names, observed, strict=True) if name in known]
     return len(pairs) == len(names) and all(a is None or b is None or a == b for a, b in pairs)
 
@@ -238,7 +238,7 @@ def _obstacles(
     ordered: bool,
     keeps_order: bool,
 ) -> list[str]:
-    """Why names are not determined: for parameters of one shape the alternatives, and the fact that would decide."""
+    """Why names are not determined: the alternatives for parameters of a shape, and what would decide."""
     observed = [shape for group in groups for shape in group]
     group_of = [number for number, group in enumerate(groups) for _ in group]
     by_shape: dict[Shape | None, list[int]] = {}

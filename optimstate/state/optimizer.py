@@ -58,7 +58,7 @@ class Group(Record):
         return cls(options, tuple(params), None if names is None else tuple(map(str, names)), tuple(node))
 
     def to_node(self) -> dict[str, Any]:
-        """The dict of `param_groups` again."""
+        """The group as a dict of `param_groups`."""
         made: dict[str, Any] = {}
         for key in self.keys:
             if key == "params":
@@ -112,7 +112,7 @@ class OptimizerState(Record):
         return cls(groups, {key: as_mapping(slots) or {} for key, slots in state.items()}, node)
 
     def to_node(self) -> dict[str, Any]:
-        """The mapping again, of the same type and key order."""
+        """The state as a mapping, of the type and key order that it was read from."""
         made = dict(self.node) or {"state": None, "param_groups": None}
         made["state"] = rebuilt_mapping(self.node.get("state", {}), self.state)
         made["param_groups"] = [group.to_node() for group in self.groups]

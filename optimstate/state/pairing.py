@@ -1,4 +1,4 @@
-"""Which model of a checkpoint an optimizer belongs to, and what its parameters are called by it."""
+"""Which model of a checkpoint an optimizer belongs to, and the names that this gives its parameters."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Namer:
         return _of_the_right_model(section, tried)
 
     def _contradicted(self, state: OptimizerState, said: Sequence[Candidate]) -> Naming | None:
-        """Why names, or a model, that are given cannot be those of the weights beside the optimizer; None if they can.
+        """Why the given names or model cannot belong to the weights beside the optimizer; None if they can.
 
         Args:
             state: The optimizer.
@@ -177,7 +177,7 @@ class ModelNames:
         return True
 
     def spelled(self, names: Sequence[str]) -> _Spelling:
-        """How names that are given are spelled in this model."""
+        """The given names as this model spells them."""
         rename = unwrapped(names)
         places = {given: given if given in self._shapes else self._plain.get(rename(given)) for given in names}
         return _Spelling({given: place for given, place in places.items() if place is not None}, self._shapes)
@@ -205,7 +205,7 @@ class _Spelling(Record):
 
 
 def _of_the_right_model(section: Section, tried: Sequence[tuple[ModelNames, Naming]]) -> Naming:
-    """The naming by the model that an optimizer belongs to: whose parameters are used up, or whose key says so."""
+    """The naming by the model that an optimizer belongs to: all its parameters are used, or its key says so."""
     fitting = [(model, naming) for model, naming in tried if naming.complete]
     for choice in ([found for found in fitting if not found[1].unused], fitting):
         distinct = {naming.names: naming for _, naming in choice}
@@ -229,7 +229,7 @@ def _refused(count: int, problem: str) -> Naming:
 
 
 def _kinship(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How much two paths have in common: shared keys, equal places in lists, words that both keys have."""
+    """How similar two paths are: shared keys, equal list indices, words common to both keys."""
     score = 0
     for a, b in zip(one, other, strict=False):
         if a == b:

@@ -123,7 +123,7 @@ def _lists(state: Mapping[str, Any], keys: Collection[str], path: str = "") -> I
 
 
 def _misfits(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap, shared: set[str]) -> list[Problem]:
-    """What stands in the way of any regrouping: lengths that disagree, and lists of unknown meaning."""
+    """What prevents any regrouping: inconsistent lengths, and lists of unknown meaning."""
     lengths = {path: len(values) for path, values in _lists(state, keys) if not _refills(state, path)}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{path}: {length}" for path, length in lengths.items())
@@ -240,7 +240,7 @@ def _rebuilt(
 
 
 def _clone(value: Any) -> Any:
-    """A copy that shares nothing that could be changed in place."""
+    """A copy that shares nothing mutable."""
     if isinstance(value, dict):
         return {key: _clone(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

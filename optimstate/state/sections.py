@@ -1,4 +1,4 @@
-"""Find what a checkpoint consists of, by structure: optimizers, models, schedulers, averaged models."""
+"""Finding the sections of a checkpoint by structure: optimizers, models, schedulers, averaged models."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _parts(candidate: Candidate) -> list[Section | Candidate]:
 
 
 def with_hosts(sections: Sequence[Section], made: Mapping[int, Any], *, alone: bool = False) -> dict[int, Any]:
-    """What stands for the nodes of a tree, where some sections are only parts of their nodes.
+    """Replacements for nodes of the tree where sections are only parts of their nodes.
 
     Args:
         sections: Those that were found in the tree.
@@ -278,7 +278,7 @@ def _is_listed_optimizer(fields: Mapping[Any, Any]) -> bool:
 
 
 def _lists_no_parameters(node: Any) -> bool:
-    """Whether it is an optimizer's state in a form that is not known."""
+    """Whether it is an optimizer's state in an unknown form."""
     fields = _fields(node) or {}
     groups = fields.get("param_groups")
     return (

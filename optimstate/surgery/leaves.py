@@ -33,7 +33,7 @@ MAX_JSON = 1 << 24  # bytes of a JSON file that is looked into
 
 
 class Shape:
-    """Stands among leaves for the container that holds those below it: its type, and for an object its class."""
+    """A leaf that stands for a container: its type, and for an object its class."""
 
     def __init__(self, node: Any) -> None:
         if isinstance(node, Opaque):
@@ -53,7 +53,7 @@ class Shape:
 
 
 def is_leaf(value: Any) -> bool:
-    """Whether there is nothing inside that has a path of its own."""
+    """Whether nothing inside has a path of its own."""
     return not isinstance(value, Mapping | list | tuple | Opaque) or isinstance(value, OpaqueFile) or is_tensor(value)
 
 
@@ -98,7 +98,7 @@ def leaves(node: Any, path: Path = (), *, skip: Collection[int] = ()) -> Iterato
 
 
 def _children(node: Any) -> Iterator[tuple[str | int, Any]]:
-    """What is directly inside; keys that are neither text nor numbers are marked as such."""
+    """What is directly inside; keys that are neither strings nor numbers are marked."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield key_in_path(key), value
@@ -107,12 +107,12 @@ def _children(node: Any) -> Iterator[tuple[str | int, Any]]:
 
 
 def key_in_path(key: Any) -> str | int:
-    """A key as it stands in the paths of leaves: what is neither text nor a number is marked as such."""
+    """A key as paths of leaves show it; one that is neither a string nor a number is marked."""
     return key if isinstance(key, str) or type(key) is int else f"({type(key).__name__}) {path_key(key)}"
 
 
 def spelled(path: Path) -> str:
-    """A path as `format_path` shows it, but in full, and so that no two paths are spelled alike.
+    """A path as `format_path` shows it, but in full and unambiguous.
 
     `m['a']` is an entry `a` of what is called `m`; what is itself called `m['a']` is quoted.
     """
@@ -180,7 +180,7 @@ def _attributes(tensor: LazyTensor) -> Mapping[str, Any]:
 
 
 def checksum_of_number(tensor: LazyTensor) -> int | None:
-    """The CRC-32 of a number where its container recorded one: of up to four bytes it tells any two apart."""
+    """The CRC-32 of a number, if its container recorded one: it is unique for up to four bytes."""
     storage = tensor.storage
     return storage.crc if tensor.nbytes == storage.nbytes <= 4 else None
 

@@ -16,7 +16,7 @@ __all__ = ["open_to_read", "opening"]
 
 
 def open_to_read(place: Place) -> Document:
-    """A checkpoint of which values are read, and not only what describes them: of a store, they are fetched together.
+    """A checkpoint whose tensors will be read; from a store, they are fetched together.
 
     Raises:
         CheckpointError: As `open_checkpoint`.

@@ -32,12 +32,12 @@ def to_torch(tensor: LazyTensor) -> Any:
 
 
 def resolved(tensor: LazyTensor) -> LazyTensor:
-    """The elements as they are meant, where torch saved others with a flag that says what is still to be done."""
+    """The actual elements, where torch saved others with a flag for an operation still to be applied."""
     return mapped(tensor, tensor.dtype, lambda block: block.resolve_conj())
 
 
 class _Rows:
-    """Bytes that are made on demand, some rows at a time.
+    """Bytes that are produced on demand, some rows at a time.
 
     Args:
         row_bytes: Bytes per row.
@@ -56,7 +56,7 @@ class _Rows:
 
 
 def concatenated(tensors: Sequence[LazyTensor], dim: int) -> LazyTensor:
-    """Tensors of one dtype, alike in every other dimension, one after the other along `dim`.
+    """Tensors of one dtype concatenated along `dim`; their other dimensions are equal.
 
     Long runs of bytes stay references to where they are; short ones are interleaved when they are read.
     """

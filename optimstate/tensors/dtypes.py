@@ -12,7 +12,7 @@ __all__ = ["DTYPES", "ITEMSIZE_OF_STORAGE", "DType", "check_sizes", "decode_scal
 
 
 class DType(NamedTuple):
-    """How an element type is called by torch and by the containers.
+    """The names of an element type in torch and in the containers.
 
     Attributes:
         name: The name in torch: `torch.<name>`.
@@ -132,7 +132,7 @@ _MAX_SIZE = 1 << 63
 
 
 def check_sizes(numbers: Sequence[int], dimensions: int) -> None:
-    """Refuse what no tensor has, before anything is computed with it.
+    """Refuse sizes that no tensor has, before anything is computed with them.
 
     Args:
         numbers: Sizes, strides and offsets.

@@ -72,7 +72,7 @@ class Storage(_Sealed):
         self.crc = crc
 
     def reach(self) -> tuple[Extent, ...]:
-        """What is read to find out where the bytes are, and the bytes themselves where they are few."""
+        """What is read to locate the bytes, or the bytes themselves where they are few."""
         return self.pieces if self.nbytes <= FEW_BYTES else ()
 
     def cut(self, start: int, stop: int) -> tuple[Extent, ...]:
@@ -196,7 +196,7 @@ class LazyTensor(_Sealed):
 
     @property
     def flags(self) -> frozenset[str]:
-        """What is still to be done to the stored elements: `neg` (change their signs), `conj` (conjugate them)."""
+        """Operations still to be applied to the stored elements: `neg` (negate), `conj` (conjugate)."""
         if not isinstance(self.metadata, Mapping):
             return frozenset()
         return frozenset(flag for flag in ("conj", "neg") if self.metadata.get(flag))
@@ -266,7 +266,7 @@ class LazyTensor(_Sealed):
 
 
 def announced(tensors: Iterable[LazyTensor]) -> None:
-    """Say that tensors will be read: of a store, small ones and the places of large ones are fetched together."""
+    """Announce that tensors will be read; from a store, small ones and locations of large ones are fetched together."""
     announce(extent for tensor in tensors for extent in tensor.storage.reach())
 
 

@@ -48,7 +48,7 @@ class StridedSource:
 
 
 class ScatteredSource:
-    """The reverse: a storage made of row-major elements, each put where a view's strides expect it.
+    """The reverse: a storage made from row-major elements, each placed where a view's strides expect it.
 
     The storage is built whole in memory when it is first read.
     """
@@ -78,7 +78,7 @@ class ScatteredSource:
 
 
 def _may_overlap(view: LazyTensor) -> bool:
-    """Whether two elements of a view could be in one place, as in an expanded tensor."""
+    """Whether two elements of a view could share memory, as in an expanded tensor."""
     reach = 0
     for step, size in sorted(zip(view.stride, view.shape, strict=True)):
         if size > 1:
@@ -89,7 +89,7 @@ def _may_overlap(view: LazyTensor) -> bool:
 
 
 def moving_dtype(itemsize: int) -> Any:
-    """A torch dtype of this width: elements are only moved, so that one type stands for all."""
+    """A torch dtype of this width: elements are only moved, so any type of the width will do."""
     from optimstate.installed_torch import torch
 
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[itemsize]

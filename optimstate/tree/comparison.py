@@ -1,4 +1,4 @@
-"""Whether two trees are equal, in every way that a loader could tell."""
+"""Whether two trees are equal in every way that a loader could notice."""
 
 from __future__ import annotations
 

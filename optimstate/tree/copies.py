@@ -1,4 +1,4 @@
-"""Trees made from others: with some containers exchanged, or with memory of their own."""
+"""Trees made from others: with some containers replaced, or with memory of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["cloned", "rebuilt_mapping", "replaced"]
 
 
 def replaced(tree: Any, nodes: Mapping[int, Any]) -> Any:
-    """The tree with some containers exchanged.
+    """The tree with some containers replaced.
 
     Args:
         tree: Never changed; whatever holds nothing exchanged is shared with the result.

@@ -136,7 +136,7 @@ class Opaque:
 
 
 def bare_value(node: Any) -> str | int | float | None:
-    """What an object of a subclass of text or numbers is, if it is nothing but that: `torch.__version__`."""
+    """The plain value of an object of a subclass of str or a number, if it is nothing else: `torch.__version__`."""
     if not isinstance(node, Opaque) or node.called or len(node.arguments) != 1 or node.keywords:
         return None
     (value,) = node.arguments

@@ -1,4 +1,4 @@
-"""How much a tree is when everything that stands in it several times is written out each time.
+"""The size of a tree when everything that occurs in it several times is written out each time.
 
 Containers and texts of a pickle may stand in many places, so a file of some hundred bytes can hold a tree that no other
 container could hold. Who writes a tree out asks here first.

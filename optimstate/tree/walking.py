@@ -1,4 +1,4 @@
-"""Going through a tree: its nodes, its paths, how paths are shown, and how many tensors there are."""
+"""Walking a tree: its nodes, its paths and their text, and how many tensors there are."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Path = tuple[str | int, ...]
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Building a tree allocates only live objects; collecting meanwhile costs more than the building."""
+    """Turn garbage collection off while a tree is built: all its objects live, and collecting costs more."""
     enabled = gc.isenabled()
     gc.disable()
     try:

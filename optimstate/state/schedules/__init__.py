@@ -1,4 +1,4 @@
-"""Torch's schedulers as their states show them: what the next learning rate is computed from, and what it is now.
+"""Torch's schedulers as their states show them: the present learning rate, and what the next is computed from.
 
 Most schedulers of torch multiply the learning rate that they find in the param group; others compute it from the rate
 that the run began with (`base_lrs`, which the groups call `initial_lr`), or from bounds of their own. Every rate is a

@@ -56,7 +56,7 @@ class Sequential(Parts):
 
     @property
     def present(self) -> Schedule:
-        """The part that has its turn."""
+        """The part that is active."""
         return self.parts[bisect_right(self.state["_milestones"], self.position)]
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
@@ -108,7 +108,7 @@ class Chained(Parts):
 
 
 def acting(schedule: Schedule) -> list[Schedule]:
-    """The schedulers, inside others or alone, that have their turn now."""
+    """The schedulers, alone or inside others, that are active now."""
     if isinstance(schedule, Sequential):
         return acting(schedule.present)
     return [each for part in schedule.parts for each in acting(part)] if isinstance(schedule, Parts) else [schedule]

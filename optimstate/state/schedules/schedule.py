@@ -50,7 +50,7 @@ class Line(Record):
         return self.constant + self.slope * initial
 
     def initial(self, rate: float) -> float | None:
-        """What a param group began with whose rate is `rate`; None where every beginning leads to the same."""
+        """The initial rate of a param group whose rate is `rate`; None where every initial rate leads to it."""
         return (rate - self.constant) / self.slope if abs(self.slope) > 1e-9 else None
 
 
@@ -142,12 +142,12 @@ class Schedule:
         return None
 
     def initial(self, number: int, options: Mapping[str, Any]) -> Any:
-        """What the param group began with, as the scheduler has it; None where it does not know."""
+        """The initial rate of the param group according to the scheduler; None where it does not know."""
         found = self.state.get("base_lrs")
         return found[number] if isinstance(found, list) and number < len(found) else options.get("initial_lr")
 
     def start_from(self, number: int, initial: float, options: Options) -> None:
-        """Let a param group have begun with another rate; bounds of the scheduler's own stay."""
+        """Set the initial rate of a param group; bounds that the scheduler has itself stay."""
         if isinstance(self.state.get("base_lrs"), list):
             self.state["base_lrs"] = [*self.state["base_lrs"]]
             self.state["base_lrs"][number] = initial
@@ -183,7 +183,7 @@ class Schedule:
         self.state[key] = value
 
     def move_to(self, position: int) -> None:
-        """Take another position, as if so many steps had been taken."""
+        """Set the position, as if so many steps had been taken."""
         self.state["last_epoch"] = position
         if "_step_count" in self.state:
             self.state["_step_count"] = position + 1

@@ -87,7 +87,7 @@ class _Side:
         self._names: dict[str, tuple[str, ...] | str] | None = None
 
     def names_of(self, section: Section) -> tuple[str, ...] | str:
-        """The names that the weights of the file determine for an optimizer without names, or why they do not."""
+        """The names that the weights in the file give an optimizer without names, or why they do not."""
         if self._names is None:
             from optimstate.surgery.writing.naming import concluded_names  # few optimizers need them
 
@@ -172,7 +172,7 @@ class _Comparison:
         )
 
     def drop_if_equal(self, label: str) -> None:
-        """Do not list a part that has no tensors and no differences."""
+        """Leave out a part without tensors and differences."""
         if not any(change.section == label for change in self.changes):
             self.equal.pop(label, None)
 
@@ -352,7 +352,7 @@ def _shown(there: bool, value: Any) -> str:
 
 
 def _texts(a: Any, b: Any) -> tuple[str, str]:
-    """Both values; where they look alike with their types, or that what is not shown differs."""
+    """Both values; where they look alike, with their types, or a note that what is not shown differs."""
     left, right = _shown(True, a), _shown(True, b)
     if left == right and type(a).__name__ == type(b).__name__:
         return left, f"{right} of other content"
@@ -362,7 +362,7 @@ def _texts(a: Any, b: Any) -> tuple[str, str]:
 
 
 def _members(a: Sequence[str], b: Sequence[str]) -> tuple[str, str]:
-    """What only one of two groups has; where both have the same, that the order differs."""
+    """What only one of two groups has; if nothing, that their order differs."""
     sides = []
     for own, other in ((a, set(b)), (b, set(a))):
         only = [name for name in own if name not in other]

@@ -1,4 +1,4 @@
-"""Tensors told apart and found again by what is in them."""
+"""Comparing and recognising tensors by their contents."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def _together(changes: list[Change]) -> Iterator[str]:
 
 
 def _alike(sides: list[str]) -> str:
-    """What all have, or the first and that others differ."""
+    """What all have in common, or the first, with a note that others differ."""
     kinds = dict.fromkeys(sides)
     return sides[0] if len(kinds) == 1 else f"{sides[0]} and {plural(len(kinds) - 1, 'other shape')}"
 

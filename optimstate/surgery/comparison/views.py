@@ -26,7 +26,7 @@ MEMBERS = "parameters"
 
 
 class View:
-    """A part as named tensors and other leaves. Together they are all that is in it.
+    """A part as named tensors and other leaves, which together are everything in it.
 
     Attributes:
         tensors: Those that can be recognised by their content under another name.
@@ -131,7 +131,7 @@ class View:
 
 
 def _lists(state: OptimizerState) -> Iterator[tuple[str, Any]]:
-    """What lists the groups, and the parameters of each, as it stands in the file."""
+    """The lists of groups, and of the parameters of each, as they are in the file."""
     groups = state.node.get("param_groups", [])
     yield "groups", groups
     for index, group in enumerate(groups):
@@ -139,7 +139,7 @@ def _lists(state: OptimizerState) -> Iterator[tuple[str, Any]]:
 
 
 def _keys(state: OptimizerState) -> Any:
-    """What state is keyed by: the numbers themselves, as torch loads them by their order alone, or in words."""
+    """The keys of state: the numbers themselves, which torch loads only by their order, or a description."""
     keys = [key for group in state.groups for key in group.params]
     if all(isinstance(key, str) for key in keys):
         return "by name" if keys else None

@@ -181,12 +181,12 @@ class _Choice(Record):
     top: int | None
 
     def matching(self, named: Iterable[tuple[str, T]]) -> Iterable[tuple[str, T]]:
-        """Those of the names that are asked for."""
+        """The names that were asked for."""
         template = self.template
         return named if template is None else [item for item in named if template.match(item[0]) is not None]
 
     def first(self, items: Sequence[T], name: Callable[[T], str], size: Callable[[T], float | None]) -> list[T]:
-        """The items in order, as many as are asked for.
+        """The first items in the order that was asked for.
 
         Args:
             items: Parameters or tensors.
@@ -237,7 +237,7 @@ class _Look:
         self._odd: list[str] = []
 
     def section_info(self, section: Section, state: OptimizerState | None) -> OptimizerInfo | ModelInfo | SchedulerInfo:
-        """What is told of a section, whose state is given where it is an optimizer."""
+        """The description of a section, given its state where it is an optimizer."""
         if state is not None:
             return self._optimizer_info(section.label, state)
         if section.kind == "scheduler":
@@ -261,7 +261,7 @@ class _Look:
         return measured(found, self.progress)
 
     def oddities(self) -> Iterator[str]:
-        """What is odd about the numbers that were read, no more lines of it than people read."""
+        """What is odd about the numbers that were read, in a limited number of lines."""
         yield from self._odd[:MAX_ODDITIES]
         if len(self._odd) > MAX_ODDITIES:
             yield f"{len(self._odd) - MAX_ODDITIES} more oddities of numbers; `optimstate verify` lists all of them"

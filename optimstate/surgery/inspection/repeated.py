@@ -16,7 +16,7 @@ __all__ = ["repeated"]
 
 
 def repeated(document: Document, sections: Sequence[Section]) -> Iterator[tuple[str, str]]:
-    """For every part that stands in several files of a folder: what it is, and what is to be said of it.
+    """Every part that is in several files of a folder, with a message about it.
 
     Models are alike by names and shapes, optimizers by groups, slots and shapes; what is in them is not compared.
 
@@ -49,7 +49,7 @@ def _file(document: Document, section: Section) -> str:
 
 
 def _form(section: Section) -> frozenset[Any]:
-    """What two sections have in common that are copies of one, or the same part at two steps; empty for too little."""
+    """What shows that two sections are copies, or the same part at two steps; empty if too little does."""
     if section.kind == "optimizer":
         state: OptimizerState = section.optimizer()
         rows: list[Any] = [(index, name, _shapes(slots)) for index, (_, name, slots) in enumerate(state.parameters())]

@@ -163,7 +163,7 @@ class Inspection(Report):
 def missing_for_resume(
     found: Sequence[OptimizerInfo | ModelInfo | SchedulerInfo], *, has_weights: bool = False
 ) -> Iterator[str]:
-    """What a run that resumes would miss or must know.
+    """What a resumed run would miss or needs to know.
 
     Args:
         found: The sections.

@@ -83,7 +83,7 @@ def inspection_lines(found: Inspection, view: View) -> Iterator[str]:
 
 
 def _entries(found: Inspection, view: View) -> Iterator[str]:
-    """What is in no section, and mappings of names to tensors that were not taken for one."""
+    """Entries in no section, and mappings of names to tensors that were not recognised as one."""
     if found.entries:
         yield "\nother entries:"
         if view.everything:
@@ -246,7 +246,7 @@ def _kinds(names: Mapping[str, tuple[int, str]], view: View) -> Iterator[str]:
 
 
 def _branches(names: Mapping[str, tuple[int, str]]) -> Iterator[str]:
-    """Names as a tree of modules; what has one child alone is one line with it."""
+    """Names as a tree of modules; a module with a single child shares its line."""
     root: dict[str, Any] = {}
     for pattern, (count, example) in names.items():
         *modules, leaf = pattern.split(".")
@@ -291,7 +291,7 @@ def _label(parameter: ParameterInfo, *, each: bool) -> str:
 
 
 def _statistics(what: str, rows: Iterable[Row]) -> str:
-    """A line for each name and slot; those that are called the same together."""
+    """A line for each name and slot; equal names share one."""
     together: dict[tuple[str, str], tuple[int, Statistics]] = {}
     for name, slot, found in rows:
         count, known = together.get((name, slot), (0, None))

@@ -1,4 +1,4 @@
-"""What an optimizer's next step would be, from its state: the step of each element, and its size beside the weight.
+"""The next step of an optimizer, computed from its state: of each element, and relative to the weight.
 
 For Adam and AdamW: lr * m / (sqrt(v) + eps), with the moments corrected for their start as torch corrects them, and
 without weight decay. The next step's gradient is not known: this is the step that the state alone makes.

@@ -119,7 +119,7 @@ def check_plan(
 
 
 def _target_problems(plan: Plan, old: Names, new: Names) -> Sequence[Problem]:
-    """What keeps the names and shapes of the old sections from becoming those of the new ones."""
+    """Why the names and shapes of the old sections do not become those of the new ones."""
     inventories = {}
     for key, shapes in old.items():
         wanted = _counterpart(key, old, new)

@@ -24,7 +24,7 @@ Names = Mapping[str, Mapping[str, Shape | None]]
 
 
 def names_of(tree: Any) -> Names:
-    """What every section names: what is left by a plan that does nothing."""
+    """The names in every section: what a plan that does nothing would leave."""
     _, migration, _ = apply_plan(Plan(), tree)
     return {
         key: {move.target: move.expression.shape if move.expression else None for move in section.moves}
@@ -42,7 +42,7 @@ def merged(names: Names) -> dict[str, Shape | None]:
 
 
 def kind_of(key: str) -> str:
-    """The kind of the section that a report calls so: `model`, `ema`, `optimizer`."""
+    """The kind of a section with this name in reports: `model`, `ema`, `optimizer`."""
     return key.split(" ", 1)[0]
 
 

@@ -1,4 +1,4 @@
-"""Suggest: the plan that makes one checkpoint's names and shapes of another's. Torch is not imported."""
+"""Suggest: the plan that turns one checkpoint's names and shapes into another's. Torch is not imported."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def suggest(
     keeps: Callable[[Plan], bool] | None = None,
     progress: Progress | None = None,
 ) -> SuggestReport:
-    """Propose the plan that makes the names and shapes of one checkpoint of another.
+    """Propose the plan that turns the names and shapes of one checkpoint into those of another.
 
     Args:
         source: The checkpoint to be moved: a file or folder.
@@ -247,7 +247,7 @@ def _model(tree: Any, path: Place) -> dict[str, Shape]:
 
 
 def _contents(trees: Sequence[Any], progress: Progress | None) -> list[dict[str, str]]:
-    """For each side a digest by name, of what exactly one name of either side holds, whatever its shape is."""
+    """For each side, digests by name of contents that exactly one name on each side has, whatever its shape."""
     found: list[dict[tuple[str, bytes], list[str]]] = []
     for tree in trees:
         side: dict[tuple[str, bytes], list[str]] = {}
@@ -260,7 +260,7 @@ def _contents(trees: Sequence[Any], progress: Progress | None) -> list[dict[str,
 
 
 class _Rows:
-    """The rows of models' tensors, each by a digest."""
+    """Digests of the rows of the models' tensors."""
 
     def __init__(self, trees: Sequence[Any]) -> None:
         self._tensors = [model_tensors(tree) for tree in trees]
@@ -319,5 +319,5 @@ def _suggested_file(
 
 
 def _comment(text: str) -> str:
-    """A line of a TOML file; names and paths may have characters that comments may not."""
+    """A comment line of a TOML file; characters that comments may not contain are escaped."""
     return "# " + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) + "\n"
