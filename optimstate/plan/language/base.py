@@ -87,6 +87,11 @@ class Operation(Record):
         return [self._each(tensor) for tensor in tensors]
 
     def _each(self, tensor: Expr) -> Expr:
+        """What comes of one tensor; operations that need its shape have `_sized` instead."""
+        shape = known_shape(tensor)
+        return unsized(self.KEY, tensor) if shape is None else self._sized(tensor, shape)
+
+    def _sized(self, tensor: Expr, shape: Shape) -> Expr:
         raise NotImplementedError
 
     def inverse(self, before: Sequence[Shape | None]) -> list[Operation]:

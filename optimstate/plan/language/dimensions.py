@@ -20,8 +20,6 @@ from optimstate.plan.language.base import (
     is_integer,
     is_number,
     is_table,
-    known_shape,
-    unsized,
 )
 from optimstate.record import field
 
@@ -58,10 +56,7 @@ class PermuteDims(Operation):
     def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
         return cls(tuple(value)) if are_integers(value) and sorted(value) == list(range(len(value))) else None
 
-    def _each(self, tensor: Expr) -> Expr:
-        shape = known_shape(tensor)
-        if shape is None:
-            return unsized(self.KEY, tensor)
+    def _sized(self, tensor: Expr, shape: Shape) -> Expr:
         if len(self.dims) > len(shape):
             raise Misfit(f"permute: {list(self.dims)} has more dimensions than shape {list(shape)}")
         dims = (*self.dims, *range(len(self.dims), len(shape)))
@@ -87,10 +82,7 @@ class Transpose(Operation):
             return cls()
         return cls((value[0], value[1])) if are_integers(value) and len(value) == 2 else None
 
-    def _each(self, tensor: Expr) -> Expr:
-        shape = known_shape(tensor)
-        if shape is None:
-            return unsized(self.KEY, tensor)
+    def _sized(self, tensor: Expr, shape: Shape) -> Expr:
         one, other = (counted(self.KEY, dim, shape) for dim in self.dims)
         dims = list(range(len(shape)))
         dims[one], dims[other] = other, one
@@ -131,10 +123,7 @@ class ReshapeDims(Operation):
             return None
         return cls(tuple(new), value["dim"], tuple(old)) if min(old + new, default=0) >= -1 else None
 
-    def _each(self, tensor: Expr) -> Expr:
-        shape = known_shape(tensor)
-        if shape is None:
-            return unsized(self.KEY, tensor)
+    def _sized(self, tensor: Expr, shape: Shape) -> Expr:
         first, old = self._exchanged(shape)
         return ex.reshaped(tensor, (*shape[:first], *self._sizes(prod(old), shape), *shape[first + len(old) :]))
 
@@ -198,10 +187,7 @@ class Resize(Operation):
         fill = fill_of(value["fill"]) if "fill" in value else ex.Fill()
         return [cls(value["dim"], value["size"], fill)] if fill is not None and value["size"] >= 0 else None
 
-    def _each(self, tensor: Expr) -> Expr:
-        shape = known_shape(tensor)
-        if shape is None:
-            return unsized(self.KEY, tensor)
+    def _sized(self, tensor: Expr, shape: Shape) -> Expr:
         dim = counted(self.KEY, self.dim, shape)
         new = (*shape[:dim], self.size, *shape[dim + 1 :])
         if self.size == shape[dim]:
@@ -244,10 +230,7 @@ class Repeat(Operation):
         each = value.get("each", False)
         return cls(value["dim"], value["times"], each) if value["times"] >= 1 and isinstance(each, bool) else None
 
-    def _each(self, tensor: Expr) -> Expr:
-        shape = known_shape(tensor)
-        if shape is None:
-            return unsized(self.KEY, tensor)
+    def _sized(self, tensor: Expr, shape: Shape) -> Expr:
         dim = counted(self.KEY, self.dim, shape)
         new = (*shape[:dim], shape[dim] * self.times, *shape[dim + 1 :])
         return Node(ex.Tile(dim, self.times, self.each), (tensor,), new)

@@ -33,6 +33,10 @@ class _Joining(Operation):
     JOINS = True
     dim: int = 0
 
+    @classmethod
+    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
+        return cls(value) if is_integer(value) else None
+
     def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
         shapes = [known_shape(tensor) for tensor in tensors]
         known = [shape for shape in shapes if shape is not None]
@@ -51,10 +55,6 @@ class Concat(_Joining):
 
     KEY = "concat"
     EXAMPLE = "concat = 0"
-
-    @classmethod
-    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
-        return cls(value) if is_integer(value) else None
 
     def _joined(self, tensors: Sequence[Expr], shapes: Sequence[Shape]) -> Expr:
         dim = counted(self.KEY, self.dim, shapes[0])
@@ -78,10 +78,6 @@ class Stack(_Joining):
     KEY = "stack"
     EXAMPLE = "stack = 0"
 
-    @classmethod
-    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
-        return cls(value) if is_integer(value) else None
-
     def _joined(self, tensors: Sequence[Expr], shapes: Sequence[Shape]) -> Expr:
         if len(set(shapes)) > 1:
             raise Misfit(f"stack: the shapes {listed(shapes)} differ")
@@ -99,10 +95,6 @@ class Mean(_Joining):
 
     KEY = "mean"
     EXAMPLE = "mean = 1"
-
-    @classmethod
-    def parse(cls, value: Any, folder: Path) -> Operation | list[Operation] | None:
-        return cls(value) if is_integer(value) else None
 
     def apply(self, tensors: Sequence[Expr], targets: int) -> list[Expr]:
         (whole,) = Stack(self.dim).apply(tensors, targets) if len(tensors) > 1 else tensors

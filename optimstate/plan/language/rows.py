@@ -20,8 +20,6 @@ from optimstate.plan.language.base import (
     counted,
     is_integer,
     is_table,
-    known_shape,
-    unsized,
 )
 
 __all__ = ["Flip", "Gather", "Select", "Slice", "digest_of", "with_index_files"]
@@ -49,10 +47,7 @@ class Slice(Operation):
             cls(value["dim"], start, stop, step) if start >= 0 and step >= 1 and (stop is None or stop >= 0) else None
         )
 
-    def _each(self, tensor: Expr) -> Expr:
-        shape = known_shape(tensor)
-        if shape is None:
-            return unsized(self.KEY, tensor)
+    def _sized(self, tensor: Expr, shape: Shape) -> Expr:
         dim = counted(self.KEY, self.dim, shape)
         rows = range(shape[dim])[self.start : self.stop : self.step]
         if not rows or (self.stop is not None and self.stop > shape[dim]):
@@ -83,10 +78,7 @@ class Select(Operation):
             index = _listed_in(folder / index, cls.KEY)
         return cls(value["dim"], tuple(index)) if are_integers(index) and min(index) >= 0 else None
 
-    def _each(self, tensor: Expr) -> Expr:
-        shape = known_shape(tensor)
-        if shape is None:
-            return unsized(self.KEY, tensor)
+    def _sized(self, tensor: Expr, shape: Shape) -> Expr:
         dim = counted(self.KEY, self.dim, shape)
         if max(self.index) >= shape[dim]:
             raise Misfit(
@@ -186,10 +178,7 @@ class Flip(Operation):
         dims = [value] if is_integer(value) else value
         return cls(tuple(dims)) if are_integers(dims) and len(set(dims)) == len(dims) else None
 
-    def _each(self, tensor: Expr) -> Expr:
-        shape = known_shape(tensor)
-        if shape is None:
-            return unsized(self.KEY, tensor)
+    def _sized(self, tensor: Expr, shape: Shape) -> Expr:
         made = tensor
         for given in self.dims:
             dim = counted(self.KEY, given, shape)
