@@ -90,10 +90,9 @@ def _run(seed: int, steps: int, after: int, as_json: bool) -> None:
 def _report_start(experiment: Experiment, say: Callable[..., Any]) -> None:
     size = sum(p.numel() for p in experiment.dense.model.parameters())
     version = ".".join(map(str, sys.version_info[:3]))
-    say(f"text: the help topics of pydoc in Python {version}, {experiment.text.size:,} characters, a tenth held out")
-    say(
-        f"model: a transformer of {size:,} parameters; AdamW and LinearLR of optimstate.optim; seed {experiment.seed}\n"
-    )
+    say(f"text: pydoc's help topics in Python {version}, {experiment.text.size:,} characters, a tenth held out")
+    say(f"model: a transformer of {size:,} parameters, seed {experiment.seed}")
+    say("optimizer and schedule: AdamW and LinearLR of optimstate.optim\n")
 
 
 def _reorder(experiment: Experiment, say: Callable[..., Any], *, quiet: bool) -> list[Arm]:
@@ -101,22 +100,24 @@ def _reorder(experiment: Experiment, say: Callable[..., Any], *, quiet: bool) ->
     from optimstate.demo.experiment import RENAME
     from optimstate.surgery.text import table
 
-    say("\n1. The layers are declared in another order, and are called blocks\n", bold=True)
+    say("\n1. The layers are reordered, and renamed to blocks\n", bold=True)
     words = ("remap", "old.pt", "reordered.pt", "--rename", RENAME)
-    say(f"$ optimstate remap old.pt reordered.pt --rename '{RENAME}'")
+    say(f"$ optimstate remap old.pt reordered.pt \\\n    --rename '{RENAME}'")
     _command((*words, "--quiet"), quiet=quiet)
     arms = experiment.reorder()
     if quiet:
         return arms
     whole, *ways = arms
-    say("\nheld-out loss after the same batches; weights are the same, only the state differs\n")
+    say("\nheld-out loss after the same batches: same weights, only the state differs\n")
     looks = _looks(experiment)
     rows = [[arm.label, *(f"{arm.at(step):.4f}" for step in looks), _apart(arm, whole)] for arm in arms]
     say(table(["", *(f"+{look}" for look in looks), "largest difference"], rows))
     say("")
     say(_plot(arms[1:], [COLOURS[0], COLOURS[1], COLOURS[2]]))
-    said = "By name it is the run that was never interrupted, bit for bit." if ways[-1].apart(whole) == 0 else ""
-    say("\ntorch alone gave every layer the moments of another one, without an error or a warning.")
+    said = (
+        "By name, the run continues bit for bit as if it was never interrupted." if ways[-1].apart(whole) == 0 else ""
+    )
+    say("\ntorch alone silently gave every layer the moments of another one.")
     say(f"{said}\n")
     return arms
 
@@ -167,10 +168,10 @@ def _report(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> None:
     typer.echo(f"  {refusal}")
     typer.echo("torch.distributed.checkpoint's set_optimizer_state_dict with strict=False:")
     typer.echo(f"  {experiment.torch_silence}\n")
-    typer.echo("held-out loss in nats a character: weights, batches and learning rate are the")
+    typer.echo("held-out loss in nats per character: weights, batches and learning rate are the")
     typer.echo("same, only the optimizer's state differs (and in d the learning rate, which")
-    typer.echo(f"rises again over {REWARM} steps). worst: the highest rise over the loss at the")
-    typer.echo("switch; below after: tokens until the loss stays below that\n")
+    typer.echo(f"warms up again over {REWARM} steps). worst: the largest rise above the loss at the")
+    typer.echo("switch; below after: tokens until the loss stays below it\n")
     looks = _looks(experiment)
     rows = []
     for arm in arms:
@@ -190,11 +191,12 @@ def _on_warming_up(arms: Sequence[Arm]) -> str:
     last = warmed.curve[-1][1] - moved.curve[-1][1]
     compared = f"{abs(last):.3f} {'above' if last > 0 else 'below'} the migrated run"
     return (
-        f"Warming up again (d) {avoided} the rise of a fresh state, by training at a lower learning\n"
-        f"rate meanwhile; at the end it is {compared}. It cannot bring the state\n"
-        "back: it is another run from the switch on, and what the moments knew is learned again.\n"
-        "A copied state (c) is a choice too: an expert sees a part of the tokens, so its gradients\n"
-        "are smaller than those that the copied moments hold."
+        f"Warming up again (d) {avoided} the rise of a fresh state, because it\n"
+        f"trains at a lower learning rate meanwhile; at the end it is\n"
+        f"{compared}. It cannot bring the state back: from the switch on it is\n"
+        "another run, which has to learn again what the moments knew. Copying the state\n"
+        "(c) is a choice too: an expert sees only part of the tokens, so its gradients\n"
+        "are smaller than the copied moments."
     )
 
 
