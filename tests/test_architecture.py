@@ -69,7 +69,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
     ),
     "surgery": (
         {"opening", "viewing", "shown", "slot_counts", "statistics", "text"},
-        {"leaves"},
+        {"leaves", "reports"},
         {"inspection", "scanning", "writing"},
         {"comparison", "verification"},
         {"plans"},

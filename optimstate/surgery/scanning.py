@@ -15,9 +15,9 @@ from optimstate.io.location import Location, Place
 from optimstate.io.places import located, open_source
 from optimstate.io.temporary import is_leftover
 from optimstate.record import Record
-from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
-from optimstate.surgery.text import joined, plural, readable, table
+from optimstate.surgery.reports import VerbReport
+from optimstate.surgery.text import plural, table
 
 __all__ = ["Finding", "ScanReport", "scan"]
 
@@ -42,7 +42,7 @@ class Finding(Record):
     verdict: Verdict
 
 
-class ScanReport(Report):
+class ScanReport(VerbReport):
     """Everything named.
 
     Attributes:
@@ -63,12 +63,7 @@ class ScanReport(Report):
         """Whether everything was looked at, and all that is named only builds data."""
         return not self.unreadable and all(finding.verdict == "data" for finding in self.findings)
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("scan", self._asdict())
-
-    def __str__(self) -> str:
-        return joined(readable(self)._lines())
+    VERB = "scan"
 
     def _lines(self) -> Iterator[str]:
         order = {"dangerous": 0, "unknown": 1, "data": 2}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from optimstate.record import Record, field
-from optimstate.reporting import Report, to_json
+from optimstate.surgery.reports import VerbReport
 from optimstate.surgery.text import collapsed, joined, plural, readable, shown
 
 __all__ = ["Change", "ChangeKind", "DiffReport", "counted_kinds"]
@@ -57,7 +57,7 @@ class Change(Record):
         return f"~ {self.name}  {kind}{shown(self.left)} -> {shown(self.right)}{relative}"
 
 
-class DiffReport(Report):
+class DiffReport(VerbReport):
     """Every difference, and how many tensors are equal.
 
     Attributes:
@@ -77,9 +77,7 @@ class DiffReport(Report):
     within: int = 0
     equal_in: Mapping[str, int] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("diff", self._asdict())
+    VERB = "diff"
 
     def __str__(self) -> str:
         return self.text()
@@ -91,9 +89,9 @@ class DiffReport(Report):
             params: A line for every difference, in the order of the files.
             stat: Only how many differences of each kind there are, a line for each part.
         """
-        return joined(readable(self)._lines(params, stat))
+        return joined(readable(self)._rows(params, stat))
 
-    def _lines(self, params: bool, stat: bool) -> list[str]:
+    def _rows(self, params: bool, stat: bool) -> list[str]:
         lines: list[str] = []
         for section, changes in self._by_section().items():
             if stat:

@@ -6,16 +6,16 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from optimstate.reporting import Report, to_json
 from optimstate.surgery.inspection.report import Inspection, ModelInfo, OptimizerInfo
-from optimstate.surgery.text import joined, plural, readable, shown, size, table
+from optimstate.surgery.reports import VerbReport
+from optimstate.surgery.text import plural, shown, size, table
 
 __all__ = ["History"]
 
 _COUNTERS = ("epoch", "global_step", "iteration", "iter_num", "best_acc1", "best_val_loss", "loss")
 
 
-class History(Report):
+class History(VerbReport):
     """Inspections of several checkpoints, a line each.
 
     Attributes:
@@ -24,12 +24,10 @@ class History(Report):
 
     checkpoints: tuple[Inspection, ...]
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form: under `checkpoints` what each has by itself."""
-        return to_json("inspect", {"checkpoints": self.checkpoints})
+    VERB = "inspect"
 
-    def __str__(self) -> str:
-        return joined(readable(self)._lines())
+    def _json(self) -> dict[str, Any]:
+        return {"checkpoints": self.checkpoints}
 
     def _lines(self) -> Iterator[str]:
         rows = [_row(found) for found in self.checkpoints]

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optimstate.record import Record, field
-from optimstate.reporting import Report, to_json
 from optimstate.surgery.inspection.rest import Entry
 from optimstate.surgery.inspection.text import View, inspection_lines
+from optimstate.surgery.reports import VerbReport
 from optimstate.surgery.text import joined
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class SchedulerInfo(Record):
     kind: str = "scheduler"
 
 
-class Inspection(Report):
+class Inspection(VerbReport):
     """What a checkpoint holds.
 
     Attributes:
@@ -148,9 +148,7 @@ class Inspection(Report):
     others: Mapping[str, str] = field(default_factory=dict)
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("inspect", self._asdict())
+    VERB = "inspect"
 
     def __str__(self) -> str:
         return self.text()

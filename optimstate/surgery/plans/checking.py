@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 from optimstate.errors import MigrationError
 from optimstate.formats.registry import open_checkpoint
@@ -15,15 +16,15 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Inventory, Target
 from optimstate.plan.solve.planner import plan_migration
 from optimstate.problems import Problem
-from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
 from optimstate.surgery.plans.inverting import Names, irreversible_reason, kind_of, merged, names_of
-from optimstate.surgery.text import joined, plural, readable
+from optimstate.surgery.reports import VerbReport
+from optimstate.surgery.text import plural
 
 __all__ = ["CheckReport", "check_plan"]
 
 
-class CheckReport(Report):
+class CheckReport(VerbReport):
     """Whether a plan can be read, fits a checkpoint, and makes what a target has.
 
     Attributes:
@@ -45,13 +46,11 @@ class CheckReport(Report):
         """Whether nothing is wrong."""
         return not self.problems
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        rules = [{"rule": rule, "matches": count} for rule, count in self.rules]
-        return to_json("plan check", {**self._asdict(), "rules": rules, "fits": self.fits})
+    VERB = "plan check"
 
-    def __str__(self) -> str:
-        return joined(readable(self)._lines())
+    def _json(self) -> dict[str, Any]:
+        rules = [{"rule": rule, "matches": count} for rule, count in self.rules]
+        return {**self._asdict(), "rules": rules, "fits": self.fits}
 
     def _lines(self) -> Iterator[str]:
         for rule, count in self.rules:

@@ -16,16 +16,16 @@ from typing import Literal
 from optimstate.errors import CheckpointError, DerivationError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.location import Place
-from optimstate.reporting import Report, to_json
 from optimstate.surgery.comparison.comparing import model_tensors
 from optimstate.surgery.opening import opening
+from optimstate.surgery.reports import VerbReport
 
 __all__ = ["TIMEOUT", "DeriveReport", "derive_plan"]
 
 TIMEOUT = 600.0
 
 
-class DeriveReport(Report):
+class DeriveReport(VerbReport):
     """A plan that was read off code.
 
     Attributes:
@@ -50,9 +50,7 @@ class DeriveReport(Report):
     calls: int
     plan: str
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("plan derive", self._asdict())
+    VERB = "plan derive"
 
     def __str__(self) -> str:
         lines = list(self.rules) or ["the function changes nothing: the plan is empty"]

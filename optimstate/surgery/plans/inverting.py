@@ -14,8 +14,8 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.inverse import inverse
-from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
+from optimstate.surgery.reports import VerbReport
 
 __all__ = ["InvertReport", "Names", "invert_plan", "kind_of", "merged", "names_of"]
 
@@ -58,7 +58,7 @@ def irreversible_reason(plan: Plan, names: Mapping[str, Shape | None] | None) ->
 # --- invert ---------------------------------------------------------------------------------------------------------
 
 
-class InvertReport(Report):
+class InvertReport(VerbReport):
     """The plan that undoes a plan.
 
     Attributes:
@@ -70,9 +70,7 @@ class InvertReport(Report):
     rules: tuple[str, ...]
     plan: str
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("plan invert", self._asdict())
+    VERB = "plan invert"
 
     def __str__(self) -> str:
         return self.plan.rstrip("\n")

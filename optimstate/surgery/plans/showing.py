@@ -13,15 +13,15 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.apply.explain import Row, explained
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.plan import Plan
-from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
 from optimstate.surgery.plans.inverting import irreversible_reason, merged, names_of
+from optimstate.surgery.reports import VerbReport
 from optimstate.surgery.text import collapsed, joined, plural, readable, table
 
 __all__ = ["ShowReport", "show_plan"]
 
 
-class ShowReport(Report):
+class ShowReport(VerbReport):
     """A plan in words, and with a checkpoint what becomes of each of its parameters and slots.
 
     Attributes:
@@ -45,9 +45,7 @@ class ShowReport(Report):
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("plan show", self._asdict())
+    VERB = "plan show"
 
     def __str__(self) -> str:
         return self.text()
@@ -59,9 +57,9 @@ class ShowReport(Report):
             name: What the plan is called.
             params: List every parameter and slot instead of layers together.
         """
-        return joined(readable(self)._lines(name, params))
+        return joined(readable(self)._rows(name, params))
 
-    def _lines(self, name: str, params: bool) -> Iterator[str]:
+    def _rows(self, name: str, params: bool) -> Iterator[str]:
         yield f"{name}: {plural(sum(map(len, self.passes)), 'rule')}, digest {self.digest[:12]}"
         number = 0
         for place, rules in enumerate(self.passes):

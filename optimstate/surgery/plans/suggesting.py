@@ -22,13 +22,13 @@ from optimstate.plan.solve.deciding import decided
 from optimstate.plan.solve.known import read as read_layouts
 from optimstate.problems import Problem
 from optimstate.record import Record
-from optimstate.reporting import Report, to_json
 from optimstate.surgery.comparison.comparing import model_tensors
 from optimstate.surgery.comparison.contents import by_content
 from optimstate.surgery.opening import opening
 from optimstate.surgery.plans.head_sizes import head_size
 from optimstate.surgery.plans.inverting import kind_of, merged, names_of
-from optimstate.surgery.text import families, joined, plural, readable
+from optimstate.surgery.reports import VerbReport
+from optimstate.surgery.text import families, plural
 from optimstate.surgery.writing.ordering import wrong_positions
 from optimstate.tensors.lazy import LazyTensor
 
@@ -75,7 +75,7 @@ class Alternatives(Record):
     proposed: bool
 
 
-class SuggestReport(Report):
+class SuggestReport(VerbReport):
     """A proposed plan.
 
     Attributes:
@@ -106,12 +106,10 @@ class SuggestReport(Report):
         """Whether the plan makes every name of the target, in its order and groups as far as they are known."""
         return not self.missing and not self.problems and not self.positions
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("plan suggest", {**self._asdict(), "complete": self.complete})
+    VERB = "plan suggest"
 
-    def __str__(self) -> str:
-        return joined(readable(self)._lines())
+    def _json(self) -> dict[str, Any]:
+        return {**self._asdict(), "complete": self.complete}
 
     def _lines(self) -> Iterator[str]:
         for rule in self.rules:

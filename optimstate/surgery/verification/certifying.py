@@ -15,11 +15,11 @@ from optimstate.io.places import located
 from optimstate.plan.apply.stamps import APPLIED, METADATA, STAMP
 from optimstate.problems import Problem
 from optimstate.record import Record
-from optimstate.reporting import Report, to_json
 from optimstate.state.names import unwrapped
 from optimstate.state.sections import Section, find_sections
 from optimstate.surgery.opening import opening
-from optimstate.surgery.text import joined, plural, readable
+from optimstate.surgery.reports import VerbReport
+from optimstate.surgery.text import plural
 
 __all__ = ["Entry", "Lineage", "certificates_in", "differences", "log"]
 
@@ -135,7 +135,7 @@ class Entry(Record):
     torch: str = ""
 
 
-class Lineage(Report):
+class Lineage(VerbReport):
     """Where a checkpoint comes from.
 
     Attributes:
@@ -146,13 +146,11 @@ class Lineage(Report):
     path: str
     entries: tuple[Entry, ...]
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        entries = [entry._asdict() for entry in self.entries]
-        return to_json("log", {"path": self.path, "entries": entries})
+    VERB = "log"
 
-    def __str__(self) -> str:
-        return joined(readable(self)._lines())
+    def _json(self) -> dict[str, Any]:
+        entries = [entry._asdict() for entry in self.entries]
+        return {"path": self.path, "entries": entries}
 
     def _lines(self) -> Iterator[str]:
         for entry in self.entries:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from optimstate.problems import Kind, Problem
-from optimstate.reporting import Report, to_json
-from optimstate.surgery.text import joined, plural, readable
+from optimstate.surgery.reports import VerbReport
+from optimstate.surgery.text import plural
 
 __all__ = ["Finding", "VerifyReport", "fault", "note"]
 
@@ -37,7 +37,7 @@ def note(kind: Kind, place: str, message: str, names: Iterable[str] = ()) -> Fin
     return Finding(kind, message, place, tuple(names), level="note")
 
 
-class VerifyReport(Report):
+class VerifyReport(VerbReport):
     """The findings, and what was checked.
 
     Attributes:
@@ -66,12 +66,10 @@ class VerifyReport(Report):
             return "faulty"
         return "healthy" if self.recognised and not self.unread else "unknown"
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("verify", {**self._asdict(), "healthy": self.healthy, "verdict": self.verdict})
+    VERB = "verify"
 
-    def __str__(self) -> str:
-        return joined(readable(self)._lines())
+    def _json(self) -> dict[str, Any]:
+        return {**self._asdict(), "healthy": self.healthy, "verdict": self.verdict}
 
     def _lines(self) -> Iterator[str]:
         for level in ("fault", "note"):

@@ -16,9 +16,9 @@ from optimstate.io.location import Location, Place
 from optimstate.io.places import located
 from optimstate.problems import Problem
 from optimstate.record import field
-from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
-from optimstate.surgery.text import joined, plural, readable, size, table
+from optimstate.surgery.reports import VerbReport
+from optimstate.surgery.text import plural, size, table
 from optimstate.surgery.writing.remapping import check_distributed
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, OpaqueFile, nodes, replaced
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["ConvertReport", "convert"]
 
 
-class ConvertReport(Report):
+class ConvertReport(VerbReport):
     """What was written, and what the container could not hold.
 
     Attributes:
@@ -56,12 +56,7 @@ class ConvertReport(Report):
     optimizers: Mapping[str, OptimizerChange] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("convert", self._asdict())
-
-    def __str__(self) -> str:
-        return joined(readable(self)._lines())
+    VERB = "convert"
 
     def _lines(self) -> Iterator[str]:
         for where in self.without:

@@ -20,7 +20,6 @@ from optimstate.io.location import Place
 from optimstate.io.places import located
 from optimstate.plan.language.plan import Plan
 from optimstate.problems import Problem
-from optimstate.reporting import Report, to_json
 from optimstate.state.building import from_config, imported, parameters_of
 from optimstate.state.grouping import trainer_of
 from optimstate.state.naming import Candidate, Evidence, Naming
@@ -28,14 +27,15 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.pairing import ModelNames, Namer, Order
 from optimstate.state.sections import Section, find_sections
 from optimstate.surgery.opening import opening
-from optimstate.surgery.text import joined, readable, table
+from optimstate.surgery.reports import VerbReport
+from optimstate.surgery.text import table
 from optimstate.surgery.viewing import viewed
 from optimstate.tree import Opaque, replaced
 
 __all__ = ["NameReport", "concluded_names", "name", "read_names"]
 
 
-class NameReport(Report):
+class NameReport(VerbReport):
     """The names given.
 
     Attributes:
@@ -48,12 +48,7 @@ class NameReport(Report):
     written: bool
     optimizers: Mapping[str, tuple[tuple[str, Evidence], ...]]
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("name", self._asdict())
-
-    def __str__(self) -> str:
-        return joined(readable(self)._lines())
+    VERB = "name"
 
     def _lines(self) -> Iterator[str]:
         for path, found in self.optimizers.items():

@@ -17,9 +17,9 @@ from optimstate.io.places import located
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Migration, SectionMoves
-from optimstate.reporting import Report, to_json
 from optimstate.surgery.opening import opening
-from optimstate.surgery.text import families, joined, plural, readable, shown, table
+from optimstate.surgery.reports import VerbReport
+from optimstate.surgery.text import families, plural, shown, table
 from optimstate.surgery.writing.ordering import order_notes, read_like
 from optimstate.surgery.writing.outcomes import Group, Outcome, outcomes, regrouped
 
@@ -33,7 +33,7 @@ DISTRIBUTED = "dcp"
 _FOLDER = "folder"
 
 
-class RemapReport(Report):
+class RemapReport(VerbReport):
     """What a plan did to a checkpoint, or would do.
 
     Attributes:
@@ -59,12 +59,7 @@ class RemapReport(Report):
     groups: Mapping[str, tuple[Group, ...]]
     plan: str
 
-    def to_json(self) -> str:
-        """A JSON document of a stable form."""
-        return to_json("remap", self._asdict())
-
-    def __str__(self) -> str:
-        return joined(readable(self)._lines())
+    VERB = "remap"
 
     def _lines(self) -> Iterator[str]:
         for rule, count in self.rules:
