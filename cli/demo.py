@@ -145,7 +145,7 @@ def _migrate(experiment: Experiment, say: Callable[..., Any], *, quiet: bool) ->
         _command(words, quiet=quiet)
     compared = prove(experiment.old, experiment.new, became)
     say(
-        f"proved with torch.load: every expert has its MLP's weights and moments, bit for bit ({compared} tensors)\n",
+        f"checked with torch.load: every expert has its MLP's weights and moments, bit\nfor bit ({compared} tensors)\n",
         fg=typer.colors.GREEN,
     )
 
