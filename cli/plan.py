@@ -99,10 +99,11 @@ def suggest(
 
 
 @plans.command(
-    short_help="Read a plan off a weight-conversion function, or off transformers.",
+    short_help="Read a plan off a weight-conversion function or script, or off transformers.",
     epilog=epilog(
         "optimstate plan derive old.pt --function converter:renamed -o plan.toml",
         "optimstate plan derive old.pt --function converter:grown --old-model converter:Old --new-model converter:New",
+        "optimstate plan derive old.pt --script convert.py --writes new.pt -- --in old.pt --out new.pt",
         "optimstate plan derive checkpoint-1000 --transformers checkpoint-1000 --to live --json",
         exits="0 fine, 2 wrong usage, 3 bad input, 4 no plan says what the function does, 5 the destination.",
         page="derive",
@@ -112,6 +113,10 @@ def derive(
     like: Annotated[
         Location, typer.Argument(help="A checkpoint with the names and shapes that the function expects.", **PLACE)
     ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ARGUMENTS]", help="What the script is called with.", show_default=False),
+    ] = None,
     function: Annotated[
         str, typer.Option(metavar="MODULE:NAME", help="A function that takes a state dict and returns one.")
     ] = "",
@@ -121,6 +126,11 @@ def derive(
     new_model: Annotated[
         str, typer.Option(metavar="MODULE:NAME", help="Builds the new module, into which the function copies.")
     ] = "",
+    script: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A Python script that reads the checkpoint and writes another."),
+    ] = None,
+    writes: Annotated[Path | None, typer.Option(metavar="PATH", help="What the script writes: file or folder.")] = None,
     transformers: Annotated[
         Path | None,
         typer.Option(
@@ -146,14 +156,19 @@ def derive(
     The function runs a few times, in a separate process, on tensors whose elements are numbered; the plan is read from
     where they end up. No value of the checkpoint is read. The plan is compared with the function before it is printed.
     With --old-model and --new-model the function copies weights from one module into another, in place.
+
+    A --script is run likewise, on copies: where its arguments, behind --, name the checkpoint or what --writes names, a
+    file of numbered elements and a place of its own are meant. Absolute paths inside the script are not seen.
     """
     import sys
 
     from optimstate.cli.render import terminal
     from optimstate.surgery.plans.deriving import derive_plan
 
-    if bool(function) == (transformers is not None):
-        raise typer.BadParameter("give either --function or --transformers")
+    if sum((bool(function), script is not None, transformers is not None)) != 1:
+        raise typer.BadParameter("give one of --function, --script and --transformers")
+    if (script is None) != (writes is None) or (arguments and script is None):
+        raise typer.BadParameter("--script goes with --writes, and arguments behind -- with both")
     if bool(old_model) != bool(new_model) or (old_model and not function):
         raise typer.BadParameter("--old-model, --new-model and --function go together")
     _check(output, like, force=force, as_json=as_json)
@@ -161,6 +176,9 @@ def derive(
         like,
         function=function,
         models=(old_model, new_model) if old_model else None,
+        script=script or "",
+        writes=writes or "",
+        arguments=arguments or (),
         transformers=transformers or "",
         to=to.value,
         allow_drop=allow_drop,

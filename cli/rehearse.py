@@ -1,5 +1,7 @@
 """`optimstate rehearse`."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -39,16 +41,17 @@ def rehearse(
     from optimstate.rehearsal import rehearse as rehearsed
 
     given = rehearsed_script(script)
-    report = rehearsed(
-        given["old"],
-        given["new"],
-        given.get("plan"),
-        given["batch"],
-        given["loss"],
-        steps=steps,
-        checkpoint=given.get("checkpoint"),
-        load=given.get("load"),
-    )
+    with redirect_stdout(sys.stderr):  # what the script prints is no part of the report
+        report = rehearsed(
+            given["old"],
+            given["new"],
+            given.get("plan"),
+            given["batch"],
+            given["loss"],
+            steps=steps,
+            checkpoint=given.get("checkpoint"),
+            load=given.get("load"),
+        )
     terminal.show(report, as_json=as_json, quiet=quiet)
     if not report.holds:
         raise typer.Exit(1)

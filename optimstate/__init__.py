@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         UnsupportedTorchError,
         UntestedTorchWarning,
         UsageError,
+        UserCodeError,
     )
     from optimstate.formats.registry import open_checkpoint
     from optimstate.plan.language.plan import Plan
@@ -100,6 +101,7 @@ __all__ = [
     "UnsupportedTorchError",
     "UntestedTorchWarning",
     "UsageError",
+    "UserCodeError",
     "__version__",
     "convert",
     "derive",

@@ -18,7 +18,8 @@
     ├── TorchError                              the installed torch cannot do what is asked
     │   ├── MissingTorchError (ImportError)     there is none
     │   └── UnsupportedTorchError (RuntimeError) it is too old
-    └── StateMismatchError (ValueError)         state does not fit the optimizer or scheduler it is loaded into
+    ├── StateMismatchError (ValueError)         state does not fit the optimizer or scheduler it is loaded into
+    └── UserCodeError (RuntimeError)            a script or a function that was handed over failed; names file and line
 
     OptimStateWarning (UserWarning)
     ├── ParameterNameWarning                    positional loading would give state to a parameter of another name
@@ -60,6 +61,7 @@ __all__ = [
     "UnsupportedTorchError",
     "UntestedTorchWarning",
     "UsageError",
+    "UserCodeError",
 ]
 
 
@@ -218,6 +220,10 @@ class UsageError(OptimStateError, ValueError):
 
 class StateMismatchError(OptimStateError, ValueError):
     """State does not fit the optimizer, scheduler or model it is loaded into."""
+
+
+class UserCodeError(OptimStateError, RuntimeError):
+    """Code that was handed over (a script, a function that builds a model, a loss) failed; names its file and line."""
 
 
 class TorchError(OptimStateError):

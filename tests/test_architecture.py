@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
         "problems": "",
         "errors": "problems",
         "installed_torch": "errors",
+        "user_code": "errors",
         "io": "errors",
         "tensors": "errors installed_torch io",
         "tree": "errors io tensors",
@@ -37,11 +38,11 @@ ALLOWED: dict[str, set[str]] = {
         "hooks": "problems errors installed_torch tensors tree reporting state certificates plan derivation __init__",
         "resuming": "problems errors installed_torch io tensors tree reporting state certificates formats plan hooks",
         "distributed": "problems errors installed_torch io state plan resuming",
-        "derivation": "problems errors installed_torch tensors tree state formats plan",
-        "rehearsal": "errors installed_torch reporting state plan hooks resuming",
+        "derivation": "problems errors installed_torch user_code io tensors tree state formats plan",
+        "rehearsal": "errors installed_torch user_code reporting state plan hooks resuming",
         "integrations": "errors problems installed_torch tensors state certificates formats plan hooks resuming",
         "demo": "problems errors installed_torch optim hooks",
-        "cli": "problems errors installed_torch io tensors tree reporting state "
+        "cli": "problems errors installed_torch user_code io tensors tree reporting state "
         "formats plan surgery derivation rehearsal demo __init__",
         "__main__": "cli",
         "__init__": "errors certificates.certificate formats.registry plan.language.plan plan.language.rules optim "

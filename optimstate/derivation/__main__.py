@@ -18,6 +18,7 @@ from optimstate.derivation.derive import Derived, derive
 from optimstate.derivation.origins import Source
 from optimstate.describe import describe
 from optimstate.errors import DerivationError, OptimStateError
+from optimstate.user_code import running
 
 
 def main() -> int:
@@ -38,6 +39,12 @@ def _derived(request: dict[str, Any]) -> Derived:
         from optimstate.derivation.transformers import derive_transformers
 
         return derive_transformers(request["transformers"], to=request["to"], shapes=sources)
+    if request["script"]:
+        from optimstate.derivation.scripts import derive_script
+
+        script, reads, writes, scratch = (Path(request[key]) for key in ("script", "reads", "writes", "scratch"))
+        words, allow = request["arguments"], request["allow_drop"]
+        return derive_script(script, reads, writes, words, sources, scratch=scratch, allow_drop=allow)
     sys.path.insert(0, os.getcwd())  # noqa: PTH109 - sys.path holds strings
     function, allow_drop = _function(request["function"]), request["allow_drop"]
     if request["models"]:
@@ -49,7 +56,9 @@ def _derived(request: dict[str, Any]) -> Derived:
 
 def _model(place: str) -> Any:
     """The module that a callable makes."""
-    made = _function(place)()
+    build = _function(place)
+    with running(place, DerivationError):
+        made = build()
     if not hasattr(made, "state_dict"):
         raise DerivationError(f"{place} makes {type(made).__name__}, not a module")
     return made
@@ -75,10 +84,11 @@ def _function(place: str) -> Any:
     if not module or not name:
         raise DerivationError(f"{describe(place)} does not name a function", hint="Write package.module:function.")
     try:
-        found = import_module(module)
+        with running(module, DerivationError):
+            found = import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except AttributeError as error:
         raise DerivationError(f"{place}: {error}") from None
     if not callable(found):
         raise DerivationError(f"{place} is not a function")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ from optimstate.derivation.modules import derive_copying
 from optimstate.derivation.moves import Derivation
 from optimstate.derivation.scaled import derive_scaled
 from optimstate.errors import DerivationError
+from optimstate.user_code import guarded
 
 __all__ = ["Derived", "derive"]
 
@@ -39,8 +41,21 @@ def derive(
 
     Raises:
         DerivationError: The function is not a layout (with the output and the sources that show it), drops sources
-            without `allow_drop`, or the plan language cannot say what it does.
+            without `allow_drop`, or the plan language cannot say what it does; or it failed (with its file and line).
     """
+    from optimstate.installed_torch import torch
+
+    with torch.random.fork_rng(devices=[]):
+        return _derived(guarded(function, _named(function), DerivationError), sources, into, allow_drop, scaled)
+
+
+def _named(function: Any) -> str:
+    """What a function is called in messages."""
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    return f"{module}:{name}" if module and name else f"the function ({type(function).__name__})"
+
+
+def _derived(function: Callable[..., Any], sources: Any, into: Any, allow_drop: bool, scaled: bool | None) -> Derived:
     if into is not None:
         if not hasattr(sources, "state_dict") or not hasattr(into, "state_dict"):
             raise DerivationError("with `into`, give two modules: the old one and the new one")

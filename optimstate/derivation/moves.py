@@ -12,7 +12,7 @@ from optimstate.derivation.families import Moves
 from optimstate.derivation.finishing import extras, finished, one_factor, scaling, shortest
 from optimstate.derivation.layout import Search, joined
 from optimstate.derivation.origins import Combined, Function, Moved, New, Probe, Source, Unexplained
-from optimstate.derivation.owners import Component, Owners
+from optimstate.derivation.owners import Component, Owners, taken_in_part
 from optimstate.derivation.probe import probe
 from optimstate.derivation.programs import Program, Wanted
 from optimstate.derivation.proof import Terms, differences, roundings
@@ -112,6 +112,8 @@ class Derivation:
         self.untouched = tuple(name for name, origin in made.items() if origin.untouched)
         self.random = tuple(name for name, origin in moved.items() if origin.fill == "random")
         self._note([name for name, origin in moved.items() if origin.fill == "live"])
+        if part := taken_in_part(found):
+            self.notes.append(f"a part of {_listed(part)} goes nowhere")
 
     def _note(self, live: Sequence[str]) -> None:
         """What deserves attention: sums, random rows, and outputs that keep some of the live model's values."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
-from optimstate.derivation.origins import Moved, Probe
+from optimstate.derivation.origins import Combined, Moved, Probe
 from optimstate.derivation.programs import Wanted
 from optimstate.record import Record
 
 if TYPE_CHECKING:
     from optimstate.installed_torch import torch
 
-__all__ = ["Component", "Owners"]
+__all__ = ["Component", "Owners", "taken_in_part"]
 
 
 class Component(Record):
@@ -99,3 +100,21 @@ class Owners:
         for name in self.names:
             members[root(name)].append(name)
         return [Component(tuple(members[key]), tuple(outputs[key])) for key in members if key in outputs]
+
+
+def taken_in_part(found: Probe) -> list[str]:
+    """Sources of which outputs take some elements and not others."""
+    from optimstate.installed_torch import torch
+
+    taken = torch.zeros(sum(prod(source.shape) for source in found.sources.values()), dtype=torch.bool)
+    for origin in found.outputs.values():
+        parts = [origin.ids] if isinstance(origin, Moved) else []
+        parts += [ids for ids, _ in origin.parts] if isinstance(origin, Combined) else []
+        for ids in parts:
+            taken[ids[ids >= 0]] = True
+    partly = []
+    for name, source in found.sources.items():
+        start, size = found.starts[name], prod(source.shape)
+        if 0 < int(taken[start : start + size].sum()) < size:
+            partly.append(name)
+    return partly

@@ -20,7 +20,7 @@ from optimstate.errors import DerivationError
 if TYPE_CHECKING:
     from optimstate.installed_torch import torch
 
-__all__ = ["probe"]
+__all__ = ["probe", "tensors"]
 
 
 Outputs = dict[str, Any]
@@ -37,6 +37,33 @@ def probe(function: Function, sources: Mapping[str, Source]) -> Probe:
         DerivationError: It does not return a mapping of names to tensors, or what it returns depends on values.
     """
     return _Prober(function, sources).run()
+
+
+def tensors(made: object, *, meta: bool = False) -> dict[str, torch.Tensor]:
+    """What a function returned, as a dict of tensors.
+
+    Args:
+        made: What it returned.
+        meta: Whether it was given tensors without values.
+
+    Raises:
+        DerivationError: It is something else.
+    """
+    from optimstate.installed_torch import torch
+
+    if not isinstance(made, Mapping):
+        raise DerivationError(f"the function returned {type(made).__name__}, not a mapping of names to tensors")
+    for name, value in made.items():
+        if not isinstance(value, torch.Tensor):
+            raise DerivationError(f"the function returned {type(value).__name__} for {describe(name)}, not a tensor")
+        if not isinstance(name, str):
+            raise DerivationError(f"the function returned a tensor under {describe(name)}, which is not a text")
+        if value.is_meta and not meta:
+            raise DerivationError(f"the function returned a tensor for {describe(name)}, which holds no values")
+        if value.layout != torch.strided or value.is_quantized:
+            kind = "a quantized tensor" if value.is_quantized else f"a tensor of the layout {value.layout}"
+            raise DerivationError(f"the function returned {kind} for {describe(name)}, which no plan makes")
+    return dict(made)
 
 
 class _Prober:
@@ -69,16 +96,8 @@ class _Prober:
             given[name] = flat.reshape(source.shape).to(dtype_of(source.dtype), copy=True)
         self.calls += 1
         with self.torch.no_grad():
-            made = self.function(given)
-        if not isinstance(made, Mapping):
-            raise DerivationError(f"the function returned {type(made).__name__}, not a mapping of names to tensors")
+            made = tensors(self.function(given))
         for name, value in made.items():
-            if not isinstance(value, self.torch.Tensor):
-                raise DerivationError(
-                    f"the function returned {type(value).__name__} for {describe(name)}, not a tensor"
-                )
-            if not isinstance(name, str):
-                raise DerivationError(f"the function returned a tensor under {describe(name)}, which is not a text")
             if value.is_complex() and bool((value.detach().imag != 0).any()):
                 raise DerivationError(
                     f"{describe(name)} is not a layout of the sources: it joins them to complex numbers"
@@ -257,7 +276,8 @@ class _Prober:
             shift = _one_number(zeros[name])
             blamed = tuple(source for source, _, _ in terms[name])[:4]
             if shift is None or not terms[name]:
-                found[name] = Unexplained("a tensor of constants is added to it", blamed)
+                reason = "a tensor of constants is added to it" if shift is None else _NOT_LINEAR
+                found[name] = Unexplained(reason, blamed)
                 continue
             explained = True
             for values, seen in zip(draws, drawn, strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optimstate.derivation.origins import Function, Source
+from optimstate.derivation.probe import tensors
 from optimstate.describe import describe
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.language.plan import Plan
@@ -64,7 +65,7 @@ def _differing(
 
     def called() -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            return dict(function({name: value.clone() for name, value in drawn.items()}))
+            return tensors(function({name: value.clone() for name, value in drawn.items()}))
 
     drawn.update({name: drawn[first] for name, first in terms.shared.items()})
     expected = called()

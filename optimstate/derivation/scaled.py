@@ -9,6 +9,7 @@ shapes, where the function is run on the meta device and every shape compared.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -21,6 +22,7 @@ from optimstate.derivation.derived import Derived
 from optimstate.derivation.families import Moves
 from optimstate.derivation.moves import Derivation
 from optimstate.derivation.origins import Function, Source
+from optimstate.derivation.probe import tensors
 from optimstate.describe import describe
 from optimstate.errors import DerivationError
 from optimstate.plan.language.base import OPERATIONS, Operation
@@ -43,7 +45,7 @@ _THIRD = (7, 11, 3, 5, 19, 23, 13, 17, 37, 41, 29, 31, 53, 59, 43, 47, 71, 73, 6
 _MOST_ELEMENTS = 1 << 25  # two gigabytes of tags
 _MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
 """What a function raises that meets a size it cannot take, or misses the name of a layer."""
-_UNITS = (4, 16, 64)  # a function that cuts heads or halves needs sizes that they divide
+_UNITS = (4, 16, 32, 64)  # a function that cuts heads or halves needs sizes that they divide
 
 
 def derive_scaled(make: Maker, sources: Mapping[str, Source], *, allow_drop: bool = False) -> Derived:
@@ -63,10 +65,9 @@ def derive_scaled(make: Maker, sources: Mapping[str, Source], *, allow_drop: boo
     for names, unit in [*few, *((None, unit) for unit in _UNITS)]:
         try:
             return _Scaled(make, sources, allow_drop, unit, names).run()
-        except DerivationError as error:
-            reason = reason or error
-        except _MISFITS as error:
-            reason = error  # the function met a size that it cannot take, or misses a layer
+        except (DerivationError, *_MISFITS) as error:
+            failed = not isinstance(error, DerivationError) or error.__cause__ is not None
+            reason = error if failed else reason or error  # it met a size that it cannot take, or misses a layer
     raise DerivationError(
         f"the function cannot be derived at shrunk dimensions: {reason}",
         hint="Derive it on one layer at its real size, or without scaling where memory allows.",
@@ -122,7 +123,8 @@ class _Scaled:
     ) -> None:
         self.make, self.allow_drop, self.every = make, allow_drop, sources
         self.sources = sources if names is None else {name: sources[name] for name in names}
-        large = sorted({size for source in sources.values() for size in source.shape if size > _LARGE})
+        uses = Counter(size for source in sources.values() for size in source.shape if size > _LARGE)
+        large = sorted(uses, key=lambda size: (-uses[size], size))  # the most frequent become the smallest
         kept = self._naming(large, unit)
         large = [size for size in large if size not in kept]
         if len(large) > len(_THIRD):
@@ -144,7 +146,7 @@ class _Scaled:
         counts = [size for size in large if size <= _MOST_OUTPUTS]
         for kept in chain([()], combinations(counts, 1), combinations(counts, 2)):
             scale = {size: new for size, new in small.items() if size not in kept}
-            with suppress(*_MISFITS):
+            with suppress(DerivationError, *_MISFITS):
                 if self._outputs(scale).keys() == wanted:
                     return set(kept)
         return set()
@@ -157,7 +159,7 @@ class _Scaled:
             name: torch.empty(source.shape, dtype=dtype_of(source.dtype), device="meta")
             for name, source in self._shrunk(scale, every=every).items()
         }
-        return {name: tuple(value.shape) for name, value in self.make(scale)(given).items()}
+        return {name: tuple(value.shape) for name, value in tensors(self.make(scale)(given), meta=True).items()}
 
     def run(self) -> Derived:
         first, second = (self._at(scale) for scale in self.scales[:2])
@@ -172,6 +174,7 @@ class _Scaled:
         plan = whole.plan()
         self._compare_shapes(plan, whole.new)
         whole.calls = 3 * first.calls + 1
+        whole.notes += first.notes
         whole.notes.append("derived at shrunk dimensions; at the real ones every shape was compared, no values")
         return whole.derived(plan)
 

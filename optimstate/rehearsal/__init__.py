@@ -56,9 +56,20 @@ def rehearse(
 
     Raises:
         MigrationError: The plan does not fit.
-        StateMismatchError: The checkpoint or the old run lacks a part, or a run has parts that are not known.
+        StateMismatchError: The checkpoint or the old run lacks a part, a run has parts that are not known, or the loss
+            is no scalar.
+        UserCodeError: The loss, or what builds or loads a run, failed.
     """
+    from optimstate.installed_torch import torch
+
     given = Plan.of(plan) if plan is not None else Plan()
+    with torch.random.fork_rng(devices=[]):
+        return _rehearsed(old, new, given, batch, loss, steps, checkpoint, load)
+
+
+def _rehearsed(
+    old: Any, new: Any, given: Plan, batch: Any, loss: Any, steps: int, checkpoint: Any, load: Any
+) -> Rehearsal:
     for double in (True, False):
         before, after = (Run.of(run, double=double) for run in (old, new))
         if checkpoint is not None:
@@ -67,6 +78,7 @@ def rehearse(
         try:
             return Comparison(before, after, given, values, loss, _ROUNDING[double]).run(steps, load)
         except RuntimeError as error:  # a constant or a kernel of another dtype
-            if not double or ("dtype" not in str(error).lower() and "double" not in str(error).lower()):
+            said = str(error.__cause__ or error).lower()
+            if not double or ("dtype" not in said and "double" not in said):
                 raise
     raise AssertionError("the second attempt returns or raises")

@@ -12,6 +12,7 @@ from optimstate.rehearsal.runs import Pass, Run
 from optimstate.rehearsal.tensors import difference, leaves, overlap
 from optimstate.resuming import resume
 from optimstate.state.names import unwrapped
+from optimstate.user_code import running
 
 __all__ = ["Comparison"]
 
@@ -40,7 +41,8 @@ class Comparison:
             resume(state, **self.new.parts(), plan=self.plan)
         else:
             parts = self.new.parts()
-            load(state, parts["model"], parts["optimizer"])
+            with running("what loads the new run"):
+                load(state, parts["model"], parts["optimizer"])
         expected = Expected(self.plan, self.old)
         self.announced, self.scaled = expected.approximate()
         self.notes += expected.notes

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from optimstate.errors import OptimStateError
+from optimstate.errors import OptimStateError, UserCodeError
 from optimstate.plan.language.plan import Plan
 from optimstate.rehearsal.comparing import Comparison
 from optimstate.rehearsal.runs import Run
@@ -31,6 +31,8 @@ def trial(given: Mapping[str, Any]) -> Callable[[Plan], bool]:
         runs = copy.deepcopy(before), Run.of(given["new"], double=True)
         try:
             found = Comparison(*runs, lenient, converted(given["batch"]), given["loss"], 1e-8).run(0, None)
+        except UserCodeError:
+            raise  # it fails with every plan
         except OptimStateError:
             return False
         return not any(deviation.what == "output" for deviation in found.deviations)

@@ -9,6 +9,7 @@ from typing import Any
 from optimstate.errors import StateMismatchError
 from optimstate.rehearsal.tensors import difference, module_outputs
 from optimstate.state.names import unwrapped
+from optimstate.user_code import running
 
 __all__ = ["Pass", "Run"]
 
@@ -48,7 +49,8 @@ class Run:
         """
         from optimstate.installed_torch import torch
 
-        found = given() if callable(given) else copy.deepcopy(given)
+        with running("what builds the run" if callable(given) else "copying the run"):
+            found = given() if callable(given) else copy.deepcopy(given)
         listed = found if isinstance(found, tuple | list) else ()
         parts = found if isinstance(found, Mapping) else dict(zip(_PARTS, listed, strict=False))
         if not {"model", "optimizer"} <= parts.keys() <= {*_PARTS} or len(found) != len(parts):
@@ -115,16 +117,23 @@ class Run:
 
         torch.manual_seed(0)
         self.model.zero_grad()
-        with module_outputs(self.model) as modules:
+        with module_outputs(self.model) as modules, running("the loss"):
             made = loss(self.model, batch)
-        value, outputs = made if isinstance(made, tuple) else (made, ())
-        value.backward()
+        value, outputs = _scalar(made)
+        if not value.requires_grad:
+            raise StateMismatchError(
+                "the loss does not depend on the model's parameters: it has no gradient",
+                hint="Compute it from what the model that it is given makes of the batch.",
+            )
+        with running("going back from the loss"):
+            value.backward()
         return Pass(value.detach(), outputs, modules)
 
     def step(self) -> None:
         """One step of every optimizer and schedule."""
         for each in (*self.optimizers, *self.schedulers):
-            each.step()
+            with running(f"a step of {type(each).__name__}"):
+                each.step()
 
     def is_random(self, loss: Callable[[Any, Any], Any], batch: Any) -> bool:
         """Whether the loss depends on random numbers."""
@@ -133,10 +142,27 @@ class Run:
         found = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            with torch.no_grad():
+            with torch.no_grad(), running("the loss"):
                 made = loss(copy.deepcopy(self.model), batch)
-            found.append(made[0] if isinstance(made, tuple) else made)
+            found.append(_scalar(made)[0])
         return difference(*found) > 0
+
+
+def _scalar(made: Any) -> tuple[Any, Any]:
+    """A loss and the outputs beside it.
+
+    Raises:
+        StateMismatchError: It is no scalar.
+    """
+    from optimstate.installed_torch import torch
+
+    value, outputs = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value, outputs
+    what = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+    raise StateMismatchError(
+        f"the loss gives {what}, not a scalar tensor", hint="It gives a scalar, or a scalar and the outputs."
+    )
 
 
 def _listed(value: Any) -> list[Any]:

@@ -133,6 +133,19 @@ def renamed(state):
 """
 
 
+CONVERT = """
+import argparse
+import torch
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--in", dest="source")
+parser.add_argument("--out")
+options = parser.parse_args()
+state = torch.load(options.source)["model"]
+torch.save({name.replace("encoder", "blocks"): value for name, value in state.items()}, options.out)
+"""
+
+
 def gpt2_names(folder: Path) -> list[tuple[str, tuple[int, ...]]]:
     """The parameters of a GPT-2 checkpoint in the order in which that model registers them."""
     (section,) = (s for s in find_sections(open_checkpoint(folder).tree) if s.kind == "model")
@@ -160,6 +173,7 @@ def furnish(folder: Path) -> None:
         shutil.copytree(corpus.case("transformers/gpt2_adamw").entry, folder / name)
     (folder / "resume_check.py").write_text(REHEARSAL)
     (folder / "converter.py").write_text(CONVERTER)
+    (folder / "convert.py").write_text(CONVERT)
     (folder / "mypackage").mkdir()
     (folder / "mypackage" / "models.py").write_text(MODELS.format(names=gpt2_names(folder / "checkpoint-1000")))
 

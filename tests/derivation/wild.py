@@ -246,3 +246,107 @@ def parameters_out(sd: State) -> State:
 @exact({"a": (8, 4), "n": (8,)})
 def narrowed_and_shifted(sd: State) -> State:
     return {"a": sd["a"].bfloat16().t(), "n": (sd["n"] + 1).bfloat16()}
+
+
+# --- and of other kinds -----------------------------------------------------------------------------------------------
+
+GROUPED, KV_HEADS, HEAD = 6, 2, 4
+
+
+@exact({
+    f"h.{i}.attn.qkv.{p}": ((GROUPED + 2 * KV_HEADS) * HEAD, 20)[: 2 if p == "weight" else 1]
+    for i in range(L) for p in ("weight", "bias")
+})  # fmt: skip
+def grouped_heads_deinterleaved(sd: State) -> State:
+    out = {}
+    for name, value in sd.items():
+        groups = value.view(KV_HEADS, GROUPED // KV_HEADS + 2, HEAD, *value.shape[1:])
+        for x, part in zip("qkv", groups.split([GROUPED // KV_HEADS, 1, 1], 1), strict=True):
+            out[name.replace("qkv", f"{x}_proj")] = part.reshape(-1, *value.shape[1:]).clone()
+    return out
+
+
+@exact({"l.kv_a": (16, 20), "l.kv_b": (3 * 14, 12), "l.q": (3 * 12, 20), "l.norm": (12,)})
+def latent_attention(sd: State) -> State:
+    kv, q = sd["l.kv_b"].view(3, 14, 12), sd["l.q"].view(3, 12, 20)
+    return {
+        "a.latent": sd["l.kv_a"][:12],
+        "a.k_rope": sd["l.kv_a"][12:].view(2, 2, 20).transpose(0, 1).reshape(4, 20),
+        "a.k_nope": kv[:, :8],
+        "a.v": kv[:, 8:].transpose(1, 2),
+        "a.q_nope": q[:, :8].reshape(-1, 20),
+        "a.q_rope": q[:, 8:].view(3, 2, 2, 20).transpose(1, 2).reshape(-1, 20),
+        "a.norm": sd["l.norm"],
+    }
+
+
+@exact({f"e.{i}.{x}": (8, 8) for i in range(4) for x in ("w1", "w2")})
+def changed_in_place(sd: State) -> State:
+    for name in list(sd):
+        if name.endswith("w1"):
+            sd[name.replace("w1", "up")] = sd.pop(name).t_()
+        else:
+            sd[name].copy_(sd[name].clone().flip(1))
+    return sd
+
+
+@exact({"pos": (12, 20), "patch": (20, 48), "cls": (20,)})
+def patches_through_numpy(sd: State) -> State:
+    patch = sd["patch"].numpy().reshape(20, 4, 4, 3).transpose(0, 3, 1, 2).copy()
+    pos = np.concatenate([sd["cls"].numpy()[None], sd["pos"].numpy()], 0)[None]
+    return {"patch.weight": torch.from_numpy(patch), "pos_embed": torch.from_numpy(pos)}
+
+
+@exact({"wte": (50, 8), "head.weight": (50, 8), "head.bias": (50,)})
+def padded_to_a_multiple(sd: State) -> State:
+    return {
+        name: functional.pad(value, (0, 0, 0, 14)) if value.dim() == 2 else functional.pad(value, (0, 14), value=-1e4)
+        for name, value in sd.items()
+    }
+
+
+@exact({"c1": (10, 8, 1), "c2": (8, 10), "depthwise": (8, 1, 3)})
+def convolutions_and_linears(sd: State) -> State:
+    return {"c1": sd["c1"].squeeze(-1), "c2": sd["c2"].t()[..., None], "depthwise": sd["depthwise"].permute(2, 1, 0)}
+
+
+@exact({f"l.{i}.{x}": (4, 8) for i in range(12) for x in "ab"})
+def layers_reversed(sd: State) -> State:
+    return {f"l.{11 - int(name.split('.')[1])}.{name[-1]}": value for name, value in sd.items()}
+
+
+@exact(
+    {f"l.{i}.moe.{e}.{x}": (8, 6) for i in range(0, 6, 2) for e in range(4) for x in "gu"}
+    | {f"l.{i}.mlp.{x}": (8, 6) for i in range(1, 6, 2) for x in "gu"}
+)
+def experts_of_every_second_layer(sd: State) -> State:
+    out = {}
+    for i in range(6):
+        if i % 2:
+            out[f"l.{i}.mlp.gu"] = torch.cat([sd[f"l.{i}.mlp.g"], sd[f"l.{i}.mlp.u"]])
+        else:
+            experts = [torch.cat([sd[f"l.{i}.moe.{e}.g"], sd[f"l.{i}.moe.{e}.u"]]) for e in range(4)]
+            out[f"l.{i}.experts.gu"] = torch.stack(experts).transpose(1, 2)
+    return out
+
+
+@exact({f"l.{i}.{x}.weight": (8, 8) for i in range(12) for x in "qo"})
+def three_layers_are_exceptions(sd: State) -> State:
+    return {
+        name.replace("l.", "blocks.", 1): value.t()
+        if name in ("l.3.q.weight", "l.7.q.weight")
+        else value.flip(0)
+        if name == "l.11.o.weight"
+        else value
+        for name, value in sd.items()
+    }
+
+
+@exact({f"l.{i}.w": (8, 8) for i in range(11)})
+def stacked_in_the_order_of_text(sd: State) -> State:
+    return {"w": torch.stack([sd[name] for name in sorted(sd)])}
+
+
+@exact({f"l.{i}.w": (4, 8) for i in range(4)})
+def pairs_of_layers_averaged(sd: State) -> State:
+    return {f"l.{i}.w": (sd[f"l.{2 * i}.w"] + sd[f"l.{2 * i + 1}.w"]) / 2 for i in range(2)}

@@ -10,12 +10,14 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from optimstate.errors import CheckpointError, DerivationError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.location import Place
+from optimstate.io.places import located
 from optimstate.surgery.comparison.comparing import model_tensors
 from optimstate.surgery.opening import opening
 from optimstate.surgery.reports import VerbReport
@@ -30,7 +32,7 @@ class DeriveReport(VerbReport):
 
     Attributes:
         source: The checkpoint whose names and shapes were used.
-        code: The function, or the configuration whose converters were run.
+        code: The function, the script, or the configuration whose converters were run.
         rules: In order, as text.
         dropped: Names that the function leaves out.
         new: Names that it makes of nothing: they start without state.
@@ -72,6 +74,9 @@ def derive_plan(
     *,
     function: str = "",
     models: tuple[str, str] | None = None,
+    script: str | Path = "",
+    writes: str | Path = "",
+    arguments: Sequence[str] = (),
     transformers: str | Path = "",
     to: Literal["live", "hub"] = "live",
     allow_drop: bool = False,
@@ -85,6 +90,10 @@ def derive_plan(
         function: `package.module:name`, from a state dict to a state dict, in the current folder or installed.
         models: Two callables, given likewise, that make the old and the new module: the function copies weights from
             one into the other, in place.
+        script: In place of it a script that reads this checkpoint and writes another. It is run on copies, in a folder
+            that shows what the working folder holds; a script with absolute paths of its own works on those.
+        writes: What the script writes: a file or a folder.
+        arguments: Of the script's command line, with the names of the two as they are here.
         transformers: In place of it a folder or file with a `config.json`: the installed library's own converters.
         to: With `transformers`, the layout that the plan leads to.
         allow_drop: Whether the function may leave tensors out.
@@ -95,10 +104,17 @@ def derive_plan(
         CheckpointError: The checkpoint cannot be read or holds no weights.
         DerivationError: No plan says what the function does, it failed, did not end in time, or is not there.
     """
-    if bool(function) == bool(transformers):
-        raise DerivationError("give either a function or a transformers configuration")
+    if sum(map(bool, (function, script, transformers))) != 1:
+        raise DerivationError("give either a function, a script or a transformers configuration")
+    if bool(script) != bool(writes) or (arguments and not script):
+        raise DerivationError("a script needs the name of what it writes, and arguments need a script")
+    if script and not Path(script).is_file():
+        raise DerivationError(f"{script} is not a file")
+    if script and not isinstance(located(like), Path):
+        raise DerivationError(f"{like} is in a store", hint="A script reads a file: copy the checkpoint here first.")
     if models and not function:
         raise DerivationError("give the function that copies from the old model into the new one")
+    code = str(function or script or transformers)
     with opening(like):
         tensors = model_tensors(open_checkpoint(like).tree)
         sources = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -110,6 +126,11 @@ def derive_plan(
             "sources": sources,
             "function": function,
             "models": list(models or ()),
+            "script": str(script),
+            "reads": str(like),
+            "writes": str(writes),
+            "arguments": list(arguments),
+            "scratch": str(Path(folder, "scratch")),
             "transformers": str(transformers),
             "to": to,
             "allow_drop": allow_drop,
@@ -128,7 +149,7 @@ def derive_plan(
             )
         except subprocess.TimeoutExpired:
             raise DerivationError(
-                f"{function or transformers} did not end within {timeout:g} s",
+                f"{code} did not end within {timeout:g} s",
                 hint="If it needs longer, allow it: timeout=SECONDS, or --timeout SECONDS.",
             ) from None
         except OSError as error:
@@ -136,10 +157,9 @@ def derive_plan(
         if not place.exists():
             last = done.stderr.strip().splitlines()[-1:] if done.returncode == 1 else []
             last = last or [f"it ended the process with exit status {done.returncode}"]
-            raise DerivationError(f"{function or transformers} failed: {last[0]}")
+            raise DerivationError(f"{code} failed: {last[0]}")
         answer = json.loads(place.read_text(encoding="utf-8"))
     if "error" in answer:
         raise DerivationError(answer["error"], hint=answer["hint"])
     listed = {key: tuple(answer[key]) for key in ("rules", "dropped", "new", "untouched", "notes")}
-    code = function or str(transformers)
     return DeriveReport(source=str(like), code=code, calls=answer["calls"], plan=answer["plan"], **listed)
