@@ -87,6 +87,17 @@ def test_the_model_itself_settles_what_shapes_leave_open(tmp_path: Path) -> None
     assert all(torch.equal(before[key][slot], after[key][slot]) for key in before for slot in before[key])
 
 
+def leaving() -> None:
+    raise SystemExit(0)
+
+
+def test_a_model_whose_code_leaves_is_refused(tmp_path: Path) -> None:
+    source, target = anonymous(tmp_path, Net()), tmp_path / "named.pt"
+    with pytest.raises(MigrationError, match="SystemExit: 0"):
+        name(source, target, model="tests.surgery.test_name:leaving")
+    assert not target.exists()
+
+
 def test_frozen_parameters_of_repeated_shapes_are_refused(tmp_path: Path) -> None:
     model = Net()
     optimizer = torch.optim.SGD([model.second.weight], lr=0.1, momentum=0.9)

@@ -195,7 +195,7 @@ def _model_of(model: str | None, hf: str | Path | None) -> list[Candidate] | Non
         return None
     try:
         return parameters_of(lambda: imported(model) if model is not None else from_config(Path(str(hf))))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code of the user's own, which must not end this process
         option = f"--model {model}" if model is not None else f"--hf {hf}"
         message = str(error) or type(error).__name__
         raise MigrationError.of("setting", f"{type(error).__name__}: {message}", option) from error
