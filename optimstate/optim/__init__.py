@@ -25,6 +25,7 @@ from optimstate.optim.sgd import SGD
 from optimstate.optim.sparse_adam import SparseAdam
 
 require_named_parameters()
+Adafactor.__module__ = Muon.__module__ = __name__  # as in torch: pickles and texts name the public place
 complete(__name__)
 
 __all__ = [

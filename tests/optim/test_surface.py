@@ -18,7 +18,7 @@ from tests import cases, oracle
 MODULES = [info.name for info in pkgutil.walk_packages(torch.optim.__path__, "")]
 # torch's functions, by module; the classes without one are LBFGS and, beside its class, SparseAdam.
 FUNCTIONS = {
-    name: getattr(optim, name).__module__.rpartition(".")[2]
+    name: vars(getattr(optim, name))["__init__"].__module__.rpartition(".")[2]
     for name in cases.OPTIMIZERS
     if name not in {"LBFGS", "SparseAdam"}
 }

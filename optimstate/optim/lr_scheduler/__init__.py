@@ -43,3 +43,7 @@ __all__ = [
 
 class _LRScheduler(LRScheduler, lr_scheduler._LRScheduler):
     """The base under the name that it had before torch 2.0."""
+
+
+for _name in __all__:
+    globals()[_name].__module__ = __name__  # as in torch, where they stand: pickles and texts name the public place

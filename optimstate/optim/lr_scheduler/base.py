@@ -94,7 +94,8 @@ class LRScheduler(SchedulerBase):
         Returns:
             One value per group, of the type of the group's `lr`; tensors are new ones.
         """
-        if not self._get_lr_called_within_step:
+        defined = type(self)._next_lrs is not LRScheduler._next_lrs
+        if defined and not self._get_lr_called_within_step:
             warnings.warn(
                 "To get the last learning rate computed by the scheduler, please use `get_last_lr()`.",
                 UserWarning,

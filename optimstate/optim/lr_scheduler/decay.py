@@ -20,6 +20,8 @@ from optimstate.optim.lr_scheduler.functions import by_group, export_function, i
 
 LambdaFunction = Callable[[int], float]
 
+HELD: Any = object()  # instead of a factor: rates stay as they are; not None, which may be what somebody gave
+
 
 class _LambdaBase(LRScheduler):
     """One user function for each param group.
@@ -118,8 +120,8 @@ class MultiplicativeLR(_LambdaBase, lr_scheduler.MultiplicativeLR):
 class _FactorLR(LRScheduler):
     """A curve that multiplies the learning rates of all groups by the same factor."""
 
-    def _factor(self) -> float | None:
-        """What the last learning rate is multiplied by at `last_epoch`; None leaves it as it is."""
+    def _factor(self) -> float:
+        """What the last learning rate is multiplied by at `last_epoch`, or `HELD`."""
         raise NotImplementedError
 
     def _closed_factor(self) -> float:
@@ -128,7 +130,7 @@ class _FactorLR(LRScheduler):
 
     def _next_lrs(self) -> list[float | Tensor]:
         factor = self._factor()
-        if factor is None:
+        if factor is HELD:
             return group_values(self.optimizer, "lr")
         return [group["lr"] * factor for group in self.optimizer.param_groups]
 
@@ -152,8 +154,8 @@ class StepLR(_FactorLR, lr_scheduler.StepLR):
         self.gamma = gamma
         super().__init__(optimizer, last_epoch)
 
-    def _factor(self) -> float | None:
-        return None if self.last_epoch == 0 or self.last_epoch % self.step_size != 0 else self.gamma
+    def _factor(self) -> float:
+        return HELD if self.last_epoch == 0 or self.last_epoch % self.step_size != 0 else self.gamma
 
     def _closed_factor(self) -> float:
         return self.gamma ** (self.last_epoch // self.step_size)
@@ -176,9 +178,9 @@ class MultiStepLR(_FactorLR, lr_scheduler.MultiStepLR):
         self.gamma = gamma
         super().__init__(optimizer, last_epoch)
 
-    def _factor(self) -> float | None:
+    def _factor(self) -> float:
         falls = self.milestones.get(self.last_epoch)
-        return None if falls is None else self.gamma**falls
+        return HELD if falls is None else self.gamma**falls
 
     def _closed_factor(self) -> float:
         return self.gamma ** bisect_right(sorted(self.milestones.elements()), self.last_epoch)
@@ -206,10 +208,10 @@ class ConstantLR(_FactorLR, lr_scheduler.ConstantLR):
         self.total_iters = total_iters
         super().__init__(optimizer, last_epoch)
 
-    def _factor(self) -> float | None:
+    def _factor(self) -> float:
         if self.last_epoch == 0:
             return self.factor
-        return None if self.last_epoch != self.total_iters else 1.0 / self.factor
+        return HELD if self.last_epoch != self.total_iters else 1.0 / self.factor
 
     def _closed_factor(self) -> float:
         return self.factor + (self.last_epoch >= self.total_iters) * (1 - self.factor)
@@ -246,11 +248,11 @@ class LinearLR(_FactorLR, lr_scheduler.LinearLR):
         self.total_iters = total_iters
         super().__init__(optimizer, last_epoch)
 
-    def _factor(self) -> float | None:
+    def _factor(self) -> float:
         if self.last_epoch == 0:
             return self.start_factor
         if self._is_initial or self.last_epoch > self.total_iters:
-            return None
+            return HELD
         rise = self.end_factor - self.start_factor
         return 1.0 + rise / (self.total_iters * self.start_factor + (self.last_epoch - 1) * rise)
 
@@ -272,8 +274,8 @@ class ExponentialLR(_FactorLR, lr_scheduler.ExponentialLR):
         self.gamma = gamma
         super().__init__(optimizer, last_epoch)
 
-    def _factor(self) -> float | None:
-        return None if self._is_initial else self.gamma
+    def _factor(self) -> float:
+        return HELD if self._is_initial else self.gamma
 
     def _closed_factor(self) -> float:
         return self.gamma**self.last_epoch
@@ -294,9 +296,9 @@ class PolynomialLR(_FactorLR, lr_scheduler.PolynomialLR):
         self.power = power
         super().__init__(optimizer, last_epoch)
 
-    def _factor(self) -> float | None:
+    def _factor(self) -> float:
         if self._is_initial or self.last_epoch > self.total_iters:
-            return None
+            return HELD
         left = 1.0 - self.last_epoch / self.total_iters
         left_before = 1.0 - (self.last_epoch - 1) / self.total_iters
         return float((left / left_before) ** self.power)

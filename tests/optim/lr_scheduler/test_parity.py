@@ -281,6 +281,8 @@ SGD = torch.optim.SGD
 BAD = {
     "no optimizer": lambda c, o: c.StepLR("adam", 3),
     "no initial_lr": lambda c, o: c.StepLR(o, 3, last_epoch=4),
+    "step gamma": lambda c, o: [s := c.StepLR(o, 1, None), o.step(), s.step()],
+    "exponential gamma": lambda c, o: [s := c.ExponentialLR(o, None), o.step(), s.step()],
     "constant factor": lambda c, o: c.ConstantLR(o, factor=1.5),
     "linear start": lambda c, o: c.LinearLR(o, start_factor=0.0),
     "linear end": lambda c, o: c.LinearLR(o, end_factor=-1.0),
@@ -379,6 +381,16 @@ def test_misuse_gives_the_same_warnings(misuse: Any) -> None:
         said.append([(w.category, str(w.message)) for w in caught])
     assert said[0] == said[1]
     assert len(said[0]) == 1
+
+
+@pytest.mark.parametrize(**by_name([case for case in CASES if case.composed or case.name.startswith("plateau")]))
+def test_what_has_no_next_rates_says_so_without_more_words(case: Case) -> None:
+    for classes in LIBRARIES.values():
+        scheduler = case.build(classes, make_optimizer(case))
+        with catch_warnings():
+            simplefilter("error")
+            with pytest.raises(NotImplementedError):
+                scheduler.get_lr()
 
 
 def test_a_plateau_scheduler_meets_a_new_group_as_torchs_does() -> None:
