@@ -138,7 +138,7 @@ def row(release: str, python: str, given: Given) -> list[str]:
 
 def tested(interpreter: Path, tests: list[str], workers: int, log: Path, counts: Counter[str]) -> list[str]:
     """Run some tests, and count how they ended; which failed."""
-    words = "-m pytest -q -p no:cacheprovider --continue-on-collection-errors".split()
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command: list[str | Path] = [interpreter, *words]
     command += ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else []
     try:
