@@ -18,12 +18,12 @@ from optimstate.record import Record
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import is_tensor
+from optimstate.tensors.dtypes import INEXACT
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, Path, nodes
 
 __all__ = ["Candidate", "Verdict", "called_optimizer", "could_be_model", "judge", "slot_in"]
 
-_FLOATING = ("float", "bfloat", "complex", "double", "half")
 _SAMPLE = 512  # names that are looked at; the evidence of the first ones is that of all
 
 # Where programs keep what is not a model, whatever it looks like.
@@ -82,7 +82,7 @@ def could_be_model(fields: Mapping[Any, Any]) -> bool:
         if type(value) is LazyTensor or is_tensor(value):
             count += 1
             dotted += "." in name
-            floating = floating or not isinstance(value, LazyTensor) or value.dtype.startswith(_FLOATING)
+            floating = floating or not isinstance(value, LazyTensor) or value.dtype.startswith(INEXACT)
         elif ".param_groups." in f".{name}":
             continue  # of flattened param groups, see `flattened`
         elif not (value is None or name.rpartition(".")[2].startswith("_extra_state")):

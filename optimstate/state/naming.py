@@ -18,6 +18,7 @@ from optimstate.state.algorithms.registry import parameter_shape, recognise_stat
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.matching import Matching, match
 from optimstate.state.optimizer import OptimizerState
+from optimstate.tensors.dtypes import INEXACT
 from optimstate.tensors.lazy import LazyTensor
 
 __all__ = [
@@ -80,7 +81,7 @@ def model_candidates(tensors: Mapping[str, Any]) -> list[Candidate]:
         owner, _, leaf = name.rpartition(".")
         if not isinstance(tensor, LazyTensor) or (leaf in _BUFFERS and owner in owners):
             continue
-        if not tensor.dtype.startswith(("float", "bfloat", "complex")):
+        if not tensor.dtype.startswith(INEXACT):
             continue
         view = (id(tensor.storage), tensor.offset)
         if tensor.nbytes and view in seen:

@@ -11,7 +11,7 @@ from optimstate.io.extents import Progress, chunks
 from optimstate.problems import Kind
 from optimstate.record import Record
 from optimstate.state.algorithms.slots import Algorithm
-from optimstate.tensors.dtypes import DTYPES
+from optimstate.tensors.dtypes import COMPLEX, DTYPES, INEXACT
 from optimstate.tensors.lazy import LazyTensor
 
 __all__ = [
@@ -37,7 +37,7 @@ def blocks(tensor: LazyTensor) -> Iterator[Any]:
     """
     from optimstate.installed_torch import torch
 
-    wide = torch.complex128 if tensor.dtype.startswith("complex") else torch.float64
+    wide = torch.complex128 if tensor.dtype.startswith(COMPLEX) else torch.float64
     return (block.to(wide) for block in _blocks(tensor))
 
 
@@ -185,7 +185,7 @@ def is_measurable(value: Any) -> bool:
 
 def is_floating(tensor: LazyTensor) -> bool:
     """Whether its dtype has NaN and infinities."""
-    return tensor.dtype.startswith(("float", "bfloat", "complex"))
+    return tensor.dtype.startswith(INEXACT)
 
 
 def can_be_read(tensor: LazyTensor) -> bool:

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 from optimstate.describe import describe
 from optimstate.errors import LimitExceededError, UnsupportedCheckpointError
 
-__all__ = ["DTYPES", "ITEMSIZE_OF_STORAGE", "DType", "check_sizes", "decode_scalar", "encode_elements"]
+__all__ = [
+    "COMPLEX",
+    "DTYPES",
+    "INEXACT",
+    "ITEMSIZE_OF_STORAGE",
+    "DType",
+    "check_sizes",
+    "decode_scalar",
+    "encode_elements",
+]
 
 
 class DType(NamedTuple):
@@ -47,6 +56,7 @@ DTYPES: dict[str, DType] = {
         ("complex64", 8, "ComplexFloatStorage", "C64"),
         ("complex128", 16, "ComplexDoubleStorage", ""),
         ("complex32", 4, "", ""),
+        ("bcomplex32", 4, "", ""),  # since torch 2.14: two bfloat16
         ("uint16", 2, "", "U16"),
         ("uint32", 4, "", "U32"),
         ("uint64", 8, "", "U64"),
@@ -73,6 +83,13 @@ DTYPES: dict[str, DType] = {
         *((f"{kind}{bits}", 1, "", "") for kind in ("int", "uint") for bits in range(1, 8)),
     )
 }
+
+
+COMPLEX = ("complex", "bcomplex")
+"""How the names of complex dtypes begin."""
+
+INEXACT = ("float", "bfloat", *COMPLEX)
+"""How the names of dtypes begin that round, and so can hold what an optimizer computes."""
 
 
 ITEMSIZE_OF_STORAGE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}

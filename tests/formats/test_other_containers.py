@@ -37,7 +37,9 @@ class Net(torch.nn.Module):
         return self.layers(x) * self.scales[0] + torch.ones(4)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore:`torch.jit.*is deprecated:FutureWarning"
+)
 
 
 @pytest.fixture(params=["scripted", "traced"])

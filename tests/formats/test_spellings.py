@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 import torch
 
 from optimstate import convert, diff
-from optimstate.errors import CheckpointError, CorruptCheckpointError, RepresentationError
+from optimstate.errors import CheckpointError, CorruptCheckpointError, RepresentationError, UnsupportedTorchError
 from optimstate.formats.pickles import tensors as spellings
 from optimstate.formats.pickles.foreign import remedy_for
 from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.safetensors import json_tree
+from optimstate.installed_torch import has_dtype
+from optimstate.surgery.statistics import statistics
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, difference, nodes
@@ -191,7 +194,7 @@ def _named(name: str) -> Callable[..., Any]:
 
 
 NOT_SAVED = {f"{kind}{bits}" for kind in ("int", "uint") for bits in range(1, 8)}  # by torch.save
-NOT_SAVED |= {row.name for row in DTYPES.values() if not row.in_torch}
+NOT_SAVED |= {name for name in DTYPES if not has_dtype(name)}
 
 
 @pytest.mark.parametrize("dtype", sorted(name for name in DTYPES if not name.startswith("q") and name not in NOT_SAVED))
@@ -214,6 +217,26 @@ def test_every_dtype_is_read_and_written(dtype: str, tmp_path: Path) -> None:
 def test_every_dtype_of_torch_is_known() -> None:
     every = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
     assert every <= set(DTYPES)
+
+
+def test_complex_numbers_of_two_bfloat16_keep_their_bits_and_their_imaginary_parts(tmp_path: Path) -> None:
+    """A dtype of torch 2.14, in a file made of one that every torch has."""
+    numbers = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.bfloat16)
+    torch.save({"w": torch.view_as_complex(numbers.view(torch.float16).view(2, 2))}, tmp_path / "half.pt")
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(tmp_path / "half.pt") as half, zipfile.ZipFile(path, "w") as made:
+        for name in half.namelist():
+            made.writestr(name, half.read(name).replace(b"ctorch\ncomplex32\n", b"ctorch\nbcomplex32\n"))
+    assert open_checkpoint(path).tree["w"].dtype == "bcomplex32"
+    convert(path, tmp_path / "a.safetensors", to="safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.pt", to="torch")
+    assert difference(open_checkpoint(path).tree, open_checkpoint(tmp_path / "b.pt").tree) is None
+    if has_dtype("bcomplex32"):
+        found = statistics(open_checkpoint(path).tree["w"])
+        assert found.norm == pytest.approx(float(numbers.double().norm()))
+    else:
+        with pytest.raises(UnsupportedTorchError, match="bcomplex32"):
+            statistics(open_checkpoint(path).tree["w"])
 
 
 def foreign() -> dict[str, tuple[Any, str]]:

@@ -144,6 +144,7 @@ def _assembled(description: dict[str, Any], pieces: list[tuple[int, LazyTensor]]
 _STAND_INS: dict[str, tuple[str, tuple[int, ...]]] = {
     "complex128": ("F64", (2,)),
     "complex32": ("F16", (2,)),
+    "bcomplex32": ("BF16", (2,)),
     "quint8": ("U8", ()),
     "qint8": ("I8", ()),
     "qint32": ("I32", ()),

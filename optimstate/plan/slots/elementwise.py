@@ -10,6 +10,7 @@ from optimstate.plan.expressions.tree import Expr, Leaf, Node, Shape
 from optimstate.plan.slots.outcomes import Outcome, Refusal, SlotPath
 from optimstate.record import Record
 from optimstate.state.algorithms.slots import MASTERS, WEIGHT, Slot, SlotKind
+from optimstate.tensors.dtypes import INEXACT
 
 __all__ = ["Translation", "Translator", "translated", "translation_outcome"]
 
@@ -110,7 +111,7 @@ class Translator:
                 value = self._fill(step.fill)
                 return (None, "") if value is None else (ex.Full(ex.Fill(value)), f"{value} in every element")
             case ex.Mean(dims, weights):
-                if dtype is not None and not dtype.startswith(("float", "bfloat", "complex")):
+                if dtype is not None and not dtype.startswith(INEXACT):
                     raise Refusal(f"{dtype} has no mean", "cast it first, or leave it out of the rule")
                 if weights:
                     state = "weights, rounded" if not self.path else "states: no run has had it"

@@ -29,6 +29,7 @@ from optimstate.plan.solve.problems import guarded, shortened, unmatched
 from optimstate.plan.solve.resolve import Made, Resolved, Resolver
 from optimstate.problems import Problem
 from optimstate.state.optimizer import OptimizerState
+from optimstate.tensors.dtypes import INEXACT
 from optimstate.tree import no_garbage_collection
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class _Section:
             move.target: None
             for move in moves.moves
             if move.target.rpartition(".")[2] not in _BUFFERS
-            and all(dtypes.get(name, "").startswith(_FLOATING) for name in move.sources)
+            and all(dtypes.get(name, "").startswith(INEXACT) for name in move.sources)
         }
 
     def _model(self, made: Mapping[str, Made | None], problems: list[Problem]) -> list[Move]:
@@ -325,7 +326,6 @@ class _Section:
 
 
 _BUFFERS = frozenset({"num_batches_tracked", "running_mean", "running_var"})
-_FLOATING = ("float", "bfloat", "complex")
 
 
 def _coded_again(outcome: Outcome) -> Outcome:
