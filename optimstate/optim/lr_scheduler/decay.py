@@ -20,7 +20,7 @@ from optimstate.optim.lr_scheduler.functions import by_group, export_function, i
 
 LambdaFunction = Callable[[int], float]
 
-HELD: Any = object()  # instead of a factor: rates stay as they are; not None, which may be what somebody gave
+HELD = float("nan")  # instead of a factor: rates stay as they are; told by its identity, so nobody can give it
 
 
 class _LambdaBase(LRScheduler):
