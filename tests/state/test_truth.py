@@ -246,8 +246,8 @@ optimstate.formats.torch: script zip zip_directory zip_end zip_reader
 optimstate.io: destination extents folders location places streams temporary
 optimstate.state: algorithms arrays flattened judging loose names optimizer records sections tied
 optimstate.state.algorithms: bitsandbytes libraries registry slots torch
-optimstate.surgery: inspection leaves opening shown slot_counts text viewing
-optimstate.surgery.inspection: inspecting repeated report rest text
+optimstate.surgery: inspection leaves opening reports shown slot_counts text viewing
+optimstate.surgery.inspection: inspecting kinds repeated report rest text
 optimstate.tensors: dtypes lazy strided
 optimstate.tree: comparison copies objects walking
 """
