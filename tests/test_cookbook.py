@@ -2,13 +2,12 @@
 
 The opening `python` block runs first, as a reader pastes it. In each section, and in a folder of its own, `toml` blocks
 become files, `console` lines run through the command line and `python` blocks in one scope. A shown line must be in the
-output, in order; numbers of bytes are not compared.
+output, in order.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,6 @@ from tests.support import unlike
 
 TEXT = (corpus.FIXTURES.parent / "docs" / "cookbook.md").read_text(encoding="utf-8")
 PREAMBLE, *SECTIONS = re.split(r"^## (?=\d+\. )", TEXT, flags=re.MULTILINE)
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-SIZE = re.compile(r"[\d.,]+ ([kMG]?B|bytes)\b")
-
-
-def blocks(text: str) -> list[tuple[str, str]]:
-    return [(match[1], match[2]) for match in BLOCK.finditer(text)]
 
 
 def provide(folder: Path) -> None:
@@ -53,47 +46,10 @@ class Ran(NamedTuple):
 
 
 def follow(section: str, folder: Path) -> Ran:
-    """Run a section as a reader would."""
+    """Run a section as a reader would, after the page's opening."""
     scope: dict[str, Any] = {"__name__": "cookbook"}
-    exec(blocks(PREAMBLE)[0][1], scope)
-    for language, text in blocks(section):
-        if language == "toml":
-            name = re.match(r"# (\S+\.toml)\n", text)
-            assert name, "the first line of a plan is its file name"
-            (folder / name[1]).write_text(text, encoding="utf-8")
-        elif language == "python":
-            exec(text, scope)
-        else:
-            assert language == "console"
-            console(text)
-    return Ran(folder, scope)
-
-
-def console(text: str) -> None:
-    for session in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
-        command, *shown = session.splitlines()
-        words = shlex.split(command)
-        assert words[0] == "optimstate"
-        outcome = run(*words[1:])
-        assert outcome.code == (1 if words[1] == "diff" else 0), outcome.err
-        assert outcome.err == ""
-        compare(shown, outcome.out.splitlines())
-
-
-def compare(shown: list[str], printed: list[str]) -> None:
-    """Lines in order; what `...` stands for is skipped, and nothing else is."""
-    at, skipping = 0, False
-    for line in shown:
-        if line == "...":
-            skipping = True
-            continue
-        wanted = SIZE.sub("SIZE", line)
-        while skipping and at < len(printed) and SIZE.sub("SIZE", printed[at]) != wanted:
-            at += 1
-        assert at < len(printed), f"not printed: {line}"
-        assert SIZE.sub("SIZE", printed[at]) == wanted
-        at, skipping = at + 1, False
-    assert skipping or at == len(printed), f"not shown: {printed[at:]}"
+    exec(next(documents.blocks(PREAMBLE)).text, scope)
+    return Ran(folder, documents.follow(section, folder, scope))
 
 
 Named = dict[str, Any]
@@ -371,8 +327,7 @@ def test_every_task_is_checked_and_takes_at_most_two_commands() -> None:
 
 def test_shown_output_that_is_not_printed_is_noticed() -> None:
     printed = ["a", "b: 12 kB", "c"]
-    compare(["a", "b: 99.5 kB", "c"], printed)
-    compare(["...", "c"], printed)
-    for wrong in (["a", "c"], ["a", "...", "d"], ["a"], ["...", "b: 12 kB"]):
+    documents.compare(["...", "c"], printed, "here")
+    for wrong in (["a", "b: 99.5 kB", "c"], ["a", "c"], ["a", "...", "d"], ["a"], ["...", "b: 12 kB"]):
         with pytest.raises(AssertionError):
-            compare(wrong, printed)
+            documents.compare(wrong, printed, "here")
