@@ -347,7 +347,7 @@ def migrate(plan: Plan | str | PathLike[str]) -> LoadHook:
 
     def prepare(request: LoadRequest) -> None:
         refuse_second(found, request.state.node)
-        request.add(found)
+        request.add(found.forward())
 
     return HookStep("migrate", prepare)
 

@@ -78,6 +78,24 @@ class ModelLoad:
         shapes = {name: tuple(value.shape) for name, (_, value) in self._live.items() if name not in self._filled_by}
         return model_inventory(self._tensors, target=Target.of_names(shapes, self._own()))
 
+    def refuse_unless_it_leads_back(self, plan: Plan, key: str) -> None:
+        """Refuse stages that lead to a stored layout from another than the module's, whose names and shapes they need.
+
+        Args:
+            plan: The stages alone.
+            key: What reports call the module.
+
+        Raises:
+            MigrationError: They do not fit.
+        """
+        if not any(rule.is_for(key) for rule in plan.all_rules()):
+            return
+        try:
+            plan_migration(plan, {key: model_inventory(self._own())})
+        except MigrationError as error:
+            hint = f"`back` of the plan's [view] has to lead from the live {key} to the layout that is stored."
+            raise MigrationError(error.problems, hint=hint) from None
+
     def _own(self) -> dict[str, Any]:
         """The values that the module has."""
         return {plain: value for plain, (_, value) in self._live.items()}
@@ -123,7 +141,7 @@ class ModelHook:
     report: Report | None = None
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self._plan, self._back = plan.forward(), plan.backward()
 
     def __call__(
         self,
@@ -142,6 +160,7 @@ class ModelHook:
             MigrationError: The plan does not fit; nothing was loaded.
         """
         load = ModelLoad(module, state_dict, prefix)
+        load.refuse_unless_it_leads_back(self._back, "model")
         plan = self._plan.with_policy(unused="ignore") if load.is_settled else self._plan
         moves = plan_migration(plan, {"model": load.inventory(plan)}).sections["model"]
         made = load.made(moves)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import optimstate
-from optimstate.errors import OptimStateError, PlanSyntaxError
+from optimstate import hooks
+from optimstate.errors import MigrationError, OptimStateError, PlanSyntaxError
 from optimstate.plan.language.plan import Plan
 from tests.cli.running import run
 
@@ -154,11 +155,21 @@ def test_one_plan_moves_both_layouts(back: bool, folder: Path) -> None:
     assert torch.equal(fused, old["optimizer"]["state"][0]["exp_avg"])
 
 
+@pytest.mark.parametrize("back", ["", 'back = "to-stored.toml"'])
+@pytest.mark.parametrize("by_hooks", [True, False])
 @pytest.mark.parametrize("changed", [True, False])
-def test_resume_through_a_view(changed: bool, folder: Path) -> None:
-    (folder / "plan.toml").write_text(DROPPED % "" if changed else '[view]\nplan = "to-live.toml"\n')
+def test_resume_through_a_view(changed: bool, by_hooks: bool, back: str, folder: Path) -> None:
+    """A live model has the layout of the rules: a way back changes nothing for it."""
+    (folder / "plan.toml").write_text(DROPPED % back if changed else f'[view]\nplan = "to-live.toml"\n{back}\n')
     model, optimizer = built(2, 1, "out") if changed else built(2)
-    optimstate.resume(folder / "old.pt", model=model, optimizer=optimizer, plan=folder / "plan.toml")
+    if by_hooks:
+        model.register_load_state_dict_pre_hook(hooks.migrate_model(folder / "plan.toml"))
+        optimizer.register_load_state_dict_pre_hook(hooks.migrate(folder / "plan.toml"))
+        found = torch.load(folder / "old.pt")
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+    else:
+        optimstate.resume(folder / "old.pt", model=model, optimizer=optimizer, plan=folder / "plan.toml")
     live = torch.load(folder / "live.pt")
     assert torch.equal(model.state_dict()["blocks.0.experts.fused"], live["blocks.0.experts.fused"])
     saved = torch.load(folder / "old.pt")["optimizer"]["state"]
@@ -167,8 +178,43 @@ def test_resume_through_a_view(changed: bool, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new"), [("blocks.{i:int}.experts.fused", "blocks.{i:int}.experts.joined"), ("{e=0..3}", "{e=0..4}")]
+)
+@pytest.mark.parametrize("by_hook", [True, False])
+def test_a_way_back_from_another_model_is_refused(by_hook: bool, old: str, new: str, folder: Path) -> None:
+    (folder / "to-stored.toml").write_text(BACK.replace(old, new))
+    (folder / "plan.toml").write_text('[view]\nplan = "to-live.toml"\nback = "to-stored.toml"\n')
+    model, optimizer = built(2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def load() -> None:
+        if by_hook:
+            model.register_load_state_dict_pre_hook(hooks.migrate_model(folder / "plan.toml"))
+            model.load_state_dict(torch.load(folder / "old.pt")["model"])
+        else:
+            optimstate.resume(folder / "old.pt", model=model, optimizer=optimizer, plan=folder / "plan.toml")
+
+    with pytest.raises(MigrationError, match=r"(?s)blocks\..*\n.*has to lead from the live model"):
+        load()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_plan_that_is_applied_once_is_one_plan_with_and_without_a_way_back(folder: Path) -> None:
+    once = "[guard]\nonce = true\n"
+    (folder / "plan.toml").write_text(once + DROPPED % 'back = "to-stored.toml"')
+    (folder / "live.toml").write_text(once + DROPPED % "")
+    optimstate.remap(folder / "old.pt", folder / "new.pt", folder / "plan.toml")
+    for name in ("plan.toml", "live.toml"):
+        model, optimizer = built(2, 1, "out")
+        with pytest.raises(MigrationError, match="was applied to this checkpoint already"):
+            optimstate.resume(folder / "new.pt", model=model, optimizer=optimizer, plan=folder / name)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("[[stage]]\nback = 1\n", r"plan\.toml:2: stage 1: `back` must be true or false"),
+        ("[[stage]]\nback = true\n[[stage]]\n", "only the last can lead back"),
         ("[view]\n", r"plan\.toml:1: view: needs `plan`"),
         ("[view]\nplan = 3\n", r"plan\.toml:2: view: `plan` must be text"),
         ('[view]\nplan = "to-live.toml"\nlayout = "x"\n', "unknown key 'layout'"),

@@ -52,7 +52,7 @@ class Filling:
 
     def __init__(self, checkpoint: Place, plan: Plan | str | PathLike[str] | None) -> None:
         self._document = open_checkpoint(checkpoint)
-        given, self._new = _without_new(Plan.of(plan), self._document.tree)
+        given, self._new = _without_new(Plan.of(plan).forward(), self._document.tree)
         tree, _, self.notes = apply_plan(given, self._document.tree)
         tree = _by_name(tree)
         self.notes = [*self._document.notes, *self.notes]

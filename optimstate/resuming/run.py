@@ -78,12 +78,14 @@ class Run:
     _schedulers: list[Any] = field(default_factory=list)
     _casts: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     _asked: set[str] = field(default_factory=set)
+    _back: Plan = field(default_factory=Plan)
     _division: Division | None = None
     _divided: list[certified.Part] = field(default_factory=list)
     _rules: dict[int, OptimizerRule] = field(default_factory=dict)
     _schedules: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._back, self.plan = self.plan.backward(), self.plan.forward()
         self._tally = Tally(self.plan)
 
     @property
@@ -121,6 +123,7 @@ class Run:
 
         node = self.parts.node(section)
         load = ModelLoad(module, node)
+        load.refuse_unless_it_leads_back(self._back, key)
         self._tally.inventories[key] = inventory = load.inventory(self._lenient)
         self._tally.settled.append(load.is_settled)
         migration = plan_migration(self._lenient, {key: inventory})

@@ -32,6 +32,7 @@ class Plan(Record):
         optimizer: The algorithm whose state the result has; empty for the one it has.
         optimizers: The optimizers of the result; empty to keep those of the checkpoint.
         schedulers: Arguments of schedulers that change.
+        back: How many of the last stages lead back to a stored layout, which a live model does not have.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -43,6 +44,7 @@ class Plan(Record):
     optimizer: str = ""
     schedulers: tuple[SchedulerRule, ...] = ()
     optimizers: tuple[OptimizerRule, ...] = ()
+    back: int = 0
 
     @classmethod
     def from_options(
@@ -153,10 +155,19 @@ class Plan(Record):
 
     @property
     def digest(self) -> str:
-        """A SHA-256 of what the plan says, in hexadecimal."""
+        """A SHA-256 of what the plan makes of a run, in hexadecimal: in whatever layout the result is stored."""
         from hashlib import sha256
 
-        return sha256(self.to_toml().encode()).hexdigest()
+        return sha256(self.forward().to_toml().encode()).hexdigest()
+
+    def forward(self) -> Plan:
+        """The plan for a live model: without the stages that lead back to a stored layout."""
+        return self._replace(stages=self.stages[: len(self.stages) - self.back], back=0)
+
+    def backward(self) -> Plan:
+        """The stages that lead back to a stored layout, as a plan of their own."""
+        passes = self.stages[len(self.stages) - self.back :]
+        return Plan(passes[0], passes[1:], policy=Policy(unused=self.policy.unused)) if passes else Plan()
 
     def with_policy(self, **policies: Any) -> Plan:
         """The same plan with other policies."""
@@ -186,9 +197,10 @@ class Plan(Record):
             back: Leads back, for the shapes of the result; without, the section stays in the layout of the rules.
             section: A kind of section, or the path of one.
         """
-        parts = [view.only(section), self, *([] if back is None else [back.only(section)])]
-        passes = [rules for part in parts for rules in part.passes if rules]
-        return self._replace(rules=passes[0] if passes else (), stages=tuple(passes[1:]))
+        passes = [rules for part in (view.only(section), self.forward()) for rules in part.passes if rules] or [()]
+        last = [rules for part in (self.backward(), back.only(section) if back else Plan()) for rules in part.passes]
+        last = [rules for rules in last if rules]
+        return self._replace(rules=passes[0], stages=(*passes[1:], *last), back=len(last))
 
     def __add__(self, other: Plan) -> Plan:
         """Both plans in one pass where neither has stages, otherwise one after the other."""
@@ -197,12 +209,15 @@ class Plan(Record):
             joined = self._replace(stages=later)
         else:
             joined = self._replace(rules=self.rules + other.rules, stages=other.stages)
+        # Rules that follow a way back speak of the stored layout, so that it is the last stage no more.
+        back = other.back if other.rules or other.stages else self.back
         guard = Guard(
             self.guard.has + other.guard.has, self.guard.lacks + other.guard.lacks, self.guard.once or other.guard.once
         )
         default = Policy()._asdict()
         changed = {key: value for key, value in other.policy._asdict().items() if value != default[key]}
         return joined._replace(
+            back=back,
             groups=self.groups + other.groups,
             guard=guard,
             policy=self.policy._replace(**changed),

@@ -119,9 +119,14 @@ def _fields(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     rules = tuple(
         _rule(table, "rule", number, folder) for number, table in enumerate(_tables(document, "rule", "rule"), 1)
     )
-    stages, number = [], 0
+    stages, number, back = [], 0, 0
     for place, stage in enumerate(_tables(document, "stage", "stage"), 1):
-        _refuse_unknown(stage, {"rule"}, "stage", place)
+        _refuse_unknown(stage, {"back", "rule"}, "stage", place)
+        if not isinstance(leads_back := stage.get("back", False), bool):
+            raise _Mistake("`back` must be true or false", "stage", place, "back")
+        if back and not leads_back:
+            raise _Mistake("follows one with `back`, and only the last can lead back", "stage", place, "")
+        back += leads_back
         made = []
         for table in _tables(stage, "rule", "stage.rule"):
             number += 1
@@ -139,6 +144,7 @@ def _fields(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {
         "rules": rules,
         "stages": tuple(stages),
+        "back": back,
         "groups": groups,
         "guard": _guard(_table_of(document, "guard")),
         "policy": _policy(_table_of(document, "policy")),

@@ -28,8 +28,9 @@ def written(plan: Plan) -> str:
     blocks += _block("[policy]", {key: value for key, value in plan.policy._asdict().items() if value != default[key]})
     blocks += _block("[slots]", {name: _written_slot(slot) for name, slot in plan.slots.items()})
     blocks += [_written_rule("[[rule]]", rule) for rule in plan.rules]
-    for stage in plan.stages:
-        blocks += ["[[stage]]\n", *(_written_rule("[[stage.rule]]", rule) for rule in stage)]
+    for number, stage in enumerate(plan.stages, 1):
+        leads_back = "back = true\n" if number > len(plan.stages) - plan.back else ""
+        blocks += [f"[[stage]]\n{leads_back}", *(_written_rule("[[stage.rule]]", rule) for rule in stage)]
     for part in plan.optimizers:
         fields = {"path": part.path, "match": _one_or_list([template.text for template in part.match])}
         extra = {"algorithm": part.algorithm, "set": part.set}

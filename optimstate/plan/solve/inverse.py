@@ -118,7 +118,7 @@ def _by_templates(plan: Plan, reasons: list[Problem]) -> Plan | None:
 
 def _of_passes(plan: Plan, passes: Sequence[tuple[Rule, ...]]) -> Plan:
     kept = [rules for rules in passes if rules] or [()]
-    return plan._replace(rules=kept[0], stages=tuple(kept[1:]), guard=Guard())
+    return plan._replace(rules=kept[0], stages=tuple(kept[1:]), guard=Guard(), back=0)
 
 
 def _inverted(rule: Rule) -> Rule:
