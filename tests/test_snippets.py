@@ -78,6 +78,8 @@ def converted(folder: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     save_file(state, folder / "old.safetensors")
+    reading = place.CONVERT.replace('torch.load(options.source)["model"]', "load_file(options.source)")
+    (folder / "convert.py").write_text(f"from safetensors.torch import load_file\n{reading}")
     old = nn.Sequential()
     old.add_module("encoder", nn.Sequential(nn.Linear(4, 4)))
     optimizer = torch.optim.AdamW(old.named_parameters())

@@ -159,7 +159,7 @@ def test_a_killed_upload_leaves_nothing_visible(
     first = process.stdout.readline()
     assert first == b"part\n", process.stderr.read()
     process.send_signal(killed_by)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=90)
     assert bucket.keys() == []
     assert (bucket.unfinished() == []) == (killed_by == signal.SIGINT)  # after SIGKILL the parts stay, unseen
     if killed_by == signal.SIGINT:
