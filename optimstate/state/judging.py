@@ -160,7 +160,7 @@ class _Evidence:
     """What speaks for and against a candidate.
 
     Attributes:
-        never: Why it is not a model whatever its score, or an empty string.
+        never: Why it is not a model whatever else is true of it, or an empty string; nothing more is known of it then.
         against: What speaks against it, in words.
         score: For less against.
     """
@@ -168,6 +168,7 @@ class _Evidence:
     def __init__(self, candidate: Candidate) -> None:
         self.candidate = candidate
         self.score = 0
+        self.against = ""
         reasons: list[str] = []
         below = {str(key) for key in candidate.path}
         self.never = "inside a pickled object" if candidate.inside else ""
@@ -178,6 +179,8 @@ class _Evidence:
             self.never = f"below {describe(optimizer[-1])}, whose form is not known"
         for place in sorted(below & _NEVER_BELOW):
             self.never = f"below {describe(place)}"
+        if self.never:  # no score is asked for; a checkpoint may have one of these for each parameter
+            return
         for place in sorted(below & _SELDOM_BELOW):
             self.score -= 3
             reasons.append(f"below {describe(place)}")

@@ -277,7 +277,7 @@ class _Entries:
         """Those of `planner_data`: name -> the keys that lead to it."""
         key = rb"(?:\x8c[^\x94]*+\x94|" + _REF + b"|" + _INT + b")"
         match_entry = re.compile(_NAME + rb"(\(?(?:" + key + rb")++[\x85-\x87t])\x94", re.DOTALL).match
-        each_key = re.compile(rb"\x8c(.)([^\x94]*+)\x94|(" + _REF + rb")|(" + _INT + rb")", re.DOTALL).finditer
+        keys_in = re.compile(rb"\x8c(.)([^\x94]*+)\x94|(" + _REF + rb")|(" + _INT + rb")", re.DOTALL).findall
         data, values, text_of, paths = self.data, self.memo.values, self.text, self.made.paths
 
         def fast(at: int) -> int:
@@ -289,23 +289,23 @@ class _Entries:
                 name = text_of(length, text, ref)
                 keys: list[str | int] = []
                 end = 1 if raw[0] == 0x28 else 0
-                for found in each_key(raw, end):
-                    if found.start() != end:
-                        break
-                    spelled, inner, recalled, whole = found.groups()
-                    if recalled is not None:
+                for spelled, inner, recalled, whole in keys_in(raw, end):
+                    if recalled:
                         said = values[int.from_bytes(recalled[1:], "little")]
                         if type(said) is not str:
                             raise UnfamiliarError
                         keys.append(said)
-                    elif whole is not None:
+                        end += len(recalled)
+                    elif whole:
                         keys.append(_whole(whole))
+                        end += len(whole)
                     elif spelled[0] != len(inner):
                         break
                     else:
                         keys.append(text_of(spelled, inner, b""))
-                    end = found.end()
+                        end += 3 + len(inner)
                 several = _TUPLES.get(raw[-1])
+                # Where something between two keys was passed over, they do not add up to the whole.
                 if end != len(raw) - 1 or (several or len(keys)) != len(keys) or (several is None) != (raw[0] == 0x28):
                     del values[before:]  # it is read opcode by opcode
                     break
