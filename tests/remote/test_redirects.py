@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
 import optimstate
 from optimstate.errors import CheckpointError, DestinationError
+from optimstate.io.remote import redirects
 from optimstate.io.remote.redirects import client_options
 from tests.remote.conftest import SECRET
 
 pytest.importorskip("obstore")
 
+DAY = timedelta(days=1)
 TOKEN = "IQoJb3JpZ2luX2VjEXAMPLE"
 ENDPOINTS = {"s3": "AWS_ENDPOINT_URL", "gs": "GOOGLE_BASE_URL", "az": "AZURE_STORAGE_ENDPOINT"}
 
@@ -26,8 +32,10 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, status: int, target: str) -> None:
+    def __init__(self, status: int, target: str, context: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        if context is not None:
+            self.socket = context.wrap_socket(self.socket, server_side=True)
         self.status, self.target = status, target
         self.heard: list[str] = []
 
@@ -55,8 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(status: int, target: str = "") -> Iterator[Server]:
-    server = Server(status, target)
+def serving(status: int, target: str = "", context: ssl.SSLContext | None = None) -> Iterator[Server]:
+    server = Server(status, target, context)
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -95,6 +103,58 @@ def test_other_schemes_are_not_followed(target: str, monkeypatch: pytest.MonkeyP
             optimstate.inspect("s3://bucket/a.pt")
     assert TOKEN not in str(caught.value)
     assert "root:" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate of 127.0.0.1 and localhost, and its key, in one file."""
+    pytest.importorskip("cryptography")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    hosts = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))])
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - DAY, now + DAY)
+        .add_extension(hosts, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(signed.public_bytes(pem) + private)
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+@pytest.mark.parametrize("to", ["http", "https"])
+def test_from_https_only_other_ports_over_https_are_followed(
+    to: str, host: str, scheme: str, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    trusted = certificate.read_bytes().partition(b"-----BEGIN PRIVATE")[0]
+
+    def trusting(endpoint: str | None) -> dict[str, Any]:
+        return {"root_certificate": trusted, **client_options(endpoint)}
+
+    monkeypatch.setattr(redirects, "client_options", trusting)
+    with (
+        serving(200, context=context if to == "https" else None) as other,
+        serving(307, f"{to}://{host}:{other.server_port}/bucket/a.pt", context) as first,
+    ):
+        credentials(monkeypatch, scheme, f"https://127.0.0.1:{first.server_port}")
+        with pytest.raises(CheckpointError) as caught:  # a byte is no checkpoint
+            optimstate.inspect(f"{scheme}://bucket/a.pt")
+        assert first.heard
+        followed = to == "https" and host == "127.0.0.1"
+        assert bool(other.heard) == followed
+        assert ("redirects to another place, which is not followed" in str(caught.value)) == (not followed)
+    assert not any(secret in str(caught.value) for secret in (TOKEN, SECRET, "c2VjcmV0"))
 
 
 @pytest.mark.parametrize("library", ["botocore", "obstore"])
