@@ -45,7 +45,11 @@ def client_options(endpoint: str | None) -> dict[str, Any]:
 
 def are_refused(message: str) -> bool:
     """Whether what obstore says is that a redirect led elsewhere, or from https to another scheme."""
-    return _NOWHERE in message or "kind: Redirect" in message or any(f"status code: {code}" in message for code in (301, 302, 303, 307, 308))
+    return (
+        _NOWHERE in message
+        or "kind: Redirect" in message
+        or any(f"status code: {code}" in message for code in (301, 302, 303, 307, 308))
+    )
 
 
 def raise_redirect(response: Any = None, **_: Any) -> None:
