@@ -194,6 +194,15 @@ def test_what_is_no_certificate_is_refused(tmp_path: Path) -> None:
         (tmp_path / "wrong.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"wrong\.json"):
             resumed(found, tmp_path / "wrong.json")
+    fields = json.loads((tmp_path / "certificate.json").read_text())
+    group = {**fields["groups"][0], "more": 1}
+    for change in (
+        {"history": "x"}, {"history": {"a": 1}}, {"weights": "x"}, {"update": [3]}, {"more": 1}, {"groups": [group]},
+        {"versions": {}}, {"algorithm": "SGD"},
+    ):  # fmt: skip
+        (tmp_path / "wrong.json").write_text(json.dumps({**fields, **change}))
+        with pytest.raises(CheckpointError, match=r"wrong\.json (is not a|tells 'more'|was changed after)"):
+            resumed(found, tmp_path / "wrong.json")
     torch.save(found, tmp_path / "plain.pt")
     with pytest.raises(CheckpointError, match="no certificate in it"):
         optimstate.verify(tmp_path / "plain.pt", certificate=tmp_path / "plain.pt")

@@ -130,9 +130,16 @@ class Certificate(Record):
                 raise CorruptCheckpointError(
                     f"{where} has the form {describe(fields['form'])}, and this release reads form {FORM}"
                 )
+            if other := _without_empty({key: fields[key] for key in fields.keys() - {*cls._fields, "form", "digest"}}):
+                raise CorruptCheckpointError(f"{where} tells {describe(min(other))}, which this release does not know")
             known = {key: value for key, value in fields.items() if key in cls._fields}
+            for name in ("weights", "schedule", "scaler", "update", "versions"):
+                known[name] = dict(fields.get(name) or {})
             groups, history = fields.get("groups", ()), fields.get("history", ())
-            known["groups"] = tuple(CertifiedGroup(tuple(g["names"]), dict(g["options"])) for g in groups)
+            known["groups"] = tuple(
+                CertifiedGroup(**{**group, "names": tuple(group["names"]), "options": dict(group["options"])})
+                for group in groups
+            )
             known["history"] = tuple(Ancestor(**dict(entry)) for entry in history)
             known["state"] = {name: dict(slots) for name, slots in fields.get("state", {}).items()}
             made = cls(**known)
@@ -142,7 +149,9 @@ class Certificate(Record):
                     hint="Take the one that the run wrote, or certify the run anew.",
                 )
             return made
-        except (KeyError, TypeError, AttributeError) as error:
+        except CorruptCheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptCheckpointError(f"{where} is not a certificate: {describe(str(error))}") from None
 
     @classmethod
