@@ -103,8 +103,8 @@ class Interrupting:
         code = frame.f_code
         if event != "call" or not any(part in code.co_filename for part in PLACES):
             return
-        if code.co_flags & CO_GENERATOR:  # closing one is a call too, in which Python only prints what is raised
-            return
+        if code.co_flags & CO_GENERATOR or code.co_name == "__del__":
+            return  # closing a generator is a call too; Python only prints what is raised in it and in finalizers
         self.calls += 1
         if self.calls == self.at:
             raise self.kind
