@@ -138,7 +138,7 @@ def test_wherever_it_ends_nothing_loads_and_the_next_attempt_goes_on(
     assert attempt(bucket, shards) == [None, None]
     total = max(doomed.asked.values())
     assert total > 15
-    for after in range(1, total, max(total // 6, 1)):
+    for after in range(1, total, max(total // 3, 1)):
         for key in list(bucket.keys()):
             bucket.client.delete_object(Bucket=bucket.name, Key=key)
         errors = attempt(bucket, shards, doomed, after)
