@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -113,3 +114,13 @@ def test_what_needs_torch_says_how_to_get_it(python: Path, place: Path) -> None:
     assert "pip install 'optimstate[torch]'" in done.stderr
     done = run(python, place, "-c", "import optimstate.optim")
     assert "MissingTorchError" in done.stderr
+
+
+def test_a_wheel_has_every_package() -> None:
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "optimstate").rglob("__init__.py")}
+    outside = {
+        path.parent.relative_to(ROOT) for name in ("hooks", "cli") for path in (ROOT / name).rglob("__init__.py")
+    }
+    packages = {".".join(folder.parts) for folder in folders} | {".".join(("optimstate", *f.parts)) for f in outside}
+    assert set(setup["packages"]) == packages

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import tomllib
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -260,14 +259,3 @@ def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
         assert len(found) >= 4
         step = found[1] - found[0]
         assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 5)
-
-
-def test_a_wheel_has_every_package() -> None:
-    root = corpus.FIXTURES.parent
-    setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent.relative_to(root) for path in (root / "optimstate").rglob("__init__.py")}
-    outside = {
-        path.parent.relative_to(root) for name in ("hooks", "cli") for path in (root / name).rglob("__init__.py")
-    }
-    packages = {".".join(folder.parts) for folder in folders} | {".".join(("optimstate", *f.parts)) for f in outside}
-    assert set(setup["packages"]) == packages
