@@ -50,7 +50,7 @@ def read(path: Location) -> Document:
 
     Raises:
         CheckpointError: It is damaged, or a checkpoint in it is compressed.
-        UnrecognizedFormatError: There is not a checkpoint in it.
+        UnrecognizedFormatError: There is no checkpoint in it.
     """
     source = open_source(path)
     document = Document(path, NAME, {}, checksums=[partial(recorded_members, source, path)], handle={})

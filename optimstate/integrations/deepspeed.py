@@ -149,14 +149,14 @@ class Resume:
         """What `load_checkpoint` returns.
 
         Raises:
-            StateMismatchError: There is not a checkpoint, or the optimizer is wrapped though there is no ZeRO.
+            StateMismatchError: There is no checkpoint, or the optimizer is wrapped though there is no ZeRO.
             MigrationError: The plan does not fit; nothing is changed.
         """
         latest = Path(load_dir, "latest")
         if tag is None and latest.is_file():
             tag = latest.read_text(encoding="utf-8").strip()
         if tag is None or not Path(load_dir, tag).is_dir():
-            raise StateMismatchError(f"there is not a checkpoint {tag or 'latest'} in {load_dir}")
+            raise StateMismatchError(f"there is no checkpoint {tag or 'latest'} in {load_dir}")
         certificate = self._check(Path(load_dir, tag))
         if not self._engine.zero_optimization():
             return self._without_zero(load_dir, tag, options)

@@ -24,7 +24,7 @@ from optimstate.io.extents import Extent, Progress, StoredSource
 from optimstate.io.location import Location
 from optimstate.io.together import Stage
 
-__all__ = ["Range", "SharedFiles", "move", "range_of_row", "row_of_range"]
+__all__ = ["Range", "SharedFiles", "move", "range_of_row", "reporting", "row_of_range"]
 
 
 class Range(NamedTuple):
@@ -47,6 +47,17 @@ def range_of_row(row: Sequence[Any], source: StoredSource) -> Range:
     """A range that was JSON."""
     _, offset, target, position, length = row
     return Range(Extent(source, offset, length), Path(target), position)
+
+
+def reporting(moved: Progress, progress: Progress | None) -> Progress:
+    """One function that tells both of bytes: what others are told of this process, and who watches it."""
+
+    def report(nbytes: int) -> None:
+        moved(nbytes)
+        if progress is not None:
+            progress(nbytes)
+
+    return report
 
 
 def move(ranges: Iterable[Range], progress: Progress | None, *, sync: bool) -> None:
@@ -109,14 +120,8 @@ class SharedFiles:
         if rank == 0:
             for other in range(1, stage.team.size):
                 stage.give(other, self._work(other))
-
-        def report(nbytes: int) -> None:
-            moved(nbytes)
-            if progress is not None:
-                progress(nbytes)
-
         if stage.voted() is None:
-            stage.vote(self._moved(rank, report))
+            stage.vote(self._moved(rank, reporting(moved, progress)))
         if rank:
             stage.wait()
         else:

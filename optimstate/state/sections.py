@@ -187,7 +187,7 @@ def section_called(name: str, tree: Any, sections: Sequence[Section]) -> Section
             and any(is_tensor(v) or is_array(v) for v in node.values())
         ):
             return Section("model", path, node)
-    problem = f"no section is called {describe(name)}, and there is not a mapping of names to tensors at such a path"
+    problem = f"no section is called {describe(name)}, and there is no mapping of names to tensors at such a path"
     if name not in KINDS:
         raise UsageError.unknown(problem, name, (*KINDS, *(section.label for section in sections)))
     known = f"There are: {there}." if sections else "No section was recognised; `optimstate inspect` shows what is."

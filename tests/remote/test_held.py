@@ -83,6 +83,13 @@ def stage_of(bucket: Bucket, rank: int, digest: str = "0" * 12) -> StoreStage:
     return StoreStage(place, digest, Team(rank, 2, 1.0), last=".metadata")
 
 
+@pytest.fixture(params=["botocore", "obstore"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that uploads."""
+    if request.param == "obstore":
+        without_botocore(monkeypatch)
+
+
 def attempt(bucket: Bucket, source: Any, doomed: Doomed | None = None, after: int = 0) -> list[BaseException | None]:
     """The errors of both processes, the first of which ends after so many requests."""
     stages = [stage_of(bucket, rank) for rank in (0, 1)]
@@ -102,12 +109,8 @@ def attempt(bucket: Bucket, source: Any, doomed: Doomed | None = None, after: in
         return list(pool.map(run, (0, 1)))
 
 
-@pytest.mark.parametrize("library", ["botocore", "obstore"])
-def test_the_objects_are_those_of_one_process(
-    bucket: Bucket, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
-) -> None:
-    if library == "obstore":
-        without_botocore(monkeypatch)
+@pytest.mark.usefixtures("library")
+def test_the_objects_are_those_of_one_process(bucket: Bucket, shards: Path, tmp_path: Path) -> None:
     optimstate.remap(shards, tmp_path / "one", PLAN)
     assert attempt(bucket, shards) == [None, None]
     assert bucket.objects("b") == data_of(tmp_path / "one")
@@ -126,12 +129,10 @@ def test_what_lies_in_the_same_store_is_copied_there(bucket: Bucket, shards: Pat
     assert traffic.written - before < sum(map(len, data_of(shards).values())) - 7_000_000
 
 
-@pytest.mark.parametrize("library", ["botocore", "obstore"])
+@pytest.mark.usefixtures("library")
 def test_wherever_it_ends_nothing_loads_and_the_next_attempt_goes_on(
-    bucket: Bucket, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+    bucket: Bucket, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if library == "obstore":
-        without_botocore(monkeypatch)
     optimstate.remap(shards, tmp_path / "one", PLAN)
     whole = data_of(tmp_path / "one")
     doomed = Doomed(monkeypatch)

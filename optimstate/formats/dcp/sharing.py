@@ -23,7 +23,7 @@ from optimstate.formats.protocol import WriteOptions
 from optimstate.io.extents import Extent, Progress, StoredSource
 from optimstate.io.location import Location
 from optimstate.io.places import located, open_source
-from optimstate.io.shared import move, range_of_row
+from optimstate.io.shared import move, range_of_row, reporting
 from optimstate.io.together import Stage
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
@@ -140,7 +140,7 @@ def help_out(stage: Stage, options: WriteOptions) -> bool:
         if stage.voted() is None and "objects" in work:
             from optimstate.io.shared_objects import upload_objects
 
-            stage.vote(upload_objects(stage, work["objects"], _reported(moved, options)))
+            stage.vote(upload_objects(stage, work["objects"], reporting(moved, options.progress)))
         elif stage.voted() is None:
             sources: dict[str, StoredSource] = {}
             files = {name: [_part(row, sources) for row in rows] for name, rows in work["files"].items()}
@@ -152,15 +152,6 @@ def help_out(stage: Stage, options: WriteOptions) -> bool:
 # --- doing ------------------------------------------------------------------------------------------------------------
 
 
-def _reported(moved: Progress, options: WriteOptions) -> Progress:
-    def progress(nbytes: int) -> None:
-        moved(nbytes)
-        if options.progress is not None:
-            options.progress(nbytes)
-
-    return progress
-
-
 def _moved(
     stage: Stage,
     ranges: Sequence[Any],
@@ -169,7 +160,7 @@ def _moved(
     moved: Progress,
 ) -> Items:
     """Copy ranges and write files."""
-    progress = _reported(moved, options)
+    progress = reporting(moved, options.progress)
     inner = options._replace(progress=progress, replace=True)  # what an attempt before this one has left
     sources = {row[0]: open_source(row[0]) for row in ranges}
     if stage.in_store:
