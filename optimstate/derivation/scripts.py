@@ -21,7 +21,7 @@ from optimstate.describe import describe, few
 from optimstate.errors import CheckpointError, DerivationError
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import get_format, open_checkpoint
-from optimstate.io.extents import Extent, Fetched
+from optimstate.io.extents import InMemory
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors.compute import bytes_of, to_torch
@@ -144,7 +144,7 @@ def _holding(section: Section, state: Mapping[str, Any]) -> Any:
 
 def _lazy(like: LazyTensor, value: Any) -> LazyTensor:
     data = bytes_of(value)
-    return with_pieces(like, (Extent(Fetched(data), 0, len(data)),) if data else (), like.dtype, like.shape)
+    return with_pieces(like, InMemory(data).extents(), like.dtype, like.shape)
 
 
 def _removed(place: Path) -> None:

@@ -1,12 +1,11 @@
 """Zip archives whose members are files, some of them checkpoints: what stable-baselines3 saves.
 
-The tree is a dict by member name, as for a folder. Members written by `torch.save` are entered where they lie; the
-others are kept as they are.
+The tree is a dict by member name, as for a folder. Members written by `torch.save` are read in place; the others are
+kept as they are.
 """
 
 from __future__ import annotations
 
-import struct
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from optimstate.errors import (
 from optimstate.formats.protocol import HEAD_BYTES, Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.formats.torch import zip_writer
+from optimstate.formats.torch.zip_end import LOCAL
 from optimstate.io.checksums import Recorded, recorded
 from optimstate.io.extents import FileSlice, StoredSource, chunks
 from optimstate.io.location import Location
@@ -36,12 +36,11 @@ from optimstate.tree import OpaqueFile
 NAME = "zip"
 SUFFIXES = (".zip",)
 
-_LOCAL = struct.Struct("<4s5H3L2H")
 _MAX_MEMBERS = 10_000
 
 
 def sniff(path: Location, head: bytes) -> Claim:
-    """Any zip archive, if no other format knows it better."""
+    """Any zip archive, if no other format claims more."""
     return Claim.FALLBACK if head[:4] == b"PK\x03\x04" and path.suffix != ".distcp" else Claim.NO
 
 
@@ -62,7 +61,7 @@ def read(path: Location) -> Document:
             tree, names, archive = torch_zip.read_archive(part)
             document.tree[info.filename] = tree
             document.parts[info.filename] = Document(path, torch_zip.NAME, tree, names, handle=archive)
-            document.globals = list(dict.fromkeys([*document.globals, *names]))
+            document.mention(names)
         elif info.filename.endswith(torch_zip.SUFFIXES) and info.compress_type != zipfile.ZIP_STORED:
             raise UnsupportedCheckpointError(
                 f"member {describe(info.filename)} is compressed",
@@ -80,7 +79,7 @@ def members(path: Location) -> list[zipfile.ZipInfo]:
     """The files in an archive.
 
     Raises:
-        CorruptCheckpointError: Its directory is damaged, has a name twice, or has too many.
+        CorruptCheckpointError: Its directory is damaged, has duplicate names, or has more than 10,000 members.
     """
     try:
         with BufferedReader(SourceFile(open_source(path))) as file, zipfile.ZipFile(file) as archive:
@@ -97,7 +96,7 @@ def members(path: Location) -> list[zipfile.ZipInfo]:
 
 
 def recorded_members(source: StoredSource, path: Location) -> Iterator[Recorded]:
-    """The checksum of every member, which is of its bytes before they were compressed."""
+    """The checksum of every member, computed over its uncompressed bytes."""
     for info in members(path):
         place = f"member {describe(info.filename)}"
         if info.compress_type == zipfile.ZIP_STORED:
@@ -108,10 +107,10 @@ def recorded_members(source: StoredSource, path: Location) -> Iterator[Recorded]
 
 
 def _inflated(source: StoredSource, path: Location, name: str, buffer: memoryview) -> Iterator[bytes]:  # noqa: ARG001
-    """The bytes of a compressed member; zipfile gives no more than the directory says there are.
+    """The uncompressed bytes of a member, never more than the size in the directory.
 
     Raises:
-        CorruptCheckpointError: They are damaged.
+        CorruptCheckpointError: The member is damaged.
     """
     try:
         with (
@@ -123,42 +122,42 @@ def _inflated(source: StoredSource, path: Location, name: str, buffer: memoryvie
                 yield block
     except CheckpointError:
         raise
-    except Exception as error:  # what the libraries of compression raise has no common class
+    except Exception as error:  # the exceptions of compression libraries have no common base class
         message = f"member {describe(name)} cannot be unpacked: {describe(error)}"
         raise CorruptCheckpointError(message, path=path) from error
 
 
 def data_offset(source: StoredSource, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member begin.
+    """The offset of the first byte of a member's data.
 
     Raises:
-        CorruptCheckpointError: It is not where the directory says.
+        CorruptCheckpointError: The member's header is missing, or has another name than the directory.
     """
-    fields = _LOCAL.unpack(source.read(info.header_offset, _LOCAL.size))
+    fields = LOCAL.unpack(source.read(info.header_offset, LOCAL.size))
     if fields[0] != b"PK\x03\x04":
         raise CorruptCheckpointError(
             f"member {describe(info.filename)} has no local header",
             path=source.path,
             place=f"offset {info.header_offset}",
         )
-    name = source.read(info.header_offset + _LOCAL.size, int(fields[9]))
+    name = source.read(info.header_offset + LOCAL.size, int(fields[9]))
     if name.decode("utf-8" if int(fields[2]) & 0x800 else "cp437", "replace") != info.orig_filename:
         raise CorruptCheckpointError(
             f"member {describe(info.filename)} is called {describe(name)} in its header",
             path=source.path,
             place=f"offset {info.header_offset}",
         )
-    return info.header_offset + _LOCAL.size + int(fields[9]) + int(fields[10])
+    return info.header_offset + LOCAL.size + int(fields[9]) + int(fields[10])
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
-    """Write an archive with the members it was read with; those that changed are written anew.
+    """Write an archive with the same members; changed checkpoints are saved again, the others copied.
 
     Raises:
-        RepresentationError: The tree did not come from such an archive.
+        RepresentationError: The tree was not read from a zip archive.
     """
     options = options or WriteOptions()
     if like is None or like.format != NAME:
@@ -184,14 +183,9 @@ def _write_member(archive: zipfile.ZipFile, name: str, node: Any, like: Document
             _copy(chunks([part.extent(0, part.size)]), member, options)
         else:
             with tempfile.TemporaryFile() as buffer:
-                size = zip_writer.write_archive(FileOutput(buffer.fileno()), node, options)
-                _copy(_blocks(buffer, size), member, options)
-
-
-def _blocks(file: IO[bytes], size: int) -> Iterable[bytes]:
-    file.seek(0)
-    for at in range(0, size, 1 << 20):
-        yield file.read(min(1 << 20, size - at))
+                zip_writer.write_archive(FileOutput(buffer.fileno()), node, options)
+                buffer.seek(0)
+                _copy(iter(partial(buffer.read, 1 << 20), b""), member, options)
 
 
 def _copy(blocks: Iterable[bytes], member: IO[bytes], options: WriteOptions) -> None:

@@ -1,4 +1,4 @@
-"""What kind of file bytes are: text, tar, safetensors, or an archive that programs read in different ways."""
+"""Recognising files by all their bytes: safetensors, tar and text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_TEXT = 1 << 26
 
 
 def is_safetensors(source: Source) -> bool:
-    """Whether all of a source is the header and the data of a safetensors file; of any dtypes."""
+    """Whether a source is a complete safetensors file and nothing else, with any dtypes."""
     if source.size < 8 or source.read(8, 1) != b"{":
         return False
     (length,) = struct.unpack("<Q", source.read(0, 8))
@@ -35,8 +35,8 @@ def is_safetensors(source: Source) -> bool:
 
 
 def is_tar(head: bytes) -> bool:
-    """Whether the sum of the first header is right; archives of before 1988 have no other mark."""
-    import tarfile  # takes milliseconds, and few files are looked at so
+    """Whether the checksum of the first header is correct; archives written before 1988 have no signature."""
+    import tarfile  # takes milliseconds, and few files need it
 
     try:
         tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
@@ -46,7 +46,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def is_text(source: Source, head: bytes) -> bool:
-    """Whether all of a source is text in UTF-8."""
+    """Whether a source is UTF-8 text without control characters other than whitespace and escape."""
     if source.size > MAX_TEXT or b"\0" in head:
         return False
     data = source.read(0, source.size)

@@ -1,4 +1,4 @@
-"""Bytes by position, of files, of parts of them and in memory, and how compressed ones are unpacked."""
+"""Parts of sources, sources in memory, and the decompressors for compressed ones."""
 
 from __future__ import annotations
 
@@ -12,23 +12,11 @@ from optimstate.io.extents import StoredSource
 from optimstate.io.location import Location
 from optimstate.io.streams import Source
 
-__all__ = ["Item", "Memory", "Part", "unpacker"]
-
-
-class Memory:
-    """Bytes that were unpacked."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.size = len(data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """As of a `Source`."""
-        return self._data[offset : offset + length]
+__all__ = ["LoadedFile", "Part", "unpacker"]
 
 
 class Part:
-    """A part of a source under offsets of its own."""
+    """A part of a source, with offsets counted from its beginning."""
 
     def __init__(self, source: Source, start: int, size: int) -> None:
         if start < 0 or size < 0 or start + size > source.size:
@@ -36,12 +24,12 @@ class Part:
         self._source, self._start, self.size = source, start, size
 
     def read(self, offset: int, length: int) -> bytes:
-        """As of a `Source`; less where the part ends."""
+        """`length` bytes at `offset`, fewer at the end of the part."""
         return self._source.read(self._start + offset, max(min(length, self.size - offset), 0))
 
 
-class Item(StoredSource):
-    """A small part of a file, read once: so small that reading it piece by piece takes longer."""
+class LoadedFile(StoredSource):
+    """A file, or a part of one, that was read into memory as a whole."""
 
     __slots__ = ("_data", "path", "size")
 
@@ -49,13 +37,13 @@ class Item(StoredSource):
         self.path, self._data, self.size = path, data, len(data)
 
     def read(self, offset: int, length: int) -> bytes:
-        """As of a file."""
+        """Exactly `length` bytes at `offset`."""
         self.check(offset, length)
         return self._data[offset : offset + length]
 
 
 def unpacker(head: bytes) -> tuple[str, Any] | None:
-    """How a stream is unpacked, by its first bytes."""
+    """The name of a compression and a function that makes its decompressor, by the first bytes of a stream."""
     if head[:2] == b"\x1f\x8b":
         return "gzip", lambda: zlib.decompressobj(31)
     if head[:3] == b"BZh":
@@ -68,7 +56,7 @@ def unpacker(head: bytes) -> tuple[str, Any] | None:
 
 
 class _Limited:
-    """The decompressors of bz2 and lzma, which keep what they have not used themselves, as those of zlib do."""
+    """A decompressor of bz2 or lzma with the interface of zlib's."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""Checksums that a checkpoint's containers recorded, compared alone or beside other work."""
+"""Comparing the checksums recorded in a checkpoint's containers, alone or during other work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["UNCOMPARED", "compares", "damaged", "verified", "verify_checksums", 
 
 
 def damaged(document: Document, progress: Progress | None = None) -> Iterator[CorruptCheckpointError | None]:
-    """For each recorded checksum None, or what is wrong."""
+    """For each recorded checksum None if it matches, else the error."""
     buffer = memoryview(bytearray(BLOCK))
     for found in _recorded(document):
         try:
@@ -35,10 +35,10 @@ def damaged(document: Document, progress: Progress | None = None) -> Iterator[Co
 
 
 def verify_checksums(document: Document) -> None:
-    """Read every byte whose container recorded a checksum and compare.
+    """Compare every recorded checksum with the bytes.
 
     Raises:
-        CorruptCheckpointError: One differs; the message names the tensor.
+        CorruptCheckpointError: One does not match; the message names the tensor.
     """
     for error in damaged(document):
         if error is not None:
@@ -49,9 +49,9 @@ def compares(document: Document, verify: bool | None, stage: Stage | None = None
     """Whether this process compares checksums.
 
     Args:
-        document: What has them.
-        verify: Whether to; None: unless the document is in a store, or several processes share the work.
-        stage: What they share; the first one compares then.
+        document: The checkpoint.
+        verify: What was asked; None means yes unless it is in a store or several processes share the work.
+        stage: The folder that several processes write; only the first of them compares.
     """
     if stage is not None and stage.team.rank:
         return False
@@ -59,69 +59,72 @@ def compares(document: Document, verify: bool | None, stage: Stage | None = None
 
 
 UNCOMPARED = "checksums were not compared: with --verify they are, and the source is read twice"
-"""What is said of a source in a store."""
+"""The note on a source in a store."""
 
 
 @contextmanager
 def verified(document: Document, options: WriteOptions, *, verify: bool | None = None) -> Iterator[WriteOptions]:
-    """Options with which a document is written only if all its checksums agree; they are compared meanwhile.
+    """Compare a document's checksums while it is written; the output appears only if all of them match.
 
     Args:
-        document: What is written is made of its bytes.
-        options: How to write otherwise.
-        verify: Whether to compare at all. None: unless the document is in a store and would be read twice.
+        document: The source of the bytes.
+        options: How to write.
+        verify: As in `compares`.
+
+    Returns:
+        The options to write with.
     """
     if not compares(document, verify, options.stage):
         yield options
         return
-    tasks = SharedTasks()
-    check = _check(document, _recorded(document), tasks)
-    tasks.add(check)  # by the other thread at once,
-    tasks.add(check)  # and by this one when it waits
-    try:
+    with _comparing(document, _recorded(document)) as tasks:
         yield options._replace(confirm=tasks.finish)
-        tasks.finish()  # a format that did not ask
-    finally:
-        tasks.stop()
 
 
 def verify_read(document: Document, read: Iterable[Extent], *, wholly: bool) -> None:
-    """Compare the checksums of what was read; of a document in a store none, which would be read twice.
+    """Compare the checksums of bytes that were read; none of a document in a store, which would be read twice.
 
     Args:
-        document: What the bytes are of.
-        read: They.
-        wholly: Leave out checksums of more bytes than were read.
+        document: The checkpoint that was read.
+        read: The bytes that were read.
+        wholly: Leave out checksums that cover other bytes as well.
 
     Raises:
-        CorruptCheckpointError: One differs; the message names the tensor.
+        CorruptCheckpointError: One does not match; the message names the tensor.
     """
     if not compares(document, None):
         return
     runs = _Runs(read)
+    with _comparing(document, (each for each in _recorded(document) if runs.has(each.extents, wholly=wholly))):
+        pass
+
+
+@contextmanager
+def _comparing(document: Document, checksums: Iterator[Recorded]) -> Iterator[SharedTasks]:
+    """Compares checksums during the block and waits for the rest after it."""
     tasks = SharedTasks()
-    speaking = (found for found in _recorded(document) if runs.has(found.extents, wholly=wholly))
-    check = _check(document, speaking, tasks)
+    check = _check(document, checksums, tasks)
+    tasks.add(check)  # for the other thread, at once
+    tasks.add(check)  # for this thread, while it waits
     try:
-        tasks.add(check)
-        tasks.add(check)
+        yield tasks
         tasks.finish()
     finally:
         tasks.stop()
 
 
 class _Runs:
-    """Which bytes of which sources some extents are."""
+    """The byte ranges that some extents cover, by source."""
 
     def __init__(self, extents: Iterable[Extent]) -> None:
         found: dict[int, list[tuple[int, int]]] = {}
-        self._keep = [extent for extent in extents if extent.length]  # and their sources, whose identities are known
+        self._keep = [extent for extent in extents if extent.length]  # so that no other source gets one of their ids
         for extent in self._keep:
             found.setdefault(id(extent.source), []).append((extent.offset, extent.offset + extent.length))
         self._runs = {source: _joined(sorted(runs)) for source, runs in found.items()}
 
     def has(self, extents: Sequence[Extent], *, wholly: bool) -> bool:
-        """Whether all bytes of some extents are among them; or any, which is not known of those that are packed."""
+        """Whether all (`wholly`) or any bytes of `extents` are covered; without extents they may be."""
         if not extents:
             return not wholly
         return (all if wholly else any)(
@@ -131,7 +134,7 @@ class _Runs:
         )
 
     def _touching(self, extent: Extent) -> tuple[int, int]:
-        """The numbers of the runs that have bytes of an extent: the first, and that behind the last."""
+        """The indices of the runs that overlap an extent: of the first, and of the one after the last."""
         runs = self._runs.get(id(extent.source), [])
         first = bisect_right(runs, extent.offset, key=itemgetter(1))
         return first, max(first, bisect_left(runs, extent.offset + extent.length, key=itemgetter(0)))
@@ -152,12 +155,12 @@ def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _check(document: Document, waiting: Iterator[Recorded], tasks: SharedTasks) -> Task:
-    """What compares one checksum after another, in as many threads as do it."""
+    """A task that compares one checksum after another; several threads may run it at once."""
     lock = Lock()
 
     def check(buffer: memoryview) -> None:
         while not tasks.stopped:
-            with lock:  # there may be a million, so they are not listed before
+            with lock:  # there may be a million, so no list is made of them
                 found = next(waiting, None)
             if found is None:
                 return
@@ -187,9 +190,9 @@ def _error(document: Document, found: Recorded) -> CorruptCheckpointError:
 
 
 def _tensors_in(document: Document, extents: tuple[Extent, ...]) -> Iterator[str]:
-    """The tensors that look into these bytes."""
+    """The tensors that have some of these bytes."""
     for path, node in walk(document.tree) if extents else ():
-        with suppress(CheckpointError):  # of another damage
+        with suppress(CheckpointError):  # the tensor is damaged in another way
             if isinstance(node, LazyTensor) and any(
                 piece.source is extent.source
                 and piece.offset < extent.offset + extent.length

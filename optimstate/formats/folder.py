@@ -1,13 +1,13 @@
 """A folder as a tree: a dict whose keys are the names of its files, recursively.
 
-Files of known container formats are entered; any other file is an `OpaqueFile` and is copied as it is. Files that
-several ranks wrote of the same tensors are one entry (see `ranks` and `_hf_shards`).
+Files of known container formats are opened; any other file is an `OpaqueFile` and is copied as it is. Files in which
+several ranks wrote parts of the same tensors become one entry (see `ranks.files` and `safetensors.hf_shards`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from optimstate.errors import (
     RepresentationError,
     UnrecognizedFormatError,
 )
-from optimstate.formats.protocol import Claim, Document, Format, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.ranks import files as ranks
 from optimstate.formats.registry import detect, get_format, salvaged
 from optimstate.formats.safetensors.container import abandoned_shards, read_index
@@ -37,47 +37,31 @@ LOST = "lost"
 
 
 def sniff(path: Location, head: bytes) -> Claim:
-    """Any folder, if no other format knows it better."""
+    """Any folder, if no other format claims more."""
     return Claim.FALLBACK if path.is_dir() and not head else Claim.NO
 
 
 def read(path: Location) -> Document:
-    """Open every checkpoint of a folder.
+    """Open every checkpoint in a folder.
 
     Raises:
-        UnrecognizedFormatError: There is none in it.
-        CheckpointError: One that looks like a checkpoint cannot be read.
+        UnrecognizedFormatError: The folder has no checkpoint.
+        CheckpointError: A file that looks like a checkpoint cannot be read.
     """
-    return _read(path, _opened)
+    return _read(path, salvaging=False)
 
 
 def salvage(path: Location) -> Document:
-    """What is whole in a folder: every checkpoint that can be read, and of damaged ones what is whole in them.
+    """The checkpoints in a folder that can be read, and the intact parts of damaged ones.
 
     Raises:
-        CheckpointError: There is nothing.
+        CheckpointError: There are none.
     """
-    return _read(path, _rescued)
+    return _read(path, salvaging=True)
 
 
-Open = Callable[[Format, Location], Document]
-
-
-def _opened(found: Format, path: Location) -> Document:
-    return found.read(path)
-
-
-def _rescued(found: Format, path: Location) -> Document:
-    try:
-        return salvaged(found, path)
-    except UnrecognizedFormatError:
-        raise
-    except CheckpointError as error:
-        return Document(path, LOST, None, lost=[error.message])
-
-
-def _read(path: Location, opened: Open) -> Document:
-    document = _read_folder(path, path, opened)
+def _read(path: Location, *, salvaging: bool) -> Document:
+    document = _read_folder(path, path, salvaging=salvaging)
     if not document.parts:
         raise UnrecognizedFormatError(
             "a folder without a checkpoint",
@@ -87,7 +71,7 @@ def _read(path: Location, opened: Open) -> Document:
     return document
 
 
-def _read_folder(path: Location, root: Location, opened: Open) -> Document:
+def _read_folder(path: Location, root: Location, *, salvaging: bool) -> Document:
     document = Document(path, NAME, {})
     files = listed(path)
     if len(files) > MAX_FILES:
@@ -99,7 +83,7 @@ def _read_folder(path: Location, root: Location, opened: Open) -> Document:
             shards.update(read_index(file)[0].values())
     abandoned = abandoned_shards((file.name for file in files), shards) if shards else ()
     missing = _missing_shards(file.name for file in files if file.name not in shards)
-    if missing and opened is _opened:
+    if missing and not salvaging:
         raise CorruptCheckpointError(
             missing[0],
             path=path,
@@ -110,9 +94,9 @@ def _read_folder(path: Location, root: Location, opened: Open) -> Document:
         if file.name in abandoned:
             document.notes.append(f"{file.name} is a shard that no index names: a writer was killed; it may be deleted")
             continue
-        if file.name in shards or (_leads_outside(file, root)):
+        if file.name in shards or _leads_outside(file, root):
             continue
-        part = _read_entry(file, root, opened)
+        part = _read_entry(file, root, salvaging=salvaging)
         if part is None:
             document.tree[file.name] = OpaqueFile(str(file), file.stat().st_size)
             continue
@@ -125,7 +109,7 @@ def _read_folder(path: Location, root: Location, opened: Open) -> Document:
     _join_ranks(document)
     for name, part in document.parts.items():
         document.notes.extend(f"{name}: {note}" for note in part.notes)
-        document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
+        document.mention(part.globals)
     return document
 
 
@@ -133,22 +117,22 @@ _NUMBERED = re.compile(r"(?!shard-)(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def _missing_shards(names: Iterable[str]) -> list[str]:
-    """Of shards whose names say how many there are, and that no index names, what is not there."""
+    """A message for each series of numbered shards without an index of which a file is missing."""
     found: dict[tuple[str, int], set[int]] = {}
     for name in names:
         if match := _NUMBERED.fullmatch(name):
             found.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
-    said = []
+    messages = []
     for (stem, count), numbers in found.items():
         first = next((number for number in range(1, count + 1) if number not in numbers), None)
         if first is not None:
             name = describe(f"{stem}-{first:05d}-of-{count:05d}.safetensors")
-            said.append(f"{name} is not there: no index names these shards, and {len(numbers)} of {count} are there")
-    return said
+            messages.append(f"{name} is missing: the folder has {len(numbers)} of {count} shards, and no index of them")
+    return messages
 
 
 def _leads_outside(file: Location, root: Location) -> bool:
-    """Whether a file is a link to something outside of the folder."""
+    """Whether a file is a symbolic link to something outside the folder `root`."""
     return (
         isinstance(file, Path)
         and isinstance(root, Path)
@@ -158,7 +142,7 @@ def _leads_outside(file: Location, root: Location) -> bool:
 
 
 def _join_ranks(document: Document) -> None:
-    """Files with parts of the same tensors become one entry."""
+    """Replace files that hold parts of the same tensors by one entry."""
     for find, join in ((ranks.rank_files, ranks.join_ranks), (shard_files, join_shards)):
         for together, files in find(document.parts).items():
             name = f"joined.{together}" if together in document.tree.keys() - set(files) else together
@@ -169,22 +153,29 @@ def _join_ranks(document: Document) -> None:
             document.tree[name] = part.tree
 
 
-def _read_entry(file: Location, root: Location, opened: Open) -> Document | None:
+def _read_entry(file: Location, root: Location, *, salvaging: bool) -> Document | None:
+    """The document of a file or folder in a folder, or None where it is not a checkpoint."""
     kind_of(file)
     found = detect(file)
-    if found is not None and found.NAME == NAME:
-        return _read_folder(file, root, opened)
+    if found is None:
+        return None
+    if found.NAME == NAME:
+        return _read_folder(file, root, salvaging=salvaging)
     try:
-        return opened(found, file) if found is not None else None
+        return salvaged(found, file) if salvaging else found.read(file)
     except UnrecognizedFormatError:
         return None
+    except CheckpointError as error:
+        if not salvaging:
+            raise
+        return Document(file, LOST, None, lost=[error.message])
 
 
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
-    """Write a folder: each entry in the format it was read from, all other files copied.
+    """Write a folder: checkpoints in the formats in which they were read, all other files copied.
 
     Raises:
-        RepresentationError: The tree did not come from a folder.
+        RepresentationError: The tree was not read from a folder.
     """
     options = options or WriteOptions()
     if like is None or like.format != NAME:
@@ -204,12 +195,9 @@ def _write_entries(
         target = folder / name
         if isinstance(node, OpaqueFile):
             copied(located(node.path), target, options)
-        elif part is None:  # a folder without a checkpoint in it
+        elif part is None or part.format == NAME:  # None: a folder without a checkpoint
             target.mkdir(exist_ok=options.shared is not None)
-            _write_entries(node, target, Document(like.path / name, NAME, node), options, notes)
-        elif part.format == NAME:
-            target.mkdir(exist_ok=options.shared is not None)
-            _write_entries(node, target, part, options, notes)
+            _write_entries(node, target, part or Document(like.path / name, NAME, node), options, notes)
         elif node is part.tree and not part.path.is_dir():
             for file in _files_of(part):
                 copied(file, folder / file.name, options)
@@ -221,7 +209,7 @@ def _write_entries(
 
 
 def _files_of(part: Document) -> list[Location]:
-    """The file of a document, and its shards; the files of the ranks it was put together from."""
+    """The file of a document with its shards, or the ranks' files from which it was put together."""
     if not part.path.exists():
         return [member.path for member in part.parts.values()]
     if not part.path.name.endswith(".safetensors.index.json"):
@@ -230,7 +218,7 @@ def _files_of(part: Document) -> list[Location]:
 
 
 def _copy_folder(source: Location, target: Location, options: WriteOptions) -> None:
-    """A checkpoint that is a folder of its own, unchanged."""
+    """Copy a folder with everything in it."""
     target.mkdir()
     for file in listed(source):
         if file.is_dir():
@@ -240,7 +228,7 @@ def _copy_folder(source: Location, target: Location, options: WriteOptions) -> N
 
 
 def copied(source: Location, target: Location, options: WriteOptions) -> None:
-    """A file that is not a checkpoint, unchanged."""
+    """Copy a file, with its permissions where source and target are local."""
     file = open_source(source)
     with options.new_file(target, expected_size=file.size) as out:
         out.copy([Extent(file, 0, file.size)], options.progress)

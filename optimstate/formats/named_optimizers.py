@@ -1,11 +1,11 @@
-"""Optimizers whose state is keyed by name, as `torch_checkpointing` has them, in torch's form and back.
+"""Converting optimizers between the form of `torch_checkpointing`, keyed by name, and that of `torch.optim`.
 
-Their groups have `param_names` but no `params`, and a version says that they are of this form.
+In the named form groups have `param_names` but no `params`, and `FORM_VERSION` is a key of the optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optimstate.describe import describe
@@ -27,14 +27,25 @@ def numbered(tree: Any, item: str, path: Location) -> Any:
         path: The checkpoint.
 
     Raises:
-        CheckpointError: Names and state do not fit together, or the form is of another version.
+        CheckpointError: Names and state do not fit together, or the version of the form is unknown.
     """
+    return _with_optimizers(tree, lambda node: FORM_VERSION in node, lambda node: _numbered(node, item, path))
+
+
+def _with_optimizers(
+    tree: Any, is_one: Callable[[dict[Any, Any]], bool], converted: Callable[[dict[Any, Any]], Any]
+) -> Any:
+    """The tree with its optimizers converted; the same object where it has none."""
     if not isinstance(tree, dict):
         return tree
-    if FORM_VERSION not in tree:
-        made = {key: numbered(value, item, path) for key, value in tree.items() if isinstance(value, dict)}
-        changed = any(tree[key] is not value for key, value in made.items())
-        return rebuilt_mapping(tree, {**tree, **made}) if changed else tree
+    if is_one(tree):
+        return converted(tree)
+    inner = {key: _with_optimizers(value, is_one, converted) for key, value in tree.items() if isinstance(value, dict)}
+    changed = any(tree[key] is not value for key, value in inner.items())
+    return rebuilt_mapping(tree, {**tree, **inner}) if changed else tree
+
+
+def _numbered(tree: dict[Any, Any], item: str, path: Location) -> Any:
     try:
         if tree[FORM_VERSION] != 1:
             what = f"an optimizer of form {describe(tree[FORM_VERSION])}"
@@ -47,7 +58,7 @@ def numbered(tree: Any, item: str, path: Location) -> Any:
             numbers.update(zip(names, groups[-1]["params"], strict=True))
         state = {numbers[name]: slots for name, slots in tree["state"].items()}
         if len(numbers) != sum(len(group["params"]) for group in groups):
-            raise ValueError("a name is there twice")
+            raise ValueError("two parameters have the same name")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"names and state of the optimizer do not fit together: {describe(error)}"[:300]
         raise CorruptCheckpointError(message, path=path, place=item) from None
@@ -56,7 +67,7 @@ def numbered(tree: Any, item: str, path: Location) -> Any:
 
 
 def is_optimizer(node: Any) -> bool:
-    """Whether a node is an optimizer in torch's form."""
+    """Whether a node is the state dict of an optimizer, keyed by number."""
     groups = node.get("param_groups") if isinstance(node, Mapping) else None
     return (
         isinstance(groups, list)
@@ -66,22 +77,20 @@ def is_optimizer(node: Any) -> bool:
 
 
 def by_name(node: Any, item: str, notes: list[str]) -> Any:
-    """The item with its optimizers in the form in which they can be given to any number of ranks, keyed by name.
+    """The item with its optimizers keyed by name, so that any number of ranks can load them.
 
     Args:
         node: The item; not changed.
         item: Its name, for notes and errors.
-        notes: What had to stay in torch's form is added.
+        notes: Gets a note for each optimizer that stays in torch's form because its parameters have no names.
 
     Raises:
-        RepresentationError: There is state of a parameter that is in no param group.
+        RepresentationError: An optimizer has state of a parameter that is in none of its groups.
     """
-    if not isinstance(node, dict):
-        return node
-    if not is_optimizer(node):
-        inner = {key: by_name(value, item, notes) for key, value in node.items() if isinstance(value, dict)}
-        changed = any(node[key] is not value for key, value in inner.items())
-        return rebuilt_mapping(node, {**node, **inner}) if changed else node
+    return _with_optimizers(node, is_optimizer, lambda optimizer: _by_name(optimizer, item, notes))
+
+
+def _by_name(node: dict[Any, Any], item: str, notes: list[str]) -> Any:
     groups = node["param_groups"]
     keys = [key for group in groups for key in group["params"]]
     names = [name for group in groups for name in _names(group)]
@@ -105,5 +114,5 @@ def by_name(node: Any, item: str, notes: list[str]) -> Any:
 
 def _names(group: Mapping[str, Any]) -> Sequence[str]:
     names = group.get("param_names", group["params"])
-    alike = isinstance(names, list | tuple) and len(names) == len(group["params"])
-    return names if alike and all(type(name) is str for name in names) else ()
+    fits = isinstance(names, list | tuple) and len(names) == len(group["params"])
+    return names if fits and all(type(name) is str for name in names) else ()

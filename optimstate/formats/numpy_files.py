@@ -1,4 +1,4 @@
-"""Arrays of NumPy, `.npy` and `.npz`, as tensors: read only, and never objects, which are pickles.
+"""NumPy arrays, `.npy` and `.npz`, as tensors: read only, and no arrays of objects, which are pickles.
 
 Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
@@ -13,19 +13,14 @@ from functools import partial
 from typing import Any
 
 from optimstate.describe import describe
-from optimstate.errors import (
-    CorruptCheckpointError,
-    LimitExceededError,
-    RepresentationError,
-    UnsupportedCheckpointError,
-)
+from optimstate.errors import CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
 from optimstate.formats.archive import data_offset, members, recorded_members
-from optimstate.formats.protocol import Claim, Document, WriteOptions
-from optimstate.io.extents import Extent, FileSlice
+from optimstate.formats.protocol import Claim, Document, read_only
+from optimstate.io.extents import Extent, FileSlice, InMemory
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
 from optimstate.tensors.dtypes import DTYPES
-from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
+from optimstate.tensors.lazy import contiguous_strides, tensor_of
 from optimstate.tree import OpaqueFile
 
 __all__ = ["NAME", "SUFFIXES", "read", "sniff", "write"]
@@ -36,7 +31,7 @@ SUFFIXES: tuple[str, ...] = ()
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER = 1 << 16
 MAX_INFLATED = 1 << 30
-"""Bytes that are unpacked from the compressed arrays of one file: they stay in memory."""
+"""The largest total of bytes that is decompressed from one file; they stay in memory."""
 _DTYPES = {
     **{f"<f{size}": f"float{8 * size}" for size in (2, 4, 8)},
     **{f"<i{size}": f"int{8 * size}" for size in (2, 4, 8)},
@@ -60,10 +55,10 @@ def sniff(path: Location, head: bytes) -> Claim:
 
 
 def read(path: Location) -> Document:
-    """Open an array, or an archive of arrays as a dict by their names.
+    """Open an array, or an archive as a dict of arrays.
 
     Raises:
-        CheckpointError: It is damaged, too large when unpacked, or has arrays of objects.
+        CheckpointError: It is damaged, is too large when decompressed, or has arrays of objects.
     """
     source = open_source(path)
     if source.read(0, min(source.size, len(_MAGIC))) == _MAGIC:
@@ -88,28 +83,25 @@ def read(path: Location) -> Document:
     return Document(path, NAME, tree, checksums=[partial(recorded_members, source, path)])
 
 
-class _Inflated:
+class _Inflated(InMemory):
     """A member that was compressed, in memory."""
 
     def __init__(self, data: bytes, path: Location) -> None:
-        self._data, self.path, self.size = data, path, len(data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """As of a file."""
-        return self._data[offset : offset + length]
+        super().__init__(data)
+        self.path = path
 
     def extent(self, offset: int, length: int) -> Extent:
-        """As of a file."""
+        """`length` bytes at `offset`."""
         return Extent(self, offset, length)
 
 
 def _inflated(part: FileSlice, info: zipfile.ZipInfo, room: int) -> _Inflated:
-    """The bytes of a compressed member: all at once, as numpy reads them.
+    """A decompressed member.
 
     Args:
         part: The compressed bytes.
         info: Its entry in the directory.
-        room: How many more bytes may be unpacked of this file when it is.
+        room: The rest of `MAX_INFLATED` after this member; below 0 the member is refused.
     """
     where = f"array {describe(info.filename)}"
     if room < 0:
@@ -129,7 +121,7 @@ def _inflated(part: FileSlice, info: zipfile.ZipInfo, room: int) -> _Inflated:
 
 
 def _array(part: FileSlice | _Inflated, name: str) -> Any:
-    """One array; of text or dates, which no tensor holds, only that it is there."""
+    """An array as a tensor; arrays of text or dates, which tensors cannot hold, as an `OpaqueFile`."""
     where = f"array {describe(name)}"
     head = part.read(0, min(12, part.size))
     if len(head) < 10 or head[:6] != _MAGIC or head[6] not in (1, 2, 3):
@@ -161,8 +153,7 @@ def _array(part: FileSlice | _Inflated, name: str) -> Any:
     dtype = DTYPES[_DTYPES[code]]
     stride = tuple(reversed(contiguous_strides(shape[::-1]))) if fortran else None
     nbytes = part.size - at
-    storage = Storage((part.extent(at, nbytes),) if nbytes else (), nbytes, dtype.storage or "UntypedStorage")
-    tensor = LazyTensor(storage, dtype.name, shape, stride)
+    tensor = tensor_of((part.extent(at, nbytes),) if nbytes else (), dtype.name, shape, stride)
     if tensor.nbytes != nbytes:
         raise CorruptCheckpointError(
             f"{nbytes} bytes for an array of {dtype.name}{list(shape)}, which has {tensor.nbytes}",
@@ -172,13 +163,7 @@ def _array(part: FileSlice | _Inflated, name: str) -> Any:
     return tensor
 
 
-def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
-    """Refused: an archive of arrays holds neither options nor half of torch's dtypes.
-
-    Raises:
-        RepresentationError: Always.
-    """
-    raise RepresentationError(
-        f"{path.name}: arrays of NumPy are read, but not written",
-        hint="`optimstate convert` writes a .pt or .safetensors file.",
-    )
+# NumPy files can hold neither options nor half of torch's dtypes.
+write = read_only(
+    "arrays of NumPy are read, but not written", hint="`optimstate convert` writes a .pt or .safetensors file."
+)

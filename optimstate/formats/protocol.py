@@ -1,7 +1,7 @@
-"""What a container format provides: the interface that formats implement, here and in other packages.
+"""The interface of container formats, which formats in this package and in others implement.
 
-A format is a module (or any object) with the attributes and functions of `Format`. Another package adds one by an
-entry point of the group `optimstate.formats`, whose name is the format's and whose value is the module:
+A format is a module (or any object) with the attributes and functions of `Format`. Another package adds one with an
+entry point in the group `optimstate.formats`; its name is the name of the format, its value the module:
 
     [project.entry-points."optimstate.formats"]
     toy = "my_package.toy"
@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from optimstate.errors import RepresentationError
 from optimstate.io.extents import Progress
 from optimstate.io.location import Location
 from optimstate.io.places import new_file, new_folder
@@ -25,44 +26,44 @@ if TYPE_CHECKING:
     from optimstate.io.shared import SharedFiles
     from optimstate.io.together import Stage
 
-__all__ = ["HEAD_BYTES", "Claim", "Document", "Format", "WriteOptions"]
+__all__ = ["HEAD_BYTES", "Claim", "Document", "Format", "WriteOptions", "read_only"]
 
 HEAD_BYTES = 4096
-"""How much of a file's beginning is shown to `Format.sniff`."""
+"""How many bytes from the beginning of a file `Format.sniff` receives."""
 
 
 class Claim(IntEnum):
-    """How surely a file or folder is of a format: of all that claim it, the surest reads it.
+    """How certain a format is that a file or folder is its own; the format with the highest claim reads it.
 
-    Two that claim it alike are an error, so every format says no more than it has seen.
+    Two formats with the same highest claim are an error, so a format must not claim more than it has checked.
     """
 
     NO = 0
     FALLBACK = 1
-    """It can be read if no other format knows it better: any zip archive, any folder."""
+    """The format can read it if no other format claims more: any zip archive, any folder."""
     LIKELY = 2
-    """It begins like one, and so might others."""
+    """It begins like a file of this format, but files of other formats may begin so too."""
     CERTAIN = 3
-    """It bears a mark that nothing else has."""
+    """It has a signature that no other format has."""
 
 
 class Document:
-    """A checkpoint that was opened.
+    """An open checkpoint.
 
     Attributes:
         path: The file or folder.
         format: The name of its container format.
         tree: Its contents; tensors are lazy and stay readable while this object lives.
         globals: Every `(module, name)` its pickles mention.
-        notes: Oddities met while reading, for people.
+        notes: Remarks about what was read, for people.
         parts: For folders: the documents of the files inside, by name.
-        checksums: Each gives checksums that the container recorded, of bytes that may not have been compared yet; those
-            of `parts` are theirs. `verify` compares them, and so does whatever copies the bytes.
-        lost: What a salvaged checkpoint held and cannot be read any more, by name.
+        checksums: Functions that return the checksums recorded in the container, without those of `parts`. Reading
+            need not have compared them; `verify` does, and so does everything that copies the bytes.
+        lost: The names of tensors and files of a salvaged checkpoint that cannot be read.
         handle: What the format needs to write a variant of this file cheaply; private to the format.
     """
 
-    # Not a dataclass: to make one takes as long as to read a small file, and every start would.
+    # Not a dataclass: defining one takes as long as reading a small file, at every start.
     def __init__(
         self,
         path: Location,
@@ -81,23 +82,27 @@ class Document:
         self.checksums = [] if checksums is None else checksums
         self.lost = [] if lost is None else lost
 
+    def mention(self, names: Iterable[tuple[str, str]]) -> None:
+        """Add `(module, name)` pairs to `globals`, each once."""
+        self.globals = list(dict.fromkeys([*self.globals, *names]))
+
 
 class WriteOptions(Record):
-    """How to write.
+    """How to write a checkpoint.
 
     Attributes:
-        checksums: Compute checksums the container asks for where none is known; False leaves them out.
-        clone_views: Store tensors that share memory each on its own where the container cannot express the sharing.
+        checksums: Compute the checksums that the container requires where none is known; False leaves them out.
+        clone_views: Store tensors that share memory separately where the container cannot express the sharing.
         shard_size: Largest number of bytes per file where the container can be split, or None.
-        sync: Flush what is written to the disk before it takes its name.
-        replace: Whether an object of a store may take the place of another; whether a file may is asked before.
-        progress: Called with the bytes written since the last call.
+        sync: Flush written data to the disk before the output gets its name.
+        replace: Whether an existing object in a store may be replaced; for files the caller has checked this already.
+        progress: Called with the number of bytes written since the last call.
         digest: The algorithm of a digest to record for each tensor where the container has no checksums, or None.
-        copy: In a folder of `torch.distributed.checkpoint`, copy data files that are unchanged instead of linking them.
-        ranks: Cut the tensors of such a folder for so many processes; None leaves them in the pieces that they are in.
-        stage: The folder that several processes fill together, of which this is one; None where it is alone.
-        shared: Where the files of such a folder come from, for a format that writes them one by one.
-        confirm: Called when everything is written and before it takes its name; what it raises undoes the writing.
+        copy: In a `torch.distributed.checkpoint` folder, copy unchanged data files instead of linking them.
+        ranks: Split the tensors of such a folder for this many processes; None keeps their present pieces.
+        stage: The folder that this process and others fill together; None if this process writes alone.
+        shared: Creates the files of such a folder, for a format that writes them one by one.
+        confirm: Called after everything is written and before it gets its name; if it raises, the output is removed.
     """
 
     checksums: bool = True
@@ -119,29 +124,29 @@ class WriteOptions(Record):
         """A file of the output, which appears whole or not at all.
 
         Args:
-            path: Its name.
-            expected_size: Its number of bytes, where it is known about.
-            group: Files that appear together.
+            path: The file.
+            expected_size: Its approximate number of bytes; 0 if unknown.
+            group: The files that appear together with it.
         """
         if self.shared is not None:
             return self.shared.file(path, expected_size)
         return new_file(path, expected_size=expected_size, sync=self.sync, replace=self.replace, group=group)
 
     def new_folder(self, path: Location) -> AbstractContextManager[Location]:
-        """The output as a folder, which appears whole or not at all; files go to the place that is the value."""
+        """The output as a folder, which appears whole or not at all; the value is the folder to write files to."""
         if self.shared is not None:
             return self.shared.folder(path)
         return new_folder(path, sync=self.sync)
 
     @contextmanager
     def together(self, path: Location) -> Iterator[tuple[Location, WriteOptions]]:
-        """The output as a folder that one process writes, or those of the stage together.
+        """The output as a folder, written by one process or by all processes of the stage together.
 
         Args:
-            path: Its name.
+            path: The folder.
 
         Returns:
-            The place for files, and the options to write them with.
+            The folder to write files to, and the options to write them with.
         """
         stage = self.stage
         if stage is None:
@@ -149,7 +154,7 @@ class WriteOptions(Record):
                 yield folder, self
             return
         shared: SharedFiles
-        if stage.in_store:  # what works alone need not know how several work
+        if stage.in_store:  # imported here: a single process needs neither
             from optimstate.io.shared_objects import SharedObjects
 
             shared = SharedObjects(stage)
@@ -165,34 +170,48 @@ class WriteOptions(Record):
                 stage.clear()
 
     def confirmed(self) -> None:
-        """The last thing that a format does before the name is given."""
+        """Call `confirm`; a format does this last, before the output gets its name."""
         if self.confirm is not None:
             self.confirm()
+
+
+def read_only(message: str, *, hint: str) -> Callable[..., list[str]]:
+    """A `Format.write` that always raises a `RepresentationError`, for formats that are only read.
+
+    Args:
+        message: Why; the name of the destination is put in front of it.
+        hint: What to do instead.
+    """
+
+    def write(tree: Any, path: Location, **_: Any) -> list[str]:  # noqa: ARG001
+        raise RepresentationError(f"{path.name}: {message}", hint=hint)
+
+    return write
 
 
 class Format(Protocol):
     """A container format.
 
     Attributes:
-        NAME: What it is called (`--to NAME`).
-        SUFFIXES: The endings of file names for which it is written unless another format is named; no other has them.
-            Empty where it is not written, or only by name.
+        NAME: Its name (`--to NAME`).
+        SUFFIXES: The file name suffixes that select this format for writing; no other format has them. Empty if the
+            format is read-only or must be selected by name.
 
-    A format may also have `salvage(path) -> Document`: what is whole in a file that `read` refuses as damaged, with
-    the names of everything else in `lost`; refused where nothing is whole.
+    A format may also have `salvage(path) -> Document`, which reads the intact parts of a file that `read` refuses as
+    damaged and puts the names of everything else in `lost`. It raises `CheckpointError` if nothing is intact.
     """
 
     NAME: str
     SUFFIXES: tuple[str, ...]
 
     def sniff(self, path: Location, head: bytes) -> Claim:
-        """How surely the file (its first `HEAD_BYTES` are `head`) or folder (`head` is empty) is of this format."""
+        """The claim on a file, whose first `HEAD_BYTES` bytes are `head`, or on a folder, for which `head` is empty."""
 
     def read(self, path: Location) -> Document:
         """Open it.
 
         Raises:
-            CheckpointError: It is damaged, hostile or uses what is not supported; the error names the file.
+            CheckpointError: It is damaged, hostile or uses something unsupported; the error names the file.
         """
 
     def write(self, tree: Any, path: Location, *, like: Document | None, options: WriteOptions) -> list[str]:
@@ -200,11 +219,11 @@ class Format(Protocol):
 
         Args:
             tree: Nested dicts, lists and tuples of `LazyTensor`s and plain values.
-            path: What is there is replaced.
-            like: The document the tree was made from, when there is one.
+            path: The destination; an existing one is replaced.
+            like: The document from which the tree was made, if there is one.
             options: See `WriteOptions`.
 
         Raises:
-            RepresentationError: The container cannot hold something of the tree; the message names it.
+            RepresentationError: The container cannot hold some entry of the tree; the message names it.
             DestinationError: It cannot be written.
         """

@@ -1,4 +1,4 @@
-"""Trees of damaged checkpoints without the tensors that are lost."""
+"""Removing lost tensors from the trees of damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -14,36 +14,31 @@ __all__ = ["LostStorage", "without_lost"]
 
 
 class LostStorage(Storage):
-    """A storage of which not all bytes are there."""
+    """A storage some of whose bytes are missing."""
 
     __slots__ = ()
 
 
 def without_lost(tree: Any, path: Location) -> tuple[Any, list[str]]:
-    """A tree without the tensors over a `LostStorage`, and where they stood.
+    """A tree without the tensors over a `LostStorage`, and the paths of these tensors.
 
-    An entry of a dict goes, in a list None keeps the place, and an object with a lost tensor in it is lost as a whole.
+    Dicts lose the entry, lists have None in its place, and an object with a lost tensor in it is lost as a whole.
 
     Raises:
-        CorruptCheckpointError: All are lost.
+        CorruptCheckpointError: All tensors are lost.
     """
-    kept = _Kept()
-    made = kept.visit((), tree)
-    if kept.lost and not kept.tensors:
-        raise CorruptCheckpointError(f"nothing can be read: none of its {len(kept.lost)} tensors is whole", path=path)
-    return made, kept.lost
+    pruner = _Pruner()
+    pruned = pruner.visit((), tree)
+    if pruner.lost and not pruner.tensors:
+        message = f"nothing can be read: none of its {len(pruner.lost)} tensors is complete"
+        raise CorruptCheckpointError(message, path=path)
+    return pruned, pruner.lost
 
 
-class _Gone:
-    pass
+_GONE = object()
 
 
-_GONE = _Gone()
-
-
-class _Kept:
-    """A tree without the tensors that are lost: an entry of a dict goes, in a list None keeps the place."""
-
+class _Pruner:
     def __init__(self) -> None:
         self.lost: list[str] = []
         self.tensors = 0
@@ -60,7 +55,7 @@ class _Kept:
         if isinstance(node, OpaqueFile) or not isinstance(node, dict | list | tuple | Opaque):
             return node
         if id(node) not in self._done:
-            self._done[id(node)] = node  # what a container within itself is
+            self._done[id(node)] = node  # for a container that contains itself
             self._done[id(node)] = self._container(path, node)
         return self._done[id(node)]
 

@@ -1,14 +1,15 @@
-"""The container formats by name; each module is imported when a file may be its own.
+"""The container formats by name; a format's module is imported when a file may be of that format.
 
-Which format reads a file does not depend on any order: each says how surely the file is its own (`Claim`), the surest
-reads it, and two that are equally sure are an error. Formats of other packages (entry points `optimstate.formats`) are
-asked about every file that no format here is certain of.
+The format that reads a file is the one with the highest `Claim`, in whatever order they are asked; two equal claims are
+an error. Formats of other packages (entry points `optimstate.formats`) are asked about every file that no format here
+is certain of.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -43,19 +44,19 @@ __all__ = [
 ]
 
 ENTRY_POINTS = "optimstate.formats"
-"""The group of entry points by which other packages add formats."""
+"""The entry point group with which other packages add formats."""
 
 
 class Registration(Record):
-    """What is known of a format before its module is imported.
+    """What is known about a format before its module is imported.
 
     Attributes:
-        module: Where it is.
-        suffixes: As the module's `SUFFIXES`.
-        marks: Bytes at the beginning of its files, one of which is there.
-        within: Of each mark, how many other bytes may stand before it.
-        names: How the names of its files may end, whatever is in them.
-        folders: Whether a folder may be of it.
+        module: The module's full name.
+        suffixes: The module's `SUFFIXES`.
+        marks: Signatures; every file of the format begins with one of them.
+        within: How many other bytes may precede a signature.
+        names: Name suffixes of files that may be of the format whatever they contain.
+        folders: Whether a folder can be of this format.
     """
 
     module: str
@@ -66,7 +67,7 @@ class Registration(Record):
     folders: bool = False
 
     def may_be(self, path: Location, head: bytes, *, is_folder: bool) -> bool:
-        """Whether the format is to be asked."""
+        """Whether the format should be asked for its claim."""
         if is_folder:
             return self.folders
         in_head = any(mark in head[: self.within + len(mark)] for mark in self.marks)
@@ -78,7 +79,7 @@ _ZIP = (b"PK\x03", b"PK\x05")
 
 FORMATS: dict[str, Registration] = {
     "torch": Registration(f"{_MODULE}.torch.zip", (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th"), _ZIP),
-    "torchscript": Registration(f"{_MODULE}.torch.script"),  # what the archives of `torch` are, their directory says
+    "torchscript": Registration(f"{_MODULE}.torch.script"),  # `torch` recognises these archives by their directory
     "zip": Registration(f"{_MODULE}.archive", (".zip",), _ZIP),
     "safetensors": Registration(
         f"{_MODULE}.safetensors.container",
@@ -105,13 +106,13 @@ FORMATS: dict[str, Registration] = {
         (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
         names=(".pkl", ".pickle"),
     ),
-    "ranks": Registration(f"{_MODULE}.ranks.files"),  # which files belong together is seen by their folder
+    "ranks": Registration(f"{_MODULE}.ranks.files"),  # `folder` recognises which files belong together
     "folder": Registration(f"{_MODULE}.folder", folders=True),
 }
 
 
 def _is_mentioned(group: bytes) -> bool:
-    """Whether an installed package has entry points of the group: `importlib.metadata` takes 50 ms to import."""
+    """Whether an installed package mentions an entry point group; importing `importlib.metadata` would take 50 ms."""
     files = (file for folder in sys.path for file in Path(folder).glob("*-info/entry_points.txt"))
     return any(group in file.read_bytes() for file in files)
 
@@ -121,7 +122,7 @@ def _outside() -> Mapping[str, Format]:
     """The formats of other packages, by name.
 
     Raises:
-        RepresentationError: One has the name of another, or is not a format.
+        RepresentationError: A format has the name of another, or lacks an attribute.
     """
     found: dict[str, Format] = {}
     if not _is_mentioned(ENTRY_POINTS.encode()):
@@ -147,7 +148,7 @@ def _outside() -> Mapping[str, Format]:
 
 
 def get_format(name: str) -> Format:
-    """The format of that name.
+    """The format with this name.
 
     Raises:
         UsageError: There is none.
@@ -170,16 +171,12 @@ def detect(path: Location) -> Format | None:
     head = b""
     if kind_of(path) == "file":
         head = beginning(path, HEAD_BYTES)
-    try:
-        claims = []
+    claims = []
+    with _os_errors_of(path):
         for claim in _claims(path, head):
             claims.append(claim)
-            if claim[0] is Claim.CERTAIN:  # nothing else has its mark, so the others need not be imported
+            if claim[0] is Claim.CERTAIN:  # no other format has this signature, so no other module is imported
                 break
-    except OSError as error:
-        if isinstance(error, OptimStateError):
-            raise
-        raise CheckpointError(f"cannot be read: {error.strerror or error}", path=error.filename or path) from error
     surest = max((claim for claim, _ in claims), default=Claim.NO)
     if surest < Claim.CERTAIN:
         claims += [(_checked(found.sniff(path, head), found), found) for found in _outside().values()]
@@ -193,6 +190,17 @@ def detect(path: Location) -> Format | None:
             f"the formats {names} both claim it", path=path, hint="Report this: one of them claims too much."
         )
     return best[0]
+
+
+@contextmanager
+def _os_errors_of(path: Location) -> Iterator[None]:
+    """Raises a `CheckpointError` that names the file in place of an `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, OptimStateError):
+            raise
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", path=error.filename or path) from error
 
 
 def _claims(path: Location, head: bytes) -> Iterator[tuple[Claim, Format]]:
@@ -214,10 +222,10 @@ def open_checkpoint(path: Place, *, salvage: bool = False) -> Document:
 
     Args:
         path: A file or folder.
-        salvage: Of a damaged one, read what is whole; `Document.lost` names the rest.
+        salvage: Read the intact parts of a damaged checkpoint; `Document.lost` names the rest.
 
     Raises:
-        CheckpointError: It does not exist, is of no known format, or is damaged.
+        CheckpointError: It does not exist, is damaged, or is not of a known format.
     """
     path = located(path)
     found = detect(path)
@@ -230,24 +238,20 @@ def open_checkpoint(path: Place, *, salvage: bool = False) -> Document:
             "folders of torch.distributed.checkpoint and of DeepSpeed, zip archives and folders of these.",
         )
     try:
-        with no_garbage_collection():
+        with no_garbage_collection(), _os_errors_of(path):
             document = salvaged(found, path) if salvage else found.read(path)
     except RecursionError:
         raise LimitExceededError("nested too deeply", path=path) from None
-    except OSError as error:
-        if isinstance(error, OptimStateError):
-            raise
-        raise CheckpointError(f"cannot be read: {error.strerror or error}", path=error.filename or path) from error
     if path.is_dir():
         document.notes.extend(leftover_notes(path))
     return document
 
 
 def salvaged(found: Format, path: Location) -> Document:
-    """What a format can read of a file: all of it, or of a damaged one what is whole.
+    """A file read with its format; if it is damaged, the intact parts of it.
 
     Raises:
-        CheckpointError: It cannot be read, and nothing in it is whole.
+        CheckpointError: It cannot be read, and no part of it is intact.
     """
     rescue = getattr(found, "salvage", None)
     if rescue is None:
@@ -259,10 +263,10 @@ def salvaged(found: Format, path: Location) -> Document:
 
 
 def format_for_destination(path: Location, name: str | None) -> Format:
-    """The format to write: by name, else by the longest known suffix of the destination.
+    """The format to write: the one with this name, else the one with the longest matching suffix of the destination.
 
     Raises:
-        UsageError: Neither says which.
+        UsageError: There is no name and no matching suffix.
     """
     if name is not None:
         return get_format(name)

@@ -1,9 +1,9 @@
-"""Folders of Meta's `torch_checkpointing` (0.1): an item is a file of each rank, `model_0.pt`, `optimizer_0.pt`.
+"""Folders of Meta's `torch_checkpointing` (0.1): each item has a file for each rank, `model_0.pt`, `optimizer_0.pt`.
 
-Where a run can be resumed on another number of ranks, `metadata.pkl` says of which part of which tensor each file has,
-and in which files the items are. Optimizers are keyed by name, and their groups have `param_names` but no `params`;
-here they are as `optimizer_transform_post` of that package gives them to `torch.optim`, and are written as its
-`optimizer_transform_pre` does. Nothing is unpickled.
+For runs that can be resumed on another number of ranks, `metadata.pkl` describes which part of which tensor each file
+has and which files each item has. Optimizers are keyed by name, and their groups have `param_names` but no `params`:
+they are read as the package's `optimizer_transform_post` converts them for `torch.optim`, and written as its
+`optimizer_transform_pre` converts them back. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _MARK = b"rank_to_layout_info"
 _ITEM_FILE = re.compile(r"(?P<item>.+)_(?P<rank>\d+)\.pt")
 _ITEM = re.compile(r"[\w-]+")
 _MAX_RANKS = 1 << 20
-_HEAD = 1 << 24  # of an optimizer's file, in which the version of its form is looked for
+_HEAD = 1 << 24  # bytes of an optimizer's file that are searched for `FORM_VERSION`
 _SHARDED = "DTensorShardingMetadata"
 
 
 class _Layout(Record):
-    """Where the items of a folder are.
+    """The items of a folder.
 
     Attributes:
-        files: By item the files of the ranks, relative to the folder, in the order of the ranks.
-        kinds: By item how what is in `metadata.pkl` describes its tensors.
+        files: For each item the files of the ranks, relative to the folder, in the order of the ranks.
+        kinds: For each item how `metadata.pkl` describes its tensors: see `_kind`.
     """
 
     files: Mapping[str, Sequence[str]]
@@ -68,17 +68,18 @@ class _Layout(Record):
 
 
 def sniff(path: Location, head: bytes) -> Claim:
-    """Certain of a folder with its `metadata.pkl`, or of files of ranks with an optimizer in its form."""
+    """Certain of a folder with a `metadata.pkl` of this package, or with rank files with an optimizer in its form."""
     if head or not path.is_dir():
         return Claim.NO
     first = [file for file in path.glob("*_0.pt") if file.is_file()]
     if (path / _METADATA).is_file():
         return Claim.CERTAIN if _is_ours(path / _METADATA, damaged=bool(first)) else Claim.NO
-    return Claim.CERTAIN if any(map(_has_form, first)) else Claim.NO
+    has_form = any(FORM_VERSION.encode() in beginning(file, _HEAD) for file in first)
+    return Claim.CERTAIN if has_form else Claim.NO
 
 
 def _is_ours(metadata: Location, *, damaged: bool) -> bool:
-    """Whether it is the metadata of such a folder; what is said where it cannot be read, `damaged` says."""
+    """Whether a file is the metadata of such a folder; the answer for one that cannot be read is `damaged`."""
     if _MARK in beginning(metadata, _HEAD):
         return True
     try:
@@ -88,16 +89,12 @@ def _is_ours(metadata: Location, *, damaged: bool) -> bool:
     return isinstance(tree, dict) and {"metadata", "world_size", "version"} <= tree.keys()
 
 
-def _has_form(file: Location) -> bool:
-    return FORM_VERSION.encode() in beginning(file, _HEAD)
-
-
 def read(path: Location) -> Document:
     """Open the items of all ranks.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or the ranks' parts are not of one run or of a form that is
-            not read.
+        CheckpointError: A file is missing or damaged, the ranks' parts are of different runs, or their form is not
+            supported.
     """
     paths = sorted(_files(path))
     layout = _layout(path, paths)
@@ -113,7 +110,7 @@ def read(path: Location) -> Document:
             _add_file(document, name)
     for name, part in document.parts.items():
         document.notes.extend(f"{name}: {note}" for note in part.notes)
-        document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
+        document.mention(part.globals)
     return document
 
 
@@ -126,7 +123,7 @@ def _files(folder: Location, prefix: str = "") -> Iterator[str]:
 
 
 def _add_file(document: Document, name: str) -> None:
-    """A file that is not of an item, under its name."""
+    """Add a file that belongs to no item, under its name."""
     file = document.path / name
     found = detect(file)
     if found is None:
@@ -137,7 +134,7 @@ def _add_file(document: Document, name: str) -> None:
 
 
 def _layout(path: Location, paths: Sequence[str]) -> _Layout:
-    """The items that `metadata.pkl` tells of, and those of the files that are called as ranks' files are."""
+    """The items described by `metadata.pkl`, and those found by the names of rank files."""
     found: dict[str, dict[int, str]] = {}
     for name in paths:
         match = _ITEM_FILE.fullmatch(name)
@@ -162,7 +159,7 @@ def _layout(path: Location, paths: Sequence[str]) -> _Layout:
 
 
 def _metadata(path: Location) -> tuple[int, dict[str, tuple[dict[int, str | None], frozenset[str]]]]:
-    """The number of ranks, and by item the ranks' files (None: as they are called without a layout) and its kinds."""
+    """The number of ranks, and for each item the file of each rank (None: the default name) and its kinds."""
     tree = pickle_file.read(path).tree
     try:
         version, world = tree["version"], tree["world_size"]
@@ -189,12 +186,12 @@ def _file_of(layout: Any) -> str | None:
         return None
     name = str(layout["file_path"])
     if name.startswith("/") or ".." in Path(name).parts:
-        raise ValueError(f"{describe(name)} is outside of the folder")
+        raise ValueError(f"{describe(name)} is outside the folder")
     return Path(name).as_posix()
 
 
 def _kind(metadata: Mapping[str, Any]) -> str:
-    """`replicated` or `sharded`, or the name of a description that is not known."""
+    """`replicated`, `sharded`, or the type of an unknown kind of metadata."""
     if metadata["type"] != _SHARDED:
         return str(metadata["type"])
     placements = {placement["type"] for placement in metadata["data"]["placements"]}
@@ -202,7 +199,7 @@ def _kind(metadata: Mapping[str, Any]) -> str:
 
 
 def _item(path: Location, item: str, files: Sequence[str], kinds: frozenset[str]) -> Document:
-    """One item of what its ranks have of it."""
+    """An item, put together from the files of its ranks."""
     parts = {name: _opened(path / name) for name in files}
     first = next(iter(parts.values()))
     trees = [part.tree for part in parts.values()]
@@ -220,8 +217,9 @@ def _item(path: Location, item: str, files: Sequence[str], kinds: frozenset[str]
     if sharded:
         return join_ranks(path / item, parts)
     joined = Document(path / item, first.format, first.tree, parts=dict(parts))
-    joined.globals = list(dict.fromkeys(name for part in parts.values() for name in part.globals))
-    joined.notes = [note for part in parts.values() for note in part.notes]
+    for part in parts.values():
+        joined.mention(part.globals)
+        joined.notes += part.notes
     if any(difference(trees[0], tree) is not None for tree in trees[1:]):
         joined.tree = {f"rank{rank}": tree for rank, tree in enumerate(trees)}
         joined.notes.append("differs from rank to rank and is kept for each")
@@ -231,7 +229,7 @@ def _item(path: Location, item: str, files: Sequence[str], kinds: frozenset[str]
 def _opened(file: Location) -> Document:
     found = detect(file)
     if found is None and file.suffix in torch_zip.SUFFIXES:
-        raise UnrecognizedFormatError("not a file of torch.save, as its item is to be", path=file)
+        raise UnrecognizedFormatError("not a file of torch.save, which its name says it is", path=file)
     if found is None:
         return Document(file, "file", OpaqueFile(str(file), file.stat().st_size))
     return found.read(file)
@@ -241,10 +239,10 @@ def _opened(file: Location) -> Document:
 
 
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
-    """Write the files of one rank, with full tensors, and the metadata by which any number of ranks can load them.
+    """Write the files of one rank, with full tensors, and metadata with which any number of ranks can load them.
 
     Raises:
-        RepresentationError: The tree is not one of items with names, or holds what a pickle of torch cannot.
+        RepresentationError: The tree is not a dict of items, or holds an object that torch cannot pickle.
     """
     options = options or WriteOptions()
     kept = like if like is not None and like.format == NAME else None
@@ -262,14 +260,15 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
             notes += found.write(made, folder / file, like=part, options=options)
             if not kept or item in kept.handle.files:
                 metadata.update(_described(item, made, file, found.NAME))
-        _write_metadata(folder / _METADATA, metadata, options)
+        with options.new_file(folder / _METADATA) as out:
+            out.write(dump({"metadata": metadata, "world_size": 1, "version": "2.0"}))
         options.confirmed()
     ranks = max((len(files) for files in kept.handle.files.values()), default=1) if kept else 1
     return [*notes, f"full tensors in the files of one rank, made of those of {ranks}"] if ranks > 1 else notes
 
 
 def _items(tree: Any, kept: Document | None) -> tuple[dict[str, Any], list[str]]:
-    """The items of a tree, and the files beside them; a state dict alone is one."""
+    """The items of a tree and the files beside them, with notes; a bare state dict becomes one item."""
     if not isinstance(tree, Mapping):
         raise RepresentationError(f"a folder of {NAME} holds named items, not {describe(tree)}"[:300])
     if is_optimizer(tree) or (tree and all(isinstance(node, LazyTensor) for node in tree.values())):
@@ -286,7 +285,7 @@ def _items(tree: Any, kept: Document | None) -> tuple[dict[str, Any], list[str]]
 
 
 def _target(item: str, node: Any, kept: Document | None, part: Document | None) -> tuple[str, Any]:
-    """The file of an item, and its format: as it was read where that was one file."""
+    """The file of an item and its format, the same as when it was read if that was one file."""
     if kept is not None and item not in kept.handle.files:
         return item, get_format(part.format) if part is not None else torch_zip
     files: Sequence[str] = kept.handle.files.get(item, ()) if kept is not None else ()
@@ -297,7 +296,7 @@ def _target(item: str, node: Any, kept: Document | None, part: Document | None) 
 
 
 def _described(item: str, node: Any, file: str, kind: str) -> dict[str, Any]:
-    """What `metadata.pkl` has of an item: every tensor whole, on the one rank."""
+    """The entry of an item in `metadata.pkl`: every tensor is complete on the only rank."""
     tensors = dict(_leaves(node))
     if not tensors:
         return {}
@@ -332,7 +331,7 @@ def _described(item: str, node: Any, file: str, kind: str) -> dict[str, Any]:
 
 
 def _leaves(node: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], LazyTensor]]:
-    """The tensors at the paths that the package knows: keys of dicts and numbers in sequences."""
+    """The tensors with their paths as the package writes them: keys of dicts and indices of sequences."""
     if isinstance(node, LazyTensor):
         yield where, node
     elif isinstance(node, dict):
@@ -342,8 +341,3 @@ def _leaves(node: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
             yield from _leaves(value, (*where, index))
-
-
-def _write_metadata(path: Location, metadata: Mapping[str, Any], options: WriteOptions) -> None:
-    with options.new_file(path) as out:
-        out.write(dump({"metadata": dict(metadata), "world_size": 1, "version": "2.0"}))

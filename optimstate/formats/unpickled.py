@@ -1,6 +1,7 @@
-"""What in a file its loaders would unpickle: every pickle in every container, and what could not be looked into.
+"""Finding everything in a file that a loader would unpickle: every pickle in every container.
 
-Nothing here decides what is harmless. A part of a file that no rule below accounts for is `Unread`, never passed over.
+Nothing here decides what is harmless. A part of a file that no rule below covers is reported as `Unread`, never
+skipped.
 """
 
 from __future__ import annotations
@@ -16,36 +17,36 @@ from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.byte_kinds import MAX_TEXT, is_safetensors, is_tar, is_text
-from optimstate.formats.byte_sources import Item, Memory, Part, unpacker
+from optimstate.formats.byte_sources import LoadedFile, Part, unpacker
 from optimstate.formats.pickles.mentions import Mention, Mentions, mentions_in_a_row
 from optimstate.formats.torch.zip_directory import Archive
 from optimstate.formats.torch.zip_end import LOCAL, archive_length, read_in_two_ways
-from optimstate.io.extents import FileSlice, StoredSource
+from optimstate.io.extents import FileSlice, InMemory, StoredSource
 from optimstate.io.streams import Source, SourceFile
 from optimstate.record import Record
 
 __all__ = ["MAX_UNPACKED", "Pickled", "Unread", "pickles_in"]
 
 MAX_UNPACKED = 1 << 28
-"""Bytes that are unpacked from compressed parts of one file."""
+"""The largest total of bytes decompressed from one file."""
 
 MAX_NESTING = 8
-"""Containers within one another."""
+"""The deepest nesting of containers."""
 
 _MAX_MEMBERS = 100_000
-_HEAD = 512  # bytes by which a kind is told
-_FEW = 2048  # bytes that are looked at once, however often they are there
+_HEAD = 512  # bytes that decide the kind of a source
+_FEW = 2048  # bytes of a member whose findings are kept, because equal members are frequent
+_KNOWN = 4096  # such members that are kept
 _SMALL = 1 << 16  # bytes of an archive that is read as a whole
-_KNOWN = 4096  # of such
-_HERE = "\0"
+_HERE = "\0"  # stands for the record of a member in findings that are kept
 
 
 class Pickled(Record):
     """One pickle.
 
     Attributes:
-        record: Where it stands: members of archives, one within another, and the byte it begins at.
-        mentions: What it names.
+        record: Where it is: the names of archive members, outermost first, and the byte at which it begins.
+        mentions: The classes and functions that it names.
     """
 
     record: str
@@ -53,11 +54,11 @@ class Pickled(Record):
 
 
 class Unread(Record):
-    """A part that was not looked into.
+    """A part that could not be examined.
 
     Attributes:
         record: As in `Pickled`; empty for the file itself.
-        reason: Why.
+        reason: Why not.
     """
 
     record: str
@@ -68,11 +69,11 @@ Found = Iterator[Pickled | Unread]
 
 
 def pickles_in(source: Source, *, suffix: str = "") -> Found:
-    """Every pickle of a file, and every part of it that was not looked into.
+    """Every pickle in a file, and every part of it that could not be examined.
 
     Args:
         source: The file.
-        suffix: The last part of its name, for the containers that are known by nothing else.
+        suffix: The suffix of its name, for containers that nothing else distinguishes.
     """
     return _Search().whole(source, "", 0, suffix)
 
@@ -84,7 +85,7 @@ class _Search:
         self._known: dict[tuple[bytes, int], tuple[Pickled | Unread, ...]] = {}
 
     def whole(self, source: Source, record: str, depth: int, suffix: str = "") -> Found:
-        """What a file or a member holds, whatever it is called."""
+        """The findings in a file or a member, by its bytes."""
         if depth > MAX_NESTING:
             yield Unread(record, f"more than {MAX_NESTING} containers within one another")
             return
@@ -95,7 +96,8 @@ class _Search:
             elif head[:2] == b"PK" and head[2:4] in (b"\x03\x04", b"\x05\x06", b"\x01\x02", b"\x06\x06", b"\x07\x08"):
                 yield from self._zip(source, record, depth)
             elif (how := unpacker(head)) is not None:
-                yield from self._compressed(source, record, depth, *how)
+                kind, unpack = how
+                yield from self._compressed(source, unpack, record, _inside(record, kind), depth)
             elif head[:6] == b"\x93NUMPY":
                 yield from self._npy(source, record)
             elif source.size <= _FEW and record:
@@ -108,18 +110,18 @@ class _Search:
             yield Unread(record, f"cannot be read: {type(error).__name__}")
 
     def _few(self, data: bytes, record: str, depth: int) -> Found:
-        """As `_other` of so few bytes: archives of one tensor each say the same a thousand times over."""
+        """As `_other`, for a small member: many archives have thousands of equal ones."""
         key = (data, depth)
         seen = self._known.get(key)
         if seen is None:
-            seen = tuple(self._other(Memory(data), data[:_HEAD], _HERE, depth))
+            seen = tuple(self._other(InMemory(data), data[:_HEAD], _HERE, depth))
             if len(self._known) < _KNOWN:
                 self._known[key] = seen
         for found in seen:
             yield found._replace(record=record + found.record.removeprefix(_HERE))
 
     def _other(self, source: Source, head: bytes, record: str, depth: int) -> Found:
-        """Tar archives, pickles one after another, or neither; a file can be a tar archive and a pickle at once."""
+        """Tar archives, consecutive pickles, or neither; a file can be a tar archive and a pickle at once."""
         known = False
         if head[257:262] == b"ustar" or (source.size >= 512 and is_tar(head)):
             known = True
@@ -129,24 +131,19 @@ class _Search:
             known, end = True, stop
             yield Pickled(_at_byte(record, start), found)
             for inner in found.embedded:
-                yield from self.whole(Memory(inner), _inside(_at_byte(record, start), "storage"), depth + 1)
+                yield from self.whole(InMemory(inner), _inside(_at_byte(record, start), "storage"), depth + 1)
         if end:
-            yield from self._after_pickles(source, head, record, end)
+            from optimstate.formats.torch.legacy import MAGIC_BYTES, read_stream
+
+            if MAGIC_BYTES in head[:32]:
+                read_stream(source)  # checks that the storages of old torch follow, or raises
+            elif end < source.size:
+                yield Unread(record, f"{source.size - end} bytes after the pickle that ends at byte {end}")
         if not known:
             yield from self._without_pickle(source, head, record, depth)
 
-    @staticmethod
-    def _after_pickles(source: Source, head: bytes, record: str, end: int) -> Found:
-        """What follows pickles in a row: in streams of old torch the storages, anywhere else nothing known."""
-        from optimstate.formats.torch.legacy import MAGIC_BYTES, read_stream
-
-        if MAGIC_BYTES in head[:32]:
-            read_stream(source)  # accounts for the storages, or raises
-        elif end < source.size:
-            yield Unread(record, f"{source.size - end} bytes after the pickle that ends at byte {end}")
-
     def _without_pickle(self, source: Source, head: bytes, record: str, depth: int) -> Found:
-        """What is known to hold no pickle."""
+        """Kinds of files that are known to hold no pickle, or only as text."""
         if not source.size or head.startswith(_IMAGES) or is_safetensors(source):
             return
         if not is_text(source, head):
@@ -155,26 +152,27 @@ class _Search:
             yield from self._serialized(source.read(0, source.size), record, depth)
 
     def _serialized(self, text: bytes, record: str, depth: int) -> Found:
-        """The pickles that stable-baselines3 keeps as base64 in its JSON, and loads."""
+        """The pickles that stable-baselines3 stores as base64 in its JSON, and loads."""
         import base64
 
         data = json.loads(text)
         for key, value in data.items() if isinstance(data, dict) else ():
             if isinstance(value, dict) and isinstance(value.get(":serialized:"), str):
                 decoded = base64.b64decode(value[":serialized:"])
-                yield from self.whole(Memory(decoded), _inside(record, str(key)), depth + 1)
+                yield from self.whole(InMemory(decoded), _inside(record, str(key)), depth + 1)
 
     # --- compressed -----------------------------------------------------------------------------------------------
 
-    def _compressed(self, source: Source, record: str, depth: int, kind: str, unpack: Any) -> Found:
+    def _compressed(self, source: Source, unpack: Any, packed: str, record: str, depth: int) -> Found:
+        """The findings in a compressed source; `packed` is its record, `record` that of the decompressed bytes."""
         data = self._unpacked(source, unpack)
         if data is None:
-            yield Unread(record, f"unpacks to more than {MAX_UNPACKED} bytes, the limit")
-            return
-        yield from self.whole(Memory(data), _inside(record, kind), depth + 1)
+            yield Unread(packed, f"unpacks to more than {MAX_UNPACKED} bytes, the limit")
+        else:
+            yield from self.whole(InMemory(data), record, depth + 1)
 
     def _unpacked(self, source: Source, unpack: Any) -> bytes | None:
-        """All streams of a compressed source one after another; None where there is too much."""
+        """All compressed streams of a source, joined; None if they are too large."""
         parts: list[bytes] = []
         stream = unpack()
         at, rest = 0, b""
@@ -197,7 +195,7 @@ class _Search:
     # --- archives -------------------------------------------------------------------------------------------------
 
     def _tar(self, source: Source, record: str, depth: int) -> Found:
-        """The members of an archive; those that torch 0.1 wrote of pickles and raw numbers in turn, by their reader."""
+        """The members of an archive; those of torch 0.1, which mix pickles and raw numbers, by their own reader."""
         import tarfile
 
         from optimstate.formats.torch.legacy import read_tar
@@ -244,7 +242,7 @@ class _Search:
         yield from self._zip_members(source, record, depth)
 
     def _torch_records(self, archive: Archive, record: str, depth: int) -> Found:
-        """All records but the storages, which are raw bytes to every loader of such an archive."""
+        """All records except storages, which every loader of such an archive takes as raw bytes."""
         for name, entry in archive.records.items():
             if _RAW_STORAGE.fullmatch(name):
                 continue
@@ -301,16 +299,12 @@ class _Search:
                 yield Unread(name, f"has {entry.compress_size} stored bytes and declares {entry.file_size}")
             yield from self.whole(packed, name, depth + 1)
         elif entry.compress_type == zipfile.ZIP_DEFLATED:
-            data = self._unpacked(packed, lambda: zlib.decompressobj(-15))
-            if data is None:
-                yield Unread(name, f"unpacks to more than {MAX_UNPACKED} bytes, the limit")
-            else:
-                yield from self.whole(Memory(data), name, depth + 1)
+            yield from self._compressed(packed, lambda: zlib.decompressobj(-15), name, name, depth)
         else:
             yield Unread(name, f"is packed by method {entry.compress_type}")
 
     def _items(self, source: Source, record: str, depth: int) -> Found:
-        """The archives of a file of torch.distributed.checkpoint, one after another."""
+        """The consecutive archives in a file of torch.distributed.checkpoint."""
         start = 0
         while start < source.size:
             size = archive_length(source, start)
@@ -319,13 +313,19 @@ class _Search:
                 if not is_safetensors(rest):
                     yield Unread(_at_byte(record, start), "bytes of no known kind")
                 return
-            yield from self.whole(_slice(source, start, size), _at_byte(record, start), depth + 1)
+            if not isinstance(source, StoredSource):
+                item: Source = Part(source, start, size)
+            elif size <= _SMALL:  # reading it piece by piece takes longer
+                item = LoadedFile(source.path, source.read(start, size))
+            else:
+                item = FileSlice(source, start, size)
+            yield from self.whole(item, _at_byte(record, start), depth + 1)
             start += size
 
     # --- arrays ---------------------------------------------------------------------------------------------------
 
     def _npy(self, source: Source, record: str) -> Found:
-        """An array of numpy: raw numbers, or a pickle of its objects. numpy.lib.format describes the header."""
+        """A NumPy array: raw numbers, or a pickle of objects. See `numpy.lib.format` for the header."""
         version = source.read(6, 2)
         width, form = (2, "<H") if version[:1] == b"\x01" else (4, "<I")
         (length,) = struct.unpack(form, source.read(8, width))
@@ -345,7 +345,7 @@ class _Search:
             yield Unread(record, "an array of objects that cannot be read to its end")
 
 
-# What libraries raise for bytes that they do not expect.
+# What libraries raise for unexpected bytes.
 _UNEXPECTED = (
     OSError,
     ValueError,
@@ -381,11 +381,3 @@ def _encoded(text: str, encoding: str) -> bytes | None:
 
 def _start(source: StoredSource | FileSlice) -> int:
     return source.start if isinstance(source, FileSlice) else 0
-
-
-def _slice(source: Source, start: int, size: int) -> Source:
-    """A part, of the kind whose archives are read quickly where it can be."""
-    if isinstance(source, StoredSource):
-        small = size <= _SMALL
-        return Item(source.path, source.read(start, size)) if small else FileSlice(source, start, size)
-    return Part(source, start, size)

@@ -21,6 +21,7 @@ __all__ = [
     "Extent",
     "FileSlice",
     "FileSource",
+    "InMemory",
     "Progress",
     "StoredSource",
     "announce",
@@ -269,17 +270,21 @@ class Extent(NamedTuple):
         return self.source.read(self.offset, self.length) if self.source is not None else bytes(self.length)
 
 
-class Fetched:
-    """Bytes of a store that are here already."""
+class InMemory:
+    """Bytes in memory as a source."""
 
-    __slots__ = ("_data",)
+    __slots__ = ("_data", "size")
 
     def __init__(self, data: bytes | memoryview) -> None:
-        self._data = memoryview(data)
+        self._data, self.size = data, len(data)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes at `offset`."""
+        """`length` bytes at `offset`, fewer at the end."""
         return bytes(self._data[offset : offset + length])
+
+    def extents(self) -> tuple[Extent, ...]:
+        """All the bytes."""
+        return (Extent(self, 0, self.size),) if self.size else ()
 
 
 def is_far(extent: Extent) -> bool:
@@ -296,7 +301,7 @@ def near(extents: Iterable[Extent]) -> Iterator[Extent]:
         first = next(group)
         assert isinstance(first.source, StoredSource)
         for data in first.source.ahead(chain((first,), group)):
-            yield Extent(Fetched(data), 0, len(data))
+            yield Extent(InMemory(data), 0, len(data))
 
 
 def announce(extents: Iterable[Extent]) -> None:

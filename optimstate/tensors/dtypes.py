@@ -39,6 +39,11 @@ class DType(NamedTuple):
     packed: int = 1
     in_torch: bool = True
 
+    @property
+    def storage_class(self) -> str:
+        """The class of torch's storages with elements of this type: `UntypedStorage` where there is no typed one."""
+        return self.storage or "UntypedStorage"
+
 
 DTYPES: dict[str, DType] = {
     str(row[0]): DType(*row)  # type: ignore[arg-type]

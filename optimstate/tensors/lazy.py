@@ -15,7 +15,7 @@ from optimstate.io.extents import Extent, announce, chunks
 from optimstate.tensors.dtypes import DTYPES, decode_scalar
 from optimstate.tensors.strided import ScatteredSource, StridedSource
 
-__all__ = ["FEW_BYTES", "LazyTensor", "Storage", "announced", "contiguous_strides", "with_pieces"]
+__all__ = ["FEW_BYTES", "LazyTensor", "Storage", "announced", "contiguous_strides", "tensor_of", "with_pieces"]
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -270,14 +270,17 @@ def announced(tensors: Iterable[LazyTensor]) -> None:
     announce(extent for tensor in tensors for extent in tensor.storage.reach())
 
 
-def storages(tensors: Iterable[LazyTensor]) -> list[Storage]:
-    """The distinct storages of `tensors`, in order of first use."""
-    return list({id(tensor.storage): tensor.storage for tensor in tensors}.values())
+def tensor_of(
+    pieces: Sequence[Extent], dtype: str, shape: tuple[int, ...], stride: tuple[int, ...] | None = None
+) -> LazyTensor:
+    """A tensor over a storage of its own, made of all bytes of the pieces; row-major without strides."""
+    nbytes = sum(piece.length for piece in pieces)
+    return LazyTensor(Storage(tuple(pieces), nbytes, DTYPES[dtype].storage_class), dtype, shape, stride)
 
 
 def with_pieces(like: LazyTensor, pieces: tuple[Extent, ...], dtype: str, shape: tuple[int, ...]) -> LazyTensor:
-    """A row-major tensor over a storage of its own."""
+    """A row-major tensor over a storage of its own, with the device and the flags of `like`."""
     nbytes = prod(shape) * DTYPES[dtype].itemsize
-    kind = like.storage.kind if dtype == like.dtype else DTYPES[dtype].storage or "UntypedStorage"
+    kind = like.storage.kind if dtype == like.dtype else DTYPES[dtype].storage_class
     storage = Storage(pieces, nbytes, kind, like.storage.location)
     return LazyTensor(storage, dtype, shape, None, 0, like.requires_grad, like.is_parameter, like.metadata)

@@ -175,7 +175,7 @@ def outside(metadata: Any) -> None:
         (lambda folder: (folder / "model_1.pt").unlink(), "model_1.pt is missing"),
         (lambda folder: (folder / "step_0.pt").unlink(), "step_0.pt is missing"),
         (lambda folder: change_metadata(folder, lambda m: m.update(version="3.0")), "version '3.0'"),
-        (lambda folder: change_metadata(folder, outside), "outside of the folder"),
+        (lambda folder: change_metadata(folder, outside), "outside the folder"),
         (lambda folder: change_metadata(folder, lambda m: m.pop("world_size")), "cannot be read"),
         (lambda folder: change_metadata(folder, lambda m: m.update(metadata=3)), "cannot be read"),
     ],

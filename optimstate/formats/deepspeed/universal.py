@@ -4,9 +4,10 @@
     <tag>_universal/zero/optimizer_state.pt            param groups, loss scaler
     <tag>_universal/mp_rank_00_model_states.pt         model, shapes by param group, counters
 
-Stages 1 and 2 write {"param": tensor, "cat_dim": 0}. Stage 3 writes bare flat tensors, the steps in optimizer_state.pt,
-and a file of model states for each rank, zero_pp_rank_<r>_mp_rank_00_model_states.pt, whose weights are empty: they are
-the masters. Which of the two is written follows from the tree (`zero_stage`), which is that of `deepspeed`.
+Stages 1 and 2 write {"param": tensor, "cat_dim": 0}. Stage 3 writes plain flat tensors, the steps in
+optimizer_state.pt, and a file of model states for each rank, zero_pp_rank_<r>_mp_rank_00_model_states.pt, whose weights
+are empty because the masters have them. `zero_stage` in the tree, which is that of the format `deepspeed`, selects
+between the two when writing.
 """
 
 from __future__ import annotations
@@ -20,15 +21,14 @@ from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, RepresentationError
-from optimstate.formats.deepspeed.zero import MASTER, PARTITIONING, Shapes, frozen, is_stage_3, shape_of
+from optimstate.formats.deepspeed.zero import MASTER, PARTITIONING, Shapes, frozen, is_stage_3, load_part, shape_of
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent
 from optimstate.io.location import Location
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
-from optimstate.tensors.dtypes import DTYPES
-from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tensors.lazy import LazyTensor, tensor_of
 from optimstate.tree import GlobalName, difference, rebuilt_mapping
 
 NAME = "deepspeed-universal"
@@ -52,12 +52,12 @@ def read(path: Location) -> Document:
     """Open a universal checkpoint.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or a shape is not that of the model.
+        CheckpointError: A file is missing or damaged, or a shape differs from that of the model.
     """
     document = Document(path, NAME, {})
-    models = [_load(document, file) for file in _model_files(path)]
+    models = [load_part(document, file) for file in _model_files(path)]
     main = models[0]
-    stored = dict(_load(document, path / "zero" / _OPTIMIZER_FILE))
+    stored = dict(load_part(document, path / "zero" / _OPTIMIZER_FILE))
     by_rank = not (path / _MODEL_FILE).is_file()
     try:
         shapes: list[Shapes] = [
@@ -89,7 +89,7 @@ def read(path: Location) -> Document:
 
 
 def _model_files(path: Location) -> list[Location]:
-    """The model states: one file, or of stage 3 one for each rank, in order."""
+    """The files of model states: one, or in stage 3 one for each rank, in order."""
     if (path / _MODEL_FILE).is_file():
         return [path / _MODEL_FILE]
     found = {int(match[1]): file for file in path.iterdir() if (match := _RANK_FILE.fullmatch(file.name))}
@@ -101,16 +101,16 @@ def _model_files(path: Location) -> list[Location]:
 
 
 def _steps(stored: Mapping[str, Any], groups: int) -> Iterator[dict[str, Any]]:
-    """For each param group what stage 3 keeps for all of its parameters: the step."""
+    """For each param group the slots that stage 3 stores once for all its parameters: the step."""
     base = stored.get("optimizer_state_dict")
     states = base.get("state", {}) if isinstance(base, Mapping) else {}
     for index in range(groups):
-        common = states.get(index, states.get(0, {}))  # a group may be several vectors, or all groups be one
+        common = states.get(index, states.get(0, {}))  # a group may be several vectors, and one vector all groups
         yield {slot: value for slot, value in common.items() if not (isinstance(value, LazyTensor) and value.shape)}
 
 
 def _weights(models: Sequence[Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The model of stage 3: trained weights are the masters, the others are in pieces or whole beside the model."""
+    """The model of stage 3: trained weights are the masters; others are joined from fragments, or are in the model."""
     main = models[0]
     others = dict(frozen(models))
     made: dict[str, Any] = {}
@@ -122,20 +122,13 @@ def _weights(models: Sequence[Mapping[str, Any]], state: Mapping[str, Mapping[st
     return made
 
 
-def _load(document: Document, file: Location) -> Any:
-    part = torch_zip.read(file)
-    document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
-    document.checksums += part.checksums
-    return part.tree
-
-
 def _slots(document: Document, folder: Location, name: str, shape: tuple[int, ...]) -> dict[str, Any]:
     if not folder.is_dir():
         raise CorruptCheckpointError(f"parameter {describe(name)} has no folder", path=folder)
     found: dict[str, Any] = {}
     for file in sorted(folder.glob("*.pt")):
         slot = MASTER if file.stem == _MASTER_FILE else file.stem
-        value = _load(document, file)
+        value = load_part(document, file)
         if isinstance(value, Mapping):
             value = value.get("param")
         found[slot] = _shaped(value, shape, file) if isinstance(value, LazyTensor) and value.shape else value
@@ -155,12 +148,12 @@ def _shaped(tensor: LazyTensor, shape: tuple[int, ...], file: Location) -> LazyT
 
 
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
-    """Write a tree that has `model` and an `optimizer` with names, keyed by them or by position.
+    """Write a tree with a `model` and an `optimizer` that has parameter names.
 
-    The masters are the slot `fp32_param`, or the weights themselves where they are float32.
+    The masters are the slot `fp32_param`, or else the weights if they are float32.
 
     Raises:
-        RepresentationError: There is no such model and optimizer, or a parameter has no master.
+        RepresentationError: The tree has no such model and optimizer, or a parameter has no master.
     """
     options = options or WriteOptions()
     model, optimizer = _parts(tree, path)
@@ -182,7 +175,8 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
         torch_zip.write(states, folder / "zero" / _OPTIMIZER_FILE, options=options)
         counters = _model_states(tree, model, [names for _, names in groups], notes)
         if stage_3:
-            world = _number_of_ranks(zero, counters)
+            counts = (zero.get("partition_count"), counters.get("dp_world_size"))
+            world = next((count for count in counts if type(count) is int and count > 0), 1)
             for rank in range(world):
                 made = _of_rank(counters, rank, world)
                 file = folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
@@ -197,7 +191,7 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
 
 
 def _parts(tree: Any, path: Location) -> tuple[Mapping[str, Any], OptimizerState]:
-    """The model and the optimizer, every parameter of which is a tensor of the model."""
+    """The model and the optimizer; all parameters of the optimizer are tensors of the model."""
     model = tree.get("model") if isinstance(tree, Mapping) else None
     sections = (
         find_sections({"optimizer": tree["optimizer"]}) if isinstance(model, Mapping) and "optimizer" in tree else []
@@ -241,15 +235,15 @@ def _write_slots(folder: Location, slots: Mapping[str, Any], options: WriteOptio
         if like_param:
             value = value.reshape((value.numel,)) if flat else {"cat_dim": 0, "param": value}
         elif flat:
-            continue  # of all parameters together
+            continue  # stage 3 stores it once for all parameters
         torch_zip.write(value, file, options=options)
 
 
 def _common_slots(optimizer: OptimizerState) -> dict[int, dict[str, Any]]:
-    """What stage 3 keeps once for a group of parameters: the step.
+    """For each group the slots that stage 3 stores once for its parameters: the step.
 
     Raises:
-        RepresentationError: The parameters of one group differ in it.
+        RepresentationError: The parameters of a group have different values.
     """
     made: dict[int, dict[str, Any]] = {}
     index_of = {name: index for index, group in enumerate(optimizer.groups) for name in group.names or ()}
@@ -266,41 +260,29 @@ def _common_slots(optimizer: OptimizerState) -> dict[int, dict[str, Any]]:
     return made
 
 
-def _number_of_ranks(zero: Mapping[str, Any], counters: Mapping[str, Any]) -> int:
-    for found in (zero.get("partition_count"), counters.get("dp_world_size")):
-        if type(found) is int and found > 0:
-            return found
-    return 1
-
-
 def _of_rank(counters: Mapping[str, Any], rank: int, world: int) -> dict[str, Any]:
-    """The model states of one rank of stage 3: no weights, and its pieces of those that are not trained."""
+    """The model states of one rank in stage 3: empty weights, and its fragments of untrained parameters."""
     module, buffers = counters["module"], set(counters["buffer_names"])
     not_trained = dict.fromkeys(counters.get("frozen_param_shapes") or ())
     empty = {
-        name: value if name in buffers or not isinstance(value, LazyTensor) else _placeholder(value)
+        name: value if name in buffers or not isinstance(value, LazyTensor) else tensor_of((), value.dtype, (0,))
         for name, value in module.items()
     }
-    pieces = OrderedDict((name, _piece(module[name], rank, world)) for name in not_trained if name in module)
-    return {**counters, "module": rebuilt_mapping(module, empty), "frozen_param_fragments": pieces}
+    fragments = OrderedDict((name, _fragment(module[name], rank, world)) for name in not_trained if name in module)
+    return {**counters, "module": rebuilt_mapping(module, empty), "frozen_param_fragments": fragments}
 
 
-def _placeholder(like: LazyTensor) -> LazyTensor:
-    return LazyTensor(Storage((), 0, DTYPES[like.dtype].storage or "UntypedStorage"), like.dtype, (0,))
-
-
-def _piece(tensor: LazyTensor, rank: int, world: int) -> LazyTensor:
-    """One rank's part of a tensor, as stage 3 cuts it: rounded up, the last ones padded with zeros."""
+def _fragment(tensor: LazyTensor, rank: int, world: int) -> LazyTensor:
+    """One rank's part of a tensor in stage 3: sizes are rounded up, and the last parts padded with zeros."""
     numel = -(-tensor.numel // world)
     whole = tensor.contiguous()
     start, stop = (min(edge * numel, tensor.numel) * tensor.itemsize for edge in (rank, rank + 1))
     padding = numel * tensor.itemsize - (stop - start)
     pieces = whole.storage.cut(start, stop) + ((Extent(None, 0, padding),) if padding else ())
-    kind = DTYPES[tensor.dtype].storage or "UntypedStorage"
-    return LazyTensor(Storage(pieces, numel * tensor.itemsize, kind), tensor.dtype, (numel,))
+    return tensor_of(pieces, tensor.dtype, (numel,))
 
 
-# What DeepSpeed's engine asks of model states beside the model, as it is before the first step.
+# Other values that DeepSpeed's engine expects in model states, as they are before the first step.
 _COUNTERS: dict[str, Any] = {
     "lr_scheduler": None,
     "data_sampler": None,

@@ -1,12 +1,12 @@
-"""The partitions that DeepSpeed's ZeRO stages 1, 2 and 3 write, put together into one named optimizer: read only.
+"""The partitions of DeepSpeed's ZeRO stages 1, 2 and 3, joined into one named optimizer: read only.
 
-A tag folder (`global_step4/`) has model states and, per data-parallel rank, a file of optimizer states. In stages 1
-and 2 every param group is one flat vector cut into equal parts per rank; in stage 3 every parameter is cut on its
-own, rounded up and padded. The fp32 weights that mixed-precision training keeps (masters) become the slot
-`fp32_param` beside the optimizer's own. Nothing is copied: every tensor is made of pieces of the rank files.
+A tag folder (`global_step4/`) has model states and, for each data-parallel rank, a file of optimizer states. In stages
+1 and 2 every param group is one flat vector divided equally among the ranks; in stage 3 every parameter is divided
+separately, rounded up and padded. The fp32 weights of mixed-precision training (masters) become the slot `fp32_param`
+beside the optimizer's own. Nothing is copied: every tensor is made of pieces of the rank files.
 
-The tree is that of the model states with `model` for `module`, and `optimizer` with `state`, `param_groups` and, under
-`zero`, what else the first rank keeps (loss scaler, clipping).
+The tree is that of the model states with `model` in place of `module`, and `optimizer` with `state`, `param_groups` and
+`zero`, which has the first rank's other values (loss scaler, clipping).
 """
 
 from __future__ import annotations
@@ -18,20 +18,15 @@ from math import prod
 from typing import Any, NamedTuple
 
 from optimstate.describe import describe
-from optimstate.errors import (
-    CheckpointError,
-    CorruptCheckpointError,
-    RepresentationError,
-    UnsupportedCheckpointError,
-)
-from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
+from optimstate.formats.protocol import Claim, Document, read_only
 from optimstate.formats.registry import detect
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent
 from optimstate.io.folders import listed
 from optimstate.io.location import Location
 from optimstate.tensors.dtypes import DTYPES
-from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tensors.lazy import LazyTensor, tensor_of
 from optimstate.tree import Opaque
 
 NAME = "deepspeed"
@@ -41,7 +36,7 @@ MASTER = "fp32_param"
 
 _OPTIMIZER_FILE = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
-# What describes the cuts, and is no longer true of whole tensors.
+# Keys that describe the partitions, which do not apply to full tensors.
 PARTITIONING = {
     "base_optimizer_state",
     "ds_zero_partition_groups",
@@ -58,7 +53,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def sniff(path: Location, head: bytes) -> Claim:
-    """Whether it is a folder of one tag, with optimizer states of ranks and model states."""
+    """Whether it is a tag folder, with optimizer states of ranks and model states."""
     if head or not path.is_dir():
         return Claim.NO
     names = [file.name for file in listed(path)]
@@ -71,11 +66,11 @@ def read(path: Location) -> Document:
 
     Raises:
         CheckpointError: A rank's file is missing or damaged, or the partitions do not add up to the parameters.
-        UnsupportedCheckpointError: The model itself was split over several ranks.
+        UnsupportedCheckpointError: The model was split over several ranks (tensor parallelism).
     """
     document = Document(path, NAME, {})
-    ranks = [_part(document, file) for file in _rank_files(path, _OPTIMIZER_FILE)]
-    models = [_part(document, file) for file in _rank_files(path, _MODEL_FILE)]
+    ranks = [load_part(document, file) for file in _rank_files(path, _OPTIMIZER_FILE)]
+    models = [load_part(document, file) for file in _rank_files(path, _MODEL_FILE)]
     states = [_field(rank, "optimizer_state_dict", path) for rank in ranks]
     main = models[0]
     groups = [
@@ -104,23 +99,18 @@ def read(path: Location) -> Document:
 
 
 def is_stage_3(zero: Mapping[str, Any]) -> bool:
-    """Whether what an optimizer keeps under `zero` is of stage 3: a number, or the record of an enum."""
+    """Whether `zero` of an optimizer has the `zero_stage` 3, as a number or as the record of an enum."""
     stage = zero.get("zero_stage")
     if isinstance(stage, Opaque) and stage.arguments:
         stage = stage.arguments[0]
     return type(stage) is int and stage == 3
 
 
-def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
-    """Refused: partitions are made for one number of ranks.
-
-    Raises:
-        RepresentationError: Always.
-    """
-    raise RepresentationError(
-        f"{path.name}: partitions of ZeRO are read, but not written",
-        hint="`optimstate convert --to deepspeed-universal` writes what DeepSpeed loads on any number of ranks.",
-    )
+# Partitions fit only one number of ranks.
+write = read_only(
+    "partitions of ZeRO are read, but not written",
+    hint="`optimstate convert --to deepspeed-universal` writes what DeepSpeed loads on any number of ranks.",
+)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -146,38 +136,43 @@ def _rank_files(path: Location, pattern: re.Pattern[str]) -> list[Location]:
     return [found[rank] for rank in range(len(found))]
 
 
-def _part(document: Document, file: Location) -> Any:
-    part = torch_zip.read(file)
-    document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
+def load_part(document: Document, file: Location) -> Any:
+    """The tree of a file of `torch.save`, whose globals and checksums are added to the document.
+
+    Raises:
+        CheckpointError: It is damaged or hostile.
+    """
+    return _added(document, torch_zip.read(file))
+
+
+def _added(document: Document, part: Document) -> Any:
+    document.mention(part.globals)
     document.checksums += part.checksums
     return part.tree
 
 
 def _add_other_files(document: Document) -> None:
-    """Files of experts and whatever else lies there, by name."""
+    """Add the checkpoints of experts and other checkpoints in the folder, by name."""
     for file in listed(document.path):
         if _OPTIMIZER_FILE.fullmatch(file.name) or _MODEL_FILE.fullmatch(file.name) or not file.is_file():
             continue
         found = detect(file)
         if found is not None:
-            part = found.read(file)
-            document.tree[file.name] = part.tree
-            document.globals = list(dict.fromkeys([*document.globals, *part.globals]))
-            document.checksums += part.checksums
+            document.tree[file.name] = _added(document, found.read(file))
             document.notes.append(f"{file.name} is not merged into the model or the optimizer")
 
 
 def _field(tree: Any, name: str, path: Location) -> Any:
     if not isinstance(tree, Mapping) or name not in tree:
-        raise CorruptCheckpointError(f"there is no {describe(name)}", path=path)
+        raise CorruptCheckpointError(f"{describe(name)} is missing", path=path)
     return tree[name]
 
 
 def shape_of(size: Any) -> tuple[int, ...]:
-    """The numbers of a recorded `torch.Size`.
+    """The shape in the record of a `torch.Size`.
 
     Raises:
-        CorruptCheckpointError: It is none.
+        CorruptCheckpointError: It is not the record of a size.
     """
     numbers = size.arguments[0] if isinstance(size, Opaque) and size.arguments else size
     if not isinstance(numbers, tuple) or not all(type(n) is int and n >= 0 for n in numbers):
@@ -197,7 +192,7 @@ class _Slice(NamedTuple):
 
 
 def _gathered(name: str, shape: tuple[int, ...], flats: Sequence[LazyTensor], slices: Iterable[_Slice]) -> LazyTensor:
-    """A parameter's tensor from slices of the ranks' flat vectors; what is beyond its last element is padding."""
+    """A parameter's tensor from slices of the ranks' flat vectors; elements beyond its shape are padding."""
     dtype = flats[0].dtype
     itemsize = DTYPES[dtype].itemsize
     missing = prod(shape)
@@ -215,18 +210,17 @@ def _gathered(name: str, shape: tuple[int, ...], flats: Sequence[LazyTensor], sl
         missing -= taken
     if missing:
         raise CorruptCheckpointError(f"{describe(name)} of shape {shape} lacks {missing} elements in the ranks' files")
-    nbytes = prod(shape) * itemsize
-    return LazyTensor(Storage(tuple(pieces), nbytes, DTYPES[dtype].storage or "UntypedStorage"), dtype, shape)
+    return tensor_of(pieces, dtype, shape)
 
 
 def _flat_slots(states: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-    """Of one flat vector's state: the slots that are vectors, and the others, which every parameter has alike."""
+    """The state of a flat vector: the names of the slots that are vectors, and the slots common to all parameters."""
     vectors = [slot for slot, value in states[0].items() if isinstance(value, LazyTensor) and value.shape]
     return vectors, {slot: value for slot, value in states[0].items() if slot not in vectors}
 
 
 def _own(value: Any) -> Any:
-    """What several parameters had in common, for one of them alone."""
+    """A copy of a value that several parameters share."""
     return value.clone() if isinstance(value, LazyTensor) else value
 
 
@@ -257,7 +251,7 @@ def _stage_1_or_2(
 def _slices_of_group(
     ranks: Sequence[Mapping[str, Any]], index: int, shapes: Shapes, masters: Sequence[LazyTensor]
 ) -> dict[str, list[_Slice]]:
-    """Where each parameter is: as the files say, or in order where they say nothing."""
+    """The slices of each parameter: as recorded in the files, else in order."""
     found: dict[str, list[_Slice]] = {name: [] for name in shapes}
     if all("param_slice_mappings" in rank for rank in ranks):
         for number, rank in enumerate(ranks):
@@ -320,16 +314,15 @@ def _slices_per_parameter(shapes: Shapes, world: int) -> Iterator[tuple[str, lis
 
 
 def _joined(flats: Sequence[LazyTensor]) -> LazyTensor:
-    """The flat vectors of one rank's sub-groups, one after another."""
+    """The concatenated flat vectors of one rank's sub-groups."""
     if len(flats) == 1:
         return flats[0]
-    pieces = tuple(extent for flat in flats for extent in flat.extents())
-    nbytes = sum(flat.nbytes for flat in flats)
-    return LazyTensor(Storage(pieces, nbytes), flats[0].dtype, (sum(flat.numel for flat in flats),))
+    pieces = [extent for flat in flats for extent in flat.extents()]
+    return tensor_of(pieces, flats[0].dtype, (sum(flat.numel for flat in flats),))
 
 
 def frozen(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, LazyTensor]]:
-    """Parameters that were not trained: each rank has a fragment of them beside the model."""
+    """Parameters that were not trained, joined from the fragments that the ranks' model states have."""
     for name, size in (models[0].get("frozen_param_shapes") or {}).items():
         fragments = [model["frozen_param_fragments"][name] for model in models]
         shape = shape_of(size)

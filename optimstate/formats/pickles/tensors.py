@@ -14,17 +14,16 @@ from typing import Any, NoReturn
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats.pickles.foreign import known_class
-from optimstate.io.extents import Extent
+from optimstate.io.extents import InMemory
 from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES, check_sizes, decode_scalar
-from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
+from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides, tensor_of
 from optimstate.tree import AttributedTensor, GlobalName, Opaque, nodes
 
 __all__ = [
     "READ",
     "RECORDS",
     "STORAGE_OF_TENSOR",
-    "InMemory",
     "TensorBuilder",
     "numpy_array",
     "numpy_scalar",
@@ -106,18 +105,6 @@ def _attributed(node: Opaque) -> str | None:
     if isinstance(state, Mapping) and {"CB", "SCB"} <= state.keys():
         return "a quantized weight of bitsandbytes"
     return "a parameter with objects set on it"
-
-
-class InMemory:
-    """Bytes that a pickle held."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.size = len(data)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """As of a file."""
-        return self._data[offset : offset + length]
 
 
 class _Variable(LazyTensor):
@@ -347,10 +334,10 @@ class _Array(Record):
 
     def tensor(self, *, grad: bool = False) -> LazyTensor:
         """The same elements as a tensor."""
-        pieces = (Extent(InMemory(self.content), 0, len(self.content)),) if self.content else ()
-        storage = Storage(pieces, len(self.content), DTYPES[self.dtype].storage or "UntypedStorage")
         stride = tuple(reversed(contiguous_strides(self.shape[::-1]))) if self.fortran else None
-        return LazyTensor(storage, self.dtype, self.shape, stride, requires_grad=grad)
+        tensor = tensor_of(InMemory(self.content).extents(), self.dtype, self.shape, stride)
+        tensor.requires_grad = grad
+        return tensor
 
 
 def _ndarray(record: Any) -> _Array | None:

@@ -10,7 +10,8 @@ import io
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from optimstate.describe import describe
@@ -21,38 +22,27 @@ from optimstate.errors import (
     UnsupportedCheckpointError,
 )
 from optimstate.formats.pickles.checks import read_soundly
-from optimstate.formats.pickles.opcodes import check_opcodes
+from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES, check_opcodes
 from optimstate.formats.pickles.sharing import check_sharing
 from optimstate.formats.pickles.tensors import TensorBuilder
+from optimstate.io.extents import StoredSource
+from optimstate.io.location import Location
 from optimstate.tensors.dtypes import ITEMSIZE_OF_STORAGE
 from optimstate.tensors.lazy import Storage
 from optimstate.tree import GlobalName, no_garbage_collection
 
-__all__ = ["InertUnpickler", "load"]
+__all__ = ["InertUnpickler", "errors_in", "load", "load_file"]
 
 StorageLoader = Callable[[str, str, str, int], Storage]
-"""(class of the storage, key, location, number of bytes) -> Storage; for a key it gave one for, the same again."""
-
-
-def _builder(module: str, qualname: str, build: Callable[..., Any]) -> GlobalName:
-    """A global whose calls give plain data or a `LazyTensor`; mentioned without a call it is a name like any other.
-
-    `build` stands in the metaclass as it is: a call by the C unpickler, of which there is one per tensor, goes straight
-    to it.
-    """
-    kind: type[GlobalName] = type("Builder", (GlobalName,), {"__call__": staticmethod(build)})
-    return kind(module, qualname)
+"""(class of the storage, key, location, number of bytes) -> Storage; for the same key the same object."""
 
 
 class InertUnpickler(pickle.Unpickler):
     """Builds plain data, `LazyTensor`s and `Opaque` records; imports and calls nothing that a pickle names.
 
     Args:
-        data: The pickle.
+        file: The pickle as a binary file.
         storage: Called for each persistent id of a storage.
-
-    Attributes:
-        globals: Every `(module, name)` the pickle mentioned, in order of first mention.
     """
 
     def __init__(self, file: Any, storage: StorageLoader | None = None) -> None:
@@ -64,21 +54,21 @@ class InertUnpickler(pickle.Unpickler):
 
     @property
     def globals(self) -> list[tuple[str, str]]:
-        """Every class or function mentioned."""
+        """Every `(module, name)` that the pickle mentions, in order of first mention."""
         return list(self._stand_ins)
 
     def finished(self) -> None:
-        """The pickle was read to its end."""
+        """Check and complete what was built, after the pickle was read to its end."""
         self._tensors.finished()
 
     def release(self) -> None:
-        """Let go of the file: stand-ins and unpickler hold each other, and would keep it open until collected."""
+        """Release the file, which reference cycles between stand-ins and unpickler would keep open."""
         for stand_in in self._stand_ins.values():
             if isinstance(stand_in, GlobalName) and type(stand_in) is not GlobalName:
-                del type(stand_in).__call__  # a `_builder` is a mere name from now on
+                del type(stand_in).__call__  # a `builder` becomes a plain name
 
     def find_class(self, module: str, name: str, /) -> Any:
-        """The stand-in for a global; never the thing itself, except for a few builtin containers."""
+        """The stand-in for a global; never the global itself, except for a few builtin containers."""
         key = (module, name)
         if key not in self._stand_ins:
             self._stand_ins[key] = self._stand_in(module, name)
@@ -96,17 +86,19 @@ class InertUnpickler(pickle.Unpickler):
         return self.builder(module, name, build) if build else GlobalName(module, name)
 
     def builder(self, module: str, name: str, build: Callable[..., Any]) -> GlobalName:
-        """The stand-in for a global whose calls give `build(...)`."""
-        return _builder(module, name, build)
+        """The stand-in for a global whose calls return `build(...)`; without a call it is a plain name."""
+        # `build` is in the metaclass, so that the C unpickler's calls, one for each tensor, go straight to it.
+        kind: type[GlobalName] = type("Builder", (GlobalName,), {"__call__": staticmethod(build)})
+        return kind(module, name)
 
     def _nested_class(self, owner: Any, name: Any) -> Any:
-        # Protocol 2 spells a nested class as getattr(Outer, "Inner"); this is only a longer name.
+        # Protocol 2 writes a nested class as getattr(Outer, "Inner"); this is only a longer name.
         if isinstance(owner, GlobalName) and isinstance(name, str):
             return self.find_class(owner.module, f"{owner.qualname}.{name}")
         return GlobalName("builtins", "getattr")(owner, name)
 
     def persistent_load(self, pid: Any, /) -> Storage:
-        """The storage a persistent id names: ('storage', class, key, location, number of elements, ...)."""
+        """The storage of a persistent id: ('storage', class, key, location, number of elements, ...)."""
         try:
             mark, kind, key, location, numel = pid if len(pid) == 5 else pid[:5]
             known = self._kinds.get(kind) if type(kind) is GlobalName else None
@@ -130,7 +122,7 @@ class InertUnpickler(pickle.Unpickler):
         return found
 
     def _kind(self, kind: Any, key: Any) -> tuple[str, int]:
-        """Name and bytes per element of a class of storages."""
+        """The name of a storage class and its bytes per element."""
         if type(kind) is not GlobalName:
             raise CorruptCheckpointError(f"storage {describe(key)} is of class {describe(kind)}"[:200])
         name = kind.qualname.removeprefix("_") if kind.module == "torch.storage" else kind.qualname  # _Untyped, in 1.11
@@ -148,7 +140,7 @@ def _encode(text: Any, encoding: Any = "utf-8") -> bytes:
 
 
 def _bytearray(data: Any = b"", encoding: Any = "latin-1") -> bytearray:
-    # bytearray(10**12) would allocate: only real contents are taken.
+    # bytearray(10**12) would allocate memory, so only real contents are accepted.
     return bytearray(data if isinstance(data, bytes) else _encode(data, encoding))
 
 
@@ -178,6 +170,32 @@ _BUILTINS: dict[str, Any] = {
 }
 
 
+@contextmanager
+def errors_in(path: Location, record: str = "") -> Iterator[None]:
+    """Adds the file, and a record in it, to errors that do not name a file."""
+    try:
+        yield
+    except CheckpointError as error:
+        if error.path:
+            raise
+        raise error.within(path=path, place=f"{record} {error.place}".strip()) from error
+
+
+def load_file(
+    source: StoredSource, storage: StorageLoader | None = None, *, unpickler: type[InertUnpickler] = InertUnpickler
+) -> tuple[Any, list[tuple[str, str]]]:
+    """Unpickle a whole file inertly; as `load`, with the file's name in all errors.
+
+    Raises:
+        CheckpointError: As `load`, or it has more than `MAX_PICKLE_BYTES`.
+    """
+    if source.size > MAX_PICKLE_BYTES:
+        message = f"a pickle of {source.size} bytes is over the limit of {MAX_PICKLE_BYTES}"
+        raise LimitExceededError(message, path=source.path)
+    with errors_in(source.path):
+        return load(source.read(0, source.size), storage, unpickler=unpickler)
+
+
 def load(
     data: bytes, storage: StorageLoader | None = None, *, unpickler: type[InertUnpickler] = InertUnpickler
 ) -> tuple[Any, list[tuple[str, str]]]:
@@ -185,11 +203,11 @@ def load(
 
     Args:
         data: One whole pickle, any protocol.
-        storage: Resolves storages; without it a pickle that refers to one is an error.
-        unpickler: What reads it, where a container has persistent ids of its own.
+        storage: Returns storages; without it a pickle that refers to one is an error.
+        unpickler: A subclass, for containers with persistent ids of their own.
 
     Returns:
-        The tree, and every global mentioned.
+        The tree, and every global that the pickle mentions.
 
     Raises:
         CheckpointError: The pickle is damaged, hostile or uses something unknown.
@@ -216,11 +234,11 @@ def load(
     return tree, reader.globals
 
 
-# Python's own words about the objects that stand for those of the file.
+# Names of this package's stand-ins in Python's error messages.
 _OF_STAND_INS = r"\b(Opaque|GlobalName|\w*Tensor|\w*Unpickler|Storage)\b|__\w+__"
 
 
 def _in_words(error: Exception) -> str:
-    """What an interpreter's error says of the file, not of what stands for its objects here."""
+    """The message of an interpreter's error, replaced where it is about a stand-in rather than about the file."""
     text = str(error)
-    return "it does to an object what such objects do not take" if re.search(_OF_STAND_INS, text) else text
+    return "it uses an object in a way that such objects do not support" if re.search(_OF_STAND_INS, text) else text

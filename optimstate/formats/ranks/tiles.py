@@ -70,7 +70,7 @@ def tensor_of_pieces(dtype: str, shape: tuple[int, ...], pieces: Callable[[], Se
     """A tensor whose pieces, which fill it (see `check_tiling`), are located when its elements are asked for."""
     about = DTYPES[dtype]
     nbytes = prod(shape) * about.itemsize
-    storage = DeferredStorage(nbytes, lambda: tiled(shape, about.itemsize, pieces()), about.storage or "UntypedStorage")
+    storage = DeferredStorage(nbytes, lambda: tiled(shape, about.itemsize, pieces()), about.storage_class)
     return LazyTensor(storage, dtype, shape)
 
 

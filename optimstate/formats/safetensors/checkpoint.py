@@ -83,8 +83,7 @@ def decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
             members.setdefault(node["storage"], []).append((made.span()[0], stored))
             views.append((made, node["storage"]))
         else:
-            kind = DTYPES[dtype].storage or "UntypedStorage"
-            made.storage = _laid_out(made, stored, kind, str(node.get("location", "cpu")))
+            made.storage = _laid_out(made, stored, DTYPES[dtype].storage_class, str(node.get("location", "cpu")))
         return made
 
     tree = json_tree.decode(document["tree"], tensor)

@@ -26,7 +26,7 @@ from optimstate.io.location import Location
 from optimstate.io.places import open_source
 from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES, check_sizes
-from optimstate.tensors.lazy import LazyTensor, Storage, announced
+from optimstate.tensors.lazy import LazyTensor, announced, tensor_of
 
 if TYPE_CHECKING:
     from optimstate.io.output import AtomicGroup
@@ -158,8 +158,7 @@ def _read_tensor(source: StoredSource, base: int, name: str, entry: Any) -> Lazy
                 path=source.path,
             )
         shape = [*shape[:-1], shape[-1] // dtype.packed]
-    storage = Storage((Extent(source, base + start, stop - start),), stop - start, dtype.storage or "UntypedStorage")
-    tensor = LazyTensor(storage, dtype.name, tuple(shape))
+    tensor = tensor_of((Extent(source, base + start, stop - start),), dtype.name, tuple(shape))
     if tensor.nbytes != stop - start:
         raise CorruptCheckpointError(
             f"tensor {describe(name)} of shape {describe(shape)} and dtype {code} has {describe(tensor.nbytes)} bytes, "

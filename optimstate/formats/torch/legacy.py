@@ -1,27 +1,28 @@
-"""The containers of `torch.save` from before zip: read, and written back as today's zip.
+"""The containers of `torch.save` before zip archives: read, and written as today's zip archives.
 
-The stream (torch 0.2 to 1.5, and still behind an option) is five pickles and then the bytes of each storage: a magic
-number, a version, the byte order, the tree, the keys of the storages in order; per storage an int64 number of elements
-and the elements. The tar archive (torch 0.1) has the members `storages`, `tensors` and `pickle`; tensors are numbered,
-and the tree refers to them by number.
+The stream (torch 0.2 to 1.5, and still available as an option) is five pickles and then the bytes of each storage: a
+magic number, a version, the byte order, the tree, the keys of the storages in order; for each storage an int64 number
+of elements and the elements. The tar archive (torch 0.1) has the members `storages`, `tensors` and `pickle`; tensors
+are numbered, and the tree refers to them by number.
 """
 
 from __future__ import annotations
 
 import struct
 from io import BufferedReader
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from optimstate.describe import describe
-from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
+from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
+from optimstate.formats.byte_sources import Part
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES, check_opcodes
-from optimstate.formats.pickles.unpickle import InertUnpickler, load
+from optimstate.formats.pickles.unpickle import InertUnpickler, errors_in, load
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.io.extents import ByteSource, Extent, StoredSource
+from optimstate.io.extents import Extent, StoredSource
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
-from optimstate.io.streams import SourceFile
+from optimstate.io.streams import Source, SourceFile
 from optimstate.tensors.dtypes import DTYPES, ITEMSIZE_OF_STORAGE
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import GlobalName
@@ -29,7 +30,7 @@ from optimstate.tree import GlobalName
 __all__ = ["MAGIC_BYTES", "NAME", "SUFFIXES", "read", "read_stream", "read_tar", "sniff", "write"]
 
 NAME = "torch-legacy"
-SUFFIXES: tuple[str, ...] = ()  # nothing is written in it, so no destination asks for it
+SUFFIXES: tuple[str, ...] = ()  # nothing is written in this format
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 MAGIC_BYTES = b"\x8a\n" + _MAGIC.to_bytes(10, "little")
@@ -40,14 +41,8 @@ _FIRST_WINDOW = 1 << 16
 Globals = list[tuple[str, str]]
 
 
-class SizedSource(ByteSource, Protocol):
-    """Bytes by position with an end: a file, or bytes inside a pickle."""
-
-    size: int
-
-
 def sniff(path: Location, head: bytes) -> Claim:
-    """Whether a file begins with torch's magic number, or is a tar of the members torch wrote."""
+    """Whether a file begins with torch's magic number, or is a tar archive whose first member is one of torch's."""
     if MAGIC_BYTES in head[:32]:
         return Claim.CERTAIN
     is_tar = head.split(b"\0", 1)[0] in _TAR_MEMBERS and path.is_file() and _is_tar(path)
@@ -69,30 +64,26 @@ def read(path: Location) -> Document:
     """
     source = open_source(path)
     is_stream = MAGIC_BYTES in source.read(0, min(source.size, 32))
-    try:
+    with errors_in(path):
         tree, names = read_stream(source) if is_stream else read_tar(source)
-    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
-        if error.path:
-            raise
-        raise error.within(path=path) from error
     notes = [] if is_stream else ["a tar archive of torch 0.1: torch.load opens it only with weights_only=False"]
     return Document(path, NAME, tree, names, notes)
 
 
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
-    """Write a tree as today's `torch.save` does, which every torch since 1.4 reads."""
+    """Write a zip archive as today's `torch.save` does, which torch reads since 1.4."""
     return ["written as torch's zip container", *torch_zip.write(tree, path, like=like, options=options)]
 
 
-# --- pickles in a row -----------------------------------------------------------------------------------------------
+# --- consecutive pickles --------------------------------------------------------------------------------------------
 
 
 class _Reader:
-    """Walks over a source whose pickles and raw bytes alternate."""
+    """Reads a source in which pickles and raw bytes alternate, from its beginning on."""
 
-    def __init__(self, source: SizedSource, at: int = 0) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
-        self.at = at
+        self.at = 0
         self.globals: Globals = []
 
     def take(self, length: int) -> bytes:
@@ -109,7 +100,7 @@ class _Reader:
         return int(value)
 
     def pickle(self, storage: Any = None, unpickler: type[InertUnpickler] = InertUnpickler) -> Any:
-        """The next pickle; how long it is shows only when it is read, so windows of growing size are tried."""
+        """The next pickle; its length is not known before, so windows of increasing size are tried."""
         data = self._pickle_bytes(_FIRST_WINDOW)
         tree, names = load(data, storage, unpickler=unpickler)
         self.at += len(data)
@@ -128,7 +119,7 @@ class _Reader:
             raise error.within(place=place) from None
 
     def skip_storage(self, storage: Storage, name: object) -> None:
-        """Give the storage the bytes that come next, after their number of elements."""
+        """Locate the bytes of a storage, which come next after their number of elements, and skip them."""
         numel = self.number("q")
         itemsize = ITEMSIZE_OF_STORAGE.get(storage.kind, 1)
         if numel < 0 or numel * itemsize > self.source.size - self.at:
@@ -150,7 +141,7 @@ class _Reader:
 
 
 class _View(NamedTuple):
-    """A storage that is a part of another one, as torch before 0.4 saved them; counted in bytes."""
+    """A storage that is a part of another one, as torch before 0.4 saved them; `start` is in bytes."""
 
     storage: Storage
     root: Storage
@@ -168,7 +159,7 @@ class _StreamUnpickler(InertUnpickler):
 
     def persistent_load(self, pid: Any, /) -> Any:
         if type(pid) is tuple and len(pid) == 4 and pid[0] == "module":
-            return pid[1]  # the class; the source code beside it is for people
+            return pid[1]  # the class; the source code that follows it is for people
         root = super().persistent_load(pid)
         if len(pid) < 6 or pid[5] is None:
             return root
@@ -187,8 +178,8 @@ class _StreamUnpickler(InertUnpickler):
         return view.storage
 
 
-def read_stream(source: SizedSource) -> tuple[Any, Globals]:
-    """The tree of a stream and the globals its pickles mention.
+def read_stream(source: Source) -> tuple[Any, Globals]:
+    """The tree of a stream, and the globals that its pickles mention.
 
     Raises:
         CheckpointError: It is damaged, hostile or big-endian.
@@ -199,7 +190,13 @@ def read_stream(source: SizedSource) -> tuple[Any, Globals]:
     version = reader.pickle()
     if version != 1001:
         raise UnsupportedCheckpointError(f"version {describe(version)} of the legacy container is not known")
-    _check_system(reader.pickle())
+    system = reader.pickle()
+    if not isinstance(system, dict):
+        raise CorruptCheckpointError(f"the description of the machine is {describe(system)}"[:200])
+    if system.get("little_endian") is False:
+        raise UnsupportedCheckpointError(
+            "written on a big-endian machine", hint="Load it with torch, which swaps the bytes, and save it."
+        )
     storages: dict[str, Storage] = {}
 
     def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
@@ -225,20 +222,11 @@ def read_stream(source: SizedSource) -> tuple[Any, Globals]:
     return tree, reader.globals
 
 
-def _check_system(info: Any) -> None:
-    if not isinstance(info, dict):
-        raise CorruptCheckpointError(f"the description of the machine is {describe(info)}"[:200])
-    if info.get("little_endian") is False:
-        raise UnsupportedCheckpointError(
-            "written on a big-endian machine", hint="Load it with torch, which swaps the bytes, and save it."
-        )
-
-
 # --- the tar --------------------------------------------------------------------------------------------------------
 
 
 def read_tar(source: StoredSource) -> tuple[Any, Globals]:
-    """The tree of a tar archive and the globals its pickles mention.
+    """The tree of a tar archive, and the globals that its pickles mention.
 
     Raises:
         CheckpointError: It is damaged or hostile.
@@ -247,10 +235,10 @@ def read_tar(source: StoredSource) -> tuple[Any, Globals]:
     for name in ("storages", "tensors", "pickle"):
         if name not in members:
             raise CorruptCheckpointError(f"the tar archive has no member {describe(name)}")
-    reader = _Reader(_Window(source, *members["storages"]))
+    reader = _Reader(Part(source, *members["storages"]))
     storages = _tar_storages(reader)
     objects: dict[int, Any] = {}
-    tensors = _Reader(_Window(source, *members["tensors"]))
+    tensors = _Reader(Part(source, *members["tensors"]))
     for _ in range(_count(tensors.pickle(), tensors)):
         key, storage_key, _ = _fields(tensors.pickle(), 3, "tensor")
         if storage_key not in storages:
@@ -264,10 +252,10 @@ def read_tar(source: StoredSource) -> tuple[Any, Globals]:
                 return pid[0]  # a class with its source code
             number = int(pid) if str(pid).lstrip("-").isdigit() else None
             if number not in objects:
-                raise CorruptCheckpointError(f"the pickle refers to {describe(pid)}, which is nowhere defined"[:200])
+                raise CorruptCheckpointError(f"the pickle refers to {describe(pid)}, which is not defined"[:200])
             return objects[number]
 
-    trees = _Reader(_Window(source, *members["pickle"]))
+    trees = _Reader(Part(source, *members["pickle"]))
     tree = trees.pickle(unpickler=TarUnpickler)
     return tree, list(dict.fromkeys([*reader.globals, *tensors.globals, *trees.globals]))
 
@@ -323,17 +311,3 @@ def _fields(value: Any, count: int, what: str) -> tuple[Any, ...]:
     if not isinstance(value, tuple) or len(value) != count:
         raise CorruptCheckpointError(f"a {what} is described by {describe(value)}"[:200])
     return value
-
-
-class _Window:
-    """A part of a file under its own offsets."""
-
-    def __init__(self, source: StoredSource, start: int, size: int) -> None:
-        self._source = source
-        self._start = start
-        self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        if offset < 0 or offset + length > self.size:
-            raise CorruptCheckpointError(f"needs {length} bytes at {offset} of {self.size}")
-        return self._source.read(self._start + offset, length)

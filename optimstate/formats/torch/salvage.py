@@ -1,7 +1,7 @@
-"""What is whole in an archive of `torch.save` that was cut off: its directory is lost, every record has a header.
+"""Reading the complete records of a truncated `torch.save` archive, whose directory is lost.
 
-Records follow one another: a local header, the contents, and behind them a descriptor with their checksum and size. A
-record counts as whole where the descriptor says so and the checksum agrees.
+Each record has a local header, the contents, and a descriptor with the checksum and size of the contents. A record is
+complete if the descriptor is there and the checksum matches.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import zlib
 from array import array
 from collections.abc import Iterator
 
-from optimstate.errors import CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
+from optimstate.errors import CorruptCheckpointError
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
-from optimstate.formats.pickles.unpickle import load
+from optimstate.formats.pickles.unpickle import errors_in, load
 from optimstate.formats.protocol import Document
 from optimstate.formats.pruning import LostStorage, without_lost
 from optimstate.formats.torch.zip_directory import Archive, Records
@@ -31,38 +31,34 @@ _BLOCK = 1 << 22
 
 
 def salvage(path: Location, name: str) -> Document:
-    """The document of the records that are whole.
+    """The document of the complete records.
 
     Args:
         path: The file.
-        name: What the format is called.
+        name: The name of the format.
 
     Raises:
-        CorruptCheckpointError: The pickle that says what the records are is not whole, or no tensor is.
+        CorruptCheckpointError: The pickle that describes the tensors is not complete, or no tensor is.
     """
     source = open_source(path)
     root, records = _whole_records(source)
     archive = Archive.of_records(source, root, records)
     if "data.pkl" not in records:
         raise CorruptCheckpointError(
-            "nothing can be read: the record that says which tensors there are (data.pkl) is not whole", path=path
+            "nothing can be read: the record that describes the tensors (data.pkl) is not complete", path=path
         )
-    try:
+    with errors_in(path, "data.pkl"):
         loader = storages_of(archive, "data/", lambda kind, key, at, n: LostStorage((), n, kind, at, key))
         tree, names = load(archive.read(records["data.pkl"], MAX_PICKLE_BYTES), loader)
-    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
-        if error.path:
-            raise
-        raise error.within(path=path, place=f"data.pkl {error.place}".strip()) from error
     tree, lost = without_lost(tree, path)
     return Document(path, name, tree, names, checksums=[archive.recorded], lost=lost)
 
 
 def _whole_records(source: StoredSource) -> tuple[str, Records]:
-    """The records from the beginning on, up to the first that is not whole."""
+    """The root folder and the records, from the first to the last one before an incomplete one."""
     found: list[tuple[str, int, int, int]] = []
     at, root = 0, ""
-    while (record := _record(source, at)) is not None or (at := _behind_directory(source, at)):
+    while (record := _record(source, at)) is not None or (at := _after_directory(source, at)):
         if record is None:
             continue
         full_name, start, size, crc, following = record
@@ -72,13 +68,13 @@ def _whole_records(source: StoredSource) -> tuple[str, Records]:
             found.append((name, at, size, crc))
         at = following
     names = dict.fromkeys(name for name, *_ in found)
-    last = {name: entry for name, *entry in found}  # an edit in place writes a record again
+    last = {name: entry for name, *entry in found}  # an in-place edit writes a record again
     columns = [array("Q", (last[name][column] for name in names)) for column in range(3)]
     return root, Records(list(names), *columns)
 
 
-def _behind_directory(source: StoredSource, at: int) -> int:
-    """Where records go on behind an older directory, which an edit in place leaves in the file; 0 where none do."""
+def _after_directory(source: StoredSource, at: int) -> int:
+    """The offset of the next record after a directory, which in-place edits leave in the file; 0 if there is none."""
     if at + 4 > source.size or source.read(at, 4) != b"PK\x01\x02":
         return 0
     for block in range(at, source.size, _BLOCK):
@@ -89,7 +85,7 @@ def _behind_directory(source: StoredSource, at: int) -> int:
 
 
 def _record(source: StoredSource, at: int) -> tuple[str, int, int, int, int] | None:
-    """Name, place, size and checksum of the record whose header is at `at`, and where the next one begins."""
+    """Name, data offset, size and checksum of the record whose header is at `at`, and the offset of the next one."""
     if at + LOCAL.size > source.size:
         return None
     mark, _, flags, method, _, _, crc, size, full, name_length, extra_length = LOCAL.unpack(source.read(at, LOCAL.size))
@@ -106,7 +102,7 @@ def _record(source: StoredSource, at: int) -> tuple[str, int, int, int, int] | N
 
 
 def _descriptors(source: StoredSource, start: int) -> Iterator[tuple[int, int, int]]:
-    """Size and checksum of contents that begin at `start`, and where their descriptor ends, wherever one fits them."""
+    """Size, checksum and end of each descriptor that fits contents beginning at `start`."""
     for block in range(start, source.size, _BLOCK):
         data = source.read(block, min(_BLOCK + 24, source.size - block))
         found = data.find(_DESCRIPTOR)

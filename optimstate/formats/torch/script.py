@@ -1,12 +1,11 @@
-"""Archives of TorchScript (`torch.jit.save`): their parameters, buffers and attributes are read, their code is not.
+"""TorchScript archives (`torch.jit.save`): their parameters, buffers and attributes are read, their code is not.
 
-The archive has the module in `data.pkl`, as `torch.save` would, with classes that its own code defines; constants of
+The archive has the module in `data.pkl`, as `torch.save` would, with classes defined by its own code; constants of
 the code in `constants.pkl`; and the code, compressed. The tree is
 
     {"model": {NAME: TENSOR}, "attributes": {NAME: VALUE}, "constants": (...), "code": {FILE: ...}}
 
-where names are joined by dots, as in `state_dict()`. Attributes that are tensors cannot be told from buffers: they
-are in `model`.
+where names are joined by dots, as in `state_dict()`. Attributes that are tensors look like buffers and are in `model`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from optimstate.errors import LimitExceededError, RepresentationError
-from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.errors import LimitExceededError
+from optimstate.formats.protocol import Claim, Document, read_only
 from optimstate.formats.torch.zip_directory import Archive
 from optimstate.formats.torch.zip_reader import read_pickle
 from optimstate.io.location import Location
@@ -28,12 +27,12 @@ __all__ = ["NAME", "SUFFIXES", "is_script", "other_archive", "read", "read_scrip
 NAME = "torchscript"
 SUFFIXES: tuple[str, ...] = ()
 
-_OWN_CLASSES = "__torch__"  # the module of what the archive's code defines
+_OWN_CLASSES = "__torch__"  # the module of classes defined by the archive's code
 _NOT_CODE = ("data.pkl", "constants.pkl", "version", "byteorder", ".data/serialization_id")
 
 
 def sniff(path: Location, head: bytes) -> Claim:  # noqa: ARG001
-    """Never: that an archive of torch is one of TorchScript is seen in its directory."""
+    """Never: `torch.zip` recognises a TorchScript archive by its directory."""
     return Claim.NO
 
 
@@ -47,12 +46,12 @@ def read(path: Location) -> Document:
 
 
 def is_script(archive: Archive) -> bool:
-    """Whether an archive of torch is one of TorchScript."""
+    """Whether a zip archive of torch is a TorchScript archive."""
     return "constants.pkl" in archive.records and "data.pkl" in archive.records
 
 
 def other_archive(archive: Archive) -> str:
-    """What an archive without a `data.pkl` is, where that is known, and what to do."""
+    """What a known archive without `data.pkl` is and what to do; empty for an unknown one."""
     records = archive.records
     if "model.json" in records:
         return "a TorchScript archive of torch 1.0; load it with torch.jit.load and save it with torch.jit.save"
@@ -87,7 +86,7 @@ def read_script(path: Location, archive: Archive) -> Document:
 
 
 def _named(module: Any) -> Iterator[tuple[str, Any]]:
-    """Everything that is not a submodule, under the name of its place; a module within itself is a value."""
+    """Everything that is not a submodule, by its dotted name; a module that contains itself is a value."""
     entered: set[int] = set()
     stack: list[tuple[str, Any]] = [("", module)]
     while stack:
@@ -106,13 +105,8 @@ def _is_module(node: Any) -> bool:
     return named and isinstance(node.state, Mapping) and all(isinstance(key, str) for key in node.state)
 
 
-def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:  # noqa: ARG001
-    """Refused: the code of a module belongs to its names and shapes.
-
-    Raises:
-        RepresentationError: Always.
-    """
-    raise RepresentationError(
-        f"{path.name}: TorchScript is read, but not written",
-        hint="`optimstate convert --section model` writes its weights to a .pt or .safetensors file.",
-    )
+# The code of a module depends on its names and shapes.
+write = read_only(
+    "TorchScript is read, but not written",
+    hint="`optimstate convert --section model` writes its weights to a .pt or .safetensors file.",
+)

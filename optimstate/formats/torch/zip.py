@@ -1,7 +1,6 @@
-"""The zip archives of `torch.save`: every storage is a record of its own, and the tree a pickle in `data.pkl`.
+"""The zip archives of `torch.save`: every storage is a record, and the tree a pickle in the record `data.pkl`.
 
-What writes them (`zip_writer`) and what reads damaged ones (`salvage`) is imported by those who write or salvage: most
-only read.
+The modules that write archives (`zip_writer`) and read damaged ones (`salvage`) are imported only when needed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _FIRST_RECORDS = (b"data.pkl", b"version", b"constants.pkl", b".format_version",
 
 
 def sniff(path: Location, head: bytes) -> Claim:
-    """Likely where a file begins like a zip archive whose first record is in a folder; certain of torch's records."""
+    """Certain if the first record of a zip archive is one of torch's, likely if it is any record in a folder."""
     if head[:4] != b"PK\x03\x04" or path.suffix in (".distcp", ".safetensors"):  # other things follow
         return Claim.LIKELY if head[:4] == b"PK\x05\x06" else Claim.NO
     first = LOCAL.size
@@ -59,10 +58,10 @@ def read(path: Location) -> Document:
 
 
 def salvage(path: Location) -> Document:
-    """What is whole in an archive that was cut off (see `salvage`).
+    """The complete records of a truncated archive (see the module `salvage`).
 
     Raises:
-        CorruptCheckpointError: Nothing is.
+        CorruptCheckpointError: There are none.
     """
     from optimstate.formats.torch import salvage as salvaging
 
@@ -78,7 +77,7 @@ def read_archive(source: StoredSource | FileSlice) -> tuple[Any, list[tuple[str,
     archive = Archive(source)
     if script.is_script(archive):
         raise UnsupportedCheckpointError(
-            "an archive of TorchScript inside of another file", path=source.path, hint="Take it out and read it alone."
+            "an archive of TorchScript inside another file", path=source.path, hint="Extract it and read it alone."
         )
     return *_read_checkpoint(archive), archive
 

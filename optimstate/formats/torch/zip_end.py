@@ -1,4 +1,4 @@
-"""Where the directory of a zip archive is: what stands at the end of the file."""
+"""The end of a zip archive: the records that locate its directory."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def find_directory(source: StoredSource | FileSlice) -> tuple[int, int, int]:
 
 
 def _rfind_end(data: bytes) -> int:
-    """Where the last end record that is there in full begins; behind it may be the first bytes of another."""
+    """The offset of the last complete end record, which the beginning of another one may follow; -1 without one."""
     return data.rfind(b"PK\x05\x06", 0, max(len(data) - END.size + 4, 0))
 
 
 def _restore_hint(source: StoredSource | FileSlice) -> str:
-    """An interrupted in-place edit leaves the old end inside the file: say how to return to it."""
+    """How to restore the file: an interrupted in-place edit leaves the old end record inside it."""
     block = 1 << 24
     for low in range(max(source.size - block, 0), max(source.size - 16 * block, -1), -block):
         data = source.read(low, min(block + END.size, source.size - low))
@@ -79,13 +79,13 @@ def _restore_hint(source: StoredSource | FileSlice) -> str:
             return f"An edit in place was interrupted; `truncate -s {size} {source.path}` restores the file as it was."
         if low == 0:
             break
-    return "The file is truncated or no checkpoint of torch.save; copy it again from its source."
+    return "The file is truncated or not a checkpoint of torch.save; copy it again from its source."
 
 
 def read_in_two_ways(source: Source) -> str | None:
-    """What makes programs disagree about the directory of an archive, or None where they agree.
+    """Why programs may read different directories in an archive, or None where they agree.
 
-    Some take the last end record, others the first; some obey its offset, others look directly in front of it.
+    Some take the last end record, others the first; some use its offset, others look directly in front of it.
     """
     tail_size = min(source.size, END.size + 0xFFFF + LOCATOR64.size + END64.size)
     tail = source.read(source.size - tail_size, tail_size)
@@ -101,7 +101,7 @@ def read_in_two_ways(source: Source) -> str | None:
         _, _, where, _ = LOCATOR64.unpack_from(tail, at - LOCATOR64.size)
         end -= LOCATOR64.size + END64.size
         if where != end:
-            return "the zip64 end record does not stand where it belongs"
+            return "the zip64 end record is not where it belongs"
         end64 = source.read(end, END64.size)
         if len(end64) < END64.size or end64[:4] != b"PK\x06\x06":
             return "the zip64 end record is damaged"
@@ -111,14 +111,14 @@ def read_in_two_ways(source: Source) -> str | None:
             return "the two end records contradict each other"
         count, size, offset = count64, size64, offset64
     if offset + size != end:
-        return "the directory does not stand in front of its end record"
+        return "the directory is not directly in front of its end record"
     if count and source.read(0, 4) != b"PK\x03\x04":
         return "it does not begin with a member"
     return None if count * CENTRAL.size <= size else "the directory cannot hold its entries"
 
 
 def archive_length(source: Source, start: int) -> int:
-    """How long the archive is that begins at `start`, before others; 0 where there is none."""
+    """The length of the archive that begins at `start`, which others may follow; 0 where there is none."""
     block = 1 << 12
     at = start
     while at < source.size:

@@ -1,30 +1,26 @@
-"""The pickles of torch's zip archives: trees whose storages are records beside them."""
+"""Reading the pickles in torch's zip archives: trees whose storages are other records of the archive."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from optimstate.describe import describe
-from optimstate.errors import CorruptCheckpointError, LimitExceededError, UnsupportedCheckpointError
+from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
-from optimstate.formats.pickles.unpickle import load
+from optimstate.formats.pickles.unpickle import StorageLoader, errors_in, load
 from optimstate.formats.torch.zip_directory import Archive, RecordStorage
 from optimstate.tensors.lazy import Storage
 
 __all__ = ["read_pickle", "storages_of"]
-
-Missing = Callable[[str, str, str, int], Storage]
-"""(class, key, location, number of bytes) -> what stands for a storage without a whole record."""
 
 
 def read_pickle(archive: Archive, record: str, folder: str) -> tuple[Any, list[tuple[str, str]]]:
     """The tree of a pickled record, and the globals it mentions.
 
     Args:
-        archive: Where it is.
-        record: The name of the pickle.
-        folder: Where the records of its storages are, with a slash.
+        archive: The archive.
+        record: The name of the pickle's record.
+        folder: The folder of the records of its storages, with a slash.
 
     Raises:
         CheckpointError: It is damaged, hostile or from a big-endian machine.
@@ -35,21 +31,17 @@ def read_pickle(archive: Archive, record: str, folder: str) -> tuple[Any, list[t
             "written on a big-endian machine", path=path, hint="Load it with torch, which swaps the bytes, and save it."
         )
     pickled = archive.read(archive.records[record], MAX_PICKLE_BYTES)
-    try:
+    with errors_in(path, record):
         return load(pickled, storages_of(archive, folder))
-    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
-        if error.path:
-            raise
-        raise error.within(path=path, place=f"{record} {error.place}".strip()) from error
 
 
-def storages_of(archive: Archive, folder: str, missing: Missing | None = None) -> Missing:
-    """What gives an unpickler the storages of an archive.
+def storages_of(archive: Archive, folder: str, missing: StorageLoader | None = None) -> StorageLoader:
+    """A function that gives an unpickler the storages of an archive.
 
     Args:
-        archive: Where their records are.
-        folder: Where in it, with a slash.
-        missing: What to do for one without a record of its size; by default an error.
+        archive: The archive.
+        folder: The folder of their records, with a slash.
+        missing: Called for a storage without a record of its size; None raises an error.
     """
     path, records = archive.source.path, archive.records
     positions, sizes = records.positions, records.sizes
@@ -61,7 +53,7 @@ def storages_of(archive: Archive, folder: str, missing: Missing | None = None) -
     def storage(kind: str, key: str, location: str, nbytes: int) -> Storage:
         nonlocal following
         name = folder + key
-        # Most are mentioned in the order of the records, where comparing a name is quicker than looking it up.
+        # Most are mentioned in the order of the records; comparing a name is faster than looking it up.
         position = following if order[following] == name else positions.get(name, -1)
         following = position + 1
         if position < 0 or sizes[position] != nbytes:
@@ -76,7 +68,7 @@ def storages_of(archive: Archive, folder: str, missing: Missing | None = None) -
             )
         found = made[position]
         if found is None:
-            # A call of __init__ would take as long as all of this, once for each tensor.
+            # Calling __init__ would double the time of this function, which is called for every tensor.
             found = made[position] = new(RecordStorage)
             found.archive = archive
             found.position = position
