@@ -32,9 +32,9 @@ def fault(kind: Kind, place: str, message: str, names: Iterable[str] = ()) -> Fi
     return Finding(kind, message, place, tuple(names))
 
 
-def note(kind: Kind, place: str, message: str, names: Iterable[str] = ()) -> Finding:
+def note(kind: Kind, place: str, message: str, names: Iterable[str] = (), remedy: str = "") -> Finding:
     """What may be intended."""
-    return Finding(kind, message, place, tuple(names), level="note")
+    return Finding(kind, message, place, tuple(names), remedy, level="note")
 
 
 class VerifyReport(VerbReport):
@@ -78,7 +78,7 @@ class VerifyReport(VerbReport):
                 if finding.level == level:
                     counts[finding.kind] += 1
                     if counts[finding.kind] <= FINDINGS_SHOWN:
-                        yield f"{level}: {finding.place}: {finding.message} [{finding.kind}]"
+                        yield f"{level}: {finding} [{finding.kind}]"
             for kind, count in counts.items():
                 if count > FINDINGS_SHOWN:
                     yield f"{level}: and {count - FINDINGS_SHOWN} more [{kind}] (--json lists all)"

@@ -205,7 +205,9 @@ def _names(where: str, state: OptimizerState, algorithm: Algorithm | None, model
 
 
 def _another_layout(where: str, which: str, names: Iterable[str] = ()) -> Finding:
-    return note("name", where, f"the model is stored in another layout than the optimizer's, {which}", sorted(names))
+    message = f"the model is stored in another layout than the optimizer's, {which}"
+    remedy = "`optimstate plan derive` writes a plan that says how one reads as the other, to be given as --view"
+    return note("name", where, message, sorted(names), remedy)
 
 
 def _unnamed_layout(
