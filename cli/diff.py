@@ -30,7 +30,7 @@ def diff(
         str | None, typer.Option(metavar="TEMPLATE", help="Compare only names that match, e.g. 'layers.3.**'.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Ignore relative differences (of norms) up to this.", show_default=False)
+        float, typer.Option(help="Ignore relative differences (of norms) up to this.", show_default=False)
     ] = 0.0,
     params: Annotated[
         bool, typer.Option("--params", help="Print a line for every difference instead of grouping layers.")

@@ -144,7 +144,7 @@ def derive(
         typer.Option("--python", metavar="PYTHON", help="The interpreter that runs the function (default: this one)."),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="Stop the function's process after this time.")
+        float, typer.Option(metavar="SECONDS", help="Stop the function's process after this time.")
     ] = 600,
     output: Out = None,
     force: Force = False,

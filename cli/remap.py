@@ -101,7 +101,9 @@ def remap(
     rules += Plan.from_options(rename=rename or (), duplicate=duplicate or (), drop=drop or (), fresh=fresh or ())
     if rules == Plan() and not (settings or schedules or like):
         raise typer.BadParameter(
-            "nothing to do: give --plan, --rename, --duplicate, --drop, --fresh, --set, --set-schedule or --like"
+            f"nothing to do: the plan {plan} is empty"
+            if plan
+            else "nothing to do: give --plan, --rename, --duplicate, --drop, --fresh, --set, --set-schedule or --like"
         )
     if destination is None and not (in_place or dry_run):
         raise typer.BadParameter("give a destination, --in-place or --dry-run")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
+from optimstate.errors import UsageError
 from optimstate.plan.language.plan import Plan
 from optimstate.rehearsal.comparing import Comparison
 from optimstate.rehearsal.report import Deviation, Rehearsal
@@ -58,8 +59,11 @@ def rehearse(
         MigrationError: The plan does not fit.
         StateMismatchError: The checkpoint or the old run lacks a part, a run has parts that are not known, or the loss
             is no scalar.
+        UsageError: `steps` is negative.
         UserCodeError: The loss, or what builds or loads a run, failed.
     """
+    if steps < 0:
+        raise UsageError(f"steps is {steps}, it must be a number from 0 up")
     from optimstate.installed_torch import torch
 
     given = Plan.of(plan) if plan is not None else Plan()

@@ -148,6 +148,12 @@ def test_a_plan_file_that_cannot_be_read_says_where(place: Path) -> None:
         check(
             run("remap", str(place / "good.pt"), str(place / "out.pt"), "--plan", str(plan)), PLAN, str(plan), mention
         )
+    plan.write_bytes(b"\x80\x02")
+    check(run("plan", "show", str(plan)), PLAN, str(plan), "not a plan")
+    plan.write_text("# only a comment\n")
+    empty = run("remap", str(place / "good.pt"), str(place / "out.pt"), "--plan", str(plan))
+    assert empty.code == USAGE
+    assert "plan.toml is empty" in empty.err
     assert not (place / "out.pt").exists()
 
 

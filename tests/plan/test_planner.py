@@ -59,6 +59,13 @@ def test_every_problem_is_reported_at_once() -> None:
         assert part in said
 
 
+@pytest.mark.parametrize(("pattern", "wider"), [("*", "**"), ("{p}", "{p**}"), ("block.*.{q}", "block.**.{q**}")])
+def test_a_wildcard_that_is_too_narrow_says_what_would_match(pattern: str, wider: str) -> None:
+    state = adamw({"block.0.fc.weight": (2,)})
+    assert f"'{wider}' stands for any number of them" in refused(f'[[rule]]\ndrop = "{pattern}"\n', state)
+    assert "stands for" not in refused('[[rule]]\ndrop = "z.*"\n', state)
+
+
 def test_policies_relax_what_they_name() -> None:
     state = adamw({"a": (2,), "b": (2,)})
     target = Target.of_names({"a": (2,), "c": (3,)})

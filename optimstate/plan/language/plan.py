@@ -94,8 +94,10 @@ class Plan(Record):
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanSyntaxError(f"{path}: the plan cannot be read: {getattr(error, 'strerror', error)}") from None
+        except UnicodeDecodeError:
+            raise PlanSyntaxError(f"{path}: not a plan: a plan is a text file (TOML)") from None
+        except OSError as error:
+            raise PlanSyntaxError(f"{path}: the plan cannot be read: {error.strerror}") from None
         return cls._parsed(text, str(path), Path(path).parent)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from optimstate.describe import describe
@@ -9,6 +10,7 @@ from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Guard, Rule
+from optimstate.plan.language.template import Template
 from optimstate.plan.solve.migration import Inventory
 from optimstate.problems import Problem
 
@@ -48,7 +50,17 @@ def unmatched(number: int, rule: Rule, sections: Mapping[str, Inventory]) -> Pro
     message = (
         f"{describe(rule.source.text)} matches none of {len(known)} names; there are {', '.join(map(describe, close))}"
     )
-    return Problem("unmatched", message, place, tuple(close))
+    return Problem("unmatched", message, place, tuple(close), _wider(rule.source, known))
+
+
+def _wider(template: Template, names: Sequence[str]) -> str:
+    """What to write where wildcards for any number of components would match names that wildcards for one do not."""
+    if template.is_regex:
+        return ""
+    wide = re.sub(r"(?<!\*)\*(?!\*)", "**", re.sub(r"\{(\w+)\}", r"{\1**}", template.text))
+    if wide == template.text or all(Template(wide).match(name) is None for name in names):
+        return ""
+    return f"a wildcard stands for one component of a name; {describe(wide)} stands for any number of them"
 
 
 def idle_rules(plan: Plan, counts: Sequence[int]) -> list[str]:

@@ -57,7 +57,10 @@ def diff(
     Raises:
         CheckpointError: One of them cannot be read.
         PlanSyntaxError: The template cannot be parsed.
+        UsageError: The template matches no name, or the tolerance is no finite number from 0 up.
     """
+    if not 0 <= tolerance < float("inf"):
+        raise UsageError(f"tolerance is {tolerance}, it must be a finite number from 0 up")
     template = template_of(name)
     paths = [side.path if isinstance(side, Document) else located(side) for side in (left, right)]
     with opening(paths[0]):

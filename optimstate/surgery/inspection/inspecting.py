@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from optimstate.describe import describe
 from optimstate.errors import UsageError
@@ -91,8 +91,12 @@ def inspect(
         CheckpointError: It cannot be read.
         PlanSyntaxError: The template cannot be parsed.
         MigrationError: There is no such section.
-        UsageError: No name matches the template.
+        UsageError: No name matches the template, or `sort` or `top` is none of what they can be.
     """
+    if sort not in (None, *get_args(Sort)):
+        raise UsageError(f"sort is {describe(sort)}, it must be one of {', '.join(get_args(Sort))}")
+    if top is not None and not top >= 1:
+        raise UsageError(f"top is {top}, it must be a number from 1 up")
     path = checkpoint.path if isinstance(checkpoint, Document) else located(checkpoint)
     with opening(path):
         document = viewed(checkpoint if isinstance(checkpoint, Document) else open_checkpoint(path), view)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from optimstate.errors import CheckpointError, DerivationError
+from optimstate.errors import CheckpointError, DerivationError, UsageError
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.location import Place
 from optimstate.io.places import located
@@ -103,7 +103,10 @@ def derive_plan(
     Raises:
         CheckpointError: The checkpoint cannot be read or holds no weights.
         DerivationError: No plan says what the function does, it failed, did not end in time, or is not there.
+        UsageError: The timeout is no number above 0.
     """
+    if not timeout > 0:
+        raise UsageError(f"timeout is {timeout}, it must be a number of seconds above 0")
     if sum(map(bool, (function, script, transformers))) != 1:
         raise DerivationError("give either a function, a script or a transformers configuration")
     if bool(script) != bool(writes) or (arguments and not script):
