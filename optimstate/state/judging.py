@@ -22,7 +22,19 @@ from optimstate.tensors.dtypes import INEXACT
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, Path, nodes
 
-__all__ = ["Candidate", "Verdict", "called_optimizer", "could_be_model", "judge", "slot_in"]
+__all__ = [
+    "MOMENTS",
+    "Candidate",
+    "Verdict",
+    "called_optimizer",
+    "could_be_model",
+    "could_be_moments",
+    "judge",
+    "slot_in",
+]
+
+MOMENTS = "by its key and the names and shapes of a model, state of an optimizer whose form is not known"
+"""The reason for which a mapping that looks like a copy of a model is not one."""
 
 _SAMPLE = 512  # names that are looked at; the evidence of the first ones is that of all
 
@@ -40,6 +52,12 @@ _OPTIMIZER = re.compile(r"(last_)?(opt|optim|optimizers?)(_?states?)?(_dict)?s?"
 _LEAVES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias"}
 _LEAVES |= {"kernel", "scale", "embedding"}  # of flax
 _SLOTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta"}
+# What programs call the state that they keep for all parameters, where it has the names and shapes of a model.
+_MOMENTS = re.compile(
+    r"((adam|adamw|nadam|radam|lion|sgd|rms|rmsprop|opt|optim|optimizer)_?)?(m|v|mu|nu)|"
+    r"([a-z]+_)?(moments?|momentums?|momenta|momentum_buffers?|velocity|velocities|exp_avgs?|exp_avg_sqs?|square_avgs?)",
+    re.IGNORECASE,
+)
 _STATISTICS = {"mean", "std", "var", "min", "max", "count", "sum", "median", "q01", "q99"}
 
 
@@ -136,17 +154,22 @@ def judge(candidates: Sequence[Candidate], optimizers: Iterable[OptimizerState])
     best = max(possible, default=0)
     least = 1 if best < 5 else 5 if any(agreed) else 3
     models = [
-        one.candidate.node
+        one.candidate
         for one, score in zip(evidence, scores, strict=True)
         if not one.never and score >= min(least, best) and score > 0
     ]
+    moments = _moments_among(candidates, models)
+    models = [model for model in models if id(model) not in moments]
     shapes: list[dict[str, Any]] = []
     verdicts = []
     for one, score in zip(evidence, scores, strict=True):
-        if any(one.candidate.node is model for model in models):
+        if id(one.candidate) in moments:
+            verdicts.append(Verdict(one.candidate, None, MOMENTS))
+            continue
+        if any(one.candidate.node is model.node for model in models):
             verdicts.append(Verdict(one.candidate, "model"))
             continue
-        shapes = shapes or [_shapes(model) for model in models]
+        shapes = shapes or [_shapes(model.node) for model in models]
         if len(one.candidate.node) > 1 and not one.candidate.inside and _shapes(one.candidate.node) in shapes:
             # Names and shapes are those of a model: weights that must be changed with it, or no longer fit it.
             verdicts.append(Verdict(one.candidate, "ema" if one.never else "model"))
@@ -154,6 +177,20 @@ def judge(candidates: Sequence[Candidate], optimizers: Iterable[OptimizerState])
         against = one.never or one.against or ("less like a model than another mapping" if score > 0 else "")
         verdicts.append(Verdict(one.candidate, None, against or "nothing speaks for a model"))
     return verdicts
+
+
+def could_be_moments(path: Path) -> bool:
+    """Whether programs call optimizer state so that they keep for all parameters."""
+    return bool(path) and _MOMENTS.fullmatch(str(path[-1])) is not None
+
+
+def _moments_among(candidates: Sequence[Candidate], models: Sequence[Candidate]) -> set[int]:
+    """The candidates that are called moments and have the names and shapes of a model that is called otherwise."""
+    called = [one for one in candidates if not one.inside and could_be_moments(one.path)]
+    if not called:
+        return set()
+    shapes = [_shapes(model.node) for model in models if not could_be_moments(model.path)]
+    return {id(one) for one in called if len(one.node) > 1 and _shapes(one.node) in shapes}
 
 
 class _Evidence:

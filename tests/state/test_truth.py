@@ -244,7 +244,7 @@ optimstate.formats: byte_sources pickles protocol registry torch
 optimstate.formats.pickles: checks foreign globals known opcodes sharing tensors unpickle
 optimstate.formats.torch: script zip zip_directory zip_end zip_reader
 optimstate.io: destination extents folders location places streams temporary
-optimstate.state: algorithms arrays flattened judging loose names optimizer records sections tied
+optimstate.state: algorithms arrays flattened judging loose names optimizer records sections tied unread
 optimstate.state.algorithms: bitsandbytes libraries registry slots torch
 optimstate.surgery: inspection leaves opening reports shown slot_counts text viewing
 optimstate.surgery.inspection: inspecting kinds repeated report rest text

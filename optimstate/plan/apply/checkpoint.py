@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from optimstate.errors import MigrationError
+from optimstate.plan.apply.beside import followed_nowhere, refuse_other_parameters
 from optimstate.plan.apply.division import optimizers_of, placed, reported, schedulers_of
 from optimstate.plan.apply.execute import execute_model, execute_optimizer
 from optimstate.plan.apply.masters import masters_beside
@@ -24,7 +25,7 @@ from optimstate.problems import Problem
 from optimstate.state.loose import gathered, spread
 from optimstate.state.names import WRAPPERS, wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
-from optimstate.state.sections import Section, find_sections, with_hosts
+from optimstate.state.sections import Section, judged, with_hosts
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, Path, format_path, rebuilt_mapping, replaced
 
@@ -63,10 +64,11 @@ def apply_plan(
         _refuse_unordered(checkpoint)
     migration = plan_migration(plan, checkpoint.inventories(like))
     for section in checkpoint.anonymous:
-        _refuse_other_parameters(section, migration)
+        if _lists_parameters(section):
+            refuse_other_parameters(key_of(section), migration)
     migration = with_options(plan, migration, checkpoint.optimizers, checkpoint.states.keys())
     migration, schedules, notes = scheduled(plan, migration, checkpoint.schedulers, checkpoint.optimizers)
-    notes = [*checkpoint.left_alone(migration), *notes]
+    notes = [*checkpoint.left_alone(migration), *checkpoint.outside(migration), *notes]
     if plan.optimizers:
         made, migration = checkpoint.divided(tree, migration, schedules)
     else:
@@ -92,7 +94,8 @@ class _Checkpoint:
         self.states: dict[str, OptimizerState] = {}
         self.optimizers: dict[str, OptimizerState] = {}
         self.notes: list[str] = []
-        for section in find_sections(tree):
+        self.judgement = judged(tree)
+        for section in self.judgement.sections:
             self._sort(section)
 
     def _sort(self, section: Section) -> None:
@@ -132,6 +135,17 @@ class _Checkpoint:
         for section in self.anonymous:
             if rules or key_of(section) not in migration.sections:
                 yield f"{key_of(section)}: no parameter names, left as it is"
+
+    def outside(self, migration: Migration) -> Iterator[str]:
+        """Notes on what belongs to parameters and is in no section."""
+        prefixes = {key: prefix for key, (_, prefix) in self.named.items()}
+        followed = {
+            masters.path
+            for key, state in self.states.items()
+            if migration.sections[key].changes
+            for masters in masters_beside(self.tree, self.named[key][0].path, state, self._shapes())
+        }
+        return followed_nowhere(self.tree, self.judgement, migration, prefixes, followed)
 
     def inventories(self, like: Like | None) -> dict[str, Inventory]:
         """What the planner needs to know of each section."""
@@ -315,26 +329,8 @@ def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint, like: Like | None) ->
         raise MigrationError(problems)
 
 
-def _refuse_other_parameters(section: Section, migration: Migration) -> None:
-    """Refuse to drop, duplicate or cut parameters beside a section that lists them without names; renaming is fine."""
+def _lists_parameters(section: Section) -> bool:
+    """Whether a section without names stands for parameters, by their order."""
     if section.kind == "optimizer":
-        if not any(group.params for group in section.optimizer().groups):
-            return
-    elif not section.positional:
-        return
-    rules = list(migration.plan.all_rules())
-    if rules and not any(rule.is_for(key_of(section)) for rule in rules):
-        return  # only other sections change their layout
-    for key, moves in migration.sections.items():
-        changed = [name for name, _ in moves.dropped]
-        changed += [move.target for move in moves.moves if move.clone or not move.is_moved_whole]
-        if changed:
-            message = f"has no parameter names: it cannot follow what is dropped, duplicated or cut in {key}"
-            raise MigrationError.of(
-                "name",
-                message,
-                key_of(section),
-                tuple(changed),
-                hint="Save it with names (build the optimizer from model.named_parameters()), "
-                "or convert only the weights.",
-            )
+        return any(group.params for group in section.optimizer().groups)
+    return section.positional

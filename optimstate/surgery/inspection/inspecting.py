@@ -24,8 +24,9 @@ from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.loose import loose_weights
 from optimstate.state.optimizer import Group, OptimizerState
 from optimstate.state.records import is_tensor
-from optimstate.state.sections import Section, judged, scheduler_name, section_called
+from optimstate.state.sections import Judgement, Section, judged, scheduler_name, section_called
 from optimstate.state.tied import tied_names
+from optimstate.state.unread import unread_state
 from optimstate.surgery.inspection.kinds import kinds_of_names
 from optimstate.surgery.inspection.repeated import repeated
 from optimstate.surgery.inspection.report import (
@@ -128,7 +129,7 @@ def inspect(
             infos,
             {kind: count for kind, count in opaque.most_common() if count > 0},
             tuple(dangerous(document.globals)),
-            tuple(missing_for_resume(infos, has_weights=bool(loose_weights(document.tree)))) if section is None else (),
+            tuple(_missing(document.tree, judgement, infos)) if section is None else (),
             (
                 *document.notes,
                 *_notes(document, sections, states),
@@ -139,7 +140,14 @@ def inspect(
             hidden,
             {format_path(place): reason for place, reason in judgement.others.items()} if section is None else {},
             look.rest(document.tree, judgement.sections) if section is None and name is None else {},
+            section or "",
         )
+
+
+def _missing(
+    tree: Any, judgement: Judgement, infos: Sequence[OptimizerInfo | ModelInfo | SchedulerInfo]
+) -> Iterator[str]:
+    return missing_for_resume(infos, has_weights=bool(loose_weights(tree)), unread=unread_state(tree, judgement))
 
 
 def _refuse_unmatched(template: Template, sections: Sequence[Section], states: Mapping[int, OptimizerState]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optimstate.record import Record, field
+from optimstate.state.unread import Unread
 from optimstate.surgery.inspection.rest import Entry
 from optimstate.surgery.inspection.text import View, inspection_lines
 from optimstate.surgery.reports import VerbReport
@@ -132,6 +133,7 @@ class Inspection(VerbReport):
         hidden: How many entries more there are at least.
         others: Mappings of names to tensors that were not taken for a model: path to the reason.
         statistics: Of every tensor that is in no section, by path, when asked for.
+        section: The kind or path of what alone was looked at; empty where it was everything.
     """
 
     path: str
@@ -147,6 +149,7 @@ class Inspection(VerbReport):
     hidden: int = 0
     others: Mapping[str, str] = field(default_factory=dict)
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    section: str = ""
 
     VERB = "inspect"
 
@@ -159,18 +162,24 @@ class Inspection(VerbReport):
 
 
 def missing_for_resume(
-    found: Sequence[OptimizerInfo | ModelInfo | SchedulerInfo], *, has_weights: bool = False
+    found: Sequence[OptimizerInfo | ModelInfo | SchedulerInfo],
+    *,
+    has_weights: bool = False,
+    unread: Unread | None = None,
 ) -> Iterator[str]:
     """What a resumed run would miss or needs to know.
 
     Args:
         found: The sections.
         has_weights: Whether there are weights outside of them.
+        unread: Optimizer state in no section.
     """
     optimizers = [section for section in found if isinstance(section, OptimizerInfo)]
     if not has_weights and not any(isinstance(section, ModelInfo) for section in found):
         yield "no weights: they must come from another file"
-    if not optimizers:
+    if unread is not None:
+        yield f"{unread}, of a form that is not known: whether a run can resume from it is unknown"
+    elif not optimizers:
         yield "no optimizer: its state would start fresh"
     for section in optimizers:
         where = f"optimizer at {section.path}"

@@ -76,7 +76,7 @@ def inspection_lines(found: Inspection, view: View) -> Iterator[str]:
         yield f"\nwarning: the file names {name}, which would run code if it were unpickled; nothing was run"
     for note in found.notes:
         yield f"\nnote: {note}"
-    if found.sections:
+    if found.sections and not found.section:
         yield ""
         for line in found.resume or ("nothing is missing that names, sizes and steps can show (`optimstate verify`)",):
             yield f"resume: {line}"

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path as FilePath
 
-from optimstate.describe import few
 from optimstate.formats.checksums import damaged
 from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.formats.protocol import Document
@@ -15,10 +14,10 @@ from optimstate.io.extents import Progress
 from optimstate.io.location import Place
 from optimstate.io.places import located
 from optimstate.plan.language.plan import Plan
-from optimstate.state.judging import called_optimizer, slot_in
 from optimstate.state.loose import loose_weights
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, judged
+from optimstate.state.unread import unread_state
 from optimstate.surgery.inspection.repeated import repeated
 from optimstate.surgery.opening import open_to_read, opening
 from optimstate.surgery.text import plural
@@ -27,7 +26,7 @@ from optimstate.surgery.verification.findings import Finding, VerifyReport, faul
 from optimstate.surgery.verification.resume_checks import check_optimizer, check_schedulers
 from optimstate.surgery.viewing import viewed
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Opaque, OpaqueFile, Path, difference, format_path, nodes, tensors, walk
+from optimstate.tree import Opaque, OpaqueFile, difference, format_path, nodes, walk
 
 __all__ = ["verify", "verify_against"]
 
@@ -89,8 +88,10 @@ def verify(
             blind += unseen
             checked.append(plural(len(certificates), "certificate"))
         blind += [f"{format_path(path)} was not taken for a section: {why}" for path, why in judgement.others.items()]
-        unread = tuple(rest.unread_state())
-        return VerifyReport(str(path), tuple(findings), tuple(checked), tuple(blind), bool(sections), unread)
+        unread = unread_state(document.tree, judgement)
+        return VerifyReport(
+            str(path), tuple(findings), tuple(checked), tuple(blind), bool(sections), (str(unread),) if unread else ()
+        )
 
 
 def verify_against(path: Place, source: Place, plan: Plan | str | PathLike[str]) -> VerifyReport:
@@ -154,8 +155,7 @@ class _Rest:
         unique = {id(node): node for node in self.found if isinstance(node, LazyTensor)}
         self.tensors = len(unique)
         self._weights: dict[int, str] = {}
-        self._state = state = set[int]()
-        self._optimizers = [section.path for section in sections if section.kind == "optimizer"]
+        state = set[int]()
         for section in sections:
             if section.kind == "optimizer":
                 inside = (node for _, _, slots in section.optimizer().parameters() for node in nodes(slots))
@@ -186,25 +186,6 @@ class _Rest:
         for path, node in walk(self._tree) if odd else ():
             if id(node) in odd:
                 yield note("numbers", format_path(path), odd.pop(id(node)))
-
-    def unread_state(self) -> Iterator[str]:
-        """Tensors with names of optimizer slots that are not in any recognised optimizer."""
-        found: dict[Path, str] = {}
-        for path, tensor in tensors(self._tree):
-            if id(tensor) in self._state:
-                continue
-            if (slot := slot_in(path)) is not None:
-                found[path] = slot
-            elif (place := called_optimizer(path[:-1])) is not None and not self._is_known(place):
-                found[path] = str(path[-1]).rpartition(".")[2]
-        if found:
-            slots = few(sorted(set(found.values())), 4)
-            first = format_path(next(iter(found)))
-            yield f"{plural(len(found), 'tensor')} of optimizer state ({slots}), such as {first}"
-
-    def _is_known(self, place: Path) -> bool:
-        """Whether this is, or contains, an optimizer of a known form."""
-        return any(known[: len(place)] == place for known in self._optimizers)
 
     def unseen(self, *, numbers: bool) -> Iterator[str]:
         """What was not checked."""

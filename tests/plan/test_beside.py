@@ -1,0 +1,87 @@
+"""What belongs to parameters and is in no section: it is named, and a plan that would leave it wrong is refused."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import optimstate
+from optimstate.errors import MigrationError
+from optimstate.plan.language.plan import Plan
+
+WEIGHTS = {"a.weight": torch.ones(3, 2), "a.bias": torch.ones(3), "b.weight": torch.ones(2, 3)}
+RENAME = Plan.from_options(rename=["{p**}=net.{p}"])
+DROP = Plan.from_options(drop=["a.bias"])
+ONLY = Plan.from_toml('[[rule]]\ndrop = "a.bias"\nonly = "model"\n')
+
+
+def like_weights() -> dict[str, torch.Tensor]:
+    return {name: torch.full_like(value, 0.5) for name, value in WEIGHTS.items()}
+
+
+def saved_bytes() -> bytes:
+    file = io.BytesIO()
+    torch.save({"state": {}, "param_groups": []}, file)
+    return file.getvalue()
+
+
+BY_NAME: dict[str, Any] = {
+    "a mapping for each moment": {"adam_m": like_weights(), "adam_v": like_weights(), "step": 3},
+    "one letter": {"m": like_weights(), "v": like_weights()},
+    "velocity": {"velocity": like_weights()},
+    "a mapping for each parameter": {"optimizer": {name: {"exp_avg": value} for name, value in like_weights().items()}},
+}
+BY_POSITION: dict[str, Any] = {
+    "lists of moments": {"opt": {"m": [*like_weights().values()], "v": [*like_weights().values()]}},
+    "lists beside": {"m": [*like_weights().values()], "v": [*like_weights().values()]},
+    "no groups": {"optimizer": {"state": {n: {"exp_avg": v} for n, v in enumerate(like_weights().values())}}},
+    "no state": {"optimizer": {"param_groups": [{"lr": 0.1, "params": [0, 1, 2]}]}},
+    "bytes": {"optimizer": saved_bytes()},
+    "bytes in a tensor": {"optimizer": torch.frombuffer(bytearray(saved_bytes()), dtype=torch.uint8)},
+    "arrays": {"optimizer": {"m": [value.numpy() for value in like_weights().values()]}},
+}
+LISTS: dict[str, Any] = {
+    "ema": {"ema": [*like_weights().values()]},
+    "within": {"callbacks": {"EMA": {"shadow": tuple(like_weights().values()), "decay": 0.9}}},
+    "numbered": {"average": dict(enumerate(like_weights().values()))},
+}
+
+
+def saved(folder: Path, beside: Any) -> Path:
+    torch.save({"model": WEIGHTS, **beside}, folder / "a.pt")
+    return folder / "a.pt"
+
+
+@pytest.mark.parametrize("form", [*BY_NAME, *BY_POSITION])
+def test_state_of_an_unknown_form_is_never_called_fine_and_never_left_wrong(form: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, (BY_NAME | BY_POSITION)[form])
+    assert optimstate.verify(path).verdict == "unknown"
+    assert "of optimizer state" in " ".join(optimstate.inspect(path).resume)
+    with pytest.raises(MigrationError, match="form that is not known"):
+        optimstate.remap(path, None, DROP, dry_run=True)
+    assert any("left as it is" in note for note in optimstate.remap(path, None, ONLY, dry_run=True).notes)
+    if form in BY_NAME:
+        with pytest.raises(MigrationError, match="renamed or dropped"):
+            optimstate.remap(path, None, RENAME, dry_run=True)
+    else:  # the order stays what it was
+        assert any("left as it is" in note for note in optimstate.remap(path, None, RENAME, dry_run=True).notes)
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_lists_in_the_order_of_the_model_do_not_lose_their_order(form: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, LISTS[form])
+    with pytest.raises(MigrationError, match="order and shapes of model model"):
+        optimstate.remap(path, None, DROP, dry_run=True)
+    assert optimstate.remap(path, None, RENAME, dry_run=True).notes == ()
+    assert optimstate.remap(path, None, ONLY, dry_run=True).dropped["model model"] == ("a.bias",)
+
+
+@pytest.mark.parametrize("beside", [{"masks": dict.fromkeys(WEIGHTS, 1.0)}, {"param_names": list(WEIGHTS)}])
+def test_names_that_are_left_elsewhere_are_said(beside: Any, tmp_path: Path) -> None:
+    notes = optimstate.remap(saved(tmp_path, beside), None, RENAME, dry_run=True).notes
+    assert any(next(iter(beside)) in note and "a.weight" in note for note in notes)
+    assert optimstate.remap(saved(tmp_path, {"epoch": 1, "args": ["a"]}), None, RENAME, dry_run=True).notes == ()
