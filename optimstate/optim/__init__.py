@@ -1,4 +1,4 @@
-"""Every optimizer of torch.optim, one definition each, with state that carries names."""
+"""Every optimizer of torch.optim, with the same results bit for bit and a state dict that carries names."""
 
 from optimstate.installed_torch import require_named_parameters, swap_in_optimizer_params_and_state  # isort: split
 
@@ -25,7 +25,7 @@ from optimstate.optim.sgd import SGD
 from optimstate.optim.sparse_adam import SparseAdam
 
 require_named_parameters()
-Adafactor.__module__ = Muon.__module__ = __name__  # as in torch: pickles and texts name the public place
+Adafactor.__module__ = Muon.__module__ = __name__  # as in torch: pickles and messages use the public name
 complete(__name__)
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -13,16 +12,16 @@ from typing_extensions import override
 from optimstate.optim._load import Slots
 from optimstate.optim._step import batches, count_steps
 from optimstate.optim._surface import function_of
-from optimstate.optim.optimizer import Optimizer, Options, ParamsT, check_lr, require, to_scalar
+from optimstate.optim.optimizer import GroupOptimizer, Options, ParamsT, check_lr, require, to_scalar
 
 __all__ = ["Adafactor", "adafactor"]
 
 
-class Adafactor(Optimizer, torch.optim.Adafactor):
-    r"""Adafactor: the mean square of a matrix kept as one number per row and one per column; steps relative to the
-    weights.
+class Adafactor(GroupOptimizer, torch.optim.Adafactor):
+    r"""Adafactor: Adam's mean square factored into one number per row and one per column of a matrix.
 
-    With :math:`\hat\beta_t = t^{\tau}`, for matrices (over the last two dimensions) and for vectors:
+    Steps are relative to the size of the weights. With :math:`\hat\beta_t = t^{\tau}`, for matrices (over the last two
+    dimensions) and for vectors:
 
     .. math::
         R &\leftarrow R + \hat\beta_t (\mathrm{mean}_{col}\, g^2 - R) \qquad
@@ -38,9 +37,9 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
 
     State of a parameter:
         step: 0-d float32 (float64 where that is the default dtype), on the CPU.
-        row_var: :math:`R`, for two dimensions and more: the gradient's shape with the last dimension 1.
-        col_var: :math:`C`, for two dimensions and more: the gradient's shape with the last but one dimension 1.
-        variance: :math:`V`, for fewer: like the gradient.
+        row_var: :math:`R`, for two dimensions and more: the gradient's shape with 1 as its last dimension.
+        col_var: :math:`C`, for two dimensions and more: the gradient's shape with 1 as its last but one dimension.
+        variance: :math:`V`, for fewer dimensions: like the gradient.
 
     Args:
         params: Real tensors, ``(name, tensor)`` pairs, or dicts of either with options of their own.
@@ -59,6 +58,7 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
 
     _scalars = ("step",)
     _later_options: ClassVar[Options] = {"foreach": None}
+    _checks_graph_capture = True
 
     def __init__(
         self,
@@ -94,32 +94,16 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
         slots = factor_shapes(p) if p.dim() > 1 else {"variance": tuple(p.shape)}
         return {"step": None, **slots}, {}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient.
+    def _update_group(self, group: dict[str, Any]) -> None:
+        lists: list[list[Any]] = [[] for _ in range(6)]
+        self._init_group(group, *lists)
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            raise AssertionError("Grad scaling should occur outside of optimizer.step()")
+        self._update(group, lists)
 
-        Args:
-            closure: Reevaluates the model and returns the loss; optional.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            RuntimeError: A parameter is complex or a gradient sparse.
-        """
-        self._accelerator_graph_capture_health_check()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            lists: list[list[Any]] = [[] for _ in range(6)]
-            self._init_group(group, *lists)
-            if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
-                raise AssertionError("Grad scaling should occur outside of optimizer.step()")
-            if lists[0]:
-                (self._update_lists if group["foreach"] else self._update_each)(group, lists)
-        return loss
+    def _update(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
+        if lists[0]:
+            (self._update_lists if group["foreach"] else self._update_each)(group, lists)
 
     def _init_group(
         self,
@@ -131,16 +115,10 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
         variances: list[Tensor | None],
         steps: list[Tensor],
     ) -> bool:
-        """Fill the lists from the parameters with gradients, starting their state where they have none."""
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if p.is_complex():
-                raise RuntimeError("Adafactor does not support complex parameters")
-            if p.grad.is_sparse:
-                raise RuntimeError("Adafactor does not support sparse gradients")
+        """Fill the lists from the parameters with gradients, and create the state of those that have none."""
+        for p, grad in self._real_with_dense_gradients(group):
             params.append(p)
-            grads.append(p.grad)
+            grads.append(grad)
             state = self.state[p]
             if not state:
                 state.update(self._new_state(p, group))
@@ -158,7 +136,7 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
             return step | {"variance": torch.zeros_like(grad, memory_format=torch.preserve_format)}
         return step | {name: grad.new_zeros(shape) for name, shape in factor_shapes(grad).items()}
 
-    # Both read numbers off tensors all the time, on which a compiler breaks its graph each time.
+    # Not compiled: every number read from a tensor here would break the compiler's graph.
     @_disable_dynamo
     def _update_each(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
         lr, (eps1, eps2) = to_scalar(group["lr"]), group["eps"]
@@ -167,7 +145,7 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
             if group["maximize"]:
                 g = -g
             if eps1 is None:
-                eps1 = torch.finfo(p.dtype).eps  # and stays: the first parameter decides for its group, as in torch
+                eps1 = torch.finfo(p.dtype).eps  # from here on for the whole group, whatever its other dtypes: as torch
             t = step.item()
             share = t ** group["beta2_decay"]
             alpha = step_size(p, t, lr, eps2)
@@ -184,8 +162,8 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
             update = estimate.clamp_(min=eps1 * eps1).rsqrt_().mul_(g)
             p.add_(update, alpha=-alpha / clipping(update, group["d"]))
 
-    # torch's lists round the scaled update before adding it, its loop does not; norms and products have no list
-    # kernels. Of the arithmetic above nothing remains that both could share.
+    # Shares no code with _update_each: torch's foreach path rounds the scaled update before adding it, its for loop
+    # does not, and norms and matrix products have no foreach kernels.
     @_disable_dynamo
     def _update_lists(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
         eps1 = group["eps"][0]
@@ -230,26 +208,24 @@ class Adafactor(Optimizer, torch.optim.Adafactor):
 
 
 def factor_shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
-    """The shapes of both factors for a tensor of two dimensions or more."""
+    """The shapes of both factors of the mean square, for a tensor of two dimensions or more."""
     return {"row_var": (*p.shape[:-1], 1), "col_var": (*p.shape[:-2], 1, p.shape[-1])}
 
 
 def step_size(p: Tensor, t: float, lr: Any, eps2: float) -> Any:
-    """The step relative to the parameter's root mean square."""
+    """The step size, which is relative to the parameter's root mean square."""
     return max(eps2, p.norm(2).item() / (p.numel() ** 0.5)) * min(lr, 1 / (t**0.5))
 
 
 def clipping(update: Tensor, d: float) -> float:
-    """What to divide an update by so that its root mean square is at most d."""
+    """The divisor that clips an update to a root mean square of at most d."""
     size: float = update.norm(2).item() / ((update.numel() ** 0.5) * d)
     return max(1.0, size)
 
 
 def lists_step(optimizer: Any, group: dict[str, Any], lists: dict[str, list[Any]]) -> None:
     """One step on lists of parameters, gradients and slots."""
-    columns = [lists[name] for name in ("param", "grad", "row_var", "col_var", "variance", "step")]
-    if columns[0]:
-        (optimizer._update_lists if group["foreach"] else optimizer._update_each)(group, columns)
+    optimizer._update(group, [lists[name] for name in ("param", "grad", "row_var", "col_var", "variance", "step")])
 
 
 adafactor = function_of(Adafactor, lists_step)

@@ -1,9 +1,9 @@
 """Other algorithms through torch's fused Adam kernel, for the CPU.
 
-Adam's kernel reads and writes each tensor once, where a rule makes several passes. With well-chosen arguments it
-computes other algorithms too: `beta1 = 0` makes the first moment the gradient itself, so the gradient can stand in for
-it, and an endless step count turns bias corrections off. The kernel rounds the elements beyond the last full vector in
-its own way, so it is given whole vectors and the rule does the rest.
+Adam's kernel reads and writes each tensor once, where a rule makes several passes. With suitable arguments it computes
+other algorithms too: with `beta1 = 0` the first moment is the gradient itself, so the gradient can be passed for it,
+and a huge step count turns bias corrections off. The kernel rounds the elements after the last full vector in another
+way, so it gets the full vectors and the rule updates the rest.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 
 from optimstate.optim._blocks import fits
 from optimstate.optim._ops import one
-from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting, repeats, shrinking
+from optimstate.optim._step import Columns, Group, RuleOptimizer, Setting, repeats, rows_of, shrinking
 
 __all__ = ["ENDLESS", "AdamKernelOptimizer", "adam_kernel", "bodies"]
 
 LANES = 64  # a multiple of any CPU's vector of floats
-SMALLEST = 1 << 14  # elements; below, a call of the kernel and a few more for the tail gain nothing
-ENDLESS = 1e18  # steps: any beta below 1 to this power is 0 or very nearly
+SMALLEST = 1 << 14  # elements; for smaller tensors the kernel is no faster
+ENDLESS = 1e18  # steps; any beta below 1 to this power is 0 or very nearly 0
 
 
 class AdamKernelOptimizer(RuleOptimizer):
-    """An optimizer that with ``fused=True`` hands its dense float32 (or float64) CPU parameters to Adam's kernel.
+    """An optimizer that with ``fused=True`` updates its dense float32 (or float64) CPU parameters by Adam's kernel.
 
-    State comes out bit for bit as without, parameters within 1e-6 relative to the largest, because the kernel rounds in
-    another order. Whatever the kernel cannot take (other dtypes and devices, gradients laid out unlike their parameter,
-    options that its formula lacks) is updated by the rule, and so are small tensors.
+    The resulting state is bit for bit that of the rule; parameters agree within 1e-6 relative to the largest, because
+    the kernel rounds in another order. The rule updates what the kernel cannot take (other dtypes and devices,
+    gradients with other strides than their parameter, options that its formula lacks), and small tensors.
     """
 
     _kernel_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float64)
@@ -58,9 +58,7 @@ class AdamKernelOptimizer(RuleOptimizer):
         for suits, indices in chosen.items():
             if not indices:
                 continue
-            some: Columns = {name: [column[i] for i in indices] for name, column in columns.items() if column}
-            some = {name: some.get(name, []) for name in self._columns}
-            some_params, some_grads = [params[i] for i in indices], [grads[i] for i in indices]
+            some_params, some_grads, some = rows_of(params, grads, columns, indices)
             if suits:
                 self._through_kernel(group, some_params, some_grads, some)
             else:
@@ -70,22 +68,22 @@ class AdamKernelOptimizer(RuleOptimizer):
     def _run_tails(
         self, group: Group, params: list[Tensor], grads: list[Tensor], slots: list[Any], numbers: Any
     ) -> None:
-        """The rule for the elements beyond the last full vector, all tensors with the same numbers."""
+        """Run the rule on the elements after the last full vector, with the same numbers for all tensors."""
         rule = self._rule(Setting.of(one, group))
-        kept = [i for i, p in enumerate(params) if p.numel() % LANES]
-        columns = [[tail(column[i]) for i in kept] if column else repeat(None) for column in slots]
-        p, g = [tail(params[i]) for i in kept], [tail(grads[i]) for i in kept]
+        with_tail = [i for i, p in enumerate(params) if p.numel() % LANES]
+        columns = [[tail(column[i]) for i in with_tail] if column else repeat(None) for column in slots]
+        p, g = [tail(params[i]) for i in with_tail], [tail(grads[i]) for i in with_tail]
         repeated = list(map(repeat, numbers))
         self._run_column(rule.update, group, p, g, columns, repeated, shrinking(group), has_complex=False)
 
 
 def bodies(tensors: list[Tensor]) -> list[Tensor]:
-    """The full vectors of dense tensors, flat."""
+    """The full vectors of dense tensors, each as a 1-D view."""
     return [t.as_strided((t.numel() // LANES * LANES,), (1,)) for t in tensors]
 
 
 def tail(t: Tensor) -> Tensor:
-    """What is beyond them, flat."""
+    """The elements after the last full vector, as a 1-D view."""
     rest = t.numel() % LANES
     return t.as_strided((rest,), (1,), t.storage_offset() + t.numel() - rest)
 
@@ -105,7 +103,7 @@ def adam_kernel(
     decoupled: bool = False,
     maximize: bool = False,
 ) -> None:
-    """One call of torch's fused Adam kernel, all parameters at the same step count."""
+    """Call torch's fused Adam kernel once, for parameters that are all at the same step."""
     kernel: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
     kernel(
         p,

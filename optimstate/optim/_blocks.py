@@ -1,7 +1,7 @@
-"""Large CPU tensors updated block by block, with the bits of the update in one piece.
+"""Large CPU tensors are updated block by block, which gives the same bits as updating them as a whole.
 
-A rule is several passes over memory. Run block by block, each block stays in a core's cache between passes; the bits
-are the same, because every operation is elementwise and block boundaries are multiples of any vector width.
+A rule makes several passes over memory. If it is run block by block, each block stays in a core's cache between passes.
+The bits are the same because every operation is elementwise and blocks end at multiples of any vector width.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ __all__ = ["Program", "UnrecordedError", "block_size", "fits", "split"]
 BLOCK = 1 << 17  # elements per thread where a rule has one slot, half of it where it has more
 WORTH_BLOCKING = 1 << 18
 
-# Otherwise each call asks autograd first, which has nothing to do: half of its time. Versions are counted all the same.
+# Skips autograd, which has nothing to do here but takes half of the time of each call. Versions are still counted.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def block_size(params: Sequence[Tensor], slots: int) -> int | None:
-    """How many elements to update at a time, or None where no parameter gains."""
+    """How many elements to update at a time, or None if no parameter is large enough to gain."""
     if not any(p.numel() >= WORTH_BLOCKING for p in params):
         return None
     return (BLOCK >> (slots > 1)) * torch.get_num_threads()
 
 
 def split(tensors: Sequence[Tensor | None], size: int) -> list[Any] | None:
-    """Each tensor in flat blocks over the same elements, or None where it has to be updated whole."""
+    """Each tensor as 1-D blocks of the same elements, or None if the parameter must be updated as a whole."""
     p = tensors[0]
     assert p is not None
     if p.numel() < max(WORTH_BLOCKING, 2 * size) or p.device.type != "cpu" or type(p) not in PLAIN:
         return None
-    # Half-precision kernels compute a vector's leftovers differently, so blocks must end where torch's threads would.
+    # Half-precision kernels compute the elements after the last full vector differently, so blocks would have to end
+    # where torch's threads do.
     if p.dtype not in (torch.float32, torch.float64) and (torch.get_num_threads() > 1 or not p.is_floating_point()):
         return None
     if not all(t is None or fits(t, p) for t in tensors):
@@ -52,16 +53,16 @@ def split(tensors: Sequence[Tensor | None], size: int) -> list[Any] | None:
 
 
 def fits(t: Tensor, p: Tensor) -> bool:
-    """Whether a tensor has its elements where the parameter has them."""
+    """Whether a tensor has the parameter's dtype, shape and strides."""
     return t.layout is torch.strided and t.dtype is p.dtype and t.shape == p.shape and t.stride() == p.stride()
 
 
 class UnrecordedError(Exception):
-    """A rule that does something with a tensor that is not in the vocabulary."""
+    """A rule uses a tensor in a way that cannot be recorded."""
 
 
 class _Operand:
-    """What stands for a tensor while a rule is recorded: an index into the values of a run."""
+    """Stands for a tensor while a rule is recorded: an index into the values of a run."""
 
     __slots__ = ("index",)
     is_sparse = False  # blocks are dense
@@ -77,7 +78,7 @@ class _Operand:
 
 
 class _Call(Record):
-    """One kernel call: operands and result by index; without a result the first operand is overwritten."""
+    """One kernel call: indices of its operands and of its result; None if the first operand is overwritten."""
 
     kernel: Op
     operands: tuple[int, ...]
@@ -92,8 +93,8 @@ _WITH_NUMBER = {"add_", "div_", "mul_", "sub_"}
 class Program:
     """The kernel calls of a rule, recorded once and run on block after block without the rule's own Python.
 
-    Temporaries are the same for all blocks: memory that stays in the cache. Numbers become 0-d tensors once: each call
-    would make them anew, which takes as long as a short kernel.
+    All blocks use the same temporaries, which therefore stay in the cache. Numbers become 0-d tensors once, because
+    making one in each call takes as long as a short kernel.
 
     Args:
         dtype: The blocks' dtype; they are on the CPU.
@@ -103,7 +104,7 @@ class Program:
     def __init__(self, dtype: torch.dtype, operands: int) -> None:
         self._dtype = dtype
         self._operands = operands
-        self._values: list[Any] = [None] * operands  # then constants, and None for each temporary
+        self._values: list[Any] = [None] * operands  # followed by constants, and None for each temporary
         self._calls: list[_Call] = []
         recorded: dict[str, Any] = {
             name: self._recording(name) for name in one._fields if name in _WITH_RESULT or name.endswith("_")
@@ -116,15 +117,15 @@ class Program:
         self.ops = one._replace(**recorded)
 
     def operand(self, index: int) -> Any:
-        """What stands for one of a block's tensors while the rule is recorded."""
+        """The stand-in for one of a block's tensors while the rule is recorded."""
         return _Operand(index)
 
     def run(self, columns: Sequence[Iterable[Tensor]], size: int) -> None:
         """Make the calls on every block.
 
         Args:
-            columns: The blocks of each operand, all of `size` elements but the last ones.
-            size: The elements of a block.
+            columns: The blocks of each operand, all of `size` elements except the last ones.
+            size: Elements in a block.
         """
         bound, length = self._bound(size), size
         with _below_autograd():
@@ -138,7 +139,7 @@ class Program:
                     kernel(*operands(values))
 
     def _bound(self, length: int) -> tuple[list[Any], list[tuple[Op, Callable[[list[Any]], Sequence[Any]]]]]:
-        """The values, with temporaries of this length, and the calls ready to be made."""
+        """The values, with temporaries of this length, and the calls with their arguments bound."""
         values = list(self._values)
         calls = []
         for call in self._calls:
@@ -174,12 +175,12 @@ class Program:
     def _number(self, value: Any) -> Any:
         if type(value) is not float:
             return value
-        # Kernels compute with float32 or float64, and a 0-d tensor does not change the dtype of the result.
+        # Kernels compute in float32 or float64, and a 0-d tensor does not change the dtype of the result.
         wide = torch.float64 if self._dtype == torch.float64 else torch.float32
         return torch.tensor(value, dtype=wide, device="cpu")
 
 
 def _getter(indices: tuple[int, ...]) -> Callable[[list[Any]], Sequence[Any]]:
-    """A function that picks values, as a sequence however many."""
+    """A function that picks the values at these indices, always as a sequence."""
     first = indices[0]
     return itemgetter(*indices) if len(indices) > 1 else lambda values: (values[first],)

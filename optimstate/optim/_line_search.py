@@ -13,13 +13,13 @@ from optimstate.record import Record
 
 __all__ = ["strong_wolfe"]
 
-SUFFICIENT = 1e-4  # of the decrease that the slope promises
-CURVATURE = 0.9  # of the slope may be left
+SUFFICIENT = 1e-4  # the least decrease of the loss, as a part of the decrease that the slope predicts
+CURVATURE = 0.9  # the steepest final slope, as a part of the first one
 SMALLEST_BRACKET = 1e-9
 
 
 class Point(Record):
-    """A place on the line: step length, loss, gradient, and slope along the line."""
+    """A point on the line: step length, loss, gradient, and slope along the line."""
 
     t: Any
     loss: float
@@ -40,7 +40,7 @@ def strong_wolfe(
     """Find a step length with sufficient decrease and a small slope.
 
     Args:
-        evaluate: Gives loss and flat gradient at a step length.
+        evaluate: Returns the loss and the flat gradient at a step length.
         t: First step length to try.
         d: The direction, flat.
         loss: The loss at 0.
@@ -78,7 +78,11 @@ def flat_enough(start: Point, point: Point) -> Any:
 
 
 def bracketed(at: Callable[[Any], Point], start: Point, point: Point, max_rounds: int) -> tuple[list[Point], bool, int]:
-    """Go outwards: two points with a good one between them, or a good one; whether it is; and the rounds used."""
+    """Search outwards from the start.
+
+    Returns:
+        Two points with a good one between them, or one good point; whether it is the latter; the rounds used.
+    """
     previous = start
     for rounds in range(max_rounds):
         if insufficient(start, point) or (rounds > 1 and point.loss >= previous.loss):
@@ -95,7 +99,7 @@ def bracketed(at: Callable[[Any], Point], start: Point, point: Point, max_rounds
 def zoomed(
     at: Callable[[Any], Point], start: Point, bracket: list[Point], width: Tensor, max_rounds: int
 ) -> list[Point]:
-    """Narrow a bracket until a point in it satisfies the conditions or nothing is left to gain."""
+    """Narrow a bracket until a point in it satisfies the conditions or the bracket is too small to matter."""
     stalled = False
     low = 0 if bracket[0].loss <= bracket[1].loss else 1
     for _ in range(max_rounds):
@@ -117,7 +121,7 @@ def zoomed(
 
 
 def inside(t: Any, bracket: list[Point], stalled: bool) -> tuple[Any, bool]:
-    """Keep a trial a tenth of the bracket away from its ends, if it hits one or was close to one before."""
+    """Keep a trial point a tenth of the bracket away from its ends, if it hits one or was close to one before."""
     least, most = min(point.t for point in bracket), max(point.t for point in bracket)
     margin = 0.1 * (most - least)
     if not min(most - t, t - least) < margin:

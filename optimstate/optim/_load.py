@@ -1,40 +1,39 @@
-"""What `load_state_dict` does beyond torch: it looks before it changes anything.
+"""The checks of `load_state_dict`, made before anything is changed.
 
-Positions decide which state goes to which parameter, as in torch. Names, shapes and slots say whether that can be
-right.
+As in torch, state goes to the parameter at the same position. Names, shapes and slots show whether that can be right.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from optimstate.describe import few
 from optimstate.errors import ParameterNameWarning, StateMismatchError
 from optimstate.state.names import unwrapped
 
 __all__ = ["check_fit", "check_groups", "check_names", "check_options", "map_tensors", "pairs"]
 
 Group = Mapping[str, Any]
-# A shape; None for a scalar slot, which is a number or has one element.
-Shape = tuple[int, ...] | None
-Slots = tuple[dict[str, Shape], dict[str, Shape]]  # those a state must have, and those it may have
+Shape = tuple[int, ...] | None  # None for a scalar slot, which is a number or has one element
+Slots = tuple[dict[str, Shape], dict[str, Shape]]  # required slots, optional slots
 
 REMEDY = (
     "Match state to parameters by name with "
-    "optimizer.register_load_state_dict_pre_hook(optimstate.hooks.match_names()), state the change there with "
+    "optimizer.register_load_state_dict_pre_hook(optimstate.hooks.match_names()), describe the change there with "
     "optimstate.hooks.migrate(plan), or rewrite the checkpoint with `optimstate remap`."
 )
 SHOWN = 5  # parameters named in a message, before "and n more"
 
 
 def pairs(live: Sequence[Group], saved: Sequence[Group]) -> Iterator[tuple[Any, Tensor, str, Group]]:
-    """Every saved parameter id with the parameter of its position, what to call it, and its saved group."""
+    """For every saved parameter id: the parameter at its position, its name for messages, and its saved group."""
     for number, (group, old) in enumerate(zip(live, saved, strict=True)):
         names = group.get("param_names") or old.get("param_names") or ()
         for index, (key, p) in enumerate(zip(old["params"], group["params"], strict=True)):
@@ -43,11 +42,14 @@ def pairs(live: Sequence[Group], saved: Sequence[Group]) -> Iterator[tuple[Any, 
 
 
 def check_groups(live: Sequence[Group], saved: Sequence[Group]) -> None:
-    """Refuse groups of other sizes, with torch's sentence and then with what differs."""
+    """Refuse another number or size of groups, with torch's sentence and then the differences."""
     if len(live) != len(saved):
-        sizes = [[len(group["params"]) for group in groups] for groups in (saved, live)]
-        told = f"loaded state dict has a different number of parameter groups: {len(saved)} (of {sizes[0]} parameters)"
-        raise StateMismatchError(f"{told}, the optimizer has {len(live)} (of {sizes[1]})", hint=REMEDY)
+        before, now = ([len(group["params"]) for group in groups] for groups in (saved, live))
+        raise StateMismatchError(
+            f"loaded state dict has a different number of parameter groups: {len(saved)} (of {before} parameters), "
+            f"the optimizer has {len(live)} (of {now})",
+            hint=REMEDY,
+        )
     lines = []
     for number, (group, old) in enumerate(zip(live, saved, strict=True)):
         if len(group["params"]) == len(old["params"]):
@@ -55,22 +57,22 @@ def check_groups(live: Sequence[Group], saved: Sequence[Group]) -> None:
         counts = f"{len(old['params'])} parameters were saved, {len(group['params'])} are there now"
         lines.append(f"  group {number}: {counts}{name_changes(group, old)}")
     if lines:
-        told = "loaded state dict contains a parameter group that doesn't match the size of optimizer's group:"
-        raise StateMismatchError("\n".join([told, *lines]), hint=REMEDY)
+        summary = "loaded state dict contains a parameter group that doesn't match the size of optimizer's group:"
+        raise StateMismatchError("\n".join([summary, *lines]), hint=REMEDY)
 
 
 def name_changes(group: Group, old: Group) -> str:
-    """Which names are only on one side, where both sides have names."""
+    """The names that only one side has, as text; empty unless both sides have names."""
     now, before = group.get("param_names"), old.get("param_names")
     if not now or not before:
         return ""
     gone, new = [n for n in before if n not in set(now)], [n for n in now if n not in set(before)]
     sides = (("saved only", gone), ("new", new))
-    return "".join(f"; {what}: {listed(map(repr, names))}" for what, names in sides if names)
+    return "".join(f"; {which}: {few([*map(repr, names)], SHOWN)}" for which, names in sides if names)
 
 
 def check_options(optimizer: torch.optim.Optimizer, later: Iterable[str], saved: Sequence[Group]) -> None:
-    """Refuse the groups of another algorithm: options of this one are missing and foreign ones are there."""
+    """Refuse the groups of another algorithm: they lack options of this one and have options that it does not."""
     needed = [name for name in optimizer.defaults if name not in {*later, "fused"}]
     for number, (group, old) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
         missing = [name for name in needed if name not in old]
@@ -78,19 +80,19 @@ def check_options(optimizer: torch.optim.Optimizer, later: Iterable[str], saved:
         if missing and foreign:
             raise StateMismatchError(
                 f"group {number} was saved by another algorithm than {type(optimizer).__name__}: it has "
-                f"{listed(foreign)} and lacks {listed(missing)}",
+                f"{few([*map(str, foreign)], SHOWN)} and lacks {few(missing, SHOWN)}",
                 hint="Load it into the optimizer that saved it, or start this optimizer without state.",
             )
 
 
 def check_fit(optimizer: Any, saved: Sequence[Group], states: Mapping[Any, Any], shapes: Callable[..., Any]) -> None:
-    """Refuse state whose slots or shapes are not those of the parameters it would go to.
+    """Refuse state whose slots or shapes do not fit the parameters that would get it.
 
     Args:
-        optimizer: Whose parameters.
+        optimizer: The optimizer that is to load the state.
         saved: The groups to be loaded.
         states: The state to be loaded, by parameter id.
-        shapes: Gives, for a parameter and its group, the required and the optional slots as dicts of shapes.
+        shapes: Returns, for a parameter and its group, the required and the optional slots as dicts of shapes.
     """
     defaults = optimizer.defaults
     lines = []
@@ -101,25 +103,26 @@ def check_fit(optimizer: Any, saved: Sequence[Group], states: Mapping[Any, Any],
         required, optional = shapes(p, {**defaults, **optimizer._later_options, **old})
         missing = [slot for slot in required if slot not in state]
         if missing:
-            lines.append(f"  {name}: the saved state has {listed(state)} and lacks {listed(missing)}")
+            found = few([*map(str, state)], SHOWN)
+            lines.append(f"  {name}: the saved state has {found} and lacks {few(missing, SHOWN)}")
         for slot, shape in {**required, **optional}.items():
             value = state.get(slot)
             if isinstance(value, Tensor) and not (value.numel() == 1 if shape is None else value.shape == shape):
                 wanted = "one element" if shape is None else f"shape {shape}"
-                found = f"{slot} has shape {tuple(value.shape)}"
-                lines.append(f"  {name}: {found}, a parameter of shape {tuple(p.shape)} needs {wanted}")
+                shapes_of = f"{slot} has shape {tuple(value.shape)}, a parameter of shape {tuple(p.shape)}"
+                lines.append(f"  {name}: {shapes_of} needs {wanted}")
     if lines:
-        told = f"loaded state does not fit {type(optimizer).__name__}'s parameters:"
+        summary = f"loaded state does not fit {type(optimizer).__name__}'s parameters:"
         more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-        raise StateMismatchError("\n".join([told, *lines[:SHOWN], *more]), hint=REMEDY)
+        raise StateMismatchError("\n".join([summary, *lines[:SHOWN], *more]), hint=REMEDY)
 
 
 def check_names(live: Sequence[Group], saved: Sequence[Group], states: Mapping[Any, Any]) -> None:
-    """Warn where the position gives state to a parameter of another name."""
+    """Warn if a parameter would get, by its position, the state of a parameter with another name."""
     moved = [
         (old_name, name)
         for group, old in zip(live, saved, strict=True)
-        if len(old.get("param_names") or ()) == len(old["params"])  # else no name is that of its position
+        if len(old.get("param_names") or ()) == len(old["params"])  # else names do not tell positions
         for key, name, old_name in zip(
             old["params"], group.get("param_names") or (), old.get("param_names") or (), strict=False
         )
@@ -128,8 +131,8 @@ def check_names(live: Sequence[Group], saved: Sequence[Group], states: Mapping[A
     before, now = (unwrapped(names_of(groups)) for groups in (saved, live)) if moved else (str, str)
     swaps = [f"{old_name!r} to {name!r}" for old_name, name in moved if before(old_name) != now(name)]
     if swaps:
-        told = f"the order of parameters gives the state of {listed(swaps)}. {REMEDY}"
-        warnings.warn(told, ParameterNameWarning, stacklevel=caller_level())
+        message = f"the order of parameters gives the state of {few(swaps, SHOWN)}. {REMEDY}"
+        warnings.warn(message, ParameterNameWarning, stacklevel=caller_level({"optimstate", "torch"}))
 
 
 def names_of(groups: Sequence[Group]) -> Iterator[str]:
@@ -138,25 +141,20 @@ def names_of(groups: Sequence[Group]) -> Iterator[str]:
         yield from group.get("param_names") or ()
 
 
-def caller_level() -> int:
-    """The stacklevel, for the function that asks, of the first caller outside this library and torch's wrappers."""
+def caller_level(skipped: Set[str]) -> int:
+    """The `stacklevel` for a warning that the calling function issues, so that it shows the user's line.
+
+    Args:
+        skipped: Top-level packages whose frames are not the user's.
+    """
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in {"optimstate", "torch"}:
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in skipped:
         level, frame = level + 1, frame.f_back
     return level
 
 
-def listed(items: Iterable[Any]) -> str:
-    """The first few, and how many more."""
-    every = list(items)
-    more = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(map(str, every[:SHOWN])) + more
-
-
 def map_tensors(value: Any, convert: Callable[[Tensor, Any], Tensor], key: Any = None) -> Any:
-    """A nested value with its tensors converted; `convert` is told the key of the innermost dict it is in, as torch
-    does.
-    """
+    """A nested value with its tensors converted. `convert` gets each with the key of the innermost dict around it."""
     if isinstance(value, Tensor):
         return convert(value, key)
     if isinstance(value, dict):

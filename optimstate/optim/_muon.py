@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -13,19 +13,15 @@ from typing_extensions import override
 from optimstate.installed_torch import HAS_MUON, MUON_ADJUSTMENTS, MUON_DIVIDES_IN_PLACE, TorchMuon
 from optimstate.optim._load import Slots
 from optimstate.optim._surface import function_of
-from optimstate.optim.optimizer import Optimizer, ParamsT, check_lr, require, to_scalar
+from optimstate.optim.optimizer import GroupOptimizer, ParamsT, check_lr, require, to_scalar
 
 __all__ = ["Muon", "muon"]
 
-# Asked before the first optimizer is made, in which nothing of torch's may run.
-ADJUSTMENTS = MUON_ADJUSTMENTS
-DIVIDED_IN_PLACE = MUON_DIVIDES_IN_PLACE
 
+class Muon(GroupOptimizer, TorchMuon):
+    r"""Muon: momentum, made nearly orthogonal before each step. For the 2D parameters of hidden layers.
 
-class Muon(Optimizer, TorchMuon):
-    r"""Muon: momentum whose matrix is made nearly orthogonal before each step. For the 2D parameters of hidden layers.
-
-    With momentum :math:`\mu`, and :math:`\mathrm{NS}` some quintic Newton-Schulz steps in bfloat16 on the normalized
+    With momentum :math:`\mu`, and :math:`\mathrm{NS}` a few quintic Newton-Schulz steps in bfloat16 on the normalized
     matrix:
 
     .. math::
@@ -73,7 +69,7 @@ class Muon(Optimizer, TorchMuon):
         check_lr(lr, "Learning rate should be >= 0 but is: ")
         require(momentum >= 0.0, f"momentum should be >= 0 but is: {momentum}")
         require(weight_decay >= 0.0, f"weight decay should be >= 0 but is: {weight_decay}")
-        require(adjust_lr_fn in ADJUSTMENTS, f"Adjust learning rate function {adjust_lr_fn} is not supported")
+        require(adjust_lr_fn in MUON_ADJUSTMENTS, f"Adjust learning rate function {adjust_lr_fn} is not supported")
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -87,61 +83,37 @@ class Muon(Optimizer, TorchMuon):
         super().__init__(params, defaults)
         for group in self.param_groups:
             for p in group["params"]:
-                found = f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}"
-                require(p.ndim == 2, found)
+                message = f"Muon only supports 2D parameters whereas we found a parameter with size: {p.size()}"
+                require(p.ndim == 2, message)
 
     @override
     def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:
         return {"momentum_buffer": tuple(p.shape)}, {}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: Reevaluates the model and returns the loss; optional.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            RuntimeError: A parameter is complex or a gradient sparse.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            buffers: list[Tensor] = []
-            self._init_group(group, params, grads, buffers)
-            for p, grad, buffer in zip(params, grads, buffers, strict=True):
-                update(p, grad, buffer, group)
-        return loss
+    def _update_group(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor] = []
+        self._init_group(group, params, grads, buffers)
+        for p, grad, buffer in zip(params, grads, buffers, strict=True):
+            update(p, grad, buffer, group)
 
     def _init_group(
         self, group: MutableMapping[Any, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]
     ) -> bool:
-        """Fill the lists from the parameters with gradients, starting their state where they have none."""
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if p.is_complex():
-                raise RuntimeError("Muon does not support complex parameters")
-            if p.grad.is_sparse:
-                raise RuntimeError("Muon does not support sparse gradients")
+        """Fill the lists from the parameters with gradients, and create the state of those that have none."""
+        for p, grad in self._real_with_dense_gradients(group):
             params.append(p)
-            grads.append(p.grad)
+            grads.append(grad)
             state = self.state[p]
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+                state["momentum_buffer"] = torch.zeros_like(grad, memory_format=torch.preserve_format)
             buffers.append(state["momentum_buffer"])
         return False
 
 
 def update(p: Tensor, grad: Tensor, buffer: Tensor, group: dict[str, Any]) -> None:
-    """The rule for one matrix."""
+    """One step of one matrix."""
     require(grad.ndim == 2, "Param gradient must be a 2D matrix")
     momentum, lr = group["momentum"], to_scalar(group["lr"])
     buffer.lerp_(grad, 1 - momentum)
@@ -160,12 +132,12 @@ def update(p: Tensor, grad: Tensor, buffer: Tensor, group: dict[str, Any]) -> No
 
 
 def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Nearly the closest orthogonal matrix, in bfloat16: singular values end up between about 0.5 and 1.5."""
+    """Approximately the closest orthogonal matrix, in bfloat16, with singular values between about 0.5 and 1.5."""
     require(steps < 100, "Number of steps must be less than 100 for computational efficiency")
     require(len(coefficients) == 3, "Coefficients must be a tuple of exactly 3 values")
     a, b, c = coefficients
     tall = matrix.size(0) > matrix.size(1)
-    x = matrix.to(torch.bfloat16, copy=not DIVIDED_IN_PLACE)
+    x = matrix.to(torch.bfloat16, copy=not MUON_DIVIDES_IN_PLACE)
     if tall:
         x = x.T
     x.div_(x.norm().clamp(min=eps))
@@ -182,4 +154,4 @@ def lists_step(_: Any, group: dict[str, Any], lists: dict[str, list[Any]]) -> No
         update(p, grad, buffer, group)
 
 
-muon: Any = function_of(Muon, lists_step) if HAS_MUON else None  # torch has none to be like
+muon: Any = function_of(Muon, lists_step) if HAS_MUON else None  # its signature is that of torch's function

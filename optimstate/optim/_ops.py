@@ -1,9 +1,9 @@
-"""The vocabulary of update rules, in two dialects: one tensor, or a list of tensors at a time.
+"""The operations of update rules, in two backends: on one tensor, or on a list of tensors at a time.
 
-A rule is written once over an `Ops`. With `one` its operands are tensors and numbers; with `many` they are lists of
-tensors, and a number is one number for all or a list with a number for each tensor. A trailing underscore means that
-the first operand is overwritten; because the in-place list kernels round scalars to the tensors' dtype and the others
-do not, which of the two a rule uses is part of its definition. `traced` is `one` with autograd watching.
+A rule is written once, in terms of `Ops`. With `one` its operands are tensors and numbers. With `many` they are lists
+of tensors, and a number is either one for all or a list with one for each tensor. A trailing underscore means that the
+first operand is overwritten. In-place list kernels round scalars to the tensors' dtype and the others do not, so which
+of the two a rule uses is part of its definition. `traced` is `one` for steps that autograd records.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 __all__ = ["Op", "Ops", "many", "one", "traced"]
 
-# An operand is a tensor in one backend and a list of tensors in the other, so operators can only be typed loosely.
+# Typed loosely, because an operand is a tensor in one backend and a list of tensors in the other.
 Op = Callable[..., Any]
 
 
 class Ops(NamedTuple):
-    """One backend: what the rules are computed with. A NamedTuple, because `torch.compile` traces calls of its members.
+    """One backend. A NamedTuple, because `torch.compile` traces calls of its members.
 
-    `keep(x)` gives what may be modified although autograd remembers x; `map(f, *xs)` applies a function of tensors for
-    which no list kernel exists; `as_complex(x, p)` undoes the real view of x where p is still complex.
+    `keep(x)` returns a tensor that may be modified although autograd needs x; `map(f, *xs)` applies a function of
+    tensors for which no list kernel exists; `as_complex(x, p)` undoes the real view of x if p is complex.
     """
 
     abs: Op
@@ -63,7 +63,7 @@ def _each(function: Op, *operands: Any) -> list[Any]:
 
 
 def _valued(kernel: Op) -> Op:
-    """List kernels take one value by name and a list of them only by position."""
+    """A list kernel that takes both forms of `value`: torch takes a number by name, and a list only by position."""
 
     def call(x: Any, a: Any, b: Any, value: Any = 1) -> Any:
         return kernel(x, a, b, value) if isinstance(value, list) else kernel(x, a, b, value=value)

@@ -7,8 +7,8 @@
      (cache blocks)       │                │
           └──── rule ─────┘             kernel
 
-What all algorithms share happens here once: counting steps, maximize, weight decay, complex views, sorting by device
-and dtype, and checks. A `Rule` is what is left: which numbers a step needs, and how they change the tensors.
+What all algorithms share is done here, once: counting steps, maximize, weight decay, complex views, grouping by device
+and dtype, and checks. A `Rule` is the rest: which numbers a step needs, and how they change the tensors.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ __all__ = [
     "fused_batches",
     "has_l2",
     "repeats",
+    "rows_of",
     "shrinking",
 ]
 
@@ -52,7 +53,7 @@ Group = dict[str, Any]
 Columns = Mapping[str, list[Any]]
 Condition = Callable[[Group], bool]
 
-# What the driver does for every algorithm, and how, where neither constructor nor checkpoint says.
+# The options that this module implements for every algorithm, with their defaults.
 COMMON: Options = {
     "foreach": None,
     "maximize": False,
@@ -62,12 +63,12 @@ COMMON: Options = {
     "decoupled_weight_decay": False,
 }
 
-# `fused` is not among them: where the kernel is ours, a group has the option if it is given.
+# The options of a group that this module reads. `fused` is not one: where the kernel is ours, groups may lack it.
 DRIVEN = ("weight_decay", "amsgrad", *(name for name in COMMON if name != "fused"))
 
 
 class Complex(Enum):
-    """When complex tensors become real ones with a last dimension of 2, for a rule that wants them real."""
+    """When complex tensors are viewed as real ones with a last dimension of 2, for rules that take real tensors."""
 
     AFTER_DECAY = "L2 decay is added to the complex gradient"
     BEFORE_DECAY = "L2 decay is added to the real gradient"
@@ -75,18 +76,18 @@ class Complex(Enum):
 
 
 class Traits(Record):
-    """What the driver has to know of an algorithm besides its rule.
+    """The properties of an algorithm, besides its rule, on which a step depends.
 
     Args:
-        options: The common options that its param groups have, in the order in which torch adds them to old ones.
-        optional: Slots that only groups with certain options keep, and which groups those are.
+        options: The common options that its param groups have, in the order in which torch adds them to old groups.
+        optional: Slots that only some param groups keep, each with the condition on a group's options.
         kernel: Whether there is a fused implementation.
-        sparse_error: How sparse gradients are refused; empty where the rule takes them.
-        complex: When complex tensors become real ones.
-        complex_parameter: Whether the for-loop's rule wants the parameter complex all the same.
-        blocks: Whether the rule has enough passes over memory to gain from cache blocks.
-        live_when_differentiable: Whether autograd is to see the step count.
-        capturable_subjects: What torch says must be on an accelerator if ``capturable``: for loop, foreach.
+        sparse_error: The error message for sparse gradients; empty if the rule takes them.
+        complex: When complex tensors are viewed as real ones.
+        complex_parameter: Whether the rule of the for loop takes the parameter complex nevertheless.
+        blocks: Whether the rule makes enough passes over memory to gain from cache blocks.
+        live_when_differentiable: Whether the step count stays a tensor for autograd.
+        capturable_subjects: What must be on an accelerator if ``capturable``, in torch's words: for loop, foreach.
         capturable_on_xla: Whether XLA is such an accelerator: for loop, foreach.
     """
 
@@ -106,11 +107,11 @@ class Rule(NamedTuple):
     """One algorithm's arithmetic with its hyperparameters bound.
 
     Args:
-        update: Called with parameter, gradient, the tensor slots in the order of the class's `_columns` (None for a
-            slot that the options do not use; no slots at all where they use none) and the numbers.
-        numbers: Called with the step count and the other scalar slots, in the order of `_columns`; gives the numbers.
-            Without it there are none.
-        rowwise: Whether `numbers` speaks of one tensor at a time; else, in the list backend, of the whole columns.
+        update: Called with the parameter, its gradient, the tensor slots in the order of the class's `_columns` (None
+            for a slot that the options do not use; no slots at all if they use none) and the numbers.
+        numbers: Called with the step count and the other scalar slots, in the order of `_columns`; returns the numbers.
+            None if the rule needs no numbers.
+        rowwise: Whether `numbers` takes the scalars of one tensor; else, in the list backend, it takes whole columns.
     """
 
     update: Callable[..., Any]
@@ -119,7 +120,7 @@ class Rule(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a rule is asked for; a NamedTuple, because `torch.compile` traces where one is made.
+    """What a rule is built for. A NamedTuple, because `torch.compile` traces its construction.
 
     Args:
         k: The backend.
@@ -137,16 +138,16 @@ class Setting(NamedTuple):
 
     @classmethod
     def of(cls, k: Ops, group: Group, *, live: bool = False, owned: bool = False) -> Self:
-        """What a rule is asked for with a group's options."""
+        """The setting with the learning rate of a param group."""
         return cls(k, group, to_scalar(group.get("lr")), live, owned)
 
 
 class RuleOptimizer(Optimizer):
     """An optimizer whose step is a rule over each parameter's tensors.
 
-    Subclasses say what state they keep and give the rule; `_columns` is in the order in which torch's `_init_group` of
-    the same class fills its lists, which `torch.compile` relies on. The common options that an algorithm has (see
-    `Traits`) are in every group, whether a constructor names them or not.
+    Subclasses define the slots (`_columns`, `_scalars`), the `_traits` and the `_rule`. `_columns` has the order in
+    which `_init_group` of torch's class fills its lists, because `torch.compile` relies on it. Every group gets the
+    common options that the algorithm has (see `Traits`), whether the constructor names them or not.
 
     Args:
         params: Tensors, ``(name, tensor)`` pairs, or dicts of either with options of their own.
@@ -155,23 +156,23 @@ class RuleOptimizer(Optimizer):
 
     Raises:
         TypeError: The algorithm has no such common option.
-        RuntimeError: ``fused`` goes with neither ``differentiable`` nor ``foreach``.
+        RuntimeError: ``fused`` is given together with ``differentiable`` or ``foreach``.
     """
 
     _columns: ClassVar[tuple[str, ...]] = ()
     _traits: ClassVar[Traits] = Traits()
-    _foreign_options: ClassVar[tuple[str, ...]] = ()  # of the driver's, those that the algorithm has not
+    _foreign_options: ClassVar[tuple[str, ...]] = ()  # of DRIVEN, those that the algorithm does not have
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # Checkpoints of torch before an option was invented lack it.
+        # Checkpoints of a torch older than an option lack it.
         cls._later_options = {name: COMMON[name] for name in cls._traits.options} | {**cls._later_options}
         own = {name for base in cls.__mro__ if issubclass(base, RuleOptimizer) for name in signature(base).parameters}
         cls._foreign_options = tuple(name for name in DRIVEN if name not in own and name not in cls._traits.options)
 
     def __init__(self, params: ParamsT, defaults: Options, **common: Any) -> None:
         known = self._traits.options
-        # Only torch's own kernels make `fused` an option of every group; where it is ours, groups have it if given.
+        # `fused` is an option of every group only where torch's class has it; else groups have it if it is given.
         allowed = {*known, "fused"} if self._traits.kernel else {*known}
         if unknown := sorted(common.keys() - allowed):
             raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
@@ -188,7 +189,7 @@ class RuleOptimizer(Optimizer):
             self._need_device_dtype_check_for_fused = True
 
     def _rule(self, s: Setting) -> Rule:
-        """The update rule."""
+        """The algorithm's update rule."""
         raise NotImplementedError
 
     def _new_state(self, p: Tensor, group: Group) -> dict[str, Any]:
@@ -198,7 +199,7 @@ class RuleOptimizer(Optimizer):
         return scalars | {name: zeros(p) for name in slots if name not in scalars}
 
     def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
-        """Run the fused kernel; False where it does not apply and the rule must be run instead."""
+        """Run the fused kernel; False if it does not apply and the rule must be run instead."""
         raise NotImplementedError
 
     def _active(self, group: Group) -> list[str]:
@@ -227,8 +228,8 @@ class RuleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for listed in self.param_groups:
-            group = self._own(listed)
+        for param_group in self.param_groups:
+            group = self._without_foreign_options(param_group)
             params: list[Tensor] = []
             grads: list[Tensor] = []
             lists: list[list[Any]] = [[] for _ in self._columns]
@@ -238,13 +239,13 @@ class RuleOptimizer(Optimizer):
                 self._step_group(group, params, grads, columns, has_sparse=has_sparse, has_complex=has_complex)
         return loss
 
-    def _own(self, group: Group) -> Group:
-        """A group without the driver's options that this algorithm has not: torch's class does not look at them.
+    def _without_foreign_options(self, group: Group) -> Group:
+        """A group without options that other algorithms have and this one does not, because torch ignores them.
 
-        Trainers give every optimizer groups with `weight_decay`, whatever it makes of them.
+        Trainers, for example, put `weight_decay` into the groups of every optimizer.
         """
         names = self._foreign_options
-        if torch.compiler.is_compiling():  # which itself gives every group `capturable`
+        if torch.compiler.is_compiling():  # the compiler itself adds `capturable` to every group
             names = tuple(name for name in names if name != "capturable")
         foreign = [name for name in names if name in group]
         return {name: value for name, value in group.items() if name not in foreign} if foreign else group
@@ -252,7 +253,7 @@ class RuleOptimizer(Optimizer):
     def _init_group(
         self, group: Group, params: list[Tensor], grads: list[Tensor], *lists: list[Any]
     ) -> tuple[bool, bool]:
-        """Fill the lists from the parameters with gradients, starting their state where they have none."""
+        """Fill the lists from the parameters with gradients, and create the state of those that have none."""
         has_sparse = has_complex = False
         states = []
         every_state = self.state
@@ -313,14 +314,14 @@ class RuleOptimizer(Optimizer):
             else:
                 self._run_lists(group, batch_params, batch_grads, batch, has_complex)
 
-    @_disable_dynamo  # as torch does: kernels of many tensors cannot be made functional
+    @_disable_dynamo  # as torch does: the compiler cannot functionalize kernels on lists of tensors
     def _by_kernel(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
-        """The fused kernel on state laid out for it; False where the rule must be run instead."""
+        """Run the fused kernel on state with its parameters' strides; False if the rule must be run instead."""
         self._align(group, params, columns)
         return self._fused(group, params, grads, columns)
 
     def _align(self, group: Group, params: list[Tensor], columns: Columns) -> None:
-        """Lay state out as its parameters, once for every state that has come in."""
+        """Give state tensors the strides of their parameters, unless they are those of the last call."""
         tensors = [columns[name] for name in self._columns if name not in self._scalars]
         seen = self.__dict__.setdefault("_aligned", {})
         now = list(chain(*tensors))
@@ -357,7 +358,7 @@ class RuleOptimizer(Optimizer):
         raise AssertionError(f"If capturable=True, {subjects} must be on supported devices: {supported}.")
 
     def _prepared(self, k: Ops, group: Group, columns: Columns, *, owned: bool) -> tuple[Rule, Sequence[Any]]:
-        """The rule, and the numbers it needs as columns, counting the step on the way."""
+        """Count the step; return the rule and, as columns, the numbers that it needs."""
         live = self._live(group)
         rule = self._rule(Setting.of(k, group, live=live, owned=owned))
         steps = columns.get("step", [])
@@ -385,7 +386,7 @@ class RuleOptimizer(Optimizer):
     def _run_lists(
         self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns, has_complex: bool
     ) -> None:
-        """The rule over all tensors of one device and dtype at once."""
+        """Run the rule on all tensors of one device and dtype at once."""
         slots = self._slots(columns, None)
         if has_complex and self._traits.complex is not Complex.NATIVE:
             params, grads, *slots = ([real(t) for t in c] if c else None for c in (params, grads, *slots))  # type: ignore[assignment]
@@ -397,9 +398,9 @@ class RuleOptimizer(Optimizer):
     def _run_each(
         self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns, has_complex: bool
     ) -> None:
-        """The rule tensor after tensor, large ones in cache blocks."""
+        """Run the rule on one tensor after the other, on large ones in cache blocks."""
         differentiable = group.get("differentiable", False)
-        factor = shrinking(group)  # before the numbers: autograd adds up the learning rate's gradients in this order
+        factor = shrinking(group)  # before the numbers, for the order in which autograd adds up gradients of `lr`
         rule, numbers = self._prepared(traced if differentiable else one, group, columns, owned=False)
         slots = self._slots(columns, repeat(None))
         plain = not (differentiable or has_complex or torch.compiler.is_compiling())
@@ -415,7 +416,7 @@ class RuleOptimizer(Optimizer):
                 self._run_column(rule.update, group, [p], [g], whole, own_numbers, factor, has_complex=has_complex)
 
     def _run_blocks(self, group: Group, tensors: list[Tensor | None], numbers: Sequence[Any], size: int) -> bool:
-        """The rule over the blocks of one parameter's tensors; False where it has to be updated whole."""
+        """Run the rule on one parameter's tensors block by block; False if it must be updated as a whole."""
         columns = split(tensors, size)
         if columns is None or isinstance(group.get("weight_decay"), Tensor):
             return False
@@ -441,7 +442,7 @@ class RuleOptimizer(Optimizer):
         *,
         has_complex: bool,
     ) -> None:
-        """Prepare and update lazily, so that only one tensor's temporaries exist at a time."""
+        """Run the rule on each row. Gradients are prepared lazily: only one tensor's temporaries exist at a time."""
         p_values: Iterable[Tensor] = params
         g_values: Iterable[Tensor] = grads
         decay = group.get("weight_decay", 0)
@@ -464,7 +465,7 @@ class RuleOptimizer(Optimizer):
 
 
 def choose(group: Group, params: list[Tensor], *, has_kernel: bool) -> tuple[bool, bool]:
-    """(fused, foreach), by torch's rules: as asked; else foreach where every parameter's device has native kernels."""
+    """(fused, foreach) as the group says; else, as torch does, foreach if all devices have native kernels for it."""
     fused, foreach = group.get("fused") if has_kernel else None, group.get("foreach")
     if fused is None and foreach is None:
         _, foreach = torch_machinery._default_to_fused_or_foreach(params, group.get("differentiable", False), False)
@@ -481,19 +482,26 @@ def repeats(params: list[Tensor]) -> bool:
 def in_turn(
     group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns
 ) -> Iterable[tuple[list[Tensor], list[Tensor], Columns]]:
-    """The lists whole, or one row at a time where order counts.
+    """The lists as they are, or one row at a time where the order of operations matters.
 
-    It does where a parameter is listed twice, whose step is counted in between, and for autograd, which adds up
-    gradients in the order in which the graph was made.
+    It matters if a parameter is listed twice, because its step count changes in between, and for autograd, which adds
+    up gradients in the order in which the graph was built.
     """
     if torch.compiler.is_compiling() or not (group.get("differentiable") or repeats(params)):
         return [(params, grads, columns)]
-    rows = range(len(params))
-    return [([params[i]], [grads[i]], {name: c[i : i + 1] for name, c in columns.items()}) for i in rows]
+    return [rows_of(params, grads, columns, [index]) for index in range(len(params))]
+
+
+def rows_of(
+    params: list[Tensor], grads: list[Tensor], columns: Columns, indices: Iterable[int]
+) -> tuple[list[Tensor], list[Tensor], Columns]:
+    """The lists with these rows only; columns that the options do not use stay empty."""
+    some = {name: [column[i] for i in indices] if column else [] for name, column in columns.items()}
+    return [params[i] for i in indices], [grads[i] for i in indices], some
 
 
 def count_steps(steps: list[Tensor]) -> None:
-    """Add one to every step count, with one call and one wrapped number."""
+    """Add one to every step count, in one call."""
     if not steps:
         return
     if torch.compiler.is_compiling() or not steps[0].is_cpu or not all(s.is_floating_point() for s in steps):
@@ -508,20 +516,20 @@ def real(t: Any) -> Any:
 
 
 def has_l2(group: Group) -> bool:
-    """Whether weight decay goes into the gradient, and not straight into the parameter."""
+    """Whether weight decay is added to the gradient (L2), not applied to the parameter directly (decoupled)."""
     return bool(group.get("weight_decay", 0) != 0 and not group.get("decoupled_weight_decay", False))
 
 
 def effective(k: Ops, group: Group, p: Any, g: Any) -> Any:
-    """The gradient after maximize and weight decay; the very same where there is neither, or decay is decoupled.
+    """The gradient after maximize and L2 decay; the same object if there is neither.
 
-    Decoupled decay is applied to the parameter here.
+    Decoupled weight decay is applied to the parameter.
     """
     decay = group.get("weight_decay", 0)
     if group["maximize"]:
         g = k.neg(g)
     if has_l2(group):
-        # In place only where torch reuses memory too: list kernels round alpha to the dtype in place.
+        # In place only where torch does so too: in place, list kernels round alpha to the tensors' dtype.
         return (k.add_ if group["maximize"] else k.add)(g, p, alpha=decay)
     factor = shrinking(group)
     if factor is not None:
@@ -530,7 +538,7 @@ def effective(k: Ops, group: Group, p: Any, g: Any) -> Any:
 
 
 def shrinking(group: Group) -> Any:
-    """The factor of decoupled weight decay; None where there is none."""
+    """The factor by which decoupled weight decay shrinks parameters; None without it."""
     decay = group.get("weight_decay", 0)
     return 1 - to_scalar(group["lr"]) * decay if decay != 0 and group.get("decoupled_weight_decay", False) else None
 
@@ -538,12 +546,12 @@ def shrinking(group: Group) -> Any:
 def l2(decay: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """The function that adds `decay * p` to a gradient."""
     if isinstance(decay, Tensor) and decay.requires_grad:
-        return lambda g, p: g.addcmul_(p.clone(), decay)  # torch's way to differentiate by the decay
+        return lambda g, p: g.addcmul_(p.clone(), decay)  # as torch does, so that the decay gets a gradient
     return partial(torch.add, alpha=decay)
 
 
 def batches(optimizer: Optimizer, lists: list[list[Any]]) -> Iterator[tuple[Any, list[Any]]]:
-    """The lists once more for each device and dtype (of the first list), with the device."""
+    """The lists divided by device and dtype of the first list, each batch with its device."""
     for (device, _), (batch, _) in optimizer._group_tensors_by_device_and_dtype(lists).items():
         yield device, batch
 
@@ -551,13 +559,14 @@ def batches(optimizer: Optimizer, lists: list[list[Any]]) -> Iterator[tuple[Any,
 def fused_batches(
     optimizer: Optimizer, group: Group, params: list[Tensor], grads: list[Tensor], lists: list[list[Any]]
 ) -> Iterator[tuple[list[Any], Any, dict[str, Any]]]:
-    """Batches of one device and dtype for a fused kernel: the lists, the learning rate there, and AMP's tensors there.
+    """Batches of one device and dtype for a fused kernel: the lists, the learning rate and AMP's two tensors.
 
-    A tensor learning rate on an accelerator is copied to the batch's device; on the CPU kernels read it as a number.
+    AMP's tensors, and a learning rate that is a tensor on an accelerator, are copied to the batch's device. A learning
+    rate on the CPU stays there: kernels read it as a number.
     """
     scaling = {name: getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")}
     lr = group["lr"]
     for device, batch in batches(optimizer, [params, grads, *lists]):
-        there = {name: None if t is None else t.to(device, non_blocking=True) for name, t in scaling.items()}
+        on_device = {name: None if t is None else t.to(device, non_blocking=True) for name, t in scaling.items()}
         moved = isinstance(lr, Tensor) and lr.device.type != "cpu" and device is not None
-        yield batch, lr.to(device, non_blocking=True) if moved else lr, there
+        yield batch, lr.to(device, non_blocking=True) if moved else lr, on_device

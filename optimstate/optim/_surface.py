@@ -1,6 +1,6 @@
-"""torch.optim's other names: each algorithm as a function of lists, and what only torch's own modules need.
+"""The other names of torch.optim: each algorithm as a function of lists, and names that only torch's modules use.
 
-adam = function_of(Adam)        # torch.optim.adam.adam: the same arguments, through the rule that the class has
+adam = function_of(Adam)        # like torch.optim.adam.adam: the same arguments, computed by the rule of the class
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from optimstate.optim.optimizer import Optimizer
 __all__ = ["Step", "complete", "function_of"]
 
 Lists = dict[str, list[Any]]
-# Given an optimizer without parameters, the options, and the lists by slot ("param" and "grad" among them).
+# Takes an optimizer without parameters, the options, and the lists by slot ("param" and "grad" among them).
 Step = Callable[[Any, Group, Lists], None]
 
-# What torch's functions call a list, or spread over several arguments, where it is not the slot's name and an s.
+# The arguments of torch's functions that are lists, where the name is not the slot's name with an s: argument to slot.
 SLOTS = {
     "d_p_list": "grad",
     "momentum_buffer_list": "momentum_buffer",
@@ -34,21 +34,22 @@ SLOTS = {
     "state_sums": "sum",
     "state_steps": "step",
 }
+# The arguments that are one half of an option: argument to option.
 PAIRS = {"beta1": "betas", "beta2": "betas", "etaminus": "etas", "etaplus": "etas", "eps1": "eps", "eps2": "eps"}
 PAIRS |= {"step_size_min": "step_sizes", "step_size_max": "step_sizes"}
-FLAGS = ("has_complex", "has_sparse_grad")  # which the lists themselves tell
+FLAGS = ("has_complex", "has_sparse_grad")  # not needed: the lists themselves show it
 SCALING = ("grad_scale", "found_inf")
 
 
 def function_of(
     cls: type[Optimizer], step: Step | None = None, *, signature_of: Any = None, **fixed: Any
 ) -> Callable[..., None]:
-    """An algorithm's step as the function of lists that torch has beside its class.
+    """An algorithm's step as a function of lists, like the one that torch has for each of its classes.
 
     Args:
-        cls: The algorithm.
-        step: How it is made where the class is not a RuleOptimizer.
-        signature_of: torch's function; None for that of the class's name in lower case, in the module of the class.
+        cls: The algorithm's class.
+        step: Makes the step; needed if the class is not a RuleOptimizer.
+        signature_of: torch's function; None for the one with the name of the class in lower case, in the same module.
         fixed: Options that are not arguments of the function.
     """
     name = cls.__name__.lower()
@@ -79,7 +80,7 @@ def function_of(
 
 
 def sorted_arguments(arguments: dict[str, Any]) -> tuple[Lists, Group, dict[str, Any]]:
-    """Lists by slot, options as a group has them, and the tensors of gradient scaling."""
+    """A call's arguments as lists by slot, the options of a param group, and the tensors of gradient scaling."""
     lists: Lists = {}
     group: Group = {}
     scaling = {}
@@ -96,7 +97,7 @@ def sorted_arguments(arguments: dict[str, Any]) -> tuple[Lists, Group, dict[str,
 
 
 def rule_step(optimizer: RuleOptimizer, group: Group, lists: Lists) -> None:
-    """The driver's step on lists; what it makes anew goes back into them."""
+    """One step of a RuleOptimizer on lists; state that it creates or copies is written back into them."""
     params, grads = lists["param"], lists["grad"]
     if not params:
         return
@@ -110,14 +111,14 @@ def rule_step(optimizer: RuleOptimizer, group: Group, lists: Lists) -> None:
             if given is None:
                 lists[name][index] = now
             elif now is not given:
-                given.copy_(now)  # it was laid out as its parameter for the step
+                given.copy_(now)  # the step was made on a copy with the strides of the parameter
 
 
 def complete(package: str) -> None:
-    """Let every module of `package` answer for what only torch's module of its name has.
+    """Give every module of `package` the names that only torch's module of the same name has.
 
-    These are the helpers of torch's own implementations, its annotations and what it imports: frameworks import some of
-    them, ours need none. torch's private modules without a counterpart are found under our name too.
+    These are helpers of torch's implementations, annotations and imported names. Nothing here needs them, but some
+    frameworks import them. torch's private modules without a counterpart can be imported under our name too.
     """
     for info in pkgutil.walk_packages(torch.optim.__path__, ""):
         ours = sys.modules.get(f"{package}.{info.name}")

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from optimstate.optim._step import Rule, RuleOptimizer, Setting, Traits
 from optimstate.optim._surface import function_of
-from optimstate.optim.optimizer import ParamsT, check_lr, require
+from optimstate.optim.optimizer import ParamsT, check_lr, check_not_negative, require
 
 __all__ = ["Adadelta", "adadelta"]
 
 
 class Adadelta(RuleOptimizer, torch.optim.Adadelta):
-    r"""Adadelta: steps in the ratio of the running sizes of past steps and of gradients.
+    r"""Adadelta: steps scaled by the running size of past steps over the running size of gradients.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter:
 
@@ -70,8 +70,7 @@ class Adadelta(RuleOptimizer, torch.optim.Adadelta):
     ) -> None:
         check_lr(lr)
         require(0.0 <= rho <= 1.0, f"Invalid rho value: {rho}")
-        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
-        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
+        check_not_negative(epsilon=eps, weight_decay=weight_decay)
         super().__init__(
             params,
             {"lr": lr, "rho": rho, "eps": eps, "weight_decay": weight_decay},
@@ -98,7 +97,7 @@ class Adadelta(RuleOptimizer, torch.optim.Adadelta):
             k.mul_(delta, g)
             k.mul_(acc_delta, rho)
             k.addcmul_(acc_delta, delta, delta, value=share)
-            if k.is_list and live and isinstance(lr, Tensor):  # alpha would be read on the host, once, while capturing
+            if k.is_list and live and isinstance(lr, Tensor):  # as alpha it would be read once, while capturing
                 k.mul_(delta, -lr)
                 k.add_(p, delta)
             else:

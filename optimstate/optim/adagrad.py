@@ -11,7 +11,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from optimstate.installed_torch import ADAGRAD_FUSES_ON_CUDA
 from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
 from optimstate.optim._surface import function_of
-from optimstate.optim.optimizer import ParamsT, check_lr, require, sparse_like
+from optimstate.optim.optimizer import ParamsT, check_lr, check_not_negative, sparse_like
 
 __all__ = ["Adagrad", "adagrad"]
 
@@ -25,11 +25,11 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
         s \leftarrow s + g^2 \qquad
         \theta \leftarrow \theta - \frac{\gamma}{1 + (t - 1) \eta} \cdot \frac{g}{\sqrt{s} + \epsilon}
 
-    A sparse gradient touches only the elements it has, and excludes weight decay. Source: Duchi, Hazan and Singer,
-    "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization",
+    A sparse gradient changes only the elements that it contains, and allows no weight decay. Source: Duchi, Hazan and
+    Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization",
     http://jmlr.org/papers/v12/duchi11a.html.
 
-    State of a parameter, from construction on:
+    State of a parameter, created with the optimizer:
         step: 0-d float32 (float64 where that is the default dtype); on the CPU unless ``fused``.
         sum: :math:`s`, like the parameter.
 
@@ -38,7 +38,7 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
         lr: Learning rate :math:`\gamma \ge 0`, or a 1-element tensor.
         lr_decay: :math:`\eta \ge 0`.
         weight_decay: L2 penalty, at least 0.
-        initial_accumulator_value: What :math:`s` starts from; at least 0.
+        initial_accumulator_value: First value of :math:`s`; at least 0.
         eps: :math:`\epsilon \ge 0`.
         foreach: Whether to update lists of tensors at a time; None lets the device decide.
         maximize: Ascend instead of descend.
@@ -69,11 +69,12 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
         fused: bool | None = None,
     ) -> None:
         check_lr(lr)
-        require(lr_decay >= 0.0, f"Invalid lr_decay value: {lr_decay}")
-        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
-        invalid = f"Invalid initial_accumulator_value value: {initial_accumulator_value}"
-        require(initial_accumulator_value >= 0.0, invalid)
-        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
+        check_not_negative(
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            epsilon=eps,
+        )
         super().__init__(
             params,
             {
@@ -140,13 +141,13 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
                 k.addcdiv_(p, g, denominator(g, total), value=rate)
 
         def update_lists(p: Any, g: Any, total: Any, rates: Any) -> None:
-            # torch's lists round g times the rate before dividing; its loop does not.
+            # torch's foreach path rounds g times the rate before dividing; its for loop does not.
             std = denominator(g, total)
             if owned:
                 k.mul_(g, rates)
             k.addcdiv_(p, g if owned else k.mul(g, rates), std)
 
-        if k.is_list and s.live:  # compiled: the rates of all tensors at once, as tensors
+        if k.is_list and s.live:  # compiled: step counts, and so the rates, are tensors
             return Rule(update_lists, lambda steps: ([rate for t in steps for rate in numbers(t)],))
         return Rule(update_lists if k.is_list else update_each, numbers)
 
@@ -172,7 +173,7 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
 
 
 def sparse_update(p: Tensor, g: Tensor, total: Tensor, rate: Any, eps: float) -> None:
-    """The rule for the elements a sparse gradient has."""
+    """One step of the elements that a sparse gradient contains."""
     g = g.coalesce()  # the update is not linear, so no element may come twice
     values = g._values()
     total.add_(sparse_like(g, values.pow(2)))

@@ -160,9 +160,8 @@ class Adam(RuleOptimizer, torch.optim.Adam):
         if not live:
             return Rule(update, numbers)
 
-        # With step counts as tensors, torch folds the step size into the denominator, and its loop and its lists differ
-        # in
-        # how: so do these two.
+        # With step counts as tensors, torch folds the step size into the denominator, in its for loop in another way
+        # than in its foreach path.
         def numbers_each(step: Any) -> tuple[Any, Any]:
             own = step.clone() if group["differentiable"] and tensor_betas else step
             step_size = (lr / (1 - beta1**own)).neg()
@@ -221,14 +220,14 @@ class Adam(RuleOptimizer, torch.optim.Adam):
 
 
 def check_tensor(name: str, value: Any, lists_only: bool) -> None:
-    """A tensor hyperparameter must have one element, and suit the implementation."""
+    """Refuse a tensor hyperparameter with several elements, or for an implementation that takes only numbers."""
     if isinstance(value, Tensor):
         require(not lists_only, f"{name} as a Tensor is not supported for capturable=False and foreach=True")
         require(value.numel() == 1, f"Tensor {name} must be 1-element")
 
 
 def tensor_moments(k: Ops, g: Any, exp_avg: Any, exp_avg_sq: Any, beta1: Any, beta2: Any) -> None:
-    """Both running means where the coefficients are tensors, which torch computes in other ways."""
+    """Update both running means with betas that are tensors, for which torch has other formulas."""
     if k.is_list:
         on_device = beta1 if beta1.is_cpu else beta1.to(g[0].device, non_blocking=True)
         k.lerp_(exp_avg, g, 1 - on_device)
@@ -237,7 +236,7 @@ def tensor_moments(k: Ops, g: Any, exp_avg: Any, exp_avg_sq: Any, beta1: Any, be
         return
     k.lerp_(exp_avg, g, 1 - beta1.to(g.device, g.dtype, non_blocking=True))
     if beta2.requires_grad:
-        k.lerp_(exp_avg_sq, g.square(), 1 - beta2)  # addcmul's value cannot carry a gradient
+        k.lerp_(exp_avg_sq, g.square(), 1 - beta2)  # addcmul's `value` has no gradient
     else:
         k.mul_(exp_avg_sq, beta2)
         k.addcmul_(exp_avg_sq, g, g, value=1 - beta2)

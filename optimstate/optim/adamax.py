@@ -9,13 +9,13 @@ from torch import Tensor
 
 from optimstate.optim._step import Rule, RuleOptimizer, Setting, Traits
 from optimstate.optim._surface import function_of
-from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require, to_number
+from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, check_not_negative, to_number
 
 __all__ = ["Adamax", "adamax"]
 
 
 class Adamax(RuleOptimizer, torch.optim.Adamax):
-    r"""Adamax: Adam with a decaying maximum of gradient sizes in place of the mean square.
+    r"""Adamax: Adam with a decaying maximum of gradient magnitudes in place of the mean square.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, at step :math:`t`:
 
@@ -64,9 +64,9 @@ class Adamax(RuleOptimizer, torch.optim.Adamax):
         capturable: bool = False,
     ) -> None:
         check_lr(lr)
-        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
+        check_not_negative(epsilon=eps)
         check_betas(betas)
-        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
+        check_not_negative(weight_decay=weight_decay)
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
@@ -97,7 +97,7 @@ class Adamax(RuleOptimizer, torch.optim.Adamax):
             averages(g, exp_avg, exp_inf)
             k.addcdiv_(p, exp_avg, exp_inf, value=rate)
 
-        # A rate that is a tensor cannot be addcdiv's value: it goes into the denominator, negative.
+        # A tensor cannot be addcdiv's `value`, so the negative rate goes into the denominator.
         def live_numbers(step: Any) -> tuple[Any]:
             correction = k.pow(beta1, step)
             k.sub_(correction, 1)

@@ -75,7 +75,7 @@ class AdamW(Adam, torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # whatever Adam's checkpoint says
+        for group in self.param_groups:  # a checkpoint of Adam may say otherwise
             group["decoupled_weight_decay"] = True
 
 

@@ -12,15 +12,13 @@ from optimstate.installed_torch import ASGD_CHECKS
 from optimstate.optim._ops import Ops
 from optimstate.optim._step import Complex, Group, Rule, RuleOptimizer, Setting, Traits
 from optimstate.optim._surface import function_of
-from optimstate.optim.optimizer import ParamsT, check_lr, require, scalar_dtype, to_scalar, zeros
+from optimstate.optim.optimizer import ParamsT, check_lr, check_not_negative, scalar_dtype, to_scalar, zeros
 
 __all__ = ["ASGD", "asgd"]
 
-CHECKED = ASGD_CHECKS
-
 
 class ASGD(RuleOptimizer, torch.optim.ASGD):
-    r"""Averaged stochastic gradient descent: plain steps, and beside the parameter the average of where it has been.
+    r"""Averaged stochastic gradient descent: SGD that also keeps the average of all values of the parameter.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, at step :math:`t`:
 
@@ -76,9 +74,9 @@ class ASGD(RuleOptimizer, torch.optim.ASGD):
         capturable: bool = False,
     ) -> None:
         check_lr(lr)
-        require(lambd >= 0.0 or not CHECKED, f"Invalid lambd value: {lambd}")
-        require(alpha >= 0.0 or not CHECKED, f"Invalid alpha value: {alpha}")
-        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
+        if ASGD_CHECKS:
+            check_not_negative(lambd=lambd, alpha=alpha)
+        check_not_negative(weight_decay=weight_decay)
         super().__init__(
             params,
             {"lr": lr, "lambd": lambd, "alpha": alpha, "t0": t0, "weight_decay": weight_decay},
@@ -97,23 +95,23 @@ class ASGD(RuleOptimizer, torch.optim.ASGD):
         return {name: self._scalar(value, p, group) for name, value in starts.items()} | {"ax": zeros(p)}
 
     def _rule(self, s: Setting) -> Rule:
-        # torch's lists merge decay and step into one term and keep eta and mu as tensors: other formulas, so other
-        # functions.
+        # torch's foreach path merges decay and step into one term and keeps eta and mu as tensors, so it needs
+        # functions of its own.
         if s.k.is_list:
             return self._rule_lists(s)
         return self._rule_live(s.group, s.lr) if s.live else self._rule_each(s.k, s.group, s.lr)
 
     def _rule_each(self, k: Ops, group: Group, lr: Any) -> Rule:
         lambd, alpha, t0 = group["lambd"], group["alpha"], group["t0"]
-        following: dict[float, tuple[Tensor, Tensor]] = {}
+        next_scalars: dict[float, tuple[Tensor, Tensor]] = {}
 
         def numbers(t: float, eta: Tensor, mu: Tensor) -> tuple[float, float, float]:
             now, weight = eta.item(), mu.item()
-            if t not in following:
+            if t not in next_scalars:
                 next_eta = torch.as_tensor(lr / ((1 + lambd * lr * t) ** alpha))
-                following[t] = next_eta, torch.as_tensor(1 / max(1, t - t0))
-            eta.copy_(following[t][0])
-            mu.copy_(following[t][1])
+                next_scalars[t] = next_eta, torch.as_tensor(1 / max(1, t - t0))
+            eta.copy_(next_scalars[t][0])
+            mu.copy_(next_scalars[t][1])
             return 1 - lambd * now, -now, weight
 
         def update(p: Tensor, g: Tensor, ax: Tensor, shrink: float, rate: float, weight: float) -> None:

@@ -21,12 +21,11 @@ Closure = Callable[[], Any]
 
 
 class LBFGS(Optimizer, torch.optim.LBFGS):
-    r"""L-BFGS: Newton's direction from a short history of gradients, for the whole of the parameters at once.
+    r"""L-BFGS: Newton's direction estimated from a short history of gradients, for all parameters together.
 
-    With :math:`s` and :math:`y` the last changes of parameters and gradient, :math:`H \approx` the inverse Hessian that
-    the kept pairs :math:`(s, y)` imply (two-loop recursion, starting from :math:`s^T y / y^T y`), and :math:`\tau` the
-    learning
-    rate or a line search's result:
+    With :math:`s` and :math:`y` the last changes of parameters and gradient, :math:`H` the inverse Hessian that the
+    kept pairs :math:`(s, y)` imply (two-loop recursion, starting from :math:`s^T y / y^T y`), and :math:`\tau` the
+    learning rate or the result of a line search:
 
     .. math::
         \theta \leftarrow \theta - \tau H g
@@ -44,18 +43,18 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         ro: A list of :math:`1 / y^T s`, 0-d.
         H_diag: The scale of the first guess of H.
         prev_flat_grad: The gradient, (n,), and prev_loss the loss before the last iteration.
-        al: Scratch of the recursion.
+        al: Working memory of the recursion.
 
     Args:
         params: Tensors or ``(name, tensor)`` pairs; one group only.
         lr: Learning rate, at least 0, or a 1-element tensor.
         max_iter: Most iterations in a step.
         max_eval: Most calls of the closure in a step; None for 5/4 of ``max_iter``.
-        tolerance_grad: Stop at a gradient whose largest element is no larger.
-        tolerance_change: Stop when parameters or loss change no more than this.
+        tolerance_grad: Stop when no element of the gradient is larger than this.
+        tolerance_change: Stop when parameters or loss change by no more than this.
         history_size: How many pairs to keep.
         line_search_fn: None, or "strong_wolfe".
-        maximize: Ascend instead of descend. torch's class has it since 2.14, and its groups the key.
+        maximize: Ascend instead of descend. torch's class has this argument since 2.14.
 
     Raises:
         ValueError: A hyperparameter is out of range, or there are several param groups.
@@ -119,7 +118,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         closure = torch.enable_grad()(closure)
         if not self._params:
             return closure()
-        state = self.state[self._params[0]]  # what is global is kept by the first parameter
+        state = self.state[self._params[0]]  # the first parameter holds the state of all
         state.setdefault("func_evals", 0)
         state.setdefault("n_iter", 0)
         first_loss = closure()
@@ -135,7 +134,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             iteration += 1
             state["n_iter"] += 1
             now["d"] = self._direction(state, now, grad, group["history_size"])
-            now["prev_flat_grad"] = grad  # which every evaluation makes anew
+            now["prev_flat_grad"] = grad  # no copy: every evaluation makes a new gradient
             now["prev_loss"] = loss
             now["t"] = to_scalar(group["lr"])
             if state["n_iter"] == 1:
@@ -153,7 +152,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         return first_loss
 
     def _direction(self, state: dict[str, Any], now: dict[str, Any], grad: Tensor, history_size: int) -> Tensor:
-        """Minus the gradient times the inverse Hessian, after taking the last move into the history."""
+        """Minus the gradient times the inverse Hessian, after the last move was added to the history."""
         if state["n_iter"] == 1:
             now.update(old_dirs=[], old_stps=[], ro=[], H_diag=1)
             return grad.neg()
@@ -189,12 +188,12 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         calls_left: int,
         last: bool,
     ) -> tuple[float, Tensor, int]:
-        """Go along the direction; the loss and gradient there, and how often the closure was called."""
+        """Move along the direction; the loss and gradient there, and the number of calls of the closure."""
         search = self.param_groups[0]["line_search_fn"]
         d = now["d"]
         if search is None:
             self._add_grad(now["t"], d)
-            if last:  # nobody will look at another evaluation
+            if last:  # another evaluation would not be used
                 return loss, grad, 0
             loss = self._descending(closure())
             return loss, self._gather_flat_grad(), 1
@@ -220,7 +219,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         )
 
     def _gather_flat_grad(self) -> Tensor:
-        """All gradients as one real vector, zeros where there is none."""
+        """All gradients as one real vector, with zeros for parameters that have none."""
         pieces = []
         for p in self._params:
             if p.grad is None:
@@ -236,7 +235,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
         return bool(self.param_groups[0].get("maximize", False))
 
     def _descending(self, loss: Any) -> float:
-        """A loss as a number to be made small."""
+        """The loss as a number to minimize."""
         return -float(loss) if self._maximize else float(loss)
 
     def _numel(self) -> int:
@@ -251,7 +250,7 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
             p.copy_(value)
 
     def _directional_evaluate(self, closure: Closure, start: list[Tensor], t: Any, d: Tensor) -> tuple[float, Tensor]:
-        """Loss and gradient at `t` times a direction from here; the parameters end at `start`."""
+        """Loss and gradient at `t` times the direction; afterwards the parameters are set to `start`."""
         self._add_grad(t, d)
         loss = self._descending(closure())
         grad = self._gather_flat_grad()
@@ -268,6 +267,6 @@ class LBFGS(Optimizer, torch.optim.LBFGS):
 
 
 def largest(values: Tensor) -> Tensor:
-    """The largest magnitude, NaN if there is one, without a copy of the size of the whole model."""
+    """The largest magnitude, or NaN if there is one; needs no temporary of the size of the model."""
     low, high = values.aminmax()
     return torch.maximum(high, low.neg())

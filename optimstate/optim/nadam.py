@@ -13,7 +13,7 @@ from optimstate.optim._adam_kernel import ENDLESS, AdamKernelOptimizer, adam_ker
 from optimstate.optim._ops import Ops, one
 from optimstate.optim._step import Columns, Complex, Group, Rule, Setting, Traits, count_steps, effective, has_l2
 from optimstate.optim._surface import function_of
-from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, require, to_number
+from optimstate.optim.optimizer import ParamsT, check_betas, check_lr, check_not_negative, to_number
 
 __all__ = ["NAdam", "nadam"]
 
@@ -49,10 +49,10 @@ class NAdam(AdamKernelOptimizer, torch.optim.NAdam):
         maximize: Ascend instead of descend.
         capturable: Whether the step may be captured in an accelerator graph.
         differentiable: Whether autograd records the step.
-        fused: Whether to use torch's fused Adam kernel for dense float32 parameters of some size on the CPU. 3 times as
-            fast; from the same gradients (weight decay included) state comes out bit for bit the same, and parameters
-            within 1e-6 relative to the largest. What the kernel cannot take is updated as without. torch's class has no
-            such argument.
+        fused: Whether to use torch's fused Adam kernel for dense float32 parameters of at least 16,384 elements on the
+            CPU, which is 3 times as fast. The same gradients (weight decay included) give the same state bit for bit,
+            and parameters within 1e-6 relative to the largest. Parameters that the kernel cannot take are updated as
+            without it. torch's class has no such argument.
 
     Raises:
         ValueError: A hyperparameter is out of range.
@@ -87,10 +87,9 @@ class NAdam(AdamKernelOptimizer, torch.optim.NAdam):
         fused: bool | None = None,
     ) -> None:
         check_lr(lr)
-        require(eps >= 0.0, f"Invalid epsilon value: {eps}")
+        check_not_negative(epsilon=eps)
         check_betas(betas)
-        require(weight_decay >= 0.0, f"Invalid weight_decay value: {weight_decay}")
-        require(momentum_decay >= 0.0, f"Invalid momentum_decay value: {momentum_decay}")
+        check_not_negative(weight_decay=weight_decay, momentum_decay=momentum_decay)
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "momentum_decay": momentum_decay},
@@ -117,7 +116,7 @@ class NAdam(AdamKernelOptimizer, torch.optim.NAdam):
             k.lerp_(exp_avg, g, share1)
             k.mul_(exp_avg_sq, beta2)
             k.addcmul_(exp_avg_sq, g, g, value=share2)
-            if k.is_list:  # torch's lists divide the root by a root, its loop takes the root of the quotient
+            if k.is_list:  # torch's foreach path divides the root by a root, its for loop takes the root of a quotient
                 denom = k.sqrt(exp_avg_sq)
                 k.div_(denom, correction2)
             else:
@@ -138,7 +137,7 @@ class NAdam(AdamKernelOptimizer, torch.optim.NAdam):
 
         def list_numbers(steps: list[Tensor], mu_products: list[Tensor]) -> list[list[Any]]:
             times = [step.item() for step in steps]
-            k.mul_(mu_products, list(map(mu_at, times)))  # in a loaded bfloat16 state this rounds as torch's lists do
+            k.mul_(mu_products, list(map(mu_at, times)))  # rounds a bfloat16 state as torch's foreach path does
             products = [mu_product.item() for mu_product in mu_products]
             return [list(column) for column in zip(*map(factors, times, products), strict=True)]
 
@@ -147,7 +146,7 @@ class NAdam(AdamKernelOptimizer, torch.optim.NAdam):
             k.addcdiv_(p, g, denom, value=for_g)
             k.addcdiv_(p, exp_avg, denom, value=for_avg)
 
-        # Factors that are tensors cannot be addcdiv's value; torch's loop and lists multiply them in differently.
+        # Tensors cannot be addcdiv's `value`. torch's for loop and foreach path multiply these factors in differently.
         def tensor_numbers(t: Any, mu_product: Tensor) -> tuple[Any, Any, Any]:
             mu, mu_next = mu_at(t), mu_at(t + 1)
             mu_product.mul_(mu)
@@ -202,11 +201,12 @@ class NAdam(AdamKernelOptimizer, torch.optim.NAdam):
 
 
 def kernel_twice(group: Group, p: list[Tensor], g: list[Tensor], moments: list[list[Tensor]], numbers: Any) -> None:
-    """Adam's kernel once for the moments and the momentum's part of the step, and once more for the gradient's part."""
+    """Run Adam's kernel for the moments and the momentum's part of the step, then for the gradient's part."""
     (beta1, beta2), eps = group["betas"], group["eps"]
     t, correction2, for_g, for_avg = numbers
     adam_kernel(p, g, *moments, step=t, lr=-for_avg * (1 - beta1**t), beta1=beta1, beta2=beta2, eps=eps)
-    # Now the gradient is its own first moment, and the second must stay: the coefficient next to 1 changes no float32.
+    # Now the gradient is its own first moment. The second moment must not change: no float32 does by a beta2 this
+    # close to 1.
     root = correction2**0.5
     options = {"step": ENDLESS, "beta1": 0.0, "beta2": math.nextafter(1.0, 0.0), "eps": eps * root}
     adam_kernel(p, g, g, moments[1], lr=-for_g * root, **options)
@@ -218,7 +218,7 @@ def mu_schedule(beta1: float, momentum_decay: float) -> Any:
 
 
 def live_factors(k: Ops, group: Group, lr: Any, steps: Any, mu_products: Any) -> tuple[Any, Any, Any]:
-    """The list backend's numbers as tensors, in torch's order of operations."""
+    """The factors of a foreach step as tensors, computed in torch's order of operations."""
     (beta1, beta2), decay = group["betas"], group["momentum_decay"]
 
     def mus(exponent: Any) -> Any:

@@ -1,9 +1,9 @@
-"""The base of every optimizer: torch's machinery, with a loader that knows what it loads."""
+"""The base of every optimizer: torch's own base class, with a `load_state_dict` that checks what it is given."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -28,49 +28,49 @@ __all__ = ["Optimizer", "ParamsT", "register_optimizer_step_post_hook", "registe
 
 
 Options = Mapping[str, Any]
-PLAIN = (Tensor, torch.nn.Parameter)  # tensors whose memory is what it seems, unlike a subclass's
+PLAIN = (Tensor, torch.nn.Parameter)  # tensors whose memory can be read directly; a subclass may store anything
 
 
 class Optimizer(OptimizerBase):
-    """Base class of all optimizers: torch's, and a `load_state_dict` that knows what it loads.
+    """Base class of all optimizers: torch's, with a `load_state_dict` that checks names, shapes and slots.
 
-    A subclass that only defines `step` works as with torch's base.
+    A subclass needs no more than a `step`, as with torch's base class.
 
     Args:
         params: Tensors, ``(name, tensor)`` pairs, or dicts of either with options of their own.
         defaults: Options of groups that do not state their own.
 
     Raises:
-        TypeError: What is to be optimized is not a tensor.
-        ValueError: There is nothing to optimize, a tensor is not a leaf or in two groups, or only some have names.
+        TypeError: A parameter is not a tensor.
+        ValueError: There are no parameters, one is not a leaf or is in two groups, or only some have names.
     """
 
     _scalars: ClassVar[tuple[str, ...]] = ()  # slots of one element
-    _later_options: ClassVar[Options] = {}  # what older checkpoints' groups lack
+    _later_options: ClassVar[Options] = {}  # options that groups of older checkpoints lack, with their defaults
 
     def __init__(self, params: ParamsT, defaults: Options) -> None:
-        # Not super(): a class is also torch's of its name, of which it is to run nothing.
+        # Not super(): subclasses also inherit from torch's class of the same name, whose __init__ must not run.
         torch.optim.Optimizer.__init__(self, params, dict(defaults))
 
     def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:  # noqa: ARG002
-        """The slots that a state of this parameter must have and may have, with their shapes."""
+        """The shapes of the slots that the state of a parameter must have, and of those that it may have."""
         return {}, {}
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, by position; nothing is changed if it does not fit.
+        """Load a state dict by position; the optimizer is unchanged if it does not fit.
 
-        State is cast to its parameter's dtype and device, and copied only where it has to be: otherwise it is shared
-        with the given dict. Names of parameters that this optimizer already has are kept.
+        State is cast to its parameter's dtype and moved to its device. Tensors that need neither are shared with the
+        given dict, not copied. Parameter names that this optimizer already has are kept.
 
         Args:
-            state_dict: A state dict of an optimizer of the same algorithm, ours or torch's.
+            state_dict: A state dict of an optimizer of the same algorithm, from optimstate or torch.
 
         Raises:
             StateMismatchError: Groups, options, slots or shapes do not fit. It is a ValueError.
 
         Warns:
-            ParameterNameWarning: A parameter would get the state of one with another name.
+            ParameterNameWarning: A parameter would get the state of a parameter with another name.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -79,30 +79,30 @@ class Optimizer(OptimizerBase):
                 state_dict = result
         saved, states = state_dict["param_groups"], state_dict["state"]
         check_groups(self.param_groups, saved)
-        if type(self)._slot_shapes is not Optimizer._slot_shapes:  # of an algorithm defined elsewhere nothing is known
+        if type(self)._slot_shapes is not Optimizer._slot_shapes:  # else the slots of this algorithm are not known
             check_options(self, self._later_options, saved)
         check_fit(self, saved, states, self._slot_shapes)
         check_names(self.param_groups, saved, states)
         loaded: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
-        places = {key: (p, old) for key, p, _, old in pairs(self.param_groups, saved)}
+        receivers = {key: (p, old) for key, p, _, old in pairs(self.param_groups, saved)}
         for key, value in states.items():
-            if key in places:
-                p, old = places[key]
+            if key in receivers:
+                p, old = receivers[key]
                 loaded[p] = self._converted(p, key, old, value)
             else:
-                loaded[key] = value  # not a parameter's: kept as it is
+                loaded[key] = value  # state that belongs to no parameter is kept as it is
         groups = [self._merged(*both) for both in zip(self.param_groups, deepcopy(saved), strict=True)]
         self.__setstate__({"state": loaded, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _converted(self, p: Tensor, key: Any, old: Group, value: Any) -> Any:
-        """A parameter's state on its device and in its dtype; for fused kernels, also laid out as the parameter."""
-        # torch's policy looks for the parameter in all groups, for each tensor; told of one, it need not.
-        place = [{"params": (key,), "fused": old.get("fused", False), "capturable": old.get("capturable", False)}]
+        """A parameter's state on its device and in its dtype; for fused kernels, also with its strides."""
+        # torch's policy searches all groups for the parameter, once per tensor. A list of one group makes that cheap.
+        groups = [{"params": (key,), "fused": old.get("fused", False), "capturable": old.get("capturable", False)}]
 
         def convert(tensor: Tensor, slot: Any) -> Tensor:
-            tensor = self._process_value_according_to_param_policy(p, tensor, key, place, slot)
+            tensor = self._process_value_according_to_param_policy(p, tensor, key, groups, slot)
             return aligned(tensor, p) if old.get("fused") else tensor
 
         return map_tensors(value, convert)
@@ -115,7 +115,7 @@ class Optimizer(OptimizerBase):
         elif len(new.get("param_names", new["params"])) != len(new["params"]):
             del new["param_names"]
         if "fused" in group and "fused" not in self._later_options:
-            new.setdefault("fused", group["fused"])  # torch's class has no such option, so its checkpoints cannot say
+            new.setdefault("fused", group["fused"])  # torch's class has no such option, so its checkpoints lack it
         return new
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ class Optimizer(OptimizerBase):
                     self._tensor_scalars(p, p_state, group)
 
     def _tensor_scalars(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Turn scalar slots that older checkpoints hold as numbers into tensors."""
+        """Turn scalar slots into tensors; older checkpoints hold them as numbers."""
         for name in self._scalars:
             if not torch.is_tensor(state[name]):
                 value = float(state[name]) if name == "step" else state[name]
@@ -144,8 +144,50 @@ class Optimizer(OptimizerBase):
         )
 
 
+class GroupOptimizer(Optimizer):
+    """An optimizer whose step updates one param group after the other."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; optional.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: A parameter or its gradient is of a kind that the algorithm does not support.
+        """
+        if self._checks_graph_capture:
+            self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._update_group(group)
+        return loss
+
+    _checks_graph_capture: ClassVar[bool] = False  # whether torch's class of the same name does
+
+    def _update_group(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _real_with_dense_gradients(self, group: Group) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that have a gradient, with it; neither may be complex or sparse."""
+        with_grads = [(p, p.grad) for p in group["params"] if p.grad is not None]
+        for p, grad in with_grads:
+            if p.is_complex():
+                raise RuntimeError(f"{type(self).__name__} does not support complex parameters")
+            if grad.is_sparse:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+        return with_grads
+
+
 def aligned(value: Tensor, p: Tensor) -> Tensor:
-    """State with the parameter's strides: fused kernels walk both memories in parallel and look at no strides."""
+    """State with the parameter's strides, because fused kernels walk both memories in parallel and ignore strides."""
     if type(value) not in PLAIN or type(p) not in PLAIN:
         return value
     if value.layout is not torch.strided or value.shape != p.shape or value.stride() == p.stride():
@@ -160,8 +202,8 @@ def zeros(p: Tensor) -> Tensor:
 
 
 def sparse_like(t: Tensor, values: Tensor) -> Tensor:
-    """A sparse tensor with the indices of a coalesced one and other values."""
-    # The state of the checks is said, because torch warns where it is not.
+    """A sparse tensor with the indices of the coalesced tensor `t` and other values."""
+    # check_invariants is passed as it is set, because torch warns where it is left out.
     checked = torch.sparse.check_sparse_tensor_invariants.is_enabled()  # type: ignore[no-untyped-call]
     return torch.sparse_coo_tensor(t._indices(), values, t.size(), check_invariants=checked)
 
@@ -185,6 +227,12 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError with torch's message unless a hyperparameter is in range."""
     if not condition:
         raise ValueError(message)
+
+
+def check_not_negative(**hyperparameters: Any) -> None:
+    """Raise ValueError with torch's message for the first hyperparameter that is negative (or NaN)."""
+    for name, value in hyperparameters.items():
+        require(value >= 0.0, f"Invalid {name} value: {value}")
 
 
 def check_lr(lr: Any, message: str = "Invalid learning rate: ") -> None:

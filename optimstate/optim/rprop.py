@@ -17,9 +17,8 @@ __all__ = ["Rprop", "rprop"]
 class Rprop(RuleOptimizer, torch.optim.Rprop):
     r"""Resilient backpropagation: each element has its own step size and follows only the gradient's sign.
 
-    The step size of an element grows by :math:`\eta^+` where the gradient kept its sign since the last step, and
-    shrinks by
-    :math:`\eta^-` where the sign changed; there the element also pauses, as if its gradient were 0:
+    The step size of an element is multiplied by :math:`\eta^+` where the gradient kept its sign since the last step,
+    and by :math:`\eta^-` where the sign changed; there the element also pauses, as if its gradient were 0:
 
     .. math::
         s \leftarrow \mathrm{clip}\left(s \cdot
@@ -91,7 +90,7 @@ class Rprop(RuleOptimizer, torch.optim.Rprop):
 
         def update(p: Any, g: Any, prev: Any, step_size: Any) -> None:
             sign = k.sign(k.mul(g, k.keep(prev)))
-            # Which factor goes with -1, 0 and 1, without comparisons, which are slow: max(grow * sign, clip(sign + 1)).
+            # The factor for signs -1, 0 and 1 without comparisons, which are slow: max(grow * sign, clip(sign + 1)).
             factor = k.add(sign, 1)
             k.map(lambda f: f.clamp_(shrink, 1), factor)
             k.mul_(sign, grow)

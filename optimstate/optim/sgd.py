@@ -22,7 +22,7 @@ __all__ = ["SGD", "sgd"]
 
 
 class SGD(RuleOptimizer, torch.optim.SGD):
-    r"""Stochastic gradient descent, with momentum if asked.
+    r"""Stochastic gradient descent, optionally with momentum.
 
     With :math:`g` the gradient plus ``weight_decay`` times the parameter, momentum :math:`\mu` and dampening
     :math:`\tau`:
@@ -33,7 +33,7 @@ class SGD(RuleOptimizer, torch.optim.SGD):
             \begin{cases} g + \mu b & \text{nesterov} \\ b & \text{momentum} \\ g & \text{else} \end{cases}
 
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning",
-    http://proceedings.mlr.press/v28/sutskever13.html. The velocity includes no learning rate, unlike there.
+    http://proceedings.mlr.press/v28/sutskever13.html. Unlike there, the velocity does not include the learning rate.
 
     State of a parameter:
         momentum_buffer: :math:`b`, like the gradient; only with momentum, from the first step on.
@@ -149,7 +149,7 @@ class SGD(RuleOptimizer, torch.optim.SGD):
             else:
                 mul_(buffer, momentum)
                 add_(buffer, g, alpha=share)
-            # Never in place: without decay or maximize, g is the parameter's own gradient.
+            # Not in place: without weight decay or maximize, g is the parameter's own gradient.
             descend(p, add(g, buffer, alpha=momentum) if nesterov else buffer)
 
         return Rule(update)
@@ -173,7 +173,7 @@ class SGD(RuleOptimizer, torch.optim.SGD):
                 row for row, new in zip(zip(params, grads, buffers, strict=True), fresh, strict=True) if new == first
             ]
             some_params, some_grads, some_buffers = map(list, zip(*some, strict=True))
-            if first:  # zeros, not whatever memory holds: the kernel writes nothing where AMP found an infinity
+            if first:  # zeros, not uninitialized: the kernel writes nothing if AMP found an infinity
                 some_buffers = [torch.zeros_like(grad) for grad in some_grads]
                 for p, buffer in zip(some_params, some_buffers, strict=True):
                     self.state[p]["momentum_buffer"] = buffer
@@ -205,7 +205,7 @@ class SGD(RuleOptimizer, torch.optim.SGD):
             )
 
     def _unfused(self, group: Group, params: list[Any], grads: list[Any], buffers: list[Any]) -> None:
-        """What the kernel should do with half precision on the CPU, where it skips whole vectors instead."""
+        """The step of half-precision parameters on the CPU by the rule, because older fused kernels get it wrong."""
         if (found_inf := getattr(self, "found_inf", None)) is not None and found_inf.item():
             return
         if (grad_scale := getattr(self, "grad_scale", None)) is not None:
@@ -214,7 +214,7 @@ class SGD(RuleOptimizer, torch.optim.SGD):
 
 
 def is_half_on_cpu(p: Tensor) -> bool:
-    """Whether a parameter is one that older kernels get wrong."""
+    """Whether a parameter is on the CPU in half precision, which older fused kernels get wrong."""
     return p.is_cpu and p.dtype in (torch.bfloat16, torch.float16)
 
 

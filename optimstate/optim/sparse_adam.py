@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from typing_extensions import override
 
 from optimstate.optim._load import Slots
 from optimstate.optim.optimizer import (
-    Optimizer,
+    GroupOptimizer,
     ParamsT,
     check_betas,
     check_lr,
@@ -25,8 +24,8 @@ from optimstate.optim.optimizer import (
 __all__ = ["SparseAdam"]
 
 
-class SparseAdam(Optimizer, torch.optim.SparseAdam):
-    r"""Adam that updates, of parameter and state alike, only the elements that a sparse gradient has.
+class SparseAdam(GroupOptimizer, torch.optim.SparseAdam):
+    r"""Adam for sparse gradients: only the elements that a gradient contains are updated, in parameter and state.
 
     For those elements, at the parameter's step :math:`t`:
 
@@ -38,7 +37,7 @@ class SparseAdam(Optimizer, torch.optim.SparseAdam):
     Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", https://arxiv.org/abs/1412.6980.
 
     State of a parameter:
-        step: An int, which counts every step the parameter had a gradient in, even an empty one.
+        step: An int, the number of steps in which the parameter had a gradient, even an empty one.
         exp_avg: :math:`m`, dense, like the parameter.
         exp_avg_sq: :math:`v`, dense, like the parameter.
 
@@ -77,62 +76,39 @@ class SparseAdam(Optimizer, torch.optim.SparseAdam):
     def _slot_shapes(self, p: Tensor, group: dict[str, Any]) -> Slots:
         return {"step": None, "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}, {}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: Reevaluates the model and returns the loss; optional.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            RuntimeError: A gradient is dense.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            held = [p for p in group["params"] if p.grad is not None]
-            if not all(p.grad.is_sparse for p in held):
-                raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
-            for p in held:
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, exp_avg=zeros(p), exp_avg_sq=zeros(p))
-                state["step"] += 1
-                grad = (-p.grad if group.get("maximize", False) else p.grad).coalesce()  # no element may come twice
-                if grad._values().numel() != 0:
-                    update(p, grad, state, group)
-        return loss
+    def _update_group(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not all(p.grad.is_sparse for p in params):
+            raise RuntimeError("SparseAdam does not support dense gradients, please consider Adam instead")
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state.update(step=0, exp_avg=zeros(p), exp_avg_sq=zeros(p))
+            state["step"] += 1
+            update(p, p.grad, state, group)
 
 
 def update(p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """The rule, over the values that the gradient has."""
+    """One step of one parameter, whose step count already includes it."""
+    grad = (-grad if group.get("maximize", False) else grad).coalesce()  # so that no element comes twice
     (beta1, beta2), step = group["betas"], state["step"]
     g = grad._values()
-
-    def spread(values: Tensor) -> Tensor:
-        return sparse_like(grad, values)
-
-    # The means move by a difference, because only a sum of dense and sparse touches nothing else.
+    if g.numel() == 0:
+        return
+    # Adding a sparse tensor to a dense one changes only the elements that it has, so the means change by differences.
     mean = state["exp_avg"].sparse_mask(grad)._values()
     change = g.sub(mean).mul_(1 - beta1)
-    state["exp_avg"].add_(spread(change))
+    state["exp_avg"].add_(sparse_like(grad, change))
     square = state["exp_avg_sq"].sparse_mask(grad)._values()
     square_change = g.pow(2).sub_(square).mul_(1 - beta2)
-    state["exp_avg_sq"].add_(spread(square_change))
+    state["exp_avg_sq"].add_(sparse_like(grad, square_change))
     numer = change.add_(mean)
     denom = square_change.add_(square).sqrt_().add_(group["eps"])
     step_size = to_scalar(group["lr"]) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    p.add_(spread(-step_size * numer.div_(denom)))
+    p.add_(sparse_like(grad, -step_size * numer.div_(denom)))
 
 
 def lists_step(_: Any, group: dict[str, Any], lists: dict[str, list[Any]]) -> None:
-    """One step on lists of parameters, gradients and slots; the step counts, numbers here, are counted already."""
+    """One step on lists of parameters, gradients and slots; step counts are ints that already include this step."""
     for p, grad, exp_avg, exp_avg_sq, step in zip(*lists.values(), strict=True):
-        coalesced = (-grad if group["maximize"] else grad).coalesce()
-        if coalesced._values().numel() != 0:
-            update(p, coalesced, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, group)
+        update(p, grad, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, group)

@@ -1,4 +1,4 @@
-"""Averaged weights (SWA, EMA), their learning rate, and the batch-norm statistics they need."""
+"""Averaged weights (SWA, EMA), the learning rate schedule of SWA, and batch-norm statistics for averaged weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
 
+from optimstate.describe import few
 from optimstate.errors import StateMismatchError
 from optimstate.optim.lr_scheduler.base import LRScheduler, per_group
-from optimstate.optim.lr_scheduler.functions import with_strategy
+from optimstate.optim.lr_scheduler.functions import check_strategy, with_strategy
 
 __all__ = [
     "SWALR",
@@ -77,7 +78,7 @@ def get_swa_multi_avg_fn() -> MultiAvgFn:
             weight: Any = 1 / (num_averaged + 1)
             torch._foreach_lerp_(list(averaged), list(current), weight)
         else:
-            # Integers: torch's list ops all refuse the fractions that are needed here.
+            # Integers: torch's operations on lists refuse fractions for them.
             for mean, value in zip(averaged, current, strict=True):
                 mean.copy_(average(mean, value, num_averaged))
 
@@ -116,11 +117,11 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
     """A copy of a model whose weights are an average of the model's: SWA (arXiv:1803.05407) or EMA.
 
     Args:
-        model: The model; copied at once, its weights are taken over by the first `update_parameters()`.
-        device: Where the average is kept; None for where the model is.
-        avg_fn: Maps (average, current value, how many were averaged) to the new average, tensor by tensor. Without
-            it and `multi_avg_fn`, the average is an equal one.
-        multi_avg_fn: The same for lists of tensors of one device and dtype, changing the averages in place.
+        model: The model. It is copied at once; the first `update_parameters()` takes its weights as the average.
+        device: The device of the average; None for that of the model.
+        avg_fn: Maps (average, current value, updates so far) to the new average, tensor by tensor. Without it and
+            `multi_avg_fn`, all values have the same weight.
+        multi_avg_fn: The same for lists of tensors of one device and dtype; changes the averages in place.
         use_buffers: Average the buffers too, instead of copying them.
 
     Raises:
@@ -137,7 +138,7 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
         multi_avg_fn: MultiAvgFn | None = None,
         use_buffers: bool = False,
     ) -> None:
-        Module.__init__(self)  # not super(): torch's class is there for isinstance alone
+        Module.__init__(self)  # not super(): torch's class is a base only for isinstance
         if avg_fn is not None and multi_avg_fn is not None:
             raise AssertionError("Only one of avg_fn and multi_avg_fn should be provided")
         self.module = deepcopy(model)
@@ -149,17 +150,17 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
         self.use_buffers = use_buffers
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the averaged model computes."""
+        """Call the averaged model."""
         return self.module(*args, **kwargs)
 
     def update_parameters(self, model: Module) -> None:
-        """Take the model's current weights into the average; call it after the optimizer's `step()`.
+        """Add the model's current weights to the average; call it after the optimizer's `step()`.
 
         Args:
             model: A model with the parameters and buffers of the averaged one, in the same order.
 
         Raises:
-            StateMismatchError: The models have another number of parameters or buffers.
+            StateMismatchError: The models differ in the number of parameters or buffers.
         """
         averaged, current = _tensors(self.module, self.use_buffers), _tensors(model, self.use_buffers)
         buffers = [] if self.use_buffers else list(zip(self.module.buffers(), model.buffers(), strict=False))
@@ -204,28 +205,28 @@ def _check_same_tensors(averaged: Module, model: Module) -> None:
     for kind in ("parameters", "buffers"):
         mine, theirs = ([name for name, _ in getattr(m, f"named_{kind}")()] for m in (averaged, model))
         if len(mine) != len(theirs):
-            odd = sorted(set(mine) ^ set(theirs))
             raise StateMismatchError(
                 f"AveragedModel averages {len(mine)} {kind}, the model has {len(theirs)} (only in one of them: "
-                f"{', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}).",
+                f"{few(sorted(set(mine) ^ set(theirs)), 5)}).",
                 hint="Average a model of the same structure, or start a new AveragedModel from this one.",
             )
 
 
 class SWALR(LRScheduler, torch.optim.swa_utils.SWALR):
-    """Takes the learning rate of each param group to a fixed value, `swa_lr`, and keeps it there (arXiv:1803.05407).
+    """Changes the learning rate of each param group to a fixed value, `swa_lr`, and keeps it there (arXiv:1803.05407).
 
-    `swa_lr` lives in the optimizer's param groups, not in the scheduler's state: resuming takes the states of both.
+    `swa_lr` is kept in the optimizer's param groups, not in the scheduler's state: to resume, load both states.
 
     Args:
         optimizer: The optimizer whose param groups are scheduled.
         swa_lr: The value, for all or a list with one for each param group.
-        anneal_epochs: Epochs until it is reached.
+        anneal_epochs: Epochs until `swa_lr` is reached.
         anneal_strategy: `cos` or `linear`.
         last_epoch: Index of the last epoch seen; -1 starts anew.
 
     Raises:
-        ValueError: Unknown strategy, `anneal_epochs` is not an integer from 0 on, or the list has another length.
+        ValueError: The strategy is unknown, `anneal_epochs` is negative or not an integer, or the list has the wrong
+            length.
     """
 
     def __init__(
@@ -237,8 +238,7 @@ class SWALR(LRScheduler, torch.optim.swa_utils.SWALR):
         last_epoch: int = -1,
     ) -> None:
         swa_lrs = per_group("swa_lr", optimizer, swa_lr)
-        if anneal_strategy not in ("cos", "linear"):
-            raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {anneal_strategy}")
+        check_strategy(anneal_strategy)
         if anneal_epochs < 0 or not isinstance(anneal_epochs, int):
             raise ValueError(f"anneal_epochs must be equal or greater than 0, got {anneal_epochs}")
         for value, group in zip(swa_lrs, optimizer.param_groups, strict=True):
@@ -248,7 +248,7 @@ class SWALR(LRScheduler, torch.optim.swa_utils.SWALR):
         super().__init__(optimizer, last_epoch)
 
     def anneal_func(self, t: float) -> float:
-        """How much of `swa_lr` is in the learning rate when the fraction `t` of the epochs is over."""
+        """The weight of `swa_lr` in the learning rate after the fraction `t` of the epochs."""
         return self._linear_anneal(t) if self._anneal_strategy == "linear" else self._cosine_anneal(t)
 
     def _set_anneal_func(self, anneal_strategy: Literal["cos", "linear"]) -> None:
@@ -264,19 +264,13 @@ class SWALR(LRScheduler, torch.optim.swa_utils.SWALR):
 
     @staticmethod
     def _get_initial_lr(lr: Any, swa_lr: Any, alpha: float) -> Any:
-        """The learning rate that, mixed with `alpha` parts of `swa_lr`, gave `lr`."""
+        """The learning rate from which `lr` was made by mixing in `swa_lr` with the weight `alpha`."""
         return swa_lr if alpha == 1 else (lr - alpha * swa_lr) / (1 - alpha)
 
     def _group_options(self) -> set[str]:
         return {"swa_lr"}
 
-    def _check_keys(self, state: dict[str, Any]) -> None:
-        super()._check_keys(self._with_strategy(state))
-
-    def _import(self, state: dict[str, Any]) -> None:
-        super()._import(self._with_strategy(state))
-
-    def _with_strategy(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _updated(self, state: dict[str, Any]) -> dict[str, Any]:
         return with_strategy(state, "_anneal_strategy", self._cosine_anneal, self._linear_anneal)
 
     def _next_lrs(self) -> list[float | Tensor]:
@@ -299,8 +293,8 @@ def update_bn(loader: Iterable[Any], model: Module, device: Device | None = None
     Args:
         loader: Batches: tensors, or lists and tuples whose first element is the tensor.
         model: The model; called on every batch, in training mode.
-        device: Where batches are moved to first; None leaves them where they are.
-        progress: Show a progress line on stderr, if that is a terminal.
+        device: The device to which batches are moved first; None leaves them where they are.
+        progress: Show a progress line on stderr, if it is a terminal.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:

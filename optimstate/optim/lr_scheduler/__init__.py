@@ -1,4 +1,4 @@
-"""The schedulers of torch.optim.lr_scheduler: the same floats, and a state that says what it lacks."""
+"""The schedulers of torch.optim.lr_scheduler: the same floats, with warnings about what a state does not restore."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ __all__ = [
 
 
 class _LRScheduler(LRScheduler, lr_scheduler._LRScheduler):
-    """The base under the name that it had before torch 2.0."""
+    """The base class under the name that it had before torch 2.0."""
 
 
 for _name in __all__:
-    globals()[_name].__module__ = __name__  # as in torch, where they stand: pickles and texts name the public place
+    globals()[_name].__module__ = __name__  # as in torch: pickles and messages use the public name

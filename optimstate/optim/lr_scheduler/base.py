@@ -1,9 +1,8 @@
-"""The base of every scheduler: torch's stepping, plus hooks and a state that says what it lacks."""
+"""The base of every scheduler: torch's stepping, hooks, and warnings about what a state does not restore."""
 
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -19,12 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from optimstate.errors import SchedulerStateWarning, StateMismatchError
 from optimstate.installed_torch import SchedulerBase
+from optimstate.optim._load import caller_level
 
 StateDict = dict[str, Any]
 StateHook = Callable[["LRScheduler", StateDict], StateDict | None]
 LoadedHook = Callable[["LRScheduler"], None]
 
-# Keys that states of older torch versions lack and that the constructor knows as well.
+# Keys that may be missing: states of older torch releases lack them, and the constructor sets them too.
 _BOOKKEEPING = {
     "verbose",
     "_step_count",
@@ -38,7 +38,7 @@ _BOOKKEEPING = {
 
 @dataclass
 class _Runtime:
-    """What belongs to a live scheduler and never to its state."""
+    """The part of a live scheduler that is not in its state."""
 
     state_dict_post: OrderedDict[int, StateHook] = field(default_factory=OrderedDict)
     load_pre: OrderedDict[int, StateHook] = field(default_factory=OrderedDict)
@@ -52,9 +52,9 @@ _ATTACHED: WeakKeyDictionary[Optimizer, WeakSet[LRScheduler]] = WeakKeyDictionar
 
 
 class LRScheduler(SchedulerBase):
-    """Base of all schedulers: sets the learning rate of every param group, once per `step()`.
+    """Base of all schedulers: every `step()` sets the learning rate of every param group.
 
-    A subclass defines either `get_lr`, as with torch, or `_next_lrs`, which `get_lr` calls.
+    A subclass defines `get_lr`, as with torch, or `_next_lrs`, which `get_lr` calls.
 
     Args:
         optimizer: The optimizer whose param groups are scheduled.
@@ -65,7 +65,7 @@ class LRScheduler(SchedulerBase):
         KeyError: `last_epoch` is not -1 and a group has no `initial_lr`.
     """
 
-    # Not among the attributes, which are the state: frameworks save and copy `vars(scheduler)`.
+    # A slot, because the attributes are the state: frameworks save and copy `vars(scheduler)`.
     __slots__ = ("_live",)
     _live: _Runtime
 
@@ -73,7 +73,7 @@ class LRScheduler(SchedulerBase):
     _per_group: ClassVar[tuple[str, ...]] = ("base_lrs", "_last_lr")
 
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
-        # Not super(): a class is also torch's of its name, of which it is to run nothing.
+        # Not super(): subclasses also inherit from torch's class of the same name, whose __init__ must not run.
         torch.optim.lr_scheduler.LRScheduler.__init__(self, optimizer, last_epoch)
         attach(self)
 
@@ -89,7 +89,7 @@ class LRScheduler(SchedulerBase):
         return self.__dict__  # a copy starts without hooks, as an optimizer's does
 
     def get_lr(self) -> list[float | Tensor]:
-        """The next learning rate of each param group; called by `step()`. To look, use `get_last_lr()`.
+        """The next learning rate of each param group, for `step()`. Use `get_last_lr()` for the current ones.
 
         Returns:
             One value per group, of the type of the group's `lr`; tensors are new ones.
@@ -110,7 +110,7 @@ class LRScheduler(SchedulerBase):
         """Call `hook(scheduler, state_dict)` at the end of every `state_dict()`.
 
         Args:
-            hook: May change the state in place, or return another one to be used instead.
+            hook: May change the state in place, or return another one, which is then used.
             prepend: Run before the hooks registered so far, not after them.
 
         Returns:
@@ -122,7 +122,7 @@ class LRScheduler(SchedulerBase):
         """Call `hook(scheduler, state_dict)` at the start of every `load_state_dict()`.
 
         Args:
-            hook: Receives a shallow copy of the caller's state, which it may change, or returns another one.
+            hook: Gets a shallow copy of the caller's state; may change it, or return another one, which is then used.
             prepend: Run before the hooks registered so far, not after them.
 
         Returns:
@@ -134,7 +134,7 @@ class LRScheduler(SchedulerBase):
         """Call `hook(scheduler)` at the end of every `load_state_dict()`.
 
         Args:
-            hook: Sees the scheduler with its new state.
+            hook: Gets the scheduler with its new state.
             prepend: Run before the hooks registered so far, not after them.
 
         Returns:
@@ -146,7 +146,7 @@ class LRScheduler(SchedulerBase):
         """The state in torch's form: every attribute but the optimizer and the hooks.
 
         Warns:
-            SchedulerStateWarning: A part of the state cannot be saved; said once for each scheduler.
+            SchedulerStateWarning: A part of the state cannot be saved; issued once for each scheduler.
         """
         state = self._export()
         for hook in list(self._runtime.state_dict_post.values()):
@@ -157,24 +157,25 @@ class LRScheduler(SchedulerBase):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state written by this class or by torch's class of the same name.
 
-        The caller's dict is never changed, and the scheduler stays as it was when an error is raised.
+        The caller's dict is never changed, and the scheduler is unchanged if an error is raised.
 
         Args:
-            state_dict: What `state_dict()` returned. Load the optimizer's state first.
+            state_dict: A state returned by `state_dict()`. Load the optimizer's state first.
 
         Raises:
             StateMismatchError: The state was written for another number of param groups or nested schedulers, or the
-                optimizer's param groups lack what this scheduler keeps in them.
+                optimizer's param groups lack options that this scheduler keeps in them.
 
         Warns:
-            SchedulerStateWarning: The state cannot restore everything, or the optimizer shows other learning rates.
+            SchedulerStateWarning: The state cannot restore everything, or the optimizer has other learning rates.
         """
         state = dict(state_dict)
         for hook in list(self._runtime.load_pre.values()):
             replaced = hook(self, state)
             state = state if replaced is None else replaced
-        with _untouched_on_error(self):
+        with _restored_on_error(self):
             self._check_groups(state)
+            state = self._updated(state)
             self._check_keys(state)
             self._import(dict(state))
             self._check_group_options()
@@ -187,6 +188,10 @@ class LRScheduler(SchedulerBase):
     def _export(self) -> StateDict:
         return {key: value for key, value in vars(self).items() if key != "optimizer"}
 
+    def _updated(self, state: StateDict) -> StateDict:
+        """A state of an older torch in the form of today's."""
+        return state
+
     def _import(self, state: StateDict) -> None:
         self.__dict__.update(state)
 
@@ -195,10 +200,10 @@ class LRScheduler(SchedulerBase):
         return []
 
     def _group_options(self) -> set[str]:
-        """The options of its own that this scheduler keeps in the optimizer's param groups."""
+        """The options that this scheduler keeps in the optimizer's param groups."""
         return set()
 
-    def _say_once(self, message: str) -> None:
+    def _warn_once(self, message: str) -> None:
         if message not in self._runtime.warned:
             self._runtime.warned.add(message)
             warn(message)
@@ -215,7 +220,7 @@ class LRScheduler(SchedulerBase):
             "Rebuild the state for the new groups before loading it: "
             "optimstate.state.scheduler.regroup_scheduler_state(state, group_map)."
         )
-        # A group added while the run went on reaches _last_lr and no other list: this state was written like that.
+        # A group that is added during a run gets an entry in _last_lr and in no other list.
         if counts.get("_last_lr") == groups:
             warn(f"{message} ({groups}): it was saved after groups had been added to the optimizer.\n{hint}")
             return
@@ -225,14 +230,14 @@ class LRScheduler(SchedulerBase):
         for index, group in enumerate(self.optimizer.param_groups):
             if missing := sorted(self._group_options() - group.keys()):
                 raise StateMismatchError(
-                    f"{type(self).__name__}: param group {index} of the optimizer has no {', '.join(missing)}, where "
+                    f"{type(self).__name__}: param group {index} of the optimizer lacks {', '.join(missing)}, in which "
                     "this scheduler keeps its bounds.",
                     hint="Load the optimizer's state of the same checkpoint; new groups need these options too.",
                 )
 
     def _check_keys(self, state: StateDict) -> None:
-        """Name what this scheduler has and the state lacks, as when it was written by another class."""
-        mine = set(self._export_keys())
+        """Warn about attributes that the state lacks, as when it was written by another class."""
+        mine = vars(self).keys() - {"optimizer"}
         missing = sorted(mine - state.keys() - _BOOKKEEPING)
         if missing:
             foreign = sorted(state.keys() - mine - _BOOKKEEPING)
@@ -242,14 +247,11 @@ class LRScheduler(SchedulerBase):
                 "What it lacks stays as this scheduler was constructed."
             )
 
-    def _export_keys(self) -> Iterator[str]:
-        return (key for key in vars(self) if key != "optimizer")
-
     def _check_learning_rates(self) -> None:
-        """Warn when no scheduler of this optimizer agrees with the learning rates it shows.
+        """Warn if no scheduler of this optimizer agrees with the learning rates in its param groups.
 
-        Schedulers that share an optimizer each remember the learning rate as it was after their own last step, so
-        only the last of them to be loaded can tell, and nested ones never can.
+        Each scheduler of an optimizer remembers the learning rates after its own last step. So this can be checked only
+        when the last of them has been loaded, and never for nested schedulers.
         """
         if self._runtime.nested:
             return
@@ -270,18 +272,24 @@ class LRScheduler(SchedulerBase):
         )
 
 
+def check_optimizer(optimizer: Any) -> None:
+    """Raise TypeError, with torch's message, for anything but a torch optimizer."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+
+
 def attach(scheduler: LRScheduler) -> None:
-    """Remember which schedulers share an optimizer, for as long as they live."""
+    """Record that a scheduler belongs to its optimizer, without keeping either alive."""
     _ATTACHED.setdefault(scheduler.optimizer, WeakSet()).add(scheduler)
 
 
 def group_values(optimizer: Optimizer, key: str) -> list[Any]:
-    """`group[key]` of every param group; tensors are cloned, so that nothing aliases the optimizer."""
+    """`group[key]` of every param group; tensors are cloned."""
     return [value.clone() if isinstance(value, Tensor) else value for value in (g[key] for g in optimizer.param_groups)]
 
 
 def set_group_value(group: dict[str, Any], key: str, value: float | Tensor) -> None:
-    """Set `group[key]`; a tensor that is there is filled in place, because compiled steps hold on to it."""
+    """Set `group[key]`; an existing tensor is filled in place, because compiled steps keep a reference to it."""
     held = group[key]
     if isinstance(held, Tensor):
         held.fill_(value.squeeze() if isinstance(value, Tensor) else value)
@@ -290,7 +298,7 @@ def set_group_value(group: dict[str, Any], key: str, value: float | Tensor) -> N
 
 
 def per_group(name: str, optimizer: Optimizer, value: Any) -> list[Any]:
-    """`value` as one entry for each param group; tensors are cloned.
+    """A list with one entry for each param group: the list `value`, or `value` for all; tensors are cloned.
 
     Raises:
         ValueError: `value` is a list or tuple of another length.
@@ -308,15 +316,12 @@ def per_group(name: str, optimizer: Optimizer, value: Any) -> list[Any]:
 
 
 def warn(message: str) -> None:
-    """Issue a SchedulerStateWarning at the first caller outside this package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("optimstate."):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, SchedulerStateWarning, stacklevel=level)
+    """Issue a SchedulerStateWarning that shows the line of the first caller outside this package."""
+    warnings.warn(message, SchedulerStateWarning, stacklevel=caller_level({"optimstate"}))
 
 
 def _agree(some: list[Any], others: list[Any]) -> bool:
-    # Equal up to a float32 rounding: a learning rate may be a float on one side and a tensor on the other.
+    # Equal up to float32 rounding: a learning rate may be a float on one side and a tensor on the other.
     return len(some) == len(others) and all(
         math.isclose(float(a), float(b), rel_tol=1e-6) for a, b in zip(some, others, strict=True)
     )
@@ -331,8 +336,8 @@ def _register(hooks: OrderedDict[int, Any], hook: Callable[..., Any], prepend: b
 
 
 @contextmanager
-def _untouched_on_error(scheduler: LRScheduler) -> Iterator[None]:
-    """Put the scheduler, its nested schedulers and their callables back as they were when the body raises."""
+def _restored_on_error(scheduler: LRScheduler) -> Iterator[None]:
+    """If the body raises, restore the scheduler, its nested schedulers and their callables."""
     before = [(live, dict(live)) for live in _live_dicts(scheduler)]
     try:
         yield

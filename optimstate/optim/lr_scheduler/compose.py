@@ -17,18 +17,13 @@ AnyScheduler = torch.optim.lr_scheduler.LRScheduler
 
 
 class _Composed(LRScheduler):
-    """Schedulers of one optimizer behind one `step()`; their states are nested in its state."""
+    """Several schedulers of one optimizer with one `step()`; their states are nested in its state."""
 
     _per_group: ClassVar[tuple[str, ...]] = ("_last_lr",)
     _schedulers: Any  # a list of schedulers; torch annotates it differently in its two classes
 
     def _adopt(self, schedulers: Sequence[AnyScheduler], optimizer: Optimizer) -> None:
-        """Take over the schedulers.
-
-        Raises:
-            TypeError: One of them has no optimizer.
-            ValueError: One of them follows a metric or belongs to another optimizer.
-        """
+        """Check the schedulers and keep them as nested ones."""
         name = type(self).__name__
         for index, scheduler in enumerate(schedulers):
             if not hasattr(scheduler, "optimizer"):
@@ -70,11 +65,11 @@ class _Composed(LRScheduler):
 
 
 class ChainedScheduler(_Composed, lr_scheduler.ChainedScheduler):
-    """Steps several schedulers one after the other, each from the learning rate the one before has left.
+    """Steps several schedulers one after the other, each from the learning rate that the one before has set.
 
     Args:
         schedulers: Schedulers of one optimizer, none of which follows a metric.
-        optimizer: Their optimizer; None for that of the first.
+        optimizer: Their optimizer; None for the optimizer of the first.
 
     Raises:
         TypeError: One of them has no optimizer.
@@ -137,7 +132,7 @@ class SequentialLR(_Composed, lr_scheduler.SequentialLR):
         attach(self)
 
     def recursive_undo(self, sched: AnyScheduler | None = None) -> None:
-        """Take back the step that each scheduler made when it was constructed.
+        """Undo the step that each scheduler made when it was constructed.
 
         Args:
             sched: The scheduler to start from; None for this one.
@@ -150,7 +145,7 @@ class SequentialLR(_Composed, lr_scheduler.SequentialLR):
             scheduler.last_epoch -= 1
 
     def step(self) -> None:  # type: ignore[override]
-        """Step the scheduler whose turn it is."""
+        """Step the scheduler of the current epoch."""
         self.last_epoch += 1
         index = bisect_right(self._milestones, self.last_epoch)
         scheduler = self._schedulers[index]

@@ -11,30 +11,38 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
 from optimstate.errors import StateMismatchError
-from optimstate.optim.lr_scheduler.base import LRScheduler, StateDict, per_group, set_group_value, warn
+from optimstate.optim.lr_scheduler.base import (
+    LRScheduler,
+    StateDict,
+    check_optimizer,
+    per_group,
+    set_group_value,
+    warn,
+)
 from optimstate.optim.lr_scheduler.decay import cosine_lr
-from optimstate.optim.lr_scheduler.functions import export_function, import_function, not_saved, with_strategy
+from optimstate.optim.lr_scheduler.functions import (
+    check_strategy,
+    export_function,
+    import_function,
+    not_saved,
+    with_strategy,
+)
 
-# What each mode of CyclicLR passes to its scale function.
+# The `scale_mode` of each mode of CyclicLR.
 _SCALE_MODES = {"triangular": "cycle", "triangular2": "cycle", "exp_range": "iterations"}
 
 
-def _check_optimizer(optimizer: Optimizer) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
-
-
 class _MomentumCycle(LRScheduler):
-    """A scheduler that may also move the momentum, or the first of the betas."""
+    """A scheduler that can also change the momentum, or the first of the betas."""
 
     cycle_momentum: bool
     use_beta1: bool
 
     def _start_momentum(self, base_momentum: Any, max_momentum: Any, last_epoch: int) -> tuple[list[Any], list[Any]]:
-        """Check that there is a momentum to move, and put a new run's groups at the top of the cycle.
+        """Check that there is a momentum to change; in a new run, set it to its maximum.
 
         Returns:
-            The base and maximal momentum of each param group.
+            The base and maximum momentum of each param group.
 
         Raises:
             ValueError: The optimizer has neither momentum nor betas, or a list has a wrong length.
@@ -60,28 +68,28 @@ class _MomentumCycle(LRScheduler):
 
 
 class CyclicLR(_MomentumCycle, lr_scheduler.CyclicLR):
-    """The learning rate goes up and down between two bounds, and the momentum the other way (arXiv:1506.01186).
+    """The learning rate rises and falls between two bounds, and the momentum does the opposite (arXiv:1506.01186).
 
     Args:
         optimizer: The optimizer whose param groups are scheduled.
         base_lr: The lower bound, for all or a list with one for each param group; replaces the groups' `lr`.
-        max_lr: The upper bound, for all or for each param group, before `scale_fn`.
+        max_lr: The upper bound, for all or for each param group; `scale_fn` scales its distance to the lower one.
         step_size_up: Steps from the lower to the upper bound.
-        step_size_down: Steps back; None for as many.
-        mode: `triangular` keeps the height, `triangular2` halves it each cycle, `exp_range` scales it by
+        step_size_down: Steps back; None for the same number.
+        mode: `triangular` keeps the height of the cycle, `triangular2` halves it each cycle, `exp_range` scales it by
             `gamma ** step`. Ignored when `scale_fn` is given.
         gamma: For `exp_range`.
         scale_fn: A function from the cycle (1, 2, ...) or the step to the factor of the height. The state keeps the
             attributes of a callable object and nothing of a plain function.
-        scale_mode: What `scale_fn` receives: `cycle` or `iterations`.
-        cycle_momentum: Also move `momentum`, or `betas[0]`.
+        scale_mode: The argument of `scale_fn`: `cycle` or `iterations`.
+        cycle_momentum: Also change `momentum`, or `betas[0]`.
         base_momentum: The lower bound of the momentum, for all or for each param group.
         max_momentum: The upper bound of the momentum, for all or for each param group.
         last_epoch: Index of the last step seen; -1 starts anew.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer.
-        ValueError: The mode is unknown, a list has a wrong length, or there is no momentum to cycle.
+        ValueError: The mode is unknown, a list has the wrong length, or there is no momentum to cycle.
     """
 
     _per_group: ClassVar[tuple[str, ...]] = ("base_lrs", "_last_lr", "max_lrs", "base_momentums", "max_momentums")
@@ -102,7 +110,7 @@ class CyclicLR(_MomentumCycle, lr_scheduler.CyclicLR):
         max_momentum: float | list[float] = 0.9,
         last_epoch: int = -1,
     ) -> None:
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         if mode not in _SCALE_MODES and scale_fn is None:
             raise ValueError("mode is invalid and scale_fn is None")
         self.optimizer = optimizer
@@ -126,7 +134,7 @@ class CyclicLR(_MomentumCycle, lr_scheduler.CyclicLR):
         self.base_lrs = base_lrs
 
     def scale_fn(self, x: float) -> float:
-        """The factor of the cycle's height; `x` is the cycle (1, 2, ...) or the step, as `scale_mode` says."""
+        """The factor of the cycle's height; `x` is the cycle (1, 2, ...) or the step, depending on `scale_mode`."""
         return float(self._scale_fn_ref(x)) if self._scale_fn_custom is None else self._scale_fn_custom(x)
 
     def _init_scale_fn(self) -> None:
@@ -135,7 +143,7 @@ class CyclicLR(_MomentumCycle, lr_scheduler.CyclicLR):
 
     @property
     def _scale_fn_ref(self) -> Callable[[float], float]:  # type: ignore[override]
-        """The built-in scale of the mode; an attribute in torch, where no state or copy may take it along."""
+        """The built-in scale function of the mode. In torch an attribute, which states and copies must leave out."""
         if self.mode == "exp_range":
             return partial(self._exp_range_scale_fn, self.gamma)
         return self._triangular_scale_fn if self.mode == "triangular" else self._triangular2_scale_fn
@@ -177,7 +185,7 @@ class CyclicLR(_MomentumCycle, lr_scheduler.CyclicLR):
         function = state.pop("_scale_fn_custom")
         state["_scale_fn_custom"] = None if function is None else export_function(function)
         if function is not None and (lost := not_saved(function)):
-            self._say_once(
+            self._warn_once(
                 f"CyclicLR: scale_fn is not saved with the state ({lost}). To resume, construct the scheduler with the "
                 "same scale_fn, or use a callable object: its attributes are saved."
             )
@@ -187,7 +195,7 @@ class CyclicLR(_MomentumCycle, lr_scheduler.CyclicLR):
         saved = state.pop("_scale_fn_custom", None)
         mode, scale_mode = state.get("mode", self.mode), state.get("scale_mode", self.scale_mode)
         function = self._scale_fn_custom
-        # The built-in modes fix scale_mode: any other pair was written with a scale_fn.
+        # Each built-in mode has its scale_mode: a state with any other pair was written with a scale_fn.
         needed = saved is not None or _SCALE_MODES.get(mode) != scale_mode
         if function is None and needed:
             raise StateMismatchError(
@@ -204,31 +212,31 @@ class CyclicLR(_MomentumCycle, lr_scheduler.CyclicLR):
 
 
 class OneCycleLR(_MomentumCycle, lr_scheduler.OneCycleLR):
-    """One rise to `max_lr` and one long fall far below the start, the momentum going the other way (arXiv:1708.07120).
+    """The learning rate rises once and falls far below its start, the momentum does the opposite (arXiv:1708.07120).
 
-    The bounds live in the optimizer's param groups (`initial_lr`, `max_lr`, `min_lr`, `max_momentum`,
-    `base_momentum`), not in the scheduler's state: resuming takes the states of both.
+    The bounds are kept in the optimizer's param groups (`initial_lr`, `max_lr`, `min_lr`, `max_momentum`,
+    `base_momentum`), not in the scheduler's state: to resume, load both states.
 
     Args:
         optimizer: The optimizer whose param groups are scheduled.
         max_lr: The top of the cycle, for all or a list with one for each param group.
-        total_steps: Steps of the whole cycle; or give the next two.
+        total_steps: Steps of the whole cycle; None if `epochs` and `steps_per_epoch` are given.
         epochs: Epochs of the whole cycle.
         steps_per_epoch: Steps in an epoch.
-        pct_start: The fraction of the cycle (a float from 0 to 1) that rises.
+        pct_start: The fraction of the cycle in which the learning rate rises, a float from 0 to 1.
         anneal_strategy: `cos` or `linear`.
-        cycle_momentum: Also move `momentum`, or `betas[0]`.
+        cycle_momentum: Also change `momentum`, or `betas[0]`.
         base_momentum: The lower bound of the momentum, for all or for each param group.
         max_momentum: The upper bound of the momentum, for all or for each param group.
-        div_factor: `max_lr` over the initial learning rate.
-        final_div_factor: The initial learning rate over the last.
-        three_phase: Fall as fast as it rose, then go to the last learning rate in a third phase.
+        div_factor: `max_lr` divided by the initial learning rate.
+        final_div_factor: The initial learning rate divided by the last one.
+        three_phase: Fall to the initial learning rate as fast as it rose, then to the last one in a third phase.
         last_epoch: Index of the last step seen; -1 starts anew.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer.
-        ValueError: An argument is out of range, the length is not given, there is no momentum to cycle; from `step()`:
-            the cycle is over.
+        ValueError: An argument is out of range, the length is not given, or there is no momentum to cycle. From
+            `step()`: the cycle is over.
     """
 
     def __init__(
@@ -248,14 +256,13 @@ class OneCycleLR(_MomentumCycle, lr_scheduler.OneCycleLR):
         three_phase: bool = False,
         last_epoch: int = -1,
     ) -> None:
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         self.optimizer = optimizer
         self.total_steps = _cycle_length(total_steps, epochs, steps_per_epoch)
         if pct_start < 0 or pct_start > 1 or not isinstance(pct_start, float):
             raise ValueError(f"Expected float between 0 and 1 pct_start, but got {pct_start}")
         self._schedule_phases: Any = _phases(self.total_steps, pct_start, three_phase)
-        if anneal_strategy not in ("cos", "linear"):
-            raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {anneal_strategy}")
+        check_strategy(anneal_strategy)
         self._anneal_func_type = anneal_strategy
         max_lrs = per_group("max_lr", optimizer, max_lr)
         if last_epoch == -1:
@@ -311,13 +318,7 @@ class OneCycleLR(_MomentumCycle, lr_scheduler.OneCycleLR):
     def _annealing_linear(start: Any, end: Any, pct: float) -> Any:
         return (end - start) * pct + start
 
-    def _check_keys(self, state: StateDict) -> None:
-        super()._check_keys(self._with_strategy(state))
-
-    def _import(self, state: StateDict) -> None:
-        super()._import(self._with_strategy(state))
-
-    def _with_strategy(self, state: StateDict) -> StateDict:
+    def _updated(self, state: StateDict) -> StateDict:
         return with_strategy(state, "_anneal_func_type", self._annealing_cos, self._annealing_linear)
 
 
@@ -337,7 +338,7 @@ def _cycle_length(total_steps: int | None, epochs: int | None, steps_per_epoch: 
 
 
 def _phases(total_steps: int, pct_start: float, three_phase: bool) -> list[dict[str, Any]]:
-    """Each phase's last step and, by their names in a param group, what it starts from and ends at."""
+    """Each phase with its last step and the options of a param group that are its start and end values."""
     top, bottom = ("max_lr", "base_momentum"), ("initial_lr", "max_momentum")
     end = ("min_lr", "max_momentum")
     if three_phase:
@@ -361,14 +362,14 @@ def _phases(total_steps: int, pct_start: float, three_phase: bool) -> list[dict[
 
 
 class CosineAnnealingWarmRestarts(LRScheduler, lr_scheduler.CosineAnnealingWarmRestarts):
-    """SGDR: half a cosine from the initial learning rate to `eta_min`, again and again (arXiv:1608.03983).
+    """SGDR: half a cosine from the initial learning rate to `eta_min`, repeated (arXiv:1608.03983).
 
     `step()` may be given a fraction of an epoch, `epoch + batch / batches`.
 
     Args:
         optimizer: The optimizer whose param groups are scheduled.
         T_0: Epochs of the first period.
-        T_mult: Each period is this many times as long as the one before.
+        T_mult: The length of each period divided by that of the one before.
         eta_min: The lowest learning rate.
         last_epoch: Index of the last epoch seen; -1 starts anew.
 
@@ -389,7 +390,7 @@ class CosineAnnealingWarmRestarts(LRScheduler, lr_scheduler.CosineAnnealingWarmR
         self.T_i = T_0
         self.T_mult = T_mult
         self.eta_min = eta_min
-        self.T_cur: Any = last_epoch  # an int, or where `step` was given a fraction a float
+        self.T_cur: Any = last_epoch  # an int, or a float after `step` was given a fraction
         super().__init__(optimizer, last_epoch)
 
     def _next_lrs(self) -> list[float | Tensor]:

@@ -1,7 +1,7 @@
 """Schedulers that follow one curve from the initial learning rate: by factors, by functions, by a cosine.
 
-Where torch has two forms of a curve, a recursive one for `step()` and a closed one for the deprecated `step(epoch)`,
-they round differently, so both are here: resumed and chained runs depend on the exact floats of each.
+torch has two forms of some curves, a recursive one for `step()` and a closed one for the deprecated `step(epoch)`. They
+round differently, and resumed and chained runs depend on the exact floats, so both are here.
 """
 
 from __future__ import annotations
@@ -20,21 +20,11 @@ from optimstate.optim.lr_scheduler.functions import by_group, export_function, i
 
 LambdaFunction = Callable[[int], float]
 
-HELD = float("nan")  # instead of a factor: rates stay as they are; told by its identity, so nobody can give it
+HELD = float("nan")  # returned instead of a factor: rates stay unchanged. Compared by identity, so no factor equals it.
 
 
 class _LambdaBase(LRScheduler):
-    """One user function for each param group.
-
-    Args:
-        optimizer: The optimizer whose param groups are scheduled.
-        lr_lambda: A function of the epoch, or a list of them, one for each param group.
-        last_epoch: Index of the last epoch seen; -1 starts anew.
-
-    Raises:
-        ValueError: The list has another length than the param groups.
-        TypeError: An entry cannot be called.
-    """
+    """One user function for each param group."""
 
     _per_group: ClassVar[tuple[str, ...]] = ("base_lrs", "_last_lr", "lr_lambdas")
 
@@ -62,7 +52,7 @@ class _LambdaBase(LRScheduler):
         del state["lr_lambdas"]
         state["lr_lambdas"] = [export_function(function) for function in self.lr_lambdas]
         if lost := by_group([not_saved(function) for function in self.lr_lambdas]):
-            self._say_once(
+            self._warn_once(
                 f"{type(self).__name__}: lr_lambda is not saved with the state ({lost}). To resume, construct the "
                 "scheduler with the same lr_lambda, or use a callable object: its attributes are saved."
             )
@@ -121,11 +111,11 @@ class _FactorLR(LRScheduler):
     """A curve that multiplies the learning rates of all groups by the same factor."""
 
     def _factor(self) -> float:
-        """What the last learning rate is multiplied by at `last_epoch`, or `HELD`."""
+        """The factor of the last learning rate at `last_epoch`, or `HELD`."""
         raise NotImplementedError
 
     def _closed_factor(self) -> float:
-        """What the initial learning rate is multiplied by at `last_epoch`."""
+        """The factor of the initial learning rate at `last_epoch`."""
         raise NotImplementedError
 
     def _next_lrs(self) -> list[float | Tensor]:
@@ -140,12 +130,12 @@ class _FactorLR(LRScheduler):
 
 
 class StepLR(_FactorLR, lr_scheduler.StepLR):
-    """The learning rate falls by `gamma` every `step_size` epochs.
+    """The learning rate is multiplied by `gamma` every `step_size` epochs.
 
     Args:
         optimizer: The optimizer whose param groups are scheduled.
-        step_size: Epochs between two falls.
-        gamma: The factor of each fall.
+        step_size: Epochs between two changes.
+        gamma: The factor.
         last_epoch: Index of the last epoch seen; -1 starts anew.
     """
 
@@ -162,12 +152,12 @@ class StepLR(_FactorLR, lr_scheduler.StepLR):
 
 
 class MultiStepLR(_FactorLR, lr_scheduler.MultiStepLR):
-    """The learning rate falls by `gamma` at each milestone; a milestone given twice counts twice.
+    """The learning rate is multiplied by `gamma` at each milestone; a milestone given twice counts twice.
 
     Args:
         optimizer: The optimizer whose param groups are scheduled.
-        milestones: Epochs at which the learning rate falls.
-        gamma: The factor of each fall.
+        milestones: Epochs at which the learning rate changes.
+        gamma: The factor.
         last_epoch: Index of the last epoch seen; -1 starts anew.
     """
 
@@ -192,7 +182,7 @@ class ConstantLR(_FactorLR, lr_scheduler.ConstantLR):
     Args:
         optimizer: The optimizer whose param groups are scheduled.
         factor: From 0 to 1.
-        total_iters: The epoch at which the initial learning rate comes back.
+        total_iters: The epoch from which the initial learning rate is used.
         last_epoch: Index of the last epoch seen; -1 starts anew.
 
     Raises:
@@ -218,7 +208,7 @@ class ConstantLR(_FactorLR, lr_scheduler.ConstantLR):
 
 
 class LinearLR(_FactorLR, lr_scheduler.LinearLR):
-    """The factor goes in a straight line from `start_factor` to `end_factor` in `total_iters` epochs, then stays.
+    """The factor changes linearly from `start_factor` to `end_factor` in `total_iters` epochs, then stays.
 
     Args:
         optimizer: The optimizer whose param groups are scheduled.
@@ -262,11 +252,11 @@ class LinearLR(_FactorLR, lr_scheduler.LinearLR):
 
 
 class ExponentialLR(_FactorLR, lr_scheduler.ExponentialLR):
-    """The learning rate falls by `gamma` every epoch.
+    """The learning rate is multiplied by `gamma` every epoch.
 
     Args:
         optimizer: The optimizer whose param groups are scheduled.
-        gamma: The factor of each fall.
+        gamma: The factor.
         last_epoch: Index of the last epoch seen; -1 starts anew.
     """
 
@@ -337,7 +327,7 @@ class CosineAnnealingLR(LRScheduler, lr_scheduler.CosineAnnealingLR):
         if self._step_count == 1 and self.last_epoch > 0:
             return self._get_closed_form_lr()
         if (self.last_epoch - 1 - self.T_max) % (2 * self.T_max) == 0:
-            # The step after the bottom, where the ratio below would divide by zero.
+            # The step after the lowest point, where the ratio below would divide by zero.
             turn = 1 - math.cos(math.pi / self.T_max)
             return [lr + (base - self.eta_min) * turn / 2 for base, lr in zip(self.base_lrs, lrs, strict=True)]
         here = 1 + math.cos(math.pi * self.last_epoch / self.T_max)

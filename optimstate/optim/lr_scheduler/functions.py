@@ -1,4 +1,4 @@
-"""Callables inside a scheduler's state: torch saves an object's attributes, and nothing of a function."""
+"""Callables in a scheduler's state: torch saves the attributes of an object, and nothing of a function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Function = Callable[..., Any]
 
 
 def export_function(function: Function) -> dict[str, Any] | None:
-    """The part of a callable that is saved, in torch's form: a copy of an object's attributes, None for a function."""
+    """The part of a callable that torch saves: a copy of an object's attributes, None for a function."""
     attributes = getattr(function, "__dict__", None)
     if isinstance(function, FunctionType) or not isinstance(attributes, dict):
         return None
@@ -19,7 +19,7 @@ def export_function(function: Function) -> dict[str, Any] | None:
 
 
 def not_saved(function: Function) -> str:
-    """What `export_function` leaves out, in words; empty for an object whose attributes carry it."""
+    """A description of what `export_function` leaves out; empty for an object, whose attributes are saved."""
     if isinstance(function, FunctionType):
         return f"the function {_name(function)}"
     if isinstance(function, MethodType):
@@ -35,10 +35,10 @@ def import_function(function: Function, saved: dict[str, Any] | None) -> str:
     """Give a live callable its saved attributes.
 
     Returns:
-        What could not be restored, in words; empty when all of it was.
+        A description of what could not be restored; empty if everything was.
     """
     if not saved:
-        # An object without attributes saves an empty dict, and is whole again once it is constructed.
+        # An object without attributes saves an empty dict, and is complete as soon as it is constructed.
         unsaved = not_saved(function)
         if saved is None or unsaved:
             return f"the state holds nothing of it, so {unsaved or _name(function)} stays as it was given"
@@ -54,12 +54,12 @@ def import_function(function: Function, saved: dict[str, Any] | None) -> str:
 
 
 def with_strategy(state: dict[str, Any], key: str, *functions: Function) -> dict[str, Any]:
-    """A state in today's form: older torch keeps the annealing function itself, of which the name tells.
+    """A scheduler's state with its annealing strategy; older torch saves the annealing function instead.
 
     Args:
         state: A scheduler's state.
-        key: Under which newer ones keep the strategy.
-        functions: Those for `cos` and `linear`.
+        key: The key of the strategy.
+        functions: The annealing functions for `cos` and `linear`, in this order.
     """
     names = dict(zip((function.__name__ for function in functions), ("cos", "linear"), strict=True))
     strategy = names.get(getattr(state.get("anneal_func"), "__name__", ""))
@@ -68,8 +68,14 @@ def with_strategy(state: dict[str, Any], key: str, *functions: Function) -> dict
     return {**{name: value for name, value in state.items() if name != "anneal_func"}, key: strategy}
 
 
+def check_strategy(strategy: str) -> None:
+    """Raise ValueError, with torch's message, for an unknown annealing strategy."""
+    if strategy not in ("cos", "linear"):
+        raise ValueError(f"anneal_strategy must be one of 'cos' or 'linear', instead got {strategy}")
+
+
 def by_group(remarks: list[str]) -> str:
-    """Join the remarks on each group's callable, saying equal ones once: `group 0, 1: …; group 2: …`."""
+    """Join the remarks on the groups' callables, equal ones once: `param group 0, 1: ...; param group 2: ...`."""
     groups: dict[str, list[str]] = {}
     for index, remark in enumerate(remarks):
         if remark:

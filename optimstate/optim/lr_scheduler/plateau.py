@@ -9,7 +9,14 @@ from typing import ClassVar, Literal, SupportsFloat
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING
 
-from optimstate.optim.lr_scheduler.base import LRScheduler, StateDict, attach, group_values, set_group_value
+from optimstate.optim.lr_scheduler.base import (
+    LRScheduler,
+    StateDict,
+    attach,
+    check_optimizer,
+    group_values,
+    set_group_value,
+)
 
 
 class ReduceLROnPlateau(LRScheduler, lr_scheduler.ReduceLROnPlateau):
@@ -19,16 +26,16 @@ class ReduceLROnPlateau(LRScheduler, lr_scheduler.ReduceLROnPlateau):
         optimizer: The optimizer whose param groups are scheduled.
         mode: Whether the metric should fall (`min`) or rise (`max`).
         factor: The factor of each fall, below 1.
-        patience: Epochs without improvement that are let pass.
-        threshold: How much better counts as an improvement.
-        threshold_mode: `rel` to the best value so far, or `abs`.
-        cooldown: Epochs after a fall in which nothing is counted.
+        patience: Epochs without improvement before a fall.
+        threshold: The smallest change that counts as an improvement.
+        threshold_mode: Whether `threshold` is relative to the best value so far (`rel`) or absolute (`abs`).
+        cooldown: Epochs after a fall that are not counted.
         min_lr: The lowest learning rate, for all or a list with one for each param group.
-        eps: A smaller change of the learning rate is not made.
+        eps: Smaller changes of the learning rate are not made.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer.
-        ValueError: A mode is unknown, `factor` is 1 or more, or `min_lr` has a wrong length.
+        ValueError: A mode is unknown, `factor` is 1 or more, or `min_lr` has the wrong length.
     """
 
     _per_group: ClassVar[tuple[str, ...]] = ("_last_lr", "min_lrs")
@@ -48,8 +55,7 @@ class ReduceLROnPlateau(LRScheduler, lr_scheduler.ReduceLROnPlateau):
         if factor >= 1.0:
             raise ValueError("Factor should be < 1.0.")
         self.factor = factor
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
+        check_optimizer(optimizer)
         self.optimizer = optimizer
         groups = len(optimizer.param_groups)
         if isinstance(min_lr, (list, tuple)):
@@ -88,7 +94,7 @@ class ReduceLROnPlateau(LRScheduler, lr_scheduler.ReduceLROnPlateau):
 
     @property
     def in_cooldown(self) -> bool:
-        """Whether a fall was so recent that nothing is counted yet."""
+        """Whether the last fall was so recent that epochs are not counted yet."""
         return self.cooldown_counter > 0
 
     def _is_better(self, metric: float, best: float) -> bool:
@@ -97,14 +103,14 @@ class ReduceLROnPlateau(LRScheduler, lr_scheduler.ReduceLROnPlateau):
         bar = best * (1.0 + margin) if self.threshold_mode == "rel" else best + margin
         return bool(metric > bar if self.mode == "max" else metric < bar)
 
-    is_better = _is_better  # its name until torch 2.8
+    is_better = _is_better  # the name until torch 2.8
 
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
-        """Take note of an epoch's metric, and reduce the learning rates when it is time.
+        """Record an epoch's metric, and reduce the learning rates after `patience` epochs without improvement.
 
         Args:
-            metrics: The metric; anything `float()` takes.
-            epoch: Deprecated: the epoch to go to.
+            metrics: The metric; anything that `float()` takes.
+            epoch: The number of the epoch. Deprecated.
         """
         metric = float(metrics)
         if epoch is None:
@@ -145,7 +151,7 @@ class ReduceLROnPlateau(LRScheduler, lr_scheduler.ReduceLROnPlateau):
                 set_group_value(group, "lr", new)
 
     def _check_groups(self, state: StateDict) -> None:
-        # One min_lr for all fits any number of groups, and the learning rates themselves are the optimizer's.
+        # A single min_lr fits any number of groups, and the learning rates themselves are in the optimizer.
         if state.get("default_min_lr") is None:
             super()._check_groups(state)
 

@@ -319,7 +319,7 @@ def test_options_that_are_lost_from_the_groups_are_named(make: Any, lost: list[s
     other.optimizer.load_state_dict(saved.optimizer.state_dict())
     for option in lost:
         del other.optimizer.param_groups[1][option]
-    with pytest.raises(StateMismatchError, match=f"param group 1 of the optimizer has no {named}, where"):
+    with pytest.raises(StateMismatchError, match=f"param group 1 of the optimizer lacks {named}, in which"):
         other.load_state_dict(saved.state_dict())
     assert exact(other.state_dict()) == before
     with pytest.raises(KeyError, match=lost[0]):  # as without the check
