@@ -44,6 +44,7 @@ __all__ = [
     "Verify",
     "app",
     "epilog",
+    "in_vain",
     "read_plan",
     "register",
     "run",
@@ -148,8 +149,12 @@ class _Command(TyperCommand):
         parse = parser.parse_args
 
         def parse_once(args: list[str]) -> Any:
+            words = set(args)  # the parser takes them away
             found = parse(args=args)
             for parameter in found[2]:
+                both = [one for one in (parameter.opts, parameter.secondary_opts) if not words.isdisjoint(one)]
+                if len(both) > 1:
+                    ctx.fail(f"{parameter.opts[0]} and {parameter.secondary_opts[0]} exclude each other")
                 single = parameter.param_type_name == "option" and not (parameter.multiple or parameter.is_flag)
                 if single and found[2].count(parameter) > 1:
                     ctx.fail(f"{parameter.opts[0]} is given {found[2].count(parameter)} times, but it takes one value")
@@ -179,6 +184,21 @@ app = Application(
     pretty_exceptions_enable=False,
     context_settings=SETTINGS,
 )
+
+
+def in_vain(why: str, **options: object) -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        why: Where they have none.
+        options: By name, each with its value; what is false was not given.
+
+    Raises:
+        BadParameter: Some were given.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        raise typer.BadParameter(f"{' and '.join(given)}: without effect {why}")
 
 
 def epilog(*examples: str, exits: str = "", page: str = "") -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import PLACE, Force, Json, Quiet, Source, app, epilog
+from optimstate.cli.app import PLACE, Force, Json, Quiet, Source, app, epilog, in_vain
 from optimstate.io.location import Location
 
 
@@ -52,6 +52,8 @@ def diff(
     import optimstate
     from optimstate.cli.render import terminal
 
+    if stat:
+        in_vain("with --stat, which prints no differences", params=params)
     if html is not None:
         from optimstate.io.destination import check_destination
 

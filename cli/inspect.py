@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from optimstate import errors
-from optimstate.cli.app import PLACE, Force, Json, Quiet, View, app, epilog, until_exit
+from optimstate.cli.app import PLACE, Force, Json, Quiet, View, app, epilog, in_vain, until_exit
 from optimstate.cli.words import Sort
 from optimstate.io.location import Location
 
@@ -73,6 +73,20 @@ def inspect(
         if len(found_paths) > 1:
             raise typer.BadParameter("--html shows one checkpoint: give one path")
         check_destination(html, found_paths, force=force)
+    if len(found_paths) > 1 and not as_json:
+        in_vain(
+            "in a table of checkpoints: give one path, or --json",
+            params=params,
+            groups=groups,
+            sort=sort,
+            top=top,
+            tree=tree,
+            all=everything,
+        )
+    if section is not None or name is not None:
+        in_vain("with --section or --name, which leave other entries out", all=everything)
+    if params or sort is not None or top is not None:
+        in_vain("where parameters are listed one by one (--params, --sort, --top)", tree=tree)
     measure = stats or html is not None
     reads = measure or sort == "norm"
     documents = [until_exit(open_checkpoint(path)) for path in found_paths]

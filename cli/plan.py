@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import PLACE, SETTINGS, Application, Force, Json, Quiet, app, epilog, read_plan
+from optimstate.cli.app import PLACE, SETTINGS, Application, Force, Json, Quiet, app, epilog, in_vain, read_plan
 from optimstate.io.location import Location
 
 plans = Application(
@@ -171,6 +171,8 @@ def derive(
         raise typer.BadParameter("--script goes with --writes, and arguments behind -- with both")
     if bool(old_model) != bool(new_model) or (old_model and not function):
         raise typer.BadParameter("--old-model, --new-model and --function go together")
+    if transformers is None:
+        in_vain("without --transformers", to=to is not Layout.live)
     _check(output, like, force=force, as_json=as_json)
     report = derive_plan(
         like,
@@ -296,6 +298,8 @@ def show(
     from optimstate.cli.render import terminal
     from optimstate.surgery.plans import files, showing
 
+    if checkpoint is None:
+        in_vain("without a checkpoint, whose parameters it is about", params=params)
     if html is not None:
         files.check_plan_destination(html, plan, *([] if checkpoint is None else [checkpoint]), force=force)
     report = showing.show_plan(read_plan(plan), checkpoint)

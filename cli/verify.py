@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from optimstate.cli.app import PLACE, Json, Quiet, Source, View, app, epilog, read_plan
+from optimstate.cli.app import PLACE, Json, Quiet, Source, View, app, epilog, in_vain, read_plan
 from optimstate.io.location import Location
 
 
@@ -49,6 +49,8 @@ def verify(
         raise typer.BadParameter("--against and --plan belong together")
     if certificate is not None and against is not None:
         raise typer.BadParameter("--certificate is of one checkpoint, --against of another: verify one after the other")
+    if against is not None:
+        in_vain("with --against, which compares every byte", view=view, no_numbers=no_numbers)
     if against is not None and plan is not None:
         report = verify_against(path, against, read_plan(plan))
     else:

@@ -35,6 +35,7 @@ from optimstate.tree import OpaqueFile
 
 NAME = "zip"
 SUFFIXES = (".zip",)
+OPTIONS = frozenset({"checksums"})
 
 _MAX_MEMBERS = 10_000
 

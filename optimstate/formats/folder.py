@@ -31,6 +31,7 @@ from optimstate.tree import OpaqueFile
 
 NAME = "folder"
 SUFFIXES: tuple[str, ...] = ()
+OPTIONS = frozenset({"checksums", "clone_views"})
 MAX_FILES = 10_000
 LOST = "lost"
 """The format of a document that stands for a file of which nothing can be read."""

@@ -197,8 +197,10 @@ class Format(Protocol):
         SUFFIXES: The file name suffixes that select this format for writing; no other format has them. Empty if the
             format is read-only or must be selected by name.
 
-    A format may also have `salvage(path) -> Document`, which reads the intact parts of a file that `read` refuses as
-    damaged and puts the names of everything else in `lost`. It raises `CheckpointError` if nothing is intact.
+    A format may also have `OPTIONS`, a set of those of `checksums`, `clone_views`, `copy`, `digest`, `ranks` and
+    `shard_size` among the `WriteOptions` that its `write` follows; `convert` refuses what it does not follow. It may
+    have `salvage(path) -> Document`, which reads the intact parts of a file that `read` refuses as damaged and puts the
+    names of everything else in `lost`. It raises `CheckpointError` if nothing is intact.
     """
 
     NAME: str

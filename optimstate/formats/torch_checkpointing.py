@@ -42,6 +42,7 @@ __all__ = ["NAME", "SUFFIXES", "read", "sniff", "write"]
 
 NAME = "torch-checkpointing"
 SUFFIXES: tuple[str, ...] = ()
+OPTIONS = frozenset({"checksums"})
 
 _METADATA = "metadata.pkl"
 _MARK = b"rank_to_layout_info"

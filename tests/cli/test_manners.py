@@ -82,6 +82,37 @@ def test_an_option_of_one_value_given_twice_is_wrong_usage(command: str, option:
     assert outcome.err.startswith(f"error: {option} is given {times} times, but it takes one value\n")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "inspect checkpoint.pt old.pt --tree",
+        "inspect checkpoint.pt old.pt --params",
+        "inspect checkpoint.pt --section model --all",
+        "inspect checkpoint.pt --top 3 --tree",
+        "diff checkpoint.pt old.pt --stat --params",
+        "plan show plan.toml --params",
+        "plan derive old.pt --function converter:renamed --to hub",
+        "verify checkpoint.pt --against old.pt --plan plan.toml --no-numbers",
+        "verify checkpoint.pt --against old.pt --plan plan.toml --view plan.toml",
+        "convert old.pt out.pt --shard-size 1MB",
+        "convert old.pt out.pt --clone-views",
+        "convert old.pt out.safetensors --no-checksums",
+        "convert old.pt out.dcp --digest sha256",
+        "convert old.pt out.pt --verify --no-verify",
+    ],
+)
+def test_an_option_in_vain_is_wrong_usage(line: str, checkpoints: Path) -> None:
+    outcome = run(*line.split())
+    assert outcome.code == 2, outcome.out
+    assert outcome.err.startswith("error: ")
+    assert not (checkpoints / "out.pt").exists()
+
+
+def test_what_is_missing_is_not_told_of_a_part(checkpoints: Path) -> None:
+    assert "resume: " in run("inspect", "checkpoint.pt").out
+    assert "resume: " not in run("inspect", "checkpoint.pt", "--section", "model").out
+
+
 def test_quiet_does_not_hide_errors(checkpoints: Path) -> None:
     outcome = run("inspect", "missing.pt", "--quiet")
     assert (outcome.code, outcome.out) == (3, "")

@@ -516,3 +516,29 @@ def test_arrays_of_numpy_become_the_tensors_of_a_model_where_their_place_is_name
     for name, array in live.items():
         assert (found[name].numpy() == array).all()
         assert found[name].numpy().dtype == array.dtype
+
+
+@pytest.mark.parametrize("target", ["torch", "safetensors", "dcp", "torch-checkpointing"])
+@pytest.mark.parametrize(
+    "option", [{"shard_size": 40}, {"digest": "sha256"}, {"clone_views": True}, {"checksums": False}]
+)
+def test_an_option_of_writing_has_an_effect_or_is_refused(target: str, option: Any, tmp_path: Path) -> None:
+    shared = torch.ones(8)
+    torch.save({"model": {"a.weight": shared, "b.weight": shared, "c.weight": torch.ones(2, 8)}}, tmp_path / "a.pt")
+    source = tmp_path / "a.pt"
+    if "checksums" in option:  # those that are known are kept
+        source = tmp_path / "a.safetensors"
+        convert(tmp_path / "a.pt", source)
+
+    def written(folder: str, options: WriteOptions) -> list[tuple[str, bytes]]:
+        path = tmp_path / folder / "b.out"
+        path.parent.mkdir()
+        convert(source, path, to=target, options=options)
+        files = [path] if path.is_file() else sorted(path.rglob("*.*"))
+        return [(file.name, file.read_bytes()) for file in files if file.is_file()]
+
+    plain = written("plain", WriteOptions(sync=False))
+    try:
+        assert written("asked", WriteOptions(sync=False, **option)) != plain
+    except UsageError as error:
+        assert target in str(error)

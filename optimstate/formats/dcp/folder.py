@@ -39,6 +39,7 @@ from optimstate.io.places import open_source
 
 NAME = "dcp"
 SUFFIXES = (".dcp",)
+OPTIONS = frozenset({"checksums", "copy", "ranks"})
 MAX_RANKS = 1 << 16
 """The most processes that tensors are cut for."""
 

@@ -33,6 +33,7 @@ from optimstate.tree import GlobalName, difference, rebuilt_mapping
 
 NAME = "deepspeed-universal"
 SUFFIXES = ("_universal",)
+OPTIONS = frozenset({"checksums"})
 
 _MODEL_FILE = "mp_rank_00_model_states.pt"
 _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")

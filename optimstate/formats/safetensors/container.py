@@ -29,6 +29,7 @@ from optimstate.tensors.lazy import LazyTensor
 
 NAME = "safetensors"
 SUFFIXES = (".safetensors",)
+OPTIONS = frozenset({"clone_views", "digest", "shard_size"})
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 

@@ -19,6 +19,7 @@ from optimstate.io.places import open_source
 
 NAME = "torch"
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th")
+OPTIONS = frozenset({"checksums"})
 
 _FIRST_RECORDS = (b"data.pkl", b"version", b"constants.pkl", b".format_version", b".data/version")
 

@@ -145,11 +145,7 @@ def convert(
     with opening(source), ExitStack() as stack:
         document = open_checkpoint(source, salvage=salvage)
         target = _target_format(destination, to, options, document)
-        if options.digest is not None and target != "safetensors":
-            raise UsageError(
-                f"digests are recorded in safetensors files, not in {target}",
-                hint="Leave the digest out: torch's zip archives have checksums of their own.",
-            )
+        _refuse_in_vain(target, options)
         sharded = target == "safetensors" and options.shard_size is not None
         check_distributed(target, copy=options.copy, ranks=options.ranks, stage=options.stage, sharded=sharded)
         if verify and dry_run:
@@ -312,6 +308,26 @@ def _target_format(destination: Location, to: str | None, options: WriteOptions,
             return "folder"
     return format_for_destination(destination, to).NAME
 
+
+def _refuse_in_vain(target: str, options: WriteOptions) -> None:
+    """Refuse what a container does not follow.
+
+    Raises:
+        UsageError: It would have no effect.
+    """
+    usual = WriteOptions()
+    followed: frozenset[str] = getattr(get_format(target), "OPTIONS", frozenset())
+    for option, (what, remedy) in _OPTIONAL.items():
+        if getattr(options, option) != getattr(usual, option) and option not in followed:
+            raise UsageError(f"{what}, not of {target}", hint=f"Leave it out{remedy}.")
+
+
+_OPTIONAL = {
+    "shard_size": ("a size of shards is an option of safetensors", ", or write safetensors (--to safetensors)"),
+    "digest": ("digests are an option of safetensors", ": torch's zip archives have checksums of their own"),
+    "clone_views": ("separate copies of tensors that share memory are an option of safetensors", ""),
+    "checksums": ("records without checksums are an option of zip archives", ""),
+}
 
 _FOLDERS = ("folder", "zip")
 _HOLD_FILES = (*_FOLDERS, "torch-checkpointing")
