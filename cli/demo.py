@@ -167,7 +167,7 @@ def _report(experiment: Experiment, arms: Sequence[Arm], refusal: str) -> None:
     typer.echo("torch.optim.AdamW.load_state_dict with the old state:")
     typer.echo(f"  {refusal}")
     typer.echo("torch.distributed.checkpoint's set_optimizer_state_dict with strict=False:")
-    typer.echo(f"  {experiment.torch_silence}\n")
+    typer.echo(f"  {experiment.torch_by_name}\n")
     typer.echo("held-out loss in nats per character: weights, batches and learning rate are the")
     typer.echo("same, only the optimizer's state differs (and in d the learning rate, which")
     typer.echo(f"warms up again over {REWARM} steps). worst: the largest rise above the loss at the")
@@ -228,7 +228,9 @@ def _draw(experiment: Experiment, arms: Sequence[Arm]) -> None:
         "differs; weights, batches and learning rate are the same. e is the run that stayed dense.",
     )
     drawing = svg(
-        [(arm.label, colour[1], arm.tokens) for arm, colour in zip(arms, COLOURS, strict=True)],
+        [
+            (arm.label, colour[1], arm.tokens) for arm, colour in zip(arms, COLOURS, strict=False)
+        ],  # torch may refuse one
         title="MLPs become experts: with and without the optimizer's state",
         notes=notes,
         across="tokens after the switch",
@@ -268,7 +270,7 @@ def _json(experiment: Experiment, reordered: Sequence[Arm], arms: Sequence[Arm],
         "before": experiment.before,
     }
     fields["reorder"] = [{**asdict(arm), "apart": arm.apart(reordered[0])} for arm in reordered]
-    return to_json("demo", {**fields, "torch": [refusal, experiment.torch_silence], "arms": rows})
+    return to_json("demo", {**fields, "torch": [refusal, experiment.torch_by_name], "arms": rows})
 
 
 @contextmanager

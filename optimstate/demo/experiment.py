@@ -97,7 +97,7 @@ class Experiment:
 
     Attributes:
         before: Held-out loss until the switch.
-        torch_silence: What torch's loading by name did without saying so.
+        torch_by_name: What torch's loading by name did.
     """
 
     WAYS = 8  # to go on
@@ -112,7 +112,7 @@ class Experiment:
         self.text: Text = read_text()
         self.dense = Run.start(self.text, seed)
         self.before: Curve = []
-        self.torch_silence = ""
+        self.torch_by_name = ""
         self._uninterrupted: Arm | None = None
         self._torch_state: dict[str, Any] = {}
 
@@ -168,10 +168,14 @@ class Experiment:
         raise AssertionError("torch has loaded the state of other parameters")  # pragma: no cover
 
     def resume(self) -> list[Arm]:
-        """Go on from the same weights with the same batches and learning rate; only the optimizer's state differs."""
+        """Go on from the same weights with the same batches and learning rate; only the optimizer's state differs.
+
+        The way of torch's loading by name is left out where the installed release refuses it.
+        """
+        by_torch = self.torch_resumed(self._torch_state)
         arms = [
             Arm("fresh", "a  fresh optimizer state", self._continued(self.migrated(hooks.reset("all")))),
-            Arm("torch", "b  torch by name, not strict", self._continued(self.torch_resumed(self._torch_state))),
+            *([Arm("torch", "b  torch by name, not strict", self._continued(by_torch))] if by_torch else []),
             Arm("migrated", "c  migrated by the plan", self._continued(self.migrated())),
             Arm(
                 "rewarmed",
@@ -191,16 +195,23 @@ class Experiment:
         run, new = self._with_weights(self.new, experts=True)
         return _loaded(run, new, (hooks.match_names(), *others))
 
-    def torch_resumed(self, state: Any) -> Run:
-        """The same with torch's own loading by name, which is silent about parameters that it finds no state for."""
+    def torch_resumed(self, state: Any) -> Run | None:
+        """The same with torch's own loading by name, which is silent about parameters that it finds no state for.
+
+        None where torch refuses, as releases before 2.12 do.
+        """
         run, new = self._with_weights(self.new, torch.optim.AdamW, experts=True)
         lenient = by_name.StateDictOptions(strict=False)
-        by_name.set_optimizer_state_dict(run.model, run.optimizer, state, options=lenient)
+        try:
+            by_name.set_optimizer_state_dict(run.model, run.optimizer, state, options=lenient)
+        except KeyError as error:
+            self.torch_by_name = f"KeyError: {error}"
+            return None
         run.scheduler.load_state_dict(new["scheduler"])
         every = list(run.model.parameters())
         without = sum(not run.optimizer.state.get(p) for p in every)
         names = run.optimizer.param_groups[0].get("param_names", ())
-        self.torch_silence = (
+        self.torch_by_name = (
             f"no error, no warning; {without} of {len(every)} parameters start without state, "
             f"param_names has {len(names)}"
         )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -80,6 +81,7 @@ def build():
 
 
 REHEARSAL = """
+import pytest
 import torch
 from torch import nn
 
@@ -100,6 +102,7 @@ def loss(model, batch):
 
 
 CONVERTER = """
+import pytest
 import torch
 from torch import nn
 
@@ -135,6 +138,7 @@ def renamed(state):
 
 CONVERT = """
 import argparse
+import pytest
 import torch
 
 parser = argparse.ArgumentParser()
@@ -217,6 +221,8 @@ def execute(line: str) -> Outcome:
 
 def check(line: str) -> Outcome:
     """Run a line of the documentation; it works, with findings at most."""
+    if "--transformers" in line:
+        pytest.importorskip("transformers")
     prepare(line)
     outcome = execute(line)
     finding = any(verb in line.split() for verb in FINDINGS)

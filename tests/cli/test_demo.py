@@ -55,7 +55,8 @@ def test_the_command_leaves_what_it_names(made: tuple[Path, str]) -> None:
     paths = [str(out / name) for name in ("new.pt", "old.pt", "plan.toml")]
     assert run("verify", paths[0], "--against", paths[1], "--plan", paths[2]).code == 0
     rows = [line.split(",") for line in (out / "losses.csv").read_text().splitlines()]
-    assert rows[0] == ["step", "tokens", "fresh", "torch", "migrated", "rewarmed", "dense"]
+    ways = ["fresh", *(["torch"] if "KeyError" not in said else []), "migrated", "rewarmed", "dense"]
+    assert rows[0] == ["step", "tokens", *ways]
     assert [row[0] for row in rows[1:]] == ["0", "4", "4", "8"]
     assert all(int(row[1]) == int(row[0]) * TOKENS for row in rows[1:])
 
@@ -70,7 +71,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path, made: tuple[Path, 
     for arm in document["arms"]:
         column = rows[0].index(arm["key"])
         assert [f"{loss:.6f}" for _, loss in arm["curve"]] == [row[column] for row in rows[3:]]
-    assert len({str(arm["curve"]) for arm in document["arms"]}) == 5, "two ways did the same"
+    assert len({str(arm["curve"]) for arm in document["arms"]}) == len(document["arms"]) >= 4, "two ways did the same"
 
 
 def test_another_seed_is_another_run() -> None:
@@ -107,8 +108,11 @@ def test_each_way_has_the_state_that_it_says(experiment: Experiment) -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     by_name = experiment.torch_resumed(get_optimizer_state_dict(experiment.dense.model, experiment.dense.optimizer))
+    if by_name is None:  # what torch before 2.12 does
+        assert "experts.0.fc1.weight" in experiment.torch_by_name
+        return
     assert names(by_name) == set(origin) & set(slots)
-    assert experiment.torch_silence.startswith("no error, no warning; 34 of 56 parameters start without state")
+    assert experiment.torch_by_name.startswith("no error, no warning; 34 of 56 parameters start without state")
     runs = [migrated, by_name, experiment.dense]
     assert len({found.optimizer.param_groups[0]["lr"] for found in runs}) == 1
     assert len({found.scheduler.last_epoch for found in runs}) == 1

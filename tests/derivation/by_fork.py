@@ -16,7 +16,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -36,7 +36,8 @@ def derived_by_fork() -> Iterator[None]:
 def _run(command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:  # noqa: A002 - as `run` has it
     assert command == [sys.executable, "-m", "optimstate.derivation"]
     if json.loads(input)["transformers"]:
-        importlib.import_module("transformers")  # once for all forks
+        with suppress(ImportError):  # which the fork reports
+            importlib.import_module("transformers")  # once for all forks
     with tempfile.TemporaryFile("w+") as errors, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # pytest-xdist has a thread of its own
         child = os.fork()

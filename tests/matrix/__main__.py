@@ -41,6 +41,7 @@ ASK_FOR_TORCH = {
     "torchao": (),
     "transformers": ("regex", "requests", "tokenizers"),
 }
+DEEP = {"transformers": "transformers.models.mixtral.modeling_mixtral", "peft": "peft.tuners.lora"}  # imported late
 BESIDES = ("torchmetrics",)  # what one of them asks for asks for torch too
 LEFT_OUT = {"deepspeed"}  # it is built against the torch that is there, for minutes
 # What depends on torch most: what is loaded, what steps, and what the module of releases says.
@@ -199,7 +200,8 @@ def furnished(interpreter: Path) -> list[str]:
     (Path(site) / "optimstate-checkout.pth").write_text(f"{ROOT}\n")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["remote"], *extras["xxh3"], *extras["test"], "psutil"]
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    wanted = [*project["dependencies"], *extras["remote"], *extras["xxh3"], *extras["test"], *build, "psutil"]
     lacking: list[str] = []
     plain: list[str] = []
     bound: list[str] = []
@@ -212,6 +214,11 @@ def furnished(interpreter: Path) -> list[str]:
         install: list[str | Path] = [*pip(interpreter), *how]
         if run([*install, *some]).returncode:
             lacking += [one for one in some if run([*install, one]).returncode]
+    for name in ASK_FOR_TORCH:
+        module = DEEP.get(name, name.replace("-", "_"))
+        if run([interpreter, "-c", f"import {module}"]).returncode:  # of a newer torch than is there
+            run([interpreter, "-m", "pip", "uninstall", "--quiet", "--yes", name])
+            lacking.append(name)
     return lacking
 
 
