@@ -227,10 +227,9 @@ def _draw(experiment: Experiment, arms: Sequence[Arm]) -> None:
         f"AdamW, seed {experiment.seed}, switch at step {experiment.steps}. In a, b and c only the optimizer's state",
         "differs; weights, batches and learning rate are the same. e is the run that stayed dense.",
     )
+    # Torch may have refused one of the ways.
     drawing = svg(
-        [
-            (arm.label, colour[1], arm.tokens) for arm, colour in zip(arms, COLOURS, strict=False)
-        ],  # torch may refuse one
+        [(arm.label, colour[1], arm.tokens) for arm, colour in zip(arms, COLOURS, strict=False)],
         title="MLPs become experts: with and without the optimizer's state",
         notes=notes,
         across="tokens after the switch",
