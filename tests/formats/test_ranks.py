@@ -53,7 +53,7 @@ def test_the_ranks_are_what_torch_gathers(case: corpus.Case) -> None:
     verdict = judge(document.tree, case.truth())
     assert verdict.wrong == []
     assert verdict.slots == sum(len(slots) - ("__param__" in slots) for slots in case.truth()["state"].values())
-    assert any("files of ranks are one" in note for note in document.notes)
+    assert any("files of ranks are joined" in note for note in document.notes)
 
 
 def test_files_are_named_by_what_they_are_together() -> None:
@@ -147,7 +147,7 @@ def test_ranks_of_different_runs_are_refused(folder: Callable[[corpus.Case], Pat
     torch_zip.write(tree, path / "b.pt", like=document)
     (path / "b.pt").replace(path / "rank1.pt")
     with pytest.raises(
-        CorruptCheckpointError, match=r"optimizer\['state'\]\['3'\] is in rank0\.pt and not in rank1\.pt"
+        CorruptCheckpointError, match=r"optimizer\['state'\]\['3'\] is in rank0\.pt but not in rank1\.pt"
     ):
         open_checkpoint(path)
 

@@ -306,7 +306,7 @@ def test_what_is_no_tensor_is_not_called_one() -> None:
         assert tensor_kind(node) is None
     assert (
         tensor_kind(GlobalName("torch._utils", "_rebuild_new")())
-        == "a tensor that is spelled torch._utils._rebuild_new"
+        == "a tensor rebuilt by torch._utils._rebuild_new"
     )
 
 

@@ -1,9 +1,9 @@
-"""What a pickle may have built that must not be touched: tuples as deep as the stack, and disguised mappings.
+"""Refusing pickles that build dangerous objects: very deeply nested tuples, and mappings with replaced methods.
 
-Python hashes a tuple by going down all of it, and unlike every other recursion of its own it does not look where the
-stack ends: a deeply nested key of a dict kills the process. How deep a pickle can nest is at most the number of its
-opcodes that make tuples. Where that could be too much, the pickle is read on a stack with room for it, and refused
-afterwards if it did nest that deep, so that nothing hashes such a tuple again.
+Python hashes a tuple recursively and, unlike in its other recursions, without checking the stack: a deeply nested key
+of a dict kills the process. The nesting of a pickle is at most the number of its opcodes that make tuples. If that
+could be too deep, the pickle is read on a stack with room for it, and refused afterwards if it really is that deep, so
+that nothing hashes such a tuple again.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from optimstate.tree import MAX_DEPTH, Opaque
 __all__ = ["read_soundly"]
 
 _TUPLE_OPCODES = b"t\x85\x86\x87"
-_BLOCK = 1 << 16  # bytes that are counted in at once, without memory for the whole again
-_HARMLESS = 16_384  # levels; every stack has room for them
-_BYTES_PER_LEVEL = 128  # measured: below 70
-_MOST = 1 << 27  # more than any honest pickle of the largest size that is read could have
+_BLOCK = 1 << 16  # bytes in which opcodes are counted at once, to save memory
+_HARMLESS = 16_384  # levels, for which every stack has room
+_BYTES_PER_LEVEL = 128  # of stack; measured: below 70
+_MOST = 1 << 27  # levels; no honest pickle of the largest size has as many
 _METHODS = frozenset(dir(OrderedDict))
 _LEAVES = frozenset({LazyTensor, str, int, float, bool, bytes, type(None)})
 
 
 def read_soundly(data: bytes, read: Callable[[], Any]) -> Any:
-    """What `read` makes of the pickle `data`.
+    """The tree that `read` makes of the pickle `data`.
 
     Raises:
         LimitExceededError: Tuples are nested more than `MAX_DEPTH` deep.
-        CorruptCheckpointError: An OrderedDict has an attribute named like one of its methods: who calls the method
-            would meet the attribute.
+        CorruptCheckpointError: An OrderedDict has an attribute that replaces one of its methods.
     """
 
     def read_and_check() -> Any:
@@ -41,7 +40,8 @@ def read_soundly(data: bytes, read: Callable[[], Any]) -> Any:
         _check(tree)
         return tree
 
-    levels = sum(_tuples_in(data[at : at + _BLOCK]) for at in range(0, len(data), _BLOCK))
+    blocks = (data[at : at + _BLOCK] for at in range(0, len(data), _BLOCK))
+    levels = sum(len(block) - len(block.translate(None, _TUPLE_OPCODES)) for block in blocks)
     if levels <= _HARMLESS:
         return read_and_check()
     if levels > _MOST:
@@ -49,13 +49,8 @@ def read_soundly(data: bytes, read: Callable[[], Any]) -> Any:
     return _on_a_stack_of(levels * _BYTES_PER_LEVEL + (8 << 20), read_and_check)
 
 
-def _tuples_in(data: bytes) -> int:
-    """At most how many opcodes of tuples there are."""
-    return len(data) - len(data.translate(None, _TUPLE_OPCODES))
-
-
 def _on_a_stack_of(size: int, read: Callable[[], Any]) -> Any:
-    """Call in a thread with a stack of `size` bytes; memory is used only as far as the stack really grows."""
+    """The result of `read` in a thread with a stack of `size` bytes, which takes memory only as it grows."""
     import threading
 
     made: list[Any] = []
@@ -64,7 +59,7 @@ def _on_a_stack_of(size: int, read: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             made.append(read())
-        except BaseException as error:  # noqa: BLE001  # raised again where it belongs
+        except BaseException as error:  # noqa: BLE001  # raised again in the calling thread
             failed.append(error)
 
     before = threading.stack_size(-(-size // 4096) * 4096)
@@ -83,7 +78,7 @@ def _on_a_stack_of(size: int, read: Callable[[], Any]) -> Any:
 
 
 def _check(tree: Any) -> None:
-    """Go over every container once; leaves, which are most of a checkpoint, are passed over in their containers."""
+    """Check every container of a tree once; leaves, which are most of a checkpoint, are skipped."""
     seen: set[int] = set()
     depths: dict[int, int] = {}
     stack = [tree]
@@ -116,7 +111,7 @@ def _check(tree: Any) -> None:
 
 
 def _measure(outer: tuple[Any, ...], depths: dict[int, int]) -> None:
-    """Refuse a tuple of tuples that is too deep; the hash of other containers is not that of their items."""
+    """Refuse tuples that are nested too deeply; only tuples hash their items recursively."""
     stack = [outer]
     while stack:
         node = stack[-1]

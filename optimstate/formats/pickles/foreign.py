@@ -1,4 +1,4 @@
-"""Tensors of other libraries and of odd kinds: what they are called, and how to get plain tensors of them."""
+"""Unsupported kinds of tensors and those of other libraries: their names, and how to convert them to plain tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["FOREIGN", "Known", "known_class", "remedy_for"]
 
 
 class Known(Record):
-    """What is known of a kind of tensor.
+    """A known kind of tensor.
 
     Attributes:
-        what: What it is, with an article.
-        remedy: How to get a plain tensor of it; a sentence.
+        what: Its name with an article.
+        remedy: A sentence that says how to get a plain tensor of it.
     """
 
     what: str
@@ -66,7 +66,7 @@ FOREIGN: tuple[tuple[str, Known], ...] = (
     (r"fbgemm_gpu\.", Known("a tensor of fbgemm", "Save its weights as plain tensors.")),
     (r"torch_xla\.", Known("a tensor of torch_xla", "Save `tensor.cpu()`, or use `xm.save`.")),
 )
-"""Patterns of classes' full names, the first that matches counts -> what their tensors are."""
+"""(pattern of full class names, the kind of their tensors); the first pattern that matches counts."""
 
 _REMEDIES = {
     "a sparse tensor": "Save `tensor.to_dense()`.",
@@ -82,19 +82,19 @@ _REMEDIES = {
 
 
 def known_class(path: str) -> Known | None:
-    """What is known of the tensors of a class.
+    """The kind of the tensors of a class, or None if it is unknown.
 
     Args:
-        path: Its module and name.
+        path: The module and name of the class, joined by a dot.
     """
     return next((known for pattern, known in FOREIGN if re.match(pattern, path)), None)
 
 
 def remedy_for(kind: str) -> str:
-    """How to get a plain tensor of one that is called so; empty where nothing is known.
+    """How to get a plain tensor of a kind of tensor; empty if that is unknown.
 
     Args:
-        kind: As `tensors.tensor_kind` says it.
+        kind: A result of `tensors.tensor_kind`.
     """
     if kind in _REMEDIES:
         return _REMEDIES[kind]

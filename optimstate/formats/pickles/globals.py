@@ -1,4 +1,4 @@
-"""What a class or function named by a pickle would mean if it were called. It never is, here."""
+"""Classifying the classes and functions that a pickle names by what calling them could do; nothing is called here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PLAIN_CLASSES = frozenset(
         "torch.serialization._get_layout",
     }
 )
-"""Calls that only make data: a record of one is stored; a record of anything else is opaque and is refused."""
+"""Calls that only make data: safetensors files store their records, and refuse all others."""
 
 _DANGEROUS_MODULES = frozenset(
     """
@@ -71,12 +71,12 @@ _DANGEROUS_NAMES = frozenset(
 
 
 def classify(module: str, name: str, *, called: bool = True) -> Verdict:
-    """What `module.name` could do: build data, something unknown, or run what the file's author chose.
+    """Whether `module.name` only builds data, could run code of the file's author, or is unknown.
 
     Args:
-        module: As the pickle writes it.
-        name: Likewise; may be a path of attributes.
-        called: Whether it is called, or only mentioned and instances of it made without a call.
+        module: The module as written in the pickle.
+        name: The name as written in the pickle; may be a path of attributes.
+        called: Whether the pickle calls it; if not, it is only mentioned, or instances are made without a call.
     """
     path = f"{module}.{name}"
     if path in DATA or (path in INSTANCES and not called):
@@ -92,5 +92,5 @@ def classify(module: str, name: str, *, called: bool = True) -> Verdict:
 
 
 def dangerous(names: Iterable[tuple[str, str]]) -> list[str]:
-    """Those of the names that would run code of the author's choice."""
+    """The names, of the given `(module, name)` pairs, that could run code chosen by the file's author."""
     return [f"{module}.{name}" for module, name in names if classify(module, name) == "dangerous"]

@@ -1,7 +1,8 @@
 """Classes and functions that build data and nothing else, by their exact names.
 
-A name stands here when creating it with any arguments, and giving it any state, can neither run code that the file's
-author chose nor touch a file, a process or the network. Nested classes are spelled out; no other dotted name is known.
+A name is listed if calling it with any arguments, and giving the result any state, can neither run code chosen by the
+file's author nor access a file, a process or the network. Nested classes are listed with their full names; no other
+dotted name is known.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from optimstate.tensors.dtypes import DTYPES
 __all__ = ["DATA", "INSTANCES"]
 
 
-def _spelled(table: str) -> set[str]:
-    """`module: name name ...` in each line."""
+def _names(table: str) -> set[str]:
+    """The full names in a table with lines `module: name name ...`."""
     lines = (line.partition(": ") for line in table.splitlines() if line.strip())
     return {f"{module.strip()}.{name}" for module, _, names in lines for name in names.split()}
 
@@ -161,8 +162,8 @@ _FRAMEWORKS = """
     transformers.trainer_utils: FSDPOption HubStrategy IntervalStrategy SaveStrategy SchedulerType
     transformers.training_args: OptimizerNames
 """
-# Classes whose `__init__` opens files, processes or connections, or calls what it is given: an instance that is made
-# without a call and filled with state is data, a call is not.
+# Classes whose `__init__` opens files, processes or connections, or calls its arguments: instances made without a call
+# and filled with state are data, a call is not.
 _INSTANCES = """
     accelerate.state: PartialState
     stable_baselines3.common.buffers: DictRolloutBuffer ReplayBuffer RolloutBuffer
@@ -171,19 +172,19 @@ _INSTANCES = """
     transformers.training_args_seq2seq: Seq2SeqTrainingArguments
 """
 
-INSTANCES = frozenset(_spelled(_INSTANCES))
-"""`module.name` of each class that is data as long as it is not called."""
+INSTANCES = frozenset(_names(_INSTANCES))
+"""The full names of classes that are data as long as they are not called."""
 
 DATA = frozenset(
-    _spelled(_PYTHON + _NUMPY + _TORCH + _TORCH_OPTIM + _TORCH_NN + _FRAMEWORKS)
+    _names(_PYTHON + _NUMPY + _TORCH + _TORCH_OPTIM + _TORCH_NN + _FRAMEWORKS)
     | {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _BUILTINS.split()}
     | {*READ, *STORAGE_OF_TENSOR}
     | {"__builtin__.long", "__builtin__.unicode", "torch.nn.modules.module.Module"}
     | {"torch." + name for name in DTYPES}
     | {f"torch._utils.torch.{name}" for name in ("channels_last", "channels_last_3d", "contiguous_format")}
-    | {"torch._utils.torch.preserve_format"}  # since protocol 4; found where torch itself is an attribute
+    | {"torch._utils.torch.preserve_format"}  # since protocol 4, which finds `torch` as an attribute of the module
     | {f"{module}.{row.storage}" for module in ("torch", "torch.cuda") for row in DTYPES.values() if row.storage}
     | {"torch." + name for name in ("quint8", "qint8", "qint32", "quint4x2", "quint2x4")}
     | {"torch." + name for name in ("QUInt8Storage", "QInt8Storage", "QInt32Storage", "QUInt4x2Storage")}
 )
-"""`module.name` of each."""
+"""The full names of classes and functions that only build data."""

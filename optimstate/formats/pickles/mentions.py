@@ -1,7 +1,7 @@
-"""What a pickle would import if it were loaded: asked of an unpickler whose every look-up is answered by a stand-in.
+"""Finding the classes and functions that a pickle would import, with an unpickler that gets stand-ins for all of them.
 
-Opcodes are executed by CPython's own unpickler, so memo, marks, frames and texts mean exactly what they mean to whoever
-loads the file. A pickle has no conditions: what a loader would do after a call is what is done here after none.
+CPython's own unpickler executes the opcodes, so memo, marks, frames and texts have exactly the meaning that they have
+for a loader of the file. Pickles have no conditions, so the same opcodes follow whatever a call returns.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Mention(NamedTuple):
     """A class or function.
 
     Attributes:
-        module: As the pickle writes it.
-        name: Likewise.
-        offset: The byte of the pickle where the name is first written.
-        times: How often it is fetched.
-        called: Whether it is called; if not, instances are made of it, or it is only mentioned.
+        module: The module as written in the pickle.
+        name: The name as written in the pickle.
+        offset: The byte of the pickle at which the name first occurs.
+        times: How often it is looked up.
+        called: Whether it is called; if not, it is only mentioned, or instances are made without a call.
     """
 
     module: str
@@ -42,12 +42,12 @@ class Mention(NamedTuple):
 
 
 class Mentions(Record):
-    """What one pickle names.
+    """The classes and functions that one pickle names.
 
     Attributes:
         found: In order of first mention.
-        embedded: Pickles inside of it that loading it would load too.
-        problem: Why it cannot be followed to its end, or an empty text.
+        embedded: Pickles inside it that loading it would load too.
+        problem: Why it cannot be followed to its end; empty if it can.
     """
 
     found: tuple[Mention, ...]
@@ -56,7 +56,7 @@ class Mentions(Record):
 
 
 class _Sink:
-    """Whatever a pickle makes by a call: takes what is put into it, and keeps nothing."""
+    """Stands for the result of any call: accepts everything that is put into it, and keeps nothing."""
 
     def __call__(self, *_: Any, **__: Any) -> _Sink:
         return self
@@ -71,7 +71,7 @@ _SINK = _Sink()
 
 
 class _Name(type):
-    """A stand-in for a class or function; a class itself, because pickles make instances without calling."""
+    """A stand-in for a class or function; it is a class, because pickles make instances without a call."""
 
     uses: _Uses
     path: tuple[str, str]
@@ -89,7 +89,7 @@ class _Name(type):
 
 
 class _Uses:
-    """Notes of what is fetched and called."""
+    """Records what is looked up and called."""
 
     def __init__(self) -> None:
         self.times: dict[tuple[str, str], int] = {}
@@ -99,7 +99,7 @@ class _Uses:
         self._stand_ins: dict[tuple[str, str], _Name] = {}
 
     def fetch(self, module: str, name: str) -> _Name:
-        """The stand-in for a global."""
+        """The stand-in for a global; counts the look-up."""
         path = (module, name)
         self.times[path] = self.times.get(path, 0) + 1
         if path not in self._stand_ins:
@@ -109,13 +109,13 @@ class _Uses:
         return self._stand_ins[path]
 
     def call(self, path: tuple[str, str], arguments: tuple[Any, ...]) -> Any:
-        """What a call gives: a nested class, where it is only spelled as one; else nothing in particular."""
+        """The result of a call: for `getattr` on a class the nested class, else a `_Sink`."""
         if path in _GETATTR and len(arguments) == 2 and type(arguments[0]) is _Name and type(arguments[1]) is str:
             self.times.pop(path, None)
             owner = arguments[0].path
             return self.fetch(owner[0], f"{owner[1]}.{arguments[1]}")
         if path == _LOAD_FROM_BYTES and len(arguments) == 1 and type(arguments[0]) in (bytes, bytearray):
-            self.times.pop(path, None)  # what it would load stands in its place
+            self.times.pop(path, None)  # the bytes that it would load are examined instead
             self.embedded.append(bytes(arguments[0]))
             return _SINK
         self.called.add(path)
@@ -136,50 +136,48 @@ class _Follower(pickle.Unpickler):
 
 
 def mentions(read: Callable[[int], bytes], size: int) -> tuple[int, Mentions] | None:
-    """What the pickle names that begins at the first of `size` bytes, and how many of them it takes.
+    """The length of the pickle that some bytes begin with, and what it names.
 
     Args:
-        read: Gives so many of the first bytes.
-        size: How many there are.
+        read: Returns the given number of bytes, from the first on.
+        size: How many bytes there are.
 
     Returns:
-        None where no unpickler gets as far as a name or an end: these bytes are no pickle. The length is 0 where there
-        is no end to be found.
+        None if the bytes are not a pickle: an unpickler would reach neither a name nor an end. The length is 0 if the
+        pickle has no end.
     """
     data, end, error = find_end(read, size)
     if end:
         found = _followed(data[:end])
         return (end, found) if found.found or not found.problem else None
     assert error is not None
-    if not isinstance(error, OpcodeError):  # beyond a limit: what stands there cannot be known
+    if not isinstance(error, OpcodeError):  # beyond a limit, so the rest was not read
         return 0, Mentions((), (), error.message)
     stopped = error.offset
     found = _followed(data[:stopped])
     if not found.found and not _extends(data[:stopped]):
         return None
-    return 0, found._replace(problem=f"ends in what no unpickler reads: {error.message}")
+    return 0, found._replace(problem=f"ends in bytes that no unpickler reads: {error.message}")
 
 
 def mentions_in_a_row(source: Source) -> Iterator[tuple[int, int, Mentions]]:
-    """Pickles that follow one another, as loaders take them: where each begins and ends, and what it names."""
+    """Where each of the consecutive pickles at the beginning of a source begins and ends, and what it names."""
     start = 0
     while start < source.size:
-        begin = start
-        found = mentions(partial(source.read, begin), source.size - begin)
+        found = mentions(partial(source.read, start), source.size - start)
         if found is None:
             return
         length, named = found
-        yield begin, (begin + length if length else source.size), named
-        if not length:
-            return
-        start = begin + length
+        stop = start + length if length else source.size
+        yield start, stop, named
+        start = stop
 
 
 _EXTENSIONS = frozenset(b"\x82\x83\x84")
 
 
 def _extends(data: bytes) -> bool:
-    """Whether an extension code may be among the opcodes."""
+    """Whether one of the opcodes may be an extension code."""
     return not _EXTENSIONS.isdisjoint(data)
 
 
@@ -193,7 +191,7 @@ def _followed(data: bytes) -> Mentions:
                 check_opcodes(data, loose=loose)
             check_sharing(data, loose)
             _Follower(io.BufferedReader(io.BytesIO(data), 1 << 20), uses).load()
-    except Exception as error:  # noqa: BLE001  # whatever bytes that make no sense lead to
+    except Exception as error:  # noqa: BLE001  # malformed bytes can lead to any error
         problem = f"cannot be followed to its end: {describe(error)}"
         if type(error) is ValueError and _extends(data):
             uses.times.setdefault(("copyreg", "an extension code"), 1)
@@ -208,7 +206,7 @@ def _followed(data: bytes) -> Mentions:
 
 
 def _place(data: bytes, module: str, name: str) -> int:
-    """Where a name is first written; 0 where it is put together from parts."""
+    """The byte at which a name first occurs; 0 if the pickle puts it together from parts."""
     owner, member = (text.encode("utf-8", "surrogatepass") for text in (module, name))
     for spelled in (b"c%s\n%s\n" % (owner, member), b"i%s\n%s\n" % (owner, member), member):
         at = data.find(spelled)

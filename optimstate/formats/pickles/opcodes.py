@@ -1,4 +1,4 @@
-"""Refuses a pickle whose opcodes declare more than it holds, before anything is unpickled."""
+"""Refusing pickles whose opcodes declare more bytes than there are, before anything is unpickled."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from optimstate.errors import CheckpointError, CorruptCheckpointError, LimitExce
 __all__ = ["LENGTH_PREFIXED", "MAX_PICKLE_BYTES", "ONE_LINE", "OpcodeError", "check_opcodes", "find_end"]
 
 MAX_PICKLE_BYTES = 1 << 29
-"""Largest pickle that is read. 80,000 tensors take 7 MB."""
+"""The size of the largest pickle that is read. 80,000 tensors take 7 MB."""
 
-
-_FEW = 1 << 16  # bytes of a pickle of which `_step` looks at every text before the pattern for them is compiled
+_FEW = 1 << 16  # bytes of a pickle up to which `_step` checks all texts, instead of a pattern
 
 
 @cache
 def _opcode_pattern(high: int, few: bool) -> re.Pattern[bytes]:
-    """A run of opcodes whose arguments are short and whose memo indices are below (high + 1) << 16, high at most 255.
+    """A pattern for runs of opcodes with short arguments and memo indices below (high + 1) << 16, high at most 255.
 
-    One anchored C-level match walks over most of a pickle; what it stops at is looked at by `_step`. Longer texts are
-    few, and compiling one more length takes as long as twenty of them take there. Where there are few opcodes at all,
-    the pattern has no texts: compiling them takes 20 ms.
+    One anchored match in C covers most of a pickle; `_step` checks the opcode at which it stops. Longer texts are rare,
+    and compiling one more length costs as much as checking twenty such texts. For a small pickle (`few`) the pattern
+    has no texts, because compiling them takes 20 ms.
     """
 
     def counted(opcode: bytes, length_bytes: int, lengths: range) -> bytes:
@@ -48,14 +47,14 @@ def _opcode_pattern(high: int, few: bool) -> re.Pattern[bytes]:
         rb"[hq\x80\x82]." + bare + b"?+",
         bare,
         flat,
-        number + rb"++" + bare + rb"?+",  # all of a row of numbers that is not a tuple, or it is tried from each anew
+        number + rb"++" + bare + rb"?+",  # a whole row of numbers that is not a tuple, so that it is matched once
         rb"(?:G.{8})++",
         rb"[j\x84].{4}",
         rb"\x83..",
     ]
     rows = [  # the most frequent first
-        rb"h.\(" + storage + tensor,  # a whole tensor as torch writes nearly all of them
-        early,  # the first ones, which spell names out that the others recall
+        rb"h.\(" + storage + tensor,  # a whole tensor, as torch writes nearly all of them
+        early,  # the first tensors, which write names that the others recall from the memo
         *simple,
         counted(b"X", 4, range(48)),
         rb"c[^\n]*\n[^\n]*\n",
@@ -79,34 +78,34 @@ _STOP = ord(".")
 
 
 class OpcodeError(CorruptCheckpointError):
-    """What stands at a place of a pickle is not an opcode, or its argument is cut off: every unpickler stops there.
+    """A byte of a pickle is not an opcode, or the argument is cut off: every unpickler stops there.
 
     Attributes:
-        offset: The place.
+        offset: The position of the byte.
     """
 
     offset = 0
 
     @classmethod
     def at(cls, offset: int, message: str) -> OpcodeError:
-        """An error at a place of the pickle."""
+        """An error at this byte of the pickle."""
         error = cls(message, place=f"byte {offset} of the pickle")
         error.offset = offset
         return error
 
 
-_FIRST_WINDOW = 1 << 14  # below `_FEW`: what is no pickle is seen at once
+_FIRST_WINDOW = 1 << 14  # below `_FEW`, so that bytes that are not a pickle cost little
 
 
 def find_end(read: Callable[[int], bytes], size: int) -> tuple[bytes, int, CheckpointError | None]:
-    """Find the end of a pickle that stands before other bytes, by reading more and more of them.
+    """Find the end of a pickle that other bytes may follow, by reading more and more of them.
 
     Args:
-        read: Gives so many of the first bytes.
+        read: Returns the given number of bytes, from the first on.
         size: How many bytes there are.
 
     Returns:
-        The bytes that were read, the length of the pickle in them, and, where that is 0, why it has no end.
+        The bytes that were read, the length of the pickle in them, and, if that is 0, why it has no end.
     """
     window = _FIRST_WINDOW
     while True:
@@ -115,10 +114,9 @@ def find_end(read: Callable[[int], bytes], size: int) -> tuple[bytes, int, Check
         try:
             return data, check_opcodes(data), None
         except OpcodeError as error:
-            # An argument may only look cut off; what is not an opcode stays so however much is read.
-            if error.offset + 16 < length < size and data[error.offset] not in _LONG_ARGUMENTS:
-                return data, 0, error
-            if length == size:
+            # Reading more can complete an argument that was cut off, but does not make a byte an opcode.
+            is_final = error.offset + 16 < length and data[error.offset] not in _LONG_ARGUMENTS
+            if is_final or length == size:
                 return data, 0, error
             if window >= MAX_PICKLE_BYTES:
                 message = f"a pickle of more than {MAX_PICKLE_BYTES} bytes, the limit"
@@ -130,19 +128,19 @@ def find_end(read: Callable[[int], bytes], size: int) -> tuple[bytes, int, Check
 
 
 def check_opcodes(data: bytes, start: int = 0, *, loose: list[int] | None = None) -> int:
-    """Refuse a pickle whose opcodes declare more than `data` holds, before anything is unpickled.
+    """Refuse a pickle whose opcodes declare more bytes than `data` has, before anything is unpickled.
 
     Args:
-        data: The pickle, and what follows it.
-        start: Where it begins.
-        loose: Is given the places of the opcodes of tuples that are not part of a tensor as torch writes it.
+        data: The pickle and the bytes that follow it.
+        start: The offset at which it begins.
+        loose: Gets the offsets of the opcodes of tuples that are not part of a tensor as torch writes it.
 
     Returns:
-        Where the pickle that begins at `start` ends.
+        The offset at which the pickle ends.
 
     Raises:
-        CorruptCheckpointError: An argument reaches past the end, or there is no end.
-        LimitExceededError: A memo index or a size is beyond any honest pickle of this length.
+        CorruptCheckpointError: An argument reaches past the end, or the pickle has no end.
+        LimitExceededError: A memo index or a size exceeds that of any honest pickle of this length.
     """
     if len(data) - start > MAX_PICKLE_BYTES:
         raise LimitExceededError(f"a pickle of {len(data)} bytes is over the limit of {MAX_PICKLE_BYTES}")
@@ -165,7 +163,7 @@ def check_opcodes(data: bytes, start: int = 0, *, loose: list[int] | None = None
 
 
 def _step(data: bytes, at: int) -> int:
-    """Check the opcode at `at`, which the pattern did not take, and return where the next one begins."""
+    """Check the opcode at `at`, which the pattern does not cover, and return the offset of the next one."""
     opcode = data[at]
     place = f"byte {at} of the pickle"
     if opcode == ord("r"):

@@ -1,4 +1,4 @@
-"""The pickler of trees: protocol 2, opcode for opcode as CPython writes it.
+"""Pickling trees with protocol 2, with the same opcodes that CPython writes.
 
 Reading a checkpoint of torch and writing it again gives the same bytes.
 """
@@ -23,7 +23,7 @@ _BATCH = 1000  # items per SETITEMS / APPENDS, as CPython writes them
 
 
 class _Pickler:
-    """Collects the opcodes of one pickle; the memo and the batches are those of CPython's pickler."""
+    """Collects the opcodes of one pickle, with the memo and the batches of CPython's pickler."""
 
     def __init__(self, key_of: Callable[[Storage], str]) -> None:
         self.key_of = key_of
@@ -31,7 +31,7 @@ class _Pickler:
         self.memo: dict[int, bytes] = {}
         self.global_memo: dict[tuple[str, str], bytes] = {}
         self.key_memo: dict[str, bytes] = {}
-        self.alive: list[Any] = []  # ids in the memo must not be reused while we write
+        self.alive: list[Any] = []  # keeps objects, so that no other gets an id that is in the memo
         self.count = 0
 
     def memoize(self, obj: Any) -> None:
@@ -39,7 +39,7 @@ class _Pickler:
         self.alive.append(obj)
 
     def put(self) -> bytes:
-        """Emit a PUT for the object on top of the stack; returns the GET that recalls it."""
+        """Emit a PUT for the object on top of the stack, and return the GET that recalls it."""
         n = self.count
         self.count += 1
         if n < 256:
@@ -137,8 +137,8 @@ class _Pickler:
         self.save_entries(list(items.items()), exact=True)
 
     def save_entries(self, entries: list[tuple[Any, Any]], *, exact: bool) -> None:
-        # CPython's dict and reduced mapping differ: after a full batch the one writes an empty one, and the other takes
-        # a remainder of one as a single item.
+        # CPython treats dicts (`exact`) and reduced mappings differently: after a full batch it writes an empty one for
+        # a dict, and for a mapping it writes a remainder of one entry as a single item.
         for start in range(0, len(entries) + (exact and bool(entries)), _BATCH):
             batch = entries[start : start + _BATCH]
             single = len(batch) == 1 and (not exact or len(entries) == 1)
@@ -214,7 +214,7 @@ class _Pickler:
         self.out.append(b"Q")
 
     def save_key(self, key: str) -> None:
-        # Python has one object for every "0"; to torch's pickler a storage's key is an object of its own.
+        # Python has one object for all strings "0", but torch's pickler has another one for each storage's key.
         if key in self.key_memo:
             self.out.append(self.key_memo[key])
             return
@@ -223,7 +223,7 @@ class _Pickler:
         self.key_memo[key] = self.put()
 
     def save_hooks(self) -> None:
-        """The empty OrderedDict that stands for backward hooks."""
+        """Save the empty OrderedDict of backward hooks."""
         self.save_global("collections", "OrderedDict")
         self.out.append(b")R")
         self.put()
@@ -322,7 +322,7 @@ def dump(tree: Any, key_of: Callable[[Storage], str] | None = None) -> bytes:
         key_of: The key to write for each storage, called in pickling order; the storages' own keys by default.
 
     Raises:
-        RepresentationError: The tree holds something protocol 2 cannot express.
+        RepresentationError: The tree has an object that protocol 2 cannot express.
         LimitExceededError: The tree is nested too deeply.
     """
     pickler = _Pickler(key_of or (lambda storage: storage.key))

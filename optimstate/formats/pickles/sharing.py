@@ -1,8 +1,8 @@
-"""Tuples that hold one another many times over: of a hundred bytes can come 2**60 items.
+"""Refusing pickles whose tuples contain one another many times: a hundred bytes can make 2**60 items.
 
-Python hashes a tuple by going through all that is in it, as often as it is in it; and a pickle hashes tuples while it
-is read: as keys, in sets, as arguments. So the size of every tuple, taken apart, is computed from the opcodes before.
-Only tuples that are not part of a tensor as torch writes it are looked at, which honest checkpoints have few of.
+Python hashes a tuple by visiting all its items as often as they occur in it, and unpickling hashes tuples: as keys, in
+sets, as arguments. So the number of items of every tuple is computed from the opcodes first. Only tuples that are not
+part of a tensor as torch writes it are counted; honest checkpoints have few of them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 
 
 def check_sharing(data: bytes, loose: list[int]) -> None:
-    """Refuse a pickle whose tuples hold more, taken apart, than its size can justify.
+    """Refuse a pickle whose tuples have more items than its size can justify, counted as often as they occur.
 
     Args:
-        data: One pickle, whose opcodes are sound.
-        loose: Where the opcodes of tuples are that are not part of a plain tensor.
+        data: One pickle, which `check_opcodes` accepts.
+        loose: The offsets of the opcodes of tuples that are not part of a plain tensor.
 
     Raises:
-        LimitExceededError: They do.
+        LimitExceededError: There are too many items.
     """
     most, before = 1, 0
     for at in loose:
@@ -44,7 +44,7 @@ def check_sharing(data: bytes, loose: list[int]) -> None:
 
 
 class _Sizes:
-    """Runs the opcodes on sizes in place of values: 1 for everything but tuples."""
+    """Runs the opcodes on the sizes of objects in place of objects: 1 for everything but tuples."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -61,15 +61,16 @@ class _Sizes:
         except LimitExceededError:
             raise
         except (IndexError, ValueError):
-            return  # the stack is empty where something is taken from it: the unpickler says so
+            return  # an opcode takes from an empty stack, which the unpickler will report
 
     def _spend(self, size: int) -> int:
         self.left -= size
         if self.left < 0:
-            message = (
-                f"tuples that hold one another so often that they have over {_ENOUGH + _PER_BYTE * len(self.data)}"
+            limit = _ENOUGH + _PER_BYTE * len(self.data)
+            raise LimitExceededError(
+                f"tuples that contain one another so often that they have over {limit} items, the limit for a pickle "
+                f"of {len(self.data)} bytes"
             )
-            raise LimitExceededError(f"{message} items, the limit for a pickle of {len(self.data)} bytes")
         return 1
 
     def _tuple(self, count: int) -> None:
@@ -133,7 +134,7 @@ class _Sizes:
 
 
 def _following(data: bytes, opcode: int, at: int) -> int:
-    """Where the next opcode begins."""
+    """The offset of the next opcode."""
     if opcode in _FIXED:
         return at + 1 + _FIXED[opcode]
     if opcode in LENGTH_PREFIXED:
@@ -146,5 +147,5 @@ def _following(data: bytes, opcode: int, at: int) -> int:
 
 
 def _index(data: bytes, opcode: int, at: int, following: int) -> int:
-    """The memo entry that an opcode names."""
+    """The index of the memo entry to which an opcode refers."""
     return int(data[at + 1 : following]) if opcode in b"pg" else int.from_bytes(data[at + 1 : following], "little")

@@ -1,9 +1,9 @@
-"""Every spelling of a tensor in a pickle of torch, from 0.1 to today: which are read, and what the others are called.
+"""All forms of a tensor in torch's pickles, from torch 0.1 to today: those that are read, and names for the others.
 
-A tensor is a call of a function that torch has kept for reading ever since, or of a class of that time. `READ` has
-those that become a `LazyTensor`: strided tensors with all their elements in the file. `RECORDS` has those whose
-elements mean something else (sparse, quantized, nested, on no device) or belong to a class of their own; they stay
-records, which are shown by name, copied with torch's container, and refused by name elsewhere.
+In a pickle a tensor is a call of a function, which torch keeps so that it can read old files, or of a class. `READ` has
+the calls that become a `LazyTensor`: strided tensors with all their elements in the file. `RECORDS` has those whose
+elements mean something else (sparse, quantized, nested, without a device) or that have a class of their own; they stay
+records, which are shown by name, copied into torch's container, and refused by name elsewhere.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ READ = {
     "torch.autograd.variable.Variable": "_variable",  # before 0.4
     "torch.nn.parameter.Parameter": "_old_parameter",  # before 0.4
 }
-"""Function or class -> the method of `TensorBuilder` that reads it. `torch.FloatTensor` and its like are read too."""
+"""Function or class -> the method of `TensorBuilder` that reads it. `torch.FloatTensor` and so on are read too."""
 
 RECORDS = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
@@ -65,16 +65,16 @@ RECORDS = {
     "torch.multiprocessing.reductions.rebuild_tensor": "a tensor in the shared memory of a process",
     "torch.multiprocessing.reductions.rebuild_cuda_tensor": "a tensor in the memory of a process",
 }
-"""Function or class -> what its records are."""
+"""Function or class -> the kind of its records."""
 
 _FROM_TYPE = frozenset(path for path, method in READ.items() if method == "_from_type_v2")
 _PARAMETERS = frozenset(path for path, method in READ.items() if "parameter" in method)
 
 
 def tensor_kind(node: Any) -> str | None:
-    """What a record says that it is, if it stands for a tensor: `a sparse tensor`, `a tensor of class my.Tensor`.
+    """The kind of tensor that a record stands for, `a sparse tensor` or `a tensor of class my.Tensor`.
 
-    A tensor that was read is not a record: for it, and for anything else, None.
+    None for anything else, also for a tensor that was read.
     """
     if not isinstance(node, Opaque):
         return None
@@ -89,12 +89,12 @@ def tensor_kind(node: Any) -> str | None:
         return RECORDS.get(build.path) if isinstance(build, GlobalName) else "a tensor of unknown class"
     if path in RECORDS:
         return RECORDS[path]
-    spelled = path.startswith("torch.") and node.type.qualname.startswith("_rebuild_")
-    return f"a tensor that is spelled {path}" if spelled else None
+    is_rebuilt = path.startswith("torch.") and node.type.qualname.startswith("_rebuild_")
+    return f"a tensor rebuilt by {path}" if is_rebuilt else None
 
 
 def _attributed(node: Opaque) -> str | None:
-    """A parameter on which objects were set, which says whose it is; torch does not store its class."""
+    """The kind of a parameter with objects as attributes, which show its library; torch does not store its class."""
     if len(node.arguments) < 4:
         return None
     state = node.arguments[3]
@@ -108,7 +108,7 @@ def _attributed(node: Opaque) -> str | None:
 
 
 class _Variable(LazyTensor):
-    """A tensor whose flags follow: `(requires_grad, volatile, hooks)`, or before them also the tensor and its grad."""
+    """A tensor that then gets its flags: `(requires_grad, volatile, hooks)`, or five values with the tensor first."""
 
     __slots__ = ()
 
@@ -123,7 +123,7 @@ class _Variable(LazyTensor):
 
 
 class _Empty(LazyTensor):
-    """A tensor whose storage, offset, size and stride follow."""
+    """A tensor that then gets its storage, offset, size and stride."""
 
     __slots__ = ()
 
@@ -143,19 +143,19 @@ class TensorBuilder:
     """Builds the tensors of one pickle."""
 
     def __init__(self) -> None:
-        self._signatures: dict[tuple[Any, ...], tuple[str, int]] = {}  # checkpoints have few shapes and many tensors
+        self._signatures: dict[tuple[Any, ...], tuple[str, int]] = {}  # checkpoints have many tensors and few shapes
         self._waiting: list[LazyTensor] = []
         self._without_state: list[dict[str, Any]] = []
 
     def find(self, path: str) -> Callable[..., Any] | None:
-        """What builds the tensors that are spelled as calls of `path`."""
+        """The function that builds a tensor from a call of `path`, or None if such calls are not read."""
         if path in READ:
             return getattr(self, READ[path])  # type: ignore[no-any-return]
         kind = STORAGE_OF_TENSOR.get(path)
         return None if kind is None else self._empty(kind)
 
     def finished(self) -> None:
-        """No state follows any more."""
+        """Finish the tensors whose state may have followed."""
         for tensor in self._waiting:
             tensor.__class__ = LazyTensor
         if any(self._without_state):
@@ -166,7 +166,7 @@ class TensorBuilder:
     def _tensor_v2(
         self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, metadata: Any = None
     ) -> LazyTensor:
-        try:  # of a signature that was seen before, as nearly all are
+        try:  # nearly all tensors have a signature that was seen before
             plain = type(offset) is int and _INT.issuperset(map(type, size + stride))  # True and 1.0 equal 1
             signature = self._signatures.get((storage.kind, offset, size, stride)) if plain else None
         except (TypeError, AttributeError):
@@ -174,7 +174,7 @@ class TensorBuilder:
         dtype, end = signature or self._signature(storage, offset, size, stride)
         if hooks or end > storage.nbytes:
             _refuse_tensor(storage, offset, size, stride, hooks)
-        made = _new(LazyTensor)  # of all calls the most frequent one; __init__ would take a third of its time
+        made = _new(LazyTensor)  # this is the most frequent call; __init__ would take a third of its time
         made.storage = storage
         made.dtype = dtype
         made.shape = size
@@ -186,7 +186,7 @@ class TensorBuilder:
         return made
 
     def _signature(self, storage: Any, offset: Any, size: Any, stride: Any) -> tuple[str, int]:
-        """The dtype of a tensor, and how many bytes of its storage it needs."""
+        """The dtype of a tensor, and the number of bytes of its storage that it needs."""
         dtype = _DTYPE_OF_STORAGE.get(storage.kind) if isinstance(storage, Storage) else None
         if dtype is None:
             raise CorruptCheckpointError(f"a tensor over {describe(storage)}"[:200])
@@ -212,7 +212,7 @@ class TensorBuilder:
 
     def _parameter_with_state(self, data: Any, grad: Any, hooks: Any, state: Any) -> Any:
         made = self._parameter(data, grad, hooks)
-        if isinstance(made, LazyTensor) and state and _are_plain(state):  # an empty one is filled later: by the tensor
+        if isinstance(made, LazyTensor) and state and _are_plain(state):  # an empty dict may be filled later
             return AttributedTensor.of(made, state)
         return GlobalName("torch._utils", "_rebuild_parameter_with_state")(data, grad, hooks, state)
 
@@ -227,14 +227,14 @@ class TensorBuilder:
         return GlobalName("torch._tensor", "_rebuild_from_type_v2")(build, kind, arguments, state)
 
     def _tensor_v1(self, storage: Any, offset: Any, size: Any, stride: Any) -> LazyTensor:
-        """As torch 0.1.10 to 0.3 spell it; whether it requires a gradient, a Variable around it says."""
+        """As written by torch 0.1.10 to 0.3, where a Variable around the tensor has `requires_grad`."""
         return self._tensor_v2(storage, offset, size, stride, False, ())
 
     def _variable(self, data: Any, grad: Any = False) -> Any:
         return self._unfinished(data, "torch.autograd.variable", "Variable", grad)
 
     def _old_parameter(self, data: Any, grad: Any = True) -> Any:
-        """As torch before 0.4 spells it; `torch.nn.Parameter(data)` means the same today."""
+        """As written by torch before 0.4; `torch.nn.Parameter(data)` means the same today."""
         made = self._unfinished(data, "torch.nn.parameter", "Parameter", grad)
         if isinstance(made, LazyTensor):
             made.is_parameter = True
@@ -248,7 +248,7 @@ class TensorBuilder:
         return made
 
     def _empty(self, kind: str) -> Callable[..., Any]:
-        """`torch.FloatTensor()`, which torch before 0.1.10 gives its storage afterwards."""
+        """`torch.FloatTensor()`, which gets its storage afterwards in files of torch before 0.1.10."""
 
         def build(*arguments: Any) -> Any:
             if arguments:
@@ -260,7 +260,7 @@ class TensorBuilder:
         return build
 
     def _from_numpy(self, data: Any, dtype: Any, device: Any, grad: Any) -> Any:
-        """A tensor of a device whose bytes torch does not store: it stores a numpy array."""
+        """A tensor on a device for which torch stores a NumPy array instead of bytes."""
         array = _ndarray(data)
         if array is None or not isinstance(dtype, GlobalName) or dtype.path != f"torch.{array.dtype}":
             return GlobalName("torch._utils", "_rebuild_device_tensor_from_numpy")(data, dtype, device, grad)
@@ -281,7 +281,7 @@ def _are_plain(attributes: Any) -> bool:
 
 
 def _end(dtype: str, offset: Any, size: Any, stride: Any) -> int:
-    """How many bytes of its storage a tensor needs."""
+    """The number of bytes of its storage that a tensor needs."""
     if type(size) is not tuple or type(stride) is not tuple or type(offset) is not int or offset < 0:
         raise CorruptCheckpointError(
             f"a tensor with size {describe(size)}, stride {describe(stride)}, offset {describe(offset)}"[:200]
@@ -300,7 +300,7 @@ def _refuse_tensor(storage: Storage, offset: Any, size: Any, stride: Any, hooks:
 
 
 def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
-    """Elements from the first to behind the last one of a view."""
+    """The number of elements from the first to the last one of a view, both included."""
     if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (*size, *stride)):
         raise CorruptCheckpointError(f"a tensor with size {describe(size)} and stride {describe(stride)}"[:200])
     check_sizes((*size, *stride), len(size))
@@ -308,7 +308,7 @@ def _span(size: tuple[Any, ...], stride: tuple[Any, ...]) -> int:
 
 
 def numpy_array(record: Any) -> LazyTensor | None:
-    """The record of a NumPy array as a tensor; None for anything else, and for arrays that no tensor is like."""
+    """The record of a NumPy array as a tensor; None for anything else, and for arrays that are not like a tensor."""
     found = _ndarray(record)
     return None if found is None else found.tensor()
 
@@ -325,7 +325,7 @@ def numpy_scalar(record: Any) -> bool | int | float | complex | None:
 
 
 class _Array(Record):
-    """An array of NumPy in a pickle: its dtype, shape and elements, in column-major order if so told."""
+    """A NumPy array in a pickle: its dtype, shape and elements, in column-major order with `fortran`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -341,7 +341,7 @@ class _Array(Record):
 
 
 def _ndarray(record: Any) -> _Array | None:
-    """The record of a NumPy array as it is pickled up to protocol 4, or from protocol 5 on; None for another form."""
+    """The array of a record as pickled up to protocol 4, or from protocol 5 on; None for any other record."""
     if not isinstance(record, Opaque):
         return None
     if record.type.qualname == "_reconstruct" and type(record.state) is tuple and len(record.state) == 5:
@@ -359,7 +359,7 @@ def _ndarray(record: Any) -> _Array | None:
 
 
 def _numpy_dtype(record: Any) -> str | None:
-    """The dtype that the record of a little-endian NumPy dtype names."""
+    """The name of a little-endian NumPy dtype from its record; None for any other record."""
     if not isinstance(record, Opaque) or not record.arguments or not isinstance(record.arguments[0], str):
         return None
     order = record.state[1] if type(record.state) is tuple and len(record.state) > 1 else "<"

@@ -1,12 +1,13 @@
-"""Files of `torch.save` from several ranks, each with its part of the same tensors, put together into one full state.
+"""Files of `torch.save` from several ranks, each with its parts of the same tensors, joined into one full state.
 
-FSDP1's sharded state dicts (`ShardedTensor`) and state dicts of `DTensor` (FSDP2, tensor parallelism) are saved once by
-every rank. `folder` recognises such files by their names, which differ in a number, and by the classes in them. Nothing
-is copied: every tensor is made of pieces of the ranks' files. What is written is one file with full tensors.
+With FSDP1's sharded state dicts (`ShardedTensor`) and state dicts of `DTensor` (FSDP2, tensor parallelism) every rank
+saves a file. `folder` recognises such files by their names, which differ in a number, and by the classes in them.
+Nothing is copied: every tensor is made of pieces of the ranks' files. The joined state is written as one file with full
+tensors.
 
-What the ranks have in common must be equal. A buffer that is not (running statistics of a normalisation that was not
-synchronised) is that of the first rank, as in torch's full state dicts, and a note says so. A part of the checkpoint
-without sharded tensors in which the ranks differ (random states) is kept for each rank.
+Everything that is not sharded must be equal in all ranks, with two exceptions. Of a buffer that differs (running
+statistics of a normalisation that was not synchronised) the first rank's is used, as in torch's full state dicts, and a
+note says so. A top-level entry without sharded tensors that differs (random states) is kept for each rank.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.protocol import Claim, Document, WriteOptions
-from optimstate.formats.ranks.shards import SHARDED_CLASSES, Box, ShardRecord, is_sharded, shard_record
-from optimstate.formats.ranks.tiles import Tile, check_tiling, region, tensor_of_pieces
+from optimstate.formats.ranks.shards import SHARDED_CLASSES, ShardRecord, is_sharded, shard_record
+from optimstate.formats.ranks.tiles import Box, Tile, check_tiling, region, tensor_of_pieces
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.folders import listed
 from optimstate.io.location import Location
@@ -36,15 +37,15 @@ _RANK = re.compile(r"(?P<mark>[._-]?(?:rank|shard)[._-]?)(?P<number>\d+)", re.IG
 
 
 def sniff(path: Location, head: bytes) -> Claim:  # noqa: ARG001
-    """Never: which files belong together is seen by the folder that they are in."""
+    """Never: `folder` recognises the files that belong together."""
     return Claim.NO
 
 
 def read(path: Location) -> Document:
-    """Open all files of a folder as those of the ranks of one run.
+    """Open all files of a folder as the ranks' files of one run.
 
     Raises:
-        CheckpointError: One is damaged, or they are not the ranks of one run.
+        CheckpointError: A file is damaged, or the files are not of the ranks of one run.
     """
     return join_ranks(path, {file.name: torch_zip.read(file) for file in listed(path)})
 
@@ -64,7 +65,7 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
 
 
 def rank_files(parts: Mapping[str, Document]) -> dict[str, list[str]]:
-    """The files of a folder that hold parts of the same tensors, by the name of what they are together.
+    """The files of a folder that hold parts of the same tensors, in order of their ranks, by a name without the rank.
 
     Args:
         parts: The checkpoints of a folder, by file name.
@@ -75,10 +76,10 @@ def rank_files(parts: Mapping[str, Document]) -> dict[str, list[str]]:
             numbers = list(_RANK.finditer(name)) or list(_NUMBER.finditer(name))
             if numbers:
                 last = numbers[-1]
-                together = (name[: last.start()] + name[last.end() :]).lstrip("._-")
-                number = int(last.groupdict().get("number") or last[0])
-                found.setdefault(together if Path(together).suffix else f"full.{together}", []).append((number, name))
-    return {together: [name for _, name in sorted(members)] for together, members in found.items()}
+                joined = (name[: last.start()] + name[last.end() :]).lstrip("._-")
+                rank = int(last.groupdict().get("number") or last[0])
+                found.setdefault(joined if Path(joined).suffix else f"full.{joined}", []).append((rank, name))
+    return {joined: [name for _, name in sorted(members)] for joined, members in found.items()}
 
 
 def _mentions_shards(part: Document) -> bool:
@@ -89,14 +90,15 @@ def _mentions_shards(part: Document) -> bool:
 
 
 def join_ranks(path: Location, files: Mapping[str, Document]) -> Document:
-    """One document of those of all ranks.
+    """Join the documents of all ranks into one.
 
     Args:
-        path: What the result is called; nothing need be there.
-        files: By name, in the order of the ranks.
+        path: A name for the result; no file of this name need exist.
+        files: The ranks' documents by file name, in the order of the ranks.
 
     Raises:
-        CheckpointError: A rank is missing, the parts of a tensor do not fill it, or what ranks have in common differs.
+        CheckpointError: A rank is missing, the parts of a tensor do not fill it, or ranks differ in something that is
+            not sharded.
     """
     document = Document(path, NAME, {}, parts=dict(files))
     joiner = _Joiner(list(files))
@@ -104,8 +106,8 @@ def join_ranks(path: Location, files: Mapping[str, Document]) -> Document:
         document.tree = joiner.root([rank.tree for rank in files.values()])
     except CheckpointError as error:
         raise error.within(path=path) from error
-    document.globals = list(dict.fromkeys(name for rank in files.values() for name in rank.globals))
-    document.notes = [f"{len(files)} files of ranks are one: {', '.join(files)}", *joiner.notes]
+    document.mention(name for rank in files.values() for name in rank.globals)
+    document.notes = [f"{len(files)} files of ranks are joined: {', '.join(files)}", *joiner.notes]
     return document
 
 
@@ -113,10 +115,10 @@ class _Joiner:
     def __init__(self, files: Sequence[str]) -> None:
         self.files = list(files)
         self.notes: list[str] = []
-        self._made: dict[int, Any] = {}  # tied tensors stay one
+        self._made: dict[int, Any] = {}  # tied tensors stay one object
 
     def root(self, trees: Sequence[Any]) -> Any:
-        """The whole: its entries without sharded tensors may differ from rank to rank."""
+        """The joined tree; top-level entries without sharded tensors may differ between ranks."""
         first = trees[0]
         if not isinstance(first, Mapping) or any(map(is_sharded, first.values())):
             return self.visit((), trees)
@@ -156,7 +158,7 @@ class _Joiner:
         inner = [value[key] for value in values]
         place = (*path, path_key(key))
         if isinstance(inner[0], LazyTensor) and "state" not in path and self._differ(inner):
-            self.notes.append(f"{format_path(place)} differs from rank to rank: it is that of the first")
+            self.notes.append(f"{format_path(place)} differs from rank to rank: the first rank's is used")
             return inner[0]
         return self.visit(place, inner)
 
@@ -168,8 +170,8 @@ class _Joiner:
                 key = next(iter(first.keys() ^ other))
                 has, lacks = (self.files[0], file) if key in first else (file, self.files[0])
                 raise CorruptCheckpointError(
-                    f"{format_path((*path, str(key)))} is in {has} and not in {lacks}",
-                    hint="Files of several runs or of several kinds of state cannot be put together.",
+                    f"{format_path((*path, str(key)))} is in {has} but not in {lacks}",
+                    hint="Files of several runs or of several kinds of state cannot be joined.",
                 )
         return tuple(first)
 
@@ -183,8 +185,8 @@ class _Joiner:
             if (why := difference(values[0], value)) is not None
         )
         return CorruptCheckpointError(
-            f"{format_path(path)} is not sharded, and that of {self.files[0]} is not that of {file}: {why}",
-            hint="It cannot be known which one holds; save the full state, or files of one run and step.",
+            f"{format_path(path)} is not sharded, but differs between {self.files[0]} and {file}: {why}",
+            hint="Nothing shows which one is right; save the full state, or files of one run and step.",
         )
 
     def _records(self, path: TreePath, values: Sequence[Any]) -> list[ShardRecord] | None:
@@ -206,12 +208,12 @@ class _Joiner:
             ):
                 raise CorruptCheckpointError(
                     f"{format_path(path)} is {_shown(first)} in {self.files[0]} and {_shown(record)} in {file}",
-                    hint="Files of several runs cannot be put together.",
+                    hint="Files of several runs cannot be joined.",
                 )
         return found
 
     def _tensor(self, path: TreePath, records: Sequence[ShardRecord]) -> LazyTensor:
-        """A tensor of the parts of all ranks; of copies the first one is read."""
+        """A tensor joined from the parts of all ranks; of replicas the first one is read."""
         first = records[0]
         parts: dict[Box, LazyTensor] = {}
         for record in records:
@@ -235,4 +237,4 @@ class _Joiner:
 
 
 def _shown(record: ShardRecord | None) -> str:
-    return f"{record.dtype}{list(record.shape)} in {len(record.boxes)} parts" if record else "no sharded tensor"
+    return f"{record.dtype}{list(record.shape)} in {len(record.boxes)} parts" if record else "not a sharded tensor"

@@ -1,7 +1,7 @@
-"""One rank's part of a tensor, as the pickles of `DTensor` and `ShardedTensor` record it.
+"""Reading one rank's part of a tensor from the pickled record of a `DTensor` or `ShardedTensor`.
 
 Nothing is unpickled: shapes, placements and the mesh are read from inert records. Placements are applied in the order
-that torch applied them, each as `torch.chunk` cuts: parts of equal size, rounded up, the last ones shorter or empty.
+in which torch applied them, each like `torch.chunk`: parts of equal size, rounded up, the last ones shorter or empty.
 
 Sources: `torch.distributed.tensor` (DTensor, placements, shard order), `torch.distributed._shard.sharded_tensor`.
 """
@@ -16,28 +16,25 @@ from typing import Any, NamedTuple
 
 from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
-from optimstate.formats.ranks.tiles import region
+from optimstate.formats.ranks.tiles import Box, region
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import GlobalName, Opaque
 
-__all__ = ["SHARDED_CLASSES", "Box", "ShardRecord", "is_sharded", "shard_record"]
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Where a part begins in each dimension, and its sizes."""
+__all__ = ["SHARDED_CLASSES", "ShardRecord", "is_sharded", "shard_record"]
 
 SHARDED_CLASSES = ("DTensor", "ShardedTensor")
-_MAX_PLACES = 1 << 20  # parts of one tensor; the largest clusters have a tenth of it
+_MAX_DEVICES = 1 << 20  # in one mesh; the largest clusters have a tenth of it
 
 
 class ShardRecord(NamedTuple):
-    """What one rank has of a tensor, and what all ranks have.
+    """One rank's record of a sharded tensor.
 
     Attributes:
-        dtype: Of the tensor, a key of `DTYPES`.
-        shape: Of the whole tensor.
+        dtype: The dtype, a key of `DTYPES`.
+        shape: The shape of the whole tensor.
         parts: The parts that this rank holds.
-        boxes: Every part there must be, with what torch says of where it is.
+        boxes: The parts of all ranks, each with the rank or the position in the mesh that holds it.
         requires_grad: As saved.
         is_parameter: Whether it was an `nn.Parameter`.
     """
@@ -56,7 +53,7 @@ def is_sharded(node: Any) -> bool:
 
 
 def _inner(node: Any) -> tuple[GlobalName, Any, Any] | None:
-    """Class, arguments and state of a sharded tensor's record, whether or not it is a parameter."""
+    """Class, arguments and state of the record of a sharded tensor or parameter; None for any other node."""
     if not isinstance(node, Opaque):
         return None
     if node.type.path == "torch._utils._rebuild_parameter" and node.arguments:
@@ -69,11 +66,11 @@ def _inner(node: Any) -> tuple[GlobalName, Any, Any] | None:
 
 
 def shard_record(node: Any) -> ShardRecord | None:
-    """What a node says of a sharded tensor, or None where it is something else.
+    """The record of a sharded tensor in a node, or None if the node is something else.
 
     Raises:
         CorruptCheckpointError: The record contradicts itself.
-        UnsupportedCheckpointError: It is of a form that is not known, or waits for a reduction.
+        UnsupportedCheckpointError: Its form is unknown, or the tensor has a partial placement.
     """
     found = _inner(node)
     if found is None:
@@ -90,7 +87,7 @@ def shard_record(node: Any) -> ShardRecord | None:
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        message = f"the record of a {kind.qualname} is of a form that is not known: {describe(error)}"
+        message = f"the record of a {kind.qualname} has an unknown form: {describe(error)}"
         hint = "Save it with a newer torch, or as a full state."
         raise UnsupportedCheckpointError(message[:300], hint=hint) from None
     is_parameter = node.type.path == "torch._utils._rebuild_parameter"
@@ -106,13 +103,16 @@ def _numbers(value: Any) -> tuple[int, ...]:
 
 
 def _fields(record: Any) -> Mapping[str, Any]:
-    """Attributes of a pickled object, whether or not its class has slots."""
-    state = record.state
-    if isinstance(state, tuple) and len(state) == 2:
-        return {**(state[0] or {}), **(state[1] or {})}
-    if not isinstance(state, Mapping):
+    """The attributes of a pickled object, whose class may have slots."""
+    fields = _attributes(record.state)
+    if not isinstance(fields, Mapping):
         raise TypeError(f"{describe(record)} has no attributes")
-    return state
+    return fields
+
+
+def _attributes(state: Any) -> Any:
+    """The attributes in an object's state: a dict, or a pair of one and those of slots."""
+    return {**(state[0] or {}), **(state[1] or {})} if isinstance(state, tuple) and len(state) == 2 else state
 
 
 # --- ShardedTensor (FSDP1) ------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def _fields(record: Any) -> Mapping[str, Any]:
 def _sharded_tensor(shape: tuple[int, ...], state: Any) -> tuple[tuple[tuple[Box, LazyTensor], ...], Mapping[Box, str]]:
     local, metadata = state[0], _fields(state[1])
     if _numbers(metadata["size"]) != shape:
-        raise ValueError(f"its metadata says {describe(metadata['size'])}")
+        raise ValueError(f"its metadata has the size {describe(metadata['size'])}")
     boxes = {}
     for shard in metadata["shards_metadata"]:
         rank = _fields(_fields(shard)["placement"]).get("_rank")
@@ -139,34 +139,34 @@ def _box(shard: Any) -> Box:
 
 
 def _dtensor(shape: tuple[int, ...], state: Any) -> tuple[tuple[tuple[Box, LazyTensor], ...], Mapping[Box, str]]:
-    fields = {**(state[0] or {}), **(state[1] or {})} if isinstance(state, tuple) else state
+    fields = _attributes(state)
     spec = _fields(fields["_spec"])
     mesh = _fields(spec["mesh"])
     sizes, here = _mesh_shape(mesh), mesh["_coordinate_on_dim"]
     order = _shard_order(spec, sizes)
     boxes = _boxes(shape, sizes, tuple((dim, tuple(axes)) for dim, axes in order.items()))
-    if here is None:  # this rank is not of the mesh
+    if here is None:  # this rank is not in the mesh
         return (), boxes
     here = _numbers(here)
     if len(here) != len(sizes) or any(at >= size for at, size in zip(here, sizes, strict=True)):
-        raise ValueError(f"place {here} of a mesh of {sizes}")
+        raise ValueError(f"position {here} in a mesh of {sizes}")
     return ((_box_at(shape, here, sizes, order), fields["_local_tensor"]),), boxes
 
 
-@lru_cache(maxsize=1024)  # a checkpoint has few shapes, and every rank's file has every tensor
+@lru_cache(maxsize=1024)  # a checkpoint has few shapes, and every tensor is in the files of all ranks
 def _boxes(
     shape: tuple[int, ...], mesh: tuple[int, ...], order: tuple[tuple[int, tuple[int, ...]], ...]
 ) -> Mapping[Box, str]:
-    if prod(mesh) > _MAX_PLACES:
+    if prod(mesh) > _MAX_DEVICES:
         raise ValueError(f"a mesh of {mesh}")
     boxes: dict[Box, str] = {}
-    for place in product(*map(range, mesh)):
-        boxes.setdefault(_box_at(shape, place, mesh, dict(order)), f"place {place} of the mesh {mesh}")
+    for position in product(*map(range, mesh)):
+        boxes.setdefault(_box_at(shape, position, mesh, dict(order)), f"position {position} in the mesh {mesh}")
     return boxes
 
 
 def _mesh_shape(mesh: Mapping[str, Any]) -> tuple[int, ...]:
-    """Torch has kept it as a tensor of ranks, as one layout, and as a layout for each dimension."""
+    """The sizes of a mesh, which torch versions have saved as a tensor of ranks, as one layout or one per dimension."""
     if "_layout" not in mesh:
         return tuple(mesh["mesh"].shape)
     layout = _fields(mesh["_layout"])
@@ -179,7 +179,7 @@ def _mesh_shape(mesh: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _shard_order(spec: Mapping[str, Any], mesh: tuple[int, ...]) -> dict[int, list[int]]:
-    """For each dimension of the tensor that is cut, the dimensions of the mesh in the order in which they cut it."""
+    """For each sharded dimension of the tensor the dimensions of the mesh, in the order in which they shard it."""
     placements = spec["placements"]
     if len(placements) != len(mesh):
         raise ValueError(f"{len(placements)} placements on a mesh of {mesh}")
@@ -191,12 +191,12 @@ def _shard_order(spec: Mapping[str, Any], mesh: tuple[int, ...]) -> dict[int, li
             continue
         if kind not in ("Shard", "_StridedShard"):
             raise UnsupportedCheckpointError(
-                f"a DTensor placed as {kind}: its value is known after a reduction over the ranks",
-                hint="Save it when it has been reduced (`redistribute` to Replicate or Shard).",
+                f"a DTensor placed as {kind}: its value is not known before a reduction over the ranks",
+                hint="Reduce it before saving (`redistribute` to Replicate or Shard).",
             )
         fields = _fields(placement)
         cuts = order.setdefault(fields["dim"], [])
-        # A strided shard says into how many parts later dimensions of the mesh had cut before it did.
+        # The split factor of a strided shard is the number of parts into which later dimensions had cut before.
         before = fields.get("split_factor", 1) if kind == "_StridedShard" else 1
         at = next((n for n in range(len(cuts) + 1) if prod(mesh[cut] for cut in cuts[:n]) == before), None)
         if at is None:
@@ -209,13 +209,13 @@ def _shard_order(spec: Mapping[str, Any], mesh: tuple[int, ...]) -> dict[int, li
 
 
 def _box_at(
-    shape: tuple[int, ...], place: tuple[int, ...], mesh: tuple[int, ...], order: Mapping[int, Sequence[int]]
+    shape: tuple[int, ...], position: tuple[int, ...], mesh: tuple[int, ...], order: Mapping[int, Sequence[int]]
 ) -> Box:
     offsets, sizes = [0] * len(shape), list(shape)
     for dim, axes in order.items():
         for axis in axes:
             part = -(-sizes[dim] // mesh[axis])
-            start = min(part * place[axis], sizes[dim])
+            start = min(part * position[axis], sizes[dim])
             offsets[dim] += start
             sizes[dim] = min(part, sizes[dim] - start)
     return tuple(offsets), tuple(sizes)

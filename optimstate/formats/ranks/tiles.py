@@ -1,6 +1,7 @@
-"""Tensors that are stored in pieces: boxes of one large index space, put together without arithmetic.
+"""Tensors that are stored in pieces, which are boxes in the index space of the tensor, joined without arithmetic.
 
-Pieces along the first dimension are a concatenation of extents. Any other cut is gathered a block of rows at a time.
+Pieces that divide only the first dimension are a concatenation of extents. Others are gathered a block of rows at a
+time.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from optimstate.io.extents import Extent
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
 
-__all__ = ["DeferredStorage", "Tile", "check_tiling", "region", "tensor_of_pieces", "tiled"]
+__all__ = ["Box", "DeferredStorage", "Tile", "check_tiling", "region", "tensor_of_pieces", "tiled"]
 
-_MAX_IRREGULAR = 2000  # pieces that do not form a grid are compared pair by pair
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""The offsets of a piece in each dimension, and its sizes."""
+
+_MAX_IRREGULAR = 2000  # pieces that do not form a grid, which are compared pair by pair
 
 
 class Tile(NamedTuple):
-    """One piece: where it begins in each dimension, its sizes, and its elements in row-major order."""
+    """A piece: its offset in each dimension, its sizes, and its elements in row-major order."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -32,8 +36,8 @@ class DeferredStorage(Storage):
     """A storage whose bytes are located when they are first asked for.
 
     Args:
-        nbytes: Their number, which is known before.
-        locate: Where they are; called once.
+        nbytes: The number of bytes.
+        locate: Returns the extents of the bytes; called once.
         kind: As for `Storage`.
         location: As for `Storage`.
     """
@@ -52,12 +56,12 @@ class DeferredStorage(Storage):
         self.crc = None
 
     def locate(self) -> tuple[Extent, ...]:
-        """Where the bytes are."""
+        """The extents of the bytes."""
         return self._locate()
 
     @property
     def pieces(self) -> tuple[Extent, ...]:  # type: ignore[override]
-        """The bytes."""
+        """The extents of the bytes, located at the first call."""
         if self._pieces is None:
             self._pieces = self.locate() if self.nbytes else ()
             found = sum(piece.length for piece in self._pieces)
@@ -67,19 +71,19 @@ class DeferredStorage(Storage):
 
 
 def tensor_of_pieces(dtype: str, shape: tuple[int, ...], pieces: Callable[[], Sequence[Tile]]) -> LazyTensor:
-    """A tensor whose pieces, which fill it (see `check_tiling`), are located when its elements are asked for."""
+    """A tensor of pieces that fill it (see `check_tiling`) and are located when its elements are first needed."""
     about = DTYPES[dtype]
     nbytes = prod(shape) * about.itemsize
     storage = DeferredStorage(nbytes, lambda: tiled(shape, about.itemsize, pieces()), about.storage_class)
     return LazyTensor(storage, dtype, shape)
 
 
-def check_tiling(shape: Sequence[int], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-    """Demand that boxes (offsets, sizes) fill an index space exactly.
+def check_tiling(shape: Sequence[int], boxes: Sequence[Box]) -> None:
+    """Check that boxes fill an index space exactly.
 
     Raises:
-        CorruptCheckpointError: They overlap, leave a hole or reach outside.
-        UnsupportedCheckpointError: There are more irregular boxes than are compared.
+        CorruptCheckpointError: The boxes overlap, leave a hole, or reach outside.
+        UnsupportedCheckpointError: There are more than 2,000 boxes that do not form a grid.
     """
     shape = tuple(shape)
     for offsets, sizes in boxes:
@@ -96,14 +100,12 @@ def check_tiling(shape: Sequence[int], boxes: Sequence[tuple[tuple[int, ...], tu
 
 
 def region(offsets: Sequence[int], sizes: Sequence[int]) -> str:
-    """A box as Python would slice it."""
+    """A box as a slice in Python: `[0:4, 2:8]`."""
     return "[" + ", ".join(f"{start}:{start + size}" for start, size in zip(offsets, sizes, strict=True)) + "]"
 
 
-def _hole(
-    shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The first cell, of the grid that all edges of the boxes make, that is in none of them."""
+def _hole(shape: tuple[int, ...], boxes: Sequence[Box]) -> Box | None:
+    """The first cell outside all boxes, in the grid formed by all their edges; None if there is none or too many."""
     cuts = [
         sorted({0, size, *(o[d] for o, _ in boxes), *(o[d] + n[d] for o, n in boxes)}) for d, size in enumerate(shape)
     ]
@@ -116,8 +118,8 @@ def _hole(
     return None
 
 
-def _is_grid(dimensions: int, boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether the boxes are distinct cells of one grid, and so do not overlap."""
+def _is_grid(dimensions: int, boxes: Sequence[Box]) -> bool:
+    """Whether the boxes are distinct cells of one grid, and thus do not overlap."""
     if len({offsets for offsets, _ in boxes}) != len(boxes):
         return False
     for d in range(dimensions):
@@ -127,7 +129,7 @@ def _is_grid(dimensions: int, boxes: Sequence[tuple[tuple[int, ...], tuple[int, 
     return True
 
 
-def _are_disjoint(boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+def _are_disjoint(boxes: Sequence[Box]) -> bool:
     if len(boxes) > _MAX_IRREGULAR:
         raise UnsupportedCheckpointError(f"{len(boxes)} pieces of one tensor that do not form a grid")
     for index, (a, n) in enumerate(boxes):
@@ -138,7 +140,7 @@ def _are_disjoint(boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> b
 
 
 def tiled(shape: Sequence[int], itemsize: int, tiles: Sequence[Tile]) -> tuple[Extent, ...]:
-    """The row-major bytes of a tensor from pieces that fill it (see `check_tiling`)."""
+    """The extents of a tensor in row-major order, from pieces that fill it (see `check_tiling`)."""
     tiles = sorted((tile for tile in tiles if 0 not in tile.sizes), key=lambda tile: tile.offsets)
     cut = [d for d, size in enumerate(shape) if any(tile.sizes[d] != size for tile in tiles)]
     if not cut or cut == [0]:
@@ -150,7 +152,7 @@ def tiled(shape: Sequence[int], itemsize: int, tiles: Sequence[Tile]) -> tuple[E
 class _InterleavedSource:
     """Row-major bytes of a tensor cut along dimension `axis` (and perhaps others before it), gathered on demand.
 
-    An outer row is everything at one index of the dimensions before `axis`; each piece gives one run of its bytes.
+    An outer row has the elements at one index of the dimensions before `axis`; each piece has one run of its bytes.
     """
 
     def __init__(self, shape: tuple[int, ...], itemsize: int, tiles: Sequence[Tile], axis: int) -> None:
@@ -158,7 +160,7 @@ class _InterleavedSource:
         self._row_bytes = prod(shape[axis:]) * itemsize
         self._rows = prod(self._outer)
         inner = prod(shape[axis + 1 :]) * itemsize
-        boxes: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int, Storage]]] = {}
+        boxes: dict[Box, list[tuple[int, int, Storage]]] = {}
         for tile in tiles:
             outer_box = (tile.offsets[:axis], tile.sizes[:axis])
             boxes.setdefault(outer_box, []).append((tile.offsets[axis], tile.sizes[axis] * inner, tile.storage))
@@ -186,7 +188,7 @@ class _InterleavedSource:
 
 
 class _Band:
-    """The pieces that cover the same outer rows, in the order in which they follow one another in a row."""
+    """The pieces that cover the same outer rows."""
 
     def __init__(
         self,
@@ -198,9 +200,9 @@ class _Band:
         self.offsets = offsets
         self.sizes = sizes
         self.members = members
-        # From this dimension on the band is as wide as the tensor: rows that follow one another do so in the pieces.
-        whole = [d for d in range(len(outer)) if sizes[d] != outer[d]]
-        self.free = min(whole[-1] if whole else 0, max(len(outer) - 1, 0))
+        # After this dimension the band is as wide as the tensor, so its consecutive rows are consecutive in the pieces.
+        narrower = [d for d in range(len(outer)) if sizes[d] != outer[d]]
+        self.free = min(narrower[-1] if narrower else 0, max(len(outer) - 1, 0))
 
     def holds(self, index: tuple[int, ...]) -> bool:
         return all(o <= i < o + n for o, n, i in zip(self.offsets, self.sizes, index, strict=True))
@@ -212,7 +214,7 @@ class _Band:
         return row
 
     def rows_from(self, index: tuple[int, ...]) -> int:
-        """How many outer rows from this one on are rows of the pieces in the same order."""
+        """The number of outer rows, from this one on, that are consecutive rows of the pieces."""
         below = prod(self.sizes[self.free + 1 :])
         left = self.offsets[self.free] + self.sizes[self.free] - index[self.free]
         done = 0
@@ -221,16 +223,12 @@ class _Band:
         return left * below - done
 
     def pieces(self, index: tuple[int, ...], rows: int) -> list[tuple[int, int, bytes]]:
-        """(place along the axis, bytes per row, the bytes of `rows` rows) of each member."""
+        """(offset along the axis, bytes per row, the bytes of `rows` rows) of each member."""
         first = self.local_row(index)
         return [
-            (place, width, _bytes_of(storage, first * width, (first + rows) * width))
-            for place, width, storage in self.members
+            (at, width, b"".join(extent.read() for extent in storage.cut(first * width, (first + rows) * width)))
+            for at, width, storage in self.members
         ]
-
-
-def _bytes_of(storage: Storage, start: int, stop: int) -> bytes:
-    return b"".join(extent.read() for extent in storage.cut(start, stop))
 
 
 def _side_by_side(pieces: list[tuple[int, int, bytes]], rows: int) -> bytes:

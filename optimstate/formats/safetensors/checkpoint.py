@@ -1,13 +1,13 @@
-"""A whole training checkpoint in the metadata of safetensors files: everything that is not a named tensor.
+"""Whole training checkpoints in safetensors files: everything that is not a named tensor goes into the metadata.
 
 The metadata entry `optimstate` is a JSON document
 
     {"version": 1, "tree": TREE, "storages": {ID: {"nbytes": N, "kind": CLASS, "location": DEVICE}}}
 
-whose TREE (see `_json_tree`) refers to the file's tensors by name; any reader of safetensors still sees named tensors.
-`{"$tensor": NAME}` may carry "dtype" (where safetensors has no code for it and the bytes are stored as another type),
-"stride" and "offset" and "storage" (tensors of one storage share memory), "parameter", "requires_grad", "location",
-"metadata" and "attributes" (what a program had set on the tensor), each only where it is not the default.
+whose TREE (see `json_tree`) refers to the file's tensors by name; any reader of safetensors still sees named tensors.
+`{"$tensor": NAME}` may have "dtype" (if safetensors has no code for it and the bytes are stored as another type),
+"stride", "offset" and "storage" (tensors with the same storage share memory), "parameter", "requires_grad", "location",
+"metadata" and "attributes" (Python attributes of the tensor), each only if it is not the default.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _STORAGE_KINDS = {"UntypedStorage"} | {row.storage for row in DTYPES.values() if
 
 
 def decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
-    """The tree that a checkpoint document describes, with the file's tensors in their places.
+    """The tree that a checkpoint document describes, with the file's tensors in it.
 
     Raises:
         CorruptCheckpointError: The document contradicts itself or the tensors.
     """
     if document.get("version") != 1:
-        raise CorruptCheckpointError(f"version {describe(document.get('version'))} of the checkpoint form is not known")
+        raise CorruptCheckpointError(f"unknown version {describe(document.get('version'))} of the checkpoint form")
     members: dict[str, list[tuple[int, LazyTensor]]] = {}
     views: list[tuple[LazyTensor, str]] = []
 
@@ -97,7 +97,7 @@ def decode_checkpoint(document: Any, found: dict[str, LazyTensor]) -> Any:
 
 
 def _check_gaps(total: int, stored: int) -> None:
-    """What no tensor shows is not in the file, so a small file could declare any amount of it."""
+    """Refuse a storage with too many bytes outside of all tensors, which a small file could declare without storing."""
     if total > max(MAX_GAPS, 100 * stored):
         raise LimitExceededError(f"a storage of {total} bytes, of which the file holds {stored}")
 
@@ -107,7 +107,7 @@ def _no_tensor(node: dict[str, Any]) -> LazyTensor:
 
 
 def _laid_out(made: LazyTensor, stored: LazyTensor, kind: str, location: str) -> Storage:
-    """The storage of a tensor alone in it, its elements put where its strides say."""
+    """A storage for one tensor, with the stored elements at the positions given by its strides."""
     _check_gaps(made.span()[1], made.nbytes)
     if made.is_contiguous() and made.offset == 0:
         return Storage(stored.storage.pieces, stored.nbytes, kind, location)
@@ -115,7 +115,7 @@ def _laid_out(made: LazyTensor, stored: LazyTensor, kind: str, location: str) ->
 
 
 def _assembled(description: dict[str, Any], pieces: list[tuple[int, LazyTensor]]) -> Storage:
-    """One storage from the row-major tensors that look into it; what none of them shows is zero."""
+    """A storage made of the row-major tensors that share it; bytes outside of them are zero."""
     extents: list[Extent] = []
     at = 0
     total, kind, location = description["nbytes"], description["kind"], description["location"]
@@ -139,7 +139,7 @@ def _assembled(description: dict[str, Any], pieces: list[tuple[int, LazyTensor]]
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-# What stands in for a dtype the format has no code for: the code, and the trailing dimension that keeps the size.
+# For dtypes without a code in the format: the code to store them as, and a trailing dimension that keeps the size.
 _STAND_INS: dict[str, tuple[str, tuple[int, ...]]] = {
     "complex128": ("F64", (2,)),
     "complex32": ("F16", (2,)),
@@ -159,7 +159,7 @@ _STAND_INS: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 class Layout:
-    """Names for the tensors of a tree and the metadata that restores everything else."""
+    """Names for the tensors of a tree, and the metadata from which everything else is restored."""
 
     def __init__(self, tree: Any, options: WriteOptions) -> None:
         self.options = options
@@ -174,7 +174,7 @@ class Layout:
         self.entries: list[Entry] = []
         encoded = json_tree.encode(tree, self._tensor, self.notes.append)
         in_order = [entry.name for entry in self.entries]
-        # Larger items first: every tensor is then aligned to its item size, whatever stands before it.
+        # Larger items first, so that every tensor is aligned to its item size.
         self.entries.sort(key=lambda entry: -DTYPES[BY_CODE[entry.code].name].itemsize)
         plain = encoded == {name: {"$tensor": name} for name in in_order} and in_order == [e.name for e in self.entries]
         self.metadata: dict[str, str] = {}
@@ -193,9 +193,9 @@ class Layout:
         )
         if view not in self.names:
             self.names[view] = self._name(path)
-            self.entries.append(Entry(self.names[view], tensor, *_spelled(tensor)))
+            self.entries.append(Entry(self.names[view], tensor, *_code_and_shape(tensor)))
         node: dict[str, Any] = {"$tensor": self.names[view]}
-        if BY_CODE[_spelled(tensor)[0]].name != tensor.dtype:
+        if BY_CODE[_code_and_shape(tensor)[0]].name != tensor.dtype:
             node["dtype"] = tensor.dtype
             node["shape"] = list(tensor.shape)
         if tensor.stride != contiguous_strides(tensor.shape):
@@ -231,8 +231,8 @@ class Layout:
         return name
 
 
-def _spelled(tensor: LazyTensor) -> tuple[str, tuple[int, ...]]:
-    """Code and shape in the header."""
+def _code_and_shape(tensor: LazyTensor) -> tuple[str, tuple[int, ...]]:
+    """The code of a tensor's dtype and its shape, as written in the header."""
     row, shape = DTYPES[tensor.dtype], tensor.shape
     if row.safetensors and row.packed == 1:
         return row.safetensors, shape
@@ -243,15 +243,15 @@ def _spelled(tensor: LazyTensor) -> tuple[str, tuple[int, ...]]:
 
 
 def _shared_storages(tree: Any, *, clone: bool) -> set[int]:
-    """The storages that several tensors of the tree look into.
+    """The ids of the storages that several tensors of the tree share.
 
     Raises:
-        RepresentationError: One of them is not contiguous, so that the bytes around it would be lost.
+        RepresentationError: One of these tensors is not contiguous, which the format cannot express.
     """
     users: dict[int, list[tuple[TreePath, LazyTensor]]] = {}
     for path, tensor in tensors(tree):
         if tensor.flags:
-            continue  # it will be stored by itself
+            continue  # it gets a storage of its own when it is written
         users.setdefault(id(tensor.storage), []).append((path, tensor))
     shared = {key: members for key, members in users.items() if len(members) > 1}
     if not clone:

@@ -1,7 +1,7 @@
 """The safetensors container: plain files of named tensors, shards with an index, and whole training checkpoints.
 
 A plain file becomes a tree of one level; a whole checkpoint has the rest of its tree in the metadata of the file (see
-`_safetensors_checkpoint`).
+the module `checkpoint`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 
 
 def sniff(path: Location, head: bytes) -> Claim:
-    """Whether a file begins with a safetensors header, or is the index of a sharded one."""
+    """Certain if a file begins with a safetensors header, or is the index of a sharded checkpoint."""
     if path.name.endswith(_INDEX_SUFFIX):
         return Claim.CERTAIN
     if path.suffix in SUFFIXES and head.startswith(b"PK\x03\x04"):
-        return Claim.CERTAIN  # values before the header, see `hf_values`
+        return Claim.CERTAIN  # values in front of the header, see `hf_values`
     if len(head) < 9:
         return Claim.LIKELY if path.suffix in SUFFIXES and path.is_file() else Claim.NO
     (length,) = struct.unpack_from("<Q", head)
@@ -72,7 +72,7 @@ Values = tuple[list[Any], list[tuple[str, str]]]
 
 
 def _read_any(path: Location, *, salvage: bool) -> tuple[File, Values | None]:
-    """What is in a file, and the values in front of it where there are some."""
+    """The contents of a file, and the values in front of its header if there are some."""
     source = open_source(path)
     if not begins_with_archive(source):
         return read_file(path, salvage=salvage), None
@@ -83,10 +83,10 @@ def _read_any(path: Location, *, salvage: bool) -> tuple[File, Values | None]:
 
 
 def salvage(path: Location) -> Document:
-    """What is whole in a file that ends too early, or in the shards of an index that are there.
+    """The complete tensors of a truncated file, or of the shards of an index that exist.
 
     Raises:
-        CheckpointError: Nothing is.
+        CheckpointError: There are none.
     """
     sharded = path.name.endswith(_INDEX_SUFFIX)
     document = _read_sharded(path, salvage=True) if sharded else _document(path, read_file(path, salvage=True))
@@ -110,7 +110,7 @@ def _document(path: Location, file: File) -> Document:
 
 
 def read_index(path: Location) -> tuple[dict[str, str], dict[str, str]]:
-    """Which file of an index holds each tensor, and the index's metadata of strings.
+    """The file of each tensor of an index, and those entries of the index's metadata that are strings.
 
     Raises:
         CorruptCheckpointError: The index is malformed, or names a file outside its folder.
@@ -169,10 +169,10 @@ def _read_sharded(path: Location, *, salvage: bool) -> Document:
 
 
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
-    """Write a tree as one file, or with a shard size as a folder of shards with an index.
+    """Write a tree as one file, or, with a shard size, as a folder of shards with an index.
 
     Raises:
-        RepresentationError: The tree holds an object or shared memory the container cannot express.
+        RepresentationError: The tree has an object or shared memory that the container cannot express.
     """
     options = options or WriteOptions()
     layout = Layout(tree, options)
@@ -197,7 +197,7 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
 
 
 def _shards_by_size(entries: list[Entry], shard_size: int) -> dict[str, list[Entry]]:
-    """Consecutive tensors per file, as many as fit; a larger one has a file of its own."""
+    """As many consecutive tensors in each file as fit; a tensor larger than `shard_size` gets its own file."""
     shards: list[list[Entry]] = [[]]
     room = shard_size
     for entry in entries:
@@ -210,11 +210,11 @@ def _shards_by_size(entries: list[Entry], shard_size: int) -> dict[str, list[Ent
 
 
 def _shards_by_origin(entries: list[Entry], known: Mapping[str, str]) -> dict[str, list[Entry]]:
-    """Each tensor in a file of the name it was read from; what is computed in that of its name, or beside the last one.
+    """Each tensor in the file from which it was read; a computed one in that of its name, else in the previous file.
 
     Args:
         entries: The tensors.
-        known: The file of each name in the index that they come from.
+        known: The file of each name in the index from which they were read.
     """
     files = dict.fromkeys(known.values())
     file = next(iter(files), "model-00001-of-00001.safetensors")
@@ -230,8 +230,8 @@ def _shards_by_origin(entries: list[Entry], known: Mapping[str, str]) -> dict[st
 def _write_shards(
     shards: dict[str, list[Entry]], metadata: dict[str, str], index: Location, options: WriteOptions
 ) -> None:
-    """The files beside `index`, then the index itself; shards of the index that it replaces are removed at last."""
-    is_new = options.shared is not None  # what is there is of an earlier attempt, to be written again
+    """Write the files beside `index`, then the index; finally remove the shards of an index that it replaces."""
+    is_new = options.shared is not None  # existing files are of an earlier attempt and are written again
     replaced = set() if is_new else _shards_of(index)
     taken = set() if is_new else replaced | {file.name for file in index.parent.iterdir()}
     names = {file: _fresh_shard_name(file) if file in taken else file for file in shards}
@@ -246,7 +246,7 @@ def _write_shards(
             document = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
             out.write(json.dumps(document, indent=1).encode())
     for location in useless:
-        if not isinstance(location, Path):  # of a store, whose names are given one by one
+        if not isinstance(location, Path):  # in a store, where no group removes them
             location.unlink(missing_ok=True)
 
 
@@ -254,23 +254,23 @@ _FRESH = re.compile(r"\.[0-9a-f]{12}\.safetensors$")
 
 
 def abandoned_shards(files: Iterable[str], named: Set[str]) -> set[str]:
-    """Of the files beside an index, the shards that a writer left who was killed.
+    """The shards that a killed writer left beside an index.
 
     Args:
-        files: Their names.
-        named: Those that the index names.
+        files: The names of the files beside the index.
+        named: The names of the shards in the index.
     """
     followed = {_FRESH.sub(".safetensors", file) for file in named if _FRESH.search(file)}
     return {file for file in files if file not in named and (_FRESH.search(file) or file in followed)}
 
 
 def _fresh_shard_name(file: str) -> str:
-    """A name that no index has: readers of the old one never meet a new shard."""
+    """A name that is in no index, so that readers of the old index never open a new shard."""
     return f"{_FRESH.sub('.safetensors', file)[: -len('.safetensors')]}.{os.urandom(6).hex()}.safetensors"
 
 
 def _shards_of(index: Location) -> set[str]:
-    """The files that an index names which is about to be replaced; none where it cannot be read."""
+    """The files named by an index that will be replaced; none if it cannot be read."""
     try:
         return set(read_index(index)[0].values()) if index.is_file() else set()
     except CheckpointError:

@@ -1,7 +1,7 @@
-"""Digests of a safetensors file, which has no checksums of its own, in the file's metadata.
+"""Digests in the metadata of a safetensors file, because the format has no checksums.
 
-The entry `optimstate.digest` is a JSON document `{"algorithm": NAME, "header": DIGEST, "tensors": {NAME: DIGEST}}`: the
-digests of the bytes of each tensor, and of the header with zeros in place of all digests in it.
+The entry `optimstate.digest` is a JSON document `{"algorithm": NAME, "header": DIGEST, "tensors": {NAME: DIGEST}}` with
+the digest of each tensor's bytes, and that of the header with zeros in place of all digests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIGEST = "optimstate.digest"
 
 
 def described(algorithm: str, digests: Mapping[str, str], header: str | None = None) -> str:
-    """The entry of a file: zeros of their length in place of all digests while that of the header is not known."""
+    """The metadata entry; without the digest of the header all digests are replaced by zeros of the same length."""
     if header is None:
         header = "0" * ALGORITHMS[algorithm]
         digests = dict.fromkeys(digests, header)
@@ -32,7 +32,7 @@ def described(algorithm: str, digests: Mapping[str, str], header: str | None = N
 
 
 def algorithm_of(metadata: Mapping[str, str]) -> str | None:
-    """The algorithm of a file's digests, where it has any."""
+    """The algorithm of a file's digests, or None if it has none."""
     if DIGEST not in metadata:
         return None
     found = json.loads(metadata[DIGEST])["algorithm"]
@@ -42,17 +42,17 @@ def algorithm_of(metadata: Mapping[str, str]) -> str | None:
 def recorded_digests(
     path: Location, header: bytes, metadata: Mapping[str, str], tensors: Mapping[str, LazyTensor]
 ) -> list[Recorded]:
-    """What a file says its bytes are; empty where it has no digests.
+    """The recorded digests of a file, to be compared with its bytes; empty if it has none.
 
     Args:
         path: The file.
-        header: Its header as it is.
-        metadata: Of the header.
-        tensors: By name, over the bytes of the file.
+        header: The bytes of its header.
+        metadata: The metadata in the header.
+        tensors: The tensors of the file by name.
 
     Raises:
         CorruptCheckpointError: The entry is malformed, or lacks a tensor.
-        UnsupportedCheckpointError: The algorithm is not known.
+        UnsupportedCheckpointError: The algorithm is unknown.
     """
     if DIGEST not in metadata:
         return []
@@ -64,7 +64,7 @@ def recorded_digests(
                 f"digests of the algorithm {describe(algorithm)}", path=path, hint="A newer version may know it."
             )
         if digests.keys() != tensors.keys():
-            raise ValueError("not the tensors of the file")
+            raise ValueError("its tensors are not those of the file")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = f"the entry {DIGEST} is malformed: {describe(error)}"
         raise CorruptCheckpointError(message, path=path, place="header") from None

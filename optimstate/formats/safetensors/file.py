@@ -1,4 +1,4 @@
-"""One safetensors file: its header read and checked, and written.
+"""Reading and writing one safetensors file.
 
 Format: https://huggingface.co/docs/safetensors (header of JSON, at most 100 MB; no holes, no overlaps).
 """
@@ -41,12 +41,12 @@ BY_CODE = {row.safetensors: row for row in DTYPES.values() if row.safetensors}
 
 
 class File(Record):
-    """What is in a file.
+    """The contents of a file.
 
     Attributes:
-        tensors: In the order of the header, and what stands in front of it.
-        metadata: Text by name.
-        digests: What the file says its bytes are.
+        tensors: The tensors by name in the order of the header; also named values from the front of the file.
+        metadata: The metadata of the header.
+        digests: The recorded digests of the bytes.
     """
 
     tensors: dict[str, Any]
@@ -59,11 +59,11 @@ def read_file(path: Location, *, start: int = 0, salvage: bool = False) -> File:
 
     Args:
         path: The file.
-        start: Where in it the header begins.
-        salvage: Take a file that ends too early; what is not whole is over a `LostStorage`.
+        start: The offset of the header.
+        salvage: Accept a truncated file; incomplete tensors get a `LostStorage`.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: The file is damaged.
     """
     source = open_source(path)
     raw, header = _read_header(source, start)
@@ -81,8 +81,7 @@ def read_file(path: Location, *, start: int = 0, salvage: bool = False) -> File:
         for tensor in found.values():
             if tensor.nbytes and tensor.storage.pieces[0].offset + tensor.nbytes > source.size:
                 tensor.storage = LostStorage((), tensor.nbytes, tensor.storage.kind)
-        return File(found, metadata, recorded_digests(path, raw, metadata, found))
-    if end != source.size:
+    elif end != source.size:
         raise CorruptCheckpointError(
             f"the tensors end at byte {end}, the file has {source.size}",
             path=path,
@@ -93,7 +92,7 @@ def read_file(path: Location, *, start: int = 0, salvage: bool = False) -> File:
 
 
 def _read_header(source: StoredSource, start: int = 0) -> tuple[bytes, dict[str, Any]]:
-    """The header of a file, as it is and as it is meant."""
+    """The header of a file, as bytes and parsed."""
     (length,) = struct.unpack("<Q", source.read(start, 8))
     if length > MAX_HEADER:
         raise LimitExceededError(f"a header of {length} bytes, over the limit of {MAX_HEADER}", path=source.path)
@@ -112,10 +111,10 @@ def _read_header(source: StoredSource, start: int = 0) -> tuple[bytes, dict[str,
 
 
 def _parsed(raw: bytes) -> Any:
-    """The header, none of whose keys is there twice.
+    """The parsed header; duplicate keys are refused.
 
-    A function that is called for every object takes longer than all parsing. There are as many colons as keys, or more:
-    where there are as many as keys are left, none was there twice.
+    Calling a function for every object would take longer than parsing. There are at least as many colons as keys, so
+    if the parsed header has as many keys as there are colons, none was a duplicate.
     """
     header = json.loads(raw)
     nested = isinstance(header, dict) and all(type(entry) is dict for entry in header.values())
@@ -129,7 +128,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {describe(name)} is there twice")
+        raise ValueError(f"the key {describe(name)} occurs twice")
     return made
 
 
@@ -144,7 +143,7 @@ def _read_tensor(source: StoredSource, base: int, name: str, entry: Any) -> Lazy
         ) from None
     if code not in BY_CODE:
         raise UnsupportedCheckpointError(
-            f"tensor {describe(name)} has dtype {describe(code)}, whose width is not known"[:300],
+            f"tensor {describe(name)} has the unknown dtype {describe(code)}"[:300],
             path=source.path,
             hint="A newer version may know it.",
         )
@@ -162,14 +161,14 @@ def _read_tensor(source: StoredSource, base: int, name: str, entry: Any) -> Lazy
     if tensor.nbytes != stop - start:
         raise CorruptCheckpointError(
             f"tensor {describe(name)} of shape {describe(shape)} and dtype {code} has {describe(tensor.nbytes)} bytes, "
-            f"its range {stop - start}",
+            f"but its range has {stop - start}",
             path=source.path,
         )
     return tensor
 
 
 def are_natural(numbers: Iterable[Any]) -> bool:
-    """Whether all are integers from 0 up."""
+    """Whether all numbers are integers that are not negative."""
     return all(type(n) is int and n >= 0 for n in numbers)
 
 
@@ -177,7 +176,7 @@ def are_natural(numbers: Iterable[Any]) -> bool:
 
 
 class Entry(NamedTuple):
-    """A tensor and its name in the file."""
+    """A tensor with its name, dtype code and shape in the header."""
 
     name: str
     tensor: LazyTensor
@@ -193,7 +192,7 @@ def write_file(
     *,
     group: AtomicGroup | None = None,
 ) -> None:
-    """Write one safetensors file: the header, then the tensors in order; with a group it waits for the others' names.
+    """Write one safetensors file; with a group it appears together with the other files.
 
     Raises:
         DestinationError: It cannot be written.
@@ -209,7 +208,7 @@ def write_file(
 
 
 def _with_digests(entries: list[Entry], metadata: dict[str, str], algorithm: str) -> dict[str, str]:
-    """The metadata with the digests of the tensors, which are read for this, and that of the header without them."""
+    """The metadata with the digests of the tensors, which are read for this, and of the header."""
     digests = {entry.name: digest_of(entry.tensor.extents(), algorithm) for entry in entries}
     bare = _header(entries, {**metadata, DIGEST: described(algorithm, digests)})
     own = Digest(algorithm)

@@ -1,8 +1,8 @@
-"""Safetensors files in which several ranks wrote their parts of the same tensors, put together.
+"""Safetensors files in which several ranks wrote their parts of the same tensors, joined into full tensors.
 
-`torch.distributed.checkpoint.HuggingFaceStorageWriter` with `save_distributed` writes one file a rank (and a model
-file), `shard-0000R-model-0000I-of-0000N.safetensors`; a metadata entry says where each part begins. The shape of the
-whole is not in them: it is what the parts add up to, which is how torch reads them too.
+`torch.distributed.checkpoint.HuggingFaceStorageWriter` with `save_distributed` writes one file for each rank and model
+file, `shard-0000R-model-0000I-of-0000N.safetensors`; a metadata entry has the offset of each part. The full shapes are
+not stored: they are the sums of the parts, also when torch reads such files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_RANK = 1 << 20
 
 
 def shard_files(parts: Mapping[str, Document]) -> dict[str, list[str]]:
-    """The files of a folder that hold parts of the same tensors, by the name of what they are together."""
+    """The files of a folder that hold parts of the same tensors, by the name of the joined file."""
     found: dict[str, list[str]] = {}
     for name, part in parts.items():
         match = _NAME.fullmatch(name)
@@ -37,11 +37,11 @@ def shard_files(parts: Mapping[str, Document]) -> dict[str, list[str]]:
 
 
 def join_shards(path: Location, files: Mapping[str, Document]) -> Document:
-    """One document of those of all ranks.
+    """Join the documents of all ranks into one.
 
     Args:
-        path: What the result is called; nothing need be there.
-        files: By name, as `shard_files` found them.
+        path: A name for the result; no file of this name need exist.
+        files: The ranks' documents by file name, for names returned by `shard_files`.
 
     Raises:
         CorruptCheckpointError: A file is missing between others, or the parts of a tensor do not fill it.
@@ -64,13 +64,13 @@ def join_shards(path: Location, files: Mapping[str, Document]) -> Document:
     tree = {key: empty[key] if key in empty else _whole(path, key, pieces) for key, pieces in tiles.items()}
     rest = {key: value for part in files.values() for key, value in part.handle.items() if key != _ENTRY}
     note = (
-        f"{len(files)} files of ranks are one; shapes are not in them: that the last rank's are there cannot be checked"
+        f"{len(files)} files of ranks are joined; they do not store shapes, so a missing last rank would go unnoticed"
     )
     return Document(path, "safetensors", tree, notes=[note], parts=dict(files), handle=rest)
 
 
 def _check_numbers(path: Location, names: list[str]) -> None:
-    """Ranks are counted from 1, and so are the files of each; the number of ranks is nowhere."""
+    """Check that no rank is missing between others; ranks are counted from 1, and their number is not stored."""
     matches = [match for name in names if (match := _NAME.fullmatch(name))]
     ranks = {int(match[1]) for match in matches}
     if max(ranks) > _MAX_RANK:
@@ -110,7 +110,9 @@ def _whole(path: Location, key: str, pieces: Mapping[tuple[int, ...], tuple[str,
     except CheckpointError as error:
         files = ", ".join(name for name, _ in pieces.values())
         raise type(error)(
-            f"tensor {describe(key)} in {files}: {error.reason}", path=path, hint="A file is missing or of another run."
+            f"tensor {describe(key)} in {files}: {error.reason}",
+            path=path,
+            hint="A file is missing or of another run.",
         ) from error
     tiles = [Tile(at, tensor.shape, tensor.storage) for at, (_, tensor) in pieces.items()]
     return tensor_of_pieces(first.dtype, shape, lambda: tiles)

@@ -1,8 +1,8 @@
-"""Files of torch's `HuggingFaceStorageWriter` with more than tensors in them: options of an optimizer, counters.
+"""Values that are not tensors in files of torch's `HuggingFaceStorageWriter`: options of an optimizer, counters.
 
-That writer puts every value that is not a tensor in front of the safetensors header, as an archive of `torch.save` of
-its own, and so do its superclasses with `SerializationFormat.SAFETENSORS`. No other reader, torch's neither, reads such
-a file. The names of the values are in the index alone, in the order of the archives.
+That writer puts each such value in front of the safetensors header as a separate archive of `torch.save`; its
+superclasses do the same with `SerializationFormat.SAFETENSORS`. No other reader, not even torch's, reads such a file.
+The names of the values are only in the index, in the order of the archives.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def begins_with_archive(source: StoredSource) -> bool:
 
 
 def read_values(source: StoredSource) -> tuple[list[Any], list[tuple[str, str]], int]:
-    """The values in front of a header, the globals that their pickles mention, and where the header begins.
+    """The values in front of a header, the globals that their pickles mention, and the offset of the header.
 
     Raises:
-        CheckpointError: One is damaged.
+        CheckpointError: A value is damaged.
     """
-    from optimstate.formats.torch.zip import read_archive  # a reader of pickles, which few of these files need
+    from optimstate.formats.torch.zip import read_archive  # few safetensors files need a reader of pickles
     from optimstate.formats.torch.zip_end import archive_length
 
     values: list[Any] = []
@@ -50,15 +50,15 @@ def read_values(source: StoredSource) -> tuple[list[Any], list[tuple[str, str]],
 def named_values(
     path: Location, values: Sequence[Any], names: Sequence[str] | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The values by name, and what is to be noted.
+    """The values by name, and notes.
 
     Args:
         path: The file.
-        values: In the order of the file.
-        names: Those that the index has for them; None where there is no index.
+        values: The values in the order of the file.
+        names: Their names in the index; None if there is no index.
 
     Raises:
-        CorruptCheckpointError: There are more or fewer of them than names.
+        CorruptCheckpointError: The numbers of values and names differ.
     """
     if names is None:
         note = (

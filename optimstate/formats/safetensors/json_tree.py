@@ -1,12 +1,12 @@
-"""Trees as JSON: what the safetensors container writes beside the tensors, without loss of types.
+"""Trees as JSON, without loss of types: what the safetensors container writes beside the tensors.
 
 A dict with string keys is a JSON object, a list an array; None, booleans, integers, finite floats and strings are
 themselves. Everything else is an object with one key that begins with `$`:
 
-    {"$tensor": NAME}                      a tensor of the file; further fields: see safetensors.py
+    {"$tensor": NAME}                      a tensor of the file; further fields: see checkpoint.py
     {"$tuple": [...]}  {"$set": [...]}  {"$frozenset": [...]}
     {"$dict": [[KEY, VALUE], ...]}         a dict whose keys are not all strings, or one begins with `$`
-    {"$ordered": [[KEY, VALUE], ...]}      an OrderedDict; "attributes" holds what was set on it (`_metadata`)
+    {"$ordered": [[KEY, VALUE], ...]}      an OrderedDict; "attributes" has its Python attributes (`_metadata`)
     {"$float": "inf" | "-inf" | "nan"}  {"$complex": [REAL, IMAGINARY]}  {"$int": HEXADECIMAL}, from 2**4096 on
     {"$bytes": BASE64}  {"$bytearray": BASE64}
     {"$global": "module.name"}             a torch dtype, a class: by name only; "module" where the name has dots
@@ -40,18 +40,18 @@ def encode(tree: Any, tensor: Callable[[Path, LazyTensor], Any], note: Note | No
 
     Args:
         tree: The tree.
-        tensor: Gives the JSON value for a tensor.
-        note: Called with what was changed: an object that is nothing but a text or number becomes that.
+        tensor: Returns the JSON value for a tensor.
+        note: Called with a message for each object that is only a string or a number and becomes that.
 
     Raises:
-        LimitExceededError: What stands in several places would be written too often.
+        LimitExceededError: Objects that occur in several places would be written too often.
         RepresentationError: An object has no representation; the message names it.
     """
     check_unfolded(tree)
     return _Encoder(tensor, note or (lambda _: None)).encode((), tree)
 
 
-_MOST = 1 << 4096  # parsers of JSON refuse, or round, integers of thousands of digits
+_MOST = 1 << 4096  # JSON parsers refuse or round integers with thousands of digits
 
 
 class _Encoder:
@@ -101,11 +101,10 @@ class _Encoder:
             return self.encode(path, value)
         kind = tensor_kind(node)
         remedy = remedy_for(kind) if kind is not None else ""
+        options = "--drop-opaque to leave such objects out, or convert to a torch container."
         raise RepresentationError(
             f"{format_path(path)} is {kind or f'an object of {_describe(node)}'}, which this container cannot hold",
-            hint=f"{remedy} Or give --drop-opaque to leave such objects out, or convert to a torch container.".lstrip()
-            if remedy
-            else "Give --drop-opaque to leave such objects out, or convert to a torch container.",
+            hint=f"{remedy} Or give {options}" if remedy else f"Give {options}",
         )
 
     def encode_dict(self, path: Path, node: dict[Any, Any]) -> Any:
@@ -143,14 +142,14 @@ def _describe(node: Any) -> str:
 
 
 def decode(value: Any, tensor: Callable[[dict[str, Any]], LazyTensor]) -> Any:
-    """The tree a JSON value stands for.
+    """The tree that a JSON value describes.
 
     Args:
-        value: What `encode` made.
-        tensor: Gives the tensor for an object with the key `$tensor`.
+        value: A result of `encode`.
+        tensor: Returns the tensor for an object with the key `$tensor`.
 
     Raises:
-        CorruptCheckpointError: It is not of this form.
+        CorruptCheckpointError: The value is malformed.
     """
     try:
         return _Decoder(tensor).decode(value)
