@@ -1,4 +1,4 @@
-"""What appears whole or not at all, and its one way out when it fails, wherever that is: nothing is left of it."""
+"""The base class of outputs that appear whole or not at all; wherever one fails, nothing is left of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Atomic"]
 
 
 class Atomic(ABC):
-    """A context manager for an output under a temporary name: left without an error it takes its own, whole.
+    """A context manager for an output with a temporary name, which gets its final name if no error is raised.
 
     Attributes:
-        path: The name that it takes.
-        fd: The open and locked temporary file or folder; -1 where there is none.
+        path: The final name.
+        fd: The descriptor of the locked temporary file or folder; -1 if there is none.
     """
 
     path: Path
@@ -30,7 +30,7 @@ class Atomic(ABC):
 
     @abstractmethod
     def _complete(self) -> None:
-        """Take the name: everything is written."""
+        """Give the output its final name; everything is written."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None:
@@ -46,7 +46,7 @@ class Atomic(ABC):
             raise
 
     def _fail(self, error: BaseException) -> None:
-        """Leave nothing; what a system call refused is raised as an error of the output."""
+        """Remove what was written; raise an `OSError` as an error that names the output."""
         self._discard()
         if isinstance(error, OSError) and not isinstance(error, DestinationError | CheckpointError):
             raise cannot_write(self.path, error) from error

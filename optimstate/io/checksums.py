@@ -1,4 +1,4 @@
-"""Checksums and digests of bytes, and those that containers record of theirs."""
+"""Computing digests of bytes, and comparing bytes with the checksums that their containers recorded."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from optimstate.io.location import Location
 __all__ = ["ALGORITHMS", "Digest", "Recorded", "compare", "digest_of", "recorded"]
 
 ALGORITHMS = {"sha256": 64, "xxh3": 32}
-"""The digests that can be recorded, by the number of their hexadecimal digits."""
+"""The digests that can be recorded -> their number of hexadecimal digits."""
 
 Blocks = Callable[[memoryview], Iterable[bytes | memoryview]]
-"""Gives the bytes in order; what is read from files may be in the given buffer, the same each time."""
+"""Returns bytes in order, in blocks; each block may be in the given buffer, which the next one overwrites."""
 
 
 class Digest:
-    """A digest of the bytes given so far.
+    """A digest to which bytes are added.
 
     Args:
         algorithm: One of `ALGORITHMS`.
 
     Raises:
-        UsageError: There is no such algorithm, or its library is not installed.
+        UsageError: The algorithm is unknown, or its library is not installed.
     """
 
     __slots__ = ("_hash",)
@@ -56,7 +56,7 @@ class Digest:
 
     @property
     def value(self) -> str:
-        """In hexadecimal digits."""
+        """The digest of the bytes so far, in hexadecimal digits."""
         return str(self._hash.hexdigest())
 
 
@@ -69,15 +69,15 @@ def digest_of(extents: Iterable[Extent], algorithm: str) -> str:
 
 
 class Recorded(NamedTuple):
-    """Bytes whose checksum their container recorded.
+    """Bytes with the checksum that their container recorded.
 
     Attributes:
-        path: The file they are in.
-        place: Where in it, for people.
-        blocks: Gives them.
-        expected: The CRC-32 as a number, a digest in hexadecimal digits.
+        path: The file of the bytes.
+        place: Their place in it, for messages.
+        blocks: Returns the bytes.
+        expected: The CRC-32 as a number, or a digest in hexadecimal digits.
         algorithm: `crc32`, or one of `ALGORITHMS`.
-        extents: Where they are in files, when they are stored as they are.
+        extents: The extents of the bytes; empty if they are stored compressed.
     """
 
     path: Location
@@ -91,17 +91,17 @@ class Recorded(NamedTuple):
 def recorded(
     path: Location, place: str, extents: tuple[Extent, ...], expected: int | str, algorithm: str = "crc32"
 ) -> Recorded:
-    """What was recorded of bytes that are stored as they are."""
+    """The record for bytes that are stored uncompressed."""
     return Recorded(path, place, partial(blocks, extents), expected, algorithm, extents)
 
 
 def compare(
     found: Recorded, buffer: memoryview, *, stopped: Callable[[], bool] | None = None, progress: Progress | None = None
 ) -> bool:
-    """Whether bytes are as they were recorded; True as well where it was given up.
+    """Whether bytes match their recorded checksum; also True if `stopped` ended the comparison.
 
     Raises:
-        CheckpointError: They cannot be read.
+        CheckpointError: The bytes cannot be read.
         UsageError: The library of the algorithm is not installed.
     """
     digest = None if found.algorithm == "crc32" else Digest(found.algorithm)

@@ -1,4 +1,4 @@
-"""Ranges of files copied into an output, by two threads that read and write or by the system where it can do better."""
+"""Copying ranges of files into an output, with two threads, or by the system where that is faster."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Protocol, Self
 
 from optimstate.io.extents import CHUNK, ByteSource, Extent, FileSource, Progress, StoredSource, near
 
-__all__ = ["BLOCK", "Checksum", "Copier", "FileCopier", "SharedTasks", "blocks"]
+__all__ = ["BLOCK", "Checksum", "Copier", "FileCopier", "SharedTasks", "blocks", "write_at"]
 
-BLOCK = 1 << 18  # one read and write: a block stays in the processor's cache between the two
-STRIPE = 1 << 24  # what a thread takes at a time
-FAR_STRIPE = 1 << 23  # the same of a store: one request
-SMALL_PIECE = 1 << 16  # shorter pieces are joined before they are written
+BLOCK = 1 << 18  # bytes of one read and write; they stay in the processor's cache between the two
+STRIPE = 1 << 24  # bytes that a thread copies as one task
+FAR_STRIPE = 1 << 23  # the same for a store, in one request
+SMALL_PIECE = 1 << 16  # bytes below which pieces are joined before they are written
 
-# File systems that can only move bytes through memory; others may share blocks between files, or copy on a server.
+# File systems that move bytes through memory in any case; others may share blocks between files, or copy on a server.
 _PLAIN_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "tmpfs"}
-_SYSTEM_CHUNK = 1 << 28  # one copy_file_range call, so that progress and Ctrl-C are served
+_SYSTEM_CHUNK = 1 << 28  # bytes of one copy_file_range call; between calls progress and Ctrl-C are handled
 _SYSTEM_CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ETXTBSY}
 
 
@@ -38,14 +38,14 @@ class Checksum:
 
 
 Task = Callable[[memoryview], None]
-"""Something to do, given a buffer of `BLOCK` bytes to do it with."""
+"""Called with a buffer of `BLOCK` bytes to work with."""
 
 
 class SharedTasks:
-    """Tasks that other threads begin with at once, and that the caller's does its share of when it waits for them.
+    """Tasks that other threads start at once, and in which the caller's thread joins while it waits for them.
 
-    They gain where the time goes into calls that leave Python's lock alone: reading, writing, checksums. After an error
-    no further task is begun.
+    This helps where the time goes into calls that release Python's lock: reading, writing, checksums. After an error no
+    further task is started.
 
     Attributes:
         stopped: Whether a task in progress should give up.
@@ -58,7 +58,7 @@ class SharedTasks:
         self._failure: BaseException | None = None
 
     def add(self, task: Task, lanes: int = 1) -> None:
-        """Have a task done; so many threads beside the caller's are of use to those of its kind."""
+        """Add a task; `lanes` is the number of threads, without the caller's, that are useful for tasks of its kind."""
         while len(self._helpers) < lanes:
             helper = Thread(target=self._help, name="optimstate-helper", daemon=True)
             helper.start()
@@ -66,14 +66,14 @@ class SharedTasks:
         self._tasks.put(task)
 
     def finish(self) -> None:
-        """Do what is left, wait for the rest, and raise the first error met; more may be added afterwards."""
+        """Run the remaining tasks, wait for those in progress, and raise the first error; more may be added then."""
         if not self._helpers:
             return
         try:
             buffer = memoryview(bytearray(BLOCK))
             while not self.stopped:
                 task = self._tasks.get_nowait()
-                assert task is not None  # only put below, behind all others
+                assert task is not None  # only `_end_helpers` adds None, after all tasks
                 task(buffer)
         except Empty:
             pass
@@ -86,7 +86,7 @@ class SharedTasks:
             raise self._failure
 
     def stop(self) -> None:
-        """Give up what is not done, and wait for the other threads."""
+        """Drop the tasks that have not started, and wait for the other threads."""
         self.stopped = True
         self._end_helpers()
 
@@ -97,7 +97,7 @@ class SharedTasks:
         try:
             for helper in helpers:
                 helper.join()
-        except BaseException:  # Ctrl-C: no file must be closed under a helper, which stops after its block
+        except BaseException:  # Ctrl-C: helpers stop after their block, and no file may be closed before
             self.stopped = True
             for helper in helpers:
                 helper.join()
@@ -116,26 +116,26 @@ class SharedTasks:
 
 
 class Copier(Protocol):
-    """Fills an output with ranges of files, with what is computed and with bytes.
+    """Fills an output with ranges of files, computed bytes and bytes in memory.
 
-    Used as a context manager: everything is there when it is left. A file is filled in any order, an upload only from
+    As a context manager it has written everything when it is left. A file is filled in any order, an upload only from
     its beginning to its end.
     """
 
     def put(self, extents: Iterable[Extent], position: int) -> int:
-        """Copy the bytes of `extents` one after the other to `position`; returns their number."""
+        """Copy the bytes of `extents` one after the other to `position`, and return their number."""
 
     def put_with_checksum(self, extents: Sequence[Extent], position: int) -> Checksum | int:
-        """As `put`; the CRC-32 of the bytes, known already or when the copier has finished."""
+        """As `put`, but return the CRC-32 of the bytes, as a `Checksum` if it is known only when they are copied."""
 
     def write(self, data: bytes | memoryview, position: int) -> None:
-        """Write bytes at once, on the caller's thread."""
+        """Write bytes at once, in the caller's thread."""
 
     def report(self, done: int) -> None:
-        """Say that so many bytes more are written."""
+        """Report that `done` more bytes are written."""
 
     def finish(self) -> None:
-        """Wait until everything that was put is there; more may be put afterwards."""
+        """Wait until everything is written; more may be added afterwards."""
 
     def __enter__(self) -> Self: ...
 
@@ -145,16 +145,16 @@ class Copier(Protocol):
 
 
 class FileCopier:
-    """Fills an open file at given positions, in any order; everything is there when the context is left.
+    """Fills an open file at given positions, in any order; everything is written when the context is left.
 
-    Ranges of files are read and written by the caller's thread and another; those of stores by as many threads as their
-    stores serve well, each part written where it belongs. Both calls leave Python's lock alone; the
-    system lets one thread write to a file at a time, but the other can read meanwhile, so a third would add little.
-    What a computation yields is read by the caller's thread only. The file's own position is not used.
+    The caller's thread and one other copy ranges of files; for ranges of stores there are as many threads as the store
+    serves well. Reading and writing release Python's lock. The system lets only one thread at a time write to a file,
+    but another can read meanwhile; a third would gain little. Computed bytes are read only in the caller's thread. The
+    file's own position is not used.
 
     Args:
         fd: The output.
-        progress: Called with the bytes written since the last call; by either thread, never by both at once.
+        progress: Called with the bytes written since the last call, from any thread, but never at the same time.
 
     Raises:
         CheckpointError: A source cannot be read or ends too early.
@@ -168,7 +168,7 @@ class FileCopier:
         self._tasks = SharedTasks()
 
     def put(self, extents: Iterable[Extent], position: int) -> int:
-        """Copy the bytes of `extents` one after the other to `position`; returns their number."""
+        """Copy the bytes of `extents` one after the other to `position`, and return their number."""
         start = position
         joined: list[bytes] = []
         joined_at = position
@@ -199,7 +199,7 @@ class FileCopier:
         return position - start
 
     def put_with_checksum(self, extents: Sequence[Extent], position: int) -> Checksum:
-        """As `put`; every byte is also given to the checksum."""
+        """As `put`, but return the CRC-32 of the bytes, which is known when they are copied."""
         found = Checksum()
 
         def copy(buffer: memoryview) -> None:
@@ -219,7 +219,7 @@ class FileCopier:
         return found
 
     def finish(self) -> None:
-        """Wait until everything that was put is there; more may be put afterwards.
+        """Wait until everything is written; more may be added afterwards.
 
         Raises:
             CheckpointError: A source could not be read or ended too early.
@@ -260,7 +260,7 @@ class FileCopier:
         def copy(buffer: memoryview) -> None:
             done = 0
             while done < length and not self._tasks.stopped:
-                # To the next block of the output first: pages that are written whole take a fifth less time.
+                # First up to the next block of the output, because writing whole pages takes a fifth less time.
                 block = buffer[: min(len(buffer) - (position + done) % len(buffer), length - done)]
                 source.read_into(block, offset + done)
                 self.write(block, position + done)
@@ -270,27 +270,31 @@ class FileCopier:
         return copy
 
     def write(self, data: bytes | memoryview, position: int) -> None:
-        """Write bytes at once, on the caller's thread."""
-        rest = memoryview(data)
-        while rest:
-            done = os.pwrite(self.fd, rest, position)
-            rest = rest[done:]
-            position += done
+        """Write bytes at once, in the caller's thread."""
+        write_at(self.fd, data, position)
 
     def report(self, done: int) -> None:
-        """Say that so many bytes more are written."""
+        """Report that `done` more bytes are written."""
         if self._progress is not None and done:
             with self._lock:
                 self._progress(done)
 
 
+def write_at(fd: int, data: bytes | memoryview, position: int) -> None:
+    """Write bytes at a position of an open file."""
+    rest = memoryview(data)
+    while rest:
+        done = os.pwrite(fd, rest, position)
+        rest, position = rest[done:], position + done
+
+
 def _lanes(source: ByteSource | None) -> int:
-    """How many threads beside the caller's are of use."""
+    """The number of threads, without the caller's, that are useful for reading a source."""
     return max(source.lanes - 1, 1) if isinstance(source, StoredSource) else 1
 
 
 def blocks(extents: Iterable[Extent], buffer: memoryview) -> Iterator[bytes | memoryview]:
-    """The bytes of `extents` in order; what is read from files is in the same buffer each time.
+    """The bytes of `extents` in order; those read from files are in the same buffer each time.
 
     Raises:
         CheckpointError: A source cannot be read or ends too early.
@@ -310,7 +314,7 @@ def blocks(extents: Iterable[Extent], buffer: memoryview) -> Iterator[bytes | me
 
 @cache
 def _file_systems() -> dict[int, str]:
-    """The kind of file system of each mounted device; proc(5) gives the form of the lines."""
+    """The kind of file system of each mounted device; see proc(5) for the format of the lines."""
     found = {}
     try:
         for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -323,7 +327,7 @@ def _file_systems() -> dict[int, str]:
 
 
 def _goes_through_memory(source: FileSource, fd: int) -> bool:
-    """Whether reading and writing is all that the system could do itself."""
+    """Whether the system itself could only read and write, so that leaving the copy to it gains nothing."""
     if not hasattr(os, "copy_file_range"):
         return True
     device = source.inode[0]
@@ -333,7 +337,7 @@ def _goes_through_memory(source: FileSource, fd: int) -> bool:
 def _copy_in_system(
     source: FileSource, offset: int, length: int, fd: int, position: int, report: Callable[[int], None]
 ) -> int:
-    """Let the system copy as far as it can; returns how many bytes it did."""
+    """Let the system copy as much as it can, and return the number of bytes that it copied."""
     done = 0
     while done < length:
         count = min(length - done, _SYSTEM_CHUNK)
@@ -343,7 +347,7 @@ def _copy_in_system(
             if error.errno in _SYSTEM_CANNOT:
                 return done
             raise
-        if n == 0:  # some file systems answer 0 instead of an error
+        if n == 0:  # some file systems return 0 instead of an error
             return done
         done += n
         report(n)

@@ -1,4 +1,4 @@
-"""Where an output may go: what is refused before anything is written."""
+"""Checking the destination of an output before anything is written."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def check_destination(destination: Location, sources: Sequence[Location], *, for
 
     Raises:
         DestinationExistsError: It exists and `force` is false.
-        DestinationError: It is (or holds, or lies in) an input, is neither a regular file nor a folder, or its folder
-            does not exist.
+        DestinationError: It is (or contains, or is inside) an input, is neither a regular file nor a folder, or its
+            parent folder does not exist.
     """
     if not isinstance(destination, Path):
         _check_remote(destination, sources, force=force)
@@ -55,7 +55,7 @@ def check_destination(destination: Location, sources: Sequence[Location], *, for
 
 
 def _is_there(source: Path) -> bool:
-    """Whether a source can be looked at; who reads it says why not."""
+    """Whether a source exists; if it cannot be examined, reading it will raise the error."""
     try:
         source.stat()
     except (OSError, ValueError):
@@ -64,7 +64,7 @@ def _is_there(source: Path) -> bool:
 
 
 def _check_remote(destination: Location, sources: Sequence[Location], *, force: bool) -> None:
-    """The same in a store, where folders are parts of names. That nothing is there is asked again by the writing."""
+    """As `check_destination`, for stores, where folders are parts of names; writing checks once more."""
     for source in sources:
         one, other = f"{str(destination).rstrip('/')}/", f"{str(source).rstrip('/')}/"
         if one == other:
@@ -80,7 +80,7 @@ def _check_remote(destination: Location, sources: Sequence[Location], *, force: 
 
 
 def check_kind(path: Path) -> None:
-    """Refuse to replace anything but files and folders: pipes, sockets and devices are not ours to remove."""
+    """Refuse to replace anything but files and folders, such as pipes, sockets and devices."""
     with suppress(FileNotFoundError):
         mode = path.stat().st_mode
         if not (S_ISREG(mode) or S_ISDIR(mode)):
@@ -91,6 +91,6 @@ def check_kind(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: BaseException) -> DestinationError:
-    """What is raised for an output that a system call refused."""
+    """The error for an output for which a system call failed."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return DestinationError(f"{path}: cannot be written: {reason}")

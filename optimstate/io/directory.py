@@ -1,7 +1,7 @@
 """Folders that appear whole or not at all.
 
-A folder is exchanged with the one it replaces where the system can do that in one step (Linux). Elsewhere the old one
-is renamed first: it stands whole under a temporary name until the new one has its name.
+Where the system can exchange two names in one step (Linux), a folder is exchanged with the one that it replaces.
+Elsewhere the old folder is first renamed: it is complete under a temporary name until the new one has its name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["AtomicDirectory"]
 
 
 class AtomicDirectory(Atomic):
-    """A new folder that takes its name only when it is complete; see `AtomicFile`.
+    """A new folder that gets its name only when it is complete; see `AtomicFile`.
 
     The context manager's value is the temporary folder to fill.
     """
@@ -66,10 +66,10 @@ class AtomicDirectory(Atomic):
         self._close()
 
     def _replace(self, temporary: Path) -> None:
-        """Exchange the new folder with what stands at its place, which is removed."""
+        """Exchange the new folder with the file or folder that has its name, and remove the latter."""
         if _exchange(temporary, self.path):
             count_as_finished(temporary, self.path)
-            count_as_unfinished(temporary)  # under this name stands what was replaced
+            count_as_unfinished(temporary)  # now the name of the old folder
             remove(temporary)
             return
         replaced = temporary_sibling(self.path)
@@ -91,7 +91,7 @@ _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, where the system and the file system can; renameat2(2)."""
+    """Exchange two names in one step; False if the system or the file system cannot. See renameat2(2)."""
     if not sys.platform.startswith("linux"):
         return False
     import ctypes

@@ -1,4 +1,4 @@
-"""Byte ranges of files, and outputs that appear whole or not at all."""
+"""Byte ranges of files, objects in stores and memory."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ CHUNK = 1 << 20  # one read or write through user space
 
 
 class ByteSource(Protocol):
-    """Anything that yields bytes by position: a file, or a computation that produces them on demand."""
+    """Anything that returns bytes by position: a file, or a computation that makes them on demand."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes at `offset`."""
 
 
 class StoredSource:
-    """What lies somewhere under a name and is read at any offset, by several threads at once: a file, or an object.
+    """A file, or an object in a store, which several threads can read at any offset.
 
     Attributes:
-        path: Where it is, for messages.
+        path: Its name.
         size: Its number of bytes.
-        version: What its store calls this version of it; None for a file.
-        lanes: How many reads in flight at once pay. Where it is more than one, reading costs a trip to a store.
+        version: The store's identifier of this version of the object; None for a file.
+        lanes: How many concurrent reads are useful; more than one means that each read is a request to a store.
     """
 
     __slots__ = ()
@@ -79,18 +79,18 @@ class StoredSource:
         buffer[:] = self.read(offset, len(buffer))
 
     def prefetch(self, extents: Iterable[Extent]) -> None:
-        """Say that extents of any stored sources will be read soon: what is far away fetches them together."""
+        """Announce that extents of any stored sources will be read soon; objects in stores are fetched together."""
 
     def trips(self, extents: Iterable[Extent]) -> int:  # noqa: ARG002
-        """How many requests `prefetch` would make."""
+        """The number of requests that `prefetch` would make."""
         return 0
 
     def ahead(self, extents: Iterable[Extent]) -> Iterator[bytes | memoryview]:
-        """The bytes of extents of any stored sources in order, several reads under way before they are asked for."""
+        """The bytes of extents of any stored sources in order, with several reads in progress in advance."""
         return (extent.read() for extent in extents)
 
     def check(self, offset: int, length: int) -> None:
-        """Refuse a range that the file does not have.
+        """Check that the file has a range.
 
         Raises:
             CorruptCheckpointError: The file ends before that.
@@ -126,7 +126,7 @@ class FileSource(StoredSource):
         self.path = Path(path)
         self._fd = -1
         try:
-            # Opening a pipe must not wait for its other end.
+            # Non-blocking, so that opening a pipe does not wait for its other end.
             flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
             self._fd = os.open(self.path, flags)
             status = os.fstat(self._fd)
@@ -189,13 +189,13 @@ class FileSource(StoredSource):
             ) from error
 
     def close(self) -> None:
-        """Release the descriptor; reading afterwards is an error of the caller."""
+        """Close the descriptor; the file cannot be read afterwards."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def __del__(self) -> None:
-        try:  # noqa: SIM105 - at the interpreter's end no other module can be relied on
+        try:  # noqa: SIM105 - when the interpreter exits, contextlib may be gone
             self.close()
         except Exception:  # noqa: BLE001
             pass
@@ -205,15 +205,15 @@ class FileSource(StoredSource):
 
 
 class FileSlice:
-    """A part of a file under offsets of its own: an archive inside a larger file.
+    """A part of a file, with offsets counted from its beginning: an archive inside a larger file.
 
     Args:
         file: The file.
-        start: Where the part begins.
-        size: Its number of bytes.
+        start: The offset of the part in the file.
+        size: The number of bytes of the part.
 
     Raises:
-        CorruptCheckpointError: The file ends before that.
+        CorruptCheckpointError: The file ends before the part does.
     """
 
     __slots__ = ("file", "path", "size", "start")
@@ -221,7 +221,7 @@ class FileSlice:
     def __init__(self, file: StoredSource, start: int, size: int) -> None:
         if start < 0 or size < 0 or start + size > file.size:
             raise CorruptCheckpointError(
-                f"a part of {size} bytes is said to be at offset {start}, but the file has {file.size} bytes",
+                f"a part of {size} bytes should be at offset {start}, but the file has {file.size} bytes",
                 path=file.path,
                 place=f"offset {start}",
                 hint="The file is truncated or damaged; copy it again from its source.",
@@ -293,7 +293,7 @@ def is_far(extent: Extent) -> bool:
 
 
 def near(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """The same bytes in the same order: those of files as they are, those of stores fetched a few reads ahead."""
+    """The same bytes in the same order, with those of stores fetched into memory a few reads in advance."""
     for far, group in groupby(extents, is_far):
         if not far:
             yield from group
@@ -305,26 +305,30 @@ def near(extents: Iterable[Extent]) -> Iterator[Extent]:
 
 
 def announce(extents: Iterable[Extent]) -> None:
-    """Say that these bytes will be read soon, in small pieces; of files that says nothing."""
-    rest = iter(extents)
-    first = next(rest, None)
-    if first is not None and is_far(first):  # one checkpoint is in one store
-        assert isinstance(first.source, StoredSource)
-        first.source.prefetch(chain((first,), rest))
+    """Announce that these bytes will be read soon in small pieces; has no effect for files."""
+    source, extents = _store_of(extents)
+    if source is not None:
+        source.prefetch(extents)
 
 
 def trips(extents: Iterable[Extent]) -> int:
-    """How many requests `announce` would make; none for files."""
+    """The number of requests that `announce` would make; 0 for files."""
+    source, extents = _store_of(extents)
+    return 0 if source is None else source.trips(extents)
+
+
+def _store_of(extents: Iterable[Extent]) -> tuple[StoredSource | None, Iterable[Extent]]:
+    """The first source if it is in a store, as then all of a checkpoint's are; and the same extents."""
     rest = iter(extents)
     first = next(rest, None)
     if first is None or not is_far(first):
-        return 0
+        return None, ()
     assert isinstance(first.source, StoredSource)
-    return first.source.trips(chain((first,), rest))
+    return first.source, chain((first,), rest)
 
 
 def chunks(extents: Iterable[Extent], size: int = CHUNK) -> Iterator[bytes]:
-    """The bytes of `extents` in order in blocks of exactly `size`, the last one shorter."""
+    """The bytes of `extents` in order, in blocks of `size` bytes; the last one may be shorter."""
     pending: list[bytes] = []
     room = size
     for extent in near(extents):

@@ -1,4 +1,4 @@
-"""Folders listed: what unfinished writers left is passed over, what cannot be looked at is an error."""
+"""Listing folders without the leftovers of unfinished writers; whatever cannot be examined is an error."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MAX_NOTES = 5
 
 
 def listed(folder: Location) -> list[Location]:
-    """What a folder holds, by name, without the leftovers of writers that were killed.
+    """The files and folders in a folder, sorted by name, without the leftovers of killed writers.
 
     Raises:
-        CheckpointNotFoundError: It is not there.
+        CheckpointNotFoundError: The folder does not exist.
         CheckpointError: It cannot be listed.
     """
     try:
@@ -30,11 +30,11 @@ def listed(folder: Location) -> list[Location]:
 
 
 def kind_of(path: Location) -> str:
-    """`file` or `folder`, through links.
+    """`file` or `folder`; links are followed.
 
     Raises:
-        CheckpointNotFoundError: There is nothing.
-        CheckpointError: It cannot be looked at, or is a pipe, a socket or a device.
+        CheckpointNotFoundError: The path does not exist.
+        CheckpointError: It cannot be examined, or is a pipe, a socket or a device.
     """
     try:
         mode = path.stat().st_mode
@@ -50,16 +50,16 @@ def kind_of(path: Location) -> str:
         return "file"
     if S_ISDIR(mode):
         return "folder"
-    raise CheckpointError("is not a regular file or folder", path=path, hint="Copy what it gives into a file first.")
+    raise CheckpointError("is not a regular file or folder", path=path, hint="Copy its contents into a file first.")
 
 
 def leftover_notes(folder: Location) -> list[str]:
-    """What is said of the leftovers in a folder and below."""
+    """Notes on the leftovers of killed writers in a folder and below."""
     if not isinstance(folder, Path):
-        return []  # uploads that did not end are no objects
+        return []  # in a store unfinished uploads are not objects
     found = list(leftovers(folder))
     notes = [
-        f"{path.relative_to(folder)} was left by an optimstate that was killed; it is passed over and may be deleted"
+        f"{path.relative_to(folder)} was left by an optimstate that was killed; it is ignored and may be deleted"
         for path in found[:_MAX_NOTES]
     ]
     return notes + ([f"and {len(found) - _MAX_NOTES} more of its kind"] if len(found) > _MAX_NOTES else [])

@@ -1,4 +1,4 @@
-"""Files that appear in a second folder without their bytes being moved."""
+"""Hard links: giving a file a second name without copying its bytes."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _CANNOT_LINK = {
 
 
 def linked(source: StoredSource, target: Location) -> bool:
-    """Give a file a second name where the file systems can.
+    """Link a file to a second name, if the file system can.
 
-    Both names have the same bytes from then on. Whatever this library writes takes the place of a name and leaves the
-    bytes behind the other alone.
+    Both names then have the same bytes. This library never changes a file under its name but replaces it, which does
+    not affect the other name.
 
     Args:
-        source: The file, which is open.
-        target: A name that is free.
+        source: The open file.
+        target: The new name; no file may have it.
 
     Returns:
-        Whether it has the name now; otherwise nothing was done.
+        Whether the file was linked; otherwise nothing was done.
 
     Raises:
         CheckpointError: Another file has taken the name of the source since it was opened.

@@ -1,6 +1,6 @@
-"""Where a checkpoint is: a path of this machine, or a name in a store that has `://` in it.
+"""The location of a checkpoint: a local path, or a name in a store, which contains `://`.
 
-Formats and verbs know a place by the part of `pathlib.Path` that is `Location`; a place in a store has the same.
+`Location` is the part of `pathlib.Path` that formats and verbs use; names in stores implement it too.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ __all__ = ["Location", "Place", "Status"]
 
 
 class Status(Protocol):
-    """What is known of a place without reading it; a part of `os.stat_result`."""
+    """The attributes of `os.stat_result` that are used."""
 
     @property
     def st_size(self) -> int:
-        """Bytes."""
+        """The number of bytes."""
 
     @property
     def st_mode(self) -> int:
-        """What it is, as `stat.S_ISREG` and `stat.S_ISDIR` read it."""
+        """The mode, for `stat.S_ISREG` and `stat.S_ISDIR`."""
 
 
 class Location(Protocol):
-    """A file or folder by its name; the methods are those of `pathlib.Path`."""
+    """A file or folder; for the methods see `pathlib.Path`."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -69,4 +69,4 @@ class Location(Protocol):
 
 
 Place: TypeAlias = str | PathLike[str] | Location
-"""A file or folder as verbs take it: its name, or a place that was named already."""
+"""A file or folder as verbs accept it: a name or a `Location`."""

@@ -22,8 +22,8 @@ from optimstate.io.temporary import begin, count_as_unfinished, remove, sync_dir
 
 __all__ = ["AtomicFile", "AtomicGroup", "FileOutput", "Output", "write_bytes"]
 
-_MAX_LOCKS = 500  # files of a group that are held open; a process may commonly open 1,024
-FLUSH_FROM = 1 << 26  # files from this size on are flushed while they are written
+_MAX_LOCKS = 500  # files of a group that are kept open; a process can commonly open 1,024
+FLUSH_FROM = 1 << 26  # bytes from which a file is flushed while it is written
 
 
 def write_bytes(fd: int, data: bytes | memoryview) -> int:
@@ -35,13 +35,13 @@ def write_bytes(fd: int, data: bytes | memoryview) -> int:
 
 
 class Output(Protocol):
-    """A file or object that is being written, from its beginning to its end.
+    """A file or object that is written from its beginning to its end.
 
-    Used as a context manager: left without an error it takes its name, whole; left with one it never was.
+    As a context manager it gets its name, complete, if no error is raised; otherwise nothing is left of it.
     """
 
     def tell(self) -> int:
-        """The current position, where the next bytes go."""
+        """The current position, at which the next bytes are written."""
 
     def write(self, data: bytes | memoryview) -> int:
         """Append bytes."""
@@ -50,17 +50,17 @@ class Output(Protocol):
         """Append the bytes of `extents` and return their number."""
 
     def copier(self, progress: Progress | None = None) -> Copier:
-        """What fills a stretch from the current position on; `seek` goes on behind it."""
+        """A copier that fills the output from the current position on; the position does not change."""
 
     def seek(self, position: int) -> None:
-        """Go on at the position up to which a copier has filled the output."""
+        """Set the position to that up to which a copier has filled the output."""
 
     def stream(self) -> AbstractContextManager[IO[bytes]]:
-        """The output as the file that libraries write to, from the current position on."""
+        """The output, from the current position on, as a binary file object for libraries."""
 
 
 class FileOutput:
-    """An open file as an `Output`; whoever opened it closes it."""
+    """An open file as an `Output`; the caller closes it."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -82,23 +82,23 @@ class FileOutput:
         return length
 
     def copier(self, progress: Progress | None = None) -> Copier:
-        """What fills a stretch of the file; its position is not moved."""
+        """A copier that fills the file; the position does not change."""
         return FileCopier(self.fd, progress)
 
     def seek(self, position: int) -> None:
-        """Go on at this position."""
+        """Set the position."""
         os.lseek(self.fd, position, os.SEEK_SET)
 
     @contextmanager
     def stream(self) -> Iterator[IO[bytes]]:
-        """The file as libraries write to it."""
+        """The file as a binary file object for libraries."""
         with os.fdopen(os.dup(self.fd), "wb") as file:
             yield file
         os.lseek(self.fd, 0, os.SEEK_END)
 
 
 class _Flusher:
-    """Writes a growing file back to the disk while it is still being written, so that little is left at the end."""
+    """A thread that flushes a file to the disk while it is being written, so that little is left at the end."""
 
     def __init__(self, fd: int) -> None:
         from threading import Event, Thread
@@ -113,11 +113,11 @@ class _Flusher:
         try:
             while not self._stopped.wait(0.02):
                 os.fdatasync(self._fd)
-        except OSError as error:  # the system reports a failed write once: it must not be lost here
+        except OSError as error:  # kept, because the system reports a failed write only once
             self._error = error
 
     def stop(self) -> None:
-        """Wait for the thread; raises what it met."""
+        """Wait for the thread, and raise its error if it had one."""
         self._stopped.set()
         self._thread.join()
         error, self._error = self._error, None
@@ -126,18 +126,18 @@ class _Flusher:
 
 
 class AtomicFile(Atomic, FileOutput):
-    """A new file that takes its name only when it is complete and on disk.
+    """A new file that gets its name only when it is complete and on disk.
 
-    Used as a context manager; an exception of any kind removes what was written and leaves any older file as it was.
+    A context manager; an exception of any kind removes the new file and leaves an older one unchanged.
 
     Args:
         path: The final name.
-        expected_size: A hint that lets the file system allocate at once.
-        sync: Flush to the disk before the file takes its name; without it a power cut can lose what was written.
-        group: Files that take their names together; this one waits for the others.
+        expected_size: The number of bytes to allocate in advance.
+        sync: Flush to the disk before the file gets its name; without it a power cut can lose the file.
+        group: Files that get their names together; this one waits for the others.
 
     Raises:
-        DestinationError: The file cannot be created, written or renamed, or there is something else than a file.
+        DestinationError: The file cannot be created, written or renamed, or something other than a file has its name.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class AtomicFile(Atomic, FileOutput):
             self._flusher = _Flusher(self.fd)
 
     def _beside(self) -> Path:
-        """The path whose temporary name this one has."""
+        """The path from which the temporary name is made."""
         return self.path if self._group is None else self._group.path
 
     def _make(self, temporary: Path) -> int:
@@ -191,7 +191,7 @@ class AtomicFile(Atomic, FileOutput):
         self._close()
 
     def _flush(self, temporary: Path) -> None:
-        """Everything is there and on disk; only the name is missing."""
+        """Flush the complete file, and give it the permissions of the file that it replaces."""
         os.ftruncate(self.fd, self.tell())
         if self._flusher is not None:
             self._flusher.stop()
@@ -208,14 +208,14 @@ class AtomicFile(Atomic, FileOutput):
 
 
 class AtomicGroup(Atomic):
-    """Files beside one another that take their names together, when all of them are complete: shards and their index.
+    """Files in one folder that get their names together when all of them are complete: shards and their index.
 
-    The names are given in the order in which the files were written. A reader that finds the others by the last one,
-    the index, meets the old checkpoint or the new one, provided that no name of the new is one of the old.
+    They get their names in the order in which they were written. A reader that finds the others by the last one, the
+    index, sees the old checkpoint or the new one, provided that the two have no names in common.
 
     Args:
-        path: That of the last one, whose temporary names all of them have: so the next writer finds what is left.
-        replaced: Files that are of no use when the last one has its name; they are removed then.
+        path: The last file. All temporary names are made from it, so that its next writer finds leftovers.
+        replaced: Files to remove when the last file has its name.
         sync: As for `AtomicFile`.
     """
 
@@ -226,13 +226,13 @@ class AtomicGroup(Atomic):
         self._waiting: list[tuple[Path, Path]] = []
         self._named: list[Path] = []
         self._locks: list[int] = []
-        self._last: Path | None = None  # the last temporary name, from when on it may be gone
+        self._last: Path | None = None  # the temporary name of the last file, set just before it is renamed
 
     def take(self, temporary: Path, path: Path, fd: int) -> int:
-        """Hold a complete file, its name and its lock, without which another writer would take it for a dead one's.
+        """Keep a complete file, its final name and its lock, which shows other writers that this one lives.
 
         Returns:
-            What the file's writer still has to close, -1 for nothing.
+            The descriptor, if the caller must close it; else -1.
         """
         self._waiting.append((temporary, path))
         if len(self._locks) == _MAX_LOCKS:
@@ -272,7 +272,7 @@ class AtomicGroup(Atomic):
 
     def _discard(self) -> None:
         if self._last is not None and not os.path.lexists(self._last):
-            self._remove_replaced()  # everything has its name: only this was missing
+            self._remove_replaced()  # all files have their names, so the group is complete
             self._close()
             return
         for temporary, _ in self._waiting:

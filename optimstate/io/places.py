@@ -1,7 +1,7 @@
-"""Places opened and written by name, be they on this machine or in a store: whoever reads or writes comes through here.
+"""Opening, reading and writing files by name, on this machine or in a store; all reading and writing goes through here.
 
-A name with `://` in it is in a store, and only then is anything that knows stores imported. What writes is imported by
-those who write.
+A name that contains `://` is in a store; modules for stores are imported only for such names, and modules for writing
+only by functions that write.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ __all__ = ["beginning", "is_remote", "located", "new_file", "new_folder", "new_g
 
 
 def is_remote(place: object) -> bool:
-    """Whether a place is in a store: `s3://`, `gs://`, `az://`, `hf://`, `https://`."""
+    """Whether a file or folder is in a store: `s3://`, `gs://`, `az://`, `hf://`, `https://`."""
     return not isinstance(place, Path) and "://" in str(place)
 
 
 def located(place: Place) -> Location:
-    """A place by its name.
+    """The location with a name.
 
     Raises:
-        UsageError: It is empty, in a store of an unknown kind, or there are credentials in the name.
+        UsageError: The name is empty, of an unknown kind of store, or contains credentials.
     """
     if place == "":
         raise UsageError("a path is empty", hint="Give the name of a file or folder; `.` is the current folder.")
     if isinstance(place, str) and "://" in place:
-        from optimstate.io.remote.path import remote  # only who names a store pays for it
+        from optimstate.io.remote.path import remote
 
         return remote(place)
     if isinstance(place, str | PathLike):
@@ -57,7 +57,7 @@ def open_source(place: Place) -> StoredSource:
 
 
 def prefetch(places: Iterable[Location]) -> None:
-    """Say that these files will be opened soon: in a store, their beginnings are fetched together."""
+    """Announce that files will be opened soon; of those in a store the beginnings are fetched together."""
     far = [_far(place) for place in places if not isinstance(place, Path)]
     if far:
         from optimstate.io.remote.path import opened_together
@@ -73,7 +73,7 @@ def _far(place: Location) -> RemotePath:
 
 
 def beginning(place: Place, length: int) -> bytes:
-    """The first bytes of a file or object, `length` of them where it has as many.
+    """The first `length` bytes of a file or object, or all if it has fewer.
 
     Raises:
         CheckpointError: It cannot be opened or read.
@@ -93,11 +93,11 @@ def new_file(
     """A file or object that appears whole or not at all; see `AtomicFile`.
 
     Args:
-        place: Its name.
-        expected_size: About how many bytes it will have.
+        place: The file.
+        expected_size: Its approximate number of bytes; 0 if unknown.
         sync: Flush it to the disk.
-        replace: Whether an object of a store may take the place of another; of files, that was asked before.
-        group: Files that appear together.
+        replace: Whether an existing object in a store may be replaced; for files the caller has checked this already.
+        group: The files that appear together with it.
     """
     if isinstance(place, Path):
         from optimstate.io.output import AtomicFile
@@ -110,7 +110,7 @@ def new_file(
 
 
 def new_folder(place: Location, *, sync: bool = True) -> AbstractContextManager[Location]:
-    """A folder that appears whole or not at all; see `AtomicDirectory` and, of a store, `RemoteFolder`."""
+    """A folder that appears whole or not at all; see `AtomicDirectory` and, for stores, `RemoteFolder`."""
     if isinstance(place, Path):
         from optimstate.io.directory import AtomicDirectory
 
@@ -121,7 +121,7 @@ def new_folder(place: Location, *, sync: bool = True) -> AbstractContextManager[
 
 
 def new_group(place: Location, *, replaced: Sequence[Location] = (), sync: bool = True) -> AtomicGroup:
-    """Files beside `place` that appear together; see `AtomicGroup` and, of a store, `RemoteGroup`."""
+    """Files beside `place` that appear together; see `AtomicGroup` and, for stores, `RemoteGroup`."""
     if isinstance(place, Path):
         from optimstate.io.output import AtomicGroup
 

@@ -1,8 +1,8 @@
-"""Files whose bytes several processes move: what a writer makes is written by the first, what it copies by all.
+"""Files that several processes fill together: the first writes new bytes, and all of them copy ranges of other files.
 
-Every process cuts the same list of ranges into contiguous shares of equal bytes. The first one tells the others theirs
-as files, offsets and lengths, so that they need neither the checkpoint nor the plan; where something must be computed,
-a process decides for itself, and the same.
+The list of ranges is divided into contiguous shares with equal numbers of bytes. The first process gives the others
+their shares as files, offsets and lengths, so that they need neither the checkpoint nor the plan. If something must be
+computed, every process makes the same list itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
-from optimstate.io.copying import Checksum, FileCopier
+from optimstate.io.copying import Checksum, FileCopier, write_at
 from optimstate.io.destination import cannot_write
 from optimstate.io.extents import Extent, Progress, StoredSource
 from optimstate.io.location import Location
@@ -28,7 +28,7 @@ __all__ = ["Range", "SharedFiles", "move", "range_of_row", "reporting", "row_of_
 
 
 class Range(NamedTuple):
-    """Bytes of a file, or computed ones, and where they go."""
+    """Bytes of a file, or computed bytes, with the file and the position to write them to."""
 
     extent: Extent
     target: Path
@@ -36,7 +36,7 @@ class Range(NamedTuple):
 
 
 def row_of_range(found: Range) -> list[Any] | None:
-    """A range as JSON; None where its bytes are computed."""
+    """A range as a JSON array; None if its bytes are computed."""
     source = found.extent.source
     if not isinstance(source, StoredSource):
         return None
@@ -44,13 +44,13 @@ def row_of_range(found: Range) -> list[Any] | None:
 
 
 def range_of_row(row: Sequence[Any], source: StoredSource) -> Range:
-    """A range that was JSON."""
+    """A range from its JSON array."""
     _, offset, target, position, length = row
     return Range(Extent(source, offset, length), Path(target), position)
 
 
 def reporting(moved: Progress, progress: Progress | None) -> Progress:
-    """One function that tells both of bytes: what others are told of this process, and who watches it."""
+    """A function that reports bytes both to the other processes (`moved`) and to the caller (`progress`)."""
 
     def report(nbytes: int) -> None:
         moved(nbytes)
@@ -61,7 +61,7 @@ def reporting(moved: Progress, progress: Progress | None) -> Progress:
 
 
 def move(ranges: Iterable[Range], progress: Progress | None, *, sync: bool) -> None:
-    """Copy ranges into files that are there.
+    """Copy ranges into existing files.
 
     Raises:
         CheckpointError: A source cannot be read, or ends too early.
@@ -83,11 +83,11 @@ def move(ranges: Iterable[Range], progress: Progress | None, *, sync: bool) -> N
 
 
 class SharedFiles:
-    """The files of a stage as a writer makes them.
+    """The files of a stage, to be used by a writer.
 
     Args:
-        stage: The folder that processes fill together, of which this is one.
-        sync: Flush what is written to the disk.
+        stage: The folder that this process and others fill together.
+        sync: Flush written data to the disk.
     """
 
     def __init__(self, stage: Stage, *, sync: bool) -> None:
@@ -95,26 +95,26 @@ class SharedFiles:
         self.sync = sync
         self.ranges: list[Range] = []
 
-    def file(self, path: Location, expected_size: int) -> SharedFile:  # noqa: ARG002  # for who deals out whole files
-        """A file of the folder; what it held at an earlier attempt stays where nothing else is written."""
+    def file(self, path: Location, expected_size: int) -> SharedFile:  # noqa: ARG002  # used by `SharedObjects`
+        """A file in the folder; bytes of an earlier attempt stay where nothing else is written."""
         return SharedFile(self, path)
 
     @contextmanager
     def folder(self, path: Location) -> Iterator[Location]:
-        """A folder of the folder."""
+        """A folder in the folder."""
         path.mkdir(exist_ok=True)
         yield path
 
     def share_out(self, moved: Progress, progress: Progress | None, confirmed: Callable[[], None]) -> None:
-        """Do together with the other processes what was noted.
+        """Copy the noted ranges together with the other processes.
 
         Args:
-            moved: Told of the bytes that this process has moved; what others are told of it.
-            progress: Told of the bytes that all have moved.
-            confirmed: The last thing before the commit; what it raises undoes the writing.
+            moved: Called with the bytes that this process has copied, to tell the others.
+            progress: Called with the bytes that all processes have copied.
+            confirmed: Called before the commit; if it raises, the output is removed.
 
         Raises:
-            DestinationError: One of them is dead.
+            DestinationError: Another process is dead.
         """
         stage, rank = self.stage, self.stage.team.rank
         if rank == 0:
@@ -130,21 +130,21 @@ class SharedFiles:
             self._end(votes)
 
     def _work(self, rank: int) -> dict[str, Any]:
-        """What another process is to do; nothing of it where it must decide for itself."""
+        """The work of another process as JSON; without ranges if it must make its own list of them."""
         rows = [row_of_range(found) for found in self._shares[rank]]
         return {"ranges": [], "files": None} if None in rows else {"ranges": rows, "files": {}}
 
     def _moved(self, rank: int, progress: Progress) -> Any:
-        """Do what is this process's part, and return its vote."""
+        """Copy this process's share, and return its vote."""
         move(self._shares[rank], progress, sync=self.sync)
         return []
 
     def _end(self, votes: Sequence[Any]) -> None:
-        """What is left to the first process when all have voted."""
+        """Called in the first process when all have voted."""
 
     @cached_property
     def _shares(self) -> list[list[Range]]:
-        """The ranges in their order, cut into shares of equal bytes."""
+        """The ranges in order, divided into shares with equal numbers of bytes."""
         size = self.stage.team.size
         total = sum(found.extent.length for found in self.ranges)
         shares: list[list[Range]] = [[] for _ in range(size)]
@@ -156,7 +156,7 @@ class SharedFiles:
                     rank += 1
                 length = min(extent.length - done, total * (rank + 1) // size - at)
                 if not isinstance(extent.source, StoredSource):
-                    length = extent.length - done  # what is computed is computed once
+                    length = extent.length - done  # computed bytes are not divided
                 shares[rank].append(Range(extent.cut(done, done + length), target, position + done))
                 done += length
                 at += length
@@ -164,7 +164,7 @@ class SharedFiles:
 
 
 class SharedFile:
-    """One of the files, as an `Output`; in other processes than the first nothing is written."""
+    """One of the files as an `Output`; only the first process writes to it."""
 
     def __init__(self, files: SharedFiles, path: Location) -> None:
         self._files = files
@@ -198,7 +198,7 @@ class SharedFile:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes."""
+        """Whether this process writes the file."""
         return self._fd is not None
 
     def tell(self) -> int:
@@ -217,13 +217,11 @@ class SharedFile:
 
     def write_at(self, data: bytes | memoryview, position: int) -> None:
         """Write bytes, in the first process."""
-        view = memoryview(data)
-        while view and self._fd is not None:
-            done = os.pwrite(self._fd, view, position)
-            view, position = view[done:], position + done
+        if self._fd is not None:
+            write_at(self._fd, data, position)
 
     def note(self, extents: Iterable[Extent], position: int) -> int:
-        """Note what is to be moved to a position, and return its length; zeros are there already."""
+        """Note ranges to copy to a position, and return their length; nothing is noted for zeros."""
         start = position
         for extent in extents:
             if extent.source is not None and extent.length:
@@ -232,7 +230,7 @@ class SharedFile:
         return position - start
 
     def note_with_checksum(self, extents: Sequence[Extent], position: int, progress: Progress) -> int:
-        """Write ranges to a position at once, and return their CRC-32: the first process reads them in any case."""
+        """Write ranges to a position at once, in the first process, and return their CRC-32."""
         value = 0
         for extent in extents if self.is_first else ():
             for at in range(0, extent.length, 1 << 20):
@@ -250,12 +248,12 @@ class SharedFile:
         return length
 
     def copier(self, progress: Progress | None = None) -> SharedCopier:
-        """What fills a stretch."""
+        """A copier that fills the file."""
         return SharedCopier(self, progress)
 
     @contextmanager
     def stream(self) -> Iterator[IO[bytes]]:
-        """The file as libraries write to it."""
+        """The file as a binary file object for libraries."""
         with io.BytesIO() as file:
             yield file
             self.write(file.getvalue())
@@ -273,7 +271,7 @@ class SharedCopier:
         return self._file.note(extents, position)
 
     def put_with_checksum(self, extents: Sequence[Extent], position: int) -> Checksum | int:
-        """As `put`; the CRC-32 stands in the file."""
+        """As `put`, but return the CRC-32 of the bytes, which are written at once."""
         return self._file.note_with_checksum(extents, position, self.report)
 
     def write(self, data: bytes | memoryview, position: int) -> None:
@@ -281,12 +279,12 @@ class SharedCopier:
         self._file.write_at(data, position)
 
     def report(self, done: int) -> None:
-        """Say that so many bytes more are written."""
+        """Report that `done` more bytes are written."""
         if self._progress is not None and done:
             self._progress(done)
 
     def finish(self) -> None:
-        """Nothing is waited for."""
+        """Does nothing: the ranges are copied later."""
 
     def __enter__(self) -> SharedCopier:
         return self

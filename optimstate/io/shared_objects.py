@@ -1,8 +1,8 @@
-"""Objects that several processes upload, each of them one process, and that are all made at the end.
+"""Objects of a store that several processes upload, each by one process; all objects are created at the end.
 
-What is in an object is noted first: bytes, and ranges of other files. Whose it is follows from the sizes of those
-before, so that every process that decides for itself decides the same. None of them is there before the commit: until
-then the store keeps their parts, and a vote says which.
+The contents of an object are noted first: bytes, and ranges of other files. The process that uploads it is chosen by
+the sizes of earlier objects, so that all processes choose the same one. No object exists before the commit: until then
+the store keeps the uploaded parts, and each process's vote lists its parts.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _BLOCK = 1 << 20
 
 
 class SharedObjects(SharedFiles):
-    """The objects of a stage as a writer makes them.
+    """The objects of a stage, to be used by a writer.
 
     Args:
-        stage: The folder of a store that processes fill together.
+        stage: The folder of a store that this process and others fill together.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -44,7 +44,7 @@ class SharedObjects(SharedFiles):
         self.objects: list[SharedObject] = []
 
     def file(self, path: Location, expected_size: int) -> SharedObject:
-        """An object of the folder: of the process that has least to do, or of the first where it is a small one."""
+        """An object in the folder, uploaded by the process with the least work; small ones by the first process."""
         owner = min(range(len(self._filled)), key=self._filled.__getitem__) if expected_size else 0
         self._filled[owner] += expected_size
         assert isinstance(path, RemotePath)
@@ -52,7 +52,7 @@ class SharedObjects(SharedFiles):
 
     @contextmanager
     def folder(self, path: Location) -> Iterator[Location]:
-        """A folder of the folder, which is a part of names."""
+        """A folder in the folder, which in a store is only a part of names."""
         yield path
 
     def _work(self, rank: int) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class SharedObjects(SharedFiles):
 
 
 class SharedObject(SharedFile):
-    """One of the objects, as an `Output`: what it is made of is noted, in its order."""
+    """One of the objects as an `Output`, whose contents are noted in order."""
 
     path: RemotePath
 
@@ -91,11 +91,11 @@ class SharedObject(SharedFile):
 
     @property
     def is_first(self) -> bool:
-        """Whether this process knows what is in it."""
+        """Whether this process uploads it."""
         return self.owner == self._objects.stage.team.rank
 
     def row(self) -> list[Any] | None:
-        """Its name and what it is made of as JSON; None where something is computed."""
+        """Its name and contents as JSON; None if something is computed."""
         pieces: list[Any] = []
         for piece in self.pieces:
             if isinstance(piece, bytes):
@@ -123,7 +123,7 @@ class SharedObject(SharedFile):
         return self._end - position
 
     def note_with_checksum(self, extents: Sequence[Extent], position: int, progress: Progress) -> int:  # noqa: ARG002
-        """Append ranges, and return their CRC-32; it stands in the object, so whose it is reads them once more."""
+        """Append ranges, and return their CRC-32, for which the uploading process reads them once more."""
         self.note(extents, position)
         self._is_partial = True
         value = 0
@@ -134,14 +134,14 @@ class SharedObject(SharedFile):
 
     def _expect(self, position: int) -> None:
         if position != self._end:
-            raise RepresentationError(f"{self.path}: an object is written from its beginning to its end")
+            raise RepresentationError(f"{self.path}: an object can only be written from its beginning to its end")
 
 
 def upload_objects(stage: Stage, rows: Sequence[Any], progress: Progress) -> dict[str, Any]:
-    """Upload objects that another process has decided on.
+    """Upload objects whose contents the first process has listed.
 
     Returns:
-        What this process votes.
+        This process's vote.
     """
     assert isinstance(stage, StoreStage)
     sources: dict[str, StoredSource] = {}
@@ -164,7 +164,7 @@ def _uploaded(
     try:
         for path, pieces in objects:
             with stage.new_object(path, held) as out:
-                for _, group in groupby(pieces, key=type):  # ranges that follow one another are copied as one
+                for _, group in groupby(pieces, key=type):  # consecutive ranges are copied in one call
                     extents = []
                     for piece in group:
                         if isinstance(piece, bytes):

@@ -1,4 +1,4 @@
-"""Bytes by position as the files that libraries read."""
+"""Sources as file objects, for libraries that read files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Source", "SourceFile"]
 
 
 class Source(Protocol):
-    """Bytes by position, so many of them."""
+    """Bytes by position, with a known size."""
 
     size: int
 
@@ -18,13 +18,13 @@ class Source(Protocol):
 
 
 class SourceFile(io.RawIOBase):
-    """A source as the file that libraries ask for."""
+    """A source as a raw binary file object."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._at = 0
 
-    # The methods of a raw file, as `io` describes them.
+    # For the methods see `io.RawIOBase`.
     def readable(self) -> bool:  # noqa: D102
         return True
 

@@ -1,8 +1,8 @@
-"""Temporary names: what is written stands under one until it is complete, and what dead writers left is known by it.
+"""Temporary names of unfinished outputs, by which the leftovers of dead writers are recognised.
 
 Everything is written under a temporary name beside its destination, `.NAME.<12 hex digits>.part`. The temporary file is
-locked while its writer lives, so the next writer of the same destination can tell what dead ones left and remove it.
-Whatever ends a writer but SIGKILL or the end of the machine removes what it began.
+locked while its writer lives, so the next writer of the same destination can recognise and remove the leftovers of dead
+ones. A writer that ends in any way but SIGKILL or a power cut removes its unfinished outputs.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ __all__ = [
 
 _TRIES = 3
 _LEFTOVER = r"(?s)\..+\.[0-9a-f]{12}\.part"
-_unfinished: dict[Path, None] = {}  # what this process must remove before it ends, in the order it was begun
+_unfinished: dict[Path, None] = {}  # unfinished outputs of this process, which it must remove before it ends
 _finished: list[Path] = []
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder is called as unfinished outputs are."""
+    """Whether the name of a file or folder is that of an unfinished output."""
     return re.fullmatch(_LEFTOVER, name) is not None
 
 
 def leftovers(folder: Path) -> Iterator[Path]:
-    """What unfinished writers left in a folder and below."""
+    """The unfinished outputs in a folder and below."""
     for inner, folders, files in os.walk(folder):
         found = sorted(filter(is_leftover, [*folders, *files]))
         yield from (Path(inner, name) for name in found)
@@ -54,15 +54,15 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 
 def finished() -> Sequence[Path]:
-    """What this process has written whole, the last one last."""
+    """The outputs that this process has finished, in order."""
     return _finished
 
 
 def remove_unfinished() -> list[Path]:
-    """Remove what this process began and did not finish: for the end of a program that was interrupted.
+    """Remove the unfinished outputs of this process, when a program is interrupted.
 
     Returns:
-        What was removed.
+        The removed files and folders.
     """
     begun = list(_unfinished)
     removed = [path for path in begun if os.path.lexists(path)]
@@ -78,7 +78,7 @@ def temporary_sibling(path: Path) -> Path:
 
 
 def lock(fd: int) -> bool | None:
-    """Whether this process now holds the lock of an open file; None where files cannot be locked."""
+    """Try to lock an open file; False if another process has it locked, None where files cannot be locked."""
     try:
         import fcntl
     except ImportError:
@@ -93,14 +93,23 @@ def lock(fd: int) -> bool | None:
 
 
 def begin(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
-    """Make and lock a temporary file or folder beside `path`; dead ones of the same destination are removed first."""
+    """Create and lock a temporary file or folder beside `path`, after removing the leftovers of dead writers.
+
+    Args:
+        path: The destination.
+        make: Creates the file or folder and returns an open descriptor.
+
+    Returns:
+        The temporary name and the descriptor.
+    """
     check_kind(path)
-    _remove_dead(path)
+    for dead in others_of(path):
+        remove_dead(dead)
     while True:
         temporary = temporary_sibling(path)
-        _unfinished[temporary] = None  # before there is anything to remove
+        _unfinished[temporary] = None  # before it is created
         fd = make(temporary)
-        # Another process may take it for a dead one in the moment before it is locked: then there is a next name.
+        # Before it is locked, another process may remove it as a dead writer's: then the next name is tried.
         if lock(fd) is not False and os.path.lexists(temporary):
             return temporary, fd
         os.close(fd)
@@ -108,7 +117,7 @@ def begin(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
 
 
 def others_of(path: Path) -> Iterator[Path]:
-    """The temporary names of this destination that are not this process's."""
+    """The temporary names for this destination that are not of this process."""
     begin = temporary_sibling(path).name[:-18]
     try:
         names = [entry.name for entry in path.parent.iterdir()]
@@ -118,12 +127,6 @@ def others_of(path: Path) -> Iterator[Path]:
         other = path.with_name(name)
         if name.startswith(begin) and is_leftover(name) and len(name) == len(begin) + 18 and other not in _unfinished:
             yield other
-
-
-def _remove_dead(path: Path) -> None:
-    """Remove what writers of this destination left who are no longer there."""
-    for dead in others_of(path):
-        remove_dead(dead)
 
 
 def remove_dead(dead: Path) -> None:
@@ -139,7 +142,7 @@ def remove_dead(dead: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a temporary file or folder; it counts as unfinished until it is gone."""
-    for _ in range(_TRIES):  # a disk that fails once does not always fail twice
+    for _ in range(_TRIES):  # a disk error may not occur again
         try:
             path.unlink()
         except FileNotFoundError:
@@ -155,8 +158,8 @@ def remove(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush the names in a folder, where the system can."""
-    with suppress(OSError):  # not every system can sync a folder
+    """Flush the names in a folder, if the system can."""
+    with suppress(OSError):
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -171,24 +174,24 @@ def take_name(temporary: Path, path: Path) -> None:
 
 
 def count_as_finished(temporary: Path, path: Path) -> None:
-    """What had a temporary name stands whole at its place."""
+    """Count the output with this temporary name as finished, under its final name."""
     _unfinished.pop(temporary, None)
     _finished.append(path)
 
 
 def count_as_unfinished(path: Path) -> None:
-    """What stands under this name is removed before the program ends."""
+    """Count a file or folder as unfinished, so that it is removed before the program ends."""
     _unfinished[path] = None
 
 
 def withdraw(path: Path) -> None:
-    """Remove an output that has its name already but is of no use alone."""
+    """Remove an output that already has its name but is useless without others."""
     remove(path)
     if path in _finished:
         _finished.remove(path)
 
 
 def count_as_parts(folder: Path) -> None:
-    """What was finished within a temporary folder counts no longer by itself."""
+    """Do not count the outputs in a folder as finished separately any more."""
     within = f"{folder}{os.sep}"
     _finished[:] = [path for path in _finished if not str(path).startswith(within)]

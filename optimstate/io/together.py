@@ -1,9 +1,9 @@
-"""Several processes, on one machine or many, that fill one folder: a stage they share, votes, and one commit.
+"""Several processes, on one machine or many, that write one folder together: a shared stage, votes, and one commit.
 
-They meet in the stage alone, a folder beside the destination on a file system that all of them see, or objects of the
-store that they write to (`optimstate.io.remote.stage`); no connection is made between them. The stage is named after
-what is to be done, so that a second attempt finds what the first has done. Every process says that it lives by a file
-that it touches, and that it is done by a vote; the first process waits for all votes and commits.
+The processes communicate only through the stage, a folder beside the destination on a file system that all of them can
+access, or objects in the store to which they write (`optimstate.io.remote.stage`). Its name is derived from everything
+that the result depends on, so that a second attempt continues the first. Every process updates a file as its sign of
+life, and writes a vote when it is done; the first process waits for all votes and commits.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from optimstate.record import Record
 
 __all__ = ["FolderStage", "Stage", "Team", "team_of_environment"]
 
-_PREFIX = ".together."  # of the files that are not part of the result
+_PREFIX = ".together."  # of the names of files that are not part of the result
 
 
 class Team(Record):
     """The processes that work together.
 
     Attributes:
-        rank: The number of this one.
-        size: How many there are.
-        patience: Seconds without a sign of life after which a process counts as dead.
+        rank: The number of this process, from 0.
+        size: The number of processes.
+        patience: The seconds without a sign of life after which a process counts as dead.
     """
 
     rank: int
@@ -45,10 +45,13 @@ class Team(Record):
 
 
 def team_of_environment(environment: Mapping[str, str]) -> Team | None:
-    """The processes that torchrun has started with this one; None where there is one only.
+    """The processes that torchrun started together with this one; None if there is only one.
 
-    Other launchers set `OPTIMSTATE_TOGETHER` beside `RANK` and `WORLD_SIZE`: those two alone are there in every process
-    of a training run, which may call this library for itself.
+    With other launchers `OPTIMSTATE_TOGETHER` must be set beside `RANK` and `WORLD_SIZE`, because those two are set in
+    every process of a training run, and each may use this library alone.
+
+    Raises:
+        DestinationError: A variable is not a number, or out of range.
     """
     if not ("TORCHELASTIC_RUN_ID" in environment or "OPTIMSTATE_TOGETHER" in environment):
         return None
@@ -66,21 +69,22 @@ def team_of_environment(environment: Mapping[str, str]) -> Team | None:
 
 
 class Stage(ABC):
-    """What processes fill together, as the first of them and as the others see it.
+    """A folder that several processes fill together.
 
-    As a context manager, for the first process, it commits when it is left, and stays as it is after an error, to go on
-    with. The others only call its methods.
+    The first process uses it as a context manager, which commits when it is left; after an error everything stays for
+    another attempt. The others only call its methods.
 
     Args:
-        destination: Its name when it is complete.
-        folder: Where the files of the result are written.
+        destination: The final name.
+        folder: The folder in which files are written until then.
         team: The processes.
-        check: Raises where the source is not what it was; asked before this process says that it is done.
+        check: Called before this process votes; raises if the source has changed.
 
     Attributes:
-        in_store: Whether files are objects: written from beginning to end by one process each, and never renamed.
-        beat: Seconds between two signs of life.
-        poll: Seconds between two looks at what others say.
+        in_store: Whether files are objects in a store: each written from beginning to end by one process, never
+            renamed.
+        beat: The seconds between two signs of life.
+        poll: The seconds between two looks at the messages of other processes.
     """
 
     in_store = False
@@ -99,7 +103,7 @@ class Stage(ABC):
 
     @abstractmethod
     def __enter__(self) -> Location:
-        """Begin, or go on; the place to write to."""
+        """Begin or continue; returns the folder to write to."""
 
     @abstractmethod
     def __exit__(
@@ -109,61 +113,65 @@ class Stage(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Remove what is not part of the result, before it takes its name."""
+        """Remove the files that are not part of the result, before the commit."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
-        """The bytes of every file that is written, by name."""
+        """The number of bytes of every written file, by name."""
 
-    # --- what is said ---------------------------------------------------------------------------------------------
+    # --- messages ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def _look(self) -> None:
-        """Learn what others say, where that is not asked one by one."""
+        """Update what is known about the messages, where they are not read one by one."""
 
     @abstractmethod
     def _is_open(self) -> bool:
-        """Whether the first process has begun, and not committed."""
+        """Whether the first process has begun and not yet committed."""
 
     @abstractmethod
     def _is_elsewhere(self, others: dict[str, object]) -> bool:
-        """Whether a first process lives in another stage of the destination: its sign has moved since it was seen."""
+        """Whether a first process is alive in another stage of the destination: its sign changed since the last call.
+
+        Args:
+            others: The signs seen so far; new ones are added.
+        """
 
     @abstractmethod
     def _sign_of(self, rank: int, last: object) -> tuple[object, int]:
-        """What changes while a process lives, None before; the bytes it has moved, where it is not the last one."""
+        """A process's sign of life, None before the first, and, if it is not `last`, the bytes that it has copied."""
 
     @abstractmethod
     def _give_sign(self, moved: int) -> None:
-        """Say that this process lives and has moved so many bytes."""
+        """Give a sign of life with the number of bytes that this process has copied."""
 
     @abstractmethod
     def _end_signs(self) -> None:
-        """This process says no more."""
+        """Remove the signs of life of this process."""
 
     @abstractmethod
     def _has(self, name: str) -> bool:
-        """Whether something was said."""
+        """Whether there is a message of this name."""
 
     @abstractmethod
     def _read(self, name: str) -> Any:
-        """What was said, or None."""
+        """The message of this name, or None."""
 
     @abstractmethod
     def _write(self, name: str, value: Any) -> None:
-        """Say something, whole."""
+        """Write a message, which appears whole."""
 
     # --- the first process ----------------------------------------------------------------------------------------
 
     def give(self, rank: int, work: Any) -> None:
-        """Tell a process what to do."""
+        """Give a process its work."""
         self._write(f"work.{rank}", work)
 
     def votes(self, moved: Callable[[int], None] | None) -> list[Any]:
-        """What every process has done, in order, when all have.
+        """Wait for the votes of all processes, and return them in order.
 
         Args:
-            moved: Called with the bytes that others have moved since the last call.
+            moved: Called with the bytes that others have copied since the last call.
 
         Raises:
             DestinationError: A process is dead.
@@ -184,7 +192,7 @@ class Stage(ABC):
             time.sleep(self.poll)
 
     def _expect(self, rank: int, moved: Callable[[int], None] | None) -> None:
-        """A sign of life that is newer than the last, as this process's own clock counts."""
+        """Check for a new sign of life; the time since the last one is measured with this process's own clock."""
         now = time.monotonic()
         last, since = self._seen.get(rank, (None, now))
         sign, done = self._sign_of(rank, last)
@@ -197,16 +205,16 @@ class Stage(ABC):
             raise DestinationError(
                 f"{self.destination}: rank {rank} has given no sign of life for {self.team.patience:.0f} seconds; "
                 "nothing has been committed",
-                hint="Start it again with the same plan and number of processes: it goes on where it stopped.",
+                hint="Start it again with the same plan and number of processes; it continues where it stopped.",
             )
 
     # --- every process --------------------------------------------------------------------------------------------
 
     def work(self) -> Any:
-        """What this process is to do, when the first one has said so.
+        """Wait for the work that the first process gives this one.
 
         Raises:
-            DestinationError: It does not.
+            DestinationError: The first process is dead, has not begun, or does something else.
         """
         begun = time.monotonic()
         others: dict[str, object] = {}
@@ -220,14 +228,14 @@ class Stage(ABC):
             elif self._is_elsewhere(others):
                 raise DestinationError(
                     f"{self.destination}: rank 0 writes it by another command, or from another version of the source",
-                    hint="Start all processes with the same arguments, when nobody writes to the source any more.",
+                    hint="Start all processes with the same arguments after all writing to the source has ended.",
                 )
             elif (waited := time.monotonic() - begun) > 10 * self.team.patience:
                 raise DestinationError(f"{self.destination}: rank 0 has not begun in {waited:.0f} seconds")
             time.sleep(self.poll)
 
     def vote(self, done: Any) -> None:
-        """Say that this process has done its share.
+        """Write this process's vote: its share is done.
 
         Raises:
             CheckpointError: The source has changed meanwhile.
@@ -237,16 +245,16 @@ class Stage(ABC):
         self._write(f"vote.{self.team.rank}", done)
 
     def voted(self) -> Any:
-        """What this process said it had done at an earlier attempt, or None."""
+        """This process's vote in an earlier attempt, or None."""
         self._look()
         found = self._read(f"vote.{self.team.rank}")
         return self._read(f"done.{self.team.rank}") if found is None else found
 
     def wait(self) -> None:
-        """Until the first process has committed.
+        """Wait until the first process has committed.
 
         Raises:
-            DestinationError: It does not.
+            DestinationError: The first process is dead.
         """
         while True:
             self._look()
@@ -255,7 +263,7 @@ class Stage(ABC):
             with suppress(FileNotFoundError):
                 if not self._has(f"vote.{self.team.rank}"):
                     done = self._read(f"done.{self.team.rank}")
-                    if done is None:  # all is done, and what is not part of the result is being removed
+                    if done is None:  # the first process has committed and is removing the messages
                         return
                     self.vote(done)
                 self._expect(0, None)
@@ -263,7 +271,7 @@ class Stage(ABC):
 
     @contextmanager
     def alive(self) -> Iterator[Callable[[int], None]]:
-        """Give signs of life meanwhile; the value is to be called with bytes that were moved."""
+        """Give signs of life during the block; the value is to be called with the number of bytes copied."""
         stopped, count = Event(), [0]
 
         def beat() -> None:
@@ -287,13 +295,13 @@ class Stage(ABC):
 
 
 class FolderStage(AtomicDirectory, Stage):
-    """A folder beside the destination, whose name it takes when it is left without an error.
+    """A stage in a folder beside the destination.
 
     Args:
         path: The destination.
-        digest: Twelve hexadecimal digits of everything that the result depends on.
+        digest: Twelve hexadecimal digits derived from everything that the result depends on.
         team: The processes.
-        sync: Flush to the disk before the folder takes its name.
+        sync: Flush to the disk before the folder gets its final name.
         check: As for `Stage`.
     """
 
@@ -317,7 +325,7 @@ class FolderStage(AtomicDirectory, Stage):
         self.fd = os.open(self.folder, os.O_RDONLY)
         if lock(self.fd) is False:
             raise DestinationError(f"{self.path}: is being written by other processes with the same plan")
-        for rank in range(self.team.size):  # what was done at an earlier attempt is to be said again, by who is there
+        for rank in range(self.team.size):  # votes of an earlier attempt, which the processes must repeat
             if rank != self.team.rank:
                 with suppress(FileNotFoundError):
                     (self.folder / f"{_PREFIX}vote.{rank}").replace(self.folder / f"{_PREFIX}done.{rank}")
@@ -328,27 +336,27 @@ class FolderStage(AtomicDirectory, Stage):
 
     def _complete(self) -> None:
         super()._complete()
-        self.clear()  # a sign of life may have come since
+        self.clear()  # a sign of life may have been written meanwhile
 
     def _discard(self) -> None:
         with suppress(OSError):
             self._close()
 
     def clear(self) -> None:
-        """Remove what is not part of the result, what asks the others for another vote before their votes."""
+        """Remove the files that are not part of the result, earlier votes first: they ask processes to vote again."""
         for folder in (self.folder, self.path):
             for file in sorted(folder.glob(f"{_PREFIX}*"), key=lambda file: not file.name.startswith(f"{_PREFIX}done")):
                 file.unlink(missing_ok=True)
 
     def sizes(self) -> dict[str, int]:
-        """The bytes of every file that is written, by name."""
+        """The number of bytes of every written file, by name."""
         return {file.name: file.stat().st_size for file in self.folder.iterdir() if file.is_file()}
 
     def _look(self) -> None:
-        """Nothing: files are looked at one by one."""
+        """Nothing: files are read one by one."""
 
     def _end_signs(self) -> None:
-        """Nothing: they go with the folder's other files."""
+        """Nothing: `clear` removes them."""
 
     def _is_open(self) -> bool:
         return self.folder.is_dir()

@@ -304,10 +304,7 @@ def test_the_tables_name_every_constructor_of_the_installed_torch() -> None:
 def test_what_is_no_tensor_is_not_called_one() -> None:
     for node in (3, {}, GlobalName("argparse", "Namespace").record(), GlobalName("my", "_rebuild_tensor")(1)):
         assert tensor_kind(node) is None
-    assert (
-        tensor_kind(GlobalName("torch._utils", "_rebuild_new")())
-        == "a tensor rebuilt by torch._utils._rebuild_new"
-    )
+    assert tensor_kind(GlobalName("torch._utils", "_rebuild_new")()) == "a tensor rebuilt by torch._utils._rebuild_new"
 
 
 def _wrapper(path: str) -> Any:

@@ -1,7 +1,7 @@
-"""The directory of a zip archive whose records are stored as they are: where each record is, without reading any.
+"""The directory of a zip archive whose records are stored uncompressed: it locates the records without reading any.
 
-An archive of `torch.save` has a record per tensor, so what is done for each of them is done for all at once: entries of
-equal length follow one another in long runs, each of which is unpacked in one call, and checked column by column.
+An archive of `torch.save` has a record for each tensor, so all entries of the directory are processed at once: long
+runs of consecutive entries have equal lengths, and are unpacked and checked column by column.
 """
 
 from __future__ import annotations
@@ -35,21 +35,20 @@ __all__ = ["Archive", "Record", "RecordStorage", "Records"]
 
 _SIGNATURE = b"PK\x01\x02"
 _MAX32_BYTES = b"\xff\xff\xff\xff"
-# Where numbers stand in an entry, and their types: flags (the low byte), method, CRC, both sizes, offset of the header.
+# Position and type of fields in an entry: flags (the low byte), method, CRC, both sizes, offset of the header.
 _FIELDS = ((8, "B"), (10, "H"), (16, "I"), (20, "I"), (24, "I"), (42, "I"))
 
-
-_FEW = 16  # entries that are looked at one by one
+_FEW = 16  # entries of a directory up to which they are unpacked one by one
 
 
 class Record(NamedTuple):
     """An entry of the archive's directory.
 
     Attributes:
-        name: Without the root folder.
-        header: Offset of its local header.
-        size: Bytes of its contents.
-        crc: CRC-32 of its contents; 0 also where the writer computed none.
+        name: The name without the root folder.
+        header: The offset of its local header.
+        size: The number of bytes of its contents.
+        crc: The CRC-32 of its contents; also 0 if the writer computed none.
     """
 
     name: str
@@ -59,14 +58,14 @@ class Record(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Entries of equal length that follow one another in the directory.
+    """Consecutive entries of equal length in the directory.
 
     Attributes:
-        at: Where the first begins.
-        entries: How many there are.
-        length: Bytes of each.
-        name: Bytes of each one's name, which stands behind the numbers.
-        extra: Bytes of each one's extra field, which stands behind the name.
+        at: The offset of the first entry.
+        entries: The number of entries.
+        length: The number of bytes of each entry.
+        name: The number of bytes of each name, which follows the numbers.
+        extra: The number of bytes of each extra field, which follows the name.
     """
 
     at: int
@@ -76,13 +75,13 @@ class _Run(NamedTuple):
     extra: int
 
     def column(self, directory: bytes, place: int) -> bytes:
-        """The byte at `place` of every entry."""
+        """The byte at position `place` of every entry."""
         return directory[self.at + place : self.at + self.entries * self.length : self.length]
 
     def field(self, directory: bytes, place: int, width: int, apart: int = 0) -> bytearray:
-        """The `width` bytes at `place` of every entry, with `apart` zeros behind each.
+        """The `width` bytes at position `place` of every entry, each followed by `apart` zeros.
 
-        They are taken with a stride: all first bytes, all second ones, ...
+        They are copied with a stride: all first bytes, all second ones, ...
         """
         if self.entries == 1:
             start = self.at + place
@@ -99,7 +98,7 @@ class _Run(NamedTuple):
             yield directory[start : start + self.extra]
 
     def alike(self, directory: bytes, place: int, expected: bytes) -> int:
-        """How many of the first entries have these bytes at `place`; 0 where entries are too short for them."""
+        """How many entries, from the first on, have these bytes at position `place`; 0 if entries are too short."""
         if place + len(expected) > self.length:
             return 0
         if self.entries == 1:
@@ -113,12 +112,12 @@ class _Run(NamedTuple):
 
 
 class Records(Mapping[str, Record]):
-    """Records by name, in directory order; made when they are asked for.
+    """Records by name, in directory order; each `Record` is made when it is looked up.
 
     Attributes:
-        names: In directory order.
-        positions: Name -> position in the columns.
-        headers, sizes, crcs: The fields of all records, column by column.
+        names: The names in directory order.
+        positions: The index of each name in the columns.
+        headers, sizes, crcs: The fields of all records as columns.
     """
 
     def __init__(self, names: Sequence[str], headers: Sequence[int], sizes: Sequence[int], crcs: Sequence[int]) -> None:
@@ -147,10 +146,10 @@ class Archive:
 
     Attributes:
         source: The file.
-        root: The folder all records are in, with its slash.
-        records: By name without the root, in directory order.
-        directory_offset: Where the directory begins.
-        compressed: The names of records that are not stored as they are; they cannot be read.
+        root: The folder of all records, with a slash.
+        records: The records by name without the root, in directory order.
+        directory_offset: The offset of the directory.
+        compressed: The names of compressed records, which cannot be read.
     """
 
     def __init__(self, source: StoredSource | FileSlice) -> None:
@@ -167,23 +166,23 @@ class Archive:
 
     @classmethod
     def of_records(cls, source: StoredSource | FileSlice, root: str, records: Records) -> Archive:
-        """An archive without a directory, whose records were found one by one."""
+        """An archive without a directory, of records that were found one by one."""
         made = object.__new__(cls)
         made.source, made.root, made.records, made.compressed = source, root, records, set()
         made.directory_offset, made._directory = source.size, b""
         return made
 
     def entries(self) -> Iterator[tuple[str, bytes]]:
-        """Name of each record, and the bytes of its entry in the directory."""
+        """The name of each record and the bytes of its entry in the directory."""
         names = iter(self.records)
         for run in self._runs(len(self.records)):
             for start in range(run.at, run.at + run.entries * run.length, run.length):
                 yield next(names), self._directory[start : start + run.length]
 
     def _runs(self, count: int) -> Iterator[_Run]:
-        """The entries, in runs of equal lengths."""
+        """The entries in runs of equal lengths."""
         data, at = self._directory, 0
-        few = count <= _FEW  # a thousand archives of one tensor each are read here, too
+        few = count <= _FEW  # distributed checkpoints have thousands of archives with one tensor each
         while count:
             lengths = data[at + 28 : at + 34]
             name, extra, comment = struct.unpack("<3H", lengths) if len(lengths) == 6 else (0, 0, 0)
@@ -193,7 +192,7 @@ class Archive:
                 raise self.corrupt(f"the zip directory is {problem}", self.directory_offset + at)
             most = 1 if few else min(count, (len(data) - at) // length)
             run = alike = window = 1
-            while alike == window and run < most:  # look ahead further and further: most runs are short or very long
+            while alike == window and run < most:  # compare more and more: most runs are short or very long
                 window = min(8 * run, most - run)
                 ahead = _Run(at + run * length, window, length, name, extra)
                 alike = min(ahead.alike(data, 0, _SIGNATURE), ahead.alike(data, 28, lengths))
@@ -215,7 +214,7 @@ class Archive:
         root, names = self._names(runs)
         records = Records(names, headers, sizes, crcs)
         if len(records) != len(names):
-            raise CorruptCheckpointError("the zip directory lists a record twice", path=self.source.path)
+            raise CorruptCheckpointError("the zip directory has two entries for one record", path=self.source.path)
         gaps = map(sub, map(sub, [*headers[1:], self.directory_offset], headers), sizes)
         if min(gaps) < LOCAL.size or sizes != full or any(methods) or any(flag & 1 for flag in set(flags)):
             self._check_entries(zip(names, flags, methods, sizes, full, headers, strict=True))
@@ -223,7 +222,7 @@ class Archive:
         return root, records
 
     def _names(self, runs: Sequence[_Run]) -> tuple[str, list[str]]:
-        """The folder all records are in, and their names in it."""
+        """The common folder of all records, and their names in it."""
         first = self._directory[runs[0].at + CENTRAL.size :][: runs[0].name]
         root = first[: first.find(b"/") + 1]
         for run in runs:
@@ -234,14 +233,14 @@ class Archive:
         joined = bytearray()
         for run in runs:
             joined += run.field(self._directory, CENTRAL.size + len(root), run.name - len(root), apart=1)
-        # All at once: taking them out and decoding them one by one takes as long as everything else here.
+        # All at once: decoding them one by one would take as long as everything else here.
         names = joined[:-1].decode("utf-8", "replace").split("\0")
         if b"\0" in root or len(names) != sum(run.entries for run in runs):
             raise CorruptCheckpointError("the name of a record has a zero in it", path=self.source.path)
         return root.decode("utf-8", "replace"), names
 
     def _numbers(self, runs: Sequence[_Run], place: int, kind: str) -> array[int]:
-        """One number of every entry."""
+        """One field of every entry."""
         found = array(kind)
         for run in runs:
             found.frombytes(run.field(self._directory, place, found.itemsize))
@@ -250,7 +249,7 @@ class Archive:
         return found
 
     def _check_entries(self, entries: Iterable[tuple[str, int, int, int, int, int]]) -> None:
-        """Refuse the first record that is not in the file as it says."""
+        """Refuse encrypted records and those that reach past the data; collect compressed ones."""
         for name, flag, method, size, full_size, header in entries:
             if flag & 1:
                 raise UnsupportedCheckpointError(f"record {describe(name)} is encrypted", path=self.source.path)
@@ -260,7 +259,7 @@ class Archive:
                 raise self.corrupt(f"record {describe(name)} of {size} bytes reaches past the data", header)
 
     def _check_overlaps(self, records: Records) -> None:
-        """Refuse a record that begins inside another; they may stand in any order."""
+        """Refuse a record that begins inside another; records may be in any order."""
         end = 0
         for header, size, name in sorted(zip(records.headers, records.sizes, records, strict=True)):
             if header < end:
@@ -281,7 +280,7 @@ class Archive:
             )
 
     def data_offset(self, record: Record) -> int:
-        """Where a record's contents begin; the local header has a padding of its own."""
+        """The offset of a record's contents, which follow its local header and the padding in it."""
         expected = (self.root + record.name).encode("utf-8", "replace")
         header = self.source.read(record.header, LOCAL.size + len(expected))
         fields = LOCAL.unpack_from(header)
@@ -298,11 +297,11 @@ class Archive:
         return start
 
     def extent(self, record: Record) -> Extent:
-        """The contents of a record."""
+        """The extent of a record's contents."""
         return self.source.extent(self.data_offset(record), record.size)
 
     def read(self, record: Record, limit: int) -> bytes:
-        """The contents of a small record, checked against its checksum."""
+        """The contents of a record of at most `limit` bytes, compared with its checksum."""
         if record.size > limit:
             raise LimitExceededError(
                 f"record {describe(record.name)} has {record.size} bytes, over the limit of {limit}",
@@ -314,8 +313,8 @@ class Archive:
         return data
 
     def recorded(self) -> Iterator[Recorded]:
-        """Every checksum of the directory; a writer that computed none wrote 0."""
-        from optimstate.io.checksums import recorded  # for those who compare them
+        """The checksums in the directory; 0 means that the writer computed none."""
+        from optimstate.io.checksums import recorded  # needed only to compare them
 
         for name, crc in zip(self.records, self.records.crcs, strict=True):
             record = self.records[name]
@@ -332,15 +331,15 @@ class Archive:
         )
 
 
-_NAME_AND_PADDING = 320  # of a record: nearly always enough
+_NAME_AND_PADDING = 320  # bytes of a local header after its fixed part; nearly always enough
 
 
 class RecordStorage(Storage):
-    """A storage that is one record of an archive; where its bytes begin is looked up when they are needed.
+    """A storage that is one record of an archive; its bytes are located when they are first needed.
 
     Attributes:
-        archive: Where the record is.
-        position: Of the record in `archive.records`.
+        archive: The archive.
+        position: The index of the record in `archive.records`.
     """
 
     __slots__ = ("_pieces", "archive", "position")
@@ -351,11 +350,11 @@ class RecordStorage(Storage):
 
     @property
     def crc(self) -> int | None:  # type: ignore[override]
-        """As the directory records it."""
+        """The CRC-32 in the directory, or None."""
         return self.archive.records.crcs[self.position] or None
 
     def reach(self) -> tuple[Extent, ...]:
-        """The record's own header, which says where its contents begin, and these where they are few."""
+        """The record's local header, which gives the offset of its contents, and the contents if they are small."""
         if not self.nbytes or hasattr(self, "_pieces"):
             return ()
         source = self.archive.source
@@ -365,7 +364,7 @@ class RecordStorage(Storage):
 
     @property
     def pieces(self) -> tuple[Extent, ...]:  # type: ignore[override]
-        """The record's contents."""
+        """The extents of the record's contents."""
         try:
             return self._pieces
         except AttributeError:
@@ -376,7 +375,7 @@ class RecordStorage(Storage):
 
 
 def _zip64(unpacked: int, packed: int, header: int, extra: bytes) -> tuple[int, int, int]:
-    """The sizes and the offset, those that do not fit 32 bits from the entry's zip64 field."""
+    """The sizes and the offset, with values that do not fit 32 bits taken from the entry's zip64 field."""
     fields = [unpacked, packed, header]
     if MAX32 in fields:
         at = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 
 from optimstate.formats.torch.zip_records import end_records
+from optimstate.io.copying import write_at
 
 __all__ = ["append_directory"]
 
@@ -34,20 +35,12 @@ def append_directory(fd: int, size: int, new: bytes, *, directory: int, entries:
     try:
         for at in (*range(size + _STEP, stop, _STEP), stop):
             # This record counts all bytes before it as directory; readers stop after the last entry.
-            _write(fd, end_records(entries, directory, at), at)
+            write_at(fd, end_records(entries, directory, at), at)
             os.fsync(fd)
-        _write(fd, new, size)
+        write_at(fd, new, size)
         os.fsync(fd)
         os.ftruncate(fd, stop)
         os.fsync(fd)
     except BaseException:
         os.ftruncate(fd, size)
         raise
-
-
-def _write(fd: int, data: bytes, position: int) -> None:
-    rest = memoryview(data)
-    while rest:
-        done = os.pwrite(fd, rest, position)
-        rest = rest[done:]
-        position += done

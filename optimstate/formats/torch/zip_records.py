@@ -1,4 +1,4 @@
-"""The records of a zip archive of `torch.save`, written in torch's own order, alignment and flags."""
+"""Writing the records of a zip archive in the order, with the alignment and the flags of `torch.save`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from optimstate.tensors.lazy import Storage
 __all__ = ["RecordWriter", "end_records", "records_behind", "write_records"]
 
 _ALIGNMENT = 64
-_BUFFER = 1 << 20  # small records are joined up to this size before they are written
-_SMALL_RECORD = 1 << 14
+_BUFFER = 1 << 20  # bytes of small records that are joined before they are written
+_SMALL_RECORD = 1 << 14  # bytes
 _FLAGS = 0x0808  # sizes follow the data; names are UTF-8
-_FLAGS_EMPTY = 0x0800  # nothing follows
-_CENTRAL_CRC = slice(16, 20)  # of a directory entry
+_FLAGS_EMPTY = 0x0800  # names are UTF-8
+_CENTRAL_CRC = slice(16, 20)  # the CRC in a directory entry
 
 
 class RecordWriter:
-    """Writes records at the current end of a file and remembers their directory entries."""
+    """Writes records one after another, and keeps their directory entries."""
 
     def __init__(self, copier: Copier, root: str, position: int, *, origin: int = 0) -> None:
         self.copier = copier
@@ -35,7 +35,7 @@ class RecordWriter:
         self._origin = origin
         self._pending: list[bytes] = []
         self._pending_at = position
-        self._unknown: list[tuple[Checksum, int, bytearray]] = []  # with the descriptor's place and the entry
+        self._unknown: list[tuple[Checksum, int, bytearray]] = []  # with the offset of the descriptor and the entry
 
     def _emit(self, data: bytes) -> None:
         self.position += len(data)
@@ -52,7 +52,7 @@ class RecordWriter:
         self.copier.write(data, self._origin + position)
 
     def add(self, name: str, extents: Sequence[Extent] | bytes, crc: int | None = None) -> int | Checksum:
-        """Write a record; its CRC-32 is computed on the way unless given, and known after `settle` at the latest."""
+        """Write a record and return its CRC-32, computed while copying unless given; known after `settle`."""
         size = len(extents) if isinstance(extents, bytes) else sum(extent.length for extent in extents)
         header = self.position
         encoded = (self.root + name).encode()
@@ -101,7 +101,7 @@ class RecordWriter:
         return found
 
     def settle(self) -> None:
-        """Wait for what is being copied, and write the checksums that were not known before."""
+        """Wait until everything is copied, then write the checksums that were computed meanwhile."""
         self._flush()
         self.copier.finish()
         for found, descriptor, entry in self._unknown:
@@ -111,7 +111,7 @@ class RecordWriter:
         self._unknown.clear()
 
     def directory(self) -> tuple[bytes, bytes]:
-        """The directory, and the end records that make it valid; to be written behind the records."""
+        """The directory and the end records that make it valid, to be written after the records."""
         self.settle()
         body = b"".join(self.entries)
         return body, end_records(len(self.entries), self.position, self.position + len(body))
@@ -120,7 +120,7 @@ class RecordWriter:
 def records_behind(
     root: str, position: int, record: tuple[str, bytes], entries: Sequence[bytes]
 ) -> tuple[bytes, bytes, bytes]:
-    """A record, and a directory of it and of others, to be written at `position`: the record, directory and end."""
+    """A record, a directory with `entries` and its own entry, and end records, to be written at `position` in order."""
     written = _Bytes()
     directory = RecordWriter(written, root, position)
     directory.add(*record)
@@ -130,7 +130,7 @@ def records_behind(
 
 
 class _Bytes:
-    """A copier into memory, from its beginning to its end."""
+    """A copier into memory, which must be filled from its beginning to its end."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -160,12 +160,12 @@ class _Bytes:
 
 
 def end_records(entries: int, start: int, stop: int) -> bytes:
-    """What makes a directory valid, with 64 bits whether or not they are needed.
+    """The end records that make a directory valid, always with those of zip64.
 
     Args:
-        entries: Their number.
-        start: Where the directory begins.
-        stop: Where it ends and these records stand.
+        entries: The number of directory entries.
+        start: The offset of the directory.
+        stop: The offset of its end, where these records are written.
     """
     size = stop - start
     end64 = END64.pack(b"PK\x06\x06", END64.size - 12, 0x031E, 45, 0, 0, entries, entries, size, start)
@@ -176,7 +176,7 @@ def end_records(entries: int, start: int, stop: int) -> bytes:
 
 
 def _zip64_extra(size: int, stored: int, header: int) -> bytes:
-    """The zip64 field as miniz writes it: only the values that do not fit. Torch counts on its exact length."""
+    """The zip64 field as miniz writes it, with only the values that do not fit; torch relies on its exact length."""
     if size < MAX32 and header < MAX32:
         return b""
     values = ([size, stored] if size >= MAX32 else []) + ([header] if header >= MAX32 else [])
@@ -194,11 +194,11 @@ def write_records(
     """Append a whole archive to an output and return its size.
 
     Args:
-        out: The output, at the place where the archive is to begin.
-        root: The folder of all records, with its slash.
+        out: The output, at the position where the archive begins.
+        root: The folder of all records, with a slash.
         pickled: The contents of `data.pkl`.
-        storages: In the order of their keys.
-        others: Further records, by name.
+        storages: The storages in the order of their keys.
+        others: Further records with their names.
         options: Whether checksums are computed, and the progress.
     """
     origin = out.tell()
@@ -223,7 +223,7 @@ def write_records(
 
 
 def _serialization_id(parts: Sequence[str]) -> bytes:
-    import hashlib  # costs more than the rest of this module to import, and only writing needs it
+    import hashlib  # importing it takes longer than everything else here
 
     digest = int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest(), "big")
     return b"%040d" % (digest % 10**40)

@@ -1,8 +1,8 @@
-"""Archives of `torch.save` written anew in torch's own layout, or re-described without moving a tensor.
+"""Writing archives of `torch.save`, in torch's own layout, or as a new pickle and directory after the old records.
 
-Sizes and checksums stand in the directory at the end, so a new pickle and directory behind the old records make a
-complete new checkpoint: that is how renames are written, to a new file (the rest is copied as it is) and in place (the
-rest is not touched).
+Sizes and checksums are in the directory at the end, so a new pickle and directory after the old records make a complete
+new checkpoint. Renames are written in this way, to a new file (the records are copied unchanged) and in place (the
+records are not touched).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["rewrite_in_place", "write", "write_archive"]
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
     """Write a tree as `torch.save` would.
 
-    When the tree holds exactly the storages of `like`, they are copied in one piece and only the pickle and the
+    If the tree has exactly the storages of `like`, its records are copied in one piece, and only the pickle and the
     directory are new; otherwise every record is written in torch's own order and alignment.
     """
     options = options or WriteOptions()
@@ -41,7 +41,7 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
 
 
 def _same_storages(tree: Any, archive: Archive) -> bool:
-    """Whether the tree holds the archive's storages and no others, in its order: torch computes places from that."""
+    """Whether the tree has exactly the archive's storages in its order, from which torch computes their offsets."""
     found = (node.storage if isinstance(node, LazyTensor) else node for _, node in walk(tree))
     used = {id(storage): storage for storage in found if isinstance(storage, Storage)}.values()
     if not all(isinstance(storage, RecordStorage) and storage.archive is archive for storage in used):
@@ -61,12 +61,12 @@ def _write_new(tree: Any, path: Location, like: Document | None, options: WriteO
 
 
 def write_archive(out: Output, tree: Any, options: WriteOptions) -> int:
-    """Append a whole archive to an output, as `torch.save` writes it to a stream, and return its size."""
+    """Append a whole archive to an output, as `torch.save` writes it to a stream, and return its number of bytes."""
     return write_records(out, "archive/", *_pickled(tree), [], options)
 
 
 def _pickled(tree: Any) -> tuple[bytes, list[Storage]]:
-    """The pickle of a tree, and the storages it refers to, in order of their keys."""
+    """The pickle of a tree, and the storages to which it refers in the order of their keys."""
     order: dict[int, tuple[str, Storage]] = {}
     pickled = dump(tree, lambda storage: order.setdefault(id(storage), (str(len(order)), storage))[0])
     return pickled, [storage for _, storage in order.values()]
@@ -76,7 +76,7 @@ _OWN_RECORDS = {"data.pkl", ".format_version", ".storage_alignment", "byteorder"
 
 
 def _other_records(like: Document | None) -> list[tuple[str, Extent]]:
-    """Records that are neither torch's own nor storages: kept as they are."""
+    """The records of `like` that are neither torch's own nor storages; they are kept."""
     if like is None or not isinstance(like.handle, Archive):
         return []
     archive = like.handle
@@ -92,14 +92,14 @@ def _kept_entries(archive: Archive) -> list[bytes]:
 
 
 def _write_redescribed(tree: Any, path: Location, archive: Archive, options: WriteOptions) -> None:
-    """Everything but the pickle stays at its offset: torch can then still predict where each storage is."""
+    """Write everything but the pickle at its old offset, so that torch can still predict the storages' offsets."""
     pickled = dump(tree)
     old = archive.records["data.pkl"]
     start = archive.data_offset(old)
     others = [record for name, record in archive.records.items() if name != "data.pkl"]
     stop = archive.directory_offset if any(other.header > old.header for other in others) else old.header
     pieces = [Extent(archive.source, 0, min(start, stop))]
-    if stop > start:  # the old names must not stay behind
+    if stop > start:  # the names in the old pickle must not remain in the file
         pieces += [Extent(None, 0, old.size), Extent(archive.source, start + old.size, stop - start - old.size)]
     size = stop + len(pickled) + sum(map(len, _kept_entries(archive)))
     with options.new_file(path, expected_size=size) as out:
@@ -110,18 +110,18 @@ def _write_redescribed(tree: Any, path: Location, archive: Archive, options: Wri
 
 
 def _redescription(archive: Archive, pickled: bytes, position: int) -> tuple[bytes, bytes, bytes]:
-    """What stands behind the records: the new pickle, the directory, and the end that makes it valid."""
+    """The new pickle, the directory and its end records, to be written after the old records."""
     return records_behind(archive.root, position, ("data.pkl", pickled), _kept_entries(archive))
 
 
 def rewrite_in_place(document: Document, tree: Any) -> None:
     """Give the file a new tree over the same storages by appending to it.
 
-    Nothing that was there is overwritten, and at every moment the file loads as before or as changed, by torch too (see
-    `zip_in_place`). On an error it is cut back to what it was.
+    No existing byte is overwritten, and at every moment torch and this library load the old or the new checkpoint (see
+    `zip_in_place`). On an error the file is truncated to its old size.
 
     Raises:
-        DestinationError: The tree does not hold exactly the file's storages, or the file cannot be written.
+        DestinationError: The tree does not have exactly the file's storages, or the file cannot be written.
     """
     archive = document.handle
     if not isinstance(document.path, Path):
@@ -137,16 +137,14 @@ def rewrite_in_place(document: Document, tree: Any) -> None:
     pickled = dump(tree)
     try:
         fd = os.open(document.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise DestinationError(f"{document.path}: cannot be written: {error.strerror}") from error
-    try:
-        if os.lseek(fd, 0, os.SEEK_END) != size:
-            raise DestinationError(f"{document.path}: changed while it was read")
-        new = b"".join(_redescription(archive, pickled, size))
-        append_directory(fd, size, new, directory=archive.directory_offset, entries=len(archive.records))
+        try:
+            if os.lseek(fd, 0, os.SEEK_END) != size:
+                raise DestinationError(f"{document.path}: changed while it was read")
+            new = b"".join(_redescription(archive, pickled, size))
+            append_directory(fd, size, new, directory=archive.directory_offset, entries=len(archive.records))
+        finally:
+            os.close(fd)
     except OSError as error:
         if isinstance(error, DestinationError):
             raise
         raise DestinationError(f"{document.path}: cannot be written: {error.strerror}") from error
-    finally:
-        os.close(fd)
