@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from optimstate.describe import describe
 from optimstate.errors import MigrationError
 from optimstate.problems import Problem
+from optimstate.tree import Opaque
 
 __all__ = ["PER_GROUP_KEYS", "Merge", "regroup_scheduler_state", "representatives"]
 
@@ -27,10 +28,10 @@ GroupMap = Sequence[Sequence[int]]
 # The lists of torch's schedulers, and of optimstate's, that have one entry per param group.
 PER_GROUP_KEYS = frozenset(
     {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"}
+    | {"base_values", "_last_value"}  # of mmengine and timm
 )
 # Their lists that have not.
 _SHARED_KEYS = frozenset({"milestones", "_milestones", "_schedule_phases", "_schedulers"})
-_NESTED = "_schedulers"
 
 
 def regroup_scheduler_state(
@@ -41,6 +42,7 @@ def regroup_scheduler_state(
     fresh: Mapping[int, Mapping[str, Any]] | None = None,
     per_group: Collection[str] = (),
     shared: Collection[str] = (),
+    groups: int | None = None,
 ) -> dict[str, Any]:
     """Rebuild a scheduler's state for other param groups.
 
@@ -53,6 +55,7 @@ def regroup_scheduler_state(
         fresh: For each new group that came from no old one, its values by key: `{2: {"base_lrs": 0.1, ...}}`.
         per_group: Further keys with one entry per group, of schedulers that are not torch's.
         shared: Further keys whose lists are not per group, of schedulers that are not torch's.
+        groups: How many there were, for a state in which no list of known meaning tells.
 
     Returns:
         A new state. Values that go to several groups are cloned; what is not per group is the same object as before.
@@ -62,7 +65,7 @@ def regroup_scheduler_state(
             lists, a new group without values, a list that may or may not be per group.
     """
     keys = PER_GROUP_KEYS.union(per_group).difference(shared)
-    sources = representatives(state, group_map, merge=merge, per_group=per_group, shared=shared)
+    sources = representatives(state, group_map, merge=merge, per_group=per_group, shared=shared, groups=groups)
     problems = list(_unfilled(state, keys, sources, fresh or {}))
     if problems:
         raise MigrationError(
@@ -78,6 +81,7 @@ def representatives(
     merge: Merge = "refuse",
     per_group: Collection[str] = (),
     shared: Collection[str] = (),
+    groups: int | None = None,
 ) -> list[int | None]:
     """For each new group, the old group whose values it gets; None for a group that came from no old one.
 
@@ -87,6 +91,7 @@ def representatives(
         merge: As for `regroup_scheduler_state`.
         per_group: As for `regroup_scheduler_state`.
         shared: As for `regroup_scheduler_state`.
+        groups: As for `regroup_scheduler_state`.
 
     Raises:
         MigrationError: Old groups with different values become one and `merge` is `refuse`, the group map does not fit
@@ -96,7 +101,7 @@ def representatives(
     if merge not in get_args(Merge):
         raise ValueError(f"merge must be one of {', '.join(get_args(Merge))}, got {describe(merge)}")
     keys = PER_GROUP_KEYS.union(per_group).difference(shared)
-    if problems := _misfits(state, keys, group_map, set(shared)):
+    if problems := _misfits(state, keys, group_map, set(shared), groups):
         raise MigrationError(problems)
     if merge == "refuse":
         problems = list(_ambiguities(state, keys, group_map))
@@ -118,11 +123,24 @@ def _lists(state: Mapping[str, Any], keys: Collection[str], path: str = "") -> I
     for key, value in state.items():
         if key in keys and isinstance(value, (list, tuple)):
             yield f"{path}{key}", value
-    for index, nested in enumerate(state.get(_NESTED) or ()):
-        yield from _lists(nested, keys, f"{path}{_NESTED}[{index}].")
+    for inner, nested in _nested(state, keys):
+        yield from _lists(nested, keys, f"{path}{inner}.")
 
 
-def _misfits(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap, shared: set[str]) -> list[Problem]:
+def _nested(state: Mapping[str, Any], keys: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The schedulers within a scheduler's state, and whatever else it keeps in mappings, with their places."""
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield str(key), value
+        elif isinstance(value, list | tuple) and key not in keys:
+            for index, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    yield f"{key}[{index}]", item
+
+
+def _misfits(
+    state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap, shared: set[str], known: int | None
+) -> list[Problem]:
     """What prevents any regrouping: inconsistent lengths, and lists of unknown meaning."""
     lengths = {path: len(values) for path, values in _lists(state, keys) if not _refills(state, path)}
     if len(set(lengths.values())) > 1:
@@ -132,7 +150,7 @@ def _misfits(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMa
             "to a running optimizer"
         )
         return [Problem("scheduler", message, remedy="complete the shorter ones first")]
-    groups = next(iter(lengths.values()), None)
+    groups = next(iter(lengths.values()), known)
     problems = [
         Problem("scheduler", f"new group {new} comes from old group {old}, but the scheduler state has {groups} groups")
         for new, sources in enumerate(group_map)
@@ -142,11 +160,25 @@ def _misfits(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMa
     for path, value in _unknown_lists(state, keys, _SHARED_KEYS | shared):
         if len(value) == groups:
             message = f"{path} has {groups} entries, as many as there are param groups, and is unknown"
-            last = path.rpartition(".")[2]
-            problems.append(
-                Problem("scheduler", message, remedy=f"say per_group=[{describe(last)}] or shared=[{describe(last)}]")
+            last = describe(path.rpartition(".")[2])
+            remedy = (
+                f"say per_group=[{last}] or shared=[{last}] to optimstate.state.scheduler.regroup_scheduler_state, or "
+                "leave the scheduler out (optimstate convert --without scheduler) and build it anew"
             )
-    return problems
+            problems.append(Problem("scheduler", message, remedy=remedy))
+    return [*problems, *_pickled(state, keys)]
+
+
+def _pickled(state: Mapping[str, Any], keys: Collection[str], path: str = "") -> Iterator[Problem]:
+    """Schedulers that are kept as pickled objects, whose lists cannot be rebuilt."""
+    for key, value in state.items():
+        fields = value.state if isinstance(value, Opaque) else None
+        if isinstance(fields, Mapping) and any(True for _ in _lists(fields, keys)):
+            message = f"{path}{key} is a pickled object with lists of its own for the param groups"
+            remedy = "leave the scheduler out (optimstate convert --without scheduler) and build it anew"
+            yield Problem("scheduler", message, remedy=remedy)
+    for inner, nested in _nested(state, keys):
+        yield from _pickled(nested, keys, f"{path}{inner}.")
 
 
 def _refills(state: Mapping[str, Any], path: str) -> bool:
@@ -160,8 +192,8 @@ def _unknown_lists(
     for key, value in state.items():
         if isinstance(value, (list, tuple)) and key not in keys and key not in shared:
             yield f"{path}{key}", value
-    for index, nested in enumerate(state.get(_NESTED) or ()):
-        yield from _unknown_lists(nested, keys, shared, f"{path}{_NESTED}[{index}].")
+    for inner, nested in _nested(state, keys):
+        yield from _unknown_lists(nested, keys, shared, f"{path}{inner}.")
 
 
 def _ambiguities(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap) -> Iterator[Problem]:
@@ -225,8 +257,10 @@ def _rebuilt(
 ) -> dict[str, Any]:
     rebuilt = dict(state)
     for key, value in state.items():
-        if key == _NESTED:
-            rebuilt[key] = [_rebuilt(nested, keys, sources, fresh) for nested in value]
+        if isinstance(value, Mapping):
+            rebuilt[key] = _rebuilt(value, keys, sources, fresh)
+        elif isinstance(value, list) and key not in keys and any(isinstance(item, Mapping) for item in value):
+            rebuilt[key] = [_rebuilt(i, keys, sources, fresh) if isinstance(i, Mapping) else i for i in value]
         elif key in keys and isinstance(value, (list, tuple)):
             if _refills(state, key):
                 entries = [state["default_min_lr"]] * len(sources)

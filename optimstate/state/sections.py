@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -15,10 +16,11 @@ from optimstate.state.judging import Candidate, Verdict, could_be_model, judge
 from optimstate.state.loose import loose_weights
 from optimstate.state.optimizer import OptimizerState, as_mapping
 from optimstate.state.records import is_tensor
-from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile, Path, children, difference, format_path, walk
+from optimstate.tree import MAX_DEPTH, Opaque, OpaqueFile, Path, children, difference, format_path, nodes, walk
 
 __all__ = [
     "KINDS",
+    "UNRECOGNISED",
     "Judgement",
     "Kind",
     "Section",
@@ -31,6 +33,8 @@ __all__ = [
 
 Kind = Literal["optimizer", "model", "scheduler", "ema"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+UNRECOGNISED = "unrecognised"
+"""What a scheduler is called that only its key tells."""
 
 
 class Section(Record):
@@ -210,7 +214,7 @@ def _find(tree: Any) -> Iterator[Section | Candidate | Verdict]:
         if len(path) > MAX_DEPTH:
             raise LimitExceededError(f"containers nested more than {MAX_DEPTH} deep")
         seen.add(id(node))
-        kind = _kind(node)
+        kind = _kind(node) or _kind_by_key(path, node)
         if kind == "model" and isinstance(node, Mapping):
             yield Candidate(path, node, inside)
         elif kind is not None:
@@ -251,6 +255,22 @@ def _kind(node: Any) -> Kind | None:
     if "n_averaged" in fields and could_be_model({key: value for key, value in fields.items() if key != "n_averaged"}):
         return "ema"
     return "model" if could_be_model(fields) else None
+
+
+def _kind_by_key(path: Path, node: Any) -> Kind | None:
+    """The kind of what no structure tells: counters and lists under the key of a scheduler."""
+    keys = [key for key in path if not isinstance(key, int)]
+    if not isinstance(node, Mapping) or len(keys) > 2 or not keys or not _SCHEDULER.fullmatch(str(keys[-1])):
+        return None
+    counts = any(type(value) is int for value in node.values())
+    plain = all(isinstance(key, str) and not isinstance(value, str) for key, value in node.items())
+    return "scheduler" if counts and plain and not any(is_tensor(value) for value in nodes(node)) else None
+
+
+_SCHEDULER = re.compile(
+    r"(lr_?|learning_rate_?|param_)?(sched|scheduler|schedule)s?(_?states?)?(_?dict)?s?(_\d+)?(\.(pt|pth|bin))?",
+    re.IGNORECASE,
+)
 
 
 def _is_optimizer(fields: Mapping[Any, Any]) -> bool:
@@ -318,6 +338,8 @@ def _is_shadow_list(fields: Mapping[Any, Any]) -> bool:
 def _is_scheduler(fields: Mapping[Any, Any]) -> bool:
     if "_schedulers" in fields or {"last_step", "base_values"} <= fields.keys():  # the latter is mmengine's
         return True
+    if {"base_values", "param_group_field"} <= fields.keys():  # timm's
+        return True
     if "last_epoch" not in fields:
         return False
     return bool(fields.keys() & {"base_lrs", "_last_lr", "_step_count", "num_bad_epochs"})
@@ -357,7 +379,7 @@ def scheduler_name(node: Any) -> str:
     for name, marks in _SCHEDULER_MARKS:
         if marks <= node.keys():
             return name
-    return "LRScheduler"
+    return "LRScheduler" if _is_scheduler(node) else UNRECOGNISED
 
 
 _SCHEDULER_MARKS: Sequence[tuple[str, set[str]]] = (

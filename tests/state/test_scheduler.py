@@ -243,14 +243,14 @@ def test_a_new_group_needs_values() -> None:
 
 
 def test_lists_of_unknown_schedulers_must_be_explained() -> None:
-    state = state_of(base_values=[1, 2], decay_at=[10, 20], _last_lr=[0.1, 0.2], names=["a", "b", "c"])
+    state = state_of(own_rates=[1, 2], decay_at=[10, 20], _last_lr=[0.1, 0.2], names=["a", "b", "c"])
     with pytest.raises(MigrationError) as error:
         regroup_scheduler_state(state, [[1]])
     assert len(error.value.problems) == 2
-    assert "base_values has 2 entries" in str(error.value.problems[0])
+    assert "own_rates has 2 entries" in str(error.value.problems[0])
     assert "per_group=['decay_at'] or shared=['decay_at']" in str(error.value.problems[1])
-    regrouped = regroup_scheduler_state(state, [[1]], per_group=["base_values"], shared=["decay_at"])
-    assert regrouped == state_of(base_values=[2], decay_at=[10, 20], _last_lr=[0.2], names=["a", "b", "c"])
+    regrouped = regroup_scheduler_state(state, [[1]], per_group=["own_rates"], shared=["decay_at"])
+    assert regrouped == state_of(own_rates=[2], decay_at=[10, 20], _last_lr=[0.2], names=["a", "b", "c"])
 
 
 def test_a_state_without_lists_needs_nothing() -> None:

@@ -43,7 +43,7 @@ class Rates:
         else:
             fresh = {number: self._fresh(number, state) for number in self._new()}
             group_map = [[] if base is None else [base] for base in self.groups.bases]
-            made = unshared(regroup_scheduler_state(state, group_map, fresh=fresh))
+            made = unshared(regroup_scheduler_state(state, group_map, fresh=fresh, groups=len(self.groups.before)))
         self.schedule = schedule_of(made)
 
     def _new(self) -> Iterator[int]:

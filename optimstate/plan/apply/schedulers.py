@@ -145,7 +145,8 @@ class _Work(Rates):
     def _change_argument(
         self, path: str, part: Schedule, key: str, value: Any, there: Sequence[tuple[str, Schedule]]
     ) -> None:
-        name = f"scheduler {named(part)}{' at ' + path if path else ''}"
+        name = f"scheduler {part.NAME}" if part.NAME else named(part)
+        name += f" at {path}" if path else ""
         check = part.ARGUMENTS.get(key)
         if check is None:
             others = [where for where, other in there if key in other.ARGUMENTS and where != path]

@@ -16,7 +16,7 @@ from optimstate.io.places import located
 from optimstate.plan.language.plan import Plan
 from optimstate.state.loose import loose_weights
 from optimstate.state.records import is_tensor
-from optimstate.state.sections import Section, judged
+from optimstate.state.sections import UNRECOGNISED, Section, judged, scheduler_name
 from optimstate.state.unread import unread_state
 from optimstate.surgery.inspection.repeated import repeated
 from optimstate.surgery.opening import open_to_read, opening
@@ -87,6 +87,9 @@ def verify(
             findings += [fault("certificate", where, str(problem)) for where, problem in wrong]
             blind += unseen
             checked.append(plural(len(certificates), "certificate"))
+        blind += [
+            f"scheduler at {section.label}: its form is not known" for section in schedulers if _is_unknown(section)
+        ]
         blind += [f"{format_path(path)} was not taken for a section: {why}" for path, why in judgement.others.items()]
         unread = unread_state(document.tree, judgement)
         return VerifyReport(
@@ -128,6 +131,10 @@ def _damaged(document: Document, checked: list[str], progress: Progress | None) 
     for part in _documents(document):
         for line in part.notes:
             yield note("container", part.path.name, line)
+
+
+def _is_unknown(scheduler: Section) -> bool:
+    return scheduler_name(scheduler.node) == UNRECOGNISED
 
 
 def _empty(document: Document) -> Iterator[Finding]:
