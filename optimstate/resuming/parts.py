@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from optimstate.describe import describe
-from optimstate.errors import StateMismatchError
+from optimstate.errors import CorruptCheckpointError, StateMismatchError
 from optimstate.formats.checksums import verify_read
 from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Extent
@@ -173,10 +173,17 @@ class Parts:
         return self._loadable(flat.optimizer if section.kind == "optimizer" else flat.rest)
 
     def optimizer(self, section: Section) -> OptimizerState:
-        """An optimizer's state."""
-        if section.host is None and section.positional:
-            return self._loaded_state(section.optimizer())
-        return OptimizerState.from_node(self.node(section))
+        """An optimizer's state.
+
+        Raises:
+            CorruptCheckpointError: It contradicts itself.
+        """
+        try:
+            if section.host is None and section.positional:
+                return self._loaded_state(section.optimizer())
+            return OptimizerState.from_node(self.node(section))
+        except CorruptCheckpointError as error:
+            raise error.within(path=self._document.path if self._document is not None else "") from None
 
     def beside(self, section: Section) -> Mapping[str, Any]:
         """What hooks wrote beside an optimizer's state."""

@@ -97,18 +97,18 @@ class OptimizerState(Record):
         """Read a mapping with `state` and `param_groups`.
 
         Raises:
-            CorruptCheckpointError: Names and parameters differ in number, or a key is in two groups.
+            CorruptCheckpointError: Names and parameters differ in number, or a key is in two groups. Within one group
+                torch allows tied parameters to be listed twice, with a warning.
         """
         groups = tuple(Group.from_node(group) for group in node["param_groups"])
         state = as_mapping(node["state"]) or {}
-        keys = [key for group in groups for key in group.params]
         try:
-            distinct = len(set(keys))
+            keys = [key for group in groups for key in set(group.params)]
+            twice = next((key for key, times in Counter(keys).items() if times > 1), None)
         except TypeError:  # a key that cannot be one: a list, a dict
             raise CorruptCheckpointError("param_groups has a parameter that cannot be a key of state") from None
-        if distinct != len(keys):
-            twice = next(key for key, times in Counter(keys).items() if times > 1)
-            raise CorruptCheckpointError(f"parameter {describe(twice)} is twice in param_groups")
+        if twice is not None:
+            raise CorruptCheckpointError(f"parameter {describe(twice)} is in two param groups")
         return cls(groups, {key: as_mapping(slots) or {} for key, slots in state.items()}, node)
 
     def to_node(self) -> dict[str, Any]:

@@ -71,11 +71,18 @@ class Section(Record):
         return format_path(self.path)
 
     def optimizer(self) -> OptimizerState:
-        """The section's state; only for optimizers."""
+        """The section's state; only for optimizers.
+
+        Raises:
+            CorruptCheckpointError: It contradicts itself.
+        """
         fields = _fields(self.node)
         assert self.kind == "optimizer"
         assert fields is not None
-        return OptimizerState.from_node(_keyed(fields) if _is_listed_optimizer(fields) else fields)
+        try:
+            return OptimizerState.from_node(_keyed(fields) if _is_listed_optimizer(fields) else fields)
+        except CorruptCheckpointError as error:
+            raise error.within(part=f"optimizer at {self.label}") from error.__cause__
 
     def tensors(self) -> dict[str, Any]:
         """Name to tensor, in order; only for models and EMAs. What is not a tensor, or under no name, is left out."""

@@ -27,8 +27,16 @@ def open_to_read(place: Place) -> Document:
 
 
 @contextmanager
-def opening(path: Place) -> Iterator[None]:
-    """Work on an opened checkpoint without garbage collection; too deep a nesting or too large a number is an error."""
+def opening(*paths: Place) -> Iterator[None]:
+    """Work on opened checkpoints without garbage collection; every error of theirs names the file.
+
+    Args:
+        paths: The checkpoint; or all of them, where an error need not say which it is about.
+
+    Raises:
+        CheckpointError: One cannot be read, or is nested too deeply.
+    """
+    path = " or ".join(map(str, paths))
     try:
         with no_garbage_collection():
             yield
@@ -36,6 +44,10 @@ def opening(path: Place) -> Iterator[None]:
         raise LimitExceededError("nested too deeply", path=path) from None
     except OverflowError:
         raise LimitExceededError("has a whole number that is too large to compute with", path=path) from None
+    except CheckpointError as error:
+        if error.path:
+            raise
+        raise error.within(path=path) from error.__cause__
     except OSError as error:
         if isinstance(error, OptimStateError):
             raise

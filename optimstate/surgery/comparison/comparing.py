@@ -63,7 +63,7 @@ def diff(
         raise UsageError(f"tolerance is {tolerance}, it must be a finite number from 0 up")
     template = template_of(name)
     paths = [side.path if isinstance(side, Document) else located(side) for side in (left, right)]
-    with opening(paths[0]):
+    with opening(*paths):
         documents = [
             side if isinstance(side, Document) else open_checkpoint(path)
             for side, path in zip((left, right), paths, strict=True)

@@ -92,7 +92,7 @@ def check_plan(
     if checkpoint is not None:
         checkpoint = located(checkpoint)
         target = None if target is None else located(target)
-        with opening(checkpoint):
+        with opening(*filter(None, (checkpoint, target))):
             tree = open_checkpoint(checkpoint).tree
             sections = names_of(tree)
             names = merged(sections)

@@ -178,7 +178,7 @@ def suggest(
     """
     known = read_layouts(Path(layouts)) if layouts is not None else None
     source, target = located(source), located(target)
-    with opening(source):
+    with opening(source, target):
         trees = [open_checkpoint(path).tree for path in (source, target)]
         old, new = (_model(tree, path) for tree, path in zip(trees, (source, target), strict=True))
         contents: list[dict[str, str]] = [{}, {}] if headers else _contents(trees, progress)

@@ -154,8 +154,10 @@ def _dtypes(where: str, state: OptimizerState, models: list[Section]) -> Iterato
 
 def _aliases(where: str, state: OptimizerState) -> Iterator[Finding]:
     spans: dict[int, list[tuple[int, int, str]]] = {}
-    for label, slots in _labelled(state):
-        for slot, value in (slots or {}).items():
+    labels: dict[Any, list[str]] = {}
+    for (key, _, _), (label, slots) in zip(state.parameters(), _labelled(state), strict=True):
+        labels.setdefault(key, []).append(label)
+        for slot, value in (slots or {}).items() if len(labels[key]) == 1 else ():
             if isinstance(value, LazyTensor) and value.nbytes:
                 spans.setdefault(id(value.storage), []).append((*value.span(), f"{label} {slot}"))
     for members in spans.values():
@@ -163,6 +165,10 @@ def _aliases(where: str, state: OptimizerState) -> Iterator[Finding]:
         for (_, stop, first), (start, _, second) in pairwise(members):
             if start < stop:
                 yield fault("aliases", where, f"{first} and {second} share memory: both would be updated twice")
+    for tied in labels.values():
+        if len(tied) > 1:
+            message = f"{' and '.join(tied)} are one parameter, listed {len(tied)} times: each step updates it as often"
+            yield note("aliases", where, message, tied)
 
 
 def _model_tensors(models: Iterable[Section]) -> Iterator[dict[str, Any]]:

@@ -108,7 +108,7 @@ def verify_against(path: Place, source: Place, plan: Plan | str | PathLike[str])
 
     plan = Plan.of(plan)
     path, source = located(path), located(source)
-    with opening(path):
+    with opening(path, source):
         actual, origin = open_to_read(path), open_to_read(source)
         expected, _, _ = apply_plan(plan, origin.tree)
         found = difference(expected, actual.tree)
