@@ -1,1 +1,1 @@
-"""Lazy tensors: a dtype, a shape, strides and byte extents of files."""
+"""Lazy tensors: a dtype, a shape, strides and byte extents in files."""

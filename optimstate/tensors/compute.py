@@ -1,4 +1,4 @@
-"""Tensors computed from others by torch, block by block, when their bytes are asked for."""
+"""Tensors that torch computes from others, block by block, when their bytes are read."""
 
 from __future__ import annotations
 
@@ -10,29 +10,26 @@ from optimstate.errors import UnsupportedCheckpointError
 from optimstate.io.extents import Extent
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage, with_pieces
-from optimstate.tensors.strided import moving_dtype, readable
+from optimstate.tensors.strided import stored_elements
 
 __all__ = ["bytes_of", "computed", "concatenated", "filled", "mapped", "reduced", "resolved", "taken", "to_torch"]
 
 
 def to_torch(tensor: LazyTensor) -> Any:
-    """The tensor as a `torch.Tensor`: memory-mapped where the file allows, and never written back to it."""
+    """The tensor as a `torch.Tensor`; memory-mapped where possible, and never written back to the file."""
     from optimstate.installed_torch import dtype_of, torch
 
     dtype = dtype_of(tensor.dtype)
     if not tensor.numel:
         return torch.empty(tensor.shape, dtype=dtype)
-    start, stop = tensor.span()
-    flat = torch.frombuffer(readable(tensor.storage.cut(start, stop)), dtype=moving_dtype(tensor.itemsize))
-    if flat.dtype != dtype:
-        flat = flat.view(dtype)
-    found = flat.as_strided(tensor.shape, tensor.stride, 0)
+    found = stored_elements(tensor)
+    found = found if found.dtype == dtype else found.view(dtype)
     found = -found if "neg" in tensor.flags else found
     return found.conj() if "conj" in tensor.flags else found
 
 
 def resolved(tensor: LazyTensor) -> LazyTensor:
-    """The actual elements, where torch saved others with a flag for an operation still to be applied."""
+    """The tensor with its conjugation or negation applied, which torch saves as a flag beside the stored elements."""
     return mapped(tensor, tensor.dtype, lambda block: block.resolve_conj())
 
 
@@ -41,7 +38,7 @@ class _Rows:
 
     Args:
         row_bytes: Bytes per row.
-        make: The bytes of the rows [first, last).
+        make: Returns the bytes of the rows [first, last).
     """
 
     def __init__(self, row_bytes: int, make: Callable[[int, int], bytes]) -> None:
@@ -56,14 +53,14 @@ class _Rows:
 
 
 def concatenated(tensors: Sequence[LazyTensor], dim: int) -> LazyTensor:
-    """Tensors of one dtype concatenated along `dim`; their other dimensions are equal.
+    """Tensors of one dtype concatenated along `dim`; their other dimensions must be equal.
 
-    Long runs of bytes stay references to where they are; short ones are interleaved when they are read.
+    Long runs of bytes are not copied but referred to; short runs are interleaved when they are read.
     """
     first = tensors[0]
     if any(tensor.flags != first.flags for tensor in tensors):
         raise UnsupportedCheckpointError(
-            "some of the tensors to put together were saved conjugated or negated, and some were not",
+            "some of the tensors to concatenate were saved conjugated or negated, and some were not",
             hint="Save them with `tensor.resolve_conj().resolve_neg()`.",
         )
     size = sum(tensor.shape[dim] for tensor in tensors)
@@ -116,9 +113,9 @@ def bytes_of(tensor: Any) -> bytes:
 
 
 def taken(tensor: LazyTensor, dim: int, index: Sequence[int]) -> LazyTensor:
-    """Rows of a dimension by their indices, in any order and as often as they are named.
+    """The given indices of a dimension, in any order and with repetitions.
 
-    Long rows stay references to where they are; short ones are put together when they are read.
+    Long rows are not copied but referred to; short ones are gathered when they are read.
     """
     shape = (*tensor.shape[:dim], len(index), *tensor.shape[dim + 1 :])
     outer, width = prod(shape[:dim]), prod(shape[dim + 1 :]) * tensor.itemsize
@@ -130,8 +127,8 @@ def taken(tensor: LazyTensor, dim: int, index: Sequence[int]) -> LazyTensor:
         pieces = tuple(
             piece
             for row in range(outer)
-            for place in index
-            for piece in source.cut(row * block + place * width, row * block + (place + 1) * width)
+            for position in index
+            for piece in source.cut(row * block + position * width, row * block + (position + 1) * width)
         )
         return with_pieces(tensor, pieces, tensor.dtype, shape)
 
@@ -146,12 +143,12 @@ def taken(tensor: LazyTensor, dim: int, index: Sequence[int]) -> LazyTensor:
 
 
 def mapped(tensor: LazyTensor, dtype: str, function: Callable[[Any], Any]) -> LazyTensor:
-    """A function of each element by itself, computed by torch a block at a time when the result is read.
+    """An elementwise function of a tensor, computed by torch a block at a time when the result is read.
 
     Args:
-        tensor: The elements.
-        dtype: Of the result.
-        function: Takes a torch tensor of one dimension, gives one of the same shape and of `dtype`.
+        tensor: The argument.
+        dtype: The dtype of the result.
+        function: Takes a 1-D torch tensor and returns one of the same shape and of `dtype`.
     """
     source, itemsize = Storage(tensor.extents(), tensor.nbytes), tensor.itemsize
     like = tensor.viewed((tensor.numel,), (1,), 0)
@@ -164,13 +161,14 @@ def mapped(tensor: LazyTensor, dtype: str, function: Callable[[Any], Any]) -> La
 
 
 def computed(like: LazyTensor, dtype: str, shape: tuple[int, ...], function: Callable[[int, int], Any]) -> LazyTensor:
-    """Elements that torch computes when they are read, a block at a time.
+    """A tensor that torch computes when it is read, a block at a time.
 
     Args:
-        like: A tensor whose place in the file and device the result takes.
-        dtype: Of the result.
-        shape: Of the result.
-        function: Takes the first element, in row-major order, and the one after the last; gives a torch tensor of them.
+        like: A tensor whose device and flags the result takes.
+        dtype: The dtype of the result.
+        shape: The shape of the result.
+        function: Takes the first element of a block, in row-major order, and the one after its last; returns a torch
+            tensor of the block's elements.
     """
     width, count = DTYPES[dtype].itemsize, prod(shape)
 
@@ -179,19 +177,19 @@ def computed(like: LazyTensor, dtype: str, shape: tuple[int, ...], function: Cal
 
     pieces = (Extent(_Rows(width, make), 0, count * width),) if count else ()
     made = with_pieces(like, pieces, dtype, shape)
-    made.metadata = None  # its flags have been obeyed
+    made.metadata = None  # its flags are applied
     return made
 
 
 def reduced(
     tensors: Sequence[LazyTensor], shape: tuple[int, ...], function: Callable[[Sequence[Any]], Any]
 ) -> LazyTensor:
-    """A function of whole tensors with a small result of their dtype: computed once, when it is first read.
+    """A function of whole tensors with a small result of their dtype, computed once, when it is first read.
 
     Args:
-        tensors: What it is computed from.
-        shape: Of the result.
-        function: Takes torch tensors, gives one of `shape`.
+        tensors: The arguments.
+        shape: The shape of the result.
+        function: Takes torch tensors and returns one of `shape`.
     """
     made: list[bytes] = []
     row_bytes = prod(shape) * tensors[0].itemsize
@@ -206,7 +204,7 @@ def reduced(
 
 
 def filled(like: LazyTensor, shape: tuple[int, ...], value: float) -> LazyTensor:
-    """A tensor of one value, with the dtype and place of another; zeros take neither torch nor memory."""
+    """A tensor filled with one value, with the dtype and device of another; zeros need neither torch nor memory."""
     if not value:
         nbytes = prod(shape) * like.itemsize
         return with_pieces(like, (Extent(None, 0, nbytes),) if nbytes else (), like.dtype, shape)

@@ -26,10 +26,10 @@ class DType(NamedTuple):
     Attributes:
         name: The name in torch: `torch.<name>`.
         itemsize: Bytes per element.
-        storage: The class of torch's typed storage, empty where torch has none and saves an untyped one.
-        safetensors: The code in safetensors headers, empty where the format has none.
-        packed: How many numbers an element is; safetensors counts them in the last dimension, torch the elements.
-        in_torch: Whether torch has it.
+        storage: The class of torch's typed storage; empty if torch has none and saves an untyped one.
+        safetensors: The code in safetensors headers; empty if the format has none.
+        packed: Numbers per element. The last dimension counts numbers in safetensors, and elements in torch.
+        in_torch: Whether torch has this dtype.
     """
 
     name: str
@@ -91,14 +91,14 @@ DTYPES: dict[str, DType] = {
 
 
 COMPLEX = ("complex", "bcomplex")
-"""How the names of complex dtypes begin."""
+"""Prefixes of the names of complex dtypes."""
 
 INEXACT = ("float", "bfloat", *COMPLEX)
-"""How the names of dtypes begin that round, and so can hold what an optimizer computes."""
+"""Prefixes of the names of floating-point and complex dtypes, which can hold an optimizer's results."""
 
 
 ITEMSIZE_OF_STORAGE = {row.storage: row.itemsize for row in DTYPES.values() if row.storage}
-"""Bytes per element of each of torch's typed storages, by its class."""
+"""Bytes per element of each class of torch's typed storages."""
 
 
 _STRUCT_CODES = {
@@ -136,8 +136,8 @@ def encode_elements(numbers: Sequence[Any], storage: str) -> bytes:
     """The little-endian bytes of the elements of a typed storage.
 
     Raises:
-        ValueError: It is not of a type with a Python value.
-        struct.error: A number is not of that type.
+        ValueError: Its elements have no Python value, or `numbers` is not a list or tuple.
+        struct.error: A number does not fit the type.
     """
     import struct
 
@@ -148,13 +148,13 @@ def encode_elements(numbers: Sequence[Any], storage: str) -> bytes:
 
 
 MAX_DIMENSIONS = 64
-"""As many as torch and NumPy allow."""
+"""The limit of torch and NumPy."""
 
 _MAX_SIZE = 1 << 63
 
 
 def check_sizes(numbers: Sequence[int], dimensions: int) -> None:
-    """Refuse sizes that no tensor has, before anything is computed with them.
+    """Refuse sizes that no tensor can have, before anything is computed with them.
 
     Args:
         numbers: Sizes, strides and offsets.

@@ -1,4 +1,4 @@
-"""Tensors that live in files: a dtype, a shape, strides, and the byte extents that hold the elements.
+"""Tensors in files: a dtype, a shape, strides, and the byte extents that hold the elements.
 
 Nothing here reads a tensor's elements until they are asked for, and torch is imported only where elements must be
 rearranged one by one.
@@ -29,7 +29,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Sealed:
-    """What an unpickler cannot put state into once it was made and checked."""
+    """Base of objects that are checked when they are made, so that no unpickler can change their state later."""
 
     __slots__ = ()
 
@@ -38,11 +38,11 @@ class _Sealed:
 
 
 FEW_BYTES = 1 << 12
-"""Up to this size the bytes of a tensor are fetched with what says where they are."""
+"""Tensors of up to this size are fetched together with the data that says where tensors are."""
 
 
 class Storage(_Sealed):
-    """A run of bytes that one or more tensors look into; two tensors share memory when they share a Storage.
+    """A run of bytes that one or more tensors are views of; two tensors share memory when they share a Storage.
 
     Attributes:
         pieces: Where the bytes are, in order.
@@ -72,7 +72,7 @@ class Storage(_Sealed):
         self.crc = crc
 
     def reach(self) -> tuple[Extent, ...]:
-        """What is read to locate the bytes, or the bytes themselves where they are few."""
+        """The extents to read ahead: those of the bytes if they are few, else none."""
         return self.pieces if self.nbytes <= FEW_BYTES else ()
 
     def cut(self, start: int, stop: int) -> tuple[Extent, ...]:
@@ -91,7 +91,7 @@ class Storage(_Sealed):
         return tuple(found)
 
     def copy_of(self, start: int, stop: int) -> Storage:
-        """A storage of the bytes [start, stop) that no tensor looks into yet."""
+        """A new storage of the bytes [start, stop)."""
         return Storage(self.cut(start, stop), stop - start, self.kind, self.location)
 
 
@@ -143,11 +143,11 @@ class LazyTensor(_Sealed):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements, without what else the storage holds."""
+        """Bytes of the elements, not of the whole storage."""
         return self.numel * self.itemsize
 
     def is_contiguous(self) -> bool:
-        """Whether the elements stand in row-major order without gaps."""
+        """Whether the elements are in row-major order without gaps."""
         if 0 in self.shape:
             return True
         expected = 1
@@ -203,33 +203,25 @@ class LazyTensor(_Sealed):
 
     def with_storage(self, storage: Storage) -> LazyTensor:
         """The same view of another storage of the same size."""
-        return LazyTensor(
-            storage,
-            self.dtype,
-            self.shape,
-            self.stride,
-            self.offset,
-            self.requires_grad,
-            self.is_parameter,
-            self.metadata,
-        )
+        return self._view_of(storage, self.shape, self.stride, self.offset)
 
     def clone(self) -> LazyTensor:
         """A tensor of the same elements and strides that shares memory with nothing."""
-        start, stop = self.span()
-        storage = self.storage.copy_of(start, stop)
-        return LazyTensor(
-            storage, self.dtype, self.shape, self.stride, 0, self.requires_grad, self.is_parameter, self.metadata
-        )
+        return self._view_of(self.storage.copy_of(*self.span()), self.shape, self.stride, 0)
 
     def viewed(self, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> LazyTensor:
         """Another view of the same storage."""
+        return self._view_of(self.storage, shape, stride, offset)
+
+    def _view_of(
+        self, storage: Storage, shape: tuple[int, ...], stride: tuple[int, ...] | None, offset: int
+    ) -> LazyTensor:
         return LazyTensor(
-            self.storage, self.dtype, shape, stride, offset, self.requires_grad, self.is_parameter, self.metadata
+            storage, self.dtype, shape, stride, offset, self.requires_grad, self.is_parameter, self.metadata
         )
 
     def narrow(self, dim: int, start: int, length: int, step: int = 1) -> LazyTensor:
-        """The view of `length` places of one dimension, from `start`, each `step` apart."""
+        """The view of `length` indices of one dimension, from `start`, each `step` apart."""
         shape, stride = list(self.shape), list(self.stride)
         shape[dim], stride[dim] = length, self.stride[dim] * step
         return self.viewed(tuple(shape), tuple(stride), self.offset + start * self.stride[dim])
@@ -239,24 +231,24 @@ class LazyTensor(_Sealed):
         return self.viewed(tuple(self.shape[dim] for dim in dims), tuple(self.stride[dim] for dim in dims), self.offset)
 
     def reshape(self, shape: tuple[int, ...]) -> LazyTensor:
-        """The same elements in row-major order in another shape: a view where this one is contiguous."""
+        """The same elements in row-major order in another shape: a view if this one is contiguous."""
         tensor = self if self.is_contiguous() else self.contiguous()
         return tensor.viewed(shape, contiguous_strides(shape), tensor.offset)
 
     def expand(self, dim: int, size: int) -> LazyTensor:
-        """The view that repeats the only place of a dimension `size` times."""
+        """The view that repeats a dimension of size 1 `size` times."""
         shape, stride = list(self.shape), list(self.stride)
         shape[dim], stride[dim] = size, 0
         return self.viewed(tuple(shape), tuple(stride), self.offset)
 
     def contiguous(self) -> LazyTensor:
-        """The same elements, row-major, in a storage that holds nothing else."""
+        """The same elements, row-major, in a storage of their own."""
         return with_pieces(self, self.extents(), self.dtype, self.shape)
 
     def scattered(self, row_major: Storage, kind: str, location: str) -> Storage:
-        """A storage of this view's span with the elements of `row_major` where the strides put them."""
+        """A storage with the elements of `row_major` at the positions that this view's strides give them."""
         length = self.span()[1]
-        view = self.with_storage(row_major)  # this tensor will hold the result, which must not hold this tensor
+        view = self.with_storage(row_major)  # not self: this tensor will refer to the result
         return Storage((Extent(ScatteredSource(view, row_major), 0, length),), length, kind, location)
 
     def __repr__(self) -> str:
@@ -266,7 +258,7 @@ class LazyTensor(_Sealed):
 
 
 def announced(tensors: Iterable[LazyTensor]) -> None:
-    """Announce that tensors will be read; from a store, small ones and locations of large ones are fetched together."""
+    """Announce that tensors will be read, so that small ones in a store are fetched together."""
     announce(extent for tensor in tensors for extent in tensor.storage.reach())
 
 

@@ -1,4 +1,4 @@
-"""Elements brought into row-major order, or scattered from it, by torch."""
+"""Elements that torch gathers into row-major order, or scatters from it."""
 
 from __future__ import annotations
 
@@ -10,47 +10,37 @@ from optimstate.io.extents import Extent, FileSource, chunks
 if TYPE_CHECKING:
     from optimstate.tensors.lazy import LazyTensor, Storage
 
-__all__ = ["ScatteredSource", "StridedSource", "moving_dtype", "readable"]
+__all__ = ["ScatteredSource", "StridedSource", "stored_elements"]
 
 
 class StridedSource:
-    """The row-major bytes of a tensor whose elements are stored in another order, gathered through torch on demand.
+    """The row-major bytes of a tensor whose elements are stored in another order, gathered by torch on demand.
 
-    The source file is memory-mapped where the storage is one piece of it, so that no more than the pages in use and one
-    block of rows are in memory.
+    If the storage is one piece of a file, the file is memory-mapped, so that only the pages in use and one block of
+    rows are in memory.
     """
 
     def __init__(self, tensor: LazyTensor) -> None:
         self._tensor = tensor
         self._view: Any = None
 
-    def _strided(self) -> Any:
-        from optimstate.installed_torch import torch
-
-        if self._view is None:
-            tensor = self._tensor
-            start, stop = tensor.span()
-            flat = torch.frombuffer(readable(tensor.storage.cut(start, stop)), dtype=moving_dtype(tensor.itemsize))
-            self._view = flat.as_strided(tensor.shape, tensor.stride, 0)
-        return self._view
-
     def read(self, offset: int, length: int) -> bytes:
         """Bytes [offset, offset + length) of the row-major order."""
         from ctypes import string_at
 
-        view = self._strided()
-        rows = self._tensor.shape[0]
-        row_bytes = self._tensor.nbytes // rows
+        if self._view is None:
+            self._view = stored_elements(self._tensor)
+        row_bytes = self._tensor.nbytes // self._tensor.shape[0]
         first, last = offset // row_bytes, -(-(offset + length) // row_bytes)
-        block = view[first:last].contiguous()
+        block = self._view[first:last].contiguous()
         skip = offset - first * row_bytes
         return string_at(block.data_ptr() + skip, length)
 
 
 class ScatteredSource:
-    """The reverse: a storage made from row-major elements, each placed where a view's strides expect it.
+    """A storage made from row-major elements, each at the position that a view's strides give it.
 
-    The storage is built whole in memory when it is first read.
+    The whole storage is built in memory when it is first read.
     """
 
     def __init__(self, view: LazyTensor, row_major: Storage) -> None:
@@ -65,12 +55,12 @@ class ScatteredSource:
 
             view = self._view
             buffer = bytearray(view.span()[1])
-            width = moving_dtype(view.itemsize)
-            elements = torch.frombuffer(readable(self._row_major.pieces), dtype=width).view(view.shape)
-            target = torch.frombuffer(buffer, dtype=width)
+            dtype = _dtype_of_size(view.itemsize)
+            elements = torch.frombuffer(_readable(self._row_major.pieces), dtype=dtype).view(view.shape)
+            target = torch.frombuffer(buffer, dtype=dtype)
             if _may_overlap(view):  # torch refuses to copy into such a view
-                places = torch.arange(len(target)).as_strided(view.shape, view.stride, view.offset)
-                target[places.reshape(-1)] = elements.reshape(-1)
+                positions = torch.arange(len(target)).as_strided(view.shape, view.stride, view.offset)
+                target[positions.reshape(-1)] = elements.reshape(-1)
             else:
                 target.as_strided(view.shape, view.stride, view.offset).copy_(elements)
             self._built = bytes(buffer)
@@ -88,19 +78,27 @@ def _may_overlap(view: LazyTensor) -> bool:
     return False
 
 
-def moving_dtype(itemsize: int) -> Any:
-    """A torch dtype of this width: elements are only moved, so any type of the width will do."""
+def stored_elements(tensor: LazyTensor) -> Any:
+    """A torch tensor of a tensor's shape and strides over its bytes, of some dtype of the same item size."""
+    from optimstate.installed_torch import torch
+
+    buffer = _readable(tensor.storage.cut(*tensor.span()))
+    flat = torch.frombuffer(buffer, dtype=_dtype_of_size(tensor.itemsize))
+    return flat.as_strided(tensor.shape, tensor.stride, 0)
+
+
+def _dtype_of_size(itemsize: int) -> Any:
+    """A torch dtype of this size in bytes; any will do, because elements are only moved."""
     from optimstate.installed_torch import torch
 
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[itemsize]
 
 
-def readable(pieces: Sequence[Extent]) -> Any:
-    """A writable buffer over the bytes of `pieces`, mapped where possible (torch warns about read-only ones)."""
+def _readable(pieces: Sequence[Extent]) -> Any:
+    """A writable buffer with the bytes of `pieces`, mapped where possible (torch warns about read-only buffers)."""
     import mmap
 
-    if len(pieces) == 1 and isinstance(pieces[0].source, FileSource):
-        piece = pieces[0]
+    if len(pieces) == 1 and isinstance((piece := pieces[0]).source, FileSource):
         assert isinstance(piece.source, FileSource)
         page = mmap.ALLOCATIONGRANULARITY
         base = piece.offset // page * page

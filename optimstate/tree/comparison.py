@@ -15,9 +15,13 @@ __all__ = ["difference"]
 
 
 def difference(a: Any, b: Any, *, strides: bool = True, aliases: bool = True) -> str | None:
-    """The first place where two trees differ, or None when they are equal in types, keys, order, values and sharing.
+    """A description of the first difference of two trees, or None if types, keys, order, values and sharing are equal.
 
-    Tensors are compared by dtype, shape, bytes and, unless told otherwise, strides and which of them share storage.
+    Args:
+        a: A tree; its tensors are compared by dtype, shape and bytes.
+        b: The other tree.
+        strides: Compare the strides of tensors too.
+        aliases: Compare which tensors share a storage.
     """
     return _Comparison(strides, aliases).differ((), a, b)
 
@@ -58,7 +62,7 @@ class _Comparison:
         where = format_path(path)
         left, right = list(children(a)), list(children(b))
         self.keep.append((left, right))
-        if isinstance(a, dict):  # keys that look alike in a path may differ in type
+        if isinstance(a, dict):  # keys that look the same in a path may differ in type
             left_keys, right_keys = [list(map(path_key, side)) for side in (a, b)]
             types = [list(map(type, side)) for side in (a, b)]
             if left_keys != right_keys or types[0] != types[1]:
@@ -72,14 +76,14 @@ class _Comparison:
         return None
 
     def _same_members(self, a: Set[Any], b: Set[Any]) -> bool:
-        """Whether two sets have equal members; objects and tensors are equal by what is in them."""
+        """Whether two sets have equal members; objects and tensors are compared by their contents."""
         rest = [item for item in b if item not in a]
         for item in a:
             if item not in b:
-                alike = next((n for n, other in enumerate(rest) if self.differ((), item, other) is None), None)
-                if alike is None:
+                equal = next((n for n, other in enumerate(rest) if self.differ((), item, other) is None), None)
+                if equal is None:
                     return False
-                del rest[alike]
+                del rest[equal]
         return not rest
 
     def _differ_tensor(self, where: str, a: LazyTensor, b: LazyTensor) -> str | None:

@@ -1,4 +1,4 @@
-"""Trees made from others: with some containers replaced, or with memory of their own."""
+"""Copies of trees: with some containers replaced, or with memory of their own."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def replaced(tree: Any, nodes: Mapping[int, Any]) -> Any:
     """The tree with some containers replaced.
 
     Args:
-        tree: Never changed; whatever holds nothing exchanged is shared with the result.
-        nodes: What stands for the container of each `id`.
+        tree: A tree. It is not changed, and its unchanged parts are shared with the result.
+        nodes: The replacements, by the `id` of the container to replace.
 
     Raises:
-        UnsupportedCheckpointError: Something exchanged is inside a container that contains itself.
+        UnsupportedCheckpointError: A container to replace is inside a container that contains itself.
     """
     done: dict[int, Any] = dict(nodes)
     entered: set[int] = set()
@@ -47,7 +47,7 @@ def replaced(tree: Any, nodes: Mapping[int, Any]) -> Any:
 
 
 def _with_children(node: Any, visit: Callable[[Any], Any]) -> Any:
-    """The container with each child visited, or the container itself where none changes."""
+    """The container with each child visited, or the container itself if no child changes."""
     if isinstance(node, dict):
         items = {key: visit(value) for key, value in node.items()}
         return node if all(items[key] is value for key, value in node.items()) else rebuilt_mapping(node, items)
@@ -60,7 +60,7 @@ def _with_children(node: Any, visit: Callable[[Any], Any]) -> Any:
 def cloned(node: Any) -> Any:
     """A copy whose tensors share memory with nothing else; plain values and names are shared.
 
-    A container that stands in several places is copied once, with all that is in it.
+    A container that occurs several times is copied once.
     """
     return _cloned(node, {})
 

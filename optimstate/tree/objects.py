@@ -1,4 +1,4 @@
-"""What trees hold beside plain data: objects and names that a pickle mentions, tensors with attributes, files."""
+"""Nodes of trees other than plain data: objects and names in a pickle, tensors with attributes, files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["AttributedTensor", "GlobalName", "Opaque", "OpaqueFile", "bare_value
 
 
 class GlobalName(type):
-    """A class or function a pickle mentions, known by name only: never imported.
+    """A class or function that a pickle refers to. Only its name is known: it is never imported.
 
-    It is a class itself because pickles create objects from classes; calling or instantiating it only takes notes.
+    It is a class because pickles create objects from classes. Calling or instantiating it makes a record of the call.
 
     Attributes:
-        module: As written in the pickle.
-        qualname: As written; dotted for nested classes.
+        module: The module's name as written in the pickle.
+        qualname: The name in the module as written, with dots for nested classes.
     """
 
     module: str
@@ -57,22 +57,22 @@ class GlobalName(type):
 
 
 class Opaque:
-    """How a pickle built an object: the callable, its arguments, and what was put into the result.
+    """How a pickle built an object: the callable, its arguments, and the state that was set on the result.
 
     Attributes:
         arguments: Positional arguments.
         keywords: Keyword arguments (only from `NEWOBJ_EX`).
-        called: True when the callable was called, False when a bare instance was created (`cls.__new__`).
-        state: What `BUILD` gave it, or `Opaque.NOTHING`.
-        items: What was appended to it.
-        entries: What was set on it by key.
+        called: True if the callable was called, False if a bare instance was created (`cls.__new__`).
+        state: The argument of `BUILD`, or `Opaque.NOTHING`.
+        items: Appended items, in order.
+        entries: Keys and values that were set, in order.
     """
 
     NOTHING: Any = ...
     __slots__ = ("arguments", "called", "entries", "items", "keywords", "state")
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> Opaque:
-        """What an unpickler does to create an instance."""
+        """Create a record; an unpickler calls this to create an instance."""
         self = object.__new__(cls)
         self.arguments = arguments
         self.keywords = keywords
@@ -92,7 +92,7 @@ class Opaque:
     items: list[Any]
     entries: list[tuple[Any, Any]]
 
-    # The names below are what an unpickler uses to fill an object.
+    # An unpickler calls the methods below to fill an object.
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
@@ -100,16 +100,14 @@ class Opaque:
         self.entries.append((key, value))
 
     def append(self, item: Any) -> None:
-        """Note an appended item."""
+        """Record an appended item."""
         self.items.append(item)
 
     def extend(self, items: list[Any]) -> None:
-        """Note appended items."""
+        """Record appended items."""
         self.items.extend(items)
 
-    def add(self, item: Any) -> None:
-        """Note an added element."""
-        self.items.append(item)
+    add = append
 
     @property
     def type(self) -> GlobalName:
@@ -117,7 +115,7 @@ class Opaque:
         return cast("GlobalName", type(self))
 
     def parts(self) -> Iterator[tuple[str | int, Any]]:
-        """Everything inside, labelled."""
+        """The children with their keys in a path."""
         yield from enumerate(self.arguments)
         yield from self.keywords.items()
         yield from enumerate(self.items, len(self.arguments))
@@ -136,7 +134,7 @@ class Opaque:
 
 
 def bare_value(node: Any) -> str | int | float | None:
-    """The plain value of an object of a subclass of str or a number, if it is nothing else: `torch.__version__`."""
+    """The value of an object that is only a str or number of a subclass, such as `torch.__version__`; else None."""
     if not isinstance(node, Opaque) or node.called or len(node.arguments) != 1 or node.keywords:
         return None
     (value,) = node.arguments
@@ -145,10 +143,10 @@ def bare_value(node: Any) -> str | int | float | None:
 
 
 class AttributedTensor(LazyTensor):
-    """A tensor on which a program had set plain attributes: a persistent buffer, a parameter marked for its optimizer.
+    """A tensor on which a program set plain attributes: a persistent buffer, a parameter marked for its optimizer.
 
     Attributes:
-        attributes: What was set, by name: numbers, text, None.
+        attributes: The attributes by name: numbers, text, None.
     """
 
     __slots__ = ("attributes",)
@@ -172,12 +170,12 @@ class AttributedTensor(LazyTensor):
         return made
 
     def clone(self) -> LazyTensor:
-        """As for a plain tensor; the attributes are those of the clone too."""
+        """A clone as of a plain tensor, with the same attributes."""
         return AttributedTensor.of(super().clone(), self.attributes)
 
 
 class OpaqueFile(NamedTuple):
-    """A file of a folder that is not a checkpoint: copied as it is."""
+    """A file of a folder that is not part of the checkpoint; it is copied as it is."""
 
     path: str
     nbytes: int

@@ -1,7 +1,7 @@
-"""The size of a tree when everything that occurs in it several times is written out each time.
+"""A limit on trees that grow when every object is written out each time it occurs.
 
-Containers and texts of a pickle may stand in many places, so a file of some hundred bytes can hold a tree that no other
-container could hold. Who writes a tree out asks here first.
+The objects of a pickle may occur many times in its tree, so a file of a few hundred bytes can hold a tree that no other
+container could hold. Writers check a tree here first.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from optimstate.tree.walking import children
 __all__ = ["MAX_UNFOLDED", "check_unfolded"]
 
 MAX_UNFOLDED = 1_000_000
-"""Values, and one more for every 8 characters of a long text. Up to 8 times what a tree holds is never refused."""
+"""Values, and one more for every 8 characters of a long text. Up to 8 times the distinct values are always allowed."""
 
 _GROWTH = 8
-_SHORT = 64  # texts up to here are one value
+_SHORT = 64  # characters; a text of this length counts as one value
 _Inner = Sequence[Any]
 
 
 def check_unfolded(tree: Any) -> None:
-    """Refuse a tree that grows beyond any honest checkpoint's when it is written out; this takes time by what it holds.
+    """Refuse a tree that grows far beyond its distinct values when it is written out.
+
+    The check takes time proportional to the distinct values.
 
     Raises:
-        LimitExceededError: It does.
+        LimitExceededError: The tree grows beyond the limit.
     """
-    sizes: dict[int, int] = {}  # of what is open 0: who writes a container within itself says so
-    texts: dict[int, Any] = {}  # those that are long; they are kept, so that no other has their identity
+    sizes: dict[int, int] = {}  # 0 for containers whose children are being counted; writers refuse cycles themselves
+    texts: dict[int, Any] = {}  # long texts by id; kept so that no other object gets the same id
     held = 0
     stack: list[tuple[Any, tuple[int, _Inner] | None]] = [(tree, None)]
     while stack:
@@ -62,9 +64,9 @@ def check_unfolded(tree: Any) -> None:
     if size > max(MAX_UNFOLDED, _GROWTH * held):
         shown = f"{size:,}" if size < 1 << 64 else "more than 2**64"
         raise LimitExceededError(
-            f"{held:,} values are {shown} when what stands in several places is written in each, "
-            f"and the limit is {max(MAX_UNFOLDED, _GROWTH * held):,}",
-            hint="Leave it out; to keep it as it is, write a torch container, which keeps what is shared.",
+            f"{held:,} values become {shown} when shared ones are written out each time they occur; "
+            f"the limit is {max(MAX_UNFOLDED, _GROWTH * held):,}",
+            hint="Leave them out, or write a torch container, which keeps shared values shared.",
         )
 
 

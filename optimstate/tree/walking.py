@@ -1,4 +1,4 @@
-"""Walking a tree: its nodes, its paths and their text, and how many tensors there are."""
+"""Walking a tree: its nodes, their paths as text, and the number of tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 MAX_DEPTH = 1000
-"""Containers within one another that are walked with their paths; no honest checkpoint has a twentieth of it."""
+"""The limit on nesting where a tree is walked with paths; real checkpoints have less than a twentieth of it."""
 
 Path = tuple[str | int, ...]
 """Keys from the root to a node. Keys that are neither str nor int appear as their repr."""
@@ -34,7 +34,7 @@ Path = tuple[str | int, ...]
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Turn garbage collection off while a tree is built: all its objects live, and collecting costs more."""
+    """Turn garbage collection off while a tree is built, when all objects are in use and collecting only costs time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -105,11 +105,11 @@ def nodes(node: Any) -> Iterator[Any]:
 
 
 def census(node: Any, is_tensor: Callable[[Any], bool] = lambda _: False) -> tuple[int, Counter[str]]:
-    """How many tensors there are, and how many objects of each class known by name only.
+    """The number of tensors, and the number of opaque objects of each class.
 
     Args:
         node: A tree.
-        is_tensor: Whether an object is the record of one tensor, whatever is in it.
+        is_tensor: Whether an opaque object is the record of one tensor, and counts as that.
     """
     tensor_count = 0
     records: Counter[str] = Counter()
