@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
         "certificates": "problems errors installed_torch tensors tree state __init__",
         "formats": "errors io tensors tree state",
         "plan": "problems errors installed_torch tensors tree state",
-        "optim": "errors installed_torch state.names",
+        "optim": "errors installed_torch state.names state.schedules",
         "surgery": "problems errors installed_torch io tensors tree reporting state certificates formats plan",
         "hooks": "problems errors installed_torch tensors tree reporting state certificates plan derivation __init__",
         "resuming": "problems errors installed_torch io tensors tree reporting state certificates formats plan hooks",

@@ -1,4 +1,4 @@
-"""Mappings of names to NumPy arrays: models as other programs than torch write them."""
+"""Mappings of names to NumPy arrays, which programs other than torch write for models."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _KINDS = {
 
 
 def is_array(value: Any) -> bool:
-    """Whether a leaf is the record of a NumPy array: numbers that no loader takes for a tensor."""
+    """Whether a leaf is the record of a NumPy array, which torch does not load as a tensor."""
     return isinstance(value, Opaque) and value.type.path in _KINDS
 
 
 def why_no_model(path: Path, node: Any) -> str | None:
-    """Why a mapping of names to arrays is not a model, and what makes one of it; None for everything else.
+    """Why a mapping of names to NumPy arrays is not a model, and how to convert it; None for any other node.
 
     Args:
-        path: Where it stands in the tree.
-        node: Anything.
+        path: The node's path in the tree.
+        node: Any node.
     """
     if not isinstance(node, Mapping) or not all(isinstance(key, str) for key in node):
         return None
@@ -32,8 +32,8 @@ def why_no_model(path: Path, node: Any) -> str | None:
     alone = not any(isinstance(value, Mapping | list | tuple) for value in node.values())
     if arrays * 2 <= len(node) or not alone or not any("." in key for key in node):
         return None
-    from shlex import quote  # few checkpoints hold arrays
+    from shlex import quote  # here, because few checkpoints hold arrays
 
     dotted = ".".join(map(str, path)) if all(isinstance(key, str) and key.isidentifier() for key in path) else ""
     word = dotted or quote(format_path(path))
-    return f"its values are arrays of NumPy, of which tensors are made by `optimstate convert --section {word}`"
+    return f"its values are NumPy arrays; `optimstate convert --section {word}` makes tensors of them"

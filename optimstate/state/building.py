@@ -1,4 +1,4 @@
-"""The parameters of a model that is built on the meta device only for its names, shapes and order."""
+"""Models that are built on the meta device, for the names, shapes and order of their parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["from_config", "imported", "parameters_of"]
 
 
 def parameters_of(build: Callable[[], Any]) -> list[Candidate]:
-    """What an optimizer of the model that is built could have, in the order of `named_parameters()`."""
+    """The trainable parameters of the model that `build` returns, in the order of `named_parameters()`."""
     from optimstate.installed_torch import torch
 
     with torch.device("meta"):
@@ -23,7 +23,7 @@ def parameters_of(build: Callable[[], Any]) -> list[Candidate]:
 
 
 def imported(model: str) -> Any:
-    """What a callable without arguments makes, given as `module:factory`; this runs the code of that module."""
+    """The result of a callable without arguments, given as `module:factory`; this runs the code of that module."""
     module, _, factory = model.partition(":")
     if not module or not factory:
         raise ValueError("expected module:factory")

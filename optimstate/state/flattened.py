@@ -1,8 +1,8 @@
-"""Optimizer state flattened into a mapping of names to tensors, often beside the model's own names.
+"""Optimizer state flattened into a mapping of names to tensors, often together with the model's weights.
 
 Torch's flattened optimizer state dicts have the keys `state.<name>.<slot>` and `param_groups.<name>.<option>`; writers
-of safetensors keep them in one mapping with the weights. Here such a mapping is taken apart into the nested form that
-everything else works with, and put together again.
+of safetensors put them into one mapping with the weights. This module splits such a mapping into weights and nested
+optimizer state, and joins them again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _KEY = r"(?s)((?:optim\w*\.)?)(state|param_groups)\.(.+)\.([^.]+)"
 
 
 class FlatState(Record):
-    """A mapping from which flattened optimizer state was taken out.
+    """A mapping with flattened optimizer state, and its two parts.
 
     Attributes:
         host: The mapping as it is in the file.
-        prefix: What stands before `state.`: nothing, `optim.` or `optimizer.`.
-        rest: Its other entries, in order, without `within`; of the mapping's type.
-        within: What stands before the names of the model beside it: nothing, or `model.`.
-        by_group: Whether options are spelled `param_groups.<number>.<option>`, once for each group.
+        prefix: The prefix of `state.` in its keys: empty, `optim.` or `optimizer.`.
+        rest: Its other entries, in order, without the prefix `within`; of the mapping's type.
+        within: The prefix of the model's names: empty, or `model.`.
+        by_group: Whether options have keys `param_groups.<number>.<option>`, once for each group.
         optimizer: The state in nested form, keyed by names.
     """
 
@@ -41,11 +41,11 @@ class FlatState(Record):
     by_group: bool = False
 
     def joined(self, rest: Mapping[str, Any], optimizer: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The mapping with other entries, each at the position of one of its kind as far as there are any.
+        """The mapping with other entries, which take the positions of the old entries of the same part.
 
         Args:
-            rest: In the place of `rest`; may be empty.
-            optimizer: In the place of `optimizer`; may be empty.
+            rest: Replaces `rest`; may be empty.
+            optimizer: Replaces `optimizer`; may be empty.
         """
         state: Mapping[str, Any] = {}
         if optimizer:
@@ -55,8 +55,8 @@ class FlatState(Record):
         others = iter([(key if key in outside else self.within + key, value) for key, value in rest.items()])
         made: dict[str, Any] = {}
         for key in self.host:
-            place = others if key.removeprefix(self.within) in self.rest else flat
-            made.update([entry] if (entry := next(place, None)) is not None else [])
+            entries = others if key.removeprefix(self.within) in self.rest else flat
+            made.update([entry] if (entry := next(entries, None)) is not None else [])
         made.update(others)
         made.update(flat)
         return rebuilt_mapping(self.host, made)
@@ -65,8 +65,8 @@ class FlatState(Record):
 def find_flat_state(fields: Mapping[str, Any]) -> FlatState | None:
     """The optimizer state in a mapping of names to tensors, or None.
 
-    Keys count as state where the names in them are those of the other tensors, where options stand beside them, or
-    where every slot is one that some optimizer has: a module may be called `state` too.
+    A module may be called `state` too. So keys count as optimizer state only if the other tensors have the same names,
+    if the mapping has options too, or if every slot is one that some known optimizer has.
     """
     first = next(_keys(fields), None)
     if first is None:
@@ -91,7 +91,7 @@ def find_flat_state(fields: Mapping[str, Any]) -> FlatState | None:
 
 
 def _within(rest: Mapping[str, Any], names: Set[str]) -> str:
-    """The prefix of the model's names that the optimizer's names lack."""
+    """The prefix that the model's names have and the optimizer's names lack; empty if there is none."""
     first = next((key.partition(".")[0] + "." for key in rest if "." in key), "")
     inner = [key.removeprefix(first) for key in rest]
     numbers = all(name.isdecimal() for name in names)  # of parameters without names
@@ -107,7 +107,7 @@ _SLOTS = frozenset(slot for algorithm in ALGORITHMS for slot in algorithm.slots)
 
 
 def _groups(fields: Mapping[str, Any], matches: Mapping[str, re.Match[str]]) -> list[dict[str, Any]] | None:
-    """The param groups, where options are keyed by group number and groups list their parameters."""
+    """The param groups, if options are keyed by group number and groups list their parameters; else None."""
     found: dict[str, dict[str, Any]] = {}
     for key, match in matches.items():
         if match[2] == "param_groups":

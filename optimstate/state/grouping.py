@@ -1,4 +1,4 @@
-"""How known trainers divide parameters among param groups, which excludes groups for each parameter."""
+"""The rules by which known trainers divide parameters among param groups, which exclude groups for each parameter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Trainer = Literal["transformers", "timm", "mmengine"]
 
 
 def trainer_of(tree: Any) -> Trainer | None:
-    """Which trainer wrote a checkpoint, if its param groups follow a rule known here."""
+    """The trainer that wrote a checkpoint, if the rule of its param groups is known here."""
     if not isinstance(tree, Mapping):
         return None
     if "trainer_state.json" in tree:
@@ -35,12 +35,15 @@ def trainer_of(tree: Any) -> Trainer | None:
 def excluded_places(
     trainer: Trainer | None, state: OptimizerState, candidates: Sequence[Candidate]
 ) -> dict[int, frozenset[int]]:
-    """The candidates that a known rule for param groups excludes from each group.
+    """The candidates that a trainer's rule excludes from each param group.
 
     Args:
-        trainer: Whose rule.
+        trainer: The trainer; None excludes nothing.
         state: The optimizer.
-        candidates: The model's parameters, in its order where that counts.
+        candidates: The model's parameters, in the model's order.
+
+    Returns:
+        For the number of a group, the indices of candidates that it cannot have.
     """
     if trainer == "transformers":
         return _by_decay(state, candidates)
@@ -57,10 +60,10 @@ _REST = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def _by_decay(state: OptimizerState, candidates: Sequence[Candidate]) -> dict[int, frozenset[int]]:
-    """Two groups, those with and without weight decay.
+    """Two groups, with and without weight decay.
 
-    Biases and norms do not decay. A module's class, which counts too, does not show in a name, so that of other vectors
-    nothing is said; matrices decay.
+    Biases and norms do not decay; matrices do. For other vectors the rule depends on the module's class, which a name
+    does not show, so they are excluded from neither.
     """
     if len(state.groups) != 2 or state.groups[1].options.get("weight_decay") != 0.0:
         return {}
@@ -73,18 +76,18 @@ def _by_decay(state: OptimizerState, candidates: Sequence[Candidate]) -> dict[in
 
 
 def _one_each(state: OptimizerState, candidates: Sequence[Candidate]) -> dict[int, frozenset[int]]:
-    """With `paramwise_cfg` a group for each parameter, in the model's order."""
+    """With `paramwise_cfg`, one group for each parameter, in the model's order."""
     count = len(candidates)
     if len(state.groups) != count or any(len(group.params) != 1 for group in state.groups):
         return {}
-    return {place: frozenset(range(count)) - {place} for place in range(count)}
+    return {index: frozenset(range(count)) - {index} for index in range(count)}
 
 
 # --- timm -------------------------------------------------------------------------------------------------------------
 
 
 def _vectors_rest(state: OptimizerState, candidates: Sequence[Candidate]) -> dict[int, frozenset[int]]:
-    """Vectors and biases do not decay; which others a model exempts is not known here."""
+    """Vectors and biases do not decay. A model can exempt other parameters, which is not known here."""
     if not any(_decays(group.options) for group in state.groups) or all(_decays(g.options) for g in state.groups):
         return {}
     vectors = frozenset(i for i, c in enumerate(candidates) if _is_vector(c))
@@ -92,18 +95,18 @@ def _vectors_rest(state: OptimizerState, candidates: Sequence[Candidate]) -> dic
 
 
 def _by_layer(state: OptimizerState, candidates: Sequence[Candidate]) -> dict[int, frozenset[int]]:
-    """Layer decay: groups with the same `lr_scale` are one layer, and layers are in the order of the model."""
+    """Layer decay: groups with the same `lr_scale` belong to one layer, and layers are in the order of the model."""
     sizes: dict[float, int] = {}
     for group in state.groups:
         scale = group.options["lr_scale"]
         if not isinstance(scale, int | float):
             return {}
         sizes[scale] = sizes.get(scale, 0) + len(group.params)
-    if sum(sizes.values()) != len(candidates):  # frozen parameters: which layer lacks them is not known
+    if sum(sizes.values()) != len(candidates):  # some parameters are frozen, in layers that are not known
         return {}
     bounds = list(accumulate((sizes[scale] for scale in sorted(sizes)), initial=0))
     layers = dict(zip(sorted(sizes), map(range, bounds, bounds[1:]), strict=True))
-    if any(not _are_of_one_layer(block, layers.values()) for block in _blocks(candidates)):
+    if not all(any(block <= set(layer) for layer in layers.values()) for block in _blocks(candidates)):
         return {}
     every = frozenset(range(len(candidates)))
     by_decay = _vectors_rest(state, candidates)
@@ -117,16 +120,12 @@ _NUMBERED = re.compile(r"(.*\.\d+)\.")
 
 
 def _blocks(candidates: Sequence[Candidate]) -> Iterator[set[int]]:
-    """The positions of the parameters of each numbered module."""
+    """The indices of the parameters of each numbered module."""
     found: dict[str, set[int]] = {}
-    for place, candidate in enumerate(candidates):
+    for index, candidate in enumerate(candidates):
         if block := _NUMBERED.match(candidate.name):
-            found.setdefault(block[1], set()).add(place)
+            found.setdefault(block[1], set()).add(index)
     yield from found.values()
-
-
-def _are_of_one_layer(block: set[int], layers: Any) -> bool:
-    return any(block <= set(layer) for layer in layers)
 
 
 def _decays(options: Mapping[str, Any]) -> bool:

@@ -1,8 +1,8 @@
-"""Judging which mappings of names to tensors are models, from everything else in the checkpoint.
+"""Which mappings of names to tensors are models, judged on the whole checkpoint.
 
-Metrics, normalizers and the best files of a callback are mappings of names to tensors too. Each such mapping is a
-candidate; what speaks for and against it is counted, and the candidates are judged together. `docs/checkpoints.md`
-explains the evidence to people.
+Metrics, normalizers and the best scores of a callback are mappings of names to tensors too. Each such mapping is a
+candidate. The evidence for and against each is scored, and the candidates are judged together.
+`docs/checkpoints.md` describes the evidence for users.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = [
 MOMENTS = "by its key and the names and shapes of a model, state of an optimizer whose form is not known"
 """The reason for which a mapping that looks like a copy of a model is not one."""
 
-_SAMPLE = 512  # names that are looked at; the evidence of the first ones is that of all
+_SAMPLE = 512  # the number of names that are examined
 
-# Where programs keep what is not a model, whatever it looks like.
+# Keys below which nothing is a model, whatever it looks like, and keys below which a model is unlikely.
 _NEVER_BELOW = {"callbacks", "loops", "hyper_parameters", "hparams", "datamodule_hyper_parameters"}
 _SELDOM_BELOW = {"args", "config", "cfg", "metrics", "stats", "rng_state", "rng_states", "history", "results"}
 
@@ -65,10 +65,10 @@ class Candidate(Record):
     """A mapping of names to tensors.
 
     Attributes:
-        path: Where it stands in the tree.
+        path: Its path in the tree.
         node: The mapping.
         inside: Whether it belongs to a pickled object.
-        host: The mapping in the file that it is a part of, where it is only a part.
+        host: The mapping in the file, if the candidate is only a part of it; else None.
     """
 
     path: Path
@@ -81,8 +81,9 @@ class Verdict(Record):
     """The verdict on a candidate.
 
     Attributes:
+        candidate: The candidate.
         kind: `model`, `ema` for the copy of a model that a callback keeps, or None for neither.
-        reason: Why it is neither.
+        reason: Why it is neither; else empty.
     """
 
     candidate: Candidate
@@ -91,7 +92,7 @@ class Verdict(Record):
 
 
 def could_be_model(fields: Mapping[Any, Any]) -> bool:
-    """Whether it maps names to tensors, at least one of them floating-point, with few other values."""
+    """Whether a mapping has names of tensors, at least one of them floating-point, and few other values."""
     count = others = of_modules = dotted = 0
     floating = containers = False
     for name, value in fields.items():
@@ -108,16 +109,16 @@ def could_be_model(fields: Mapping[Any, Any]) -> bool:
                 if any(is_tensor(node) for node in nodes(value)):
                     return False
                 containers = True
-            of_modules += "." in name  # a value of a module, by its name, weighs less
+            of_modules += "." in name  # by its name the value of a module, which counts less
             others += "." not in name
-    by_name = 2 * dotted > count  # else what holds a configuration, too, is a whole checkpoint with a tensor in it
+    by_name = 2 * dotted > count  # else a mapping with containers is a whole checkpoint that has a tensor in it
     if containers and not by_name:
         return False
     return floating and others < (4 if by_name else 1) * count and of_modules <= 4 * count
 
 
 def _is_carried(name: str, value: Any) -> bool:
-    """Whether a value that is not a tensor can stand among those of a model: a number, a text, packed weights."""
+    """Whether a value that is not a tensor can be part of a model's state: a number, a text, packed weights."""
     if isinstance(value, Mapping | Opaque):
         dotted = "." in name or isinstance(value, Opaque)
         return dotted and not any(is_tensor(node) for node in nodes(value))
@@ -127,7 +128,7 @@ def _is_carried(name: str, value: Any) -> bool:
 
 
 def slot_in(path: Path) -> str | None:
-    """The optimizer slot that keys on the path to a tensor name, of a known layout or not; else None."""
+    """The optimizer slot that a key of a tensor's path names; None if no key does."""
     for key in reversed(path):
         if isinstance(key, str) and not _SLOTS.isdisjoint(parts := key.replace("/", ".").split(".")):
             return next(part for part in reversed(parts) if part in _SLOTS)
@@ -135,7 +136,7 @@ def slot_in(path: Path) -> str | None:
 
 
 def called_optimizer(path: Path) -> Path | None:
-    """The part of a tensor's path that ends at something with the name of an optimizer; None without one."""
+    """The path up to the first key that is a usual name of an optimizer; None if there is none."""
     for depth, key in enumerate(path, 1):
         if isinstance(key, str) and _OPTIMIZER.fullmatch(key):
             return path[:depth]
@@ -171,7 +172,7 @@ def judge(candidates: Sequence[Candidate], optimizers: Iterable[OptimizerState])
             continue
         shapes = shapes or [_shapes(model.node) for model in models]
         if len(one.candidate.node) > 1 and not one.candidate.inside and _shapes(one.candidate.node) in shapes:
-            # Names and shapes are those of a model: weights that must be changed with it, or no longer fit it.
+            # The names and shapes of a model: a copy of its weights, which must be changed together with it.
             verdicts.append(Verdict(one.candidate, "ema" if one.never else "model"))
             continue
         against = one.never or one.against or ("less like a model than another mapping" if score > 0 else "")
@@ -194,12 +195,12 @@ def _moments_among(candidates: Sequence[Candidate], models: Sequence[Candidate])
 
 
 class _Evidence:
-    """What speaks for and against a candidate.
+    """The evidence for and against a candidate.
 
     Attributes:
-        never: Why it is not a model whatever else is true of it, or an empty string; nothing more is known of it then.
-        against: What speaks against it, in words.
-        score: For less against.
+        never: Why it cannot be a model, whatever else is true; empty if it can. Otherwise there is no score.
+        against: The reasons against it, as text.
+        score: Points for minus points against.
     """
 
     def __init__(self, candidate: Candidate) -> None:
@@ -214,14 +215,14 @@ class _Evidence:
             self.never = f"by its key, {describe(slot)} of an optimizer whose form is not known"
         elif (optimizer := called_optimizer(candidate.path[:-1])) is not None:
             self.never = f"below {describe(optimizer[-1])}, whose form is not known"
-        for place in sorted(below & _NEVER_BELOW):
-            self.never = f"below {describe(place)}"
-        if self.never:  # no score is asked for; a checkpoint may have one of these for each parameter
+        for key in sorted(below & _NEVER_BELOW):
+            self.never = f"below {describe(key)}"
+        if self.never:  # no score, to save time: a checkpoint may have such a mapping for each parameter
             return
-        for place in sorted(below & _SELDOM_BELOW):
+        for key in sorted(below & _SELDOM_BELOW):
             self.score -= 3
-            reasons.append(f"below {describe(place)}")
-        for points, reason in (*self._names(), *self._shapes(), *self._place()):
+            reasons.append(f"below {describe(key)}")
+        for points, reason in (*self._names(), *self._shapes(), *self._key()):
             self.score += points
             if points < 0:
                 reasons.append(reason)
@@ -255,10 +256,10 @@ class _Evidence:
         else:
             yield most, ""
 
-    def _place(self) -> Iterator[tuple[int, str]]:
+    def _key(self) -> Iterator[tuple[int, str]]:
         key = str(self.candidate.path[-1]) if self.candidate.path else ""
         if not key or key.endswith(_FILES):
-            yield 3, ""  # a whole file of names and tensors
+            yield 3, ""  # it is a whole file
         if _CALLED_MODEL.search(key.lower()):
             yield 2, ""
 
@@ -270,7 +271,7 @@ def _shapes(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _agrees(node: Mapping[str, Any], state: OptimizerState) -> bool:
-    """Whether an optimizer's parameters can be the tensors of a mapping, by names or else by shapes."""
+    """Whether an optimizer's parameters can be the tensors of a mapping, by their names or, without names, shapes."""
     names = [name for _, name, _ in state.parameters() if name is not None]
     if names:
         wrapper = wrapper_prefix(node)

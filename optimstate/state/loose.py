@@ -1,4 +1,4 @@
-"""Weights that stand among other entries: the names of a model beside its optimizer, as torchtitan saves them."""
+"""Weights in the same mapping as an optimizer, not in a mapping of their own, as torchtitan saves them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _MODEL = "model"
 
 
 def loose_weights(fields: Any) -> dict[str, Any]:
-    """The weights in a mapping that also holds an optimizer; empty where it holds none.
+    """The weights in a mapping that also holds an optimizer; empty if it holds none.
 
-    They are the tensors with names of several components, and all that have the names of an optimizer's parameters.
+    Weights are the tensors with a dot in their name, and those with the name of an optimizer's parameter.
     """
     if not isinstance(fields, Mapping):
         return {}
@@ -33,7 +33,7 @@ def loose_weights(fields: Any) -> dict[str, Any]:
 
 
 def gathered(fields: Any) -> dict[str, Any] | None:
-    """The mapping with its loose weights moved to `model`; None without any, or where `model` is taken."""
+    """The mapping with its loose weights moved to the key `model`; None if it has none, or has that key already."""
     weights = loose_weights(fields)
     if not weights or _MODEL in fields:
         return None
@@ -41,7 +41,7 @@ def gathered(fields: Any) -> dict[str, Any] | None:
 
 
 def spread(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights at `model` put back among the other entries: the inverse of `gathered`.
+    """The mapping with the weights at `model` moved back among the other entries: the inverse of `gathered`.
 
     Raises:
         MigrationError: A weight has the name of another entry.
@@ -49,15 +49,13 @@ def spread(fields: Mapping[str, Any]) -> dict[str, Any]:
     weights: Mapping[str, Any] = fields[_MODEL]
     rest = {key: value for key, value in fields.items() if key != _MODEL}
     if taken := sorted(weights.keys() & rest.keys()):
-        message = (
-            f"the weights stand among the other entries of the checkpoint, one of which is {describe(taken[0])} too"
-        )
+        message = f"a weight is called {describe(taken[0])}, and so is another entry of the same mapping"
         raise MigrationError.of("name", message, names=tuple(taken[:4]), remedy="give the weight another name")
     return {**weights, **rest}
 
 
 def _listed(optimizer: Mapping[Any, Any]) -> Iterator[Any]:
-    """The names of an optimizer's parameters, where it has them."""
+    """The names of an optimizer's parameters, or their numbers."""
     groups = optimizer["param_groups"]
     for group in groups if isinstance(groups, list | tuple) else ():
         for key in ("param_names", "params") if isinstance(group, Mapping) else ():

@@ -1,8 +1,8 @@
-"""Matching an optimizer's parameters with a model's: a match proved unique, or what is left open.
+"""Matching an optimizer's parameters with a model's: a match that is proved unique, or the possibilities that remain.
 
-What is known of an optimizer's parameter is its param group, its place in that group and, from its state, its shape. A
-model's parameter has a name, a shape and a place in the model. Each of the former is one of the latter; the question is
-whether only one assignment of all of them fits.
+A parameter of an optimizer has a param group, an index in that group and, as its state shows, a shape. A parameter of a
+model has a name, a shape and an index in the model. Each of the optimizer's parameters is one of the model's. The
+question is whether only one assignment fits.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from optimstate.record import Record
 __all__ = ["Matching", "match"]
 
 Shape = tuple[int, ...]
-_PASSES, _NODES = 10_000, 2_000
+_PASSES, _NODES = 10_000, 2_000  # limits of the search
 
 
 class Matching(Record):
-    """What is known when no further conclusion can be drawn.
+    """The result of a match.
 
     Attributes:
-        domains: For each parameter of the optimizer the places in the model that it can have, in order.
+        domains: For each parameter of the optimizer, the indices in the model that it can have, in order.
         fits: Whether any assignment fits.
     """
 
@@ -44,41 +44,41 @@ def match(
     """Match an optimizer's parameters with a model's.
 
     Args:
-        groups: The shapes of the optimizer's parameters, group by group; None where nothing shows one.
-        model: The shapes of the model's parameters in its order; None where only names are known.
+        groups: The shapes of the optimizer's parameters, group by group; None for a shape that is not known.
+        model: The shapes of the model's parameters in its order; None if only the name is known.
         in_order: Whether every group lists its parameters in the model's order.
-        excluded: For groups of which that is known, the places in the model that they do not have.
+        excluded: For the number of a group, the indices in the model that its parameters cannot have.
     """
-    any_place = (1 << len(model)) - 1
-    unsized = sum(1 << place for place, shape in enumerate(model) if shape is None)
+    every_index = (1 << len(model)) - 1
+    without_shape = sum(1 << index for index, shape in enumerate(model) if shape is None)
     by_shape: dict[Shape | None, int] = {}
-    for place, shape in enumerate(model):
-        by_shape[shape] = by_shape.get(shape, 0) | (1 << place)
+    for index, shape in enumerate(model):
+        by_shape[shape] = by_shape.get(shape, 0) | (1 << index)
     domains: list[int] = []
     chains: list[range] = []
     for number, group in enumerate(groups):
         chains.append(range(len(domains), len(domains) + len(group)))
-        barred = sum(1 << place for place in (excluded or {}).get(number, ()))
+        barred = sum(1 << index for index in (excluded or {}).get(number, ()))
         for shape in group:
-            found = any_place if shape is None else by_shape.get(shape, 0) | unsized
+            found = every_index if shape is None else by_shape.get(shape, 0) | without_shape
             domains.append(found & ~barred)
     solver = _Solver(chains if in_order else [], len(domains) == len(model))
     if not solver.narrow(domains):
-        return Matching(tuple(map(_places, domains)), False)
+        return Matching(tuple(map(_indices, domains)), False)
     if all(_is_single(domain) for domain in domains):
-        return Matching(tuple(map(_places, domains)), True)
+        return Matching(tuple(map(_indices, domains)), True)
     first: list[int] | None = None
     for solution in solver.solutions(domains):
-        if first is not None:  # a second one: nothing more is decided
-            return Matching(tuple(map(_places, domains)), True)
+        if first is not None:  # two solutions: the match is not unique
+            return Matching(tuple(map(_indices, domains)), True)
         first = solution
     if first is None:
-        return Matching(tuple(map(_places, domains)), solver.gave_up)
-    return Matching(tuple(map(_places, domains if solver.gave_up else first)), True)
+        return Matching(tuple(map(_indices, domains)), solver.gave_up)
+    return Matching(tuple(map(_indices, domains if solver.gave_up else first)), True)
 
 
-def _places(domain: int) -> tuple[int, ...]:
-    return tuple(place for place in range(domain.bit_length()) if domain >> place & 1)
+def _indices(domain: int) -> tuple[int, ...]:
+    return tuple(index for index in range(domain.bit_length()) if domain >> index & 1)
 
 
 def _is_single(domain: int) -> bool:
@@ -86,10 +86,10 @@ def _is_single(domain: int) -> bool:
 
 
 class _Solver:
-    """Draws conclusions on domains: sets of positions, as bits of an integer.
+    """Narrows domains: for each parameter the set of indices that it can have, as bits of an integer.
 
     Attributes:
-        gave_up: Whether the search ended before all was tried: then nothing is proved.
+        gave_up: Whether the search reached its limit, so that nothing is proved.
     """
 
     def __init__(self, chains: Sequence[range], all_used: bool) -> None:
@@ -98,7 +98,7 @@ class _Solver:
         self.gave_up = False
 
     def narrow(self, domains: list[int]) -> bool:
-        """Remove impossible positions; False where none is left for a parameter."""
+        """Remove impossible indices; False if none is left for some parameter."""
         for _ in range(_PASSES):
             before = list(domains)
             for chain in self._chains:
@@ -113,7 +113,7 @@ class _Solver:
         return True
 
     def solutions(self, domains: list[int]) -> Iterator[list[int]]:
-        """Assignments that fit, found by search; it stops and sets `gave_up` when there are too many to try."""
+        """Search for assignments that fit; stops and sets `gave_up` when there are too many to try."""
         self._nodes += 1
         if self._nodes > _NODES:
             self.gave_up = True
@@ -123,15 +123,15 @@ class _Solver:
             yield domains
             return
         index = min(open_, key=lambda at: domains[at].bit_count())
-        for place in _places(domains[index]):
+        for choice in _indices(domains[index]):
             tried = list(domains)
-            tried[index] = 1 << place
+            tried[index] = 1 << choice
             if self.narrow(tried):
                 yield from self.solutions(tried)
 
 
 def _narrow_chain(domains: list[int], chain: range) -> None:
-    """Positions increase along a group that keeps the model's order."""
+    """Indices increase along a group that has the model's order."""
     lowest = 0
     for index in chain:
         domains[index] = domains[index] >> lowest << lowest
@@ -148,7 +148,7 @@ def _narrow_chain(domains: list[int], chain: range) -> None:
 
 
 def _narrow_sharing(domains: list[int]) -> bool:
-    """A position taken by one parameter is closed to others; so are n positions that n parameters share."""
+    """An index that one parameter must have is closed to the others; so are n indices that n parameters must share."""
     taken = 0
     for domain in domains:
         if _is_single(domain):
@@ -172,7 +172,7 @@ def _narrow_sharing(domains: list[int]) -> bool:
 
 
 def _narrow_last_choices(domains: list[int]) -> bool:
-    """If all positions must be taken, one that only a single parameter can have belongs to it."""
+    """If every index must be taken, an index that only one parameter can have belongs to it."""
     once = several = 0
     for domain in domains:
         several |= once & domain

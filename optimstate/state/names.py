@@ -22,25 +22,25 @@ __all__ = [
 ]
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
-"""What DataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed put before a module's name."""
+"""The prefixes that DataParallel, torch.compile, FSDP, activation checkpointing and DeepSpeed add to names."""
 
 _PARALLEL = "module."
-# Submodules are wrapped one by one too, so that these stand anywhere in a name. No module of a model is called so.
+# Submodules can be wrapped too, so these occur anywhere in a name. Modules of models do not have such names.
 _ANYWHERE = frozenset(wrapper.rstrip(".") for wrapper in WRAPPERS if wrapper != _PARALLEL)
 
 
 def unwrapped(names: Iterable[str]) -> Callable[[str], str]:
-    """A function that removes from parameter names what wrappers add, in any nesting and at any depth.
+    """A function that removes what wrappers add to parameter names, in any nesting and at any depth.
 
-    `layers.0._checkpoint_wrapped_module.weight` becomes `layers.0.weight`. `module.` is also an honest name of a
-    submodule: it is a wrapper's only in front, and only where all names begin with it. The name of PEFT's adapter goes
-    too, where there is one: `q.lora_A.default.weight` becomes `q.lora_A.weight`, as in PEFT's own files.
+    `layers.0._checkpoint_wrapped_module.weight` becomes `layers.0.weight`. A submodule may be called `module` too, so
+    `module.` is removed only at the beginning, and only if all names begin with it. The name of a single PEFT adapter
+    is removed too: `q.lora_A.default.weight` becomes `q.lora_A.weight`, as in PEFT's own files.
 
     Args:
-        names: All of the model's, or of the optimizer's.
+        names: All names of the model, or of the optimizer.
 
     Returns:
-        A function of one of these names.
+        A function that takes one of these names and returns it without the additions.
     """
     plain = [_without_markers(name) for name in names]
     prefix = ""
@@ -52,7 +52,7 @@ def unwrapped(names: Iterable[str]) -> Callable[[str], str]:
     return lambda name: _without_markers(name).removeprefix(prefix)
 
 
-# PEFT keeps each tensor of an adapter in a dict by the adapter's name, which it leaves out of what it saves.
+# PEFT has each tensor of an adapter in a dict keyed by the adapter's name, which it leaves out of its files.
 _ADAPTED = (
     r"(?:^|\.)(?:(modules_to_save)|((?:lora|vera|dora|hada|lokr|oft|boft|ia3|fourier|vblora|trainable_tokens)_\w+))"
     r"\.([^.]+)(?=\.|$)"
@@ -60,7 +60,7 @@ _ADAPTED = (
 
 
 def _adapter(names: Iterable[str]) -> str:
-    """The name of the one adapter whose tensors these are; empty where there is none, or several."""
+    """The name of the adapter whose tensors these are; empty if there is none, or there are several."""
     found = {match[3] for name in names if (match := re.search(_ADAPTED, name)) is not None}
     return next(iter(found)) if len(found) == 1 and not found & {"weight", "bias"} else ""
 
@@ -82,7 +82,7 @@ def _without_markers(name: str) -> str:
 
 
 def mentions_wrapper(text: str) -> bool:
-    """Whether a name or template contains a wrapper's part, and so refers to names with wrappers."""
+    """Whether a name or template contains a part that wrappers add."""
     return text.startswith(_PARALLEL) or not _ANYWHERE.isdisjoint(text.split("."))
 
 
@@ -126,11 +126,11 @@ def in_module_order(names: Sequence[str]) -> list[int]:
 
 
 def renamed_modules(moves: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Old and new names of modules, concluded from those of their parameters.
+    """Old and new names of modules, derived from the names of their parameters.
 
-    `blocks.0.attn.q.weight -> layers.0.attn.q.weight` says that blocks.0.attn.q, blocks.0.attn, blocks.0 and blocks
-    became layers.0.attn.q, layers.0.attn, layers.0 and layers; `fc.weight -> net.fc.weight` that fc became net.fc and
-    the root, whose name is empty, net.
+    `blocks.0.attn.q.weight -> layers.0.attn.q.weight` shows that blocks.0.attn.q, blocks.0.attn, blocks.0 and blocks
+    became layers.0.attn.q, layers.0.attn, layers.0 and layers; `fc.weight -> net.fc.weight` shows that fc became net.fc
+    and the root, whose name is empty, became net.
     """
     found: dict[str, dict[str, None]] = {}
     for old, new in moves:
@@ -145,15 +145,15 @@ def renamed_modules(moves: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 def names_in(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, rename: Callable[[str], str] = str
 ) -> list[list[str]]:
-    """The names of an optimizer's parameters in a model, group by group; the first name of a tied one.
+    """The names of an optimizer's parameters in a model, group by group; for a tied parameter, its first name.
 
     Args:
-        optimizer: Only its groups are looked at.
-        model: The one it was built from.
-        rename: What becomes of each name.
+        optimizer: The optimizer; only its groups are used.
+        model: The model that it was built from.
+        rename: Applied to each name.
 
     Raises:
-        StateMismatchError: The model does not have a parameter.
+        StateMismatchError: A parameter is not in the model.
     """
     found = {id(parameter): rename(name) for name, parameter in model.named_parameters()}
     for number, group in enumerate(optimizer.param_groups):
@@ -162,7 +162,7 @@ def names_in(
                 raise StateMismatchError(
                     f"parameter {index} of param group {number}, of shape {list(parameter.shape)}, "
                     f"is not one of the model's ({type(model).__name__})",
-                    hint="Give the model that the optimizer was built from, and build the optimizer after the model "
-                    "was sharded or moved, which may make new parameters.",
+                    hint="Give the model that the optimizer was built from. Build the optimizer after the model was "
+                    "sharded or moved, which may create new parameters.",
                 )
     return [[found[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]

@@ -1,9 +1,10 @@
-"""Names for an optimizer that has none: concluded from what is known, with the evidence, never guessed.
+"""Names for an optimizer that has none: inferred from evidence, never guessed.
 
-A parameter's state shows its shape: slots of its own shape, means over rows and columns, the sides of preconditioners.
-Its group and its place there say more, if every group lists its parameters in the model's order, as groups made from
-`named_parameters()` do; where one shows that it does not, none is taken to. `matching` proves that only one assignment
-of names fits; whatever is left open is reported with the alternatives and with what would settle it.
+A parameter's state shows its shape: by slots of its shape, means over rows and columns, or the sides of
+preconditioners. Its group and its index there are further evidence if every group lists its parameters in the model's
+order, as groups made from `named_parameters()` do; if the shapes show that one group does not, the order of none is
+used. `matching` proves that only one assignment of names fits. Otherwise the report lists the alternatives and what
+would decide between them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ __all__ = [
 Evidence = Literal["confirmed", "given", "group", "inferred", "unknown"]
 Shape = tuple[int, ...]
 
-# Buffers that batch normalisation keeps beside its weight and bias, in every state dict.
+# Buffers of batch normalisation, which every state dict has beside its weight and bias.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -42,8 +43,8 @@ class Candidate(Record):
     """A parameter that the model has.
 
     Attributes:
-        name: As `named_parameters()` gives it.
-        shape: Its shape, or None where only names are known.
+        name: Its name in `named_parameters()`.
+        shape: Its shape, or None if only the name is known.
     """
 
     name: str
@@ -54,10 +55,10 @@ class Naming(Record):
     """Names for the parameters of an optimizer.
 
     Attributes:
-        names: For each parameter in group order its name, or None.
-        evidence: How each name is known: `confirmed` was in the file, `given` was said, `group` is the name of the
+        names: For each parameter, in group order, its name or None.
+        evidence: Why each name is known: `confirmed` was in the file, `given` by the user, `group` is the name of the
             group, `inferred` is the only possibility.
-        problems: Why names are missing, each with the parameters concerned; empty when all are named.
+        problems: Why names are missing, with the parameters concerned; empty if all parameters have names.
         unused: How many parameters of the model the optimizer does not have.
     """
 
@@ -66,6 +67,11 @@ class Naming(Record):
     problems: tuple[str, ...]
     unused: int = 0
 
+    @classmethod
+    def unknown(cls, count: int, *problems: str) -> Naming:
+        """No names for this many parameters."""
+        return cls((None,) * count, tuple("unknown" for _ in range(count)), problems)
+
     @property
     def complete(self) -> bool:
         """Whether every parameter has a name."""
@@ -73,7 +79,7 @@ class Naming(Record):
 
 
 def model_candidates(tensors: Mapping[str, Any]) -> list[Candidate]:
-    """The parameters among a model's tensors: without batch-norm buffers and integers, tied ones once."""
+    """The parameters among a model's tensors: without batch-norm buffers and integer tensors; tied ones once."""
     owners = {name.rpartition(".")[0] for name in tensors if name.endswith(".running_mean") or name == "running_mean"}
     seen: set[tuple[int, int]] = set()
     found = []
@@ -95,7 +101,7 @@ def model_candidates(tensors: Mapping[str, Any]) -> list[Candidate]:
 
 
 def observed_shapes(state: OptimizerState) -> list[list[Shape | None]]:
-    """The shapes of an optimizer's parameters as far as their slots show them, group by group."""
+    """The shapes of an optimizer's parameters as their slots show them, group by group; None if they do not."""
     algorithm = recognise_state(state.state.values(), state.groups[0].options) if state.groups else None
     return [[_shape(state.state.get(key) or {}, algorithm) for key in group.params] for group in state.groups]
 
@@ -108,7 +114,7 @@ def _shape(slots: Mapping[Any, Any], algorithm: Algorithm | None) -> Shape | Non
 
 
 def _flat(slots: Mapping[Any, Any]) -> dict[str, Any]:
-    """Slots by name, those that a library keeps one level down (bitsandbytes) among the others."""
+    """Slots by name, including those that bitsandbytes keeps one level down."""
     made: dict[str, Any] = {}
     for name, value in slots.items():
         if isinstance(value, Mapping):
@@ -122,7 +128,7 @@ _PRECONDITIONER = re.compile(r"^(?:precond_(\d+)|pre_conds|GG)$")
 
 
 def _of_preconditioners(slots: Mapping[Any, Any]) -> Shape | None:
-    """One square matrix for each dimension of the parameter, as Shampoo and similar optimizers keep them."""
+    """The shape shown by one square matrix for each dimension, as Shampoo and similar optimizers keep them."""
     sides: dict[int, int] = {}
     for name, value in slots.items():
         found = _PRECONDITIONER.match(str(name))
@@ -141,27 +147,24 @@ def _of_preconditioners(slots: Mapping[Any, Any]) -> Shape | None:
 
 
 def name_in_order(state: OptimizerState, names: Sequence[str], shapes: Mapping[str, Shape | None]) -> Naming:
-    """Take names that are given in the optimizer's own order, group by group, after checking them.
+    """Check names that are given in the optimizer's own order, group by group.
 
     Args:
         state: The optimizer.
         names: One for each parameter.
-        shapes: Of the model's parameters, as far as they are known.
+        shapes: The shapes of the model's parameters, as far as they are known.
     """
     observed = [shape for group in observed_shapes(state) for shape in group]
     if len(names) != len(observed):
-        problem = f"{len(names)} names are given for {len(observed)} parameters"
-        return _nothing(observed, problem)
+        return Naming.unknown(len(observed), f"{len(names)} names are given for {len(observed)} parameters")
     problems = [
         f"parameter {index} has shape {list(shape)}, but {describe(name)} has {list(known)}"
         for index, (shape, name) in enumerate(zip(observed, names, strict=True))
         if shape is not None and (known := shapes.get(name)) is not None and known != shape
     ]
-    return (
-        Naming(tuple(names), tuple("given" for _ in names), tuple(problems))
-        if not problems
-        else _nothing(observed, *problems)
-    )
+    if problems:
+        return Naming.unknown(len(observed), *problems)
+    return Naming(tuple(names), tuple("given" for _ in names), ())
 
 
 def name_parameters(
@@ -175,12 +178,12 @@ def name_parameters(
     """Name the parameters of an optimizer from a model's.
 
     Args:
-        state: The optimizer; names it has already are kept.
-        candidates: What the model has; empty where there is no model.
-        ordered: Whether the candidates are in the order of `named_parameters()`. Safetensors files are not: they are
-            sorted by name.
-        given: Whether the names were given for this optimizer, rather than read from a model.
-        excluded: For param groups made by a known rule, the candidates that it keeps out of them (`grouping`).
+        state: The optimizer; existing names are kept.
+        candidates: The model's parameters; empty if there is no model.
+        ordered: Whether the candidates are in the order of `named_parameters()`. Those of safetensors files are not,
+            because they are sorted by name.
+        given: Whether the names were given for this optimizer, not read from a model.
+        excluded: For the number of a group, the candidates that it cannot have (see `grouping`).
     """
     if state.is_named:
         names = tuple(name for _, name, _ in state.parameters())
@@ -192,34 +195,33 @@ def name_parameters(
     if own is not None and (not candidates or _are_the_models(own, observed, known)):
         return Naming(tuple(own), tuple("group" for _ in own), (), max(0, len(candidates) - len(own)))
     if not candidates:
-        return _nothing(observed, "there is no model beside it, so nothing says what its parameters are called")
+        problem = "the checkpoint has no model from which names could be taken"
+        return Naming.unknown(len(observed), problem)
     if len(observed) > len(candidates):
         source = "given names" if given else "parameters of the model"
-        return _nothing(observed, f"it has {len(observed)} parameters, and there are only {len(candidates)} {source}")
+        problem = f"it has {len(observed)} parameters, and there are only {len(candidates)} {source}"
+        return Naming.unknown(len(observed), problem)
     model = [candidate.shape for candidate in candidates]
     found = match(groups, model, in_order=ordered, excluded=excluded)
     keeps_order = ordered and found.fits
     if ordered and not found.fits:
         found = match(groups, model, in_order=False, excluded=excluded)
     if not found.unique:
-        return _nothing(observed, *_obstacles(groups, candidates, found, ordered=ordered, keeps_order=keeps_order))
+        obstacles = _obstacles(groups, candidates, found, ordered=ordered, keeps_order=keeps_order)
+        return Naming.unknown(len(observed), *obstacles)
     evidence: Evidence = "given" if given else "inferred"
-    named = tuple(candidates[places[0]].name for places in found.domains)
+    named = tuple(candidates[indices[0]].name for indices in found.domains)
     return Naming(named, tuple(evidence for _ in named), (), len(candidates) - len(named))
 
 
 def _are_the_models(names: Sequence[str], observed: Sequence[Shape | None], known: Mapping[str, Shape | None]) -> bool:
-    """Whether the model has parameters with these names and the visible shapes."""
+    """Whether the model has parameters with these names and the observed shapes."""
     pairs = [(known[name], shape) for name, shape in zip(names, observed, strict=True) if name in known]
     return len(pairs) == len(names) and all(a is None or b is None or a == b for a, b in pairs)
 
 
-def _nothing(observed: Sequence[Any], *problems: str) -> Naming:
-    return Naming((None,) * len(observed), tuple("unknown" for _ in observed), problems)
-
-
 def _group_names(state: OptimizerState) -> list[str] | None:
-    """The groups' own names, where each has one parameter and a name of its own, as Gaussian splatting has them."""
+    """The names of groups that have one parameter and a unique name each, as Gaussian splatting has them; else None."""
     groups = [group for group in state.groups if group.params]
     names = [group.options.get("name") for group in groups]
     if any(len(group.params) != 1 for group in groups):
@@ -239,7 +241,7 @@ def _obstacles(
     ordered: bool,
     keeps_order: bool,
 ) -> list[str]:
-    """Why names are not determined: the alternatives for parameters of a shape, and what would decide."""
+    """Why names are not determined: the alternatives for the parameters of each shape, with the reason."""
     observed = [shape for group in groups for shape in group]
     group_of = [number for number, group in enumerate(groups) for _ in group]
     by_shape: dict[Shape | None, list[int]] = {}

@@ -14,13 +14,13 @@ from optimstate.tree import Opaque, rebuilt_mapping
 __all__ = ["Group", "Member", "OptimizerState", "as_mapping"]
 
 ParameterKey = Hashable
-"""What torch keys state by: an int (index form), a str (name form), or the parameter itself (a pickled optimizer)."""
+"""The key of a parameter's state: an int (index form), a str (name form), or the parameter (a pickled optimizer)."""
 
 Slots = Mapping[str, Any]
 
 
 def as_mapping(node: Any) -> Mapping[Any, Any] | None:
-    """A dict, or the entries of a pickled `defaultdict`, else None."""
+    """A mapping, or the entries of a pickled `defaultdict`; None for any other node."""
     if type(node) is dict or isinstance(node, Mapping):
         return node
     if isinstance(node, Opaque) and node.type.path == "collections.defaultdict":
@@ -32,10 +32,10 @@ class Group(Record):
     """One param group.
 
     Attributes:
-        options: Everything but the parameters: `lr`, `betas`, ..., in the order of the file.
+        options: Everything except the parameters: `lr`, `betas`, ..., in the order of the file.
         params: The keys of its parameters, in order.
-        names: Their names, or None where the file has none.
-        keys: The order of all keys in the file, `params` and `param_names` included.
+        names: Their names, or None if the file has none.
+        keys: All keys in the order of the file, including `params` and `param_names`.
     """
 
     options: Mapping[str, Any]
@@ -45,7 +45,7 @@ class Group(Record):
 
     @classmethod
     def from_node(cls, node: Mapping[str, Any]) -> Group:
-        """Read a dict of `param_groups`; of one without `params`, the names are the keys (`torch_checkpointing`)."""
+        """Read a dict of `param_groups`; in one without `params`, names are the keys (`torch_checkpointing`)."""
         names = node.get("param_names")
         params = node.get("params", names or ())
         if names is not None and (not isinstance(names, list | tuple) or len(names) != len(params)):
@@ -72,7 +72,7 @@ class Group(Record):
 
 
 class Member(NamedTuple):
-    """A parameter of a state that is being built: its name, the key it had (None for a new one), and its slots."""
+    """A parameter of a state that is being built: its name, its old key (None for a new parameter), and its slots."""
 
     name: str
     key: ParameterKey | None
@@ -83,9 +83,9 @@ class OptimizerState(Record):
     """An optimizer's `state_dict`, in index form, name form, or taken from a pickled optimizer.
 
     Attributes:
-        groups: In order.
-        state: Per parameter key its slots. A parameter without an entry is fresh.
-        node: The mapping it was read from; its type, key order and further entries are kept.
+        groups: The param groups, in order.
+        state: The slots of each parameter, by its key. A parameter without an entry is fresh.
+        node: The mapping that it was read from, whose type, key order and further entries are kept.
     """
 
     groups: tuple[Group, ...]
@@ -97,22 +97,22 @@ class OptimizerState(Record):
         """Read a mapping with `state` and `param_groups`.
 
         Raises:
-            CorruptCheckpointError: Names and parameters differ in number, or a key is in two groups. Within one group
-                torch allows tied parameters to be listed twice, with a warning.
+            CorruptCheckpointError: The numbers of names and parameters differ, a key is in two groups, or a key is not
+                hashable. Within one group torch allows tied parameters to be listed twice, with a warning.
         """
         groups = tuple(Group.from_node(group) for group in node["param_groups"])
         state = as_mapping(node["state"]) or {}
         try:
             keys = [key for group in groups for key in set(group.params)]
             twice = next((key for key, times in Counter(keys).items() if times > 1), None)
-        except TypeError:  # a key that cannot be one: a list, a dict
+        except TypeError:  # a list or a dict
             raise CorruptCheckpointError("param_groups has a parameter that cannot be a key of state") from None
         if twice is not None:
             raise CorruptCheckpointError(f"parameter {describe(twice)} is in two param groups")
         return cls(groups, {key: as_mapping(slots) or {} for key, slots in state.items()}, node)
 
     def to_node(self) -> dict[str, Any]:
-        """The state as a mapping, of the type and key order that it was read from."""
+        """The state as a mapping of the type and key order that it was read from."""
         made = dict(self.node) or {"state": None, "param_groups": None}
         made["state"] = rebuilt_mapping(self.node.get("state", {}), self.state)
         made["param_groups"] = [group.to_node() for group in self.groups]
@@ -126,13 +126,13 @@ class OptimizerState(Record):
         )
 
     def parameters(self) -> Iterator[tuple[ParameterKey, str | None, Slots | None]]:
-        """Key, name and slots of every parameter, in group order; slots are None for a fresh one."""
+        """Key, name and slots of every parameter, in group order; slots are None for a fresh parameter."""
         for group in self.groups:
             for index, key in enumerate(group.params):
                 yield key, group.names[index] if group.names is not None else None, self.state.get(key)
 
     def orphans(self) -> list[ParameterKey]:
-        """Keys that have state but are in no group."""
+        """Keys that have state and are in no group."""
         known = {key for group in self.groups for key in group.params}
         return [key for key in self.state if key not in known]
 
@@ -140,10 +140,10 @@ class OptimizerState(Record):
         """The same state with names for its parameters.
 
         Args:
-            names: In the order of the groups; flat, or one sequence for each group.
+            names: The names in the order of the groups, as one sequence or as one for each group.
 
         Raises:
-            StateMismatchError: There are more or fewer names than parameters, or one is there twice.
+            StateMismatchError: There are more or fewer names than parameters, or a name occurs twice.
         """
         flat = [name for item in names for name in ([item] if isinstance(item, str) else item)]
         count = sum(len(group.params) for group in self.groups)
@@ -166,14 +166,14 @@ class OptimizerState(Record):
         """An optimizer with other parameters or groups.
 
         Args:
-            groups: Each with the group it takes its options, and the order of its keys, from.
+            groups: The members of each new group, with the group from which it takes its options and order of keys.
 
         Returns:
-            A state whose keys are unchanged where every parameter is still there once and in its place; otherwise, in
-            index form, they are numbered anew in order, as torch numbers them.
+            A state with the same keys if every parameter is still there, once and in the same position. Otherwise keys
+            in index form are numbered in order, as torch numbers them.
 
         Raises:
-            CorruptCheckpointError: State that belongs to no parameter has a key that is needed.
+            CorruptCheckpointError: State that belongs to no parameter has one of the new keys.
         """
         old = tuple(tuple(group.params) for group in self.groups)
         kept = tuple(tuple(member.key for member in members) for _, members in groups) == old
@@ -193,7 +193,7 @@ class OptimizerState(Record):
                     state[new] = member.slots
             names = tuple(member.name for member in members)
             made.append(group._replace(params=tuple(params), names=names))
-        if kept:  # the order of entries in `state` is not the order of the groups
+        if kept:  # keep the order of entries in `state`, which may differ from the order of the groups
             state = {renamed[key]: state[renamed[key]] for key in self.state if renamed.get(key) in state}
         orphans = {key: self.state[key] for key in self.orphans()}
         clash = orphans.keys() & state.keys()
@@ -207,7 +207,7 @@ class OptimizerState(Record):
         """The same state keyed by names, as FSDP and DCP have it.
 
         Raises:
-            StateMismatchError: A parameter has no name.
+            StateMismatchError: A parameter has no name, or state that belongs to no parameter has the key of a name.
         """
         self._refuse_unnamed()
         rename: dict[ParameterKey, ParameterKey] = {}
@@ -218,7 +218,7 @@ class OptimizerState(Record):
             order = tuple(key for key in group.keys if key != "param_names")
             order = order if "params" in order else (*order, "params")
             made.append(group._replace(params=names, keys=order))
-        # Entries of parameters come in the order of the groups, as torch writes them.
+        # The entries of parameters are in the order of the groups, as torch writes them.
         known = {rename[key]: self.state[key] for group in self.groups for key in group.params if key in self.state}
         orphans = {key: self.state[key] for key in self.orphans()}
         clash = orphans.keys() & known.keys()
@@ -229,11 +229,11 @@ class OptimizerState(Record):
     def _refuse_unnamed(self) -> None:
         if not all(group.names is not None for group in self.groups if group.params):
             raise StateMismatchError(
-                "the parameters of this optimizer have no names", hint="Give them: state.named([...])."
+                "the parameters of this optimizer have no names", hint="Give names with state.named([...])."
             )
 
     def to_flat(self) -> dict[str, Any]:
-        """The flattened form: `state.<name>.<slot>` and `param_groups.<name>.<option>`, groups spelled per parameter.
+        """The flattened form: `state.<name>.<slot>` and `param_groups.<name>.<option>`, options for each parameter.
 
         Raises:
             StateMismatchError: A parameter has no name, or state belongs to no parameter.
@@ -251,9 +251,7 @@ class OptimizerState(Record):
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> OptimizerState:
-        """Read the flattened form. Parameters with the same options, in the order of their names, make a group.
-
-        Those without options are a group too.
+        """Read the flattened form. Parameters with the same options, or without any, are one group, in order.
 
         Raises:
             CorruptCheckpointError: A key is neither state nor an option of a parameter.

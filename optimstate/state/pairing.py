@@ -1,4 +1,4 @@
-"""Which model of a checkpoint an optimizer belongs to, and the names that this gives its parameters."""
+"""The model of a checkpoint that an optimizer belongs to, and the names that it gives the optimizer's parameters."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _ADAPTER = re.compile(rf"base_model\.model\.(?P<module>.+)\.(?P<part>{'|'.join(_
 
 
 class Namer:
-    """Finds for each optimizer the model that it belongs to, and its parameters' names.
+    """Finds, for each optimizer, its model and the names of its parameters.
 
     Args:
-        models: Those of the checkpoint.
-        given: Names by the label of the optimizer.
-        order: Of the given names: the model's, or the optimizer's.
-        built: The parameters of a model that was built for this, in its order.
-        trainer: Whose rule made the param groups, where that is known.
+        models: The models of the checkpoint.
+        given: Names that the user gave, by the label of the optimizer.
+        order: The order of the given names: the model's or the optimizer's.
+        built: The parameters of a model that was built for this purpose, in its order.
+        trainer: The trainer whose rule made the param groups, if known.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Namer:
             own = [str(name) for _, name, _ in state.parameters()]
             if sorted(own) == sorted(names):
                 return name_parameters(state, [], ordered=False)
-            problem = f"it has names already, which are not those that are given: {describe(own[0])}, ..."
-            return _refused(len(own), problem)
+            problem = f"it already has other names than those that are given: {describe(own[0])}, ..."
+            return Naming.unknown(len(own), problem)
         if names is not None:
             return self._contradicted(state, [Candidate(name, None) for name in names]) or self._as_given(state, names)
         if self._built is not None:
@@ -77,38 +77,36 @@ class Namer:
             return name_parameters(state, [], ordered=False)
         return _of_the_right_model(section, tried)
 
-    def _contradicted(self, state: OptimizerState, said: Sequence[Candidate]) -> Naming | None:
-        """Why the given names or model cannot belong to the weights beside the optimizer; None if they can.
+    def _contradicted(self, state: OptimizerState, given: Sequence[Candidate]) -> Naming | None:
+        """Why the given names or model cannot belong to the weights of the checkpoint; None if they can.
 
         Args:
             state: The optimizer.
-            said: What is given, in its order.
+            given: The given parameters, in their order.
         """
-        names = [candidate.name for candidate in said]
+        names = [candidate.name for candidate in given]
         spellings = [(model, model.spelled(names)) for model in self._models]
         if not names or not spellings:
             return None
-        model, spelling = max(spellings, key=lambda one: len(one[1].places))
+        model, spelling = max(spellings, key=lambda one: len(one[1].saved_names))
         label = model.section.label or "the checkpoint"
         problem = ""
-        if not spelling.places and (self._order == "model" or self._built is not None):
-            problem = f"none of the names is one of the weights at {label}: {describe(names[0])}, ..."
-        for candidate in said:
+        if not spelling.saved_names and (self._order == "model" or self._built is not None):
+            problem = f"the weights at {label} have none of the names: {describe(names[0])}, ..."
+        for candidate in given:
             shape = spelling.shape(candidate.name)
             if shape is not None and candidate.shape is not None and shape != candidate.shape:
-                given = list(candidate.shape)
-                problem = (
-                    problem or f"{describe(candidate.name)} has the shape {list(shape)} at {label}, and {given} here"
-                )
+                shapes = f"{list(shape)} at {label}, and {list(candidate.shape)} here"
+                problem = problem or f"{describe(candidate.name)} has the shape {shapes}"
         if model.ordered and (self._order == "model" or self._built is not None):
-            at = {candidate.name: place for place, candidate in enumerate(model.candidates)}
-            known = [spelling.places[name] for name in names if name in spelling.places]
+            position = {candidate.name: index for index, candidate in enumerate(model.candidates)}
+            known = [spelling.saved_names[name] for name in names if name in spelling.saved_names]
             for before, after in pairwise(known):
-                if at[before] > at[after] and not problem:
-                    problem = f"{describe(before)} stands before {describe(after)} here, and behind it at {label}"
+                if position[before] > position[after] and not problem:
+                    problem = f"{describe(before)} comes before {describe(after)} here, and after it at {label}"
         if not problem:
             return None
-        return _refused(sum(len(group.params) for group in state.groups), problem)
+        return Naming.unknown(sum(len(group.params) for group in state.groups), problem)
 
     def _inferred(self, state: OptimizerState, candidates: Sequence[Candidate], *, ordered: bool) -> Naming:
         excluded = excluded_places(self._trainer, state, candidates)
@@ -131,7 +129,7 @@ class Namer:
 
 
 class ModelNames:
-    """A model of the checkpoint, as far as naming needs it.
+    """The names, shapes and order of a model's parameters.
 
     Args:
         section: The model.
@@ -147,11 +145,11 @@ class ModelNames:
         self._plain = {unwrapped([key])(key): key for key in self._shapes}
 
     def order_like(self, parameters: Sequence[tuple[Candidate, Sequence[str]]], every: Collection[str]) -> None:
-        """Take over the order of a live model that has just these tensors.
+        """Take the order of a live model, if it has the same tensors.
 
         Args:
-            parameters: Those of the live model that an optimizer can have, in its order, each with all its names.
-            every: The names of all its tensors, buffers and frozen parameters among them.
+            parameters: The trainable parameters of the live model, in its order, each with all its names.
+            every: The names of all its tensors, including buffers and frozen parameters.
         """
         own = {unwrapped([name])(name): shape for name, shape in self._shapes.items()}
         if self.ordered or not parameters or not own.keys() <= set(every):
@@ -162,14 +160,14 @@ class ModelNames:
             self.ordered = True
 
     def order_by_base(self, base: Sequence[Candidate]) -> bool:
-        """Put an adapter's weights into the order of the modules of the model that it adapts; whether it is one."""
-        places = {candidate.name.rpartition(".")[0]: place for place, candidate in enumerate(base)}
+        """Sort an adapter's weights by the modules of its base model; False if these are not an adapter's weights."""
+        modules = {candidate.name.rpartition(".")[0]: index for index, candidate in enumerate(base)}
         keys: dict[str, tuple[int, int]] = {}
         for candidate in self.candidates:
             found = _ADAPTER.match(candidate.name)
-            if found is None or found["module"] not in places:
+            if found is None or found["module"] not in modules:
                 return False
-            keys[candidate.name] = places[found["module"]], _ADAPTER_PARTS.index(found["part"])
+            keys[candidate.name] = modules[found["module"]], _ADAPTER_PARTS.index(found["part"])
         if not keys or len(set(keys.values())) != len(keys):
             return False
         self.candidates = sorted(self.candidates, key=lambda candidate: keys[candidate.name])
@@ -179,33 +177,33 @@ class ModelNames:
     def spelled(self, names: Sequence[str]) -> _Spelling:
         """The given names as this model spells them."""
         rename = unwrapped(names)
-        places = {given: given if given in self._shapes else self._plain.get(rename(given)) for given in names}
-        return _Spelling({given: place for given, place in places.items() if place is not None}, self._shapes)
+        saved = {given: given if given in self._shapes else self._plain.get(rename(given)) for given in names}
+        return _Spelling({given: name for given, name in saved.items() if name is not None}, self._shapes)
 
 
 class _Spelling(Record):
-    """Names as they are given, and as the weights beside the optimizer have them: without an adapter's name.
+    """Names as they are given, and as the weights of the checkpoint have them, which is without an adapter's name.
 
     Attributes:
-        places: Given name to the weights' one, where they have it.
-        shapes: By the weights' names.
+        saved_names: The weights' name for each given name that they have.
+        shapes: The shapes of the weights, by the weights' names.
     """
 
-    places: Mapping[str, str]
+    saved_names: Mapping[str, str]
     shapes: Mapping[str, Any]
 
     def shape(self, given: str) -> tuple[int, ...] | None:
-        """The shape of a parameter, where the weights show it."""
-        place = self.places.get(given)
-        return self.shapes.get(place) if place is not None else None
+        """The shape of a parameter; None if the weights do not show it."""
+        name = self.saved_names.get(given)
+        return None if name is None else self.shapes.get(name)
 
     def saved(self, given: str) -> str:
-        """The weights' name, so that rules see one parameter in both."""
-        return self.places.get(given, given)
+        """The weights' name, with which rules match the parameter in the model and in the optimizer."""
+        return self.saved_names.get(given, given)
 
 
 def _of_the_right_model(section: Section, tried: Sequence[tuple[ModelNames, Naming]]) -> Naming:
-    """The naming by the model that an optimizer belongs to: all its parameters are used, or its key says so."""
+    """The naming by the optimizer's model: one whose parameters are all used, or one with a similar path."""
     fitting = [(model, naming) for model, naming in tried if naming.complete]
     for choice in ([found for found in fitting if not found[1].unused], fitting):
         distinct = {naming.names: naming for _, naming in choice}
@@ -218,14 +216,10 @@ def _of_the_right_model(section: Section, tried: Sequence[tuple[ModelNames, Nami
                 return next(iter(nearest.values()))
             labels = " and ".join(model.section.label for model, _ in choice[:3])
             naming = choice[0][1]
-            problem = f"its parameters fit the models at {labels} alike, and nothing says which it belongs to"
-            return _refused(len(naming.names), problem)
+            problem = f"its parameters fit the models at {labels}, and nothing says which of them it belongs to"
+            return Naming.unknown(len(naming.names), problem)
     best = max(tried, key=lambda found: (_kinship(section.path, found[0].section.path), len(found[0].candidates)))
     return best[1]
-
-
-def _refused(count: int, problem: str) -> Naming:
-    return Naming((None,) * count, tuple("unknown" for _ in range(count)), (problem,))
 
 
 def _kinship(one: Sequence[Any], other: Sequence[Any]) -> int:

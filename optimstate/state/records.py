@@ -1,7 +1,7 @@
-"""Tensors that a pickle keeps as records of their classes: what dtype and shape they have.
+"""Tensor subclasses in pickles, which are read as records: their dtype and shape.
 
-Distributed tensors hold one rank's part and describe the whole; quantized ones hold codes and describe what they stand
-for. None is turned into a plain tensor here.
+Distributed tensors hold one rank's part and describe the whole; quantized tensors hold codes and describe the tensor
+that they encode. Neither is converted to a plain tensor here.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ __all__ = ["TensorRecord", "is_tensor", "tensor_record"]
 
 
 class TensorRecord(Record):
-    """What a record says of the tensor it stands for.
+    """A tensor of a subclass, as its record describes it.
 
     Attributes:
         kind: Its class, without the module: `DTensor`.
-        dtype: Of the whole tensor.
-        shape: Of the whole tensor.
-        parts: Plain tensors inside the record, by name: the local part, or codes and scales.
+        dtype: The dtype of the whole tensor.
+        shape: The shape of the whole tensor.
+        parts: The plain tensors inside the record, by name: the local part, or codes and scales.
     """
 
     kind: str
@@ -37,14 +37,14 @@ class TensorRecord(Record):
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a leaf is a tensor: in a file, or a record of a tensor subclass."""
+    """Whether a node is a lazy tensor or the record of a tensor subclass."""
     return isinstance(value, LazyTensor) or (
         isinstance(value, Opaque) and value.type.qualname.startswith(("_rebuild_", "DTensor", "ShardedTensor"))
     )
 
 
 def tensor_record(value: Any) -> TensorRecord | None:
-    """What a record of a tensor subclass says, or None for everything else."""
+    """The tensor that a record of a tensor subclass describes; None for any other node."""
     if not isinstance(value, Opaque) or value.type.path != "torch._tensor._rebuild_from_type_v2":
         return None
     if len(value.arguments) != 4:
@@ -70,7 +70,7 @@ def _parts(state: Any) -> dict[str, LazyTensor]:
 
 
 def _attributes(state: Any) -> dict[str, Any]:
-    """What was set on an object: a dict, or a pair of those in `__dict__` and those in slots."""
+    """An object's attributes from its state: a dict, or a pair of dicts for `__dict__` and slots."""
     parts = state if isinstance(state, tuple) else (state,)
     return {str(name): value for part in parts if isinstance(part, Mapping) for name, value in part.items()}
 

@@ -1,13 +1,13 @@
 """Scheduler state when param groups change: every list with one entry per group is rebuilt from a group map.
 
-A group map has, for each new group, the old groups it came from: `[[0], [0]]` splits one group in two, `[[0, 1]]`
-merges two, `[[1], [0]]` swaps them; an old group that it does not name is dropped. Values are opaque (floats, tensors,
-dicts): they are compared and moved, never computed with.
+A group map has, for each new group, the old groups that it came from: `[[0], [0]]` splits one group in two, `[[0, 1]]`
+merges two, `[[1], [0]]` swaps them. An old group that is not in the map is dropped. Values (floats, tensors, dicts) are
+compared and moved, never computed with.
 
-The lists in the state are half of what a schedule depends on. The other half is in the optimizer's param groups, which
-the caller moves along the same map: `lr` and `initial_lr` for all schedulers; `max_lr`, `min_lr`, `max_momentum` and
-`base_momentum` for OneCycleLR; `max_momentum` and `base_momentum` for CyclicLR; `swa_lr` for SWALR; `momentum` or
-`betas` where they are cycled. `representatives` says which old group stands for each new one.
+A schedule also depends on values in the optimizer's param groups, which the caller moves by the same map: `lr` and
+`initial_lr` for all schedulers; `max_lr`, `min_lr`, `max_momentum` and `base_momentum` for OneCycleLR; `max_momentum`
+and `base_momentum` for CyclicLR; `swa_lr` for SWALR; `momentum` or `betas` where they are cycled. `representatives`
+returns the old group whose values each new group gets.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["PER_GROUP_KEYS", "Merge", "regroup_scheduler_state", "representative
 Merge = Literal["refuse", "first", "min", "max"]
 GroupMap = Sequence[Sequence[int]]
 
-# The lists of torch's schedulers, and of optimstate's, that have one entry per param group.
+# The lists in states of torch's and optimstate's schedulers that have one entry per param group.
 PER_GROUP_KEYS = frozenset(
     {"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"}
     | {"base_values", "_last_value"}  # of mmengine and timm
 )
-# Their lists that have not.
+# Their other lists.
 _SHARED_KEYS = frozenset({"milestones", "_milestones", "_schedule_phases", "_schedulers"})
 
 
@@ -47,22 +47,22 @@ def regroup_scheduler_state(
     """Rebuild a scheduler's state for other param groups.
 
     Args:
-        state: The `state_dict()` of a scheduler, nested ones included; not changed.
-        group_map: For each new group, the indices of the old groups it came from; empty for a new one.
-        merge: What to do where old groups with different values become one. `refuse` raises; `first` lets the first of
-            them stand for all, `min` and `max` the one with the lowest or highest initial learning rate. The one chosen
-            gives all its values, so that they belong together.
+        state: The `state_dict()` of a scheduler, including nested ones; not changed.
+        group_map: For each new group, the indices of the old groups that it came from; empty for a new group.
+        merge: What to do if old groups with different values become one. `refuse` raises; `first` takes all values of
+            the first of them, `min` and `max` those of the group with the lowest or highest initial learning rate.
         fresh: For each new group that came from no old one, its values by key: `{2: {"base_lrs": 0.1, ...}}`.
         per_group: Further keys with one entry per group, of schedulers that are not torch's.
         shared: Further keys whose lists are not per group, of schedulers that are not torch's.
-        groups: How many there were, for a state in which no list of known meaning tells.
+        groups: The number of old groups, for a state without a per-group list.
 
     Returns:
-        A new state. Values that go to several groups are cloned; what is not per group is the same object as before.
+        A new state. Values that go to several groups are cloned; values that are not per group are the same objects.
 
     Raises:
         MigrationError: With every problem found: values that differ in a merge, a group map that does not fit the
             lists, a new group without values, a list that may or may not be per group.
+        ValueError: `merge` is not a policy.
     """
     keys = PER_GROUP_KEYS.union(per_group).difference(shared)
     sources = representatives(state, group_map, merge=merge, per_group=per_group, shared=shared, groups=groups)
@@ -87,7 +87,7 @@ def representatives(
 
     Args:
         state: The `state_dict()` of a scheduler.
-        group_map: For each new group, the indices of the old groups it came from.
+        group_map: For each new group, the indices of the old groups that it came from.
         merge: As for `regroup_scheduler_state`.
         per_group: As for `regroup_scheduler_state`.
         shared: As for `regroup_scheduler_state`.
@@ -108,8 +108,8 @@ def representatives(
         if problems:
             raise MigrationError(
                 problems,
-                hint="Keep the groups apart, or choose: merge='first', or merge='min' or 'max' for the group with the "
-                "lowest or highest initial learning rate.",
+                hint="Keep the groups separate, or choose: merge='first', or merge='min' or 'max' for the group with "
+                "the lowest or highest initial learning rate.",
             )
     if merge in ("refuse", "first"):
         return [sources[0] if sources else None for sources in group_map]
@@ -118,17 +118,20 @@ def representatives(
     return [choose(sources, key=lambda old: lrs[old]) if sources else None for sources in group_map]
 
 
-def _lists(state: Mapping[str, Any], keys: Collection[str], path: str = "") -> Iterator[tuple[str, Sequence[Any]]]:
-    """Every per-group list with its path, those of nested schedulers included."""
+def _lists(
+    state: Mapping[str, Any], keys: Collection[str], shared: Collection[str] | None = None, path: str = ""
+) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Every per-group list and its path, including those of nested schedulers; given `shared`, the unknown lists."""
     for key, value in state.items():
-        if key in keys and isinstance(value, (list, tuple)):
+        wanted = key in keys if shared is None else key not in keys and key not in shared
+        if wanted and isinstance(value, (list, tuple)):
             yield f"{path}{key}", value
     for inner, nested in _nested(state, keys):
-        yield from _lists(nested, keys, f"{path}{inner}.")
+        yield from _lists(nested, keys, shared, f"{path}{inner}.")
 
 
 def _nested(state: Mapping[str, Any], keys: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The schedulers within a scheduler's state, and whatever else it keeps in mappings, with their places."""
+    """The schedulers and other mappings within a scheduler's state, each with its path."""
     for key, value in state.items():
         if isinstance(value, Mapping):
             yield str(key), value
@@ -141,7 +144,7 @@ def _nested(state: Mapping[str, Any], keys: Collection[str]) -> Iterator[tuple[s
 def _misfits(
     state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap, shared: set[str], known: int | None
 ) -> list[Problem]:
-    """What prevents any regrouping: inconsistent lengths, and lists of unknown meaning."""
+    """Problems that prevent any regrouping: inconsistent lengths, and lists of unknown meaning."""
     lengths = {path: len(values) for path, values in _lists(state, keys) if not _refills(state, path)}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{path}: {length}" for path, length in lengths.items())
@@ -157,12 +160,12 @@ def _misfits(
         for old in sources
         if groups is not None and not 0 <= old < groups
     ]
-    for path, value in _unknown_lists(state, keys, _SHARED_KEYS | shared):
+    for path, value in _lists(state, keys, _SHARED_KEYS | shared):
         if len(value) == groups:
-            message = f"{path} has {groups} entries, as many as there are param groups, and is unknown"
+            message = f"{path} is unknown and has {groups} entries, as many as there are param groups"
             last = describe(path.rpartition(".")[2])
             remedy = (
-                f"say per_group=[{last}] or shared=[{last}] to optimstate.state.scheduler.regroup_scheduler_state, or "
+                f"give per_group=[{last}] or shared=[{last}] to optimstate.state.scheduler.regroup_scheduler_state, or "
                 "leave the scheduler out (optimstate convert --without scheduler) and build it anew"
             )
             problems.append(Problem("scheduler", message, remedy=remedy))
@@ -170,7 +173,7 @@ def _misfits(
 
 
 def _pickled(state: Mapping[str, Any], keys: Collection[str], path: str = "") -> Iterator[Problem]:
-    """Schedulers that are kept as pickled objects, whose lists cannot be rebuilt."""
+    """Problems with schedulers that are pickled objects, whose lists cannot be rebuilt."""
     for key, value in state.items():
         fields = value.state if isinstance(value, Opaque) else None
         if isinstance(fields, Mapping) and any(True for _ in _lists(fields, keys)):
@@ -182,18 +185,8 @@ def _pickled(state: Mapping[str, Any], keys: Collection[str], path: str = "") ->
 
 
 def _refills(state: Mapping[str, Any], path: str) -> bool:
-    # One min_lr for all: ReduceLROnPlateau itself remakes min_lrs for the groups it finds.
+    # With one min_lr for all, ReduceLROnPlateau itself rebuilds min_lrs for its groups.
     return path == "min_lrs" and state.get("default_min_lr") is not None
-
-
-def _unknown_lists(
-    state: Mapping[str, Any], keys: Collection[str], shared: Collection[str], path: str = ""
-) -> Iterator[tuple[str, Sequence[Any]]]:
-    for key, value in state.items():
-        if isinstance(value, (list, tuple)) and key not in keys and key not in shared:
-            yield f"{path}{key}", value
-    for inner, nested in _nested(state, keys):
-        yield from _unknown_lists(nested, keys, shared, f"{path}{inner}.")
 
 
 def _ambiguities(state: Mapping[str, Any], keys: Collection[str], group_map: GroupMap) -> Iterator[Problem]:
@@ -213,12 +206,12 @@ def _ambiguities(state: Mapping[str, Any], keys: Collection[str], group_map: Gro
 def _same(one: Any, other: Any) -> bool:
     try:
         return one is other or bool(one == other)
-    except (RuntimeError, TypeError, ValueError):  # arrays of several elements have no truth value
+    except (RuntimeError, TypeError, ValueError):  # a comparison of tensors or arrays has no single truth value
         return False
 
 
 def _initial_lrs(state: Mapping[str, Any]) -> Sequence[Any]:
-    """The first list of initial learning rates in the state; without any, of the last ones."""
+    """The first list of initial learning rates in the state; else the first list of current ones."""
     for key in ("base_lrs", "_last_lr"):
         for _, values in _lists(state, {key}):
             return values

@@ -41,12 +41,12 @@ class Section(Record):
     """A part of a checkpoint whose meaning is known.
 
     Attributes:
-        kind: What it is. An `ema` is a `torch.optim.swa_utils.AveragedModel` state: `n_averaged` and `module.*`, one
-            that keeps `shadow_params` by position (torch_ema), or the copy of a model that a callback keeps.
-        path: Where it stands in the tree.
-        node: The mapping, or the pickled object, itself; of flattened optimizer state its nested form, which is not in
-            the tree (see `with_hosts`).
-        host: The mapping in the tree that it is a part of, where it is only a part.
+        kind: Its kind. An `ema` is the state of a `torch.optim.swa_utils.AveragedModel` (`n_averaged` and `module.*`),
+            a state that has `shadow_params` by position (torch_ema), or the copy of a model that a callback keeps.
+        path: Its path in the tree.
+        node: The mapping or pickled object; for flattened optimizer state its nested form, which is not in the tree
+            (see `with_hosts`).
+        host: The mapping in the tree, if the section is only a part of it; else None.
     """
 
     kind: Kind
@@ -56,25 +56,25 @@ class Section(Record):
 
     @property
     def in_tree(self) -> Any:
-        """The node of the tree that it is, or is a part of."""
+        """The node of the tree that is this section, or contains it."""
         return self.node if self.host is None else self.host.host
 
     @property
     def positional(self) -> bool:
-        """Whether its parameters are a list in the order of the model, in a form that cannot hold names."""
+        """Whether its parameters are a list in the model's order, without room for names."""
         fields = _fields(self.node) or {}
         return _is_shadow_list(fields) if self.kind == "ema" else _is_listed_optimizer(fields)
 
     @property
     def label(self) -> str:
-        """The path as people read it."""
+        """The path as text."""
         return format_path(self.path)
 
     def optimizer(self) -> OptimizerState:
-        """The section's state; only for optimizers.
+        """The optimizer's state; only for sections of that kind.
 
         Raises:
-            CorruptCheckpointError: It contradicts itself.
+            CorruptCheckpointError: The state is inconsistent.
         """
         fields = _fields(self.node)
         assert self.kind == "optimizer"
@@ -85,7 +85,7 @@ class Section(Record):
             raise error.within(part=f"optimizer at {self.label}") from error.__cause__
 
     def tensors(self) -> dict[str, Any]:
-        """Name to tensor, in order; only for models and EMAs. What is not a tensor, or under no name, is left out."""
+        """The tensors by name, in order, without other values; only for models and EMAs."""
         if isinstance(self.node, Opaque):
             return dict(_module_tensors(self.node))
         if self.positional:
@@ -94,11 +94,11 @@ class Section(Record):
 
 
 class Judgement(Record):
-    """What a checkpoint was found to consist of.
+    """The sections of a checkpoint, and the parts that are none.
 
     Attributes:
-        sections: In order.
-        others: Mappings of names to tensors that are not models: path to the reason.
+        sections: The sections, in order.
+        others: Mappings of names to tensors that are not models: their paths, each with the reason.
     """
 
     sections: tuple[Section, ...]
@@ -106,12 +106,12 @@ class Judgement(Record):
 
 
 def find_sections(tree: Any) -> list[Section]:
-    """Every section of a checkpoint, in order. Sections do not nest; a node met twice is listed once."""
+    """Every section of a checkpoint, in order. Sections do not nest; a node that occurs twice is listed once."""
     return list(judged(tree).sections)
 
 
 def judged(tree: Any) -> Judgement:
-    """Every section of a checkpoint, and what was not taken for one, judged on the whole tree."""
+    """Every section of a checkpoint and the mappings that are none, judged on the whole tree."""
     found: list[Section | Candidate] = []
     others: dict[Path, str] = {}
     for item in _find(tree):
@@ -138,12 +138,12 @@ def judged(tree: Any) -> Judgement:
 def _state(section: Section) -> OptimizerState:
     try:
         return section.optimizer()
-    except CorruptCheckpointError:  # reported where the optimizer itself is asked for
+    except CorruptCheckpointError:  # reported where the optimizer itself is read
         return OptimizerState((), {})
 
 
 def _parts(candidate: Candidate) -> list[Section | Candidate]:
-    """A mapping of names to tensors as a model and an optimizer, where it holds both."""
+    """A mapping of names to tensors, split into a model and an optimizer if it holds both."""
     flat = find_flat_state(candidate.node)
     if flat is None or candidate.inside:
         return [candidate]
@@ -153,11 +153,11 @@ def _parts(candidate: Candidate) -> list[Section | Candidate]:
 
 
 def with_hosts(sections: Sequence[Section], made: Mapping[int, Any], *, alone: bool = False) -> dict[int, Any]:
-    """Replacements for nodes of the tree where sections are only parts of their nodes.
+    """Replacements for nodes of the tree, where sections that are parts of one mapping are joined again.
 
     Args:
-        sections: Those that were found in the tree.
-        made: What stands for each section's node, by the id of the node.
+        sections: The sections that were found in the tree.
+        made: The replacement of each section's node, by the id of the node.
         alone: Leave out parts that are not among the sections.
     """
     result = dict(made)
@@ -172,16 +172,16 @@ def with_hosts(sections: Sequence[Section], made: Mapping[int, Any], *, alone: b
 
 
 def section_called(name: str, tree: Any, sections: Sequence[Section]) -> Section:
-    """The one section of that path, else of that kind, else whatever stands at that path.
+    """The section with a path or of a kind; else the mapping of names to tensors at that path.
 
     Args:
         name: A kind, or a path as it is shown (`callbacks['EMA']['weights']`) or with dots (`callbacks.EMA.weights`).
         tree: The checkpoint.
-        sections: Those that were found in it.
+        sections: The sections that were found in it.
 
     Raises:
-        MigrationError: There is none of that kind, or there are several.
-        UsageError: It is neither a kind nor a path in this checkpoint.
+        MigrationError: There is no section of that kind, or there are several.
+        UsageError: `name` is neither a kind nor a path in this checkpoint.
     """
     found = [section for section in sections if name in _spellings(section.path)]
     found = found or [section for section in sections if section.kind == name]
@@ -216,7 +216,7 @@ def _find(tree: Any) -> Iterator[Section | Candidate | Verdict]:
         path, node, inside = stack.pop()
         if not isinstance(node, Mapping | list | tuple | Opaque) or isinstance(node, OpaqueFile) or id(node) in seen:
             continue
-        if is_tensor(node):  # whatever objects its record holds
+        if is_tensor(node):  # its record may hold objects
             continue
         if len(path) > MAX_DEPTH:
             raise LimitExceededError(f"containers nested more than {MAX_DEPTH} deep")
@@ -226,7 +226,7 @@ def _find(tree: Any) -> Iterator[Section | Candidate | Verdict]:
             yield Candidate(path, node, inside)
         elif kind is not None:
             yield Section(kind, path, node)
-        elif _lists_no_parameters(node):  # what is below `state` are slots, whoever they belong to
+        elif _lists_no_parameters(node):  # its state holds slots, so it is not searched for models
             yield Verdict(Candidate(path, {}), None, "an optimizer whose param groups do not list their parameters")
         elif (reason := why_no_model(path, node)) is not None:
             yield Verdict(Candidate(path, {}), None, reason)
@@ -281,21 +281,23 @@ _SCHEDULER = re.compile(
 
 
 def _is_optimizer(fields: Mapping[Any, Any]) -> bool:
+    groups = _groups_beside_state(fields)
+    return groups is not None and all(isinstance(group, Mapping) and _lists_parameters(group) for group in groups)
+
+
+def _groups_beside_state(fields: Mapping[Any, Any]) -> Sequence[Any] | None:
+    """The param groups of a mapping that also has `state`; else None."""
     groups = fields.get("param_groups")
-    return (
-        as_mapping(fields.get("state")) is not None
-        and isinstance(groups, list | tuple)
-        and all(isinstance(group, Mapping) and _lists_parameters(group) for group in groups)
-    )
+    return groups if as_mapping(fields.get("state")) is not None and isinstance(groups, list | tuple) else None
 
 
 def _lists_parameters(group: Mapping[Any, Any]) -> bool:
-    """Whether a param group lists its parameters: by key, or as `torch_checkpointing` does by name alone."""
+    """Whether a param group lists its parameters: by key, or only by name as `torch_checkpointing` does."""
     return isinstance(group.get("params", group.get("param_names")), list | tuple)
 
 
 def _is_listed_optimizer(fields: Mapping[Any, Any]) -> bool:
-    """Fastai's form: `state` lists the slots of each parameter, `hypers` the options of each group."""
+    """Whether this has fastai's form: `state` lists the slots of each parameter, `hypers` the options of each group."""
     state = fields.get("state")
     return (
         isinstance(state, list)
@@ -305,36 +307,30 @@ def _is_listed_optimizer(fields: Mapping[Any, Any]) -> bool:
 
 
 def _lists_no_parameters(node: Any) -> bool:
-    """Whether it is an optimizer's state in an unknown form."""
-    fields = _fields(node) or {}
-    groups = fields.get("param_groups")
-    return (
-        as_mapping(fields.get("state")) is not None
-        and isinstance(groups, list | tuple)
-        and any(isinstance(group, Mapping) for group in groups)
-    )
+    """Whether a node is an optimizer's state whose param groups do not list their parameters."""
+    return any(isinstance(group, Mapping) for group in _groups_beside_state(_fields(node) or {}) or ())
 
 
 def _options_of_groups(hypers: Any) -> list[Mapping[str, Any]] | None:
-    """A list of options, or what fastcore's list `L` holds."""
+    """The options of each group from a list, or from fastcore's list `L`; None for any other node."""
     if isinstance(hypers, Opaque) and isinstance(hypers.state, Mapping):
         hypers = hypers.state.get("items")
     return hypers if isinstance(hypers, list) and all(isinstance(group, Mapping) for group in hypers) else None
 
 
 def _keyed(fields: Mapping[Any, Any]) -> dict[str, Any]:
-    """A listed optimizer in index form: one group, as the file does not say which parameter is in which.
+    """A listed optimizer in index form, with one group, because the file does not say which parameter is in which.
 
-    The group has the options that all groups have alike.
+    The group has the options that are the same in all groups.
     """
     groups = _options_of_groups(fields["hypers"]) or [{}]
-    alike = {key: value for key, value in groups[0].items() if all(_same(group.get(key), value) for group in groups)}
+    common = {
+        key: value
+        for key, value in groups[0].items()
+        if all(difference(group.get(key), value, aliases=False) is None for group in groups)
+    }
     state = dict(enumerate(fields["state"]))
-    return {"state": state, "param_groups": [{**alike, "params": list(state)}]}
-
-
-def _same(a: Any, b: Any) -> bool:
-    return difference(a, b, aliases=False) is None
+    return {"state": state, "param_groups": [{**common, "params": list(state)}]}
 
 
 def _is_shadow_list(fields: Mapping[Any, Any]) -> bool:
@@ -369,7 +365,7 @@ def _has_tensors(module: Opaque) -> bool:
 
 
 def parameter_labels(tree: Any) -> dict[Path, str]:
-    """For optimizers with names: the path of each parameter's entry in `state` to that name."""
+    """For optimizers with names: the name of each parameter, by the path of its entry in `state`."""
     labels: dict[Path, str] = {}
     for section in find_sections(tree):
         if section.kind == "optimizer" and isinstance(section.node, Mapping):
@@ -380,7 +376,7 @@ def parameter_labels(tree: Any) -> dict[Path, str]:
 
 
 def scheduler_name(node: Any) -> str:
-    """The class of a pickled scheduler, or a guess from the entries of its state."""
+    """The class of a pickled scheduler, or the class that its state's keys suggest."""
     if isinstance(node, Opaque):
         return node.type.qualname
     for name, marks in _SCHEDULER_MARKS:

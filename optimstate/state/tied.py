@@ -1,4 +1,4 @@
-"""Names of one model whose tensors are the same bytes."""
+"""Tied parameters: names of one model whose tensors share memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["tied_names"]
 
 
 def tied_names(tensors: Mapping[str, Any]) -> list[list[str]]:
-    """Names whose tensors show the same bytes. Tensors side by side in one storage are not tied."""
+    """Groups of names whose tensors share bytes. Tensors next to one another in one storage are not tied."""
     storages = [id(tensor.storage) for tensor in tensors.values() if isinstance(tensor, LazyTensor)]
     if len(set(storages)) == len(storages):
         return []

@@ -247,7 +247,7 @@ def test_lists_of_unknown_schedulers_must_be_explained() -> None:
     with pytest.raises(MigrationError) as error:
         regroup_scheduler_state(state, [[1]])
     assert len(error.value.problems) == 2
-    assert "own_rates has 2 entries" in str(error.value.problems[0])
+    assert "own_rates is unknown and has 2 entries" in str(error.value.problems[0])
     assert "per_group=['decay_at'] or shared=['decay_at']" in str(error.value.problems[1])
     regrouped = regroup_scheduler_state(state, [[1]], per_group=["own_rates"], shared=["decay_at"])
     assert regrouped == state_of(own_rates=[2], decay_at=[10, 20], _last_lr=[0.2], names=["a", "b", "c"])

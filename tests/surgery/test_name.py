@@ -69,7 +69,7 @@ def anonymous(folder: Path, model: nn.Module) -> Path:
 def test_names_from_a_list_are_matched_by_shape_and_order(tmp_path: Path) -> None:
     model = Net()
     source, target = anonymous(tmp_path, model), tmp_path / "named.pt"
-    with pytest.raises(MigrationError, match="there is no model beside it"):
+    with pytest.raises(MigrationError, match="the checkpoint has no model"):
         name(source, target)
     assert not target.exists()
 
@@ -201,8 +201,8 @@ def other_shapes() -> nn.Module:
     ("model", "message"),
     [
         (right, None),
-        (other_names, "none of the names is one of the weights at model"),
-        (other_order, "stands before 'a.weight' here, and behind it at model"),
+        (other_names, "the weights at model have none of the names"),
+        (other_order, "comes before 'a.weight' here, and after it at model"),
         (other_shapes, r"'b.weight' has the shape \[4, 4\] at model, and \[9, 4\] here"),
     ],
 )
@@ -233,5 +233,5 @@ def test_names_given_for_an_optimizer_that_has_others_are_refused(tmp_path: Path
     torch.save({"optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
     own = [name for name, _ in net.named_parameters()]
     assert name(tmp_path / "a.pt", None, names=own, dry_run=True).optimizers["optimizer"][0] == (own[0], "confirmed")
-    with pytest.raises(MigrationError, match="has names already"):
+    with pytest.raises(MigrationError, match="already has other names"):
         name(tmp_path / "a.pt", None, names=["x", *own[1:]], dry_run=True)

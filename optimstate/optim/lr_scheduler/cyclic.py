@@ -27,6 +27,7 @@ from optimstate.optim.lr_scheduler.functions import (
     not_saved,
     with_strategy,
 )
+from optimstate.state.schedules.cycles import phase_at, phases
 
 # The `scale_mode` of each mode of CyclicLR.
 _SCALE_MODES = {"triangular": "cycle", "triangular2": "cycle", "exp_range": "iterations"}
@@ -261,7 +262,7 @@ class OneCycleLR(_MomentumCycle, lr_scheduler.OneCycleLR):
         self.total_steps = _cycle_length(total_steps, epochs, steps_per_epoch)
         if pct_start < 0 or pct_start > 1 or not isinstance(pct_start, float):
             raise ValueError(f"Expected float between 0 and 1 pct_start, but got {pct_start}")
-        self._schedule_phases: Any = _phases(self.total_steps, pct_start, three_phase)
+        self._schedule_phases: Any = phases(self.total_steps, pct_start, three_phase)
         check_strategy(anneal_strategy)
         self._anneal_func_type = anneal_strategy
         max_lrs = per_group("max_lr", optimizer, max_lr)
@@ -280,7 +281,7 @@ class OneCycleLR(_MomentumCycle, lr_scheduler.OneCycleLR):
             raise ValueError(
                 f"Tried to step {self.last_epoch} times. The specified number of total steps is {self.total_steps}"
             )
-        phase, done = self._phase()
+        phase, done = phase_at(self._schedule_phases, self.last_epoch)
         lrs = []
         for group in self.optimizer.param_groups:
             lrs.append(self._anneal_func(group[phase["start_lr"]], group[phase["end_lr"]], done))
@@ -294,17 +295,6 @@ class OneCycleLR(_MomentumCycle, lr_scheduler.OneCycleLR):
         lrs = {phase[key] for phase in self._schedule_phases for key in ("start_lr", "end_lr")}
         momenta = {phase[key] for phase in self._schedule_phases for key in ("start_momentum", "end_momentum")}
         return lrs | momenta if self.cycle_momentum else lrs
-
-    def _phase(self) -> tuple[dict[str, Any], float]:
-        """The phase that `last_epoch` is in, and the fraction of it that is done."""
-        start = 0.0
-        for phase in self._schedule_phases[:-1]:
-            if self.last_epoch <= phase["end_step"]:
-                break
-            start = phase["end_step"]
-        else:
-            phase = self._schedule_phases[-1]
-        return phase, (self.last_epoch - start) / (phase["end_step"] - start)
 
     def _anneal_func(self, start: Any, end: Any, done: float) -> Any:
         anneal = self._annealing_cos if self._anneal_func_type == "cos" else self._annealing_linear
@@ -335,30 +325,6 @@ def _cycle_length(total_steps: int | None, epochs: int | None, steps_per_epoch: 
         if value <= 0 or not isinstance(value, int):
             raise ValueError(f"Expected positive integer {name}, but got {value}")
     return math.prod(given.values())
-
-
-def _phases(total_steps: int, pct_start: float, three_phase: bool) -> list[dict[str, Any]]:
-    """Each phase with its last step and the options of a param group that are its start and end values."""
-    top, bottom = ("max_lr", "base_momentum"), ("initial_lr", "max_momentum")
-    end = ("min_lr", "max_momentum")
-    if three_phase:
-        corners = [
-            (float(pct_start * total_steps) - 1, bottom, top),
-            (float(2 * pct_start * total_steps) - 2, top, bottom),
-            (total_steps - 1, bottom, end),
-        ]
-    else:
-        corners = [(float(pct_start * total_steps) - 1, bottom, top), (total_steps - 1, top, end)]
-    return [
-        {
-            "end_step": end_step,
-            "start_lr": start[0],
-            "end_lr": stop[0],
-            "start_momentum": start[1],
-            "end_momentum": stop[1],
-        }
-        for end_step, start, stop in corners
-    ]
 
 
 class CosineAnnealingWarmRestarts(LRScheduler, lr_scheduler.CosineAnnealingWarmRestarts):

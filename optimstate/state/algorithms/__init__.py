@@ -1,1 +1,1 @@
-"""Which algorithm a state belongs to, and what its slots mean."""
+"""The algorithm that a state belongs to, and the meaning of its slots."""

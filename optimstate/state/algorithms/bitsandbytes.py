@@ -14,14 +14,13 @@ from optimstate.state.algorithms.slots import (
 __all__ = ["ALGORITHMS", "TABLES"]
 
 TABLES = frozenset({"qmap1", "qmap2"})
-"""What codes stand for: read by every step and never changed, so that the library lets parameters share them."""
+"""Tables with the values of codes. No step changes them, so the library lets parameters share them."""
 
 _QUANTIZED = {"state1": GRADIENT, "state2": SQUARE, "step": SCALAR} | dict.fromkeys(
     ("qmap1", "qmap2", "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2", "gnorm_vec", "unorm_vec"), OPAQUE
 )
 
-# In order: the first that matches is taken, so what has more marks stands before what has fewer.
 ALGORITHMS: tuple[Algorithm, ...] = (
-    # bitsandbytes: 32-bit states have the parameter's shape; blocks of 8 bits are seen by their dtype.
+    # 32-bit states have the parameter's shape; 8-bit blocks are recognised by their dtype.
     algorithm("bitsandbytes", {**_QUANTIZED, "__bnb_optimizer_quant_state__": OPAQUE}, "betas eps lr", lacks="foreach"),
 )

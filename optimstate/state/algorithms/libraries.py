@@ -20,7 +20,7 @@ from optimstate.state.algorithms.slots import (
 __all__ = ["ALGORITHMS"]
 
 
-# In order: the first that matches is taken, so what has more marks stands before what has fewer.
+# The first that matches is taken, so more specific entries come first.
 ALGORITHMS: tuple[Algorithm, ...] = (
     algorithm(
         "Adafactor (transformers)",
@@ -71,7 +71,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     ),
     algorithm(
         "SOAP",
-        # The second moment lives in the preconditioner's eigenbasis.
+        # The second moment is stored in the preconditioner's eigenbasis.
         {"step": SCALAR, "exp_avg": GRADIENT, "exp_avg_sq": OPAQUE, "GG": OPAQUE, "Q": OPAQUE}
         | dict.fromkeys(("precondition_frequency", "shampoo_beta"), SCALAR),
         "betas precondition_frequency max_precondition_dim",

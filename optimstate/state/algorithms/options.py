@@ -1,4 +1,4 @@
-"""The values that common hyperparameters can take, as the constructors of torch.optim check them."""
+"""The valid values of common hyperparameters, as the constructors of torch.optim check them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _FLAGS = frozenset(
 
 
 def unusable(option: str, value: Any) -> str:
-    """Why an optimizer could not be built, or could not step, with a value; empty where there is no objection.
+    """Why a value is not valid for an option; empty if it is valid, or nothing is known about it.
 
     Args:
         option: Its name in a param group.
-        value: A number, a truth value, None, or a list of them; of anything else nothing is said.
+        value: A number, a bool, None, or a list of them; values of other types are not judged.
     """
     numbers = [item for item in (value if isinstance(value, list | tuple) else [value]) if _is_number(item)]
     if option in _FLAGS and not (value is None or isinstance(value, bool)):
-        return f"{option} is true or false, not {describe(value)}"
+        return f"{option} must be true or false, not {describe(value)}"
     if option == "betas":
         if len(numbers) < 2 or isinstance(value, bool):
-            return f"betas are two numbers, not {describe(value)}"
+            return f"betas must be two numbers, not {describe(value)}"
         if not all(0 <= number < 1 for number in numbers):
-            return f"betas lie between 0 and 1, and {describe(value)} does not"
+            return f"betas must be between 0 and 1, not {describe(value)}"
     if option in _NOT_NEGATIVE and not all(0 <= number < inf for number in numbers):
-        return f"{option} is a number from 0 up, not {describe(value)}"
+        return f"{option} must be a number from 0 up, not {describe(value)}"
     return ""
 
 

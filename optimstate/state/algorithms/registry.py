@@ -1,4 +1,4 @@
-"""Recognising whose state it is: one table of all known optimizers, and conventions for unknown ones."""
+"""Recognising the algorithm of a state: one table of all known optimizers, and conventions for unknown ones."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ Shape = tuple[int, ...]
 
 
 ALGORITHMS: tuple[Algorithm, ...] = (*torch.ALGORITHMS, *bitsandbytes.ALGORITHMS, *libraries.ALGORITHMS)
-"""Those that are known here, in the order in which they are tried."""
+"""The algorithms that are known here, in the order in which they are tried."""
 
 ENTRY_POINTS = "optimstate.algorithms"
-"""The group of entry points by which other packages add algorithms: each is an `Algorithm`, or several."""
+"""The group of entry points by which other packages add algorithms. Each is an `Algorithm`, or a list of them."""
 
 
 def recognise(slots: Iterable[Any], options: Mapping[str, Any]) -> Algorithm | None:
     """The algorithm whose state has these slots and whose groups have these options, or None.
 
     Args:
-        slots: Their names; weights in full precision beside half a model's are not a mark of an algorithm.
-        options: Of one group.
+        slots: The names of the slots. Master weights are ignored, because they do not depend on the algorithm.
+        options: The options of one param group.
     """
     names = dict.fromkeys(map(str, slots))
     own = [name for name in names if name not in MASTERS] or list(names)
@@ -53,11 +53,11 @@ def named(name: str) -> Algorithm | None:
 
 
 def recognise_state(state: Iterable[Mapping[Any, Any] | None], options: Mapping[str, Any]) -> Algorithm | None:
-    """The algorithm that the slots of all parameters together belong to.
+    """The algorithm that has the slots of all parameters together, or None.
 
     Args:
         state: The slots of each parameter.
-        options: Of one group.
+        options: The options of one param group.
     """
     return recognise(dict.fromkeys(slot for slots in state for slot in slots or ()), options)
 
@@ -85,7 +85,7 @@ def _outside() -> tuple[Algorithm, ...]:
         if not all(isinstance(item, Algorithm) for item in several):
             raise StateMismatchError(
                 f"the entry point {describe(point.name)} of {point.value} is not an algorithm",
-                hint="`optimstate.state.algorithms.slots` describes what an algorithm says.",
+                hint="`optimstate.state.algorithms.slots` describes what an algorithm has to define.",
             )
         found.extend(several)
     return tuple(found)
@@ -102,7 +102,7 @@ _CONVENTIONAL: dict[str, Slot] = {
 
 
 def conventional(name: str, shape: Shape | None, parameter: Shape | None) -> Slot | None:
-    """What a slot of an unknown optimizer is, by the convention of its name, where its shape agrees."""
+    """The meaning of an unknown optimizer's slot by the usual meaning of its name, if its shape agrees; else None."""
     slot = _CONVENTIONAL.get(name)
     if slot is None or (slot.kind == "like_param" and (shape is None or shape != parameter)):
         return None
@@ -110,11 +110,11 @@ def conventional(name: str, shape: Shape | None, parameter: Shape | None) -> Slo
 
 
 def inferred_kind(shape: Shape | None, parameter: Shape | None) -> SlotKind:
-    """What a slot of an unknown optimizer is, judged by its shape alone.
+    """The kind of an unknown optimizer's slot, judged by its shape alone.
 
     Args:
-        shape: Of the slot; None for what is not a tensor of a plain dtype. A number has shape ().
-        parameter: Of its parameter; None where it is not known.
+        shape: The slot's shape; () for a number, None for anything that is not a tensor of a plain dtype.
+        parameter: The shape of its parameter; None if it is not known.
     """
     if shape is None:
         return "opaque"
@@ -133,7 +133,7 @@ def inferred_kind(shape: Shape | None, parameter: Shape | None) -> SlotKind:
 
 
 def parameter_shape(slots: Mapping[str, Shape | None], algorithm: Algorithm | None) -> Shape | None:
-    """A parameter's shape, concluded from its slots; None where they do not determine it."""
+    """A parameter's shape, inferred from its slots; None if they do not determine it."""
     row = col = None
     for name, shape in slots.items():
         slot = algorithm.slot(name) if algorithm is not None else _CONVENTIONAL.get(name)
@@ -153,7 +153,7 @@ def parameter_shape(slots: Mapping[str, Shape | None], algorithm: Algorithm | No
 
 
 def _factored_shape(row: Shape, col: Shape) -> Shape | None:
-    """The shape whose means over the last two dimensions these are, with or without the dimension of size 1."""
+    """The shape whose means over the last two dimensions have these shapes; averaged dimensions may be kept as 1."""
     if len(row) == len(col) >= 2 and row[-1] == 1 and col[-2] == 1:
         return (*row[:-1], col[-1])
     if len(row) == len(col) >= 1 and row[:-1] == col[:-1]:

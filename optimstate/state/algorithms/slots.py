@@ -1,7 +1,7 @@
-"""What a slot and an optimizer are, in the words that the tables of libraries use.
+"""How the tables of libraries describe slots and optimizers.
 
-A slot's kind says how it follows its parameter; its degree is the power of the gradient it grows with (`exp_avg` 1,
-`exp_avg_sq` 2) and its power that of the parameter (an average of weights 1), which is what a rescaled weight needs.
+The kind of a slot says how it changes with its parameter. When a weight is rescaled, a slot grows with a power of the
+gradient, its degree (`exp_avg` 1, `exp_avg_sq` 2), and with a power of the parameter (an average of weights 1).
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Slot(Record):
     """One named piece of state per parameter.
 
     Attributes:
-        kind: `like_param` has the parameter's shape; `weight` too, and is a copy or an average of the parameter itself;
+        kind: `like_param` has the parameter's shape; `weight` too, and is a copy or an average of the parameter;
             `scalar` is one number; `row` is the mean over the last dimension, (..., m, 1) or (..., m) for a parameter
-            (..., m, n), and `col` that over the one before it, (..., 1, n) or (..., n); `flat` is one vector over all
-            parameters; `opaque` has a form of its own.
-        degree: The power of the gradient it scales with; None where that is not known.
-        power: The power of the parameter it scales with.
+            (..., m, n); `col` is the mean over the last but one, (..., 1, n) or (..., n); `flat` is one vector for all
+            parameters; `opaque` is anything else.
+        degree: The power of the gradient that it scales with; None if it is not known.
+        power: The power of the parameter that it scales with.
     """
 
     kind: SlotKind
@@ -53,7 +53,7 @@ class Slot(Record):
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether it has, by its meaning, one element for each of the parameter's."""
+        """Whether it has one element for each element of the parameter."""
         return self.kind in ("like_param", "weight")
 
 
@@ -62,16 +62,16 @@ class Algorithm(Record):
 
     Attributes:
         name: The class.
-        slots: Every slot it can have. `precond_` stands for precond_0, precond_1, ...
+        slots: Every slot that it can have. `precond_` stands for precond_0, precond_1, ...
         options: Options that every group has.
         lacks: Options that no group has.
-        values: Options and the value that tells it from a sibling.
-        whole: Whether the update of an element depends on the others of its tensor: then fused or split parameters
-            train differently from before, however exact their state.
-        own: Every option that it has in any release, besides those that most optimizers have; a number under another
-            name rules it out. Empty where that is not known.
-        needs: Slots without which a parameter that has others cannot be stepped, with the option that asks for each:
-            empty where no option does. Slots that are not listed may be absent.
+        values: Options with the values that distinguish it from a similar algorithm.
+        whole: Whether the update of an element depends on the other elements of its tensor. If so, fused or split
+            parameters train differently, even if their state is exact.
+        own: Every option that it has in any release, besides those that most optimizers have. A group with a number
+            under another name is not of this algorithm. Empty if the options are not known.
+        needs: The slots that a step of a parameter with state requires, each with the option that requires it, or with
+            an empty string if it is always required. Other slots may be absent.
     """
 
     name: str
@@ -84,37 +84,37 @@ class Algorithm(Record):
     needs: Mapping[str, str] = field(default_factory=dict)
 
     def slot(self, name: str | int) -> Slot | None:
-        """What a slot is, or None."""
+        """The slot with a name, or None."""
         found = self.slots.get(str(name)) or self.slots.get(_NUMBERED.sub("_", str(name)))
         return found or (WEIGHT if name in MASTERS else None)
 
     def missing(self, slots: Iterable[Any], options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Slots that the next step reads and that are missing, each with the option that requires it.
+        """The slots that the next step reads and that are missing, each with the option that requires it.
 
         Args:
-            slots: Those of a parameter that has state.
-            options: Of its group; one that is called as a slot stands for it.
+            slots: The names of the slots of a parameter that has state.
+            options: The options of its group. An option with the name of a slot replaces the slot.
         """
-        there = {str(name) for name in slots}
-        for slot, option in (*self.needs.items(), *((slot, "") for slot in self._second_moment(there))):
-            if slot not in there and slot not in options and (not option or options.get(option)):
+        present = {str(name) for name in slots}
+        for slot, option in (*self.needs.items(), *((slot, "") for slot in self._second_moment(present))):
+            if slot not in present and slot not in options and (not option or options.get(option)):
                 yield slot, option
 
-    def _second_moment(self, there: Iterable[str]) -> list[str]:
-        """Where it is kept as means or in full: the slots that go with those that are there."""
+    def _second_moment(self, present: Iterable[str]) -> list[str]:
+        """The required slots of a factored second moment: both means if one is present, else the full one."""
         if not self.factors_every_matrix:
             return []
         means = [name for name, slot in self.slots.items() if slot.kind in ("row", "col")]
         full = [name for name, slot in self.slots.items() if slot.is_elementwise and slot.degree == 2]
-        return means if any(name in there for name in means) else full
+        return means if any(name in present for name in means) else full
 
     @property
     def factors_every_matrix(self) -> bool:
-        """Whether it stores the second moment of matrices as means, and that of vectors in full."""
+        """Whether it stores the second moment of every matrix as means, and that of vectors in full."""
         return self.name in ("Adafactor", "Adafactor (transformers)", "CAME")
 
     def holds(self, name: str, rank: int) -> bool:
-        """Whether a parameter with so many dimensions has a slot that only some parameters have."""
+        """Whether a parameter with `rank` dimensions has a slot."""
         slot = self.slot(name)
         if slot is None or not self.factors_every_matrix:
             return slot is not None
@@ -122,11 +122,11 @@ class Algorithm(Record):
 
     @property
     def is_flat(self) -> bool:
-        """Whether it keeps one state for all parameters together."""
+        """Whether it has one state for all parameters together."""
         return any(slot.kind == "flat" for slot in self.slots.values())
 
     def matches(self, slots: Iterable[str], options: Mapping[str, Any]) -> bool:
-        """Whether slots and a group's options are this algorithm's."""
+        """Whether state with these slots, and a group with these options, can be of this algorithm."""
         return (
             all(self.slot(name) is not None for name in slots)
             and self.options <= options.keys()
@@ -136,7 +136,7 @@ class Algorithm(Record):
         )
 
     def _is_foreign(self, key: str, value: Any) -> bool:
-        """Whether an option is a hyperparameter that the algorithm does not have, and not a note of a framework."""
+        """Whether an option is a hyperparameter of another algorithm, not a value that a framework added."""
         if key in self.own or key in COMMON_OPTIONS or is_note(key):
             return False
         numbers = value if isinstance(value, list | tuple) else (value,)
@@ -168,16 +168,16 @@ COMMON_OPTIONS = frozenset(
 """Options that many optimizers have, and those of the fused kernels of apex, DeepSpeed and Megatron."""
 
 _NOTES = ("_lr", "lr_scale", "_mult", "name", "_momentum", "_id", "_index", "_type", "is_expert_parallel")
-"""Ends of what schedulers, trainers and users write into groups beside the hyperparameters."""
+"""Suffixes of the options that schedulers, trainers and users add to groups."""
 
 
 def is_note(option: str) -> bool:
-    """Whether an option of a group is a note of a scheduler, a trainer or a user, and not a hyperparameter."""
-    return str(option).endswith(_NOTES)  # programs put numbers among them, too
+    """Whether an option of a group was added by a scheduler, a trainer or a user, and is not a hyperparameter."""
+    return str(option).endswith(_NOTES)  # str, because some programs use numbers as keys
 
 
 RECOMPUTED = frozenset({"RMS"})
-"""Numbers that an optimizer keeps in its state but computes anew at every step."""
+"""Slots that an optimizer recomputes at every step."""
 
 MASTERS = frozenset({"fp32_param", "param"})
 """Slots that hold the parameter itself in full precision, for mixed-precision training: DeepSpeed's and Megatron's."""
@@ -193,19 +193,10 @@ MOMENTS: Mapping[str, Slot] = {"step": SCALAR, "exp_avg": GRADIENT, "exp_avg_sq"
 def algorithm(
     name: str, slots: Mapping[str, Slot], options: str, lacks: str = "", *, whole: bool = False, **values: Any
 ) -> Algorithm:
-    """An algorithm, its options written as words.
-
-    Args:
-        name: The class.
-        slots: Every slot it can have.
-        options: That every group has.
-        lacks: Options that no group has.
-        whole: Whether the update of an element depends on the others of its tensor.
-        values: Options and the value that tells it from a sibling.
-    """
+    """An algorithm, with options as words separated by spaces; see `Algorithm` for the arguments."""
     return Algorithm(name, slots, frozenset(options.split()), frozenset(lacks.split()), tuple(values.items()), whole)
 
 
 def needed(words: str) -> dict[str, str]:
-    """Slots that the next step reads, each with the option that requires it, written as ``slot`` or ``slot:option``."""
+    """`Algorithm.needs` from words: ``slot``, or ``slot:option`` for a slot that an option requires."""
     return {slot: option for slot, _, option in (word.partition(":") for word in words.split())}

@@ -22,7 +22,7 @@ __all__ = ["ALGORITHMS"]
 
 _ADAM = {**MOMENTS, "max_exp_avg_sq": SQUARE}
 
-# In order: the first that matches is taken, so what has more marks stands before what has fewer.
+# The first that matches is taken, so more specific entries come first.
 _TABLE: tuple[Algorithm, ...] = (
     algorithm("AdamW", _ADAM, "betas eps amsgrad fused", decoupled_weight_decay=True),
     algorithm("Adam", _ADAM, "betas eps amsgrad fused", decoupled_weight_decay=False),
@@ -82,6 +82,7 @@ _TABLE: tuple[Algorithm, ...] = (
     ),
 )
 
+# Every option of each algorithm in any release, besides those that most optimizers have.
 _OWN = {
     "SGD": "momentum dampening nesterov",
     "Adam": "betas eps amsgrad",
@@ -99,7 +100,7 @@ _OWN = {
     "Rprop": "etas step_sizes",
     "Muon": "momentum nesterov eps ns_coefficients ns_steps adjust_lr_fn spectral_unclamped",
 }
-# Slots that the next step reads; what comes after a colon is the option that asks for it.
+# Slots that the next step reads, each followed by the option that requires it, if any.
 _NEEDS = {
     "Adam": "step exp_avg exp_avg_sq max_exp_avg_sq:amsgrad",
     "AdamW": "step exp_avg exp_avg_sq max_exp_avg_sq:amsgrad",

@@ -1,25 +1,24 @@
-"""Torch's schedulers as their states show them: the present learning rate, and what the next is computed from.
+"""Torch's schedulers, as their states show them: the current learning rate, and the values that the next depends on.
 
-Most schedulers of torch multiply the learning rate that they find in the param group; others compute it from the rate
-that the run began with (`base_lrs`, which the groups call `initial_lr`), or from bounds of their own. Every rate is a
-line over the initial one, `a + b * initial`, as long as the position stays: that is what a changed rate, a changed
-length or a param group that joins late is computed by. Nothing here imports torch; the formulas are those of torch's
-documentation, for the position that the state has.
+Most schedulers of torch multiply the learning rate in the param group. Others compute it from the initial rate
+(`base_lrs`, which is `initial_lr` in the groups), or from bounds of their own. At a given position every rate is a
+linear function of the initial one, `a + b * initial`. By this function a changed rate, a changed length or a param
+group that joins late is handled. Nothing here imports torch; the formulas are those of torch's documentation.
 
 | scheduler | the next step computes from |
 |---|---|
 | StepLR, MultiStepLR, ConstantLR, LinearLR, ExponentialLR, PolynomialLR, ReduceLROnPlateau | `lr` |
-| MultiplicativeLR | `lr` (its state cannot be told from LambdaLR's, so both are kept right) |
+| MultiplicativeLR | `lr` (its state looks like LambdaLR's, so the values for both are kept up to date) |
 | LambdaLR, CosineAnnealingWarmRestarts | `base_lrs` |
-| CosineAnnealingLR | `lr`, and `base_lrs` where it turns |
+| CosineAnnealingLR | `lr`, and `base_lrs` at its lowest point |
 | CyclicLR | `base_lrs` and `max_lrs` |
 | OneCycleLR | `initial_lr`, `max_lr` and `min_lr` of the group |
 | SWALR | `lr` and `swa_lr` of the group |
-| SequentialLR | what its present part does; `base_lrs` at its milestones |
-| ChainedScheduler | what its parts do, one after the other |
+| SequentialLR | the values of its current part; `base_lrs` at its milestones |
+| ChainedScheduler | the values of all its parts |
 """
 
-from optimstate.state.schedules import cycles, decays  # noqa: F401  (they register what they hold)
+from optimstate.state.schedules import cycles, decays  # noqa: F401  (importing them registers their classes)
 from optimstate.state.schedules.composed import Chained, acting, parts
 from optimstate.state.schedules.schedule import Line, Schedule, schedule_of
 

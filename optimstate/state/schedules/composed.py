@@ -1,4 +1,4 @@
-"""Schedulers of schedulers."""
+"""Schedulers that are made of other schedulers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["acting", "Chained", "Parts", "Sequential", "parts"]
 
 
 class Parts(Schedule):
-    """A scheduler of schedulers."""
+    """A scheduler that is made of others."""
 
     USES_BASE = True
     NESTS = True
@@ -56,7 +56,7 @@ class Sequential(Parts):
 
     @property
     def present(self) -> Schedule:
-        """The part that is active."""
+        """The part that is active now."""
         return self.parts[bisect_right(self.state["_milestones"], self.position)]
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
@@ -83,7 +83,7 @@ class Sequential(Parts):
 
 
 class Chained(Parts):
-    """All parts at every step."""
+    """All parts, one after the other at every step."""
 
     NAME = "ChainedScheduler"
 
@@ -108,14 +108,14 @@ class Chained(Parts):
 
 
 def acting(schedule: Schedule) -> list[Schedule]:
-    """The schedulers, alone or inside others, that are active now."""
+    """The schedulers that are active now: the scheduler itself, or parts of it."""
     if isinstance(schedule, Sequential):
         return acting(schedule.present)
     return [each for part in schedule.parts for each in acting(part)] if isinstance(schedule, Parts) else [schedule]
 
 
 def parts(schedule: Schedule, path: str = "") -> Iterator[tuple[str, Schedule]]:
-    """A scheduler and those inside it, each with the path that its state has: `_schedulers[1]`."""
+    """A scheduler and those inside it, each with the path of its state: `_schedulers[1]`."""
     yield path, schedule
     if isinstance(schedule, Parts):
         for number, part in enumerate(schedule.parts):

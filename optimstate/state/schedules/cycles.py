@@ -1,4 +1,4 @@
-"""Schedulers between bounds of their own, which may cycle the momentum too."""
+"""Schedulers that move between bounds of their own, and may also cycle the momentum."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from optimstate.state.schedules.schedule import (
 
 
 class Momentum(Schedule):
-    """Cycles the momentum too, in `momentum` or in `betas`."""
+    """A scheduler that may also cycle the momentum: `momentum`, or the first of the `betas`."""
 
     def turn(self, number: int, options: Options) -> None:
         if not self.state.get("cycle_momentum"):
@@ -42,7 +42,7 @@ class Momentum(Schedule):
 
 
 class Cyclic(Momentum):
-    """Up and down between two bounds."""
+    """The rate rises and falls between two bounds."""
 
     NAME = "CyclicLR"
     KEYS = frozenset(
@@ -114,7 +114,7 @@ class Cyclic(Momentum):
         elif key.startswith("step_size"):
             sizes = {name: self.argument(name) for name in ("step_size_up", "step_size_down")}
             if key == "step_size_up" and sizes["step_size_down"] == sizes["step_size_up"]:
-                sizes["step_size_down"] = value  # it was not given apart
+                sizes["step_size_down"] = value  # it was not given separately
             sizes[key] = value
             self.state["total_size"] = float(sum(sizes.values()))
             self.state["step_ratio"] = sizes["step_size_up"] / self.state["total_size"]
@@ -132,7 +132,7 @@ class Cyclic(Momentum):
 
 
 class OneCycle(Momentum):
-    """Up once and down once; the bounds are in the param groups."""
+    """The rate rises once and falls once; the bounds are in the param groups."""
 
     NAME = "OneCycleLR"
     KEYS = frozenset({"total_steps", "_schedule_phases", "_anneal_func_type", "cycle_momentum"})
@@ -160,7 +160,7 @@ class OneCycle(Momentum):
 
     def start_from(self, number: int, initial: float, options: Options) -> None:
         super().start_from(number, initial, options)
-        if options.get("initial_lr") and "min_lr" in options:  # `final_div_factor` stays
+        if options.get("initial_lr") and "min_lr" in options:  # keeps `final_div_factor`
             options["min_lr"] *= initial / options["initial_lr"]
         options["initial_lr"] = initial
 
@@ -178,15 +178,7 @@ class OneCycle(Momentum):
         return Line(rate - slope * options["initial_lr"], slope)
 
     def _phase(self) -> tuple[Mapping[str, Any], float]:
-        start = 0.0
-        phases = self.state["_schedule_phases"]
-        for phase in phases[:-1]:
-            if self.position <= phase["end_step"]:
-                break
-            start = phase["end_step"]
-        else:
-            phase = phases[-1]
-        return phase, (self.position - start) / (phase["end_step"] - start)
+        return phase_at(self.state["_schedule_phases"], self.position)
 
     def _anneal(self, start: float, end: float, done: float) -> float:
         if self.state["_anneal_func_type"] == "cos":
@@ -194,12 +186,12 @@ class OneCycle(Momentum):
         return (end - start) * done + start
 
     def argument(self, key: str) -> Any:
-        phases = self.state["_schedule_phases"]
+        found = self.state["_schedule_phases"]
         match key:
             case "pct_start":
-                return (phases[0]["end_step"] + 1) / self.state["total_steps"]
+                return (found[0]["end_step"] + 1) / self.state["total_steps"]
             case "three_phase":
-                return len(phases) == 3
+                return len(found) == 3
             case "anneal_strategy":
                 return self.state["_anneal_func_type"]
             case "max_lr":
@@ -210,13 +202,13 @@ class OneCycle(Momentum):
         if key == "anneal_strategy":
             self.state["_anneal_func_type"] = value
         elif key == "max_lr":
-            for options in groups:  # `div_factor` stays
+            for options in groups:  # keeps `div_factor`
                 factor = value / options["max_lr"]
                 options.update({bound: options[bound] * factor for bound in self.BOUNDS})
         else:
             found = {name: self.argument(name) for name in ("total_steps", "pct_start", "three_phase")} | {key: value}
             self.state["total_steps"] = found["total_steps"]
-            self.state["_schedule_phases"] = _phases(**found)
+            self.state["_schedule_phases"] = phases(**found)
 
     def _momenta(self, number: int, options: Mapping[str, Any]) -> tuple[Any, Any]:
         phase, _ = self._phase()
@@ -230,8 +222,20 @@ def _ratio(one: float, other: float) -> float:
     return one / other if other else 0.0
 
 
-def _phases(total_steps: int, pct_start: float, three_phase: bool) -> list[dict[str, Any]]:
-    """Each phase's last step and, by their names in a param group, what it starts from and ends at."""
+def phase_at(phases: Sequence[Mapping[str, Any]], step: int) -> tuple[Mapping[str, Any], float]:
+    """The phase of a OneCycleLR that a step is in, and the fraction of it that is done."""
+    start = 0.0
+    for phase in phases[:-1]:
+        if step <= phase["end_step"]:
+            break
+        start = phase["end_step"]
+    else:
+        phase = phases[-1]
+    return phase, (step - start) / (phase["end_step"] - start)
+
+
+def phases(total_steps: int, pct_start: float, three_phase: bool) -> list[dict[str, Any]]:
+    """The phases of a OneCycleLR: the last step of each, and the options of a param group that are its bounds."""
     low, top, end = ("initial_lr", "max_momentum"), ("max_lr", "base_momentum"), ("min_lr", "max_momentum")
     corners = [(float(pct_start * total_steps) - 1, low, top)]
     if three_phase:

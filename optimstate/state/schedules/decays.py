@@ -1,4 +1,4 @@
-"""Schedulers that go down, or up, once: functions, steps, curves, plateaus, and the way to an averaged model's rate."""
+"""Schedulers whose rate changes in one direction: functions, steps, curves, plateaus, and SWA's annealing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from optimstate.tree import Opaque, cloned
 
 
 class Function(Schedule):
-    """A factor from a function of the step, which the state seldom holds."""
+    """A factor that a function of the step returns; the state seldom contains the function."""
 
     NAME = "LambdaLR or MultiplicativeLR"
     KEYS = frozenset({"lr_lambdas"})
@@ -67,7 +67,7 @@ class MultiStep(Schedule):
 
 
 def _counted(milestones: Any) -> Mapping[int, int]:
-    """How often each step is a milestone; a pickle's record of a `Counter` is read as one."""
+    """How often each step is a milestone, from a `Counter`, a pickle's record of one, or a list."""
     if isinstance(milestones, Opaque):
         return dict(milestones.arguments[0]) if milestones.arguments else dict(milestones.entries)
     return milestones if isinstance(milestones, Mapping) else Counter(milestones)
@@ -85,7 +85,7 @@ class Constant(Schedule):
 
 
 class Linear(Schedule):
-    """A factor that goes from one value to another."""
+    """A factor that changes linearly from one value to another."""
 
     NAME = "LinearLR"
     KEYS = frozenset({"start_factor", "end_factor", "total_iters"})
@@ -112,7 +112,7 @@ class Exponential(Schedule):
 
 
 class Polynomial(Schedule):
-    """A power of what is left."""
+    """A power of the remaining part of the schedule."""
 
     NAME = "PolynomialLR"
     KEYS = frozenset({"total_iters", "power"})
@@ -145,7 +145,7 @@ class Cosine(Schedule):
 
 
 class WarmRestarts(Schedule):
-    """Half a cosine down, again and again."""
+    """Half a cosine down, repeated."""
 
     NAME = "CosineAnnealingWarmRestarts"
     KEYS = frozenset({"T_0", "T_i", "T_mult", "eta_min", "T_cur"})
@@ -193,7 +193,7 @@ class Plateau(Schedule):
 
 
 class SWA(Schedule):
-    """The way to the rate of weight averaging."""
+    """Annealing to the learning rate of weight averaging."""
 
     NAME = "SWALR"
     KEYS = frozenset({"anneal_epochs"})
@@ -212,11 +212,11 @@ class SWA(Schedule):
 
     @property
     def _strategy(self) -> str:
-        """Its name; before torch 2.10 the state has the function, live or as the name that a file has of it."""
+        """`linear` or `cos`. Before torch 2.10 the state has the annealing function, or in a file its name."""
         function = self.state.get("anneal_func")
         name = str(getattr(function, "qualname", getattr(function, "__qualname__", "")))
-        told = {"_linear_anneal": "linear", "_cosine_anneal": "cos"}.get(name.rpartition(".")[2], "")
-        return str(self.state.get("_anneal_strategy", told))
+        by_name = {"_linear_anneal": "linear", "_cosine_anneal": "cos"}.get(name.rpartition(".")[2], "")
+        return str(self.state.get("_anneal_strategy", by_name))
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         share = self._share

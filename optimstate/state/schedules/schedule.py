@@ -1,4 +1,4 @@
-"""What all schedulers have: a position, arguments, and a present rate that is a line over the initial one."""
+"""The base of all schedulers: a position, arguments, and a rate that is a linear function of the initial one."""
 
 from __future__ import annotations
 
@@ -50,42 +50,42 @@ class Line(Record):
         return self.constant + self.slope * initial
 
     def initial(self, rate: float) -> float | None:
-        """The initial rate of a param group whose rate is `rate`; None where every initial rate leads to it."""
+        """The initial rate of a param group whose rate is `rate`; None if the rate does not depend on it."""
         return (rate - self.constant) / self.slope if abs(self.slope) > 1e-9 else None
 
 
 def is_count(value: Any) -> bool:
-    """A whole number above 0."""
+    """Whether a value is an integer above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def is_count_or_zero(value: Any) -> bool:
-    """A whole number from 0."""
+    """Whether a value is an integer from 0 up."""
     return value == 0 or is_count(value)
 
 
 def is_number(value: Any) -> bool:
-    """A finite number."""
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_fraction(value: Any) -> bool:
-    """A number from 0 to 1."""
+    """Whether a value is a number from 0 to 1."""
     return is_number(value) and 0 <= value <= 1
 
 
 def is_steps(value: Any) -> bool:
-    """Whole numbers in order."""
+    """Whether a value is a sorted list of integers from 0 up."""
     return isinstance(value, list) and all(is_count_or_zero(item) for item in value) and value == sorted(value)
 
 
 def is_flag(value: Any) -> bool:
-    """True or false."""
+    """Whether a value is True or False."""
     return isinstance(value, bool)
 
 
 def one_of(*words: str) -> Check:
-    """One of some words."""
+    """A check for one of some words."""
     return lambda value: value in words
 
 
@@ -95,11 +95,11 @@ class Schedule:
     Attributes:
         state: Its `state_dict()`; changed in place by `set` and `start_from`.
         NAME: Torch's name.
-        KEYS: What its state has beside what all have; more or less is another scheduler.
-        OPTIONAL: What states of some versions or options have too.
-        ARGUMENTS: What of its constructor can be changed in a state, and what values it takes.
-        USES_BASE: Whether a later step computes from `base_lrs`.
-        NESTS: Whether it is made of schedulers.
+        KEYS: The keys of its state, besides those of all schedulers.
+        OPTIONAL: Further keys that states of some releases or options have. A state with other keys is not recognised.
+        ARGUMENTS: The constructor's arguments that can be changed in a state, each with the check of its values.
+        USES_BASE: Whether a later step reads `base_lrs`.
+        NESTS: Whether it is made of other schedulers.
     """
 
     NAME: ClassVar[str] = ""
@@ -118,85 +118,85 @@ class Schedule:
 
     @classmethod
     def recognises(cls, state: Mapping[str, Any]) -> bool:
-        """Whether it is a state of this scheduler."""
+        """Whether a state is of this scheduler."""
         own = state.keys() - _COMMON
         return own >= cls.KEYS and not own - cls.KEYS - cls.OPTIONAL and ("_schedulers" in state) == cls.NESTS
 
     @property
     def position(self) -> int:
-        """How many steps were taken."""
+        """The number of steps so far."""
         return int(self.state.get("last_epoch", 0))
 
     @property
     def proportional(self) -> bool:
-        """Whether rates and initial rates grow alike, now and at every later step."""
+        """Whether the rate is proportional to the initial rate, now and at every later step."""
         return True
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
-        """The present rate of a param group over its initial one; None where the state does not tell.
+        """The current rate of a param group as a function of its initial rate; None if the state does not show it.
 
         Args:
-            number: Of the group.
-            options: Of the group.
+            number: The number of the group.
+            options: The options of the group.
         """
         return None
 
     def initial(self, number: int, options: Mapping[str, Any]) -> Any:
-        """The initial rate of the param group according to the scheduler; None where it does not know."""
+        """The initial rate of a param group according to the scheduler; None if it is not known."""
         found = self.state.get("base_lrs")
         return found[number] if isinstance(found, list) and number < len(found) else options.get("initial_lr")
 
     def start_from(self, number: int, initial: float, options: Options) -> None:
-        """Set the initial rate of a param group; bounds that the scheduler has itself stay."""
+        """Set the initial rate of a param group; the scheduler's own bounds do not change."""
         if isinstance(self.state.get("base_lrs"), list):
             self.state["base_lrs"] = [*self.state["base_lrs"]]
             self.state["base_lrs"][number] = initial
 
     @property
     def is_over(self) -> bool:
-        """Whether the rate has reached its end, which every later step sets again."""
+        """Whether the rate has reached its final value, which every later step sets again."""
         return False
 
     @property
     def scalable(self) -> bool:
-        """Whether all later rates grow by a factor where everything they are computed from does."""
+        """Whether `grow` can multiply all later rates by a factor."""
         return self.proportional
 
     def grow(self, number: int, factor: float, options: Options) -> None:
-        """Multiply whatever later rates of a param group are computed from, `lr` aside."""
+        """Multiply the values from which later rates of a param group are computed, except `lr`."""
         initial = self.initial(number, options)
         if initial is not None:
             self.start_from(number, float(initial) * factor, options)
 
     def argument(self, key: str) -> Any:
-        """The value that an argument of the constructor has."""
+        """The value of an argument of the constructor."""
         return self.state[key]
 
     def set(self, key: str, value: Any, groups: Sequence[Options]) -> None:
-        """Give an argument of the constructor another value; what is derived from it follows.
+        """Change the value of an argument of the constructor, and the values derived from it.
 
         Args:
             key: One of `ARGUMENTS`.
-            value: One that it takes.
-            groups: The options of the param groups; changed where the scheduler keeps something there.
+            value: A valid value.
+            groups: The options of the param groups; changed if the scheduler keeps values there.
         """
         self.state[key] = value
 
     def move_to(self, position: int) -> None:
-        """Set the position, as if so many steps had been taken."""
+        """Set the position, as if this many steps had been made."""
         self.state["last_epoch"] = position
         if "_step_count" in self.state:
             self.state["_step_count"] = position + 1
 
     def turn(self, number: int, options: Options) -> None:
-        """Give the param group the momentum that the scheduler has it at, if it cycles one."""
+        """Set the momentum of a param group for the current position, if the scheduler cycles it."""
 
 
 _KNOWN: list[type[Schedule]] = []
 
 
 def schedule_of(state: dict[str, Any]) -> Schedule:
-    """The scheduler that a state is of; one without a NAME where it is not torch's."""
+    """The scheduler that a state belongs to; without a NAME if it is not one of torch's."""
     return next((kind for kind in _KNOWN if kind.recognises(state)), _Unknown)(state)
 
 
