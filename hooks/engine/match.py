@@ -228,7 +228,7 @@ def _without_orphans(request: LoadRequest) -> tuple[OptimizerState, list[Any]]:
             ],
             hint="Drop it with hooks.drop_unexpected().",
         )
-    return state._replace(state={key: value for key, value in state.state.items() if key not in set(lost)}), lost
+    return state.without_numbered_orphans(), lost
 
 
 def _undecided(group: Group, request: LoadRequest) -> Group:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from optimstate.describe import describe
-from optimstate.errors import CorruptCheckpointError, StateMismatchError
+from optimstate.errors import CorruptCheckpointError, MigrationError, StateMismatchError
 from optimstate.record import Record, field
 from optimstate.tree import Opaque, rebuilt_mapping
 
@@ -173,7 +173,7 @@ class OptimizerState(Record):
             in index form are numbered in order, as torch numbers them.
 
         Raises:
-            CorruptCheckpointError: State that belongs to no parameter has one of the new keys.
+            MigrationError: State that belongs to no parameter has one of the new keys.
         """
         old = tuple(tuple(group.params) for group in self.groups)
         kept = tuple(tuple(member.key for member in members) for _, members in groups) == old
@@ -196,12 +196,18 @@ class OptimizerState(Record):
         if kept:  # keep the order of entries in `state`, which may differ from the order of the groups
             state = {renamed[key]: state[renamed[key]] for key in self.state if renamed.get(key) in state}
         orphans = {key: self.state[key] for key in self.orphans()}
-        clash = orphans.keys() & state.keys()
-        if clash:
-            raise CorruptCheckpointError(
-                f"state of {describe(min(map(str, clash)))} belongs to no parameter of any group"
+        if clash := orphans.keys() & {key for group in made for key in group.params}:
+            message = (
+                f"state under {describe(min(map(str, clash)))} belongs to no parameter of the checkpoint, and would be "
+                "that of a parameter of the result"
             )
+            raise MigrationError.of("name", message, hint='Leave it out: unexpected = "drop" in [policy] of the plan.')
         return self._replace(groups=tuple(made), state={**state, **orphans})
+
+    def without_numbered_orphans(self) -> OptimizerState:
+        """The same state less what stands under a number, as a parameter's does, and belongs to none."""
+        gone = {key for key in self.orphans() if isinstance(key, int)}
+        return self._replace(state={key: slots for key, slots in self.state.items() if key not in gone})
 
     def by_name(self) -> OptimizerState:
         """The same state keyed by names, as FSDP and DCP have it.

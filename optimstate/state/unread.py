@@ -58,7 +58,7 @@ def unread_state(tree: Any, judgement: Judgement) -> Unread | None:
         for key, node in children(container):
             path = (*place, key)
             if is_tensor(node) or is_array(node):
-                if id(node) not in known and (slot := _slot(path, optimizers, moments)):
+                if id(node) not in known and (slot := _slot(path, node, optimizers, moments)):
                     found[path] = slot
             elif isinstance(node, bytes | bytearray):
                 called = called_optimizer(path)
@@ -74,7 +74,8 @@ def unread_state(tree: Any, judgement: Judgement) -> Unread | None:
     return Unread(found, tensors) if found else None
 
 
-def _slot(path: Path, optimizers: Sequence[Section], moments: Iterable[Path]) -> str | None:
+def _slot(path: Path, node: Any, optimizers: Sequence[Section], moments: Iterable[Path]) -> str | None:
+    """The slot that a tensor is, by its path; None for what is no state, or beside an optimizer in a known way."""
     slot = slot_in(path)
     if slot is not None:
         return slot
@@ -82,7 +83,14 @@ def _slot(path: Path, optimizers: Sequence[Section], moments: Iterable[Path]) ->
         if path[: len(place)] == place:
             return str(place[-1])
     called = called_optimizer(path)
-    return None if called is None or _contains(optimizers, called) else str(path[-1]).rpartition(".")[2]
+    if called is None:
+        return None
+    if _contains(optimizers, called):  # a wrapper's state beside it is keyed; masters are lists, a scaler has numbers
+        is_number = isinstance(node, LazyTensor) and not node.shape
+        is_of_parameter = isinstance(path[-2], int) or path[-2].startswith("(")
+        if isinstance(path[-1], int) or (is_number and not is_of_parameter):
+            return None
+    return str(path[-1]).rpartition(".")[2]
 
 
 def _contains(optimizers: Iterable[Section], place: Path) -> bool:

@@ -85,3 +85,37 @@ def test_names_that_are_left_elsewhere_are_said(beside: Any, tmp_path: Path) -> 
     notes = optimstate.remap(saved(tmp_path, beside), None, RENAME, dry_run=True).notes
     assert any(next(iter(beside)) in note and "a.weight" in note for note in notes)
     assert optimstate.remap(saved(tmp_path, {"epoch": 1, "args": ["a"]}), None, RENAME, dry_run=True).notes == ()
+
+
+def wrapped(state: Any) -> dict[str, Any]:
+    """What a wrapper of an optimizer saves: its own state beside that of the optimizer."""
+    groups = [{"lr": 0.1, "params": [0, 1, 2], "param_names": list(WEIGHTS)}]
+    moments = {number: {"exp_avg": value} for number, value in enumerate(like_weights().values())}
+    return {"optimizer": {"base_optimizer": {"state": moments, "param_groups": groups}, **state}}
+
+
+@pytest.mark.parametrize("key", [lambda number: (0, number), lambda number: number], ids=["pairs", "numbers"])
+@pytest.mark.parametrize("slow", [torch.ones(3), torch.tensor(1.0)], ids=["tensors", "single numbers"])
+def test_the_state_of_a_wrapper_beside_its_optimizer_is_not_left_with_others(
+    key: Any, slow: torch.Tensor, tmp_path: Path
+) -> None:
+    path = saved(tmp_path, wrapped({"lookahead_state": {key(n): {"slow_params": slow.clone()} for n in range(3)}}))
+    assert optimstate.verify(path).verdict == "unknown"
+    with pytest.raises(MigrationError, match="slow_params"):
+        optimstate.remap(path, None, DROP, dry_run=True)
+    scaler = {"loss_scaler": {"scale": torch.tensor(2.0)}, "fp32_from_fp16": [[*like_weights().values()]]}
+    assert optimstate.verify(saved(tmp_path, wrapped(scaler))).verdict == "healthy"
+
+
+def test_state_of_no_parameter_is_never_given_to_one(tmp_path: Path) -> None:
+    tree = wrapped({})
+    tree["optimizer"]["base_optimizer"]["state"][3] = {"exp_avg": torch.ones(7)}
+    path = saved(tmp_path, tree)
+    new = Plan.from_options(fresh=["new.weight"])
+    with pytest.raises(MigrationError, match="state under '3' belongs to no parameter"):
+        optimstate.remap(path, tmp_path / "b.pt", new)
+    report = optimstate.remap(path, tmp_path / "b.pt", new.with_policy(unexpected="drop"))
+    assert any("state under 3 belongs to no parameter: left out" in note for note in report.notes)
+    assert set(torch.load(tmp_path / "b.pt")["optimizer"]["base_optimizer"]["state"]) == {0, 1, 2}
+    report = optimstate.remap(path, None, DROP, dry_run=True)
+    assert any("state under 3 belongs to no parameter: left as it is" in note for note in report.notes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from optimstate.describe import few
 from optimstate.errors import MigrationError
 from optimstate.plan.apply.beside import followed_nowhere, refuse_other_parameters
 from optimstate.plan.apply.division import optimizers_of, placed, reported, schedulers_of
@@ -19,7 +20,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.division import divided
 from optimstate.plan.solve.groups import GroupPlan
 from optimstate.plan.solve.inventory import model_inventory, optimizer_inventory
-from optimstate.plan.solve.migration import Inventory, Like, Migration
+from optimstate.plan.solve.migration import Inventory, Like, Migration, SectionMoves
 from optimstate.plan.solve.planner import plan_migration
 from optimstate.problems import Problem
 from optimstate.state.loose import gathered, spread
@@ -127,6 +128,21 @@ class _Checkpoint:
         self.states[key_of(section)] = state
         return [str(name) for _, name, _ in state.parameters()]
 
+    def _without_orphans(self, key: str, moves: SectionMoves) -> OptimizerState:
+        """The state to be moved: what belongs to no parameter stays in it unless the policy drops it."""
+        state = self.states[key]
+        if not (moves.changes and state.orphans()):
+            return state
+        made = state.without_numbered_orphans() if self.plan.policy.unexpected == "drop" else state
+        self._note_orphans(key, state.state.keys() - made.state.keys(), "left out")
+        self._note_orphans(key, made.orphans(), "left as it is")
+        return made
+
+    def _note_orphans(self, key: str, orphans: Collection[Any], outcome: str) -> None:
+        if orphans:
+            where = few(sorted(map(str, orphans)), 4)
+            self.notes.append(f"{key}: state under {where} belongs to no parameter: {outcome}")
+
     def left_alone(self, migration: Migration) -> Iterator[str]:
         """Notes on sections without names, which no rule can move."""
         rules = any(True for _ in self.plan.all_rules())
@@ -175,6 +191,8 @@ class _Checkpoint:
     def divided(self, tree: Any, migration: Migration, schedules: Mapping[int, Any]) -> tuple[Any, Migration]:
         """The tree with the optimizers that the plan's tables make, and the migration as it is reported."""
         parts = divided(self.plan, migration, self.states)
+        for key, state in self.states.items():
+            self._note_orphans(key, state.orphans(), "left out")
         states = {}
         for path, state in optimizers_of(parts, self.states).items():
             groups = [group for part in parts if part.rule.path == path for group in part.moves.groups]
@@ -208,7 +226,8 @@ class _Checkpoint:
                 continue
             moves = migration.sections[key]
             if section.kind == "optimizer":
-                state = self._switched(key, execute_optimizer(moves, self.states[key]), moves.groups)
+                state = execute_optimizer(moves, self._without_orphans(key, moves))
+                state = self._switched(key, state, moves.groups)
                 if state is not self.states[key] or (prefix and moves.changes):
                     made[id(section.node)] = _with_prefix(state, prefix).to_node()
                 made.update(self._masters(key, section, migration))

@@ -42,6 +42,18 @@ ALGORITHMS: tuple[Algorithm, ...] = (
         whole=True,
     ),
     algorithm(
+        "Adafactor (pytorch_optimizer)",
+        {
+            "exp_avg": GRADIENT,
+            "exp_avg_sq": SQUARE,
+            "exp_avg_sq_row": ROW,
+            "exp_avg_sq_col": COL,
+            "RMS": Slot("scalar", 0, 1),
+        },
+        "betas ams_bound eps1 eps2 scale_parameter relative_step",
+        whole=True,
+    ),
+    algorithm(
         "CAME",
         {
             "step": SCALAR,
@@ -54,6 +66,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
             "RMS": Slot("scalar", 0, 1),
         },
         "betas ams_bound eps1 eps2",
+        lacks="scale_parameter relative_step",
         whole=True,
     ),
     algorithm("LAMB", MOMENTS, "betas eps max_grad_norm trust_clip", whole=True),
@@ -115,7 +128,15 @@ ALGORITHMS: tuple[Algorithm, ...] = (
         whole=True,
     ),
     algorithm(
-        "AdamW (schedule-free)", {"step": SCALAR, "z": WEIGHT, "exp_avg_sq": SQUARE}, "betas weight_sum r lr_max"
+        "RAdam (schedule-free)",
+        {"step": SCALAR, "z": WEIGHT, "exp_avg_sq": SQUARE},
+        "betas weight_sum r lr_max silent_sgd_phase",
+    ),
+    algorithm(
+        "AdamW (schedule-free)",
+        {"step": SCALAR, "z": WEIGHT, "exp_avg_sq": SQUARE},
+        "betas weight_sum r lr_max",
+        lacks="silent_sgd_phase",
     ),
     algorithm("SGD (schedule-free)", {"z": WEIGHT}, "momentum weight_sum r lr_max"),
     algorithm("AdEMAMix", {**MOMENTS, "exp_avg_slow": GRADIENT}, "betas alpha t_alpha_beta3"),

@@ -111,7 +111,7 @@ class Algorithm(Record):
     @property
     def factors_every_matrix(self) -> bool:
         """Whether it stores the second moment of every matrix as means, and that of vectors in full."""
-        return self.name in ("Adafactor", "Adafactor (transformers)", "CAME")
+        return self.name in ("Adafactor", "Adafactor (transformers)", "Adafactor (pytorch_optimizer)", "CAME")
 
     def holds(self, name: str, rank: int) -> bool:
         """Whether a parameter with `rank` dimensions has a slot."""

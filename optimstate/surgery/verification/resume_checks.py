@@ -44,7 +44,7 @@ def check_optimizer(
         yield note("coverage", where, "no parameter has state: the run would start fresh")
     if not state.groups:
         yield fault("group", where, "no param groups: torch refuses it for any optimizer")
-    yield from _options(where, state)
+    yield from _options(where, state, algorithm)
     yield from _coverage(where, state, algorithm)
     yield from _steps(where, state)
     yield from _dtypes(where, state, models)
@@ -55,11 +55,13 @@ def check_optimizer(
         yield from _numbers(where, state, algorithm, progress)
 
 
-def _options(where: str, state: OptimizerState) -> Iterator[Finding]:
+def _options(where: str, state: OptimizerState, algorithm: Algorithm | None) -> Iterator[Finding]:
+    """Values that torch's optimizers do not take; the betas of one that is not known may mean something else."""
     for number, group in enumerate(state.groups):
         for option, value in group.options.items():
             if why := unusable(option, value):
-                yield fault("setting", f"{where}, group {number}", why)
+                level = note if option == "betas" and algorithm is None and state.state else fault
+                yield level("setting", f"{where}, group {number}", why)
 
 
 def _labelled(state: OptimizerState) -> list[tuple[str, Mapping[str, Any] | None]]:
@@ -96,8 +98,8 @@ def _coverage(where: str, state: OptimizerState, algorithm: Algorithm | None) ->
         absent = sorted(larger - there) if larger is not None else []
         if larger is not None and absent:
             message = f"has no {', '.join(absent)}, which {kinds[larger]} others have"
-            started = algorithm is not None and set(absent) <= _STARTED.get(algorithm.name, frozenset())
-            yield (note if started else fault)("coverage", place, message, [label])
+            certain = algorithm is not None and not set(absent) <= _STARTED.get(algorithm.name, frozenset())
+            yield (fault if certain else note)("coverage", place, message, [label])
     for key in state.orphans():
         yield note("coverage", where, f"state for {describe(key)}, which is in no param group: torch carries it along")
 
