@@ -44,6 +44,13 @@ def folder(tmp_path: Path) -> Callable[[corpus.Case], Path]:
     return lambda case: Path(shutil.copytree(case.entry, tmp_path / "a"))
 
 
+class Coordinates(tuple[int, ...]):
+    """A place in a mesh: torch asks a function of the dimension for it, before 2.12 a list."""
+
+    def __call__(self, dimension: int) -> int:
+        return self[dimension]
+
+
 # --- what is there --------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +258,7 @@ def test_parts_are_where_torch_has_them(data: st.DataObject) -> None:
     spec = {"placements": tuple(map(placement_record, placements)), "shard_order": None}
     order = _shard_order(spec, mesh)
     for place in product(*map(range, mesh)):
-        sizes, offsets = _compute_local_shape_and_global_offset(shape, mesh, lambda d, p=place: p[d], placements)
+        sizes, offsets = _compute_local_shape_and_global_offset(shape, mesh, Coordinates(place), placements)
         found = _box_at(shape, place, mesh, order)
         assert found[1] == tuple(sizes)
         if 0 not in sizes:
@@ -269,7 +276,7 @@ def test_strided_shards_are_where_torch_has_them(data: st.DataObject) -> None:
     order = _shard_order(spec, mesh)
     assert order == {0: [1, 0]}
     for place in product(*map(range, mesh)):
-        sizes, offsets = _compute_local_shape_and_global_offset((rows, 5), mesh, lambda d, p=place: p[d], placements)
+        sizes, offsets = _compute_local_shape_and_global_offset((rows, 5), mesh, Coordinates(place), placements)
         assert _box_at((rows, 5), place, mesh, order) == (tuple(offsets), tuple(sizes))
 
 

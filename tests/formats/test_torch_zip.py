@@ -183,6 +183,8 @@ def check_predictions(path: Path) -> None:
     for real, ghost in zip(tensors_of(loaded), tensors_of(meta), strict=True):
         storage = real.untyped_storage()
         at = ghost.untyped_storage()._checkpoint_offset
+        if at is None:  # torch before 2.12 does not say
+            continue
         assert data[at : at + storage.nbytes()] == bytes(storage.tolist())
 
 
@@ -278,8 +280,9 @@ def first_bytes(path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     ghosts = torch.load(path, map_location="meta")
     with path.open("rb") as file:
         for name, tensor in loaded.items():
-            if tensor.numel():
-                file.seek(ghosts[name].untyped_storage()._checkpoint_offset)
+            at = ghosts[name].untyped_storage()._checkpoint_offset
+            if tensor.numel() and at is not None:  # torch before 2.12 does not say
+                file.seek(at)
                 assert file.read(1)[0] == tensor[0].item()
     return {name: int(tensor[0]) for name, tensor in loaded.items() if tensor.numel()}
 

@@ -77,7 +77,7 @@ def test_a_file_with_digests_keeps_them_and_shards_have_their_own(tmp_path: Path
 
 
 def test_a_digest_where_none_can_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not in torch"):
+    with pytest.raises(UsageError, match="not of torch"):
         optimstate.convert(CHECKPOINTS["torch"], tmp_path / "out.pt", options=WriteOptions(digest="sha256"))
     with pytest.raises(UsageError, match="sha256"):
         optimstate.convert(CHECKPOINTS["torch"], tmp_path / "out.safetensors", options=WriteOptions(digest="sha1"))
