@@ -305,7 +305,7 @@ def test_what_a_plan_declares_new_stays_as_it_is_in_the_live_state(flat: bool, t
     live, before = parts("first", "second"), parts("first", "second")
     plan = Plan.from_options(rename=["old=second"], fresh=["first"])
     done = fill_state_dict(live, tmp_path / "saved", plan)
-    assert [note for note in done.notes if note.startswith("2 parameters are new and stay as they are")]
+    assert [note for note in done.notes if note.startswith("2 parameters are new and keep their values")]
     assert torch.equal(live["model"]["first.weight"], before["model"]["first.weight"])
     assert torch.equal(live["model"]["second.weight"], saved["model"]["old.weight"])
 

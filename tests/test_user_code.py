@@ -57,9 +57,9 @@ BROKEN = {
     "the loss": ("def loss(model, batch):\n    return batch['x']\n", r"the loss failed: .*\(.*check.py, line 19\)"),
     "the loss leaves": ("def loss(model, batch):\n    exit(0)\n", r"the loss called sys.exit\(0\) .*check.py, line 19"),
     "what builds": ("def new():\n    return nn.Linear(3)\n", r"what builds the run failed: TypeError: .* line 19\)"),
-    "a number": ("def loss(model, batch):\n    return 3.0\n", "the loss gives float, not a scalar tensor"),
-    "nothing": ("def loss(model, batch):\n    model(batch)\n", "the loss gives NoneType"),
-    "no scalar": ("def loss(model, batch):\n    return model(batch)\n", r"the loss gives a tensor of shape \[4, 2\]"),
+    "a number": ("def loss(model, batch):\n    return 3.0\n", "the loss function returns float, not a scalar tensor"),
+    "nothing": ("def loss(model, batch):\n    model(batch)\n", "the loss function returns NoneType"),
+    "no scalar": ("def loss(model, batch):\n    return model(batch)\n", r"returns a tensor of shape \[4, 2\]"),
     "no gradient": ("def loss(model, batch):\n    return batch.sum()\n", "does not depend on the model's parameters"),
     "a step": (
         "def new():\n    model = nn.Linear(3, 2)\n    return model, torch.optim.LBFGS(model.parameters())\nold = new\n",

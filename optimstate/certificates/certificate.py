@@ -249,18 +249,16 @@ class Certificate(Record):
         return [f"certified with {name} {old}, resumed with {new}" for name, old, new in pairs if new and old != new]
 
     def require(self, found: Certificate, *, told: Collection[str] = PARTS) -> None:
-        """Raise where another run is not this one.
+        """Raise StateMismatchError, with every problem, if another run is not this one."""
+        hint = "Resume from the checkpoint that the certificate was written with, or certify this one anew."
+        refuse(self.problems(found, told=told), hint=hint)
 
-        Raises:
-            StateMismatchError: With every problem.
-        """
-        problems = self.problems(found, told=told)
-        if problems:
-            raise StateMismatchError(
-                "the resumed run is not the one that was certified:\n" + "\n".join(map(str, problems)),
-                hint="Resume from the checkpoint that the certificate was written with, or certify this one anew.",
-                problems=problems,
-            )
+
+def refuse(problems: Sequence[Problem], what: str = "resumed run", hint: str = "") -> None:
+    """Raise StateMismatchError with the problems, if there are any: something is not what was certified."""
+    if problems:
+        message = f"the {what} is not the one that was certified:\n" + "\n".join(map(str, problems))
+        raise StateMismatchError(message, hint=hint, problems=problems)
 
 
 def _plain(value: Any) -> Any:

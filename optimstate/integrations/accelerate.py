@@ -8,34 +8,34 @@ accelerator.load_state("checkpoint")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Literal
 
-from optimstate.hooks import certify
+from optimstate.integrations import certify_once, ignore_next_load
 from optimstate.plan.language.plan import Plan
 from optimstate.resuming import Resumed, resume
 from optimstate.resuming.certified import Given
 from optimstate.resuming.owners import owner_of
 
-__all__ = ["Resume", "ignore_next_load"]
+__all__ = ["Resume"]
 
 
 class Resume:
-    """Loads models, optimizers and schedulers in place of `load_state`, which goes on with everything else.
+    """Loads models, optimizers and schedulers in place of `load_state`, which loads everything else.
 
-    What `prepare` loads into an optimizer is its own, and goes through as it is.
+    The state that `prepare` itself loads into an optimizer is not affected.
 
     Args:
-        accelerator: On which it registers itself. Runs of DeepSpeed, FSDP1 and Megatron load by themselves.
+        accelerator: The accelerator, on which this object registers hooks. DeepSpeed, FSDP1 and Megatron load
+            checkpoints themselves.
         plan: What has changed, as a plan or the path of a plan file.
-        schedule: `live` lets schedules keep their arguments and take the position alone.
-        saved: The names that the checkpoint's optimizers have not got.
-        certificate: Let `save_state` certify the run, and demand that what is resumed is what was certified: `True`
-            for the certificate in the checkpoint, or the path of one.
+        schedule: `live` if schedulers keep their arguments and take only the position.
+        saved: Names for the checkpoint's optimizers, if they have none.
+        certificate: Certify the run in `save_state`, and check that the resumed run is the certified one: `True` for
+            the certificate in the checkpoint, or the path of one.
 
     Attributes:
-        resumed: What the last resumption did; None before.
+        resumed: The outcome of the last resumption; None before the first.
     """
 
     resumed: Resumed | None = None
@@ -50,7 +50,7 @@ class Resume:
         certificate: Given = False,
     ) -> None:
         self._accelerator, self._plan, self._schedule, self._saved = accelerator, Plan.of(plan), schedule, saved
-        self._certificate, self._certifying = certificate, set[int]()
+        self._certificate, self._certified = certificate, list[Any]()
         self._handle = accelerator.register_load_state_pre_hook(self)
         self._saving = accelerator.register_save_state_pre_hook(self._certify)
 
@@ -60,17 +60,12 @@ class Resume:
         self._saving.remove()
 
     def _certify(self, models: list[Any], weights: list[Any], output_dir: str) -> None:  # noqa: ARG002
-        """Called by `save_state` before it saves: have every optimizer certify what it hands over."""
-        if not self._certificate:
-            return
+        """Called by `save_state` before it saves: let every optimizer certify the state that it saves."""
         own = self._accelerator
-        for each in own._optimizers:
-            if id(each.optimizer) not in self._certifying:
-                self._certifying.add(id(each.optimizer))
-                model = owner_of(each.optimizer, [own.unwrap_model(model) for model in own._models])
-                schedulers = [wrapper.scheduler for wrapper in own._schedulers]
-                mine = [scheduler for scheduler in schedulers if scheduler.optimizer is each.optimizer]
-                each.optimizer.register_state_dict_post_hook(certify(model, scheduler=mine or None))
+        for each in own._optimizers if self._certificate else ():
+            model = owner_of(each.optimizer, [own.unwrap_model(model) for model in own._models])
+            schedulers = [wrapper.scheduler for wrapper in own._schedulers]
+            certify_once(self._certified, each.optimizer, model, schedulers)
 
     def __call__(self, models: list[Any], input_dir: str) -> None:
         """Called by `load_state` before it loads."""
@@ -79,9 +74,9 @@ class Resume:
         schedulers = [each.scheduler for each in own._schedulers]
         self.resumed = resume(
             input_dir,
-            model=_one_or_all([own.unwrap_model(model) for model in models]),
-            optimizer=_one_or_all(optimizers),
-            scheduler=_one_or_all(schedulers),
+            model=[own.unwrap_model(model) for model in models],
+            optimizer=optimizers,
+            scheduler=schedulers,
             plan=self._plan,
             schedule=self._schedule,
             saved=self._saved,
@@ -90,17 +85,3 @@ class Resume:
         models.clear()
         for each in (*optimizers, *schedulers):
             ignore_next_load(each)
-
-
-def _one_or_all(found: Sequence[Any]) -> Any:
-    return None if not found else found[0] if len(found) == 1 else list(found)
-
-
-def ignore_next_load(live: Any) -> None:
-    """Let `load_state_dict` do nothing once: what a trainer itself loads next is in there already."""
-
-    def ignore(_: Any) -> None:
-        del live.load_state_dict
-
-    ignore_once: Callable[[Any], None] = ignore
-    live.load_state_dict = ignore_once

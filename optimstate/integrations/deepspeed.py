@@ -16,14 +16,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from optimstate.certificates.certificate import Certificate
+from optimstate.certificates.certificate import Certificate, refuse
 from optimstate.certificates.digests import digest
 from optimstate.errors import StateMismatchError
 from optimstate.formats.deepspeed import universal
 from optimstate.formats.deepspeed.zero import MASTER
 from optimstate.formats.registry import open_checkpoint
 from optimstate.formats.torch import zip as torch_zip
-from optimstate.integrations.accelerate import ignore_next_load
+from optimstate.integrations import ignore_next_load
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.migration import Like, Target
@@ -37,33 +37,33 @@ from optimstate.tensors.lazy import LazyTensor
 __all__ = ["CERTIFICATE", "Resume"]
 
 CERTIFICATE = "certificate.json"
-"""The file of a certificate in the folder of a checkpoint."""
+"""The name of a certificate's file in the folder of a checkpoint."""
 
 _fragments: Any = import_module("deepspeed.utils")
 
 
 class Resume:
-    """Loads in place of `engine.load_checkpoint`, which goes on with everything else: counters, client state, schedule.
+    """Loads in place of `engine.load_checkpoint`, which loads everything else: counters, client state, scheduler.
 
-    With ZeRO the checkpoint is migrated to a universal one, which DeepSpeed then loads on its own: nothing but what is
-    written is ever whole in memory. DeepSpeed keeps one step for the parameters of a param group, so new ones have
-    moments of zero and the step of the others. Without ZeRO it is `optimstate.resume`, for a model whose optimizer is
-    not wrapped (fp32).
+    With ZeRO the checkpoint is migrated to a universal checkpoint, which DeepSpeed then loads, so that only the tensor
+    that is being written is whole in memory. DeepSpeed has one step count for all parameters of a param group, so new
+    parameters start with zero moments and the step of the others. Without ZeRO, `optimstate.resume` loads the
+    checkpoint; the model's optimizer must not be wrapped (fp32).
 
     Args:
-        engine: On which it takes the place of `load_checkpoint`.
+        engine: The engine, whose `load_checkpoint` is replaced.
         plan: What has changed, as a plan or the path of a plan file.
-        schedule: Without ZeRO, `live` lets the schedule keep its arguments and take the position alone.
-        folder: Where the migrated checkpoint is written, on a disk that all ranks see; beside the other by default. It
-            is removed after loading.
-        certificate: Let `save_checkpoint` certify the run, and demand that what is resumed is what was certified:
-            `True` for the file `certificate.json` in the checkpoint's folder, or the path of one. It speaks of the
-            files, whole parameters at a time, so that the number of ranks does not matter; with ZeRO and without a
-            plan the engine's masters and moments are compared too after loading.
+        schedule: `live` if, without ZeRO, the scheduler keeps its arguments and takes only the position.
+        folder: Where the migrated checkpoint is written, on a disk that all ranks can read; by default next to the
+            original. It is removed after loading.
+        certificate: Certify the run in `save_checkpoint`, and check that the resumed run is the certified one: `True`
+            for the file `certificate.json` in the checkpoint's folder, or the path of one. It certifies the whole
+            parameters in the files, so the number of ranks does not matter. With ZeRO and without a plan, the engine's
+            master weights and moments are also compared after loading.
 
     Attributes:
-        notes: What deserves attention in the last migration.
-        resumed: What the last resumption without ZeRO did.
+        notes: Remarks on the last migration that need attention.
+        resumed: The outcome of the last resumption without ZeRO.
     """
 
     notes: tuple[str, ...] = ()
@@ -86,11 +86,11 @@ class Resume:
             engine.save_checkpoint = self._save_certified
 
     def remove(self) -> None:
-        """Let the engine load and save by itself again."""
+        """Restore the engine's own `load_checkpoint` and `save_checkpoint`."""
         self._engine.load_checkpoint, self._engine.save_checkpoint = self._load, self._save
 
     def _save_certified(self, save_dir: str, tag: str | None = None, *rest: Any, **options: Any) -> Any:
-        """What `save_checkpoint` returns; the first rank writes the certificate of what all have written."""
+        """Call `save_checkpoint`; afterwards the first rank writes the certificate of the whole checkpoint."""
         tag = str(tag if tag is not None else f"global_step{self._engine.global_steps}")
         found = self._save(save_dir, tag, *rest, **options)
         folder = Path(save_dir, tag)
@@ -105,14 +105,14 @@ class Resume:
         return found
 
     def _check(self, folder: Path) -> Certificate | None:
-        """Demand that the files are what was certified."""
+        """Check that the files are what was certified."""
         if not self._certifying:
             return None
         path = folder / CERTIFICATE if self._certificate is True else Path(str(self._certificate))
         if not path.is_file():
             raise StateMismatchError(
                 f"{folder} has no certificate" if self._certificate is True else f"there is no certificate {path}",
-                hint="Save it with Resume(engine, certificate=True), or leave certificate out.",
+                hint="Save with Resume(engine, certificate=True), or leave out the argument certificate.",
             )
         certificate = Certificate.read(path)
 
@@ -124,9 +124,10 @@ class Resume:
         return certificate
 
     def _check_live(self, certificate: Certificate) -> None:
-        """Demand that the engine has the masters and moments that were certified."""
-        wrong = []
+        """Check that the engine has the certified master weights and moments."""
+        problems = []
         for parameter, name in self._engine.param_names.items():
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: the whole, if ZeRO has sharded it
             for slot, wanted in certificate.state.get(name, {}).items():
                 if slot == MASTER:
                     live = _fragments.safe_get_full_fp32_param(parameter)
@@ -134,22 +135,15 @@ class Resume:
                     live = _fragments.safe_get_full_optimizer_state(parameter, slot)
                 else:
                     continue
-                if (
-                    live is not None
-                    and digest(live.reshape(parameter.ds_shape if _is_sharded(parameter) else parameter.shape))
-                    != wanted
-                ):
-                    wrong.append(Problem("certificate", f"{slot} is not what was certified", name, (name,)))
-        if wrong:
-            raise StateMismatchError(
-                "the resumed run is not the one that was certified:\n" + "\n".join(map(str, wrong)), problems=wrong
-            )
+                if live is not None and digest(live.reshape(shape)) != wanted:
+                    problems.append(Problem("certificate", f"{slot} is not what was certified", name, (name,)))
+        refuse(problems)
 
     def __call__(self, load_dir: str, tag: str | None = None, **options: Any) -> tuple[Any, Any]:
-        """What `load_checkpoint` returns.
+        """Load a checkpoint, and return what `load_checkpoint` returns.
 
         Raises:
-            StateMismatchError: There is no checkpoint, or the optimizer is wrapped though there is no ZeRO.
+            StateMismatchError: There is no checkpoint, or without ZeRO the optimizer is wrapped.
             MigrationError: The plan does not fit; nothing is changed.
         """
         latest = Path(load_dir, "latest")
@@ -184,7 +178,7 @@ class Resume:
         engine = self._engine
         optimizer = _unwrapped(engine)
         saved: Any = next(iter(open_checkpoint(Path(load_dir, tag)).tree.values()))
-        # DeepSpeed's own schedules are none of torch's, and the engine loads them itself.
+        # The engine itself loads DeepSpeed's own schedulers, which are not torch's.
         is_torchs = isinstance(engine.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
         has_schedule = is_torchs and bool(saved.get("lr_scheduler"))
         self.resumed = resume(
@@ -203,7 +197,7 @@ class Resume:
         return found
 
     def _migrate(self, source: Path, destination: Path) -> dict[str, Any]:
-        """Write what the live engine can load; the first rank writes, and all give it the values of what is new.
+        """Write a checkpoint that the live engine can load. The first rank writes it; all provide new parameters.
 
         Returns:
             The buffers, which DeepSpeed does not load.
@@ -231,7 +225,7 @@ class Resume:
         return {name: value for name, value in made["model"].items() if name not in shapes}
 
     def _master(self, name: str) -> Any:
-        """The live fp32 value of a parameter, put together from all ranks."""
+        """The live fp32 value of a parameter, gathered from all ranks."""
         parameter = next(p for p, its in self._engine.param_names.items() if its == name)
         return _fragments.safe_get_full_fp32_param(parameter).detach().cpu().contiguous()
 
@@ -240,7 +234,7 @@ def _unwrapped(engine: Any) -> Any:
     """The optimizer of an engine without ZeRO.
 
     Raises:
-        StateMismatchError: It is wrapped.
+        StateMismatchError: DeepSpeed has wrapped it.
     """
     from optimstate.installed_torch import torch
 
@@ -252,17 +246,12 @@ def _unwrapped(engine: Any) -> Any:
     return engine.optimizer
 
 
-def _is_sharded(parameter: Any) -> bool:
-    """Whether ZeRO has cut a parameter, which then has another shape than it is."""
-    return hasattr(parameter, "ds_shape")
-
-
 def _certificate_of(folder: Path, names: Sequence[Sequence[str]]) -> Certificate:
-    """What the files of a checkpoint hold.
+    """The certificate of the files of a checkpoint.
 
     Args:
-        folder: Of the checkpoint.
-        names: Of the optimizer's parameters, by group, for files that have none.
+        folder: The folder of the checkpoint.
+        names: The names of the optimizer's parameters, by group, for files that have none.
     """
     tree = open_checkpoint(folder).tree
     sections = {section.kind: section for section in reversed(find_sections(tree))}
@@ -276,14 +265,14 @@ def _certificate_of(folder: Path, names: Sequence[Sequence[str]]) -> Certificate
 
 
 def _options(tree: Any, count: int) -> tuple[Mapping[str, Any], ...]:
-    """The options of the param groups of a checkpoint, where the live optimizer has as many."""
+    """The options of a checkpoint's param groups; empty if the live optimizer has another number of groups."""
     groups = tree["optimizer"]["param_groups"]
     kept = tuple({key: value for key, value in group.items() if key != "params"} for group in groups)
     return kept if len(kept) == count else ()
 
 
 def _with_new(made: Any, names: Iterable[str], values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A migrated tree with the live values of new parameters, and moments of zero at the step of their group."""
+    """A migrated tree with the live values of new parameters, and with zero moments at the step of their group."""
     from optimstate.installed_torch import torch
 
     optimizer = made["optimizer"]
@@ -313,25 +302,25 @@ def _removed(folder: Path) -> str:
 
 
 def _from_first(make: Callable[[], str]) -> str:
-    """What the first rank makes, in all of them; a failure is raised in all.
+    """The result of a function that only the first rank calls, in all ranks.
 
     Raises:
-        StateMismatchError: The first rank failed.
+        StateMismatchError: The first rank failed; raised in all other ranks.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return make()
-    said: list[Any] = [None, None]
+    result: list[Any] = [None, None]  # the value, and the message of an error
     failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            said[0] = make()
-        except Exception as error:  # noqa: BLE001  # the others wait to be told
-            failure, said[1] = error, str(error)
-    dist.broadcast_object_list(said)
+            result[0] = make()
+        except Exception as error:  # noqa: BLE001  # the other ranks have to be informed first
+            failure, result[1] = error, str(error)
+    dist.broadcast_object_list(result)
     if failure is not None:
         raise failure
-    if said[1] is not None:
-        raise StateMismatchError(f"rank 0 could not migrate the checkpoint: {said[1]}")
-    return str(said[0])
+    if result[1] is not None:
+        raise StateMismatchError(f"rank 0 could not migrate the checkpoint: {result[1]}")
+    return str(result[0])

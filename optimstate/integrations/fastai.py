@@ -1,4 +1,4 @@
-"""fastai: a learner with a changed model goes on from what `learn.save` wrote.
+"""fastai: a learner with a changed model continues from a file that `learn.save` wrote.
 
 ```python
 learn = Learner(dls, model, ...)
@@ -24,11 +24,11 @@ __all__ = ["resume_learner"]
 
 _optim: Any = import_module("torch.optim")
 _FLAGS = ("do_wd", "force_train")
-"""What a learner says of parameters (norms and biases) in their state, when it makes the optimizer."""
+"""Flags that a learner sets in the state of some parameters (norms and biases) when it creates the optimizer."""
 
 
 class _Live(_optim.Optimizer):  # type: ignore[misc]
-    """The parameters of fastai's own optimizer, which is none of torch's, with what it keeps of each."""
+    """A torch optimizer with the parameters, options and state of fastai's own optimizer, which is not torch's."""
 
     def __init__(self, optimizer: Any) -> None:
         groups = zip(optimizer.param_lists, optimizer.hypers, strict=True)
@@ -39,7 +39,7 @@ class _Live(_optim.Optimizer):  # type: ignore[misc]
                     self.state[parameter] = dict(optimizer.state[parameter])
 
     def put_into(self, optimizer: Any) -> None:
-        """Give fastai's optimizer what this one has now."""
+        """Copy state and options to fastai's optimizer."""
         for parameter, *_ in optimizer.all_params():
             flags = {key: value for key, value in optimizer.state[parameter].items() if key in _FLAGS}
             optimizer.state[parameter] = {**self.state.get(parameter, {}), **flags}
@@ -57,13 +57,13 @@ def resume_learner(
     """Load the model and the optimizer, fastai's own or one of torch's in an `OptimWrapper`.
 
     Args:
-        learner: A new one; its optimizer is made if it has none.
-        file: What `learner.save` wrote; nothing in it is executed.
+        learner: A new learner; its optimizer is created if it has none.
+        file: A file that `learner.save` wrote; nothing in it is executed.
         plan: What has changed, as a plan or the path of a plan file.
-        saved: The names that the file's optimizer has not got, in its order, or `live`.
+        saved: Names for the file's optimizer, in its order, if it has none; or `live`.
 
     Raises:
-        OptimStateError: As `optimstate.resume` raises it; nothing is changed.
+        OptimStateError: Any error of `optimstate.resume`; nothing is changed.
     """
     if learner.opt is None:
         learner.create_opt()
@@ -72,7 +72,7 @@ def resume_learner(
     if isinstance(wrapped, _optim.Optimizer):
         return resume(file, model=learner.model, optimizer=wrapped, plan=given, saved=saved)
     live = _Live(learner.opt)
-    # A file does not say which parameter is in which group, so their options are no matter of the plan.
+    # A file does not say which parameter is in which group, so the plan does not handle options.
     found = resume(
         file, model=learner.model, optimizer=live, plan=given.with_policy(hyperparameters="live"), saved=saved
     )
@@ -83,11 +83,11 @@ def resume_learner(
 
 
 def _take(live: _Live, hypers: Sequence[Mapping[str, Any]]) -> None:
-    """Give the groups a file's options: those of the same group of as many, else those that all have alike."""
+    """Set the groups' options from a file: group by group, or the common ones if the numbers of groups differ."""
     groups = live.param_groups
     if len(hypers) != len(groups):
-        alike = {key: value for key, value in hypers[0].items() if all(other.get(key) == value for other in hypers)}
-        hypers = [alike] * len(groups)
+        common = {key: value for key, value in hypers[0].items() if all(other.get(key) == value for other in hypers)}
+        hypers = [common] * len(groups)
     for group, own in zip(groups, hypers, strict=True):
         group.update({key: value for key, value in own.items() if key in group})
 

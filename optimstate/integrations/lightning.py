@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from os import PathLike
 from typing import Any, Literal
 
-from optimstate.hooks import certify
 from optimstate.hooks.modules import ModelLoad
+from optimstate.integrations import certify_once
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import plan_migration
 from optimstate.resuming import Resumed, resume
@@ -27,20 +27,20 @@ _lightning: Any = import_module("lightning.pytorch" if find_spec("lightning") el
 
 
 class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
-    """Loads weights, optimizers and schedules by one plan, before the first step.
+    """Loads weights, optimizers and schedulers by one plan, before the first step.
 
-    What other callbacks keep by the model's names (an average) gets the new names too, if they load after this one;
-    Lightning's own `WeightAveraging`, which exchanges the two in what it saves, anywhere.
+    State that other callbacks keep by the model's names (an average) gets the new names too, if these callbacks come
+    after this one. Lightning's own `WeightAveraging` may come before or after it.
 
     Args:
         plan: What has changed, as a plan or the path of a plan file.
-        schedule: `live` lets schedules keep their arguments and take the position alone.
-        saved: The names that the checkpoint's optimizers have not got.
-        certificate: Let checkpoints certify the run, and demand that what is resumed is what was certified: `True` for
-            the certificate in the checkpoint, or the path of one.
+        schedule: `live` if schedulers keep their arguments and take only the position.
+        saved: Names for the checkpoint's optimizers, if they have none.
+        certificate: Certify the run in checkpoints, and check that the resumed run is the certified one: `True` for the
+            certificate in the checkpoint, or the path of one.
 
     Attributes:
-        resumed: What the last resumption did; None before.
+        resumed: The outcome of the last resumption; None before the first.
     """
 
     resumed: Resumed | None = None
@@ -58,7 +58,7 @@ class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002
-        """Take over what the module is about to load."""
+        """Intercept the checkpoint that the module is about to load."""
         if stage != "fit":
             return
         inherited = type(pl_module).on_load_checkpoint
@@ -70,12 +70,12 @@ class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
         pl_module.on_load_checkpoint = on_load_checkpoint
 
     def _take(self, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the parts that the plan is for, and leave Lightning what changes nothing."""
+        """Keep the parts to which the plan applies, and replace them by values that change nothing in Lightning."""
         self._loaded = {key: checkpoint.get(key) for key in ("state_dict", "optimizer_states", "lr_schedulers")}
         current = checkpoint.get("current_model_state")
         if current is None:
             checkpoint["state_dict"] = module.state_dict()
-        else:  # Lightning's WeightAveraging saves the average as the model, and the model beside it
+        else:  # Lightning's WeightAveraging saves the average as the model, and the model separately
             checkpoint["state_dict"] = self._renamed(module, checkpoint["state_dict"], current)
             checkpoint["current_model_state"] = module.state_dict()
             self._loaded["state_dict"] = current
@@ -84,7 +84,7 @@ class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
             checkpoint["callbacks"][key] = self._renamed(module, state, self._loaded["state_dict"])
 
     def _renamed(self, module: Any, node: Any, weights: Mapping[str, Any]) -> Any:
-        """What a callback keeps, with dicts of all the model's weights under the new names."""
+        """A callback's state, in which dicts with all the model's weights get the new names."""
         if not isinstance(node, dict):
             return node
         if node and weights.keys() <= node.keys():
@@ -94,34 +94,25 @@ class ResumeCallback(_lightning.Callback):  # type: ignore[misc]
         return {key: self._renamed(module, value, weights) for key, value in node.items()}
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
-        """Load, once the optimizers are there."""
+        """Load as soon as there are optimizers."""
         self._load(trainer, pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Load, where no sanity check came before."""
+        """Load, if there was no sanity check before."""
         self._load(trainer, pl_module)
 
-    def _certify(self, trainer: Any, module: Any) -> None:
-        """Let every optimizer certify what it hands over."""
+    def _load(self, trainer: Any, module: Any) -> None:
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         for optimizer in trainer.optimizers if self._certificate else ():
-            if not any(optimizer is each for each in self._certified):
-                self._certified.append(optimizer)
-                mine = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
-                optimizer.register_state_dict_post_hook(certify(module, scheduler=mine or None))
-
-    def _load(self, trainer: Any, module: Any) -> None:
-        self._certify(trainer, module)
+            certify_once(self._certified, optimizer, module, schedulers)
         if self._loaded is None:
             return
         checkpoint, self._loaded = self._loaded, None
-        optimizers = list(trainer.optimizers)
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         self.resumed = resume(
             {key: value for key, value in checkpoint.items() if value},
             model=module,
-            optimizer=optimizers[0] if len(optimizers) == 1 else optimizers or None,
-            scheduler=schedulers[0] if len(schedulers) == 1 else schedulers or None,
+            optimizer=list(trainer.optimizers),
+            scheduler=schedulers,
             plan=self._plan,
             schedule=self._schedule,
             saved=self._saved,

@@ -1,4 +1,4 @@
-"""Stable-Baselines3: an algorithm with a changed policy goes on from what `model.save` wrote.
+"""Stable-Baselines3: an algorithm with a changed policy continues from a file that `model.save` wrote.
 
 ```python
 model = PPO("MlpPolicy", env, policy_kwargs=...)
@@ -24,7 +24,7 @@ __all__ = ["certify_algorithm", "resume_algorithm"]
 
 
 def certify_algorithm(algorithm: Any) -> None:
-    """Let every `algorithm.save` from now on certify the policy and its optimizer.
+    """Certify the policy and its optimizer in every later `algorithm.save`.
 
     Args:
         algorithm: PPO, A2C and others whose policy has one optimizer.
@@ -44,15 +44,15 @@ def resume_algorithm(
     """Load the policy, its optimizer and the number of steps.
 
     Args:
-        algorithm: A new one (PPO, A2C and others whose policy has one optimizer).
-        path: What `algorithm.save` wrote; nothing in it is executed.
+        algorithm: A new algorithm: PPO, A2C and others whose policy has one optimizer.
+        path: A file that `algorithm.save` wrote; nothing in it is executed.
         plan: What has changed, as a plan or the path of a plan file.
-        saved: The names that the checkpoint's optimizer has not got, in the order of its groups.
-        certificate: Demand that policy and optimizer are what was certified: `True` for the certificate in the file, or
-            the path of one. `certify_algorithm(model)` before `model.save` writes it.
+        saved: Names for the file's optimizer, in the order of its groups, if it has none.
+        certificate: Check that policy and optimizer are the certified ones: `True` for the certificate in the file, or
+            the path of one. Call `certify_algorithm(model)` before `model.save` to write it.
 
     Raises:
-        OptimStateError: As `optimstate.resume` raises it; nothing is changed.
+        OptimStateError: Any error of `optimstate.resume`; nothing is changed.
     """
     policy = algorithm.policy
     file = Path(path) if Path(path).suffix or Path(path).is_file() else Path(path).with_suffix(".zip")

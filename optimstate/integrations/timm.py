@@ -39,25 +39,26 @@ def resume_checkpoint(
     saved: Any = None,
     certificate: Given = False,
 ) -> int | None:
-    """What `timm.models.resume_checkpoint` does, and averages too, by one plan; nothing in the file is executed.
+    """Load like `timm.models.resume_checkpoint`, but by a plan and with the average; nothing in the file is executed.
 
     Args:
-        model: Gets the weights, not those of the average.
-        checkpoint_path: What `CheckpointSaver` wrote.
+        model: Gets the weights (not those of the average).
+        checkpoint_path: A file that `CheckpointSaver` wrote.
         optimizer: Gets its state by name.
-        loss_scaler: timm's `NativeScaler` or a `GradScaler`; it keeps its state where the checkpoint has none.
-        log_info: Log what became of everything.
-        model_ema: `ModelEmaV3` or the like: gets the average.
+        loss_scaler: timm's `NativeScaler` or a `GradScaler`; it keeps its state if the checkpoint has none.
+        log_info: Log the outcome.
+        model_ema: `ModelEmaV3` or a similar module, which gets the average.
         plan: What has changed, as a plan or the path of a plan file.
-        saved: The names that the checkpoint's optimizer has not got, in the order of its groups, or `live`.
-        certificate: Demand that model and optimizer are what was certified: `True` for the certificate in the file, or
-            the path of one. `optimizer.register_state_dict_post_hook(hooks.certify(model))` before saving writes it.
+        saved: Names for the checkpoint's optimizer, in the order of its groups, if it has none; or `live`.
+        certificate: Check that model and optimizer are the certified ones: `True` for the certificate in the file, or
+            the path of one. To write it, call `optimizer.register_state_dict_post_hook(hooks.certify(model))` before
+            saving.
 
     Returns:
-        The epoch to start with; None where the checkpoint is weights alone.
+        The epoch to start with; None if the checkpoint has only weights.
 
     Raises:
-        OptimStateError: As `optimstate.resume` raises it; nothing is changed.
+        OptimStateError: Any error of `optimstate.resume`; nothing is changed.
     """
     tree = open_checkpoint(checkpoint_path).tree
     whole = isinstance(tree, Mapping) and "state_dict" in tree
@@ -76,4 +77,4 @@ def resume_checkpoint(
         _LOGGER.info("%s", found)
     if not whole or "epoch" not in tree:
         return None
-    return int(tree["epoch"]) + (1 if tree.get("version", 1) > 1 else 0)  # since its version 2, the epoch is finished
+    return int(tree["epoch"]) + (1 if tree.get("version", 1) > 1 else 0)  # from version 2 on, the epoch is complete

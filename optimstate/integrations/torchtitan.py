@@ -19,19 +19,19 @@ __all__ = ["Resume"]
 
 
 class Resume:
-    """Loads model and optimizers in place of the checkpoint manager, which goes on with everything else.
+    """Loads model and optimizers in place of the checkpoint manager, which loads everything else.
 
-    That is the schedule, of which torchtitan keeps the position alone, the data loader and the train state. New
-    parameters have no state, where torchtitan itself would begin with moments of zero at step 1.
+    The manager loads the scheduler, whose state in torchtitan is only its position, the data loader and the train
+    state. New parameters start without state; torchtitan itself would start them with zero moments at step 1.
 
     Args:
-        checkpointer: A `CheckpointManager` (DCP), in every process; checkpoints of Hugging Face it loads by itself.
+        checkpointer: A `CheckpointManager` (DCP), in every process. It loads Hugging Face checkpoints itself.
         plan: What has changed, as a plan or the path of a plan file.
-        saved: The names that the checkpoint's optimizer has not got.
-        certificate: Demand that what is resumed is what was certified: the path of a certificate.
+        saved: Names for the checkpoint's optimizer, if it has none.
+        certificate: The path of a certificate, to check that the resumed run is the certified one.
 
     Attributes:
-        resumed: What the last resumption did; None before.
+        resumed: The outcome of the last resumption; None before the first.
     """
 
     resumed: Resumed | None = None
@@ -49,25 +49,23 @@ class Resume:
         checkpointer.dcp_load = self
 
     def remove(self) -> None:
-        """Let the checkpoint manager load by itself again."""
+        """Let the checkpoint manager load everything again."""
         self._checkpointer.dcp_load = self._load
 
     def __call__(self, state_dict: dict[str, Any], checkpoint_id: str, from_hf: bool, from_quantized: bool) -> None:
-        """Called by `load`, of a step or of `initial_load_path`.
+        """Called by `load`, for a step or for `initial_load_path`.
 
         Raises:
-            OptimStateError: As `optimstate.resume` raises it; nothing is changed.
+            OptimStateError: Any error of `optimstate.resume`; nothing is changed.
         """
         if from_hf:
             self._load(state_dict, checkpoint_id, from_hf, from_quantized)
             return
         states = self._checkpointer.states
-        models = list(states["model"].model)
-        optimizers = list(states["optimizer"]) if "optimizer" in state_dict else None
         self.resumed = resume(
             checkpoint_id,
-            model=models[0] if len(models) == 1 else models,
-            optimizer=optimizers[0] if optimizers and len(optimizers) == 1 else optimizers,
+            model=list(states["model"].model),
+            optimizer=list(states["optimizer"]) if "optimizer" in state_dict else None,
             plan=self._plan,
             saved=self._saved,
             certificate=self._certificate,

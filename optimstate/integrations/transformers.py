@@ -25,19 +25,19 @@ __all__ = ["ResumeMixin"]
 
 
 class ResumeMixin:
-    """Put before `Trainer` among the bases. Checkpoints have parameter names from then on.
+    """A base class to list before `Trainer`. Its checkpoints have parameter names.
 
-    A model of PEFT gets its adapter's weights as before, and its optimizer by name. Runs of DeepSpeed, FSDP1 and XLA
-    load by themselves and are refused where there is a plan.
+    In a PEFT model, the Trainer loads the adapter's weights as before; its optimizer is loaded by name. DeepSpeed,
+    FSDP1 and XLA load checkpoints themselves, and are refused if there is a plan.
 
     Attributes:
         resume_plan: What has changed, as a plan or the path of a plan file.
-        resume_schedule: `live` lets the schedule of this run keep its arguments (a longer `max_steps`) and take the
-            position alone.
-        resume_certificate: Let checkpoints certify the run, and demand that what is resumed is what was certified:
-            `True` for the certificate in the checkpoint, or the path of one.
-        resume_saved: The names that an older checkpoint's optimizer has not got, in the order of its groups.
-        resumed: What the last resumption did; None before.
+        resume_schedule: `live` if this run's scheduler keeps its arguments (such as a longer `max_steps`) and takes
+            only the position.
+        resume_certificate: Certify the run in checkpoints, and check that the resumed run is the certified one: `True`
+            for the certificate in the checkpoint, or the path of one.
+        resume_saved: Names for an older checkpoint's optimizer that has none, in the order of its groups.
+        resumed: The outcome of the last resumption; None before the first.
     """
 
     resume_plan: Plan | str | PathLike[str] | None = None
@@ -55,7 +55,7 @@ class ResumeMixin:
         is_fsdp_enabled: bool
 
     def create_optimizer(self, *args: Any, **options: Any) -> torch.optim.Optimizer:
-        """The Trainer's own optimizer, which knows its parameters' names."""
+        """The Trainer's own optimizer, with parameter names in its groups."""
         made: torch.optim.Optimizer = super().create_optimizer(*args, **options)  # type: ignore[misc]
         if not all("param_names" in group for group in made.param_groups):
             for group, names in zip(made.param_groups, names_in(made, self.model), strict=True):

@@ -1,9 +1,9 @@
-"""Rehearse a resume: the old run and the new one side by side, before a night is spent on it.
+"""Rehearsing a resume: the old run and the new one make a few steps side by side and are compared.
 
-The old run's state is loaded into the new one under the plan, and both make the same few steps. What a resume must keep
-is compared: the function (loss and outputs before any step), the gradients under the plan, and after each step the
-parameters and slots, those of the old run carried over by the plan. So a swapped pair of equal shape, lost state or a
-scale without its degree is told from state that can only be approximated.
+The old run's state is loaded into the new run under the plan, and both make the same few steps. The rehearsal compares
+what a resume must keep: the function (loss and outputs before any step), the gradients, and after each step the
+parameters and slots. Values of the old run are first moved by the plan. So errors such as two swapped parameters of
+equal shape, lost state or a scale without its degree are distinguished from state that can only be approximated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from optimstate.resuming import resume
 __all__ = ["Deviation", "Rehearsal", "rehearse"]
 
 _ROUNDING = {True: 1e-8, False: 1e-3}
-"""Relative differences that are rounding, in float64 and in what the model computes with."""
+"""Relative differences up to these are rounding: in float64, and in the model's own precision."""
 
 
 def rehearse(
@@ -39,28 +39,28 @@ def rehearse(
 ) -> Rehearsal:
     """Compare a run with its continuation in a changed model.
 
-    Models are computed with in float64 where they can, so that what differs is not rounding; dropout is switched off,
-    and models that use random numbers otherwise are compared in evaluation mode. Neither run that is given is changed.
+    Models compute in float64 if they can, so that differences are not rounding. Dropout is switched off; models that
+    use other random numbers are compared in evaluation mode. The given runs are not changed.
 
     Args:
         old: The old run, as `(model, optimizer)` or `(model, optimizer, scheduler)`, a dict with these keys, or a
-            function that builds it. Of optimizers and schedulers there may be several, in lists.
-        new: The new run, likewise; nothing need be loaded.
+            function that builds it. Several optimizers or schedulers are given in lists.
+        new: The new run, in the same form; nothing needs to be loaded into it.
         plan: What has changed, as a plan or the path of a plan file.
-        batch: What `loss` takes; tensors may stand in dicts, lists and tuples.
-        loss: Of a model and the batch; gives a scalar tensor, or that and the outputs to compare. Of outputs in a dict
-            those that both models have are compared, and of each the places that both have.
-        steps: How many steps both make; with 0 the function alone is compared, and what is loaded.
-        checkpoint: What the old run is loaded from first; without, it is taken as it stands.
-        load: How the new run is loaded, where it is not `optimstate.resume`: called with the old run's state
-            (`model`, `optimizer`), the new model and the new optimizer.
+        batch: The second argument of `loss`: tensors, possibly in dicts, lists and tuples.
+        loss: Takes a model and the batch; returns a scalar tensor, or a pair of that and the outputs to compare. Of
+            outputs in a dict, those of both models are compared; of outputs with different shapes, the common part.
+        steps: The number of steps that both make; with 0 only the function and the loaded values are compared.
+        checkpoint: Loaded into the old run first; without it, the old run is used as it is.
+        load: Loads the new run, in place of `optimstate.resume`: called with the old run's state (`model`,
+            `optimizer`), the new model and the new optimizer.
 
     Raises:
         MigrationError: The plan does not fit.
-        StateMismatchError: The checkpoint or the old run lacks a part, a run has parts that are not known, or the loss
-            is no scalar.
+        StateMismatchError: The checkpoint or the old run lacks a part, a run has unknown parts, or the loss is not a
+            scalar.
         UsageError: `steps` is negative.
-        UserCodeError: The loss, or what builds or loads a run, failed.
+        UserCodeError: The loss, or code that builds or loads a run, failed.
     """
     if steps < 0:
         raise UsageError(f"steps is {steps}, it must be a number from 0 up")
@@ -82,7 +82,7 @@ def _rehearsed(
         try:
             return Comparison(before, after, given, values, loss, _ROUNDING[double]).run(steps, load)
         except RuntimeError as error:  # a constant or a kernel of another dtype
-            said = str(error.__cause__ or error).lower()
-            if not double or ("dtype" not in said and "double" not in said):
+            message = str(error.__cause__ or error).lower()
+            if not double or ("dtype" not in message and "double" not in message):
                 raise
     raise AssertionError("the second attempt returns or raises")

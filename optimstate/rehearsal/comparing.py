@@ -1,4 +1,4 @@
-"""Two runs side by side, step by step."""
+"""Comparing two runs step by step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from optimstate.plan.language.plan import Plan
 from optimstate.rehearsal.expected import Expected
-from optimstate.rehearsal.report import Deviation, Rehearsal, Verdict, What
+from optimstate.rehearsal.report import Deviation, Rehearsal, Verdict, What, earliest
 from optimstate.rehearsal.runs import Pass, Run
 from optimstate.rehearsal.tensors import difference, leaves, overlap
 from optimstate.resuming import resume
@@ -17,8 +17,8 @@ from optimstate.user_code import running
 __all__ = ["Comparison"]
 
 _ZERO = 1e-6
-"""What is smaller by this factor than the largest of its kind is zero but for rounding: the gradient of a bias before a
-norm, say."""
+"""Values smaller than the largest of their kind by this factor are rounding of zero, as the gradient of a bias before a
+norm."""
 
 Load = Callable[[Mapping[str, Any], Any, Any], object]
 Loss = Callable[[Any, Any], Any]
@@ -35,14 +35,14 @@ class Comparison:
 
     def run(self, steps: int, load: Load | None) -> Rehearsal:
         """Load the new run and compare both over some steps."""
-        self._calm()
+        self._remove_randomness()
         state = self.old.state()
         if load is None:
             resume(state, **self.new.parts(), plan=self.plan)
         else:
-            parts = self.new.parts()
+            optimizers = self.new.optimizers
             with running("what loads the new run"):
-                load(state, parts["model"], parts["optimizer"])
+                load(state, self.new.model, optimizers[0] if len(optimizers) == 1 else optimizers)
         expected = Expected(self.plan, self.old)
         self.announced, self.scaled = expected.approximate()
         self.notes += expected.notes
@@ -62,8 +62,8 @@ class Comparison:
         notes = tuple(dict.fromkeys(self.notes))
         return Rehearsal(self._verdict(), tuple(losses), tuple(self.deviations), self.tolerance, notes)
 
-    def _calm(self) -> None:
-        """Compute as in evaluation where random numbers would tell the runs apart."""
+    def _remove_randomness(self) -> None:
+        """Switch both models to evaluation mode if the loss of one depends on random numbers."""
         if any(run.is_random(self.loss, self.batch) for run in (self.old, self.new)):
             for run in (self.old, self.new):
                 run.model.eval()
@@ -82,10 +82,10 @@ class Comparison:
         grown = [(a, b) for a, b in common if a.shape != b.shape]
         for a, b in grown:
             sizes = f"{list(b.shape)} in the old model and {list(a.shape)} in the new one"
-            self.notes.append(f"an output has the shape {sizes}: what both have is compared")
+            self.notes.append(f"an output has the shape {sizes}: the part that both have is compared")
         worst = max((difference(*overlap(a, b)) for a, b in common), default=0.0)
         if worst <= self.tolerance and grown:
-            # The loss is over more places, or fewer: that follows from what the plan adds or cuts.
+            # The loss is over more or fewer elements, as follows from the plan.
             if difference(other.loss, one.loss) > self.tolerance:
                 self.deviations += [
                     Deviation("output", name, "", 0, worst, True) for name in sorted(self._resized(expected))
@@ -100,7 +100,7 @@ class Comparison:
         return {move.target for move in expected.weights.moves if not move.is_moved_whole} & self.announced
 
     def _suspects(self, expected: Expected, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-        """Parameters of the first module whose output differs, and those before it that may be mistaken."""
+        """Parameters of the first module whose output differs, and of earlier ones that may be the cause."""
         origin: dict[str, set[str]] = {}
         whole: dict[str, bool] = {}
         for move in expected.weights.moves:
@@ -124,13 +124,13 @@ class Comparison:
             else:
                 pending = []
                 if next(iter(sources)).rpartition(".")[2] != module.rpartition(".")[2]:
-                    renamed += mine  # equal by the plan, which may take one for another
+                    renamed += mine  # equal by the plan, which may confuse two modules
         return pending or renamed or ["(the model)"]
 
     # --- the state ----------------------------------------------------------------------------------------------------
 
     def _gradients(self, expected: Expected) -> None:
-        """The new gradients against the old ones, carried over as a first moment would be."""
+        """Compare the new gradients with the old ones, which are moved as a first moment would be."""
         carried = expected.gradients()
         least = _rounding(carried.values())
         for name, parameter in self._named(self.new.model.named_parameters()).items():
@@ -138,7 +138,7 @@ class Comparison:
                 self._record("gradient", name, "", 0, parameter.grad, carried[name], least)
 
     def _compare(self, expected: Expected, step: int) -> None:
-        """Parameters, buffers and slots of the new run against those of the old one, carried over."""
+        """Compare parameters, buffers and slots of the new run with those of the old one, moved by the plan."""
         tensors = self._plain(expected.tensors())
         parameters = self._named(self.new.model.named_parameters())
         buffers = self._named(self.new.model.named_buffers())
@@ -169,7 +169,7 @@ class Comparison:
         return {self.new.plain_name(name): value for name, value in tensors}
 
     def _plain(self, made: Mapping[str, Any]) -> dict[str, Any]:
-        """What the plan makes, by names as they are compared."""
+        """Results of the plan by names without wrapper prefixes."""
         rename = unwrapped(made)
         return {rename(name): value for name, value in made.items()}
 
@@ -178,16 +178,15 @@ class Comparison:
     ) -> None:
         size = difference(mine, expected, max(least, 1e-300))
         if size > self.tolerance:
-            # What is loaded is exactly what the plan makes, even where that approximates.
+            # Loaded values must be exactly those that the plan makes, even where these are approximate.
             loaded = step == 0 and (what in ("slot", "parameter", "buffer") or name in self.scaled)
             self.deviations.append(Deviation(what, name, slot, step, size, name in self.announced and not loaded))
 
     def _verdict(self) -> Verdict:
-        """What differs at the first step at which anything does; later differences follow from it."""
+        """The verdict by the first deviations; later ones follow from them."""
         if not self.deviations:
             return "exact"
-        first = min(deviation.step for deviation in self.deviations)
-        early = [deviation for deviation in self.deviations if deviation.step == first]
+        early = earliest(self.deviations)
         surprising = [deviation for deviation in early if not deviation.announced]
         if not surprising:
             return "approximate"
@@ -199,5 +198,5 @@ class Comparison:
 
 
 def _rounding(tensors: Iterable[Any]) -> float:
-    """The size below which values are rounding of zero."""
+    """The magnitude below which values are rounding of zero."""
     return _ZERO * max((float(value.detach().abs().max()) for value in tensors if value.numel()), default=0.0)

@@ -1,4 +1,4 @@
-"""Whether a plan keeps the function: asked of many plans, to find the right one."""
+"""Testing whether plans keep the function, to find the right one of many."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["trial"]
 
 
 def trial(given: Mapping[str, Any]) -> Callable[[Plan], bool]:
-    """A function that tells of a plan whether the new model computes with it what the old one does.
+    """A function that tests whether the new model computes the same as the old one under a plan.
 
-    The old weights are disturbed at random, so that those which are equal in a fresh model (norms of ones, zero biases)
-    are told apart.
+    The old weights are changed at random, so that weights that are equal in a fresh model (norms of ones, zero biases)
+    can be distinguished.
 
     Args:
-        given: `old`, `new`, `batch` and `loss`, as `rehearse` takes them.
+        given: The arguments `old`, `new`, `batch` and `loss` of `rehearse`.
     """
     before = _disturbed(Run.of(given["old"], double=True))
 
@@ -32,7 +32,7 @@ def trial(given: Mapping[str, Any]) -> Callable[[Plan], bool]:
         try:
             found = Comparison(*runs, lenient, converted(given["batch"]), given["loss"], 1e-8).run(0, None)
         except UserCodeError:
-            raise  # it fails with every plan
+            raise  # it would fail under every plan
         except OptimStateError:
             return False
         return not any(deviation.what == "output" for deviation in found.deviations)

@@ -1,4 +1,4 @@
-"""What a plan makes of the old run, and what it says cannot be exact."""
+"""The result of a plan for the old run, and the parameters that it announces as approximate."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["Expected"]
 
 
 class Expected:
-    """What the plan makes of the old run as it is now.
+    """The result of a plan for the old run as it is now.
 
     Attributes:
-        weights: What becomes of the model.
-        notes: What the plan says of itself.
+        weights: The moves of the model's weights.
+        notes: The plan's notes.
     """
 
     def __init__(self, plan: Plan, old: Run) -> None:
@@ -43,7 +43,7 @@ class Expected:
         self.notes = list(dict.fromkeys(note for each in (self.weights, *self._sections) for note in each.notes))
 
     def tensors(self) -> dict[str, Any]:
-        """Parameters and buffers of the new model, without those that hold values of the live one."""
+        """Parameters and buffers of the new model, without those that contain values of the live model."""
         made = execute_model(self.weights, self._tensors())
         live = {
             move.target
@@ -53,7 +53,7 @@ class Expected:
         return {name: value for name, value in made.items() if name not in live}
 
     def slots(self) -> dict[str, Mapping[str, Any]]:
-        """The state of every parameter that has some."""
+        """The slots of every parameter that has state."""
         return {
             str(name): slots
             for state in self._carried()
@@ -62,7 +62,7 @@ class Expected:
         }
 
     def gradients(self) -> dict[str, Any]:
-        """The old gradients carried over, as a first moment would be."""
+        """The old gradients, moved as a first moment would be."""
         named = self._old.model.named_parameters()
         grads = {self._rename(name): p.grad for name, p in named if p.grad is not None}
         names = [str(name) for state in self._states() for _, name, _ in state.parameters()]
@@ -76,10 +76,11 @@ class Expected:
         return {str(name): slots["momentum_buffer"] for _, name, slots in moved.parameters() if slots and name}
 
     def approximate(self) -> tuple[set[str], set[str]]:
-        """Parameters of which the plan says that they go on otherwise, and those of them whose gradients it knows.
+        """Parameters that train differently by the plan, and those of them that only the plan's scale changes.
 
-        New ones, copies, filled places, slots that it drops or converts, and those whose group it gives other options.
-        A scaled parameter has gradients and slots by their degrees; its steps are those of another rate.
+        The former are new ones, copies, parameters with filled rows, with dropped or converted slots, or with other
+        group options. The gradients and slots of a scaled parameter are known by their degrees, but its steps are those
+        of another learning rate.
         """
         found: set[str] = set()
         scaled: set[str] = set()
@@ -103,14 +104,14 @@ class Expected:
         return found | scaled, scaled - found
 
     def new_among(self, names: Iterable[str]) -> tuple[set[str], set[str]]:
-        """Parameters that the plan does not make of old ones: those it declares new, and those it does not speak of."""
+        """Parameters that are not made from old ones: those that the plan declares new, and the others."""
         made = {move.target for section in (self.weights, *self._sections) for move in section.moves}
         rename = unwrapped(made)
         known = set(map(rename, made))
         new = [name for name in names if name not in known]
         declared = [t for rule in self._plan.all_rules() if rule.fresh for t in rule.targets or rule.sources]
-        said = {name for name in new if any(_matches(template, name) for template in declared)}
-        return said, set(new) - said
+        matched = {name for name in new if any(_matches(template, name) for template in declared)}
+        return matched, set(new) - matched
 
     def _tensors(self) -> dict[str, Any]:
         return {self._rename(name): value for name, value in self._old.model.state_dict().items()}
@@ -142,10 +143,10 @@ class Expected:
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether options that both have are the same."""
+    """Whether two groups agree in the options that both have."""
     return all(bool(value == other[key]) for key, value in one.items() if key in other)
 
 
 def _matches(template: Template, name: str) -> bool:
-    """Whether a template means a parameter, or the module that it is in."""
+    """Whether a template matches a parameter, or is the name of a module that contains it."""
     return template.match(name) is not None or (template.is_literal and name.startswith(f"{template.text}."))

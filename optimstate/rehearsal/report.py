@@ -1,27 +1,28 @@
-"""What a rehearsal showed."""
+"""The result of a rehearsal."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from optimstate.record import Record
 from optimstate.reporting import Report, to_json
 
-__all__ = ["Deviation", "Rehearsal", "Verdict", "What"]
+__all__ = ["Deviation", "Rehearsal", "Verdict", "What", "earliest"]
 
 Verdict = Literal["exact", "approximate", "wrong state", "another function"]
 What = Literal["output", "gradient", "slot", "parameter", "buffer"]
 
 
 class Deviation(Record):
-    """Where the new run is not what the plan makes of the old one.
+    """A difference between the new run and what the plan makes of the old one.
 
     Attributes:
         what: `output`, `gradient`, `slot`, `parameter` or `buffer`.
-        name: The parameter of the new model; of a module for an output.
+        name: The parameter of the new model; for an output a parameter of the module.
         slot: The slot; empty for anything else.
-        step: After how many steps; 0 is before the first.
-        size: The largest difference, over the largest value; infinite where one side has nothing.
+        step: The number of steps made; 0 is before the first.
+        size: The largest difference divided by the largest value; infinite if one side has no value.
         announced: Whether the plan says that this parameter can only be approximated.
     """
 
@@ -39,17 +40,23 @@ class Deviation(Record):
         return f"{self.what} {place} {size} {when}"
 
 
+def earliest(deviations: Sequence[Deviation]) -> list[Deviation]:
+    """The deviations at the first step that has any."""
+    first = min((deviation.step for deviation in deviations), default=0)
+    return [deviation for deviation in deviations if deviation.step == first]
+
+
 class Rehearsal(Report):
-    """What a rehearsal showed.
+    """The result of a rehearsal.
 
     Attributes:
-        verdict: `exact`: the run goes on as it was, to rounding. `approximate`: it differs only where the plan says it
-            must. `wrong state`: the function is kept, the state or the gradient's scale is not. `another function`:
-            the new model computes something else.
-        losses: Of the old and of the new run, before the first step and after each.
-        deviations: In the order in which they showed; the first step at which something differs decides.
+        verdict: `exact`: the run continues as it was, up to rounding. `approximate`: it differs only where the plan
+            says that it must. `wrong state`: the function is kept, but not the state or the gradient's scale.
+            `another function`: the new model computes something else.
+        losses: The losses of the old and the new run, before the first step and after each.
+        deviations: The deviations in the order in which they occurred; those of the first step decide the verdict.
         tolerance: Relative differences up to this are rounding.
-        notes: What the plan says of itself, and what could not be compared.
+        notes: The plan's notes, and remarks on what could not be compared.
     """
 
     verdict: Verdict
@@ -60,14 +67,13 @@ class Rehearsal(Report):
 
     @property
     def holds(self) -> bool:
-        """Whether nothing differs that the plan does not announce."""
+        """Whether nothing differs except where the plan announces it."""
         return self.verdict in ("exact", "approximate")
 
     @property
     def decisive(self) -> tuple[Deviation, ...]:
-        """The deviations that the verdict rests on, without those that follow from them."""
-        first = min((deviation.step for deviation in self.deviations), default=0)
-        early = [deviation for deviation in self.deviations if deviation.step == first]
+        """The deviations that decide the verdict, without those that follow from them."""
+        early = earliest(self.deviations)
         if self.verdict == "another function":
             early = [deviation for deviation in early if deviation.what == "output"]
         elif self.verdict == "wrong state":
@@ -91,8 +97,8 @@ class Rehearsal(Report):
 
 
 _VERDICTS = {
-    "exact": "exact: the new run goes on as the old one does (differences up to {tolerance:.0e} are rounding)",
+    "exact": "exact: the new run continues as the old one does (differences up to {tolerance:.0e} are rounding)",
     "approximate": "approximate: the new run differs from the old one only where the plan says that it must",
-    "wrong state": "wrong state: the new model computes the same, but its optimizer does not go on as the old one does",
+    "wrong state": "wrong state: the new model computes the same, but its optimizer continues in another way",
     "another function": "another function: the new model does not compute what the old one does",
 }

@@ -1,4 +1,4 @@
-"""The two runs of a rehearsal: copies of what was given, that compute alike each time."""
+"""The two runs of a rehearsal: copies of the given ones, which compute reproducibly."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PARTS = ("model", "optimizer", "scheduler")
 
 
 class Pass:
-    """One pass forward and back.
+    """The result of one forward and backward pass.
 
     Attributes:
         loss: A scalar tensor.
-        outputs: What the loss function gave beside it.
-        modules: What each module gave, in the order of their calls.
+        outputs: The outputs that the loss function returned with it.
+        modules: The output of each module, in the order of their calls.
     """
 
     def __init__(self, loss: Any, outputs: Any, modules: dict[str, Any]) -> None:
@@ -38,14 +38,15 @@ class Run:
 
     @classmethod
     def of(cls, given: Any, *, double: bool) -> Run:
-        """Copies of `(model, optimizer)`, `(model, optimizer, scheduler)` or a dict of them; or what a function builds.
+        """A copy of a run, or the run that a function builds.
 
         Args:
-            given: Of optimizers and schedulers there may be several, in lists.
+            given: `(model, optimizer)`, `(model, optimizer, scheduler)`, a dict of these, or a function that builds one
+                of them. Several optimizers or schedulers are given in lists.
             double: Compute in float64.
 
         Raises:
-            StateMismatchError: It is something else.
+            StateMismatchError: `given` has another form.
         """
         from optimstate.installed_torch import torch
 
@@ -56,7 +57,7 @@ class Run:
         if not {"model", "optimizer"} <= parts.keys() <= {*_PARTS} or len(found) != len(parts):
             raise StateMismatchError(
                 "a run is (model, optimizer), (model, optimizer, scheduler) or a dict with these keys",
-                hint="Leave out what else a run has: averages and scalers do not change what a step does.",
+                hint="Leave out other parts: averages and scalers do not change a step.",
             )
         made = cls(parts["model"], _listed(parts["optimizer"]), _listed(parts.get("scheduler")))
         if double:
@@ -70,15 +71,14 @@ class Run:
         return made
 
     def plain_name(self, name: str) -> str:
-        """A name of the model without what wrappers put before it."""
+        """A name of the model without the prefixes of wrappers."""
         if self._plain is None:
             self._plain = unwrapped(name for name, _ in self.model.named_parameters())
         return self._plain(name)
 
     def parts(self) -> dict[str, Any]:
         """The arguments of `optimstate.resume`."""
-        made: dict[str, Any] = {"model": self.model, "optimizer": _one_or_all(self.optimizers)}
-        return {**made, "scheduler": _one_or_all(self.schedulers)} if self.schedulers else made
+        return {"model": self.model, "optimizer": self.optimizers, "scheduler": self.schedulers}
 
     def state(self) -> dict[str, Any]:
         """The run's state, with names."""
@@ -103,7 +103,7 @@ class Run:
         return state["optimizers"] if "optimizers" in state else [state["optimizer"]]
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """The options of the group of each parameter."""
+        """The options of each parameter's group."""
         return {
             name: {key: value for key, value in group.items() if key not in ("params", "param_names")}
             for state in self.optimizer_states()
@@ -112,7 +112,7 @@ class Run:
         }
 
     def passed(self, loss: Callable[[Any, Any], Any], batch: Any) -> Pass:
-        """Run forward and back, with the random numbers of every other pass."""
+        """Run forward and backward, with the same random numbers in every pass."""
         from optimstate.installed_torch import torch
 
         torch.manual_seed(0)
@@ -123,14 +123,14 @@ class Run:
         if not value.requires_grad:
             raise StateMismatchError(
                 "the loss does not depend on the model's parameters: it has no gradient",
-                hint="Compute it from what the model that it is given makes of the batch.",
+                hint="Compute it from the output of the model that the loss function is given.",
             )
         with running("going back from the loss"):
             value.backward()
         return Pass(value.detach(), outputs, modules)
 
     def step(self) -> None:
-        """One step of every optimizer and schedule."""
+        """Make a step of every optimizer and scheduler."""
         for each in (*self.optimizers, *self.schedulers):
             with running(f"a step of {type(each).__name__}"):
                 each.step()
@@ -149,10 +149,10 @@ class Run:
 
 
 def _scalar(made: Any) -> tuple[Any, Any]:
-    """A loss and the outputs beside it.
+    """The loss and the outputs that a loss function returned.
 
     Raises:
-        StateMismatchError: It is no scalar.
+        StateMismatchError: The loss is not a scalar tensor.
     """
     from optimstate.installed_torch import torch
 
@@ -161,13 +161,9 @@ def _scalar(made: Any) -> tuple[Any, Any]:
         return value, outputs
     what = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
     raise StateMismatchError(
-        f"the loss gives {what}, not a scalar tensor", hint="It gives a scalar, or a scalar and the outputs."
+        f"the loss function returns {what}, not a scalar tensor", hint="Return a scalar, or a scalar and the outputs."
     )
 
 
 def _listed(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _one_or_all(values: list[Any]) -> Any:
-    return values[0] if len(values) == 1 else values

@@ -1,4 +1,4 @@
-"""Tensors in nested values, and how far two of them are apart."""
+"""Tensors in nested values, and the difference of two tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["converted", "difference", "leaves", "module_outputs", "overlap"]
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """The tensors and numbers in a value, by the keys that lead to them."""
+    """The tensors and numbers in a nested value, by their keys joined with dots; numbers as tensors."""
     from optimstate.installed_torch import torch
 
     if isinstance(value, torch.Tensor):
@@ -25,7 +25,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def converted(value: Any) -> Any:
-    """A batch with its floating tensors in float64."""
+    """A batch with its floating-point tensors in float64."""
     from optimstate.installed_torch import torch
 
     if isinstance(value, torch.Tensor):
@@ -38,7 +38,10 @@ def converted(value: Any) -> Any:
 
 
 def overlap(one: Any, other: Any) -> tuple[Any, Any]:
-    """What two tensors of as many dimensions have in common: the first places of each dimension."""
+    """The common part of two tensors: the first indices of each dimension, up to the smaller size.
+
+    Tensors with different numbers of dimensions are returned as they are.
+    """
     if one.shape == other.shape or one.dim() != other.dim():
         return one, other
     common = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
@@ -46,12 +49,12 @@ def overlap(one: Any, other: Any) -> tuple[Any, Any]:
 
 
 def difference(mine: Any, expected: Any, least: float = 1e-12) -> float:
-    """The largest difference over the largest value; infinite where there is nothing to compare with.
+    """The largest difference divided by the largest expected value; infinite if the two cannot be compared.
 
     Args:
         mine: A tensor.
-        expected: What it should be.
-        least: What counts as the largest value where all are smaller: where they are rounding themselves.
+        expected: Its expected value.
+        least: A lower bound for the divisor, for values that are only rounding.
     """
     from optimstate.installed_torch import torch
 
@@ -70,7 +73,7 @@ def difference(mine: Any, expected: Any, least: float = 1e-12) -> float:
 
 @contextmanager
 def module_outputs(model: Any) -> Iterator[dict[str, Any]]:
-    """What each module gives at its first call, by name, in the order of the calls."""
+    """Collect the first output of each module at its first call, by name, in the order of the calls."""
     found: dict[str, Any] = {}
     handles = []
 

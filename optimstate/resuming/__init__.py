@@ -1,4 +1,4 @@
-"""Resume everything from a checkpoint by one plan: weights, their average, optimizer, scheduler, gradient scaler."""
+"""Resuming a run by one plan: weights, their average, optimizer, scheduler and gradient scaler."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from optimstate import reporting
 from optimstate.io.location import Place
 from optimstate.plan.language.plan import Plan
 from optimstate.problems import Problem
+from optimstate.resuming import shards
 from optimstate.resuming.certified import Given
 from optimstate.resuming.parts import Named, Parts
 from optimstate.resuming.run import Run
@@ -30,14 +31,14 @@ OneOrMore: TypeAlias = T | Sequence[T] | Mapping[str, T]
 
 
 class Resumed(reporting.Report):
-    """What a resumption did.
+    """The outcome of a resumption.
 
     Attributes:
-        reports: What became of the parameters: of `model`, `ema` and `optimizer`, as far as they were given; of one of
-            several by the path of its part, as in `optimizer optimizers[1]`.
-        notes: What deserves attention though nothing is wrong.
-        problems: What `optimstate.hooks.resume_problems` finds in the result.
-        nbytes: Bytes of tensors that this process read of a checkpoint whose shards every process reads for itself.
+        reports: The outcome for every parameter of `model`, `ema` and `optimizer`, as far as they were given. If there
+            are several, their keys have the path of the part, as in `optimizer optimizers[1]`.
+        notes: Remarks that need attention although nothing is wrong.
+        problems: The problems that `optimstate.hooks.resume_problems` finds in the result.
+        nbytes: Bytes of tensors that this process read, if the run is sharded and each process reads its own shards.
     """
 
     reports: Mapping[str, Report]
@@ -46,8 +47,8 @@ class Resumed(reporting.Report):
     nbytes: int = 0
 
     def __str__(self) -> str:
-        told = {note for report in self.reports.values() for note in report.notes}
-        rest = (note for note in self.notes if note not in told)
+        reported = {note for report in self.reports.values() for note in report.notes}
+        rest = (note for note in self.notes if note not in reported)
         return "\n".join(map(str, (*self.reports.values(), *rest, *self.problems)))
 
 
@@ -67,38 +68,40 @@ def resume(
 ) -> Resumed:
     """Load a checkpoint into a run whose model, groups or wrappers may have changed: all of it, or nothing.
 
-    The parts are found by their structure. Parameters are matched by name, wrapper prefixes on either side aside.
-    Everything is planned before anything is changed, and what was changed is put back if a part cannot be loaded.
+    The parts of the checkpoint are found by their structure. Parameters are matched by name, without the prefixes of
+    wrappers. Everything is planned before anything is changed, and if a part cannot be loaded, all changes are undone.
 
-    Of models, optimizers, schedulers and averages there may be several: in a list, in the order in which the
-    checkpoint has them, where names do not tell; or in a dict by the paths of their parts, as `optimstate inspect`
-    prints them.
+    There may be several models, optimizers, schedulers and averages, in a list or in a dict. The objects of a list are
+    matched by their parameters' names or, if names do not decide, in the order of the checkpoint. The keys of a dict
+    are the paths of the checkpoint's parts, as `optimstate inspect` prints them.
 
-    Models and optimizers may be sharded (FSDP2, tensor parallelism): call it in every process, after the model was
-    sharded and the optimizer built. Every process then reads only the bytes of its own shards, and nothing is changed
-    in any of them before every one has read its part.
+    Models and optimizers may be sharded (FSDP2, tensor parallelism): call this function in every process, after the
+    model was sharded and the optimizer built. Every process then reads only the bytes of its own shards, and no process
+    changes anything before all have read their parts.
 
     Args:
-        checkpoint: A file or folder in any format that optimstate reads (nothing in it is executed), or what was read
-            from one: a mapping with the parts anywhere inside.
-        model: Gets the weights; also names the parameters of an optimizer that was built without names.
+        checkpoint: A file or folder in any format that optimstate reads (nothing in it is executed), or a mapping that
+            was loaded from one, with the parts anywhere inside.
+        model: Gets the weights; also gives names to the parameters of an optimizer that was built without names.
         optimizer: Gets the state by name.
         scheduler: Gets its state, rebuilt for the param groups of its optimizer.
-        ema: An `AveragedModel`, or a module that a plain dict of averages is for.
-        scaler: A `GradScaler`; the state of one that was disabled, which is empty, leaves it as it is.
-        plan: What has changed, as a plan or the path of a plan file; without, only wrappers, order and groups may have.
-        schedule: Whether schedulers have their arguments from the checkpoint or keep their own, `live`, and take the
-            position alone; None for what the plan's policy says. Where the two differ, a note says so.
-        saved: The names that the checkpoint's optimizer has not got, in the order of its groups; of several by path. Or
-            `live`: the live optimizer was built as the checkpoint's, so that theirs are the same in the same order.
-            Without, they are concluded as `optimstate name` concludes them, or refused.
-        certificate: What the result has to be, bit for bit: `True` for what `hooks.certify()` wrote into the
-            checkpoint, or the path of a certificate. All that was certified has to be given: model, optimizer,
-            scheduler, scaler. With a plan, the checkpoint is held against it, and what the plan only moves.
+        ema: An `AveragedModel`, or a module for a plain dict of averages.
+        scaler: A `GradScaler`. It keeps its state if the checkpoint's scaler was disabled, whose state is empty.
+        plan: What has changed, as a plan or the path of a plan file. Without it, only wrappers, the order of parameters
+            and groups may have changed.
+        schedule: `checkpoint` if schedulers take their arguments from the checkpoint, `live` if they keep their own and
+            take only the position; None for the plan's policy. If the arguments differ, a note says so.
+        saved: Names for the parameters of a checkpoint's optimizer that has none, in the order of its groups; for
+            several optimizers in a dict by path. Or `live` if the live optimizer was built in the same way, with the
+            same names in the same order. Without it, names are inferred as by `optimstate name`, or refused.
+        certificate: The certificate that the result must match bit for bit: `True` for the one that `hooks.certify()`
+            wrote into the checkpoint, or the path of one. Everything that was certified must be given: model,
+            optimizer, scheduler, scaler. With a plan, the checkpoint is compared, and everything that the plan only
+            moves.
         process_group: The processes that load together; all by default.
 
     Returns:
-        What became of everything.
+        The outcome for every part.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or bytes that are read do not match their checksum.
@@ -112,8 +115,6 @@ def resume(
     models, optimizers, schedulers, averages = (
         [] if several is None else _named(several) for several in (model, optimizer, scheduler, ema)
     )
-    from optimstate.resuming import shards
-
     optimizers = [(path, shards.innermost(live)) for path, live in optimizers]
     schedulers = [(path, getattr(live, "scheduler", live)) for path, live in schedulers]
     sharded = shards.is_sharded([live for _, live in (*models, *averages)], [live for _, live in optimizers])
@@ -132,7 +133,7 @@ def resume(
             run.plan_scaler(scaler)
         run.refuse_unused()
         run.parts.compare()
-    except Exception as error:  # noqa: BLE001  # the other processes wait to be told
+    except Exception as error:  # noqa: BLE001  # the other processes have to be informed first
         failure = error
     shards.agree(failure, process_group, sharded=sharded)
     assert run is not None
@@ -146,7 +147,7 @@ def resume(
 
 
 def _named(several: Any) -> list[Named]:
-    """Live objects with the paths that are given for them."""
+    """One or several live objects, each with the path that is given for it."""
     if isinstance(several, Mapping) and not hasattr(several, "state_dict"):
         return [(str(path), live) for path, live in several.items()]
     if type(several) in (list, tuple):

@@ -1,12 +1,12 @@
-"""Whether a resumed run is the one that was certified, and from which certificates it goes on."""
+"""Checks that a resumed run is the one that was certified, and the history of certificates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, TypeAlias
 
-from optimstate.certificates.certificate import Ancestor, Certificate
+from optimstate.certificates.certificate import Ancestor, Certificate, refuse
 from optimstate.errors import CheckpointError, StateMismatchError
 from optimstate.plan.expressions.tree import Leaf
 from optimstate.plan.language.plan import Plan
@@ -20,17 +20,17 @@ from optimstate.state.optimizer import OptimizerState
 __all__ = ["Given", "Part", "certificates_of", "checked", "checked_source", "note_histories"]
 
 Given: TypeAlias = "bool | str | PathLike[str] | Mapping[str, Any] | Certificate | Sequence[Any]"
-"""What `resume` takes as `certificate`: whether the checkpoint's own are meant, or one or several others."""
+"""The argument `certificate` of `resume`: True for the checkpoint's own certificates, or one or several others."""
 
 
 class Part:
-    """What was loaded into one live object.
+    """The part of a checkpoint that was loaded into one live object.
 
     Attributes:
         live: The model or optimizer.
         source: The checkpoint's weights, or its optimizer's state with names.
-        moves: What became of it; None where everything stayed as it was.
-        embedded: The certificate beside an optimizer's state in the checkpoint, as it stands there.
+        moves: The outcome for each parameter; None if nothing changed.
+        embedded: The certificate in the checkpoint's optimizer state, as plain values.
         applied: The digests of plans that were applied to the checkpoint after it was certified.
     """
 
@@ -43,7 +43,7 @@ class Part:
 
 
 def certificates_of(given: Given, optimizers: Sequence[Part]) -> list[Certificate]:
-    """The certificates that are meant.
+    """The certificates that the argument of `resume` refers to.
 
     Raises:
         StateMismatchError: There is none.
@@ -54,14 +54,14 @@ def certificates_of(given: Given, optimizers: Sequence[Part]) -> list[Certificat
         if plans:
             raise StateMismatchError(
                 f"the checkpoint was changed by the plan {plans[0][:12]} after it was certified",
-                hint="Resume from the one before with resume(..., plan=..., certificate=True), or prove what the plan "
-                "made with `optimstate verify NEW --against OLD --plan PLAN`.",
+                hint="Resume from the unchanged checkpoint with resume(..., plan=..., certificate=True), or verify the "
+                "changed one with `optimstate verify NEW --against OLD --plan PLAN`.",
             )
         found = [Certificate.from_fields(part.embedded) for part in optimizers if part.embedded is not None]
         if not found:
             raise StateMismatchError(
                 "the checkpoint has no certificate",
-                hint="Register hooks.certify() on the optimizer before it is saved, or give the path of a certificate.",
+                hint="Register hooks.certify() on the optimizer before saving, or give the path of a certificate.",
             )
         return found
     if isinstance(given, Certificate):
@@ -82,27 +82,25 @@ def checked(
     schedulers: Sequence[Any],
     scaler: Any,
 ) -> list[str]:
-    """Demand that live objects, as they are now, are what was certified; what the plan changed is left out.
+    """Check that live objects are what was certified, except for what the plan changed.
 
     Returns:
-        Remarks on what differs without being wrong, or was not compared.
+        Remarks on differences that are not wrong, and on parts that were not compared.
 
     Raises:
-        StateMismatchError: They are not.
+        StateMismatchError: They are not what was certified.
     """
     from optimstate.certificates.live import certificate_of
 
     if len(optimizers) < len(certificates):
         raise StateMismatchError(
-            f"{len(certificates)} optimizers were certified, and {len(optimizers) or 'none'} is resumed",
+            f"{len(certificates)} optimizers were certified, but {len(optimizers)} resumed",
             hint="Give resume() every optimizer that was certified.",
         )
-    left, remarks = list(optimizers), []
+    remarks = []
     if len(certificates) < len(optimizers):
         remarks.append(f"certificate: {len(optimizers) - len(certificates)} optimizers have none, and are not compared")
-    for certificate in certificates:
-        part = max(left, key=lambda each: _common(certificate, each))
-        left.remove(part)
+    for certificate, part in _paired(certificates, optimizers):
         live = owner_of(part.live, [model.live for model in models])
         owner = next((model for model in models if model.live is live), None)
         mine = [each for each in schedulers if innermost(getattr(each, "optimizer", part.live)) is part.live]
@@ -123,7 +121,7 @@ def checked(
 
 
 def _require_kinds(certificate: Certificate, optimizer: Part, model: Part | None) -> None:
-    """Demand that the checkpoint's tensors have the dtypes that were certified: loading would convert them."""
+    """Check that the checkpoint's tensors have the certified dtypes, because loading would convert them."""
     kinds: dict[tuple[str, str], str] = {}
     if model is not None:
         rename = unwrapped(model.source)
@@ -131,63 +129,67 @@ def _require_kinds(certificate: Certificate, optimizer: Part, model: Part | None
     rows = list(optimizer.source.parameters())
     rename = unwrapped(str(name) for _, name, _ in rows)
     kinds.update({(rename(str(n)), str(s)): _kind(value) for _, n, own in rows for s, value in (own or {}).items()})
-    told = {(name, ""): value for name, value in certificate.weights.items()}
-    told.update({(name, slot): value for name, own in certificate.state.items() for slot, value in own.items()})
+    certified = {(name, ""): value for name, value in certificate.weights.items()}
+    certified.update({(name, slot): value for name, own in certificate.state.items() for slot, value in own.items()})
     problems = [
         Problem("certificate", f"was {kind} and is {kinds[key]} in the checkpoint", " ".join(key).strip(), (key[0],))
-        for key, value in told.items()
+        for key, value in certified.items()
         if isinstance(value, str) and kinds.get(key) and (kind := value.rpartition(" ")[0]) and kind != kinds[key]
     ]
-    if problems:
-        raise StateMismatchError(
-            "the checkpoint is not the one that was certified:\n" + "\n".join(map(str, problems)),
-            hint="Resume from the checkpoint that the certificate was written with.",
-            problems=problems,
-        )
+    refuse(problems, "checkpoint", "Resume from the checkpoint that the certificate was written with.")
 
 
 def _kind(value: Any) -> str:
-    """The dtype and shape of a tensor, as a digest has them; empty for anything else."""
+    """The dtype and shape of a tensor, as in a digest; empty for anything else."""
     if not hasattr(value, "shape") or not hasattr(value, "dtype") or not len(value.shape):
         return ""
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 def checked_source(certificates: Sequence[Certificate], models: Sequence[Part], optimizers: Sequence[Part]) -> str:
-    """Demand that a checkpoint whose optimizers are divided anew is what was certified.
+    """Check that a checkpoint whose optimizers are divided among others is what was certified.
 
     Args:
         certificates: One for each optimizer that was certified.
-        models: What was loaded.
-        optimizers: Those of the checkpoint.
+        models: The models that were loaded.
+        optimizers: The optimizers of the checkpoint.
 
     Returns:
-        What was not compared.
+        A remark on the parts that were not compared.
 
     Raises:
-        StateMismatchError: It is not.
+        StateMismatchError: It is not what was certified.
     """
-    left, problems = list(optimizers), []
-    for certificate in certificates:
-        if not left:
-            raise StateMismatchError(
-                f"{len(certificates)} optimizers were certified, and the checkpoint has {len(optimizers)}"
-            )
-        part = max(left, key=lambda each: _common(certificate, each))
-        left.remove(part)
+    if len(certificates) > len(optimizers):
+        raise StateMismatchError(
+            f"{len(certificates)} optimizers were certified, and the checkpoint has {len(optimizers)}"
+        )
+    problems: list[Problem] = []
+    for certificate, part in _paired(certificates, optimizers):
         names = certificate.weights.keys()
         owner = max(models, key=lambda each: len(names & _plain_names(each.source)), default=None)
-        source = Certificate.of_parts(owner.source if owner is not None else None, part.source)
-        told = {"state", "groups"} if owner is None else {"weights", "state", "groups"}
-        problems += [problem.at("the checkpoint") for problem in certificate.problems(source, told=told)]
-    if problems:
-        raise StateMismatchError(
-            "the resumed run is not the one that was certified:\n" + "\n".join(map(str, problems)), problems=problems
-        )
+        problems += _problems_of_source(certificate, owner, part)
+    refuse(problems)
     return (
         "certificate: the checkpoint is as certified; what the [[optimizer]] tables made of it, and schedules, were "
         "not compared"
     )
+
+
+def _paired(certificates: Sequence[Certificate], optimizers: Sequence[Part]) -> Iterator[tuple[Certificate, Part]]:
+    """Each certificate with the optimizer that has most of its names."""
+    left = list(optimizers)
+    for certificate in certificates:
+        part = max(left, key=lambda each: _common(certificate, each))
+        left.remove(part)
+        yield certificate, part
+
+
+def _problems_of_source(certificate: Certificate, model: Part | None, optimizer: Part) -> list[Problem]:
+    """The differences between a certificate and the checkpoint."""
+    source = Certificate.of_parts(model.source if model is not None else None, optimizer.source)
+    compared = {"state", "groups"} if model is None else {"weights", "state", "groups"}
+    return [problem.at("the checkpoint") for problem in certificate.problems(source, told=compared)]
 
 
 def _plain_names(weights: Mapping[str, Any]) -> set[str]:
@@ -198,10 +200,8 @@ def _plain_names(weights: Mapping[str, Any]) -> set[str]:
 def _checked_with_plan(
     certificate: Certificate, found: Certificate, plan: Plan, model: Part | None, optimizer: Part
 ) -> list[str]:
-    """The checkpoint has to be what was certified, and what the plan only moves has to arrive."""
-    source = Certificate.of_parts(model.source if model is not None else None, optimizer.source)
-    told = {"state", "groups"} if model is None else {"weights", "state", "groups"}
-    problems = [problem.at("the checkpoint") for problem in certificate.problems(source, told=told)]
+    """Check that the checkpoint is what was certified, and that everything that the plan only moves has arrived."""
+    problems = _problems_of_source(certificate, model, optimizer)
     weights = _renames(model.moves, certificate.weights) if model is not None else {}
     slots = {} if plan.optimizer or plan.optimizers else _renames(optimizer.moves, certificate.state)
     expected = certificate.moved(weights, slots)
@@ -210,10 +210,7 @@ def _checked_with_plan(
         state={name: value for name, value in found.state.items() if name in expected.state},
     )
     problems += expected.problems(arrived, told={"weights", "state"})
-    if problems:
-        raise StateMismatchError(
-            "the resumed run is not the one that was certified:\n" + "\n".join(map(str, problems)), problems=problems
-        )
+    refuse(problems)
     rest = len(found.weights) - len(expected.weights), len(found.state) - len(expected.state)
     return [
         f"certificate: the checkpoint is as certified, and so is all that the plan only moves; {rest[0]} weights, the "
@@ -222,7 +219,7 @@ def _checked_with_plan(
 
 
 def _renames(moves: SectionMoves | None, names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The new names of everything that was moved as it is."""
+    """The new names of everything that was moved unchanged."""
     if moves is None:
         return {name: [name] for name in names}
     found: dict[str, list[str]] = {}
@@ -241,7 +238,7 @@ def _common(certificate: Certificate, part: Part) -> int:
 
 
 def note_histories(optimizers: Sequence[Part], plan: Plan, warn: Callable[[str], object]) -> None:
-    """Remember what runs go on from, so that their next certificates say it."""
+    """Record what each run continues from, for its next certificate."""
     from optimstate.certificates.live import histories
 
     own = () if plan == Plan() else (plan.digest,)
@@ -258,5 +255,5 @@ def note_histories(optimizers: Sequence[Part], plan: Plan, warn: Callable[[str],
 
 
 def _counts(state: OptimizerState) -> OptimizerState:
-    """The state with nothing but what counts steps."""
+    """The state with nothing but step counts."""
     return state._replace(state={key: {"step": slots["step"]} for key, slots in state.state.items() if "step" in slots})

@@ -1,4 +1,4 @@
-"""Several optimizers of a checkpoint as `[[optimizer]]` tables divide and join them, for the live ones."""
+"""The state of several optimizers, divided and joined by `[[optimizer]]` tables for live optimizers."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = ["Division"]
 
 
 class Division(Record):
-    """What `[[optimizer]]` tables make of the optimizers of a checkpoint.
+    """The optimizers that `[[optimizer]]` tables make from those of a checkpoint.
 
     Attributes:
         plan: The plan.
-        migration: What becomes of each optimizer of the checkpoint, by its key.
-        inventories: What the planner was told of them.
-        parts: What each optimizer of the result has of each of them.
-        states: Of the optimizers of the result, by the path of their table.
+        migration: The migration of each optimizer of the checkpoint, by its key.
+        inventories: The planner's input for each of them, by the same keys.
+        parts: The parts of each optimizer of the checkpoint that each optimizer of the result gets.
+        states: The states of the optimizers of the result, by the path of their table.
     """
 
     plan: Plan
@@ -45,15 +45,15 @@ class Division(Record):
 
     @classmethod
     def of(cls, plan: Plan, lenient: Plan, states: Mapping[str, OptimizerState]) -> Division:
-        """Plan it.
+        """Plan the division.
 
         Args:
-            plan: With tables.
-            lenient: The same where what is not reached is judged elsewhere.
-            states: The checkpoint's, by the path of their part, with names.
+            plan: A plan with tables.
+            lenient: The same plan, without an error for rules that match nothing, which are checked elsewhere.
+            states: The states of the checkpoint's optimizers, with names, by the path of their part.
 
         Raises:
-            MigrationError: It cannot be done.
+            MigrationError: The plan does not fit.
         """
         by_key = {f"optimizer {label}": state for label, state in states.items()}
         inventories = {key: optimizer_inventory(state) for key, state in by_key.items()}
@@ -67,7 +67,7 @@ class Division(Record):
         return cls(plan, migration, inventories, parts, made)
 
     def reached(self) -> list[Reached]:
-        """What the plan may speak of in each optimizer of the checkpoint."""
+        """The names, options and slots of each optimizer of the checkpoint, to which the plan may refer."""
         made = []
         for key, inventory in self.inventories.items():
             assert inventory.state is not None
@@ -78,11 +78,11 @@ class Division(Record):
         return made
 
     def tables(self, live: Sequence[Sequence[str]]) -> list[OptimizerRule]:
-        """The table that each live optimizer is, by its parameters' names.
+        """The table of each live optimizer, found by its parameters' names.
 
         Raises:
-            MigrationError: One has parameters of several tables or of none, two are one table, or a table with
-                parameters is none of them.
+            MigrationError: A live optimizer has parameters of several tables or of none, two belong to one table, or a
+                table with parameters has no live optimizer.
         """
         found: list[OptimizerRule] = []
         problems: list[Problem] = []
@@ -114,9 +114,9 @@ class Division(Record):
         return self.states.get(rule.path) or OptimizerState((), {}, {})
 
     def declared_new(self, rule: OptimizerRule, names: Iterable[str]) -> tuple[Rule, ...]:
-        """Rules for the parameters of a live optimizer that the plan's rules declare new."""
-        there = {move.target for part in self.parts if part.rule is rule for move in part.moves.moves}
-        absent = [name for name in names if name not in there]
+        """Rules for those parameters of a live optimizer that the plan declares new."""
+        present = {move.target for part in self.parts if part.rule is rule for move in part.moves.moves}
+        absent = [name for name in names if name not in present]
         modules = Modules(absent)
         fresh = [
             modules.reading(template)
@@ -128,7 +128,7 @@ class Division(Record):
         return tuple(Rule((), (Template.literal(name),), fresh=True) for name in new)
 
     def report(self, rule: OptimizerRule, loaded: Report) -> Report:
-        """What became of the parameters of a live optimizer on both ways: into its table, and from there."""
+        """The outcome for the parameters of a live optimizer: of the division and of loading, together."""
         from optimstate.hooks import Report
 
         own = [part for part in self.parts if part.rule is rule]
@@ -156,25 +156,25 @@ class Division(Record):
         """The state of the scheduler of an optimizer of the result.
 
         Args:
-            rule: Its table.
+            rule: The optimizer's table.
             schedules: The checkpoint's schedulers: one for each of its optimizers, or one for all of them.
 
         Raises:
-            MigrationError: Nothing says which scheduler follows which optimizer, or they cannot become one.
+            MigrationError: It is not known which scheduler belongs to which optimizer, or they cannot be joined.
         """
         keys = list(self.inventories)
         if len(schedules) not in (1, len(keys)):
-            message = f"{len(schedules)} schedulers and {len(keys)} optimizers: nothing says which follows which"
-            raise MigrationError.of("scheduler", message, str(rule), hint="Build the scheduler anew.")
+            message = f"{len(schedules)} schedulers and {len(keys)} optimizers: nothing says which belong together"
+            raise MigrationError.of("scheduler", message, str(rule), hint="Build a new scheduler.")
         of = dict(zip(keys, list(schedules) * (len(keys) if len(schedules) == 1 else 1), strict=True))
         own = [part for part in self.parts if part.rule is rule]
         if not own:
-            raise MigrationError.of("scheduler", "it has no parameter of the checkpoint", str(rule))
+            raise MigrationError.of("scheduler", "its optimizer has no parameter of the checkpoint", str(rule))
         return joined_scheduler([schedulers_of(of[part.key], [part])[rule.path] for part in own], rule.path)
 
 
 def _with_carried_options(state: OptimizerState, parts: Sequence[Part]) -> OptimizerState:
-    """The state whose converted groups keep only the options that carry over: a live optimizer has the others."""
+    """The state, with only those options of converted groups that carry over; a live optimizer has the others."""
     origins = [(part, group) for part in parts for group in part.moves.groups]
     groups = []
     for group, (part, origin) in zip(state.groups, origins, strict=True):

@@ -1,4 +1,4 @@
-"""A live state dict filled from a checkpoint under a plan: every process reads the bytes of its own shards."""
+"""Filling a live state dict from a checkpoint by a plan: every process reads the bytes of its own shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Rule
-from optimstate.resuming.shards import Reader, whole
+from optimstate.resuming.shards import Reader, notes_on_casts, whole
 from optimstate.state.loose import gathered
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
@@ -32,17 +32,17 @@ __all__ = ["Filling", "put"]
 
 
 class Filling:
-    """What the items of a live state dict become.
+    """The new values of the items of a live state dict.
 
-    Items are known by the names that `torch.distributed.checkpoint` gives them: the keys that lead to each, joined by
-    dots. An optimizer may be nested or flattened on either side.
+    Items have the names that `torch.distributed.checkpoint` gives them: their keys, joined by dots. An optimizer may be
+    nested or flattened on either side.
 
     Args:
-        checkpoint: A file or folder of any container.
+        checkpoint: A file or folder in any format.
         plan: What has changed since it was written.
 
     Attributes:
-        notes: What deserves attention though nothing is wrong.
+        notes: Remarks that need attention although nothing is wrong.
         nbytes: Bytes of tensors that this process read.
 
     Raises:
@@ -60,7 +60,7 @@ class Filling:
         for flattened in (True, False):
             found, _ = leaves(tree, flattened=flattened)
             self._values.update((name, value) for name, (_, value) in found.items())
-        self._parts: dict[str, list[tuple[torch.Tensor, LazyTensor]]] = {}  # live ones, and what they become
+        self._parts: dict[str, list[tuple[torch.Tensor, LazyTensor]]] = {}  # live tensors with their new values
         self._casts: dict[tuple[str, str], list[str]] = {}
         self._read: list[Extent] = []
         self._reader = Reader(self._casts, self._read)
@@ -73,16 +73,16 @@ class Filling:
     def check(
         self, items: Mapping[str, Any], paths: Mapping[str, Sequence[Any]], *, partial: bool = False
     ) -> list[str]:
-        """The names that can be filled. Nothing of the live state is changed.
+        """The names of the items that can be filled. The live state is not changed.
 
         Args:
-            items: The live ones by name.
-            paths: The keys that lead to each.
-            partial: Leave alone what the checkpoint does not have.
+            items: The live items by name.
+            paths: The keys of each item.
+            partial: Allow items that the checkpoint does not have.
 
         Raises:
-            StateMismatchError: The checkpoint does not have one, or has it in another shape.
-            MigrationError: A rule declares new what the live state dict does not have.
+            StateMismatchError: The checkpoint does not have an item, or has it in another shape.
+            MigrationError: A rule declares a parameter new that the live state dict does not have.
             CorruptCheckpointError: Bytes that this process is to read do not match their checksum.
         """
         found = []
@@ -101,13 +101,13 @@ class Filling:
             if shape is not None and hasattr(live, "dtype"):
                 if not isinstance(value, LazyTensor):
                     raise StateMismatchError(
-                        f"{describe(name)} is a tensor in the live state and none in the checkpoint"
+                        f"{describe(name)} is a tensor in the live state, but not in the checkpoint"
                     )
                 if tuple(value.shape) != tuple(shape):
                     raise StateMismatchError(
-                        f"{describe(name)} has the shape {list(value.shape)} under this plan, "
-                        f"the live one {list(shape)}",
-                        hint="Cut, join or resize it in the plan.",
+                        f"{describe(name)} has the shape {list(value.shape)} under this plan, and {list(shape)} in the "
+                        "live state",
+                        hint="Slice, concatenate or resize it in the plan.",
                     )
                 self._parts[name] = list(self._cut(name, live, value))
             else:
@@ -117,23 +117,23 @@ class Filling:
         return found
 
     def _cut(self, name: str, live: Any, value: LazyTensor) -> Iterator[tuple[torch.Tensor, LazyTensor]]:
-        """What this process has of a live tensor, and the same stretch of the checkpoint's."""
+        """This process's parts of a live tensor, each with the same part of the checkpoint's tensor."""
         shards = getattr(live, "local_shards", None)
         if shards is None:
             yield live.to_local() if hasattr(live, "to_local") else live, self._reader.cut(name, live, value)
             return
         for shard in shards():  # FSDP1's ShardedTensor
-            part, about = value, shard.metadata
-            for dim, (start, size) in enumerate(zip(about.shard_offsets, about.shard_sizes, strict=True)):
+            part, metadata = value, shard.metadata
+            for dim, (start, size) in enumerate(zip(metadata.shard_offsets, metadata.shard_sizes, strict=True)):
                 part = part.narrow(dim, start, size)
             self._reader.count(part)
             yield shard.tensor, part
 
     def _declared_new(self, absent: Mapping[str, str]) -> set[str]:
-        """Which of the items that the checkpoint does not have are of parameters that the plan declares new.
+        """Those of the items that the checkpoint lacks whose parameters the plan declares new.
 
-        They are left as they are in the live state: weights as they were initialised, slots as torch makes them, which
-        for `get_optimizer_state_dict` is by a step without gradients.
+        They keep their values in the live state: weights as they were initialised, and slots as torch creates them,
+        which `get_optimizer_state_dict` does by a step without gradients.
         """
         parameters = dict.fromkeys(absent.values())
         modules = Modules(parameters)
@@ -147,11 +147,11 @@ class Filling:
             new.update(dict.fromkeys(matched))
         if new:
             names = ", ".join(map(describe, list(new)[:3])) + (", ..." if len(new) > 3 else "")
-            self.notes.append(f"{len(new)} parameters are new and stay as they are in the live state: {names}")
+            self.notes.append(f"{len(new)} parameters are new and keep their values in the live state: {names}")
         return {name for name, parameter in absent.items() if parameter in new}
 
     def value(self, name: str) -> Any:
-        """What is not a tensor in the live state."""
+        """The new value of an item that is not a tensor in the live state."""
         return whole(self._values[name])
 
     def fill(self, name: str) -> None:
@@ -162,14 +162,13 @@ class Filling:
             for live, part in self._parts[name]:
                 live.copy_(to_torch(part.contiguous()))
 
-    def casts(self) -> Iterator[str]:
-        """Notes on tensors that have another precision now."""
-        for (old, new), names in self._casts.items():
-            yield f"{len(names)} tensors are {old} in the checkpoint and become {new}: {describe(names[0])}, ..."
+    def casts(self) -> list[str]:
+        """Notes on tensors whose dtype changes."""
+        return notes_on_casts(self._casts)
 
 
 def _without_new(plan: Plan, tree: Any) -> tuple[Plan, list[Rule]]:
-    """The plan without the rules that declare parameters new which the checkpoint does not have, and these rules."""
+    """The plan without its rules that declare parameters new and match nothing in the checkpoint, and those rules."""
     declared = [rule for rule in plan.all_rules() if rule.fresh and not (rule.sources and rule.targets)]
     if not declared:
         return plan, []
@@ -188,14 +187,14 @@ def _without_new(plan: Plan, tree: Any) -> tuple[Plan, list[Rule]]:
         for each in map(modules.reading, rule.sources or rule.targets)
         if any(each.match(name) is not None for name in names)
     }
-    # Names that are spelled out count as parameters of the result, whether they are those of parameters or of modules.
+    # Names without placeholders count as parameters of the result, whether they name parameters or modules.
     new = [rule for rule in declared if id(rule) in idle or id(rule) not in known]
     kept = [tuple(rule for rule in rules if not any(rule is each for each in new)) for rules in plan.passes]
     return plan._replace(rules=kept[0], stages=tuple(kept[1:])), new
 
 
 def _parameter(path: Sequence[Any]) -> str:
-    """The name of the parameter that an item of a state dict is of: a weight, a slot or an option."""
+    """The name of the parameter that an item of a state dict belongs to, be it a weight, a slot or an option."""
     match = _FLAT.fullmatch(str(path[-1]))
     if match is not None:
         return match[1]
@@ -206,7 +205,7 @@ _FLAT = re.compile(r"(?:state|param_groups)\.(.+)\.[^.]+", re.DOTALL)
 
 
 def _by_name(node: Any) -> Any:
-    """The tree with optimizers keyed by their parameters' names, where they have them."""
+    """The tree with optimizers keyed by their parameters' names, if they have names."""
     if not isinstance(node, Mapping):
         return node
     if "param_groups" not in node or not isinstance(node.get("state"), Mapping):
@@ -215,19 +214,19 @@ def _by_name(node: Any) -> Any:
     if not state.is_named:
         return node
     made = state.by_name().to_node()
-    # Live groups of optimizers that were built with names list them a second time.
+    # Groups of live optimizers that were built with names have `param_names` too.
     return {**made, "param_groups": [{"param_names": group["params"], **group} for group in made["param_groups"]]}
 
 
 def put(tree: Any, path: Sequence[Any], value: Any) -> None:
-    """Replace what stands at a path of nested dicts and lists."""
+    """Replace the value at a path of nested dicts and lists."""
     for key in path[:-1]:
         tree = tree[key]
     tree[path[-1]] = value
 
 
 def _common(name: str, other: str) -> int:
-    """How many of their last parts are the same."""
+    """The number of equal parts at the end of two names."""
     count = 0
     for a, b in zip(reversed(name.split(".")), reversed(other.split(".")), strict=False):
         if a != b:

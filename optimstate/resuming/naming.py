@@ -1,4 +1,4 @@
-"""Names for an optimizer of a checkpoint that has none."""
+"""Names for an optimizer in a checkpoint that has none."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ __all__ = ["unreached_names", "with_given_names", "with_names"]
 def with_given_names(
     parts: Parts, section: Section, state: OptimizerState, key: str, live: Live | None, given: Sequence[str] | str
 ) -> tuple[OptimizerState, Sequence[str]]:
-    """The state with names that are given, after checking them; and notes.
+    """The state with the given names, after checking them, and notes.
 
     Args:
         parts: The checkpoint.
         section: The optimizer in it.
         state: Its state.
-        key: What messages call it.
-        live: The optimizer that gets it; None for several.
-        given: In the order of its groups; or `live` for those of the live optimizer, which was built as the other.
+        key: Its name in messages.
+        live: The optimizer that gets the state; None if several do.
+        given: The names in the order of its groups; or `live` for the names of the live optimizer, which was built in
+            the same way.
 
     Raises:
-        StateMismatchError: They cannot be its names.
+        StateMismatchError: The names cannot be those of its parameters.
     """
     own = [str(name) for _, name, _ in state.parameters()] if state.is_named else None
     if isinstance(given, str):
@@ -43,9 +44,9 @@ def with_given_names(
             raise StateMismatchError(f"saved is {describe(given)}", hint="Give a list of names, or 'live'.")
         sizes = [len(group.params) for group in state.groups]
         if live is None or sizes != list(map(len, live.names)):
-            there = "there are several live ones" if live is None else f"the live ones {[*map(len, live.names)]}"
+            others = "there are several live ones" if live is None else f"the live ones {[*map(len, live.names)]}"
             raise StateMismatchError(
-                f"{key}: its groups have {sizes} parameters, {there}, so they are not called as the live ones",
+                f"{key}: its groups have {sizes} parameters, {others}, so it cannot have the live optimizer's names",
                 hint="Give the names that they had, in the order of the groups: resume(..., saved=[...]).",
             )
         if own is not None:
@@ -54,13 +55,12 @@ def with_given_names(
         return state.named(live.names), [f"{key}: its parameters are taken to be in the live optimizer's order"]
     if own is not None:
         if list(given) != own:
-            first = next(
-                (f"{describe(a)} is given as {describe(b)}" for a, b in zip(own, given, strict=False) if a != b), ""
-            )
-            raise StateMismatchError(f"{key}: the checkpoint has names already, and {first or 'as many are not given'}")
+            different = [f"{describe(a)} is given as {describe(b)}" for a, b in zip(own, given, strict=False) if a != b]
+            why = different[0] if different else f"{len(given)} names are given for {len(own)}"
+            raise StateMismatchError(f"{key}: the checkpoint already has names, and {why}")
         return state, ()
     if problems := parts.problems_of(section, given):
-        raise StateMismatchError(f"{key}: {problems[0]}", hint="The names go in the order of the checkpoint's groups.")
+        raise StateMismatchError(f"{key}: {problems[0]}", hint="Give names in the order of the checkpoint's groups.")
     return state.named(given), ()
 
 
@@ -72,18 +72,18 @@ def with_names(
     live: Live | None,
     models: Sequence[torch.nn.Module],
 ) -> tuple[OptimizerState, Sequence[str]]:
-    """The state with names, its own or those that can be concluded; and notes.
+    """The state with its own or inferred names, and notes.
 
     Args:
         parts: The checkpoint.
         section: The optimizer in it.
         state: Its state.
-        key: What messages call it.
-        live: The optimizer that gets it, whose order is taken where the checkpoint has no model; None for several.
-        models: The live ones.
+        key: Its name in messages.
+        live: The optimizer that gets the state, whose order is used if the checkpoint has no model; None if several do.
+        models: The live models.
 
     Raises:
-        StateMismatchError: They are not determined.
+        StateMismatchError: The names are not determined.
     """
     if state.is_named or not any(group.params for group in state.groups):
         return state, ()
@@ -98,32 +98,32 @@ def with_names(
                 return made, ()
             _refuse_other_shapes(key, section, live)
             note = (
-                f"{key}: the checkpoint has neither names nor a model: its parameters are taken to be in the order of "
-                "the live optimizer's, as torch takes them"
+                f"{key}: the checkpoint has neither names nor a model: its parameters are taken to be in the live "
+                "optimizer's order, as torch does"
             )
             return made, [note]
-        there = "" if live is None else f", the live ones {[*map(len, live.names)]}"
-        reasons: Sequence[str] = (f"its groups have {sizes} parameters{there}",)
+        others = "" if live is None else f", the live ones {[*map(len, live.names)]}"
+        reasons: Sequence[str] = (f"its groups have {sizes} parameters{others}",)
     else:
         reasons = naming.problems
     built_alike = live is not None and sizes == list(map(len, live.names))
     raise StateMismatchError(
         f"the {sum(sizes)} parameters of the checkpoint's {key} have no names, so they cannot be matched: "
         + "; ".join(reasons[:3]),
-        hint="Give them in the order they had, resume(..., saved=[...]), or write them into the file with "
+        hint="Give them in the order that they had, resume(..., saved=[...]), or write them into the file with "
         "`optimstate name`."
-        + (" Where the live optimizer was built as that one was: resume(..., saved='live')." if built_alike else ""),
+        + (" If the live optimizer was built in the same way: resume(..., saved='live')." if built_alike else ""),
     )
 
 
 def unreached_names(
     saved: Sequence[str] | Mapping[str, Sequence[str]] | None, asked: Collection[str]
 ) -> Iterator[Problem]:
-    """Names that are given for an optimizer that is not resumed.
+    """Problems with names that are given for an optimizer that is not resumed.
 
     Args:
-        saved: As they are given.
-        asked: The paths of the optimizers that are.
+        saved: The argument of `resume`.
+        asked: The paths of the optimizers that are resumed.
     """
     if saved is None:
         return

@@ -1,4 +1,4 @@
-"""Which model a live optimizer was built from, and how similar it is to a part of a checkpoint."""
+"""The model that a live optimizer was built from, and its similarity to parts of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ def keeps_names(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def shares(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:
-    """Whether an optimizer has parameters of a model, or none at all."""
+    """Whether an optimizer has parameters of a model, or no parameters at all."""
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return not own or any(id(parameter) in own for parameter in model.parameters())
 
 
 def owner_of(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> torch.nn.Module | None:
-    """The model, or the models, that an optimizer was built from; the last where they lack one, for the message."""
+    """The model, or the models as one, with all parameters of an optimizer; the last model if there is none.
+
+    The last is returned so that an error message can name it.
+    """
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for model in models:
         if own <= {id(parameter) for parameter in model.parameters()}:
@@ -40,7 +43,7 @@ def owner_of(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]
 
 
 def _together(models: Sequence[torch.nn.Module]) -> torch.nn.Module:
-    """Models as one, by their parameters' own names, or by those after the models' numbers where two are the same."""
+    """Several models as one; names get the model's number as a prefix if two models have the same name."""
     from optimstate.installed_torch import torch
 
     class Models(torch.nn.Module):
@@ -55,27 +58,27 @@ def _together(models: Sequence[torch.nn.Module]) -> torch.nn.Module:
 
 
 def live_of(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module], *, is_named: bool) -> Live:
-    """A live optimizer with the names of its parameters, or where nothing has any, with their numbers.
+    """A live optimizer with the names of its parameters, or with their numbers if neither side has names.
 
     Args:
-        optimizer: It.
-        models: The live ones.
+        optimizer: The optimizer.
+        models: The live models.
         is_named: Whether the checkpoint's parameters have names.
 
     Raises:
-        StateMismatchError: It is not of these models, or its parameters have no names.
+        StateMismatchError: The optimizer is not of these models, or its parameters have no names.
     """
     from optimstate.hooks.engine.live import Live
 
     if keeps_names(optimizer):
         if models and not any(shares(optimizer, model) for model in models):
-            names_in(optimizer, models[-1])  # which says that it is of another model
+            names_in(optimizer, models[-1])  # raises, because it was built from another model
         return Live.of(optimizer)
     return Live.of(optimizer, owner_of(optimizer, models)) if models or is_named else Live.by_position(optimizer)
 
 
 def live_names(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> list[str]:
-    """The names of a live optimizer's parameters without wrapper prefixes; none where they have none."""
+    """The names of a live optimizer's parameters without wrapper prefixes; empty if they have no names."""
     if not keeps_names(optimizer) and not models:
         return []
     from optimstate.hooks.engine.live import Live
@@ -87,7 +90,7 @@ def live_names(optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Modul
 
 
 def becomes(state: OptimizerState, live: str) -> str:
-    """The algorithm to convert a state to for a live optimizer; empty where it stays the same."""
+    """The algorithm to which a state must be converted for a live optimizer; empty if it is the same."""
     from optimstate.plan.slots.converted_options import option_names
     from optimstate.state.algorithms.registry import recognise_state
 
@@ -97,7 +100,7 @@ def becomes(state: OptimizerState, live: str) -> str:
 
 
 def common_tensors(section: Section, module: torch.nn.Module) -> int:
-    """How many names with their shapes a part and a module have in common."""
+    """The number of tensors that a section and a module have in common, by name and shape."""
     live = {name: tuple(value.shape) for name, value in module.state_dict().items() if hasattr(value, "shape")}
     tensors = section.tensors()
     plain, plain_live = unwrapped(tensors), unwrapped(live)
@@ -106,7 +109,7 @@ def common_tensors(section: Section, module: torch.nn.Module) -> int:
 
 
 def common_names(section: Section, optimizer: torch.optim.Optimizer, models: Sequence[torch.nn.Module]) -> int:
-    """How many names a part and an optimizer have in common."""
+    """The number of parameter names that a section and an optimizer have in common."""
     state, owner = section.optimizer(), owner_of(optimizer, models)
     if not state.is_named:
         return 0

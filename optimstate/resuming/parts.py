@@ -1,4 +1,4 @@
-"""The checkpoint's side of a resumption: finding the right parts, with tensors that can be loaded."""
+"""The parts of a checkpoint that is resumed: finding the right ones, with tensors that can be loaded."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from optimstate.state.pairing import ModelNames, Namer
 from optimstate.state.sections import Section, find_sections
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.lazy import LazyTensor, Storage
-from optimstate.tree import Opaque, format_path
+from optimstate.tree import Opaque
 from optimstate.tree.unfolding import check_unfolded
 
 __all__ = ["Named", "Parts"]
 
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval"}
-_SMALL = 1 << 20  # bytes; smaller tensors are read, so that the number of maps stays within what systems allow
-_LONGEST_NAME = 255  # bytes, of a folder
+_SMALL = 1 << 20  # bytes; smaller tensors are not mapped, because systems limit the number of maps
+_LONGEST_NAME = 255  # bytes of a folder's name
 _AVERAGES = ("ema", "averag", "shadow", "polyak", "teacher", "target", "swa")
 
 Named = tuple[str | None, Any]
-"""A live object, and the path of the part that is meant for it, where that is given."""
+"""A live object, preceded by the path that is given for it, or None."""
 
 
 class Parts:
     """The sections of a checkpoint.
 
     Args:
-        checkpoint: A file or folder, or what was read from one.
-        lazily: Whether tensors in files stay there until each process reads its own part.
+        checkpoint: A file or folder, or a mapping that was loaded from one.
+        lazily: Whether tensors are not read here, so that each process can read its own part.
 
     Attributes:
-        read: The bytes of files that are read.
+        read: The byte ranges of files that are read.
     """
 
     def __init__(self, checkpoint: Place | Mapping[str, Any], *, lazily: bool) -> None:
@@ -64,7 +64,7 @@ class Parts:
         self._lazily = lazily
         self.read: list[Extent] = []
         self._original: dict[int, Any] = {}
-        self._keep: list[Any] = [tree]  # as long as this lives, for what is known by its identity
+        self._keep: list[Any] = [tree]  # keeps nodes alive, because the dicts below use their ids
         self._shadows: dict[int, Any] = {}
         self._live: dict[int, Any] = {}
         self._storages: dict[int, Storage] = {}
@@ -73,14 +73,14 @@ class Parts:
 
     @property
     def tree(self) -> Any:
-        """The whole, with stand-ins for tensors."""
+        """The checkpoint with lazy tensors in place of those in memory."""
         return self._tree
 
     def compare(self) -> None:
-        """Compare the checksums that the checkpoint has of what was read of it.
+        """Compare the checksums of everything that was read.
 
         Raises:
-            CorruptCheckpointError: One differs.
+            CorruptCheckpointError: A checksum differs.
         """
         if self._document is not None and self.read:
             verify_read(self._document, self.read, wholly=self._lazily)
@@ -88,15 +88,15 @@ class Parts:
     # --- which part is meant ------------------------------------------------------------------------------------------
 
     def choose(self, kind: str, wanted: Sequence[Named], likeness: Callable[[Section, Any], int]) -> list[Section]:
-        """The section of a kind for each of some live objects.
+        """The section for each live object of a kind.
 
         Args:
-            kind: What is looked for.
+            kind: The kind of sections.
             wanted: The live objects.
-            likeness: How many names a section and a live object have in common.
+            likeness: Returns how many names a section and a live object have in common.
 
         Raises:
-            StateMismatchError: There is none, there are several that could be meant, or fewer than there are objects.
+            StateMismatchError: There is no section, there are several that could be meant, or fewer than objects.
         """
         found = self.of_kind(kind)
         at_paths = [self._at(path, kind, found) for path, _ in wanted if path is not None]
@@ -107,7 +107,7 @@ class Parts:
                 f"the checkpoint has no {kind}; it has {self._labels(self._sections)}",
                 hint=f"Give its file, or resume without {kind}=..., which leaves the live one as it is.",
             )
-        if kind == "optimizer" and len(found) == 1:  # which one had, several have now
+        if kind == "optimizer" and len(found) == 1:  # several optimizers share the parameters of one
             return found * len(wanted)
         if len(found) < len(wanted):
             raise StateMismatchError(
@@ -119,10 +119,10 @@ class Parts:
         chosen = self._by_keys(kind, found) if len(wanted) == 1 else None
         chosen = chosen or _alike(scores, in_order=len(found) == len(wanted))
         if chosen is None:
-            example = ", ".join(f'"{format_path(section.path)}": ...' for section in found[: max(2, len(wanted))])
+            example = ", ".join(f'"{section.label}": ...' for section in found[: max(2, len(wanted))])
             raise StateMismatchError(
                 f"the checkpoint has several parts that could be the {kind}: {self._labels(found)}",
-                hint=f"Say which is meant: {kind}={{{example}}}."
+                hint=f"Choose with {kind}={{{example}}}."
                 + (" Or give the path of one of the folders." if self._are_of_several_folders(found) else ""),
             )
         return [found[index] for index in chosen]
@@ -141,7 +141,7 @@ class Parts:
         return found
 
     def _by_keys(self, kind: str, found: Sequence[Section]) -> list[int] | None:
-        """The one whose key says that it is meant; among models, the one that is not an average of another."""
+        """The index of the only section whose key begins with the kind; for models, of the only one not an average."""
         named = [i for i, section in enumerate(found) if section.path and str(section.path[-1]).startswith(kind)]
         if kind == "model" and len(named) != 1:
             named = [index for index, section in enumerate(found) if not _is_average(section)]
@@ -149,7 +149,7 @@ class Parts:
 
     def _at(self, path: str | None, kind: str, found: Sequence[Section]) -> Section:
         for section in found:
-            if path in (format_path(section.path), ".".join(map(str, section.path))):
+            if path in (section.label, ".".join(map(str, section.path))):
                 return section
         called = [section for section in found if section.path and path == str(section.path[-1])]
         if len(called) == 1:
@@ -159,10 +159,9 @@ class Parts:
         )
 
     def _labels(self, sections: Sequence[Section]) -> str:
-        shown = (f"{section.kind} {format_path(section.path) or '(the whole)'}" for section in sections)
-        return ", ".join(shown) or "nothing that is known"
+        return ", ".join(f"{section.kind} {section.label}" for section in sections) or "no known part"
 
-    # --- what is in it ------------------------------------------------------------------------------------------------
+    # --- their contents -----------------------------------------------------------------------------------------------
 
     def node(self, section: Section) -> Any:
         """A section with tensors that can be loaded."""
@@ -186,7 +185,7 @@ class Parts:
             raise error.within(path=self._document.path if self._document is not None else "") from None
 
     def beside(self, section: Section) -> Mapping[str, Any]:
-        """What hooks wrote beside an optimizer's state."""
+        """The metadata that hooks wrote into an optimizer's state dict."""
         found = section.node.get("optimstate") if isinstance(section.node, Mapping) else None
         return found if isinstance(found, Mapping) else {}
 
@@ -197,11 +196,11 @@ class Parts:
         )
 
     def names(self, section: Section, models: Sequence[Any]) -> Naming | None:
-        """Names for an optimizer that has none, by the models beside it; None where there is no model.
+        """Names for an optimizer that has none, inferred from the checkpoint's models; None if it has no model.
 
         Args:
             section: The optimizer.
-            models: The live ones: where one has just the parameters of the checkpoint's, its order is the checkpoint's.
+            models: The live models, whose order is used if they have the same parameters as the checkpoint's.
         """
         sections = [part for part in self._sections if part.kind == "model"]
         if not sections:
@@ -218,12 +217,12 @@ class Parts:
             return naming
         try:
             built = parameters_of(lambda: from_config(config.parent))
-        except Exception:  # noqa: BLE001  # a model of somebody's own, or no transformers: what was found stands
+        except Exception:  # noqa: BLE001  # a custom model, or transformers is not installed
             return naming
         return Namer(beside, built=built, trainer=trainer).named(section)
 
     def problems_of(self, section: Section, given: Sequence[str]) -> tuple[str, ...]:
-        """Why names in the order of an optimizer's groups cannot be those of its parameters."""
+        """Why names that are given in the order of an optimizer's groups cannot be right; empty if they can."""
         beside = [ModelNames(part, ordered=False) for part in self._sections if part.kind == "model"]
         return Namer(beside, {section.label: given}, order="optimizer").named(section).problems
 
@@ -237,10 +236,10 @@ class Parts:
         return document is None or document.format != "safetensors"
 
     def scaler(self) -> dict[str, Any]:
-        """The state of a gradient scaler; empty for a disabled one.
+        """The state of the gradient scaler; empty if it was disabled.
 
         Raises:
-            StateMismatchError: There is none.
+            StateMismatchError: There is no such state.
         """
         for key, node in _mappings(self._tree):
             if node.keys() >= _SCALER or (not node and "scaler" in str(key)):
@@ -250,12 +249,12 @@ class Parts:
     # --- tensors ------------------------------------------------------------------------------------------------------
 
     def _shadow(self, node: Any) -> Any:
-        """The tree for finding sections and names: tensors in memory without their elements."""
+        """A copy of a tree in which tensors in memory are replaced by lazy ones without elements."""
         from optimstate.installed_torch import torch
 
         if isinstance(node, torch.Tensor):
             return self._stand_in(node)
-        if id(node) in self._shadows:  # what is in several places is looked at once
+        if id(node) in self._shadows:  # shared nodes are copied once
             return self._shadows[id(node)]
         made: Any = node
         if isinstance(node, Mapping):
@@ -269,7 +268,7 @@ class Parts:
         return made
 
     def _with_one_model(self, tree: Any) -> Any:
-        """A checkpoint whose weights stand beside its optimizer, with the weights in a mapping of their own."""
+        """The tree with loose weights moved to a mapping of their own (see `gathered`)."""
         made = gathered(tree)
         if made is None:
             return tree
@@ -291,7 +290,7 @@ class Parts:
         return made
 
     def _loadable(self, node: Any) -> Any:
-        check_unfolded(node)  # torch goes through what stands in several places as often
+        check_unfolded(node)  # torch walks shared nodes each time they occur
         return self._live_copy(node)
 
     def _live_copy(self, node: Any) -> Any:
@@ -305,7 +304,7 @@ class Parts:
                 self.read += node.storage.cut(*node.span())
                 self._live[id(node)] = tensor.clone() if node.nbytes < _SMALL else tensor
             return self._live[id(node)]
-        if isinstance(node, Counter):  # the milestones of a schedule
+        if isinstance(node, Counter):  # the milestones of a scheduler
             return Counter(node)
         if isinstance(node, Mapping):
             return {key: self._live_copy(value) for key, value in node.items()}
@@ -315,7 +314,7 @@ class Parts:
 
 
 def _latest(folder: Any) -> Path | None:
-    """The checkpoint of several in a folder that its file `latest` names, as DeepSpeed's does."""
+    """The checkpoint in a folder that the folder's file `latest` names, as DeepSpeed writes it; else None."""
     if not isinstance(folder, Path) or not (folder / "latest").is_file():
         return None
     with (folder / "latest").open("rb") as file:
@@ -328,7 +327,7 @@ def _is_average(section: Section) -> bool:
 
 
 def _alike(scores: Sequence[Sequence[int]], *, in_order: bool) -> list[int] | None:
-    """For each live object the most similar part; in order where names do not decide."""
+    """The index of the most similar section for each live object; in order if names do not decide."""
     objects, parts = len(scores), len(scores[0])
     if objects > 6 or parts > 8:
         return list(range(objects)) if in_order else None
@@ -344,7 +343,7 @@ def _alike(scores: Sequence[Sequence[int]], *, in_order: bool) -> list[int] | No
 
 
 def _parameters(model: Any) -> list[tuple[Candidate, list[str]]]:
-    """The parameters of a live model that an optimizer can have, in order, each with all its names."""
+    """The trainable parameters of a live model, in order, each with all its names."""
     every = list(model.named_parameters(remove_duplicate=False))
     rename = unwrapped(name for name, _ in every)
     aliases: dict[int, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Small objects in pickles that optimizers and schedules calculate with."""
+"""Small objects in pickles whose values optimizers and schedulers need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["refuse_records", "revived"]
 
 
 def revived(record: Any) -> Any:
-    """A number of NumPy, or the counter that a schedule keeps its milestones in; everything else as it is."""
+    """The value of a NumPy number or of a `Counter` (a scheduler's milestones); any other node unchanged."""
     if not isinstance(record, Opaque):
         return record
     if record.type.path == "collections.Counter":
@@ -25,15 +25,15 @@ def revived(record: Any) -> Any:
 
 
 def refuse_records(what: str, node: Any, path: Path = ()) -> None:
-    """Refuse state that a live object cannot calculate with.
+    """Refuse state that contains records of objects, which a live object cannot use.
 
     Raises:
-        StateMismatchError: A record of an object is in it.
+        StateMismatchError: It contains such a record.
     """
     if isinstance(node, Opaque):
         raise StateMismatchError(
-            f"{what}: {format_path(path)} is an object of the class {describe(node.type.path)}, which is not built",
-            hint='Give resume() what torch.load returns, or keep the live schedule: schedule="live".',
+            f"{what}: {format_path(path)} is an object of the class {describe(node.type.path)}, which is not created",
+            hint='Give resume() the result of torch.load, or keep the live schedule: schedule="live".',
         )
     if isinstance(node, Mapping):
         for key, value in node.items():

@@ -1,4 +1,4 @@
-"""Parts that are ready to be loaded, and how to undo loading them."""
+"""Loading the parts of a run, and undoing it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Step:
 
 
 def restoring(scheduler: Any) -> Callable[[], None]:
-    """A function that restores the present state of a scheduler and the schedulers inside it."""
+    """A function that restores the current state of a scheduler and the schedulers inside it."""
     before = {key: _own(value) for key, value in vars(scheduler).items()}
     inner = [restoring(each) for each in getattr(scheduler, "_schedulers", ())]
 
@@ -67,5 +67,5 @@ def load_state(optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> None:
         raise StateMismatchError(
             f"the state of {', '.join(map(describe, names[:3])) or 'a parameter'} has no {describe(slot)}, without "
             f"which {type(optimizer).__name__} cannot go on",
-            hint="`optimstate verify` shows what state is missing; drop it whole to let the parameter start fresh.",
+            hint="`optimstate verify` shows which state is missing. Drop all state of a parameter to start it fresh.",
         ) from error

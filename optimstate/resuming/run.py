@@ -1,4 +1,4 @@
-"""Plans every part of a resumption, then loads them all or none."""
+"""A resumption: every part is planned, then all parts are loaded, or none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Guard
 from optimstate.plan.solve.migration import SectionMoves
 from optimstate.problems import Problem
-from optimstate.resuming import certified
+from optimstate.resuming import certified, shards
 from optimstate.resuming.naming import unreached_names, with_given_names, with_names
 from optimstate.resuming.owners import becomes, common_names, common_tensors, live_names, live_of
 from optimstate.resuming.parts import Named, Parts
@@ -24,7 +24,6 @@ from optimstate.resuming.tally import Tally
 from optimstate.state.names import mentions_wrapper, unwrapped
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import Section
-from optimstate.tree import format_path
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +39,12 @@ __all__ = ["Run"]
 
 @dataclass
 class _Load:
-    """What an optimizer is about to load.
+    """The state that an optimizer is about to load.
 
     Attributes:
-        made: Its dict; schedulers may still change the options of its groups.
+        made: Its state dict; schedulers may still change the options of its groups.
         before: The options of the checkpoint's groups.
-        moves: What became of the groups.
+        moves: The moves of parameters and groups; None if nothing changed.
     """
 
     made: dict[str, Any]
@@ -58,7 +57,7 @@ class Run:
     """A resumption.
 
     Args:
-        parts: What the checkpoint has.
+        parts: The parts of the checkpoint.
         plan: What has changed.
         saved: Names for optimizers of the checkpoint that have none.
     """
@@ -90,7 +89,7 @@ class Run:
 
     @property
     def _lenient(self) -> Plan:
-        """The plan for one part; the guard, and whether every rule matches, are checked for all parts together."""
+        """The plan for one part. The guard and unmatched rules are checked for all parts together."""
         return self.plan.with_policy(unused="ignore")._replace(guard=Guard())
 
     @property
@@ -119,7 +118,6 @@ class Run:
         from optimstate.hooks import Report
         from optimstate.hooks.modules import ModelLoad
         from optimstate.plan.solve.planner import plan_migration
-        from optimstate.resuming import shards
 
         node = self.parts.node(section)
         load = ModelLoad(module, node)
@@ -133,7 +131,7 @@ class Run:
         live = module.state_dict()
         if kind == "ema" and "n_averaged" in live and "n_averaged" not in made:
             made["n_averaged"] = live["n_averaged"]
-            self.notes.append(f"{key}: the checkpoint does not say how many models were averaged")
+            self.notes.append(f"{key}: the checkpoint does not record how many models were averaged")
         absent = [name for name in live if name not in made and not name.endswith("_extra_state")]
         if absent:
             raise StateMismatchError(f"the checkpoint's {key} has no {describe(absent[0])}")
@@ -156,7 +154,7 @@ class Run:
     def plan_optimizers(
         self, optimizers: Sequence[Named], sections: Sequence[Section], models: Sequence[torch.nn.Module]
     ) -> None:
-        """Plan the state of optimizers, whose parameters the models name where they do not themselves."""
+        """Plan the state of optimizers; models give names to the parameters of those that have none."""
         names = [live_names(optimizer, models) for _, optimizer in optimizers]
         if optimizers and self._divides:
             self._plan_division(optimizers, names, models)
@@ -197,7 +195,7 @@ class Run:
 
     @property
     def _takes_prefixes(self) -> bool:
-        """Whether rules refer to names without wrapper prefixes."""
+        """Whether the plan's rules refer to names without wrapper prefixes."""
         templates = (t for rule in self.plan.all_rules() for t in rule.sources or rule.targets)
         return not any(mentions_wrapper(template.text) for template in templates)
 
@@ -210,9 +208,8 @@ class Run:
         reported: Callable[[Report], Report],
         beside: Mapping[str, Any] | None,
     ) -> list[int]:
-        """Plan the load of one optimizer; how many parameters each rule matched."""
+        """Plan the load of one optimizer, and return how many parameters each rule matched."""
         from optimstate.hooks.engine.match import matched
-        from optimstate.resuming import shards
 
         source = request.state
         made, outcome = matched(request, (key,), live.names)
@@ -235,7 +232,7 @@ class Run:
     def _plan_division(
         self, optimizers: Sequence[Named], names: Sequence[Sequence[str]], models: Sequence[torch.nn.Module]
     ) -> None:
-        """Plan the state of optimizers that `[[optimizer]]` tables make of several of the checkpoint."""
+        """Plan the state of optimizers that `[[optimizer]]` tables make from several of the checkpoint."""
         from optimstate.hooks.engine.request import LoadRequest
         from optimstate.resuming.division import Division
 
@@ -278,10 +275,9 @@ class Run:
     def _named(
         self, key: str, state: OptimizerState, section: Section, live: Live | None, models: Sequence[torch.nn.Module]
     ) -> OptimizerState:
-        """The state with names: its own, those that are given, or those that can be concluded."""
-        label = format_path(section.path)
-        self._asked.add(label)
-        given = self.saved.get(label) if isinstance(self.saved, Mapping) else self.saved
+        """The state with its own, given or inferred names."""
+        self._asked.add(section.label)
+        given = self.saved.get(section.label) if isinstance(self.saved, Mapping) else self.saved
         if given is not None:
             made, notes = with_given_names(self.parts, section, state, key, live, given)
         else:
@@ -296,14 +292,14 @@ class Run:
             for _, scheduler in schedulers:
                 rule = self._rules.get(id(scheduler.optimizer))
                 if rule is None:
-                    message = "a scheduler is given, and the optimizer that it follows is not"
+                    message = "a scheduler is given without its optimizer"
                     raise MigrationError.of("scheduler", message, type(scheduler).__name__)
                 self._plan_scheduler(scheduler, self._division.schedule_of(rule, found), rule.path)
         for (_, scheduler), section in zip(schedulers, sections, strict=False):
             self._plan_scheduler(scheduler, self.parts.node(section), section.label)
 
     def _plan_scheduler(self, scheduler: Any, state: Mapping[str, Any], label: str) -> None:
-        """Plan a scheduler's state for the groups of its optimizer, which get the rates that it gives them."""
+        """Plan a scheduler's state for the groups of its optimizer, and set the groups' learning rates."""
         from optimstate.hooks import migrate_scheduler
         from optimstate.plan.apply.scheduled import Groups, LiveScheduler
         from optimstate.plan.apply.schedulers import followed
@@ -338,7 +334,7 @@ class Run:
         self._steps.append(Step(lambda: scaler.load_state_dict(made), lambda: scaler.load_state_dict(before)))
 
     def refuse_unused(self) -> None:
-        """Raise MigrationError where the guard, or a rule that matches nothing in any part, says that this is wrong."""
+        """Raise MigrationError if the guard refuses the checkpoint, or a rule or argument has no effect; add notes."""
         from optimstate.plan.apply.stamps import refuse_second
 
         refuse_second(self.plan, self.parts.tree)
@@ -350,36 +346,32 @@ class Run:
         self.notes += self._tally.idle()
         if self.plan.guard.once:
             self.notes.append(
-                "the plan says `once`: what this run saves tells that it was applied where its optimizers have "
-                "hooks.add_metadata(plan=...) as a state_dict post-hook"
+                "the plan says `once`: register hooks.add_metadata(plan=...) as a state_dict post-hook of every "
+                "optimizer, so that this run's checkpoints record that it was applied"
             )
-        for (old, new), names in self._casts.items():
-            self.notes.append(
-                f"{len(names)} tensors are {old} in the checkpoint and become {new}: {describe(names[0])}, ..."
-            )
-        self.notes += self.parts.notes
+        self.notes += [*shards.notes_on_casts(self._casts), *self.parts.notes]
 
     def _unreached_schedules(self) -> Iterator[Problem]:
-        """What the plan asks of schedulers that were not given."""
+        """Problems with requests of the plan for schedulers that were not given."""
         from optimstate.plan.apply.schedulers import unreached_schedulers
 
         if self.plan.policy.schedule == "live" and not self._schedules:
-            message = 'schedule = "live" is for a scheduler, and none is given'
+            message = 'schedule = "live" needs a scheduler, and none is given'
             yield Problem("unreached", message, remedy="give it with scheduler=...")
         yield from unreached_schedulers(self.plan, self._schedules)
 
     def carry_out(self, check: Callable[[], object]) -> None:
-        """Load every part, and check the result; if anything fails, put all of them back."""
-        with ExitStack() as undone:
-            # Weights last: they alone are changed in place, and checked to fit.
+        """Load every part and check the result; if anything fails, undo all of it."""
+        with ExitStack() as undoing:
+            # Weights last, because only they are changed in place.
             for step in [*self._steps, *self._modules]:
-                undone.callback(step.undo)
+                undoing.callback(step.undo)
                 step.load()
             check()
-            undone.pop_all()
+            undoing.pop_all()
 
     def check(self, given: certified.Given | None, scaler: Any) -> None:
-        """Check that the run is the certified one, if asked, and record what it continues from."""
+        """Check that the run is the certified one, if a certificate is given, and record what it continues from."""
         if given is not None and given is not False:
             certificates = certified.certificates_of(given, self._divided or self.loaded_optimizers)
             if self._divided:
@@ -390,7 +382,7 @@ class Run:
         certified.note_histories(self.loaded_optimizers, self.plan, self.notes.append)
 
     def problems(self) -> tuple[Problem, ...]:
-        """What is wrong with the optimizers now."""
+        """The problems of the optimizers after loading."""
         from optimstate.hooks import resume_problems
 
         found: list[Problem] = []
@@ -399,10 +391,10 @@ class Run:
             if not mine and len(self._optimizers) == len(self._schedulers) == 1:
                 mine = self._schedulers
             scheduler = mine[0] if mine else None
-            # Which parameters start without state is planned and reported.
+            # Parameters without state were planned and reported already.
             found += resume_problems(optimizer, scheduler=scheduler, skip=["coverage"])
         return tuple(found)
 
 
 def _key(kind: str, section: Section, count: int) -> str:
-    return kind if count == 1 else f"{kind} {format_path(section.path)}"
+    return kind if count == 1 else f"{kind} {section.label}"

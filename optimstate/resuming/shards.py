@@ -1,4 +1,4 @@
-"""The part of a tensor that each process has, and how it is read from a checkpoint."""
+"""The part of a tensor that each process has, and reading it from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-__all__ = ["Reader", "agree", "innermost", "is_sharded", "kept"]
+__all__ = ["Reader", "agree", "innermost", "is_sharded", "kept", "notes_on_casts", "whole"]
 
 
 def innermost(optimizer: Any) -> Any:
@@ -32,13 +32,13 @@ def _is_dtensor(value: Any) -> bool:
 
 
 def is_sharded(modules: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> bool:
-    """Whether any parameter is spread over processes."""
+    """Whether any parameter is sharded over processes."""
     own = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     return any(map(_is_dtensor, own)) or any(_is_dtensor(p) for module in modules for p in module.parameters())
 
 
 def agree(failure: Exception | None, group: dist.ProcessGroup | None, *, sharded: bool) -> None:
-    """Raise in every process if one has failed: the others would wait for it at their next step."""
+    """Raise in every process if one has failed, because the others would wait for it later."""
     import torch.distributed as dist
 
     alone = not sharded and group is None
@@ -58,7 +58,7 @@ def agree(failure: Exception | None, group: dist.ProcessGroup | None, *, sharded
 
 
 def kept(value: Any) -> Any:
-    """A copy to put back."""
+    """A copy of a value of a state dict, with which loading can be undone."""
     import copy
 
     from optimstate.installed_torch import torch
@@ -72,11 +72,11 @@ class Reader:
     """Reads this process's parts of tensors.
 
     Args:
-        casts: Gets the names of tensors whose dtype changes.
-        read: Gets the bytes of files that are read.
+        casts: The names of tensors whose dtype changes are added here, by old and new dtype.
+        read: The byte ranges of files that are read are added here.
 
     Attributes:
-        nbytes: Bytes read of tensors in files.
+        nbytes: Bytes of tensors in files that were read.
     """
 
     def __init__(self, casts: dict[tuple[str, str], list[str]], read: list[Extent]) -> None:
@@ -85,7 +85,7 @@ class Reader:
         self._casts = casts
 
     def part(self, name: str, like: Any, value: Any) -> Any:
-        """This process's part of a value, as `like` is placed."""
+        """This process's part of a value, with the placements of `like`."""
         if _is_dtensor(like) and (value is like or _is_dtensor(value)):
             return value
         part = self.cut(name, like, value)
@@ -94,16 +94,15 @@ class Reader:
         return _placed(to_torch(part.contiguous()).clone() if isinstance(part, LazyTensor) else part, like)
 
     def cut(self, name: str, like: Any, value: Any) -> Any:
-        """The same without reading: the stretch of a value that corresponds to this process's part of `like`."""
+        """The part of a value that corresponds to this process's part of `like`, without reading it."""
         self._note_cast(name, value, like)
         if _is_dtensor(like):
             local, offsets = _local(like)
             if tuple(value.shape) != tuple(like.shape):
                 raise StateMismatchError(
-                    f"{describe(name)} has the shape {list(value.shape)} and its parameter {list(like.shape)}: "
-                    "it cannot be cut "
-                    "into the same shards",
-                    hint="Start it anew with `fresh` in the plan, or load it in one process.",
+                    f"{describe(name)} has the shape {list(value.shape)} and its parameter {list(like.shape)}, so it "
+                    "cannot be sharded in the same way",
+                    hint="Start it without state by `fresh` in the plan, or load it in one process.",
                 )
             for dim, (start, size) in enumerate(zip(offsets, local.shape, strict=True)):
                 if size != value.shape[dim]:
@@ -136,19 +135,27 @@ class Reader:
         return self.part(name, parameter, value)
 
     def count(self, value: Any) -> None:
-        """Note that a tensor of a file is read."""
+        """Record that a tensor of a file is read."""
         if isinstance(value, LazyTensor) and value.numel:
             self.nbytes += value.nbytes
             self._read += value.storage.cut(*value.span())
 
     def _note_cast(self, name: str, value: Any, like: Any) -> None:
         saved, live = (str(getattr(each, "dtype", "")).removeprefix("torch.") for each in (value, like))
-        if saved != live and "float" in saved and "float" in live:  # codes of 8 bits stay what they are
+        if saved != live and "float" in saved and "float" in live:  # 8-bit codes are not cast
             self._casts.setdefault((saved, live), []).append(name)
 
 
+def notes_on_casts(casts: Mapping[tuple[str, str], Sequence[str]]) -> list[str]:
+    """Notes on tensors whose dtype changes, from their names by old and new dtype."""
+    return [
+        f"{len(names)} tensors are {old} in the checkpoint and become {new}: {describe(names[0])}, ..."
+        for (old, new), names in casts.items()
+    ]
+
+
 def whole(value: Any) -> Any:
-    """A value that is the same in every process."""
+    """A value that is not sharded, with its tensors in memory."""
     if isinstance(value, LazyTensor):
         return to_torch(value).clone()
     if type(value) is dict:
@@ -159,7 +166,7 @@ def whole(value: Any) -> Any:
 
 
 def _local(tensor: Any) -> tuple[Any, tuple[int, ...]]:
-    """This process's part of a DTensor, and where it begins in the whole."""
+    """This process's part of a DTensor, and its offsets in the whole tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if any(placement.is_partial() for placement in tensor.placements):

@@ -1,4 +1,4 @@
-"""What a plan matches in all parts of a resumption together: each rule must match somewhere."""
+"""The matches of a plan in all parts of a resumption together: each rule must match in one of them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Tally"]
 
 @dataclass
 class Tally:
-    """Of one plan.
+    """The matches of one plan.
 
     Attributes:
         plan: The plan.
-        inventories: What the planner was told of each part, by its key.
+        inventories: The planner's input for each part, by its key.
         counts: For each rule, how many parameters of all parts it matched.
-        settled: Of each part, whether it is already what the plan would make of it.
-        reached: What the plan may speak of in each optimizer.
+        settled: For each part, whether it already is what the plan would make of it.
+        reached: The names, options and slots of each optimizer, to which the plan may refer.
     """
 
     plan: Plan
@@ -35,12 +35,12 @@ class Tally:
     reached: list[Reached] = field(default_factory=list)
 
     def count(self, counts: list[int]) -> None:
-        """Add what the rules matched in one part; an empty list where they were not applied."""
+        """Add the matches of each rule in one part; an empty list if the rules were not applied."""
         counts = counts or [0] * len(list(self.plan.all_rules()))
         self.counts = [a + b for a, b in zip(self.counts or [0] * len(counts), counts, strict=True)]
 
     def unreached(self) -> Iterator[Problem]:
-        """What the guard does not allow, and what the plan asks for that is not there."""
+        """Problems with the guard, and with requests of the plan for things that do not exist."""
         from optimstate.plan.solve.problems import guarded
         from optimstate.plan.solve.reach import unreached
 
@@ -48,7 +48,7 @@ class Tally:
         yield from unreached(self.plan, self.reached)
 
     def unmatched(self) -> Iterator[Problem]:
-        """Rules that match nothing in any part."""
+        """Problems with rules that match nothing in any part."""
         from optimstate.plan.solve.problems import unmatched
 
         if self.plan.policy.unused != "error" or all(self.settled):
@@ -58,7 +58,7 @@ class Tally:
                 yield unmatched(number, rule, self.inventories)
 
     def idle(self) -> Iterator[str]:
-        """Notes on rules that match nothing, where that is allowed."""
+        """Notes on rules that match nothing, if that is allowed."""
         from optimstate.plan.solve.problems import idle_rules
 
         yield from idle_rules(self.plan, self.counts)
