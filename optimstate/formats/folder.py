@@ -108,9 +108,7 @@ def _read_folder(path: Location, root: Location, *, salvaging: bool) -> Document
         if part.parts or part.format != NAME:
             document.parts[file.name] = part
     _join_ranks(document)
-    for name, part in document.parts.items():
-        document.notes.extend(f"{name}: {note}" for note in part.notes)
-        document.mention(part.globals)
+    document.mention_parts()
     return document
 
 

@@ -86,6 +86,12 @@ class Document:
         """Add `(module, name)` pairs to `globals`, each once."""
         self.globals = list(dict.fromkeys([*self.globals, *names]))
 
+    def mention_parts(self) -> None:
+        """Add the globals of all parts, and their notes with their names."""
+        for name, part in self.parts.items():
+            self.mention(part.globals)
+            self.notes.extend(f"{name}: {note}" for note in part.notes)
+
 
 class WriteOptions(Record):
     """How to write a checkpoint.

@@ -7,15 +7,14 @@ is certain of.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import cast
 
 from optimstate.describe import describe
+from optimstate.entry_points import entry_points_of
 from optimstate.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -111,12 +110,6 @@ FORMATS: dict[str, Registration] = {
 }
 
 
-def _is_mentioned(group: bytes) -> bool:
-    """Whether an installed package mentions an entry point group; importing `importlib.metadata` would take 50 ms."""
-    files = (file for folder in sys.path for file in Path(folder).glob("*-info/entry_points.txt"))
-    return any(group in file.read_bytes() for file in files)
-
-
 @cache
 def _outside() -> Mapping[str, Format]:
     """The formats of other packages, by name.
@@ -125,11 +118,7 @@ def _outside() -> Mapping[str, Format]:
         RepresentationError: A format has the name of another, or lacks an attribute.
     """
     found: dict[str, Format] = {}
-    if not _is_mentioned(ENTRY_POINTS.encode()):
-        return found
-    from importlib.metadata import entry_points
-
-    for point in entry_points(group=ENTRY_POINTS):
+    for point in entry_points_of(ENTRY_POINTS):
         made = point.load()
         missing = [name for name in ("NAME", "SUFFIXES", "sniff", "read", "write") if not hasattr(made, name)]
         if missing or point.name != made.NAME:

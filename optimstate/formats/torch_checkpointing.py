@@ -109,9 +109,7 @@ def read(path: Location) -> Document:
     for name in paths:
         if name not in taken:
             _add_file(document, name)
-    for name, part in document.parts.items():
-        document.notes.extend(f"{name}: {note}" for note in part.notes)
-        document.mention(part.globals)
+    document.mention_parts()
     return document
 
 

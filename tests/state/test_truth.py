@@ -237,7 +237,7 @@ def test_inspecting_every_fixture_imports_neither_torch_nor_numpy() -> None:
 # What the command line loads of the package to inspect a small file: a module more is a tenth of a millisecond more at
 # every start, and what only writers, plans or damaged files need is loaded by those who have them.
 LOADED = """
-optimstate: cli describe errors formats io problems record reporting state surgery tensors tree
+optimstate: cli describe entry_points errors formats io problems record reporting state surgery tensors tree
 optimstate.cli: __main__ app inspect interrupts render words
 optimstate.cli.render: terminal
 optimstate.formats: byte_sources pickles protocol registry torch

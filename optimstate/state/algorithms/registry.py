@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from optimstate.describe import describe
+from optimstate.entry_points import entry_points_of
 from optimstate.errors import StateMismatchError
 from optimstate.state.algorithms import bitsandbytes, libraries, torch
 from optimstate.state.algorithms.slots import GRADIENT, MASTERS, SCALAR, SQUARE, Algorithm, Slot, SlotKind
@@ -73,13 +72,8 @@ def _outside() -> tuple[Algorithm, ...]:
     Raises:
         StateMismatchError: An entry point is not an algorithm.
     """
-    files = (file for folder in sys.path for file in Path(folder).glob("*-info/entry_points.txt"))
-    if not any(ENTRY_POINTS.encode() in file.read_bytes() for file in files):  # importlib.metadata takes 50 ms
-        return ()
-    from importlib.metadata import entry_points
-
     found: list[Algorithm] = []
-    for point in entry_points(group=ENTRY_POINTS):
+    for point in entry_points_of(ENTRY_POINTS):
         made = point.load()
         several = [made] if isinstance(made, Algorithm) else list(made)
         if not all(isinstance(item, Algorithm) for item in several):
