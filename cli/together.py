@@ -67,7 +67,7 @@ def stage_of(source: Any, destination: Any, asked: Any, *, like: Any = None, syn
     def check() -> None:
         if _version(source) != version:
             raise CheckpointError(
-                "changed while it was read", path=source, hint="Start again when nobody writes to it any more."
+                "changed while it was read", path=source, hint="Start again after all writing to it has ended."
             )
 
     place, name = located(str(destination)), digest.hexdigest()[:12]

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
         "record": "",  # imported by all: how a value class is made
         "describe": "",  # imported by all: the one way a value of a file becomes text
         "problems": "",
+        "entry_points": "",
         "errors": "problems",
         "installed_torch": "errors",
         "user_code": "errors",
@@ -29,9 +30,9 @@ ALLOWED: dict[str, set[str]] = {
         "tensors": "errors installed_torch io",
         "tree": "errors io tensors",
         "reporting": "tree",
-        "state": "problems errors installed_torch tensors tree",
+        "state": "problems entry_points errors installed_torch tensors tree",
         "certificates": "problems errors installed_torch tensors tree state __init__",
-        "formats": "errors io tensors tree state",
+        "formats": "entry_points errors io tensors tree state",
         "plan": "problems errors installed_torch tensors tree state",
         "optim": "errors installed_torch state.names state.schedules",
         "surgery": "problems errors installed_torch io tensors tree reporting state certificates formats plan",

@@ -169,7 +169,7 @@ def test_objects_some_of_which_are_made_are_not_given_to_another_command(bucket:
             assert bucket.objects("b") == {}
             stage.release(held, {"b/x.pt": 9})
 
-    with pytest.raises(CheckpointError, match="has not 9 bytes"):
+    with pytest.raises(CheckpointError, match="does not have the 9 bytes"):
         write()
     assert bucket.objects("b") == {"x.pt": b"whole"}
     with pytest.raises(DestinationExistsError), stage_of(bucket, 0, "1" * 12):
@@ -192,7 +192,7 @@ def test_parts_that_a_rule_of_the_bucket_has_removed_are_uploaded_anew(
     monkeypatch.setattr(bucket.client, "complete_multipart_upload", removed)
     error, _ = attempt(bucket, shards)
     assert isinstance(error, DestinationError)
-    assert "not at the store any more" in str(error)
+    assert "no longer has what was uploaded" in str(error)
     assert bucket.objects("b") == {}
     monkeypatch.setattr(bucket.client, "complete_multipart_upload", real)
     assert attempt(bucket, shards) == [None, None]

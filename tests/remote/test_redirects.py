@@ -88,7 +88,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch, scheme: str, endpoint: str) -> 
 def test_another_host_is_asked_nothing(scheme: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(200) as other, serving(status, f"http://localhost:{other.server_port}/bucket/a.pt") as first:
         credentials(monkeypatch, scheme, f"http://127.0.0.1:{first.server_port}")
-        with pytest.raises(CheckpointError, match="redirects to another place, which is not followed") as caught:
+        with pytest.raises(CheckpointError, match="redirects to another server, which is not followed") as caught:
             optimstate.inspect(f"{scheme}://bucket/a.pt")
         assert other.heard == []
         assert first.heard
@@ -153,7 +153,7 @@ def test_from_https_only_other_ports_over_https_are_followed(
         assert first.heard
         followed = to == "https" and host == "127.0.0.1"
         assert bool(other.heard) == followed
-        assert ("redirects to another place, which is not followed" in str(caught.value)) == (not followed)
+        assert ("redirects to another server, which is not followed" in str(caught.value)) == (not followed)
     assert not any(secret in str(caught.value) for secret in (TOKEN, SECRET, "c2VjcmV0"))
 
 
@@ -171,7 +171,7 @@ def test_nothing_is_written_to_another_host(
         store = located("s3://bucket/a.pt").store  # type: ignore[attr-defined]
         for size in (10, 6 << 20):
             upload = store.begin("a.pt", expected=size, replace=True)
-            with pytest.raises(DestinationError, match="redirects to another place") as caught:
+            with pytest.raises(DestinationError, match="redirects to another server") as caught:
                 _written(upload, size)
             assert TOKEN not in str(caught.value)
         assert other.heard == []

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face Hub: `hf://owner/name[@revision]/path`, pinned to the commit they are at."""
+"""Repositories of the Hugging Face Hub: `hf://owner/name[@revision]/path`, always read at one commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KINDS = {"datasets": "dataset", "spaces": "space"}
 
 
 class HubStore(WebStore):
-    """A repository at one commit, whose files are on web servers."""
+    """A repository at one commit; its files are on web servers."""
 
     lists = True
 
@@ -35,8 +35,8 @@ def hub_store(rest: str) -> tuple[HubStore, str]:
     """The repository in a name without its scheme, and the path in it.
 
     Raises:
-        UsageError: There is no repository in it.
-        CheckpointError: huggingface_hub is not installed, or there is no such repository.
+        UsageError: The name does not contain a repository.
+        CheckpointError: huggingface_hub is not installed, or the repository does not exist.
     """
     pieces = rest.split("/")
     kind = _KINDS.get(pieces[0])
@@ -61,14 +61,14 @@ def hub_store(rest: str) -> tuple[HubStore, str]:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if status in (401, 404):
             raise CheckpointNotFoundError(
-                "there is no such repository or revision, or it is not open to you",
+                "there is no such repository or revision, or you have no access to it",
                 path=shown,
-                hint="Check the name; `hf auth login` gives access to what is private.",
+                hint="Check the name; `hf auth login` gives access to private repositories.",
             ) from None
         raise CheckpointError(f"the Hub answers {status}", path=shown) from None
-    except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
+    except Exception as error:  # noqa: BLE001  # any error of a library becomes one line
         raise CheckpointError(f"the Hub cannot be reached: {without_secrets(str(error))}", path=shown) from None
     address = hub.hf_hub_url(repository, "_", repo_type=kind, revision=found.sha, endpoint=endpoint).removesuffix("/_")
-    # Where a file of the commit is kept may say no ETag of its own: the commit is the version.
+    # The server with a file may send no ETag of its own; the commit identifies the version.
     entries = [Entry(file.rfilename, int(file.size or 0), None) for file in found.siblings or ()]
     return HubStore(f"{shown}@{found.sha[:12]}", address, entries, hub.get_token()), "/".join(pieces[2:])

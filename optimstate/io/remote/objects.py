@@ -1,6 +1,6 @@
-"""Stores of objects by way of obstore: S3 and what speaks its protocol, Google's and Azure's.
+"""Object stores, accessed with obstore: S3 and compatible ones, Google's and Azure's.
 
-Credentials are those that the stores' own tools use: environment, configuration, the machine's role.
+Credentials are the same as those of the stores' own tools: environment, configuration, the machine's role.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 
 
 def _version(meta: Mapping[str, Any]) -> str | None:
-    """An ETag as conditions have it; Azure's listings leave out its quotation marks."""
+    """The ETag as used in conditions; Azure's listings leave out its quotation marks."""
     tag = meta.get("e_tag") or None
     return tag if tag is None or tag.endswith('"') else f'"{tag}"'
 
@@ -53,10 +53,10 @@ class ObjectStore:
 
     Args:
         scheme: `s3`, `gs` or `az`.
-        bucket: Its name; of Azure, that of the container.
+        bucket: The name of the bucket; on Azure, of the container.
 
     Raises:
-        CheckpointError: obstore is not installed, or the configuration in the environment is not usable.
+        CheckpointError: obstore is not installed, or the configuration in the environment cannot be used.
     """
 
     lists = True
@@ -70,7 +70,7 @@ class ObjectStore:
         self.name = f"{scheme}://{bucket}"
         self.scheme = scheme
         self.bucket = bucket
-        self.suffixes = scheme != "az"  # which has no ranges of last bytes
+        self.suffixes = scheme != "az"  # Azure has no ranges that count from the end
         self._obstore = obstore
         endpoint = self.endpoint
         plain = endpoint is not None and endpoint.startswith("http://")
@@ -101,12 +101,12 @@ class ObjectStore:
                 options["credential_provider"] = lambda: {"token": "", "expires_at": None}
         try:
             self.raw: Any = made(bucket, **options)
-        except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
+        except Exception as error:  # noqa: BLE001  # any error of a library becomes one line
             raise CheckpointError(f"cannot be reached: {without_secrets(str(error))}", path=self.name) from None
 
     @property
     def endpoint(self) -> str | None:
-        """The address of another server than the store's own, where the environment names one."""
+        """The address of the server in the environment; None for the store's own server."""
         found = next((os.environ[name] for name in _ENDPOINTS[self.scheme] if os.environ.get(name)), None)
         return f"http://{found}" if found and "://" not in found else found
 
@@ -117,14 +117,14 @@ class ObjectStore:
 
     @property
     def client(self) -> Any:
-        """What writes to S3 by parts and copies within it; None without botocore."""
+        """The botocore client, for multipart uploads and copies within S3; None without botocore."""
         return _client(self.endpoint, self.region)
 
     def asked(self, key: str, ask: Callable[[], T]) -> T:
-        """What a request gives.
+        """The result of a request.
 
         Raises:
-            CheckpointError: Of the kind of what the store answers, naming the object and nothing else.
+            CheckpointError: For the answer of the store; the message contains the object's name and no secrets.
         """
         traffic.requests += 1
         place = f"{self.name}/{key}"
@@ -138,7 +138,7 @@ class ObjectStore:
             raise CheckpointNotFoundError(
                 "there is no such object", path=place, hint="Check the name and the bucket."
             ) from None
-        except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
+        except Exception as error:  # noqa: BLE001  # any error of a library becomes one line
             kind, text = type(error).__name__, str(error)
             if kind == "PreconditionError":
                 raise changed(place) from None
@@ -154,14 +154,14 @@ class ObjectStore:
                 ) from None
             if "non-partial response" in text:
                 raise UnsupportedCheckpointError(
-                    "the server does not give ranges of files", path=place, hint="Download the file first."
+                    "the server does not support ranges", path=place, hint="Download the file first."
                 ) from None
             if "UnexpectedRange" in text:
-                raise CheckpointError("the store gives another range than was asked for", path=place) from None
-            moved = any(said in text for said in ("PermanentRedirect", "redirect without LOCATION"))
+                raise CheckpointError("the store sent another range than requested", path=place) from None
+            moved = any(words in text for words in ("PermanentRedirect", "redirect without LOCATION"))
             if self.endpoint is not None and redirects.are_refused(text) and not moved:
                 raise CheckpointError(
-                    redirects.REFUSED, path=place, hint="Name the endpoint that answers itself, and the region."
+                    redirects.REFUSED, path=place, hint="Set the endpoint to the server that answers, and the region."
                 ) from None
             if moved or "301 Moved" in text:
                 raise CheckpointError(
@@ -174,54 +174,39 @@ class ObjectStore:
         options: dict[str, Any] = {"range": (start, stop)}
         if version is not None:
             options["if_match"] = version
-        try:
-            return self._answer(key, options)
-        except CheckpointError as error:
-            if isinstance(error, CheckpointNotFoundError) or start or "416" not in error.reason:
-                raise
-            return self._empty(key, error)
+        return self._answer(key, options, from_beginning=not start)
 
     def tail(self, key: str, length: int) -> Answer:
         """The last bytes of an object."""
-        try:
-            return self._answer(key, {"range": {"suffix": length}})
-        except CheckpointError as error:
-            if isinstance(error, CheckpointNotFoundError) or "416" not in error.reason:
-                raise
-            return self._empty(key, error)
+        return self._answer(key, {"range": {"suffix": length}}, from_beginning=True)
 
-    def _answer(self, key: str, options: dict[str, Any]) -> Answer:
+    def _answer(self, key: str, options: dict[str, Any], *, from_beginning: bool) -> Answer:
         def ask() -> Answer:
             found = self._obstore.get(self.raw, key, options=options)
             data = memoryview(found.bytes())
             traffic.read += len(data)
             return Answer(data, int(found.meta["size"]), _version(found.meta))
 
-        return self.asked(key, ask)
-
-    def _empty(self, key: str, error: CheckpointError) -> Answer:
-        """An object without bytes has no ranges."""
-        found = self.asked(key, lambda: self._obstore.head(self.raw, key))
-        if found["size"]:
-            raise error
-        return Answer(memoryview(b""), 0, _version(found))
+        try:
+            return self.asked(key, ask)
+        except CheckpointError as error:
+            if isinstance(error, CheckpointNotFoundError) or not from_beginning or "416" not in error.reason:
+                raise
+            found = self.asked(key, lambda: self._obstore.head(self.raw, key))  # an empty object has no ranges
+            if found["size"]:
+                raise
+            return Answer(memoryview(b""), 0, _version(found))
 
     def listed(self, folder: str) -> Iterator[Entry]:
         """All objects below a folder."""
         stream = self.asked(folder, lambda: self._obstore.list(self.raw, folder or None, chunk_size=1000))
-        while True:
-            try:
-                some = self.asked(folder, lambda: next(stream, None))
-            except CheckpointNotFoundError:
-                raise
-            if some is None:
-                return
+        while (some := self.asked(folder, lambda: next(stream, None))) is not None:
             for meta in some:
                 if meta["size"] or not self._stands_for_folder(meta["path"], folder):
                     yield Entry(meta["path"], meta["size"], _version(meta))
 
     def _stands_for_folder(self, key: str, folder: str) -> bool:
-        """Whether an object without bytes is one that has a slash at its end, which a listing leaves out."""
+        """Whether an empty object's key ends with a slash, which listings leave out."""
         if key == folder:
             return True
         try:
@@ -235,18 +220,18 @@ class ObjectStore:
         self.asked(key, lambda: self._obstore.delete(self.raw, key))
 
     def begin(self, key: str, *, expected: int, replace: bool, aside: str = "") -> Upload:
-        """Write an object by parts."""
+        """Begin to write an object."""
         if self.scheme == "s3" and self.client is not None:
             return S3Upload(self.client, self, key, expected=expected, replace=replace)
         place = f"{self.name}/{key}"
         return ObjectUpload(self._obstore, self.raw, place, key, expected=expected, replace=replace, aside=aside)
 
     def abort_unfinished(self, folder: str) -> None:
-        """Give up every upload to a folder that is not complete; nothing where that cannot be asked."""
+        """Abort every unfinished upload to a folder, where the store can list them."""
         if self.scheme != "s3" or self.client is None:
             return
         bucket = {"Bucket": self.bucket}
-        with suppress(Exception):  # not everybody who may write may ask; a rule of the bucket does it then
+        with suppress(Exception):  # listing uploads may be forbidden; then a rule of the bucket must abort them
             for page in self.client.get_paginator("list_multipart_uploads").paginate(**bucket, Prefix=f"{folder}/"):
                 traffic.requests += 1
                 for found in page.get("Uploads", []):
@@ -275,7 +260,7 @@ def _client(endpoint: str | None, region: str) -> Any:
 
 
 def _reason(text: str) -> str:
-    """What is wrong, of the long message of a library."""
+    """The essential part of a library's long error message."""
     with suppress(ValueError):
         at = text.index("status code: ")
         return f"the store answers {without_secrets(text[at:]).removeprefix('status code: ')}"[:120]
@@ -285,7 +270,7 @@ def _reason(text: str) -> str:
 
 
 def _profile() -> Any:
-    """What gives the credentials of a configuration file, where the environment has none and there is such a file."""
+    """A provider of credentials from a configuration file, if there is one and the environment has none; else None."""
     given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
     if any(os.environ.get(name) for name in (*given, "AWS_SKIP_SIGNATURE", "AWS_CONTAINER_CREDENTIALS_FULL_URI")):
         return None
@@ -297,15 +282,11 @@ def _profile() -> Any:
         session: Any = import_module("botocore.session")
         provider: Any = import_module("obstore.auth.boto3")
         return provider.Boto3CredentialProvider(session.get_session())
-    except Exception:  # noqa: BLE001  # no botocore, or no credentials in the file: obstore looks elsewhere
+    except Exception:  # noqa: BLE001  # without botocore, or credentials in the file, obstore looks elsewhere
         return None
 
 
 @cache
 def object_store(scheme: str, bucket: str) -> ObjectStore:
-    """A bucket by its name.
-
-    Raises:
-        CheckpointError: obstore is not installed, or the configuration in the environment is not usable.
-    """
+    """A bucket by its name; see `ObjectStore`."""
     return ObjectStore(scheme, bucket)

@@ -1,4 +1,4 @@
-"""Objects and folders of a store as outputs: whole or not there."""
+"""Objects and folders in a store as outputs, which appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from optimstate.io.remote.store import Store, in_window
 
 __all__ = ["RemoteFile", "RemoteFolder", "RemoteGroup", "discard", "release"]
 
-SMALLEST = 5 << 20  # of the parts of an upload but its last
-ZEROS = bytes(1 << 20)
+SMALLEST = 5 << 20  # bytes of the parts of an upload, except the last one
+BLOCK = 1 << 20
 
 
 class RemoteFile:
     """An object that is written from its beginning to its end; see `Output`.
 
     Args:
-        path: Its name.
-        expected_size: About how many bytes it will have.
-        replace: Whether it may take the place of another.
-        made: Told of the object when it is there.
-        held: Told what makes the object, which is not there then; see `Upload.hold`.
-        aside: The name that it may have meanwhile.
+        path: The object.
+        expected_size: Its approximate number of bytes.
+        replace: Whether it may replace an existing object.
+        made: Gets the path when the object exists.
+        held: Called with the result of `Upload.hold` instead of creating the object.
+        aside: The key that the object may have until then.
     """
 
     def __init__(
@@ -85,30 +85,30 @@ class RemoteFile:
         return self._at
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append bytes; what makes a part is sent."""
+        """Append bytes, and send complete parts."""
         self._held += data
         self._at += len(data)
         size = self._upload.size
-        while len(self._held) >= size + SMALLEST:  # so that the last part is never too small for a copy behind it
+        while len(self._held) >= size + SMALLEST:  # so that the last part is large enough if a copy follows it
             self._upload.part(bytes(memoryview(self._held)[:size]))
             del self._held[:size]
         return len(data)
 
     def copy(self, extents: Iterable[Extent], progress: Progress | None = None) -> int:
-        """Append the bytes of `extents`; what the store can copy itself does not come here."""
+        """Append the bytes of `extents`; ranges that the store can copy itself are not transferred."""
         start = self._at
         for extent in _joined(extents):
             done = self._copied(extent, progress)
             for block in near([extent.cut(done, extent.length)] if done < extent.length else []):
-                for at in range(0, block.length, len(ZEROS)):
-                    data = block.cut(at, min(at + len(ZEROS), block.length)).read()
+                for at in range(0, block.length, BLOCK):
+                    data = block.cut(at, min(at + BLOCK, block.length)).read()
                     self.write(data)
                     if progress is not None:
                         progress(len(data))
         return self._at - start
 
     def _copied(self, extent: Extent, progress: Progress | None) -> int:
-        """How much of the beginning of an extent the store has copied itself."""
+        """Let the store copy an extent if it can; returns the number of bytes appended, all or 0."""
         source = extent.source
         if not isinstance(source, RemoteSource) or extent.length < 2 * SMALLEST or not self._upload.copies(source):
             return 0
@@ -125,17 +125,17 @@ class RemoteFile:
         return extent.length
 
     def copier(self, progress: Progress | None = None) -> RemoteCopier:
-        """What fills the object from the current position on."""
+        """A copier that fills the object from the current position on."""
         return RemoteCopier(self, progress)
 
     def seek(self, position: int) -> None:
-        """Go on behind what a copier wrote, where it stands already."""
+        """Check that this is the current position, the only one at which an object can be written."""
         if position != self._at:
-            raise RepresentationError(f"{self.path}: an object is written from its beginning to its end")
+            raise RepresentationError(f"{self.path}: an object can only be written from its beginning to its end")
 
     @contextmanager
     def stream(self) -> Iterator[IO[bytes]]:
-        """The object as the file that libraries write to."""
+        """The object as a binary file object for libraries."""
         with io.BufferedWriter(_Stream(self), 1 << 20) as file:
             yield file
 
@@ -162,17 +162,17 @@ class RemoteCopier:
         self._progress = progress
 
     def put(self, extents: Iterable[Extent], position: int) -> int:
-        """Copy the bytes of `extents` to `position`, where the object ends."""
+        """Copy the bytes of `extents` to `position`, which must be the current end."""
         self._out.seek(position)
         return self._out.copy(extents, self._progress)
 
     def put_with_checksum(self, extents: Sequence[Extent], position: int) -> Checksum | int:
-        """As `put`, and the CRC-32, which stands behind the bytes and so must be known before they are sent."""
+        """As `put`, but return the CRC-32, which is known at once because the record after the bytes contains it."""
         self._out.seek(position)
         value = 0
         for extent in near(extents):
-            for at in range(0, extent.length, len(ZEROS)):
-                data = extent.cut(at, min(at + len(ZEROS), extent.length)).read()
+            for at in range(0, extent.length, BLOCK):
+                data = extent.cut(at, min(at + BLOCK, extent.length)).read()
                 value = zlib.crc32(data, value)
                 self._out.write(data)
                 self.report(len(data))
@@ -184,12 +184,12 @@ class RemoteCopier:
         self._out.write(data)
 
     def report(self, done: int) -> None:
-        """Say that so many bytes more are written."""
+        """Report that `done` more bytes are written."""
         if self._progress is not None and done:
             self._progress(done)
 
     def finish(self) -> None:
-        """Everything is there already."""
+        """Does nothing: everything is written at once."""
 
     def __enter__(self) -> RemoteCopier:
         return self
@@ -201,7 +201,7 @@ class RemoteCopier:
 
 
 def _joined(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Extents of one source that follow one another as one."""
+    """The same bytes with consecutive extents of one source joined."""
     last: Extent | None = None
     for extent in extents:
         if (
@@ -218,28 +218,28 @@ def _joined(extents: Iterable[Extent]) -> Iterator[Extent]:
         yield last
 
 
-def _taken_back(made: Sequence[RemotePath]) -> None:
+def _remove(made: Sequence[RemotePath]) -> None:
     for path in made:
         with suppress(CheckpointError, OSError):
             path.unlink(missing_ok=True)
 
 
 class RemoteGroup(AtomicGroup):
-    """Objects beside one another, the last of which names the others; on an error those that are there are removed."""
+    """Objects in one folder, the last of which names the others; on an error those that exist are removed."""
 
     def __init__(self, path: RemotePath) -> None:
         super().__init__(Path(path.name), sync=False)
         self.made: list[RemotePath] = []
 
     def _complete(self) -> None:
-        """Every object has its name already."""
+        """Nothing: the objects exist already."""
 
     def _discard(self) -> None:
-        _taken_back(self.made)
+        _remove(self.made)
 
 
 def release(store: Store, held: Mapping[str, Held]) -> None:
-    """Make objects of all that was held back, by key: those that name others when all others are there."""
+    """Create the objects of held uploads, by key; those that name others are created last."""
     others, last = (
         [key for key in held if key.endswith((".index.json", ".metadata")) == naming] for naming in (False, True)
     )
@@ -250,19 +250,19 @@ def release(store: Store, held: Mapping[str, Held]) -> None:
 
 
 def discard(store: Store, held: Mapping[str, Held]) -> None:
-    """Give up what was held back."""
+    """Abort held uploads."""
     for key, found in held.items():
         with suppress(CheckpointError, OSError):
             store.begin(key, expected=0, replace=False).discard(found)
 
 
 class RemoteFolder:
-    """A new folder of objects: they are made when all are uploaded, or, where the store cannot hold them back, at once.
+    """A new folder of objects, which are created when all are uploaded; at once if the store cannot hold uploads.
 
-    What names the others is last, and on an error all of them are removed.
+    An object that names others is created last, and on an error all of them are removed.
 
     Args:
-        path: Its name, below which there must be nothing.
+        path: The folder; there must be no objects below it.
     """
 
     def __init__(self, path: RemotePath) -> None:
@@ -294,4 +294,4 @@ class RemoteFolder:
         discard(self.path.store, self._held)
         with suppress(CheckpointError, OSError):
             self.path.forget()
-            _taken_back(list(self.path.rglob("*")))
+            _remove(list(self.path.rglob("*")))

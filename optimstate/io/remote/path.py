@@ -1,6 +1,6 @@
-"""The place of an object or of a folder of objects, as `pathlib` has those of files.
+"""Paths of objects and folders in a store, with the methods of `pathlib.Path`.
 
-All places that come from one name share what is known: one listing, and every object that is opened, of one version.
+All paths derived from one name share a listing and the opened objects, so that each object is read in one version.
 """
 
 from __future__ import annotations
@@ -21,35 +21,25 @@ __all__ = ["Held", "RemotePath", "opened_together", "remote"]
 
 SCHEMES = ("s3", "gs", "az", "hf", "https", "http")
 MAX_LISTED = 500_000
-_OBJECTS: tuple[str, ...] = (
-    ".pt",
-    ".pth",
-    ".bin",
-    ".ckpt",
-    ".tar",
-    ".th",
-    ".zip",
-    ".npz",
-    ".npy",
-    ".safetensors",
-    ".json",
+# Suffixes of names that are probably those of objects, and not of folders.
+_OBJECTS = (
+    *(".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".zip", ".npz", ".npy", ".safetensors", ".json", ".pkl"),
+    *(".pickle", ".distcp", ".metadata", ".txt", ".toml"),
 )
-_OBJECTS += (".json", ".pkl", ".pickle", ".distcp", ".metadata", ".txt", ".toml")
-
 
 Held = dict[str, Any]
-"""What `Upload.release` makes an object of."""
+"""A held upload, of which `Upload.release` makes an object."""
 
 
 class _Status(Record):
-    """What is known of a place."""
+    """The size and kind of an object or folder; see `Status`."""
 
     st_size: int
     st_mode: int
 
 
 class _Opening:
-    """What is known of a store since a name was given."""
+    """The listing and the opened objects that paths derived from one name share."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -62,7 +52,7 @@ class _Opening:
         self._absent: set[str] = set()
 
     def forget(self) -> None:
-        """What was known, after something was written."""
+        """Clear everything that may have changed, after something was written."""
         self._listed.clear()
         self._entries.clear()
         self._folders.clear()
@@ -70,14 +60,14 @@ class _Opening:
         self.sources.clear()
 
     def list_all(self, folder: str) -> None:
-        """Ask once for all that is in a folder, at any depth."""
+        """List all objects below a folder, once."""
         if self._covers(folder):
             return
         if not self.store.lists:
             raise CheckpointError(
-                "a web server does not say what is in a folder",
+                "a web server does not list folders",
                 path=f"{self.store.name}/{folder}",
-                hint="Give the address of a file: of shards, that of their .index.json.",
+                hint="Give the address of a file; for shards, that of their .index.json.",
             )
         for entry in self.store.listed(folder):
             self._entries[entry.key] = entry
@@ -90,7 +80,7 @@ class _Opening:
                     f"more than {MAX_LISTED} objects, the limit", path=f"{self.store.name}/{folder}"
                 )
         for key in self._folders & self._entries.keys():
-            if not self._entries[key].size:  # what some stores and tools have in place of a folder
+            if not self._entries[key].size:  # an object with which some tools represent a folder
                 del self._entries[key]
         self._listed.append(folder)
 
@@ -98,7 +88,7 @@ class _Opening:
         return any(not folder or key == folder or key.startswith(f"{folder}/") for folder in self._listed)
 
     def below(self, folder: str, *, deep: bool) -> list[str]:
-        """The keys in a folder: those of objects at any depth, or of what is directly in it."""
+        """The keys of all objects below a folder (`deep`), or of the objects and folders directly in it."""
         self.list_all(folder)
         start = f"{folder}/" if folder else ""
         inside = [key for key in self._entries if key.startswith(start)]
@@ -107,7 +97,7 @@ class _Opening:
         return sorted({start + key[len(start) :].split("/", 1)[0] for key in inside})
 
     def entry(self, key: str) -> Entry | None:
-        """What is known of an object without reading it."""
+        """The entry of an object in the listing, or None."""
         return self._entries.get(key)
 
     def source(self, path: RemotePath, *, at_once: bool = True) -> RemoteSource:
@@ -150,11 +140,12 @@ class _Opening:
 
 
 class RemotePath:
-    """A place in a store; it behaves as `pathlib.Path` does, as far as `Location` goes.
+    """An object or folder in a store, with the methods of `Location`.
 
     Args:
-        opening: What is known of the store.
-        key: The name in it, without slashes at its ends.
+        opening: Shared by all paths derived from one name.
+        key: The name in the store, without slashes at its ends.
+        is_named_as_folder: Whether the name ended with a slash.
     """
 
     __slots__ = ("_opening", "is_named_as_folder", "key")
@@ -184,53 +175,53 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part of the key; of a whole store, that of its name."""
+        """The last part of the key; for a whole store, of its name."""
         return (self.key or self._opening.store.name).rpartition("/")[2]
 
     @property
     def suffix(self) -> str:
-        """The ending of the name, with its dot."""
+        """The suffix of the name, with its dot."""
         at = self.name.rfind(".")
         return self.name[at:] if 0 < at < len(self.name) - 1 else ""
 
     @property
     def stem(self) -> str:
-        """The name without its ending."""
+        """The name without its suffix."""
         return self.name[: len(self.name) - len(self.suffix)]
 
     @property
     def parent(self) -> RemotePath:
-        """The folder it is in."""
+        """The folder of the object."""
         return RemotePath(self._opening, self.key.rpartition("/")[0])
 
     @property
     def held(self) -> dict[str, Held] | None:
-        """Where objects that are written are held back, by key, until all of a folder are there; None where not."""
+        """The held uploads of a folder that is being written, by key; None if uploads are not held."""
         return self._opening.held
 
     def hold(self, held: dict[str, Held] | None) -> None:
-        """Hold back there what is written from now on, below any place of this opening."""
+        """Hold all further uploads to paths of this opening in `held`, instead of creating objects."""
         self._opening.held = held
 
     @property
     def store(self) -> Store:
-        """Where it is."""
+        """The store."""
         return self._opening.store
 
     def with_name(self, name: str, /) -> RemotePath:
-        """The same place under another name."""
+        """The path of another name in the same folder."""
         return self.parent / name
 
     def relative_to(self, other: RemotePath, /) -> str:
-        """The key below that of a folder."""
+        """The part of the key after that of a folder."""
         return self.key[len(other.key) :].lstrip("/")
 
     def exists(self) -> bool:
-        """Whether there is an object of this name, or one below it."""
+        """Whether there is an object with this name, or one below it."""
         return self._opening.kind(self) is not None
 
     def is_file(self) -> bool:
-        """Whether there is an object of this name."""
+        """Whether there is an object with this name."""
         return self._opening.kind(self) == "file"
 
     def is_dir(self) -> bool:
@@ -242,10 +233,10 @@ class RemotePath:
         return False
 
     def stat(self) -> _Status:
-        """Size and kind.
+        """The size and the kind.
 
         Raises:
-            FileNotFoundError: There is nothing of this name.
+            FileNotFoundError: There is neither an object nor a folder with this name.
         """
         kind = self._opening.kind(self)
         if kind is None:
@@ -256,22 +247,22 @@ class RemotePath:
         return _Status(self.open_source().size if entry is None else entry.size, S_IFREG)
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """What is directly in a folder."""
+        """The objects and folders directly in a folder."""
         return (RemotePath(self._opening, key) for key in self._opening.below(self.key, deep=False))
 
     def rglob(self, pattern: str, /) -> Iterator[RemotePath]:
-        """The objects at any depth whose names are so."""
+        """The objects at any depth whose names match a pattern."""
         for key in self._opening.below(self.key, deep=True):
             path = RemotePath(self._opening, key)
             if fnmatchcase(path.name, pattern):
                 yield path
 
     def glob(self, pattern: str, /) -> Iterator[RemotePath]:
-        """What is directly in a folder whose name is so."""
+        """The objects and folders directly in a folder whose names match a pattern."""
         return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
 
     def mkdir(self, *, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a folder is a part of names."""
+        """Does nothing: in a store a folder is only a part of names."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove the object."""
@@ -281,52 +272,52 @@ class RemotePath:
         self.forget()
 
     def open_source(self) -> RemoteSource:
-        """The object opened for reading, once for all places of one opening.
+        """The object opened for reading, once for all paths of one opening.
 
         Raises:
             CheckpointNotFoundError: There is no such object.
-            CheckpointError: The store does not give it.
+            CheckpointError: It cannot be read.
         """
         return self._opening.source(self)
 
     def try_to_open(self) -> None:
-        """Open it, by one of the threads that fetch; that it is not there is said by who needs it."""
+        """Open it in a thread of the pool; if it does not exist, reading it will raise the error."""
         with suppress(CheckpointNotFoundError):
             self._opening.source(self, at_once=False)
 
     def forget(self) -> None:
-        """What was known of the store, after something was written."""
+        """Clear everything known about the store that may have changed, after something was written."""
         self._opening.forget()
 
 
 def opened_together(files: Iterable[RemotePath]) -> None:
-    """Fetch the beginnings of objects of a folder (and ends, of what may be archives) in one round."""
+    """Fetch the beginnings of objects in a folder at the same time, and the ends of possible archives."""
     paths = list(files)
     if paths and not paths[0].store.lists:
         for _ in in_window([path.try_to_open for path in paths], 16):
             pass
         return
     if paths:
-        paths[0].parent.iterdir()  # one listing in place of a question for each
+        paths[0].parent.iterdir()  # one listing instead of a request for each
     sources = [path.open_source() for path in paths if path.is_file()]
     fetched_together((source, offset, length) for source in sources for offset, length in source.begin())
 
 
 def remote(url: str) -> RemotePath:
-    """A place in a store by its name.
+    """The path of a name in a store.
 
     Raises:
-        UsageError: The kind of store is unknown, or there are credentials in the name.
+        UsageError: The kind of store is unknown, or the name contains credentials.
         CheckpointError: The library for it is not installed.
     """
     scheme, _, rest = url.partition("://")
     if scheme not in SCHEMES:
-        raise UsageError.unknown(f"{scheme}:// is not a kind of store that is known", scheme, SCHEMES)
+        raise UsageError.unknown(f"{scheme}:// is not a known kind of store", scheme, SCHEMES)
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None or (scheme != "hf" and "@" in parts.netloc):
         raise UsageError(
-            f"{scheme}://{parts.hostname}: there are credentials in the name",
-            hint="Give them by the environment or the configuration of the store's own tools.",
+            f"{scheme}://{parts.hostname}: the name contains credentials",
+            hint="Put them into the environment or the configuration of the store's own tools.",
         )
     store: Store
     if scheme in ("http", "https"):
@@ -341,8 +332,8 @@ def remote(url: str) -> RemotePath:
         bucket, _, key = rest.partition("/")
         if "?" in rest or not bucket:
             raise UsageError(
-                f"{scheme}://{rest.partition('?')[0]}: a name in a store is {scheme}://BUCKET/NAME, without ? in it",
-                hint="Signed addresses are https://; a version of an object cannot be named.",
+                f"{scheme}://{rest.partition('?')[0]}: a name in a store is {scheme}://BUCKET/NAME, without ?",
+                hint="Signed addresses begin with https://; a version of an object cannot be given.",
             )
         if any(part in ("", ".", "..") for part in key.removesuffix("/").split("/") if key):
             raise UsageError(

@@ -1,8 +1,8 @@
-"""Redirects of object stores: to another host than the endpoint's they are not followed.
+"""Refusing redirects of object stores to other hosts than the endpoint.
 
-Neither obstore's client nor botocore's can be told so. The former goes to every host but the endpoint's by way of a
-proxy that there is not; the latter raises where it would look for the bucket's region. Google's, Amazon's and
-Microsoft's own servers are left alone: an endpoint is another's where the environment names it.
+Neither obstore's client nor botocore's has an option for this. The former is given a proxy that does not exist, for all
+hosts except the endpoint; the latter gets a handler that raises an error when it would look for the bucket's region.
+This applies to endpoints from the environment, not to Google's, Amazon's and Microsoft's own servers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 __all__ = ["REFUSED", "RedirectedError", "are_refused", "client_options", "raise_redirect"]
 
-REFUSED = "the store redirects to another place, which is not followed"
+REFUSED = "the store redirects to another server, which is not followed"
 
-_NOWHERE = "127.0.0.1:0"  # a port that nobody can listen at
+_NOWHERE = "127.0.0.1:0"  # no server can listen on port 0
 _CREDENTIALS = (
     "169.254.0.0/16",
     "fd00:ec2::254",
@@ -25,17 +25,17 @@ _CREDENTIALS = (
     "metadata",
     "metadata.google.internal",
     "microsoftonline.com",
-)  # where the clients get them from
+)  # hosts from which the clients get credentials
 _GIVEN = ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "AZURE_AUTHORITY_HOST", "IDENTITY_ENDPOINT", "MSI_ENDPOINT")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 class RedirectedError(Exception):
-    """An endpoint redirects; whoever asked says what was asked for."""
+    """An endpoint redirects; the caller adds the name of the object."""
 
 
 def client_options(endpoint: str | None) -> dict[str, Any]:
-    """What obstore's client needs so as to stay at an endpoint; nothing where proxies decide who is spoken to."""
+    """Options with which obstore's client contacts no host but the endpoint; none if the environment sets a proxy."""
     if endpoint is None or any(os.environ.get(name) or os.environ.get(name.upper()) for name in _PROXIES):
         return {}
     given = (os.environ[name] for name in _GIVEN if os.environ.get(name))
@@ -44,7 +44,7 @@ def client_options(endpoint: str | None) -> dict[str, Any]:
 
 
 def are_refused(message: str) -> bool:
-    """Whether what obstore says is that a redirect led elsewhere, or from https to another scheme."""
+    """Whether an error message of obstore reports a redirect to another host or from https to another scheme."""
     return (
         _NOWHERE in message
         or "kind: Redirect" in message
@@ -53,10 +53,10 @@ def are_refused(message: str) -> bool:
 
 
 def raise_redirect(response: Any = None, **_: Any) -> None:
-    """A handler of botocore for what is answered.
+    """A handler for botocore's responses.
 
     Raises:
-        RedirectedError: It is a redirect.
+        RedirectedError: The response is a redirect.
     """
     if response is not None and 300 <= response[0].status_code < 400:
         raise RedirectedError

@@ -1,7 +1,7 @@
-"""One object of a store, read by ranges of one version of it.
+"""Reading ranges of one version of an object in a store.
 
-Small reads come from spans that are kept: nothing below 64 KB is fetched, and what will be needed is announced and
-fetched together. Large ones go past them. Nothing is guessed.
+Small reads are served from cached spans: at least 64 KB are fetched at a time, and announced ranges are fetched
+together. Large reads bypass the cache. No range is fetched on a guess.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["LANES", "RemoteSource", "fetched_together"]
 BLOCK = 1 << 16
 HEAD = 1 << 16
 TAIL = 1 << 17
-GAP = 1 << 16  # announced ranges that are closer than this are one request
-KEPT = 1 << 25  # bytes of spans that are kept of all sources of one opening
-SMALL = 1 << 22  # longer reads are not kept
-SMALL_READS = 1 << 28  # what small reads may fetch beyond the size of the object
+GAP = 1 << 16  # bytes between announced ranges up to which they are one request
+KEPT = 1 << 25  # bytes of cached spans, of all sources of one opening
+SMALL = 1 << 22  # bytes up to which reads are cached
+SMALL_READS = 1 << 28  # bytes that small reads may fetch beyond the size of the object
 LANES = 8
 _NEIGHBOURS = 4
 
@@ -33,7 +33,7 @@ _WITH_TAIL = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".zip", ".npz")
 
 
 class Cache:
-    """The spans of all sources of one opening, of which the oldest are dropped."""
+    """The cached spans of all sources of one opening; the oldest are dropped."""
 
     def __init__(self) -> None:
         self._spans: OrderedDict[tuple[int, int], tuple[RemoteSource, memoryview]] = OrderedDict()
@@ -41,7 +41,7 @@ class Cache:
         self.lock = RLock()
 
     def add(self, source: RemoteSource, start: int, data: memoryview) -> None:
-        """Keep a span."""
+        """Add a span."""
         with self.lock:
             key = (id(source), start)
             known = self._spans.pop(key, None)
@@ -58,7 +58,7 @@ class Cache:
                 self._held -= len(old)
 
     def find(self, source: RemoteSource, offset: int, length: int) -> memoryview | None:
-        """The bytes, if a span has all of them."""
+        """The bytes if a span has all of them, else None."""
         with self.lock:
             at = bisect_right(source.starts, offset)
             for start in reversed(source.starts[max(at - _NEIGHBOURS, 0) : at]):
@@ -68,31 +68,27 @@ class Cache:
         return None
 
     def end_of(self, source: RemoteSource, offset: int) -> int:
-        """Up to where the bytes from an offset on are here."""
+        """The end of the cached bytes that begin at or before an offset; -1 if there are none."""
         with self.lock:
             at = bisect_right(source.starts, offset)
-            spans = (self._spans[id(source), start][1] for start in source.starts[max(at - _NEIGHBOURS, 0) : at])
-            ends = [
-                start + len(data)
-                for start, data in zip(source.starts[max(at - _NEIGHBOURS, 0) : at], spans, strict=True)
-            ]
-            return max(ends, default=-1)
+            starts = source.starts[max(at - _NEIGHBOURS, 0) : at]
+            return max((start + len(self._spans[id(source), start][1]) for start in starts), default=-1)
 
 
 class RemoteSource(StoredSource):
     """An object opened for reading.
 
     Args:
-        store: Where it is.
-        key: Its name there.
-        path: Its name for messages.
-        cache: What is kept of it and of others.
-        entry: What a listing said of it; without, its beginning (and, of what may be an archive, its end) is fetched.
-        at_once: Fetch both at once; not where this is done by the threads that fetch.
+        store: The store.
+        key: The name of the object in the store.
+        path: The name for messages.
+        cache: The cache for its spans.
+        entry: Its entry in a listing; without one, its beginning is fetched, and also the end of a possible archive.
+        at_once: Fetch both at the same time; False in threads of the pool.
 
     Raises:
         CheckpointNotFoundError: There is no such object.
-        CheckpointError: The store does not give it.
+        CheckpointError: It cannot be read.
     """
 
     lanes = LANES
@@ -141,12 +137,10 @@ class RemoteSource(StoredSource):
             raise changed(self.path)
 
     def _short(self, offset: int, asked: int, came: int) -> CorruptCheckpointError:
-        return CorruptCheckpointError(
-            f"{asked} bytes were asked for and {came} came", path=self.path, place=f"offset {offset}"
-        )
+        return CorruptCheckpointError(f"requested {asked} bytes, got {came}", path=self.path, place=f"offset {offset}")
 
     def _fetch(self, offset: int, length: int) -> memoryview:
-        """Exactly these bytes of this version, by one request."""
+        """Exactly these bytes of this version, with one request."""
         answer = self._store.get(self._key, offset, offset + length, self.version)
         self._check_answer(answer)
         if len(answer.data) != length:
@@ -164,7 +158,7 @@ class RemoteSource(StoredSource):
         self._cache.add(self, offset, self._fetch(offset, length))
 
     def begin(self) -> list[tuple[int, int]]:
-        """The ranges that opening it reads, once: its beginning, and the end of what may be an archive."""
+        """The ranges to fetch first: the beginning, and the end of a possible archive; none after the first call."""
         if self._begun or not self.size:
             return []
         self._begun = True
@@ -198,7 +192,7 @@ class RemoteSource(StoredSource):
             if found is not None:
                 return bytes(found)
         here = self._cache.end_of(self, offset)
-        if offset < here:  # the beginning is here: fetch the rest
+        if offset < here:  # the beginning is cached, so only the rest is fetched
             return self.read(offset, here - offset) + self.read(here, offset + length - here)
         start = offset // BLOCK * BLOCK
         stop = min(-(-(offset + length) // BLOCK) * BLOCK, self.size)
@@ -207,21 +201,15 @@ class RemoteSource(StoredSource):
         return bytes(self._fetch(offset, length) if found is None else found)
 
     def prefetch(self, extents: Iterable[Extent]) -> None:
-        """Fetch what will be read soon, extents near to one another by one request, many requests at once."""
-        fetched_together(
-            (each.source, each.offset, each.length) for each in extents if isinstance(each.source, RemoteSource)
-        )
+        """Fetch extents that will be read soon, neighbouring ones with one request, with many requests at once."""
+        fetched_together(_ranges(extents))
 
     def trips(self, extents: Iterable[Extent]) -> int:
-        """How many requests `prefetch` would make."""
-        wanted: dict[int, tuple[RemoteSource, list[tuple[int, int]]]] = {}
-        for each in extents:
-            if isinstance(each.source, RemoteSource):
-                wanted.setdefault(id(each.source), (each.source, []))[1].append((each.offset, each.length))
-        return sum(1 for source, ranges in wanted.values() for _ in source.missing(ranges))
+        """The number of requests that `prefetch` would make."""
+        return sum(1 for _ in _requests(_ranges(extents)))
 
     def missing(self, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """The requests that ranges need which are not here."""
+        """The requests for those ranges that are not cached."""
         begun, end = -1, -1
         for offset, length in sorted(ranges):
             stop = min(offset + length, self.size)
@@ -237,7 +225,7 @@ class RemoteSource(StoredSource):
             yield begun, end - begun
 
     def ahead(self, extents: Iterable[Extent]) -> Iterator[bytes | memoryview]:
-        """The bytes of extents of any objects in order, a few parts under way before they are asked for."""
+        """The bytes of extents of any objects in order, with several requests in progress in advance."""
         return in_window(partial(_part, *part) for part in _parts(extents))
 
 
@@ -247,7 +235,7 @@ def _part(source: RemoteSource, offset: int, length: int) -> memoryview:
 
 
 def _parts(extents: Iterable[Extent]) -> Iterator[tuple[RemoteSource, int, int]]:
-    """Extents as requests: those that follow one another are joined, long ones cut."""
+    """Extents as requests: consecutive ones are joined, long ones divided."""
     source: RemoteSource | None = None
     start = stop = 0
     for extent in extents:
@@ -267,19 +255,25 @@ def _parts(extents: Iterable[Extent]) -> Iterator[tuple[RemoteSource, int, int]]
         yield source, start, stop - start
 
 
-def fetched_together(ranges: Iterable[tuple[RemoteSource, int, int]]) -> None:
-    """Fetch ranges of several objects at once; they are found here afterwards.
+def _ranges(extents: Iterable[Extent]) -> Iterator[tuple[RemoteSource, int, int]]:
+    return ((each.source, each.offset, each.length) for each in extents if isinstance(each.source, RemoteSource))
 
-    Raises:
-        CheckpointError: One cannot be read.
-    """
+
+def _requests(ranges: Iterable[tuple[RemoteSource, int, int]]) -> Iterator[tuple[RemoteSource, int, int]]:
+    """The requests for those ranges of objects that are not cached."""
     by_source: dict[int, tuple[RemoteSource, list[tuple[int, int]]]] = {}
     for source, offset, length in ranges:
         by_source.setdefault(id(source), (source, []))[1].append((offset, length))
-    tasks = [
-        (lambda source=source, offset=offset, length=length: source._fetch_small(offset, length))
-        for source, wanted in by_source.values()
-        for offset, length in source.missing(wanted)
-    ]
-    for _ in in_window(tasks, 16):
+    for source, wanted in by_source.values():
+        for offset, length in source.missing(wanted):
+            yield source, offset, length
+
+
+def fetched_together(ranges: Iterable[tuple[RemoteSource, int, int]]) -> None:
+    """Fetch ranges of several objects into the cache, with many requests at once.
+
+    Raises:
+        CheckpointError: An object cannot be read.
+    """
+    for _ in in_window([partial(source._fetch_small, *wanted) for source, *wanted in _requests(ranges)], 16):
         pass

@@ -1,13 +1,14 @@
-"""Processes that fill a folder of a store together: objects beside it say who lives and what is done.
+"""Processes that fill a folder in a store together, with messages in objects beside it.
 
-A store renames no folder. Of a distributed checkpoint, data files have their names as soon as they are whole; what
-makes a checkpoint of them, the file that names the others, is written by the first process when all have voted, and
-only where there is none. Of other files none is there before that: each process uploads its own and holds them back,
-and the first one makes objects of them all (`release`).
+Stores cannot rename folders. The data files of a distributed checkpoint get their names as soon as they are complete;
+the file that names the others, and so makes them a checkpoint, is written by the first process when all have voted, if
+there is none yet. Other files do not exist before that: each process holds its uploads, and the first one creates all
+the objects (`release`).
 
-What is said is in `.NAME.000000000000.part/DIGEST/` beside the destination. `claim`, one for all, is there from the
-beginning to the commit: made where there is none, it keeps others away, and it alone tells objects of an attempt that
-has ended too early from somebody else's. It is taken over where no sign of life changes for a while.
+The messages are in `.NAME.000000000000.part/DIGEST/` beside the destination. The object `claim`, one for all attempts,
+exists from the beginning to the commit and belongs to one first process. It keeps others away, and it distinguishes
+objects of an unfinished attempt from those of other programs. Another process takes it over if no sign of life changes
+for a while.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ __all__ = ["StoreStage"]
 
 _BEGUN = "begun"
 _CLOSING = "closing"
-_MOST = 1 << 40  # bytes of what is said: all there are
+_MOST = 1 << 40  # bytes of a message: all of them
 
 
 class StoreStage(Stage):
@@ -39,13 +40,13 @@ class StoreStage(Stage):
 
     Args:
         path: The destination.
-        digest: Twelve hexadecimal digits of everything that the result depends on.
+        digest: Twelve hexadecimal digits derived from everything that the result depends on.
         team: The processes.
-        last: The name of the object without which nobody reads the others.
+        last: The name of the object without which the others are not a checkpoint.
         check: As for `Stage`.
 
     Raises:
-        DestinationError: The store is only read.
+        DestinationError: The store is read-only.
     """
 
     in_store = True
@@ -54,7 +55,7 @@ class StoreStage(Stage):
         self, path: RemotePath, digest: str, team: Team, *, last: str, check: Callable[[], None] | None = None
     ) -> None:
         super().__init__(path, path, team, check)
-        path.store.begin(path.key, expected=0, replace=False)  # asks for nothing yet, and refuses where nothing can be
+        path.store.begin(path.key, expected=0, replace=False)  # raises if the store is read-only; sends no request
         self._store = path.store
         self._path = path
         self._key = path.key
@@ -82,7 +83,7 @@ class StoreStage(Stage):
         if claimed:
             self._expect_none_alive()
         self._put(self._claim, self._mine, replace=claimed)
-        if claimed:  # another one who takes it over has done so by then, and the last one has it
+        if claimed:  # of several processes that take it over at the same time, the last one has it
             time.sleep(self.beat)
         self._expect_claim()
         others = [key for key in said if key != self._claim and not key.startswith(f"{self._place}/")]
@@ -90,15 +91,15 @@ class StoreStage(Stage):
             if _name(key).startswith(("vote.", "done.")):
                 self._discard_voted(key)
         for key in others:
-            with suppress(CheckpointNotFoundError):  # what was held, and is discarded
+            with suppress(CheckpointNotFoundError):  # a held upload that was discarded above
                 self._store.delete(key)
         begun = f"{self._place}/{_BEGUN}"
         if begun not in said:
-            for name in there:  # what another plan or source has left
+            for name in there:  # objects made with another plan or source
                 self._store.delete(f"{self._key}/{name}")
             self._put(begun, b"0", replace=True)
         self._look()
-        for rank in range(self.team.size):  # what was done at an earlier attempt is to be said again, by who is there
+        for rank in range(self.team.size):  # votes of an earlier attempt, which the processes must repeat
             vote = self._read(f"vote.{rank}") if rank != self.team.rank else None
             if vote is not None:
                 self._write(f"done.{rank}", vote)
@@ -114,46 +115,47 @@ class StoreStage(Stage):
             order = {"done": 0, "vote": 1, _BEGUN: 3}
             for key in sorted(self._keys(self._place), key=lambda key: order.get(_name(key).split(".")[0], 2)):
                 self._store.delete(key)
-            for key in self._keys(self._place):  # said by who ended before it could see that all is done
+            for key in self._keys(self._place):  # messages written meanwhile
                 with suppress(CheckpointNotFoundError):
                     self._store.delete(key)
             self._store.delete(self._claim)
-            self._store.abort_unfinished(self._key)  # of processes that have died
+            self._store.abort_unfinished(self._key)  # uploads of dead processes
         self._path.forget()
 
     def clear(self) -> None:
-        """Nothing yet: what is said lies elsewhere. It is the last moment to see that another one has taken over."""
+        """Remove nothing, as messages are elsewhere; check for the last time that no other process has taken over."""
         self._expect_claim()
 
     def sizes(self) -> dict[str, int]:
-        """The bytes of every object that is written, by name."""
+        """The number of bytes of every written object, by name."""
         return {entry.key[len(self._key) + 1 :]: entry.size for entry in self._store.listed(self._key)}
 
-    # --- objects that are held back -------------------------------------------------------------------------------
+    # --- held uploads -----------------------------------------------------------------------------------------------
 
     def place(self, name: str) -> RemotePath:
-        """The place of an object of the destination by its whole name."""
+        """The path of an object in the destination by its full name."""
         return self._path / name.removeprefix(f"{self._path}/")
 
     def new_object(self, path: RemotePath, held: dict[str, Held]) -> RemoteFile:
-        """An object to write, which is not there before `release`.
+        """An object to write, which does not exist before `release`.
 
         Args:
-            path: Its name.
-            held: Gets what `release` needs, by the key of the object.
+            path: The object.
+            held: Gets the held upload for `release`, by the key of the object.
         """
         aside = f"{self._place}/held.{sha256(path.key.encode()).hexdigest()[:16]}"
         return RemoteFile(path, replace=False, held=lambda found: held.update({path.key: found}), aside=aside)
 
     def release(self, held: Mapping[str, Held], sizes: Mapping[str, int]) -> None:
-        """Make objects of all that was held back, those that name others last.
+        """Create the objects of held uploads, those that name others last.
 
         Args:
-            held: What the processes have held back, by key.
-            sizes: The bytes of every object that there is to be, by key.
+            held: The held uploads of all processes, by key.
+            sizes: The number of bytes of every object of the result, by key.
 
         Raises:
-            DestinationError: One cannot be made, or is not as long as it should be; started again, it goes on.
+            DestinationError: An object cannot be created; another attempt continues.
+            CheckpointError: An object has another size than it should.
         """
         self._expect_claim()
         self._write(_CLOSING, 0)
@@ -170,15 +172,15 @@ class StoreStage(Stage):
                 if _name(key).startswith(("vote.", "done.")):
                     self._store.delete(key)
             raise
-        discard(self._store, {key: held[key] for key in held.keys() - set(missing)})  # an attempt has made them
+        discard(self._store, {key: held[key] for key in held.keys() - set(missing)})  # created by an earlier attempt
         there = self.sizes()
         for key, size in sizes.items():
             if there.get(key[start:]) != size:
                 path = self._path / key[start:]
-                raise CheckpointError(f"has not {size} bytes, which a process has written", path=path)
+                raise CheckpointError(f"does not have the {size} bytes that a process has written", path=path)
 
     def discard(self, held: Mapping[str, Held]) -> None:
-        """Give up what was held back."""
+        """Abort held uploads."""
         discard(self._store, held)
 
     def _discard_voted(self, key: str) -> None:
@@ -189,7 +191,7 @@ class StoreStage(Stage):
     # --- who writes -----------------------------------------------------------------------------------------------
 
     def _expect_claim(self) -> None:
-        """The destination is this process's."""
+        """Check that the claim belongs to this process."""
         found = b""
         with suppress(CheckpointNotFoundError):
             found = bytes(self._store.get(self._claim, 0, _MOST, None).data)
@@ -197,7 +199,7 @@ class StoreStage(Stage):
             raise DestinationError(f"{self.destination}: is being written by other processes")
 
     def _expect_none_alive(self) -> None:
-        """Nobody writes the destination at this time."""
+        """Check for a while that no process writes the destination."""
         signs: dict[str, object] = {}
         ends = time.monotonic() + 3 * self.beat
         while time.monotonic() < ends:
@@ -205,7 +207,7 @@ class StoreStage(Stage):
                 raise DestinationError(f"{self.destination}: is being written by other processes")
             time.sleep(self.poll)
 
-    # --- what is said ---------------------------------------------------------------------------------------------
+    # --- messages ---------------------------------------------------------------------------------------------------
 
     def _keys(self, folder: str) -> list[str]:
         return [entry.key for entry in self._store.listed(folder)]
@@ -220,7 +222,7 @@ class StoreStage(Stage):
         return self._has_moved(others, but=self._place)
 
     def _has_moved(self, signs: dict[str, object], *, but: str | None) -> bool:
-        """Whether the sign of a first process is another than it was, that of one place left out."""
+        """Whether the sign of a first process has changed, except that of the stage `but`."""
         moved = False
         for entry in self._store.listed(self._meeting):
             if _name(entry.key) == "alive.0" and entry.key.rpartition("/")[0] != but:
@@ -236,10 +238,10 @@ class StoreStage(Stage):
 
     def _give_sign(self, moved: int) -> None:
         self._count += 1
-        self._write(f"alive.{self.team.rank}", [time.time_ns() + self._count, moved])  # another one each time
+        self._write(f"alive.{self.team.rank}", [time.time_ns() + self._count, moved])  # different each time
 
     def _end_signs(self) -> None:
-        """What this process said last may have come when all else was removed already."""
+        """Remove this process's last messages, if they were written after all others had been removed."""
         with suppress(CheckpointError, OSError):
             self._look()
             if not self._is_open():

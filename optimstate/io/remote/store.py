@@ -1,7 +1,6 @@
-"""What a store does for a checkpoint, and what goes wrong with one in words.
+"""The interface of stores, and the messages of their errors.
 
-A store is a bucket, a repository or a server. Whoever implements it, nothing of it is told but its name: no header, no
-query, no credentials.
+A store is a bucket, a repository or a server. Messages contain its name, but no headers, queries or credentials.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ __all__ = [
 ]
 
 PART = 1 << 23
-"""Bytes of one request where much is read or written."""
+"""The number of bytes per request when much is read or written."""
 
 RETRIES = 3
 PATIENCE = 30.0
-"""Seconds after which a request that is answered by nobody is an error."""
+"""The seconds after which an unanswered request is an error."""
 
 
 class Entry(Record):
-    """What a listing says of an object."""
+    """An object in a listing."""
 
     key: str
     size: int
@@ -49,9 +48,9 @@ class Answer(Record):
     """A range of an object.
 
     Attributes:
-        data: Its bytes.
-        size: Bytes of the whole object.
-        version: What the store calls this version of it; None where it does not say.
+        data: The bytes of the range.
+        size: The number of bytes of the whole object.
+        version: The store's identifier of this version; None if there is none.
     """
 
     data: memoryview
@@ -60,12 +59,12 @@ class Answer(Record):
 
 
 class Store(Protocol):
-    """A store as checkpoints need it.
+    """A store.
 
     Attributes:
-        name: What is said of it, without a slash at its end: `s3://bucket`.
-        lists: Whether it can say what it holds.
-        suffixes: Whether it gives the last bytes of an object whose size is not known yet.
+        name: Its name for messages, without a slash at its end: `s3://bucket`.
+        lists: Whether it can list its objects.
+        suffixes: Whether it can return the last bytes of an object of unknown size.
     """
 
     name: str
@@ -73,7 +72,7 @@ class Store(Protocol):
     suffixes: bool
 
     def get(self, key: str, start: int, stop: int, version: str | None) -> Answer:
-        """The bytes [start, stop) of an object, fewer where it ends before, of that version where one is given."""
+        """The bytes [start, stop) of an object, fewer at its end; of `version`, unless that is None."""
 
     def tail(self, key: str, length: int) -> Answer:
         """The last bytes of an object."""
@@ -85,32 +84,32 @@ class Store(Protocol):
         """Remove an object."""
 
     def begin(self, key: str, *, expected: int, replace: bool, aside: str = "") -> Upload:
-        """Write an object, which is not there before it is complete.
+        """Begin to write an object, which does not exist before it is complete.
 
         Args:
-            key: Its name.
-            expected: About how many bytes it will have, 0 where that is not known.
-            replace: Whether it may take the place of another.
-            aside: The name that what is held has where the store can give none to parts of an upload.
+            key: The name of the object.
+            expected: Its approximate number of bytes; 0 if unknown.
+            replace: Whether it may replace an existing object.
+            aside: The name of a held upload, in stores where parts of an upload cannot be held.
         """
 
     def abort_unfinished(self, folder: str) -> None:
-        """Give up every upload to a folder that is not complete, where the store says which there are."""
+        """Abort every unfinished upload to a folder, if the store can list them."""
 
 
 class Upload(Protocol):
-    """An object that is being written by parts, in order.
+    """An object that is written in parts, in order.
 
     Attributes:
-        size: Bytes of a part.
-        holds: Whether parts can be held back under the object's own name.
+        size: The number of bytes of a part.
+        holds: Whether uploaded parts can be held without another object.
     """
 
     size: int
     holds: bool
 
     def part(self, data: bytes | memoryview) -> None:
-        """Append a part of at least 5 MiB, but for the last one; it may still be under way afterwards."""
+        """Append a part of at least 5 MiB, except for the last; the upload may continue in the background."""
 
     def copies(self, source: Any) -> bool:
         """Whether ranges of an object can be appended within the store."""
@@ -119,32 +118,32 @@ class Upload(Protocol):
         """Append a range of an object of the same store, within the store; at least 5 MiB."""
 
     def complete(self, rest: bytes) -> None:
-        """Append the last bytes and make the object.
+        """Append the last bytes and create the object.
 
         Raises:
-            DestinationExistsError: There is one, and it may not be replaced.
-            DestinationError: The store does not take it.
+            DestinationExistsError: It exists, and may not be replaced.
+            DestinationError: The store refuses it.
         """
 
     def hold(self, rest: bytes) -> dict[str, Any]:
-        """Append the last bytes; any process makes the object later, by `release` of what this returns, as JSON."""
+        """Append the last bytes; returns JSON from which `release`, in any process, creates the object later."""
 
     def release(self, held: Mapping[str, Any]) -> None:
-        """Make the object of what was held, as the only thing that is done with it.
+        """Create the object of a held upload, in a new `Upload` of the same key.
 
         Raises:
             As `complete`.
         """
 
     def discard(self, held: Mapping[str, Any]) -> None:
-        """Give up what was held."""
+        """Abort a held upload, in a new `Upload` of the same key."""
 
     def abort(self) -> None:
-        """Give up what was written; nothing of it is there."""
+        """Abort the upload; nothing of it remains."""
 
 
 class Traffic:
-    """What was asked of stores: for progress, and for tests."""
+    """The numbers of requests to stores and of bytes, for progress and for tests."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -153,12 +152,12 @@ class Traffic:
 
 
 traffic = Traffic()
-"""Of this process."""
+"""The traffic of this process."""
 
 
 @cache
 def pool() -> ThreadPoolExecutor:
-    """The threads that requests wait in; none of their tasks waits for another."""
+    """The threads for requests; no task in them waits for another."""
     return ThreadPoolExecutor(24, thread_name_prefix="optimstate-store")
 
 
@@ -171,21 +170,21 @@ _USER = re.compile(r"://[^/\s@]+@")
 
 
 def without_secrets(text: str) -> str:
-    """A message of a library in one line, without queries and users in its addresses, and without what was answered."""
+    """A library's message in one line, without queries and users in addresses, and without the response."""
     line = " ".join(_ANSWERED.split(text)[0].split())
     line = _BODY.sub(r"\1", line)
     return _USER.sub("://", _QUERY.sub(r"\1", line)).rstrip(": ")[:300]
 
 
 def changed(place: object) -> CheckpointError:
-    """The error of an object that is not the one that was opened."""
+    """The error for an object that has changed since it was opened."""
     return CheckpointError(
-        "changed while it was read", path=place, hint="Run it again when nobody writes to it any more."
+        "changed while it was read", path=place, hint="Run it again after all writing to it has ended."
     )
 
 
 def missing_library(name: str, scheme: str) -> CheckpointError:
-    """The error where the library for a kind of store is not installed."""
+    """The error for a kind of store whose library is not installed."""
     return CheckpointError(
         f"{scheme}:// needs the package {name}, which is not installed",
         hint="Install it with: pip install 'optimstate[remote]'",
@@ -196,10 +195,10 @@ T = TypeVar("T")
 
 
 def refused(place: object, status: int, reason: str) -> NoReturn:
-    """Raise what an answer of a store means.
+    """Raise the error for an HTTP status.
 
     Raises:
-        CheckpointError: Always; of the kind of the status.
+        CheckpointError: Always.
     """
     if status == 404:
         raise CheckpointNotFoundError("there is no such object", path=place, hint="Check the name and the bucket.")
@@ -213,7 +212,7 @@ def refused(place: object, status: int, reason: str) -> NoReturn:
 
 
 def in_window(tasks: Sequence[Callable[[], T]] | Iterator[Callable[[], T]], width: int = 8) -> Iterator[T]:
-    """The results of tasks in their order, so many of which are under way at once."""
+    """The results of tasks in order, with `width` of them in progress at the same time."""
     from collections import deque
 
     waiting: deque[Any] = deque()
@@ -230,5 +229,5 @@ def in_window(tasks: Sequence[Callable[[], T]] | Iterator[Callable[[], T]], widt
 
 
 def cannot_write(place: object, error: BaseException) -> DestinationError:
-    """What is raised where a store takes no object."""
+    """The error for an object that a store does not accept."""
     return DestinationError(f"{place}: cannot be written: {without_secrets(str(error))}")

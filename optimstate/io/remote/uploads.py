@@ -1,4 +1,4 @@
-"""Objects written by parts: nothing of them is there before the last request, which makes them whole."""
+"""Uploads in parts: an object does not exist before the last request."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ IN_FLIGHT = 8
 
 
 class PartsGoneError(DestinationError):
-    """What was uploaded of an object is gone: somebody has aborted the upload, or a rule of the bucket has."""
+    """The uploaded parts of an object are gone, because somebody or a rule of the bucket has aborted the upload."""
 
 
 def exists(place: str) -> DestinationExistsError:
-    """The error of an object that may not be replaced."""
+    """The error for an object that may not be replaced."""
     return DestinationExistsError(f"{place}: exists already", hint="Give --force to replace it.")
 
 
 class S3Upload:
-    """A multipart upload to S3: its completion makes the object, and asks that there is none where none is replaced.
+    """A multipart upload to S3; unless objects may be replaced, its completion has the condition that none exists.
 
     Args:
-        client: Of botocore.
+        client: The botocore client.
         store: The bucket.
-        key: The object.
-        expected: About how many bytes it will have.
-        replace: Whether it may take the place of another.
+        key: The name of the object.
+        expected: Its approximate number of bytes.
+        replace: Whether it may replace an existing object.
     """
 
     holds = True
@@ -76,8 +76,8 @@ class S3Upload:
                 ) from None
             if code == "NoSuchUpload":
                 raise PartsGoneError(
-                    f"{self._place}: what was uploaded of it is not at the store any more",
-                    hint="Start it again: it is uploaded anew.",
+                    f"{self._place}: the store no longer has what was uploaded of it",
+                    hint="Start it again; it will be uploaded again.",
                 ) from None
             if code == "NoSuchBucket":
                 raise DestinationError(f"{self._place}: there is no such bucket", hint="Create it first.") from None
@@ -97,7 +97,7 @@ class S3Upload:
         self._later(lambda: self._asked(lambda: self._client.upload_part(**where, Body=bytes(data))["ETag"]))
 
     def copies(self, source: Any) -> bool:
-        """Whether the store can read an object itself: one of the same endpoint, of a version that is known."""
+        """Whether the store can copy an object itself: it is at the same endpoint, and its version is known."""
         store = source.place[0]
         return (
             getattr(store, "scheme", "") == "s3"
@@ -106,7 +106,7 @@ class S3Upload:
         )
 
     def copy(self, source: Any, offset: int, length: int) -> None:
-        """Append a range of another object, as parts that the store makes itself."""
+        """Append a range of another object, as parts that the store copies."""
         store, key = source.place
         count = -(-length // COPIED_PART)
         for n in range(count):
@@ -122,11 +122,11 @@ class S3Upload:
     def _asked_copy(self, where: dict[str, Any], source: Any) -> str:
         try:
             return str(self._asked(lambda: self._client.upload_part_copy(**where)["CopyPartResult"]["ETag"]))
-        except DestinationExistsError:  # the condition was on the source
+        except DestinationExistsError:  # the failed condition is the version of the source
             raise changed(source.path) from None
 
     def complete(self, rest: bytes) -> None:
-        """Append the last bytes and make the object."""
+        """Append the last bytes and create the object."""
         condition = {} if self._replace else {"IfNoneMatch": "*"}
         traffic.written += len(rest)
         if self._id is None:
@@ -144,7 +144,7 @@ class S3Upload:
         self._id = None
 
     def hold(self, rest: bytes) -> dict[str, Any]:
-        """Send the last bytes, and say what `release` needs to make the object."""
+        """Send the last bytes, and return the ids of the upload and of its parts for `release`."""
         if rest or not self._parts:
             self.part(rest)
         held = {"id": self._id, "parts": [part.result() for part in self._parts]}
@@ -152,7 +152,7 @@ class S3Upload:
         return held
 
     def release(self, held: Mapping[str, Any]) -> None:
-        """Make the object of what was held."""
+        """Create the object of a held upload."""
         self._id = held["id"]
         for tag in held["parts"]:
             done: Future[str] = Future()
@@ -161,12 +161,12 @@ class S3Upload:
         self.complete(b"")
 
     def discard(self, held: Mapping[str, Any]) -> None:
-        """Give up what was held."""
+        """Abort a held upload."""
         self._id = held["id"]
         self.abort()
 
     def abort(self) -> None:
-        """Give up the parts."""
+        """Abort the upload."""
         for part in self._parts:
             part.cancel()
         for part in self._parts:
@@ -179,16 +179,16 @@ class S3Upload:
 
 
 class ObjectUpload:
-    """An upload by obstore: a thread sends what it is given; what may not replace another gets its name at the end.
+    """An upload with obstore in a thread; an object that may not replace another gets its name at the end.
 
     Args:
         library: obstore.
-        store: Its object for the bucket.
-        place: What is said of the object.
-        key: Its name.
-        expected: About how many bytes it will have.
-        replace: Whether it may take the place of another.
-        aside: The name that it has until then; empty for one beside it.
+        store: The bucket in obstore.
+        place: The name for messages.
+        key: The name of the object.
+        expected: Its approximate number of bytes.
+        replace: Whether it may replace an existing object.
+        aside: The name of the object until then; empty for a temporary name beside it.
     """
 
     holds = False
@@ -246,15 +246,15 @@ class ObjectUpload:
                 continue
 
     def copies(self, source: Any) -> bool:  # noqa: ARG002
-        """Never: obstore copies whole objects only."""
+        """False: obstore can copy only whole objects."""
         return False
 
     def copy(self, source: Any, offset: int, length: int) -> None:
-        """Not asked for."""
+        """Never called."""
         raise NotImplementedError
 
     def complete(self, rest: bytes) -> None:
-        """Append the last bytes and make the object."""
+        """Append the last bytes and create the object."""
         self._asked(lambda: self._finish(rest))
         if self._temporary:
             self._take_name()
@@ -267,12 +267,12 @@ class ObjectUpload:
         return held
 
     def release(self, held: Mapping[str, Any]) -> None:
-        """Make the object of what was held."""
+        """Create the object of a held upload."""
         self._temporary = held["aside"]
         self._take_name()
 
     def discard(self, held: Mapping[str, Any]) -> None:
-        """Give up what was held."""
+        """Abort a held upload."""
         self._temporary = held["aside"]
         self.abort()
 
@@ -286,7 +286,7 @@ class ObjectUpload:
             raise self._refusal(error) from None
 
     def _refusal(self, error: BaseException) -> DestinationError:
-        """What a store means that does not take the object."""
+        """The error for an object that the store refuses."""
         if type(error).__name__ == "AlreadyExistsError":
             return exists(self._place)
         if are_refused(str(error)):
@@ -311,13 +311,12 @@ class ObjectUpload:
         self._temporary = ""
 
     def abort(self) -> None:
-        """Give up the parts; obstore aborts what it sends when its source fails."""
+        """Abort the upload; obstore does so when the iterator that it reads raises an error."""
         self._stopped = True
-        if self._thread is not None and self._thread.is_alive():
-            while self._thread.is_alive():
-                with suppress(Full):
-                    self._queue.put(None, timeout=0.2)
-                self._thread.join(0.2)
+        while self._thread is not None and self._thread.is_alive():
+            with suppress(Full):
+                self._queue.put(None, timeout=0.2)
+            self._thread.join(0.2)
         if self._temporary:
             with suppress(Exception):
                 self._library.delete(self._store, self._temporary)

@@ -1,7 +1,7 @@
-"""Web servers: objects read by ranges over https, of one version, through redirects that lead to no worse place.
+"""Web servers: ranges of one version of a file, read over https.
 
-Redirects are followed here and not by the library, since where they may lead is decided here: never from https to
-http, never to an address of a private network unless the first was one, and credentials stay with the first server.
+Redirects are followed here and not by the library, which cannot restrict them: they may not lead from https to http,
+nor into a private network unless the first server is in one, and credentials are sent only to the first server.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from optimstate.io.remote.store import (
 __all__ = ["WebStore", "web_store"]
 
 MAX_REDIRECTS = 5
-REMEMBERED = 240.0  # seconds for which the end of a redirect stands: signed addresses expire
+REMEMBERED = 240.0  # seconds for which the target of a redirect is used again; signed addresses expire
 _AGAIN = (429, 500, 502, 503, 504)
 
 
@@ -39,10 +39,10 @@ class WebStore:
     """A server, or a folder on it.
 
     Args:
-        name: What is said of it.
+        name: The name for messages.
         base: The address before the keys.
-        query: What is appended to every address, such as a signature; never told.
-        headers: Sent to the server itself and to no other, such as a token; never told.
+        query: Appended to every address, such as a signature; not in messages.
+        headers: Sent to this server only, such as a token; not in messages.
     """
 
     lists = False
@@ -60,14 +60,14 @@ class WebStore:
         if first.scheme == "http" and not allows_http(first.hostname):
             raise UsageError(
                 f"{name}: http:// is not encrypted",
-                hint=f"Use https://, or set {ALLOW_HTTP}=1 where the network is yours.",
+                hint=f"Use https://, or set {ALLOW_HTTP}=1 if you trust the network.",
             )
 
     def _address(self, key: str) -> str:
         return f"{self._base}/{key}" + (f"?{self._query}" if self._query else "")
 
     def get(self, key: str, start: int, stop: int, version: str | None) -> Answer:
-        """The bytes [start, stop) of an object, fewer where it ends before."""
+        """The bytes [start, stop) of an object, fewer at its end."""
         return self._ranged(key, f"bytes={start}-{stop - 1}", stop - start, version, start=start)
 
     def tail(self, key: str, length: int) -> Answer:
@@ -75,7 +75,7 @@ class WebStore:
         return self._ranged(key, f"bytes=-{length}", length, None)
 
     def listed(self, folder: str) -> Iterator[Entry]:
-        """Not asked for."""
+        """Never called."""
         raise NotImplementedError
 
     def delete(self, key: str) -> None:
@@ -84,10 +84,10 @@ class WebStore:
         Raises:
             DestinationError: Always.
         """
-        raise DestinationError(f"{self.name}/{key}: a web server is read, but not written")
+        raise DestinationError(f"{self.name}/{key}: a web server can be read, but not written")
 
     def abort_unfinished(self, folder: str) -> None:
-        """Nothing: there are none."""
+        """Does nothing: there are no uploads."""
 
     def begin(self, key: str, *, expected: int, replace: bool, aside: str = "") -> Any:  # noqa: ARG002
         """Refused.
@@ -96,7 +96,7 @@ class WebStore:
             DestinationError: Always.
         """
         raise DestinationError(
-            f"{self.name}/{key}: a web server is read, but not written",
+            f"{self.name}/{key}: a web server can be read, but not written",
             hint="Write to a file or to s3://, gs://, az://.",
         )
 
@@ -113,13 +113,12 @@ class WebStore:
                     raise
                 time.sleep(0.2 * 2**attempt)
                 continue
-            with_body = response.status in (200, 206)
             if response.status in _AGAIN and attempt < RETRIES:
                 response.close()
                 time.sleep(0.2 * 2**attempt)
                 continue
             try:
-                if not with_body:
+                if response.status not in (200, 206):
                     if response.status == 416 and _total(response.headers.get("Content-Range")) == 0:
                         return Answer(memoryview(b""), 0, _version(response))
                     refused(place, response.status, str(response.reason or ""))
@@ -137,13 +136,13 @@ class WebStore:
             total = int(response.headers.get("Content-Length") or -1)
             if not 0 <= total <= length or start:
                 raise UnsupportedCheckpointError(
-                    "the server does not give ranges of files", path=place, hint="Download the file first."
+                    "the server does not support ranges", path=place, hint="Download the file first."
                 )
         else:
             total = _total(response.headers.get("Content-Range"))
             first = str(response.headers.get("Content-Range")).removeprefix("bytes ").partition("-")[0]
             if total < 0 or (start is not None and first != str(start)):
-                raise UnsupportedCheckpointError("the server does not say which range it gives", path=place)
+                raise UnsupportedCheckpointError("the server does not send the range in its answer", path=place)
         found = _version(response)
         if version is not None and found != version:
             raise changed(place)
@@ -152,7 +151,7 @@ class WebStore:
         return Answer(memoryview(data), total, found)
 
     def _follow(self, key: str, place: str, headers: Mapping[str, str]) -> Any:
-        """The answer at the end of the redirects."""
+        """The response after all redirects."""
         address = first = self._address(key)
         known, until = self._ends.get(key, ("", 0.0))
         if known and time.monotonic() < until:
@@ -209,11 +208,11 @@ class WebStore:
 
 
 class _Broken(Exception):  # caught where it is raised
-    """The body ended before its length."""
+    """The body is shorter than announced."""
 
 
 def _body(response: Any, length: int, place: str) -> bytes:
-    """What came, and never more than was asked for."""
+    """The body of a response, which may not be longer than `length`."""
     urllib3 = _library("https")
     try:
         data: bytes = response.read(length + 1)
@@ -225,12 +224,12 @@ def _body(response: Any, length: int, place: str) -> bytes:
     except urllib3.exceptions.HTTPError:
         raise _Broken from None
     if len(data) > length:
-        raise CheckpointError(f"{length} bytes were asked for and more came", path=place)
+        raise CheckpointError(f"requested {length} bytes, got more", path=place)
     return data
 
 
 def _total(header: str | None) -> int:
-    """The size of the whole, as `Content-Range: bytes 0-9/100` has it; -1 where it does not."""
+    """The size of the whole object in `Content-Range: bytes 0-9/100`; -1 if there is none."""
     total = (header or "").rpartition("/")[2]
     return int(total) if total.isdecimal() else -1
 
@@ -246,7 +245,7 @@ class _PrivateAddressError(Exception):
 
 
 def _is_private(host: str | None) -> bool:
-    """Whether a host was named as one of a private network."""
+    """Whether the name of a host is one of a private network."""
     if host in (None, "localhost"):
         return True
     try:
@@ -264,7 +263,7 @@ def _library(scheme: str) -> Any:
 
 @cache
 def _manager(scheme: str, *, private_allowed: bool) -> Any:
-    """Connections that are kept open; where private addresses are not allowed, each looks where it arrived."""
+    """A pool of connections; without `private_allowed` each connection refuses a private address of the server."""
     urllib3 = _library(scheme)
     timeout = urllib3.Timeout(connect=10, read=PATIENCE)
     proxies = _proxies()
@@ -274,8 +273,8 @@ def _manager(scheme: str, *, private_allowed: bool) -> Any:
     if private_allowed:
         return manager
 
-    def looking(connection: type[Any]) -> type[Any]:
-        class Looking(connection):  # type: ignore[misc]
+    def public(connection: type[Any]) -> type[Any]:
+        class Public(connection):  # type: ignore[misc]
             def connect(self) -> None:
                 super().connect()
                 address = self.sock.getpeername()[0]
@@ -283,13 +282,13 @@ def _manager(scheme: str, *, private_allowed: bool) -> Any:
                     self.close()
                     raise _PrivateAddressError
 
-        return Looking
+        return Public
 
     class Http(urllib3.HTTPConnectionPool):  # type: ignore[misc,name-defined]
-        ConnectionCls = looking(urllib3.connection.HTTPConnection)
+        ConnectionCls = public(urllib3.connection.HTTPConnection)
 
     class Https(urllib3.HTTPSConnectionPool):  # type: ignore[misc,name-defined]
-        ConnectionCls = looking(urllib3.connection.HTTPSConnection)
+        ConnectionCls = public(urllib3.connection.HTTPSConnection)
 
     manager.pool_classes_by_scheme = {"http": Http, "https": Https}
     return manager
@@ -305,10 +304,10 @@ def web_store(url: str) -> tuple[WebStore, str]:
     """The server of an address, and the path of the file.
 
     Raises:
-        UsageError: It is http:// and on another machine.
+        UsageError: The address has no server, or is http:// and on another machine.
     """
     parts = urlsplit(url)
     if not parts.hostname:
-        raise UsageError(f"{parts.scheme}://: there is no server in this address")
+        raise UsageError(f"{parts.scheme}://: this address has no server")
     base = f"{parts.scheme}://{parts.netloc}"
     return WebStore(base, base, query=parts.query), quote(parts.path, safe="/%:@!$&'()*+,;=~").lstrip("/")
