@@ -203,8 +203,9 @@ def _learning_rates(optimizer: torch.optim.Optimizer, lrs: Sequence[Any] | None,
     sides: list[tuple[str, list[Any]]] = []
     if lrs is not None:
         sides.append(("was to be loaded", [number_of(lr) for lr in lrs]))
-    if scheduler is not None:
-        sides.append(("is what the scheduler set last", [number_of(lr) for lr in scheduler.get_last_lr()]))
+    last = getattr(scheduler, "get_last_lr", None)  # schedulers of other libraries may lack it
+    if callable(last):
+        sides.append(("is what the scheduler set last", [number_of(lr) for lr in last()]))
     for origin, wanted in sides:
         if len(wanted) != len(now):
             yield Problem("lr", f"{len(now)} param groups, but {len(wanted)} learning rates: {wanted} {origin}")

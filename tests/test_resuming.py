@@ -270,3 +270,48 @@ def test_what_stands_in_several_places_is_looked_at_once() -> None:
     scaler = torch.amp.GradScaler("cpu")
     saved = {"model": model.state_dict(), "a": doubled, "b": pairs, "scaler": scaler.state_dict()}
     optimstate.resume(saved, model=model, scaler=scaler)
+
+
+def test_what_is_not_resumed_and_what_is_replaced_is_said() -> None:
+    run, other = Run(seeded(Net)), Run(seeded(Net, 1))
+    run.train(2)
+    saved = copy.deepcopy({key: part.state_dict() for key, part in run.parts().items()})
+    for group in other.optimizer.param_groups:
+        group["weight_decay"], group["lr"] = 0.7, 0.5
+    notes = optimstate.resume(saved, model=other.model, optimizer=other.optimizer).notes
+    assert any("weight_decay is" in note and "0.7 here: the checkpoint's is used" in note for note in notes)
+    assert any(note.startswith("not resumed") and "scheduler" in note and "ema" in note for note in notes)
+    assert not any("lr is" in note for note in notes)  # which schedules change
+    again = optimstate.resume(
+        saved, model=other.model, optimizer=other.optimizer, scheduler=other.scheduler, ema=other.ema
+    )
+    assert not any("is used" in note or "not resumed" in note for note in again.notes)
+    plan = Plan.from_toml('[[rule]]\nfrom = "embed.weight"\nto = "embed.weight"\nscale = 0.5\nonly = "ema"\n')
+    idle = optimstate.resume(saved, model=other.model, optimizer=other.optimizer, plan=plan)
+    assert any("rule 1 has no effect: nothing is given that is 'ema'" in note for note in idle.notes)
+
+
+def test_optimizer_state_of_an_unknown_form_is_not_called_absent() -> None:
+    run = Run(seeded(Net))
+    saved = {"model": run.model.state_dict(), "optimizer": {"m": [torch.ones(2, 2)], "v": [torch.ones(2, 2)]}}
+    with pytest.raises(StateMismatchError, match=r"optimizer state .* of a form that is not known"):
+        optimstate.resume(saved, model=run.model, optimizer=run.optimizer)
+
+
+def test_a_scheduler_of_ones_own_needs_no_more_than_its_state() -> None:
+    class Own:
+        def __init__(self, optimizer: Any) -> None:
+            self.optimizer, self.count = optimizer, 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"num_steps": self.count, "rates": [0.1]}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.count = state["num_steps"]
+
+    run = Run(seeded(Net))
+    run.train(1)
+    own = Own(run.optimizer)
+    saved = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "scheduler": own.state_dict()}
+    optimstate.resume({**saved, "scheduler": {"num_steps": 7, "rates": [0.1]}}, optimizer=run.optimizer, scheduler=own)
+    assert own.count == 7

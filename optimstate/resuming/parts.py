@@ -24,7 +24,8 @@ from optimstate.state.names import unwrapped
 from optimstate.state.naming import Candidate, Naming
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.pairing import ModelNames, Namer
-from optimstate.state.sections import Section, find_sections
+from optimstate.state.sections import Section, judged
+from optimstate.state.unread import unread_state
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import Opaque
@@ -69,7 +70,9 @@ class Parts:
         self._live: dict[int, Any] = {}
         self._storages: dict[int, Storage] = {}
         self._tree = self._with_one_model(self._shadow(tree))
-        self._sections = find_sections(self._tree)
+        self._judgement = judged(self._tree)
+        self._sections = self._judgement.sections
+        self._chosen: set[int] = set()
 
     @property
     def tree(self) -> Any:
@@ -98,13 +101,25 @@ class Parts:
         Raises:
             StateMismatchError: There is no section, there are several that could be meant, or fewer than objects.
         """
+        chosen = self._choice(kind, wanted, likeness)
+        self._chosen.update(map(id, chosen))
+        return chosen
+
+    def left(self) -> str:
+        """The schedulers and averages for which nothing was chosen."""
+        kinds = ("scheduler", "ema")
+        return self._labels([s for s in self._sections if s.kind in kinds and id(s) not in self._chosen], none="")
+
+    def _choice(self, kind: str, wanted: Sequence[Named], likeness: Callable[[Section, Any], int]) -> list[Section]:
         found = self.of_kind(kind)
         at_paths = [self._at(path, kind, found) for path, _ in wanted if path is not None]
         if len(at_paths) == len(wanted):
             return at_paths
         if not found:
+            unread = unread_state(self._tree, self._judgement) if kind == "optimizer" else None
+            also = "" if unread is None else f", and {unread}, of a form that is not known"
             raise StateMismatchError(
-                f"the checkpoint has no {kind}; it has {self._labels(self._sections)}",
+                f"the checkpoint has no {kind}; it has {self._labels(self._sections)}{also}",
                 hint=f"Give its file, or resume without {kind}=..., which leaves the live one as it is.",
             )
         if kind == "optimizer" and len(found) == 1:  # several optimizers share the parameters of one
@@ -158,8 +173,8 @@ class Parts:
             f"the checkpoint has no {kind} at {describe(path)}; it has {self._labels(self._sections)}"
         )
 
-    def _labels(self, sections: Sequence[Section]) -> str:
-        return ", ".join(f"{section.kind} {section.label}" for section in sections) or "no known part"
+    def _labels(self, sections: Sequence[Section], none: str = "no known part") -> str:
+        return ", ".join(f"{section.kind} {section.label}" for section in sections) or none
 
     # --- their contents -----------------------------------------------------------------------------------------------
 

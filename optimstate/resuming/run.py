@@ -19,6 +19,7 @@ from optimstate.resuming.naming import unreached_names, with_given_names, with_n
 from optimstate.resuming.owners import becomes, common_names, common_tensors, live_names, live_of
 from optimstate.resuming.parts import Named, Parts
 from optimstate.resuming.records import refuse_records
+from optimstate.resuming.replaced import replaced_options
 from optimstate.resuming.restoring import Step, load_state, restoring
 from optimstate.resuming.tally import Tally
 from optimstate.state.names import mentions_wrapper, unwrapped
@@ -220,6 +221,7 @@ class Run:
         self._loads[id(optimizer)] = _Load(made, [dict(group.options) for group in request.state.groups], outcome.moves)
         self.reports[key] = reported(outcome.report)
         self.notes += self.reports[key].notes
+        self.notes += replaced_options(key, optimizer.param_groups, made["param_groups"], outcome.moves)
         self._optimizers.append(optimizer)
         before = optimizer.state, optimizer.param_groups
 
@@ -350,6 +352,8 @@ class Run:
                 "optimizer, so that this run's checkpoints record that it was applied"
             )
         self.notes += [*shards.notes_on_casts(self._casts), *self.parts.notes]
+        if self._optimizers and not self._divides and (left := self.parts.left()):
+            self.notes.append(f"not resumed, because nothing is given for it: {left}")
 
     def _unreached_schedules(self) -> Iterator[Problem]:
         """Problems with requests of the plan for schedulers that were not given."""

@@ -61,4 +61,4 @@ class Tally:
         """Notes on rules that match nothing, if that is allowed."""
         from optimstate.plan.solve.problems import idle_rules
 
-        yield from idle_rules(self.plan, self.counts)
+        yield from idle_rules(self.plan, self.counts, self.inventories)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from optimstate.describe import describe
 from optimstate.plan.expressions.tree import Shape
@@ -63,19 +63,28 @@ def _wider(template: Template, names: Sequence[str]) -> str:
     return f"a wildcard stands for one component of a name; {describe(wide)} stands for any number of them"
 
 
-def idle_rules(plan: Plan, counts: Sequence[int]) -> list[str]:
+def idle_rules(plan: Plan, counts: Sequence[int], sections: Iterable[str] = ()) -> list[str]:
     """A note on rules that match nothing because the checkpoint already has the names of the live run.
 
     Args:
         plan: The plan.
         counts: How many parameters each of its rules matched; empty where none matched any.
+        sections: What is resumed, by kind and path.
     """
     rules = list(plan.all_rules())
     idle = [number for number, count in enumerate(counts or [0] * len(rules), 1) if not count]
-    if not idle or plan.policy.unused != "error":
+    if plan.policy.unused != "error":
         return []
+    there = list(sections)
+    apart = [number for number in idle if there and not any(rules[number - 1].is_for(key) for key in there)]
+    idle = [number for number in idle if number not in apart]
+    notes = [
+        f"rule {number} has no effect: nothing is given that is {describe(rules[number - 1].only)}" for number in apart
+    ]
+    if not idle:
+        return notes
     which = f"rule {idle[0]} matches" if len(idle) == 1 else f"rules {', '.join(map(str, idle))} match"
-    return [f"{which} nothing: the checkpoint has the live names already, so that there was nothing left to do"]
+    return [*notes, f"{which} nothing: the checkpoint has the live names already, so that there was nothing left to do"]
 
 
 def shortened(problems: Sequence[Problem]) -> list[Problem]:
