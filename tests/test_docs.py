@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from docs import generate
+from tests.cli.golden import same_help
 from tests.documents import ROOT
 
 DOCS = ROOT / "docs"
@@ -47,7 +48,8 @@ def test_the_start_page_answers_ten_questions() -> None:
 @pytest.mark.parametrize("name", generate.PAGES)
 def test_generated_pages_are_those_of_today(name: str) -> None:
     written = (DOCS / name).read_text(encoding="utf-8")
-    assert written == generate.PAGES[name](), "write it anew: python -m docs.generate"
+    made = generate.PAGES[name]()
+    assert same_help(made, written) if name == "reference/cli.md" else made == written, "python -m docs.generate"
 
 
 def test_the_site_has_every_page() -> None:

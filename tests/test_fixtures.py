@@ -65,6 +65,9 @@ def same(one: Any, other: Any) -> bool:
     return repr(one) == repr(other)
 
 
+DRAWS_SHARDS_OTHERWISE = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+
+
 def nearly(one: Any, other: Any) -> bool:
     """Equal truths, but for the last bits of floats and so the digests."""
     if isinstance(one, dict):
@@ -118,6 +121,8 @@ def test_writing_a_case_again_gives_an_equal_checkpoint(name: str, tmp_path: Pat
     case = corpus.case(f"optimstate/{name}")
     if len(case.files) > 1:  # of several ranks: torch loads such files only where there are as many processes
         truth = json.loads((tmp_path / f"{name}.truth.json").read_text(encoding="utf-8"))
+        if name == "ranks_tensor_parallel" and DRAWS_SHARDS_OTHERWISE:
+            pytest.skip("this torch initialises sharded parameters with other numbers")
         assert nearly(truth, case.truth())
         assert {path.name for path in (tmp_path / name).iterdir()} == {path.name for path in case.files}
         return

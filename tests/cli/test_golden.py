@@ -7,13 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.golden import CASES, FOLDER, VERBS, equip, golden
+from tests.cli.golden import CASES, FOLDER, VERBS, equip, golden, same_help
 from tests.cli.place import PLAN_VERBS
-
-# From typer 0.28 on, the help has an argument's type after its name, so that lines break and align otherwise, and lists
-# of arguments have marks around them that older releases leave to the name.
-TYPED = re.compile(r" <[\w\[\]]+>")
-MARKS = {"}...": "}", "[[": "[", "]]...": "]"}
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +22,7 @@ def equipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_printed(name: str, equipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(equipped)
     printed, kept = golden(CASES[name]), (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
-    if name.startswith("help-") and TYPED.search(printed):
-        for mark, plain in MARKS.items():
-            printed = printed.replace(mark, plain)
-        printed, kept = ("".join(TYPED.sub("", text).split()) for text in (printed, kept))
-    assert printed == kept
+    assert same_help(printed, kept) if name.startswith("help-") else printed == kept
 
 
 def test_every_command_has_one_and_no_file_is_left_over() -> None:
