@@ -156,7 +156,7 @@ def _opened(file: OpaqueFile) -> Iterator[IO[bytes]]:
     try:
         with zipfile.ZipFile(file.path[:at]) as archive, archive.open(file.path[at + 1 :]) as stream:
             yield stream
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, KeyError) as error:
         raise OSError(str(error)) from error
 
 

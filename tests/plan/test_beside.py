@@ -119,3 +119,15 @@ def test_state_of_no_parameter_is_never_given_to_one(tmp_path: Path) -> None:
     assert set(torch.load(tmp_path / "b.pt")["optimizer"]["base_optimizer"]["state"]) == {0, 1, 2}
     report = optimstate.remap(path, None, DROP, dry_run=True)
     assert any("state under 3 belongs to no parameter: left as it is" in note for note in report.notes)
+
+
+def test_a_checkpoint_without_names_is_told_what_it_has_instead(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.save({"model": model, "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(MigrationError) as error:
+        optimstate.remap(tmp_path / "a.pt", None, RENAME, dry_run=True)
+    told = "\n".join(map(str, error.value.problems))
+    assert "model model: is a pickled torch.nn.modules.linear.Linear" in told
+    assert "convert --section model" in told
+    assert "optimizer optimizer: has no parameter names: give it names (optimstate name)" in told

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from optimstate.errors import UsageError
 from optimstate.plan.language.plan import Plan
@@ -297,3 +298,12 @@ def test_a_template_that_matches_nothing_is_refused(tmp_path: Path) -> None:
 def test_statistics_say_what_they_leave_out(tmp_path: Path) -> None:
     torch.save({"a.weight": torch.ones(2, 2), "n": torch.ones(2, dtype=torch.int64)}, tmp_path / "a.pt")
     assert any("1 int64" in note for note in inspect(tmp_path / "a.pt", statistics=True).notes)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_the_code_of_two_torchscript_archives_is_compared(tmp_path: Path) -> None:
+    for name, made in {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2, bias=False)}.items():
+        torch.jit.save(torch.jit.script(made), tmp_path / f"{name}.pt")
+    assert diff(tmp_path / "a.pt", tmp_path / "a.pt").changes == ()
+    changed = [change.name for change in diff(tmp_path / "a.pt", tmp_path / "b.pt").changes]
+    assert any(name.startswith("code[") and name.endswith("linear.py']") for name in changed)

@@ -390,3 +390,22 @@ def test_optimizer_state_that_is_not_recognised_is_not_healthy(form: str, tmp_pa
     assert report.verdict == "unknown"
     assert "of optimizer state (exp_avg" in report.unread[0]
     assert "whether a run can resume from it is unknown, as its optimizer state was not recognised" in str(report)
+
+
+def test_what_torch_reads_and_cannot_use_is_a_fault(tmp_path: Path) -> None:
+    model = nn.Linear(2, 3)
+    optimizer = torch.optim.Adam(model.named_parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    for slots in state["state"].values():
+        slots["exp_avg"] = slots["exp_avg"].numpy()
+    report = verify(saved({"optimizer": state}, tmp_path))
+    assert [finding.kind for finding in report.findings if finding.level == "fault"] == ["dtypes"]
+    with pytest.raises(TypeError):
+        optimizer.load_state_dict(state)
+    weights = {"weight": torch.ones(3, 2, device="meta"), "bias": torch.ones(3)}
+    report = verify(saved({"model": weights}, tmp_path))
+    assert [(f.kind, f.names) for f in report.findings if f.level == "fault"] == [("numbers", ("weight",))]
+    with pytest.raises(RuntimeError, match="meta"):
+        model.load_state_dict(weights)

@@ -76,7 +76,7 @@ def read_script(path: Location, archive: Archive) -> Document:
         (model if isinstance(value, LazyTensor) else attributes)[name] = value
     records = archive.records
     code = {
-        name: OpaqueFile(f"{path}:{name}", records[name].size)
+        name: OpaqueFile(f"{path}:{archive.root}{name}", records[name].size)
         for name in records
         if name not in _NOT_CODE and not name.startswith(("data/", "constants/"))
     }

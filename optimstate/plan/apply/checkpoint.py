@@ -322,6 +322,20 @@ def _refuse_unordered(checkpoint: _Checkpoint) -> None:
         raise MigrationError(problems)
 
 
+def _nameless(checkpoint: _Checkpoint) -> Iterator[Problem]:
+    """Why rules find no names in a checkpoint: what it has instead."""
+    for section in checkpoint.anonymous:
+        if isinstance(section.node, Opaque):
+            message = f"is a pickled {section.node.type.path}, into which rules do not reach"
+            alone = "write its weights alone (optimstate convert --section model)"
+            remedy = alone if section.kind == "model" else "save its state_dict() instead"
+        else:
+            message, remedy = "has no parameter names", "give it names (optimstate name)"
+        yield Problem("unreached", message, key_of(section), remedy=remedy)
+    for path, reason in checkpoint.judgement.others.items():
+        yield Problem("unreached", f"is not a section: {reason}", format_path(path))
+
+
 def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint, like: Like | None) -> None:
     """Refuse a plan that addresses parameters by name where an optimizer has no names."""
     if plan.policy.hyperparameters == "live" and (like is None or not like.targets):
@@ -336,7 +350,7 @@ def _refuse_unreached(plan: Plan, checkpoint: _Checkpoint, like: Like | None) ->
         ("[slots]", bool(plan.slots)),
         ("`group` of a rule", any(rule.group is not None for rule in plan.all_rules())),
     )
-    problems = []
+    problems = [] if checkpoint.named or not any(True for _ in plan.all_rules()) else list(_nameless(checkpoint))
     anonymous = [section for section in checkpoint.anonymous if section.kind == "optimizer"]
     for section in anonymous:
         tables = any(rule.match and rule.is_for(section.label) for rule in plan.groups)

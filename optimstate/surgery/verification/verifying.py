@@ -24,6 +24,7 @@ from optimstate.surgery.text import plural
 from optimstate.surgery.verification.certifying import certificates_in, differences
 from optimstate.surgery.verification.findings import Finding, VerifyReport, fault, note
 from optimstate.surgery.verification.resume_checks import check_optimizer, check_schedulers
+from optimstate.surgery.verification.unusable import check_values
 from optimstate.surgery.viewing import viewed
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, OpaqueFile, difference, format_path, nodes, walk
@@ -75,6 +76,7 @@ def verify(
         for section in optimizers:
             findings += check_optimizer(section, models, numbers, progress)
         findings += check_schedulers(optimizers, schedulers)
+        findings += check_values(sections)
         checked.append(f"{plural(len(optimizers), 'optimizer')}, {plural(len(schedulers), 'scheduler')}")
         findings += _empty(document)
         rest = _Rest(document, sections)
