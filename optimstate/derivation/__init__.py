@@ -1,1 +1,1 @@
-"""Plans that nobody has to write: what a function from state dict to state dict does, said in the plan language."""
+"""Deriving plans from functions from state dict to state dict, so that nobody has to write them."""

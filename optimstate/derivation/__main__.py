@@ -1,6 +1,6 @@
-"""Derivation in a process of its own: a request as JSON on standard input, the result in the file that it names.
+"""Derivation in a separate process, which reads a request as JSON from standard input and writes the result to a file.
 
-The process runs the user's function; nothing of a checkpoint but names, shapes and dtypes reaches it.
+The process runs the user's function; from a checkpoint it gets only names, shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def _derived(request: dict[str, Any]) -> Derived:
     function, allow_drop = _function(request["function"]), request["allow_drop"]
     if request["models"]:
         old, new = map(_model, request["models"])
-        _hold_against(old, request["models"][0], sources)
+        _compare(old, request["models"][0], sources)
         return derive(function, old, into=new, allow_drop=allow_drop)
     return derive(function, sources, allow_drop=allow_drop)
 
 
 def _model(place: str) -> Any:
-    """The module that a callable makes."""
+    """The module that a callable returns."""
     build = _function(place)
     with running(place, DerivationError):
         made = build()
@@ -64,8 +64,8 @@ def _model(place: str) -> Any:
     return made
 
 
-def _hold_against(model: Any, place: str, sources: Mapping[str, Source]) -> None:
-    """The old model must have the checkpoint's names and shapes."""
+def _compare(model: Any, place: str, sources: Mapping[str, Source]) -> None:
+    """Check that the old model has the checkpoint's names and shapes."""
     has = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name in dict.fromkeys([*sources, *has]):
         theirs = sources[name].shape if name in sources else None
@@ -79,7 +79,7 @@ def _hold_against(model: Any, place: str, sources: Mapping[str, Source]) -> None
 
 
 def _function(place: str) -> Any:
-    """What stands at `package.module:name`; the current folder is searched as `python -m` does."""
+    """The function at `package.module:name`; the current folder is searched as with `python -m`."""
     module, _, name = place.partition(":")
     if not module or not name:
         raise DerivationError(f"{describe(place)} does not name a function", hint="Write package.module:function.")

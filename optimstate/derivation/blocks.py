@@ -1,15 +1,11 @@
-"""Outputs that are blocks of several sources side by side."""
+"""Outputs that consist of blocks of several sources side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from optimstate.derivation.programs import (
-    Program,
-    divisors,
-    reshapes,
-)
+from optimstate.derivation.programs import Program, divisors, reshapes
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.operations import OPERATIONS
 from optimstate.record import Record
@@ -23,12 +19,13 @@ Concat = OPERATIONS["concat"]
 
 
 class Blocks(Record):
-    """An output that is made of one block of each source, side by side.
+    """An output that consists of one block of each source, side by side.
 
     Attributes:
-        shape: The output's, one dimension of it cut into equal parts where every part has a piece of each block.
-        parts: For each block, in order, the number of its source and where it stands.
-        joining: What makes the output of the blocks.
+        shape: The shape of the output; if blocks repeat, one dimension is divided into the number of repetitions and
+            the length of one.
+        parts: For each block, in order, the index of its source and its position in `shape`.
+        joining: The operations that make the output of the blocks.
     """
 
     shape: Shape
@@ -37,11 +34,11 @@ class Blocks(Record):
 
 
 def blocked(shape: Shape, owner: torch.Tensor) -> Iterator[Blocks]:
-    """Ways to see an output as blocks of its sources, side by side along one dimension.
+    """Ways to divide an output into blocks of its sources, side by side along one dimension.
 
     Args:
-        shape: The output's.
-        owner: For each of its elements, flat, the number of its source; -1 for one from nowhere, which goes to the
+        shape: The shape of the output.
+        owner: For each element, flat, the index of its source; -1 for an element without source, which is added to the
             block before it, or to the first.
     """
     for dim, size in enumerate(shape):
@@ -49,9 +46,8 @@ def blocked(shape: Shape, owner: torch.Tensor) -> Iterator[Blocks]:
         whole = rows[0]
         if not bool((rows == whole).all()):
             continue
-        period = next(
-            rows_ for rows_ in reversed(divisors(size)) if bool((whole.view(-1, rows_) == whole[:rows_]).all())
-        )
+        lengths = reversed(divisors(size))
+        period = next(length for length in lengths if bool((whole.view(-1, length) == whole[:length]).all()))
         runs: list[list[int]] = []
         for place, number in enumerate(whole[:period].tolist()):
             if number >= 0 and (not runs or runs[-1][0] not in (number, -1)):

@@ -1,4 +1,4 @@
-"""Derive: the plan that does what a function from state dict to state dict does, proved before it is handed out."""
+"""Deriving the plan that is equivalent to a function from state dict to state dict, with a proof."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from optimstate.user_code import guarded
 
 __all__ = ["Derived", "derive"]
 
-_SCALED_FROM = 1 << 27  # elements: eight gigabytes of tags and more
+_SCALED_FROM = 1 << 27  # elements, which need more than eight gigabytes of tags
 
 
 def derive(
     function: Any, sources: Any, *, into: Any = None, allow_drop: bool = False, scaled: bool | None = None
 ) -> Derived:
-    """Read off what a function does to tensors and say it as the shortest plan that is found.
+    """Find the shortest plan that does what a function does to tensors.
 
-    The function is called a few times on tensors whose elements carry their numbers; nothing need be known of it. The
-    plan is compared with the function on random integers before it is returned.
+    The function is called a few times on tensors whose elements are their own indices; nothing needs to be known about
+    it. The plan is compared with the function on random integers before it is returned.
 
-    With `into` the function is one that copies weights between two live modules, in place: it is called with a copy of
-    each. What it leaves as the new module has it starts without state and is listed as untouched; rows that keep the
-    new module's values are filled with those of the live model.
+    With `into` the function copies weights between two live modules, in place: it is called with a copy of each.
+    Parameters of the new module that it does not change start without state and are listed as untouched; rows that keep
+    the new module's values are filled with those of the live model.
 
     Args:
         function: From a mapping of names to tensors to another; with `into`, from an old and a new module to nothing.
-            Each call gets tensors of its own, which it may change.
-        sources: Names, with a tensor or a shape for each; shapes stand for float32. Or a module: its state dict.
+            Each call gets its own tensors, which it may change.
+        sources: Names with a tensor or a shape for each; shapes stand for float32. Or a module: its state dict.
         into: The new module, with a module as `sources`.
-        allow_drop: Whether sources may go nowhere. An unintended drop is the typical fault of such functions.
-        scaled: Whether large dimensions are shrunk, at three scales, and what is found is carried to the real ones; a
-            function that knows sizes by itself cannot be derived so. None: from 2**27 elements on.
+        allow_drop: Whether sources may be in no output. An unintended drop is the typical fault of such functions.
+        scaled: Whether large dimensions are shrunk, at three scales, and the plan transferred to the real sizes; this
+            fails for a function that contains sizes. None: from 2**27 elements on.
 
     Raises:
-        DerivationError: The function is not a layout (with the output and the sources that show it), drops sources
-            without `allow_drop`, or the plan language cannot say what it does; or it failed (with its file and line).
+        DerivationError: The function is not a layout (with an output and sources that show it), drops sources without
+            `allow_drop`, or cannot be expressed in the plan language; or it failed (with its file and line).
     """
     from optimstate.installed_torch import torch
 
@@ -50,7 +50,7 @@ def derive(
 
 
 def _named(function: Any) -> str:
-    """What a function is called in messages."""
+    """The name of a function for messages."""
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     return f"{module}:{name}" if module and name else f"the function ({type(function).__name__})"
 

@@ -1,29 +1,26 @@
-"""What comes of a derivation."""
+"""The result of a derivation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optimstate.derivation.origins import Source
 from optimstate.plan.language.plan import Plan
 from optimstate.record import Record
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["Derived", "source_of"]
 
 
 class Derived(Record):
-    """A plan that was read off a function.
+    """A plan that was derived from a function.
 
     Attributes:
-        plan: What the function does, in the plan language.
-        dropped: Sources that no output takes.
-        new: Outputs that depend on no source: they start fresh.
-        notes: What deserves attention though nothing is wrong.
-        calls: How often the function was called.
-        untouched: Those of `new` that a copying script leaves as the new model has them.
+        plan: The equivalent of the function in the plan language.
+        dropped: Sources that are in no output.
+        new: Outputs that depend on no source; they start without state.
+        notes: Remarks that deserve attention although nothing is wrong.
+        calls: The number of calls of the function.
+        untouched: Those of `new` that a copying script does not change in the new model.
     """
 
     plan: Plan
@@ -38,7 +35,7 @@ class Derived(Record):
 
 
 def source_of(value: Any) -> Source:
-    """What a function is given for a tensor, a shape, or a source."""
+    """The source for a tensor, a shape, or a source."""
     if isinstance(value, Source):
         return value
     if hasattr(value, "shape"):

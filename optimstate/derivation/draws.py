@@ -1,4 +1,4 @@
-"""Random values for the sources of a function, and whether an output is what was found where they are given."""
+"""Random values for the sources of a function, and checking an explanation of an output with them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["BASE", "drawn", "holds", "magnitudes", "rounding"]
 
 BASE = 128
-_HALF = 65504  # what the narrowest dtype that a function casts to in passing holds
+_HALF = 65504  # the largest number of the narrowest dtype to which a function may cast temporarily
 
 
 def drawn(sources: Mapping[str, Source], base: int, seed: int, *, signed: bool) -> torch.Tensor:
-    """Random integers below a base for all elements of the sources, counted through, as float64.
+    """Random integers below a base for all elements of all sources, in order, as float64.
 
     Args:
-        sources: Names, with what the function is given.
-        base: At most 128: every floating dtype that is not of eight bits holds them exactly.
-        seed: Of the draw.
-        signed: Of both signs where a source can have them: an absolute value is not a layout.
+        sources: The sources of the function.
+        base: At most 128; floating dtypes of more than eight bits hold such integers exactly.
+        seed: The seed.
+        signed: Whether to draw both signs, for sources that can have them; they reveal an absolute value.
     """
     from optimstate.installed_torch import torch
 
@@ -43,7 +43,7 @@ def drawn(sources: Mapping[str, Source], base: int, seed: int, *, signed: bool) 
 def magnitudes(sources: Mapping[str, Source], base: int) -> Iterator[torch.Tensor]:
     """Draws of both signs that are large (beyond 1000), huge and tiny, as far as the sources hold them exactly.
 
-    All are integers times a power of two, so that a cast to another floating dtype changes none that it can hold.
+    All are integers times a power of two, so that a cast to another floating dtype is exact within its range.
     """
     from optimstate.installed_torch import dtype_of, torch
 
@@ -62,14 +62,14 @@ def magnitudes(sources: Mapping[str, Source], base: int) -> Iterator[torch.Tenso
 
 
 def holds(origin: Origin, dtype: str, zeros: torch.Tensor, values: torch.Tensor, seen: torch.Tensor) -> bool:
-    """Whether an output is what was found, for these values too; what overflows is left out.
+    """Whether an explanation of an output is right for further values; elements that overflow are not compared.
 
     Args:
-        origin: What was found.
-        dtype: The output's.
-        zeros: The output, flat, where all sources are zero.
-        values: Of all elements of the sources.
-        seen: The output that they give, flat.
+        origin: The explanation.
+        dtype: The dtype of the output.
+        zeros: The output, flat, for sources that are all zero.
+        values: The values of all elements of the sources.
+        seen: The output for these values, flat.
     """
     from optimstate.installed_torch import torch
 
@@ -96,18 +96,18 @@ def holds(origin: Origin, dtype: str, zeros: torch.Tensor, values: torch.Tensor,
     shift = origin.shift if isinstance(origin, Moved | Combined) else 0.0
     largest = float(values.abs().max()) / BASE if values.numel() else 0.0
     room = rounding(dtype, reach * max(largest, 1.0), shift)
-    room += 2.0**-23 * (1 + abs(reach))  # what a narrow dtype takes for zero
+    room += 2.0**-23 * (1 + abs(reach))  # for values that a narrow dtype rounds to zero
     good = (expected == seen) | ((expected - seen).abs() <= room) | overflown
     return bool(good[there].all())
 
 
 def rounding(dtype: str, scale: float, shift: float) -> float:
-    """How far an element may be off by rounding alone: none for a factor that is a power of two, without a shift.
+    """The largest error of an element by rounding alone; 0 for a factor that is a power of two, without a shift.
 
     Args:
-        dtype: The output's.
-        scale: What elements of up to 128 are multiplied by.
-        shift: What is added.
+        dtype: The dtype of the output.
+        scale: The factor of elements of up to 128.
+        shift: The number added.
     """
     digits = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}.get(dtype, 52)
     mantissa = abs(scale)
@@ -120,7 +120,7 @@ def rounding(dtype: str, scale: float, shift: float) -> float:
 
 
 def _places(sources: Mapping[str, Source]) -> Iterator[tuple[slice, Source]]:
-    """Where the elements of each source stand among all."""
+    """The position of each source's elements among those of all sources."""
     start = 0
     for source in sources.values():
         stop = start + prod(source.shape)

@@ -1,4 +1,4 @@
-"""Moves whose names differ in integers only, as one rule: each is held against every name that it could meet."""
+"""Combining moves whose names differ only in integers into one rule, which is checked against all names."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ __all__ = ["CAPTURES", "TOKENS", "Moves", "Pattern", "family_rules", "listed", "
 
 
 CAPTURES = ("i", "j", "k", "l", "m", "n")
-
-
 TOKENS = re.compile(r"\d+|[^\d.]+|\.")
 
 
 class Moves(Record):
-    """One application of a rule, by name: what it takes, in order, what it makes, in order, and how."""
+    """One application of a rule: the names of its sources and targets in order, and the operations."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -30,26 +28,24 @@ class Moves(Record):
 
 
 class _Enumeration(Record):
-    """A place in a name that takes each of these values in turn, together with the others of its kind as a product."""
+    """A part of a name that has each of these values in turn; several enumerations form a product."""
 
     values: tuple[str, ...]
 
 
 _Cell = str | _Enumeration
-
-
 Pattern = tuple[_Cell, ...]
 
 
 class _Shape(Record):
-    """The names of a move with their integers taken out: moves of one shape may be one rule."""
+    """The names of a move as patterns; moves whose patterns differ only in integers may be one rule."""
 
     sources: tuple[Pattern, ...]
     targets: tuple[Pattern, ...]
 
 
 def _compressed(names: Sequence[str]) -> tuple[Pattern, ...]:
-    """Names in order as patterns whose enumerations, as a product, give exactly them."""
+    """Names in order as patterns whose enumerations, as a product, give exactly these names."""
     made: list[Pattern] = []
     start = 0
     while start < len(names):
@@ -93,7 +89,7 @@ def _integers(patterns: Iterable[Pattern]) -> list[int]:
 
 
 def family_rules(moves: Sequence[Moves], names: Sequence[str]) -> list[Rule]:
-    """One rule for each family of moves that differ in integers only."""
+    """One rule for each family of moves that differ only in integers."""
     families: dict[object, list[tuple[_Shape, Moves]]] = defaultdict(list)
     for move in moves:
         shape = _Shape(_compressed(move.sources), _compressed(move.targets))
@@ -107,7 +103,7 @@ def family_rules(moves: Sequence[Moves], names: Sequence[str]) -> list[Rule]:
 
 
 def _family(family: Sequence[tuple[_Shape, Moves]], names: Sequence[str]) -> list[Rule]:
-    """One rule, or one for each move where no template says them all."""
+    """One rule, or one for each move if no template covers them all."""
     if len(family) > 1:
         olds = list(zip(*(_integers(shape.sources) for shape, _ in family), strict=True))
         news = list(zip(*(_integers(shape.targets) for shape, _ in family), strict=True))
@@ -116,8 +112,7 @@ def _family(family: Sequence[tuple[_Shape, Moves]], names: Sequence[str]) -> lis
             rule = _ruled(family[0], olds, news, ranged=ranged, by_target=by_target)
             if rule is not None and matched(rule, names) == wanted and _makes(rule, [move for _, move in family]):
                 return [rule]
-        # The largest part of the family that is one rule, and the rest by itself: layers of which some are different.
-    return [_spelled(shape, move) for shape, move in family]
+    return [_literal(shape, move) for shape, move in family]
 
 
 def _ruled(
@@ -145,7 +140,7 @@ def _ruled(
 def _cell(
     column: tuple[int, ...], variables: Mapping[tuple[int, ...], str], *, ranged: bool, source: bool
 ) -> str | None:
-    """How an integer of a name is written over all moves of a family."""
+    """The template text for an integer in a name, from its values in all moves of a family; None without one."""
     if len(set(column)) == 1:
         return str(column[0])
     if column in variables:
@@ -163,7 +158,7 @@ def _cell(
 
 
 def _affine(values: Sequence[int], column: Sequence[int]) -> tuple[int, int] | None:
-    """The factor (from 1) and offset that make one column of another."""
+    """The factor (from 1 on) and the offset with which one column is a linear function of another, or None."""
     low = min(range(len(values)), key=values.__getitem__)
     high = max(range(len(values)), key=values.__getitem__)
     if values[low] == values[high]:
@@ -175,14 +170,14 @@ def _affine(values: Sequence[int], column: Sequence[int]) -> tuple[int, int] | N
 
 
 def listed(values: Sequence[int]) -> str:
-    """Integers as an enumeration writes them: a range where they are one."""
+    """Integers as written in an enumeration, as a range if they are one."""
     if len(values) > 2 and list(values) == list(range(values[0], values[-1] + 1)):
         return f"{values[0]}..{values[-1]}"
     return "|".join(map(str, values))
 
 
-def _spelled(shape: _Shape, move: Moves) -> Rule:
-    """The move with its names spelled out but for enumerations."""
+def _literal(shape: _Shape, move: Moves) -> Rule:
+    """A rule for one move, with literal names except for enumerations."""
     before = [str(value) for value in _integers(shape.sources)]
     after = [str(value) for value in _integers(shape.targets)]
     rule = _rule(shape, move, before, after)
@@ -219,12 +214,12 @@ def _text(pattern: Pattern, numbers: Iterator[str], prefix: str) -> str:
 
 
 def matched(rule: Rule, names: Iterable[str]) -> set[str]:
-    """The names that a rule takes."""
+    """The names that the sources of a rule match."""
     return {name for name in names if any(template.match(name) is not None for template in rule.sources)}
 
 
 def _makes(rule: Rule, moves: Sequence[Moves]) -> bool:
-    """Whether the rule gives every source of the moves their targets."""
+    """Whether the rule makes exactly the targets of these moves from their sources."""
     for move in moves:
         made: dict[str, None] = {}
         for name in move.sources:

@@ -1,8 +1,6 @@
-"""What is done to an output beside its layout: filled, multiplied, shifted, cast."""
+"""The operations of an output besides its layout: fill, scale, shift, cast."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from optimstate.derivation.origins import Moved
 from optimstate.derivation.programs import Program, Wanted
@@ -10,24 +8,21 @@ from optimstate.plan.expressions.tree import Fill, Shape
 from optimstate.plan.language.base import Operation
 from optimstate.plan.language.operations import OPERATIONS
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["extras", "finished", "one_factor", "scaling"]
 
 Resize = OPERATIONS["resize"]
 
 
 def finished(program: Program, origin: Moved, dtypes: set[str]) -> Program:
-    """A layout with what it is filled with where it grows, a factor and another dtype.
+    """A layout with fill values, a factor, a shift and a cast.
 
     Args:
         program: The layout.
-        origin: Of the output.
-        dtypes: Of its sources.
+        origin: The explanation of the output.
+        dtypes: The dtypes of its sources.
     """
     extra = extras(origin, dtypes)
-    if isinstance(origin.fill, str):  # values that are not to be scaled
+    if isinstance(origin.fill, str):  # values that must not be scaled
         fill = Fill("live") if origin.fill == "live" else Fill(None, {"param": "mean"})
         return (*extra, *_filled(program, fill))
     value = shortest((origin.fill - origin.shift) / origin.scale)
@@ -35,7 +30,7 @@ def finished(program: Program, origin: Moved, dtypes: set[str]) -> Program:
 
 
 def extras(origin: Moved, dtypes: set[str]) -> tuple[Operation, ...]:
-    """What is done beside the layout: a factor, a number added, another dtype."""
+    """The operations besides the layout: a factor, a shift, a cast."""
     extra: list[Operation] = []
     extra += scaling(origin.scale)
     if origin.shift:
@@ -50,17 +45,17 @@ def _filled(program: Program, fill: Fill) -> Program:
 
 
 def shortest(number: float) -> float:
-    """A number as a person writes it, where rounding alone has given it more digits."""
+    """A number with few digits, if the others can be due to rounding."""
     return float(f"{number:.7g}") if abs(float(f"{number:.4g}") - number) <= 1e-6 * abs(number) else number
 
 
 def scaling(scale: float) -> tuple[Operation, ...]:
-    """The operation that multiplies; none for 1."""
+    """The operation that multiplies by a number; none for 1."""
     return () if scale == 1 else (OPERATIONS["scale"](shortest(scale), 1 / shortest(scale)),)
 
 
 def one_factor(origin: Moved, shape: Shape, block: tuple[slice, ...], wanted: Wanted) -> float | None:
-    """What all elements of a block are multiplied by; None where it is not one number."""
+    """The factor of all elements of a block; None if they have different factors."""
     if origin.factors is None:
         return 1.0
     factors = origin.factors.reshape(shape)[block].reshape(-1)[wanted.ids >= 0]

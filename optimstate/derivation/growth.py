@@ -1,15 +1,10 @@
-"""Outputs that are larger than what they take of the source: its block, and the growth around it."""
+"""Outputs that are larger than the part they take from the source: its block, and the growth around it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from optimstate.derivation.programs import (
-    Program,
-    Wanted,
-    divisors,
-    reshapes,
-)
+from optimstate.derivation.programs import Program, Wanted, divisors, reshapes
 from optimstate.plan.expressions.tree import Fill
 from optimstate.plan.language.base import Operation
 from optimstate.plan.language.operations import OPERATIONS
@@ -23,10 +18,10 @@ Resize, Flip = (OPERATIONS[key] for key in ("resize", "flip"))
 
 
 def core(wanted: Wanted) -> tuple[Wanted, Program]:
-    """The block of an output that comes from the source, and the growth that adds the rest.
+    """The block of an output that comes from the source, and the operations that add the rest.
 
-    Growth is at the ends of dimensions, at their beginnings (between two flips), or at either side of every one of a
-    dimension's equal parts, as heads that are padded.
+    Growth is at the ends of dimensions, at their beginnings (between two flips), or at the ends or beginnings of equal
+    parts of a dimension, as in padded heads.
     """
     ids = wanted.ids.reshape(wanted.shape)
     there = ids >= 0
@@ -55,7 +50,7 @@ def core(wanted: Wanted) -> tuple[Wanted, Program]:
 
 
 def _period(there: torch.Tensor) -> int:
-    """How many places one of the equal parts has in which elements from the source stand at the same, joined places."""
+    """The length of equal parts of a dimension that have elements from the source at the same consecutive positions."""
     size = there.numel()
     for period in reversed(divisors(size)):
         part = there[:period].nonzero()

@@ -1,8 +1,8 @@
 """Derivation from a script that copies weights between two live modules, in place.
 
-The script is run on copies of both modules whose parameters and buffers are tagged tensors; what the new module holds
-afterwards says where its elements come from. The new module's own values are tagged too, so that what the script leaves
-alone is told from what it writes: a parameter, or the rows of one, that keep them hold the live model's values.
+The script is run on copies of both modules whose parameters and buffers are tagged tensors; the tags in the new module
+then show the origins of its elements. The new module's own values are tagged too, which shows what the script does not
+change: a parameter, or rows of one, with such tags keep the live model's values.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ Script = Callable[[Any, Any], object]
 
 
 def derive_copying(script: Script, old: torch.nn.Module, new: torch.nn.Module, *, allow_drop: bool = False) -> Derived:
-    """The plan that does what a script does that copies weights from one module into another.
+    """The plan that is equivalent to a script that copies weights from one module into another.
 
     Args:
-        script: Called with copies of both modules; what it returns is the new module where it is a module, and has no
-            meaning otherwise.
+        script: Called with copies of both modules; if it returns a module, that is the new module.
         old: The module whose checkpoints the plan is for. It is not changed.
-        new: The module that takes their place. It is not changed.
-        allow_drop: Whether parameters of the old module may go nowhere.
+        new: The module that replaces it. It is not changed.
+        allow_drop: Whether parameters of the old module may be in no output.
 
     Raises:
-        DerivationError: The script computes weights, leaves some of the old module out without `allow_drop`, or does
-            what the plan language cannot say.
+        DerivationError: The script computes weights, leaves out some of the old module without `allow_drop`, or does
+            something that the plan language cannot express.
     """
     copying = _Copying(script, old, new)
     return Derivation(
@@ -64,7 +63,7 @@ class _Copying:
         self.own = {_own(name): source_of(tensor) for name, tensor in self.news.items()}
         shared = self.own.keys() & self.sources.keys()
         if shared:
-            raise DerivationError(f"the old module has a parameter of the name {describe(min(shared))}")
+            raise DerivationError(f"the old module has a parameter with the name {describe(min(shared))}")
         generator = torch.Generator().manual_seed(7)
         self.values = {
             name: torch.randint(0, 2 if tensor.dtype == torch.bool else 127, tensor.shape, generator=generator).to(
@@ -76,7 +75,7 @@ class _Copying:
             self.values[name] = self.values[first]
 
     def with_own_values(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The new module's state dict where it held `values` before."""
+        """The new module's state dict, if it had `values` before."""
         own = {_own(name): value.clone() for name, value in self.values.items()}
         return self._run({**state, **own})
 
@@ -88,7 +87,7 @@ class _Copying:
         return found
 
     def probe(self, _: object, sources: Mapping[str, Source]) -> Probe:
-        """What the script does to the old module's tensors, the new module's own told apart."""
+        """The origins of the outputs in the old module's tensors, apart from the new module's own values."""
         found = probe(self._run, {**sources, **self.own})
         limit = sum(prod(source.shape) for source in sources.values())
         outputs = {name: self._apart(name, origin, found, limit) for name, origin in found.outputs.items()}
@@ -96,7 +95,7 @@ class _Copying:
         return self._by_their_names(Probe(dict(sources), starts, outputs, found.calls))
 
     def _apart(self, name: str, origin: Origin, found: Probe, limit: int) -> Origin:
-        """An output whose elements from the new module's own values stay as the live model has them."""
+        """The origin of an output, in which elements with the new module's own values keep those of the live model."""
         from optimstate.installed_torch import torch
 
         if isinstance(origin, Combined):
@@ -114,7 +113,7 @@ class _Copying:
         if bool(own.all()):
             return New(tuple(origin.ids.shape), random=False)
         if origin.scale != 1 or origin.shift or not torch.equal(flat[own], places[own]) or bool((flat < 0).any()):
-            reason = "the new module's own values are part of it, at other places than they had"
+            reason = "the new module's own values are part of it, at other positions than before"
             return Unexplained(reason, (found.owner(int(flat[~own].max())),))
         return origin._replace(ids=torch.where(own, -1, flat).reshape(origin.ids.shape), fill="live")
 
@@ -123,9 +122,9 @@ class _Copying:
         return tuple(name for name in owners if name in self.sources)
 
     def _by_their_names(self, found: Probe) -> Probe:
-        """Parameters that the old module has under several names, each name taken by an output where there are enough.
+        """The probe with outputs of tied parameters of the old module distributed over their names.
 
-        The script sees one tensor; a checkpoint holds it under every name, and an optimizer under the first.
+        The script sees one tensor; a checkpoint has it under every name, and an optimizer under the first.
         """
         from optimstate.installed_torch import torch
 
@@ -156,10 +155,10 @@ def _own(name: str) -> str:
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name; one that has several names is there under each.
+    """Parameters and persistent buffers by name, tied ones under each name.
 
     Raises:
-        DerivationError: The state dict holds a tensor that the module does not.
+        DerivationError: The state dict has a tensor that is not one of the module.
     """
     held = {id(tensor) for _, tensor in module.named_parameters(remove_duplicate=False)}
     held |= {id(tensor) for _, tensor in module.named_buffers(remove_duplicate=False)}
@@ -174,13 +173,13 @@ def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _ties(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """For each further name of a tensor its first name."""
+    """For each further name of a tensor the first one."""
     first: dict[int, str] = {}
     return {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name}
 
 
 def _holding(module: torch.nn.Module, tensors: Mapping[str, Any], values: Mapping[str, Any]) -> torch.nn.Module:
-    """A copy of a module that holds these values; ties stay ties."""
+    """A copy of a module with these values; tied parameters stay tied."""
     from optimstate.installed_torch import torch
 
     memo: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""What a function is given and where the elements of its outputs come from."""
+"""The sources of a function, and the origins of the elements of its outputs."""
 
 from __future__ import annotations
 
@@ -13,30 +13,28 @@ if TYPE_CHECKING:
 
 __all__ = ["Combined", "Function", "Moved", "New", "Origin", "Probe", "Shape", "Source", "Unexplained"]
 
-
 Function = Callable[[dict[str, Any]], Mapping[str, Any]]
-
-
 Shape = tuple[int, ...]
 
 
 class Source(Record):
-    """A tensor that the function is given: its shape and dtype (as torch names it)."""
+    """A tensor that the function gets: its shape and dtype (as named in torch)."""
 
     shape: Shape
     dtype: str = "float32"
 
 
 class Moved(Record):
-    """An output whose elements are elements of the sources times one number, plus one number.
+    """An output whose elements are elements of the sources, times one number, plus one number.
 
     Attributes:
-        ids: int64, of the output's shape: the element of the sources, counted through from 0; -1 for one from nowhere.
-        scale: What every element is multiplied by.
-        shift: What is added to every element.
-        fill: What the elements from nowhere hold: a number, "random" values, or those of the "live" model.
-        dtype: The output's, as torch names it.
-        factors: In place of one scale, of the output's shape: what every element is multiplied by.
+        ids: int64, of the output's shape: the index of the element among those of all sources; -1 for an element
+            without source.
+        scale: The factor of every element.
+        shift: The number added to every element.
+        fill: The value of elements without source: a number, "random" values, or those of the "live" model.
+        dtype: The dtype of the output, as named in torch.
+        factors: In place of one scale, of the output's shape: the factor of each element.
     """
 
     ids: torch.Tensor
@@ -52,7 +50,8 @@ class Combined(Record):
 
     Attributes:
         parts: For each term its source elements (see `Moved.ids`) and its coefficient.
-        shift: What is added to every element.
+        shift: The number added to every element.
+        dtype: The dtype of the output, as named in torch.
     """
 
     parts: tuple[tuple[torch.Tensor, float], ...]
@@ -66,7 +65,7 @@ class New(Record):
     Attributes:
         shape: Its shape.
         random: Whether two calls with the same sources gave different values.
-        untouched: Whether it is a tensor of a live module that a script leaves as it is.
+        untouched: Whether it is a tensor of a live module that a script does not change.
     """
 
     shape: Shape
@@ -85,13 +84,13 @@ Origin = Moved | Combined | New | Unexplained
 
 
 class Probe(Record):
-    """What a function does.
+    """The origins of all outputs of a function.
 
     Attributes:
-        sources: By name, in the order of the tags.
+        sources: The sources by name, in the order of the tags.
         starts: The tag of each source's first element.
-        outputs: By name, in the order of the function's result.
-        calls: How often the function was called.
+        outputs: The origins of the outputs by name, in the order of the function's result.
+        calls: The number of calls of the function.
     """
 
     sources: Mapping[str, Source]

@@ -1,4 +1,4 @@
-"""Which source each element of each output belongs to, and what is thereby connected."""
+"""The sources of the elements of outputs, and the components of sources and outputs that they connect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Component(Record):
 
 
 class Owners:
-    """Which source each element of each output belongs to."""
+    """The sources of the elements of all outputs."""
 
     def __init__(self, found: Probe, moved: Mapping[str, Moved]) -> None:
         from optimstate.installed_torch import torch
@@ -45,30 +45,30 @@ class Owners:
         self._number = {name: number for number, name in enumerate(self.names)}
 
     def sources_of(self, output: str) -> list[str]:
-        """The sources that an output takes elements of, in order."""
+        """The sources whose elements an output takes, in order."""
         return self._sources[output]
 
     def mask(self, output: str, source: str) -> torch.Tensor:
-        """Which elements of an output, flat, are the source's."""
+        """A mask of the elements of an output, flat, that are from the source."""
         return self._owner[output] == self._number[source]
 
     def own_ids(self, output: str, source: str) -> torch.Tensor:
-        """For those elements, in the output's order, the place in the source."""
+        """The positions of these elements in the source, in the output's order."""
         number = self._number[source]
         return self._flat[output][self._owner[output] == number] - int(self.starts[number])
 
     def split(self, output: str, sources: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """For every element of an output, flat, its place in its source and the source's number among those given."""
+        """For every element of an output, flat, its position in its source and the source's index in `sources`."""
         from optimstate.installed_torch import torch
 
-        numbers = torch.full((len(self.names) + 1,), -1, dtype=torch.int64)  # the last is of elements from nowhere
+        numbers = torch.full((len(self.names) + 1,), -1, dtype=torch.int64)  # the last is for elements without source
         numbers[[self._number[name] for name in sources]] = torch.arange(len(sources))
         owner = self._owner[output]
         ids = torch.where(owner >= 0, self._flat[output] - self.starts[owner.clamp(min=0)], -1)
         return ids, numbers[owner]
 
     def relative(self, output: str, source: str) -> Wanted:
-        """An output of one source alone."""
+        """The positions in a source of all elements of an output that has no other source."""
         from optimstate.installed_torch import torch
 
         flat = self._flat[output]
@@ -88,10 +88,8 @@ class Owners:
         for sources in self._sources.values():
             for name in sources[1:]:
                 one, other = root(sources[0]), root(name)
-                if one != other:
-                    parent[max(one, other, key=self._number.__getitem__)] = min(
-                        one, other, key=self._number.__getitem__
-                    )
+                first, second = sorted((one, other), key=self._number.__getitem__)
+                parent[second] = first
         members: dict[str, list[str]] = defaultdict(list)
         outputs: dict[str, list[str]] = defaultdict(list)
         for output, sources in self._sources.items():
@@ -103,7 +101,7 @@ class Owners:
 
 
 def taken_in_part(found: Probe) -> list[str]:
-    """Sources of which outputs take some elements and not others."""
+    """Sources of which some elements are in outputs and others are not."""
     from optimstate.installed_torch import torch
 
     taken = torch.zeros(sum(prod(source.shape) for source in found.sources.values()), dtype=torch.bool)

@@ -1,9 +1,10 @@
-"""Where every element of a function's results comes from, read off by calling it on tagged tensors.
+"""Finding the origin of every element of a function's results by calling it on tagged tensors.
 
-Element n of all sources, counted through, is given the digits of n in base 128, one call a digit: every floating dtype,
-bfloat16 too, holds such integers exactly, so that casts inside the function change nothing. Further calls, with zeros,
-ones and two draws of random integers, tell a layout from arithmetic: only the random inputs decide. Three more, with
-large, huge and tiny values of both signs, show what looks at how large they are: a clamp, a threshold.
+The n-th element of all sources has the digits of n in base 128 as its values, one digit per call: every floating dtype,
+also bfloat16, holds such integers exactly, so that casts inside the function change nothing. Further calls, with zeros,
+ones and two draws of random integers, distinguish a layout from arithmetic; only the random inputs decide. Three more
+calls, with large, huge and tiny values of both signs, reveal functions that depend on the size of values: a clamp, a
+threshold.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ Outputs = dict[str, Any]
 _NOT_LINEAR = "it is not linear"
 _ADDS = "it adds elements of one tensor to each other, which no operation of the plan language does"
 _ONE_NUMBER = "its elements are not all multiplied by one number"
-_MOST_SOURCES = 4096  # for linear combinations every source is tried by itself
+_MOST_SOURCES = 4096  # sources up to which each is tried alone, to find linear combinations
 
 
 def probe(function: Function, sources: Mapping[str, Source]) -> Probe:
-    """Call a function on tagged tensors and say where each element of its outputs comes from.
+    """Call a function on tagged tensors to find the origin of each element of its outputs.
 
     Raises:
-        DerivationError: It does not return a mapping of names to tensors, or what it returns depends on values.
+        DerivationError: It does not return a mapping of names to tensors, or names and shapes depend on values.
     """
     return _Prober(function, sources).run()
 
 
 def tensors(made: object, *, meta: bool = False) -> dict[str, torch.Tensor]:
-    """What a function returned, as a dict of tensors.
+    """The result of a function as a dict of tensors.
 
     Args:
-        made: What it returned.
-        meta: Whether it was given tensors without values.
+        made: The result.
+        meta: Whether the function got tensors without values.
 
     Raises:
-        DerivationError: It is something else.
+        DerivationError: The result is not a mapping of names to tensors with values.
     """
     from optimstate.installed_torch import torch
 
@@ -86,7 +87,7 @@ class _Prober:
     # --- calls ------------------------------------------------------------------------------------------------------
 
     def _call(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The outputs, as float64, for sources whose elements have these values (float64, one for each tag)."""
+        """The outputs as float64, for sources whose elements have these values (float64, one for each tag)."""
         from optimstate.installed_torch import dtype_of
 
         given = {}
@@ -124,13 +125,13 @@ class _Prober:
         return made
 
     def _chosen_base(self) -> int:
-        """What the tags are written in: every dtype that the function is given or makes holds such digits exactly."""
+        """The base of the digits of tags, which every dtype of sources and outputs can hold exactly."""
         dtypes = {*(source.dtype for source in self.sources.values()), *self.dtypes.values()}
         if "bool" in dtypes:
             return 2
         return 8 if any(dtype.startswith("float8") for dtype in dtypes) else BASE
 
-    # --- what they tell ---------------------------------------------------------------------------------------------
+    # --- conclusions ------------------------------------------------------------------------------------------------
 
     def run(self) -> Probe:
         zeros, again, ones = self._call(self._filled(0)), self._call(self._filled(0)), self._call(self._filled(1))
@@ -145,7 +146,7 @@ class _Prober:
         for name in self.shapes:
             z, o = zeros[name], ones[name]
             random = (z != again[name]) & ~(z.isnan() & again[name].isnan())
-            same = ~random  # what is not drawn anew by each call
+            same = ~random  # elements that are equal in all calls
             if random.all() and z.numel():
                 found[name] = New(self.shapes[name], random=True)
             elif not bool(self.torch.isfinite(o - z)[same & (o != z)].all()):
@@ -174,7 +175,7 @@ class _Prober:
         return Probe(self.sources, self.starts, named, self.calls)
 
     def _taken(self, origin: Origin) -> tuple[str, ...]:
-        """Up to four sources that an output takes elements of."""
+        """Up to four sources whose elements an output takes."""
         ids = [origin.ids] if isinstance(origin, Moved) else []
         ids += [part for part, _ in origin.parts] if isinstance(origin, Combined) else []
         names = list(self.starts)
@@ -232,7 +233,7 @@ class _Prober:
         draws: list[torch.Tensor],
         drawn: list[dict[str, torch.Tensor]],
     ) -> dict[str, Origin]:
-        """The outputs as sums over sources, each tried by itself with all others zero."""
+        """The outputs as sums over sources, each of which is tried alone with all others zero."""
         from optimstate.installed_torch import torch
 
         if len(self.sources) > _MOST_SOURCES:
@@ -293,7 +294,7 @@ class _Prober:
         return found
 
     def _reason(self, name: str, source: str, zeros: torch.Tensor) -> str:
-        """Why an output is no layout of this source, all others being zero; without a source, of them all."""
+        """Why an output is not a layout of this source, with all others zero; without a source, of all sources."""
         from optimstate.installed_torch import torch
 
         values, made, ones, digits = self._apart(source)
@@ -312,10 +313,11 @@ class _Prober:
         return _ADDS
 
     def _apart(self, source: str) -> tuple[torch.Tensor, list[Outputs], Outputs, list[Outputs]]:
-        """What comes of one source, all others being zero.
+        """The outputs for one source, with all others zero.
 
         Returns:
-            Values for it; the outputs for these, for others, and for the sum of both; for ones; for each digit.
+            Values for the source; the outputs for these, for other values, and for the sum of both; the output for
+            ones; the outputs for each digit.
         """
         if source not in self.apart:
             start = self.starts.get(source, 0)
@@ -333,7 +335,7 @@ class _Prober:
         return self.apart[source]
 
     def _blamed(self, name: str, origin: Unexplained) -> Unexplained:
-        """The same with up to four sources on which the output depends."""
+        """An unexplained output with up to four sources on which it depends."""
         if len(self.sources) > _MOST_SOURCES:
             return origin
         base = self._call(self._filled(1))[name]
@@ -353,7 +355,7 @@ def _equal(one: torch.Tensor, other: torch.Tensor, where: torch.Tensor) -> bool:
 
 
 def _one_number(values: Any) -> float | None:
-    """The number that all elements are, to rounding; 1.0 of none, None where they differ."""
+    """The number to which all elements are equal, except for rounding; 1.0 without elements, None if they differ."""
     if not values.numel():
         return 1.0
     first = float(values[0])

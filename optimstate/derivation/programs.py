@@ -1,4 +1,4 @@
-"""Programs, lists of operations: what they make of tensors, how they are undone, how long they are as text."""
+"""Programs, which are sequences of operations: running them on tensors, inverting them, measuring their length."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ if TYPE_CHECKING:
 __all__ = ["Program", "Wanted", "applied", "divisors", "reshapes", "shortened", "undoing", "written_length"]
 
 Reshape = OPERATIONS["reshape"]
-
-
 Program = tuple[Operation, ...]
 
 
 class Wanted(Record):
-    """A tensor to be made: its shape and, flat, the place in the source of each of its elements (-1: from nowhere)."""
+    """A tensor to make: its shape and, flat, the position of each element in the source (-1: without source)."""
 
     shape: Shape
     ids: torch.Tensor
 
 
 def applied(program: Sequence[Operation], tensors: Sequence[torch.Tensor], targets: int) -> list[torch.Tensor] | None:
-    """What operations make of tensors in memory, as the engine does it; None where they do not fit."""
+    """The tensors that the engine makes with operations of tensors in memory; None if they do not fit."""
     leaves = [Leaf(str(number), tuple(tensor.shape)) for number, tensor in enumerate(tensors)]
     held: list[object] = list(leaves)
     try:
@@ -45,7 +43,7 @@ def applied(program: Sequence[Operation], tensors: Sequence[torch.Tensor], targe
 
 
 def shortened(found: Iterator[tuple[Program, tuple[int, ...]]]) -> Iterator[tuple[Program, tuple[int, ...]]]:
-    """Each program once, before it without the first of two reshapes that follow each other."""
+    """Each program once, preceded by variants without the first of two consecutive reshapes."""
     seen: set[tuple[tuple[str, ...], tuple[int, ...]]] = set()
     for program, order in found:
         shorter = [
@@ -61,12 +59,12 @@ def shortened(found: Iterator[tuple[Program, tuple[int, ...]]]) -> Iterator[tupl
 
 
 def written_length(program: Program) -> int:
-    """How long a program is as text, each operation counted as ten letters more."""
+    """The length of a program as text, plus ten for each operation."""
     return sum(len(str(operation)) + 10 for operation in program)
 
 
 def undoing(program: Program, shape: Shape, count: int) -> Program | None:
-    """The operations that undo others, which start from one tensor of this shape."""
+    """The operations that undo a program, which starts from one tensor of this shape; None if it cannot be undone."""
     held: list[object] = [Leaf("", shape)]
     back: list[Operation] = []
     try:
@@ -80,7 +78,7 @@ def undoing(program: Program, shape: Shape, count: int) -> Program | None:
 
 
 def _reverse(operation: Operation, before: Sequence[Shape]) -> list[Operation]:
-    """The operations that undo one; tensors that differ in one dimension are reshaped by leaving it unsaid."""
+    """The operations that undo one; tensors that differ in one dimension are reshaped with -1 for it."""
     if isinstance(operation, Reshape) and len(set(before)) > 1 and len({len(shape) for shape in before}) == 1:
         columns = list(zip(*before, strict=True))
         if sum(len(set(column)) > 1 for column in columns) == 1:
@@ -89,13 +87,13 @@ def _reverse(operation: Operation, before: Sequence[Shape]) -> list[Operation]:
 
 
 def divisors(number: int) -> list[int]:
-    """From the largest to 1."""
+    """The divisors of a number, from the largest to 1."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)}, reverse=True)
 
 
 def reshapes(old: Shape, new: Shape) -> Iterator[Program]:
-    """Ways to write a reshape: of one dimension, of neighbours, of the whole; what leaves most unsaid comes first."""
+    """Ways to write a reshape, from those of one dimension and of neighbours to those of the whole shape."""
     if old == new:
         yield ()
         return

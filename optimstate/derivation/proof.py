@@ -1,4 +1,4 @@
-"""A derived plan held against its function, on random weights and on moments."""
+"""Comparing a derived plan with its function, on random integers and fractions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["Terms", "differences", "roundings"]
 
 
 class Terms(Record):
-    """On what terms a plan is held against a function.
+    """Which differences between a plan and a function are allowed.
 
     Attributes:
-        new: Outputs of nothing, which the plan need not make.
-        random: Outputs of which the function draws a part at random, which may be anything.
-        live: The live model's tensors, where outputs may keep their values.
-        shared: Sources that are the same tensor as another, with that one.
+        new: Outputs without sources, which the plan need not make.
+        random: Outputs that the function partly draws at random; these parts are not compared.
+        live: The live model's tensors, if outputs may keep their values.
+        shared: Sources that are the same tensor as another -> that other one.
     """
 
     new: Sequence[str] = ()
@@ -37,7 +37,7 @@ class Terms(Record):
 
 
 def differences(plan: Plan, function: Function, sources: Mapping[str, Source], terms: Terms) -> list[str]:
-    """Where a plan and a function differ on random integers: one sentence for each output that does.
+    """The differences between a plan and a function on random integers: one sentence for each output that differs.
 
     Every floating dtype holds the integers exactly, so that a cast inside the function makes no difference.
     """
@@ -47,10 +47,10 @@ def differences(plan: Plan, function: Function, sources: Mapping[str, Source], t
 def roundings(
     plan: Plan, function: Function, sources: Mapping[str, Source], terms: Terms
 ) -> tuple[list[str], list[str]]:
-    """Where they differ on random fractions of both signs.
+    """The differences on random fractions of both signs.
 
     Returns:
-        Outputs whose values the function may have rounded on the way, as the plan does not; and all others.
+        Sentences for outputs that the function may have rounded in between, which the plan does not; and for others.
     """
     drawn = _drawn(sources, whole=False)
     differ = _differing(plan, function, drawn, terms)

@@ -1,4 +1,4 @@
-"""Pure renames, as few rules as are found."""
+"""Rules for pure renames, as few as possible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["renamings"]
 
 
 def renamings(renames: Mapping[str, str], names: Sequence[str]) -> list[Rule]:
-    """Rules for pure renames: the candidate that says most of what is left, until all is said."""
+    """Rules for pure renames: repeatedly the candidate that covers most of the remaining ones."""
     moves = [Moves((old,), (new,)) for old, new in renames.items()]
     kept = [Moves((name,), (name,)) for name in names if name not in renames]
     candidates: dict[str, Rule] = {}
@@ -26,15 +26,15 @@ def renamings(renames: Mapping[str, str], names: Sequence[str]) -> list[Rule]:
     for old, new in renames.items():
         for rule in _around(old, new):
             candidates.setdefault(str(rule), rule)
-    said: list[tuple[Rule, dict[str, str]]] = []
+    usable: list[tuple[Rule, dict[str, str]]] = []
     for rule in candidates.values():
         results = _results(rule, names)
         if any(name in renames for name in results) and all(renames.get(n, n) == new for n, new in results.items()):
-            said.append((rule, results))
+            usable.append((rule, results))
     made: list[Rule] = []
     open_ = dict(renames)
     while open_:
-        rule, results = max(said, key=lambda item: (sum(name in open_ for name in item[1]), -len(str(item[0]))))
+        rule, results = max(usable, key=lambda item: (sum(name in open_ for name in item[1]), -len(str(item[0]))))
         made.append(rule)
         for name in results:
             open_.pop(name, None)
@@ -53,7 +53,7 @@ def _results(rule: Rule, names: Sequence[str]) -> dict[str, str]:
 
 
 def _around(old: str, new: str) -> Iterator[Rule]:
-    """Common beginning, what changed, common end: with the integers of the middle as they are, and as captures."""
+    """Rules with the common beginning and end of two names as captures, and the changed middle literally."""
     before, after = old.split("."), new.split(".")
     shortest = min(len(before), len(after))
     head = 0
@@ -76,6 +76,7 @@ def _around(old: str, new: str) -> Iterator[Rule]:
 
 
 def _both(old: str, new: str) -> Iterator[Rule]:
+    """The rule with integers as captures if possible, and the rule with literal integers."""
     numbered = list(dict.fromkeys(re.findall(r"(?<![\w}])\d+(?![\w{])", old)))
     texts = [(old, new)]
     if numbered and len(numbered) <= len(CAPTURES):

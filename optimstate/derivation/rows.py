@@ -1,34 +1,23 @@
-"""Rows of one dimension, or blocks of them, chosen in an order that no stride says."""
+"""Selecting rows of one dimension, or blocks of rows, in an order without strides."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import gcd, prod
-from typing import TYPE_CHECKING
 
-from optimstate.derivation.programs import (
-    Program,
-    Wanted,
-    divisors,
-    reshapes,
-)
+from optimstate.derivation.programs import Program, Wanted, divisors, reshapes
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.base import Operation
 from optimstate.plan.language.operations import OPERATIONS
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["selections"]
 
 Reshape, Select, Flip, Gather = (OPERATIONS[key] for key in ("reshape", "select", "flip", "gather"))
-
-
-_INLINE = 64  # rows that a plan lists; longer lists are an index of their own
+_INLINE = 64  # rows up to which a plan lists them; longer lists become a separate index
 
 
 def selections(shape: Shape, wanted: Wanted) -> Iterator[Program]:
-    """Rows of one dimension chosen by a list that follows no pattern: a permutation, a flip."""
+    """Selections of rows in one dimension by a list: a permutation, a flip."""
     for dim, (old, size) in enumerate(zip(shape, wanted.shape, strict=True)):
         if not size or any(a != b for at, (a, b) in enumerate(zip(shape, wanted.shape, strict=True)) if at != dim):
             continue
@@ -42,7 +31,7 @@ def selections(shape: Shape, wanted: Wanted) -> Iterator[Program]:
 
 
 def _blocks(index: Sequence[int], rows: int) -> tuple[int, ...] | None:
-    """The blocks of as many rows that a list of rows takes one after the other; None where it takes others."""
+    """The blocks of `rows` rows of which a list of rows consists; None if it does not."""
     starts = index[::rows]
     if any(start % rows for start in starts):
         return None
@@ -51,10 +40,10 @@ def _blocks(index: Sequence[int], rows: int) -> tuple[int, ...] | None:
 
 
 def _chosen(shape: Shape, dim: int, rows: int, blocks: tuple[int, ...], new: Shape) -> Iterator[Program]:
-    """Blocks of a dimension in another order: the halves of gate and up exchanged, the parts of q, k and v."""
+    """Programs that put blocks of a dimension into another order, such as the halves of gate and up exchanged."""
     count = shape[dim] // rows
     if blocks == tuple(range(count)):
-        return  # nothing is chosen
+        return  # the order is the same
     if blocks == tuple(range(count - 1, -1, -1)):
         choice: Operation = Flip((dim,))
     else:

@@ -1,8 +1,8 @@
-"""Derivation from a script that reads one weight file and writes another, as a team's own `convert.py` does.
+"""Derivation from a script that reads one weight file and writes another, such as a team's own `convert.py`.
 
-The script is run on files of the checkpoint's own format whose weights carry their numbers, in a folder that shows what
-stands in the working folder, and what it wrote is read. So it is a function from state dict to state dict like any
-other; `torch.load`, `torch.save` and safetensors in it do what they always do.
+The script is run on files of the checkpoint's own format with tagged weights, in a folder with links to everything in
+the working folder, and its output is read. So it is a function from state dict to state dict like any other; in it
+`torch.load`, `torch.save` and safetensors work as usual.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from optimstate.user_code import run_script
 __all__ = ["derive_script"]
 
 _MOST = 1 << 28
-"""Elements of a checkpoint: a file has them all, and each is numbered."""
+"""The largest number of elements of a checkpoint, all of which are written to files."""
 
 
 def derive_script(
@@ -46,20 +46,20 @@ def derive_script(
     scratch: Path,
     allow_drop: bool = False,
 ) -> Derived:
-    """The plan that does what a script does to the weights of a file.
+    """The plan that is equivalent to a script, for the weights in a file.
 
     Args:
-        script: Python, run as `python script arguments` is.
-        reads: The checkpoint that it reads: a file or a folder, as it stands in the working folder.
-        writes: What it writes there.
-        arguments: Of its command line. Where they name these two, or a folder that they are in, the copies are meant.
+        script: A Python script, which is run like `python script arguments`.
+        reads: The checkpoint that it reads: a file or a folder, relative to the working folder.
+        writes: The checkpoint that it writes.
+        arguments: Its command-line arguments; paths of these two, or of folders around them, are replaced by copies.
         sources: The weights of the checkpoint.
-        scratch: An empty folder, which is filled.
-        allow_drop: Whether weights may go nowhere.
+        scratch: An empty folder for the copies.
+        allow_drop: Whether weights may be in no output.
 
     Raises:
-        DerivationError: The script fails, writes something else, or does what no plan says.
-        CheckpointError: What it wrote cannot be read.
+        DerivationError: The script fails, writes something else, or does something that no plan can express.
+        CheckpointError: Its output cannot be read.
     """
     elements = sum(prod(source.shape) for source in sources.values())
     if elements > _MOST:
@@ -100,7 +100,7 @@ class _Script:
         if not self._writes.exists():
             raise DerivationError(
                 f"{self._script.name} did not write {self._written}",
-                hint="Say with --writes what it writes, and give it its arguments behind --.",
+                hint="Give the file that it writes with --writes, and its arguments after --.",
             )
         tree = open_checkpoint(self._writes).tree
         found: dict[str, Any] = {}
@@ -155,12 +155,12 @@ def _removed(place: Path) -> None:
 
 
 class _Places:
-    """A folder in which all of the working folder is seen, but for some files, whose places are free.
+    """A folder with links to everything in the working folder, except some files and folders that are left out.
 
     Args:
         here: The working folder.
-        own: The files, or folders, relative to it or not.
-        scratch: Where the folder is made; files outside of the working folder get folders of their own beside it.
+        own: The files and folders to leave out, relative to the working folder or absolute.
+        scratch: The folder to make it in; files outside the working folder get separate folders beside it.
     """
 
     def __init__(self, here: Path, own: Sequence[Path], scratch: Path) -> None:
@@ -172,19 +172,19 @@ class _Places:
             self._roots.setdefault(root, scratch / f"outside{len(self._roots)}")
             below.setdefault(root, []).append(path.relative_to(root).parts)
         for root, places in below.items():
-            _shown(root, self._roots[root], places)
+            _link(root, self._roots[root], places)
 
     def _whole(self, path: Path) -> Path:
         return Path(os.path.normpath(self._here / path))
 
     def of(self, path: Path) -> Path:
-        """Where a file stands there."""
+        """The path that replaces a file or folder."""
         whole = self._whole(path)
         root = next(root for root in self._roots if whole.is_relative_to(root))
         return self._roots[root] / whole.relative_to(root)
 
     def argument(self, word: str) -> str:
-        """An argument of the command line, which may name a place that is not seen from the folder."""
+        """A command-line argument, in which a path outside the folder is replaced."""
         option, sign, value = word.partition("=") if word.startswith("-") else ("", "", word)
         outside = Path(value).is_absolute() or value.startswith("..")
         if not value or not outside or not any(self._whole(Path(value)).is_relative_to(root) for root in self._roots):
@@ -192,11 +192,11 @@ class _Places:
         return f"{option}{sign}{self.of(Path(value))}"
 
 
-def _shown(folder: Path, target: Path, own: Sequence[tuple[str, ...]]) -> None:
-    """A folder with links to all that is in another, but for some places, whose own folders are made likewise."""
+def _link(folder: Path, target: Path, own: Sequence[tuple[str, ...]]) -> None:
+    """Make a folder with links to everything in another, except some paths, whose parent folders are made likewise."""
     target.mkdir(parents=True)
     for entry in folder.iterdir() if folder.is_dir() else ():
         if all(entry.name != parts[0] for parts in own):
             (target / entry.name).symlink_to(entry)
     for first in {parts[0] for parts in own if len(parts) > 1}:
-        _shown(folder / first, target / first, [parts[1:] for parts in own if parts[0] == first and len(parts) > 1])
+        _link(folder / first, target / first, [parts[1:] for parts in own if parts[0] == first and len(parts) > 1])

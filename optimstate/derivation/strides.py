@@ -1,4 +1,4 @@
-"""An output as digits of a mixed-radix number over its source: reshape to the digits, cut, permute, repeat, reshape."""
+"""Outputs whose index is a mixed-radix number over the source: reshape to its digits, cut, permute, repeat, reshape."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from optimstate.derivation.programs import (
-    Program,
-    Wanted,
-    divisors,
-    reshapes,
-)
+from optimstate.derivation.programs import Program, Wanted, divisors, reshapes
 from optimstate.plan.expressions.tree import Shape
 from optimstate.plan.language.operations import OPERATIONS
 from optimstate.record import Record
@@ -27,26 +22,26 @@ Permute, Transpose = (OPERATIONS[key] for key in ("permute", "transpose"))
 
 
 class _Digit(NamedTuple):
-    """One digit of an output's index: how many values it has and how far one step of it goes in the source."""
+    """One digit of an output's index: the number of its values, and the distance of one step in the source."""
 
     size: int
     stride: int
 
 
 class _Part(NamedTuple):
-    """What an output takes of one dimension of the reshaped source: `length` places from `start`."""
+    """The part of one dimension of the reshaped source in an output: `length` positions from `start` on."""
 
     start: int
     length: int
 
 
 class _Walk(Record):
-    """An output over the reshaped source: what it takes of each dimension, and the order it has them in.
+    """An output in terms of the reshaped source.
 
     Attributes:
-        parts: For each dimension of the source.
-        order: The dimensions that the output has, outermost first; -1 for a digit that stands still.
-        sizes: How many values each of them has.
+        parts: The part of each dimension of the source.
+        order: The source dimensions of the output's dimensions, outermost first; -1 for a repetition.
+        sizes: The sizes of the output's dimensions.
     """
 
     parts: tuple[_Part, ...]
@@ -55,7 +50,7 @@ class _Walk(Record):
 
 
 def walked(flat: torch.Tensor) -> tuple[int, list[_Digit]] | None:
-    """Where an output begins in the source, and the digits of its index, outermost first."""
+    """The position in the source of an output's first element, and the digits of the index, outermost first."""
     if not flat.numel():
         return None
     digits: list[_Digit] = []
@@ -77,7 +72,7 @@ def walked(flat: torch.Tensor) -> tuple[int, list[_Digit]] | None:
 
 
 def stride_chain(shape: Shape, walks: Sequence[tuple[int, list[_Digit]]], *, own: bool, ends: bool) -> list[int] | None:
-    """The strides of the dimensions of the reshaped source, from 1 to its size; None where they do not divide."""
+    """The strides of the dimensions of the reshaped source, from 1 to its size; None if they are not a chain."""
     total = prod(shape)
     marks = {1, total}
     if own:
@@ -95,7 +90,7 @@ def stride_chain(shape: Shape, walks: Sequence[tuple[int, list[_Digit]]], *, own
 def programs_along(
     shape: Shape, chain: list[int], walks: Sequence[tuple[int, list[_Digit]]], wanted: Sequence[Wanted]
 ) -> Iterator[tuple[Program, tuple[int, ...]]]:
-    """Reshape, cut, permute, repeat, reshape."""
+    """Programs that reshape, cut, permute, repeat and reshape, with the order in which they make the outputs."""
     dims = tuple(high // low for low, high in pairwise(chain))[::-1]  # outermost first
     taken = [_taken(base, digits, chain, dims) for base, digits in walks]
     if any(walk is None for walk in taken):
@@ -110,7 +105,7 @@ def programs_along(
 
 
 def _taken(base: int, digits: Sequence[_Digit], chain: list[int], dims: Shape) -> _Walk | None:
-    """What an output takes of each dimension of the reshaped source."""
+    """An output in terms of the reshaped source; None if its digits do not fit the dimensions."""
     starts = [base // low % (high // low) for low, high in pairwise(chain)]
     lengths = [1] * len(starts)
     order: list[int] = []
@@ -197,7 +192,7 @@ def _copies(
 def _endings(
     dims: Shape, dim: int, parts: Sequence[_Part], walks: Sequence[_Walk], left: Shape, shapes: Sequence[Shape]
 ) -> Iterator[Program]:
-    """Permutation and reshape after a split whose parts may differ in size: forms without sizes where they do."""
+    """Permutations and reshapes after a split, which must be the same for all parts, even of different sizes."""
     candidates = None
     alike = {
         (part.length, walk.order, walk.sizes, shape): walk
@@ -211,7 +206,7 @@ def _endings(
 
 
 def _arranged(now: Shape, walk: _Walk, left: Shape, shape: Shape) -> Iterator[Program]:
-    """From the dimensions that are left, of sizes `now`, to the output: permuted, repeated and reshaped."""
+    """Programs from the remaining dimensions, of sizes `now`, to the output: permute, repeat and reshape."""
     where = {dim: place for place, dim in enumerate(left)}
     gone = [place for place, dim in enumerate(left) if dim not in walk.order]
     moving = [where[dim] for dim in walk.order if dim >= 0]
@@ -233,7 +228,7 @@ def _arranged(now: Shape, walk: _Walk, left: Shape, shape: Shape) -> Iterator[Pr
 
 
 def _placements(gone: Sequence[int], moving: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The order of dimensions, with those of size 1 that the output does not have where they disturb least."""
+    """Orders of dimensions, with those of size 1 that the output lacks at their natural position or at the end."""
     if not gone:
         yield tuple(moving)
         return
@@ -246,7 +241,7 @@ def _placements(gone: Sequence[int], moving: Sequence[int]) -> Iterator[tuple[in
 
 
 def _permuted(order: Sequence[int]) -> Program:
-    """A permutation as it is written shortest: nothing, two dimensions exchanged, or the first ones listed."""
+    """A permutation in its shortest form: nothing, two exchanged dimensions, or a list of the first ones."""
     moved = [place for place, dim in enumerate(order) if place != dim]
     if not moved:
         return ()

@@ -1,7 +1,7 @@
-"""From many moves with spelled-out names to few rules with templates.
+"""From many moves with literal names to few rules with templates.
 
-A template is kept only if it was checked against every name that it could meet: one that matches a name it is not meant
-for is replaced by an enumeration, or the names are spelled out.
+A template is used only if it was checked against all names: one that matches other names than intended is replaced by
+an enumeration or by literal names.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["drops", "generalised"]
 
 
 def generalised(moves: Sequence[Moves], names: Iterable[str]) -> list[Rule]:
-    """Rules that make exactly these moves among these names, as few as are found.
+    """Rules that make exactly these moves among these names, as few as possible.
 
     Args:
-        moves: No source is taken twice. What keeps its name is not among them.
-        names: Every name of the pass; those of no move must match no rule.
+        moves: The moves; no source is in two of them, and names that stay the same are not included.
+        names: All names of the pass; those of no move must match no rule.
     """
     everything = list(names)
     arranged = [move for move in moves if not _is_rename(move)]
@@ -39,7 +39,7 @@ def _is_rename(move: Moves) -> bool:
 
 
 def drops(dropped: Sequence[str], names: Iterable[str]) -> list[Rule]:
-    """Rules that leave names out: whole modules where nothing of them stays."""
+    """Rules that drop names, or whole modules if none of their names is kept."""
     kept = set(names) - set(dropped)
     prefixes = {".".join(name.split(".")[:count]) for name in kept for count in range(1, name.count(".") + 1)}
     made: dict[str, None] = {}
@@ -55,7 +55,7 @@ def drops(dropped: Sequence[str], names: Iterable[str]) -> list[Rule]:
 
 
 def _dropping(texts: Sequence[str]) -> list[Rule]:
-    """One rule where the texts differ in one integer, else one for each."""
+    """One rule if the texts differ in one integer, else one for each."""
     rows = [TOKENS.findall(text) for text in texts]
     varying = [at for at, column in enumerate(zip(*rows, strict=True)) if len(set(column)) > 1]
     if len(varying) == 1:
