@@ -152,7 +152,7 @@ def put(old: Any, new: Any, value: Callable[[torch.Tensor, torch.Tensor], torch.
 REFUSED: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], str]] = {
     "a mean with its own": (lambda o, n: (o + n) / 2, "'weight' is not a layout .* own values are part of it"),
     "a product": (lambda o, n: o * o, "'weight' is not a layout of the sources: it is not linear"),
-    "its own rows moved": (lambda o, n: torch.cat([o[:1], n[:2]]), "own values are part of it, at other places"),
+    "its own rows moved": (lambda o, n: torch.cat([o[:1], n[:2]]), "own values are part of it, at other positions"),
     "rows dropped by the shape": (lambda o, n: o[:, :2], "The expanded size|must match|shape"),
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""The archives in a data file: one for each item, nearly all of them small or alike but for their elements.
+"""The archives in a data file: one for each item, most of them small, or equal except for their elements.
 
-An archive is read once for each form: others of the same dtype, sizes and length whose first bytes and directory are
-the same but for checksums have their elements at the same place.
+One archive of each layout is read completely: others of the same dtype, sizes and length, with the same first bytes and
+the same directory except for checksums, have their elements at the same offset.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from optimstate.tensors.lazy import LazyTensor, Storage
 
 __all__ = ["Archives"]
 
-_SMALL = 1 << 13  # up to this size an item is read whole, and compared with those already read
-_WINDOW = 1 << 20  # small items that follow one another are read together, so many bytes at most
-_GAP = 1 << 16  # what is read between two of them rather than asking twice
-_CRC = 16  # where in a directory entry its checksum begins
+_SMALL = 1 << 13  # bytes up to which an item is read as a whole, and compared with those already read
+_WINDOW = 1 << 20  # bytes of consecutive small items that are read together
+_GAP = 1 << 16  # bytes between two small items up to which they are read together
+_CRC = 16  # offset of the checksum in a directory entry
 
 
 class _Layout(Record):
-    """How an archive of one tensor is laid out.
+    """The layout of an archive with one tensor.
 
     Attributes:
-        head: Everything before the elements.
-        directory: Everything from the directory on, its checksums blank.
-        checksums: Where in it each checksum begins.
-        of_elements: Where in it that of the elements begins.
+        head: The bytes before the elements.
+        directory: The bytes from the directory on, with zeros in place of checksums.
+        checksums: The offsets of the checksums in `directory`.
+        of_elements: The offset of the elements' checksum in `directory`.
     """
 
     head: bytes
@@ -42,7 +42,7 @@ class _Layout(Record):
     of_elements: int
 
     def blank(self, directory: bytes) -> bytes:
-        """A directory without its checksums."""
+        """A directory with zeros in place of its checksums."""
         made = bytearray(directory)
         for at in self.checksums:
             made[at : at + 4] = bytes(4)
@@ -53,7 +53,7 @@ class Archives:
     """Reads archives of items.
 
     Attributes:
-        globals: What their pickles mention.
+        globals: Every `(module, name)` that the pickles mention.
     """
 
     def __init__(self) -> None:
@@ -62,14 +62,14 @@ class Archives:
         self._layouts: dict[tuple[str, tuple[int, ...], int], _Layout] = {}
         self._compared: set[tuple[str, tuple[int, ...], int]] = set()
 
-    # --- what is not a tensor ----------------------------------------------------------------------------------------
+    # --- objects ------------------------------------------------------------------------------------------------------
 
     def read(self, slice_of: Callable[[int], FileSlice], rows: Sequence[int]) -> dict[int, Any]:
-        """What was saved with `torch.save` as one item each. The many equal numbers of a folder are unpickled once.
+        """The objects that are not tensors; equal numbers, of which a folder has many, are unpickled once.
 
         Args:
-            slice_of: Gives the bytes of a row.
-            rows: In the order in which they are in the files.
+            slice_of: Returns the bytes of a row.
+            rows: The rows in the order of the files.
         """
         found: dict[int, Any] = {}
         parts = [slice_of(row) for row in rows]
@@ -96,14 +96,14 @@ class Archives:
     # --- tensors --------------------------------------------------------------------------------------------------
 
     def elements(self, part: FileSlice, dtype: str, sizes: tuple[int, ...]) -> Any:
-        """The elements of a tensor that is alone in an archive, row-major.
+        """The row-major elements of a tensor that is alone in an archive.
 
         Returns:
-            A storage; what the archive has instead where that is not a tensor of this dtype and these sizes; None where
-            it is not an archive.
+            A storage; the contents of the archive if they are not a tensor of this dtype and these sizes; None if it is
+            not an archive.
 
         Raises:
-            CheckpointError: It is damaged.
+            CheckpointError: The archive is damaged.
         """
         key = dtype, sizes, part.size
         known = self._layouts.get(key)
@@ -134,9 +134,9 @@ class Archives:
         """The checksums of an archive.
 
         Args:
-            part: Where it is.
-            tensor: The dtype and sizes of the one tensor in it, or None where it is something else. Of archives that
-                are laid out alike, all but the elements is compared once.
+            part: The archive.
+            tensor: The dtype and sizes of its only tensor, or None if it contains something else. For archives with the
+                same layout, records other than the elements are compared once.
         """
         if tensor is None:
             yield from _of_archive(part)
@@ -164,7 +164,7 @@ def _of_archive(part: FileSlice) -> Iterator[Recorded]:
 
 
 def _end_of_window(parts: Sequence[FileSlice], place: int) -> int:
-    """Where to stop reading so that small items behind this one are read with it."""
+    """Where to stop reading so that the small items after this one are read together with it."""
     first = parts[place]
     end = first.start + first.size
     for part in parts[place + 1 :]:
@@ -176,7 +176,7 @@ def _end_of_window(parts: Sequence[FileSlice], place: int) -> int:
 
 
 def _directory_like(part: FileSlice, layout: _Layout) -> bytes:
-    """The directory of an archive that is like another but for its elements and checksums; nothing where it is not."""
+    """The directory of an archive that has the given layout; empty if it has another one."""
     tail = part.size - len(layout.directory)
     if part.size <= _SMALL:
         data = part.read(0, part.size)

@@ -1,4 +1,4 @@
-"""Writes the pickle of `.metadata` with the opcodes that torch writes, entry by entry, from columns."""
+"""Writing the pickle of `.metadata` from columns, entry by entry, with the opcodes that torch writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MODULE = "torch.distributed.checkpoint.metadata"
 _STORAGE = "torch.distributed.checkpoint.filesystem"
 _VERSION = "1.0.0"
 _BATCH = 1000  # items per SETITEMS / APPENDS, as CPython writes them
-_NEW = b")\x81\x94}\x94("  # an instance, and the mark of its fields
+_NEW = b")\x81\x94}\x94("  # an instance, and the mark before its fields
 
 
 def dump_metadata(metadata: Metadata) -> bytes:
@@ -21,7 +21,7 @@ def dump_metadata(metadata: Metadata) -> bytes:
 
 
 class _Writer:
-    """Opcodes; what was written once is recalled from the memo, names and texts by their value."""
+    """Makes opcodes; equal names and texts are recalled from the memo."""
 
     def __init__(self, metadata: Metadata) -> None:
         self.metadata = metadata
@@ -29,7 +29,7 @@ class _Writer:
         self.memo: dict[object, bytes] = {}
 
     def parts(self) -> Iterator[bytes]:
-        """The pickle."""
+        """The pickle in parts."""
         yield (
             b"\x80\x04" + self.named(_MODULE, "Metadata") + self.new() + self.text("state_dict_metadata") + self.table()
         )
@@ -53,14 +53,14 @@ class _Writer:
     # --- opcodes --------------------------------------------------------------------------------------------------
 
     def put(self, key: object = None) -> bytes:
-        """Puts the last value into the memo, to be recalled by `key`."""
+        """Put the last value into the memo, so that it can be recalled by `key`."""
         if key is not None:
             self.memo[key] = b"h%c" % self.count if self.count < 256 else b"j" + self.count.to_bytes(4, "little")
         self.count += 1
         return b"\x94"
 
     def new(self) -> bytes:
-        """An instance of the class before it, up to its fields."""
+        """A new instance of the class written before, up to its fields."""
         self.count += 2
         return _NEW
 
@@ -99,14 +99,14 @@ class _Writer:
         return b"\x8a%c" % len(data) + data
 
     def items(self, items: Sequence[bytes]) -> bytes:
-        """A tuple, not yet in the memo."""
+        """A tuple, which is not put into the memo."""
         several = {0: b")", 1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(items))
         return b"".join(items) + several if several else b"(" + b"".join(items) + b"t"
 
     # --- values ---------------------------------------------------------------------------------------------------
 
     def constant(self, module: str, name: str, argument: str | int) -> bytes:
-        """What a call gives; each is one object."""
+        """The result of a call; equal calls are one object."""
         key = (module, name, str(argument))
         known = self.memo.get(key)
         if known is not None:
@@ -128,12 +128,12 @@ class _Writer:
         return made + b"R" + self.put(numbers)
 
     def path(self, path: Sequence[str | int]) -> bytes:
-        """The keys that lead to an item."""
+        """The path of an item as a tuple."""
         keys = self.items([self.text(key) if isinstance(key, str) else self.number(key) for key in path])
         return keys + (self.put() if path else b"")
 
     def entry(self, number: int) -> bytes:
-        """Name and description of an item."""
+        """The name and the description of an item."""
         metadata = self.metadata
         form, name = metadata.forms[number], self.text(metadata.order[number])
         if form is None:
@@ -148,7 +148,7 @@ class _Writer:
         return made + b"ub"
 
     def properties(self, form: Form) -> bytes:
-        """The dtype and what torch keeps beside it."""
+        """The `TensorProperties` of a tensor."""
         made = self.named(_MODULE, "TensorProperties") + b")\x81" + self.put() + b"("
         made += self.named("torch", form.dtype)
         made += self.constant("torch.serialization", "_get_layout", "torch.strided")
@@ -157,13 +157,13 @@ class _Writer:
         return made + b"\x89t" + self.put() + b"b"
 
     def chunk(self, box: Box) -> bytes:
-        """Where a piece begins and its sizes."""
+        """The `ChunkStorageMetadata` of a piece."""
         made = self.named(_MODULE, "ChunkStorageMetadata") + self.new()
         made += self.text("offsets") + self.size(box[0])
         return made + self.text("sizes") + self.size(box[1]) + b"ub"
 
     def places(self) -> Iterator[bytes]:
-        """Each row, and where it is."""
+        """The entries of `storage_data`."""
         metadata = self.metadata
         for number, name in enumerate(metadata.order):
             for index, row in enumerate(metadata.rows(number)):

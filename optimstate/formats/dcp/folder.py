@@ -1,13 +1,14 @@
 """Folders of `torch.distributed.checkpoint`: `.metadata` and `__<rank>_<n>.distcp`, from any number of ranks.
 
-Ranks that saved without collectives (`use_collectives=False`) have `__<rank>.metadata` each; they are read as one.
+Ranks that saved without collectives (`use_collectives=False`) have a `__<rank>.metadata` each; they are merged.
 
-A tensor that ranks wrote in pieces is one tensor here. Reading needs neither torch nor the number of ranks; what is
-written `torch.distributed.checkpoint.load` gives to any number of them.
+A tensor that ranks wrote in pieces is read as one tensor. Reading needs neither torch nor the number of ranks;
+`torch.distributed.checkpoint.load` loads a written folder on any number of ranks.
 
-The items of a folder have flat names; the paths in `.metadata` say which tree they came from. Where torch flattened the
-optimizer (`flatten_optimizer_state_dict`), or Megatron gave no paths, the tree has `state` and `param_groups` all the
-same (see `_dcp_tree`). Other checkpoint files of the folder (`common.pt`, `meta.pt`) are entries of the tree by name.
+The items of a folder have flat names; the paths in `.metadata` are those of the tree from which they came. If torch
+flattened the optimizer (`flatten_optimizer_state_dict`), or Megatron wrote no paths, the tree still gets `state` and
+`param_groups` (see the module `tree`). Other checkpoint files in the folder (`common.pt`, `meta.pt`) are entries of the
+tree by name.
 """
 
 from __future__ import annotations
@@ -15,12 +16,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from optimstate.errors import (
-    CorruptCheckpointError,
-    LimitExceededError,
-    RepresentationError,
-    UnsupportedCheckpointError,
-)
+from optimstate.errors import CorruptCheckpointError, LimitExceededError, RepresentationError
 from optimstate.formats.dcp import megatron
 from optimstate.formats.dcp import tree as tree_of_metadata
 from optimstate.formats.dcp.columns import Box, Item, Metadata
@@ -31,6 +27,7 @@ from optimstate.formats.dcp.pieces import Pieces
 from optimstate.formats.dcp.sharing import share_out
 from optimstate.formats.dcp.writing import link_files, notes_of_dead, write_file
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
+from optimstate.formats.pickles.unpickle import errors_in
 from optimstate.formats.protocol import Claim, Document, WriteOptions
 from optimstate.formats.registry import detect, get_format
 from optimstate.io.folders import listed
@@ -41,7 +38,7 @@ NAME = "dcp"
 SUFFIXES = (".dcp",)
 OPTIONS = frozenset({"checksums", "copy", "ranks"})
 MAX_RANKS = 1 << 16
-"""The most processes that tensors are cut for."""
+"""The largest number of processes for which tensors can be divided."""
 
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 
@@ -50,7 +47,7 @@ _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 
 
 def sniff(path: Location, head: bytes) -> Claim:
-    """Whether it is a folder with the metadata or the data of a distributed checkpoint."""
+    """Certain of a folder with metadata or data files of a distributed checkpoint."""
     if head or not path.is_dir():
         return Claim.NO
     return Claim.CERTAIN if (path / ".metadata").exists() or any(path.glob("*.distcp")) else Claim.NO
@@ -70,17 +67,18 @@ def read(path: Location) -> Document:
     items = Pieces(path, metadata)
     values = items.values()
     document = Document(path, NAME, {}, checksums=[items.recorded], handle=items)
-    parts = _other_files(document)
-    beside = {name: part.tree for name, part in parts.items()}
+    for _, names in loaded:
+        document.mention(names)
+    document.mention(items.globals)
+    _add_other_files(document)
+    beside = {name: part.tree for name, part in document.parts.items()}
     document.tree, more = tree_of_metadata.nested(values, metadata.paths, beside)
     document.notes.extend([*notes, *more])
-    names = [name for _, names in loaded for name in names]
-    document.globals = list(dict.fromkeys([*names, *items.globals, *document.globals]))
     return document
 
 
 def _metadata_files(path: Location) -> list[Location]:
-    """The metadata of all ranks in one file, or of each in its own where they were saved without collectives."""
+    """The file with the metadata of all ranks, or the files of all ranks if they saved without collectives."""
     if (path / ".metadata").is_file():
         return [path / ".metadata"]
     found = {int(match[1]): file for file in listed(path) if (match := _RANK_METADATA.fullmatch(file.name))}
@@ -97,33 +95,28 @@ def _read_metadata(path: Location) -> tuple[Metadata, list[tuple[str, str]]]:
     source = open_source(path)
     if source.size > MAX_PICKLE_BYTES:
         raise LimitExceededError(f"metadata of {source.size} bytes, over the limit", path=path)
-    try:
+    with errors_in(path):
         return load_metadata(source.read(0, source.size))
-    except (CorruptCheckpointError, UnsupportedCheckpointError, LimitExceededError) as error:
-        raise error.within(path=path) from error
 
 
-def _other_files(document: Document) -> dict[str, Document]:
-    """The checkpoint files beside the distributed one; others are only noted."""
+def _add_other_files(document: Document) -> None:
+    """Add the other checkpoint files in the folder as parts, and notes on all other files."""
     for file in listed(document.path):
         if file.suffix in (".metadata", ".distcp") or file.name == ".metadata" or not file.is_file():
             continue
         found = detect(file)
         if found is None:
-            document.notes.append(f"{file.name} is not a checkpoint and is not part of what is read")
-            continue
-        part = found.read(file)
-        document.parts[file.name] = part
-        document.globals = [*document.globals, *part.globals]
-        document.notes.extend(f"{file.name}: {note}" for note in part.notes)
-    return document.parts
+            document.notes.append(f"{file.name} is not a checkpoint, and is not read")
+        else:
+            document.parts[file.name] = found.read(file)
+    document.mention_parts()
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
-    """Write a folder. What is unchanged in the folder that the tree came from is linked and stays in its pieces.
+    """Write a folder. Unchanged items of the folder from which the tree was read are linked and keep their pieces.
 
     Raises:
         RepresentationError: The tree is not a mapping, or two of its paths would have the same name.
@@ -168,6 +161,6 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
             )
             notes.extend(f"{name}: {note}" for note in beside_notes)
         options.confirmed()
-        with options.new_file(folder / ".metadata") as out:  # with it a folder of a store can be loaded
+        with options.new_file(folder / ".metadata") as out:  # last, because it makes a folder in a store loadable
             out.write(dump_metadata(metadata))
     return notes

@@ -1,7 +1,7 @@
-"""What of a folder that is written is kept from the folder it came from, and which file has what is new.
+"""Deciding which items of a new folder are kept from the old one, and into which files the others are written.
 
-The bytes of an item say nothing of its name, so an item that only changed its name stays where it is, in the pieces in
-which ranks wrote it.
+The bytes of an item do not contain its name, so an item whose name alone has changed is kept, in the pieces in which
+ranks wrote it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from optimstate.tensors.lazy import LazyTensor, contiguous_strides
 __all__ = ["Layout", "Part", "layout", "metadata_of"]
 
 _DATA_FILE = re.compile(r"__(\d+)_(\d+)\.distcp")
-_ARCHIVE_BYTES = 2048  # of an archive beside the elements, about
-_PIECES = 8  # a tensor larger than this part of a share is cut, so that shares are equal
+_ARCHIVE_BYTES = 2048  # the approximate size of an archive without the elements
+_PIECES = 8  # a tensor larger than this fraction of a share is divided, so that shares are equal
 
 
 class Part(NamedTuple):
-    """An item, or a piece of a tensor, that is written anew.
+    """An item, or a piece of a tensor, to write.
 
     Attributes:
-        name: Of the item.
-        box: Where the piece is in its tensor; None for what is not a tensor.
-        value: The piece.
+        name: The name of the item.
+        box: The position of the piece in its tensor; None for an object.
+        value: The piece or the object.
     """
 
     name: str
@@ -40,18 +40,18 @@ class Part(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """About how long it is in a file."""
+        """Its approximate number of bytes in a file."""
         return _ARCHIVE_BYTES + (self.value.nbytes if isinstance(self.value, LazyTensor) else 0)
 
 
 class Layout(Record):
-    """Where every item of a new folder is.
+    """The files of all items in a new folder.
 
     Attributes:
         leaves: All items.
-        source: The pieces of the folder that they came from.
-        kept: Of each item that stays where it is, its number there.
-        files: What is written anew, by the name of its file.
+        source: The pieces of the folder from which they came.
+        kept: The numbers, in the source, of items that are kept.
+        files: The parts to write, by the name of the file.
     """
 
     leaves: Leaves
@@ -60,7 +60,7 @@ class Layout(Record):
     files: Mapping[str, Sequence[Part]]
 
     def linked(self) -> list[int]:
-        """The numbers of the source's files that are kept."""
+        """The numbers of the source's files that have kept items."""
         if self.source is None:
             return []
         metadata = self.source.metadata
@@ -68,13 +68,13 @@ class Layout(Record):
 
 
 def layout(leaves: Leaves, source: Pieces | None, *, ranks: int | None = None, team: int = 1) -> Layout:
-    """Decide what is kept and what is written into which file.
+    """Decide which items are kept, and into which files the others are written.
 
     Args:
         leaves: All items.
-        source: The pieces of the folder that the items came from, where they did.
-        ranks: Write every tensor anew, cut along its first dimension for so many ranks; None keeps what can be kept.
-        team: How many processes write; each has a file of its own.
+        source: The pieces of the folder from which the items came, or None.
+        ranks: Write every tensor, divided along its first dimension for this number of ranks; None keeps all it can.
+        team: The number of processes that write; each has a file of its own.
     """
     kept = {} if source is None or ranks else _kept(leaves, source)
     new = {name: leaf for name, (_, leaf) in leaves.items() if name not in kept}
@@ -98,7 +98,7 @@ def _whole(leaf: Any) -> Box | None:
 
 
 def _kept(leaves: Leaves, source: Pieces) -> dict[str, int]:
-    """The items that are those of the source, by name."""
+    """The items that can be kept, by name, with their numbers in the source."""
     made: dict[str, int] = {}
     named = source.files_with_names()
     metadata = source.metadata
@@ -113,7 +113,7 @@ def _kept(leaves: Leaves, source: Pieces) -> dict[str, int]:
 
 
 def _number_of(leaf: Any, source: Pieces) -> int | None:
-    """The item of the source that a leaf is, all of it and unchanged."""
+    """The number of the source's item that a leaf is, complete and unchanged; else None."""
     if not isinstance(leaf, LazyTensor):
         return source.number_of(leaf)
     storage = leaf.storage
@@ -127,29 +127,33 @@ def _number_of(leaf: Any, source: Pieces) -> int | None:
 
 
 def _for_ranks(leaves: Mapping[str, Any], ranks: int) -> list[list[Part]]:
-    """Tensors cut along their first dimension as `torch.chunk` does; what cannot be cut where there is least."""
-    made: list[list[Part]] = [[] for _ in range(ranks)]
+    """Tensors divided along the first dimension like `torch.chunk`; others go to the rank with the fewest bytes."""
+    shares: list[list[Part]] = [[] for _ in range(ranks)]
     filled = [0] * ranks
     for name, leaf in leaves.items():
+        whole = Part(name, _whole(leaf), leaf)
         rows = leaf.shape[0] if isinstance(leaf, LazyTensor) and leaf.shape and leaf.nbytes else 0
-        if rows < 2:
-            part = Part(name, _whole(leaf), leaf)
-            rank = min(range(ranks), key=filled.__getitem__)
-            made[rank].append(part)
+        first, parts = (
+            (0, _slabs(whole, -(-rows // ranks))) if rows > 1 else (min(range(ranks), key=filled.__getitem__), [whole])
+        )
+        for rank, part in enumerate(parts, first):
+            shares[rank].append(part)
             filled[rank] += part.nbytes
-            continue
-        each = -(-rows // ranks)
-        for rank, start in enumerate(range(0, rows, each)):
-            piece = leaf.narrow(0, start, min(each, rows - start))
-            box = ((start, *(0 for _ in leaf.shape[1:])), piece.shape)
-            part = Part(name, box, piece)
-            made[rank].append(part)
-            filled[rank] += part.nbytes
-    return made
+    return shares
+
+
+def _slabs(part: Part, rows: int) -> list[Part]:
+    """A part of a tensor divided along its first dimension into pieces of this number of rows."""
+    assert part.box is not None
+    (start, *rest), tensor = part.box[0], part.value
+    pieces = [tensor.narrow(0, at, min(rows, tensor.shape[0] - at)) for at in range(0, tensor.shape[0], rows)]
+    return [
+        Part(part.name, ((start + number * rows, *rest), piece.shape), piece) for number, piece in enumerate(pieces)
+    ]
 
 
 def cut(parts: Sequence[Part], size: int) -> list[list[Part]]:
-    """Parts in the order in which their bytes are in files, cut into shares of about equal bytes."""
+    """Parts in the order of their bytes in files, divided into shares of about equal numbers of bytes."""
     most = max(sum(part.nbytes for part in parts) // (size * _PIECES), 1)
     objects = [part for part in parts if part.box is None]
     pieces = [piece for part in parts if part.box is not None for piece in _pieces(part, most)]
@@ -164,28 +168,22 @@ def cut(parts: Sequence[Part], size: int) -> list[list[Part]]:
 
 
 def _pieces(part: Part, most: int) -> list[Part]:
-    box, value = part.box, part.value
-    assert box is not None
-    if part.nbytes <= 2 * most or not value.shape or value.shape[0] < 2:
+    """A part of a tensor divided into pieces of about `most` bytes."""
+    shape = part.value.shape
+    if part.nbytes <= 2 * most or not shape or shape[0] < 2:
         return [part]
-    rows = value.shape[0]
-    each = max(-(-rows * most // part.nbytes), 1)
-    made = []
-    for start in range(0, rows, each):
-        piece = value.narrow(0, start, min(each, rows - start))
-        made.append(Part(part.name, ((box[0][0] + start, *box[0][1:]), piece.shape), piece))
-    return made
+    return _slabs(part, max(-(-shape[0] * most // part.nbytes), 1))
 
 
 def _place(part: Part) -> tuple[str, int]:
-    """Where the first byte of a tensor is."""
+    """The file and the offset of a tensor's first byte."""
     for extent in part.value.extents():
         return (str(extent.source.path), extent.offset) if isinstance(extent.source, StoredSource) else ("", 0)
     return "", 0
 
 
 def metadata_of(made: Layout, items: Mapping[tuple[str, Box | None], Item]) -> Metadata:
-    """The metadata of a folder whose new items are there."""
+    """The metadata of a folder whose new items are written."""
     boxes: dict[str, list[Box]] = {}
     for parts in made.files.values():
         for part in parts:

@@ -1,10 +1,10 @@
 """Megatron's distributed checkpoints: names without paths, and the options of the optimizer in `common.pt`.
 
-Weights stand at the root under their names. The optimizer's slots are `optimizer.state.<slot>.<parameter>`, or in the
-layouts whose names begin `optimizer.distributed.` flat buckets that do not say whose they are: these are carried along
-and never taken for state that is known. Where a run has several optimizers (experts have one of their own), each name
-may begin with `chained_<number>.`. Values of the run (`rng_state/shard_0_1`) stand beside the model. The groups'
-options, and the step, are in `common.pt` beside the folder's items: which parameter is in which group is nowhere.
+Weights are at the root under their names. The optimizer's slots are `optimizer.state.<slot>.<parameter>`, or, if names
+begin with `optimizer.distributed.`, flat buckets that do not record their parameters: these are carried along and never
+treated as known state. If a run has several optimizers (such as one for experts), names may begin with
+`chained_<number>.`. Values of the run (`rng_state/shard_0_1`) are beside the model. The groups' options and the step
+are in `common.pt` in the folder; the groups of parameters are not stored.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def tree_of_names(values: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple
     """The tree of a checkpoint without paths, and notes for people.
 
     Args:
-        values: By name.
-        beside: The checkpoint files of the folder.
+        values: The items by name.
+        beside: The trees of other checkpoint files in the folder.
     """
     model: dict[str, Any] = {}
     others: dict[str, Any] = {}
@@ -54,8 +54,8 @@ def tree_of_names(values: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple
     tree.update(buckets)
     if buckets:
         notes.append(
-            "the optimizer's state is in flat buckets that do not say whose it is: it is carried along, not read; "
-            "save it with Megatron's --dist-ckpt-optim-fully-reshardable to have it by name"
+            "the optimizer's state is in flat buckets that do not record their parameters: it is carried along, not "
+            "read; save it with Megatron's --dist-ckpt-optim-fully-reshardable to have it by name"
         )
     return {**tree, **others}, list(dict.fromkeys(notes))
 
@@ -63,7 +63,7 @@ def tree_of_names(values: Mapping[str, Any], beside: Mapping[str, Any]) -> tuple
 def _named(
     place: str, state: dict[str, dict[str, Any]], model: Mapping[str, Any], common: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """An optimizer with names, and notes: its slots, and what `common.pt` says of its groups."""
+    """An optimizer with names, made of its slots and the groups in `common.pt`, and notes."""
     options, step, notes = _options(list(_common_nodes(place, common)))
     if step is not None:
         for slots in state.values():
@@ -73,7 +73,7 @@ def _named(
 
 
 def _common_nodes(place: str, common: Any) -> Iterator[Mapping[Any, Any]]:
-    """What `common.pt` has of an optimizer; of several that are one by their names, all."""
+    """The optimizer's node in `common.pt`; all nodes, if names do not distinguish several optimizers."""
     node = common.get("optimizer") if isinstance(common, Mapping) else None
     if not isinstance(node, Mapping):
         return
@@ -85,7 +85,7 @@ def _common_nodes(place: str, common: Any) -> Iterator[Mapping[Any, Any]]:
 
 
 def _options(nodes: list[Mapping[Any, Any]]) -> tuple[dict[str, Any], Any, list[str]]:
-    """What all groups of `common.pt` have alike, the step, and notes."""
+    """The options that are equal in all groups of `common.pt`, the step, and notes."""
     groups: list[Mapping[str, Any]] = []
     step = None
     for node in nodes:
@@ -113,16 +113,14 @@ def _same(group: Mapping[str, Any], key: str, value: Any) -> bool:
 
 
 def flat_names(tree: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The names of a tree that `tree_of_names` made; None for another one.
-
-    What came from `common.pt` is not an item.
+    """The items by name of a tree that `tree_of_names` made, without those from `common.pt`; None for another tree.
 
     Args:
-        tree: What is to be written.
+        tree: The tree to write.
         like: The tree that was read.
 
     Raises:
-        RepresentationError: The options or the step are others than those of `common.pt`.
+        RepresentationError: The options or the step differ from those in `common.pt`.
     """
     made: dict[str, Any] = {}
     model = tree.get("model")
@@ -136,7 +134,7 @@ def flat_names(tree: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, An
             made.update({f"{place}.{name}": value for name, value in node.items()})
         elif place not in like or difference(_from_common(node), _from_common(like[place]), aliases=False) is not None:
             raise RepresentationError(
-                "the options or the step of the optimizer were changed, which stand in Megatron's common.pt",
+                "the options or the step of the optimizer, which are in Megatron's common.pt, were changed",
                 hint="Change common.pt, or write a torch or safetensors file.",
             )
         else:

@@ -1,4 +1,4 @@
-"""The `.metadata` of `torch.distributed.checkpoint`: a pickle that says which items there are and where they are."""
+"""The `.metadata` of `torch.distributed.checkpoint`: a pickle that describes the items and their places in files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["load_metadata", "merged"]
 def load_metadata(data: bytes) -> tuple[Metadata, list[tuple[str, str]]]:
     """Read the pickle inertly.
 
-    What torch writes is read opcode by opcode into columns; anything else by the unpickler of all pickles, which also
-    says what is wrong with it.
+    Pickles in the form that torch writes are read opcode by opcode into columns, all others with the general inert
+    unpickler, which also raises the errors.
 
     Returns:
-        What it says, and every global it mentions.
+        The metadata, and every global that the pickle mentions.
 
     Raises:
-        CheckpointError: It is damaged, hostile, or of a form that is not known.
+        CheckpointError: It is damaged, hostile, or of an unknown form.
     """
     made = Metadata()
     try:
@@ -53,7 +53,7 @@ def _metadata(tree: Any) -> Metadata:
     made = Metadata()
     for name, entry in fields["state_dict_metadata"].items():
         if type(name) is not str:
-            raise CorruptCheckpointError(f"an item is called {describe(name)}"[:200])
+            raise CorruptCheckpointError(f"an item has the name {describe(name)}"[:200])
         if entry.type.qualname == "TensorStorageMetadata":
             state = entry.state
             boxes = [(_size(chunk.state["offsets"]), _size(chunk.state["sizes"])) for chunk in state["chunks"]]
@@ -95,21 +95,20 @@ def _size(value: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-# --- from several -----------------------------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------------------------------
 
 
 def merged(ranks: Sequence[Metadata], path: Location) -> tuple[Metadata, list[str]]:
-    """The metadata of all ranks from that of each.
+    """Merge the metadata of all ranks.
 
-    Of an item that is not a tensor and of a part that several ranks have the first rank's is taken, as torch does where
-    ranks save together.
+    Of objects and of parts that several ranks have, the first rank's is used, as in torch when ranks save together.
 
     Args:
-        ranks: In the order of the ranks.
+        ranks: The metadata in the order of the ranks.
         path: The folder, for messages.
 
     Returns:
-        The whole, and notes for people.
+        The merged metadata, and notes for people.
 
     Raises:
         CorruptCheckpointError: The ranks contradict one another about a tensor.
@@ -141,8 +140,8 @@ def merged(ranks: Sequence[Metadata], path: Location) -> tuple[Metadata, list[st
             made.add_object(name, chunks[name][None])
         else:
             made.add_tensor(name, form, (Chunk(box, item) for box, item in chunks[name].items() if box))
-    notes = [f"the metadata of {len(ranks)} ranks is put together"]
+    notes = [f"the metadata of {len(ranks)} ranks is merged"]
     objects = sorted(name for name, form in forms.items() if form is None)
     if objects:
-        notes.append(f"what is not a tensor is the first rank's: {', '.join(objects[:5])}")
+        notes.append(f"of items that are not tensors the first rank's are used: {', '.join(objects[:5])}")
     return made, notes

@@ -1,6 +1,6 @@
-"""The items of a folder of `torch.distributed.checkpoint`, read where `.metadata` says they are.
+"""The items of a `torch.distributed.checkpoint` folder, at the places given in `.metadata`.
 
-Each item is an archive of its own, of `torch.save` or of safetensors, and most are alike but for their elements.
+Each item is a separate archive, of `torch.save` or of safetensors; most are equal except for their elements.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
 __all__ = ["PieceStorage", "Pieces"]
 
 _ZIP = b"PK\x03\x04"
-
-
-_SMALL_OBJECT = 1 << 20
-ENDS = 2048  # what holds the pickle of an archive of one tensor, and its directory
+_SMALL_OBJECT = 1 << 20  # bytes
+ENDS = 2048  # bytes at either end of an archive with one tensor that contain its pickle and its directory
 
 
 class Pieces:
-    """Where the pieces of a folder's tensors are; each file is opened once.
+    """The pieces of all tensors in a folder, whose files are opened once.
 
-    A tensor is made without looking at its pieces: they are located when its elements are asked for.
+    Making a tensor does not read its pieces: they are located when its elements are first needed.
     """
 
     def __init__(self, folder: Location, metadata: Metadata) -> None:
@@ -47,22 +45,22 @@ class Pieces:
         self._blobs: dict[tuple[str, int], Mapping[str, Any]] = {}
         self._layouts: dict[tuple[str, tuple[int, ...]], tuple[int, str, tuple[int, ...]]] = {}
         self._scalars: dict[tuple[type, str], int] = {}
-        self._objects: dict[int, tuple[Any, int]] = {}  # with the values, whose ids must not be given again
+        self._objects: dict[int, tuple[Any, int]] = {}  # keeps the values, so that no other object gets their ids
         self._tiled: set[tuple[tuple[int, ...], tuple[Box | None, ...]]] = set()
         self._check_places()
 
     @property
     def globals(self) -> list[tuple[str, str]]:
-        """What the pickles of items that are no tensors mention."""
+        """Every `(module, name)` that the pickles of objects mention."""
         return self._archives.globals
 
     def _check_places(self) -> None:
-        """A missing or short file is an error of opening."""
+        """Check that all items are inside their files."""
         sizes = [source.size for source in self.sources]
         columns = zip(self.metadata.file, self.metadata.offset, self.metadata.length, strict=True)
         for file, offset, length in columns:
             if offset + length > sizes[file]:
-                FileSlice(self.sources[file], offset, length)  # which says so
+                FileSlice(self.sources[file], offset, length)  # raises the error
 
     def slice(self, row: int) -> FileSlice:
         """The bytes of an item."""
@@ -90,14 +88,14 @@ class Pieces:
         return made
 
     def number_of(self, value: Any) -> int | None:
-        """The item that a value which is not a tensor was read from."""
+        """The number of the item from which an object was read, or None."""
         if value is None or type(value) in (bool, int, float, str):
             return self._scalars.get((type(value), exact(value)))
         found = self._objects.get(id(value))
         return found[1] if found is not None else None
 
     def files_with_names(self) -> set[int]:
-        """The numbers of files whose contents say what they are called: blobs of safetensors."""
+        """The numbers of files whose contents include the names of items: blobs of safetensors."""
         metadata = self.metadata
         first: dict[int, int] = {}
         for row, file in enumerate(metadata.file):
@@ -112,15 +110,14 @@ class Pieces:
         if layout is None:
             about = DTYPES[form.dtype]
             nbytes = prod(form.shape) * about.itemsize
-            kind = about.storage or "UntypedStorage"
-            layout = self._layouts[key] = nbytes, kind, contiguous_strides(form.shape)
+            layout = self._layouts[key] = nbytes, about.storage_class, contiguous_strides(form.shape)
         nbytes, kind, stride = layout
         return LazyTensor(
             PieceStorage(self, number, nbytes, kind), form.dtype, form.shape, stride, 0, form.requires_grad
         )
 
     def _check_tiling(self, number: int, form: Form) -> None:
-        """The pieces fill the tensor; asked once for all that are cut alike."""
+        """Check that the pieces fill the tensor, once for all tensors with the same pieces."""
         metadata = self.metadata
         start, stop = metadata.first[number], metadata.first[number + 1]
         boxes = metadata.boxes[start:stop]
@@ -135,7 +132,7 @@ class Pieces:
         self._tiled.add(key)
 
     def recorded(self) -> Iterator[Recorded]:
-        """The checksums of the archives that items are; blobs of safetensors have none."""
+        """The checksums of the items' archives; blobs of safetensors have none."""
         metadata = self.metadata
         seen: set[tuple[int, int]] = set()
         for number, form in enumerate(metadata.forms):
@@ -148,7 +145,7 @@ class Pieces:
                     yield from self._archives.recorded(self.slice(row), tensor)
 
     def locate(self, number: int) -> tuple[Extent, ...]:
-        """The row-major bytes of a tensor."""
+        """The extents of a tensor in row-major order."""
         metadata = self.metadata
         form, name = metadata.forms[number], metadata.order[number]
         assert form is not None
@@ -173,7 +170,7 @@ class Pieces:
         )
 
     def _piece_of_blob(self, name: str, dtype: str, sizes: tuple[int, ...], row: int) -> Storage:
-        """Torch notes where the safetensors blob of a file begins, not where in it the tensor is."""
+        """A piece in a safetensors blob; torch records the offset of the blob in the file, not that of the tensor."""
         item, file = self.metadata.item(row), self.sources[self.metadata.file[row]]
         key = (item.file, item.offset)
         if key not in self._blobs:
@@ -201,11 +198,11 @@ class Pieces:
 
 
 class PieceStorage(DeferredStorage):
-    """The elements of one tensor of a folder: a row number and no closure, because there are a million of them.
+    """The elements of one tensor in a folder; without a closure, because there may be a million of them.
 
     Attributes:
         table: The folder's pieces.
-        number: The tensor's place among its items.
+        number: The number of the tensor among the items.
     """
 
     __slots__ = ("number", "table")
@@ -221,7 +218,7 @@ class PieceStorage(DeferredStorage):
         self.crc = None
 
     def reach(self) -> tuple[Extent, ...]:
-        """The ends of the archives that the pieces are in; all of those that are small."""
+        """The ends of the pieces' archives, or all of a small archive."""
         found: list[Extent] = []
         for row in self.table.metadata.rows(self.number):
             part = self.table.slice(row)
@@ -232,11 +229,11 @@ class PieceStorage(DeferredStorage):
         return tuple(found)
 
     def locate(self) -> tuple[Extent, ...]:
-        """Where the bytes are."""
+        """The extents of the bytes."""
         return self.table.locate(self.number)
 
     def copy_of(self, start: int, stop: int) -> Storage:
-        """All of it is the same item again."""
+        """As of any storage; a copy of all bytes still counts as the same item."""
         if start == 0 and stop == self.nbytes:
             return PieceStorage(self.table, self.number, self.nbytes, self.kind)
         return super().copy_of(start, stop)

@@ -1,8 +1,8 @@
-"""A folder that several processes write together: which bytes each of them moves, and how it is told.
+"""A folder that several processes write together: dividing the bytes among them.
 
-The first process decides; the others get rows of files, offsets and lengths, and need neither the checkpoint nor the
-plan. Only where something must be computed (a cast, a transposition) each process that has a part of it opens the
-checkpoint for itself, and decides the same.
+The first process decides and gives the others rows of files, offsets and lengths, so that they need neither the
+checkpoint nor the plan. Only if something must be computed (a cast, a transposition), each process with a part of it
+opens the checkpoint itself, and makes the same decision.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from optimstate.io.location import Location
 from optimstate.io.places import located, open_source
 from optimstate.io.shared import move, range_of_row, reporting
 from optimstate.io.together import Stage
-from optimstate.tensors.dtypes import DTYPES
-from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tensors.lazy import tensor_of
 
 __all__ = ["help_out", "share_out"]
 
@@ -37,7 +35,7 @@ Items = dict[tuple[str, Box | None], Item]
 
 
 def _rows(parts: Sequence[Part]) -> list[Any] | None:
-    """Parts as JSON; None where one is computed."""
+    """Parts as JSON; None if one is computed."""
     made = []
     for part in parts:
         if part.box is None:
@@ -51,7 +49,7 @@ def _rows(parts: Sequence[Part]) -> list[Any] | None:
 
 
 def _ranges(made: Layout, folder: Location, size: int) -> list[list[Any]]:
-    """The files that are copied whole, in shares of equal bytes."""
+    """The ranges of whole files to copy, in shares with equal numbers of bytes."""
     if made.source is None:
         return [[] for _ in range(size)]
     files = made.linked()
@@ -73,7 +71,7 @@ def _ranges(made: Layout, folder: Location, size: int) -> list[list[Any]]:
 
 
 def _whole_files(made: Layout, folder: Location, size: int) -> list[list[Any]]:
-    """The same for a store, where one process writes an object: whole files, the next to who has least."""
+    """The same for a store, where one process writes an object: whole files, each for the process with the least."""
     shares: list[list[Any]] = [[] for _ in range(size)]
     filled = [0] * size
     files = [] if made.source is None else made.linked()
@@ -87,16 +85,16 @@ def _whole_files(made: Layout, folder: Location, size: int) -> list[list[Any]]:
 
 
 def share_out(made: Layout, stage: Stage, options: WriteOptions, *, copied: bool) -> Items:
-    """Write all files of a layout together with the other processes of a stage, of which this may be any.
+    """Write all files of a layout together with the other processes of a stage, in any of them.
 
     Args:
-        made: The layout, which is the same in every process that decides.
-        stage: What they share.
+        made: The layout, which is the same in every process that makes it.
+        stage: The shared folder.
         options: How to write.
-        copied: Whether the files that are kept are copied, and not linked.
+        copied: Whether files with kept items are copied instead of linked.
 
     Returns:
-        Where everything that is new is; nothing in other processes than the first.
+        The places of all new items; empty in processes other than the first.
     """
     team, folder = stage.team, stage.folder
     names = list(made.files)
@@ -128,10 +126,10 @@ def share_out(made: Layout, stage: Stage, options: WriteOptions, *, copied: bool
 
 
 def help_out(stage: Stage, options: WriteOptions) -> bool:
-    """Do the share of a process that is not the first, as the first has said.
+    """Do the work that the first process gives this one.
 
     Returns:
-        Whether that was possible; otherwise something has to be computed, and this process must decide for itself.
+        False if something must be computed, so that this process must make the layout itself and call `share_out`.
     """
     with stage.alive() as moved:
         work = stage.work()
@@ -161,7 +159,7 @@ def _moved(
 ) -> Items:
     """Copy ranges and write files."""
     progress = reporting(moved, options.progress)
-    inner = options._replace(progress=progress, replace=True)  # what an attempt before this one has left
+    inner = options._replace(progress=progress, replace=True)  # replaces objects of an earlier attempt
     sources = {row[0]: open_source(row[0]) for row in ranges}
     if stage.in_store:
         for path, _, target, _, length in ranges:
@@ -176,7 +174,7 @@ def _moved(
 
 
 def _reserve(path: Path, size: int) -> None:
-    """A file of a size, whose contents stay where it is there already."""
+    """Give a file a size, keeping its contents if it exists."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         os.ftruncate(fd, size)
@@ -201,13 +199,11 @@ def _part(row: Sequence[Any], sources: dict[str, StoredSource]) -> Part:
         if path is not None and path not in sources:
             sources[path] = open_source(path)
         extents.append(Extent(None if path is None else sources[path], offset, length))
-    about = DTYPES[dtype]
-    storage = Storage(tuple(extents), prod(made[1]) * about.itemsize, about.storage or "UntypedStorage")
-    return Part(name, made, LazyTensor(storage, dtype, made[1]))
+    return Part(name, made, tensor_of(extents, dtype, made[1]))
 
 
 def _check_sizes(stage: Stage, items: Items, copied: Sequence[Any]) -> None:
-    """Every file is as long as those who wrote it say: a file system may show less for a while, or for ever."""
+    """Check that every file has its full size: a file system may show less for a while, or permanently."""
     ends: dict[str, int] = {}
     for item in items.values():
         ends[item.file] = max(ends.get(item.file, 0), item.offset + item.length)
@@ -217,4 +213,5 @@ def _check_sizes(stage: Stage, items: Items, copied: Sequence[Any]) -> None:
     sizes = stage.sizes()
     for name, end in ends.items():
         if sizes.get(name) != end:
-            raise CheckpointError(f"has not {end} bytes, which a process has written", path=stage.folder / name)
+            message = f"does not have the {end} bytes that a process has written"
+            raise CheckpointError(message, path=stage.folder / name)

@@ -1,4 +1,4 @@
-"""The data files of a folder: what is new is written, what is kept is linked or copied."""
+"""The data files of a folder: writing new items, and linking or copying files with kept ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["link_files", "notes_of_dead", "write_file"]
 
 
 def link_files(folder: Location, made: Layout, options: WriteOptions) -> list[str]:
-    """Give the folder the files that are kept; notes for people."""
+    """Link or copy the files with kept items into the folder; returns notes for people."""
     if made.source is None:
         return []
     metadata, links = made.source.metadata, 0
@@ -33,13 +33,13 @@ def link_files(folder: Location, made: Layout, options: WriteOptions) -> list[st
     notes = []
     if links:
         notes.append(
-            f"{links} data files are links to those of {made.source.folder}: no bytes were moved (--copy moves them)"
+            f"{links} data files are links to those of {made.source.folder}: no bytes were copied (--copy copies them)"
         )
     return notes
 
 
 def notes_of_dead(made: Layout) -> list[str]:
-    """What people are told of bytes in the files that are kept, of tensors that are not."""
+    """A note on bytes of other tensors in the files with kept items, if there are any."""
     if made.source is None:
         return []
     metadata = made.source.metadata
@@ -53,7 +53,7 @@ def notes_of_dead(made: Layout) -> list[str]:
 
 
 def write_file(path: Location, parts: Sequence[Part], options: WriteOptions) -> dict[tuple[str, Box | None], Item]:
-    """Write one data file: what is not a tensor first, then the tensors, as torch orders them."""
+    """Write one data file, objects first and then tensors, as torch does; returns the places of the items."""
     items: dict[tuple[str, Box | None], Item] = {}
     scalars: dict[tuple[type, str], Item] = {}
     expected = sum(part.nbytes for part in parts if part.box is not None)
@@ -76,8 +76,8 @@ def write_file(path: Location, parts: Sequence[Part], options: WriteOptions) -> 
 
 
 def _alone(tensor: LazyTensor) -> LazyTensor:
-    """A plain tensor of the same elements in row-major order, with nothing around it."""
-    kind = DTYPES[tensor.dtype].storage or "UntypedStorage"
+    """A plain tensor of the same elements in row-major order, over a storage of its own."""
+    kind = DTYPES[tensor.dtype].storage_class
     whole = tensor.is_contiguous() and tensor.nbytes == tensor.storage.nbytes
     storage = Storage(tensor.extents(), tensor.nbytes, kind, crc=tensor.storage.crc if whole else None)
     return LazyTensor(storage, tensor.dtype, tensor.shape)
