@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -18,3 +21,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.differing_executors],
 )
 settings.load_profile("optimstate")
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """No log of frameworks up to warnings."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(previous)

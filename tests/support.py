@@ -162,6 +162,14 @@ def load_torch(path: Path) -> Any:
             return torch.load(path, weights_only=False)
 
 
+def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
+    """A model whose initial weights depend on the seed alone."""
+    import torch
+
+    torch.manual_seed(seed)
+    return make()
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens at."""
     with socket.socket() as probe:

@@ -17,7 +17,8 @@ from optimstate import hooks
 from optimstate.errors import MigrationError, OptimStateError, StateMismatchError
 from optimstate.plan.language.plan import Plan
 from tests import oracle
-from tests.hooks.models import MODULES, Net, adam, one_group, seeded, two_groups
+from tests.hooks.models import MODULES, Net, adam, one_group, two_groups
+from tests.support import seeded
 
 FUSE = Plan.from_toml(
     '[[rule]]\nfrom = "block.{x=q|k|v}.{kind}"\nto = "block.qkv.{kind}"\nconcat = 0\n'

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,11 @@ from optimstate.plan.language.plan import Plan
 from optimstate.tree import difference
 from tests.formats.deepspeed_worker import QUICK, STAGES
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]
 RENAMED = Plan.from_options(
     rename=["model.fc.{p}=model.body.{p}", "model.out.{p}=model.head.{p}", "fc.{p}=body.{p}", "out.{p}=head.{p}"]
 )
 RENAMED_WRAPPED = Plan.from_options(rename=["model.fc.{p}=model.body.{p}", "model.out.{p}=model.head.{p}"])
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(previous)
 
 
 class Net(nn.Module):

@@ -14,6 +14,7 @@ from torch import nn
 import optimstate.optim
 from optimstate.errors import OptimStateError
 from tests import oracle
+from tests.support import seeded
 
 MODULES = [torch.optim, optimstate.optim]
 
@@ -50,11 +51,6 @@ class Net(nn.Module):
         return self.head(self.frozen(self.block(self.embed(tokens))))
 
 
-def seeded(make: Any, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    return make()
-
-
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, *, start: int = 0) -> list[float]:
     """Losses of some steps; step n always sees the same data."""
     losses = []
@@ -82,6 +78,22 @@ def two_groups(model: nn.Module) -> Any:
 
 def adam(module: Any, params: Any, **options: Any) -> torch.optim.Optimizer:
     return module.AdamW(params, lr=1e-2, **options)
+
+
+def trained(module: Any, layout: Any = one_group, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A net and its AdamW after three steps."""
+    model = seeded(Net)
+    optimizer = adam(module, layout(model), **options)
+    train(model, optimizer)
+    return model, optimizer
+
+
+def unnamed(groups: Any) -> Any:
+    """Parameters or groups of a layout without names."""
+    groups = list(groups)
+    if not isinstance(groups[0], dict):
+        return [p for _, p in groups]
+    return [{**group, "params": [p for _, p in group["params"]]} for group in groups]
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

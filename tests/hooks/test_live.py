@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,13 +14,7 @@ from optimstate import hooks
 from optimstate.plan.language.plan import Plan
 from tests import oracle
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(previous)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 class Maps(nn.Module):

@@ -24,20 +24,14 @@ from tests.hooks.models import (
     one_group,
     refused,
     register,
-    seeded,
     train,
+    trained,
     two_groups,
 )
+from tests.support import seeded
 
 pytestmark = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 layouts = pytest.mark.parametrize("layout", [one_group, two_groups])
-
-
-def trained(module: Any, layout: Any = one_group, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = seeded(lambda: Net(**options))
-    optimizer = adam(module, layout(model))
-    train(model, optimizer)
-    return model, optimizer
 
 
 def same_slots(one: Any, other: Any) -> bool:
@@ -97,8 +91,7 @@ def test_match_names_whatever_the_order(module: Any, layout: Any) -> None:
         groups = [{**group, "params": group["params"][::-1]} for group in groups[::-1]]
     resumed = adam(module, groups)
     loaded(resumed, copy.deepcopy(optimizer.state_dict()), hooks.match_names())
-    old, new = named_state(optimizer, model), named_state(resumed, twin)
-    assert {name: same_slots(slots, old[name]) for name, slots in new.items()} == dict.fromkeys(old, True)
+    assert same_slots(named_state(resumed, twin), named_state(optimizer, model))
     assert train(twin, resumed, 10, start=3) == train(model, optimizer, 10, start=3)
 
 
@@ -234,8 +227,7 @@ def test_fuse_and_split_are_each_others_inverse_and_exact(module: Any, layout: A
     back.load_state_dict(model.state_dict())
     undone = adam(module, layout(back))
     loaded(undone, copy.deepcopy(resumed.state_dict()), hooks.split({"block.qkv": ["block.q", "block.k", "block.v"]}))
-    old, new = named_state(optimizer, model), named_state(undone, back)
-    assert {name: same_slots(slots, old[name]) for name, slots in new.items()} == dict.fromkeys(old, True)
+    assert same_slots(named_state(undone, back), named_state(optimizer, model))
     losses = train(model, optimizer, 10, start=3)
     assert train(back, undone, 10, start=3) == losses
     assert train(fused, resumed, 10, start=3) == pytest.approx(losses, rel=1e-4)  # one product instead of three
@@ -523,8 +515,7 @@ def test_unnamed_optimizers_and_checkpoints(module: Any) -> None:
     assert "hooks.match_names(model=model)" in told
     resumed = adam(module, list(twin.parameters())[::-1])
     loaded(resumed, optimizer.state_dict(), hooks.match_names(twin))
-    old, new = named_state(optimizer, model), named_state(resumed, twin)
-    assert {name: same_slots(slots, old[name]) for name, slots in new.items()} == dict.fromkeys(old, True)
+    assert same_slots(named_state(resumed, twin), named_state(optimizer, model))
     assert "param_names" not in resumed.param_groups[0]
 
     saved = optimizer.state_dict()
@@ -533,7 +524,7 @@ def test_unnamed_optimizers_and_checkpoints(module: Any) -> None:
     assert "the 11 parameters of the checkpoint's optimizer have no names" in told
     resumed = adam(module, twin.named_parameters())
     loaded(resumed, saved, hooks.match_names(saved=names))
-    assert same_slots(named_state(resumed, twin), old)
+    assert same_slots(named_state(resumed, twin), named_state(optimizer, model))
     with pytest.raises(StateMismatchError, match="10 names for an optimizer of 11"):
         hooks.match_names(saved=names[1:])(resumed, saved)
     with pytest.raises(StateMismatchError, match="is not one of the model's"):

@@ -15,24 +15,11 @@ from optimstate import hooks
 from optimstate.errors import OptimStateWarning, PlanError, StateMismatchError
 from optimstate.plan.language.plan import Plan
 from tests import oracle
-from tests.hooks.models import MODULES, Net, adam, named_state, one_group, register, seeded, train, two_groups
+from tests.hooks.models import MODULES, Net, adam, named_state, one_group, register, train, trained, two_groups, unnamed
+from tests.support import seeded
 
 pytestmark = pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 layouts = pytest.mark.parametrize("layout", [one_group, two_groups])
-
-
-def trained(module: Any, layout: Any = one_group, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = seeded(Net)
-    optimizer = adam(module, layout(model), **options)
-    train(model, optimizer)
-    return model, optimizer
-
-
-def unnamed(groups: Any) -> Any:
-    groups = list(groups)
-    if not isinstance(groups[0], dict):
-        return [p for _, p in groups]
-    return [{**group, "params": [p for _, p in group["params"]]} for group in groups]
 
 
 def saved(optimizer: torch.optim.Optimizer, *given: Any) -> Any:

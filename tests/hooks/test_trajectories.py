@@ -19,8 +19,9 @@ from optimstate import hooks
 from optimstate.errors import PlanError
 from optimstate.plan.language.plan import Plan
 from tests import oracle
-from tests.hooks.models import MODULES, Net, adam, loaded, one_group, register, seeded, train, two_groups
+from tests.hooks.models import MODULES, Net, adam, loaded, one_group, register, train, two_groups, unnamed
 from tests.hooks.optimizers import ELEMENTWISE, OTHERS_WARN, Make, runs_hooks
+from tests.support import seeded
 
 PROJECTIONS = ["block.q", "block.k", "block.v"]
 
@@ -139,13 +140,6 @@ CHANGES: dict[str, Change] = {
     "cast_state": Change(copy.deepcopy, lambda: [hooks.cast_state("float32")]),
     "reset": Change(copy.deepcopy, lambda: [hooks.reset("unused", "frozen")]),
 }
-
-
-def unnamed(groups: Any) -> Any:
-    groups = list(groups)
-    if not isinstance(groups[0], dict):
-        return [p for _, p in groups]
-    return [{**group, "params": [p for _, p in group["params"]]} for group in groups]
 
 
 def steps(model: nn.Module, optimizer: Any, count: int, start: int = 0) -> list[float]:

@@ -34,10 +34,12 @@ def two_matrices(*shapes: tuple[int, ...]) -> list[Tensor]:
     ]
 
 
-def give_gradients(parameters: list[Tensor], seed: int = 7) -> None:
-    for parameter in parameters:
-        gradient = oracle.numbers(tuple(parameter.shape), parameter.dtype, seed)
-        parameter.grad = gradient
+def make_steps(optimizer: torch.optim.Optimizer, parameters: list[Tensor], *seeds: int) -> None:
+    """A step with gradients from each of the seeds."""
+    for seed in seeds:
+        for parameter in parameters:
+            parameter.grad = oracle.numbers(tuple(parameter.shape), parameter.dtype, seed)
+        optimizer.step()
 
 
 def trained(
@@ -46,9 +48,7 @@ def trained(
     """An optimizer that has made two steps."""
     given: Any = parameters if names is None else list(zip(names, parameters, strict=True))
     optimizer = make(given, **options)
-    for seed in (7, 8):
-        give_gradients(parameters, seed)
-        optimizer.step()
+    make_steps(optimizer, parameters, 7, 8)
     return optimizer
 
 
@@ -229,9 +229,7 @@ def torch_survives(target: str, saved: StateDict) -> bool:
     optimizer = getattr(torch.optim, target)(parameters, **FULLEST.get(target, {}))
     try:
         optimizer.load_state_dict(copy.deepcopy(saved))
-        for seed in (3, 4):
-            give_gradients(parameters, seed)
-            optimizer.step()
+        make_steps(optimizer, parameters, 3, 4)
     except (KeyError, TypeError, AttributeError, RuntimeError, IndexError, ValueError):
         return False
     return True
@@ -300,9 +298,7 @@ def both_load(name: str, saved: StateDict, **options: Any) -> list[str]:
         optimizer = getattr(module, name)(parameters, **options)
         optimizer.load_state_dict(copy.deepcopy(saved))
         loaded = copy.deepcopy(optimizer.state_dict())
-        for seed in (3, 4):
-            give_gradients(parameters, seed)
-            optimizer.step()
+        make_steps(optimizer, parameters, 3, 4)
         seen.append({"loaded": loaded, "stepped": optimizer.state_dict(), "parameters": parameters})
     return oracle.differences(*seen)
 
@@ -404,9 +400,7 @@ def test_state_with_other_strides_is_read_rightly(name: str, implementation: str
         parameters = two_matrices((33, 17), (2, 5))
         optimizer = getattr(optim, name)(parameters, **options)
         optimizer.load_state_dict(copy.deepcopy(given))
-        for seed in (3, 4):
-            give_gradients(parameters, seed)
-            optimizer.step()
+        make_steps(optimizer, parameters, 3, 4)
         slots = [list(optimizer.state[parameter].values()) for parameter in parameters]
         seen.append([[[t.contiguous() for t in state] for state in slots], parameters])
     assert oracle.differences(*seen) == []
@@ -422,8 +416,7 @@ def test_state_assigned_by_hand_with_other_strides_is_read_rightly_by_fused_kern
             for slot, value in state.items():
                 if turn and value.dim() == 2:
                     state[slot] = value.t().contiguous().t()
-        give_gradients(parameters, 9)
-        optimizer.step()
+        make_steps(optimizer, parameters, 9)
         seen.append(parameters)
     assert oracle.differences(*seen) == []
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import pytest
 import torch
 
+from optimstate.errors import MigrationError
 from optimstate.io.extents import Extent
+from optimstate.plan.apply.checkpoint import apply_plan
+from optimstate.plan.language.plan import Plan
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
+from tests.support import torch_bytes
 
 
 class Bytes:
@@ -53,9 +58,16 @@ def same(one: Any, other: Any) -> bool:
         return bool(one == other)
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return bytes_of(one) == bytes_of(other)
+    return torch_bytes(one) == torch_bytes(other)
 
 
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().contiguous()
-    return ctypes.string_at(flat.data_ptr(), flat.numel() * flat.element_size()) if flat.numel() else b""
+def applied(text: str, tree: Any) -> Any:
+    """A tree in files to which a plan was applied."""
+    return apply_plan(Plan.from_toml(text), lazy_tree(tree))[0]
+
+
+def kinds(text: str, tree: Any) -> set[str]:
+    """The kinds of problems with which a plan is refused."""
+    with pytest.raises(MigrationError) as error:
+        applied(text, tree)
+    return {problem.kind for problem in error.value.problems}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -112,9 +110,3 @@ class Tied(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         words = (x.abs() * 3).long() % 11
         return self.head(torch.tanh(self.body(self.embed(words)))).mean((-1, -2), keepdim=False).unsqueeze(-1)
-
-
-def made(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """The model with weights that depend on the seed alone."""
-    torch.manual_seed(seed)
-    return make()

@@ -16,8 +16,9 @@ from optimstate.plan.apply.stamps import STAMP
 from optimstate.plan.language.plan import Plan
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import difference
-from tests.plan.models import WIDTH, Attention, Twins, made
+from tests.plan.models import WIDTH, Attention, Twins
 from tests.plan.training import batches, train
+from tests.support import seeded
 
 
 def saved(tmp_path: Path, content: Any) -> Any:
@@ -35,7 +36,7 @@ SPLIT = '[[rule]]\nfrom = "qkv.{p}"\nto = "{x=q|k|v}.{p}"\nsplit = 0\n'
 
 
 def everything(groups: bool = False) -> dict[str, Any]:
-    model = made(lambda: Attention("fused"))
+    model = seeded(lambda: Attention("fused"))
     average = torch.optim.swa_utils.AveragedModel(model)
     named = list(model.named_parameters())
     parameters: Any = [{"params": named[:2]}, {"params": named[2:], "lr": 0.02}] if groups else named
@@ -108,7 +109,7 @@ def test_the_scheduler_follows_the_groups(tmp_path: Path) -> None:
 
 
 def test_wrappers_are_transparent(tmp_path: Path) -> None:
-    model = torch.nn.DataParallel(made(Twins))
+    model = torch.nn.DataParallel(seeded(Twins))
     optimizer = torch.optim.Adam(model.named_parameters())
     train(model, optimizer, batches(2, WIDTH))
     tree = saved(tmp_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -118,7 +119,7 @@ def test_wrappers_are_transparent(tmp_path: Path) -> None:
 
 
 def test_an_unnamed_optimizer_is_left_alone_named_or_refused(tmp_path: Path) -> None:
-    model = made(Twins)
+    model = seeded(Twins)
     optimizer = torch.optim.Adam(model.parameters())
     train(model, optimizer, batches(2, WIDTH))
     tree = saved(tmp_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -206,7 +207,7 @@ def test_a_rate_that_is_set_says_what_the_schedule_began_with(tmp_path: Path) ->
 
 
 def test_composed_schedules_start_from_the_new_initial_rate_though_groups_stay(tmp_path: Path) -> None:
-    model = made(Twins)
+    model = seeded(Twins)
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.1)
     parts = [torch.optim.lr_scheduler.StepLR(optimizer, 2), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [3])

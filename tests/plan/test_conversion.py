@@ -16,9 +16,10 @@ from optimstate.plan.solve.planner import plan_optimizer
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tensors.compute import to_torch
 from tests.plan.lazy import lazy_tree
-from tests.plan.models import WIDTH, Twins, made
+from tests.plan.models import WIDTH, Twins
 from tests.plan.training import batches, train
 from tests.releases import ADAM_TELLS_ITS_DECAY, muon
+from tests.support import seeded
 
 CLASSES: dict[str, Any] = {
     name: getattr(torch.optim, name)
@@ -28,7 +29,7 @@ CLASSES: dict[str, Any] = {
 
 
 def trained(source: str, **options: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    model = made(Twins)
+    model = seeded(Twins)
     parameters = [(n, p) for n, p in model.named_parameters() if source != "Muon" or p.ndim == 2]
     optimizer = CLASSES[source](parameters, lr=0.01, **options)
     train(model, optimizer, batches(5, WIDTH))

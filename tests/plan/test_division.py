@@ -19,7 +19,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.inverse import inverse
 from optimstate.tensors.compute import to_torch
 from optimstate.tree import walk
-from tests.plan.lazy import lazy_tree
+from tests.plan.lazy import applied, kinds, lazy_tree
 
 MUON = '[[optimizer]]\npath = "muon"\nmatch = "blocks.*.weight"\nalgorithm = "Muon"\n'
 REST = '[[optimizer]]\npath = "adamw"\nmatch = "**"\n'
@@ -75,7 +75,7 @@ def live(node: Any) -> Any:
 
 
 def apply(text: str, tree: Any) -> Any:
-    return live(apply_plan(Plan.from_toml(text), lazy_tree(tree))[0])
+    return live(applied(text, tree))
 
 
 def by_name(state: Any) -> dict[str, Any]:
@@ -88,12 +88,6 @@ def by_name(state: Any) -> dict[str, Any]:
 
 def same(a: Any, b: Any) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def kinds(text: str, tree: Any) -> set[str]:
-    with pytest.raises(MigrationError) as error:
-        apply(text, tree)
-    return {problem.kind for problem in error.value.problems}
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])

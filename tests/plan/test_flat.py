@@ -16,8 +16,9 @@ from optimstate.plan.solve.planner import plan_optimizer
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tensors.compute import to_torch
 from tests.plan.lazy import lazy_tree
-from tests.plan.models import WIDTH, Attention, made
+from tests.plan.models import WIDTH, Attention
 from tests.plan.training import batches, target_of
+from tests.support import seeded
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: list[torch.Tensor]) -> list[float]:
@@ -35,7 +36,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: list[torch
 
 
 def setting(form: str, seed: int = 0) -> tuple[nn.Module, Any]:
-    model = made(lambda: Attention(form), seed).double()
+    model = seeded(lambda: Attention(form), seed).double()
     return model, torch.optim.LBFGS(model.named_parameters(), lr=0.05, max_iter=2, history_size=4)
 
 

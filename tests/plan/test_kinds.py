@@ -14,8 +14,9 @@ from optimstate.errors import MigrationError
 from optimstate.installed_torch import adagrad_starts_late
 from optimstate.plan.language.plan import Plan
 from optimstate.state.scheduler import regroup_scheduler_state
-from tests.plan.models import WIDTH, Attention, Deeper, Feed, Tied, Twins, made
+from tests.plan.models import WIDTH, Attention, Deeper, Feed, Tied, Twins
 from tests.plan.training import ELEMENTWISE, batches, migrate, slots_by_name, train
+from tests.support import seeded
 
 BITWISE, REGROUPED = 0.0, 1e-6
 
@@ -74,7 +75,7 @@ def test_training_goes_on_as_if_nothing_had_changed(name: str, kind: str) -> Non
     optimizer_type, options = ELEMENTWISE[kind]
     # In double where sums are regrouped; otherwise in float, because loading casts NAdam's float mu_product to double.
     dtype = torch.float32 if change.within == BITWISE else torch.float64
-    old, new = made(change.old).to(dtype), made(change.new, seed=7).to(dtype)
+    old, new = seeded(change.old).to(dtype), seeded(change.new, seed=7).to(dtype)
     inputs = [x.to(dtype) for x in batches(20, WIDTH)]
     named = old.named_parameters() if change.named else old.parameters()
     before = optimizer_type(named, **options)
@@ -98,7 +99,7 @@ def test_training_goes_on_as_if_nothing_had_changed(name: str, kind: str) -> Non
 def test_without_the_state_training_differs(name: str) -> None:
     """What the trajectories above would look like if the engine had lost the state."""
     change = CHANGES[name]
-    old, new = made(change.old).double(), made(change.new, seed=7).double()
+    old, new = seeded(change.old).double(), seeded(change.new, seed=7).double()
     inputs = [x.double() for x in batches(20, WIDTH)]
     before = torch.optim.Adam(old.named_parameters(), lr=0.01)
     train(old, before, inputs[:10])
@@ -110,7 +111,7 @@ def test_without_the_state_training_differs(name: str) -> None:
 
 
 def test_dense_to_experts_gives_each_its_own_copy() -> None:
-    old, new = made(Feed), made(lambda: Feed(3), seed=7)
+    old, new = seeded(Feed), seeded(lambda: Feed(3), seed=7)
     before, after = (torch.optim.AdamW(m.named_parameters(), lr=0.01) for m in (old, new))
     train(old, before, batches(10, WIDTH))
     plan = Plan.from_toml('[[rule]]\nfrom = "mlp.{p}"\nto = "experts.{e=0..2}.{p}"\n')
@@ -136,11 +137,11 @@ def test_dense_to_experts_gives_each_its_own_copy() -> None:
 def test_experts_scaled_train_like_the_dense_layer(kind: str) -> None:
     """Two experts of half the weight, summed: with scale, each is updated by half of what the one was."""
     optimizer_type, options = ELEMENTWISE[kind]
-    old = made(Feed).double()
+    old = seeded(Feed).double()
     before = optimizer_type(old.named_parameters(), **{**options, "lr": 0.01})
     inputs = [x.double() for x in batches(12, WIDTH)]
     train(old, before, inputs[:10])
-    new = made(lambda: Feed(2), seed=7).double()
+    new = seeded(lambda: Feed(2), seed=7).double()
     halved = [{"params": [(n, p) for n, p in new.named_parameters() if "expert" in n], "lr": 0.005}]
     rest = [{"params": [(n, p) for n, p in new.named_parameters() if "expert" not in n]}]
     after = optimizer_type(halved + rest, **{**options, "lr": 0.01, "eps": 1e-30})
@@ -159,7 +160,7 @@ def test_a_new_layer_in_front_shifts_the_others(kind: str) -> None:
     if kind == "adagrad" and not adagrad_starts_late():
         pytest.skip("torch's Adagrad makes no state in a step")
     optimizer_type, options = ELEMENTWISE[kind]
-    old, new = made(lambda: Deeper(3)), made(lambda: Deeper(3, front=True), seed=7)
+    old, new = seeded(lambda: Deeper(3)), seeded(lambda: Deeper(3, front=True), seed=7)
     before, after = (optimizer_type(m.named_parameters(), **options) for m in (old, new))
     train(old, before, batches(10, WIDTH))
     plan = Plan.from_toml(
@@ -177,7 +178,7 @@ def test_a_new_layer_in_front_shifts_the_others(kind: str) -> None:
 
 
 def test_a_tied_vocabulary_grows_in_both_places() -> None:
-    old, new = made(lambda: Tied(11)), made(lambda: Tied(16), seed=7)
+    old, new = seeded(lambda: Tied(11)), seeded(lambda: Tied(16), seed=7)
     before, after = (torch.optim.AdamW(m.named_parameters(), lr=0.01) for m in (old, new))
     train(old, before, batches(10, WIDTH))
     plan = Plan.from_toml(
@@ -206,7 +207,7 @@ def test_a_tied_vocabulary_grows_in_both_places() -> None:
 
 
 def test_growing_one_of_two_tied_tensors_is_refused() -> None:
-    old = made(lambda: Tied(11))
+    old = seeded(lambda: Tied(11))
     plan = Plan.from_toml('[[rule]]\nfrom = "embed.weight"\nto = "embed.weight"\nresize = { dim = 0, size = 16 }\n')
     from optimstate.plan.solve.planner import plan_model
 
@@ -224,7 +225,7 @@ def decayed(model: nn.Module, lr: float = 0.01) -> list[dict[str, Any]]:
 def test_groups_split_and_joined_with_the_scheduler(kind: str) -> None:
     """Two groups that are alike become one, or one becomes two that are alike: training does not notice."""
     optimizer_type, options = ELEMENTWISE[kind]
-    old, new = made(Twins), made(Twins, seed=7)
+    old, new = seeded(Twins), seeded(Twins, seed=7)
     names = [n for n, _ in old.named_parameters()]
     one = optimizer_type(old.named_parameters(), **options)
     schedule = torch.optim.lr_scheduler.StepLR(one, 3, 0.7)
@@ -240,7 +241,7 @@ def test_groups_split_and_joined_with_the_scheduler(kind: str) -> None:
     expected = train(old, one, more, schedule)
     assert train(new, two, more, follower) == expected
     # And back into one group.
-    again = made(Twins, seed=9)
+    again = seeded(Twins, seed=9)
     joined = optimizer_type(again.named_parameters(), **options)
     back = migrate(Plan(), new, two, again, joined)
     assert back.sections["optimizer"].group_map == [[0, 1]]
@@ -249,7 +250,7 @@ def test_groups_split_and_joined_with_the_scheduler(kind: str) -> None:
 
 
 def test_groups_that_differ_are_not_joined_by_chance() -> None:
-    old, new = made(Twins), made(Twins)
+    old, new = seeded(Twins), seeded(Twins)
     two = torch.optim.AdamW(decayed(old), lr=0.01)
     one = torch.optim.AdamW(new.named_parameters(), lr=0.01)
     train(old, two, batches(2, WIDTH))
@@ -262,7 +263,7 @@ def test_groups_that_differ_are_not_joined_by_chance() -> None:
 
 
 def test_a_split_that_would_lose_the_groups_difference_is_refused() -> None:
-    old, new = made(Twins), made(Twins)
+    old, new = seeded(Twins), seeded(Twins)
     one = torch.optim.AdamW(old.named_parameters(), lr=0.01, weight_decay=0.1)
     two = torch.optim.AdamW(decayed(new), lr=0.01)
     train(old, one, batches(2, WIDTH))
@@ -279,7 +280,7 @@ def adafactor(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def test_qkv_split_under_adafactor_is_approximate_and_says_so() -> None:
-    old, new = made(lambda: Attention("fused")), made(lambda: Attention("separate"))
+    old, new = seeded(lambda: Attention("fused")), seeded(lambda: Attention("separate"))
     before, after = adafactor(old), adafactor(new)
     train(old, before, batches(10, WIDTH))
     migration = migrate(Plan.from_toml(SPLIT), old, before, new, after)
@@ -305,7 +306,7 @@ def test_qkv_split_under_adafactor_is_approximate_and_says_so() -> None:
 
 
 def test_qkv_fused_under_adafactor_is_the_weighted_mean() -> None:
-    old, new = made(lambda: Attention("separate")), made(lambda: Attention("fused"))
+    old, new = seeded(lambda: Attention("separate")), seeded(lambda: Attention("fused"))
     before, after = adafactor(old), adafactor(new)
     train(old, before, batches(10, WIDTH))
     migration = migrate(Plan.from_toml(FUSE), old, before, new, after)

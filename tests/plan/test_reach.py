@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimstate.errors import MigrationError
-from optimstate.plan.apply.checkpoint import apply_plan
-from optimstate.plan.language.plan import Plan
 from optimstate.tensors.compute import to_torch
-from tests.plan.lazy import lazy_tree
+from tests.plan.lazy import applied, kinds, lazy_tree
 
 
 class Net(nn.Module):
@@ -43,49 +40,39 @@ def names(tree: Any) -> list[list[str]]:
     return [group["param_names"] for group in tree["optimizer"]["param_groups"]]
 
 
-def apply(text: str, tree: Any) -> Any:
-    return apply_plan(Plan.from_toml(text), lazy_tree(tree))[0]
-
-
-def kinds(text: str, tree: Any) -> set[str]:
-    with pytest.raises(MigrationError) as error:
-        apply(text, tree)
-    return {problem.kind for problem in error.value.problems}
-
-
 def test_a_plain_name_is_the_module_and_not_what_begins_with_it() -> None:
-    tree = apply('[[rule]]\ndrop = "blocks.1"\n', checkpoint())
+    tree = applied('[[rule]]\ndrop = "blocks.1"\n', checkpoint())
     left = [name for name in tree["model"] if name.startswith("blocks.1")]
     assert left == ["blocks.10.weight", "blocks.10.bias"]
     assert "blocks.1.weight" not in names(tree)[0]
-    tree = apply('[[rule]]\nfrom = "blocks"\nto = "layers"\n', checkpoint())
+    tree = applied('[[rule]]\nfrom = "blocks"\nto = "layers"\n', checkpoint())
     assert sum(name.startswith("layers.") for name in tree["model"]) == 22
-    tree = apply('[[rule]]\nfrom = "head"\nto = ["head", "head2"]\n', checkpoint())
+    tree = applied('[[rule]]\nfrom = "head"\nto = ["head", "head2"]\n', checkpoint())
     assert torch.equal(to_torch(tree["model"]["head2.weight"]), to_torch(tree["model"]["head.weight"]))
 
 
 def test_a_parameter_goes_before_a_module_of_the_same_name() -> None:
     tree = {"model": {"a": torch.zeros(2, 2), "a.b": torch.ones(2, 2), "c.d": torch.ones(2, 2)}}
-    assert list(apply('[[rule]]\ndrop = "a"\n', tree)["model"]) == ["a.b", "c.d"]
+    assert list(applied('[[rule]]\ndrop = "a"\n', tree)["model"]) == ["a.b", "c.d"]
 
 
 def test_groups_and_guards_read_modules_too() -> None:
     text = '[guard]\nhas = "head"\nlacks = "tail"\n'
     text += '[[group]]\nmatch = "head"\nset = { lr = 0.5 }\n[[group]]\nmatch = "**"\n'
-    tree = apply(text, checkpoint())
+    tree = applied(text, checkpoint())
     assert names(tree)[0] == ["head.weight", "head.bias"]
 
 
 @pytest.mark.parametrize("match", ['"head"', '["head.weight", "head.bias"]', '"head.**"'])
 def test_frozen_parameters_join_the_optimizer(match: str) -> None:
-    tree = apply(f"[[rule]]\nfresh = {match}\n", checkpoint(("blocks",)))
+    tree = applied(f"[[rule]]\nfresh = {match}\n", checkpoint(("blocks",)))
     assert sorted(names(tree)[0][-2:]) == ["head.bias", "head.weight"]
-    tree = apply(f"[[rule]]\nfresh = {match}\ngroup = 1\n", checkpoint(("blocks",), groups=2))
+    tree = applied(f"[[rule]]\nfresh = {match}\ngroup = 1\n", checkpoint(("blocks",), groups=2))
     assert {"head.weight", "head.bias"} <= set(names(tree)[1])
 
 
 def test_buffers_do_not_join_it() -> None:
-    tree = apply('[[rule]]\nfresh = "norm.**"\n', checkpoint(("blocks",)))
+    tree = applied('[[rule]]\nfresh = "norm.**"\n', checkpoint(("blocks",)))
     assert names(tree)[0][-2:] == ["norm.weight", "norm.bias"]
 
 
@@ -130,9 +117,9 @@ def test_tables_that_only_reorder_are_obeyed(groups: int) -> None:
     before = checkpoint(("head", "norm"), groups)
     wanted = [list(reversed(part)) for part in names(before)]
     text = "".join(f"[[group]]\nmatch = {part}\n".replace("'", '"') for part in wanted)
-    after = apply(text, before)
+    after = applied(text, before)
     assert names(after) == wanted
     assert order(after) == [list(reversed(part)) for part in order(lazy_tree(before))]
-    swapped = apply("".join(f"[[group]]\nmatch = {part}\n".replace("'", '"') for part in names(before)[::-1]), before)
+    swapped = applied("".join(f"[[group]]\nmatch = {part}\n".replace("'", '"') for part in names(before)[::-1]), before)
     assert names(swapped) == names(before)[::-1]
     assert order(swapped) == order(lazy_tree(before))[::-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,12 +33,6 @@ ELEMENTWISE: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True}),
     "rprop": (torch.optim.Rprop, {"lr": 0.01}),
 }
-
-
-def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A model whose initial weights depend on the seed alone."""
-    torch.manual_seed(seed)
-    return make()
 
 
 def batches(count: int, width: int, seed: int = 1) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ import pytest
 
 import optimstate
 from optimstate.errors import CheckpointError, DestinationExistsError
+from tests.support import free_port
 
 pytest.importorskip("obstore")
 
@@ -48,12 +49,6 @@ def served(command: Sequence[str], port: int) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 # --- Azure ------------------------------------------------------------------------------------------------------------

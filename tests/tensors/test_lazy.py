@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from optimstate.io.extents import chunks
 from optimstate.tensors.compute import concatenated, filled, mapped, reduced, to_torch
 from optimstate.tensors.lazy import LazyTensor
-from tests.plan.lazy import bytes_of, lazy
+from tests.plan.lazy import lazy
+from tests.support import torch_bytes
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
@@ -23,8 +24,8 @@ def read(tensor: LazyTensor, block: int) -> bytes:
 
 def assert_same(ours: LazyTensor, theirs: torch.Tensor, block: int = 7) -> None:
     assert ours.shape == tuple(theirs.shape)
-    assert read(ours, block) == bytes_of(theirs)
-    assert read(ours.contiguous(), block) == bytes_of(theirs)
+    assert read(ours, block) == torch_bytes(theirs)
+    assert read(ours.contiguous(), block) == torch_bytes(theirs)
 
 
 def tensor_of(shape: tuple[int, ...], turned: bool = False) -> torch.Tensor:
