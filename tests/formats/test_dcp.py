@@ -475,9 +475,9 @@ def test_what_names_cannot_hold_is_named(tmp_path: Path) -> None:
     torch.save(live, tmp_path / "a.pt")
     notes = dcp.write(open_checkpoint(tmp_path / "a.pt").tree, tmp_path / "a")
     assert sorted(note.split(":")[0] for note in notes) == [
-        "keys that are no text become text",
+        "keys that are not text become text",
         "strides are not kept",
-        "tensors that share memory are stored each on its own",
+        "tensors that share memory are stored separately",
     ]
     tree = open_checkpoint(tmp_path / "a").tree
     assert sorted(tree) == ["a", "empty", "t", "x", "y"]

@@ -1,7 +1,7 @@
 """The items of a distributed checkpoint in columns, because folders of the largest runs have a million of them.
 
-There is a row for each piece of a tensor and for each other item, with the number of its file, its offset and its
-length. Names, forms and boxes that are equal are one object.
+There is a row for each piece of a tensor and for each object, with the number of its file, its offset and its length.
+Equal names, forms and boxes are one object.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from typing import Any, NamedTuple
 
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError
+from optimstate.formats.ranks.tiles import Box
 from optimstate.tree import Path
 
 __all__ = ["Box", "Chunk", "Form", "Item", "Metadata"]
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Where a piece begins in each dimension, and its sizes."""
 _NOWHERE = -1
 
 
 class Item(NamedTuple):
-    """Where one item is: a file of the folder, an offset and a length."""
+    """The place of an item: a file in the folder, an offset and a length."""
 
     file: str
     offset: int
@@ -30,7 +29,7 @@ class Item(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What the elements of a tensor are."""
+    """The dtype, the shape and `requires_grad` of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,26 +37,26 @@ class Form(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A piece of a tensor: its box, and the item that holds it."""
+    """A piece of a tensor: its box and its place."""
 
     box: Box
     item: Item
 
 
 class Metadata:
-    """What `.metadata` says.
+    """The contents of `.metadata`.
 
     Attributes:
-        order: The names of all items, as in the file.
-        forms: Of each item what its elements are; None for one that is not a tensor.
-        numbers: The place of each name in `order`.
-        first: The first row of each item, and behind them the number of all rows.
-        boxes: Of each row the box that it fills; None for what is not a tensor. Equal boxes are one object.
-        files: The names of the files that rows are in.
-        file: Of each row the number of its file.
-        offset: Of each row where in the file it begins.
-        length: Of each row its number of bytes.
-        paths: For each name the keys that lead to it in the saved state dict; empty where the file has none.
+        order: The names of all items in the order of the file.
+        forms: The form of each item; None for an object.
+        numbers: The index of each name in `order`.
+        first: The first row of each item, followed by the number of rows.
+        boxes: The box of each row; None for an object. Equal boxes are one object.
+        files: The names of the data files.
+        file: The index in `files` of each row.
+        offset: The offset of each row in its file.
+        length: The number of bytes of each row.
+        paths: The path of each name in the saved state dict; empty if the file has none.
     """
 
     __slots__ = ("_files", "boxes", "file", "files", "first", "forms", "length", "numbers", "offset", "order", "paths")
@@ -81,9 +80,9 @@ class Metadata:
         """Add an item whose rows have no places yet.
 
         Args:
-            name: A new one.
-            form: None for what is not a tensor.
-            boxes: Those of its pieces; of equal ones, which ranks list where each has a copy, one is kept.
+            name: A new name.
+            form: The form; None for an object.
+            boxes: The boxes of its pieces; duplicates, which ranks with copies list, are removed.
         """
         self.numbers[name] = len(self.order)
         self.order.append(name)
@@ -92,7 +91,7 @@ class Metadata:
         self.first.append(len(self.boxes))
 
     def place(self, name: str, start: tuple[int, ...] | None, item: tuple[Any, Any, Any]) -> None:
-        """Say where the pieces of an item are that begin at `start`; of unknown items nothing is noted."""
+        """Set the place of an item's pieces that begin at `start`; unknown names are ignored."""
         number = self.numbers.get(name)
         if number is None:
             return
@@ -102,52 +101,50 @@ class Metadata:
                 self.put(row, name, item)
 
     def put(self, row: int, name: str, item: tuple[Any, Any, Any]) -> None:
-        """Say where a row is.
+        """Set the place of a row.
 
         Raises:
-            CorruptCheckpointError: That is outside of the folder, or nowhere.
+            CorruptCheckpointError: The place is outside the folder, or not a valid range.
         """
         file, offset, length = item
         known = self._files.get(file) if type(file) is str else None
         if known is None:
             if type(file) is not str or "/" in file or "\\" in file or file in ("", ".", ".."):
-                raise CorruptCheckpointError(
-                    f"item {describe(name)} is said to be in {describe(file)}, outside the folder"
-                )
+                raise CorruptCheckpointError(f"item {describe(name)} is in {describe(file)}, outside the folder")
             known = self._files[file] = len(self.files)
             self.files.append(file)
         if type(offset) is not int or type(length) is not int or offset < 0 or length < 0 or offset + length >> 63:
             raise CorruptCheckpointError(
-                f"item {describe(name)} is said to be at {describe(offset)}, {describe(length)} bytes long"
+                f"item {describe(name)} has the invalid offset {describe(offset)} or length {describe(length)}"
             )
         if row >= len(self.file):
             self._allocate()
         self.file[row], self.offset[row], self.length[row] = known, offset, length
 
     def _allocate(self) -> None:
-        """Rows for all boxes, which are nowhere yet."""
+        """Make rows without places for all boxes."""
         missing = len(self.boxes) - len(self.file)
         self.file.extend(array("i", [_NOWHERE]) * missing)
         self.offset.frombytes(bytes(8 * missing))
         self.length.frombytes(bytes(8 * missing))
 
     def add_tensor(self, name: str, form: Form, chunks: Iterable[Chunk]) -> None:
-        """Add a tensor and where its pieces are."""
+        """Add a tensor with the places of its pieces."""
         found = list(chunks)
         self.add(name, form, [chunk.box for chunk in found])
         for row, chunk in enumerate(found, self.first[-2]):
             self.put(row, name, chunk.item)
 
     def add_object(self, name: str, item: Item) -> None:
-        """Add what is not a tensor, and where it is."""
+        """Add an object with its place."""
         self.add(name, None)
         self.put(self.first[-2], name, item)
 
     def check(self) -> None:
-        """Every row is somewhere.
+        """Check that every row has a place.
 
         Raises:
-            CorruptCheckpointError: One is not.
+            CorruptCheckpointError: A row has none.
         """
         self._allocate()
         if _NOWHERE not in self.file:
@@ -165,7 +162,7 @@ class Metadata:
         return range(self.first[number], self.first[number + 1])
 
     def item(self, row: int) -> Item:
-        """Where a row is."""
+        """The place of a row."""
         return Item(self.files[self.file[row]], self.offset[row], self.length[row])
 
     def chunks(self, number: int) -> list[Chunk]:
@@ -177,9 +174,3 @@ class Metadata:
         for number, form in enumerate(self.forms):
             if form is not None:
                 yield number, self.order[number], form
-
-    def objects(self) -> Iterator[tuple[str, Item]]:
-        """Everything that is not a tensor, and where it is."""
-        for number, form in enumerate(self.forms):
-            if form is None:
-                yield self.order[number], self.item(self.first[number])

@@ -1,8 +1,8 @@
-"""Entries of `.metadata` that are like the first of their kind, each matched whole by one expression.
+"""Reading entries of `.metadata` that are similar to the first of their kind, with one regular expression for each.
 
-The expression is made from where the first entry has put the names of fields and classes in the memo. What it matches
-is read as the machine of opcodes reads it, and puts the same into the memo. The part of an entry that is equal in many,
-because a model has few shapes, is read once.
+The expression is made from the positions of field and class names in the memo after the first entry. A match is read
+like the opcodes one by one, with the same effect on the memo. The part that many entries have in common, because a
+model has few shapes, is read once.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ from optimstate.tensors.dtypes import DTYPES
 __all__ = ["Forms", "reader_of"]
 
 Fast = Callable[[int], int]
-"""Reads entries from a place on, as long as they are alike; where the first is that is not."""
+"""Reads entries from an offset on, as long as the expression matches; returns the offset of the next one."""
 
 _REF = rb"(?:h.|j.{4})"
 _INT = rb"(?:K.|M..|J.{4}|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))"
 _NAME = rb"(?:\x8c(.)([^\x94]*+)\x94|(" + _REF + rb"))"  # the length is compared with the byte before
-_TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}  # how many a tuple without a mark has
-_ALIKE = rb"(?:"  # in place of a group's beginning, where only the whole is of interest
+_TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}  # opcode -> items of a tuple without a mark
+_ALIKE = rb"(?:"  # begins a group that captures nothing
 
 
 class _Known(dict[bytes, Any]):
-    """What parts of entries say, as many as are worth their memory."""
+    """The parsed parts of entries, up to a limit of memory."""
 
     room = 1 << 22  # bytes of parts
 
     def keep(self, raw: bytes, said: Any) -> None:
-        """Know it from now on."""
+        """Keep a parsed part, if there is room."""
         if self.room > 0:
             self.room -= len(raw)
             self[raw] = said
 
 
 class Forms:
-    """Boxes and forms, each one object wherever it is met."""
+    """Boxes and forms, of which equal ones are one object."""
 
     def __init__(self) -> None:
         self._boxes: dict[Box, Box] = {}
         self._forms: dict[Form, Form] = {}
 
     def box(self, offsets: Any, sizes: Any) -> Box:
-        """Where a piece is."""
+        """The box of a piece."""
         box = (dimensions(offsets), dimensions(sizes))
         return self._boxes.setdefault(box, box)
 
     def form(self, dtype: Any, layout: Any, requires_grad: Any, shape: Any) -> Form:
-        """What the elements of a tensor are.
+        """The form of a tensor.
 
         Raises:
-            UnfamiliarError: Of a kind that is not read here.
+            UnfamiliarError: The tensor is not a strided tensor of a known dtype.
         """
         if type(dtype) is not Global or type(layout) is not Global or type(requires_grad) is not bool:
             raise UnfamiliarError
@@ -80,10 +80,10 @@ class Forms:
 
 
 def reader_of(role: str, machine: Machine, forms: Forms) -> Fast:
-    """What reads the further entries of a table.
+    """A function that reads the further entries of a table.
 
     Raises:
-        KeyError: A class or a field has not been met yet.
+        KeyError: A class or a field has not occurred yet.
     """
     entries = _Entries(machine, forms)
     made = {
@@ -112,7 +112,7 @@ class _Entries:
     # --- parts of expressions, and how they are read --------------------------------------------------------------
 
     def constant(self, value: str | tuple[str, str]) -> bytes:
-        """An expression for all ways to recall the name of a field, or a class."""
+        """An expression for all opcodes that recall the name of a field or a class from the memo."""
         ways = self.memo.ways[value if isinstance(value, str) else self.globals[value]]
         return b"(?:" + b"|".join(map(re.escape, ways)) + b")"
 
@@ -121,7 +121,7 @@ class _Entries:
         return rb"(?:" + self.constant(SIZE) + numbers + rb"\x85\x94R\x94|" + _REF + rb")"
 
     def size(self, raw: bytes) -> tuple[int, ...]:
-        """A size that is spelled out or recalled; what reading it puts into the memo is there afterwards."""
+        """A size, written out or recalled; adds to the memo what the opcodes would add."""
         values = self.memo.values
         if len(raw) in (2, 5):
             return dimensions(self.memo.recalled(raw))
@@ -142,7 +142,7 @@ class _Entries:
         return size
 
     def text(self, length: bytes | None, text: bytes, ref: bytes) -> str:
-        """A text that is spelled out or recalled; of one that is spelled out the memo has an entry more."""
+        """A text, written out or recalled; one that is written out is added to the memo."""
         if length is None:
             found = self.memo.recalled(ref)
             if type(found) is not str:

@@ -1,6 +1,6 @@
-"""A machine for the opcodes of `.metadata`, which knows only texts, numbers, tuples and records of torch's classes.
+"""A machine for the opcodes of `.metadata`, for texts, numbers, tuples and records of torch's classes only.
 
-Nothing is called and nothing holds another thing twice. Whatever it does not know is `UnfamiliarError`.
+Nothing is called, and nothing contains another object twice. Anything else raises `UnfamiliarError`.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ INFO = ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 SIZE = ("torch", "Size")
 STRIDED = ("torch.serialization._get_layout", "torch.strided")
 TABLES = ("state_dict_metadata", "storage_data", "planner_data")
-_UNKNOWN = ("", "")  # what was not kept in the memo: nothing that is read
+_UNKNOWN = ("", "")  # the kind of a record for an object that was not kept in the memo
 NOTHING = object()
-"""In the memo: what is never recalled."""
+"""In the memo, stands for an object that was not kept."""
 
 
 class UnfamiliarError(Exception):
-    """The pickle is not of the form that is read here."""
+    """The pickle is not in the form that torch writes."""
 
 
 class Global:
-    """A class or function that is mentioned, or one of torch's constants; each is one object."""
+    """A class, a function, or one of torch's constants; equal ones are one object."""
 
     __slots__ = ("path",)
 
@@ -82,14 +82,14 @@ class Table:
 
 
 class Memo:
-    """What can be recalled.
+    """The memo.
 
     Args:
-        made: What is being filled, whose names are one object wherever they are met.
+        made: The metadata being filled; equal names become its objects.
 
     Attributes:
-        values: Of each entry its value, or `NOTHING`.
-        ways: Of each constant how the entries that hold it are recalled, up to four.
+        values: The value of each memo entry, or `NOTHING`.
+        ways: For each constant up to four opcodes that recall it.
     """
 
     __slots__ = ("_made", "values", "ways")
@@ -100,10 +100,10 @@ class Memo:
         self.ways: dict[Any, list[bytes]] = {}
 
     def add(self, value: Any) -> Any:
-        """Keep a value that is a constant, a text, a size or a record; the object that is to take its place."""
+        """Add a value, which is kept if it is a constant, a text, a size or a record; returns its one object."""
         if type(value) is str:
             value = self.name(value)
-        elif type(value) is Record:  # recalled where ranks' plans share one
+        elif type(value) is Record:  # recalled if the plans of ranks share one
             self.values.append(value)
             return value
         elif type(value) is not Global and not (
@@ -119,12 +119,12 @@ class Memo:
         return value
 
     def name(self, text: str) -> str:
-        """The text itself, or the item's name that is equal to it."""
+        """The item's name that is equal to a text, or the text itself."""
         number = self._made.numbers.get(text)
         return text if number is None else self._made.order[number]
 
     def recalled(self, raw: bytes) -> Any:
-        """The value that two opcodes recall.
+        """The value that an opcode with its argument recalls.
 
         Raises:
             UnfamiliarError: It was not kept.
@@ -139,14 +139,14 @@ class Machine:
     """Runs opcodes one by one.
 
     Args:
-        data: They.
-        made: What is being filled.
+        data: The opcodes.
+        made: The metadata to fill.
 
     Attributes:
-        at: The next one.
-        stack: What they work on.
-        memo: What can be recalled.
-        globals: What is mentioned.
+        at: The offset of the next opcode.
+        stack: The stack.
+        memo: The memo.
+        globals: Every class and function mentioned.
     """
 
     def __init__(self, data: bytes, made: Metadata) -> None:
@@ -162,10 +162,10 @@ class Machine:
         raise NotImplementedError
 
     def step(self) -> None:
-        """One opcode.
+        """Run one opcode.
 
         Raises:
-            UnfamiliarError: It is not one that torch writes here, as are LookupError, TypeError and ValueError.
+            UnfamiliarError: Torch does not write it here; LookupError, TypeError and ValueError mean the same.
         """
         opcode = self.data[self.at]
         self.at += 1
@@ -215,7 +215,7 @@ class Machine:
         stack.append(Table(role) if role in TABLES else {})
 
     def _call(self) -> None:
-        """Sizes and two kinds of constants; paths, and the plan of a save, are not looked at."""
+        """Make a size or one of two kinds of constants; calls for paths and for the plan of a save are ignored."""
         arguments, called = self.stack.pop(), self.stack.pop()
         if type(called) is not Global or type(arguments) is not tuple:
             raise UnfamiliarError
@@ -267,8 +267,8 @@ def dimensions(numbers: Any) -> tuple[int, ...]:
     """A size or offset.
 
     Raises:
-        UnfamiliarError: It is something else.
-        CheckpointError: No tensor has it.
+        UnfamiliarError: It is not a tuple of natural numbers.
+        CheckpointError: No tensor can have it.
     """
     if type(numbers) is not tuple or any(type(n) is not int or n < 0 for n in numbers):
         raise UnfamiliarError

@@ -1,9 +1,9 @@
-"""Reads the pickle of `.metadata` as torch writes it, without making an object for each of its opcodes.
+"""Reading the pickle of `.metadata` in the form that torch writes, without an object for each opcode.
 
-An entry of a million-item folder is some sixty opcodes, and all entries are alike. The first of each kind is read
-opcode by opcode (see `opcodes`), every further one as a whole (see `entries`). Both read the same grammar, in which
-nothing is called and nothing holds another thing twice. Whatever does not fit is `UnfamiliarError`, and the unpickler
-of all pickles judges it.
+An entry of a folder, which may have a million, has some sixty opcodes, and all entries are similar. The first of each
+kind is read opcode by opcode (see `opcodes`), all others as a whole (see `entries`). Both accept the same grammar, in
+which nothing is called and nothing contains another object twice. Anything else raises `UnfamiliarError`, and is left
+to the general unpickler.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def parse(data: bytes, made: Metadata) -> list[tuple[str, str]]:
     """Fill `made` from a pickle.
 
     Returns:
-        Every class and function that is mentioned.
+        Every class and function that the pickle mentions.
 
     Raises:
-        UnfamiliarError: It is not as torch writes it, or damaged; `made` is of no use then.
-        CheckpointError: A size or a place is not one.
+        UnfamiliarError: It is not in the form that torch writes, or damaged; then `made` must not be used.
+        CheckpointError: A size or a place is invalid.
     """
     try:
         reader = _Reader(_without_frames(data), made)
@@ -57,7 +57,7 @@ def _without_frames(data: bytes) -> bytes:
     view, parts, at = memoryview(data), [], 2
     while at < len(data):
         if data[at] != 0x95:
-            raise UnfamiliarError  # something too long for a frame
+            raise UnfamiliarError  # an object outside of frames, because it is too long for one
         length = int.from_bytes(view[at + 1 : at + 9], "little")
         if at + 9 + length > len(data):
             raise UnfamiliarError
@@ -72,7 +72,7 @@ class _Reader(Machine):
         self._forms = Forms()
 
     def run(self) -> None:
-        """To the end of the pickle."""
+        """Read to the end of the pickle."""
         data = self.data
         while data[self.at] != 0x2E:
             if data[self.at] == 0x28 and self.stack and type(self.stack[-1]) is Table:

@@ -1,10 +1,11 @@
-"""Between the flat names of a distributed checkpoint and the tree it was saved from.
+"""Converting between the flat names of a distributed checkpoint and the tree from which it was saved.
 
-Torch flattens a state dict by joining its keys with dots and notes the path of each. Three forms come back as one:
+Torch flattens a state dict by joining its keys with dots, and records the path of each name. Three forms are read into
+the same tree:
 
-- nested: the paths say everything;
+- nested: the paths determine the tree;
 - flattened optimizers: keys `state.<parameter>.<slot>` and `param_groups.<parameter>.<option>` of one dict become
-  `state` and `param_groups`; parameters whose options are all equal make a group;
+  `state` and `param_groups`; parameters with equal options make a group;
 - Megatron's, which has no paths (see `megatron`).
 """
 
@@ -24,7 +25,7 @@ from optimstate.tree.unfolding import check_unfolded
 __all__ = ["Leaves", "is_flattened", "leaves", "nested"]
 
 Leaves = dict[str, tuple[Path, Any]]
-"""Name -> its path and what it is."""
+"""Name -> path and value."""
 
 
 # --- names to tree --------------------------------------------------------------------------------------------------
@@ -36,8 +37,8 @@ def nested(
     """The tree of named values.
 
     Args:
-        values: By name.
-        paths: The keys that lead to each; empty where nothing is known.
+        values: The values by name.
+        paths: The path of each; empty if the checkpoint has none.
         beside: Further entries of the tree.
 
     Returns:
@@ -58,12 +59,12 @@ def nested(
         tree = _restored(tree)
     clash = tree.keys() & beside.keys()
     if clash:
-        raise CorruptCheckpointError(f"{describe(min(clash))} is an item of the checkpoint and a file beside it")
+        raise CorruptCheckpointError(f"{describe(min(clash))} is both an item of the checkpoint and a file beside it")
     return {**tree, **beside}, notes
 
 
 def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> Any:
-    """Put a value at a path, and return what holds it; an int is an index of a list, as torch writes them."""
+    """Put a value at a path, and return its container; as in torch, an int is an index of a list."""
     if not path or not all(type(key) is str or (type(key) is int and key >= 0) for key in path):
         raise CorruptCheckpointError(f"a path is {describe(path)}"[:200])
     node: Any = tree
@@ -77,7 +78,7 @@ def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> Any:
         found = node[key] if isinstance(node, list) else node.get(key, _ABSENT)
         if following is None:
             if found is not _ABSENT:
-                raise CorruptCheckpointError(f"the path {describe(path)} is there twice"[:300])
+                raise CorruptCheckpointError(f"the path {describe(path)} occurs twice"[:300])
             node[key] = value
         elif found is _ABSENT:
             node[key] = node = [] if type(following) is int else {}
@@ -92,7 +93,7 @@ _ABSENT = object()
 
 
 def _restored(node: Any) -> Any:
-    """The tree with its optimizers as torch has them; what torch leaves out of flat names is put back."""
+    """The tree with its optimizers in torch's form, including values that have no flat names."""
     if isinstance(node, list):
         return [None if item is _ABSENT else _restored(item) for item in node]
     if type(node) is not dict:
@@ -102,7 +103,7 @@ def _restored(node: Any) -> Any:
     made = {key: _restored(value) for key, value in node.items()}
     groups = made.get("param_groups")
     if isinstance(groups, list) and groups and all(isinstance(g, dict) and "params" in g for g in groups):
-        if "state" not in made:  # an empty mapping has no items, and so no name
+        if "state" not in made:  # an empty mapping has no items, and so no names
             made = {"state": {}, **made}
         state = made["state"]
         keys = [key for group in groups for key in group["params"]]
@@ -135,7 +136,7 @@ def _unflattened(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parameter_and_rest(text: str, names: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Split `<parameter>.<slot>`, where both may contain dots and the parameters are known."""
+    """Split `<parameter>.<slot>`, both of which may contain dots, by the names of parameters."""
     parts = text.split(".")
     for end in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:end])
@@ -146,7 +147,7 @@ def _parameter_and_rest(text: str, names: Mapping[str, Any]) -> tuple[str, list[
 
 
 def _groups(options: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Param groups of the parameters whose options are equal, in order of their first parameters."""
+    """Param groups of parameters with equal options, in the order of their first parameters."""
     found: dict[Any, tuple[list[str], Mapping[str, Any]]] = {}
     for name, values in options.items():
         key = tuple(sorted((option, _comparable(value)) for option, value in values.items()))
@@ -165,22 +166,22 @@ def _comparable(value: Any) -> str:
 
 
 def is_flattened(paths: Mapping[str, Path]) -> bool:
-    """Whether a checkpoint has its optimizers flattened, so that they are written that way again."""
+    """Whether the optimizers of a checkpoint are flattened, and should be written so again."""
     return any(type(path[-1]) is str and path[-1].startswith("param_groups.") for path in paths.values())
 
 
 def leaves(tree: Mapping[Any, Any], *, flattened: bool = False) -> tuple[Leaves, list[str]]:
-    """Every item of a tree under the name torch gives it.
+    """Every item of a tree under the name that torch gives it.
 
     Args:
-        tree: Nested dicts and lists; a list is entered if there is a tensor, a dict or such a list in it.
-        flattened: Write optimizers as `flatten_optimizer_state_dict` does.
+        tree: Nested dicts and lists; a list is divided into items if it contains a tensor, a dict or such a list.
+        flattened: Write optimizers in the form of `flatten_optimizer_state_dict`.
 
     Returns:
-        The items, and notes on what the names cannot hold.
+        The items, and notes on what cannot be stored.
 
     Raises:
-        LimitExceededError: What stands in several places would be written too often.
+        LimitExceededError: Objects that occur in several places would be written too often.
         RepresentationError: Two paths have the same name.
     """
     check_unfolded(tree)
@@ -212,21 +213,21 @@ class _Leaves:
         if isinstance(node, OrderedDict):
             self.note("an OrderedDict becomes a dict", path)
         if path[-1:] != ("state",) and not all(type(key) is str for key in node):
-            self.note("keys that are no text become text", path)
+            self.note("keys that are not text become text", path)
 
     def is_entered(self, node: Any) -> bool:
-        """Torch's rule: a list is one item unless something in it has a name of its own."""
+        """Whether a list is divided into items: torch's rule is that something in it must have its own name."""
         if not isinstance(node, list):
             return False
         if id(node) not in self.entered:
-            self.entered[id(node)] = False  # within itself
+            self.entered[id(node)] = False  # for a list that contains itself
             found = any(isinstance(item, LazyTensor | Mapping) or self.is_entered(item) for item in node)
             self.entered[id(node)] = found
         return self.entered[id(node)]
 
     def visit(self, path: Path, node: Any) -> None:
         if not (isinstance(node, Mapping) and node) and not self.is_entered(node):
-            self.add(path, node)  # an empty mapping too: torch leaves it out, and reads past it
+            self.add(path, node)  # also an empty mapping, which torch does not write, and ignores when reading
             return
         if id(node) in self.open:
             raise RepresentationError(f"{format_path(path)} contains itself")
@@ -252,7 +253,7 @@ class _Leaves:
         self.found[name] = (path, leaf)
         if isinstance(leaf, LazyTensor):
             if self.storages.setdefault(id(leaf.storage), path) != path and leaf.nbytes:
-                self.note("tensors that share memory are stored each on its own", path)
+                self.note("tensors that share memory are stored separately", path)
             if not leaf.is_contiguous():
                 self.note("strides are not kept", path)
             if leaf.is_parameter:
