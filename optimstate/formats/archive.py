@@ -144,7 +144,7 @@ def data_offset(source: StoredSource, info: zipfile.ZipInfo) -> int:
     name = source.read(info.header_offset + LOCAL.size, int(fields[9]))
     if name.decode("utf-8" if int(fields[2]) & 0x800 else "cp437", "replace") != info.orig_filename:
         raise CorruptCheckpointError(
-            f"member {describe(info.filename)} is called {describe(name)} in its header",
+            f"member {describe(info.filename)} has the name {describe(name)} in its header",
             path=source.path,
             place=f"offset {info.header_offset}",
         )

@@ -252,7 +252,7 @@ class _Search:
             yield from self.whole(part, where, depth + 1)
             local = archive.source.read(entry.header, LOCAL.size + len((archive.root + name).encode()))
             if local[LOCAL.size :] != (archive.root + name).encode():
-                yield Unread(where, "is called otherwise in its own header")
+                yield Unread(where, "has another name in its own header")
 
     def _zip_members(self, source: Source, record: str, depth: int) -> Found:
         try:
@@ -287,9 +287,9 @@ class _Search:
         fields = LOCAL.unpack(header)
         called = source.read(entry.header_offset + LOCAL.size, int(fields[9]))
         if called not in (_encoded(entry.orig_filename, "utf-8"), _encoded(entry.orig_filename, "cp437")):
-            yield Unread(name, "is called otherwise in its own header")
+            yield Unread(name, "has another name in its own header")
         if int(fields[3]) != entry.compress_type:
-            yield Unread(name, "is stored otherwise by its own header")
+            yield Unread(name, "has another compression method in its own header")
         if (entry.flag_bits | int(fields[2])) & 0x2061:
             yield Unread(name, "is encrypted, or a patch")
         start = entry.header_offset + LOCAL.size + int(fields[9]) + int(fields[10])

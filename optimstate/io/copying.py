@@ -15,7 +15,7 @@ from typing import Protocol, Self
 
 from optimstate.io.extents import CHUNK, ByteSource, Extent, FileSource, Progress, StoredSource, near
 
-__all__ = ["BLOCK", "Checksum", "Copier", "FileCopier", "SharedTasks", "blocks", "write_at"]
+__all__ = ["BLOCK", "Checksum", "Copier", "DirectCopier", "FileCopier", "SharedTasks", "blocks", "write_at"]
 
 BLOCK = 1 << 18  # bytes of one read and write; they stay in the processor's cache between the two
 STRIPE = 1 << 24  # bytes that a thread copies as one task
@@ -142,6 +142,27 @@ class Copier(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None: ...
+
+
+class DirectCopier:
+    """The base class of copiers without threads, which write or note everything at once."""
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._progress = progress
+
+    def report(self, done: int) -> None:
+        """Report that `done` more bytes are written."""
+        if self._progress is not None and done:
+            self._progress(done)
+
+    def finish(self) -> None:
+        """Nothing: there is nothing to wait for."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
 
 class FileCopier:

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
-from optimstate.io.copying import Checksum, FileCopier, write_at
+from optimstate.io.copying import Checksum, DirectCopier, FileCopier, write_at
 from optimstate.io.destination import cannot_write
-from optimstate.io.extents import Extent, Progress, StoredSource
+from optimstate.io.extents import Extent, Progress, StoredSource, chunks
 from optimstate.io.location import Location
 from optimstate.io.together import Stage
 
@@ -232,13 +232,11 @@ class SharedFile:
     def note_with_checksum(self, extents: Sequence[Extent], position: int, progress: Progress) -> int:
         """Write ranges to a position at once, in the first process, and return their CRC-32."""
         value = 0
-        for extent in extents if self.is_first else ():
-            for at in range(0, extent.length, 1 << 20):
-                data = extent.cut(at, min(at + (1 << 20), extent.length)).read()
-                value = zlib.crc32(data, value)
-                self.write_at(data, position)
-                position += len(data)
-                progress(len(data))
+        for data in chunks(extents) if self.is_first else ():
+            value = zlib.crc32(data, value)
+            self.write_at(data, position)
+            position += len(data)
+            progress(len(data))
         return value
 
     def copy(self, extents: Iterable[Extent], progress: Progress | None = None) -> int:  # noqa: ARG002
@@ -259,12 +257,12 @@ class SharedFile:
             self.write(file.getvalue())
 
 
-class SharedCopier:
+class SharedCopier(DirectCopier):
     """Fills one of the files; see `Copier`."""
 
     def __init__(self, file: SharedFile, progress: Progress | None) -> None:
+        super().__init__(progress)
         self._file = file
-        self._progress = progress
 
     def put(self, extents: Iterable[Extent], position: int) -> int:
         """Copy the bytes of `extents` to a position, later."""
@@ -277,19 +275,3 @@ class SharedCopier:
     def write(self, data: bytes | memoryview, position: int) -> None:
         """Write bytes."""
         self._file.write_at(data, position)
-
-    def report(self, done: int) -> None:
-        """Report that `done` more bytes are written."""
-        if self._progress is not None and done:
-            self._progress(done)
-
-    def finish(self) -> None:
-        """Does nothing: the ranges are copied later."""
-
-    def __enter__(self) -> SharedCopier:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None

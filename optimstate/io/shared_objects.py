@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 from optimstate.errors import RepresentationError
-from optimstate.io.extents import Extent, Progress, StoredSource, near
+from optimstate.io.extents import Extent, Progress, StoredSource, chunks
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
 from optimstate.io.remote.path import Held, RemotePath
@@ -26,7 +26,6 @@ from optimstate.io.together import Stage
 __all__ = ["SharedObjects", "upload_objects"]
 
 Piece = bytes | Extent
-_BLOCK = 1 << 20
 
 
 class SharedObjects(SharedFiles):
@@ -127,9 +126,8 @@ class SharedObject(SharedFile):
         self.note(extents, position)
         self._is_partial = True
         value = 0
-        for extent in near(extents) if self.is_first else ():
-            for at in range(0, extent.length, _BLOCK):
-                value = zlib.crc32(extent.cut(at, min(at + _BLOCK, extent.length)).read(), value)
+        for data in chunks(extents) if self.is_first else ():
+            value = zlib.crc32(data, value)
         return value
 
     def _expect(self, position: int) -> None:

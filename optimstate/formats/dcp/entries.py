@@ -45,11 +45,11 @@ class _Known(dict[bytes, Any]):
 
     room = 1 << 22  # bytes of parts
 
-    def keep(self, raw: bytes, said: Any) -> None:
+    def keep(self, raw: bytes, parsed: Any) -> None:
         """Keep a parsed part, if there is room."""
         if self.room > 0:
             self.room -= len(raw)
-            self[raw] = said
+            self[raw] = parsed
 
 
 class Forms:
@@ -174,7 +174,7 @@ class _Entries:
         values, recalled = self.memo.values, self.memo.recalled
 
         def read(raw: bytes) -> tuple[Form, list[Box], Any]:
-            """What stands behind a name; the memo has it afterwards."""
+            """The form and the boxes after a name, and what they add to the memo."""
             match = match_tail(raw)
             assert match is not None
             dtype, layout, grad, size = match.groups()
@@ -291,10 +291,10 @@ class _Entries:
                 end = 1 if raw[0] == 0x28 else 0
                 for spelled, inner, recalled, whole in keys_in(raw, end):
                     if recalled:
-                        said = values[int.from_bytes(recalled[1:], "little")]
-                        if type(said) is not str:
+                        part = values[int.from_bytes(recalled[1:], "little")]
+                        if type(part) is not str:
                             raise UnfamiliarError
-                        keys.append(said)
+                        keys.append(part)
                         end += len(recalled)
                     elif whole:
                         keys.append(_whole(whole))

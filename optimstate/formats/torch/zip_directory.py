@@ -97,7 +97,7 @@ class _Run(NamedTuple):
         for start in range(first, first + self.entries * self.length, self.length):
             yield directory[start : start + self.extra]
 
-    def alike(self, directory: bytes, place: int, expected: bytes) -> int:
+    def count_equal(self, directory: bytes, place: int, expected: bytes) -> int:
         """How many entries, from the first on, have these bytes at position `place`; 0 if entries are too short."""
         if place + len(expected) > self.length:
             return 0
@@ -191,12 +191,12 @@ class Archive:
                 problem = "cut off" if at + CENTRAL.size > len(data) else "damaged"
                 raise self.corrupt(f"the zip directory is {problem}", self.directory_offset + at)
             most = 1 if few else min(count, (len(data) - at) // length)
-            run = alike = window = 1
-            while alike == window and run < most:  # compare more and more: most runs are short or very long
+            run = equal = window = 1
+            while equal == window and run < most:  # compare more and more: most runs are short or very long
                 window = min(8 * run, most - run)
                 ahead = _Run(at + run * length, window, length, name, extra)
-                alike = min(ahead.alike(data, 0, _SIGNATURE), ahead.alike(data, 28, lengths))
-                run += alike
+                equal = min(ahead.count_equal(data, 0, _SIGNATURE), ahead.count_equal(data, 28, lengths))
+                run += equal
             yield _Run(at, run, length, name, extra)
             at += run * length
             count -= run
@@ -226,7 +226,7 @@ class Archive:
         first = self._directory[runs[0].at + CENTRAL.size :][: runs[0].name]
         root = first[: first.find(b"/") + 1]
         for run in runs:
-            if not root or run.name < len(root) or run.alike(self._directory, CENTRAL.size, root) < run.entries:
+            if not root or run.name < len(root) or run.count_equal(self._directory, CENTRAL.size, root) < run.entries:
                 raise UnrecognizedFormatError(
                     "a zip file, but not one of torch.save: no common folder", path=self.source.path
                 )
@@ -289,7 +289,7 @@ class Archive:
         name = header[LOCAL.size :]
         if name != expected and name.decode("utf-8", "replace") != self.root + record.name:
             raise self.corrupt(
-                f"record {describe(record.name)} is called {describe(name)} in its header", record.header
+                f"record {describe(record.name)} has the name {describe(name)} in its header", record.header
             )
         start = record.header + LOCAL.size + int(fields[9]) + int(fields[10])
         if start + record.size > self.directory_offset:

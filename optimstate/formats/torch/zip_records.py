@@ -5,11 +5,10 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Self
 
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.torch.zip_end import CENTRAL, END, END64, LOCAL, LOCATOR64, MAX32
-from optimstate.io.copying import Checksum, Copier
+from optimstate.io.copying import Checksum, Copier, DirectCopier
 from optimstate.io.extents import Extent
 from optimstate.io.output import Output
 from optimstate.tensors.lazy import Storage
@@ -129,10 +128,11 @@ def records_behind(
     return bytes(written.data), body, end
 
 
-class _Bytes:
+class _Bytes(DirectCopier):
     """A copier into memory, which must be filled from its beginning to its end."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.data = bytearray()
 
     def write(self, data: bytes | memoryview, position: int) -> None:  # noqa: ARG002
@@ -148,15 +148,6 @@ class _Bytes:
         before = len(self.data)
         self.put(extents, position)
         return zlib.crc32(memoryview(self.data)[before:])
-
-    def report(self, done: int) -> None: ...
-
-    def finish(self) -> None: ...
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def end_records(entries: int, start: int, stop: int) -> bytes:

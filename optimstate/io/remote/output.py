@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from optimstate.errors import CheckpointError, DestinationError, RepresentationError
-from optimstate.io.copying import Checksum
-from optimstate.io.extents import Extent, Progress, near
+from optimstate.io.copying import Checksum, DirectCopier
+from optimstate.io.extents import Extent, Progress, chunks
 from optimstate.io.output import AtomicGroup
 from optimstate.io.remote.path import Held, RemotePath
 from optimstate.io.remote.source import RemoteSource
@@ -22,7 +22,6 @@ from optimstate.io.remote.store import Store, in_window
 __all__ = ["RemoteFile", "RemoteFolder", "RemoteGroup", "discard", "release"]
 
 SMALLEST = 5 << 20  # bytes of the parts of an upload, except the last one
-BLOCK = 1 << 20
 
 
 class RemoteFile:
@@ -98,20 +97,19 @@ class RemoteFile:
         """Append the bytes of `extents`; ranges that the store can copy itself are not transferred."""
         start = self._at
         for extent in _joined(extents):
-            done = self._copied(extent, progress)
-            for block in near([extent.cut(done, extent.length)] if done < extent.length else []):
-                for at in range(0, block.length, BLOCK):
-                    data = block.cut(at, min(at + BLOCK, block.length)).read()
-                    self.write(data)
-                    if progress is not None:
-                        progress(len(data))
+            if self._copied(extent, progress):
+                continue
+            for data in chunks([extent]):
+                self.write(data)
+                if progress is not None:
+                    progress(len(data))
         return self._at - start
 
-    def _copied(self, extent: Extent, progress: Progress | None) -> int:
-        """Let the store copy an extent if it can; returns the number of bytes appended, all or 0."""
+    def _copied(self, extent: Extent, progress: Progress | None) -> bool:
+        """Let the store copy an extent, if it can; returns whether it did."""
         source = extent.source
         if not isinstance(source, RemoteSource) or extent.length < 2 * SMALLEST or not self._upload.copies(source):
-            return 0
+            return False
         lacking = max(SMALLEST - len(self._held), 0) if self._at else 0
         if lacking:
             self.write(source.read(extent.offset, lacking))
@@ -122,7 +120,7 @@ class RemoteFile:
         self._at += extent.length - lacking
         if progress is not None:
             progress(extent.length)
-        return extent.length
+        return True
 
     def copier(self, progress: Progress | None = None) -> RemoteCopier:
         """A copier that fills the object from the current position on."""
@@ -154,12 +152,12 @@ class _Stream(io.RawIOBase):
         return self._out.write(bytes(data))
 
 
-class RemoteCopier:
+class RemoteCopier(DirectCopier):
     """Fills an object in order; see `Copier`."""
 
     def __init__(self, out: RemoteFile, progress: Progress | None) -> None:
+        super().__init__(progress)
         self._out = out
-        self._progress = progress
 
     def put(self, extents: Iterable[Extent], position: int) -> int:
         """Copy the bytes of `extents` to `position`, which must be the current end."""
@@ -170,34 +168,16 @@ class RemoteCopier:
         """As `put`, but return the CRC-32, which is known at once because the record after the bytes contains it."""
         self._out.seek(position)
         value = 0
-        for extent in near(extents):
-            for at in range(0, extent.length, BLOCK):
-                data = extent.cut(at, min(at + BLOCK, extent.length)).read()
-                value = zlib.crc32(data, value)
-                self._out.write(data)
-                self.report(len(data))
+        for data in chunks(extents):
+            value = zlib.crc32(data, value)
+            self._out.write(data)
+            self.report(len(data))
         return value
 
     def write(self, data: bytes | memoryview, position: int) -> None:
         """Append bytes."""
         self._out.seek(position)
         self._out.write(data)
-
-    def report(self, done: int) -> None:
-        """Report that `done` more bytes are written."""
-        if self._progress is not None and done:
-            self._progress(done)
-
-    def finish(self) -> None:
-        """Does nothing: everything is written at once."""
-
-    def __enter__(self) -> RemoteCopier:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
 
 def _joined(extents: Iterable[Extent]) -> Iterator[Extent]:
