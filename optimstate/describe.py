@@ -1,7 +1,7 @@
-"""Values of files as text: the one way, bounded in length and in work, and harmless to whoever prints it.
+"""Text for values of files, bounded in length and in work, and safe to print.
 
-A checkpoint can hold integers of a million digits, lists of two references to lists of two references, and names that
-move a terminal's cursor. No `repr` or `str` of such a value is taken anywhere else.
+A checkpoint can contain integers of a million digits, lists of two references to lists of two references, and names
+that move a terminal's cursor. So `repr` and `str` of such values are used nowhere else.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _NAMED = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}
 
 
 def escaped(text: str, *, lines: bool = False) -> str:
-    """A text with every character spelled out that could control a terminal, end a line or turn the text around.
+    """A text in which characters that could control a terminal, end a line or change its direction are escaped.
 
     Args:
-        text: Any text; what is already escaped stays as it is.
-        lines: Keep line ends, for texts of several lines that were put together from escaped ones.
+        text: Any text; escapes in it are not escaped again.
+        lines: Keep line ends, for texts of several lines that were joined from escaped ones.
     """
-    if (text.replace("\n", "") if lines else text).isprintable():  # none of them is: nearly all texts
+    if (text.replace("\n", "") if lines else text).isprintable():  # nearly all texts: nothing to escape
         return text
     return re.sub(_UNSAFE_IN_LINES if lines else _UNSAFE, _spelled, text)
 
@@ -43,25 +43,25 @@ def _spelled(found: re.Match[str]) -> str:
 
 
 def describe(value: Any, limit: int = LENGTH) -> str:
-    """A value in about `limit` characters: as Python writes it where it is short, else what kind of thing it is."""
+    """A value in about `limit` characters: as Python writes it if it is short, else shortened, or only its class."""
     writer = _Writer(limit)
     writer.add(value, _DEPTH)
     return writer.text()
 
 
 def few(texts: Sequence[str], count: int = 3, separator: str = ", ") -> str:
-    """The first of many, and how many more there are."""
+    """The first `count` texts joined, and the number of the others: `a, b, c and 4 more`."""
     more = f" and {len(texts) - count} more" if len(texts) > count else ""
     return separator.join(texts[:count]) + more
 
 
 def bounded(value: Any) -> Any:
-    """The value itself where it is small and plain all the way down, else its description."""
+    """The value itself if it and everything in it is small and plain, else its description."""
     return value if _Count().is_small(value, _DEPTH + 2) else describe(value)
 
 
 def exact(value: Any) -> str:
-    """A value as Python writes it, in full where it is small, so that different values differ; else its description."""
+    """A value as Python writes it, in full if it is small, so that different values differ; else its description."""
     return repr(value) if bounded(value) is value else describe(value, 1000)
 
 
@@ -146,7 +146,7 @@ class _Writer:
         self._put(",)" if type(value) is tuple and len(value) == 1 else end)
 
     def _error(self, error: BaseException, depth: int) -> None:
-        """An error of a library: its class and, of what it carries, what fits."""
+        """An error of a library: its class and its first argument, shortened."""
         self._put(type(error).__name__)
         if error.args:
             self._put(": ")
@@ -166,7 +166,7 @@ def _integer(value: int) -> str:
 
 
 def _quoted(text: str, limit: int) -> str:
-    """As `repr` writes it, cut in the middle where it is long."""
+    """A text as `repr` writes it, shortened in the middle if it is long."""
     if len(text) > limit:
         half = max(limit // 2 - 2, 8)
         text = f"{text[:half]}...{text[-half:]}"

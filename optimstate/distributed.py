@@ -1,9 +1,10 @@
-"""What only sharded runs need: saving with names where the state is spread over many processes.
+"""Functions for sharded runs, whose state is distributed over several processes.
 
 `optimstate.resume` loads any checkpoint into a live model and optimizer whose parameters are `DTensor`s (FSDP2, tensor
-parallelism). Every process reads the metadata and then only the bytes of its own shards; the whole state is nowhere in
-memory, and nothing is sent between processes but whether each has succeeded. `NamedSavePlanner` lets
-`torch.distributed.checkpoint.save` write optimizers by parameter name, `PlanLoadPlanner` lets its `load` follow a plan.
+parallelism). Every process reads the metadata and then only the bytes of its own shards. The whole state is never in
+memory, and processes exchange only whether each has succeeded. With `NamedSavePlanner`,
+`torch.distributed.checkpoint.save` writes optimizers by parameter name; with `PlanLoadPlanner`, its `load` follows a
+plan.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def load(
     plan: Plan | str | PathLike[str] | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Resumed:
-    """`optimstate.resume` of a model and an optimizer, by position; of FSDP1's by their own state dicts.
+    """Resume a model and an optimizer as `optimstate.resume` does; in FSDP1, through their own state dicts.
 
-    The latter are filled by name, so a checkpoint must have them at `model` and `optimizer`, as those who call
-    `torch.distributed.checkpoint.save` put them there.
+    FSDP1's state dicts are filled by name, so the checkpoint must have them at `model` and `optimizer`, where
+    `torch.distributed.checkpoint.save` is usually given them.
     """
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         return _load_fsdp1(checkpoint, model, optimizer, plan, process_group)
@@ -55,7 +56,7 @@ def optimizer_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
     """The names of an optimizer's parameters in the model that it was built from, in the order of its param groups.
 
     Raises:
-        StateMismatchError: The model does not have a parameter.
+        StateMismatchError: A parameter is not in the model.
     """
     for group in names_in(optimizer, model, unwrapped(name for name, _ in model.named_parameters())):
         yield from group
@@ -67,17 +68,17 @@ def optimizer_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
 class PlanLoadPlanner(DefaultLoadPlanner):
     """A planner for `torch.distributed.checkpoint.load` whose state dict has changed since the checkpoint was written.
 
-    Each process reads the bytes of its own shards; the state dict may be sharded in any way: `DTensor`, FSDP1's
-    `ShardedTensor`, or not at all. Torch puts an error of a planner into a `CheckpointException`.
+    Each process reads the bytes of its own shards. The state dict may be sharded as `DTensor`s, as FSDP1's
+    `ShardedTensor`s, or not at all. Torch wraps errors of a planner in a `CheckpointException`.
 
     Args:
         checkpoint: The folder that `load` is given.
         plan: What has changed, as a plan or the path of a plan file.
-        options: As for `DefaultLoadPlanner`; with `allow_partial_load` what the checkpoint does not have is left alone,
-            as what `fresh` rules declare new is without.
+        options: As for `DefaultLoadPlanner`. With `allow_partial_load`, items that the checkpoint does not have keep
+            their values; without it, only those do that `fresh` rules declare new.
 
     Attributes:
-        notes: What deserves attention though nothing is wrong.
+        notes: Remarks that need attention although nothing is wrong.
         nbytes: Bytes of tensors that this process has read.
     """
 
@@ -95,13 +96,13 @@ class PlanLoadPlanner(DefaultLoadPlanner):
         self.nbytes = 0
 
     def create_local_plan(self) -> LoadPlan:
-        """Check that everything is there, and compare the checksums of what this process is to read.
+        """Check that the checkpoint has every item, and compare the checksums of everything that this process reads.
 
         Raises:
             CheckpointError: The checkpoint cannot be read.
             CorruptCheckpointError: Bytes do not match their checksum.
             MigrationError: The plan does not fit.
-            StateMismatchError: Something of the state dict is not in the checkpoint.
+            StateMismatchError: An item of the state dict is not in the checkpoint.
         """
         self._filling = Filling(self._checkpoint, self._plan)
         self._names = self._filling.check(
@@ -110,10 +111,10 @@ class PlanLoadPlanner(DefaultLoadPlanner):
         return LoadPlan([])
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
-        """Read this process's part of everything.
+        """Read this process's part of every item.
 
         Raises:
-            CheckpointError: Bytes could be read before and cannot now; the state dict is then filled in part.
+            CheckpointError: Bytes that could be read before can no longer be read; some items are then filled.
         """
         filling = self._filling
         assert filling is not None
@@ -138,18 +139,18 @@ def fill_state_dict(
     allow_partial_load: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> PlanLoadPlanner:
-    """Load a state dict in place, as `torch.distributed.checkpoint.load` does, from a checkpoint in any container.
+    """Load a state dict in place, as `torch.distributed.checkpoint.load` does, from a checkpoint in any format.
 
-    Every process checks everything, checksums included, before any fills its own. Only where bytes that could be read
-    then cannot be read again is the state dict filled in part.
+    All processes check everything, including checksums, before any of them fills its items. The state dict is filled
+    in part only if bytes that were checked can no longer be read.
 
     Returns:
-        The planner, with its notes and the bytes that were read.
+        The planner, with its notes and the number of bytes that were read.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
         MigrationError: The plan does not fit.
-        StateMismatchError: Something is not in the checkpoint, or another process failed.
+        StateMismatchError: An item is not in the checkpoint, or another process failed.
         CorruptCheckpointError: Bytes do not match their checksum; nothing was filled.
     """
     planner = PlanLoadPlanner(checkpoint, plan, allow_partial_load=allow_partial_load)
@@ -157,7 +158,7 @@ def fill_state_dict(
     try:
         planner.set_up_planner(state_dict)
         planner.create_local_plan()
-    except Exception as error:  # noqa: BLE001  # the other processes wait to be told
+    except Exception as error:  # noqa: BLE001  # the other processes have to be informed first
         failure = error
     agree(failure, process_group, sharded=True)
     planner.finish_plan(LoadPlan([]))
@@ -171,7 +172,7 @@ def _load_fsdp1(
     plan: Plan | str | PathLike[str] | None,
     process_group: dist.ProcessGroup | None,
 ) -> Resumed:
-    """Through FSDP1's own state dicts, which name its parameters as they were before they were made flat."""
+    """Load through FSDP1's own state dicts, which have the names of its parameters before they were flattened."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
     options = StateDictOptions(full_state_dict=False)
@@ -192,13 +193,14 @@ def _load_fsdp1(
 class NamedSavePlanner(DefaultSavePlanner):
     """A planner for `torch.distributed.checkpoint.save` that writes optimizers by parameter name.
 
-    `Optimizer.state_dict()` numbers its parameters, and after a change of model or groups the numbers mean others. With
-    this planner the items are `<path>.state.<name>.<slot>`, as `get_optimizer_state_dict` would name them. What has
-    names already is saved as it is. Torch puts an error of a planner into a `CheckpointException`.
+    `Optimizer.state_dict()` numbers its parameters, and after a change of model or groups the numbers mean other
+    parameters. With this planner the items are `<path>.state.<name>.<slot>`, as `get_optimizer_state_dict` would name
+    them. State that is keyed by names already is saved unchanged. Torch wraps errors of a planner in a
+    `CheckpointException`.
 
     Args:
-        names: Of the parameters in the order of the param groups, for an optimizer that was built without them
-            (`optimizer_names(optimizer, model)`).
+        names: The names of the parameters in the order of the param groups, for an optimizer that was built without
+            names (`optimizer_names(optimizer, model)`).
         options: As for `DefaultSavePlanner`.
     """
 
@@ -215,7 +217,7 @@ class NamedSavePlanner(DefaultSavePlanner):
         """Name the optimizers of a state dict, which is not changed.
 
         Raises:
-            StateMismatchError: An optimizer's parameters have no names, or there are more or fewer than it has.
+            StateMismatchError: An optimizer's parameters have no names, or the number of names is wrong.
         """
         super().set_up_planner(self._by_name(state_dict, ()), storage_meta, is_coordinator)
 

@@ -1,9 +1,9 @@
 """Every exception and warning of optimstate.
 
     OptimStateError
-    ├── CheckpointError (ValueError)            a checkpoint cannot be read; carries the file and the place in it
+    ├── CheckpointError (ValueError)            a checkpoint cannot be read; has the file and the place in it
     │   ├── CheckpointNotFoundError (FileNotFoundError)
-    │   ├── UnrecognizedFormatError             no container format claims the file
+    │   ├── UnrecognizedFormatError             the file has no known format
     │   ├── CorruptCheckpointError              truncated, out of range, contradictory, or a checksum that differs
     │   ├── LimitExceededError                  a declared size is beyond what this library will process
     │   └── UnsupportedCheckpointError          well-formed, but uses a feature that is not supported
@@ -12,21 +12,21 @@
     │   └── DestinationExistsError (FileExistsError)
     ├── PlanError (ValueError)                  a plan cannot be applied as written
     │   ├── PlanSyntaxError                     a template, a rule or a plan file cannot be parsed
-    │   ├── MigrationError                      the plan does not fit this checkpoint; carries every problem found
-    │   └── DerivationError                     a function does something that no plan says
-    ├── UsageError (ValueError)                 an argument is wrong by itself: a word that is none of those known
-    ├── TorchError                              the installed torch cannot do what is asked
-    │   ├── MissingTorchError (ImportError)     there is none
-    │   └── UnsupportedTorchError (RuntimeError) it is too old
-    ├── StateMismatchError (ValueError)         state does not fit the optimizer or scheduler it is loaded into
-    └── UserCodeError (RuntimeError)            a script or a function that was handed over failed; names file and line
+    │   ├── MigrationError                      the plan does not fit this checkpoint; has every problem found
+    │   └── DerivationError                     a function does something that no plan can express
+    ├── UsageError (ValueError)                 an argument is wrong in itself, such as an unknown word
+    ├── TorchError                              the installed torch cannot do what is requested
+    │   ├── MissingTorchError (ImportError)     torch is not installed
+    │   └── UnsupportedTorchError (RuntimeError) torch is too old
+    ├── StateMismatchError (ValueError)         state does not fit the optimizer or scheduler that is to load it
+    └── UserCodeError (RuntimeError)            a script or function of the user failed; names its file and line
 
     OptimStateWarning (UserWarning)
     ├── ParameterNameWarning                    positional loading would give state to a parameter of another name
-    ├── SchedulerStateWarning                   a scheduler state is incomplete or contradicts its optimizer
-    └── UntestedTorchWarning                    torch is newer than any that was tested
+    ├── SchedulerStateWarning                   a scheduler's state is incomplete or contradicts its optimizer
+    └── UntestedTorchWarning                    torch is newer than any tested release
 
-Each error also inherits the builtin a caller would catch who does not know this library.
+Each error also inherits from the builtin error that callers would catch without knowing this library.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ __all__ = [
 
 
 class OptimStateError(Exception):
-    """Base of every error raised on purpose by optimstate.
+    """Base of every error that optimstate raises on purpose.
 
     Args:
-        message: What is wrong, naming both sides where two things disagree.
+        message: What is wrong; if two things disagree, it names both.
         hint: What to do next, or an empty string.
-        problems: Every single problem, where it was several or code may ask for their kind.
+        problems: The single problems, if there are several or code needs their kinds.
     """
 
     def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
-        message = escaped(message, lines=True)  # whatever is in it of a file: errors are printed
+        message = escaped(message, lines=True)  # it may contain text of a file, and errors are printed
         super().__init__(message)
         self.message = message
         self.hint = escaped(hint, lines=True)
@@ -90,8 +90,8 @@ class CheckpointError(OptimStateError, ValueError):
 
     Args:
         message: What is wrong.
-        path: The file: its name, or what is printed as its name.
-        place: Where in the file: a byte offset, a record or a key; may be empty.
+        path: The file, or the name that is printed for it.
+        place: The place in the file: a byte offset, a record or a key; may be empty.
         hint: What to do next.
 
     Attributes:
@@ -107,12 +107,12 @@ class CheckpointError(OptimStateError, ValueError):
         super().__init__(escaped(f"{where}{message}{at}"), hint=hint)
 
     def within(self, *, path: object = "", place: str = "", part: str = "") -> Self:
-        """The same error, told of the file and the place that the caller knows, so that each is named once.
+        """The same error with the file and place that the caller knows, so that each is named once.
 
         Args:
-            path: The file; its own where none is given.
-            place: Where in the file, in the place of its own.
-            part: What it is about: `tensor 'x' in rank0.pt`.
+            path: The file; empty to keep the error's own.
+            place: The place in the file; empty to keep the error's own.
+            part: The affected part: `tensor 'x' in rank0.pt`.
         """
         message = f"{part}: {self.reason}" if part else self.reason
         return type(self)(message, path=path or self.path, place=place or self.place, hint=self.hint)
@@ -125,11 +125,11 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class UnrecognizedFormatError(CheckpointError):
-    """No container format claims the file, or a folder holds no checkpoint."""
+    """The file has no known format, or the folder contains no checkpoint."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """The bytes contradict themselves: truncated, overlapping, out of range, or a wrong checksum."""
+    """The file is damaged or contradictory: truncated, overlapping, out of range, or a wrong checksum."""
 
 
 class LimitExceededError(CheckpointError):
@@ -137,7 +137,7 @@ class LimitExceededError(CheckpointError):
 
 
 class UnsupportedCheckpointError(CheckpointError):
-    """The file is well-formed but uses something this library does not handle."""
+    """The file is well-formed but uses a feature that is not supported."""
 
 
 class RepresentationError(OptimStateError, TypeError):
@@ -168,10 +168,10 @@ class PlanSyntaxError(PlanError):
 
 
 class MigrationError(PlanError):
-    """A plan does not fit the checkpoint it is applied to.
+    """A plan does not fit the checkpoint.
 
     Args:
-        problems: Every problem found, each naming the rule or parameter, both sides and the remedy.
+        problems: Every problem found, each with the rule or parameter, both sides and the remedy.
     """
 
     def __init__(self, problems: Sequence[Problem], *, hint: str = "") -> None:
@@ -181,34 +181,25 @@ class MigrationError(PlanError):
     def of(
         cls, kind: Kind, message: str, place: str = "", names: tuple[str, ...] = (), remedy: str = "", *, hint: str = ""
     ) -> MigrationError:
-        """The error of one problem.
-
-        Args:
-            kind: What kind of thing is wrong, as the others a field of `Problem`.
-            message: What is wrong.
-            place: Where.
-            names: The parameters it is about.
-            remedy: What to do next.
-            hint: What to do next, on a line of its own.
-        """
+        """The error for one problem; the arguments are the fields of `Problem`, and a hint on a separate line."""
         return cls([Problem(kind, message, place, names, remedy)], hint=hint)
 
 
 class DerivationError(PlanError):
-    """No plan can be read off a function: it computes, drops what it should keep, or depends on values."""
+    """No plan can be derived from a function: it computes, drops tensors, or depends on their values."""
 
 
 class UsageError(OptimStateError, ValueError):
-    """An argument is wrong by itself: a word that is none of those known, options that contradict each other."""
+    """An argument is wrong in itself: an unknown word, or options that contradict each other."""
 
     @classmethod
     def unknown(cls, problem: str, word: str, known: Iterable[str]) -> UsageError:
-        """The error for a word that is none of a list.
+        """The error for a word that is not in a list.
 
         Args:
-            problem: What is wrong, naming the word.
-            word: The word that was given.
-            known: Those there are; the nearest is suggested.
+            problem: What is wrong; contains the word.
+            word: The word.
+            known: The known words, of which the most similar is suggested.
         """
         from difflib import get_close_matches
 
@@ -219,23 +210,23 @@ class UsageError(OptimStateError, ValueError):
 
 
 class StateMismatchError(OptimStateError, ValueError):
-    """State does not fit the optimizer, scheduler or model it is loaded into."""
+    """State does not fit the optimizer, scheduler or model that is to load it."""
 
 
 class UserCodeError(OptimStateError, RuntimeError):
-    """Code that was handed over (a script, a function that builds a model, a loss) failed; names its file and line."""
+    """Code of the user (a script, a function that builds a model, a loss) failed; the message has its file and line."""
 
 
 class TorchError(OptimStateError):
-    """The installed torch cannot do what is asked."""
+    """The installed torch cannot do what is requested."""
 
 
 class MissingTorchError(TorchError, ImportError):
-    """What is asked needs torch, and there is none."""
+    """The request needs torch, which is not installed."""
 
 
 class UnsupportedTorchError(TorchError, RuntimeError):
-    """The installed torch is too old for what is asked."""
+    """The installed torch is too old for the request."""
 
 
 class OptimStateWarning(UserWarning):
@@ -247,8 +238,8 @@ class ParameterNameWarning(OptimStateWarning):
 
 
 class SchedulerStateWarning(OptimStateWarning):
-    """A scheduler state is incomplete or contradicts its optimizer."""
+    """A scheduler's state is incomplete or contradicts its optimizer."""
 
 
 class UntestedTorchWarning(OptimStateWarning):
-    """The installed torch is newer than any that the tests have run with."""
+    """The installed torch is newer than any tested release."""

@@ -1,8 +1,8 @@
-"""The installed torch, and what depends on its release.
+"""The installed torch, and everything that depends on its release.
 
-Whatever needs torch takes it from here, so that one place says that it is missing, too old, or newer than any that was
-tested. What releases do differently is found by asking the torch that is there, not its number; each entry says which
-release brought it and why it matters here. docs/versions.md has what follows from it.
+All modules import torch from here, so that one place reports that it is missing, too old, or newer than any tested
+release. Differences between releases are found by inspecting torch, not by its version number. Each entry names the
+release of the change and why it matters here; docs/versions.md describes the consequences.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from optimstate.errors import MissingTorchError, UnsupportedTorchError, Untested
 
 try:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # nothing here needs it
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # NumPy is not needed here
         import torch
 except ImportError as error:
     if (error.name or "torch") != "torch":
-        raise  # it is there and lacks something itself
+        raise  # torch is installed, but one of its own imports fails
     raise MissingTorchError(
         "this needs torch, which is not installed",
         hint="pip install 'optimstate[torch]', or any torch from 2.6 on. Without it work inspect, scan, plan, name, "
@@ -60,15 +60,15 @@ def release() -> tuple[int, int]:
 
 @cache
 def require_named_parameters() -> None:
-    """Refuse a torch whose optimizers take no names, and say once that a newer one has not been tried.
+    """Refuse a torch without named parameters, and warn once about an untested release.
 
-    2.6: optimizers take `(name, parameter)` pairs and keep `param_names`, on which everything here stands.
+    Since 2.6, optimizers take `(name, parameter)` pairs and keep `param_names`, which everything here relies on.
 
     Raises:
-        UnsupportedTorchError: It is older.
+        UnsupportedTorchError: torch is older.
 
     Warns:
-        UntestedTorchWarning: It is newer than any that the tests have run with.
+        UntestedTorchWarning: torch is newer than any release that was tested.
     """
     try:
         named = torch.optim.SGD([("p", torch.zeros(1))], lr=0.1).param_groups[0].get("param_names") == ["p"]
@@ -81,8 +81,8 @@ def require_named_parameters() -> None:
         )
     if release() > NEWEST_TESTED:
         newest = ".".join(map(str, NEWEST_TESTED))
-        told = f"torch {torch.__version__} is newer than {newest}, the newest that optimstate was tested with"
-        warnings.warn(told, UntestedTorchWarning, stacklevel=2)
+        message = f"torch {torch.__version__} is newer than {newest}, the newest that optimstate was tested with"
+        warnings.warn(message, UntestedTorchWarning, stacklevel=2)
 
 
 def has_dtype(name: str) -> bool:
@@ -110,7 +110,7 @@ def accepts(function: Any, argument: str) -> bool:
 
 
 def mentions(function: Any, word: str) -> bool:
-    """Whether the code of a function of the installed torch has a name, an argument's name or a text."""
+    """Whether the code of a function of the installed torch contains a word as a name, a keyword or a text."""
 
     def inside(code: CodeType) -> bool:
         for constant in code.co_consts:
@@ -135,24 +135,24 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer as OptimizerBase
     from torch.optim.lr_scheduler import LRScheduler as SchedulerBase
 else:
-    # Where there is none, ours is an instance of no more than an optimizer.
+    # Before 2.9 there is no Muon, and ours is only an instance of Optimizer.
     TorchMuon = getattr(torch.optim, "Muon", torch.optim.Optimizer)
 
     OptimizerBase = torch.optim.Optimizer
     if not hasattr(OptimizerBase, "_accelerator_graph_capture_health_check"):
-        # Before 2.12 it is CUDA's alone, under another name.
+        # Before 2.12 the check is for CUDA only and has another name.
         class OptimizerBase(torch.optim.Optimizer):
-            """torch's, with its check under today's name."""
+            """torch's base class, with the current name of its check."""
 
             def _accelerator_graph_capture_health_check(self):
                 self._cuda_graph_capture_health_check()
 
     SchedulerBase = torch.optim.lr_scheduler.LRScheduler
     if not hasattr(torch.optim.lr_scheduler, "_param_groups_val_list"):
-        # Until 2.9 at least, the last learning rates are the optimizer's own tensors, which later steps change. Before
-        # 2.9 a step cannot be made without its warnings; before 2.7 it does not say whether it is the first.
+        # Up to 2.9 at least, the last learning rates are the optimizer's own tensors, which later steps change. Before
+        # 2.9 a step always issues its warnings; before 2.7 it does not record whether it is the first.
         class SchedulerBase(torch.optim.lr_scheduler.LRScheduler):
-            """torch's, with a step in two parts and a mark on the first."""
+            """torch's base class, with `_update_lr` and `_is_initial` as in current releases."""
 
             if not hasattr(torch.optim.lr_scheduler, "_initial_mode"):
                 _is_initial = False
@@ -177,13 +177,13 @@ else:
                 self._last_lr = [lr.clone() if isinstance(lr, torch.Tensor) else lr for lr in lrs]
 
 
-# Read from torch's code once, before anything steps: nothing of torch's runs for the answer.
+# These read torch's code, and run none of it.
 
-# 2.14: LBFGS has the option `maximize`, and its group the key.
+# 2.14: LBFGS has the option `maximize`, in its groups too.
 LBFGS_MAXIMIZES = accepts(torch.optim.LBFGS, "maximize")
 # 2.10 to 2.12: the evaluations of a line search count for LBFGS's `max_eval`; before, each search may make 25.
 LBFGS_LIMITS_LINE_SEARCH = mentions(torch.optim.LBFGS.step, "max_ls")
-# 2.10 to 2.12: before, Adagrad's fused kernel is there for the CPU alone.
+# 2.10 to 2.12: before, Adagrad's fused kernel exists only for the CPU.
 ADAGRAD_FUSES_ON_CUDA = not mentions(torch.optim.Adagrad._init_group, "cuda_unsupported")
 # 2.15: ASGD refuses a negative `lambd` or `alpha`.
 ASGD_CHECKS = mentions(torch.optim.ASGD.__init__, "Invalid lambd value")
@@ -201,7 +201,7 @@ if HAS_MUON:
 
 @cache
 def fused_sgd_takes_half_precision() -> bool:
-    """2.14: before, the CPU kernel skips whole vectors of bfloat16 and float16 and leaves their momentum as it was."""
+    """2.14: before, the CPU kernel skips whole vectors of bfloat16 and float16 and does not update their momentum."""
     p, g, buffer = (torch.full((64,), value, dtype=torch.bfloat16) for value in (1.0, 0.5, 0.0))
     kernel: Any = torch._fused_sgd_
     options = {"weight_decay": 0.0, "momentum": 0.5, "lr": 0.5, "dampening": 0.0, "nesterov": False, "maximize": False}
@@ -211,7 +211,7 @@ def fused_sgd_takes_half_precision() -> bool:
 
 @cache
 def adagrad_starts_late() -> bool:
-    """2.10 to 2.12: Adagrad makes the state that a parameter lacks when it steps; before, only in its constructor."""
+    """2.10 to 2.12: Adagrad creates missing state in its step; before, only in its constructor."""
     p = torch.zeros(1)
     p.grad = torch.ones(1)
     optimizer = torch.optim.Adagrad([p])

@@ -1,8 +1,8 @@
 """Value classes that generate no code.
 
-A value is a `Record`, a `NamedTuple` where one is made for every tensor, and a `dataclass` where its fields change.
-Measured on a class of four fields: a frozen dataclass takes 450 µs to define, a NamedTuple 60 and a Record 10, and the
-command line defines a hundred of them at every start; one value takes 0.55, 0.24 and 0.74 µs to make.
+Values are `Record`s, `NamedTuple`s if one is made for every tensor, and `dataclass`es if their fields change. For a
+class of four fields, a frozen dataclass takes 450 µs to define, a NamedTuple 60 and a Record 10, and the command line
+defines a hundred classes at every start. An instance takes 0.55, 0.24 and 0.74 µs to create.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class _Factory:
 
 
 def field(*, default_factory: Callable[[], Any]) -> Any:
-    """A default that is made anew for every record."""
+    """A default that is created for every record."""
     return _Factory(default_factory)
 
 
 class _Fields:
-    """What the functions of `dataclasses` look for, made when one of them asks."""
+    """The attribute that the functions of `dataclasses` read, created when one of them does."""
 
     def __init__(self) -> None:
         self._made: dict[Any, dict[str, Any]] = {}
@@ -41,11 +41,11 @@ class _Fields:
 class Record:
     """A frozen class of annotated fields, with the methods of a frozen dataclass and those of a named tuple.
 
-    A subclass has the fields it annotates after those of its base. `__post_init__` is called where there is one.
+    A subclass has the fields that it annotates, after those of its base. `__post_init__` is called after creation.
     """
 
     _fields: ClassVar[tuple[str, ...]] = ()
-    _required: ClassVar[int] = 0  # the fields before the first with a default
+    _required: ClassVar[int] = 0  # the number of fields before the first with a default
     _factories: ClassVar[dict[str, Callable[[], Any]]] = {}
     __dataclass_fields__: ClassVar[dict[str, Any]] = _Fields()  # type: ignore[assignment]
 
@@ -58,7 +58,7 @@ class Record:
 
     def __init__(self, *args: Any, **named: Any) -> None:
         values = self.__dict__
-        values.update(zip(self._fields, args))  # noqa: B905 - checked where they differ in number
+        values.update(zip(self._fields, args))  # noqa: B905 - their numbers are checked below
         if named:
             self._take(args, named)
         elif not self._required <= len(args) <= len(self._fields):
@@ -69,7 +69,7 @@ class Record:
         self.__post_init__()
 
     def _take(self, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Values given by name; defaults stay with the class."""
+        """Set values that are given by name; defaults stay in the class."""
         fields, values = self._fields, self.__dict__
         wrong = [name for name in named if name not in fields or name in values]
         missing = [name for name in fields[: self._required] if name not in values and name not in named]

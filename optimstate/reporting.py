@@ -1,4 +1,4 @@
-"""What every verb returns: one text for pipes, terminals and notebooks, and one JSON document for programs."""
+"""The base of the reports that every verb returns, and their JSON documents."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from optimstate.tree import path_key
 __all__ = ["SCHEMA", "Report", "to_json"]
 
 SCHEMA = 1
-"""Version of the JSON documents that the reports give."""
+"""The version of the JSON documents of reports."""
 
 
 class Report(Record):
-    """A record that people read as `str` makes it; notebooks show the same."""
+    """A record whose `str` is a text for people, which notebooks show too."""
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -27,7 +27,7 @@ class Report(Record):
 
 def to_json(verb: str, fields: dict[str, Any]) -> str:
     """A report as a JSON document."""
-    import json  # not for those who ask for text
+    import json  # here, because a text does not need it
 
     document = {"schema": SCHEMA, "command": verb, **fields}
     try:
@@ -41,7 +41,7 @@ def _as_json(value: Any) -> Any:
     return value._asdict() if isinstance(value, Record) else describe(value)
 
 
-# What JSON lets stand and a terminal obeys, or no encoding has.
+# Characters that JSON does not escape, but that control a terminal or have no encoding.
 _UNSAFE_IN_JSON = r"[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 
 

@@ -1,4 +1,4 @@
-"""Code of the user's own: what it does wrong is an error that names its file and line, what it changes is put back."""
+"""Running the user's code: its failures become errors with file and line, and its changes to the process are undone."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _INSTALLED = ("site-packages", "dist-packages")
 
 @contextmanager
 def running(what: str, kind: type[OptimStateError] = UserCodeError) -> Iterator[None]:
-    """Run the user's code: errors are told with its file and line, and what it changes of the process is put back.
+    """Run the user's code: errors show its file and line, and its changes to the process are undone.
 
-    Put back are the working folder, the arguments, the search path, the environment, the standard streams, and torch's
-    default dtype and device and whether gradients are kept. Random numbers go on.
+    Restored are the working folder, the arguments, the search path, the environment, the standard streams, torch's
+    default dtype and device, and whether gradients are recorded. The state of random numbers is not.
 
     Args:
-        what: What is run, for the message.
-        kind: The error that is raised. Errors of this library, as of a function that calls it, stay what they are.
+        what: The name of the code in messages.
+        kind: The class of the error that is raised. Errors of this library, which the code may call, stay unchanged.
 
     Raises:
-        OptimStateError: Of that kind, where the code raises or ends the process.
+        OptimStateError: An error of that class, if the code raises an error or exits.
     """
-    put_back = _kept()
+    restore = _restorer()
     try:
         yield
     except OptimStateError:
@@ -42,15 +42,15 @@ def running(what: str, kind: type[OptimStateError] = UserCodeError) -> Iterator[
     except SystemExit as error:
         raise kind(f"{what} called sys.exit({describe(error.code)}){_place(error)}") from error
     except Exception as error:
-        said = (str(error).splitlines() or [""])[0][:300]
-        text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        first_line = (str(error).splitlines() or [""])[0][:300]
+        text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
         raise kind(f"{what} failed: {text}{_place(error)}") from error
     finally:
-        put_back()
+        restore()
 
 
 def guarded(function: Callable[..., Any], what: str, kind: type[OptimStateError] = UserCodeError) -> Callable[..., Any]:
-    """The same function, every call of which is `running`."""
+    """A function that calls the given one under `running`."""
 
     @wraps(function)
     def called(*arguments: Any) -> Any:
@@ -63,16 +63,19 @@ def guarded(function: Callable[..., Any], what: str, kind: type[OptimStateError]
 def run_script(
     path: Path, arguments: Sequence[str] = (), *, name: str = "__main__", kind: type[OptimStateError] = UserCodeError
 ) -> dict[str, Any]:
-    """Run a script as `python path arguments` does, and give what it defines; nothing where it leaves by `sys.exit(0)`.
+    """Run a script as `python path arguments` does.
 
     Args:
         path: The script.
-        arguments: Of its command line.
-        name: What it is told to be called: under "__main__" it does what it does as a program.
-        kind: The error that is raised.
+        arguments: The arguments of its command line.
+        name: Its `__name__`; with "__main__" it behaves as a program.
+        kind: The class of the error that is raised.
+
+    Returns:
+        The names that the script defines; empty if it ends by `sys.exit(0)`.
 
     Raises:
-        OptimStateError: It raises, or ends with another exit status than 0.
+        OptimStateError: The script raises an error, or exits with a status other than 0.
     """
     import runpy
 
@@ -87,8 +90,8 @@ def run_script(
             return {}
 
 
-def _kept() -> Callable[[], None]:
-    """What puts back the state of the process as it is now."""
+def _restorer() -> Callable[[], None]:
+    """A function that restores the state of the process as it is now."""
     folder, arguments, places = Path.cwd(), sys.argv, list(sys.path)
     streams, environment = (sys.stdout, sys.stderr), dict(os.environ)
     torch: Any = sys.modules.get("torch")
@@ -96,7 +99,7 @@ def _kept() -> Callable[[], None]:
         None if torch is None else (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device())
     )
 
-    def put_back() -> None:
+    def restore() -> None:
         sys.argv, sys.path[:] = arguments, places
         sys.stdout, sys.stderr = streams
         if dict(os.environ) != environment:
@@ -111,11 +114,11 @@ def _kept() -> Callable[[], None]:
             if torch.get_default_device() != device:
                 torch.set_default_device(None if device.type == "cpu" else device)
 
-    return put_back
+    return restore
 
 
 def _place(error: BaseException) -> str:
-    """Where in the user's code an error was raised: the last of its lines, not those of libraries that it calls."""
+    """The last line of the user's code that an error passed through, as text; libraries that it calls do not count."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}, line {error.lineno})"
     frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]

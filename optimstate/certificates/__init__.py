@@ -1,1 +1,1 @@
-"""What a run was when it stopped, as digests: so that a resume which is not that run fails before it costs a night."""
+"""Certificates: digests of a run when it stopped, with which a resume that is not the same run is refused."""

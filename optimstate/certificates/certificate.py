@@ -1,4 +1,4 @@
-"""What a run was when it stopped, and in what another run, or a file, is not that."""
+"""The certificate of a run when it stopped, and its differences from another run or a file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from optimstate.record import Record, field
 from optimstate.state.names import unwrapped
 from optimstate.state.optimizer import OptimizerState
 
-__all__ = ["KEY", "PARTS", "Ancestor", "Certificate", "CertifiedGroup"]
+__all__ = ["KEY", "PARTS", "Ancestor", "Certificate", "CertifiedGroup", "refuse"]
 
 KEY = "certificate"
-"""Where a certificate stands in the entry `optimstate` of an optimizer's state dict."""
+"""The key of a certificate in the entry `optimstate` of an optimizer's state dict."""
 
 FORM = 1
 PARTS = frozenset({"weights", "algorithm", "state", "groups", "schedule", "scaler", "update"})
-"""What can be compared: names of attributes of `Certificate`."""
+"""The parts that can be compared: names of attributes of `Certificate`."""
 
 Names = Mapping[str, Sequence[str]]
 
-# What a scheduler keeps only while it is inside a call, and which callers set one way or the other.
+# Keys of a scheduler's state that have a meaning only during a call.
 _TRANSIENT = {"_get_lr_called_within_step", "_is_initial", "verbose"}
 
 
@@ -37,8 +37,8 @@ class CertifiedGroup(Record):
     """A param group.
 
     Attributes:
-        names: Of its parameters, in order, without what wrappers put before them.
-        options: By name: the rate, decay and all others.
+        names: The names of its parameters, in order, without the prefixes of wrappers.
+        options: The digests of all options, such as `lr` and `weight_decay`.
     """
 
     names: tuple[str, ...]
@@ -46,13 +46,13 @@ class CertifiedGroup(Record):
 
 
 class Ancestor(Record):
-    """A certificate from which the run of another one was resumed.
+    """An earlier certificate, from which a run was resumed.
 
     Attributes:
-        certificate: Its digest; empty where the checkpoint had none.
-        step: How many steps its optimizer had made; None where that is not told.
-        plan: The digests of the plans that were applied after it, joined with commas; empty for none.
-        torch: The release that wrote it.
+        certificate: Its digest; empty if the checkpoint had none.
+        step: The number of steps that its optimizer had made; None if it is not known.
+        plan: The digests of the plans that were applied to it, joined with commas; empty for none.
+        torch: The release of torch that wrote it.
     """
 
     certificate: str
@@ -62,19 +62,19 @@ class Ancestor(Record):
 
 
 class Certificate(Record):
-    """What a run was when it stopped.
+    """The digests of a run when it stopped.
 
     Attributes:
-        weights: The digest of every parameter and buffer by name.
-        algorithm: The optimizer's class; empty where it is not told.
-        groups: Its param groups, in order.
-        state: By parameter, the digest of every slot.
-        schedule: What its schedulers keep.
-        scaler: What its gradient scaler keeps.
-        update: The digest of every parameter after one more step with gradients that anybody can make: how the
-            optimizer goes on. Empty where that was not tried.
-        versions: Of torch and optimstate.
-        history: The certificates before this one, the oldest first.
+        weights: The digest of every parameter and buffer, by name.
+        algorithm: The optimizer's class; empty if it is not known.
+        groups: The optimizer's param groups, in order.
+        state: The digests of the slots of each parameter.
+        schedule: The digests of the state of its schedulers.
+        scaler: The digests of the state of its gradient scaler.
+        update: The digest of every parameter after one more step with reproducible gradients; empty if that was not
+            tried.
+        versions: The releases of torch and optimstate.
+        history: The earlier certificates, the oldest first.
     """
 
     weights: Mapping[str, Digest] = field(default_factory=dict)
@@ -96,17 +96,17 @@ class Certificate(Record):
         schedule: Any = None,
         scaler: Any = None,
     ) -> Certificate:
-        """The certificate of tensors, in files or live ones.
+        """The certificate of state in files or in memory.
 
         Args:
-            weights: A model's.
-            state: An optimizer's, every parameter named.
-            schedule: What schedulers keep.
-            scaler: What a gradient scaler keeps.
+            weights: The state of a model.
+            state: The state of an optimizer, with names for all parameters.
+            schedule: The state of schedulers.
+            scaler: The state of a gradient scaler.
         """
         rename = unwrapped(weights or ())
-        found = {rename(name): digests(value)[""] for name, value in (weights or {}).items() if _is_told(value)}
-        made = cls(weights=found, schedule=_kept(schedule), scaler=digests(scaler) if scaler else {})
+        found = {rename(name): digests(value)[""] for name, value in (weights or {}).items() if _is_tensor(value)}
+        made = cls(weights=found, schedule=_of_schedule(schedule), scaler=digests(scaler) if scaler else {})
         if state is None:
             return made
         names = [str(name) for _, name, _ in state.parameters()]
@@ -120,10 +120,10 @@ class Certificate(Record):
 
     @classmethod
     def from_fields(cls, fields: Any, where: str = "the certificate") -> Certificate:
-        """From what `document` gives, as JSON has it.
+        """Read the plain values that `document` returns.
 
         Raises:
-            CorruptCheckpointError: It is something else, or was changed after it was written.
+            CorruptCheckpointError: They are not a certificate, or were changed after they were written.
         """
         try:
             if fields["form"] != FORM:
@@ -131,7 +131,7 @@ class Certificate(Record):
                     f"{where} has the form {describe(fields['form'])}, and this release reads form {FORM}"
                 )
             if other := _without_empty({key: fields[key] for key in fields.keys() - {*cls._fields, "form", "digest"}}):
-                raise CorruptCheckpointError(f"{where} tells {describe(min(other))}, which this release does not know")
+                raise CorruptCheckpointError(f"{where} has {describe(min(other))}, which this release does not know")
             known = {key: value for key, value in fields.items() if key in cls._fields}
             for name in ("weights", "schedule", "scaler", "update", "versions"):
                 known[name] = dict(fields.get(name) or {})
@@ -145,8 +145,8 @@ class Certificate(Record):
             made = cls(**known)
             if fields["digest"] != made.digest:
                 raise CorruptCheckpointError(
-                    f"{where} was changed after it was written: its digest is not that of what it says",
-                    hint="Take the one that the run wrote, or certify the run anew.",
+                    f"{where} was changed after it was written: its digest does not match its contents",
+                    hint="Use the certificate that the run wrote, or certify the run again.",
                 )
             return made
         except CorruptCheckpointError:
@@ -159,7 +159,7 @@ class Certificate(Record):
         """A certificate from a JSON file.
 
         Raises:
-            CorruptCheckpointError: It is not one, or cannot be read.
+            CorruptCheckpointError: The file is not a certificate, or cannot be read.
         """
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -169,43 +169,43 @@ class Certificate(Record):
         return cls.from_fields(fields, str(path))
 
     def write(self, path: str | PathLike[str]) -> None:
-        """Write it as a JSON file, in one piece or not at all."""
+        """Write a JSON file, which appears whole or not at all."""
         target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")  # every process of a sharded run writes it
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")  # every process of a sharded run writes one
         part.write_text(json.dumps(self.document(), indent=1), encoding="utf-8")
         part.replace(target)
 
     def fields(self) -> dict[str, Any]:
-        """Plain values, as JSON has them."""
+        """The certificate as plain values for JSON."""
         plain = {name: _plain(getattr(self, name)) for name in self._fields}
         return {"form": FORM, **plain}
 
     def document(self) -> dict[str, Any]:
-        """What is written: plain values and the digest of them, so that an edited certificate is told."""
+        """The plain values with their digest, by which a changed certificate is detected."""
         return {**self.fields(), "digest": self.digest}
 
     @property
     def digest(self) -> str:
-        """Of the whole, its history included: certificates form a chain."""
+        """The digest of the whole certificate, including its history, so that certificates form a chain."""
         text = json.dumps(_without_empty(self.fields()), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def step(self) -> float | None:
-        """The most steps that a parameter has made; None where nothing counts them."""
+        """The largest step count of a parameter; None if no state has one."""
         steps = [slots["step"] for slots in self.state.values() if isinstance(slots.get("step"), int | float)]
         return max(map(float, steps)) if steps else None  # type: ignore[arg-type]
 
     def succeeded(self, plan: str = "") -> tuple[Ancestor, ...]:
-        """The history of a run that was resumed from this one, by plans of these digests."""
+        """The history of a run that is resumed from this one, after plans with these digests."""
         return (*self.history, Ancestor(self.digest, self.step, plan, self.versions.get("torch", "")))
 
     def moved(self, weights: Names, slots: Names) -> Certificate:
-        """What it says of a run in which some parameters have other names and nothing else is known.
+        """The part of the certificate that still holds after a plan has moved parameters.
 
         Args:
-            weights: The new names of each weight that was moved as it is.
-            slots: The new names of each parameter whose state was moved as it is.
+            weights: The new names of each weight that was moved unchanged.
+            slots: The new names of each parameter whose state was moved unchanged.
         """
         return self._replace(
             weights={new: self.weights[old] for old, names in weights.items() if old in self.weights for new in names},
@@ -217,26 +217,26 @@ class Certificate(Record):
 
     # --- comparing ----------------------------------------------------------------------------------------------------
 
-    def problems(self, found: Certificate, *, told: Collection[str] = PARTS) -> list[Problem]:
-        """In what another run, or a file, is not this run.
+    def problems(self, found: Certificate, *, parts: Collection[str] = PARTS) -> list[Problem]:
+        """The differences between this run and another run, or a file.
 
         Args:
-            found: What it is.
-            told: The parts that can be compared: names of attributes.
+            found: The certificate of the other.
+            parts: The parts that are compared: names of attributes.
         """
         made: list[Problem] = []
-        if "weights" in told:
+        if "weights" in parts:
             made += _differences("weights", self.weights, found.weights, "the model")
-        if "algorithm" in told and self.algorithm != found.algorithm:
+        if "algorithm" in parts and self.algorithm != found.algorithm:
             made.append(_problem(f"the optimizer was {self.algorithm} and is {found.algorithm}", "optimizer"))
-        if "state" in told:
+        if "state" in parts:
             made += _state_differences(self.state, found.state)
-        if "groups" in told:
+        if "groups" in parts:
             made += _group_differences(self.groups, found.groups)
         for part in ("schedule", "scaler"):
-            if part in told:
+            if part in parts:
                 made += _value_differences(part, getattr(self, part), getattr(found, part))
-        if "update" in told and self.update and not made:  # what else differs explains it
+        if "update" in parts and self.update and not made:  # other differences would explain this one
             wrong = [name for name, value in self.update.items() if found.update.get(name) != value]
             if wrong:
                 message = f"the next update of {few(wrong)} would be another, though everything saved is equal"
@@ -244,14 +244,14 @@ class Certificate(Record):
         return made
 
     def remarks(self, found: Certificate) -> list[str]:
-        """What differs without being wrong."""
+        """Differences that are not wrong: other releases of torch or optimstate."""
         pairs = ((name, self.versions.get(name), found.versions.get(name)) for name in self.versions)
         return [f"certified with {name} {old}, resumed with {new}" for name, old, new in pairs if new and old != new]
 
-    def require(self, found: Certificate, *, told: Collection[str] = PARTS) -> None:
+    def require(self, found: Certificate) -> None:
         """Raise StateMismatchError, with every problem, if another run is not this one."""
-        hint = "Resume from the checkpoint that the certificate was written with, or certify this one anew."
-        refuse(self.problems(found, told=told), hint=hint)
+        hint = "Resume from the checkpoint that the certificate was written with, or certify this one again."
+        refuse(self.problems(found), hint=hint)
 
 
 def refuse(problems: Sequence[Problem], what: str = "resumed run", hint: str = "") -> None:
@@ -270,20 +270,20 @@ def _plain(value: Any) -> Any:
 
 
 def _without_empty(value: Any) -> Any:
-    """A value without what is empty in it, which distributed checkpoints do not keep."""
+    """A value without empty dicts and lists inside it, which distributed checkpoints do not keep."""
     if isinstance(value, Mapping):
         found = {key: _without_empty(item) for key, item in value.items()}
         return {key: item for key, item in found.items() if item not in ({}, [])}
     return [_without_empty(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _is_told(value: Any) -> bool:
-    """Whether a weight is a tensor; a state dict may have other entries."""
+def _is_tensor(value: Any) -> bool:
+    """Whether an entry of a model's state dict is a tensor, or the record of one."""
     return hasattr(value, "shape") or hasattr(value, "arguments")
 
 
-def _kept(schedule: Any) -> dict[str, Digest]:
-    """What schedulers keep, without what only a call needs."""
+def _of_schedule(schedule: Any) -> dict[str, Digest]:
+    """The digests of schedulers' state, without the keys that have a meaning only during a call."""
     found = digests(schedule) if schedule else {}
     return {key: value for key, value in found.items() if not _TRANSIENT & set(key.split("."))}
 
@@ -295,8 +295,8 @@ def _problem(message: str, place: str, names: Sequence[str] = (), remedy: str = 
 def _differences(
     what: str, certified: Mapping[str, Digest], found: Mapping[str, Digest], owner: str
 ) -> Iterator[Problem]:
-    """Names whose content is another: lost, new, exchanged or changed."""
-    kept = {value for name, value in certified.items() if name in found}  # of tied names, some files have one
+    """Names with other contents: lost, new, exchanged or changed."""
+    kept = {value for name, value in certified.items() if name in found}  # some files have only one of tied names
     lost = [name for name, value in certified.items() if name not in found and value not in kept]
     new = [name for name, value in found.items() if name not in certified and value not in kept]
     if lost:
@@ -321,7 +321,7 @@ def _differences(
 def _changed(
     what: str, names: Sequence[str], certified: Mapping[str, Digest], found: Mapping[str, Digest]
 ) -> Iterator[Problem]:
-    """One problem for each way in which names have changed."""
+    """One problem for each kind of change, with all names that it affects."""
     ways: dict[str, list[str]] = {}
     for name in names:
         old, new = certified[name], found[name]
@@ -353,10 +353,10 @@ def _state_differences(
         theirs = {name: found[name][slot] for name in both if slot in found[name]}
         missing = [name for name in ours if name not in theirs]
         if missing:
-            yield _problem(f"{few(missing)} had {slot} and does not have it", "state", missing)
+            yield _problem(f"{few(missing)} had {slot} and no longer has it", "state", missing)
         added = [name for name in theirs if name not in ours]
         if added:
-            yield _problem(f"{few(added)} has {slot}, which it had not", "state", added)
+            yield _problem(f"{few(added)} has {slot} and did not have it", "state", added)
         common = {name: value for name, value in ours.items() if name in theirs}
         yield from (
             problem.at(slot)
@@ -373,17 +373,17 @@ def _group_differences(certified: Sequence[CertifiedGroup], found: Sequence[Cert
             elsewhere = f"{few(moved)} is not in the group that it was in" if moved else ""
             yield _problem("; ".join(filter(None, (counts, elsewhere))), "groups", moved)
             return
-        yield _problem("the parameters of a group stand in another order", "groups")
+        yield _problem("the parameters of a group are in another order", "groups")
     for number, (old, new) in enumerate(zip(certified, found, strict=True)):
         yield from _value_differences(f"group {number}", old.options, new.options)
 
 
 def _value_differences(place: str, certified: Mapping[str, Digest], found: Mapping[str, Digest]) -> Iterator[Problem]:
     if certified and not found:
-        yield _problem("was certified and is not there", place)
+        yield _problem("was certified and is missing", place)
         return
     if found and not certified:
-        yield _problem("is there and was not certified", place)
+        yield _problem("was not certified", place)
         return
     for key in dict.fromkeys((*certified, *found)):
         old, new = certified.get(key, "nothing"), found.get(key, "nothing")

@@ -1,7 +1,8 @@
-"""Digests of values, the same for tensors in files and for live ones.
+"""Digests of values, the same for tensors in files and in memory.
 
-A tensor is written as its dtype, shape and 128 bits of SHA-256 over its row-major bytes: `float32[8, 4] 3fa9...`.
-Numbers and tensors of no dimension are written as they are, so that a report can say both sides.
+The digest of a tensor is its dtype, its shape and 128 bits of SHA-256 over its row-major bytes, as in
+`float32[8, 4] 3fa9...`.
+Numbers and 0-d tensors are their own digests, so that a report can show both values.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from optimstate.tree import Opaque
 __all__ = ["Digest", "digest", "digests", "plain"]
 
 Digest = str | int | float | bool | None
-"""What stands for a value in a certificate."""
+"""The representation of a value in a certificate."""
 
 _BITS = 128
 
 
 def digests(value: Any, path: tuple[str, ...] = ()) -> dict[str, Digest]:
-    """Every leaf of nested dicts and lists, by the keys that lead to it, joined with dots."""
+    """The digest of every leaf of nested dicts and lists, by its keys joined with dots."""
     if isinstance(value, Mapping):
         found: dict[str, Digest] = {}
         for key, item in value.items():
@@ -42,12 +43,12 @@ def digests(value: Any, path: tuple[str, ...] = ()) -> dict[str, Digest]:
 
 
 def _is_short(value: Any) -> bool:
-    """Whether a list is one of a few numbers, as `betas` are, and reads best as it is."""
+    """Whether a list has only a few numbers, as `betas`, and is kept as one value."""
     return len(value) <= 4 and all(isinstance(item, int | float) for item in value)
 
 
 def digest(value: Any) -> Digest:
-    """What stands for a value; a text in parentheses where its content cannot be told."""
+    """The digest of a value; its class in parentheses if its contents are not known."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(str(digest(item)) for item in value)}]"
     if value is None or isinstance(value, bool | int | float | complex | str):
@@ -66,7 +67,7 @@ def digest(value: Any) -> Digest:
 
 
 def plain(value: Any) -> Digest:
-    """A number as JSON can have it: what is not finite, or complex, as text."""
+    """A value that JSON can represent: numbers that are complex or not finite as text."""
     if isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
     return value if value is None or isinstance(value, bool | int | float) else describe(value)
@@ -74,7 +75,7 @@ def plain(value: Any) -> Digest:
 
 def _of_live(value: Any) -> Digest:
     value = value.detach()
-    if hasattr(value, "full_tensor"):  # spread over processes, all of which are here
+    if hasattr(value, "full_tensor"):  # sharded over processes, all of which call this function
         value = value.full_tensor()
     dtype = str(value.dtype).removeprefix("torch.")
     if hasattr(value, "__tensor_flatten__"):

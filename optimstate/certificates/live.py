@@ -1,4 +1,4 @@
-"""The certificate of a live run, and how its optimizer would go on."""
+"""The certificate of a live run, and the next update of its optimizer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["being_compared", "certificate_of", "histories", "next_update"]
 
 being_compared: ContextVar[bool] = ContextVar("being_compared", default=False)
-"""Whether a state dict is asked for in order to compare it: then none is certified anew."""
+"""Whether a state dict is requested only to compare it, so that `hooks.certify` must not add a certificate."""
 
 histories: WeakKeyDictionary[Any, tuple[Ancestor, ...]] = WeakKeyDictionary()
-"""What the runs of live optimizers were resumed from, as `optimstate.resume` notes it."""
+"""The certificates from which the runs of live optimizers were resumed, as `optimstate.resume` records them."""
 
 
 def certificate_of(
@@ -34,14 +34,14 @@ def certificate_of(
     scaler: Any = None,
     state_dict: Mapping[str, Any] | None = None,
 ) -> Certificate:
-    """What a run is now. Sharded runs: call it in every process, each gets the certificate of the whole.
+    """The certificate of a run as it is now. In a sharded run, every process must call it and gets the same result.
 
     Args:
-        optimizer: Its parameters need names of their own, or a model.
-        model: Whose weights and buffers are certified too; without, the optimizer's parameters are.
-        scheduler: One, or several in a list.
+        optimizer: The optimizer. Its parameters need names, or a model that has them.
+        model: The model whose weights and buffers are certified; without it, the optimizer's parameters are.
+        scheduler: A scheduler, or several in a list.
         scaler: A `GradScaler`.
-        state_dict: What the optimizer hands over, where hooks change that.
+        state_dict: The optimizer's state dict, if hooks change it.
 
     Raises:
         StateMismatchError: The optimizer has no names, or has parameters that the model does not have.
@@ -96,21 +96,21 @@ def _own(optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]]) -> di
 
 
 def next_update(optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Digest]:
-    """The digest of every parameter after one step on copies, with gradients that depend on its name and shape alone.
+    """The digest of every parameter after one step of copies, with gradients that depend only on its name and shape.
 
-    Each parameter steps by itself, so that this takes no more memory than the largest of them. Nothing of the run is
-    changed, its random state included.
+    Each parameter makes its step alone, which needs no more memory than the largest of them. The run is not changed,
+    including its random state.
 
     Args:
-        optimizer: Of any class whose `step` needs no closure; of another the result is empty.
-        names: Of its parameters, by group.
+        optimizer: The optimizer; if its `step` needs a closure, the result is empty.
+        names: The names of its parameters, by group.
     """
     from optimstate.installed_torch import torch
 
     plain = unwrapped([name for group in names for name in group])
     made: dict[str, Digest] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)  # for optimizers that round at random
+        torch.manual_seed(0)  # for optimizers with stochastic rounding
         for group, own in zip(optimizer.param_groups, names, strict=True):
             for name, parameter in zip(own, group["params"], strict=True):
                 if not parameter.requires_grad:
@@ -141,7 +141,7 @@ def _stepped(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], paramet
 
 
 def _copied(value: Any) -> Any:
-    """Slots of their own, whole where processes share them."""
+    """A copy of a parameter's state; tensors that are sharded over processes are made whole."""
     from optimstate.installed_torch import torch
 
     if isinstance(value, torch.Tensor):
@@ -153,9 +153,9 @@ def _copied(value: Any) -> Any:
 
 
 def _gradient(like: Any, name: str) -> Any:
-    """Numbers between -1 and 1 that every device computes alike: integers over a power of two."""
+    """Numbers between -1 and 1 that are equal on every device: integers divided by a power of two."""
     from optimstate.installed_torch import torch
 
-    places = torch.arange(like.numel(), device=like.device, dtype=torch.int64)
-    numbers = (places * 7919 + crc32(name.encode())) % 2001 - 1000
+    indices = torch.arange(like.numel(), device=like.device, dtype=torch.int64)
+    numbers = (indices * 7919 + crc32(name.encode())) % 2001 - 1000
     return (numbers.to(torch.float32) / 1024).to(like.dtype).reshape(like.shape)

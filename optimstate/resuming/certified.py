@@ -189,7 +189,7 @@ def _problems_of_source(certificate: Certificate, model: Part | None, optimizer:
     """The differences between a certificate and the checkpoint."""
     source = Certificate.of_parts(model.source if model is not None else None, optimizer.source)
     compared = {"state", "groups"} if model is None else {"weights", "state", "groups"}
-    return [problem.at("the checkpoint") for problem in certificate.problems(source, told=compared)]
+    return [problem.at("the checkpoint") for problem in certificate.problems(source, parts=compared)]
 
 
 def _plain_names(weights: Mapping[str, Any]) -> set[str]:
@@ -209,7 +209,7 @@ def _checked_with_plan(
         weights={name: value for name, value in found.weights.items() if name in expected.weights},
         state={name: value for name, value in found.state.items() if name in expected.state},
     )
-    problems += expected.problems(arrived, told={"weights", "state"})
+    problems += expected.problems(arrived, parts={"weights", "state"})
     refuse(problems)
     rest = len(found.weights) - len(expected.weights), len(found.state) - len(expected.state)
     return [

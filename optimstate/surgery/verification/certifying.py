@@ -72,7 +72,7 @@ def differences(
         own = {name for group in certificate.groups for name in group.names}
         section = max(optimizers, key=lambda each: len(own & set(_names(each))))
         optimizers.remove(section)
-        told = {"state", "groups"}
+        parts = {"state", "groups"}
         try:
             state = _named(section, certificate)
         except (MigrationError, StateMismatchError) as error:
@@ -91,10 +91,10 @@ def differences(
         elif certificate.schedule:
             blind.append("the schedule that was certified: there is no scheduler beside the optimizer")
         found = Certificate.of_parts(weights, state, schedule=schedule)
-        told |= {"weights"} if weights is not None else set()
-        told |= {"schedule"} if schedule is not None else set()
+        parts |= {"weights"} if weights is not None else set()
+        parts |= {"schedule"} if schedule is not None else set()
         label = f"optimizer at {section.label}" if section.label else "optimizer"
-        made += [(label, problem) for problem in certificate.problems(found, told=told)]
+        made += [(label, problem) for problem in certificate.problems(found, parts=parts)]
     if optimizers:
         blind += [f"optimizer at {section.label}: it was not certified" for section in optimizers]
     return made, blind
