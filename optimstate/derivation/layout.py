@@ -1,9 +1,9 @@
-"""From where elements come to the operations of the plan language that bring them there.
+"""From the origins of elements to the operations of the plan language that move them.
 
-One general method serves every layout: the elements of an output, read in order, are digits of a mixed-radix number
-with a stride for each digit; the strides of all outputs of a source, and its size, form a chain in which each divides
-the next, whose quotients are the dimensions the source is reshaped to. Digits that an output has in part are cut, the
-rest is permuted and reshaped. Several sources of one output are the same problem the other way round.
+One general method is used for every layout: the index of an output's elements is a mixed-radix number with a stride for
+each digit. The strides of all outputs of a source, and its size, form a chain in which each divides the next; the
+quotients are the dimensions to which the source is reshaped. Digits of which an output has only a part are cut, the
+others permuted and reshaped. Several sources of one output are the inverse problem.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Repeat = OPERATIONS["repeat"]
 
 
 class Search:
-    """The search, each problem of it once: layers repeat."""
+    """Searches for operations, once for each problem, because layers repeat."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], tuple[Program, tuple[int, ...]] | None] = {}
 
     def cut(self, shape: Shape, wanted: Sequence[Wanted]) -> tuple[Program, tuple[int, ...]] | None:
-        """The same as `cut`."""
+        """As the function `cut`."""
         key = ("cut", shape, tuple(item.shape for item in wanted), _digest(*(item.ids for item in wanted)))
         if key not in self._known:
             self._known[key] = cut(shape, wanted)
@@ -51,7 +51,7 @@ class Search:
     def grown(
         self, shapes: Sequence[Shape], wanted: Wanted, owner: torch.Tensor
     ) -> tuple[Program, tuple[int, ...]] | None:
-        """The same as `joined`, of an output that may have elements from nowhere around it."""
+        """As the function `joined`, for an output that may have elements without source around it."""
         key = ("joined", tuple(shapes), wanted.shape, _digest(wanted.ids, owner))
         if key not in self._known:
             inner, growth = core(wanted)
@@ -64,7 +64,7 @@ def cut(shape: Shape, wanted: Sequence[Wanted]) -> tuple[Program, tuple[int, ...
     """The shortest operations that make outputs of one source.
 
     Returns:
-        The operations and the order in which they give the outputs; None where there are none.
+        The operations and the order in which they make the outputs; None if there are none.
     """
     from optimstate.installed_torch import torch
 
@@ -87,15 +87,15 @@ def cut(shape: Shape, wanted: Sequence[Wanted]) -> tuple[Program, tuple[int, ...
 
 
 def joined(shapes: Sequence[Shape], wanted: Wanted, owner: torch.Tensor) -> tuple[Program, tuple[int, ...]] | None:
-    """The shortest operations that make one output of several sources, each of which it takes whole and once.
+    """The shortest operations that make one output of several sources, with all their elements once.
 
     Args:
-        shapes: Of the sources.
-        wanted: The output; its ids are places in the source that `owner` numbers.
-        owner: For each element of the output the number of its source.
+        shapes: The shapes of the sources.
+        wanted: The output; its ids are positions in the source given by `owner`.
+        owner: For each element of the output the index of its source.
 
     Returns:
-        The operations and the order in which they take the sources; None where there are none.
+        The operations and the order in which they take the sources; None if there are none.
     """
     from optimstate.installed_torch import torch
 
@@ -125,7 +125,7 @@ def joined(shapes: Sequence[Shape], wanted: Wanted, owner: torch.Tensor) -> tupl
 
 
 def _programs(shape: Shape, wanted: Sequence[Wanted]) -> Iterator[tuple[Program, tuple[int, ...]]]:
-    """Operations that may make the outputs of the source, with the order in which they give them."""
+    """Operations that may make the outputs of the source, with the order in which they make them."""
     if len(wanted) == 1:
         yield from (((program), (0,)) for program in _simple(shape, wanted[0]))
         inner, growth = core(wanted[0])
@@ -148,7 +148,7 @@ def _programs(shape: Shape, wanted: Sequence[Wanted]) -> Iterator[tuple[Program,
 
 
 def _simple(shape: Shape, wanted: Wanted) -> Iterator[Program]:
-    """The readable ones, for one output."""
+    """Short programs for one output."""
     new = wanted.shape
     if new == shape:
         yield ()

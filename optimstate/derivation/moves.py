@@ -1,4 +1,4 @@
-"""What a function does to tensors as moves of the plan language, and the plan that says them."""
+"""From the origins of a function's outputs to moves, and from these to a plan."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ Shape = tuple[int, ...]
 
 
 class Derivation:
-    """One derivation: what was found, as moves of a first pass and of a second.
+    """One derivation, whose results are moves of a first and of a second pass.
 
     Args:
         function: From state dict to state dict.
-        sources: What it is given.
-        allow_drop: Whether sources may go nowhere.
-        probing: What says where the elements of its outputs come from.
-        live: Values of the live model, where outputs may keep them.
-        shared: Sources that are the same tensor as another, with that one: nothing is lost where no output takes them.
+        sources: Its sources.
+        allow_drop: Whether sources may be in no output.
+        probing: Finds the origins of the elements of its outputs.
+        live: Values of the live model, if outputs may keep them.
+        shared: Sources that are the same tensor as another -> that one; they may be in no output.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Derivation:
         self._sums: dict[tuple[str, str], list[str]] = {}
 
     def run(self) -> Derived:
-        """The plan, proved.
+        """The plan, with a proof.
 
         Raises:
-            DerivationError: No plan says what the function does.
+            DerivationError: No plan is equivalent to the function.
         """
         self.explain()
         plan = self.plan()
@@ -78,7 +78,7 @@ class Derivation:
         return self.derived(plan)
 
     def derived(self, plan: Plan) -> Derived:
-        """What was found, with the plan that says it."""
+        """The result with a plan."""
         return Derived(plan, self.dropped, self.new, tuple(self.notes), self.calls, self.untouched)
 
     def explain(self) -> None:
@@ -116,7 +116,7 @@ class Derivation:
             self.notes.append(f"a part of {_listed(part)} goes nowhere")
 
     def _note(self, live: Sequence[str]) -> None:
-        """What deserves attention: sums, random rows, and outputs that keep some of the live model's values."""
+        """Add notes on sums, random rows, and outputs that keep some of the live model's values."""
         for (what, state), names in self._sums.items():
             self.notes.append(f"{what} of tensors: {_listed(names)}; weights are exact, optimizer state is {state}")
         if self.random:
@@ -136,7 +136,7 @@ class Derivation:
             raise DerivationError("\n".join(wrong))
 
     def _sum(self, name: str, origin: Combined, found: Probe, used: set[str]) -> set[str]:
-        """Several tensors added, each times a number: they are averaged as they are, and then laid out."""
+        """A weighted sum of several tensors: they are averaged first, and then moved; returns the sources."""
         terms = tuple(found.owner(int(part.reshape(-1)[0])) for part, _ in origin.parts)
         shared = sorted(used & set(terms))
         if shared:
@@ -161,7 +161,7 @@ class Derivation:
         return set(terms)
 
     def _empty(self, found: Probe, used: set[str]) -> set[str]:
-        """Tensors without elements, which carry no tags: told by name, or by shape where one is renamed."""
+        """Match tensors without elements, which have no tags, by name or else by shape; returns the sources."""
         empty = {name: s.shape for name, s in self.sources.items() if not prod(s.shape) and name not in used}
         outputs = [name for name, o in found.outputs.items() if isinstance(o, Moved) and not o.ids.numel()]
         taken: set[str] = set()
@@ -225,7 +225,7 @@ class Derivation:
         self._add(tuple(sources[number] for number in order), (output,), program)
 
     def _assemble(self, sources: Sequence[str], output: str, moved: Mapping[str, Moved], owners: Owners) -> None:
-        """Sources that are laid out each in its own way, and then joined in a stage; zeros between are grown."""
+        """Sources that are moved separately, with growth for elements between them, and joined in a second stage."""
         origin = moved[output]
         ids, owner = owners.split(output, sources)
         found = (
@@ -242,14 +242,14 @@ class Derivation:
             if opening:
                 self.first.append(Moves((source,), (taken[-1],), opening))
         closing = self._extras(origin, sources)
-        if isinstance(origin.fill, str):  # the parts are scaled already
+        if isinstance(origin.fill, str):  # the parts were scaled before
             closing = tuple(step for step in closing if step.KEY == "cast")
         self.second.append(Moves(tuple(taken), (output,), (*blocks.joining, *closing)))
 
     def _parts(
         self, blocks: Blocks, sources: Sequence[str], origin: Moved, ids: torch.Tensor
     ) -> list[tuple[str, Program]] | None:
-        """For each block its source and what makes the block of it."""
+        """For each block its source and the operations that make it; None if there are none."""
         parts: list[tuple[str, Program]] = []
         for number, block in blocks.parts:
             inside = ids.reshape(blocks.shape)[block]
@@ -262,7 +262,7 @@ class Derivation:
         return parts
 
     def _across(self, component: Component, moved: Mapping[str, Moved], owners: Owners) -> None:
-        """Many to many: every source is cut into the parts that outputs take, and these are joined in a stage."""
+        """Many to many: every source is cut into the parts of outputs, which are joined in a second stage."""
         from optimstate.installed_torch import torch
 
         pieces: dict[tuple[str, str], str] = {}
@@ -285,7 +285,7 @@ class Derivation:
             self.first.append(Moves((source,), names, program))
         for name in component.outputs:
             sources = owners.sources_of(name)
-            shapes, owner, ids = [], torch.zeros(0), torch.zeros(0)
+            shapes: list[Shape] = []
             owner = torch.full((moved[name].ids.numel(),), -1, dtype=torch.int64)
             ids = torch.full_like(owner, -1)
             for number, source in enumerate(sources):
@@ -388,7 +388,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _block(shape: Shape, ids: torch.Tensor) -> Wanted:
-    """A part of a source, its elements in the source's order, in the shape that follows the source's where it can."""
+    """A part of a source with its elements in order; if possible it differs only in the first dimension."""
     rows = shape[0] if shape else 1
     width = prod(shape[1:])
     whole = ids.numel() % width == 0 if width else False
