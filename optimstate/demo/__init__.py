@@ -1,4 +1,4 @@
-"""The training run behind `optimstate demo`: nothing else imports it."""
+"""The training runs of `optimstate demo`; nothing else imports this package."""
 
 from optimstate.installed_torch import require_named_parameters
 

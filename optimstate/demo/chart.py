@@ -16,7 +16,7 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bit of each d
 
 
 class _Axes:
-    """From data to a grid of `columns` x `rows` places whose first row is at the top."""
+    """Maps data to a grid of `columns` x `rows` cells, whose first row is at the top."""
 
     def __init__(self, lines: Sequence[Line], columns: int, rows: int) -> None:
         points = [point for _, _, points in lines for point in points]
@@ -31,7 +31,7 @@ class _Axes:
         return round(across * self._columns), round(down * self._rows)
 
     def path(self, points: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
-        """Every place that the straight lines between the points pass."""
+        """Every cell on the straight lines between the points."""
         passed: list[tuple[int, int]] = []
         corners = [self.place(x, y) for x, y in points]
         for (x0, y0), (x1, y1) in zip(corners, corners[1:] or corners, strict=False):
@@ -50,11 +50,11 @@ def text_plot(
     """The curves in character cells, with the vertical axis labelled.
 
     Args:
-        lines: What to draw; a later one is drawn over an earlier one.
-        columns: Cells across.
-        rows: Cells down.
-        paint: Colours a piece of text like the line of that number: then the curves are drawn in braille dots.
-            Without it every curve is drawn in the first character of its label, in ASCII.
+        lines: The curves; later ones are drawn over earlier ones.
+        columns: The number of columns of cells.
+        rows: The number of rows of cells.
+        paint: Colours a text in the colour of the line with a number; the curves are then drawn in braille dots.
+            Without it, each curve is drawn with the first character of its label, in ASCII.
     """
     fine = paint is not None
     axes = _Axes(lines, columns * (2 if fine else 1), rows * (4 if fine else 1))
@@ -82,14 +82,14 @@ def text_plot(
 
 
 def svg(lines: Sequence[Line], *, title: str, notes: Sequence[str], across: str, up: str) -> str:
-    """The curves as an SVG document that refers to nothing outside itself.
+    """The curves as a self-contained SVG document.
 
     Args:
-        lines: What to draw.
-        title: Above the drawing.
+        lines: The curves.
+        title: The title above the drawing.
         notes: Lines of text below it.
-        across: What the horizontal axis shows.
-        up: What the vertical axis shows.
+        across: The label of the horizontal axis.
+        up: The label of the vertical axis.
     """
     left, top, width, height = 70, 50, 640, 340
     axes = _Axes(lines, width * 10 + 1, height * 10 + 1)  # tenths of a unit
@@ -131,7 +131,7 @@ def svg(lines: Sequence[Line], *, title: str, notes: Sequence[str], across: str,
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """The multiples of 1, 2 or 5 times a power of ten within a range: at least four."""
+    """At least four ticks in a range: multiples of 1, 2 or 5 times a power of ten."""
     span = (high - low) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (5, 2, 1) if span >= 4 * power * factor)

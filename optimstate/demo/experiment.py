@@ -1,4 +1,4 @@
-"""One run whose model is reordered, and becomes one with experts; and what that costs without its optimizer state."""
+"""A run whose model is reordered and converted to experts, with and without its optimizer state."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from optimstate.record import Record
 
 __all__ = ["PLAN", "RENAME", "REWARM", "Arm", "Experiment", "became"]
 
-LOOK_BEFORE, LOOK_AFTER = 20, 4  # steps from one look at the held-out loss to the next
-REWARM = 30  # steps over which the learning rate rises again in the comparison that does so
+EVERY_BEFORE, EVERY_AFTER = 20, 4  # steps between two measurements of the held-out loss
+REWARM = 30  # steps of the second warm-up, in the run that has one
 
 RENAME = "layers.{rest**}=blocks.{rest**}"
-"""What the reordered model calls its layers."""
+"""The new names of the layers in the reordered model."""
 
 PLAN = f"""\
 # Every MLP becomes {EXPERTS} experts: each has its weights and its optimizer state.
@@ -40,12 +40,12 @@ lacks = "layers.*.mlp.experts.**"
 
 
 class Arm(Record):
-    """One way to go on.
+    """One way to continue the run.
 
     Attributes:
-        key: Short, for tables and files.
-        label: For people.
-        curve: Held-out loss from the switch on.
+        key: A short name for tables and files.
+        label: The name in charts.
+        curve: The held-out loss from the switch on.
     """
 
     key: str
@@ -54,53 +54,53 @@ class Arm(Record):
 
     @property
     def worst(self) -> float:
-        """By how much the loss rose over that at the switch, at most."""
+        """The largest rise of the loss above its value at the switch."""
         return max(loss for _, loss in self.curve) - self.curve[0][1]
 
     @property
     def recovered(self) -> int | None:
-        """Tokens until the loss stays below that at the switch; None where it is not below it at the end."""
+        """Tokens until the loss stays below its value at the switch; None if it is not below it at the end."""
         above = [step for step, loss in self.curve[1:] if loss >= self.curve[0][1]]
         if above and above[-1] == self.curve[-1][0]:
             return None
         return next(step for step, _ in self.curve[1:] if not above or step > above[-1]) * TOKENS
 
     def apart(self, other: Arm) -> float:
-        """The largest difference from the loss of another."""
+        """The largest difference from the loss of another arm."""
         return max(abs(mine[1] - theirs[1]) for mine, theirs in zip(self.curve, other.curve, strict=True))
 
     @property
     def tokens(self) -> Curve:
-        """The curve over tokens in place of steps."""
+        """The curve over tokens instead of steps."""
         return [(step * TOKENS, loss) for step, loss in self.curve]
 
     def at(self, step: int) -> float:
-        """The loss after so many steps, or at the last look before."""
+        """The loss after this many steps, or at the last measurement before."""
         return [loss for done, loss in self.curve if done <= step][-1]
 
 
 def became(name: str) -> list[str]:
-    """What the plan makes of a parameter's name."""
+    """The new names of a parameter by the plan."""
     head, mlp, rest = name.partition(".mlp.")
     return [f"{head}.mlp.experts.{expert}.{rest}" for expert in range(EXPERTS)] if mlp else [name]
 
 
 class Experiment:
-    """Train, save, move by a plan, and resume in several ways.
+    """Train, save, migrate by a plan, and resume in several ways.
 
     Args:
-        folder: Where `old.pt`, `reordered.pt`, `plan.toml`, `new.pt` and `losses.csv` are written or looked for.
-        seed: Of everything that is drawn.
-        steps: Before the switch.
-        after: After it.
+        folder: The folder of `old.pt`, `reordered.pt`, `plan.toml`, `new.pt` and `losses.csv`.
+        seed: The seed of all random numbers.
+        steps: Steps before the switch.
+        after: Steps after it.
         advance: Called after every training step, with the number of steps.
 
     Attributes:
-        before: Held-out loss until the switch.
-        torch_by_name: What torch's loading by name did.
+        before: The held-out loss until the switch.
+        torch_by_name: A description of what torch's loading by name did.
     """
 
-    WAYS = 8  # to go on
+    WAYS = 8  # the number of continued runs
 
     def __init__(
         self, folder: Path, *, seed: int, steps: int, after: int, advance: Callable[[int], None] = lambda _: None
@@ -117,23 +117,23 @@ class Experiment:
         self._torch_state: dict[str, Any] = {}
 
     def train(self) -> None:
-        """The dense run until the switch, saved as `old.pt`."""
-        self.before = self.dense.train(0, self.steps, every=LOOK_BEFORE, advance=self.advance)
+        """Train the dense run until the switch, and save it as `old.pt`."""
+        self.before = self.dense.train(0, self.steps, every=EVERY_BEFORE, advance=self.advance)
         torch.save(self.dense.state_dict(), self.old)
-        # Taken before the dense run goes on, because it shares its tensors.
+        # Cloned, because the dense run continues and changes these tensors.
         self._torch_state = _cloned(by_name.get_optimizer_state_dict(self.dense.model, self.dense.optimizer))
 
     @property
     def uninterrupted(self) -> Arm:
-        """The dense run that just goes on."""
+        """The dense run, which continues unchanged."""
         if self._uninterrupted is None:
             self._uninterrupted = Arm("dense", "e  no experts, no change", self._continued(self.dense))
         return self._uninterrupted
 
     def reorder(self) -> list[Arm]:
-        """The reordered model goes on in three ways, after the run that was not interrupted.
+        """The run that was not interrupted, and three ways to continue it with the reordered model.
 
-        `reordered.pt` was made by `optimstate remap old.pt reordered.pt --rename` with `RENAME`.
+        `optimstate remap old.pt reordered.pt --rename` with `RENAME` made `reordered.pt`.
         """
         return [
             self.uninterrupted._replace(key="uninterrupted", label="never interrupted"),
@@ -143,7 +143,7 @@ class Experiment:
         ]
 
     def by_position(self) -> Run:
-        """Torch's own optimizer, given the state that it saved: the counts and shapes agree, and nothing is said."""
+        """A run with torch's own optimizer and its saved state: counts and shapes agree, so torch gives no error."""
         run, new = self._with_weights(self.renamed, torch.optim.AdamW, reordered=True)
         run.optimizer.load_state_dict(torch.load(self.old, weights_only=True)["optimizer"])
         run.scheduler.load_state_dict(new["scheduler"])
@@ -154,11 +154,11 @@ class Experiment:
         return _loaded(run, new, load_hooks)
 
     def write_plan(self) -> None:
-        """`plan.toml`; `new.pt` is then made by `optimstate remap old.pt new.pt --plan plan.toml`."""
+        """Write `plan.toml`, with which `optimstate remap old.pt new.pt --plan plan.toml` makes `new.pt`."""
         self.plan.write_text(PLAN, encoding="utf-8")
 
     def torch_refuses(self) -> str:
-        """What torch's own optimizer says when it is given the old state."""
+        """The error of torch's own optimizer on loading the old state."""
         model = Run.start(self.text, self.seed, experts=True).model
         optimizer = torch.optim.AdamW(model.named_parameters())
         try:
@@ -168,9 +168,9 @@ class Experiment:
         raise AssertionError("torch has loaded the state of other parameters")  # pragma: no cover
 
     def resume(self) -> list[Arm]:
-        """Go on from the same weights with the same batches and learning rate; only the optimizer's state differs.
+        """Continue from the same weights with the same batches and learning rate, but different optimizer state.
 
-        The way of torch's loading by name is left out where the installed release refuses it.
+        Torch's loading by name is left out if the installed release refuses it.
         """
         by_torch = self.torch_resumed(self._torch_state)
         arms = [
@@ -188,17 +188,17 @@ class Experiment:
         return arms
 
     def _continued(self, run: Run, warm_up: int = 0) -> Curve:
-        return run.train(self.steps, self.after, every=LOOK_AFTER, warm_up=warm_up, advance=self.advance)
+        return run.train(self.steps, self.after, every=EVERY_AFTER, warm_up=warm_up, advance=self.advance)
 
     def migrated(self, *others: Any) -> Run:
-        """A run with experts that goes on from `new.pt`, with further load hooks."""
+        """A run with experts that continues from `new.pt`, with further load hooks."""
         run, new = self._with_weights(self.new, experts=True)
         return _loaded(run, new, (hooks.match_names(), *others))
 
     def torch_resumed(self, state: Any) -> Run | None:
-        """The same with torch's own loading by name, which is silent about parameters that it finds no state for.
+        """The same with torch's own loading by name, which does not report parameters without state.
 
-        None where torch refuses, as releases before 2.12 do.
+        None if torch refuses, as releases before 2.12 do.
         """
         run, new = self._with_weights(self.new, torch.optim.AdamW, experts=True)
         lenient = by_name.StateDictOptions(strict=False)

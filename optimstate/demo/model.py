@@ -1,4 +1,4 @@
-"""A small character-level transformer, dense or with experts, and the text that it learns."""
+"""A small character-level transformer, dense or with experts, and its training text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTH = 64
 LAYERS = 2
 HEADS = 4
 EXPERTS = 4
-ACTIVE = 2  # experts that answer for one character
+ACTIVE = 2  # experts for each character
 
 
 class Text:
@@ -31,7 +31,7 @@ class Text:
         self._train, self._held_out = codes[: self.size * 9 // 10], codes[self.size * 9 // 10 :]
 
     def batch(self, step: int, *, seed: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, int64[size, CONTEXT] both, that depend on seed and step alone."""
+        """Inputs and targets, both int64[size, CONTEXT], which depend only on seed and step."""
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**32)
         return self._windows(self._train, torch.randint(len(self._train) - CONTEXT, (size,), generator=generator))
 
@@ -46,7 +46,7 @@ class Text:
 
 
 def read_text() -> Text:
-    """The help topics of Python's `pydoc`: some 450 000 characters, which come with every CPython."""
+    """The help topics of Python's `pydoc`: some 450,000 characters, which are part of every CPython."""
     from pydoc_data.topics import topics
 
     joined = "\n".join(topics[name] for name in sorted(topics))
@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
 
 class Dense(nn.Module):
-    """The usual two layers after attention."""
+    """The usual two linear layers after attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Dense(nn.Module):
 
 
 class Experts(nn.Module):
-    """Several dense ones, of which a router lets `ACTIVE` answer for each character, with weights that sum to one."""
+    """Several dense layers. For each character, a router mixes the outputs of `ACTIVE` of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,10 +120,10 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts the next character.
+    """A transformer that predicts the next character.
 
     Args:
-        letters: Size of the alphabet.
+        letters: The size of the alphabet.
         experts: Whether the layers have experts.
     """
 
@@ -136,11 +136,11 @@ class Transformer(nn.Module):
         self.head = nn.Linear(WIDTH, letters)
 
     def declare_layers(self, mlp: type[nn.Module]) -> None:
-        """Make the layers, between the embeddings and the head."""
+        """Create the layers between the embeddings and the head."""
         self.layers = nn.ModuleList(Layer(mlp) for _ in range(LAYERS))
 
     def in_order(self) -> list[nn.Module]:
-        """The layers, the first first."""
+        """The layers in the order in which they are applied."""
         return list(self.layers)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
@@ -153,12 +153,12 @@ class Transformer(nn.Module):
 
 
 class Reordered(Transformer):
-    """The same function with its layers under another name, and declared the last first."""
+    """The same function with another name for its layers, which are declared in reverse order."""
 
     def declare_layers(self, mlp: type[nn.Module]) -> None:
-        """Make the layers, the last first."""
+        """Create the layers in reverse order."""
         self.blocks = nn.ModuleDict({str(number): Layer(mlp) for number in reversed(range(LAYERS))})
 
     def in_order(self) -> list[nn.Module]:
-        """The layers, the first first."""
+        """The layers in the order in which they are applied."""
         return [self.blocks[str(number)] for number in range(LAYERS)]

@@ -1,4 +1,4 @@
-"""Two checkpoints compared as torch loads them."""
+"""Comparing two checkpoints as torch loads them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def prove(before: Path, after: Path, expected: Callable[[str], Iterable[str]]) -
     """Compare the tensors of two checkpoints bit by bit, name by name: weights, and every slot of every parameter.
 
     Args:
-        before: Saved by torch: a dict with `model` and `optimizer`, the latter with parameter names.
-        after: Made of it.
-        expected: The names that a name of `before` must have become.
+        before: A file saved by torch: a dict with `model` and `optimizer`, which has parameter names.
+        after: The file that was made from it.
+        expected: Returns the new names of a name in `before`.
 
     Returns:
         The number of comparisons.
 
     Raises:
-        MigrationError: A tensor differs, is missing, or has come from nowhere.
+        MigrationError: A tensor differs, is missing, or has no origin.
     """
     old, new = tensors_by_name(before), tensors_by_name(after)
     compared, rest = 0, set(new)

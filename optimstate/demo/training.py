@@ -1,4 +1,4 @@
-"""Training the demo's models: what a run is made of, and the loss on held-out text along the way."""
+"""Training the demo's models, and measuring their loss on held-out text."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Run:
     """A model in training, with its optimizer and scheduler.
 
     Attributes:
-        text: What it learns.
-        seed: Of the first weights and of the order of batches.
+        text: The training text.
+        seed: The seed of the initial weights and of the batches.
     """
 
     text: Text
@@ -66,13 +66,13 @@ class Run:
     def train(
         self, first: int, steps: int, *, every: int, warm_up: int = 0, advance: Callable[[int], None] = lambda _: None
     ) -> Curve:
-        """Make steps with the batches that follow step `first`, and look at the held-out loss between them.
+        """Make steps with the batches after step `first`, and measure the held-out loss in between.
 
         Args:
-            first: Steps made before.
-            steps: Steps to make.
-            every: From one look at the held-out loss to the next.
-            warm_up: Over how many of them the learning rate rises from zero to the scheduler's.
+            first: The number of steps made before.
+            steps: The number of steps to make.
+            every: Steps between two measurements of the held-out loss.
+            warm_up: Steps in which the learning rate rises from zero to the scheduler's.
             advance: Called after every step.
         """
         curve = [(0, self.held_out_loss())]
@@ -101,7 +101,7 @@ class Run:
         for group in groups:
             group["lr"] *= factor
         self.optimizer.step()
-        # LinearLR goes on from the group's learning rate.
+        # LinearLR multiplies the group's learning rate, so it must not include the factor.
         for group, lr in zip(groups, scheduled, strict=True):
             group["lr"] = lr
         self.scheduler.step()

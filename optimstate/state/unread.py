@@ -1,6 +1,6 @@
-"""What belongs to a model's parameters and stands outside of the sections: no plan moves it.
+"""State of a model's parameters outside of the sections, which no plan moves.
 
-Optimizer state in a form that is not known, and lists of tensors in the order of the parameters: averages, masters.
+This is optimizer state in an unknown form, and lists of tensors in the order of the parameters: averages, masters.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Shape = tuple[int, ...]
 
 
 class Unread(Record):
-    """Optimizer state of a form that is not known.
+    """Optimizer state in an unknown form.
 
     Attributes:
-        found: Each tensor, and whatever else holds state, with the slot or key that tells.
-        tensors: Whether all are tensors.
+        found: The path of each tensor or other entry with state, and the slot or key by which it was recognised.
+        tensors: Whether all entries are tensors.
     """
 
     found: Mapping[Path, str]
@@ -41,11 +41,11 @@ class Unread(Record):
 
 
 def unread_state(tree: Any, judgement: Judgement) -> Unread | None:
-    """The optimizer state that is in no recognised optimizer; None where there is none.
+    """The optimizer state that is in no recognised optimizer; None if there is none.
 
     Args:
         tree: The checkpoint.
-        judgement: What it was found to consist of.
+        judgement: The sections of the checkpoint.
     """
     optimizers = [section for section in judgement.sections if section.kind == "optimizer"]
     hosted = [section for section in optimizers if section.host is not None]
@@ -69,13 +69,13 @@ def unread_state(tree: Any, judgement: Judgement) -> Unread | None:
     for path, _ in positional_lists(tree, judgement.sections):
         if could_be_moments(path) and not any(inner[: len(path)] == path for inner in found):
             found[path], tensors = str(path[-1]), False
-    if groups is not None and not found:  # else they are the groups of that state
+    if groups is not None and not found:  # otherwise these groups belong to that state
         found[groups], tensors = "param_groups", False
     return Unread(found, tensors) if found else None
 
 
 def _slot(path: Path, node: Any, optimizers: Sequence[Section], moments: Iterable[Path]) -> str | None:
-    """The slot that a tensor is, by its path; None for what is no state, or beside an optimizer in a known way."""
+    """The slot of a tensor by its path; None if it is not state, or belongs to a known optimizer or its wrapper."""
     slot = slot_in(path)
     if slot is not None:
         return slot
@@ -85,7 +85,7 @@ def _slot(path: Path, node: Any, optimizers: Sequence[Section], moments: Iterabl
     called = called_optimizer(path)
     if called is None:
         return None
-    if _contains(optimizers, called):  # a wrapper's state beside it is keyed; masters are lists, a scaler has numbers
+    if _contains(optimizers, called):  # besides keyed state, wrappers of a known optimizer have masters and scalers
         is_number = isinstance(node, LazyTensor) and not node.shape
         is_of_parameter = isinstance(path[-2], int) or path[-2].startswith("(")
         if isinstance(path[-1], int) or (is_number and not is_of_parameter):
@@ -94,12 +94,12 @@ def _slot(path: Path, node: Any, optimizers: Sequence[Section], moments: Iterabl
 
 
 def _contains(optimizers: Iterable[Section], place: Path) -> bool:
-    """Whether this is, or contains, an optimizer of a known form."""
+    """Whether a path is that of a known optimizer, or of a container of one."""
     return any(section.path[: len(place)] == place for section in optimizers)
 
 
 def _has_groups_alone(fields: Mapping[Any, Any]) -> bool:
-    """Whether it is the param groups of an optimizer without its `state`, which torch does not load."""
+    """Whether a mapping has an optimizer's param groups without its `state`, which torch does not load."""
     groups = fields.get("param_groups")
     return (
         "state" not in fields
@@ -109,13 +109,13 @@ def _has_groups_alone(fields: Mapping[Any, Any]) -> bool:
 
 
 def positional_lists(tree: Any, sections: Iterable[Section]) -> Iterator[tuple[Path, Section]]:
-    """Lists of tensors with the shapes of a model's tensors in its order, and that model.
+    """Lists of tensors with the shapes of a model's tensors in its order, each with the model.
 
-    They hold at least half of its tensors, two or more, one of them with two dimensions.
+    Each has at least half of the model's tensors, at least two, and at least one with two dimensions.
 
     Args:
         tree: The checkpoint.
-        sections: Those of the tree; what is in one of them is left out.
+        sections: The sections of the checkpoint, which are not searched.
     """
     sections = list(sections)
     models = [(found, _shapes(found.tensors().values())) for found in sections if found.kind == "model"]
@@ -127,7 +127,7 @@ def positional_lists(tree: Any, sections: Iterable[Section]) -> Iterator[tuple[P
 
 
 def outside(tree: Any, sections: Iterable[Section]) -> Iterator[tuple[Path, Any]]:
-    """The containers of a checkpoint but for those in these sections, tensors, arrays and files of other kinds."""
+    """The containers of a checkpoint, without these sections and without records of tensors, arrays and files."""
     seen = {id(section.in_tree) for section in sections}
     stack: list[tuple[Path, Any]] = [((), tree)]
     while stack:
@@ -142,7 +142,7 @@ def outside(tree: Any, sections: Iterable[Section]) -> Iterator[tuple[Path, Any]
 
 
 def _listed_shapes(node: Any) -> list[Shape]:
-    """The shapes of a list of tensors, also of one that is keyed by numbers; empty for everything else."""
+    """The shapes of a list of tensors, or of a dict of tensors with the keys 0, 1, ...; empty for any other node."""
     if isinstance(node, Mapping) and list(node) == list(range(len(node))):
         node = list(node.values())
     if not isinstance(node, list | tuple) or not all(isinstance(item, LazyTensor) for item in node):
@@ -158,4 +158,4 @@ def _are_of(shapes: Sequence[Shape], whole: Sequence[Shape]) -> bool:
     if len(shapes) < 2 or 2 * len(shapes) < len(whole) or max(map(len, shapes)) < 2:
         return False
     rest = iter(whole)
-    return all(shape in rest for shape in shapes)  # buffers are in the model alone
+    return all(shape in rest for shape in shapes)  # a subsequence, because buffers are only in the model
