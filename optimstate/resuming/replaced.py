@@ -8,11 +8,9 @@ from typing import Any
 from optimstate.describe import describe
 from optimstate.plan.solve.groups import same_value
 from optimstate.plan.solve.migration import SectionMoves
+from optimstate.state.algorithms.options import comparable
 
 __all__ = ["replaced_options"]
-
-# A schedule changes the first of these; the others change how a step is computed, not its result.
-_OF_THE_RUN = {"params", "param_names", "lr", "initial_lr", "foreach", "fused", "capturable", "differentiable"}
 
 
 def replaced_options(
@@ -29,9 +27,8 @@ def replaced_options(
     asked = {option for group in (moves.groups if moves else ()) if group.rule for option in group.rule.set}
     found: dict[str, None] = {}
     for own, new in zip(live, made, strict=True):
-        cycled = {"betas", "momentum"} if "max_momentum" in new else set()
-        for option in own.keys() & new.keys() - _OF_THE_RUN - asked - cycled:
-            if not same_value(own[option], new[option]):
+        for option in comparable(own, new):
+            if option not in asked and not same_value(own[option], new[option]):
                 found[f"{option} is {describe(new[option])} in the checkpoint and {describe(own[option])} here"] = None
     for what in sorted(found):
         yield f'{key}: {what}: the checkpoint\'s is used (hyperparameters = "live" in [policy] keeps the live one)'

@@ -27,6 +27,7 @@ __all__ = [
     "find_sections",
     "judged",
     "parameter_labels",
+    "scheduler_name",
     "section_called",
     "with_hosts",
 ]

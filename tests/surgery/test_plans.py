@@ -375,3 +375,36 @@ def test_reshapes_chosen_and_interleaved_rows_are_found_in_files_and_the_plan_ma
     made = torch.load(tmp_path / "made.pt")["model"]
     assert made.keys() == new.keys()
     assert all(torch.equal(made[name], value) for name, value in new.items())
+
+
+def kept(
+    folder: Path, name: str, optimizer: Any = torch.optim.AdamW, dtype: Any = torch.float32, **options: Any
+) -> Path:
+    """A checkpoint of a small run, without a step."""
+    model = nn.Linear(2, 3, dtype=dtype)
+    made = optimizer(model.named_parameters(), lr=options.pop("lr", 0.1), **options)
+    torch.save({"model": model.state_dict(), "optimizer": made.state_dict()}, folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("other", "complete", "mention"),
+    [
+        ({"optimizer": torch.optim.SGD, "momentum": 0.9}, False, 'optimizer = "SGD"'),
+        ({"optimizer": torch.optim.Adam}, False, 'optimizer = "Adam"'),
+        ({"weight_decay": 0.5}, False, "weight_decay is 0.01 here and 0.5 there"),
+        ({"amsgrad": True}, False, "amsgrad is False here and True there"),
+        ({"lr": 0.2}, False, "lr is 0.1 here and 0.2 there"),
+        ({"dtype": torch.float64}, True, "dtype float32 here, float64 there"),
+        ({"foreach": True}, True, "nothing to do"),
+        ({}, True, "nothing to do"),
+    ],
+    ids=str,
+)
+def test_what_differs_besides_names_and_shapes_is_said(
+    other: dict[str, Any], complete: bool, mention: str, tmp_path: Path
+) -> None:
+    report = optimstate.suggest(kept(tmp_path, "a.pt"), kept(tmp_path, "b.pt", **other), headers=True)
+    assert report.complete == complete
+    assert mention in str(report)
+    assert ("nothing to do" in str(report)) == (mention == "nothing to do")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf
 from typing import Any
 
 from optimstate.describe import describe
 
-__all__ = ["unusable"]
+__all__ = ["comparable", "unusable"]
+
+# Entries of a group that differ between equal runs: schedules change rates, the others do not change results.
+_OF_THE_RUN = {"params", "param_names", "lr", "initial_lr", "foreach", "fused", "capturable", "differentiable"}
 
 _NOT_NEGATIVE = frozenset({"lr", "initial_lr", "weight_decay", "eps", "momentum"})
 _FLAGS = frozenset(
@@ -23,6 +27,20 @@ _FLAGS = frozenset(
         "nesterov",
     }
 )
+
+
+def comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The options of two groups that are equal in runs that train alike; of rates the one before any schedule.
+
+    Args:
+        one: The options of a group.
+        other: Those of another.
+    """
+    cycled = {"betas", "momentum"} if "max_momentum" in one or "max_momentum" in other else set()
+    keys = [key for key in one if key in other and key not in _OF_THE_RUN and key not in cycled]
+    scheduled = ["initial_lr" in options for options in (one, other)]
+    rate = "initial_lr" if all(scheduled) else "lr"
+    return [*keys, rate] if scheduled[0] == scheduled[1] and rate in one and rate in other else keys
 
 
 def unusable(option: str, value: Any) -> str:

@@ -25,6 +25,7 @@ from optimstate.record import Record
 from optimstate.surgery.comparison.comparing import model_tensors
 from optimstate.surgery.comparison.contents import by_content
 from optimstate.surgery.opening import opening
+from optimstate.surgery.plans.beyond_names import also_different, other_optimizers
 from optimstate.surgery.plans.head_sizes import head_size
 from optimstate.surgery.plans.inverting import kind_of, merged, names_of
 from optimstate.surgery.reports import VerbReport
@@ -85,6 +86,8 @@ class SuggestReport(VerbReport):
         problems: Why the plan does not fit the source as it stands; empty where it does.
         positions: Where an optimizer stands in another order or other param groups than the target: torch loads it by
             position, and would give state to the wrong parameters or refuse.
+        optimizers: Optimizers of the target with another algorithm or other options, or another number of them.
+        also: Other differences, which a plan does not have to remove.
         options: What names and shapes leave open, and what would decide.
         alternatives: Those of them whose possibilities can be listed.
         plan: The plan as a file, with the confidence and the reason of each rule beside it.
@@ -100,11 +103,13 @@ class SuggestReport(VerbReport):
     options: tuple[str, ...]
     alternatives: tuple[Alternatives, ...]
     plan: str
+    optimizers: tuple[Problem, ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
         """Whether the plan makes every name of the target, in its order and groups as far as they are known."""
-        return not self.missing and not self.problems and not self.positions
+        return not (self.missing or self.problems or self.positions or self.optimizers)
 
     VERB = "plan suggest"
 
@@ -127,13 +132,17 @@ class SuggestReport(VerbReport):
             yield f"does not fit: {problem}"
         for problem in self.positions:
             yield f"by position: {problem}"
+        for problem in self.optimizers:
+            yield f"other: {problem}"
+        for line in self.also:
+            yield f"other: {line}"
         listed = {item.about: item for item in self.alternatives}
         for option in self.options:
             yield f"open: {option}"
             if option in listed:
                 yield from _shown(listed[option])
         if not self.rules and not self.missing and not self.unused:
-            nothing = not (self.positions or self.options)
+            nothing = not (self.positions or self.options or self.optimizers or self.also)
             yield "the same names and shapes" + (": nothing to do" if nothing else "")
         else:
             yield f"{plural(len(self.rules), 'rule')}, {plural(len(self.missing), 'name')} not explained"
@@ -229,6 +238,8 @@ def suggest(
         found.options,
         alternatives,
         text,
+        tuple(other_optimizers(*trees)),
+        tuple(also_different(*trees)),
     )
 
 
