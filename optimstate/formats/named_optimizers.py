@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optimstate.describe import describe
-from optimstate.errors import CorruptCheckpointError, RepresentationError, UnsupportedCheckpointError
+from optimstate.errors import RepresentationError, UnsupportedCheckpointError
+from optimstate.formats.protocol import malformed
 from optimstate.io.location import Location
 from optimstate.tree import rebuilt_mapping
 
@@ -46,7 +47,7 @@ def _with_optimizers(
 
 
 def _numbered(tree: dict[Any, Any], item: str, path: Location) -> Any:
-    try:
+    with malformed("names and state of the optimizer do not fit together", path=path, place=item):
         if tree[FORM_VERSION] != 1:
             what = f"an optimizer of form {describe(tree[FORM_VERSION])}"
             raise UnsupportedCheckpointError(what, path=path, place=item)
@@ -59,9 +60,6 @@ def _numbered(tree: dict[Any, Any], item: str, path: Location) -> Any:
         state = {numbers[name]: slots for name, slots in tree["state"].items()}
         if len(numbers) != sum(len(group["params"]) for group in groups):
             raise ValueError("two parameters have the same name")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        message = f"names and state of the optimizer do not fit together: {describe(error)}"[:300]
-        raise CorruptCheckpointError(message, path=path, place=item) from None
     rest = {key: value for key, value in tree.items() if key not in ("state", "param_groups", FORM_VERSION)}
     return {"state": state, "param_groups": groups, **rest}
 

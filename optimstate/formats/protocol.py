@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
-from optimstate.errors import RepresentationError
+from optimstate.describe import describe
+from optimstate.errors import CheckpointError, CorruptCheckpointError, RepresentationError
 from optimstate.io.extents import Progress
 from optimstate.io.location import Location
 from optimstate.io.places import new_file, new_folder
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from optimstate.io.shared import SharedFiles
     from optimstate.io.together import Stage
 
-__all__ = ["HEAD_BYTES", "Claim", "Document", "Format", "WriteOptions", "read_only"]
+__all__ = ["HEAD_BYTES", "Claim", "Document", "Format", "WriteOptions", "malformed", "read_only"]
 
 HEAD_BYTES = 4096
 """How many bytes from the beginning of a file `Format.sniff` receives."""
@@ -179,6 +180,23 @@ class WriteOptions(Record):
         """Call `confirm`; a format does this last, before the output gets its name."""
         if self.confirm is not None:
             self.confirm()
+
+
+@contextmanager
+def malformed(what: str, *, path: object = "", place: str = "") -> Iterator[None]:
+    """Raises a `CorruptCheckpointError` for Python's errors in a block that takes the contents of a file apart.
+
+    Args:
+        what: The message, to which that of the error is added: `the index cannot be read`.
+        path: The file.
+        place: The place in the file.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{what}: {describe(error)}"[:300], path=path, place=place) from error
 
 
 def read_only(message: str, *, hint: str) -> Callable[..., list[str]]:

@@ -25,7 +25,7 @@ from optimstate.errors import (
 from optimstate.formats.folder import copied
 from optimstate.formats.named_optimizers import FORM_VERSION, by_name, is_optimizer, numbered
 from optimstate.formats.pickles.pickle import dump
-from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions, malformed
 from optimstate.formats.ranks.files import join_ranks
 from optimstate.formats.ranks.shards import is_sharded
 from optimstate.formats.registry import detect, get_format
@@ -160,7 +160,7 @@ def _layout(path: Location, paths: Sequence[str]) -> _Layout:
 def _metadata(path: Location) -> tuple[int, dict[str, tuple[dict[int, str | None], frozenset[str]]]]:
     """The number of ranks, and for each item the file of each rank (None: the default name) and its kinds."""
     tree = pickle_file.read(path).tree
-    try:
+    with malformed("the metadata cannot be read", path=path):
         version, world = tree["version"], tree["world_size"]
         if version != "2.0":
             hint = "Load it with torch_checkpointing and save it again."
@@ -173,10 +173,6 @@ def _metadata(path: Location) -> tuple[int, dict[str, tuple[dict[int, str | None
             items[str(item)] = files, frozenset(kinds)
         if not all(0 <= rank < _MAX_RANKS for files, _ in items.values() for rank in files):
             raise ValueError("a rank is out of range")
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CorruptCheckpointError(f"the metadata cannot be read: {describe(error)}"[:300], path=path) from None
     return int(world), items
 
 

@@ -35,12 +35,12 @@ def check_destination(destination: Location, sources: Sequence[Location], *, for
                     hint="Give another destination; `remap --in-place` changes a file where it is.",
                 )
             resolved, inside = destination.resolve(), source.resolve()
-            if source.is_dir() and inside in resolved.parents:
-                raise DestinationError(
-                    f"{destination}: lies inside the source {source}", hint="Give a path outside of it."
-                )
-            if destination.is_dir() and resolved in inside.parents:
-                raise DestinationError(f"{destination}: holds the source {source}", hint="Give another destination.")
+            _refuse_nesting(
+                destination,
+                source,
+                inside=source.is_dir() and inside in resolved.parents,
+                around=destination.is_dir() and resolved in inside.parents,
+            )
         check_kind(destination)
         if os.path.lexists(destination) and not force:
             raise DestinationExistsError(f"{destination}: exists already", hint="Give --force to replace it.")
@@ -52,6 +52,13 @@ def check_destination(destination: Location, sources: Sequence[Location], *, for
         if isinstance(error, DestinationError):
             raise
         raise cannot_write(destination, error) from error
+
+
+def _refuse_nesting(destination: Location, source: Location, *, inside: bool, around: bool) -> None:
+    if inside:
+        raise DestinationError(f"{destination}: is inside the source {source}", hint="Give a path outside of it.")
+    if around:
+        raise DestinationError(f"{destination}: contains the source {source}", hint="Give another destination.")
 
 
 def _is_there(source: Path) -> bool:
@@ -71,10 +78,7 @@ def _check_remote(destination: Location, sources: Sequence[Location], *, force: 
             raise DestinationError(
                 f"{destination}: source and destination are the same", hint="Give another destination."
             )
-        if one.startswith(other):
-            raise DestinationError(f"{destination}: lies inside the source {source}", hint="Give a path outside of it.")
-        if other.startswith(one):
-            raise DestinationError(f"{destination}: holds the source {source}", hint="Give another destination.")
+        _refuse_nesting(destination, source, inside=one.startswith(other), around=other.startswith(one))
     if not force and destination.exists():
         raise DestinationExistsError(f"{destination}: exists already", hint="Give --force to replace it.")
 

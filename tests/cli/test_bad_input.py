@@ -201,7 +201,7 @@ def test_a_folder_is_not_written_into_itself(place: Path) -> None:
     shutil.copy(place / "good.pt", folder / "model.pt")
     before = digest(folder)
     check(run("remap", str(folder), str(folder / "out"), *RENAME), DESTINATION, "inside")
-    check(run("remap", str(folder / "model.pt"), str(folder), *RENAME, "--force"), DESTINATION, "holds")
+    check(run("remap", str(folder / "model.pt"), str(folder), *RENAME, "--force"), DESTINATION, "contains")
     assert digest(folder) == before
 
 

@@ -11,6 +11,7 @@ from optimstate.formats.dcp.columns import Box, Chunk, Form, Item, Metadata
 from optimstate.formats.dcp.opcodes import UnfamiliarError
 from optimstate.formats.dcp.stream import parse
 from optimstate.formats.pickles.unpickle import load
+from optimstate.formats.protocol import malformed
 from optimstate.io.location import Location
 from optimstate.tensors.dtypes import DTYPES, check_sizes
 from optimstate.tree import GlobalName, Opaque
@@ -38,12 +39,8 @@ def load_metadata(data: bytes) -> tuple[Metadata, list[tuple[str, str]]]:
     except (UnfamiliarError, CheckpointError):
         pass
     tree, names = load(data)
-    try:
+    with malformed("the metadata is malformed"):
         return _metadata(tree), names
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CorruptCheckpointError(f"the metadata is malformed: {describe(error)}"[:300]) from error
 
 
 def _metadata(tree: Any) -> Metadata:

@@ -22,7 +22,7 @@ from typing import Any
 from optimstate.describe import describe
 from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.deepspeed.zero import MASTER, PARTITIONING, Shapes, frozen, is_stage_3, load_part, shape_of
-from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions, malformed
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent
 from optimstate.io.location import Location
@@ -60,7 +60,7 @@ def read(path: Location) -> Document:
     main = models[0]
     stored = dict(load_part(document, path / "zero" / _OPTIMIZER_FILE))
     by_rank = not (path / _MODEL_FILE).is_file()
-    try:
+    with malformed("the checkpoint is malformed", path=path):
         shapes: list[Shapes] = [
             {name: shape_of(size) for name, size in group.items()} for group in main["param_shapes"] or ()
         ]
@@ -75,8 +75,6 @@ def read(path: Location) -> Document:
             for name, shape in group.items()
         }
         model = _weights(models, state) if by_rank else main.get("module")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CorruptCheckpointError(f"the checkpoint is malformed: {describe(error)}"[:300], path=path) from error
     zero = {key: value for key, value in stored.items() if key not in PARTITIONING and key != "param_groups"}
     if by_rank:
         zero.setdefault("zero_stage", 3)

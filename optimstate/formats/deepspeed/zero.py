@@ -18,8 +18,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 from optimstate.describe import describe
-from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
-from optimstate.formats.protocol import Claim, Document, read_only
+from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from optimstate.formats.protocol import Claim, Document, malformed, read_only
 from optimstate.formats.registry import detect
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent
@@ -76,19 +76,13 @@ def read(path: Location) -> Document:
     groups = [
         {name: shape_of(size) for name, size in group.items()} for group in _field(main, "param_shapes", path) or ()
     ]
-    try:
+    with malformed("the optimizer states are malformed", path=path):
         if "fp32_flat_groups" in states[0]:
             state, param_groups, model = _stage_3(states, groups, models)
             document.notes.append("weights are the fp32 masters: stage 3 stores no others")
         else:
             state, param_groups = _stage_1_or_2(states, groups)
             model = main["module"]
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise CorruptCheckpointError(
-            f"the optimizer states are malformed: {describe(error)}"[:300], path=path
-        ) from error
     rest = {key: value for key, value in states[0].items() if key not in PARTITIONING}
     if is_stage_3(rest):
         rest["partition_count"] = len(ranks)

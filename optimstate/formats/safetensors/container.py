@@ -16,7 +16,7 @@ from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError
-from optimstate.formats.protocol import Claim, Document, WriteOptions
+from optimstate.formats.protocol import Claim, Document, WriteOptions, malformed
 from optimstate.formats.pruning import LostStorage, without_lost
 from optimstate.formats.safetensors.checkpoint import Layout, decode_checkpoint
 from optimstate.formats.safetensors.digests import DIGEST, algorithm_of
@@ -116,12 +116,10 @@ def read_index(path: Location) -> tuple[dict[str, str], dict[str, str]]:
         CorruptCheckpointError: The index is malformed, or names a file outside its folder.
     """
     source = open_source(path)
-    try:
+    with malformed("the index cannot be read", path=path):
         index = json.loads(source.read(0, source.size))
         names = {str(name): str(file) for name, file in index["weight_map"].items()}
         metadata = {key: value for key, value in index.get("metadata", {}).items() if isinstance(value, str)}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptCheckpointError(f"the index cannot be read: {describe(error)}"[:300], path=path) from None
     for file in names.values():
         if Path(file).name != file:
             raise CorruptCheckpointError(f"the index names {describe(file)}, outside its folder", path=path)

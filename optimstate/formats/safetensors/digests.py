@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 from optimstate.describe import describe
-from optimstate.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from optimstate.errors import UnsupportedCheckpointError
+from optimstate.formats.protocol import malformed
 from optimstate.formats.pruning import LostStorage
 from optimstate.io.checksums import ALGORITHMS, Recorded, recorded
 from optimstate.io.location import Location
@@ -56,7 +57,7 @@ def recorded_digests(
     """
     if DIGEST not in metadata:
         return []
-    try:
+    with malformed(f"the entry {DIGEST} is malformed", path=path, place="header"):
         about: Any = json.loads(metadata[DIGEST])
         algorithm, own, digests = about["algorithm"], about["header"], about["tensors"]
         if algorithm not in ALGORITHMS:
@@ -65,9 +66,6 @@ def recorded_digests(
             )
         if digests.keys() != tensors.keys():
             raise ValueError("its tensors are not those of the file")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        message = f"the entry {DIGEST} is malformed: {describe(error)}"
-        raise CorruptCheckpointError(message, path=path, place="header") from None
     bare = partial(_without_digests, header, metadata[DIGEST], described(algorithm, digests))
     found = [Recorded(path, "header", bare, own, algorithm)]
     for name, tensor in tensors.items():

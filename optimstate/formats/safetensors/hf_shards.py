@@ -14,7 +14,7 @@ from typing import Any
 
 from optimstate.describe import describe
 from optimstate.errors import CheckpointError, CorruptCheckpointError
-from optimstate.formats.protocol import Document
+from optimstate.formats.protocol import Document, malformed
 from optimstate.formats.ranks.tiles import Tile, check_tiling, tensor_of_pieces
 from optimstate.io.location import Location
 from optimstate.tensors.lazy import LazyTensor
@@ -85,14 +85,11 @@ def _check_numbers(path: Location, names: list[str]) -> None:
 
 
 def _offsets(part: Document) -> dict[str, tuple[int, ...]]:
-    try:
+    with malformed(f"{_ENTRY} cannot be read", path=part.path, place="header"):
         about: Any = json.loads(part.handle[_ENTRY])
         found = {str(key): tuple(value["saved_offsets"]) for key, value in about.items()}
         if not all(type(n) is int and n >= 0 for offsets in found.values() for n in offsets):
             raise ValueError("an offset is not a natural number")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        message = f"{_ENTRY} cannot be read: {describe(error)}"[:300]
-        raise CorruptCheckpointError(message, path=part.path, place="header") from None
     return found
 
 

@@ -22,10 +22,11 @@ from collections.abc import Callable
 from typing import Any
 
 from optimstate.describe import describe
-from optimstate.errors import CheckpointError, CorruptCheckpointError, RepresentationError
+from optimstate.errors import CorruptCheckpointError, RepresentationError
 from optimstate.formats.pickles.foreign import remedy_for
 from optimstate.formats.pickles.globals import PLAIN_CLASSES
 from optimstate.formats.pickles.tensors import tensor_kind
+from optimstate.formats.protocol import malformed
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import GlobalName, Opaque, Path, bare_value, format_path, path_key
 from optimstate.tree.unfolding import check_unfolded
@@ -151,12 +152,8 @@ def decode(value: Any, tensor: Callable[[dict[str, Any]], LazyTensor]) -> Any:
     Raises:
         CorruptCheckpointError: The value is malformed.
     """
-    try:
+    with malformed("the description of the tree is malformed"):
         return _Decoder(tensor).decode(value)
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CorruptCheckpointError(f"the description of the tree is malformed: {describe(error)}") from error
 
 
 _METHODS = frozenset(dir(OrderedDict))

@@ -20,7 +20,10 @@ from optimstate.state.schedules.schedule import (
 
 
 class Momentum(Schedule):
-    """A scheduler that may also cycle the momentum: `momentum`, or the first of the `betas`."""
+    """A scheduler between bounds that may also cycle the momentum: `momentum`, or the first of the `betas`."""
+
+    proportional = False
+    scalable = True
 
     def turn(self, number: int, options: Options) -> None:
         if not self.state.get("cycle_momentum"):
@@ -58,14 +61,6 @@ class Cyclic(Momentum):
         "gamma": is_number,
     }
     USES_BASE = True
-
-    @property
-    def proportional(self) -> bool:
-        return False
-
-    @property
-    def scalable(self) -> bool:
-        return True
 
     @property
     def _height(self) -> float | None:
@@ -146,14 +141,6 @@ class OneCycle(Momentum):
     }
     USES_BASE = True
     BOUNDS = ("initial_lr", "max_lr", "min_lr")
-
-    @property
-    def proportional(self) -> bool:
-        return False
-
-    @property
-    def scalable(self) -> bool:
-        return True
 
     def initial(self, number: int, options: Mapping[str, Any]) -> Any:
         return options.get("initial_lr")

@@ -128,33 +128,33 @@ def _cosine(lowest: float, done: float) -> Line:
     return Line(lowest * (1 - height), height)
 
 
-class Cosine(Schedule):
+class Annealing(Schedule):
+    """A scheduler between the initial rate and `eta_min`."""
+
+    USES_BASE = True
+
+    @property
+    def proportional(self) -> bool:
+        return bool(self.state["eta_min"] == 0)
+
+
+class Cosine(Annealing):
     """Half a cosine down, and up again."""
 
     NAME = "CosineAnnealingLR"
     KEYS = frozenset({"T_max", "eta_min"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"T_max": is_count, "eta_min": is_number}
-    USES_BASE = True
-
-    @property
-    def proportional(self) -> bool:
-        return bool(self.state["eta_min"] == 0)
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         return _cosine(self.state["eta_min"], self.position / self.state["T_max"])
 
 
-class WarmRestarts(Schedule):
+class WarmRestarts(Annealing):
     """Half a cosine down, repeated."""
 
     NAME = "CosineAnnealingWarmRestarts"
     KEYS = frozenset({"T_0", "T_i", "T_mult", "eta_min", "T_cur"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"T_0": is_count, "T_mult": is_count, "eta_min": is_number}
-    USES_BASE = True
-
-    @property
-    def proportional(self) -> bool:
-        return bool(self.state["eta_min"] == 0)
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         return _cosine(self.state["eta_min"], self.state["T_cur"] / self.state["T_i"])
@@ -199,10 +199,7 @@ class SWA(Schedule):
     KEYS = frozenset({"anneal_epochs"})
     OPTIONAL = frozenset({"_anneal_strategy", "anneal_func", "swa_lrs"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"anneal_epochs": is_count_or_zero}
-
-    @property
-    def proportional(self) -> bool:
-        return False
+    proportional = False
 
     @property
     def _share(self) -> float | None:
