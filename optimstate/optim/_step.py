@@ -29,7 +29,7 @@ from torch.optim import optimizer as torch_machinery
 from optimstate.optim._blocks import Program, UnrecordedError, block_size, split
 from optimstate.optim._load import Slots
 from optimstate.optim._ops import Ops, many, one, traced
-from optimstate.optim.optimizer import Optimizer, Options, ParamsT, aligned, to_scalar, zeros
+from optimstate.optim.optimizer import Optimizer, Options, ParamsT, aligned, evaluated, to_scalar, zeros
 from optimstate.record import Record, field
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "has_l2",
     "repeats",
     "rows_of",
+    "run_fused",
     "shrinking",
 ]
 
@@ -224,10 +225,7 @@ class RuleOptimizer(Optimizer):
             RuntimeError: A gradient is sparse and the algorithm has no rule for it, or an option does not fit.
         """
         self._accelerator_graph_capture_health_check()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for param_group in self.param_groups:
             group = self._without_foreign_options(param_group)
             params: list[Tensor] = []
@@ -554,6 +552,28 @@ def batches(optimizer: Optimizer, lists: list[list[Any]]) -> Iterator[tuple[Any,
     """The lists divided by device and dtype of the first list, each batch with its device."""
     for (device, _), (batch, _) in optimizer._group_tensors_by_device_and_dtype(lists).items():
         yield device, batch
+
+
+def run_fused(
+    kernel: Any,
+    optimizer: Optimizer,
+    group: Group,
+    params: list[Tensor],
+    grads: list[Tensor],
+    lists: list[list[Any]],
+    **options: Any,
+) -> None:
+    """Run one of torch's fused kernels that read step counts, which are the last of the lists.
+
+    A step is not counted if AMP has found an infinity.
+    """
+    common = {name: group[name] for name in ("weight_decay", "eps", "maximize")}
+    for batch, lr, scaling in fused_batches(optimizer, group, params, grads, lists):
+        steps = batch[-1]
+        torch._foreach_add_(steps, 1)
+        kernel(*batch, lr=lr, **common, **options, **scaling)
+        if scaling["found_inf"] is not None:
+            torch._foreach_sub_(steps, [scaling["found_inf"]] * len(steps))
 
 
 def fused_batches(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from optimstate.installed_torch import ADAGRAD_FUSES_ON_CUDA
-from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
+from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, Traits, run_fused
 from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import ParamsT, check_lr, check_not_negative, sparse_like
 
@@ -154,21 +154,8 @@ class Adagrad(RuleOptimizer, torch.optim.Adagrad):
     def _fused(self, group: Group, params: list[Tensor], grads: list[Tensor], columns: Columns) -> bool:
         if group["differentiable"]:
             raise RuntimeError("adagrad with fused=True does not support differentiable=True")
-        for batch, lr, scaling in fused_batches(self, group, params, grads, [columns["sum"], columns["step"]]):
-            steps = batch[-1]
-            torch._foreach_add_(steps, 1)
-            kernel: Any = torch._fused_adagrad_
-            kernel(
-                *batch,
-                lr=lr,
-                lr_decay=group["lr_decay"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                **scaling,
-            )
-            if scaling["found_inf"] is not None:
-                torch._foreach_sub_(steps, [scaling["found_inf"]] * len(steps))
+        lists = [columns["sum"], columns["step"]]
+        run_fused(torch._fused_adagrad_, self, group, params, grads, lists, lr_decay=group["lr_decay"])
         return True
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from optimstate.optim._ops import Ops
-from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, Traits, fused_batches
+from optimstate.optim._step import Columns, Group, Rule, RuleOptimizer, Setting, Traits, run_fused
 from optimstate.optim._surface import function_of
 from optimstate.optim.optimizer import Options, ParamsT, check_betas, require, to_scalar
 
@@ -200,22 +200,8 @@ class Adam(RuleOptimizer, torch.optim.Adam):
         kernel: Any = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
         beta1, beta2 = map(to_scalar, group["betas"])
         lists = [columns[name] for name in self._columns]
-        for batch, lr, scaling in fused_batches(self, group, params, grads, lists):
-            steps = batch[-1]
-            torch._foreach_add_(steps, 1)
-            kernel(
-                *batch,
-                amsgrad=group["amsgrad"],
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                **scaling,
-            )
-            if scaling["found_inf"] is not None:
-                torch._foreach_sub_(steps, [scaling["found_inf"]] * len(steps))
+        options = {"amsgrad": group["amsgrad"], "beta1": beta1, "beta2": beta2}
+        run_fused(kernel, self, group, params, grads, lists, **options)
         return True
 
 

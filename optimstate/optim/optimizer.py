@@ -147,6 +147,8 @@ class Optimizer(OptimizerBase):
 class GroupOptimizer(Optimizer):
     """An optimizer whose step updates one param group after the other."""
 
+    _checks_graph_capture: ClassVar[bool] = False  # whether torch's class of the same name does
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
@@ -162,15 +164,10 @@ class GroupOptimizer(Optimizer):
         """
         if self._checks_graph_capture:
             self._accelerator_graph_capture_health_check()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             self._update_group(group)
         return loss
-
-    _checks_graph_capture: ClassVar[bool] = False  # whether torch's class of the same name does
 
     def _update_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -184,6 +181,14 @@ class GroupOptimizer(Optimizer):
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
         return with_grads
+
+
+def evaluated(closure: Callable[[], float] | None) -> float | None:
+    """The loss that a step's closure returns, which computes gradients; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def aligned(value: Tensor, p: Tensor) -> Tensor:

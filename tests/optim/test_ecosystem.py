@@ -76,11 +76,6 @@ def test_adamw_is_an_adam_as_in_torch() -> None:
     assert issubclass(optim.AdamW, optim.Adam)
 
 
-def test_the_module_offers_what_torchs_does() -> None:
-    assert {*cases.OPTIMIZERS, "Optimizer"} <= set(optim.__all__)
-    assert len(optim.__all__) == len(set(optim.__all__))
-
-
 # --- copies -----------------------------------------------------------------------------------------------------------
 
 

@@ -41,8 +41,11 @@ def test_a_module_has_every_name_of_torchs(name: str) -> None:
 
 def test_the_public_names_are_torchs() -> None:
     assert [name for name in torch.optim.__all__ if not hasattr(optim, name)] == []
-    assert set(torch.optim.lr_scheduler.__all__) == set(optim.lr_scheduler.__all__)
-    assert set(torch.optim.swa_utils.__all__) == set(optim.swa_utils.__all__)
+    assert {*cases.OPTIMIZERS, "Optimizer"} <= set(optim.__all__)
+    assert len(optim.__all__) == len(set(optim.__all__))
+    for ours, torchs in ((optim.lr_scheduler, torch.optim.lr_scheduler), (optim.swa_utils, torch.optim.swa_utils)):
+        assert set(ours.__all__) == set(torchs.__all__)
+        assert {getattr(ours, name).__module__ for name in ours.__all__} == {ours.__name__}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from optimstate.errors import StateMismatchError
 from optimstate.optim import swa_utils as ours
 from optimstate.optim.lr_scheduler import CosineAnnealingLR
+from tests import support
 from tests.optim.lr_scheduler.cases import OPTIMIZERS
 
 theirs = torch.optim.swa_utils
@@ -36,9 +38,7 @@ class Net(nn.Module):
         return self.head(self.body(x))
 
 
-def seeded(make: Callable[[], Any]) -> Any:
-    torch.manual_seed(3)
-    return make()
+seeded = partial(support.seeded, seed=3)
 
 
 def batches(count: int = 6, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
@@ -326,12 +326,6 @@ def test_the_documented_recipes_give_the_same_model(recipe: Any, optimizers: Mod
     assert torch.equal(my_predictions, your_predictions)
     assert my_lrs == your_lrs
     assert int(mine.n_averaged) == {"swa_recipe": 13, "ema_recipe": 180}[recipe.__name__]
-
-
-def test_public_names_are_torchs() -> None:
-    assert set(ours.__all__) == set(theirs.__all__)
-    for name in ours.__all__:
-        assert getattr(ours, name).__module__ == "optimstate.optim.swa_utils"
 
 
 @pytest.mark.parametrize("strategy", ["linear", "cos"])
