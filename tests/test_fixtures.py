@@ -131,7 +131,10 @@ def test_writing_a_case_again_gives_an_equal_checkpoint(name: str, tmp_path: Pat
         # Never loaded; the legacy container names storages by their address, which differs each time.
         assert again.read_bytes() == case.entry.read_bytes() or name == "hostile_legacy"
     else:
-        assert same(load(again), load(case.entry))
+        made, kept = load(again), load(case.entry)
+        if case.optimizer == "LBFGS" and "maximize" not in kept["optimizer"]["param_groups"][0]:
+            made["optimizer"]["param_groups"][0].pop("maximize", None)  # which LBFGS has from torch 2.14 on
+        assert same(made, kept)
 
 
 HARMLESS = [case for case in corpus.cases("optimstate/") if not case.is_hostile and len(case.files) == 1]
