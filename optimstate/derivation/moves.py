@@ -17,6 +17,7 @@ from optimstate.derivation.probe import probe
 from optimstate.derivation.programs import Program, Wanted
 from optimstate.derivation.proof import Terms, differences, roundings
 from optimstate.derivation.templates import drops, generalised
+from optimstate.derivation.threads import few_threads
 from optimstate.describe import describe, few
 from optimstate.errors import DerivationError
 from optimstate.plan.language.base import Operation
@@ -87,7 +88,10 @@ class Derivation:
         Raises:
             DerivationError: There are none that do what the function does.
         """
-        found = self.probing(self.function, self.sources)
+        with few_threads(self.sources):
+            self._explain_all(self.probing(self.function, self.sources))
+
+    def _explain_all(self, found: Probe) -> None:
         self.calls = found.calls
         self._refuse(found)
         moved = {name: origin for name, origin in found.outputs.items() if isinstance(origin, Moved)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimstate.derivation.origins import Function, Source
 from optimstate.derivation.probe import tensors
+from optimstate.derivation.threads import few_threads
 from optimstate.describe import describe
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.language.plan import Plan
@@ -41,7 +42,8 @@ def differences(plan: Plan, function: Function, sources: Mapping[str, Source], t
 
     Every floating dtype holds the integers exactly, so that a cast inside the function makes no difference.
     """
-    return _differing(plan, function, _drawn(sources, whole=True), terms)
+    with few_threads(sources):
+        return _differing(plan, function, _drawn(sources, whole=True), terms)
 
 
 def roundings(
@@ -52,9 +54,10 @@ def roundings(
     Returns:
         Sentences for outputs that the function may have rounded in between, which the plan does not; and for others.
     """
-    drawn = _drawn(sources, whole=False)
-    differ = _differing(plan, function, drawn, terms)
-    beyond = set(_differing(plan, function, drawn, terms, rounding=True)) if differ else set()
+    with few_threads(sources):
+        drawn = _drawn(sources, whole=False)
+        differ = _differing(plan, function, drawn, terms)
+        beyond = set(_differing(plan, function, drawn, terms, rounding=True)) if differ else set()
     return [sentence for sentence in differ if sentence not in beyond], sorted(beyond)
 
 

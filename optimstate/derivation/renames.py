@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
 from optimstate.derivation.families import CAPTURES, Moves, family_rules
 from optimstate.derivation.words import merged_words
@@ -16,6 +17,12 @@ __all__ = ["renamings"]
 
 def renamings(renames: Mapping[str, str], names: Sequence[str]) -> list[Rule]:
     """Rules for pure renames: repeatedly the candidate that covers most of the remaining ones."""
+    return list(_renamings(tuple(renames.items()), tuple(names)))
+
+
+@lru_cache(maxsize=2)  # a scaled derivation asks twice
+def _renamings(given: tuple[tuple[str, str], ...], names: tuple[str, ...]) -> tuple[Rule, ...]:
+    renames = dict(given)
     moves = [Moves((old,), (new,)) for old, new in renames.items()]
     kept = [Moves((name,), (name,)) for name in names if name not in renames]
     candidates: dict[str, Rule] = {}
@@ -38,7 +45,7 @@ def renamings(renames: Mapping[str, str], names: Sequence[str]) -> list[Rule]:
         made.append(rule)
         for name in results:
             open_.pop(name, None)
-    return made
+    return tuple(made)
 
 
 def _results(rule: Rule, names: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,6 @@ shapes, where the function is run on the meta device and every shape compared.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -83,15 +82,16 @@ def sampled(sources: Mapping[str, Source]) -> list[str]:
     kinds: dict[tuple[str, str], set[tuple[str, Shape]]] = {}
     chosen: list[str] = []
     for name, source in sources.items():
-        before, number, rest = _LAYER.fullmatch(name).groups()  # type: ignore[union-attr]
-        if number is None:
+        found = _layer(name)
+        if found is None:
             chosen.append(name)
             continue
+        before, number, rest = found
         layers.setdefault((before, number), []).append(name)
         kinds.setdefault((before, number), set()).add((rest, source.shape))
     alike: dict[object, list[tuple[str, str]]] = {}
-    for layer, found in kinds.items():
-        alike.setdefault((layer[0], frozenset(found)), []).append(layer)
+    for layer, kind in kinds.items():
+        alike.setdefault((layer[0], frozenset(kind)), []).append(layer)
     for members in alike.values():
         for layer in dict.fromkeys([*members[:2], members[-1]]):
             chosen += layers[layer]
@@ -99,7 +99,11 @@ def sampled(sources: Mapping[str, Source]) -> list[str]:
     return [name for name in sources if name in kept] if len(kept) * 2 < len(sources) else list(sources)
 
 
-_LAYER = re.compile(r"(?:((?:[^.]*[^.\d][^.]*\.)*)(\d+)(\..*)|.*)", re.DOTALL)
+def _layer(name: str) -> tuple[str, str, str] | None:
+    """What stands before the first number between dots in a name, that number, and the rest; None without one."""
+    parts = name.split(".")
+    at = next((at for at, part in enumerate(parts[:-1]) if part.isdecimal()), None)
+    return None if at is None else (".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :]))
 
 
 class _Scaled:

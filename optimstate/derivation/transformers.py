@@ -72,26 +72,44 @@ def _turned(model: Any, given: dict[str, Source], to: Layout) -> tuple[dict[str,
 def _derived(model: Any, convert: Callable[[Any], Function], given: dict[str, Source]) -> Derived:
     if sum(prod(value.shape) for value in given.values()) < _SCALED_FROM:
         return derive(convert(model), given, allow_drop=True, scaled=False)
-    known: dict[tuple[tuple[int, int], ...], Function] = {}
-
-    def at(scale: Mapping[int, int]) -> Function:
-        key = tuple(scale.items())
-        if key not in known:
-            known[key] = convert(_shrunk(model, scale))
-        return known[key]
-
-    return derive_scaled(at, given, allow_drop=True)
+    return derive_scaled(_Shrinking(model, convert).at, given, allow_drop=True)
 
 
-def _shrunk(model: Any, scale: Mapping[int, int]) -> Any:
-    """A model on the meta device that answers with shrunk shapes where converters ask for its parameters."""
-    from optimstate.installed_torch import torch
+class _Shrinking:
+    """A conversion by a copy of the model that answers with shrunk shapes where converters ask for its parameters."""
 
-    with torch.device("meta"):
-        made = copy.deepcopy(model).to("meta")
-        for parameter in made.parameters():
-            parameter.data = torch.empty([scale.get(size, size) for size in parameter.shape], dtype=parameter.dtype)
-    return made
+    def __init__(self, model: Any, convert: Callable[[Any], Function]) -> None:
+        from optimstate.installed_torch import torch
+
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        held = [*model.parameters(), *model.buffers()]
+        made = [torch.empty_like(tensor, device="meta") for tensor in held]
+        for place, tensor in enumerate(held):
+            if isinstance(tensor, torch.nn.Parameter):
+                made[place] = torch.nn.Parameter(made[place], tensor.requires_grad)
+        # No tensor is copied: a model may be as large as the memory.
+        self.model = copy.deepcopy(model, {id(tensor): other for tensor, other in zip(held, made, strict=True)})
+        self.convert = convert(self.model)
+        self.scale: dict[int, int] = {}
+
+    def at(self, scale: Mapping[int, int]) -> Function:
+        """The conversion for shrunk dimensions."""
+
+        def shrunk(state: dict[str, Any]) -> Mapping[str, Any]:
+            self._shrink(scale)
+            return self.convert(state)
+
+        return shrunk
+
+    def _shrink(self, scale: Mapping[int, int]) -> None:
+        from optimstate.installed_torch import torch
+
+        if scale == self.scale:
+            return
+        self.scale = dict(scale)
+        for name, parameter in self.model.named_parameters():
+            sizes = [scale.get(size, size) for size in self.shapes[name]]
+            parameter.data = torch.empty(sizes, dtype=parameter.dtype, device="meta")
 
 
 def live_model(source: Any) -> Any:
@@ -120,53 +138,86 @@ def live_model(source: Any) -> Any:
 
 
 def to_hub(model: Any) -> Function:
-    """What transformers does to a model's state dict when it saves it."""
+    """What transformers does to a model's state dict when it saves it (`revert_weight_conversion` of the library)."""
     loading = _loading()
-
-    def saved(state: dict[str, Any]) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = loading.revert_weight_conversion(model, dict(state))
-        return found
-
-    return saved
+    used = getattr(model, "_weight_conversions", None)  # of the checkpoint that the model was loaded from
+    steps = [step.reverse_transform() for step in reversed(_conversions(model) if used is None else used)]
+    return _Conversion(model, steps, loading, saving=True)
 
 
 def to_live(model: Any) -> Function:
     """What transformers does to the tensors of a published checkpoint when it loads them."""
+    return _Conversion(model, _conversions(model), _loading(), saving=False)
+
+
+def _conversions(model: Any) -> list[Any]:
+    """The library's converters for a model, in the order of loading."""
     loading = _loading()
     from transformers import conversion_mapping
 
     steps = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
     # Whether prefixes were changed depends on how the model was made; the checkpoint's own names decide.
-    steps = [step for step in steps if not isinstance(step, loading.PrefixChange)]
-    renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
-    by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
-    asked = copy.deepcopy(renamings), copy.deepcopy(converters)  # which note that they were used
-    renamed: dict[str, tuple[str, Any]] = {}
-    places: dict[str, Any] = {}
+    return [step for step in steps if not isinstance(step, loading.PrefixChange)]
 
-    def place(item: tuple[str, Any]) -> Any:
-        if item[0] not in places:
-            places[item[0]] = loading.dot_natural_key(item[0])
-        return places[item[0]]
 
-    def loaded(state: dict[str, Any]) -> Mapping[str, Any]:
-        gathered: dict[str, Any] = {}
-        for name, tensor in sorted(state.items(), key=place):
-            if name not in renamed:
-                renamed[name] = loading.rename_source_key(name, *asked)
-            new, pattern = renamed[name]
-            if new not in gathered:
-                renames = pattern is None
-                gathered[new] = loading.WeightRenaming(name, new) if renames else copy.deepcopy(by_pattern[pattern])
-            gathered[new].add_tensor(new, name, name if pattern is None else pattern, tensor)
+class _Conversion:
+    """The library's converters in one direction; what becomes of names is worked out once, for many calls.
+
+    Args:
+        model: Which converters ask for its configuration and shapes.
+        steps: In the order of this direction.
+        loading: The library's module of converters.
+        saving: Whether names are changed after the converters, not before.
+    """
+
+    def __init__(self, model: Any, steps: list[Any], loading: Any, *, saving: bool) -> None:
+        self.model, self.loading, self.saving = model, loading, saving
+        self.renamings = [step for step in steps if isinstance(step, loading.WeightRenaming)]
+        self.converters = [step for step in steps if isinstance(step, loading.WeightConverter)]
+        self.by_pattern = {pattern: step for step in self.converters for pattern in step.source_patterns}
+        self._names: dict[str, tuple[str, str | None]] = {}
+        self._asked: tuple[list[Any], list[Any]] = ([], [])
+        self._targets: dict[str, str] = {}
+
+    def __call__(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._names.keys() != state.keys():
+            self._place(state)
         made: dict[str, Any] = {}
-        for first, step in gathered.items():
-            for name, value in step.convert(first, model=model, config=model.config).items():
-                made[name] = value[0] if isinstance(value, list) else value
+        gathered: dict[str, Any] = {}
+        for name, (new, pattern) in self._names.items():
+            if new not in gathered:
+                gathered[new] = state[name] if pattern is None else copy.deepcopy(self.by_pattern[pattern])
+            if isinstance(gathered[new], self.loading.WeightConverter):
+                gathered[new].add_tensor(new, name, pattern or name, state[name])
+        for first, held in gathered.items():
+            if not isinstance(held, self.loading.WeightConverter):
+                made[first] = held
+                continue
+            for name, value in held.convert(first, model=self.model, config=self.model.config).items():
+                made[self._target(name)] = value[0] if isinstance(value, list) else value
         return made
 
-    return loaded
+    def _place(self, state: Mapping[str, Any]) -> None:
+        """For each name the tensor that it becomes a part of, and the pattern of the converter that makes it."""
+        # Steps note what they have seen, and some act on a name only after another.
+        self._asked = copy.deepcopy(self.renamings), copy.deepcopy(self.converters)
+        renamings, converters = self._asked
+        self._names, self._targets = {}, {}
+        for name in sorted(state, key=self.loading.dot_natural_key):
+            if self.saving:
+                new, pattern = self.loading.apply_converters(name, converters)
+                if pattern is None:
+                    new = self.loading.apply_renamings(name, renamings)
+            else:
+                new, pattern = self.loading.rename_source_key(name, renamings, converters)
+            self._names[name] = new, pattern
+
+    def _target(self, name: str) -> str:
+        if not self.saving:
+            return name
+        if name not in self._targets:
+            self._targets[name] = self.loading.apply_renamings(name, self._asked[0])
+        return self._targets[name]
 
 
 def _library() -> Any:
