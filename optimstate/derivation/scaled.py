@@ -27,13 +27,27 @@ from optimstate.errors import DerivationError
 from optimstate.plan.language.base import OPERATIONS, Operation
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.planner import plan_model
+from optimstate.record import Record
 
-__all__ = ["Maker", "derive_scaled"]
+__all__ = ["Basis", "Maker", "derive_scaled"]
 
 Maker = Callable[[Mapping[int, int]], Function]
 """The function for shrunk dimensions: old sizes to new ones; empty for the real ones."""
 
+
+class Basis(Record):
+    """Tensors whose dimensions are shrunk in place of the sources', and what the sources are then.
+
+    The sizes of sources that are joined of others, a fused projection of queries and fewer keys, are sums: shrunk by
+    themselves, they would fit nothing.
+    """
+
+    sources: Mapping[str, Source]
+    shrunk: Callable[[Mapping[int, int]], Mapping[str, Source]]
+
+
 Shape = tuple[int, ...]
+Triple = tuple[int, int, int]
 _LARGE = 48  # smaller dimensions are kept
 _MOST_OUTPUTS = 1024  # larger dimensions are not taken for a number of experts
 _PRIMES = (
@@ -47,23 +61,27 @@ _MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
 _UNITS = (4, 16, 32, 64)  # a function that cuts heads or halves needs sizes that they divide
 
 
-def derive_scaled(make: Maker, sources: Mapping[str, Source], *, allow_drop: bool = False) -> Derived:
+def derive_scaled(
+    make: Maker, sources: Mapping[str, Source], *, allow_drop: bool = False, basis: Basis | None = None
+) -> Derived:
     """Derive at shrunk dimensions and carry the plan over to the real ones.
 
     Args:
         make: The function, for shrunk dimensions where it must know them.
         sources: Of the real shapes.
         allow_drop: Whether sources may go nowhere.
+        basis: What is shrunk; without, every source by itself.
 
     Raises:
         DerivationError: The function is not a layout, knows sizes that were shrunk, or treats shrunk tensors otherwise.
     """
     reason: Exception | None = None
     some = sampled(sources)
-    few = [(some, unit) for unit in _UNITS[:2]] if len(some) < len(sources) else []
-    for names, unit in [*few, *((None, unit) for unit in _UNITS)]:
+    few = [(some, unit, False) for unit in _UNITS[:2]] if len(some) < len(sources) else []
+    every = [(None, unit, mixed) for mixed in (False, True) for unit in _UNITS]
+    for names, unit, mixed in [*few, *every]:
         try:
-            return _Scaled(make, sources, allow_drop, unit, names).run()
+            return _Scaled(make, sources, allow_drop, unit, names, basis, mixed=mixed).run()
         except (DerivationError, *_MISFITS) as error:
             failed = not isinstance(error, DerivationError) or error.__cause__ is not None
             reason = error if failed else reason or error  # it met a size that it cannot take, or misses a layer
@@ -115,6 +133,8 @@ class _Scaled:
         allow_drop: Whether sources may go nowhere.
         unit: What every shrunk dimension is a multiple of.
         names: The sources that the plan is derived from, and then proved on all; None for all.
+        basis: What is shrunk.
+        mixed: Whether only dimensions that need it are multiples of the unit, the others of the smallest.
     """
 
     def __init__(
@@ -124,24 +144,43 @@ class _Scaled:
         allow_drop: bool,
         unit: int,
         names: Sequence[str] | None = None,
+        basis: Basis | None = None,
+        *,
+        mixed: bool = False,
     ) -> None:
         self.make, self.allow_drop, self.every = make, allow_drop, sources
         self.sources = sources if names is None else {name: sources[name] for name in names}
-        uses = Counter(size for source in sources.values() for size in source.shape if size > _LARGE)
+        self.basis = basis
+        shrunk = sources if basis is None else basis.sources
+        uses = Counter(size for source in shrunk.values() for size in source.shape if size > _LARGE)
         large = sorted(uses, key=lambda size: (-uses[size], size))  # the most frequent become the smallest
         kept = self._naming(large, unit)
         large = [size for size in large if size not in kept]
         if len(large) > len(_THIRD):
             raise DerivationError(f"{len(large)} different dimensions are too many to tell apart")
-        columns = zip(large, *_PRIMES, _THIRD, strict=False)
-        self.scales: list[dict[int, int]] = [{}, {}, {}]
-        for size, *primes in columns:
-            for scale, prime in zip(self.scales, primes, strict=True):
-                scale[size] = _small(size, unit * prime)
-
+        self.scales = self._scales(dict.fromkeys(large, unit))
+        if mixed:
+            self.scales = self._scales(self._needed(large, unit))
         elements = max(sum(prod(s.shape) for s in self._shrunk(scale).values()) for scale in self.scales)
         if elements > _MOST_ELEMENTS:
             raise DerivationError(f"{elements} elements are left at shrunk dimensions, more than {_MOST_ELEMENTS}")
+
+    def _scales(self, units: Mapping[int, int]) -> list[dict[int, int]]:
+        """The small sizes at each scale, where each size has a unit of its own; one that would grow stays as it is."""
+        columns = zip(units.items(), *_PRIMES, _THIRD, strict=False)
+        small = {size: [_small(size, unit * prime) for prime in primes] for (size, unit), *primes in columns}
+        return [{size: sizes[at] for size, sizes in small.items() if max(sizes) < size} for at in range(3)]
+
+    def _needed(self, large: Sequence[int], unit: int) -> dict[int, int]:
+        """A unit for each size: the smallest with which the function takes tensors without elements."""
+        units = dict.fromkeys(large, unit)
+        for size in large:
+            lower = {**units, size: _UNITS[0]}
+            with suppress(DerivationError, *_MISFITS):
+                for scale in self._scales(lower):
+                    self._outputs(scale)
+                units = lower
+        return units
 
     def _naming(self, large: Sequence[int], unit: int) -> set[int]:
         """Sizes that say how many outputs there are (experts of a fused tensor): shrunk, they would lose some."""
@@ -200,10 +239,13 @@ class _Scaled:
         raise DerivationError(f"layers that look alike are moved differently: {reason}")
 
     def _shrunk(self, scale: Mapping[int, int], *, every: bool = False) -> dict[str, Source]:
-        return {
-            name: source._replace(shape=tuple(scale.get(size, size) for size in source.shape))
-            for name, source in (self.every if every else self.sources).items()
-        }
+        names = self.every if every else self.sources
+        if self.basis is None:
+            return {name: _scaled(self.every[name], scale) for name in names}
+        made = self.basis.shrunk(scale)
+        if made.keys() != self.every.keys():
+            raise DerivationError("a dimension says how many sources there are")
+        return {name: made[name] for name in names}
 
     def _at(self, scale: Mapping[int, int]) -> Derivation:
         made = Derivation(self.make(scale), self._shrunk(scale), self.allow_drop)
@@ -228,19 +270,17 @@ class _Scaled:
     ) -> tuple[list[Moves], list[Moves], Derivation]:
         """The moves with the sizes of another scale."""
         passes = []
+        given, made = ([each(at) for at in (*self.scales[:2], scale)] for each in (self._shapes, self._outputs))
         for one, other in zip((first.first, first.second), (second.first, second.second), strict=True):
-            made = []
+            moves = []
             for move, twin in zip(one, other, strict=True):
-                dims = self._dims(move.sources, scale)
-                made.append(move._replace(operations=tuple(_lift_all(move.operations, twin.operations, dims))))
-            passes.append(made)
+                dims = [_dims(move.sources, given), _dims(move.targets, made)]
+                moves.append(move._replace(operations=tuple(_lift_all(move.operations, twin.operations, dims))))
+            passes.append(moves)
         return passes[0], passes[1], first
 
-    def _dims(self, names: Sequence[str], scale: Mapping[int, int]) -> list[tuple[int, int, int]]:
-        """Dimensions of some sources: shrunk to the first scale, to the second, and to the one that is asked for."""
-        known = [name for name in names if name in self.sources] or list(self.sources)
-        sizes = {size for name in known for size in self.sources[name].shape if size in self.scales[0]}
-        return [(self.scales[0][size], self.scales[1][size], scale.get(size, size)) for size in sorted(sizes)]
+    def _shapes(self, scale: Mapping[int, int]) -> dict[str, Shape]:
+        return {name: source.shape for name, source in self._shrunk(scale).items()}
 
     def _compare_shapes(self, plan: Plan, new: Sequence[str]) -> None:
         """Run the function at the real shapes on the meta device, and compare every shape with the plan's."""
@@ -259,13 +299,29 @@ class _Scaled:
             raise DerivationError(f"{describe(name)} has shape {expected.get(name)}, the plan makes {made.get(name)}")
 
 
+def _scaled(source: Source, scale: Mapping[int, int]) -> Source:
+    return source._replace(shape=tuple(scale.get(size, size) for size in source.shape))
+
+
+def _dims(names: Sequence[str], shapes: Sequence[Mapping[str, Shape]]) -> list[Triple]:
+    """Dimensions that are shrunk: at the first scale, at the second, and at the one that is asked for.
+
+    Args:
+        names: Of the tensors; all of them where none of these is among them.
+        shapes: At each of the three.
+    """
+    known = [name for name in names if name in shapes[0]] or list(shapes[0])
+    columns = {dims for name in known for dims in zip(*(at[name] for at in shapes), strict=True)}
+    return sorted((one, other, asked) for one, other, asked in columns if one != other)
+
+
 def _small(size: int, new: int) -> int:
     """A shrunk size: what could be cut in three (queries, keys and values) still can."""
     return new * gcd(size, 3)
 
 
 def _lift_all(
-    one: Sequence[Operation], other: Sequence[Operation], dims: Sequence[tuple[int, int, int]]
+    one: Sequence[Operation], other: Sequence[Operation], dims: Sequence[Sequence[Triple]]
 ) -> Iterator[Operation]:
     if [operation.KEY for operation in one] != [operation.KEY for operation in other]:
         raise DerivationError("it needs other operations at one size than at another")
@@ -277,8 +333,14 @@ def _lift_all(
         yield parsed
 
 
-def _lift(one: Any, other: Any, dims: Sequence[tuple[int, int, int]]) -> Any:
-    """A value of a plan at another scale: what is the same at both scales stays, other integers follow dimensions."""
+def _lift(one: Any, other: Any, dims: Sequence[Sequence[Triple]]) -> Any:
+    """A value of a plan at another scale: what is the same at both scales stays, other integers follow dimensions.
+
+    Args:
+        one: At the first scale.
+        other: At the second.
+        dims: Of the sources, and of the targets, which are asked where the sources say nothing.
+    """
     if isinstance(one, dict):
         if not isinstance(other, dict) or one.keys() != other.keys():
             raise DerivationError("it needs other operations at one size than at another")
@@ -289,18 +351,22 @@ def _lift(one: Any, other: Any, dims: Sequence[tuple[int, int, int]]) -> Any:
         return [_lift(a, b, dims) for a, b in zip(one, other, strict=True)]
     if one == other:
         return one
-    found = set()
+    found = next(filter(None, (_followed(one, other, asked) for asked in dims)), set())
+    if len(found) != 1:
+        raise DerivationError(f"a size, {one} and {other} at two scales, follows from no dimension of the sources")
+    return found.pop()
+
+
+def _followed(one: int, other: int, dims: Sequence[Triple]) -> set[int]:
+    """What a size may be at another scale: a part or multiple of a dimension, or of the product of two."""
     for count in (1, 2):
+        found = set()
         for chosen in combinations_with_replacement(dims, count):
-            products = [1, 1, 1]
-            for triple in chosen:
-                products = [product * size for product, size in zip(products, triple, strict=True)]
+            products = [prod(sizes) for sizes in zip(*chosen, strict=True)]
             factor = Fraction(one, products[0])
             lifted = factor * products[2]
             if factor == Fraction(other, products[1]) and lifted.denominator == 1:
                 found.add(int(lifted))
         if found:
-            break
-    if len(found) != 1:
-        raise DerivationError(f"a size, {one} and {other} at two scales, follows from no dimension of the sources")
-    return found.pop()
+            return found
+    return set()

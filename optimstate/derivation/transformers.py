@@ -16,10 +16,10 @@ from typing import Any, Literal
 from optimstate.derivation.derive import derive
 from optimstate.derivation.derived import Derived, source_of
 from optimstate.derivation.origins import Function, Source
-from optimstate.derivation.scaled import derive_scaled
+from optimstate.derivation.scaled import Basis, derive_scaled
 from optimstate.errors import DerivationError
 
-__all__ = ["Layout", "derive_transformers", "live_model", "to_hub", "to_live"]
+__all__ = ["Layout", "Shrinking", "derive_transformers", "live_model", "to_hub", "to_live"]
 
 Layout = Literal["live", "hub"]
 _SCALED_FROM = 1 << 22  # elements; the converters know sizes by the model alone, so that shrinking is safe
@@ -55,15 +55,8 @@ def _turned(model: Any, given: dict[str, Source], to: Layout) -> tuple[dict[str,
     live = model.state_dict().keys()
     if (given.keys() <= live) is (to == "hub"):
         return given, ""
-    from optimstate.installed_torch import torch
-
     convert, back = (to_hub, to_live) if to == "hub" else (to_live, to_hub)
-
-    def run(function: Function) -> dict[str, Source]:
-        made = {n: torch.empty(s.shape, dtype=getattr(torch, s.dtype), device="meta") for n, s in given.items()}
-        return {name: source_of(value) for name, value in function(made).items()}
-
-    if run(convert(model)) != given or (other := run(back(model))) == given:
+    if _run(convert(model), given) != given or (other := _run(back(model), given)) == given:
         return given, ""
     here, there = ("hub", "live") if to == "hub" else ("live", "hub")
     return other, f"the checkpoint stands in the {here} layout already: the plan leads there from the {there} layout"
@@ -72,10 +65,36 @@ def _turned(model: Any, given: dict[str, Source], to: Layout) -> tuple[dict[str,
 def _derived(model: Any, convert: Callable[[Any], Function], given: dict[str, Source]) -> Derived:
     if sum(prod(value.shape) for value in given.values()) < _SCALED_FROM:
         return derive(convert(model), given, allow_drop=True, scaled=False)
-    return derive_scaled(_Shrinking(model, convert).at, given, allow_drop=True)
+    shrinking = Shrinking(model, convert)
+    basis = None
+    if not given.keys() <= model.state_dict().keys():  # sizes of the hub's layout are sums of the model's
+        basis = _basis(model)
+        basis = basis if basis.shrunk({}) == given else None
+    return derive_scaled(shrinking.at, given, allow_drop=True, basis=basis)
 
 
-class _Shrinking:
+def _basis(model: Any) -> Basis:
+    """The tensors of a model, and what they are in the hub's layout when their dimensions are shrunk."""
+    saving = Shrinking(model, to_hub)
+    state = model.state_dict().items()
+    live = {name: source_of(value) for name, value in state if not _is_tied(model, name)}
+
+    def shrunk(scale: Mapping[int, int]) -> dict[str, Source]:
+        given = {name: s._replace(shape=tuple(scale.get(size, size) for size in s.shape)) for name, s in live.items()}
+        return _run(saving.at(scale), given)
+
+    return Basis(live, shrunk)
+
+
+def _run(function: Function, given: Mapping[str, Source]) -> dict[str, Source]:
+    """What a function makes, from tensors without elements."""
+    from optimstate.installed_torch import torch
+
+    made = {n: torch.empty(s.shape, dtype=getattr(torch, s.dtype), device="meta") for n, s in given.items()}
+    return {name: source_of(value) for name, value in function(made).items()}
+
+
+class Shrinking:
     """A conversion by a copy of the model that answers with shrunk shapes where converters ask for its parameters."""
 
     def __init__(self, model: Any, convert: Callable[[Any], Function]) -> None:

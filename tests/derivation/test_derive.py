@@ -342,3 +342,33 @@ def test_layers_that_look_alike_and_are_moved_differently(turn: Any) -> None:
     expected = turned(dict(small))
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], value) for name, value in expected.items())
+
+
+def test_only_dimensions_that_heads_divide_are_left_larger() -> None:
+    shapes = {"q": (2048,), "v": (1000, 1600, 2000, 4000)}
+
+    def turned(state: dict[str, Any]) -> dict[str, Any]:
+        q = state["q"].view(16, 2, len(state["q"]) // 32).transpose(1, 2)
+        return {"q": q.reshape(-1), "w": state["v"]}
+
+    plan = derive(turned, shapes, scaled=True).plan  # with sizes that 32 divides there would be 10**8 elements
+    small = {"q": torch.arange(2048), "v": torch.zeros(1, 1, 1, 1)}
+    made = execute_model(plan_model(plan, small).sections["model"], small)
+    assert torch.equal(made["q"], turned(small)["q"])
+    assert made.keys() == {"q", "w"}
+
+
+def test_small_tensors_are_derived_with_one_thread_and_the_callers_number_comes_back() -> None:
+    seen = set()
+
+    def function(state: dict[str, Any]) -> dict[str, Any]:
+        seen.add(torch.get_num_threads())
+        return {"b": state["a"]}
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        derive(function, {"a": (2, 2)})
+        assert (seen, torch.get_num_threads()) == ({1}, 3)
+    finally:
+        torch.set_num_threads(before)

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from optimstate.derivation.derive import derive
-from optimstate.derivation.transformers import derive_transformers, live_model, to_hub, to_live
+from optimstate.derivation.transformers import Shrinking, derive_transformers, live_model, to_hub, to_live
 from optimstate.errors import DerivationError
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.solve.planner import plan_model
 from tests.derivation.coverage import covered
 
 transformers = pytest.importorskip("transformers")
+revert_weight_conversion = pytest.importorskip("transformers.core_model_loading").revert_weight_conversion
 
 SMALL = {
     "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -45,13 +46,29 @@ def test_both_layouts_are_derived_and_give_the_librarys_own_tensors(kind: str) -
     model = small(kind)
     live = {name: value for name, value in model.state_dict().items() if name in dict(model.named_parameters())}
     hub = dict(to_hub(model)(dict(live)))
+    _are_equal(hub, revert_weight_conversion(model, dict(live)))
     saving, loading = derive(to_hub(model), live), derive(to_live(model), hub)
     saved = execute_model(plan_model(saving.plan, live).sections["model"], live)
-    assert saved.keys() == hub.keys()
-    assert all(torch.equal(saved[name], value) for name, value in hub.items())
+    _are_equal(saved, hub)
     back = execute_model(plan_model(loading.plan, hub).sections["model"], hub)
-    assert back.keys() == live.keys()
-    assert all(torch.equal(back[name], value) for name, value in live.items())
+    _are_equal(back, live)
+
+
+def _are_equal(one: Any, other: Any) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
+def test_a_model_is_shrunk_without_a_copy_of_its_weights() -> None:
+    model = small("mixtral")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shrinking = Shrinking(model, to_hub)
+    assert all(value.is_meta for value in shrinking.model.state_dict().values())
+    given = {n: torch.empty([{32: 8}.get(size, size) for size in v.shape]) for n, v in before.items()}
+    made = shrinking.at({32: 8})(given)
+    assert made["model.layers.1.block_sparse_moe.experts.3.w1.weight"].shape == (48, 8)
+    assert made["model.embed_tokens.weight"] is given["model.embed_tokens.weight"]
+    _are_equal(model.state_dict(), before)
 
 
 def test_mixtral_takes_three_rules_each_way() -> None:
@@ -91,7 +108,9 @@ def test_a_model_of_47_billion_elements_is_derived_without_any_of_them() -> None
         assert any("shrunk dimensions" in note for note in derived.notes)
 
 
-@pytest.mark.parametrize(("kind", "result"), [("gte", "exact"), ("llama", "same"), ("align_text_model", "unbuilt")])
+@pytest.mark.parametrize(
+    ("kind", "result"), [("gte", "exact"), ("molmo2_text", "exact"), ("llama", "same"), ("align_text_model", "unbuilt")]
+)
 def test_a_sample_of_the_coverage(kind: str, result: str) -> None:
     """All types: `python -m tests.derivation.coverage`."""
     line = covered(kind, seconds=60)
