@@ -78,8 +78,15 @@ def _basis(model: Any) -> Basis:
     saving = Shrinking(model, to_hub)
     state = model.state_dict().items()
     live = {name: source_of(value) for name, value in state if not _is_tied(model, name)}
+    known: dict[tuple[tuple[int, int], ...], dict[str, Source]] = {}
 
     def shrunk(scale: Mapping[int, int]) -> dict[str, Source]:
+        key = tuple(scale.items())
+        if key not in known:
+            known[key] = made(scale)
+        return known[key]
+
+    def made(scale: Mapping[int, int]) -> dict[str, Source]:
         given = {name: s._replace(shape=tuple(scale.get(size, size) for size in s.shape)) for name, s in live.items()}
         return _run(saving.at(scale), given)
 
