@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from optimstate.derivation.families import matched
 from optimstate.errors import PlanSyntaxError
 from optimstate.plan.language.rules import Rule
 from optimstate.plan.language.template import Template
+from optimstate.record import Record
 
 __all__ = ["merged_words"]
 
@@ -28,7 +28,7 @@ def merged_words(rules: Sequence[Rule], names: Sequence[str]) -> list[Rule]:
     return left
 
 
-class _Place(NamedTuple):
+class _Place(Record):
     """One word of a rule's source and one of its target, at which it may differ from others."""
 
     rule: Rule
