@@ -57,7 +57,7 @@ class _Merging:
                 groups[number].append(place)
         for group in sorted((group for group in groups.values() if len(group) > 1), key=len, reverse=True):
             members = [place.rule for place in group]
-            key = tuple(map(id, members))
+            key = (group[0].at, group[0].to, *map(id, members))
             if len({place.word for place in group}) == len(group) and key not in self._apart:
                 made = _with_words(group)
                 if made is not None and matched(made, self.names) == set().union(*map(self._names, members)):
@@ -104,14 +104,14 @@ def _words(text: str) -> list[str]:
 
 
 def _with_words(group: Sequence[_Place]) -> Rule | None:
-    rule, _, _, at, to = group[0]
-    old, new = _words(rule.sources[0].text), _words(rule.targets[0].text)
-    old[at] = f"{{x={'|'.join(word for _, word, _, _, _ in group)}}}"
-    same = all(word == other for _, word, other, _, _ in group)
-    new[to] = "{x}" if same else f"{{x={'|'.join(other for _, _, other, _, _ in group)}}}"
-    if len({other for _, _, other, _, _ in group}) < len(group):
+    first = group[0]
+    old, new = _words(first.rule.sources[0].text), _words(first.rule.targets[0].text)
+    words, others = [place.word for place in group], [place.other for place in group]
+    if len(set(others)) < len(group):
         return None
+    old[first.at] = f"{{x={'|'.join(words)}}}"
+    new[first.to] = "{x}" if words == others else f"{{x={'|'.join(others)}}}"
     try:
-        return Rule((Template("".join(old)),), (Template("".join(new)),), rule.operations)
+        return Rule((Template("".join(old)),), (Template("".join(new)),), first.rule.operations)
     except PlanSyntaxError:
         return None
