@@ -152,6 +152,7 @@ INVOCATIONS = {
         ["plan", "suggest", "old.pt", "new-model.pt"],
         ["plan", "suggest", "checkpoint.pt", "new-model.pt"],
         ["plan", "suggest", str(ANY / "torch/adam_unnamed_wd/checkpoint.pt"), "less.pt"],
+        ["plan", "suggest", *(str(ANY / f"torch/adamw_{name}") for name in ("amsgrad_named_wd", "sched_lambdalr"))],
     ],
     "plan check": [
         ["plan", "check", "plan.toml"],

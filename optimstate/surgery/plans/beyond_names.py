@@ -47,7 +47,8 @@ def other_optimizers(source: Any, target: Any) -> Iterator[Problem]:
             for number, (a, b) in enumerate(zip(old.groups, new.groups, strict=True)):
                 if found := _options(a.options, b.options):
                     remedy = "set it in a [[group]] table, if the result is to have it"
-                    yield Problem("setting", ", ".join(found), f"{key}, group {number}", remedy=remedy)
+                    message = ", ".join(found.values())
+                    yield Problem("setting", message, f"{key}, group {number}", tuple(found), remedy)
 
 
 def _algorithms(old: OptimizerState, new: OptimizerState) -> tuple[str, str] | None:
@@ -67,12 +68,12 @@ def _algorithms(old: OptimizerState, new: OptimizerState) -> tuple[str, str] | N
     return one.name, other.name
 
 
-def _options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key} is {describe(old[key])} here and {describe(new[key])} there"
+def _options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        key: f"{key} is {describe(old[key])} here and {describe(new[key])} there"
         for key in comparable(old, new)
         if not same_value(old[key], new[key])
-    ]
+    }
 
 
 def also_different(source: Any, target: Any) -> Iterator[str]:
