@@ -44,6 +44,8 @@ def _spelled(found: re.Match[str]) -> str:
 
 def describe(value: Any, limit: int = LENGTH) -> str:
     """A value in about `limit` characters: as Python writes it if it is short, else shortened, or only its class."""
+    if type(value) is str and limit > 0:  # nearly all values are keys of paths
+        return _quoted(value, max(limit, 16))
     writer = _Writer(limit)
     writer.add(value, _DEPTH)
     return writer.text()

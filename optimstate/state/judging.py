@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -208,18 +209,11 @@ class _Evidence:
         self.score = 0
         self.against = ""
         reasons: list[str] = []
-        below = {str(key) for key in candidate.path}
-        self.never = "inside a pickled object" if candidate.inside else ""
-        slot = slot_in(candidate.path)
-        if slot is not None:
-            self.never = f"by its key, {describe(slot)} of an optimizer whose form is not known"
-        elif (optimizer := called_optimizer(candidate.path[:-1])) is not None:
-            self.never = f"below {describe(optimizer[-1])}, whose form is not known"
-        for key in sorted(below & _NEVER_BELOW):
-            self.never = f"below {describe(key)}"
-        if self.never:  # no score, to save time: a checkpoint may have such a mapping for each parameter
+        keys = tuple(map(str, candidate.path))
+        self.never = _why_never(keys[:-1], keys[-1:]) or ("inside a pickled object" if candidate.inside else "")
+        if self.never:
             return
-        for key in sorted(below & _SELDOM_BELOW):
+        for key in sorted(_SELDOM_BELOW.intersection(keys)):
             self.score -= 3
             reasons.append(f"below {describe(key)}")
         for points, reason in (*self._names(), *self._shapes(), *self._key()):
@@ -262,6 +256,24 @@ class _Evidence:
             yield 3, ""  # it is a whole file
         if _CALLED_MODEL.search(key.lower()):
             yield 2, ""
+
+
+def _why_never(above: tuple[str, ...], last: tuple[str, ...]) -> str:
+    """Why a mapping at a path cannot be a model, whatever else is true; empty if it can."""
+    place, slot, optimizer = _known_above(above)
+    place = max(filter(None, (place, *_NEVER_BELOW.intersection(last))), default="")
+    if place:
+        return f"below {describe(place)}"
+    slot = slot_in(last) or slot
+    if slot is not None:
+        return f"by its key, {describe(slot)} of an optimizer whose form is not known"
+    return f"below {describe(optimizer[-1])}, whose form is not known" if optimizer else ""
+
+
+@lru_cache(maxsize=64)  # a checkpoint may have such a mapping for each parameter
+def _known_above(keys: tuple[str, ...]) -> tuple[str, str | None, Path | None]:
+    """A key below which nothing is a model, a slot and the path to an optimizer, if the keys name them."""
+    return max(_NEVER_BELOW.intersection(keys), default=""), slot_in(keys), called_optimizer(keys)
 
 
 def _shapes(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from optimstate.formats.dcp.columns import Metadata
 from optimstate.formats.dcp.dump import dump_metadata
 from optimstate.formats.dcp.metadata import load_metadata
 from optimstate.formats.dcp.opcodes import UnfamiliarError
-from optimstate.formats.dcp.stream import parse
+from optimstate.formats.dcp.stream import _Reader, parse
 from optimstate.formats.pickles.unpickle import load
 from tests import corpus
 
@@ -112,8 +112,11 @@ def test_columns_are_what_torch_described_and_torch_reads_what_is_written(metada
     assert columns(same) == columns(made)
 
 
-def many(entries: int) -> TorchMetadata:
-    """Metadata of a mixture of experts, each matrix with its two moments and a step."""
+def many(entries: int, *, options: bool = False) -> TorchMetadata:
+    """Metadata of a mixture of experts, each matrix with its two moments and a step.
+
+    With `options`, each has a learning rate too, as torch flattens param groups.
+    """
     shapes = {"gate": (1408, 2048), "up": (1408, 2048), "down": (2048, 1408)}
     data: dict[str, Any] = {}
     storage: dict[Index, _StorageInfo] = {}
@@ -131,12 +134,27 @@ def many(entries: int) -> TorchMetadata:
             storage[Index(name, start, 0)] = _StorageInfo(f"__{rank}_0.distcp", place[rank], 1400)
             place[rank] += 1400
             paths[name] = path
+        if options:
+            name = f"optimizer.param_groups.{parameter}.lr"
+            data[name], storage[Index(name)] = BytesStorageMetadata(), _StorageInfo("__0_0.distcp", place[0], 1000)
+            place[0] += 1000
+            paths[name] = ("optimizer", f"param_groups.{parameter}.lr")
     return TorchMetadata(state_dict_metadata=data, planner_data=paths, storage_data=storage)
 
 
+def test_of_many_entries_only_the_first_of_each_kind_are_read_opcode_by_opcode(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    step = _Reader.step
+    monkeypatch.setattr(_Reader, "step", lambda reader: (steps.append(reader.at), step(reader))[1])
+    for entries in (80, 800):
+        steps.clear()
+        parse(pickle.dumps(many(entries, options=True)), Metadata())
+        assert len(steps) < 500
+
+
 def test_every_cut_and_every_changed_byte_is_read_alike_or_refused() -> None:
-    data = pickle.dumps(many(8))
-    for at in range(2, len(data), 3):
+    data = pickle.dumps(many(8, options=True))
+    for at in range(2, len(data), 5):
         for changed in (data[:at], data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]):
             try:
                 found: Any = columns(load_metadata(changed)[0])

@@ -81,7 +81,8 @@ class Archives:
             if part.file is not file or not begin <= part.start <= end - part.size:
                 file, begin, end = part.file, part.start, _end_of_window(parts, place)
                 window = file.read(begin, end - begin)
-            found[row] = self._object(part, window[part.start - begin :][: part.size])
+            at = part.start - begin
+            found[row] = self._object(part, window[at : at + part.size])
         return found
 
     def _object(self, part: FileSlice, data: bytes) -> Any:
@@ -89,7 +90,7 @@ class Archives:
             return self._scalars[data]
         tree, names, _ = torch_zip.read_archive(part)
         self.globals = list(dict.fromkeys([*self.globals, *names]))
-        if data and (tree is None or isinstance(tree, bool | int | float | str)):
+        if data and (_is_constant(tree) or (type(tree) is tuple and all(map(_is_constant, tree)))):
             self._scalars[data] = tree
         return tree
 
@@ -155,6 +156,10 @@ class Archives:
         if crc and nbytes:
             place = f"item at offset {part.start}, its elements"
             yield recorded(part.path, place, (part.extent(len(known.head), nbytes),), crc)
+
+
+def _is_constant(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _of_archive(part: FileSlice) -> Iterator[Recorded]:

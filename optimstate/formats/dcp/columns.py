@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 from optimstate.describe import describe
@@ -90,6 +91,16 @@ class Metadata:
         self.boxes.extend(boxes if len(boxes) == 1 else dict.fromkeys(boxes))
         self.first.append(len(self.boxes))
 
+    def extend(self, names: Sequence[str], entries: Sequence[tuple[Form | None, Sequence[Box | None]]]) -> None:
+        """Add items without places, each with its form and its boxes, which must all differ."""
+        begin = len(self.order)
+        self.order.extend(names)
+        self.numbers.update(zip(names, range(begin, len(self.order)), strict=True))
+        self.forms.extend(form for form, _ in entries)
+        self.boxes.extend(box for _, boxes in entries for box in boxes)
+        counts = accumulate((len(boxes) for _, boxes in entries), initial=self.first[-1])
+        self.first.extend(islice(counts, 1, None))
+
     def place(self, name: str, start: tuple[int, ...] | None, item: tuple[Any, Any, Any]) -> None:
         """Set the place of an item's pieces that begin at `start`; unknown names are ignored."""
         number = self.numbers.get(name)
@@ -109,19 +120,33 @@ class Metadata:
         file, offset, length = item
         known = self._files.get(file) if type(file) is str else None
         if known is None:
-            if type(file) is not str or "/" in file or "\\" in file or file in ("", ".", ".."):
-                raise CorruptCheckpointError(f"item {describe(name)} is in {describe(file)}, outside the folder")
-            known = self._files[file] = len(self.files)
-            self.files.append(file)
+            known = self.number_of_file(file, name)
         if type(offset) is not int or type(length) is not int or offset < 0 or length < 0 or offset + length >> 63:
             raise CorruptCheckpointError(
                 f"item {describe(name)} has the invalid offset {describe(offset)} or length {describe(length)}"
             )
         if row >= len(self.file):
-            self._allocate()
+            self.allocate()
         self.file[row], self.offset[row], self.length[row] = known, offset, length
 
-    def _allocate(self) -> None:
+    def number_of_file(self, file: Any, name: str = "") -> int:
+        """The number of a file, which gets one if it has none.
+
+        Args:
+            file: The name of the file.
+            name: The item that is in it, for the message.
+
+        Raises:
+            CorruptCheckpointError: It is outside the folder.
+        """
+        if type(file) is not str or "/" in file or "\\" in file or file in ("", ".", ".."):
+            raise CorruptCheckpointError(f"item {describe(name)} is in {describe(file)}, outside the folder")
+        known = self._files.setdefault(file, len(self.files))
+        if known == len(self.files):
+            self.files.append(file)
+        return known
+
+    def allocate(self) -> None:
         """Make rows without places for all boxes."""
         missing = len(self.boxes) - len(self.file)
         self.file.extend(array("i", [_NOWHERE]) * missing)
@@ -146,7 +171,7 @@ class Metadata:
         Raises:
             CorruptCheckpointError: A row has none.
         """
-        self._allocate()
+        self.allocate()
         if _NOWHERE not in self.file:
             return
         row = self.file.index(_NOWHERE)

@@ -8,11 +8,12 @@ model has few shapes, is read once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from optimstate.formats.dcp.columns import Box, Form, Metadata
 from optimstate.formats.dcp.opcodes import (
+    BYTES,
     CHUNK,
     INDEX,
     INFO,
@@ -30,26 +31,34 @@ from optimstate.tensors.dtypes import DTYPES
 
 __all__ = ["Forms", "reader_of"]
 
+T = TypeVar("T")
 Fast = Callable[[int], int]
 """Reads entries from an offset on, as long as the expression matches; returns the offset of the next one."""
 
 _REF = rb"(?:h.|j.{4})"
 _INT = rb"(?:K.|M..|J.{4}|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))"
 _NAME = rb"(?:\x8c(.)([^\x94]*+)\x94|(" + _REF + rb"))"  # the length is compared with the byte before
-_TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}  # opcode -> items of a tuple without a mark
+_TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}  # items of a tuple without a mark -> opcode
 _ALIKE = rb"(?:"  # begins a group that captures nothing
 
 
-class _Known(dict[bytes, Any]):
-    """The parsed parts of entries, up to a limit of memory."""
+class _Known(dict[bytes, T]):
+    """Parsed parts of entries. When they exceed the limit of memory, all are forgotten."""
 
-    room = 1 << 22  # bytes of parts
+    _ROOM = 1 << 22  # bytes, about
 
-    def keep(self, raw: bytes, parsed: Any) -> None:
-        """Keep a parsed part, if there is room."""
-        if self.room > 0:
-            self.room -= len(raw)
-            self[raw] = parsed
+    def __init__(self) -> None:
+        super().__init__()
+        self._room = self._ROOM
+
+    def keep(self, raw: bytes, parsed: T) -> T:
+        """Keep a parsed part, and return it."""
+        self._room -= len(raw) + 64
+        if self._room < 0:
+            self.clear()
+            self._room = self._ROOM
+        self[raw] = parsed
+        return parsed
 
 
 class Forms:
@@ -87,7 +96,7 @@ def reader_of(role: str, machine: Machine, forms: Forms) -> Fast:
     """
     entries = _Entries(machine, forms)
     made = {
-        "state_dict_metadata": entries.tensors,
+        "state_dict_metadata": entries.items,
         "storage_data": entries.places,
         "planner_data": entries.paths,
     }
@@ -116,6 +125,10 @@ class _Entries:
         ways = self.memo.ways[value if isinstance(value, str) else self.globals[value]]
         return b"(?:" + b"|".join(map(re.escape, ways)) + b")"
 
+    def is_known(self, path: tuple[str, str]) -> bool:
+        """Whether a class has occurred before."""
+        return self.globals.get(path) in self.memo.ways
+
     def size_expression(self) -> bytes:
         numbers = rb"(?:\(?(?:" + _INT + rb")++[\x85-\x87t]\x94|\)|" + _REF + rb")"
         return rb"(?:" + self.constant(SIZE) + numbers + rb"\x85\x94R\x94|" + _REF + rb")"
@@ -134,8 +147,7 @@ class _Entries:
         if inner == b")":
             values.extend((NOTHING, numbers))
             return numbers
-        several = _TUPLES.get(inner[-2])
-        if (several or len(numbers)) != len(numbers) or (several is None) != (inner[:1] == b"("):
+        if inner[-2:-1] != (b"t" if inner[:1] == b"(" else _TUPLES.get(len(numbers))):
             raise UnfamiliarError
         size = dimensions(numbers)
         values.extend((size, NOTHING, size))
@@ -154,45 +166,22 @@ class _Entries:
 
     # --- entries --------------------------------------------------------------------------------------------------
 
-    def tensors(self) -> Fast:
-        """Those of `state_dict_metadata`: name -> properties, size and chunks."""
-        is_, size = self.constant, self.size_expression()
+    def items(self) -> Fast:
+        """Those of `state_dict_metadata`: name -> properties, size and chunks of a tensor, or nothing for an object.
 
-        def chunk(group: bytes) -> bytes:
-            begin = is_(CHUNK) + rb"\)\x81\x94}\x94\(" + is_("offsets")
-            return begin + group + size + b")" + is_("sizes") + group + size + b")ub"
-
-        def tail(group: bytes) -> bytes:
-            begin = is_(TENSOR) + rb"\)\x81\x94}\x94\(" + is_("properties") + is_(PROPERTIES) + rb"\)\x81\x94\("
-            begin += group + _REF + b")" + group + _REF + b")" + group + rb"[\x88\x89])" + _REF + rb"[\x88\x89]t\x94b"
-            begin += is_("size") + group + size + b")" + is_("chunks")
-            return begin + rb"\]\x94(?:" + chunk(_ALIKE) + rb"a|\((?:" + chunk(_ALIKE) + rb")++e)ub"
-
-        match_entry = re.compile(_NAME + b"(" + tail(_ALIKE) + b")", re.DOTALL).match
-        match_tail = re.compile(tail(b"("), re.DOTALL).fullmatch
-        each_chunk = re.compile(chunk(b"("), re.DOTALL).finditer
-        values, recalled = self.memo.values, self.memo.recalled
-
-        def read(raw: bytes) -> tuple[Form, list[Box], Any]:
-            """The form and the boxes after a name, and what they add to the memo."""
-            match = match_tail(raw)
-            assert match is not None
-            dtype, layout, grad, size = match.groups()
-            before = len(values)
-            values.extend((NOTHING,) * 4)  # the tensor, its fields, the properties and theirs
-            form = self.forms.form(recalled(dtype), recalled(layout), grad == b"\x88", self.size(size))
-            values.append(NOTHING)  # the list of chunks
-            boxes = []
-            for found in each_chunk(raw, match.end(4)):
-                values.extend((NOTHING, NOTHING))  # the chunk and its fields
-                offsets, sizes = found.groups()
-                boxes.append(self.forms.box(self.size(offsets), self.size(sizes)))
-            return form, boxes, values[before:]
-
-        data, numbers, add = self.data, self.made.numbers, self.made.add
-        known = _Known()
+        The expression matches only entries of classes that have occurred before.
+        """
+        kinds = [self.tensor_expression(_ALIKE)] if self.is_known(TENSOR) else []
+        kinds += [self.constant(BYTES) + rb"\)\x81\x94"] if self.is_known(BYTES) else []
+        if not kinds:
+            raise KeyError(TENSOR)
+        match_entry = re.compile(_NAME + b"(" + b"|".join(kinds) + b")", re.DOTALL).match
+        values, recalled, read, known = self.memo.values, self.memo.recalled, self.reader_of_items(), _Known[Any]()
+        data, made = self.data, self.made
 
         def fast(at: int) -> int:
+            names: list[str] = []
+            entries: list[tuple[Form | None, Sequence[Box | None]]] = []
             while match := match_entry(data, at):
                 length, text, ref, raw = match.groups()
                 if length is None:
@@ -202,115 +191,180 @@ class _Entries:
                 else:
                     name = text.decode()
                     values.append(name)
-                if type(name) is not str or name in numbers:
+                if type(name) is not str:
                     raise UnfamiliarError
                 found = known.get(raw)
-                if found is not None:
-                    values.extend(found[2])
+                if found is None:
+                    found = known.keep(raw, read(raw))
                 else:
-                    found = read(raw)
-                    known.keep(raw, found)
-                add(name, found[0], found[1])
+                    values.extend(found[1])
+                names.append(name)
+                entries.append(found[0])
                 at = match.end()
+            made.extend(names, entries)
+            if len(made.numbers) != len(made.order):
+                raise UnfamiliarError  # two of one name
             return at
 
         return fast
+
+    def chunk_expression(self, group: bytes) -> bytes:
+        is_, size = self.constant, self.size_expression()
+        begin = is_(CHUNK) + rb"\)\x81\x94}\x94\(" + is_("offsets")
+        return begin + group + size + b")" + is_("sizes") + group + size + b")ub"
+
+    def tensor_expression(self, group: bytes) -> bytes:
+        """An expression for what follows the name of a tensor: properties, size and chunks."""
+        is_, size, chunk = self.constant, self.size_expression(), self.chunk_expression(_ALIKE)
+        begin = is_(TENSOR) + rb"\)\x81\x94}\x94\(" + is_("properties") + is_(PROPERTIES) + rb"\)\x81\x94\("
+        begin += group + _REF + b")" + group + _REF + b")" + group + rb"[\x88\x89])" + _REF + rb"[\x88\x89]t\x94b"
+        begin += is_("size") + group + size + b")" + is_("chunks")
+        return begin + rb"\]\x94(?:" + chunk + rb"a|\((?:" + chunk + rb")++e)ub"
+
+    def reader_of_items(self) -> Callable[[bytes], tuple[Any, Any]]:
+        """A function that reads what follows a name: returns the form and the boxes, and what they add to the memo."""
+        values, recalled = self.memo.values, self.memo.recalled
+        if not self.is_known(TENSOR):
+            match_tensor = each_chunk = None
+        else:
+            match_tensor = re.compile(self.tensor_expression(b"("), re.DOTALL).fullmatch
+            each_chunk = re.compile(self.chunk_expression(b"("), re.DOTALL).finditer
+
+        def read(raw: bytes) -> tuple[Any, Any]:
+            match = match_tensor(raw) if match_tensor is not None else None
+            before = len(values)
+            if match is None or each_chunk is None:
+                values.append(NOTHING)
+                return (None, (None,)), (NOTHING,)
+            dtype, layout, grad, size = match.groups()
+            values.extend((NOTHING,) * 4)  # the tensor, its fields, the properties and theirs
+            form = self.forms.form(recalled(dtype), recalled(layout), grad == b"\x88", self.size(size))
+            values.append(NOTHING)  # the list of chunks
+            boxes = []
+            for found in each_chunk(raw, match.end(4)):
+                values.extend((NOTHING, NOTHING))  # the chunk and its fields
+                offsets, sizes = found.groups()
+                boxes.append(self.forms.box(self.size(offsets), self.size(sizes)))
+            return (form, tuple(dict.fromkeys(boxes))), values[before:]
+
+        return read
 
     def places(self) -> Fast:
         """Those of `storage_data`: name and box -> file, offset and length."""
         is_, size = self.constant, self.size_expression()
         start = is_(INDEX) + rb"\)\x81\x94}\x94\(" + is_("fqn")
 
-        def between(group: bytes) -> bytes:
-            begin = is_("index") + group + _INT + b"|N)" + is_("offset") + group + size + b"|N)ub"
-            return begin + is_(INFO) + rb"\)\x81\x94}\x94\(" + is_("relative_path")
+        def between(group: bytes, file: bytes) -> bytes:
+            begin = is_("index") + group + _INT + b"|N)(?:" + is_("offset") + group + size + b"|N))?ub"
+            return begin + is_(INFO) + rb"\)\x81\x94}\x94\(" + is_("relative_path") + file
 
-        entry = start + _NAME + b"(" + between(_ALIKE) + b")" + _NAME + is_("offset") + b"(" + _INT + b")"
+        some_file = rb"(?:\x8c.[^\x94]*+\x94|" + _REF + b")"
+        entry = start + _NAME + b"(" + between(_ALIKE, some_file) + b")" + is_("offset") + b"(" + _INT + b")"
         match_entry = re.compile(entry + is_("length") + b"(" + _INT + b")ub", re.DOTALL).match
-        match_between = re.compile(between(b"("), re.DOTALL).fullmatch
-        values = self.memo.values
+        match_between = re.compile(between(b"(", _NAME), re.DOTALL).fullmatch
+        values, made, text_of = self.memo.values, self.made, self.text
 
-        def read(raw: bytes) -> tuple[int, tuple[int, ...] | None, Any]:
+        def read(raw: bytes) -> tuple[int, tuple[int, ...] | None, int, Any] | None:
+            """The number and the offsets of the piece, the number of its file, and what they add to the memo."""
             match = match_between(raw)
             assert match is not None
-            number, offset = match.groups()
+            number, offset, length, text, ref = match.groups()
+            if length is not None and length[0] != len(text):
+                return None
             before = len(values)
-            begin = None if offset == b"N" else self.size(offset)
+            begin = None if offset in (None, b"N") else self.size(offset)
             values.extend((NOTHING, NOTHING))  # the place and its fields
-            return 0 if number == b"N" else _whole(number), begin, values[before:]
+            file = made.number_of_file(text_of(length, text, ref))
+            return 0 if number == b"N" else max(_whole(number), 0), begin, file, values[before:]
 
-        data, made, text_of = self.data, self.made, self.text
-        numbers, first, boxes, two = made.numbers, made.first, made.boxes, (NOTHING, NOTHING)
-        known = _Known()
+        data, numbers, first, boxes = self.data, made.numbers, made.first, made.boxes
+        files, offsets, lengths = made.file, made.offset, made.length
+        known, numerals, two = _Known[Any](), _Known[int](), (NOTHING, NOTHING)
+        number_of = int.from_bytes
 
         def fast(at: int) -> int:
+            made.allocate()
             while match := match_entry(data, at):
-                length, text, ref, raw, in_length, in_text, in_ref, offset, nbytes = match.groups()
+                length, text, ref, raw, in_file, in_all = match.groups()
                 if length is not None and length[0] != len(text):
                     break
-                if in_length is not None and in_length[0] != len(in_text):
-                    break
+                before = len(values)
                 values.extend(two)  # the index and its fields
-                name = text_of(length, text, ref)
+                name = text_of(length, text, b"") if ref is None else values[number_of(ref[1:], "little")]
                 found = known.get(raw)
                 if found is not None:
-                    values.extend(found[2])
-                else:
-                    found = read(raw)
-                    known.keep(raw, found)
-                item = text_of(in_length, in_text, in_ref), _whole(offset), _whole(nbytes)
+                    values.extend(found[3])
+                elif (found := known.keep(raw, read(raw))) is None:
+                    del values[before:]  # it is read opcode by opcode
+                    break
+                offset, nbytes = _whole(in_file), numerals.get(in_all)
+                if nbytes is None:
+                    nbytes = numerals.keep(in_all, _whole(in_all))
+                if type(name) is not str or offset < 0 or nbytes < 0 or offset + nbytes >> 63:
+                    raise UnfamiliarError
                 number = numbers.get(name)
                 if number is not None:
-                    row, stop, begin = first[number], first[number + 1], found[1]
-                    row += 0 if stop - row == 1 else found[0]
+                    piece, begin, file, _ = found
+                    row, stop = first[number], first[number + 1]
+                    if stop - row > 1:
+                        row += piece
                     box = boxes[row] if row < stop else None
-                    if first[number] <= row < stop and (box and box[0]) == begin:
-                        made.put(row, name, item)
+                    if row < stop and (box and box[0]) == begin:
+                        files[row], offsets[row], lengths[row] = file, offset, nbytes
                     else:
-                        made.place(name, begin, item)
+                        made.place(name, begin, (made.files[file], offset, nbytes))
                 at = match.end()
             return at
 
         return fast
 
     def paths(self) -> Fast:
-        """Those of `planner_data`: name -> the keys that lead to it."""
-        key = rb"(?:\x8c[^\x94]*+\x94|" + _REF + b"|" + _INT + b")"
-        match_entry = re.compile(_NAME + rb"(\(?(?:" + key + rb")++[\x85-\x87t])\x94", re.DOTALL).match
-        keys_in = re.compile(rb"\x8c(.)([^\x94]*+)\x94|(" + _REF + rb")|(" + _INT + rb")", re.DOTALL).findall
+        """Those of `planner_data`: name -> the keys that lead to it; those before the last two are mostly the same."""
+        key = rb"(?:\x8c.[^\x94]*+\x94|" + _REF + b"|" + _INT + b")"
+        entry = _NAME + rb"(\(?(?:" + key + b")*?)(" + key + b")?(" + key + rb")([\x85-\x87t])\x94"
+        match_entry, keys_in = re.compile(entry, re.DOTALL).match, re.compile(key, re.DOTALL).findall
         data, values, text_of, paths = self.data, self.memo.values, self.text, self.made.paths
+        known, begins = _Known[str](), _Known[list[str | int]]()
+
+        def read(raw: bytes) -> str | int | None:
+            """A key; None if its length is wrong."""
+            if raw[0] == 0x8C:
+                return text_of(raw[1:2], raw[2:-1], b"") if raw[1] == len(raw) - 3 else None
+            if raw[0] not in b"hj":
+                return _whole(raw)
+            said = values[int.from_bytes(raw[1:], "little")]
+            if type(said) is not str:
+                raise UnfamiliarError
+            return known.keep(raw, said)
+
+        def read_begin(raw: bytes) -> list[str | int] | None:
+            """All keys but the last two; None if there is something else between them."""
+            spelled = keys_in(raw, 1 if raw[:1] == b"(" else 0)
+            keys = [key for key in map(read, spelled) if key is not None]
+            if len(keys) < len(spelled) or sum(map(len, spelled)) != len(raw) - (raw[:1] == b"("):
+                return None
+            return keys if b"\x8c" in raw else begins.keep(raw, keys)
 
         def fast(at: int) -> int:
             while match := match_entry(data, at):
-                length, text, ref, raw = match.groups()
+                length, text, ref, begin, middle, last, end = match.groups()
                 if length is not None and length[0] != len(text):
                     break
                 before = len(values)
                 name = text_of(length, text, ref)
-                keys: list[str | int] = []
-                end = 1 if raw[0] == 0x28 else 0
-                for spelled, inner, recalled, whole in keys_in(raw, end):
-                    if recalled:
-                        part = values[int.from_bytes(recalled[1:], "little")]
-                        if type(part) is not str:
-                            raise UnfamiliarError
-                        keys.append(part)
-                        end += len(recalled)
-                    elif whole:
-                        keys.append(_whole(whole))
-                        end += len(whole)
-                    elif spelled[0] != len(inner):
-                        break
-                    else:
-                        keys.append(text_of(spelled, inner, b""))
-                        end += 3 + len(inner)
-                several = _TUPLES.get(raw[-1])
-                # Where something between two keys was passed over, they do not add up to the whole.
-                if end != len(raw) - 1 or (several or len(keys)) != len(keys) or (several is None) != (raw[0] == 0x28):
+                keys = begins.get(begin)
+                if keys is None:
+                    keys = read_begin(begin)
+                parent = "" if middle is None else known.get(middle) or read(middle)
+                key = known.get(last) or read(last)
+                if keys is None or parent is None or key is None:
                     del values[before:]  # it is read opcode by opcode
                     break
+                path = (key,) if middle is None else (*keys, parent, key)
+                if end != (b"t" if begin[:1] == b"(" else _TUPLES.get(len(path))):
+                    raise UnfamiliarError
                 values.append(NOTHING)
-                paths[name] = tuple(keys)
+                paths[name] = path
                 at = match.end()
             return at
 

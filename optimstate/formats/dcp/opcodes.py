@@ -72,13 +72,20 @@ class Record:
 
 
 class Table:
-    """A dict of the metadata whose entries are read one by one."""
+    """A dict of the metadata.
 
-    __slots__ = ("fast", "role")
+    Attributes:
+        role: The name of its field, or an empty string.
+        fast: Reads entries that are like earlier ones; None before the first one was read.
+        slow: The number of entries that were read opcode by opcode.
+    """
+
+    __slots__ = ("fast", "role", "slow")
 
     def __init__(self, role: str) -> None:
         self.role = role
         self.fast: Callable[[int], int] | None = None
+        self.slow = 0
 
 
 class Memo:

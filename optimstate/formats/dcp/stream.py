@@ -104,8 +104,9 @@ class _Reader(Machine):
                     raise UnfamiliarError
             value, key = stack.pop(), stack.pop()
             self.entry(table, key, value)
-            if table.fast is None:
-                with suppress(KeyError):  # a class or a field has not been met yet
+            table.slow += 1
+            if table.slow & (table.slow - 1) == 0:  # rebuilt after 1, 2, 4, 8 ... slow entries, for new classes
+                with suppress(KeyError):  # a class or a field has not occurred yet
                     table.fast = reader_of(table.role, self, self._forms)
 
     def entry(self, table: Table, key: Any, value: Any) -> None:

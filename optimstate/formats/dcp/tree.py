@@ -55,20 +55,26 @@ def nested(
             if type(parent) is dict and path and type(path[-1]) is str and path[-1] not in parent:
                 parent[path[-1]] = value
             else:
-                parents[path[:-1]] = _insert(tree, path, value)
-        tree = _restored(tree)
+                _insert(tree, path, value, parents)
+        unplaced = values.keys() - paths.keys()
+        tree = _restored(tree, is_flattened({**paths, **{name: (name,) for name in unplaced}} if unplaced else paths))
     clash = tree.keys() & beside.keys()
     if clash:
         raise CorruptCheckpointError(f"{describe(min(clash))} is both an item of the checkpoint and a file beside it")
     return {**tree, **beside}, notes
 
 
-def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> Any:
-    """Put a value at a path, and return its container; as in torch, an int is an index of a list."""
+def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any, parents: dict[tuple[Any, ...], Any]) -> None:
+    """Put a value at a path, and note its containers in `parents`; as in torch, an int is an index of a list."""
+    beyond = parents.get(path[:-2]) if len(path) > 1 else None
+    if type(beyond) is dict and type(path[-1]) is type(path[-2]) is str and path[-2] not in beyond:
+        beyond[path[-2]] = parents[path[:-1]] = {path[-1]: value}
+        return
     if not path or not all(type(key) is str or (type(key) is int and key >= 0) for key in path):
         raise CorruptCheckpointError(f"a path is {describe(path)}"[:200])
     node: Any = tree
-    for key, following in zip(path, (*path[1:], None), strict=True):
+    for depth, (key, following) in enumerate(zip(path, (*path[1:], None), strict=True)):
+        parents[path[:depth]] = node
         if isinstance(node, list) != (type(key) is int):
             raise CorruptCheckpointError(f"the path {describe(path)} contradicts another one"[:300])
         if isinstance(node, list):
@@ -86,21 +92,19 @@ def _insert(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> Any:
             node = found
         else:
             raise CorruptCheckpointError(f"the path {describe(path)} leads through a value"[:300])
-    return node
 
 
 _ABSENT = object()
 
 
-def _restored(node: Any) -> Any:
+def _restored(node: Any, flattened: bool) -> Any:
     """The tree with its optimizers in torch's form, including values that have no flat names."""
-    if isinstance(node, list):
-        return [None if item is _ABSENT else _restored(item) for item in node]
-    if type(node) is not dict:
-        return node
-    if _is_flattened_optimizer(node):
+    if type(node) is list:
+        node = [None if item is _ABSENT else item for item in node]
+        return [_restored(item, flattened) if type(item) in _CONTAINERS else item for item in node]
+    if flattened and _is_flattened_optimizer(node):
         return _unflattened(node)
-    made = {key: _restored(value) for key, value in node.items()}
+    made = {key: _restored(value, flattened) if type(value) in _CONTAINERS else value for key, value in node.items()}
     groups = made.get("param_groups")
     if isinstance(groups, list) and groups and all(isinstance(g, dict) and "params" in g for g in groups):
         if "state" not in made:  # an empty mapping has no items, and so no names
@@ -110,6 +114,9 @@ def _restored(node: Any) -> Any:
         if isinstance(state, dict) and keys and all(type(key) is int for key in keys):
             made["state"] = {int(key) if str(key).isdecimal() else key: slots for key, slots in state.items()}
     return made
+
+
+_CONTAINERS = (dict, list)
 
 
 def _is_flattened_optimizer(node: Mapping[Any, Any]) -> bool:
@@ -167,7 +174,7 @@ def _comparable(value: Any) -> str:
 
 def is_flattened(paths: Mapping[str, Path]) -> bool:
     """Whether the optimizers of a checkpoint are flattened, and should be written so again."""
-    return any(type(path[-1]) is str and path[-1].startswith("param_groups.") for path in paths.values())
+    return any(type(path[-1]) is str and path[-1].startswith("param_groups.") for path in paths.values() if path)
 
 
 def leaves(tree: Mapping[Any, Any], *, flattened: bool = False) -> tuple[Leaves, list[str]]:
