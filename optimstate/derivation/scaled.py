@@ -1,9 +1,10 @@
-"""Derivation for models whose elements cannot be numbered: all names, shrunk dimensions.
+"""Derivation for models with too many elements for tags: all names, but shrunk dimensions.
 
-Each large dimension gets a small size of its own, at two scales whose ratios differ from one dimension to the next.
-What is the same at both is structure (the number of experts, the two of gate and up); what differs is a multiple of a
-product of source dimensions, which the ratio tells. It is carried over to a third scale, proved there, and to the real
-shapes, where the function is run on the meta device and every shape compared.
+Each large dimension gets a different small size at each of two scales, with a different ratio for each dimension. A
+number in the plan that is the same at both scales is structure (the number of experts, the two of gate and up); one
+that differs is a multiple of a product of source dimensions, which the ratio identifies. The plan is transferred to a
+third scale and proved there, and to the real shapes, where the function is run on the meta device and all shapes are
+compared.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ Maker = Callable[[Mapping[int, int]], Function]
 
 
 class Basis(Record):
-    """Tensors whose dimensions are shrunk in place of the sources', and what the sources are then.
+    """Tensors whose dimensions are shrunk instead of the sources', and the sources that follow from them.
 
-    The sizes of sources that are joined of others, a fused projection of queries and fewer keys, are sums: shrunk by
-    themselves, they would fit nothing.
+    Sources that are joined from others, such as a fused projection of queries and fewer keys, have sums as sizes, which
+    must not be shrunk separately.
+
+    Attributes:
+        sources: The tensors with their real shapes.
+        shrunk: Returns the function's sources for shrunk dimensions.
     """
 
     sources: Mapping[str, Source]
@@ -48,8 +53,8 @@ class Basis(Record):
 
 Shape = tuple[int, ...]
 Triple = tuple[int, int, int]
-_LARGE = 48  # smaller dimensions are kept
-_MOST_OUTPUTS = 1024  # larger dimensions are not taken for a number of experts
+_LARGE = 48  # dimensions up to this size are kept
+_MOST_OUTPUTS = 1024  # dimensions up to this size may be a number of experts
 _PRIMES = (
     (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73),
     (5, 3, 11, 7, 17, 13, 23, 19, 31, 29, 41, 37, 47, 43, 59, 53, 67, 61, 73, 71),
@@ -57,23 +62,24 @@ _PRIMES = (
 _THIRD = (7, 11, 3, 5, 19, 23, 13, 17, 37, 41, 29, 31, 53, 59, 43, 47, 71, 73, 61, 67)
 _MOST_ELEMENTS = 1 << 25  # two gigabytes of tags
 _MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
-"""What a function raises that meets a size it cannot take, or misses the name of a layer."""
-_UNITS = (4, 16, 32, 64)  # a function that cuts heads or halves needs sizes that they divide
+"""Errors of a function that gets a size that it cannot use, or misses the name of a layer."""
+_UNITS = (4, 16, 32, 64)  # shrunk sizes are multiples of one, for functions that split heads or halves
 
 
 def derive_scaled(
     make: Maker, sources: Mapping[str, Source], *, allow_drop: bool = False, basis: Basis | None = None
 ) -> Derived:
-    """Derive at shrunk dimensions and carry the plan over to the real ones.
+    """Derive at shrunk dimensions, and transfer the plan to the real ones.
 
     Args:
-        make: The function, for shrunk dimensions where it must know them.
-        sources: Of the real shapes.
-        allow_drop: Whether sources may go nowhere.
-        basis: What is shrunk; without, every source by itself.
+        make: Returns the function for shrunk dimensions.
+        sources: The sources with their real shapes.
+        allow_drop: Whether sources may be in no output.
+        basis: The tensors to shrink; without it, the sources themselves.
 
     Raises:
-        DerivationError: The function is not a layout, knows sizes that were shrunk, or treats shrunk tensors otherwise.
+        DerivationError: The function is not a layout, contains sizes that were shrunk, or treats shrunk tensors
+            differently.
     """
     reason: Exception | None = None
     some = sampled(sources)
@@ -84,7 +90,7 @@ def derive_scaled(
             return _Scaled(make, sources, allow_drop, unit, names, basis, mixed=mixed).run()
         except (DerivationError, *_MISFITS) as error:
             failed = not isinstance(error, DerivationError) or error.__cause__ is not None
-            reason = error if failed else reason or error  # it met a size that it cannot take, or misses a layer
+            reason = error if failed else reason or error  # preferably an error of the function itself
     raise DerivationError(
         f"the function cannot be derived at shrunk dimensions: {reason}",
         hint="Derive it on one layer at its real size, or without scaling where memory allows.",
@@ -92,9 +98,9 @@ def derive_scaled(
 
 
 def sampled(sources: Mapping[str, Source]) -> list[str]:
-    """Names of a few layers of each kind, and all names of no layer; all of them where that saves little.
+    """The names of a few layers of each kind, and all names outside of layers; all names if that saves little.
 
-    Layers are told by the first number in a name; those of one kind have the same names and shapes.
+    Layers are distinguished by the first number in a name; those of one kind have the same names and shapes.
     """
     layers: dict[tuple[str, str], list[str]] = {}
     kinds: dict[tuple[str, str], set[tuple[str, Shape]]] = {}
@@ -118,7 +124,7 @@ def sampled(sources: Mapping[str, Source]) -> list[str]:
 
 
 def _layer(name: str) -> tuple[str, str, str] | None:
-    """What stands before the first number between dots in a name, that number, and the rest; None without one."""
+    """The part of a name before the first number between dots, the number, and the rest; None without a number."""
     parts = name.split(".")
     at = next((at for at, part in enumerate(parts[:-1]) if part.isdecimal()), None)
     return None if at is None else (".".join(parts[:at]), parts[at], ".".join(parts[at + 1 :]))
@@ -128,13 +134,13 @@ class _Scaled:
     """One attempt.
 
     Args:
-        make: The function.
-        sources: Of the real shapes.
-        allow_drop: Whether sources may go nowhere.
-        unit: What every shrunk dimension is a multiple of.
-        names: The sources that the plan is derived from, and then proved on all; None for all.
-        basis: What is shrunk.
-        mixed: Whether only dimensions that need it are multiples of the unit, the others of the smallest.
+        make: Returns the function for shrunk dimensions.
+        sources: The sources with their real shapes.
+        allow_drop: Whether sources may be in no output.
+        unit: Every shrunk dimension is a multiple of this number.
+        names: The sources from which the plan is derived, before it is proved on all; None for all.
+        basis: The tensors to shrink.
+        mixed: Whether only dimensions that need it are multiples of the unit, and the others of the smallest unit.
     """
 
     def __init__(
@@ -183,7 +189,7 @@ class _Scaled:
         return units
 
     def _naming(self, large: Sequence[int], unit: int) -> set[int]:
-        """Sizes that say how many outputs there are (experts of a fused tensor): shrunk, they would lose some."""
+        """Sizes that determine the number of outputs (experts of a fused tensor), which must not be shrunk."""
         wanted = self._outputs({}).keys()
         small = {size: _small(size, unit * _PRIMES[0][0]) for size in large}
         counts = [size for size in large if size <= _MOST_OUTPUTS]
@@ -222,7 +228,7 @@ class _Scaled:
         return whole.derived(plan)
 
     def _prove_on_all(self, first: Derivation, second: Derivation) -> None:
-        """Hold the plan of a few layers against the function on all of them, as small as the function lets them be."""
+        """Compare the plan of a few layers with the function on all layers, at the smallest sizes that it accepts."""
         primes = cycle(_PRIMES[0][:4])
         small = {size: _small(size, 2 * prime) for size, prime in zip(self.scales[2], primes, strict=False)}
         reason: Exception | None = None
@@ -304,11 +310,11 @@ def _scaled(source: Source, scale: Mapping[int, int]) -> Source:
 
 
 def _dims(names: Sequence[str], shapes: Sequence[Mapping[str, Shape]]) -> list[Triple]:
-    """Dimensions that are shrunk: at the first scale, at the second, and at the one that is asked for.
+    """The sizes of shrunk dimensions at the first scale, at the second, and at the requested one.
 
     Args:
-        names: Of the tensors; all of them where none of these is among them.
-        shapes: At each of the three.
+        names: The names of the tensors; if none of them exists, all tensors are used.
+        shapes: The shapes at each of the three scales.
     """
     known = [name for name in names if name in shapes[0]] or list(shapes[0])
     columns = {dims for name in known for dims in zip(*(at[name] for at in shapes), strict=True)}
@@ -316,7 +322,7 @@ def _dims(names: Sequence[str], shapes: Sequence[Mapping[str, Shape]]) -> list[T
 
 
 def _small(size: int, new: int) -> int:
-    """A shrunk size: what could be cut in three (queries, keys and values) still can."""
+    """A shrunk size, which is divisible by three (queries, keys and values) if the real one is."""
     return new * gcd(size, 3)
 
 
@@ -334,12 +340,12 @@ def _lift_all(
 
 
 def _lift(one: Any, other: Any, dims: Sequence[Sequence[Triple]]) -> Any:
-    """A value of a plan at another scale: what is the same at both scales stays, other integers follow dimensions.
+    """A value of a plan at another scale: equal values stay, integers that differ follow dimensions.
 
     Args:
-        one: At the first scale.
-        other: At the second.
-        dims: Of the sources, and of the targets, which are asked where the sources say nothing.
+        one: The value at the first scale.
+        other: The value at the second scale.
+        dims: The dimensions of the sources, and those of the targets, which are used if no source fits.
     """
     if isinstance(one, dict):
         if not isinstance(other, dict) or one.keys() != other.keys():
@@ -358,7 +364,7 @@ def _lift(one: Any, other: Any, dims: Sequence[Sequence[Triple]]) -> Any:
 
 
 def _followed(one: int, other: int, dims: Sequence[Triple]) -> set[int]:
-    """What a size may be at another scale: a part or multiple of a dimension, or of the product of two."""
+    """The possible values of a size at another scale: a fraction or multiple of a dimension, or of a product of two."""
     for count in (1, 2):
         found = set()
         for chosen in combinations_with_replacement(dims, count):

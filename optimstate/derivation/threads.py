@@ -1,4 +1,4 @@
-"""How many threads small tensors are worked on with."""
+"""Limiting the number of torch's threads for small tensors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _WORTH_THREADS = 1 << 24  # elements
 
 @contextmanager
 def few_threads(sources: Mapping[str, Source]) -> Iterator[None]:
-    """One thread as long as it lasts where the sources are small: several, waiting for each other, take twice the time.
+    """Use one thread during the block if the sources are small, because several would take twice the time.
 
     Args:
-        sources: What a function is given.
+        sources: The sources of a function.
     """
     from optimstate.installed_torch import torch
 

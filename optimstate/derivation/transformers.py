@@ -1,8 +1,8 @@
-"""The weight conversions of the installed transformers, as functions that plans are derived from.
+"""The weight conversions of the installed transformers, as functions from which plans are derived.
 
-A model of transformers has a hub layout, in which weights are published and Trainer saves them, and a live layout, that
-of its modules; for mixtures of experts they differ since transformers 5. The library's own converters are run here on a
-model on the meta device; what they do is read off, never translated.
+A transformers model has a hub layout, in which weights are published and saved by Trainer, and a live layout, that of
+its modules; for mixtures of experts they differ since transformers 5. The library's own converters are run here with a
+model on the meta device, and plans are derived from them; nothing is translated by hand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from optimstate.errors import DerivationError
 __all__ = ["Layout", "Shrinking", "derive_transformers", "live_model", "to_hub", "to_live"]
 
 Layout = Literal["live", "hub"]
-_SCALED_FROM = 1 << 22  # elements; the converters know sizes by the model alone, so that shrinking is safe
+_SCALED_FROM = 1 << 22  # elements; shrinking is safe, because the converters take sizes from the model only
 
 
 def derive_transformers(source: Any, *, to: Layout = "live", shapes: Mapping[str, Any] | None = None) -> Derived:
@@ -30,14 +30,13 @@ def derive_transformers(source: Any, *, to: Layout = "live", shapes: Mapping[str
 
     Args:
         source: A model, a configuration, or a folder or file with one (`config.json`).
-        to: The layout that the plan leads to.
-        shapes: Names with tensors or shapes of the checkpoint; without, those of the model in the other layout. Where
-            they stand in the layout that the plan leads to, it leads there from what they are in the other; a note
-            says so.
+        to: The layout after the plan.
+        shapes: Names with tensors or shapes of the checkpoint; by default those of the model in the other layout. If
+            they are already in the layout `to`, the plan starts from the other layout, and a note says so.
 
     Raises:
-        DerivationError: transformers is not installed or too old, builds no such model, or its converters do something
-            that no plan says.
+        DerivationError: transformers is not installed, is too old, cannot build the model, or its converters do
+            something that no plan can express.
     """
     model = live_model(source)
     convert = to_hub if to == "hub" else to_live
@@ -51,7 +50,7 @@ def derive_transformers(source: Any, *, to: Layout = "live", shapes: Mapping[str
 
 
 def _turned(model: Any, given: dict[str, Source], to: Layout) -> tuple[dict[str, Source], str]:
-    """What the plan leads from, and what is to be said of it where that is not what was given."""
+    """The sources of the plan, and a note if these are not the given ones."""
     live = model.state_dict().keys()
     if (given.keys() <= live) is (to == "hub"):
         return given, ""
@@ -94,7 +93,7 @@ def _basis(model: Any) -> Basis:
 
 
 def _run(function: Function, given: Mapping[str, Source]) -> dict[str, Source]:
-    """What a function makes, from tensors without elements."""
+    """The names, shapes and dtypes that a function makes, from tensors without elements."""
     from optimstate.installed_torch import torch
 
     made = {n: torch.empty(s.shape, dtype=getattr(torch, s.dtype), device="meta") for n, s in given.items()}
@@ -187,13 +186,13 @@ def _conversions(model: Any) -> list[Any]:
 
 
 class _Conversion:
-    """The library's converters in one direction; what becomes of names is worked out once, for many calls.
+    """The library's converters in one direction; names are converted once, for many calls.
 
     Args:
-        model: Which converters ask for its configuration and shapes.
-        steps: In the order of this direction.
+        model: The model from which converters take the configuration and shapes.
+        steps: The converters in the order of this direction.
         loading: The library's module of converters.
-        saving: Whether names are changed after the converters, not before.
+        saving: Whether names are changed after the converters instead of before.
     """
 
     def __init__(self, model: Any, steps: list[Any], loading: Any, *, saving: bool) -> None:
@@ -224,8 +223,8 @@ class _Conversion:
         return made
 
     def _place(self, state: Mapping[str, Any]) -> None:
-        """For each name the tensor that it becomes a part of, and the pattern of the converter that makes it."""
-        # Steps note what they have seen, and some act on a name only after another.
+        """Find for each name the tensor of which it becomes a part, and the pattern of the converter that makes it."""
+        # Steps remember names, and some change a name only after another one.
         self._asked = copy.deepcopy(self.renamings), copy.deepcopy(self.converters)
         renamings, converters = self._asked
         self._names, self._targets = {}, {}

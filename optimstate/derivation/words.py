@@ -1,4 +1,4 @@
-"""Rules that differ in one word, as one rule."""
+"""Merging rules that differ in one word."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["merged_words"]
 
 
 def merged_words(rules: Sequence[Rule], names: Sequence[str]) -> list[Rule]:
-    """Rules with equal operations that differ in one word of a single source and target are made one."""
+    """The rules, after merging those with equal operations that differ in one word of their source and target."""
     merging = _Merging(names)
     left = list(rules)
     while (found := merging.found(left)) is not None:
@@ -39,18 +39,18 @@ class _Place(Record):
 
 
 class _Merging:
-    """The search for rules that can be one; what was worked out of a rule is kept, as most are seen many times."""
+    """The search for rules that can be merged; results for a rule are kept, because most are used many times."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self._numbers: dict[object, int] = {}
-        self._held: list[Rule] = []  # so that their ids stay theirs
+        self._held: list[Rule] = []  # keeps rules, so that no other object gets their ids
         self._places: dict[int, list[tuple[int, _Place]]] = {}
         self._matched: dict[int, set[str]] = {}
         self._apart: set[tuple[int, ...]] = set()
 
     def found(self, rules: Sequence[Rule]) -> tuple[list[Rule], Rule] | None:
-        """The largest group of rules that is one, with that rule."""
+        """The largest group of rules that can be merged, with the merged rule."""
         groups: dict[int, list[_Place]] = defaultdict(list)
         for rule in rules:
             for number, place in self._of(rule):
@@ -66,7 +66,7 @@ class _Merging:
         return None
 
     def _of(self, rule: Rule) -> list[tuple[int, _Place]]:
-        """The places of a rule, each with the number of what stands around it."""
+        """The places of a rule, each with the number of its context."""
         if id(rule) not in self._places:
             self._held.append(rule)
             single = len(rule.sources) == len(rule.targets) == 1
@@ -85,7 +85,7 @@ class _Merging:
 
 
 def _places(rule: Rule) -> Iterator[tuple[object, _Place]]:
-    """The places of a rule, each with what stands around it."""
+    """The places of a rule, each with its context: the operations and the other words."""
     operations = tuple(map(str, rule.operations))
     old, new = _words(rule.sources[0].text), _words(rule.targets[0].text)
     before = [(at, word, (*old[:at], "", *old[at + 1 :])) for at, word in enumerate(old) if _plain(word)]
