@@ -142,14 +142,23 @@ def many(entries: int, *, options: bool = False) -> TorchMetadata:
     return TorchMetadata(state_dict_metadata=data, planner_data=paths, storage_data=storage)
 
 
-def test_of_many_entries_only_the_first_of_each_kind_are_read_opcode_by_opcode(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
-    step = _Reader.step
+@pytest.mark.parametrize("strides", [..., None, (), (3,), (70_000, 1), (2**33, 300, 1), (4, 3, 2, 1)], ids=str)
+def test_of_many_entries_only_the_first_of_each_kind_are_read_opcode_by_opcode(
+    strides: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With strides as torch 2.14 adds them, or without as before."""
+    state, step, steps = TensorProperties.__getstate__, _Reader.step, list[int]()
+    own = () if strides is ... else (strides,)
+    monkeypatch.setattr(
+        TensorProperties, "__getstate__", lambda self: (*state(self)[:5], *(one and (*one,) for one in own))
+    )
     monkeypatch.setattr(_Reader, "step", lambda reader: (steps.append(reader.at), step(reader))[1])
     for entries in (80, 800):
         steps.clear()
-        parse(pickle.dumps(many(entries, options=True)), Metadata())
+        made, data = Metadata(), pickle.dumps(many(entries, options=True))
+        parse(data, made)
         assert len(steps) < 500
+        assert columns(made) == columns(by_the_general_reader(data))
 
 
 def test_every_cut_and_every_changed_byte_is_read_alike_or_refused() -> None:

@@ -217,7 +217,9 @@ class _Entries:
         """An expression for what follows the name of a tensor: properties, size and chunks."""
         is_, size, chunk = self.constant, self.size_expression(), self.chunk_expression(_ALIKE)
         begin = is_(TENSOR) + rb"\)\x81\x94}\x94\(" + is_("properties") + is_(PROPERTIES) + rb"\)\x81\x94\("
-        begin += group + _REF + b")" + group + _REF + b")" + group + rb"[\x88\x89])" + _REF + rb"[\x88\x89]t\x94b"
+        begin += group + _REF + b")" + group + _REF + b")" + group + rb"[\x88\x89])" + _REF + rb"[\x88\x89]"
+        # torch 2.14 added the strides, which say nothing of how the bytes lie.
+        begin += rb"(?:N|\)|" + _REF + b"|" + group + rb"\(?(?:" + _INT + rb")++[\x85-\x87t]\x94))?t\x94b"
         begin += is_("size") + group + size + b")" + is_("chunks")
         return begin + rb"\]\x94(?:" + chunk + rb"a|\((?:" + chunk + rb")++e)ub"
 
@@ -236,12 +238,14 @@ class _Entries:
             if match is None or each_chunk is None:
                 values.append(NOTHING)
                 return (None, (None,)), (NOTHING,)
-            dtype, layout, grad, size = match.groups()
-            values.extend((NOTHING,) * 4)  # the tensor, its fields, the properties and theirs
+            dtype, layout, grad, strides, size = match.groups()
+            values.extend(
+                (NOTHING,) * (4 if strides is None else 5)
+            )  # the tensor, its fields, the properties and theirs
             form = self.forms.form(recalled(dtype), recalled(layout), grad == b"\x88", self.size(size))
             values.append(NOTHING)  # the list of chunks
             boxes = []
-            for found in each_chunk(raw, match.end(4)):
+            for found in each_chunk(raw, match.end(5)):
                 values.extend((NOTHING, NOTHING))  # the chunk and its fields
                 offsets, sizes = found.groups()
                 boxes.append(self.forms.box(self.size(offsets), self.size(sizes)))
