@@ -301,7 +301,7 @@ def test_what_a_plan_declares_new_stays_as_it_is_in_the_live_state(flat: bool, t
         state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=flat))
         return {"model": model.state_dict(), "optimizer": state}
 
-    dcp.save(saved := parts("old"), checkpoint_id=tmp_path / "saved", no_dist=True)
+    dcp.save(saved := parts("old"), checkpoint_id=tmp_path / "saved")
     live, before = parts("first", "second"), parts("first", "second")
     plan = Plan.from_options(rename=["old=second"], fresh=["first"])
     done = fill_state_dict(live, tmp_path / "saved", plan)

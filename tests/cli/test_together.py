@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = {"model": {f"model.{i}.weight": torch.randn(60 + i, 40) for i in range(30)}, "epoch": 3, "text": "x" * 50}
     tree["model"]["model.large"] = torch.randn(4000, 40)  # type: ignore[index]
     tree["model"]["model.scalar"] = torch.tensor(1.5)  # type: ignore[index]
-    dcp.save(tree, checkpoint_id=str(folder), no_dist=True)
+    dcp.save(tree, checkpoint_id=str(folder))
     return folder
 
 
@@ -240,7 +240,7 @@ def test_a_process_reads_hardly_more_than_it_writes(tmp_path: Path) -> None:
     """As the system counts: 1.02 times the bytes, beside what Python and the metadata take."""
     folder = tmp_path / "a"
     tree = {"model": {f"model.{i}.weight": torch.full((512, 1024), float(i)) for i in range(24)}}
-    dcp.save(tree, checkpoint_id=str(folder), no_dist=True)
+    dcp.save(tree, checkpoint_id=str(folder))
     script = (
         "import os, sys\n"
         "import optimstate\n"

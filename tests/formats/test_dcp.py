@@ -45,7 +45,7 @@ NESTED = ("dcp/single_adamw_nested", "dcp/fsdp2_ws2_adamw_nested")
 
 def save(tree: dict[str, Any], path: Path, **options: Any) -> Path:
     writer = distributed.FileSystemWriter(path, **options)
-    distributed.save(tree, storage_writer=writer, no_dist=True)
+    distributed.save(tree, storage_writer=writer)
     return path
 
 
@@ -127,7 +127,7 @@ def test_flat_buckets_of_megatron_do_not_hide_the_model(chain: str, tmp_path: Pa
     live[f"{distributed_state}optimizer/shard_0_1"] = {"param_groups": [{"lr": 0.1, "step": 10, "params": []}]}
     live["rng_state/shard_0.0_1.1"] = [{"torch_rng_state": torch.get_rng_state(), "random": (3, (1, 2), None)}]
     planner = distributed.DefaultSavePlanner(flatten_state_dict=False)
-    distributed.save(live, checkpoint_id=tmp_path / "a", planner=planner, no_dist=True)
+    distributed.save(live, checkpoint_id=tmp_path / "a", planner=planner)
     document = open_checkpoint(tmp_path / "a")
     assert [(s.kind, list(s.tensors())) for s in find_sections(document.tree)] == [("model", ["decoder.weight"])]
     assert any("carried along" in note and "--dist-ckpt-optim-fully-reshardable" in note for note in document.notes)
@@ -147,7 +147,7 @@ def test_each_of_megatrons_chained_optimizers_is_one(tmp_path: Path) -> None:
         for slot in ("fp32_param", "exp_avg", "exp_avg_sq")
     }
     planner = distributed.DefaultSavePlanner(flatten_state_dict=False)
-    distributed.save({**live, **names}, checkpoint_id=tmp_path / "a", planner=planner, no_dist=True)
+    distributed.save({**live, **names}, checkpoint_id=tmp_path / "a", planner=planner)
     groups = [{"lr": lr, "params": [0], "wd_mult": 1.0} for lr in (0.1, 0.2)]
     common = {number: {"optimizer": {"param_groups": [group]}, "common_step": 7} for number, group in enumerate(groups)}
     torch.save({"optimizer": common, "iteration": 7}, tmp_path / "a" / "common.pt")
@@ -178,6 +178,8 @@ def test_shards_along_any_dimension(two_processes: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["safetensors", "without_collectives"])
 def test_other_forms_of_two_ranks(name: str, two_processes: Path) -> None:
+    if not (two_processes / name).exists():
+        pytest.skip("this torch does not write such a form")
     document = open_checkpoint(two_processes / name)
     assert document.tree["epoch"] == 3
     for key, tensor in document.tree["model"].items():
@@ -188,6 +190,8 @@ def test_other_forms_of_two_ranks(name: str, two_processes: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_is_missing_leaves_a_named_hole(two_processes: Path, tmp_path: Path) -> None:
+    if not gloo_worker.WITHOUT_COLLECTIVES:
+        pytest.skip("this torch does not write such a form")
     folder = Path(shutil.copytree(two_processes / "without_collectives", tmp_path / "a"))
     (folder / "__1.metadata").unlink()
     with pytest.raises(CorruptCheckpointError, match=r"tensor 'model\.rows'.*\(7, 4\): \[4:7, 0:4\] is missing"):
@@ -196,6 +200,8 @@ def test_a_rank_that_is_missing_leaves_a_named_hole(two_processes: Path, tmp_pat
 
 @pytest.mark.slow
 def test_ranks_that_contradict_one_another_are_refused(two_processes: Path, tmp_path: Path) -> None:
+    if not gloo_worker.WITHOUT_COLLECTIVES:
+        pytest.skip("this torch does not write such a form")
     folder = Path(shutil.copytree(two_processes / "without_collectives", tmp_path / "a"))
     file = folder / "__1.metadata"
     file.write_bytes(file.read_bytes().replace(b"float32", b"float64"))
@@ -422,7 +428,7 @@ def test_torch_loads_what_is_written(name: str, tmp_path: Path) -> None:
     dcp.write(document.tree, tmp_path / "a", like=document)
     live = torch.load(case.files[0], weights_only=True)
     loaded = blank(live)
-    distributed.load(loaded, checkpoint_id=str(tmp_path / "a"), no_dist=True)
+    distributed.load(loaded, checkpoint_id=str(tmp_path / "a"))
     assert same_values(loaded, live)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import optimstate
@@ -23,6 +22,7 @@ from optimstate.io.extents import FileSource
 from optimstate.io.linking import linked
 from optimstate.plan.language.plan import Plan
 from tests import corpus
+from tests.releases import safetensors_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -38,7 +38,7 @@ def save(path: Path, **options: Any) -> dict[str, Any]:
     optimizer.step()
     tree = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
     writer = dcp.FileSystemWriter(path, **options)
-    dcp.save(tree, storage_writer=writer, planner=NamedSavePlanner(), no_dist=True)
+    dcp.save(tree, storage_writer=writer, planner=NamedSavePlanner())
     return tree
 
 
@@ -145,7 +145,10 @@ def test_a_file_that_was_replaced_meanwhile_is_not_linked(tmp_path: Path) -> Non
     assert not (tmp_path / "b").exists()
 
 
+@safetensors_shards
 def test_files_that_name_their_tensors_are_written_anew(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
     tree = save(tmp_path / "a", serialization_format=SerializationFormat.SAFETENSORS)
     optimstate.remap(tmp_path / "a", tmp_path / "b", RENAMED)
     found = loaded(tmp_path / "b", tmp_path / "b.pt")
@@ -175,7 +178,7 @@ def test_torch_loads_what_is_cut_for_more_ranks_than_there_are_rows(tmp_path: Pa
     optimstate.convert(tmp_path / "a", tmp_path / "b", to="dcp", options=WriteOptions(ranks=64))
     assert len(list((tmp_path / "b").glob("*.distcp"))) == 64
     into = {"model": {name: torch.zeros_like(value) for name, value in tree["model"].items()}, "epoch": 0}
-    dcp.load(into, checkpoint_id=tmp_path / "b", no_dist=True)
+    dcp.load(into, checkpoint_id=tmp_path / "b")
     assert into["epoch"] == 3
     assert all(torch.equal(into["model"][name], value) for name, value in tree["model"].items())
 

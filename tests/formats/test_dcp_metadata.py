@@ -146,7 +146,7 @@ def many(entries: int, *, options: bool = False) -> TorchMetadata:
 def test_of_many_entries_only_the_first_of_each_kind_are_read_opcode_by_opcode(
     strides: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With strides as torch 2.14 adds them, or without as before."""
+    """With strides as torch 2.15 adds them, or without as before."""
     state, step, steps = TensorProperties.__getstate__, _Reader.step, list[int]()
     own = () if strides is ... else (strides,)
     monkeypatch.setattr(

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
@@ -42,6 +41,10 @@ FSDP2 = corpus.case("dcp/fsdp2_ws2_dtensor_torchsave_per_rank")
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[[corpus.Case], Path]:
     return lambda case: Path(shutil.copytree(case.entry, tmp_path / "a"))
+
+
+place_of = getattr(torch.distributed.tensor._utils, "_compute_local_shape_and_global_offset", None)
+computed = pytest.mark.skipif(place_of is None, reason="this torch computes places for its own rank only")
 
 
 class Coordinates(tuple[int, ...]):
@@ -248,6 +251,7 @@ def placement_record(placement: Any) -> Opaque:
     return record
 
 
+@computed
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_parts_are_where_torch_has_them(data: st.DataObject) -> None:
@@ -258,13 +262,14 @@ def test_parts_are_where_torch_has_them(data: st.DataObject) -> None:
     spec = {"placements": tuple(map(placement_record, placements)), "shard_order": None}
     order = _shard_order(spec, mesh)
     for place in product(*map(range, mesh)):
-        sizes, offsets = _compute_local_shape_and_global_offset(shape, mesh, Coordinates(place), placements)
+        sizes, offsets = place_of(shape, mesh, Coordinates(place), placements)
         found = _box_at(shape, place, mesh, order)
         assert found[1] == tuple(sizes)
         if 0 not in sizes:
             assert found[0] == tuple(offsets)
 
 
+@computed
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_strided_shards_are_where_torch_has_them(data: st.DataObject) -> None:
@@ -276,7 +281,7 @@ def test_strided_shards_are_where_torch_has_them(data: st.DataObject) -> None:
     order = _shard_order(spec, mesh)
     assert order == {0: [1, 0]}
     for place in product(*map(range, mesh)):
-        sizes, offsets = _compute_local_shape_and_global_offset((rows, 5), mesh, Coordinates(place), placements)
+        sizes, offsets = place_of((rows, 5), mesh, Coordinates(place), placements)
         assert _box_at((rows, 5), place, mesh, order) == (tuple(offsets), tuple(sizes))
 
 

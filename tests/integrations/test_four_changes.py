@@ -129,7 +129,7 @@ def with_dcp(folder: Path, change: str) -> Resumed:
     train(net, optimizer, OLD)
     state = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
     planner = NamedSavePlanner(list(optimizer_names(optimizer, net)))
-    checkpoint.save(state, checkpoint_id=folder / "saved", planner=planner, no_dist=True)
+    checkpoint.save(state, checkpoint_id=folder / "saved", planner=planner)
     net = changed(change)
     optimizer = torch.optim.AdamW(net.parameters(), **OPTIONS)
     optimstate.resume(folder / "saved", model=net, optimizer=optimizer, plan=plan(change))
@@ -150,10 +150,10 @@ def with_dcp_load(folder: Path, change: str) -> Resumed:
         weights, state = get_state_dict(net, optimizer)
         return optimizer, {"model": weights, "optimizer": state}
 
-    checkpoint.save(parts(Net())[1], checkpoint_id=folder / "saved", no_dist=True)
+    checkpoint.save(parts(Net())[1], checkpoint_id=folder / "saved")
     optimizer, state = parts(net := changed(change))
     planner = PlanLoadPlanner(folder / "saved", plan(change))
-    checkpoint.load(state, checkpoint_id=folder / "saved", planner=planner, no_dist=True)
+    checkpoint.load(state, checkpoint_id=folder / "saved", planner=planner)
     assert any("new" in note for note in planner.notes) == (change == "a layer inserted")
     set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return train(net, optimizer, MORE)

@@ -102,7 +102,7 @@ def sparse_dcp(folder: Path) -> None:
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(state, storage_writer=writer, no_dist=True)
+        dcp.save(state, storage_writer=writer)
 
 
 @pytest.mark.parametrize("delay", [0.03])

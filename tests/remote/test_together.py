@@ -41,7 +41,7 @@ def source(tmp_path: Path) -> Path:
     folder = tmp_path / "a"
     torch.manual_seed(0)
     tree = {"model": {f"model.{i}.weight": torch.randn(60 + i, 40) for i in range(12)}, "epoch": 3}
-    dcp.save(tree, checkpoint_id=str(folder), no_dist=True)
+    dcp.save(tree, checkpoint_id=str(folder))
     return folder
 
 

@@ -300,7 +300,7 @@ def test_statistics_say_what_they_leave_out(tmp_path: Path) -> None:
     assert any("1 int64" in note for note in inspect(tmp_path / "a.pt", statistics=True).notes)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_the_code_of_two_torchscript_archives_is_compared(tmp_path: Path) -> None:
     for name, made in {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2, bias=False)}.items():
         torch.jit.save(torch.jit.script(made), tmp_path / f"{name}.pt")

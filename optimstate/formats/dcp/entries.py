@@ -218,7 +218,7 @@ class _Entries:
         is_, size, chunk = self.constant, self.size_expression(), self.chunk_expression(_ALIKE)
         begin = is_(TENSOR) + rb"\)\x81\x94}\x94\(" + is_("properties") + is_(PROPERTIES) + rb"\)\x81\x94\("
         begin += group + _REF + b")" + group + _REF + b")" + group + rb"[\x88\x89])" + _REF + rb"[\x88\x89]"
-        # torch 2.14 added the strides, which say nothing of how the bytes lie.
+        # torch 2.15 added the strides, which say nothing of how the bytes lie.
         begin += rb"(?:N|\)|" + _REF + b"|" + group + rb"\(?(?:" + _INT + rb")++[\x85-\x87t]\x94))?t\x94b"
         begin += is_("size") + group + size + b")" + is_("chunks")
         return begin + rb"\]\x94(?:" + chunk + rb"a|\((?:" + chunk + rb")++e)ub"
