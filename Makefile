@@ -10,8 +10,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/optimstate demo --out optimstate-demo --force
 
+# Some tests wait for other processes, so that one worker more than there are cores keeps all of them busy.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal
 
 # Live runs in trainers that want another torch, or much beside: timm, torchtitan, fastai, Composer (500 MB).
 integrations: $(READY)

@@ -13,7 +13,6 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -81,8 +80,6 @@ def main() -> int:
     )
     parser.add_argument("--keep", action="store_true", help="keep the environments, and take those that are there")
     words = parser.parse_args()
-    # A job in the background ignores interrupts, and so would the processes that tests interrupt.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if absent := [python for python in words.python if not shutil.which(python)]:
         parser.error(f"no interpreter {', '.join(absent)}")
     words.out.mkdir(parents=True, exist_ok=True)
