@@ -104,7 +104,11 @@ def commands(suffix: str, path: Path, target: Path) -> dict[str, list[str]]:
     if suffix != ".dcp":
         made["diff --headers"] = ["diff", str(path), str(path), "--headers"]
         made["verify --no-numbers"] = ["verify", str(path), "--no-numbers"]
-    made["remap"] = ["remap", str(path), str(target), "--rename", "model.layers.{p**}=layers.{p}", "-q", "--no-sync"]
+    # The distributed checkpoint has no param groups, without which its state cannot follow names.
+    plan = CACHE / "growth.toml"
+    only = 'only = "model"\n' if suffix == ".dcp" else ""
+    plan.write_text(f'[[rule]]\nfrom = "model.layers.{{p**}}"\nto = "layers.{{p}}"\n{only}')
+    made["remap"] = ["remap", str(path), str(target), "--plan", str(plan), "-q", "--no-sync"]
     return {name: [*TOOL, *command] for name, command in made.items()}
 
 
