@@ -124,9 +124,9 @@ def _gone(migration: Migration, prefixes: Mapping[str, str]) -> set[str]:
 
 def _keyed_by_names(tree: Any, sections: Iterable[Section], gone: Set[str], state: Iterable[Path]) -> Iterator[str]:
     """Notes on other entries that are keyed by, or list, names that are gone."""
-    known = tuple(state)
+    containers = {found[:length] for found in state for length in range(len(found) + 1)}
     for path, node in outside(tree, sections):
-        if any(found[: len(path)] == path for found in known):
+        if path in containers:
             continue
         keys = node if isinstance(node, Mapping | list | tuple) else ()
         if names := [key for key in keys if isinstance(key, str) and key in gone]:
