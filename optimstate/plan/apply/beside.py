@@ -16,6 +16,7 @@ from optimstate.tree import Path, format_path
 __all__ = ["followed_nowhere", "refuse_other_parameters"]
 
 ALONE = "Save it with names (build the optimizer from model.named_parameters()), or convert only the weights."
+_ALONE_BY_PLAN = 'With `only = "model"` in every rule, the plan changes the model alone and leaves this'
 
 
 def refuse_other_parameters(key: str, migration: Migration) -> None:
@@ -90,9 +91,6 @@ def followed_nowhere(
             _refuse(migration, place, message, f"{_ALONE_BY_PLAN} as it is; or convert only the weights.")
     state = () if unread is None else unread.found
     yield from _keyed_by_names(tree, judgement.sections, gone, state)
-
-
-_ALONE_BY_PLAN = 'With `only = "model"` in every rule, the plan changes the model alone and leaves this'
 
 
 def _unread(unread: Unread, migration: Migration, gone: Set[str]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from optimstate.plan.solve.groups import same_value
 from optimstate.problems import Problem
 from optimstate.state.algorithms.options import comparable
 from optimstate.state.optimizer import OptimizerState
-from optimstate.state.sections import Section, find_sections, scheduler_name
+from optimstate.state.sections import Section, scheduler_name
 from optimstate.surgery.slot_counts import algorithm_of
 from optimstate.surgery.text import plural
 from optimstate.tensors.lazy import LazyTensor
@@ -20,14 +20,14 @@ from optimstate.tensors.lazy import LazyTensor
 __all__ = ["also_different", "other_optimizers"]
 
 
-def other_optimizers(source: Any, target: Any) -> Iterator[Problem]:
+def other_optimizers(source: Sequence[Section], target: Sequence[Section]) -> Iterator[Problem]:
     """Find optimizers of the target whose algorithm, options or number a plan of names does not make.
 
     Args:
-        source: The tree of the checkpoint to be moved.
-        target: The tree of a checkpoint of the new model.
+        source: The sections of the checkpoint to be moved.
+        target: The sections of a checkpoint of the new model.
     """
-    mine, theirs = ([s for s in find_sections(tree) if s.kind == "optimizer"] for tree in (source, target))
+    mine, theirs = ([s for s in sections if s.kind == "optimizer"] for sections in (source, target))
     if not mine or not theirs:
         return
     if len(mine) != len(theirs):
@@ -76,22 +76,21 @@ def _options(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def also_different(source: Any, target: Any) -> Iterator[str]:
+def also_different(source: Sequence[Section], target: Sequence[Section]) -> Iterator[str]:
     """Notes on dtypes of weights and on schedulers and averages that only one side has.
 
     Args:
-        source: The tree of the checkpoint to be moved.
-        target: The tree of a checkpoint of the new model.
+        source: The sections of the checkpoint to be moved.
+        target: The sections of a checkpoint of the new model.
     """
-    mine, theirs = ([*find_sections(tree)] for tree in (source, target))
-    dtypes = [_dtypes(sections) for sections in (mine, theirs)]
+    dtypes = [_dtypes(sections) for sections in (source, target)]
     changed = Counter(
         (dtype, dtypes[1][name]) for name, dtype in dtypes[0].items() if dtypes[1].get(name, dtype) != dtype
     )
     for (old, new), count in changed.items():
         yield f"{plural(count, 'weight')} of dtype {old} here, {new} there: torch casts them when it loads"
     for kind, word in (("scheduler", "scheduler"), ("ema", "average")):
-        here, there = (sorted(_called(s) for s in side if s.kind == kind) for side in (mine, theirs))
+        here, there = (sorted(_called(s) for s in side if s.kind == kind) for side in (source, target))
         if here != there and there:
             yield f"{word}s: {', '.join(here) or 'none'} here, {', '.join(there)} there"
 

@@ -22,6 +22,7 @@ from optimstate.plan.solve.deciding import decided
 from optimstate.plan.solve.known import read as read_layouts
 from optimstate.problems import Problem
 from optimstate.record import Record
+from optimstate.state.sections import find_sections
 from optimstate.surgery.comparison.comparing import model_tensors
 from optimstate.surgery.comparison.contents import by_content
 from optimstate.surgery.opening import opening
@@ -215,6 +216,7 @@ def suggest(
             positions = tuple(wrong_positions(migration, trees[0], trees[1], set(found.missing), found.unused))
         except MigrationError as error:
             problems = error.problems
+    sections = [find_sections(tree) for tree in trees]
     text = _suggested_file(source, target, rules, found, positions)
     alternatives = tuple(
         Alternatives(
@@ -238,8 +240,8 @@ def suggest(
         found.options,
         alternatives,
         text,
-        tuple(other_optimizers(*trees)),
-        tuple(also_different(*trees)),
+        tuple(other_optimizers(*sections)),
+        tuple(also_different(*sections)),
     )
 
 
