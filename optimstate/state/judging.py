@@ -131,9 +131,15 @@ def _is_carried(name: str, value: Any) -> bool:
 def slot_in(path: Path) -> str | None:
     """The optimizer slot that a key of a tensor's path names; None if no key does."""
     for key in reversed(path):
-        if isinstance(key, str) and not _SLOTS.isdisjoint(parts := key.replace("/", ".").split(".")):
-            return next(part for part in reversed(parts) if part in _SLOTS)
+        if isinstance(key, str) and (slot := _slot_in_key(key)) is not None:
+            return slot
     return None
+
+
+@lru_cache(maxsize=1024)  # the last keys of most paths are the few slots of an algorithm
+def _slot_in_key(key: str) -> str | None:
+    parts = key.replace("/", ".").split(".")
+    return next((part for part in reversed(parts) if part in _SLOTS), None)
 
 
 def called_optimizer(path: Path) -> Path | None:

@@ -138,7 +138,7 @@ def outside(tree: Any, sections: Iterable[Section]) -> Iterator[tuple[Path, Any]
             continue
         seen.add(id(node))
         yield path, node
-        stack += [((*path, key), child) for key, child in children(node)]
+        stack += [((*path, key), child) for key, child in children(node) if type(child) is not LazyTensor]
 
 
 def _listed_shapes(node: Any) -> list[Shape]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
+from math import prod
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from optimstate.describe import describe
@@ -26,7 +28,7 @@ from optimstate.io.location import Location
 from optimstate.io.places import open_source
 from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES, check_sizes
-from optimstate.tensors.lazy import LazyTensor, announced, tensor_of
+from optimstate.tensors.lazy import LazyTensor, Storage, announced, contiguous_strides
 
 if TYPE_CHECKING:
     from optimstate.io.output import AtomicGroup
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["BY_CODE", "MAX_HEADER", "Entry", "File", "are_natural", "read_file", "write_file"]
 
 MAX_HEADER = 100_000_000
+_INTEGERS = {int}
+_PLACE = itemgetter(Extent._fields.index("offset"), Extent._fields.index("length"))
 BY_CODE = {row.safetensors: row for row in DTYPES.values() if row.safetensors}
 
 
@@ -71,9 +75,14 @@ def read_file(path: Location, *, start: int = 0, salvage: bool = False) -> File:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptCheckpointError("__metadata__ is not a mapping of strings", path=path, place="header")
-    found = {name: _read_tensor(source, base, name, entry) for name, entry in header.items()}
+    forms: dict[tuple[str, tuple[int, ...]], _Form] = {}
+    found = header
+    for name, entry in header.items():
+        found[name] = _read_tensor(
+            source, base, name, entry, forms
+        )  # in the place of the entry, whose memory is reused
     end = base
-    for extent in sorted((tensor.storage.pieces[0] for tensor in found.values()), key=lambda e: (e.offset, e.length)):
+    for extent in sorted((tensor.storage.pieces[0] for tensor in found.values()), key=_PLACE):
         if extent.offset != end:
             raise CorruptCheckpointError("tensors overlap or leave a hole", path=path, place=f"offset {extent.offset}")
         end += extent.length
@@ -132,23 +141,50 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _read_tensor(source: StoredSource, base: int, name: str, entry: Any) -> LazyTensor:
+class _Form(NamedTuple):
+    """What tensors of one dtype code and shape have in common: a model has few forms among a million tensors."""
+
+    dtype: str
+    kind: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    nbytes: int
+
+
+def _read_tensor(
+    source: StoredSource, base: int, name: str, entry: Any, forms: dict[tuple[str, tuple[int, ...]], _Form]
+) -> LazyTensor:
     try:
-        code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not are_natural((*shape, start, stop)) or not isinstance(code, str):
+        code, sizes, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not are_natural((*sizes, start, stop)) or not isinstance(code, str):
             raise ValueError("a size or offset is not a natural number, or the dtype is not text")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(
             f"the entry of {describe(name)} is malformed: {describe(error)}", path=source.path
         ) from None
+    key = code, tuple(sizes)
+    form = forms.get(key)
+    if form is None:
+        form = forms[key] = _form(source, name, code, key[1])
+    if form.nbytes != stop - start:
+        raise CorruptCheckpointError(
+            f"tensor {describe(name)} of shape {describe(sizes)} and dtype {code} has {describe(form.nbytes)} bytes, "
+            f"but its range has {stop - start}",
+            path=source.path,
+        )
+    storage = Storage((Extent(source, base + start, form.nbytes),), form.nbytes, form.kind)
+    return LazyTensor(storage, form.dtype, form.shape, form.stride)
+
+
+def _form(source: StoredSource, name: str, code: str, sizes: tuple[int, ...]) -> _Form:
     if code not in BY_CODE:
         raise UnsupportedCheckpointError(
             f"tensor {describe(name)} has the unknown dtype {describe(code)}"[:300],
             path=source.path,
             hint="A newer version may know it.",
         )
-    check_sizes(shape, len(shape))
-    dtype = BY_CODE[code]
+    check_sizes(sizes, len(sizes))
+    dtype, shape = BY_CODE[code], sizes
     if dtype.packed > 1:
         if not shape or shape[-1] % dtype.packed:
             raise UnsupportedCheckpointError(
@@ -156,20 +192,13 @@ def _read_tensor(source: StoredSource, base: int, name: str, entry: Any) -> Lazy
                 f"dimension are {dtype.itemsize} bytes",
                 path=source.path,
             )
-        shape = [*shape[:-1], shape[-1] // dtype.packed]
-    tensor = tensor_of((Extent(source, base + start, stop - start),), dtype.name, tuple(shape))
-    if tensor.nbytes != stop - start:
-        raise CorruptCheckpointError(
-            f"tensor {describe(name)} of shape {describe(shape)} and dtype {code} has {describe(tensor.nbytes)} bytes, "
-            f"but its range has {stop - start}",
-            path=source.path,
-        )
-    return tensor
+        shape = (*shape[:-1], shape[-1] // dtype.packed)
+    return _Form(dtype.name, dtype.storage_class, shape, contiguous_strides(shape), prod(shape) * dtype.itemsize)
 
 
-def are_natural(numbers: Iterable[Any]) -> bool:
+def are_natural(numbers: Collection[Any]) -> bool:
     """Whether all numbers are integers that are not negative."""
-    return all(type(n) is int and n >= 0 for n in numbers)
+    return set(map(type, numbers)) <= _INTEGERS and min(numbers, default=0) >= 0
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

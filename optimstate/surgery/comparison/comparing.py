@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import eq
 from typing import TYPE_CHECKING, Any, cast
 
 from optimstate.describe import describe, few
@@ -143,11 +144,11 @@ def _pairs(left: _Side, right: _Side) -> Iterator[tuple[Section | None, Section 
 def _announce(documents: Sequence[Document], *, headers: bool) -> None:
     """Say what will be read of both sides: of headers alone, numbers; of these none whose checksums say the same."""
     tensors = [node for side in documents for node in nodes(side.tree) if isinstance(node, LazyTensor)]
-    asked = [tensor for tensor in tensors if tensor.numel == 1] if headers else tensors
-    if any(checksum_of_number(tensor) is None for tensor in asked if tensor.numel == 1):
-        announced(asked)
-    else:
-        announced(tensor for tensor in asked if tensor.numel != 1)
+    numbers = [tensor for tensor in tensors if tensor.numel == 1]
+    if any(checksum_of_number(number) is None for number in numbers):
+        announced(numbers if headers else tensors)
+    elif not headers:
+        announced(tensor for tensor in tensors if tensor.numel != 1)
 
 
 class _Comparison:
@@ -251,18 +252,24 @@ class _Comparison:
 
     def _compare_tensors(self, label: str, mine: dict[Key, Any], theirs: dict[Key, Any]) -> dict[Key, Key]:
         """Note the differences; gives the renamed ones."""
-        removed = {key: value for key, value in mine.items() if key not in theirs}
-        added = {key: value for key, value in theirs.items() if key not in mine}
+        others: Iterable[Any] = theirs.values()
+        removed: dict[Key, Any] = {}
+        added: dict[Key, Any] = {}
+        if len(mine) != len(theirs) or not all(map(eq, mine, theirs)):  # else nothing needs to be looked up by its key
+            others = map(theirs.get, mine)
+            removed = {key: value for key, value in mine.items() if key not in theirs}
+            added = {key: value for key, value in theirs.items() if key not in mine}
         renamed = {} if self.headers else renames(removed, added, self.progress)
         taken = set(renamed.values())
-        for key, tensor in mine.items():
-            if key in renamed:
+        for (key, tensor), other in zip(mine.items(), others, strict=True):
+            if other is not None:
+                self._compare_tensor(label, key, tensor, other)
+                if not self.headers:
+                    self.progress(getattr(tensor, "nbytes", 0) + getattr(other, "nbytes", 0))
+            elif key in renamed:
                 self._add(label, "renamed", key, _named(key), _named(renamed[key]))
-            elif key not in theirs:
-                self._add(label, "removed", key, form_of(tensor), "")
             else:
-                self._compare_tensor(label, key, tensor, theirs[key])
-                self.progress(getattr(tensor, "nbytes", 0) + getattr(theirs[key], "nbytes", 0))
+                self._add(label, "removed", key, form_of(tensor), "")
         for key, tensor in added.items():
             if key not in taken:
                 self._add(label, "added", key, "", form_of(tensor))
@@ -322,13 +329,12 @@ class _Comparison:
         self.changes.append(Change(label, kind, _named(key), left, right, relative, key[1]))
 
     def _compare_sharing(self, label: str, mine: Mapping[Key, Any], theirs: Mapping[Key, Any]) -> None:
-        one, other = ({key[0]: value for key, value in side.items()} for side in (mine, theirs))
-        for names, opposite in ((tied_names(one), other), (tied_names(other), one)):
-            for first, *rest in names:
-                for name in rest:
-                    if first in opposite and name in opposite and not _share(opposite[first], opposite[name]):
-                        sides = ("shared", "separate") if opposite is other else ("separate", "shared")
-                        self._add(label, "sharing", (f"{first}, {name}", ""), *sides)
+        for side, opposite in ((mine, theirs), (theirs, mine)):
+            for first, *rest in tied_names(side):
+                for key in rest:
+                    if first in opposite and key in opposite and not _share(opposite[first], opposite[key]):
+                        sides = ("shared", "separate") if opposite is theirs else ("separate", "shared")
+                        self._add(label, "sharing", (f"{first[0]}, {key[0]}", ""), *sides)
 
 
 def _alike_by_position(a: OptimizerState, b: OptimizerState) -> bool:

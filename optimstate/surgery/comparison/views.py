@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 from optimstate.state.names import wrapper_prefix
@@ -87,7 +88,8 @@ class View:
     def _read_model(self, section: Section) -> None:
         found = section.tensors()
         self.prefix = wrapper_prefix([name for name in found if name != "n_averaged"])
-        self.tensors.update(((name.removeprefix(self.prefix), ""), value) for name, value in found.items())
+        names = [name.removeprefix(self.prefix) for name in found] if self.prefix else found
+        self.tensors.update(zip(zip(names, repeat("")), found.values(), strict=True))
         if isinstance(section.node, Opaque) or section.positional:
             seen = {id(value) for value in found.values()}
             self._add_leaves(leaves(section.node, skip=seen))
