@@ -131,15 +131,15 @@ def _is_carried(name: str, value: Any) -> bool:
 def slot_in(path: Path) -> str | None:
     """The optimizer slot that a key of a tensor's path names; None if no key does."""
     for key in reversed(path):
-        if isinstance(key, str) and (slot := _slot_in_key(key)) is not None:
-            return slot
+        if not isinstance(key, str):
+            continue
+        if key in _SLOTS:
+            return key
+        if "." in key or "/" in key:
+            parts = key.replace("/", ".").split(".")
+            if not _SLOTS.isdisjoint(parts):
+                return next(part for part in reversed(parts) if part in _SLOTS)
     return None
-
-
-@lru_cache(maxsize=1024)  # the last keys of most paths are the few slots of an algorithm
-def _slot_in_key(key: str) -> str | None:
-    parts = key.replace("/", ".").split(".")
-    return next((part for part in reversed(parts) if part in _SLOTS), None)
 
 
 def called_optimizer(path: Path) -> Path | None:

@@ -76,11 +76,15 @@ class Pieces:
             self.slice, sorted(objects, key=lambda row: (metadata.file[row], metadata.offset[row]))
         )
         made: dict[str, Any] = {}
+        met: set[int] = set()  # equal numbers are one object, see `Archives`
         for number, (name, form) in enumerate(zip(metadata.order, metadata.forms, strict=True)):
             if form is not None:
                 made[name] = self.tensor(number, form)
                 continue
             value = made[name] = found[metadata.first[number]]
+            if id(value) in met:
+                continue
+            met.add(id(value))
             if value is None or type(value) in (bool, int, float, str):
                 self._scalars.setdefault((type(value), exact(value)), number)
             else:

@@ -127,37 +127,46 @@ def _is_flattened_optimizer(node: Mapping[Any, Any]) -> bool:
 
 def _unflattened(node: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, dict[str, Any]] = {}
+    of_state: list[tuple[str, Any]] = []
     for key, value in node.items():
-        if key.startswith("param_groups."):
-            name, _, option = key.removeprefix("param_groups.").rpartition(".")
+        kind, _, text = key.partition(".")
+        if kind == "state":
+            of_state.append((text, value))
+        else:
+            name, _, option = text.rpartition(".")
             options.setdefault(name, {})[option] = value
     state: dict[str, dict[str, Any]] = {}
-    for key, value in node.items():
-        if key.startswith("state."):
-            name, slot = _parameter_and_rest(key.removeprefix("state."), options)
-            slots = state.setdefault(name, {})
-            for outer in slot[:-1]:
-                slots = slots.setdefault(outer, {})
-            slots[slot[-1]] = value
+    for text, value in of_state:
+        name, slot = _parameter_and_rest(text, options)
+        slots = state.setdefault(name, {})
+        for outer in slot[:-1]:
+            slots = slots.setdefault(outer, {})
+        slots[slot[-1]] = value
     return {"state": state, "param_groups": list(_groups(options))}
 
 
 def _parameter_and_rest(text: str, names: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Split `<parameter>.<slot>`, both of which may contain dots, by the names of parameters."""
-    parts = text.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:end])
-        if name in names:
-            return name, parts[end:]
-    name, _, slot = text.rpartition(".")
-    return name, [slot]
+    name, _, rest = text.rpartition(".")
+    slot = [rest]
+    while name not in names and name:
+        name, _, key = name.rpartition(".")
+        slot.insert(0, key)
+    if name:
+        return name, slot
+    name, _, rest = text.rpartition(".")
+    return name, [rest]
 
 
 def _groups(options: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Param groups of parameters with equal options, in the order of their first parameters."""
     found: dict[Any, tuple[list[str], Mapping[str, Any]]] = {}
+    known: dict[int, str] = {}  # the text of each value, by its id; equal numbers are mostly one object
     for name, values in options.items():
-        key = tuple(sorted((option, _comparable(value)) for option, value in values.items()))
+        for value in values.values():
+            if id(value) not in known:
+                known[id(value)] = _comparable(value)
+        key = tuple(sorted((option, known[id(value)]) for option, value in values.items()))
         found.setdefault(key, ([], values))[0].append(name)
     for names, values in found.values():
         yield {**values, "params": names}
