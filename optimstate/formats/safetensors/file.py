@@ -141,7 +141,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-class _Form(NamedTuple):
+class _Form(Record):
     """What tensors of one dtype code and shape have in common: a model has few forms among a million tensors."""
 
     dtype: str
