@@ -1,7 +1,7 @@
 """What a tensor costs in files of ten thousand, a hundred thousand and a million of them, with torch beside it.
 
 Processor time and peak memory beyond those of starting, by the number of tensors. The files have tiny tensors, so that
-nothing but the work for each is measured; the data files of the distributed checkpoint are holes.
+nothing but the work for each is measured.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+from optimstate.formats.dcp import folder as dcp
 from optimstate.formats.dcp.columns import Chunk, Form, Item, Metadata
 from optimstate.formats.dcp.dump import dump_metadata
+from optimstate.formats.dcp.metadata import load_metadata
 from optimstate.formats.torch import zip as torch_zip
 from optimstate.io.extents import Extent
 from optimstate.tensors.lazy import LazyTensor, Storage
@@ -68,22 +71,37 @@ def write_safetensors(tensors: int, path: Path) -> None:
 
 
 def write_dcp(tensors: int, path: Path) -> None:
-    """Metadata of tensors in 64 files, which are holes."""
-    metadata, places = Metadata(), [0] * 64
-    for name in _names(tensors):
-        for keys in (("model", name), *(("optimizer", "state", name, slot) for slot in SLOTS)):
-            rank = len(metadata.order) % 64
-            shape = () if keys[-1] == "step" else (1408, 2048)
-            chunk = Chunk(((0,) * len(shape), shape), Item(f"__{rank}_0.distcp", places[rank], 1400))
-            places[rank] += 1400
-            metadata.add_tensor(".".join(keys), Form("float32", shape, False), [chunk])
-            metadata.paths[".".join(keys)] = keys
-    path.mkdir()
-    (path / ".metadata").write_bytes(dump_metadata(metadata))
-    for rank, size in enumerate(places):
-        with (path / f"__{rank}_0.distcp").open("wb") as file:
-            file.write(b"PK\x03\x04")  # as archives begin
-            file.truncate(size)
+    """A model and an AdamW in 64 files, as torch saves what `get_state_dict` returns; archives of tensors are alike."""
+    names = list(_names(tensors))
+    group = {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.0, "params": names}
+    dcp.write({"optimizer": {"param_groups": [group]}, "alike": {"step": _tensor(()), "exp_avg": _tensor()}}, path)
+    metadata, _ = load_metadata((path / ".metadata").read_bytes())
+    archive, made = _archives_of(metadata, path), Metadata()
+    for number, name in enumerate(metadata.order):
+        if metadata.forms[number] is None:
+            made.add_object(name, metadata.item(metadata.first[number]))
+            made.paths[name] = metadata.paths[name]
+    with ExitStack() as stack:
+        files = [stack.enter_context((path / f"__{rank}_0.distcp").open("wb")) for rank in range(1, 65)]
+        for name in names:
+            for keys in (("model", name), *(("optimizer", "state", name, slot) for slot in SLOTS)):
+                file = files[len(made.order) % len(files)]
+                form, data = archive["alike.step" if keys[-1] == "step" else "alike.exp_avg"]
+                box = ((0,) * len(form.shape), form.shape)
+                item = Item(Path(file.name).name, file.tell(), len(data))
+                file.write(data)
+                made.add_tensor(".".join(keys), form, [Chunk(box, item)])
+                made.paths[".".join(keys)] = keys
+    (path / ".metadata").write_bytes(dump_metadata(made))
+
+
+def _archives_of(metadata: Metadata, path: Path) -> dict[str, tuple[Form, bytes]]:
+    """The form and the archive of each tensor of a folder."""
+    found = {}
+    for number, name, form in metadata.tensors():
+        item = metadata.item(metadata.first[number])
+        found[name] = form, (path / item.file).read_bytes()[item.offset : item.offset + item.length]
+    return found
 
 
 WRITERS = {".pt": write_zip, ".safetensors": write_safetensors, ".dcp": write_dcp}
@@ -100,15 +118,14 @@ def checkpoint(tensors: int, suffix: str) -> Path:
 
 def commands(suffix: str, path: Path, target: Path) -> dict[str, list[str]]:
     """What is measured of a container."""
-    made = {"inspect": ["inspect", str(path), "--json"]}
-    if suffix != ".dcp":
-        made["diff --headers"] = ["diff", str(path), str(path), "--headers"]
-        made["verify --no-numbers"] = ["verify", str(path), "--no-numbers"]
-    # The distributed checkpoint has no param groups, without which its state cannot follow names.
     plan = CACHE / "growth.toml"
-    only = 'only = "model"\n' if suffix == ".dcp" else ""
-    plan.write_text(f'[[rule]]\nfrom = "model.layers.{{p**}}"\nto = "layers.{{p}}"\n{only}')
-    made["remap"] = ["remap", str(path), str(target), "--plan", str(plan), "-q", "--no-sync"]
+    plan.write_text('[[rule]]\nfrom = "model.layers.{p**}"\nto = "layers.{p}"\n')
+    made = {
+        "inspect": ["inspect", str(path), "--json"],
+        "diff --headers": ["diff", str(path), str(path), "--headers"],
+        "verify --no-numbers": ["verify", str(path), "--no-numbers"],
+        "remap": ["remap", str(path), str(target), "--plan", str(plan), "-q", "--no-sync"],
+    }
     return {name: [*TOOL, *command] for name, command in made.items()}
 
 
