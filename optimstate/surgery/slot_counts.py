@@ -15,7 +15,7 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import tensor_record
 from optimstate.surgery.shown import plain
 from optimstate.tensors.dtypes import DTYPES
-from optimstate.tensors.lazy import LazyTensor, announced
+from optimstate.tensors.lazy import LazyTensor, announced, read_numbers
 from optimstate.tree import Opaque
 
 FAR_STEPS = 6
@@ -114,6 +114,7 @@ def _announced_steps(state: OptimizerState) -> set[int]:
         announced(chosen)
         return {id(step) for step in unknown} - {id(step) for step in chosen}
     announced(unknown)
+    read_numbers(step for step in unknown if step.numel == 1)
     return set()
 
 

@@ -15,7 +15,16 @@ from optimstate.io.extents import Extent, announce, chunks
 from optimstate.tensors.dtypes import DTYPES, decode_scalar
 from optimstate.tensors.strided import ScatteredSource, StridedSource
 
-__all__ = ["FEW_BYTES", "LazyTensor", "Storage", "announced", "contiguous_strides", "tensor_of", "with_pieces"]
+__all__ = [
+    "FEW_BYTES",
+    "LazyTensor",
+    "Storage",
+    "announced",
+    "contiguous_strides",
+    "read_numbers",
+    "tensor_of",
+    "with_pieces",
+]
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -74,6 +83,10 @@ class Storage(_Sealed):
     def reach(self) -> tuple[Extent, ...]:
         """The extents to read ahead: those of the bytes if they are few, else none."""
         return self.pieces if self.nbytes <= FEW_BYTES else ()
+
+    @classmethod
+    def read_together(cls, storages: Iterable[Storage]) -> None:
+        """Read small storages of this class whose bytes would otherwise be looked for one by one; here none are."""
 
     def cut(self, start: int, stop: int) -> tuple[Extent, ...]:
         """The extents of the bytes [start, stop)."""
@@ -260,6 +273,15 @@ class LazyTensor(_Sealed):
 def announced(tensors: Iterable[LazyTensor]) -> None:
     """Announce that tensors will be read, so that small ones in a store are fetched together."""
     announce(extent for tensor in tensors for extent in tensor.storage.reach())
+
+
+def read_numbers(numbers: Iterable[LazyTensor]) -> None:
+    """Read tensors of one element together where a file has each in a place of its own, and note their checksums."""
+    kinds: dict[type[Storage], list[Storage]] = {}
+    for number in numbers:
+        kinds.setdefault(type(number.storage), []).append(number.storage)
+    for kind, storages in kinds.items():
+        kind.read_together(storages)
 
 
 def tensor_of(

@@ -7,6 +7,7 @@ import shutil
 from math import prod
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Extent, chunks
 from optimstate.state.sections import find_sections
 from optimstate.surgery.writing.converting import convert
-from optimstate.tensors.lazy import LazyTensor, Storage
+from optimstate.tensors.lazy import LazyTensor, Storage, read_numbers
 from optimstate.tree import difference
 from tests import corpus
 from tests.formats import gloo_worker
@@ -258,6 +259,39 @@ def test_safetensors_serialization(tmp_path: Path) -> None:
     }
     path = save(live, tmp_path / "a", serialization_format=SerializationFormat.SAFETENSORS)
     assert differs(open_checkpoint(path).tree, live) is None
+
+
+NUMBERS = {
+    f"{dtype}.{place}": torch.tensor(value).to(dtype)
+    for dtype in (torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.bool)
+    for place, value in enumerate((3, 3, 1, 0, 3, 1))
+}
+
+
+@pytest.mark.parametrize("serialization", ["TORCH_SAVE", pytest.param("SAFETENSORS", marks=safetensors_shards)])
+def test_numbers_read_together_are_those_read_one_by_one(serialization: str, tmp_path: Path) -> None:
+    options = {}
+    if serialization == "SAFETENSORS":
+        from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+        options = {"serialization_format": SerializationFormat.SAFETENSORS}
+    path = save({**NUMBERS, "one": torch.tensor([3.0]), "large": torch.randn(40, 100)}, tmp_path / "a", **options)
+    together, alone = open_checkpoint(path).tree, open_checkpoint(path).tree
+    numbers = [value for value in together.values() if value.numel == 1]
+    read_numbers(numbers)
+    for name in (*NUMBERS, "one"):
+        data = alone[name].tobytes()
+        assert together[name].tobytes() == data, name
+        assert together[name].storage.crc in ({None} if serialization == "SAFETENSORS" else {crc32(data)}), name
+    assert difference(together, alone) is None
+
+
+def test_a_number_whose_archive_is_damaged_is_named(folder: Path) -> None:
+    for file in folder.glob("*.distcp"):
+        data = file.read_bytes()
+        file.write_bytes(data.replace(b"PK\x05\x06", b"PK\x05\x07"))
+    with pytest.raises(CorruptCheckpointError, match=r"__\d_0\.distcp"):
+        optimstate.inspect(folder)
 
 
 def test_strided_items_are_read_in_order(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from optimstate.record import Record
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage
 
-__all__ = ["Archives"]
+__all__ = ["Archives", "small_ones"]
 
 _SMALL = 1 << 13  # bytes up to which an item is read as a whole, and compared with those already read
 _WINDOW = 1 << 20  # bytes of consecutive small items that are read together
@@ -71,19 +71,7 @@ class Archives:
             slice_of: Returns the bytes of a row.
             rows: The rows in the order of the files.
         """
-        found: dict[int, Any] = {}
-        parts = [slice_of(row) for row in rows]
-        window, begin, end, file = b"", 0, 0, None
-        for place, (row, part) in enumerate(zip(rows, parts, strict=True)):
-            if part.size > _SMALL:
-                found[row] = self._object(part, b"")
-                continue
-            if part.file is not file or not begin <= part.start <= end - part.size:
-                file, begin, end = part.file, part.start, _end_of_window(parts, place)
-                window = file.read(begin, end - begin)
-            at = part.start - begin
-            found[row] = self._object(part, window[at : at + part.size])
-        return found
+        return {row: self._object(part, data) for row, part, data in small_ones(slice_of, rows)}
 
     def _object(self, part: FileSlice, data: bytes) -> Any:
         if data and data in self._scalars:
@@ -166,6 +154,26 @@ def _of_archive(part: FileSlice) -> Iterator[Recorded]:
     if part.read(0, min(4, part.size)) == b"PK\x03\x04":
         for found in Archive(part).recorded():
             yield found._replace(place=f"item at offset {part.start}, {found.place}")
+
+
+def small_ones(slice_of: Callable[[int], FileSlice], rows: Sequence[int]) -> Iterator[tuple[int, FileSlice, bytes]]:
+    """Items with the bytes of those that are small, of which neighbours are read together; of others no bytes.
+
+    Args:
+        slice_of: Returns the place of a row.
+        rows: The rows in the order of the files.
+    """
+    parts = [slice_of(row) for row in rows]
+    window, begin, end, file = b"", 0, 0, None
+    for place, (row, part) in enumerate(zip(rows, parts, strict=True)):
+        if part.size > _SMALL:
+            yield row, part, b""
+            continue
+        if part.file is not file or not begin <= part.start <= end - part.size:
+            file, begin, end = part.file, part.start, _end_of_window(parts, place)
+            window = file.read(begin, end - begin)
+        at = part.start - begin
+        yield row, part, window[at : at + part.size]
 
 
 def _end_of_window(parts: Sequence[FileSlice], place: int) -> int:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
+from zlib import crc32
 
 from optimstate.describe import describe, exact
 from optimstate.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
-from optimstate.formats.dcp.archives import Archives
+from optimstate.formats.dcp.archives import Archives, small_ones
 from optimstate.formats.dcp.columns import Box, Form, Metadata
 from optimstate.formats.ranks.tiles import DeferredStorage, Tile, check_tiling, tiled
 from optimstate.formats.safetensors.file import MAX_HEADER
 from optimstate.io.checksums import Recorded
-from optimstate.io.extents import Extent, FileSlice, StoredSource, announce
+from optimstate.io.extents import Extent, FileSlice, InMemory, StoredSource, announce, chunks
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
 from optimstate.tensors.dtypes import DTYPES
@@ -28,6 +29,7 @@ __all__ = ["PieceStorage", "Pieces"]
 
 _ZIP = b"PK\x03\x04"
 _SMALL_OBJECT = 1 << 20  # bytes
+_ARCHIVES_KEPT = 1 << 12
 ENDS = 2048  # bytes at either end of an archive with one tensor that contain its pickle and its directory
 
 
@@ -72,9 +74,7 @@ class Pieces:
         metadata = self.metadata
         objects = [metadata.first[number] for number, form in enumerate(metadata.forms) if form is None]
         announce(part.extent(0, part.size) for part in map(self.slice, objects) if part.size <= _SMALL_OBJECT)
-        found = self._archives.read(
-            self.slice, sorted(objects, key=lambda row: (metadata.file[row], metadata.offset[row]))
-        )
+        found = self._archives.read(self.slice, self._in_files(objects))
         made: dict[str, Any] = {}
         met: set[int] = set()  # equal numbers are one object, see `Archives`
         for number, (name, form) in enumerate(zip(metadata.order, metadata.forms, strict=True)):
@@ -90,6 +90,28 @@ class Pieces:
             else:
                 self._objects[id(value)] = value, number
         return made
+
+    def _in_files(self, rows: Iterable[int]) -> list[int]:
+        """Rows in the order of the files."""
+        return sorted(rows, key=lambda row: (self.metadata.file[row], self.metadata.offset[row]))
+
+    def read_numbers(self, storages: Iterable[PieceStorage]) -> None:
+        """Read small tensors that are not in a store: equal archives, as most steps have, are looked into once."""
+        metadata = self.metadata
+        at = {metadata.first[one.number]: one for one in storages if len(metadata.rows(one.number)) == 1}
+        near = self._in_files(row for row in at if self.sources[metadata.file[row]].lanes == 1)
+        known: dict[tuple[bytes, int], tuple[tuple[Extent, ...], int]] = {}
+        for row, _, data in small_ones(self.slice, near):
+            if not data.startswith(_ZIP):
+                continue  # the bytes of a blob do not say which of its tensors is meant
+            storage = at[row]
+            found = known.get((data, storage.nbytes))
+            if found is None:
+                if len(known) == _ARCHIVES_KEPT:
+                    known.clear()
+                content = b"".join(chunks(storage.pieces))
+                found = known[data, storage.nbytes] = InMemory(content).extents(), crc32(content)
+            storage.hold(*found)
 
     def number_of(self, value: Any) -> int | None:
         """The number of the item from which an object was read, or None."""
@@ -235,6 +257,20 @@ class PieceStorage(DeferredStorage):
     def locate(self) -> tuple[Extent, ...]:
         """The extents of the bytes."""
         return self.table.locate(self.number)
+
+    def hold(self, pieces: tuple[Extent, ...], crc: int) -> None:
+        """Take bytes that have been read."""
+        self._pieces, self.crc = pieces, crc
+
+    @classmethod
+    def read_together(cls, storages: Iterable[Storage]) -> None:
+        """Read small storages, those that are neighbours in a file together."""
+        by_table: dict[int, list[PieceStorage]] = {}
+        for one in storages:
+            if isinstance(one, PieceStorage) and one.crc is None:
+                by_table.setdefault(id(one.table), []).append(one)
+        for found in by_table.values():
+            found[0].table.read_numbers(found)
 
     def copy_of(self, start: int, stop: int) -> Storage:
         """As of any storage; a copy of all bytes still counts as the same item."""

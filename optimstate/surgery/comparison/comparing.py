@@ -24,7 +24,7 @@ from optimstate.surgery.leaves import Shape, checksum_of_number, same
 from optimstate.surgery.opening import opening
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.viewing import template_of
-from optimstate.tensors.lazy import LazyTensor, announced
+from optimstate.tensors.lazy import LazyTensor, announced, read_numbers
 from optimstate.tree import nodes, path_key
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ def _announce(documents: Sequence[Document], *, headers: bool) -> None:
     numbers = [tensor for tensor in tensors if tensor.numel == 1]
     if any(checksum_of_number(number) is None for number in numbers):
         announced(numbers if headers else tensors)
+        read_numbers(numbers)
     elif not headers:
         announced(tensor for tensor in tensors if tensor.numel != 1)
 
