@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Interrupted", "clean_up", "raise_on_signals"]
@@ -48,7 +49,7 @@ def clean_up(why: str = "interrupted") -> str:
     if temporary is None:
         return f"{why}; nothing was left behind"
     removed = temporary.remove_unfinished()
-    whole = [path for path in temporary.finished() if path.exists()]
+    whole = [path for path in temporary.finished() if not isinstance(path, Path) or path.exists()]
     said = f"removed {', '.join(path.name for path in removed)}" if removed else "nothing was left behind"
     if whole:
         said += f"; {', '.join(str(path) for path in whole)} is whole"

@@ -68,7 +68,7 @@ class AtomicDirectory(Atomic):
     def _replace(self, temporary: Path) -> None:
         """Exchange the new folder with the file or folder that has its name, and remove the latter."""
         if _exchange(temporary, self.path):
-            count_as_finished(temporary, self.path)
+            count_as_finished(self.path, temporary)
             count_as_unfinished(temporary)  # now the name of the old folder
             remove(temporary)
             return
@@ -81,7 +81,7 @@ class AtomicDirectory(Atomic):
                 replaced.replace(self.path)
             raise
         count_as_unfinished(replaced)
-        count_as_finished(temporary, self.path)
+        count_as_finished(self.path, temporary)
         remove(replaced)
 
 

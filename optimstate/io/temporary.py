@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from optimstate.io.destination import check_kind
+from optimstate.io.location import Location
 
 __all__ = [
     "begin",
@@ -37,7 +38,7 @@ __all__ = [
 _TRIES = 3
 _LEFTOVER = r"(?s)\..+\.[0-9a-f]{12}\.part"
 _unfinished: dict[Path, None] = {}  # unfinished outputs of this process, which it must remove before it ends
-_finished: list[Path] = []
+_finished: list[Location] = []
 
 
 def is_leftover(name: str) -> bool:
@@ -53,8 +54,8 @@ def leftovers(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if name not in found]
 
 
-def finished() -> Sequence[Path]:
-    """The outputs that this process has finished, in order."""
+def finished() -> Sequence[Location]:
+    """The outputs that this process has finished, in order; files may have been removed since."""
     return _finished
 
 
@@ -170,12 +171,13 @@ def sync_directory(path: Path) -> None:
 def take_name(temporary: Path, path: Path) -> None:
     """Give a finished output its name, in one step."""
     temporary.replace(path)
-    count_as_finished(temporary, path)
+    count_as_finished(path, temporary)
 
 
-def count_as_finished(temporary: Path, path: Path) -> None:
-    """Count the output with this temporary name as finished, under its final name."""
-    _unfinished.pop(temporary, None)
+def count_as_finished(path: Location, temporary: Path | None = None) -> None:
+    """Count an output as finished under its final name; a file or folder has had a temporary name."""
+    if temporary is not None:
+        _unfinished.pop(temporary, None)
     _finished.append(path)
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from optimstate.io.remote.objects import object_store
+from tests.remote.between import Between
+from tests.remote.between import serving as serving_between
 from tests.remote.server import RangeServer, serving
 
 SECRET = "wJalrXUtnFEMIK7MDENG"
@@ -101,6 +103,14 @@ def bucket(moto: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
     from optimstate.io.remote.objects import _client
 
     return Bucket(_client(moto, "us-east-1"), f"bucket-{crc32(request.node.nodeid.encode()):08x}")
+
+
+@pytest.fixture
+def between(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Between]:
+    """A server as the endpoint, which asks moto for the objects of the bucket unless a rule says otherwise."""
+    with serving_between() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from optimstate.io.extents import Extent, Progress, chunks
 from optimstate.io.output import AtomicGroup
 from optimstate.io.remote.path import Held, RemotePath
 from optimstate.io.remote.source import RemoteSource
-from optimstate.io.remote.store import Store, in_window
+from optimstate.io.remote.store import Store, Upload, in_window
+from optimstate.io.temporary import count_as_finished
 
 __all__ = ["RemoteFile", "RemoteFolder", "RemoteGroup", "discard", "release"]
 
@@ -73,9 +74,20 @@ class RemoteFile:
                 return
             self._upload.complete(bytes(self._held))
         except BaseException:
-            self._upload.abort()
+            if self._upload.created:  # interrupted while the store was creating it
+                self._count()
+            else:
+                self._upload.abort()
             raise
+        self._count()
+
+    def _count(self) -> None:
+        """Note that the object exists."""
         self.path.forget()
+        if self.path.held is not None:
+            self.path.made.append(self.path)
+        elif self._made is None:
+            count_as_finished(self.path)
         if self._made is not None:
             self._made.append(self.path)
 
@@ -212,20 +224,35 @@ class RemoteGroup(AtomicGroup):
         self.made: list[RemotePath] = []
 
     def _complete(self) -> None:
-        """Nothing: the objects exist already."""
+        """Nothing to do in the store: the objects exist already."""
+        for path in self.made:
+            count_as_finished(path)
 
     def _discard(self) -> None:
         _remove(self.made)
 
 
-def release(store: Store, held: Mapping[str, Held]) -> None:
-    """Create the objects of held uploads, by key; those that name others are created last."""
+def release(store: Store, held: Mapping[str, Held], made: list[str] | None = None) -> None:
+    """Create the objects of held uploads, by key; those that name others are created last.
+
+    Args:
+        store: The store.
+        held: The held uploads.
+        made: Gets the key of every object that was created.
+    """
+
+    def create(upload: Upload, key: str) -> None:
+        upload.release(held[key])
+        if made is not None:
+            made.append(key)
+
     others, last = (
         [key for key in held if key.endswith((".index.json", ".metadata")) == naming] for naming in (False, True)
     )
     for group in (others, last):
-        made = [store.begin(key, expected=0, replace=False) for key in group]
-        for _ in in_window([partial(upload.release, held[key]) for upload, key in zip(made, group, strict=True)]):
+        uploads = [store.begin(key, expected=0, replace=False) for key in group]
+        tasks = [partial(create, upload, key) for upload, key in zip(uploads, group, strict=True)]
+        for _ in in_window(tasks, to_end=True):
             pass
 
 
@@ -239,7 +266,7 @@ def discard(store: Store, held: Mapping[str, Held]) -> None:
 class RemoteFolder:
     """A new folder of objects, which are created when all are uploaded; at once if the store cannot hold uploads.
 
-    An object that names others is created last, and on an error all of them are removed.
+    An object that names others is created last, and on an error all of them are removed; objects of others are not.
 
     Args:
         path: The folder; there must be no objects below it.
@@ -248,6 +275,7 @@ class RemoteFolder:
     def __init__(self, path: RemotePath) -> None:
         self.path = path
         self._held: dict[str, Held] = {}
+        self._made: list[RemotePath] = []
 
     def __enter__(self) -> RemotePath:
         if self.path.exists():
@@ -255,23 +283,40 @@ class RemoteFolder:
                 f"{self.path}: there are objects below this name; a folder of a store is not replaced",
                 hint="Give another name, or remove it with the store's own tools first.",
             )
-        self.path.hold(self._held)
+        self.path.hold(self._held, self._made)
         return self.path
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.path.hold(None)
-        if error is None:
-            try:
-                release(self.path.store, self._held)
-            except BaseException:
-                self._discard()
-                raise
-            self.path.forget()
+        self.path.hold(None, [])
+        if error is not None:
+            self._discard([])
             return
-        self._discard()
+        made: list[str] = []
+        try:
+            self._expect_no_others()
+            release(self.path.store, self._held, made)
+        except BaseException:
+            if made and self._held.keys() <= set(made):  # interrupted when all existed
+                count_as_finished(self.path)
+            else:
+                self._discard(made)
+            raise
+        self.path.forget()
+        count_as_finished(self.path)
 
-    def _discard(self) -> None:
-        discard(self.path.store, self._held)
-        with suppress(CheckpointError, OSError):
-            self.path.forget()
-            _remove(list(self.path.rglob("*")))
+    def _expect_no_others(self) -> None:
+        """Check that nobody else has written objects to the folder meanwhile."""
+        others = {entry.key for entry in self.path.store.listed(self.path.key)} - {path.key for path in self._made}
+        if others:
+            raise DestinationError(
+                f"{self.path}: another program has written {min(others)} there meanwhile",
+                hint="Give another name, or remove it with the store's own tools first.",
+            )
+
+    def _discard(self, made: Sequence[str]) -> None:
+        """Abort what is held, and remove the objects that this process has created."""
+        discard(self.path.store, {key: found for key, found in self._held.items() if key not in made})
+        for key in (*made, *(path.key for path in self._made)):
+            with suppress(CheckpointError, OSError):
+                self.path.store.delete(key)
+        self.path.forget()

@@ -44,6 +44,7 @@ class _Opening:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.held: dict[str, Held] | None = None
+        self.made: list[RemotePath] = []
         self.cache = Cache()
         self.sources: dict[str, RemoteSource] = {}
         self._entries: dict[str, Entry] = {}
@@ -199,9 +200,14 @@ class RemotePath:
         """The held uploads of a folder that is being written, by key; None if uploads are not held."""
         return self._opening.held
 
-    def hold(self, held: dict[str, Held] | None) -> None:
-        """Hold all further uploads to paths of this opening in `held`, instead of creating objects."""
-        self._opening.held = held
+    @property
+    def made(self) -> list[RemotePath]:
+        """The objects of a folder that is being written that exist already."""
+        return self._opening.made
+
+    def hold(self, held: dict[str, Held] | None, made: list[RemotePath]) -> None:
+        """Hold all further uploads to paths of this opening in `held`, or list in `made` what had to be created."""
+        self._opening.held, self._opening.made = held, made
 
     @property
     def store(self) -> Store:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -103,10 +103,12 @@ class Upload(Protocol):
     Attributes:
         size: The number of bytes of a part.
         holds: Whether uploaded parts can be held without another object.
+        created: Whether the object exists.
     """
 
     size: int
     holds: bool
+    created: bool
 
     def part(self, data: bytes | memoryview) -> None:
         """Append a part of at least 5 MiB, except for the last; the upload may continue in the background."""
@@ -211,8 +213,16 @@ def refused(place: object, status: int, reason: str) -> NoReturn:
     raise CheckpointError(f"the store answers {status}: {reason}"[:300], path=place)
 
 
-def in_window(tasks: Sequence[Callable[[], T]] | Iterator[Callable[[], T]], width: int = 8) -> Iterator[T]:
-    """The results of tasks in order, with `width` of them in progress at the same time."""
+def in_window(
+    tasks: Sequence[Callable[[], T]] | Iterator[Callable[[], T]], width: int = 8, *, to_end: bool = False
+) -> Iterator[T]:
+    """The results of tasks in order, with `width` of them in progress at the same time.
+
+    Args:
+        tasks: What to do.
+        width: How many are in progress.
+        to_end: After an error or interrupt, wait for those in progress, because they change something.
+    """
     from collections import deque
 
     waiting: deque[Any] = deque()
@@ -226,6 +236,8 @@ def in_window(tasks: Sequence[Callable[[], T]] | Iterator[Callable[[], T]], widt
     finally:
         for future in waiting:
             future.cancel()
+        if to_end:
+            wait(waiting)
 
 
 def cannot_write(place: object, error: BaseException) -> DestinationError:

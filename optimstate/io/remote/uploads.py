@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
+from hashlib import md5
 from queue import Full, Queue
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 from optimstate.errors import CheckpointError, DestinationError, DestinationExistsError
@@ -31,6 +32,18 @@ def exists(place: str) -> DestinationExistsError:
     return DestinationExistsError(f"{place}: exists already", hint="Give --force to replace it.")
 
 
+def to_its_end(ask: Callable[[], object]) -> None:
+    """Make the request that creates an object; if interrupted, wait for its answer first, so that this is known."""
+    if current_thread() is not main_thread():  # signals interrupt only the main thread
+        ask()
+        return
+    asked = pool().submit(ask)
+    try:
+        asked.result()
+    finally:
+        wait([asked])
+
+
 class S3Upload:
     """A multipart upload to S3; unless objects may be replaced, its completion has the condition that none exists.
 
@@ -43,6 +56,7 @@ class S3Upload:
     """
 
     holds = True
+    created = False
 
     def __init__(self, client: Any, store: Any, key: str, *, expected: int, replace: bool) -> None:
         self._client = client
@@ -51,6 +65,7 @@ class S3Upload:
         self._place = f"{store.name}/{key}"
         self._replace = replace
         self._id: str | None = None
+        self._repeated = False
         self._parts: list[Future[str]] = []
         self.size = max(PART, -(-expected // MAX_PARTS))
 
@@ -67,6 +82,7 @@ class S3Upload:
             raise DestinationError(f"{self._place}: {REFUSED}") from None
         except Exception as error:  # noqa: BLE001  # whatever a library raises becomes one line
             answer = getattr(error, "response", None) or {}
+            self._repeated = answer.get("ResponseMetadata", {}).get("RetryAttempts", 0) > 0
             code = str(answer.get("Error", {}).get("Code", ""))
             if code in ("PreconditionFailed", "ConditionalRequestConflict"):
                 raise exists(self._place) from None
@@ -128,20 +144,38 @@ class S3Upload:
     def complete(self, rest: bytes) -> None:
         """Append the last bytes and create the object."""
         condition = {} if self._replace else {"IfNoneMatch": "*"}
-        traffic.written += len(rest)
         if self._id is None:
-            self._asked(lambda: self._client.put_object(**self._target, Body=rest, **condition))
+            traffic.written += len(rest)
+            ask = partial(self._client.put_object, **self._target, Body=rest, **condition)
+            to_its_end(partial(self._create, ask, md5(rest, usedforsecurity=False).hexdigest()))
             return
         if rest:
-            traffic.written -= len(rest)
             self.part(rest)
-        parts = [{"PartNumber": n, "ETag": part.result()} for n, part in enumerate(self._parts, 1)]
-        self._asked(
-            lambda: self._client.complete_multipart_upload(
-                **self._target, UploadId=self._id, MultipartUpload={"Parts": parts}, **condition
-            )
-        )
+        tags = [part.result() for part in self._parts]
+        parts = {"Parts": [{"PartNumber": n, "ETag": tag} for n, tag in enumerate(tags, 1)]}
+        complete = self._client.complete_multipart_upload
+        ask = partial(complete, **self._target, UploadId=self._id, MultipartUpload=parts, **condition)
+        to_its_end(partial(self._create, ask, _whole_tag(tags)))
         self._id = None
+
+    def _create(self, ask: Callable[[], Any], tag: str | None) -> None:
+        """Create the object by a request; `tag` is the ETag that it will have in stores that use checksums for it.
+
+        If an answer was lost and the request repeated, the store may refuse it because of the object that the first
+        one has created.
+        """
+        try:
+            self._asked(ask)
+        except (DestinationExistsError, PartsGoneError):
+            if not self._repeated or tag is None or self._tag_there() != tag:
+                raise
+        self.created = True
+
+    def _tag_there(self) -> str:
+        """The ETag of the object that has this name, without quotation marks; empty if there is none."""
+        with suppress(DestinationError):
+            return str(self._asked(lambda: self._client.head_object(**self._target)).get("ETag", "")).strip('"')
+        return ""
 
     def hold(self, rest: bytes) -> dict[str, Any]:
         """Send the last bytes, and return the ids of the upload and of its parts for `release`."""
@@ -178,6 +212,15 @@ class S3Upload:
             self._id = None
 
 
+def _whole_tag(tags: list[str]) -> str | None:
+    """The ETag of an object made of parts with these ETags; None if they are not MD5 sums."""
+    try:
+        joined = b"".join(bytes.fromhex(tag.strip('"')) for tag in tags)
+    except ValueError:
+        return None
+    return f"{md5(joined, usedforsecurity=False).hexdigest()}-{len(tags)}"
+
+
 class ObjectUpload:
     """An upload with obstore in a thread; an object that may not replace another gets its name at the end.
 
@@ -192,6 +235,7 @@ class ObjectUpload:
     """
 
     holds = False
+    created = False
 
     def __init__(
         self, library: Any, store: Any, place: str, key: str, *, expected: int, replace: bool, aside: str = ""
@@ -255,9 +299,13 @@ class ObjectUpload:
 
     def complete(self, rest: bytes) -> None:
         """Append the last bytes and create the object."""
+        to_its_end(lambda: self._create(rest))
+
+    def _create(self, rest: bytes) -> None:
         self._asked(lambda: self._finish(rest))
         if self._temporary:
             self._take_name()
+        self.created = True
 
     def hold(self, rest: bytes) -> dict[str, Any]:
         """Send the last bytes, and say what `release` needs to make the object."""

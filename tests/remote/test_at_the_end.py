@@ -1,0 +1,144 @@
+"""What is said of an object is what became of it, however the last requests end; what others wrote is left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+
+import optimstate
+from optimstate.errors import DestinationError
+from optimstate.formats.protocol import WriteOptions
+from tests.remote.between import Answer, Between, error
+from tests.remote.conftest import Bucket
+from tests.remote.test_writing import without_botocore
+
+INDEX = "model.safetensors.index.json"
+PLAN = optimstate.Plan.from_options(rename=["model.{p**}=net.{p}"])
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    torch.save({f"model.{i}.weight": torch.randn(100, 400) for i in range(6)}, folder / "whole.pt")
+    options = WriteOptions(shard_size=400_000)
+    optimstate.convert(folder / "whole.pt", folder / "a", to="safetensors", options=options)
+    return folder / "a"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small") / "small.pt"
+    torch.save({"a.weight": torch.ones(3, 4)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("library", "request_number"), [("botocore", 2), ("botocore", 9), ("obstore", 2), ("obstore", 4)]
+)
+@pytest.mark.parametrize("name", [INDEX, "model-00002-of-00003.safetensors", "notes.txt", "deeper/notes.txt"])
+def test_what_others_write_into_a_new_folder_stays(
+    between: Between,
+    bucket: Bucket,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    library: str,
+    request_number: int,
+    name: str,
+) -> None:
+    """botocore's first eight requests that write hold uploads, the next create objects; obstore has one for each."""
+    if library == "obstore":
+        without_botocore(monkeypatch)
+    written: list[str] = []
+
+    def rule(asked: str) -> None:
+        if asked.startswith(("PUT", "POST")):
+            written.append(asked)
+            if len(written) == request_number:
+                bucket.client.put_object(Bucket=bucket.name, Key=f"b/{name}", Body=b"of another")
+
+    between.rule = rule
+    try:
+        optimstate.remap(shards, f"{bucket.url}/b", PLAN)
+    except DestinationError:
+        assert bucket.objects("b") == {name: b"of another"}
+    else:
+        late = name.startswith("model") and library == "obstore"  # this one had been created, and was replaced
+        assert late or (request_number == 9 and "notes" in name)
+        assert len(bucket.objects("b")) == (4 if late else 5)
+    assert bucket.get(f"b/{name}") == b"of another"
+    assert bucket.unfinished() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("source", ["small", "large", "folder"])
+def test_an_interrupt_while_an_object_is_made_says_whether_it_is_there(
+    between: Between, bucket: Bucket, small: Path, checkpoint: Path, shards: Path, source: str, number: signal.Signals
+) -> None:
+    reached, interrupted = Event(), Event()
+
+    def rule(asked: str) -> None:
+        if asked.startswith("PUT" if source == "small" else "POST") and "?uploads" not in asked:
+            reached.set()
+            assert interrupted.wait(30)
+
+    between.rule = rule
+    path, name = {"small": (small, "new.pt"), "large": (checkpoint, "new.pt"), "folder": (shards, "b")}[source]
+    verb = ["remap", "--rename", "model.{p**}=net.{p}"] if source == "folder" else ["convert"]
+    arguments = [*verb, "-q", str(path), f"{bucket.url}/{name}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "optimstate", *arguments], stderr=subprocess.PIPE, env=os.environ.copy(), text=True
+    )
+    assert reached.wait(60)
+    process.send_signal(number)
+    interrupted.set()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    if source == "folder":  # some objects are not a folder
+        assert bucket.keys() == []
+        assert "is whole" not in said
+    else:
+        assert bucket.keys() == ["new.pt"]
+        assert f"{bucket.url}/new.pt is whole" in said
+    assert bucket.unfinished() == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_an_answer_that_is_lost_does_not_make_an_error_of_what_was_made(
+    between: Between, bucket: Bucket, small: Path, checkpoint: Path, size: str, force: bool
+) -> None:
+    lost = []
+
+    def rule(asked: str) -> Answer | None:
+        if asked.startswith("PUT" if size == "small" else "POST") and "?uploads" not in asked and not lost:
+            lost.append(asked)
+            return Between.LOSE
+        return None
+
+    between.rule = rule
+    source = small if size == "small" else checkpoint
+    optimstate.convert(source, f"{bucket.url}/new.pt", force=force)
+    assert lost
+    assert not optimstate.diff(source, f"{bucket.url}/new.pt").changes
+
+
+def test_an_answer_that_is_lost_does_not_make_another_object_ours(
+    between: Between, bucket: Bucket, small: Path
+) -> None:
+    def rule(asked: str) -> Answer | None:
+        if asked.startswith("PUT") and bucket.keys() == []:
+            bucket.client.put_object(Bucket=bucket.name, Key="new.pt", Body=b"of another")
+            return error("503 Slow Down", "SlowDown")
+        return None
+
+    between.rule = rule
+    with pytest.raises(DestinationError, match="exists already"):
+        optimstate.convert(small, f"{bucket.url}/new.pt")
+    assert bucket.get("new.pt") == b"of another"
