@@ -12,7 +12,7 @@ from optimstate.state.records import tensor_record
 from optimstate.tensors.lazy import LazyTensor, Storage
 from optimstate.tree import AttributedTensor, GlobalName, Opaque, OpaqueFile, path_key
 
-__all__ = ["MAX_SHOWN", "form_of", "plain"]
+__all__ = ["MAX_SHOWN", "as_numbers", "form_of", "plain"]
 
 
 def form_of(value: Any) -> str:
@@ -65,6 +65,32 @@ def _plain(value: Any, room: list[int]) -> Any:
         record = tensor_record(value)
         return (tensor_kind(value) or describe(value)) if record is None else str(record)
     return bounded(value) if value is None or isinstance(value, bool | int | float | str) else describe(value)
+
+
+def as_numbers(value: Any) -> Any:
+    """The same value, in which tensors of one element and NumPy's scalars are Python's numbers.
+
+    Args:
+        value: A leaf, or a mapping or list, of which copies are returned.
+    """
+    return _as_numbers(value, [MAX_SHOWN])
+
+
+def _as_numbers(value: Any, room: list[int]) -> Any:
+    if isinstance(value, LazyTensor):
+        return value.item() if value.numel == 1 and value.dtype in _SHOWN_AS_NUMBER else value
+    if isinstance(value, Opaque):
+        number = numpy_scalar(value)
+        return value if number is None else number
+    if isinstance(value, Mapping | list | tuple):
+        room[0] -= len(value)
+        if room[0] < 0:
+            return value
+        if isinstance(value, Mapping):
+            return {key: _as_numbers(item, room) for key, item in value.items()}
+        made = [_as_numbers(item, room) for item in value]
+        return tuple(made) if isinstance(value, tuple) else made
+    return value
 
 
 _SHOWN_AS_NUMBER = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}

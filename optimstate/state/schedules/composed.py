@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from optimstate.state.schedules.schedule import Check, Line, Options, Schedule, is_steps, schedule_of
+from optimstate.state.schedules.schedule import Check, Form, Line, Options, Schedule, is_steps, schedule_of
 
 __all__ = ["acting", "Chained", "Parts", "Sequential", "parts"]
 
@@ -16,6 +16,18 @@ class Parts(Schedule):
 
     USES_BASE = True
     NESTS = True
+    FORMS: ClassVar[Mapping[str, Form]] = {
+        "_schedulers": Form(
+            lambda value: isinstance(value, list | tuple) and all(isinstance(part, Mapping) for part in value),
+            "the states of the schedulers that it is made of",
+        )
+    }
+
+    def unusable(self) -> Iterator[str]:
+        wrong = [*super().unusable()]
+        yield from wrong
+        for number, part in enumerate(self.parts if not wrong else ()):
+            yield from (f"_schedulers[{number}]: {why}" for why in part.unusable())
 
     @property
     def parts(self) -> list[Schedule]:
@@ -53,6 +65,17 @@ class Sequential(Parts):
     NAME = "SequentialLR"
     KEYS = frozenset({"_milestones"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"milestones": is_steps}
+    FORMS: ClassVar[Mapping[str, Form]] = {
+        **Parts.FORMS,
+        "_milestones": Form(is_steps, "a rising list of steps"),
+    }
+
+    def unusable(self) -> Iterator[str]:
+        wrong = [*super().unusable()]
+        yield from wrong
+        milestones, count = self.state["_milestones"], len(self.state["_schedulers"]) if not wrong else 0
+        if count and len(milestones) != count - 1:
+            yield f"_milestones must be {count - 1}, one between each two schedulers, not {len(milestones)}"
 
     @property
     def present(self) -> Schedule:

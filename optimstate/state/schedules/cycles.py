@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from optimstate.state.schedules.schedule import (
+    DIVISOR,
+    FLAG,
+    NUMBER,
+    NUMBERS,
     Check,
+    Form,
     Line,
     Options,
     Schedule,
@@ -16,7 +21,9 @@ from optimstate.state.schedules.schedule import (
     is_fraction,
     is_number,
     one_of,
+    word,
 )
+from optimstate.tree import Opaque
 
 
 class Momentum(Schedule):
@@ -60,7 +67,27 @@ class Cyclic(Momentum):
         "mode": one_of("triangular", "triangular2", "exp_range"),
         "gamma": is_number,
     }
+    FORMS: ClassVar[Mapping[str, Form]] = {
+        "max_lrs": NUMBERS,
+        "total_size": DIVISOR,
+        "step_ratio": NUMBER,
+        "gamma": NUMBER,
+        "cycle_momentum": FLAG,
+        "use_beta1": FLAG,
+        "_scale_fn_custom": Form(
+            lambda value: value is None or isinstance(value, Mapping | Opaque) or callable(value),
+            "a function or nothing",
+        ),
+        "base_momentums": NUMBERS,
+        "max_momentums": NUMBERS,
+    }
     USES_BASE = True
+
+    def unusable(self) -> Iterator[str]:
+        yield from super().unusable()
+        absent = [key for key in ("base_momentums", "max_momentums") if key not in self.state]
+        if self.state["cycle_momentum"] is True and absent:
+            yield f"cycle_momentum is on, and there are no {absent[0]}"
 
     @property
     def _height(self) -> float | None:
@@ -139,8 +166,22 @@ class OneCycle(Momentum):
         "three_phase": is_flag,
         "max_lr": is_number,
     }
+    FORMS: ClassVar[Mapping[str, Form]] = {
+        "total_steps": DIVISOR,
+        "_schedule_phases": Form(lambda value: _are_phases(value), "the phases of the schedule"),
+        "_anneal_func_type": word("cos", "linear"),
+        "cycle_momentum": FLAG,
+        "use_beta1": FLAG,
+    }
     USES_BASE = True
     BOUNDS = ("initial_lr", "max_lr", "min_lr")
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        momenta = [(phase["start_momentum"], phase["end_momentum"]) for phase in self.state["_schedule_phases"]]
+        cycled = {key for pair in momenta for key in pair} if self.state["cycle_momentum"] else set[str]()
+        rates = {phase[end] for phase in self.state["_schedule_phases"] for end in ("start_lr", "end_lr")}
+        return tuple(sorted(rates | cycled))
 
     def initial(self, number: int, options: Mapping[str, Any]) -> Any:
         return options.get("initial_lr")
@@ -203,6 +244,21 @@ class OneCycle(Momentum):
 
     def _between(self, start: float, end: float, number: int) -> float:
         return self._anneal(start, end, self._phase()[1])
+
+
+def _are_phases(value: Any) -> bool:
+    """Whether a value lists phases, each with its last step and the options of a group that are its bounds."""
+    bounds = ("start_lr", "end_lr", "start_momentum", "end_momentum")
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(phase, Mapping)
+            and is_number(phase.get("end_step"))
+            and all(isinstance(phase.get(bound), str) for bound in bounds)
+            for phase in value
+        )
+    )
 
 
 def _ratio(one: float, other: float) -> float:

@@ -8,7 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from optimstate.state.schedules.schedule import (
+    COUNTER,
+    DIVISOR,
+    NUMBER,
+    NUMBERS,
     Check,
+    Form,
     Line,
     Options,
     Schedule,
@@ -18,8 +23,30 @@ from optimstate.state.schedules.schedule import (
     is_number,
     is_steps,
     one_of,
+    word,
 )
 from optimstate.tree import Opaque, cloned
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a value is a number or an infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _are_functions(value: Any) -> bool:
+    """Whether a value lists what states keep of functions: nothing, or the attributes of an object."""
+    kept = (type(None), Mapping, Opaque)
+    return isinstance(value, list | tuple) and all(isinstance(item, kept) or callable(item) for item in value)
+
+
+def _counts_steps(value: Any) -> bool:
+    """Whether a value tells how often each step is a milestone."""
+    if not isinstance(value, Mapping | Opaque | list):
+        return False
+    try:
+        return all(is_number(item) for pair in _counted(value).items() for item in pair)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return False
 
 
 class Function(Schedule):
@@ -27,6 +54,7 @@ class Function(Schedule):
 
     NAME = "LambdaLR or MultiplicativeLR"
     KEYS = frozenset({"lr_lambdas"})
+    FORMS: ClassVar[Mapping[str, Form]] = {"lr_lambdas": Form(_are_functions, "a list of functions")}
     USES_BASE = True
 
 
@@ -36,6 +64,7 @@ class Step(Schedule):
     NAME = "StepLR"
     KEYS = frozenset({"step_size", "gamma"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"step_size": is_count, "gamma": is_number}
+    FORMS: ClassVar[Mapping[str, Form]] = {"step_size": DIVISOR, "gamma": NUMBER}
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         return Line(0.0, self.state["gamma"] ** (self.position // self.state["step_size"]))
@@ -47,6 +76,10 @@ class MultiStep(Schedule):
     NAME = "MultiStepLR"
     KEYS = frozenset({"milestones", "gamma"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"milestones": is_steps, "gamma": is_number}
+    FORMS: ClassVar[Mapping[str, Form]] = {
+        "milestones": Form(_counts_steps, "a count of times for each step"),
+        "gamma": NUMBER,
+    }
 
     def argument(self, key: str) -> Any:
         found = self.state[key]
@@ -79,6 +112,7 @@ class Constant(Schedule):
     NAME = "ConstantLR"
     KEYS = frozenset({"factor", "total_iters"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"factor": is_fraction, "total_iters": is_count_or_zero}
+    FORMS: ClassVar[Mapping[str, Form]] = {"factor": DIVISOR, "total_iters": NUMBER}
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         return Line(0.0, 1.0 if self.position >= self.state["total_iters"] else self.state["factor"])
@@ -94,6 +128,7 @@ class Linear(Schedule):
         "end_factor": is_fraction,
         "total_iters": is_count,
     }
+    FORMS: ClassVar[Mapping[str, Form]] = {"start_factor": NUMBER, "end_factor": NUMBER, "total_iters": DIVISOR}
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         start, end, total = (self.state[key] for key in ("start_factor", "end_factor", "total_iters"))
@@ -106,6 +141,7 @@ class Exponential(Schedule):
     NAME = "ExponentialLR"
     KEYS = frozenset({"gamma"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"gamma": is_number}
+    FORMS: ClassVar[Mapping[str, Form]] = {"gamma": NUMBER}
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         return Line(0.0, self.state["gamma"] ** self.position)
@@ -117,6 +153,7 @@ class Polynomial(Schedule):
     NAME = "PolynomialLR"
     KEYS = frozenset({"total_iters", "power"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"total_iters": is_count, "power": is_number}
+    FORMS: ClassVar[Mapping[str, Form]] = {"total_iters": DIVISOR, "power": NUMBER}
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         total = self.state["total_iters"]
@@ -144,6 +181,7 @@ class Cosine(Annealing):
     NAME = "CosineAnnealingLR"
     KEYS = frozenset({"T_max", "eta_min"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"T_max": is_count, "eta_min": is_number}
+    FORMS: ClassVar[Mapping[str, Form]] = {"T_max": DIVISOR, "eta_min": NUMBER}
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         return _cosine(self.state["eta_min"], self.position / self.state["T_max"])
@@ -155,6 +193,13 @@ class WarmRestarts(Annealing):
     NAME = "CosineAnnealingWarmRestarts"
     KEYS = frozenset({"T_0", "T_i", "T_mult", "eta_min", "T_cur"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"T_0": is_count, "T_mult": is_count, "eta_min": is_number}
+    FORMS: ClassVar[Mapping[str, Form]] = {
+        "T_0": DIVISOR,
+        "T_i": DIVISOR,
+        "T_mult": DIVISOR,
+        "T_cur": NUMBER,
+        "eta_min": NUMBER,
+    }
 
     def line(self, number: int, options: Mapping[str, Any]) -> Line | None:
         return _cosine(self.state["eta_min"], self.state["T_cur"] / self.state["T_i"])
@@ -190,6 +235,20 @@ class Plateau(Schedule):
         "threshold_mode": one_of("rel", "abs"),
         "eps": is_number,
     }
+    FORMS: ClassVar[Mapping[str, Form]] = {
+        "factor": NUMBER,
+        "patience": NUMBER,
+        "cooldown": NUMBER,
+        "cooldown_counter": NUMBER,
+        "num_bad_epochs": NUMBER,
+        "threshold": NUMBER,
+        "eps": NUMBER,
+        "min_lrs": NUMBERS,
+        "best": Form(_is_real, "a number"),
+        "mode_worse": Form(_is_real, "a number"),
+        "mode": word("min", "max"),
+        "threshold_mode": word("rel", "abs"),
+    }
 
 
 class SWA(Schedule):
@@ -199,7 +258,12 @@ class SWA(Schedule):
     KEYS = frozenset({"anneal_epochs"})
     OPTIONAL = frozenset({"_anneal_strategy", "anneal_func", "swa_lrs"})
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {"anneal_epochs": is_count_or_zero}
+    FORMS: ClassVar[Mapping[str, Form]] = {"anneal_epochs": COUNTER}
     proportional = False
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        return ("swa_lr",)
 
     @property
     def _share(self) -> float | None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from optimstate.describe import describe
 from optimstate.record import Record
 
 __all__ = [
+    "COUNTER",
     "Check",
+    "DIVISOR",
+    "FLAG",
+    "Form",
     "Line",
+    "NUMBER",
+    "NUMBERS",
     "Options",
     "Schedule",
     "is_count",
@@ -21,6 +28,7 @@ __all__ = [
     "is_steps",
     "one_of",
     "schedule_of",
+    "word",
 ]
 
 Options = dict[str, Any]
@@ -37,6 +45,9 @@ _COMMON = {
     "verbose",
     "_schedulers",
 }
+
+
+_METHODS = {"step", "get_lr", "get_last_lr", "state_dict", "load_state_dict", "optimizer"}
 
 
 class Line(Record):
@@ -66,7 +77,12 @@ def is_count_or_zero(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def is_fraction(value: Any) -> bool:
@@ -89,6 +105,30 @@ def one_of(*words: str) -> Check:
     return lambda value: value in words
 
 
+class Form(Record):
+    """What a field of a scheduler's state has to be for torch to take a step with it.
+
+    Attributes:
+        check: Whether a value is of the form.
+        words: The form, in words.
+    """
+
+    check: Check
+    words: str
+
+
+NUMBER = Form(is_number, "a finite number")
+NUMBERS = Form(lambda value: isinstance(value, list | tuple) and all(map(is_number, value)), "a list of finite numbers")
+DIVISOR = Form(lambda value: is_number(value) and value > 0, "a number above 0")
+COUNTER = Form(lambda value: is_number(value) and value >= -1, "a count of steps")
+FLAG = Form(is_flag, "true or false")
+
+
+def word(*words: str) -> Form:
+    """The form of a field that is one of some words."""
+    return Form(lambda value: isinstance(value, str) and value in words, " or ".join(map(describe, words)))
+
+
 class Schedule:
     """One scheduler.
 
@@ -98,6 +138,7 @@ class Schedule:
         KEYS: The keys of its state, besides those of all schedulers.
         OPTIONAL: Further keys that states of some releases or options have. A state with other keys is not recognised.
         ARGUMENTS: The constructor's arguments that can be changed in a state, each with the check of its values.
+        FORMS: The form of each field that the next step reads.
         USES_BASE: Whether a later step reads `base_lrs`.
         NESTS: Whether it is made of other schedulers.
     """
@@ -106,6 +147,7 @@ class Schedule:
     KEYS: ClassVar[frozenset[str]] = frozenset()
     OPTIONAL: ClassVar[frozenset[str]] = frozenset()
     ARGUMENTS: ClassVar[Mapping[str, Check]] = {}
+    FORMS: ClassVar[Mapping[str, Form]] = {}
     USES_BASE: ClassVar[bool] = False
     NESTS: ClassVar[bool] = False
 
@@ -121,6 +163,19 @@ class Schedule:
         """Whether a state is of this scheduler."""
         own = state.keys() - _COMMON
         return own >= cls.KEYS and not own - cls.KEYS - cls.OPTIONAL and ("_schedulers" in state) == cls.NESTS
+
+    def unusable(self) -> Iterator[str]:
+        """Why torch cannot take the next step with the values of this state, one sentence for each field."""
+        for key, form in {**_COMMON_FORMS, **self.FORMS}.items():
+            if key in self.state and not form.check(self.state[key]):
+                yield f"{key} must be {form.words}, not {describe(self.state[key])}"
+        if shadowed := sorted(_METHODS & self.state.keys()):
+            yield f"{shadowed[0]} is a method of schedulers, which torch would replace by this value"
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """The options of each param group that the next step reads, besides `lr`."""
+        return ()
 
     @property
     def position(self) -> int:
@@ -192,6 +247,7 @@ class Schedule:
         """Set the momentum of a param group for the current position, if the scheduler cycles it."""
 
 
+_COMMON_FORMS = {"last_epoch": COUNTER, "_step_count": COUNTER, "base_lrs": NUMBERS}
 _KNOWN: list[type[Schedule]] = []
 
 

@@ -1,11 +1,11 @@
-"""Whether a run could resume from an optimizer and its schedulers as they are in a file: verify's checks of them."""
+"""Whether a run could resume from an optimizer as it is in a file: verify's checks of it."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
-from math import isclose, prod
+from math import prod
 from typing import Any
 
 from optimstate.describe import describe, few
@@ -23,7 +23,7 @@ from optimstate.surgery.verification.layouts import stored_in_another_layout
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque
 
-__all__ = ["check_optimizer", "check_schedulers"]
+__all__ = ["check_optimizer"]
 
 
 def check_optimizer(
@@ -295,37 +295,3 @@ def _equal_moments(where: str, slots: Mapping[str, Any], found: Mapping[str, Any
     alike = first.dtype == second.dtype and first.shape == second.shape and "exp_avg" in found and found["exp_avg"].norm
     if alike and first.tobytes() == second.tobytes():
         yield fault("moments", where, f"exp_avg and exp_avg_sq are equal bit for bit: {form_of(first)}")
-
-
-def check_schedulers(optimizers: list[Section], schedulers: list[Section]) -> Iterator[Finding]:
-    """Learning rates of the groups compared with those a scheduler says it set last."""
-    rates = [[plain(group.options.get("lr")) for group in section.optimizer().groups] for section in optimizers]
-    for section in schedulers:
-        fields = section.node if isinstance(section.node, Mapping) else section.node.state
-        last = plain(fields.get("_last_lr"))
-        where = f"scheduler at {section.label}"
-        if not isinstance(last, list) or not rates:
-            continue
-        if not any(len(last) == len(found) for found in rates):
-            counts = ", ".join(str(len(found)) for found in rates)
-            yield fault("group", where, f"learning rates for {len(last)} groups, the optimizers have {counts}")
-        elif not any(_equal_rates(last, found) for found in rates):
-            shown = ", ".join(map(describe, rates))
-            usable = all(isinstance(rate, int | float) for found in rates for rate in found)  # NaN is shown as text
-            message = f"set {describe(last)} last, but the optimizers have {shown}"
-            yield (
-                note("lr", where, f"{message}: right if it was set by hand") if usable else fault("lr", where, message)
-            )
-
-
-def _equal_rates(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(x == y or _close(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _close(x: Any, y: Any) -> bool:
-    if not isinstance(x, int | float) or not isinstance(y, int | float):
-        return False
-    try:
-        return isclose(x, y, rel_tol=1e-6)
-    except OverflowError:  # a whole number that no float holds
-        return False

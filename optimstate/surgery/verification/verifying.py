@@ -16,14 +16,16 @@ from optimstate.io.places import located
 from optimstate.plan.language.plan import Plan
 from optimstate.state.loose import loose_weights
 from optimstate.state.records import is_tensor
-from optimstate.state.sections import UNRECOGNISED, Section, judged, scheduler_name
+from optimstate.state.schedules import schedule_of
+from optimstate.state.sections import Section, judged
 from optimstate.state.unread import unread_state
 from optimstate.surgery.inspection.repeated import repeated
 from optimstate.surgery.opening import open_to_read, opening
 from optimstate.surgery.text import plural
 from optimstate.surgery.verification.certifying import certificates_in, differences
 from optimstate.surgery.verification.findings import Finding, VerifyReport, fault, note
-from optimstate.surgery.verification.resume_checks import check_optimizer, check_schedulers
+from optimstate.surgery.verification.resume_checks import check_optimizer
+from optimstate.surgery.verification.scheduler_checks import check_schedulers, fields_of
 from optimstate.surgery.verification.unusable import check_values
 from optimstate.surgery.viewing import viewed
 from optimstate.tensors.lazy import LazyTensor
@@ -90,7 +92,9 @@ def verify(
             blind += unseen
             checked.append(plural(len(certificates), "certificate"))
         blind += [
-            f"scheduler at {section.label}: its form is not known" for section in schedulers if _is_unknown(section)
+            f"scheduler at {section.label}: not one of torch's, so that what its next step reads was not checked"
+            for section in schedulers
+            if _is_unknown(section)
         ]
         blind += [f"{format_path(path)} was not taken for a section: {why}" for path, why in judgement.others.items()]
         unread = unread_state(document.tree, judgement)
@@ -136,7 +140,7 @@ def _damaged(document: Document, checked: list[str], progress: Progress | None) 
 
 
 def _is_unknown(scheduler: Section) -> bool:
-    return scheduler_name(scheduler.node) == UNRECOGNISED
+    return not schedule_of(dict(fields_of(scheduler.node))).NAME
 
 
 def _empty(document: Document) -> Iterator[Finding]:
@@ -216,9 +220,3 @@ class _Rest:
         files = [node for node in self.found if isinstance(node, OpaqueFile)]
         if files:
             yield f"{plural(len(files), 'file')} of other kinds, such as {FilePath(files[0].path).name}"
-
-
-# --- optimizers -----------------------------------------------------------------------------------------------------
-
-
-# --- schedulers -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,121 @@
+"""What torch's schedulers cannot take a step with is a fault, in every field and in a scheduler within another."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler as torchs
+
+import optimstate
+
+Tree = dict[str, Any]
+Made = Callable[[torch.optim.Optimizer], Any]
+
+SCHEDULERS: dict[str, Made] = {
+    "StepLR": lambda o: torchs.StepLR(o, 2),
+    "MultiStepLR": lambda o: torchs.MultiStepLR(o, [2, 5]),
+    "ConstantLR": lambda o: torchs.ConstantLR(o, total_iters=9),
+    "LinearLR": lambda o: torchs.LinearLR(o, total_iters=9),
+    "ExponentialLR": lambda o: torchs.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: torchs.PolynomialLR(o, 9),
+    "CosineAnnealingLR": lambda o: torchs.CosineAnnealingLR(o, 10),
+    "CosineAnnealingWarmRestarts": lambda o: torchs.CosineAnnealingWarmRestarts(o, 3),
+    "CyclicLR": lambda o: torchs.CyclicLR(o, 0.01, 0.1, step_size_up=3),
+    "OneCycleLR": lambda o: torchs.OneCycleLR(o, 0.1, total_steps=20),
+    "LambdaLR": lambda o: torchs.LambdaLR(o, lambda step: 0.9**step),
+    "ReduceLROnPlateau": lambda o: torchs.ReduceLROnPlateau(o, patience=1, factor=0.5),
+    "SequentialLR": lambda o: torchs.SequentialLR(o, [torchs.ConstantLR(o), torchs.ExponentialLR(o, 0.9)], [6]),
+    "ChainedScheduler": lambda o: torchs.ChainedScheduler([torchs.ConstantLR(o), torchs.ExponentialLR(o, 0.9)]),
+}
+VALUES: list[Any] = ["x", None, [], {}, math.nan, [math.nan, math.nan], ["x", "x"], [1.0], torch.ones(2)]
+IGNORED = {"_last_lr", "_is_initial", "_get_lr_called_within_step", "verbose", "_scale_fn_custom"}
+
+
+def run(name: str) -> tuple[torch.optim.Optimizer, Any]:
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=0.1, momentum=0.9)
+    return optimizer, SCHEDULERS[name](optimizer)
+
+
+def stepped(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    optimizer.step()
+    scheduler.step(*([1.0] if isinstance(scheduler, torchs.ReduceLROnPlateau) else []))
+
+
+def checkpoint(name: str) -> Tree:
+    optimizer, scheduler = run(name)
+    for _ in range(4):
+        stepped(optimizer, scheduler)
+    return {"optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict()}
+
+
+def resumes(name: str, saved: Tree) -> bool:
+    """Whether a run goes on for three steps, with rates that are numbers."""
+    optimizer, scheduler = run(name)
+    saved = copy.deepcopy(saved)
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["lr_scheduler"])
+        for _ in range(3):
+            stepped(optimizer, scheduler)
+        return all(math.isfinite(group["lr"]) for group in optimizer.param_groups)
+    except (ArithmeticError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError):
+        return False
+
+
+def places(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every mapping of a scheduler's state with one of its keys."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key not in IGNORED:
+                yield node, key
+            yield from places(value)
+    elif isinstance(node, list):
+        for item in node:
+            yield from places(item)
+
+
+def faults(saved: Tree, path: Path) -> list[str]:
+    torch.save(saved, path)
+    return [str(finding) for finding in optimstate.verify(path, numbers=False).findings if finding.level == "fault"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_field_that_torch_cannot_step_with_is_a_fault(name: str, tmp_path: Path) -> None:
+    saved = checkpoint(name)
+    assert faults(saved, tmp_path / "a.pt") == []
+    assert resumes(name, saved)
+    for fields, key in list(places(saved["lr_scheduler"])):
+        kept = fields[key]
+        for value in VALUES:
+            fields[key] = value
+            if not resumes(name, saved):
+                assert faults(saved, tmp_path / "a.pt"), (key, value)
+        fields[key] = kept
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_field_that_hides_a_method_is_a_fault(name: str, tmp_path: Path) -> None:
+    saved = checkpoint(name)
+    saved["lr_scheduler"]["step"] = 3
+    assert any("method" in line for line in faults(saved, tmp_path / "a.pt"))
+
+
+def test_bounds_that_the_groups_lack_are_a_fault(tmp_path: Path) -> None:
+    saved = checkpoint("OneCycleLR")
+    del saved["optimizer"]["param_groups"][1]["max_lr"]
+    assert not resumes("OneCycleLR", saved)
+    assert any("max_lr" in line for line in faults(saved, tmp_path / "a.pt"))
+
+
+def test_a_scheduler_that_is_not_of_torch_is_said_not_to_be_checked(tmp_path: Path) -> None:
+    saved = checkpoint("ExponentialLR")
+    saved["lr_scheduler"]["decay_mode"] = saved["lr_scheduler"].pop("gamma")
+    torch.save(saved, tmp_path / "a.pt")
+    assert any("not one of torch's" in line for line in optimstate.verify(tmp_path / "a.pt").blind)
