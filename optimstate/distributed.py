@@ -10,6 +10,7 @@ plan.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -25,7 +26,7 @@ from optimstate.io.location import Place
 from optimstate.plan.language.plan import Plan
 from optimstate.resuming import Resumed, resume
 from optimstate.resuming.filling import Filling, put
-from optimstate.resuming.shards import agree
+from optimstate.resuming.shards import is_fsdp1, together
 from optimstate.state.names import names_in, unwrapped
 from optimstate.state.optimizer import OptimizerState
 
@@ -45,9 +46,9 @@ def load(
     """Resume a model and an optimizer as `optimstate.resume` does; in FSDP1, through their own state dicts.
 
     FSDP1's state dicts are filled by name, so the checkpoint must have them at `model` and `optimizer`, where
-    `torch.distributed.checkpoint.save` is usually given them.
+    `torch.distributed.checkpoint.save` is usually given them. If that fails, model and optimizer are as before.
     """
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+    if is_fsdp1(model):
         return _load_fsdp1(checkpoint, model, optimizer, plan, process_group)
     return resume(checkpoint, model=model, optimizer=optimizer, plan=plan, process_group=process_group)
 
@@ -69,10 +70,11 @@ class PlanLoadPlanner(DefaultLoadPlanner):
     """A planner for `torch.distributed.checkpoint.load` whose state dict has changed since the checkpoint was written.
 
     Each process reads the bytes of its own shards. The state dict may be sharded as `DTensor`s, as FSDP1's
-    `ShardedTensor`s, or not at all. Torch wraps errors of a planner in a `CheckpointException`.
+    `ShardedTensor`s, or not at all. Options of param groups are matched by the parameters in them, and the live groups
+    keep their parameters. Torch wraps errors of a planner in a `CheckpointException`.
 
     Args:
-        checkpoint: The folder that `load` is given.
+        checkpoint: The folder that `load` is given; another one is refused.
         plan: What has changed, as a plan or the path of a plan file.
         options: As for `DefaultLoadPlanner`. With `allow_partial_load`, items that the checkpoint does not have keep
             their values; without it, only those do that `fresh` rules declare new.
@@ -96,15 +98,19 @@ class PlanLoadPlanner(DefaultLoadPlanner):
         self.nbytes = 0
 
     def create_local_plan(self) -> LoadPlan:
-        """Check that the checkpoint has every item, and compare the checksums of everything that this process reads.
+        """Check that the checkpoint has every item, and compare the checksums of what this process reads completely.
 
         Raises:
             CheckpointError: The checkpoint cannot be read.
             CorruptCheckpointError: Bytes do not match their checksum.
-            MigrationError: The plan does not fit.
-            StateMismatchError: An item of the state dict is not in the checkpoint.
+            MigrationError: The plan does not fit, or the options of a param group are not determined.
+            StateMismatchError: An item of the state dict is not in the checkpoint, or cannot have its value; the
+                checkpoint is another one than `load` was given.
         """
         self._filling = Filling(self._checkpoint, self._plan)
+        if self.metadata is not None:  # from the storage reader of torch's load
+            save_id = getattr(self.metadata.storage_meta, "save_id", None)
+            self._filling.refuse_another(save_id, self.metadata.state_dict_metadata)
         self._names = self._filling.check(
             self.state_dict, self.mappings if self.flatten_state_dict else {}, partial=self.allow_partial_load
         )
@@ -121,7 +127,7 @@ class PlanLoadPlanner(DefaultLoadPlanner):
         for name in self._names:
             live = self.state_dict[name]
             if hasattr(live, "shape") and hasattr(live, "dtype"):
-                filling.fill(name)
+                filling.fill(name, live)
             elif self.flatten_state_dict:
                 put(self.original_state_dict, self.mappings[name], filling.value(name))
             else:
@@ -141,8 +147,8 @@ def fill_state_dict(
 ) -> PlanLoadPlanner:
     """Load a state dict in place, as `torch.distributed.checkpoint.load` does, from a checkpoint in any format.
 
-    All processes check everything, including checksums, before any of them fills its items. The state dict is filled
-    in part only if bytes that were checked can no longer be read.
+    All processes check everything, including the checksums of what they read completely, before any of them fills its
+    items. The state dict is filled in part only if bytes that were checked can no longer be read.
 
     Returns:
         The planner, with its notes and the number of bytes that were read.
@@ -154,14 +160,11 @@ def fill_state_dict(
         CorruptCheckpointError: Bytes do not match their checksum; nothing was filled.
     """
     planner = PlanLoadPlanner(checkpoint, plan, allow_partial_load=allow_partial_load)
-    failure: Exception | None = None
-    try:
+    with together(process_group, sharded=True):
         planner.set_up_planner(state_dict)
         planner.create_local_plan()
-    except Exception as error:  # noqa: BLE001  # the other processes have to be informed first
-        failure = error
-    agree(failure, process_group, sharded=True)
-    planner.finish_plan(LoadPlan([]))
+    with together(process_group, sharded=True):
+        planner.finish_plan(LoadPlan([]))
     return planner
 
 
@@ -176,15 +179,43 @@ def _load_fsdp1(
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
     options = StateDictOptions(full_state_dict=False)
-    weights, state = get_state_dict(model, optimizer or [], options=options)
-    whole: dict[str, Any] = {"model": weights}
-    if optimizer is not None:
-        whole["optimizer"] = state
-    done = fill_state_dict(whole, checkpoint, plan, process_group=process_group)
-    set_state_dict(
-        model, optimizer or [], model_state_dict=weights, optim_state_dict=whole.get("optimizer", {}), options=options
-    )
+    with _unchanged(model, optimizer):
+        weights, state = get_state_dict(model, optimizer or [], options=options)
+        whole: dict[str, Any] = {"model": weights}
+        if optimizer is not None:
+            whole["optimizer"] = state
+        done = fill_state_dict(whole, checkpoint, plan, process_group=process_group)
+        set_state_dict(
+            model,
+            optimizer or [],
+            model_state_dict=weights,
+            optim_state_dict=whole.get("optimizer", {}),
+            options=options,
+        )
     return Resumed({}, tuple(done.notes), (), done.nbytes)
+
+
+@contextmanager
+def _unchanged(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Restore what a block has changed in a model and an optimizer if it raises."""
+    tensors = [*model.parameters(), *model.buffers()]
+    state = {} if optimizer is None else {parameter: dict(slots) for parameter, slots in optimizer.state.items()}
+    tensors += [value for slots in state.values() for value in slots.values() if isinstance(value, torch.Tensor)]
+    groups = [] if optimizer is None else [dict(group) for group in optimizer.param_groups]
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        if optimizer is not None:
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for group, own in zip(optimizer.param_groups, groups, strict=True):
+                group.clear()
+                group.update(own)
+        raise
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+import os
 import sys
 import warnings
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -207,21 +210,28 @@ def refusals(folder: Path) -> list[str]:
 
 
 def run(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {kind: resumed(folder, kind) for kind in ("fsdp", "tp")}
     results |= {f"planned {kind}": planned(folder, kind) for kind in ("fsdp2", "fsdp1")}
     results["async"] = saved_in_the_background(folder)  # type: ignore[assignment]
     torch.save(results, folder / f"arrived{rank}.pt")
     (folder / f"said{rank}.json").write_text(json.dumps(refusals(folder)))
     dist.barrier()
+
+
+def joined(work: Callable[[int, Path], None], rank: int, folder: Path) -> None:
+    """Work as one of two processes of a group, which meet in a file that no other group has used."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    place = f"file://{folder}/rendezvous-{os.getppid()}"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    work(rank, folder)
     dist.destroy_process_group()
 
 
-def main() -> int:
+def forked(work: Callable[[int, Path], None], folder: Path) -> int:
+    """Work in two processes; returns the exit code of the one that fails."""
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=run, args=(rank, Path(sys.argv[1]))) for rank in range(2)]
+    ranks = [context.Process(target=joined, args=(work, rank, folder)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -230,4 +240,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(forked(run, Path(sys.argv[1])))

@@ -46,12 +46,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]
 @pytest.fixture(scope="module")
 def two_ranks(trained: tuple[Path, list[float]]) -> list[dict[str, Any]]:
     folder, _ = trained
-    command = [sys.executable, "-m", "tests.distributed_worker", str(folder)]
+    worked("tests.distributed_worker", folder)
+    return [torch.load(folder / f"arrived{rank}.pt") for rank in range(2)]
+
+
+def worked(module: str, folder: Path) -> None:
+    """Run a module that forks processes; a process that waits for another one fails."""
+    command = [sys.executable, "-m", module, str(folder)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=240, cwd=Path(__file__).parents[1]
     )
     assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"arrived{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def together(trained: tuple[Path, list[float]]) -> list[dict[str, Any]]:
+    """What two processes say if one of them fails, or has other parameters."""
+    folder, _ = trained
+    (folder / "plan.toml").write_text(TRANSPOSED)
+    worked("tests.together_worker", folder)
+    return [json.loads((folder / f"together{rank}.json").read_text()) for rank in range(2)]
 
 
 def after(folder: Path) -> tuple[After, torch.optim.Optimizer]:
@@ -153,6 +167,59 @@ def test_what_fails_in_one_process_fails_in_all(
         assert one[1].startswith("MigrationError")
         assert "'turned'" in one[1]
         assert "[5, 3]" in one[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "error", "cause"),
+    [
+        ("fsdp2 plan", "PlanSyntaxError", "nowhere.toml"),
+        ("fsdp2 hook", "RuntimeError", "a hook of one process"),
+        ("fsdp2 certificate", "CorruptCheckpointError", "nowhere.json"),
+        ("fsdp1 plan", "PlanSyntaxError", "nowhere.toml"),
+    ],
+)
+def test_a_fault_of_one_process_is_raised_in_all_and_nothing_is_changed(
+    kind: str, error: str, cause: str, together: list[dict[str, Any]]
+) -> None:
+    (first, state), (second, other) = (said[kind] for said in together)
+    assert first.startswith("StateMismatchError: rank 1 could not load: ")
+    assert second.startswith(f"{error}: ")
+    assert cause in first
+    assert cause in second
+    assert state == other == "as before"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("fsdp2 planner", "nowhere.toml: the plan cannot be read"),
+        ("fsdp1 resume", "sharded by FSDP1 (FullyShardedDataParallel), which flattens its parameters\nCall optimstate"),
+        ("fsdp1 hook", "a hook of one process"),
+        ("fsdp1 trained", "a hook of one process"),
+    ],
+)
+def test_a_fault_that_all_processes_learn_of_changes_nothing(
+    kind: str, said: str, together: list[dict[str, Any]]
+) -> None:
+    for found in together:
+        assert said in found[kind][0]
+        assert found[kind][1] == "as before"
+
+
+@pytest.mark.slow
+def test_a_process_without_a_part_of_a_parameter_reads_none(
+    together: list[dict[str, Any]], trained: tuple[Path, list[float]]
+) -> None:
+    saved = torch.load(trained[0] / "before.pt", weights_only=True)["model"]["turned"]
+    assert together[0]["of one process"] == [saved.tolist(), saved.tolist(), saved.nbytes]
+    assert together[1]["of one process"] == [[], [], 0]
+
+
+@pytest.mark.slow
+def test_parameters_that_only_one_process_has_get_their_state_and_options(together: list[dict[str, Any]]) -> None:
+    assert [said["experts"] for said in together] == [[[], []]] * 2
 
 
 @pytest.mark.slow

@@ -109,18 +109,17 @@ def resume(
         StateMismatchError: The checkpoint lacks a part or has several that could be meant, names are not determined,
             the result is not what was certified, or another process failed.
     """
-    given = Plan.of(plan)
-    if schedule is not None:
-        given = given.with_policy(schedule=schedule)
     models, optimizers, schedulers, averages = (
         [] if several is None else _named(several) for several in (model, optimizer, scheduler, ema)
     )
     optimizers = [(path, shards.innermost(live)) for path, live in optimizers]
     schedulers = [(path, getattr(live, "scheduler", live)) for path, live in schedulers]
     sharded = shards.is_sharded([live for _, live in (*models, *averages)], [live for _, live in optimizers])
-    failure: Exception | None = None
-    run: Run | None = None
-    try:
+    together = partial(shards.together, process_group, sharded=sharded)
+    with together():
+        given = Plan.of(plan)
+        if schedule is not None:
+            given = given.with_policy(schedule=schedule)
         run = Run(Parts(checkpoint, lazily=sharded), given, saved)
         live_models = [live for _, live in models]
         weights, means = run.choose("model", models), run.choose("ema", averages)
@@ -132,12 +131,9 @@ def resume(
         if scaler is not None:
             run.plan_scaler(scaler)
         run.refuse_unused()
+        run.find_certificates(certificate)
         run.parts.compare()
-    except Exception as error:  # noqa: BLE001  # the other processes have to be informed first
-        failure = error
-    shards.agree(failure, process_group, sharded=sharded)
-    assert run is not None
-    run.carry_out(partial(run.check, certificate, scaler))
+    run.carry_out(partial(run.check, scaler), together)
     problems = run.problems()
     made = Resumed(run.reports, tuple(run.notes), problems, run.nbytes)
     _LOGGER.info("resume: %s", "; ".join(report.summary() for report in run.reports.values()) or "done")

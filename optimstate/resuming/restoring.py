@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from optimstate.errors import StateMismatchError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Step", "load_state", "restoring"]
+__all__ = ["Step", "carry_out", "load_state", "restoring"]
 
 
 @dataclass
@@ -23,6 +24,26 @@ class Step:
 
     load: Callable[[], object]
     undo: Callable[[], object]
+
+
+def carry_out(
+    steps: Sequence[Step], check: Callable[[], object], together: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Load every part and check the result, or undo all of it.
+
+    Args:
+        steps: The parts, in the order in which they are loaded.
+        check: Checks the result; processes exchange data in it.
+        together: Runs a block in every process, and raises in all of them if it fails in one.
+    """
+    with ExitStack() as undoing:
+        with together():
+            for step in steps:
+                undoing.callback(step.undo)
+                step.load()
+        with together():
+            check()
+        undoing.pop_all()
 
 
 def restoring(scheduler: Any) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from optimstate.resuming.owners import becomes, common_names, common_tensors, li
 from optimstate.resuming.parts import Named, Parts
 from optimstate.resuming.records import refuse_records
 from optimstate.resuming.replaced import replaced_options
-from optimstate.resuming.restoring import Step, load_state, restoring
+from optimstate.resuming.restoring import Step, carry_out, load_state, restoring
 from optimstate.resuming.tally import Tally
 from optimstate.state.names import mentions_wrapper, unwrapped
 from optimstate.state.optimizer import OptimizerState
@@ -29,6 +29,7 @@ from optimstate.state.sections import Section
 if TYPE_CHECKING:
     import torch
 
+    from optimstate.certificates.certificate import Certificate
     from optimstate.hooks import Report
     from optimstate.hooks.engine.live import Live
     from optimstate.hooks.engine.request import LoadRequest
@@ -79,6 +80,7 @@ class Run:
     _casts: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     _asked: set[str] = field(default_factory=set)
     _back: Plan = field(default_factory=Plan)
+    _certificates: list[Certificate] | None = None
     _division: Division | None = None
     _divided: list[certified.Part] = field(default_factory=list)
     _rules: dict[int, OptimizerRule] = field(default_factory=dict)
@@ -120,6 +122,7 @@ class Run:
         from optimstate.hooks.modules import ModelLoad
         from optimstate.plan.solve.planner import plan_migration
 
+        shards.refuse_fsdp1(key, module)
         node = self.parts.node(section)
         load = ModelLoad(module, node)
         load.refuse_unless_it_leads_back(self._back, key)
@@ -216,7 +219,7 @@ class Run:
         made, outcome = matched(request, (key,), live.names)
         self.loaded_optimizers.append(certified.Part(optimizer, source, outcome.moves, beside))
         reader = shards.Reader(self._casts, self.parts.read)
-        made = reader.optimizer(optimizer, made)
+        made = reader.optimizer(optimizer, made, live.names)
         self.nbytes += reader.nbytes
         self._loads[id(optimizer)] = _Load(made, [dict(group.options) for group in request.state.groups], outcome.moves)
         self.reports[key] = reported(outcome.report)
@@ -364,25 +367,24 @@ class Run:
             yield Problem("unreached", message, remedy="give it with scheduler=...")
         yield from unreached_schedulers(self.plan, self._schedules)
 
-    def carry_out(self, check: Callable[[], object]) -> None:
-        """Load every part and check the result; if anything fails, undo all of it."""
-        with ExitStack() as undoing:
-            # Weights last, because only they are changed in place.
-            for step in [*self._steps, *self._modules]:
-                undoing.callback(step.undo)
-                step.load()
-            check()
-            undoing.pop_all()
-
-    def check(self, given: certified.Given | None, scaler: Any) -> None:
-        """Check that the run is the certified one, if a certificate is given, and record what it continues from."""
+    def find_certificates(self, given: certified.Given | None) -> None:
+        """Read the certificates with which the run is to be compared, if one is given."""
         if given is not None and given is not False:
-            certificates = certified.certificates_of(given, self._divided or self.loaded_optimizers)
+            self._certificates = certified.certificates_of(given, self._divided or self.loaded_optimizers)
+
+    def carry_out(self, check: Callable[[], object], together: Callable[[], AbstractContextManager[None]]) -> None:
+        """Load every part and check the result; if anything fails, in any process, undo all of it."""
+        # Weights last, because only they are changed in place.
+        carry_out([*self._steps, *self._modules], check, together)
+
+    def check(self, scaler: Any) -> None:
+        """Check that the run is the certified one, if a certificate is given, and record what it continues from."""
+        if self._certificates is not None:
             if self._divided:
-                self.notes.append(certified.checked_source(certificates, self.loaded_modules, self._divided))
+                self.notes.append(certified.checked_source(self._certificates, self.loaded_modules, self._divided))
             else:
                 parts = self.loaded_modules, self.loaded_optimizers
-                self.notes += certified.checked(certificates, self.plan, *parts, self._schedulers, scaler)
+                self.notes += certified.checked(self._certificates, self.plan, *parts, self._schedulers, scaler)
         certified.note_histories(self.loaded_optimizers, self.plan, self.notes.append)
 
     def problems(self) -> tuple[Problem, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-__all__ = ["Reader", "agree", "innermost", "is_sharded", "kept", "notes_on_casts", "whole"]
+__all__ = [
+    "Reader",
+    "innermost",
+    "is_fsdp1",
+    "is_sharded",
+    "kept",
+    "notes_on_casts",
+    "refuse_fsdp1",
+    "together",
+    "whole",
+]
 
 
 def innermost(optimizer: Any) -> Any:
@@ -37,8 +48,41 @@ def is_sharded(modules: Sequence[torch.nn.Module], optimizers: Sequence[torch.op
     return any(map(_is_dtensor, own)) or any(_is_dtensor(p) for module in modules for p in module.parameters())
 
 
-def agree(failure: Exception | None, group: dist.ProcessGroup | None, *, sharded: bool) -> None:
-    """Raise in every process if one has failed, because the others would wait for it later."""
+def is_fsdp1(module: torch.nn.Module) -> bool:
+    """Whether a module is sharded by FSDP1, whose parameters are parts of flattened ones."""
+    return any(type(inner).__name__ == "FullyShardedDataParallel" for inner in module.modules())
+
+
+def refuse_fsdp1(key: str, module: torch.nn.Module) -> None:
+    """Refuse a module whose parameters cannot be matched one by one.
+
+    Raises:
+        StateMismatchError: It is sharded by FSDP1.
+    """
+    if is_fsdp1(module):
+        raise StateMismatchError(
+            f"the live {key} is sharded by FSDP1 (FullyShardedDataParallel), which flattens its parameters",
+            hint="Call optimstate.distributed.load(checkpoint, model, optimizer, plan=...), which loads through the "
+            "state dicts of FSDP1.",
+        )
+
+
+@contextmanager
+def together(group: dist.ProcessGroup | None, *, sharded: bool) -> Iterator[None]:
+    """Run a block in every process; if it fails in one of them, raise in all, because the others would wait for it.
+
+    Raises:
+        StateMismatchError: The block failed in another process.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # the other processes have to be informed first
+        failure = error
+    _agree(failure, group, sharded=sharded)
+
+
+def _agree(failure: Exception | None, group: dist.ProcessGroup | None, *, sharded: bool) -> None:
     import torch.distributed as dist
 
     alone = not sharded and group is None
@@ -83,67 +127,124 @@ class Reader:
         self.nbytes = 0
         self._read = read
         self._casts = casts
+        self._by_memory: dict[tuple[Any, ...], tuple[str, Any]] = {}
 
-    def part(self, name: str, like: Any, value: Any) -> Any:
-        """This process's part of a value, with the placements of `like`."""
+    def part(self, name: str, like: Any, value: Any, *, copied: bool = True) -> Any:
+        """This process's part of a value, with the placements of `like`.
+
+        Args:
+            name: The name for messages.
+            like: What it is sharded like.
+            value: The whole tensor.
+            copied: Whether it is copied into `like`; slots are not, and may have a dtype of their own.
+        """
         if _is_dtensor(like) and (value is like or _is_dtensor(value)):
             return value
-        part = self.cut(name, like, value)
+        part = self.cut(name, like, value, copied=copied)
         if not _is_dtensor(like):
             return whole(part)
         return _placed(to_torch(part.contiguous()).clone() if isinstance(part, LazyTensor) else part, like)
 
-    def cut(self, name: str, like: Any, value: Any) -> Any:
-        """The part of a value that corresponds to this process's part of `like`, without reading it."""
-        self._note_cast(name, value, like)
+    def cut(self, name: str, like: Any, value: Any, *, copied: bool = True) -> Any:
+        """The part of a value that corresponds to this process's part of `like`, without reading it.
+
+        Raises:
+            StateMismatchError: `like` has no memory, or cannot have the value without loss.
+        """
+        self.check_copy(name, like, value, copied=copied)
         if _is_dtensor(like):
-            local, offsets = _local(like)
             if tuple(value.shape) != tuple(like.shape):
                 raise StateMismatchError(
                     f"{describe(name)} has the shape {list(value.shape)} and its parameter {list(like.shape)}, so it "
                     "cannot be sharded in the same way",
                     hint="Start it without state by `fresh` in the plan, or load it in one process.",
                 )
-            for dim, (start, size) in enumerate(zip(offsets, local.shape, strict=True)):
+            local, offsets = _local(like)
+            for dim, (start, size) in enumerate(zip(offsets, local, strict=True)):
                 if size != value.shape[dim]:
                     value = value.narrow(dim, start if size else 0, size)
+        if copied:
+            self._refuse_untied(name, like, value)
         self.count(value)
         return value
 
-    def optimizer(self, optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's dict with this process's part of every slot."""
+    def _refuse_untied(self, name: str, like: Any, value: Any) -> None:
+        """Refuse two values for one live tensor, of which the second would replace the first.
+
+        Raises:
+            StateMismatchError: The live tensor has another name too, under which the checkpoint has another value.
+        """
+        local = like.to_local() if _is_dtensor(like) else like
+        try:
+            place = local.untyped_storage().data_ptr() if local.numel() else 0
+        except (NotImplementedError, RuntimeError):  # sparse, or of a subclass without a storage
+            return
+        if not place:
+            return
+        key = (place, local.storage_offset(), tuple(local.shape), local.stride())
+        first, known = self._by_memory.setdefault(key, (name, value))
+        if first != name and known is not value and not _equal(known, value, like.dtype):
+            raise StateMismatchError(
+                f"{describe(first)} and {describe(name)} are one tensor in the live model, but not in the checkpoint, "
+                "where their values differ",
+                hint="Give both the values of one of them in the plan, or build the model without tied parameters.",
+            )
+
+    def check_copy(self, name: str, like: Any, value: Any, *, copied: bool = True) -> None:
+        """Check that a live tensor can have a value, and note if its dtype changes.
+
+        Raises:
+            StateMismatchError: The live tensor has no memory, or cannot have the value without loss.
+        """
+        if getattr(like, "is_meta", False):
+            raise StateMismatchError(
+                f"{describe(name)} cannot be loaded, because the live tensor is on the meta device and has no memory",
+                hint='Call model.to_empty(device="...") before the optimizer is built.',
+            )
+        saved, live = map(_dtype_name, (value.dtype, like.dtype))
+        if copied:
+            refuse_lost_kind(name, saved, live)
+        # Codes of quantized slots are not cast.
+        if saved != live and (copied or ("float" in saved and "float" in live)):
+            self._casts.setdefault((saved, live), []).append(name)
+
+    def optimizer(
+        self, optimizer: torch.optim.Optimizer, made: dict[str, Any], names: Sequence[Sequence[str]]
+    ) -> dict[str, Any]:
+        """An optimizer's dict with this process's part of every slot.
+
+        Args:
+            optimizer: The live optimizer.
+            made: The dict that it is about to load, with whole tensors.
+            names: The names of its parameters by group, for messages.
+        """
         parameters = {
-            key: parameter
-            for group, own in zip(made["param_groups"], optimizer.param_groups, strict=True)
-            for key, parameter in zip(group["params"], own["params"], strict=True)
+            key: (name, parameter)
+            for group, own, known in zip(made["param_groups"], optimizer.param_groups, names, strict=True)
+            for key, name, parameter in zip(group["params"], known, own["params"], strict=True)
         }
         state = {
-            key: {slot: self._slot(f"{key} {slot}", parameters.get(key), value) for slot, value in slots.items()}
+            key: {slot: self._slot(slot, *parameters.get(key, ("", None)), value) for slot, value in slots.items()}
             if isinstance(slots, Mapping)
             else whole(slots)
             for key, slots in made["state"].items()
         }
         return {**{key: whole(value) for key, value in made.items() if key != "state"}, "state": state}
 
-    def _slot(self, name: str, parameter: Any, value: Any) -> Any:
+    def _slot(self, slot: str, name: str, parameter: Any, value: Any) -> Any:
         shape = getattr(value, "shape", None)
         if parameter is None or shape is None:
             return whole(value)
         if prod(shape) == 1 and tuple(shape) != tuple(parameter.shape):  # the count of steps
             self.count(value)
             return whole(value)
-        return self.part(name, parameter, value)
+        return self.part(f"{name} {slot}", parameter, value, copied=False)
 
     def count(self, value: Any) -> None:
         """Record that a tensor of a file is read."""
         if isinstance(value, LazyTensor) and value.numel:
             self.nbytes += value.nbytes
             self._read += value.storage.cut(*value.span())
-
-    def _note_cast(self, name: str, value: Any, like: Any) -> None:
-        saved, live = (str(getattr(each, "dtype", "")).removeprefix("torch.") for each in (value, like))
-        if saved != live and "float" in saved and "float" in live:  # 8-bit codes are not cast
-            self._casts.setdefault((saved, live), []).append(name)
 
 
 def notes_on_casts(casts: Mapping[tuple[str, str], Sequence[str]]) -> list[str]:
@@ -152,6 +253,38 @@ def notes_on_casts(casts: Mapping[tuple[str, str], Sequence[str]]) -> list[str]:
         f"{len(names)} tensors are {old} in the checkpoint and become {new}: {describe(names[0])}, ..."
         for (old, new), names in casts.items()
     ]
+
+
+def refuse_lost_kind(name: str, saved: Any, live: Any) -> None:
+    """Refuse to copy numbers into a live tensor that cannot hold their kind: complex ones, fractions.
+
+    Raises:
+        StateMismatchError: The live tensor is real or of integers, and the checkpoint's is not.
+    """
+    old, new = map(_dtype_name, (saved, live))
+    if _kind(old) > _kind(new):
+        raise StateMismatchError(
+            f"{describe(name)} is {old} in the checkpoint and {new} in the live state, which cannot hold its values",
+            hint=f'Build the live one as {old}, or convert it in the plan: cast = "{new}".',
+        )
+
+
+def _equal(one: Any, other: Any, dtype: torch.dtype) -> bool:
+    """Whether two tensors have the same bits in a dtype."""
+    from optimstate.installed_torch import torch
+
+    a, b = (to_torch(value.contiguous()) if isinstance(value, LazyTensor) else value for value in (one, other))
+    bits = [each.to(dtype).contiguous().flatten().view(torch.uint8) for each in (a, b)]
+    return torch.equal(*bits)
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kind(dtype: str) -> int:
+    """0 for truth values, 1 for integers, 2 for real and 3 for complex numbers."""
+    return 3 if "complex" in dtype else 2 if "float" in dtype else 0 if dtype == "bool" else 1
 
 
 def whole(value: Any) -> Any:
@@ -165,8 +298,8 @@ def whole(value: Any) -> Any:
     return value
 
 
-def _local(tensor: Any) -> tuple[Any, tuple[int, ...]]:
-    """This process's part of a DTensor, and its offsets in the whole tensor."""
+def _local(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes of this process's part of a DTensor, and its offsets in the whole tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if any(placement.is_partial() for placement in tensor.placements):
@@ -174,11 +307,13 @@ def _local(tensor: Any) -> tuple[Any, tuple[int, ...]]:
             f"a DTensor placed as {tensor.placements} is a partial sum and cannot be loaded",
             hint="Redistribute it first.",
         )
-    local = tensor.to_local()
+    if tensor.device_mesh.get_coordinate() is None:  # of other processes
+        return (0,) * tensor.dim(), (0,) * tensor.dim()
+    local = tuple(tensor.to_local().shape)
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    if 0 in local.shape or not offsets:
+    if 0 in local or not offsets:
         return local, (0,) * tensor.dim()
-    assert tuple(local.shape) == tuple(sizes)
+    assert local == tuple(sizes)
     return local, tuple(offsets)
 
 

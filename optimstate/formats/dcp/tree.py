@@ -169,7 +169,17 @@ def _groups(options: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]
         key = tuple(sorted((option, known[id(value)]) for option, value in values.items()))
         found.setdefault(key, ([], values))[0].append(name)
     for names, values in found.values():
-        yield {**values, "params": names}
+        own = {"param_names": _own_names(names, values["param_names"])} if "param_names" in values else {}
+        yield {**values, **own, "params": names}
+
+
+def _own_names(params: list[str], names: Any) -> Any:
+    """The `param_names` of a group; ranks with parts of a model list names that the group does not have."""
+    if not isinstance(names, list) or len(names) == len(params):
+        return names
+    known = set(params)
+    made = [name for name in names if type(name) is str and name in known]
+    return made if len(made) == len(params) else list(params)
 
 
 def _comparable(value: Any) -> str:
