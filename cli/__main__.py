@@ -9,6 +9,7 @@ import warnings
 from contextlib import suppress
 
 from optimstate.cli.interrupts import Interrupted, clean_up, raise_on_signals
+from optimstate.cli.together import is_first_here
 
 __all__ = ["main"]
 
@@ -24,7 +25,9 @@ def main() -> None:
         code = _run()
     except Interrupted as signal:
         code = signal.exit_code
-        _say(clean_up(f"interrupted by {signal}" if str(signal) != "SIGINT" else "interrupted"))
+        said = clean_up(f"interrupted by {signal}" if str(signal) != "SIGINT" else "interrupted")
+        if is_first_here():  # torchrun ends all of them
+            _say(said)
     except BaseException:
         clean_up()
         raise

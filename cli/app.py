@@ -18,6 +18,8 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import TyperException
 
 from optimstate import __version__, errors
+from optimstate.cli.codes import CRASHED, EXIT_CODES, INTERRUPTED, code_of
+from optimstate.cli.together import is_first_of_all, is_heard, rank_of
 from optimstate.describe import describe, escaped
 from optimstate.io.location import Location
 
@@ -29,9 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMMANDS",
+    "CRASHED",
     "EXIT_CODES",
+    "INTERRUPTED",
     "PLACE",
     "SETTINGS",
+    "SHARED",
     "Application",
     "View",
     "Copy",
@@ -51,18 +56,6 @@ __all__ = [
     "until_exit",
 ]
 
-EXIT_CODES: tuple[tuple[type[errors.OptimStateError], int], ...] = (
-    (errors.UsageError, 2),
-    (errors.CheckpointError, 3),
-    (errors.PlanError, 4),
-    (errors.DestinationError, 5),
-    (errors.RepresentationError, 6),
-    (errors.TorchError, 7),
-    (errors.OptimStateError, 3),  # of what a script gave: it fits no live state, or cannot be followed
-)
-CRASHED = 70
-"""What sysexits calls an internal software error: never a finding."""
-INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors, and what --json or - asks for.")]
@@ -260,10 +253,14 @@ def _root(
 ) -> None:
     if os.environ.get("NO_COLOR"):
         context.color = False
+    if context.invoked_subcommand not in (None, *SHARED):
+        rank_of(f"optimstate {context.invoked_subcommand}")
 
 
 COMMANDS = ("inspect", "diff", "remap", "plan", "convert", "name", "verify", "rehearse", "log", "scan", "demo")
 """In the order of the help. Each is a module of this package that registers itself when it is imported."""
+SHARED = ("remap", "convert")
+"""The commands whose work several processes share."""
 
 
 def register(arguments: list[str]) -> None:
@@ -324,17 +321,18 @@ def _run() -> int:
 
 def _refused(error: errors.OptimStateError) -> int:
     """Say what is wrong and what helps; the exit code of its kind."""
-    for line in error.message.splitlines():
-        typer.echo(f"error: {line}", err=True)
-    if error.hint:
-        typer.echo(f"hint: {error.hint}", err=True)
+    if is_heard(error):
+        for line in error.message.splitlines():
+            typer.echo(f"error: {line}", err=True)
+        if error.hint:
+            typer.echo(f"hint: {error.hint}", err=True)
     _echo_json(type(error).__name__, error.message, error.hint, [problem._asdict() for problem in error.problems])
-    return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+    return code_of(error)
 
 
 def _echo_json(kind: str, message: str, hint: str, problems: Sequence[Mapping[str, Any]] = ()) -> None:
     """Print an error as the one JSON document of a command that fails, if JSON was asked for."""
-    if "--json" in sys.argv[1:]:
+    if "--json" in sys.argv[1:] and is_first_of_all():
         from optimstate.reporting import to_json
 
         fields = {"kind": kind, "message": message, "hint": hint, "problems": problems}
@@ -358,7 +356,9 @@ def _nearest_choice(error: TyperException) -> str:
 def _wrong_usage(error: TyperException) -> int:
     """What is wrong and where to read more; a command without its arguments shows its help."""
     message = escaped(error.format_message().replace(": Value error, ", ": "), lines=True)  # pydantic's, of typer 0.28
-    if message.startswith("Usage:"):
+    if not is_heard(error):
+        pass
+    elif message.startswith("Usage:"):
         typer.echo(message, err=True)
     else:
         typer.echo(f"error: {message}", err=True)

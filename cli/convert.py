@@ -6,7 +6,7 @@ import typer
 
 from optimstate.cli import words
 from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, Source, Verify, app, epilog
-from optimstate.cli.together import helped, rank_of, stage_of
+from optimstate.cli.together import helped, joined, rank_of, stage_of
 from optimstate.describe import describe
 from optimstate.io.location import Location
 
@@ -116,15 +116,15 @@ def convert(
     if section and without:
         raise typer.BadParameter("--section and --without exclude each other: what is not chosen is left out")
     size = None if shard_size is None else parse_size(shard_size)
-    if rank_of() and dry_run:
+    rank = rank_of()
+    if rank and dry_run:
         return  # the first one says it
     asked = ["convert", to, section, without, dtype, optimizer, drop_opaque, salvage, copy, ranks]
     asked += [size, no_checksums, digest, clone_views]
-    stage = None if dry_run else stage_of(source, destination, asked, sync=not no_sync)
-    if helped(stage, sync=not no_sync):
-        return
-    quiet = quiet or (stage is not None and stage.team.rank > 0)
-    with terminal.progress("converting", source, quiet=quiet) as advance:
+    stage = None if dry_run else stage_of(source, destination, asked, sync=not no_sync, force=force)
+    with joined(stage), terminal.progress("converting", source, quiet=quiet or bool(rank)) as advance:
+        if helped(stage, sync=not no_sync):
+            return
         options = WriteOptions(
             not no_checksums, clone_views, size, not no_sync, advance, digest, copy=copy, ranks=ranks, stage=stage
         )
@@ -143,7 +143,7 @@ def convert(
             force=force,
             options=options,
         )
-    if stage is not None and stage.team.rank:
+    if rank:
         return
     terminal.show(report, as_json=as_json, quiet=quiet)
     if report.lost:

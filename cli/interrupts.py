@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Interrupted", "clean_up", "raise_on_signals"]
+__all__ = ["Interrupted", "clean_up", "ignore_signals", "raise_on_signals"]
 
 
 class Interrupted(BaseException):
@@ -41,16 +41,23 @@ def _raise(number: int, _: Any) -> None:
     raise Interrupted(number)
 
 
-def clean_up(why: str = "interrupted") -> str:
-    """Remove what was begun, deaf to further signals, and say so in one line."""
+def ignore_signals() -> None:
+    """Be deaf to the signals that end the program, because it is about to end."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def clean_up(why: str = "interrupted") -> str:
+    """Remove what was begun, deaf to further signals, and say so in one line."""
+    ignore_signals()
     temporary = sys.modules.get("optimstate.io.temporary")
     if temporary is None:
         return f"{why}; nothing was left behind"
     removed = temporary.remove_unfinished()
     whole = [path for path in temporary.finished() if not isinstance(path, Path) or path.exists()]
     said = f"removed {', '.join(path.name for path in removed)}" if removed else "nothing was left behind"
+    if temporary.kept():
+        said = f"kept {', '.join(temporary.kept())}, with which the same command goes on"
     if whole:
         said += f"; {', '.join(str(path) for path in whole)} is whole"
     return f"{why}; {said}"

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from optimstate.cli.app import PLACE, Copy, Force, Json, NoSync, Quiet, Ranks, Source, Verify, app, epilog, read_plan
-from optimstate.cli.together import helped, rank_of, stage_of
+from optimstate.cli.together import helped, joined, rank_of, stage_of
 from optimstate.io.location import Location
 
 
@@ -111,21 +111,20 @@ def remap(
         raise typer.BadParameter("--in-place takes no destination")
     if plan_out is not None and str(plan_out) == "-" and as_json:
         raise typer.BadParameter("--json has the plan in it: leave out --plan-out -")
-    if settings or schedules:
-        from optimstate.surgery.writing.settings import with_options, with_schedules
-
-        rules = with_options(rules, source, settings) if settings else rules
-        rules = with_schedules(rules, schedules) if schedules else rules
     if plan_out is not None:
         files.check_plan_destination(plan_out, source, force=force)
     if dry_run and rank:
         return  # the first one says it
-    asked = ["remap", rules.to_toml(), str(like), copy, ranks]
-    stage = None if dry_run else stage_of(source, destination, asked, like=like, sync=not no_sync)
-    if helped(stage, sync=not no_sync):
-        return
-    quiet = quiet or (stage is not None and stage.team.rank > 0)
-    with terminal.progress("remapping", source, quiet=quiet) as advance:
+    asked = ["remap", rules.to_toml(), settings, schedules, str(like), copy, ranks]
+    stage = None if dry_run else stage_of(source, destination, asked, like=like, sync=not no_sync, force=force)
+    with joined(stage), terminal.progress("remapping", source, quiet=quiet or bool(rank)) as advance:
+        if helped(stage, sync=not no_sync):
+            return
+        if settings or schedules:
+            from optimstate.surgery.writing.settings import with_options, with_schedules
+
+            rules = with_options(rules, source, settings) if settings else rules
+            rules = with_schedules(rules, schedules) if schedules else rules
         report = optimstate.remap(
             source,
             destination,
@@ -141,7 +140,7 @@ def remap(
             ranks=ranks,
             stage=stage,
         )
-    if stage is not None and stage.team.rank:
+    if rank:
         return
     if plan_out is not None and str(plan_out) == "-":
         typer.echo(report.plan, nl=False)

@@ -9,7 +9,8 @@
     │   └── UnsupportedCheckpointError          well-formed, but uses a feature that is not supported
     ├── RepresentationError (TypeError)         an object cannot be stored in the requested container
     ├── DestinationError (OSError)              the output cannot be written where it was asked for
-    │   └── DestinationExistsError (FileExistsError)
+    │   ├── DestinationExistsError (FileExistsError)
+    │   └── ProcessEndedError                   another of the processes that write it together ended with an error
     ├── PlanError (ValueError)                  a plan cannot be applied as written
     │   ├── PlanSyntaxError                     a template, a rule or a plan file cannot be parsed
     │   ├── MigrationError                      the plan does not fit this checkpoint; has every problem found
@@ -52,6 +53,7 @@ __all__ = [
     "ParameterNameWarning",
     "PlanError",
     "PlanSyntaxError",
+    "ProcessEndedError",
     "RepresentationError",
     "SchedulerStateWarning",
     "StateMismatchError",
@@ -157,6 +159,18 @@ class DestinationExistsError(DestinationError, FileExistsError):
     """The destination exists and overwriting was not asked for."""
 
     __str__ = OptimStateError.__str__
+
+
+class ProcessEndedError(DestinationError):
+    """Another of the processes that write it together has ended with an error.
+
+    Attributes:
+        code: Its exit code.
+    """
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class PlanError(OptimStateError, ValueError):

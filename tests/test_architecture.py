@@ -85,6 +85,7 @@ STOREYS: dict[str, tuple[set[str], ...]] = {
         {"atomic"},
         {"checksums", "output", "directory", "folders", "linking"},
         {"together"},
+        {"staging"},
         {"remote"},
         {"places", "shared"},
         {"shared_objects"},

@@ -32,10 +32,10 @@ def linked(source: StoredSource, target: Location) -> bool:
 
     Args:
         source: The open file.
-        target: The new name; no file may have it.
+        target: The new name. If a file has it, it was linked or copied by an earlier attempt to write the same folder.
 
     Returns:
-        Whether the file was linked; otherwise nothing was done.
+        Whether the file is linked; otherwise nothing was done, or a link to another file was removed.
 
     Raises:
         CheckpointError: Another file has taken the name of the source since it was opened.
@@ -45,6 +45,13 @@ def linked(source: StoredSource, target: Location) -> bool:
         return False
     try:
         os.link(str(source.path), target)
+    except FileExistsError:
+        found = target.lstat()
+        if (found.st_dev, found.st_ino) != source.inode:
+            if found.st_nlink == 1:
+                return False
+            target.unlink()  # nothing may be written to it
+            return linked(source, target)
     except OSError as error:
         if error.errno not in _CANNOT_LINK:
             raise

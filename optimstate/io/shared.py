@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
@@ -24,7 +24,10 @@ from optimstate.io.extents import Extent, Progress, StoredSource, chunks
 from optimstate.io.location import Location
 from optimstate.io.together import Stage
 
-__all__ = ["Range", "SharedFiles", "move", "range_of_row", "reporting", "row_of_range"]
+__all__ = ["Notes", "Range", "SharedFiles", "move", "range_of_row", "reporting", "row_of_range"]
+
+
+PORTION = 1 << 28  # bytes after which a process notes how far it is; an attempt repeats at most as many
 
 
 class Range(NamedTuple):
@@ -60,26 +63,70 @@ def reporting(moved: Progress, progress: Progress | None) -> Progress:
     return report
 
 
-def move(ranges: Iterable[Range], progress: Progress | None, *, sync: bool) -> None:
-    """Copy ranges into existing files.
+class Notes:
+    """What a process has finished of its share, for another attempt, which leaves it out.
+
+    Args:
+        stage: The folder to which the share belongs.
+
+    Attributes:
+        moved: How many bytes of its ranges are written, in order.
+        files: The files that it has written, each with what is to be known of it.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        found = stage.noted() or {}
+        self.moved: int = found.get("moved", 0)
+        self.files: dict[str, Any] = found.get("files", {})
+
+    def add(self, *, moved: int = 0, files: Mapping[str, Any] | None = None) -> None:
+        """Note what is written, and flushed if it is to be: up to which of its bytes, and more files."""
+        self.moved = max(self.moved, moved)
+        self.files.update(files or {})
+        self._stage.note({"moved": self.moved, "files": self.files})
+
+
+def move(ranges: Iterable[Range], progress: Progress | None, notes: Notes, *, sync: bool) -> None:
+    """Copy ranges into existing files, without those that an earlier attempt has copied.
 
     Raises:
         CheckpointError: A source cannot be read, or ends too early.
         DestinationError: A file cannot be written.
     """
-    for target, group in groupby(ranges, key=lambda found: found.target):
-        try:
-            fd = os.open(target, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+    for _, portion in groupby(_numbered(ranges, notes.moved), key=lambda numbered: numbered[0]):
+        end = notes.moved
+        for target, group in groupby((found for _, found in portion), key=lambda found: found.target):
             try:
-                with FileCopier(fd, progress) as copier:
-                    for found in group:
-                        copier.put([found.extent], found.position)
-                if sync:
-                    os.fsync(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise cannot_write(target, error) from error
+                fd = os.open(target, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+                try:
+                    with FileCopier(fd, progress) as copier:
+                        for found in group:
+                            copier.put([found.extent], found.position)
+                            end += found.extent.length
+                    if sync:
+                        os.fsync(fd)
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                raise cannot_write(target, error) from error
+        notes.add(moved=end)
+
+
+def _numbered(ranges: Iterable[Range], moved: int) -> Iterator[tuple[int, Range]]:
+    """Ranges with the numbers of their portions, at whose ends they are divided, without the first `moved` bytes."""
+    at = 0
+    for extent, target, position in ranges:
+        done = 0
+        while done < extent.length:
+            number = (at + done) // PORTION
+            length = min(extent.length - done, (number + 1) * PORTION - at - done)
+            if not isinstance(extent.source, StoredSource):
+                length = extent.length  # computed bytes are not divided
+            if at + done >= moved:
+                yield number, Range(extent.cut(done, done + length), target, position + done)
+            done += length
+        at += extent.length
 
 
 class SharedFiles:
@@ -136,7 +183,7 @@ class SharedFiles:
 
     def _moved(self, rank: int, progress: Progress) -> Any:
         """Copy this process's share, and return its vote."""
-        move(self._shares[rank], progress, sync=self.sync)
+        move(self._shares[rank], progress, Notes(self.stage), sync=self.sync)
         return []
 
     def _end(self, votes: Sequence[Any]) -> None:

@@ -23,6 +23,8 @@ __all__ = [
     "count_as_unfinished",
     "finished",
     "is_leftover",
+    "keep",
+    "kept",
     "leftovers",
     "lock",
     "others_of",
@@ -39,6 +41,7 @@ _TRIES = 3
 _LEFTOVER = r"(?s)\..+\.[0-9a-f]{12}\.part"
 _unfinished: dict[Path, None] = {}  # unfinished outputs of this process, which it must remove before it ends
 _finished: list[Location] = []
+_kept: list[str] = []
 
 
 def is_leftover(name: str) -> bool:
@@ -70,6 +73,16 @@ def remove_unfinished() -> list[Path]:
     for path in begun:
         remove(path)
     return [path for path in removed if not os.path.lexists(path)]
+
+
+def keep(place: str) -> None:
+    """Remember an unfinished output with which another attempt of the same command goes on."""
+    _kept.append(place)
+
+
+def kept() -> Sequence[str]:
+    """The unfinished outputs of this process with which another attempt of the same command goes on."""
+    return _kept
 
 
 def temporary_sibling(path: Path) -> Path:
@@ -130,15 +143,18 @@ def others_of(path: Path) -> Iterator[Path]:
             yield other
 
 
-def remove_dead(dead: Path) -> None:
-    """Remove a temporary file or folder unless its writer lives."""
+def remove_dead(dead: Path) -> bool | None:
+    """Remove a temporary file or folder unless its writer lives; False if it does, None if that is not known."""
     with suppress(OSError):
         fd = os.open(dead, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
         try:
-            if lock(fd):
+            is_dead = lock(fd)
+            if is_dead:
                 remove(dead)
+            return is_dead
         finally:
             os.close(fd)
+    return None
 
 
 def remove(path: Path) -> None:

@@ -1,33 +1,29 @@
 """Several processes, on one machine or many, that write one folder together: a shared stage, votes, and one commit.
 
 The processes communicate only through the stage, a folder beside the destination on a file system that all of them can
-access, or objects in the store to which they write (`optimstate.io.remote.stage`). Its name is derived from everything
-that the result depends on, so that a second attempt continues the first. Every process updates a file as its sign of
-life, and writes a vote when it is done; the first process waits for all votes and commits.
+access (`optimstate.io.staging`), or objects in the store to which they write (`optimstate.io.remote.stage`). Its name
+is derived from everything that the result depends on, so that a second attempt continues the first. Every process
+updates a file as its sign of life, notes what it has finished, and writes a vote when it is done; the first process
+waits for all votes and commits. A process that ends with an error says so to the others.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 from typing import Any
 
-from optimstate.errors import CheckpointError, DestinationError
-from optimstate.io.directory import AtomicDirectory
+from optimstate.errors import CheckpointError, DestinationError, ProcessEndedError
 from optimstate.io.location import Location
-from optimstate.io.temporary import lock, others_of, remove_dead
 from optimstate.record import Record
 
-__all__ = ["FolderStage", "Stage", "Team", "team_of_environment"]
+__all__ = ["Stage", "Team", "is_team", "team_of_environment"]
 
-_PREFIX = ".together."  # of the names of files that are not part of the result
+_MOMENT = 1.0  # seconds that the first process waits until the others know of its error
 
 
 class Team(Record):
@@ -44,6 +40,12 @@ class Team(Record):
     patience: float = 60.0
 
 
+def is_team(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun, or another launcher with `OPTIMSTATE_TOGETHER=1`, started this process together with others."""
+    asked = environment.get("OPTIMSTATE_TOGETHER", "") not in ("", "0")
+    return asked or {"TORCHELASTIC_RUN_ID", "RANK"} <= environment.keys()
+
+
 def team_of_environment(environment: Mapping[str, str]) -> Team | None:
     """The processes that torchrun started together with this one; None if there is only one.
 
@@ -51,14 +53,21 @@ def team_of_environment(environment: Mapping[str, str]) -> Team | None:
     every process of a training run, and each may use this library alone.
 
     Raises:
-        DestinationError: A variable is not a number, or out of range.
+        DestinationError: A variable is missing, not a number, or out of range.
     """
-    if not ("TORCHELASTIC_RUN_ID" in environment or "OPTIMSTATE_TOGETHER" in environment):
+    if not is_team(environment):
         return None
+    names = ("RANK", "WORLD_SIZE")
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise DestinationError(
+            f"{' and '.join(missing)} must be set for processes that work together",
+            hint="Under srun, for example: RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS, in each process.",
+        )
     try:
-        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        rank, size = (int(environment[name]) for name in names)
         patience = float(environment.get("OPTIMSTATE_PATIENCE", Team.patience))
-    except (KeyError, ValueError) as error:
+    except ValueError as error:
         raise DestinationError(f"RANK, WORLD_SIZE and OPTIMSTATE_PATIENCE must be numbers: {error}") from None
     if not (0 <= rank < size and 0 < patience < float("inf")):
         raise DestinationError(
@@ -85,11 +94,13 @@ class Stage(ABC):
             renamed.
         beat: The seconds between two signs of life.
         poll: The seconds between two looks at the messages of other processes.
+        is_owner: Whether this process is the first one, and no other attempt's first process has the stage.
     """
 
     in_store = False
     beat = 1.0
     poll = 0.05
+    is_owner = False
     destination: Location
     folder: Location
 
@@ -100,6 +111,11 @@ class Stage(ABC):
         self._check = check
         self._seen: dict[int, tuple[object, float]] = {}
         self._moved: dict[int, int] = {}
+        self._beating: Callable[[int], None] | None = None
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Begin in the first process before anything is planned, where that is possible; again, it does nothing."""
 
     @abstractmethod
     def __enter__(self) -> Location:
@@ -113,7 +129,11 @@ class Stage(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Remove the files that are not part of the result, before the commit."""
+        """Prepare the commit: everything is written but what makes a folder in a store loadable."""
+
+    @abstractmethod
+    def withdraw(self) -> str:
+        """Give up what no other attempt can use; returns where the rest is, or an empty string."""
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
@@ -161,6 +181,10 @@ class Stage(ABC):
     def _write(self, name: str, value: Any) -> None:
         """Write a message, which appears whole."""
 
+    @abstractmethod
+    def _remove(self, name: str) -> None:
+        """Remove a message, if it exists."""
+
     # --- the first process ----------------------------------------------------------------------------------------
 
     def give(self, rank: int, work: Any) -> None:
@@ -174,11 +198,12 @@ class Stage(ABC):
             moved: Called with the bytes that others have copied since the last call.
 
         Raises:
-            DestinationError: A process is dead.
+            DestinationError: A process is dead, or has ended with an error.
         """
         found: dict[int, Any] = {}
         while True:
             self._look()
+            self._expect_none_ended(rank for rank in range(self.team.size) if rank not in (*found, self.team.rank))
             for rank in range(self.team.size):
                 if rank in found:
                     continue
@@ -205,8 +230,15 @@ class Stage(ABC):
             raise DestinationError(
                 f"{self.destination}: rank {rank} has given no sign of life for {self.team.patience:.0f} seconds; "
                 "nothing has been committed",
-                hint="Start it again with the same plan and number of processes; it continues where it stopped.",
+                hint="Start it again with the same plan and number of processes.",
             )
+
+    def _expect_none_ended(self, ranks: Iterable[int]) -> None:
+        for rank in ranks:
+            ended = self._read(f"ended.{rank}")
+            if ended is not None:
+                code, why = ended
+                raise ProcessEndedError(f"{self.destination}: rank {rank} has ended: {why}", code=code)
 
     # --- every process --------------------------------------------------------------------------------------------
 
@@ -218,13 +250,18 @@ class Stage(ABC):
         """
         begun = time.monotonic()
         others: dict[str, object] = {}
+        opened = False
         while True:
             self._look()
+            self._expect_none_ended([0])
             work = self._read(f"work.{self.team.rank}")
             if work is not None:
                 return work
             if self._is_open():
+                opened = True
                 self._expect(0, None)
+            elif opened:
+                raise DestinationError(f"{self.destination}: rank 0 has ended and given this process no work")
             elif self._is_elsewhere(others):
                 raise DestinationError(
                     f"{self.destination}: rank 0 writes it by another command, or from another version of the source",
@@ -250,16 +287,50 @@ class Stage(ABC):
         found = self._read(f"vote.{self.team.rank}")
         return self._read(f"done.{self.team.rank}") if found is None else found
 
+    def note(self, finished: Any) -> None:
+        """Note what this process has finished of its work, for another attempt."""
+        self._write(f"note.{self.team.rank}", finished)
+
+    def noted(self) -> Any:
+        """What this process noted last, in this attempt or an earlier one, or None."""
+        self._look()
+        return self._read(f"note.{self.team.rank}")
+
+    def end(self, code: int, why: str) -> None:
+        """Tell the other processes that this one ends with an error; the first one waits a moment until they know.
+
+        Args:
+            code: The exit code, which is to be that of all.
+            why: The message of the error.
+        """
+        rank = self.team.rank
+        with suppress(OSError, CheckpointError):
+            self._look()
+            if not (self.is_owner if rank == 0 else self._is_open()):
+                return
+            self._write(f"ended.{rank}", [code, why])
+            if rank:
+                return
+            others = set(range(1, self.team.size))
+            ends = time.monotonic() + min(_MOMENT, self.team.patience)
+            while others and time.monotonic() < ends:
+                time.sleep(self.poll)
+                self._look()
+                others = {other for other in others if not self._has(f"ended.{other}")}
+            for other in range(self.team.size):
+                self._remove(f"ended.{other}")
+
     def wait(self) -> None:
         """Wait until the first process has committed.
 
         Raises:
-            DestinationError: The first process is dead.
+            DestinationError: The first process is dead, or has ended with an error.
         """
         while True:
             self._look()
             if not self._is_open():
                 return
+            self._expect_none_ended([0])
             with suppress(FileNotFoundError):
                 if not self._has(f"vote.{self.team.rank}"):
                     done = self._read(f"done.{self.team.rank}")
@@ -271,7 +342,13 @@ class Stage(ABC):
 
     @contextmanager
     def alive(self) -> Iterator[Callable[[int], None]]:
-        """Give signs of life during the block; the value is to be called with the number of bytes copied."""
+        """Give signs of life during the block; the value is to be called with the number of bytes copied.
+
+        A block inside another one uses the signs of the outer one.
+        """
+        if self._beating is not None:
+            yield self._beating
+            return
         stopped, count = Event(), [0]
 
         def beat() -> None:
@@ -286,115 +363,11 @@ class Stage(ABC):
 
         thread = Thread(target=beat, name="optimstate-alive", daemon=True)
         thread.start()
+        self._beating = moved
         try:
             yield moved
         finally:
+            self._beating = None
             stopped.set()
             thread.join()
             self._end_signs()
-
-
-class FolderStage(AtomicDirectory, Stage):
-    """A stage in a folder beside the destination.
-
-    Args:
-        path: The destination.
-        digest: Twelve hexadecimal digits derived from everything that the result depends on.
-        team: The processes.
-        sync: Flush to the disk before the folder gets its final name.
-        check: As for `Stage`.
-    """
-
-    folder: Path
-
-    def __init__(
-        self,
-        path: Path,
-        digest: str,
-        team: Team,
-        *,
-        sync: bool = True,
-        check: Callable[[], None] | None = None,
-    ) -> None:
-        AtomicDirectory.__init__(self, path, sync=sync)
-        name = os.fsdecode(os.fsencode(path.name)[:200])
-        Stage.__init__(self, self.path, path.with_name(f".{name}.{digest}.part"), team, check)
-
-    def _begin(self) -> None:
-        self.folder.mkdir(exist_ok=True)
-        self.fd = os.open(self.folder, os.O_RDONLY)
-        if lock(self.fd) is False:
-            raise DestinationError(f"{self.path}: is being written by other processes with the same plan")
-        for rank in range(self.team.size):  # votes of an earlier attempt, which the processes must repeat
-            if rank != self.team.rank:
-                with suppress(FileNotFoundError):
-                    (self.folder / f"{_PREFIX}vote.{rank}").replace(self.folder / f"{_PREFIX}done.{rank}")
-        for dead in others_of(self.path):
-            if dead != self.folder:
-                remove_dead(dead)
-        self._temporary = self.folder
-
-    def _complete(self) -> None:
-        super()._complete()
-        self.clear()  # a sign of life may have been written meanwhile
-
-    def _discard(self) -> None:
-        with suppress(OSError):
-            self._close()
-
-    def clear(self) -> None:
-        """Remove the files that are not part of the result, earlier votes first: they ask processes to vote again."""
-        for folder in (self.folder, self.path):
-            for file in sorted(folder.glob(f"{_PREFIX}*"), key=lambda file: not file.name.startswith(f"{_PREFIX}done")):
-                file.unlink(missing_ok=True)
-
-    def sizes(self) -> dict[str, int]:
-        """The number of bytes of every written file, by name."""
-        return {file.name: file.stat().st_size for file in self.folder.iterdir() if file.is_file()}
-
-    def _look(self) -> None:
-        """Nothing: files are read one by one."""
-
-    def _end_signs(self) -> None:
-        """Nothing: `clear` removes them."""
-
-    def _is_open(self) -> bool:
-        return self.folder.is_dir()
-
-    def _is_elsewhere(self, others: dict[str, object]) -> bool:
-        for other in others_of(self.path):
-            with suppress(OSError):
-                beat = (other / f"{_PREFIX}alive.0").stat().st_mtime
-                if others.setdefault(other.name, beat) != beat:
-                    return True
-        return False
-
-    def _sign_of(self, rank: int, last: object) -> tuple[object, int]:  # noqa: ARG002  # it is read in any case
-        path = self.folder / f"{_PREFIX}alive.{rank}"
-        beat: float | None = None
-        with suppress(OSError, ValueError):
-            beat = path.stat().st_mtime
-            return beat, int(path.read_text() or 0)
-        return beat, 0
-
-    def _give_sign(self, moved: int) -> None:
-        if self.folder.is_dir():
-            (self.folder / f"{_PREFIX}alive.{self.team.rank}").write_text(str(moved))
-
-    def _has(self, name: str) -> bool:
-        return (self.folder / f"{_PREFIX}{name}").exists()
-
-    def _write(self, name: str, value: Any) -> None:
-        path = self.folder / f"{_PREFIX}{name}"
-        part = path.with_name(f"{path.name}.new")
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-
-    def _read(self, name: str) -> Any:
-        try:
-            return json.loads((self.folder / f"{_PREFIX}{name}").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            return None

@@ -25,7 +25,7 @@ from optimstate.formats.dcp.layout import layout, metadata_of
 from optimstate.formats.dcp.metadata import load_metadata, merged
 from optimstate.formats.dcp.pieces import Pieces
 from optimstate.formats.dcp.sharing import share_out
-from optimstate.formats.dcp.writing import link_files, notes_of_dead, write_file
+from optimstate.formats.dcp.writing import copy_files, link_files, notes_of_dead, write_file
 from optimstate.formats.pickles.opcodes import MAX_PICKLE_BYTES
 from optimstate.formats.pickles.unpickle import errors_in
 from optimstate.formats.protocol import Claim, Document, WriteOptions
@@ -139,17 +139,16 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
     source = kept.handle if kept is not None else None
     made = layout(leaves, source, ranks=options.ranks, team=1 if stage is None else stage.team.size)
     if stage is not None and stage.team.rank:
-        share_out(made, stage, options, copied=options.copy)
+        share_out(made, stage, options, copied=())
         return notes
     with stage or options.new_folder(path) as folder:
         places: dict[tuple[str, Box | None], Item] = {}
-        if stage is None or not (options.copy or stage.in_store):
-            notes.extend(link_files(folder, made, options))
-        notes.extend(notes_of_dead(made))
+        copied, more = link_files(folder, made, options)
+        notes += [*more, *notes_of_dead(made)]
         if stage is not None:
-            places = share_out(made, stage, options, copied=options.copy)
-            stage.clear()
+            places = share_out(made, stage, options, copied=copied)
         else:
+            copy_files(folder, made, copied, options)
             for name, parts in made.files.items():
                 places.update(write_file(folder / name, parts, options))
         metadata = metadata_of(made, places)
@@ -161,6 +160,8 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
             )
             notes.extend(f"{name}: {note}" for note in beside_notes)
         options.confirmed()
+        if stage is not None:
+            stage.clear()
         with options.new_file(folder / ".metadata") as out:  # last, because it makes a folder in a store loadable
             out.write(dump_metadata(metadata))
     return notes

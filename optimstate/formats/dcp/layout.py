@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 from optimstate.formats.dcp.columns import Box, Chunk, Form, Item, Metadata
@@ -22,6 +22,7 @@ __all__ = ["Layout", "Part", "layout", "metadata_of"]
 
 _DATA_FILE = re.compile(r"__(\d+)_(\d+)\.distcp")
 _ARCHIVE_BYTES = 2048  # the approximate size of an archive without the elements
+_FILE_BYTES = 1 << 30  # the approximate size of one of the files into which a share is divided
 _PIECES = 8  # a tensor larger than this fraction of a share is divided, so that shares are equal
 
 
@@ -52,12 +53,14 @@ class Layout(Record):
         source: The pieces of the folder from which they came.
         kept: The numbers, in the source, of items that are kept.
         files: The parts to write, by the name of the file.
+        owned: The names of the files that each of several processes writes.
     """
 
     leaves: Leaves
     source: Pieces | None
     kept: Mapping[str, int]
     files: Mapping[str, Sequence[Part]]
+    owned: Sequence[Sequence[str]] = ()
 
     def linked(self) -> list[int]:
         """The numbers of the source's files that have kept items."""
@@ -80,17 +83,34 @@ def layout(leaves: Leaves, source: Pieces | None, *, ranks: int | None = None, t
     new = {name: leaf for name, (_, leaf) in leaves.items() if name not in kept}
     made = Layout(leaves, source, kept, {})
     if ranks:
-        shares = _for_ranks(new, ranks)
+        shares = [[parts] if parts else [] for parts in _for_ranks(new, ranks)]
     else:
         parts = [Part(name, _whole(leaf), leaf) for name, leaf in new.items()]
-        shares = [parts] if team == 1 else cut(parts, team)
+        shares = [[parts]] if team == 1 else [_files(share) for share in cut(parts, team)]
     taken = [] if source is None else [source.metadata.files[number] for number in made.linked()]
     last = [-1] * len(shares)
     for match in filter(None, map(_DATA_FILE.fullmatch, taken)):
         if int(match[1]) < len(last):
             last[int(match[1])] = max(last[int(match[1])], int(match[2]))
-    files = {f"__{rank}_{last[rank] + 1}.distcp": parts for rank, parts in enumerate(shares) if parts}
-    return made._replace(files=files)
+    files: dict[str, Sequence[Part]] = {}
+    names: list[list[str]] = []
+    for rank, share in enumerate(shares):
+        named = {f"__{rank}_{number}.distcp": parts for number, parts in enumerate(share, last[rank] + 1) if parts}
+        files.update(named)
+        names.append(list(named))
+    if ranks or team == 1:
+        every = list(files)
+        names = [every[len(every) * rank // team : len(every) * (rank + 1) // team] for rank in range(team)]
+    return made._replace(files=files, owned=names)
+
+
+def _files(parts: Sequence[Part]) -> list[list[Part]]:
+    """A share divided into files, of which another attempt need not write again those that are complete."""
+    if not parts:
+        return []
+    numbers = (end // _FILE_BYTES for end in accumulate(part.nbytes for part in parts))
+    numbered = groupby(zip(numbers, parts, strict=True), key=lambda each: each[0])
+    return [[part for _, part in group] for _, group in numbered]
 
 
 def _whole(leaf: Any) -> Box | None:
@@ -142,14 +162,15 @@ def _for_ranks(leaves: Mapping[str, Any], ranks: int) -> list[list[Part]]:
     return shares
 
 
-def _slabs(part: Part, rows: int) -> list[Part]:
-    """A part of a tensor divided along its first dimension into pieces of this number of rows."""
+def _slabs(part: Part, rows: int, dim: int = 0) -> list[Part]:
+    """A part of a tensor divided along a dimension into pieces of this number of rows."""
     assert part.box is not None
-    (start, *rest), tensor = part.box[0], part.value
-    pieces = [tensor.narrow(0, at, min(rows, tensor.shape[0] - at)) for at in range(0, tensor.shape[0], rows)]
-    return [
-        Part(part.name, ((start + number * rows, *rest), piece.shape), piece) for number, piece in enumerate(pieces)
-    ]
+    start, tensor = part.box[0], part.value
+    pieces = []
+    for at in range(0, tensor.shape[dim], rows):
+        piece = tensor.narrow(dim, at, min(rows, tensor.shape[dim] - at))
+        pieces.append(Part(part.name, ((*start[:dim], start[dim] + at, *start[dim + 1 :]), piece.shape), piece))
+    return pieces
 
 
 def cut(parts: Sequence[Part], size: int) -> list[list[Part]]:
@@ -168,11 +189,12 @@ def cut(parts: Sequence[Part], size: int) -> list[list[Part]]:
 
 
 def _pieces(part: Part, most: int) -> list[Part]:
-    """A part of a tensor divided into pieces of about `most` bytes."""
+    """A part of a tensor divided into pieces of about `most` bytes, along the first dimension that is not 1."""
     shape = part.value.shape
-    if part.nbytes <= 2 * most or not shape or shape[0] < 2:
+    dim = next((dim for dim, size in enumerate(shape) if size > 1), None)
+    if part.nbytes <= 2 * most or dim is None:
         return [part]
-    return _slabs(part, max(-(-shape[0] * most // part.nbytes), 1))
+    return _slabs(part, max(-(-shape[dim] * most // part.nbytes), 1), dim)
 
 
 def _place(part: Part) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from optimstate.formats.protocol import WriteOptions
 from optimstate.io.extents import Extent, Progress, StoredSource
 from optimstate.io.location import Location
 from optimstate.io.places import located, open_source
-from optimstate.io.shared import move, range_of_row, reporting
+from optimstate.io.shared import Notes, move, range_of_row, reporting
 from optimstate.io.together import Stage
 from optimstate.tensors.lazy import tensor_of
 
@@ -48,11 +48,10 @@ def _rows(parts: Sequence[Part]) -> list[Any] | None:
     return made
 
 
-def _ranges(made: Layout, folder: Location, size: int) -> list[list[Any]]:
+def _ranges(made: Layout, files: Sequence[int], folder: Location, size: int) -> list[list[Any]]:
     """The ranges of whole files to copy, in shares with equal numbers of bytes."""
     if made.source is None:
         return [[] for _ in range(size)]
-    files = made.linked()
     sources = [made.source.sources[number] for number in files]
     starts = [0, *accumulate(source.size for source in sources)]
     shares: list[list[Any]] = []
@@ -70,11 +69,10 @@ def _ranges(made: Layout, folder: Location, size: int) -> list[list[Any]]:
     return shares
 
 
-def _whole_files(made: Layout, folder: Location, size: int) -> list[list[Any]]:
+def _whole_files(made: Layout, files: Sequence[int], folder: Location, size: int) -> list[list[Any]]:
     """The same for a store, where one process writes an object: whole files, each for the process with the least."""
     shares: list[list[Any]] = [[] for _ in range(size)]
     filled = [0] * size
-    files = [] if made.source is None else made.linked()
     for number in files:
         assert made.source is not None
         source = made.source.sources[number]
@@ -84,43 +82,40 @@ def _whole_files(made: Layout, folder: Location, size: int) -> list[list[Any]]:
     return shares
 
 
-def share_out(made: Layout, stage: Stage, options: WriteOptions, *, copied: bool) -> Items:
+def share_out(made: Layout, stage: Stage, options: WriteOptions, *, copied: Sequence[int]) -> Items:
     """Write all files of a layout together with the other processes of a stage, in any of them.
 
     Args:
         made: The layout, which is the same in every process that makes it.
         stage: The shared folder.
         options: How to write.
-        copied: Whether files with kept items are copied instead of linked.
+        copied: In the first process, the numbers of the files with kept items that are copied: all that are not linked.
 
     Returns:
         The places of all new items; empty in processes other than the first.
     """
     team, folder = stage.team, stage.folder
-    names = list(made.files)
-    owned = [names[len(names) * rank // team.size : len(names) * (rank + 1) // team.size] for rank in range(team.size)]
     ranges: list[list[Any]] = [[] for _ in range(team.size)]
-    if stage.in_store:
-        ranges = _whole_files(made, folder, team.size)
-    elif copied:
-        ranges = _ranges(made, folder, team.size)
-    if team.rank == 0:
-        if copied and not stage.in_store and made.source is not None:
-            for number in made.linked():
-                _reserve(Path(str(folder / made.source.metadata.files[number])), made.source.sources[number].size)
+    if team.rank:
+        ranges[team.rank] = stage.work()["ranges"]
+    else:
+        ranges = (_whole_files if stage.in_store else _ranges)(made, copied, folder, team.size)
+        for number in () if stage.in_store else copied:
+            assert made.source is not None
+            _reserve(Path(str(folder / made.source.metadata.files[number])), made.source.sources[number].size)
         for rank in range(1, team.size):
-            rows = {name: _rows(made.files[name]) for name in owned[rank]}
+            rows = {name: _rows(made.files[name]) for name in made.owned[rank]}
             stage.give(rank, {"ranges": ranges[rank], "files": None if None in rows.values() else rows})
     with stage.alive() as moved:
         if stage.voted() is None:
-            files = {name: made.files[name] for name in owned[team.rank]}
+            files = {name: made.files[name] for name in made.owned[team.rank]}
             stage.vote(_done(_moved(stage, ranges[team.rank], files, options, moved)))
         if team.rank:
             stage.wait()
             return {}
         items: Items = {}
         for vote in stage.votes(options.progress):
-            items.update({(name, _box(box)): Item(*item) for name, box, item in vote})
+            items.update(_items(vote))
         _check_sizes(stage, items, [row for rows in ranges for row in rows])
         return items
 
@@ -157,19 +152,29 @@ def _moved(
     options: WriteOptions,
     moved: Progress,
 ) -> Items:
-    """Copy ranges and write files."""
+    """Copy ranges and write files, without what an earlier attempt has done."""
     progress = reporting(moved, options.progress)
+    notes = Notes(stage)
+    sizes = stage.sizes() if notes.files else {}
     inner = options._replace(progress=progress, replace=True)  # replaces objects of an earlier attempt
     sources = {row[0]: open_source(row[0]) for row in ranges}
     if stage.in_store:
         for path, _, target, _, length in ranges:
+            name = located(target).name
+            if name in notes.files and sizes.get(name) == length:
+                continue
             with inner.new_file(located(target), expected_size=length) as out:
                 out.copy([Extent(sources[path], 0, length)], progress)
+            notes.add(files={name: []})
     else:
-        move((range_of_row(row, sources[row[0]]) for row in ranges), progress, sync=options.sync)
+        move((range_of_row(row, sources[row[0]]) for row in ranges), progress, notes, sync=options.sync)
     items: Items = {}
     for name, parts in files.items():
-        items.update(write_file(stage.folder / name, parts, inner))
+        found = _items(notes.files.get(name, ()))
+        if not found or sizes.get(name) != max(item.offset + item.length for item in found.values()):
+            found = write_file(stage.folder / name, parts, inner)
+            notes.add(files={name: _done(found)})
+        items.update(found)
     return items
 
 
@@ -177,13 +182,18 @@ def _reserve(path: Path, size: int) -> None:
     """Give a file a size, keeping its contents if it exists."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        os.ftruncate(fd, size)
+        if os.fstat(fd).st_size != size:
+            os.ftruncate(fd, size)
     finally:
         os.close(fd)
 
 
 def _done(items: Items) -> list[Any]:
     return [[name, box, item] for (name, box), item in items.items()]
+
+
+def _items(rows: Iterable[Any]) -> Items:
+    return {(name, _box(box)): Item(*item) for name, box, item in rows}
 
 
 def _box(box: Any) -> Box | None:

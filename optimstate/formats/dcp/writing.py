@@ -12,30 +12,42 @@ from optimstate.formats.torch import zip_writer
 from optimstate.io.extents import Extent
 from optimstate.io.linking import linked
 from optimstate.io.location import Location
+from optimstate.io.places import is_remote
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage, announced
 
-__all__ = ["link_files", "notes_of_dead", "write_file"]
+__all__ = ["copy_files", "link_files", "notes_of_dead", "write_file"]
 
 
-def link_files(folder: Location, made: Layout, options: WriteOptions) -> list[str]:
-    """Link or copy the files with kept items into the folder; returns notes for people."""
+def link_files(folder: Location, made: Layout, options: WriteOptions) -> tuple[list[int], list[str]]:
+    """Link the files with kept items into the folder, unless they are to be copied.
+
+    Returns:
+        The numbers of the files that must be copied, and notes for people.
+    """
     if made.source is None:
-        return []
-    metadata, links = made.source.metadata, 0
-    for number in made.linked():
-        source, target = made.source.sources[number], folder / metadata.files[number]
-        if not options.copy and linked(source, target):
-            links += 1
-            continue
-        with options.new_file(target, expected_size=source.size) as out:
-            out.copy([Extent(source, 0, source.size)], options.progress)
-    notes = []
+        return [], []
+    files, names = made.linked(), made.source.metadata.files
+    if options.copy:
+        return files, []
+    left = [number for number in files if not linked(made.source.sources[number], folder / names[number])]
+    notes, links = [], len(files) - len(left)
     if links:
         notes.append(
             f"{links} data files are links to those of {made.source.folder}: no bytes were copied (--copy copies them)"
         )
-    return notes
+    if left and not (is_remote(folder) or is_remote(made.source.folder)):
+        notes.append(f"{len(left)} data files were copied, because the file system cannot link them to this folder")
+    return left, notes
+
+
+def copy_files(folder: Location, made: Layout, files: Sequence[int], options: WriteOptions) -> None:
+    """Copy files with kept items into the folder."""
+    for number in files:
+        assert made.source is not None
+        source, target = made.source.sources[number], folder / made.source.metadata.files[number]
+        with options.new_file(target, expected_size=source.size) as out:
+            out.copy([Extent(source, 0, source.size)], options.progress)
 
 
 def notes_of_dead(made: Layout) -> list[str]:

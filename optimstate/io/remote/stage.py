@@ -71,6 +71,9 @@ class StoreStage(Stage):
 
     # --- the first process ----------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Nothing: objects are claimed when there is something to write."""
+
     def __enter__(self) -> RemotePath:
         said, there = self._keys(self._meeting), list(self.sizes())
         claimed = self._claim in said
@@ -104,6 +107,9 @@ class StoreStage(Stage):
             if vote is not None:
                 self._write(f"done.{rank}", vote)
                 self._store.delete(f"{self._place}/vote.{rank}")
+            if f"ended.{rank}" in self._said:
+                self._remove(f"ended.{rank}")
+        self.is_owner = True
         self._give_sign(0)
         self._path.forget()
         return self._path
@@ -120,11 +126,16 @@ class StoreStage(Stage):
                     self._store.delete(key)
             self._store.delete(self._claim)
             self._store.abort_unfinished(self._key)  # uploads of dead processes
+            self.is_owner = False
         self._path.forget()
 
     def clear(self) -> None:
         """Remove nothing, as messages are elsewhere; check for the last time that no other process has taken over."""
         self._expect_claim()
+
+    def withdraw(self) -> str:
+        """Leave everything for another attempt; returns where its messages are."""
+        return str(self._path.with_name(f".{self._path.name}.{'0' * 12}.part")) if self.is_owner else ""
 
     def sizes(self) -> dict[str, int]:
         """The number of bytes of every written object, by name."""
@@ -262,6 +273,10 @@ class StoreStage(Stage):
 
     def _write(self, name: str, value: Any) -> None:
         self._put(f"{self._place}/{name}", json.dumps(value).encode(), replace=True)
+
+    def _remove(self, name: str) -> None:
+        with suppress(CheckpointNotFoundError):
+            self._store.delete(f"{self._place}/{name}")
 
     def _put(self, key: str, data: bytes, *, replace: bool) -> None:
         try:

@@ -166,7 +166,7 @@ def check_distributed(
     """
     if stage is not None and target not in (DISTRIBUTED, _FOLDER) and not sharded:
         raise UsageError(
-            f"several processes write a folder of distributed checkpoints or of shards together, not one {target} file",
+            f"several processes write a folder of distributed checkpoints or of shards together, not {target}",
             hint="Run it without torchrun, or write a folder (convert --to dcp, or --to safetensors --shard-size 5GB).",
         )
     asked = "copy" if copy else "ranks" if ranks is not None else ""
