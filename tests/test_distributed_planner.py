@@ -163,6 +163,82 @@ def test_a_group_of_which_the_checkpoint_knows_nothing_is_refused(tmp_path: Path
         fill_state_dict({"optimizer": filled}, tmp_path / "saved")
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("where", ["root", "key", "list"])
+def test_a_flattened_optimizer_may_be_anywhere(where: str, momentum: float, tmp_path: Path) -> None:
+    """Among the weights, under a key of its own, or one of several in a list."""
+
+    def tree(decays: list[float], lr: float) -> dict[str, Any]:
+        net = Net(lr)
+        groups = [{"params": [net.a, net.b]}, {"params": [net.c, net.d]}][: len(decays)]
+        if len(decays) == 1:
+            groups = [{"params": list(net.parameters())}]
+        made = [{**group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)]
+        optimizer = torch.optim.SGD(made, lr=lr, momentum=momentum)
+        for parameter in net.parameters():
+            parameter.grad = torch.full((2,), lr)
+        optimizer.step()
+        state = named_state(net, optimizer, flat=True)
+        weights = {name: value.detach() for name, value in net.state_dict().items()}
+        if where == "root":
+            return {**weights, **state}
+        return {"model": weights, "optimizer": [{}, state] if where == "list" else state}
+
+    saved = tree([3.0, 4.0], 0.5)
+    dcp.save(saved, checkpoint_id=tmp_path / "saved", no_dist=True)
+    live = tree([1.0, 2.0], 0.25)
+    fill_state_dict(live, tmp_path / "saved")
+    assert frozen(live) == frozen(saved)
+    live = tree([1.0], 0.25)
+    before = frozen(copy.deepcopy(live))
+    with pytest.raises(MigrationError, match=r"weight_decay|are of one live param group"):
+        fill_state_dict(live, tmp_path / "saved")
+    assert frozen(live) == before
+
+
+def test_a_schedule_for_another_number_of_groups_is_refused(tmp_path: Path) -> None:
+    def tree(groups: list[list[str]], decay: float) -> dict[str, Any]:
+        net = Net()
+        optimizer = torch.optim.SGD([{"params": [getattr(net, name) for name in own]} for own in groups], lr=decay)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+        return {"optimizer": named_state(net, optimizer, flat=False), "scheduler": schedule.state_dict()}
+
+    saved = tree([["a", "b"], ["c", "d"]], 0.5)
+    dcp.save(saved, checkpoint_id=tmp_path / "saved", no_dist=True)
+    live = tree([list(NAMES)], 0.25)
+    with pytest.raises(
+        StateMismatchError, match=r"'scheduler\.(base_lrs|_last_lr)' has a value for each of 2 param groups"
+    ):
+        fill_state_dict(live, tmp_path / "saved")
+    fill_state_dict({"optimizer": live["optimizer"]}, tmp_path / "saved")
+    assert live["optimizer"]["param_groups"][0]["lr"] == 0.5
+    same = tree([["c", "d"], ["b", "a"]], 0.25)
+    fill_state_dict(same, tmp_path / "saved")
+    assert same["scheduler"] == saved["scheduler"]
+
+
+def test_options_that_the_live_groups_lack_are_noted(tmp_path: Path) -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    live = named_state(net, optimizer, flat=False)
+    torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    dcp.save({"optimizer": named_state(net, optimizer, flat=False)}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    (note,) = fill_state_dict({"optimizer": live}, tmp_path / "saved").notes
+    assert note == "optimizer: not loaded, because the live param groups do not have these options: 'initial_lr'"
+
+
+def test_slots_that_are_not_tensors_go_to_numbered_state_too(tmp_path: Path) -> None:
+    def tree(order: str, step: int) -> dict[str, Any]:
+        state = {number: {"step": step + ord(name), "old": step} for number, name in enumerate(order)}
+        group = {"params": list(range(len(order))), "param_names": list(order), "lr": 0.5}
+        return {"optimizer": {"state": state, "param_groups": [group]}}
+
+    dcp.save(tree("ab", 1), checkpoint_id=tmp_path / "saved", no_dist=True)
+    live = tree("ba", 7)
+    fill_state_dict(live, tmp_path / "saved")
+    assert live == tree("ba", 1)
+
+
 # --- values ---------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from math import prod
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from optimstate.describe import describe
+from optimstate.describe import describe, few
 from optimstate.errors import MigrationError, StateMismatchError
 from optimstate.formats.checksums import verify_read
 from optimstate.formats.dcp import folder as dcp
@@ -19,11 +19,10 @@ from optimstate.io.places import open_source
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
-from optimstate.plan.language.rules import Rule
-from optimstate.resuming.live_groups import LISTS, LiveOptimizer, flat_name, live_optimizers
+from optimstate.resuming.live_groups import LISTS, LiveOptimizer, flat_name, live_optimizers, saved_optimizer
+from optimstate.resuming.new_parameters import without_new
 from optimstate.resuming.records import refuse_records, revived_tree
 from optimstate.resuming.shards import Reader, notes_on_casts, refuse_lost_kind, whole
-from optimstate.state.loose import gathered
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
 from optimstate.tensors.compute import to_torch
@@ -58,7 +57,7 @@ class Filling:
     def __init__(self, checkpoint: Place, plan: Plan | str | PathLike[str] | None) -> None:
         self._document = open_checkpoint(checkpoint)
         self._plan = Plan.of(plan).forward()
-        given, self._new = _without_new(self._plan.with_policy(hyperparameters="checkpoint"), self._document.tree)
+        given, self._new = without_new(self._plan.with_policy(hyperparameters="checkpoint"), self._document.tree)
         tree, _, self.notes = apply_plan(given, self._document.tree)
         self._tree = _by_name(tree)
         self.notes = [*self._document.notes, *self.notes]
@@ -71,6 +70,7 @@ class Filling:
         self._in_files = self._names_in_files()
         self._chosen: dict[str, Any] = {}  # the values of the live items
         self._parts: dict[str, list[tuple[torch.Tensor, LazyTensor]]] = {}  # live tensors with their new values
+        self._regrouped: set[tuple[int, int]] = set()  # numbers of param groups in the checkpoint and here
         self._casts: dict[tuple[str, str], list[str]] = {}
         self._read: list[Extent] = []
         self._reader = Reader(self._casts, self._read)
@@ -179,21 +179,24 @@ class Filling:
 
     def _choose_options(self, optimizer: LiveOptimizer, new: Collection[str] | None) -> None:
         """Choose the options of an optimizer's groups; `new` are the parameters that may be missing, None for all."""
-        node = self._tree
-        for key in optimizer.path:
-            node = node.get(key) if isinstance(node, Mapping) else None
-        if not isinstance(node, Mapping) or not {"param_groups", "state"} <= node.keys():
+        live = self._plan.policy.hyperparameters == "live"
+        state = saved_optimizer(self._tree, optimizer.path)
+        if state is None:
+            self._chosen.update({} if live else optimizer.options_by_name(self._values))
             return
-        state = OptimizerState.from_node(node)
         optimizer.refuse_other_names(state)
+        where = format_path(optimizer.path) or "the optimizer"
         if not optimizer.is_named:
-            where = format_path(optimizer.path) or "the state dict"
-            self.notes.append(
-                f"{where}: its parameters have no names, so their state is given by position, as in torch"
-            )
-        if self._plan.policy.hyperparameters != "live":
-            given = new if new is not None else [name for names in optimizer.names for name in names]
-            self._chosen.update(optimizer.new_options(state, self._plan, given))
+            self.notes.append(f"{where}: its parameters have no names: their state is given by position, as in torch")
+        if live:
+            return
+        if unknown := optimizer.unknown_options(state):
+            names = few(list(map(describe, unknown)))
+            self.notes.append(f"{where}: not loaded, because the live param groups do not have these options: {names}")
+        given = new if new is not None else [name for names in optimizer.names for name in names]
+        self._chosen.update(optimizer.new_options(state, self._plan, given))
+        if len(state.groups) != len(optimizer.names):
+            self._regrouped.add((len(state.groups), len(optimizer.names)))
 
     def _check(self, name: str, live: Any, value: Any) -> None:
         """Check that a live item can have a value, and what has to be read for it."""
@@ -221,9 +224,20 @@ class Filling:
                 f"{list(value.shape)} in the checkpoint",
                 hint="Rename one of them.",
             )
+        if type(live) is type(value) is list and (len(value), len(live)) in self._regrouped and self._is_schedule(name):
+            raise StateMismatchError(
+                f"{describe(name)} has a value for each of {len(value)} param groups in the checkpoint, and the live "
+                f"optimizer has {len(live)}",
+                hint="Leave the scheduler out, and resume it with optimstate.resume, which rebuilds its lists.",
+            )
         self._chosen[name] = value = revived_tree(value)
         refuse_records(describe(name), value, hint=_OF_OBJECTS)
         self._reader.count(value)
+
+    def _is_schedule(self, name: str) -> bool:
+        """Whether an item belongs to a scheduler."""
+        paths = (".".join(map(str, s.path)) for s in find_sections(self._tree) if s.kind == "scheduler")
+        return any(name.startswith(f"{path}.") for path in paths)
 
     def _note_left(self, items: Mapping[str, Any], paths: Mapping[str, Sequence[Any]]) -> None:
         """Note the tensors of the checkpoint beside those that are loaded, as far as they are not loaded."""
@@ -305,32 +319,6 @@ def _tail(file: Location) -> bytes:
 
 
 _TAIL = 1 << 16  # bytes at the end of `.metadata` that contain what torch records about the save
-
-
-def _without_new(plan: Plan, tree: Any) -> tuple[Plan, list[Rule]]:
-    """The plan without its rules that declare parameters new and match nothing in the checkpoint, and those rules."""
-    declared = [rule for rule in plan.all_rules() if rule.fresh and not (rule.sources and rule.targets)]
-    if not declared:
-        return plan, []
-    _, migration, _ = apply_plan(plan.with_policy(unused="ignore"), tree)
-    idle = {id(rule) for rule, count in migration.counts if not count}
-    names: dict[str, None] = {}
-    for section in find_sections(gathered(tree) or tree):
-        if section.kind == "optimizer":
-            names.update(dict.fromkeys(str(name) for _, name, _ in section.optimizer().parameters()))
-        elif section.kind != "scheduler":
-            names.update(dict.fromkeys(section.tensors()))
-    modules = Modules(names)
-    known = {
-        id(rule)
-        for rule in declared
-        for each in map(modules.reading, rule.sources or rule.targets)
-        if any(each.match(name) is not None for name in names)
-    }
-    # Names without placeholders count as parameters of the result, whether they name parameters or modules.
-    new = [rule for rule in declared if id(rule) in idle or id(rule) not in known]
-    kept = [tuple(rule for rule in rules if not any(rule is each for each in new)) for rules in plan.passes]
-    return plan._replace(rules=kept[0], stages=tuple(kept[1:])), new
 
 
 def _parameter(path: Sequence[Any]) -> str:

@@ -16,10 +16,11 @@ from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.groups import Candidate, plan_groups, same_value
 from optimstate.problems import Problem
 from optimstate.record import Record
+from optimstate.state.flattened import find_flat_state
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tree import Path, format_path
 
-__all__ = ["LISTS", "LiveOptimizer", "flat_name", "live_optimizers"]
+__all__ = ["LISTS", "LiveOptimizer", "flat_name", "live_optimizers", "saved_optimizer"]
 
 _FLAT = re.compile(r"(?:state|param_groups)\.(.+)\.([^.]+)", re.DOTALL)
 LISTS = ("params", "param_names")
@@ -80,6 +81,35 @@ class LiveOptimizer(Record):
             hint="Build it from model.named_parameters(), or load the result of get_optimizer_state_dict.",
         )
 
+    def options_by_name(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The value for each item that is an option, if the checkpoint has no optimizer but items of the same names.
+
+        Args:
+            values: The items of the checkpoint.
+
+        Raises:
+            MigrationError: The parameters of a live group have different values.
+        """
+        found: dict[str, Any] = {}
+        first: dict[tuple[int, str, Path], str] = {}
+        for name, key in self.items.items():
+            if name not in values or key[1] in LISTS:
+                continue
+            known = first.setdefault(key, name)
+            if not same_value(values[name], values[known]):
+                message = (
+                    f"{describe(known)} and {describe(name)} are of one live param group, and differ in the checkpoint"
+                )
+                remedy = 'say hyperparameters = "live" in [policy] to keep the options of the live optimizer'
+                raise MigrationError([Problem("group", message, names=(known, name), remedy=remedy)])
+            found[name] = values[name]
+        return found
+
+    def unknown_options(self, state: OptimizerState) -> list[str]:
+        """The options of the checkpoint's groups that the live groups do not have."""
+        known = {key for options in self.options for key in options}
+        return list(dict.fromkeys(key for group in state.groups for key in group.options if key not in known))
+
     def new_options(self, state: OptimizerState, plan: Plan, new: Collection[str]) -> dict[str, Any]:
         """The value from the checkpoint for each item that is an option; those that it lacks are left out.
 
@@ -126,6 +156,20 @@ class LiveOptimizer(Record):
 
 
 _ABSENT = object()
+
+
+def saved_optimizer(tree: Any, path: Path) -> OptimizerState | None:
+    """The optimizer at a path of a checkpoint, nested or flattened; None if there is none that is recognised."""
+    node = tree
+    for key in path:
+        inner = isinstance(node, list) and type(key) is int and key < len(node)
+        node = node[key] if inner else node.get(key) if isinstance(node, Mapping) else None
+    if not isinstance(node, Mapping):
+        return None
+    if {"param_groups", "state"} <= node.keys():
+        return OptimizerState.from_node(node)
+    flat = find_flat_state(node)
+    return None if flat is None else OptimizerState.from_node(flat.optimizer)
 
 
 def live_optimizers(items: Mapping[str, Any], paths: Mapping[str, Sequence[Any]]) -> list[LiveOptimizer]:
