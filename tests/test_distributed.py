@@ -218,6 +218,11 @@ def test_a_process_without_a_part_of_a_parameter_reads_none(
 
 
 @pytest.mark.slow
+def test_a_parameter_with_fewer_rows_than_processes_is_loaded(together: list[dict[str, Any]]) -> None:
+    assert together[0]["small"] == [[[3.0, 3.0]], [4.0]]
+
+
+@pytest.mark.slow
 def test_parameters_that_only_one_process_has_get_their_state_and_options(together: list[dict[str, Any]]) -> None:
     assert [said["experts"] for said in together] == [[[], []]] * 2
 

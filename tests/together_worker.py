@@ -99,6 +99,18 @@ def refused_of_fsdp1(folder: Path, rank: int) -> dict[str, list[str]]:
     return found
 
 
+def smaller_than_the_processes(folder: Path) -> list[Any]:
+    """FSDP1's `ShardedTensor` of one row, of which the second process has no shard."""
+    saved, where = {"weight": torch.full((1, 2), 3.0), "bias": torch.full((1,), 4.0)}, folder / "small.pt"
+    if dist.get_rank() == 0:
+        torch.save({"model": saved}, where)
+    dist.barrier()
+    net = FullyShardedDataParallel(nn.Linear(2, 1), device_id=torch.device("cpu"), use_orig_params=True)
+    load(where, net)
+    full = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True))  # on the first process
+    return [full["weight"].tolist(), full["bias"].tolist()] if full else []
+
+
 def of_one_process(folder: Path) -> list[Any]:
     """A parameter that is sharded over the first process alone; the other has no part of it."""
     net = nn.Module()
@@ -150,6 +162,7 @@ def run(rank: int, folder: Path) -> None:
     said: dict[str, Any] = {f"fsdp2 {kind}": found for kind, found in refused(folder, rank).items()}
     said |= {f"fsdp1 {kind}": found for kind, found in refused_of_fsdp1(folder, rank).items()}
     said["of one process"] = of_one_process(folder)
+    said["small"] = smaller_than_the_processes(folder)
     said["experts"] = [experts(folder, rank, flat=flat) for flat in (False, True)]
     (folder / f"together{rank}.json").write_text(json.dumps(said))
     dist.barrier()

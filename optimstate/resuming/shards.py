@@ -196,7 +196,7 @@ class Reader:
         Raises:
             StateMismatchError: The live tensor has no memory, or cannot have the value without loss.
         """
-        if getattr(like, "is_meta", False):
+        if _is_meta(like):
             raise StateMismatchError(
                 f"{describe(name)} cannot be loaded, because the live tensor is on the meta device and has no memory",
                 hint='Call model.to_empty(device="...") before the optimizer is built.',
@@ -267,6 +267,12 @@ def refuse_lost_kind(name: str, saved: Any, live: Any) -> None:
             f"{describe(name)} is {old} in the checkpoint and {new} in the live state, which cannot hold its values",
             hint=f'Build the live one as {old}, or convert it in the plan: cast = "{new}".',
         )
+
+
+def _is_meta(tensor: Any) -> bool:
+    if hasattr(tensor, "local_shards"):  # FSDP1's ShardedTensor, which answers only if it has exactly one shard
+        return any(shard.tensor.is_meta for shard in tensor.local_shards())
+    return bool(getattr(tensor, "is_meta", False))
 
 
 def _equal(one: Any, other: Any, dtype: torch.dtype) -> bool:
