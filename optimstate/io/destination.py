@@ -9,7 +9,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 
 from optimstate.errors import DestinationError, DestinationExistsError
-from optimstate.io.location import Location
+from optimstate.io.location import InStore, Location
 
 __all__ = ["cannot_write", "check_destination", "check_kind"]
 
@@ -79,7 +79,14 @@ def _check_remote(destination: Location, sources: Sequence[Location], *, force: 
                 f"{destination}: source and destination are the same", hint="Give another destination."
             )
         _refuse_nesting(destination, source, inside=one.startswith(other), around=other.startswith(one))
+    if isinstance(destination, InStore):
+        destination.check_writable()
     if not force and destination.exists():
+        if destination.is_dir():
+            raise DestinationExistsError(
+                f"{destination}: there are objects below this name; a folder of a store is not replaced",
+                hint="Give another name, or remove it with the store's own tools first.",
+            )
         raise DestinationExistsError(f"{destination}: exists already", hint="Give --force to replace it.")
 
 

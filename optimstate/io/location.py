@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from os import PathLike
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
-__all__ = ["Location", "Place", "Status"]
+__all__ = ["InStore", "Location", "Place", "Status"]
 
 
 class Status(Protocol):
@@ -22,6 +22,14 @@ class Status(Protocol):
     @property
     def st_mode(self) -> int:
         """The mode, for `stat.S_ISREG` and `stat.S_ISDIR`."""
+
+
+@runtime_checkable
+class InStore(Protocol):
+    """What a name in a store has beside the methods of `Location`."""
+
+    def check_writable(self) -> None:
+        """Raise a `DestinationError` if the store is read-only; sends no request."""
 
 
 class Location(Protocol):

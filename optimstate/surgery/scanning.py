@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 
@@ -12,7 +13,7 @@ from optimstate.formats.pickles.globals import Verdict, classify
 from optimstate.formats.unpickled import Unread, pickles_in
 from optimstate.io.folders import kind_of, leftover_notes
 from optimstate.io.location import Location, Place
-from optimstate.io.places import located, open_source
+from optimstate.io.places import located, open_source, prefetch
 from optimstate.io.temporary import is_leftover
 from optimstate.record import Record
 from optimstate.surgery.opening import opening
@@ -20,6 +21,8 @@ from optimstate.surgery.reports import VerbReport
 from optimstate.surgery.text import plural, table
 
 __all__ = ["Finding", "ScanReport", "scan"]
+
+_TOGETHER = 64  # files of a store whose beginnings are fetched at the same time
 
 
 class Finding(Record):
@@ -136,9 +139,13 @@ def _files(path: Location) -> Iterator[tuple[str, Location, str]]:
         yield path.name, path, ""
         return
     if not isinstance(path, Path):
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                yield str(file.relative_to(path)), file, ""
+        objects = sorted(found for found in path.rglob("*") if found.is_file())
+        for start in range(0, len(objects), _TOGETHER):
+            some = objects[start : start + _TOGETHER]
+            with suppress(CheckpointError):  # reported of the file that cannot be read
+                prefetch(some)
+            for found in some:
+                yield str(found.relative_to(path)), found, ""
         return
     failed: list[OSError] = []
     for folder, folders, files in os.walk(path, onerror=failed.append):

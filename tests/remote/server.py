@@ -10,8 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import SHUT_RDWR
 from threading import Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -26,8 +28,10 @@ class RangeServer(ThreadingHTTPServer):
         delay: Seconds before each answer.
         requests: Method, path with query, range and authorization of each request.
         sent: Bytes of the bodies.
-        faults: By path: `ignore-range`, `more`, `size`, `short`, `no-etag`, a status,
-            bytes to answer with, or the address of a redirect.
+        faults: By path: `ignore-range`, `more`, `size`, `short`, `cut`, `no-size`, `no-range`, `chunked`, `packed`,
+            `no-etag`, `dated` (no ETag either, but the time of the last change), `weak`, a status, bytes to answer
+            with, or the address of a redirect.
+        most: The largest number of requests at the same time.
         changes_after: The number of requests after which every file has another ETag.
     """
 
@@ -44,6 +48,7 @@ class RangeServer(ThreadingHTTPServer):
         self.fails: Counter[str] = Counter()
         self.changes_after: int | None = None
         self.lock = Lock()
+        self.now = self.most = 0
 
     @property
     def address(self) -> str:
@@ -54,7 +59,7 @@ class RangeServer(ThreadingHTTPServer):
 
     def forget(self) -> None:
         self.requests.clear()
-        self.sent = 0
+        self.sent = self.most = 0
 
     def etag(self, file: Path) -> str:
         status = file.stat()
@@ -70,6 +75,16 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        with self.server.lock:
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+        try:
+            self._get()
+        finally:
+            with self.server.lock:
+                self.server.now -= 1
+
+    def _get(self) -> None:
         server = self.server
         with server.lock:
             wanted = self.headers.get("Range")
@@ -103,12 +118,16 @@ class _Handler(BaseHTTPRequestHandler):
         size = file.stat().st_size
         etag = self.server.etag(file)
         condition = self.headers.get("If-Match")
-        if condition is not None and condition != etag:
+        if condition is not None and (condition != etag or fault == "weak"):
             self._answer(412, b"", {})
             return
         headers = {"ETag": etag, "Last-Modified": "Sun, 01 Nov 2026 00:00:00 GMT"}
         if fault == "no-etag":
             headers = {}
+        if fault == "dated":
+            headers = {"Last-Modified": formatdate(file.stat().st_mtime, usegmt=True)}
+        if fault == "weak":  # which no condition can name
+            headers["ETag"] = f"W/{etag}"
         match = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted or "")
         if match is None or fault == "ignore-range":
             self._stream(200, file, 0, size, headers)
@@ -121,18 +140,39 @@ class _Handler(BaseHTTPRequestHandler):
             return
         told = 50 << 40 if fault == "size" else size
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{told}"
+        if fault == "no-size":
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/*"
+        if fault == "no-range":
+            del headers["Content-Range"]
+        if fault == "chunked":
+            headers["Transfer-Encoding"] = "chunked"
+        if fault == "packed":
+            headers["Content-Encoding"] = "gzip"
         if fault == "more":
             stop = min(stop + 100_000, size)
         if fault == "short":
             stop = start + (stop - start) // 2
-        self._stream(206, file, start, stop, headers)
+        self._stream(206, file, start, stop, headers, cut=fault == "cut")
 
-    def _stream(self, status: int, file: Path, start: int, stop: int, headers: dict[str, str]) -> None:
+    def _stream(
+        self, status: int, file: Path, start: int, stop: int, headers: dict[str, str], *, cut: bool = False
+    ) -> None:
+        chunked = "Transfer-Encoding" in headers
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(stop - start)}.items():
+        for name, value in (headers if chunked else {**headers, "Content-Length": str(stop - start)}).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
+            return
+        if chunked:
+            data = file.read_bytes()[start:stop]
+            self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data))
+            return
+        if cut:
+            self.wfile.write(bytes((stop - start) // 2))
+            self.wfile.flush()
+            self.connection.shutdown(SHUT_RDWR)
+            self.close_connection = True
             return
         with file.open("rb") as opened:
             opened.seek(start)

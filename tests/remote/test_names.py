@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import optimstate
-from optimstate.errors import CheckpointNotFoundError, UsageError
+from optimstate.errors import CheckpointError, CheckpointNotFoundError, DestinationError, UsageError
 from tests.cli.running import run
 from tests.remote.conftest import Bucket
 
@@ -55,6 +55,58 @@ def test_a_name_that_would_be_another_objects_is_refused(bucket: Bucket, small: 
     assert bucket.keys() == ["a.pt"]
     with pytest.raises(UsageError):
         optimstate.scan(f"{bucket.url}/{name}")
+
+
+@pytest.mark.parametrize("name", ["run", "run.pt", "deep/run"])
+def test_an_object_that_is_also_a_folder_is_not_guessed(bucket: Bucket, small: Path, name: str) -> None:
+    bucket.put(small, name)
+    bucket.put(small, f"{name}/model.pt")
+    bucket.put(small, f"{name}2/other.pt")
+    around = f"{bucket.url}/{name}".rpartition("/")[0]
+    asked = [around, f"{around}/"] + [f"{bucket.url}/{name}"] * (not name.endswith(".pt"))
+    for place in asked:
+        for verb in (optimstate.inspect, optimstate.scan, optimstate.open_checkpoint):
+            with pytest.raises(CheckpointError, match="an object with this name, and there are objects below it"):
+                verb(place)
+    assert optimstate.inspect(f"{bucket.url}/{name}/").format == "folder"
+    assert optimstate.inspect(f"{bucket.url}/{name}2").format == "folder"
+    if name.endswith(".pt"):
+        assert optimstate.inspect(f"{bucket.url}/{name}").format == "torch"
+
+
+@pytest.mark.parametrize("key", ["d//x.pt", "d/./x.pt", "d/../x.pt", "d/a\tb.pt", "d/e//"])
+def test_an_object_whose_name_cannot_be_used_is_named(bucket: Bucket, small: Path, key: str) -> None:
+    bucket.put(small, "d/a.pt")
+    bucket.client.put_object(Bucket=bucket.name, Key=key, Body=b"")
+    for place in (f"{bucket.url}/d", bucket.url):
+        with pytest.raises(CheckpointError, match="the name of an object below it cannot be used") as caught:
+            optimstate.inspect(place)
+        assert repr(key)[1:-1].replace("\\", "") in str(caught.value).replace("\\", "")
+        assert "Rename" in caught.value.hint
+    assert optimstate.inspect(f"{bucket.url}/d/a.pt").tensors == 1
+
+
+def test_two_objects_of_one_name_are_not_confused(bucket: Bucket, small: Path) -> None:
+    """Listings leave out the slash at the end of a name."""
+    bucket.put(small, "d/a.pt")
+    bucket.client.put_object(Bucket=bucket.name, Key="d/a.pt/", Body=b"not empty")
+    with pytest.raises(CheckpointError, match="differ only in slashes"):
+        optimstate.inspect(f"{bucket.url}/d")
+
+
+@pytest.mark.parametrize("name", ["", "new/", "new.pt/"])
+def test_one_file_is_not_written_to_the_name_of_a_folder(bucket: Bucket, small: Path, name: str) -> None:
+    with pytest.raises(DestinationError, match="the name of a folder"):
+        optimstate.convert(small, f"{bucket.url}/{name}", to="torch")
+    assert bucket.keys() == []
+
+
+def test_a_folder_is_not_said_to_be_replaced_by_force(bucket: Bucket, small: Path) -> None:
+    optimstate.convert(small, f"{bucket.url}/run", to="dcp")
+    for force in (False, True):
+        with pytest.raises(DestinationError, match="a folder of a store is not replaced") as caught:
+            optimstate.convert(small, f"{bucket.url}/run", to="dcp", force=force)
+        assert "--force" not in caught.value.hint
 
 
 def test_objects_that_stand_for_folders_are_not_files(bucket: Bucket, small: Path, tmp_path: Path) -> None:

@@ -150,6 +150,25 @@ def test_headers_of_zips_are_compared_by_their_directories(ranges: RangeServer, 
     assert len(ranges.requests) <= 4, ranges.requests
 
 
+@pytest.mark.parametrize("size", [0, 3, 50_000])
+def test_the_files_of_a_folder_are_asked_for_together(ranges: RangeServer, size: int) -> None:
+    folder = ranges.root / "bucket" / "many"
+    folder.mkdir(parents=True)
+    for number in range(70):
+        (folder / f"{number}.txt").write_bytes(b"x" * size)
+    torch.save({"a.weight": torch.ones(2)}, folder / "run.pt")
+    ranges.delay = 0.02
+    for verb in (optimstate.inspect, optimstate.scan):
+        ranges.forget()
+        verb("s3://bucket/many")
+        assert len(ranges.requests) <= 1 + 70 + 2, len(ranges.requests)
+        assert ranges.most >= 8
+    if size:  # of an empty one it is asked whether it stands for a folder
+        ranges.faults["/bucket/many/7.txt"] = 403
+        found = optimstate.scan("s3://bucket/many")
+        assert (found.pickles, [line.partition(":")[0] for line in found.unreadable]) == (1, ["7.txt"])
+
+
 def test_the_same_over_the_web(web: RangeServer) -> None:
     sparse_zip(web.root / "run.pt")
     (web.root / "shards").mkdir()

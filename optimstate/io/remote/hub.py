@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
+from urllib.parse import quote
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, UsageError
 from optimstate.io.remote.store import Entry, missing_library, without_secrets
@@ -24,6 +25,13 @@ class HubStore(WebStore):
     def __init__(self, name: str, base: str, entries: list[Entry], token: str | None) -> None:
         super().__init__(name, base, headers={"Authorization": f"Bearer {token}"} if token else None)
         self._entries = entries
+
+    def key_of(self, name: str) -> str:
+        """The name itself: keys are the paths of the repository's files."""
+        return name
+
+    def _address(self, key: str) -> str:
+        return super()._address(quote(key))
 
     def listed(self, folder: str) -> Iterator[Entry]:
         """The files of the commit below a folder."""

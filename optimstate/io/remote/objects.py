@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, UnsupportedCheckpointError
 from optimstate.io.remote import redirects
 from optimstate.io.remote.addresses import ALLOW_HTTP, allows_http
+from optimstate.io.remote.answers import code_in, meaning, of_library
 from optimstate.io.remote.store import (
     PATIENCE,
     RETRIES,
@@ -24,6 +25,8 @@ from optimstate.io.remote.store import (
     Entry,
     Upload,
     changed,
+    in_window,
+    is_strong,
     missing_library,
     traffic,
     without_secrets,
@@ -43,9 +46,12 @@ _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 
 
 def _version(meta: Mapping[str, Any]) -> str | None:
-    """The ETag as used in conditions; Azure's listings leave out its quotation marks."""
+    """The ETag as used in conditions, else the time of the last change; Azure's listings leave out quotation marks."""
     tag = meta.get("e_tag") or None
-    return tag if tag is None or tag.endswith('"') else f'"{tag}"'
+    if tag is not None:
+        return tag if tag.endswith('"') else f'"{tag}"'
+    changed_at = meta.get("last_modified")
+    return None if changed_at is None or not changed_at.timestamp() else f"{changed_at:%Y-%m-%dT%H:%M:%S}"
 
 
 class ObjectStore:
@@ -107,8 +113,16 @@ class ObjectStore:
     @property
     def endpoint(self) -> str | None:
         """The address of the server in the environment; None for the store's own server."""
-        found = next((os.environ[name] for name in _ENDPOINTS[self.scheme] if os.environ.get(name)), None)
-        return f"http://{found}" if found and "://" not in found else found
+        name = next((name for name in _ENDPOINTS[self.scheme] if os.environ.get(name)), None)
+        if name is None:
+            return None
+        found = os.environ[name]
+        found = found if "://" in found else f"http://{found}"
+        with suppress(ValueError):
+            parts = urlsplit(found)
+            if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query:
+                return found
+        raise CheckpointError(f"the value of {name} is not the address of a server", path=self.name)
 
     @property
     def region(self) -> str:
@@ -142,37 +156,29 @@ class ObjectStore:
             kind, text = type(error).__name__, str(error)
             if kind == "PreconditionError":
                 raise changed(place) from None
+            if (found := of_library(text, place)) is not None:
+                raise found from None
             if "status code: 404" in text:
                 no_bucket = not key or any(code in text for code in _NO_BUCKET)
                 what, named = ("bucket", self.name) if no_bucket else ("object", place)
                 raise CheckpointNotFoundError(
                     f"there is no such {what}", path=named, hint="Check the name, and the endpoint."
                 ) from None
-            if kind in ("PermissionDeniedError", "UnauthenticatedError"):
-                raise CheckpointError(
-                    "access is denied", path=place, hint="Check the credentials in the environment, and the name."
-                ) from None
-            if "non-partial response" in text:
-                raise UnsupportedCheckpointError(
-                    "the server does not support ranges", path=place, hint="Download the file first."
-                ) from None
-            if "UnexpectedRange" in text:
-                raise CheckpointError("the store sent another range than requested", path=place) from None
             moved = any(words in text for words in ("PermanentRedirect", "redirect without LOCATION"))
             if self.endpoint is not None and redirects.are_refused(text) and not moved:
                 raise CheckpointError(
                     redirects.REFUSED, path=place, hint="Set the endpoint to the server that answers, and the region."
                 ) from None
-            if moved or "301 Moved" in text:
-                raise CheckpointError(
-                    "the bucket is in another region", path=place, hint="Set AWS_REGION to its region."
-                ) from None
-            raise CheckpointError(f"cannot be read: {_reason(text)}", path=place) from None
+            raise _refusal(text, place, moved=moved or "301 Moved" in text) from None
+
+    def key_of(self, name: str) -> str:
+        """The name itself."""
+        return name
 
     def get(self, key: str, start: int, stop: int, version: str | None) -> Answer:
         """The bytes [start, stop) of an object, fewer where it ends before."""
         options: dict[str, Any] = {"range": (start, stop)}
-        if version is not None:
+        if version is not None and is_strong(version):
             options["if_match"] = version
         return self._answer(key, options, from_beginning=not start)
 
@@ -190,9 +196,13 @@ class ObjectStore:
         try:
             return self.asked(key, ask)
         except CheckpointError as error:
-            if isinstance(error, CheckpointNotFoundError) or not from_beginning or "416" not in error.reason:
+            no_range = "416" in error.reason or isinstance(error, UnsupportedCheckpointError)
+            if isinstance(error, CheckpointNotFoundError) or not from_beginning or not no_range:
                 raise
-            found = self.asked(key, lambda: self._obstore.head(self.raw, key))  # an empty object has no ranges
+            try:  # an empty object has no ranges
+                found = self.asked(key, lambda: self._obstore.head(self.raw, key))
+            except CheckpointError:
+                raise error from None
             if found["size"]:
                 raise
             return Answer(memoryview(b""), 0, _version(found))
@@ -201,19 +211,19 @@ class ObjectStore:
         """All objects below a folder."""
         stream = self.asked(folder, lambda: self._obstore.list(self.raw, folder or None, chunk_size=1000))
         while (some := self.asked(folder, lambda: next(stream, None))) is not None:
+            empty = [meta["path"] for meta in some if not meta["size"] and meta["path"] != folder]
+            there = dict(zip(empty, in_window((partial(self._is_there, key) for key in empty), 16), strict=True))
             for meta in some:
-                if meta["size"] or not self._stands_for_folder(meta["path"], folder):
+                if meta["size"] or there.get(meta["path"]):
                     yield Entry(meta["path"], meta["size"], _version(meta))
 
-    def _stands_for_folder(self, key: str, folder: str) -> bool:
-        """Whether an empty object's key ends with a slash, which listings leave out."""
-        if key == folder:
-            return True
+    def _is_there(self, key: str) -> bool:
+        """Whether there is an object of this name; listings leave out the slash at the end of those for folders."""
         try:
             self.asked(key, lambda: self._obstore.head(self.raw, key))
         except CheckpointNotFoundError:
-            return True
-        return False
+            return False
+        return True
 
     def delete(self, key: str) -> None:
         """Remove an object."""
@@ -259,14 +269,25 @@ def _client(endpoint: str | None, region: str) -> Any:
     return client
 
 
-def _reason(text: str) -> str:
-    """The essential part of a library's long error message."""
+def _refusal(text: str, place: str, *, moved: bool) -> CheckpointError:
+    """The error for a library's long message about a request that failed."""
+    code = "PermanentRedirect" if moved else code_in(text)
+    if moved and (found := meaning(code)) is not None:
+        return CheckpointError(found[0], path=place, hint=found[1])
     with suppress(ValueError):
         at = text.index("status code: ")
-        return f"the store answers {without_secrets(text[at:]).removeprefix('status code: ')}"[:120]
+        status = without_secrets(text[at:]).removeprefix("status code: ")[:100]
+        if (found := meaning(code) or meaning(status[:3])) is not None:
+            message, hint = found
+            if status[:3] == "403" and "list request" in text:
+                hint += " Listing a folder needs a permission of its own."
+            return CheckpointError(message, path=place, hint=hint)
+        return CheckpointError(f"cannot be read: the store answers {status}", path=place)
     if "error sending request" in text:
-        return "the store does not answer"
-    return without_secrets(text)
+        return CheckpointError(
+            "cannot be read: the store does not answer", path=place, hint="Check the endpoint and the network."
+        )
+    return CheckpointError(f"cannot be read: {without_secrets(text)}", path=place)
 
 
 def _profile() -> Any:

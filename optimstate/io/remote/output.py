@@ -57,6 +57,11 @@ class RemoteFile:
         self._at = 0
 
     def __enter__(self) -> RemoteFile:
+        if not self.path.key or self.path.is_named_as_folder:
+            raise DestinationError(
+                f"{self.path}: this is the name of a folder, and what is to be written is one object",
+                hint="Give a name without a slash at its end, such as s3://BUCKET/NAME.pt.",
+            )
         begin = self.path.store.begin
         self._upload = begin(self.path.key, expected=self._expected, replace=self._replace, aside=self._aside)
         return self

@@ -6,6 +6,7 @@ All paths derived from one name share a listing and the opened objects, so that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import wait
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from stat import S_IFDIR, S_IFREG
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, LimitExceededError, UsageError
 from optimstate.io.remote.source import Cache, RemoteSource, fetched_together
-from optimstate.io.remote.store import Entry, Store, in_window
+from optimstate.io.remote.store import Entry, Store, in_window, pool
 from optimstate.record import Record
 
 __all__ = ["Held", "RemotePath", "opened_together", "remote"]
@@ -25,6 +26,10 @@ MAX_LISTED = 500_000
 _OBJECTS = (
     *(".pt", ".pth", ".bin", ".ckpt", ".tar", ".th", ".zip", ".npz", ".npy", ".safetensors", ".json", ".pkl"),
     *(".pickle", ".distcp", ".metadata", ".txt", ".toml"),
+)
+
+_FORMS = (
+    "Names are s3://BUCKET/NAME, gs://BUCKET/NAME, az://CONTAINER/NAME, hf://OWNER/NAME/PATH or https://SERVER/PATH."
 )
 
 Held = dict[str, Any]
@@ -70,20 +75,35 @@ class _Opening:
                 path=f"{self.store.name}/{folder}",
                 hint="Give the address of a file; for shards, that of their .index.json.",
             )
+        found: dict[str, Entry] = {}
         for entry in self.store.listed(folder):
-            self._entries[entry.key] = entry
+            if found.setdefault(entry.key, entry) is not entry:
+                raise CheckpointError(
+                    "there are two objects whose names differ only in slashes at their ends",
+                    path=f"{self.store.name}/{entry.key}",
+                    hint="Rename or remove one of them.",
+                )
             parent = entry.key.rpartition("/")[0]
             while parent and parent not in self._folders:
                 self._folders.add(parent)
                 parent = parent.rpartition("/")[0]
-            if len(self._entries) > MAX_LISTED:
+            if len(found) > MAX_LISTED:
                 raise LimitExceededError(
                     f"more than {MAX_LISTED} objects, the limit", path=f"{self.store.name}/{folder}"
                 )
-        for key in self._folders & self._entries.keys():
-            if not self._entries[key].size:  # an object with which some tools represent a folder
-                del self._entries[key]
+        for key in self._folders & found.keys():
+            if found[key].size:
+                raise self._ambiguous(key)
+            del found[key]  # an object with which some tools represent a folder
+        self._entries |= found
         self._listed.append(folder)
+
+    def _ambiguous(self, key: str) -> CheckpointError:
+        return CheckpointError(
+            "there is an object with this name, and there are objects below it as in a folder",
+            path=f"{self.store.name}/{key}",
+            hint="Rename the object, or give the name of the folder with a slash at its end.",
+        )
 
     def _covers(self, key: str) -> bool:
         return any(not folder or key == folder or key.startswith(f"{folder}/") for folder in self._listed)
@@ -116,10 +136,22 @@ class _Opening:
         key = path.key
         if self._covers(key):
             return "file" if key in self._entries else "folder" if key in self._folders or not key else None
-        tries = [self._is_object, self._is_folder]
-        if self.store.lists and (path.is_named_as_folder or not key or not path.name.endswith(_OBJECTS)):
-            tries.reverse()
-        return tries[0](path) or tries[1](path)
+        if path.is_named_as_folder or not key:
+            return self._is_folder(path) or self._is_object(path)
+        if not self.store.lists or path.name.endswith(_OBJECTS):
+            return self._is_object(path) or self._is_folder(path)
+        trying = pool().submit(path.try_to_open)
+        try:
+            kind = self._is_folder(path)
+        finally:
+            wait([trying])
+        if kind is None:
+            return self._is_object(path)
+        if trying.exception() is None and key in self.sources:
+            if self.sources[key].size:
+                raise self._ambiguous(key)
+            del self.sources[key]  # an object with which some tools represent a folder
+        return kind
 
     def _is_object(self, path: RemotePath) -> str | None:
         if not path.key or path.key in self._absent:
@@ -172,7 +204,7 @@ class RemotePath:
         return str(self) < str(other)
 
     def __truediv__(self, name: str, /) -> RemotePath:
-        return RemotePath(self._opening, f"{self.key}/{name}".strip("/"))
+        return RemotePath(self._opening, f"{self.key}/{self.store.key_of(name)}".strip("/"))
 
     @property
     def name(self) -> str:
@@ -291,6 +323,14 @@ class RemotePath:
         with suppress(CheckpointNotFoundError):
             self._opening.source(self, at_once=False)
 
+    def check_writable(self) -> None:
+        """Refuse to write to a store that is read-only, before anything else is done; sends no request.
+
+        Raises:
+            DestinationError: It is read-only.
+        """
+        self.store.begin(self.key, expected=0, replace=False)
+
     def forget(self) -> None:
         """Clear everything known about the store that may have changed, after something was written."""
         self._opening.forget()
@@ -319,7 +359,18 @@ def remote(url: str) -> RemotePath:
     scheme, _, rest = url.partition("://")
     if scheme not in SCHEMES:
         raise UsageError.unknown(f"{scheme}:// is not a known kind of store", scheme, SCHEMES)
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port if scheme in ("http", "https") else None
+    except ValueError:
+        raise UsageError(f"{scheme}://: what follows is not a name or an address", hint=_FORMS) from None
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in url):
+        raise UsageError(f"{scheme}://: a name in a store cannot have control characters")
+    if port == 0 or (scheme in ("http", "https") and "#" in url):
+        raise UsageError(
+            f"{scheme}://{parts.hostname}: an address has no part that begins with #, and no port 0",
+            hint="In the name of a file, write %23 for #.",
+        )
     if parts.username is not None or parts.password is not None or (scheme != "hf" and "@" in parts.netloc):
         raise UsageError(
             f"{scheme}://{parts.hostname}: the name contains credentials",

@@ -55,7 +55,7 @@ class StoreStage(Stage):
         self, path: RemotePath, digest: str, team: Team, *, last: str, check: Callable[[], None] | None = None
     ) -> None:
         super().__init__(path, path, team, check)
-        path.store.begin(path.key, expected=0, replace=False)  # raises if the store is read-only; sends no request
+        path.check_writable()
         self._store = path.store
         self._path = path
         self._key = path.key

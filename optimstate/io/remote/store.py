@@ -22,6 +22,7 @@ __all__ = [
     "Traffic",
     "Upload",
     "changed",
+    "is_strong",
     "missing_library",
     "pool",
     "traffic",
@@ -70,6 +71,9 @@ class Store(Protocol):
     name: str
     lists: bool
     suffixes: bool
+
+    def key_of(self, name: str) -> str:
+        """The name of a file as a part of a key."""
 
     def get(self, key: str, start: int, stop: int, version: str | None) -> Answer:
         """The bytes [start, stop) of an object, fewer at its end; of `version`, unless that is None."""
@@ -169,13 +173,19 @@ _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
 _ANSWERED = re.compile(r"<\?xml|Debug source")
 _BODY = re.compile(r"(status code: \d{3} [A-Za-z ]+):.*")
 _USER = re.compile(r"://[^/\s@]+@")
+_GENERIC = re.compile(r"^Generic \w+ error: ")
 
 
 def without_secrets(text: str) -> str:
     """A library's message in one line, without queries and users in addresses, and without the response."""
-    line = " ".join(_ANSWERED.split(text)[0].split())
+    line = _GENERIC.sub("", " ".join(_ANSWERED.split(text)[0].split()))
     line = _BODY.sub(r"\1", line)
     return _USER.sub("://", _QUERY.sub(r"\1", line)).rstrip(": ")[:300]
+
+
+def is_strong(version: str) -> bool:
+    """Whether a version is an ETag that can be the condition of a request; weak ones are only compared."""
+    return version.startswith('"')
 
 
 def changed(place: object) -> CheckpointError:

@@ -13,14 +13,24 @@ from threading import Thread, current_thread, main_thread
 from typing import Any
 
 from optimstate.errors import CheckpointError, DestinationError, DestinationExistsError
+from optimstate.io.remote.answers import meaning
 from optimstate.io.remote.redirects import REFUSED, RedirectedError, are_refused
-from optimstate.io.remote.store import PART, cannot_write, changed, pool, traffic
+from optimstate.io.remote.store import PART, cannot_write, changed, is_strong, pool, traffic
 
 __all__ = ["ObjectUpload", "PartsGoneError", "S3Upload"]
 
 MAX_PARTS = 9_500  # of 10,000 that S3 takes
 COPIED_PART = 1 << 30
 IN_FLIGHT = 8
+_NO_ANSWER = (  # of botocore
+    "ConnectTimeoutError",
+    "ConnectionClosedError",
+    "EndpointConnectionError",
+    "HTTPClientError",
+    "ReadTimeoutError",
+    "ResponseStreamingError",
+    "SSLError",
+)
 
 
 class PartsGoneError(DestinationError):
@@ -86,10 +96,8 @@ class S3Upload:
             code = str(answer.get("Error", {}).get("Code", ""))
             if code in ("PreconditionFailed", "ConditionalRequestConflict"):
                 raise exists(self._place) from None
-            if code in ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "403"):
-                raise DestinationError(
-                    f"{self._place}: access is denied", hint="Check the credentials in the environment, and the name."
-                ) from None
+            if (found := meaning(code)) is not None:
+                raise DestinationError(f"{self._place}: {found[0]}", hint=found[1]) from None
             if code == "NoSuchUpload":
                 raise PartsGoneError(
                     f"{self._place}: the store no longer has what was uploaded of it",
@@ -97,6 +105,16 @@ class S3Upload:
                 ) from None
             if code == "NoSuchBucket":
                 raise DestinationError(f"{self._place}: there is no such bucket", hint="Create it first.") from None
+            if type(error).__name__ in _NO_ANSWER:
+                raise DestinationError(
+                    f"{self._place}: cannot be written: the store does not answer",
+                    hint="Check the endpoint and the network.",
+                ) from None
+            if "Credentials" in type(error).__name__:
+                raise DestinationError(
+                    f"{self._place}: there are no credentials, or only a part of them",
+                    hint="Set those of the store in the environment or its configuration.",
+                ) from None
             raise cannot_write(self._place, RuntimeError(f"the store answers {code}") if code else error) from None
 
     def _later(self, ask: Callable[[], str]) -> None:
@@ -118,6 +136,7 @@ class S3Upload:
         return (
             getattr(store, "scheme", "") == "s3"
             and source.version is not None
+            and is_strong(source.version)
             and (store.endpoint, store.region) == (self._store.endpoint, self._store.region)
         )
 
@@ -169,6 +188,11 @@ class S3Upload:
         except (DestinationExistsError, PartsGoneError):
             if not self._repeated or tag is None or self._tag_there() != tag:
                 raise
+        except DestinationError as error:
+            if "NotImplemented" in error.message and not self._replace:
+                hint = "It may not support the condition that there is no object yet; --force does without it."
+                raise DestinationError(error.message, hint=hint) from None
+            raise
         self.created = True
 
     def _tag_there(self) -> str:

@@ -23,6 +23,7 @@ from optimstate.io.remote.store import (
     Answer,
     Entry,
     changed,
+    is_strong,
     missing_library,
     refused,
     traffic,
@@ -66,6 +67,10 @@ class WebStore:
     def _address(self, key: str) -> str:
         return f"{self._base}/{key}" + (f"?{self._query}" if self._query else "")
 
+    def key_of(self, name: str) -> str:
+        """The name of a file as a part of an address."""
+        return _quoted(name)
+
     def get(self, key: str, start: int, stop: int, version: str | None) -> Answer:
         """The bytes [start, stop) of an object, fewer at its end."""
         return self._ranged(key, f"bytes={start}-{stop - 1}", stop - start, version, start=start)
@@ -103,7 +108,7 @@ class WebStore:
     def _ranged(self, key: str, wanted: str, length: int, version: str | None, start: int | None = None) -> Answer:
         place = f"{self.name}/{key}"
         headers = {"Range": wanted, "Accept-Encoding": "identity", "User-Agent": "optimstate"}
-        if version is not None and version.startswith('"'):
+        if version is not None and is_strong(version):
             headers["If-Match"] = version
         for attempt in range(RETRIES + 1):
             try:
@@ -146,6 +151,13 @@ class WebStore:
         found = _version(response)
         if version is not None and found != version:
             raise changed(place)
+        packed = str(response.headers.get("Content-Encoding") or "identity").lower()
+        if packed != "identity":
+            raise UnsupportedCheckpointError(
+                f"the server sends it compressed ({packed[:20]}), so that no ranges of the file itself can be read",
+                path=place,
+                hint="Download the file first.",
+            )
         data = _body(response, length, place)
         traffic.read += len(data)
         return Answer(memoryview(data), total, found)
@@ -204,6 +216,8 @@ class WebStore:
             reason = getattr(error, "reason", None) or error
             if "certificate" in str(reason).lower():
                 raise CheckpointError("the certificate of the server is not valid", path=place) from None
+            if isinstance(error, urllib3.exceptions.LocationParseError):
+                raise CheckpointError("the server redirects to something that is not an address", path=place) from None
             raise CheckpointError(f"the server does not answer ({type(error).__name__})", path=place) from None
 
 
@@ -215,9 +229,9 @@ def _body(response: Any, length: int, place: str) -> bytes:
     """The body of a response, which may not be longer than `length`."""
     urllib3 = _library("https")
     try:
-        data: bytes = response.read(length + 1)
+        data: bytes = response.read(length + 1, decode_content=False)
         while len(data) <= length:
-            more = response.read(length + 1 - len(data))
+            more = response.read(length + 1 - len(data), decode_content=False)
             if not more:
                 break
             data += more
@@ -310,4 +324,9 @@ def web_store(url: str) -> tuple[WebStore, str]:
     if not parts.hostname:
         raise UsageError(f"{parts.scheme}://: this address has no server")
     base = f"{parts.scheme}://{parts.netloc}"
-    return WebStore(base, base, query=parts.query), quote(parts.path, safe="/%:@!$&'()*+,;=~").lstrip("/")
+    return WebStore(base, base, query=parts.query), _quoted(parts.path).lstrip("/")
+
+
+def _quoted(path: str) -> str:
+    """A path as in addresses; one in which something is quoted already stays as it is."""
+    return quote(path, safe="/%:@!$&'()*+,;=~")
