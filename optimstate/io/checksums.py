@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from optimstate.errors import UsageError
@@ -12,13 +12,34 @@ from optimstate.io.copying import BLOCK, blocks
 from optimstate.io.extents import Extent, Progress
 from optimstate.io.location import Location
 
-__all__ = ["ALGORITHMS", "Digest", "Recorded", "compare", "digest_of", "recorded"]
+__all__ = ["ALGORITHMS", "Digest", "Recorded", "bytes_of_crc", "compare", "digest_of", "recorded"]
 
 ALGORITHMS = {"sha256": 64, "xxh3": 32}
 """The digests that can be recorded -> their number of hexadecimal digits."""
 
 Blocks = Callable[[memoryview], Iterable[bytes | memoryview]]
 """Returns bytes in order, in blocks; each block may be in the given buffer, which the next one overwrites."""
+
+
+@cache
+def _crc_table() -> tuple[list[int], dict[int, int]]:
+    """The table of CRC-32, and the index of each entry by its highest byte."""
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0xEDB88320 if value & 1 else 0)
+        table.append(value)
+    return table, {entry >> 24: index for index, entry in enumerate(table)}
+
+
+def bytes_of_crc(crc: int) -> bytes:
+    """The four bytes with a CRC-32; there is exactly one such message for each checksum."""
+    table, index_of = _crc_table()
+    register = crc ^ 0xFFFFFFFF
+    for _ in range(4):
+        index = index_of[register >> 24]
+        register = (register ^ table[index]) << 8 & 0xFFFFFFFF | index
+    return (register ^ 0xFFFFFFFF).to_bytes(4, "little")
 
 
 class Digest:

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from optimstate.io.extents import trips
+from optimstate.io.checksums import bytes_of_crc
+from optimstate.io.extents import InMemory, is_far, trips
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import recognise
 from optimstate.state.algorithms.slots import Algorithm
@@ -15,10 +16,10 @@ from optimstate.state.optimizer import OptimizerState
 from optimstate.state.records import tensor_record
 from optimstate.surgery.shown import plain
 from optimstate.tensors.dtypes import DTYPES
-from optimstate.tensors.lazy import LazyTensor, announced, read_numbers
+from optimstate.tensors.lazy import LazyTensor, Storage, announced, read_numbers
 from optimstate.tree import Opaque
 
-FAR_STEPS = 6
+FAR_STEPS = 3
 """How many steps are read of a store that needs more requests than that for all of them."""
 
 __all__ = ["Counts", "algorithm_of", "counted", "flat_slots", "is_flat"]
@@ -97,7 +98,7 @@ def counted(state: OptimizerState) -> Counts:
                 continue
             for path, inner in flat_slots({slot: value}):
                 slots.setdefault(path, _SlotCount()).add(inner)
-                if path == "step" or path.endswith(".step"):
+                if _is_step(path) and id(inner) not in unread:
                     steps.append(scalars.text(inner))
     for (slot, dtype, shape), times in Counter(tensors).items():
         slots.setdefault(slot, _SlotCount()).add_tensors(dtype, shape, times)
@@ -119,11 +120,22 @@ def _announced_steps(state: OptimizerState) -> set[int]:
 
 
 def _unknown_steps(state: OptimizerState) -> Iterator[LazyTensor]:
-    """The steps that have to be read; of those with checksums, equal ones are read once."""
+    """The steps that have to be read one by one: not those of few bytes whose checksums tell them or equal ones."""
     for _, _, found in state.parameters():
-        step = found.get("step") if found else None
-        if isinstance(step, LazyTensor) and step.storage.crc is None:
-            yield step
+        for slot, value in (found or {}).items():
+            nested = flat_slots({slot: value}) if isinstance(value, Mapping) else ((slot, value),)
+            for path, step in nested:
+                if isinstance(step, LazyTensor) and _is_step(path) and not _is_told(step.storage):
+                    yield step
+
+
+def _is_step(path: str) -> bool:
+    return path == "step" or path.endswith(".step")
+
+
+def _is_told(storage: Storage) -> bool:
+    """Whether a checksum tells the bytes of a storage: CRC-32 tells any two messages of up to four bytes apart."""
+    return storage.crc is not None and storage.nbytes <= 4
 
 
 def flat_slots(found: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -159,12 +171,19 @@ class _ScalarReader:
         if not isinstance(value, LazyTensor):
             return _step_text(plain(value))
         storage = value.storage
-        # CRC-32 tells any two messages of up to four bytes apart, so equal checksums are equal numbers.
-        crc = storage.crc if storage.nbytes <= 4 else None
-        key = (value.dtype, value.offset, storage.nbytes, crc) if crc is not None else id(storage)
+        key = (value.dtype, value.offset, storage.nbytes, storage.crc) if _is_told(storage) else id(storage)
         if key not in self._known:
-            self._known[key] = _step_text(plain(value))
+            self._known[key] = _step_text(plain(_without_request(value)))
         return self._known[key]
+
+
+def _without_request(value: LazyTensor) -> LazyTensor:
+    """A tensor of four bytes in a store whose checksum tells them, in memory; any other tensor as it is."""
+    storage = value.storage
+    if not _is_told(storage) or storage.nbytes != 4 or not any(map(is_far, storage.pieces)):
+        return value
+    data = InMemory(bytes_of_crc(storage.crc or 0))
+    return LazyTensor(Storage(data.extents(), 4, storage.kind), value.dtype, value.shape, value.stride, value.offset)
 
 
 def _step_text(value: Any) -> str:
