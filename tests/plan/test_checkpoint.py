@@ -16,6 +16,7 @@ from optimstate.plan.apply.stamps import STAMP
 from optimstate.plan.language.plan import Plan
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import difference
+from tests.plan.lazy import lazy
 from tests.plan.models import WIDTH, Attention, Twins
 from tests.plan.training import batches, train
 from tests.support import seeded
@@ -217,3 +218,16 @@ def test_composed_schedules_start_from_the_new_initial_rate_though_groups_stay(t
     moved, _, _ = apply_plan(plan, tree)
     assert [nested["base_lrs"] for nested in moved["scheduler"]["_schedulers"]] == [[0.3], [0.3]]
     assert [nested["base_lrs"] for nested in tree["scheduler"]["_schedulers"]] == [[0.1], [0.1]]
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+@pytest.mark.parametrize("value", [5, None, "text", b"bytes", [1, 2], {"a": 1}])
+def test_a_tensor_takes_the_place_of_no_other_entry(value: Any, wrapper: str) -> None:
+    weights = {f"{wrapper}{i}.weight": lazy(torch.ones(2, 2)) for i in range(4)}
+    model = {**weights, f"{wrapper}2.bits": value}
+    plan = Plan.from_toml('[[rule]]\nfrom = "0.weight"\nto = "2.bits"')
+    with pytest.raises(MigrationError, match=r"2\.bits.* would become a tensor, but the model has"):
+        apply_plan(plan, {"model": model})
+    made, *_ = apply_plan(Plan.from_toml('[[rule]]\nfrom = "0.weight"\nto = "0.bits"'), {"model": model})
+    assert list(made["model"]) == [f"{wrapper}0.bits", *(name for name in model if name != f"{wrapper}0.weight")]
+    assert made["model"][f"{wrapper}2.bits"] == value

@@ -164,6 +164,11 @@ class Layout:
     def __init__(self, tree: Any, options: WriteOptions) -> None:
         self.options = options
         self.notes: list[str] = []
+        self.metadata: dict[str, str] = {}
+        plain = _plain_entries(tree, options)
+        if plain is not None:
+            self.entries = plain
+            return
         self.labels = parameter_labels(tree)
         self.names: dict[tuple[Any, ...], str] = {}
         self.used: set[str] = set()
@@ -171,16 +176,12 @@ class Layout:
         self.shared = _shared_storages(tree, clone=options.clone_views)
         self.storages: dict[str, dict[str, Any]] = {}
         self.resolved: dict[int, LazyTensor] = {}
-        self.entries: list[Entry] = []
+        self.entries = []
         encoded = json_tree.encode(tree, self._tensor, self.notes.append)
-        in_order = [entry.name for entry in self.entries]
         # Larger items first, so that every tensor is aligned to its item size.
         self.entries.sort(key=lambda entry: -DTYPES[BY_CODE[entry.code].name].itemsize)
-        plain = encoded == {name: {"$tensor": name} for name in in_order} and in_order == [e.name for e in self.entries]
-        self.metadata: dict[str, str] = {}
-        if not plain:
-            document = {"version": 1, "tree": encoded, "storages": self.storages}
-            self.metadata["optimstate"] = json.dumps(document, separators=(",", ":"), allow_nan=False)
+        document = {"version": 1, "tree": encoded, "storages": self.storages}
+        self.metadata["optimstate"] = json.dumps(document, separators=(",", ":"), allow_nan=False)
 
     def _tensor(self, path: TreePath, tensor: LazyTensor) -> dict[str, Any]:
         if tensor.flags:
@@ -229,6 +230,33 @@ class Layout:
             name = f"{base}~{count}"
         self.used.add(name)
         return name
+
+
+def _plain_entries(tree: Any, options: WriteOptions) -> list[Entry] | None:
+    """The tensors of a tree if a plain file says everything about it, and can have them in this order; else None."""
+    if type(tree) is not dict:
+        return None
+    made: list[Entry] = []
+    largest = max((row.itemsize for row in DTYPES.values()), default=0)
+    for name, tensor in tree.items():
+        if type(name) is not str or name.startswith("$") or name == "__metadata__" or type(tensor) is not LazyTensor:
+            return None
+        code, shape = _code_and_shape(tensor)
+        row = BY_CODE[code]
+        if (
+            row.name != tensor.dtype
+            or row.itemsize > largest
+            or tensor.stride != contiguous_strides(tensor.shape)
+            or tensor.storage.location != "cpu"
+            or tensor.is_parameter
+            or tensor.requires_grad
+            or tensor.metadata
+        ):
+            return None
+        largest = row.itemsize
+        made.append(Entry(name, tensor, code, shape))
+    shares = len({id(entry.tensor.storage) for entry in made}) < len(made)
+    return None if shares and not options.clone_views else made
 
 
 def _code_and_shape(tensor: LazyTensor) -> tuple[str, tuple[int, ...]]:

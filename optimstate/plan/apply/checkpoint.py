@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from optimstate.describe import few
@@ -159,24 +160,24 @@ class _Checkpoint:
             masters.path
             for key, state in self.states.items()
             if migration.sections[key].changes
-            for masters in masters_beside(self.tree, self.named[key][0].path, state, self._shapes())
+            for masters in masters_beside(self.tree, self.named[key][0].path, state, self._shapes)
         }
         return followed_nowhere(self.tree, self.judgement, migration, prefixes, followed)
 
     def inventories(self, like: Like | None) -> dict[str, Inventory]:
         """What the planner needs to know of each section."""
-        shapes = self._shapes()
         made = {}
         for key, (section, prefix) in self.named.items():
             if section.kind == "optimizer":
                 self.states[key] = _without_prefix(self.states[key], prefix)
                 target = None if like is None else like.target(section.label, len(self.optimizers))
-                found = optimizer_inventory(self.states[key], shapes=shapes, target=target)
+                found = optimizer_inventory(self.states[key], shapes=self._shapes, target=target)
                 made[key] = found if like is None or target is not None else found._replace(order=like.names)
             else:
                 made[key] = model_inventory(plain_tensors(section, prefix))
         return made
 
+    @cached_property
     def _shapes(self) -> dict[str, Shape | None]:
         """The shapes of parameters as models have them; None where two models disagree."""
         found: dict[str, Shape | None] = {}
@@ -210,7 +211,7 @@ class _Checkpoint:
         made = replaced(tree, {**self.rebuilt(migration._replace(sections=models)), **schedules})
         old = [self.named[key][0] for key in self.states]
         for section in old:
-            for masters in masters_beside(tree, section.path, self.states[key_of(section)], self._shapes()):
+            for masters in masters_beside(tree, section.path, self.states[key_of(section)], self._shapes):
                 message = "weights in the order of the optimizer's parameters stand beside it, and cannot be divided"
                 raise MigrationError.of("unreached", message, format_path(masters.path))
         if any(section.host is not None for section in old):
@@ -265,7 +266,7 @@ class _Checkpoint:
         if section.host is not None or not moves.changes:
             return {}
         made = {}
-        for masters in masters_beside(self.tree, section.path, state, self._shapes()):
+        for masters in masters_beside(self.tree, section.path, state, self._shapes):
             names = [[str(name) for name in group.names or ()] for group in state.groups]
             found = masters.followed(moves, names, lambda: self._weights(migration))
             if found is not None:

@@ -104,7 +104,7 @@ def execute_model(
         tensors: By name; not changed.
         live: The live model's tensors by name, for `fill = "live"`.
     """
-    builder = _Builder({name: {None: value} for name, value in tensors.items()}, live)
+    builder = _Builder(tensors, live)
     made = {}
     for move in section.moves:
         if move.expression is not None and move.value is not None:
@@ -115,8 +115,9 @@ def execute_model(
 class _Builder:
     """Builds results one after another and remembers what has already been moved or computed."""
 
-    def __init__(self, sources: Mapping[str, Mapping[Any, Any] | None], live: Mapping[str, Any] | None = None) -> None:
-        self._sources, self._live = sources, live or {}
+    def __init__(self, sources: Mapping[str, Any], live: Mapping[str, Any] | None = None) -> None:
+        self._sources, self._live = sources, live or {}  # the former: slots, or, without paths, tensors
+        self._whole: set[str] = set()  # the sources that were moved whole; of others, the slots that were
         self._moved: set[tuple[str, SlotPath]] = set()
         self._taken: set[int] = set()
         self._memo: dict[SlotPath, dict[int, Any]] = {}
@@ -128,8 +129,8 @@ class _Builder:
             slots = self._sources.get(move.expression.name)
             if slots is None:
                 return None
-            first = (move.expression.name, ()) not in self._moved and not move.clone
-            self._moved.add((move.expression.name, ()))
+            first = move.expression.name not in self._whole and not move.clone
+            self._whole.add(move.expression.name)
             return slots if first else {key: copied(value) for key, value in slots.items()}
         made: dict[SlotPath, Any] = {}
         for path, outcome in move.slots.items():
@@ -173,15 +174,17 @@ class _Builder:
 
     def _leaf(self, leaf: Leaf, path: SlotPath) -> Any:
         value = self._raw(leaf, path)
-        place = leaf.name, path
-        if place in self._moved or (path and (leaf.name, ()) in self._moved):
+        if leaf.name in self._whole or (path and (leaf.name, path) in self._moved):
             return copied(value)
-        self._moved.add(place)
+        if path:
+            self._moved.add((leaf.name, path))
+        else:
+            self._whole.add(leaf.name)
         return value
 
     def _raw(self, leaf: Leaf, path: SlotPath) -> Any:
         found: Any = self._sources[leaf.name]
-        for key in path or (None,):
+        for key in path:
             found = found[key]
         return found
 

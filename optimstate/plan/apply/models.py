@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
+from optimstate.describe import describe
+from optimstate.errors import MigrationError
 from optimstate.plan.apply.execute import execute_model
 from optimstate.plan.expressions import tree as ex
 from optimstate.plan.solve.migration import SectionMoves
@@ -23,9 +26,12 @@ def plain_tensors(section: Section, prefix: str) -> dict[str, Any]:
         section: Not an optimizer.
         prefix: What wrappers put before all its names.
     """
+    found = section.tensors()
+    if not prefix and section.kind != "ema":
+        return found
     return {
         name.removeprefix(prefix): value
-        for name, value in section.tensors().items()
+        for name, value in found.items()
         if section.kind != "ema" or name != "n_averaged"
     }
 
@@ -40,29 +46,29 @@ def rebuilt_model(section: Section, moves: SectionMoves, prefix: str) -> dict[st
     """
     node = section.node
     values = execute_model(moves, plain_tensors(section, prefix))
-    taken = {prefix + source for move in moves.moves for source in move.sources}
-    taken |= {prefix + source for source, _ in moves.dropped}
-    at: dict[str, list[str]] = {}
+    places: dict[str, int] = {prefix + source: 0 for source, _ in moves.dropped}  # how many stand where a source stood
     for move in moves.moves:
-        if move.target in values:
-            at.setdefault(prefix + move.sources[0], []).append(prefix + move.target)
-    made: dict[str, Any] = {}
+        for number, source in enumerate(move.sources):
+            key = prefix + source
+            places[key] = places.get(key, 0) + (number == 0 and move.value is not None)
+    wanted = iter(values.items())
+    ordered: dict[str, Any] = {}
     for key, value in node.items():
-        if key in taken:
-            made.update(dict.fromkeys(at.get(key, ())))
+        count = places.get(key)
+        if count == 1:
+            name, made = next(wanted)
+            ordered[prefix + name] = made
+        elif count is not None:
+            ordered.update((prefix + name, made) for name, made in islice(wanted, count))
+        elif isinstance(key, str) and key.startswith(prefix) and key.removeprefix(prefix) in values:
+            message = f"{describe(key)} would become a tensor, but the model has {describe(value)} of that name"
+            raise MigrationError.of("conflict", message[:300], section.label, hint="Give the tensor another name.")
         else:
-            made[key] = value
-    ordered = _in_order_of(made, {prefix + name: value for name, value in values.items()})
+            ordered[key] = value
     rebuilt: dict[str, Any] = rebuilt_mapping(node, ordered)
     if isinstance(rebuilt, OrderedDict) and isinstance(vars(rebuilt).get("_metadata"), Mapping):
         vars(rebuilt)["_metadata"] = _moved_metadata(vars(rebuilt)["_metadata"], moves, prefix)
     return rebuilt
-
-
-def _in_order_of(made: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries, with the places of `values` filled in the order of `values`."""
-    wanted = iter(values.items())
-    return dict(next(wanted) if key in values else (key, value) for key, value in made.items())
 
 
 def _moved_metadata(metadata: Mapping[Any, Any], moves: SectionMoves, prefix: str) -> Mapping[Any, Any]:

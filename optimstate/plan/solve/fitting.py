@@ -89,14 +89,17 @@ def without_live_values(target: Target | None, moves: Sequence[Move]) -> Iterato
 
 def untied(inventory: Inventory, moves: Sequence[Move]) -> Iterator[Problem]:
     """Names that share memory but would no longer hold the same values."""
-    by_identity: dict[Any, list[str]] = {}
-    for name, value in inventory.tensors.items():
-        shape = inventory.shapes.get(name)
-        if shape and 0 not in shape:
-            by_identity.setdefault(identity(value), []).append(name)
-    tied = {name: names for names in by_identity.values() if len(names) > 1 for name in names}
-    if not tied:
+    identities = [
+        (name, identity(value))
+        for name, value in inventory.tensors.items()
+        if (shape := inventory.shapes.get(name)) and 0 not in shape
+    ]
+    if len({found for _, found in identities}) == len(identities):
         return
+    by_identity: dict[Any, list[str]] = {}
+    for name, found in identities:
+        by_identity.setdefault(found, []).append(name)
+    tied = {name: names for names in by_identity.values() if len(names) > 1 for name in names}
     changed: dict[str, str] = {}
     moved: set[str] = set()
     for move in moves:

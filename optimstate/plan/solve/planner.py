@@ -6,7 +6,7 @@ Nothing here touches elements; every problem is found before anything is moved, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from optimstate.errors import MigrationError
@@ -104,7 +104,7 @@ def _planned(plan: Plan, sections: Mapping[str, Inventory]) -> Migration:
         taken = {name for other in optimizers if other != key for name in sections[other].shapes}
         section = _Section(plan, key, sections[key], problems, {n: w for n, w in weights.items() if n not in taken})
         found[key] = section.plan()
-        if sections[key].state is None:
+        if optimizers and sections[key].state is None:
             weights.update(section.trainable(found[key]))
         counts = [a + b for a, b in zip(counts, section.counts, strict=True)]
     made = {key: found[key] for key in sections}
@@ -164,13 +164,15 @@ class _Section:
         }
 
     def _model(self, made: Mapping[str, Made | None], problems: list[Problem]) -> list[Move]:
-        dtypes = {name: dtype_of(value) for name, value in self.inventory.tensors.items()}
+        dtypes: dict[str, str | None] = {}
         moves = []
         used: set[str] = set()
         for name, item in made.items():
             if item is None:
                 moves.append(Move(name, None, value=Outcome("fresh", "new")))
                 continue
+            if not dtypes and not isinstance(item.expression, Leaf):
+                dtypes = {source: dtype_of(tensor) for source, tensor in self.inventory.tensors.items()}
             try:
                 value = translated(item.expression, dtypes)
             except Refusal as refusal:
@@ -249,10 +251,9 @@ class _Section:
         problems: list[Problem],
     ) -> SectionMoves:
         applications = tuple(tuple(items) for items in found.applications)
-        order = [move.expression.name for move in moves if isinstance(move.expression, Leaf)]
-        position = {name: place for place, name in enumerate(self.inventory.shapes)}
-        places = [position[name] for name in order]
-        reordered = any(later < earlier for earlier, later in pairwise(places))
+        order = (move.expression.name for move in moves if isinstance(move.expression, Leaf))
+        names = iter(self.inventory.shapes)
+        reordered = not all(name in names for name, _ in groupby(order))
         state = self.inventory.state
         if state is None:
             return SectionMoves(
