@@ -258,30 +258,33 @@ def test_objects_that_are_not_created_are_refused(value: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("form", ["number", "tensor"])
 @pytest.mark.parametrize(
-    ("saved", "live", "works"),
+    ("value", "saved", "live", "works"),
     [
-        (torch.float32, torch.int64, False),
-        (torch.complex64, torch.float32, False),
-        (torch.int64, torch.bool, False),
-        (torch.int64, torch.float32, True),
-        (torch.bool, torch.int8, True),
-        (torch.float32, torch.complex64, True),
-        (torch.bfloat16, torch.float32, True),
+        (1.5, torch.float32, torch.int64, False),
+        (float("nan"), torch.float32, torch.int64, False),
+        (3.0, torch.float32, torch.int64, True),
+        (1 + 2j, torch.complex64, torch.float32, False),
+        (2, torch.int64, torch.bool, False),
+        (300, torch.int64, torch.int8, False),
+        (100, torch.int64, torch.int8, True),
+        (1, torch.int64, torch.bool, True),
+        (2, torch.int64, torch.float32, True),
+        (True, torch.bool, torch.int8, True),
+        (0.5, torch.float32, torch.complex64, True),
+        (0.5, torch.bfloat16, torch.float32, True),
     ],
     ids=str,
 )
-def test_a_live_tensor_that_cannot_hold_the_values_is_refused(
-    saved: torch.dtype, live: torch.dtype, works: bool, form: str, tmp_path: Path
+def test_values_that_a_live_tensor_cannot_hold_are_refused(
+    value: complex, saved: torch.dtype, live: torch.dtype, works: bool, form: str, tmp_path: Path
 ) -> None:
-    stored: Any = torch.ones((), dtype=saved)
-    if form == "number" and not stored.is_complex():
-        stored = stored.item()
+    stored = value if form == "number" and type(value) is not complex else torch.tensor(value, dtype=saved)
     dcp.save({"model": {"first": torch.ones(2), "it": stored}}, checkpoint_id=tmp_path / "saved", no_dist=True)
     target = {"model": {"first": torch.zeros(2), "it": torch.zeros((), dtype=live)}}
     if works:
         notes = fill_state_dict(target, tmp_path / "saved").notes
-        assert target["model"]["it"] == torch.ones((), dtype=live)
-        assert form == "number" or any(f"become {str(live).removeprefix('torch.')}: 'model.it'" in n for n in notes)
+        assert target["model"]["it"] == value
+        assert stored is value or any(f"become {str(live).removeprefix('torch.')}: 'model.it'" in n for n in notes)
         return
     with pytest.raises(StateMismatchError, match=r"'model\.it' is \w+ in the checkpoint and \w+ in the live state"):
         fill_state_dict(target, tmp_path / "saved")

@@ -22,7 +22,7 @@ from optimstate.plan.language.plan import Plan
 from optimstate.resuming.live_groups import LISTS, LiveOptimizer, flat_name, live_optimizers, saved_optimizer
 from optimstate.resuming.new_parameters import without_new
 from optimstate.resuming.records import refuse_records, revived_tree
-from optimstate.resuming.shards import Reader, notes_on_casts, refuse_lost_kind, whole
+from optimstate.resuming.shards import Reader, notes_on_casts, refuse_lost, whole
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.sections import find_sections
 from optimstate.tensors.compute import to_torch
@@ -203,7 +203,7 @@ class Filling:
         shape = getattr(live, "shape", None)
         if shape is not None and hasattr(live, "dtype"):
             if type(value) in (bool, int, float) and prod(shape) == 1:
-                refuse_lost_kind(name, _KINDS[type(value)], live.dtype)
+                refuse_lost(name, value, live.dtype)
                 return
             if not isinstance(value, LazyTensor):
                 raise StateMismatchError(
@@ -268,6 +268,7 @@ class Filling:
             part, metadata = value, shard.metadata
             for dim, (start, size) in enumerate(zip(metadata.shard_offsets, metadata.shard_sizes, strict=True)):
                 part = part.narrow(dim, start, size)
+            refuse_lost(name, part, live.dtype)
             self._reader.count(part)
             yield shard.tensor, part
 
@@ -329,7 +330,6 @@ def _parameter(path: Sequence[Any]) -> str:
     return str(path[-2] if len(path) > 2 and path[-3] == "state" else path[-1])
 
 
-_KINDS = {bool: "bool", int: "int64", float: "float64"}
 _OF_OBJECTS = (
     "Leave it out of the state dict that is loaded here, and load it with torch.distributed.checkpoint.load without "
     "this planner, which creates objects."

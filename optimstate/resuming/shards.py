@@ -149,7 +149,7 @@ class Reader:
         """The part of a value that corresponds to this process's part of `like`, without reading it.
 
         Raises:
-            StateMismatchError: `like` has no memory, or cannot have the value without loss.
+            StateMismatchError: `like` has no memory, or cannot hold the value.
         """
         self.check_copy(name, like, value, copied=copied)
         if _is_dtensor(like):
@@ -164,6 +164,7 @@ class Reader:
                 if size != value.shape[dim]:
                     value = value.narrow(dim, start if size else 0, size)
         if copied:
+            refuse_lost(name, value, like.dtype)
             self._refuse_untied(name, like, value)
         self.count(value)
         return value
@@ -191,10 +192,10 @@ class Reader:
             )
 
     def check_copy(self, name: str, like: Any, value: Any, *, copied: bool = True) -> None:
-        """Check that a live tensor can have a value, and note if its dtype changes.
+        """Check that a live tensor has memory, and note if its dtype differs from the value's.
 
         Raises:
-            StateMismatchError: The live tensor has no memory, or cannot have the value without loss.
+            StateMismatchError: It has none.
         """
         if _is_meta(like):
             raise StateMismatchError(
@@ -202,8 +203,6 @@ class Reader:
                 hint='Call model.to_empty(device="...") before the optimizer is built.',
             )
         saved, live = map(_dtype_name, (value.dtype, like.dtype))
-        if copied:
-            refuse_lost_kind(name, saved, live)
         # Codes of quantized slots are not cast.
         if saved != live and (copied or ("float" in saved and "float" in live)):
             self._casts.setdefault((saved, live), []).append(name)
@@ -255,18 +254,36 @@ def notes_on_casts(casts: Mapping[tuple[str, str], Sequence[str]]) -> list[str]:
     ]
 
 
-def refuse_lost_kind(name: str, saved: Any, live: Any) -> None:
-    """Refuse to copy numbers into a live tensor that cannot hold their kind: complex ones, fractions.
+def refuse_lost(name: str, value: Any, live: torch.dtype) -> None:
+    """Refuse values that a live tensor cannot hold: fractions or larger integers as integers, complex numbers as real.
+
+    Floating-point numbers become others with the usual rounding. In the cases above, the values are read.
 
     Raises:
-        StateMismatchError: The live tensor is real or of integers, and the checkpoint's is not.
+        StateMismatchError: A value would become another one.
     """
-    old, new = map(_dtype_name, (saved, live))
-    if _kind(old) > _kind(new):
+    from optimstate.installed_torch import torch
+
+    if not isinstance(value, LazyTensor):
+        value = torch.as_tensor(value)
+    saved, wanted = map(_dtype_name, (value.dtype, live))
+    if saved == wanted or _kind(saved) < _kind(wanted) or _kind(saved) == _kind(wanted) != 1:
+        return
+    part = to_torch(value.contiguous()) if isinstance(value, LazyTensor) else value
+    if part.is_complex() or not torch.equal(part.to(live).to(part.dtype), part):
         raise StateMismatchError(
-            f"{describe(name)} is {old} in the checkpoint and {new} in the live state, which cannot hold its values",
-            hint=f'Build the live one as {old}, or convert it in the plan: cast = "{new}".',
+            f"{describe(name)} is {saved} in the checkpoint and {wanted} in the live state, which cannot hold it",
+            hint=f'Build the live one as {saved}, or convert it in the plan: cast = "{wanted}".',
         )
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kind(dtype: str) -> int:
+    """0 for truth values, 1 for integers, 2 for real and 3 for complex numbers."""
+    return 3 if "complex" in dtype else 2 if "float" in dtype else 0 if dtype == "bool" else 1
 
 
 def _is_meta(tensor: Any) -> bool:
@@ -282,15 +299,6 @@ def _equal(one: Any, other: Any, dtype: torch.dtype) -> bool:
     a, b = (to_torch(value.contiguous()) if isinstance(value, LazyTensor) else value for value in (one, other))
     bits = [each.to(dtype).contiguous().flatten().view(torch.uint8) for each in (a, b)]
     return torch.equal(*bits)
-
-
-def _dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _kind(dtype: str) -> int:
-    """0 for truth values, 1 for integers, 2 for real and 3 for complex numbers."""
-    return 3 if "complex" in dtype else 2 if "float" in dtype else 0 if dtype == "bool" else 1
 
 
 def whole(value: Any) -> Any:
