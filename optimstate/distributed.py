@@ -26,6 +26,7 @@ from optimstate.io.location import Place
 from optimstate.plan.language.plan import Plan
 from optimstate.resuming import Resumed, resume
 from optimstate.resuming.filling import Filling, put
+from optimstate.resuming.identity import refuse_different
 from optimstate.resuming.shards import is_fsdp1, together
 from optimstate.state.names import names_in, unwrapped
 from optimstate.state.optimizer import OptimizerState
@@ -114,7 +115,16 @@ class PlanLoadPlanner(DefaultLoadPlanner):
         self._names = self._filling.check(
             self.state_dict, self.mappings if self.flatten_state_dict else {}, partial=self.allow_partial_load
         )
-        return LoadPlan([])
+        return LoadPlan([], planner_data=self._filling.identity())
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        """Check that all processes load the same checkpoint.
+
+        Raises:
+            StateMismatchError: They were given different ones.
+        """
+        refuse_different([plan.planner_data for plan in global_plan])
+        return global_plan
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
         """Read this process's part of every item.
@@ -156,13 +166,14 @@ def fill_state_dict(
     Raises:
         CheckpointError: The checkpoint cannot be read.
         MigrationError: The plan does not fit.
-        StateMismatchError: An item is not in the checkpoint, or another process failed.
+        StateMismatchError: An item is not in the checkpoint, another process failed, or processes were given different
+            checkpoints.
         CorruptCheckpointError: Bytes do not match their checksum; nothing was filled.
     """
     planner = PlanLoadPlanner(checkpoint, plan, allow_partial_load=allow_partial_load)
-    with together(process_group, sharded=True):
+    with together(process_group, sharded=True) as loads:
         planner.set_up_planner(state_dict)
-        planner.create_local_plan()
+        loads.append(planner.create_local_plan().planner_data)
     with together(process_group, sharded=True):
         planner.finish_plan(LoadPlan([]))
     return planner

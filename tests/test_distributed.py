@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from optimstate.errors import CheckpointNotFoundError, MigrationError, StateMism
 from optimstate.formats.protocol import WriteOptions
 from optimstate.formats.registry import open_checkpoint
 from optimstate.plan.language.plan import Plan
+from optimstate.resuming.identity import identity_of, refuse_different
 from optimstate.state.sections import find_sections
 from tests import corpus
 from tests.distributed_worker import OPTIONS, PLAN, TRANSPOSED, After, Before, filled, groups, train
@@ -64,6 +66,10 @@ def together(trained: tuple[Path, list[float]]) -> list[dict[str, Any]]:
     """What two processes say if one of them fails, or has other parameters."""
     folder, _ = trained
     (folder / "plan.toml").write_text(TRANSPOSED)
+    tree = torch.load(folder / "before.pt", weights_only=True)
+    tree["model"]["turned"] += 1  # as after another step
+    torch.save(tree, folder / "other.pt")
+    optimstate.convert(folder / "other.pt", folder / "other.dcp", options=WriteOptions(sync=False))
     worked("tests.together_worker", folder)
     return [json.loads((folder / f"together{rank}.json").read_text()) for rank in range(2)]
 
@@ -195,6 +201,8 @@ def test_a_fault_of_one_process_is_raised_in_all_and_nothing_is_changed(
     ("kind", "said"),
     [
         ("fsdp2 planner", "nowhere.toml: the plan cannot be read"),
+        ("fsdp2 checkpoint", "other.dcp, which are different checkpoints"),
+        ("fsdp2 planner's checkpoint", "other.dcp, which are different checkpoints"),
         ("fsdp1 resume", "sharded by FSDP1 (FullyShardedDataParallel), which flattens its parameters\nCall optimstate"),
         ("fsdp1 hook", "a hook of one process"),
         ("fsdp1 trained", "a hook of one process"),
@@ -343,6 +351,23 @@ def test_the_planner_takes_names_from_the_caller(tmp_path: Path) -> None:
         assert found.state[name]["exp_avg"].tobytes() == value.numpy().tobytes()
     with pytest.raises(CheckpointException, match="4 names for an optimizer of 5 parameters"):
         dcp.save(tree, checkpoint_id=str(tmp_path / "c"), planner=NamedSavePlanner(names[:4]))
+
+
+@pytest.mark.parametrize("suffix", ["pt", "dcp", "safetensors"])
+def test_a_copy_is_the_same_checkpoint_and_another_step_is_not(
+    suffix: str, trained: tuple[Path, list[float]], tmp_path: Path
+) -> None:
+    tree = torch.load(trained[0] / "before.pt", weights_only=True)
+    tree["optimizer"]["state"][0]["exp_avg"][0, 0] += 1
+    torch.save(tree, tmp_path / "tree.pt")
+    if suffix != "pt":
+        optimstate.convert(tmp_path / "tree.pt", tmp_path / f"tree.{suffix}", options=WriteOptions(sync=False))
+    one, copied = trained[0] / f"before.{suffix}", tmp_path / f"copied.{suffix}"
+    (shutil.copytree if one.is_dir() else shutil.copyfile)(one, copied)
+    same, other = identity_of(one), identity_of(tmp_path / f"tree.{suffix}")
+    refuse_different([same, None, identity_of(copied)])
+    with pytest.raises(StateMismatchError, match=r"rank 0 loads .*before.* and rank 2 .*tree.*different checkpoints"):
+        refuse_different([same, None, other])
 
 
 def test_the_guide_names_what_is_there() -> None:

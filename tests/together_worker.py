@@ -50,10 +50,10 @@ def fail(*_: object) -> None:
 
 def refused(folder: Path, rank: int) -> dict[str, list[str]]:
     """Faults of the second process alone, which both have to learn of."""
-    good, plan = folder / "before.dcp", Plan.from_toml(TRANSPOSED)
+    good, other, plan = folder / "before.dcp", folder / "other.dcp", Plan.from_toml(TRANSPOSED)
     only_here = folder / ("plan.toml" if rank == 0 else "nowhere.toml")
     found = {}
-    for kind in ("plan", "hook", "certificate"):
+    for kind in ("plan", "hook", "certificate", "checkpoint"):
         net = sharded("fsdp")
         optimizer = torch.optim.AdamW(groups(net), **OPTIONS)
         if kind == "hook" and rank == 1:
@@ -62,8 +62,15 @@ def refused(folder: Path, rank: int) -> dict[str, list[str]]:
         if kind == "certificate":
             given["certificate"] = str(folder / "nowhere.json") if rank else None
 
-        def run(given: dict[str, Any] = given, net: nn.Module = net, of: torch.optim.Optimizer = optimizer) -> object:
-            return optimstate.resume(good, model=net, optimizer=of, **given)
+        place = other if kind == "checkpoint" and rank == 1 else good
+
+        def run(
+            given: dict[str, Any] = given,
+            net: nn.Module = net,
+            of: torch.optim.Optimizer = optimizer,
+            place: Path = place,
+        ) -> object:
+            return optimstate.resume(place, model=net, optimizer=of, **given)
 
         found[kind] = outcome(run, net, optimizer)
     net = sharded("fsdp")
@@ -72,6 +79,11 @@ def refused(folder: Path, rank: int) -> dict[str, list[str]]:
     planner = PlanLoadPlanner(good, only_here)
     found["planner"] = outcome(
         lambda: dcp.load({"model": weights}, checkpoint_id=str(good), planner=planner), net, optimizer
+    )
+    own = other if rank else good
+    second = PlanLoadPlanner(own, plan)
+    found["planner's checkpoint"] = outcome(
+        lambda: dcp.load({"model": weights}, checkpoint_id=str(own), planner=second), net, optimizer
     )
     return found
 

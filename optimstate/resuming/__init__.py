@@ -98,7 +98,7 @@ def resume(
             wrote into the checkpoint, or the path of one. Everything that was certified must be given: model,
             optimizer, scheduler, scaler. With a plan, the checkpoint is compared, and everything that the plan only
             moves.
-        process_group: The processes that load together; all by default.
+        process_group: The processes that load one checkpoint together; all by default.
 
     Returns:
         The outcome for every part.
@@ -107,7 +107,8 @@ def resume(
         CheckpointError: The checkpoint cannot be read, or bytes that are read do not match their checksum.
         MigrationError: The plan does not fit.
         StateMismatchError: The checkpoint lacks a part or has several that could be meant, names are not determined,
-            the result is not what was certified, or another process failed.
+            the result is not what was certified, another process failed, or processes were given different
+            checkpoints.
     """
     models, optimizers, schedulers, averages = (
         [] if several is None else _named(several) for several in (model, optimizer, scheduler, ema)
@@ -116,7 +117,7 @@ def resume(
     schedulers = [(path, getattr(live, "scheduler", live)) for path, live in schedulers]
     sharded = shards.is_sharded([live for _, live in (*models, *averages)], [live for _, live in optimizers])
     together = partial(shards.together, process_group, sharded=sharded)
-    with together():
+    with together() as loads:
         given = Plan.of(plan)
         if schedule is not None:
             given = given.with_policy(schedule=schedule)
@@ -133,6 +134,8 @@ def resume(
         run.refuse_unused()
         run.find_certificates(certificate)
         run.parts.compare()
+        if sharded:
+            loads.append(run.parts.identity())
     run.carry_out(partial(run.check, scaler), together)
     problems = run.problems()
     made = Resumed(run.reports, tuple(run.notes), problems, run.nbytes)

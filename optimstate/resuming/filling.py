@@ -19,6 +19,7 @@ from optimstate.io.places import open_source
 from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
+from optimstate.resuming.identity import Identity, identity_of
 from optimstate.resuming.live_groups import LISTS, LiveOptimizer, flat_name, live_optimizers, saved_optimizer
 from optimstate.resuming.new_parameters import without_new
 from optimstate.resuming.records import refuse_records, revived_tree
@@ -79,6 +80,10 @@ class Filling:
     def nbytes(self) -> int:
         """Bytes of tensors that this process read."""
         return self._reader.nbytes
+
+    def identity(self) -> Identity:
+        """Which checkpoint it is."""
+        return identity_of(self._document.path)
 
     def refuse_another(self, save_id: str | None, names: Collection[str]) -> None:
         """Refuse a checkpoint that is not the one that torch reads.

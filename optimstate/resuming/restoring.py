@@ -27,7 +27,7 @@ class Step:
 
 
 def carry_out(
-    steps: Sequence[Step], check: Callable[[], object], together: Callable[[], AbstractContextManager[None]]
+    steps: Sequence[Step], check: Callable[[], object], together: Callable[[], AbstractContextManager[Any]]
 ) -> None:
     """Load every part and check the result, or undo all of it.
 

@@ -372,7 +372,7 @@ class Run:
         if given is not None and given is not False:
             self._certificates = certified.certificates_of(given, self._divided or self.loaded_optimizers)
 
-    def carry_out(self, check: Callable[[], object], together: Callable[[], AbstractContextManager[None]]) -> None:
+    def carry_out(self, check: Callable[[], object], together: Callable[[], AbstractContextManager[Any]]) -> None:
         """Load every part and check the result; if anything fails, in any process, undo all of it."""
         # Weights last, because only they are changed in place.
         carry_out([*self._steps, *self._modules], check, together)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from optimstate.describe import describe
 from optimstate.errors import StateMismatchError
 from optimstate.io.extents import Extent
+from optimstate.resuming.identity import Identity, refuse_different
 from optimstate.tensors.compute import to_torch
 from optimstate.tensors.lazy import LazyTensor
 
@@ -68,21 +69,27 @@ def refuse_fsdp1(key: str, module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def together(group: dist.ProcessGroup | None, *, sharded: bool) -> Iterator[None]:
+def together(group: dist.ProcessGroup | None, *, sharded: bool) -> Iterator[list[Identity | None]]:
     """Run a block in every process; if it fails in one of them, raise in all, because the others would wait for it.
 
+    The block can add the checkpoint that this process loads to the list that it gets.
+
     Raises:
-        StateMismatchError: The block failed in another process.
+        StateMismatchError: The block failed in another process, or their checkpoints differ.
     """
     failure: Exception | None = None
+    loads: list[Identity | None] = []
     try:
-        yield
+        yield loads
     except Exception as error:  # noqa: BLE001  # the other processes have to be informed first
         failure = error
-    _agree(failure, group, sharded=sharded)
+    _agree(failure, loads, group, sharded=sharded)
 
 
-def _agree(failure: Exception | None, group: dist.ProcessGroup | None, *, sharded: bool) -> None:
+def _agree(
+    failure: Exception | None, loads: list[Identity | None], group: dist.ProcessGroup | None, *, sharded: bool
+) -> None:
+    """Raise in every process if one has failed."""
     import torch.distributed as dist
 
     alone = not sharded and group is None
@@ -90,15 +97,17 @@ def _agree(failure: Exception | None, group: dist.ProcessGroup | None, *, sharde
         if failure is not None:
             raise failure
         return
-    messages: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(messages, None if failure is None else str(failure) or describe(failure), group=group)
+    told: list[Any] = [None] * dist.get_world_size(group)
+    message = None if failure is None else str(failure) or describe(failure)
+    dist.all_gather_object(told, (message, loads[0] if loads else None), group=group)
     if failure is not None:
         raise failure
-    for rank, message in enumerate(messages):
+    for rank, (message, _) in enumerate(told):
         if message is not None:
             raise StateMismatchError(
                 f"rank {rank} could not load: {message}", hint="Nothing was changed in this process either."
             )
+    refuse_different([identity for _, identity in told])
 
 
 def kept(value: Any) -> Any:
