@@ -86,19 +86,22 @@ class OptimizerState(Record):
         groups: The param groups, in order.
         state: The slots of each parameter, by its key. A parameter without an entry is fresh.
         node: The mapping that it was read from, whose type, key order and further entries are kept.
+        shared: What else stands in `state`, under keys that are in no group: values for all parameters together.
     """
 
     groups: tuple[Group, ...]
     state: Mapping[ParameterKey, Slots]
     node: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[ParameterKey, Any] = field(default_factory=dict)
 
     @classmethod
     def from_node(cls, node: Mapping[str, Any]) -> OptimizerState:
         """Read a mapping with `state` and `param_groups`.
 
         Raises:
-            CorruptCheckpointError: The numbers of names and parameters differ, a key is in two groups, or a key is not
-                hashable. Within one group torch allows tied parameters to be listed twice, with a warning.
+            CorruptCheckpointError: The numbers of names and parameters differ, a key is in two groups or not hashable,
+                or what is stored for a parameter is not a mapping of slots. Within one group torch allows tied
+                parameters to be listed twice, with a warning.
         """
         groups = tuple(Group.from_node(group) for group in node["param_groups"])
         state = as_mapping(node["state"]) or {}
@@ -109,12 +112,18 @@ class OptimizerState(Record):
             raise CorruptCheckpointError("param_groups has a parameter that cannot be a key of state") from None
         if twice is not None:
             raise CorruptCheckpointError(f"parameter {describe(twice)} is in two param groups")
-        return cls(groups, {key: as_mapping(slots) or {} for key, slots in state.items()}, node)
+        found = {key: as_mapping(slots) for key, slots in state.items()}
+        shared = {key: state[key] for key, slots in found.items() if slots is None}
+        for key in keys if shared else ():
+            if key in shared:
+                message = f"the state of parameter {describe(key)} is {describe(shared[key])}, not a mapping of slots"
+                raise CorruptCheckpointError(message[:300])
+        return cls(groups, {key: slots for key, slots in found.items() if slots is not None}, node, shared)
 
     def to_node(self) -> dict[str, Any]:
         """The state as a mapping of the type and key order that it was read from."""
         made = dict(self.node) or {"state": None, "param_groups": None}
-        made["state"] = rebuilt_mapping(self.node.get("state", {}), self.state)
+        made["state"] = rebuilt_mapping(self.node.get("state", {}), {**self.state, **self.shared})
         made["param_groups"] = [group.to_node() for group in self.groups]
         return rebuilt_mapping(self.node, made)
 
@@ -135,6 +144,10 @@ class OptimizerState(Record):
         """Keys that have state and are in no group."""
         known = {key for group in self.groups for key in group.params}
         return [key for key in self.state if key not in known]
+
+    def of_no_parameter(self) -> list[ParameterKey]:
+        """All keys of `state` that are in no group: orphans, and what is shared."""
+        return [*self.orphans(), *self.shared]
 
     def named(self, names: Sequence[str] | Sequence[Sequence[str]]) -> OptimizerState:
         """The same state with names for its parameters.
@@ -196,7 +209,7 @@ class OptimizerState(Record):
         if kept:  # keep the order of entries in `state`, which may differ from the order of the groups
             state = {renamed[key]: state[renamed[key]] for key in self.state if renamed.get(key) in state}
         orphans = {key: self.state[key] for key in self.orphans()}
-        if clash := orphans.keys() & {key for group in made for key in group.params}:
+        if clash := set(self.of_no_parameter()) & {key for group in made for key in group.params}:
             message = (
                 f"state under {describe(min(map(str, clash)))} belongs to no parameter of the checkpoint, and would be "
                 "that of a parameter of the result"
@@ -227,7 +240,7 @@ class OptimizerState(Record):
         # The entries of parameters are in the order of the groups, as torch writes them.
         known = {rename[key]: self.state[key] for group in self.groups for key in group.params if key in self.state}
         orphans = {key: self.state[key] for key in self.orphans()}
-        clash = orphans.keys() & known.keys()
+        clash = set(self.of_no_parameter()) & known.keys()
         if clash:
             raise StateMismatchError(f"state of {describe(min(map(str, clash)))} belongs to no parameter of any group")
         return self._replace(groups=tuple(made), state={**known, **orphans})
@@ -245,8 +258,8 @@ class OptimizerState(Record):
             StateMismatchError: A parameter has no name, or state belongs to no parameter.
         """
         self._refuse_unnamed()
-        if self.orphans():
-            raise StateMismatchError(f"state of {describe(self.orphans()[0])} belongs to no parameter of any group")
+        if loose := self.of_no_parameter():
+            raise StateMismatchError(f"state of {describe(loose[0])} belongs to no parameter of any group")
         made: dict[str, Any] = {}
         for _, name, slots in self.parameters():
             made.update({f"state.{name}.{slot}": value for slot, value in (slots or {}).items()})

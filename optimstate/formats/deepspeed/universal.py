@@ -183,9 +183,9 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
         else:
             torch_zip.write(counters, folder / _MODEL_FILE, options=options)
         options.confirmed()
-    orphans = optimizer.orphans()
+    orphans = optimizer.of_no_parameter()
     if orphans:
-        notes.append(f"left out: state of {len(orphans)} parameters that are in no group, first {describe(orphans[0])}")
+        notes.append(f"left out: state under {len(orphans)} keys that are in no group, first {describe(orphans[0])}")
     return notes
 
 

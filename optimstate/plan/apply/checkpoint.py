@@ -132,11 +132,11 @@ class _Checkpoint:
     def _without_orphans(self, key: str, moves: SectionMoves) -> OptimizerState:
         """The state to be moved: what belongs to no parameter stays in it unless the policy drops it."""
         state = self.states[key]
-        if not (moves.changes and state.orphans()):
+        if not (moves.changes and state.of_no_parameter()):
             return state
         made = state.without_numbered_orphans() if self.plan.policy.unexpected == "drop" else state
         self._note_orphans(key, state.state.keys() - made.state.keys(), "left out")
-        self._note_orphans(key, made.orphans(), "left as it is")
+        self._note_orphans(key, made.of_no_parameter(), "left as it is")
         return made
 
     def _note_orphans(self, key: str, orphans: Collection[Any], outcome: str) -> None:
@@ -193,7 +193,7 @@ class _Checkpoint:
         """The tree with the optimizers that the plan's tables make, and the migration as it is reported."""
         parts = divided(self.plan, migration, self.states)
         for key, state in self.states.items():
-            self._note_orphans(key, state.orphans(), "left out")
+            self._note_orphans(key, state.of_no_parameter(), "left out")
         states = {}
         for path, state in optimizers_of(parts, self.states).items():
             groups = [group for part in parts if part.rule.path == path for group in part.moves.groups]

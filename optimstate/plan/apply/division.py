@@ -27,7 +27,9 @@ def optimizers_of(parts: Sequence[Part], states: Mapping[str, OptimizerState]) -
     made: dict[str, list[OptimizerState]] = {}
     for part in parts:
         own = states[part.key]
-        alone = own._replace(state={key: slots for key, slots in own.state.items() if key not in set(own.orphans())})
+        alone = own._replace(
+            state={key: slots for key, slots in own.state.items() if key not in set(own.orphans())}, shared={}
+        )
         made.setdefault(part.rule.path, []).append(execute_optimizer(part.moves, alone))
     return {path: _joined(found) for path, found in made.items()}
 

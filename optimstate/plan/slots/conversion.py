@@ -95,7 +95,7 @@ class Conversion(Record):
             groups.append(Group(options, group.params, group.names, order))
         ordered = {key: made[key] for key in state.state if key in made}
         kept = {key: state.state[key] for key in state.orphans()}
-        return OptimizerState(tuple(groups), {**ordered, **kept}, state.node)
+        return state._replace(groups=tuple(groups), state={**ordered, **kept})
 
 
 def plan_conversion(

@@ -111,8 +111,8 @@ class View:
                 self.values[label, "state"] = Shape(slots)
             for slot, value in (slots or {}).items():
                 self._add_slot(label, key_in_path(slot), value)
-        for key in state.orphans():
-            self._add_leaves(leaves(state.state[key], ("state", key_in_path(key))))
+        for key, value in {**{key: state.state[key] for key in state.orphans()}, **state.shared}.items():
+            self._add_leaves(leaves(value, ("state", key_in_path(key))))
         rest = iter(plain)
         for index, group in enumerate(state.groups):
             members = tuple(next(rest) for _ in group.params)

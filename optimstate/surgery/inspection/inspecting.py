@@ -327,7 +327,7 @@ class _Look:
             tuple(SlotInfo(str(n), c.parameters, tuple(sorted(c.dtypes)), c.nbytes) for n, c in slots.items()),
             dict(sorted(counts.steps.items())),
             counts.fresh,
-            len(state.orphans()),
+            len(state.of_no_parameter()),
             sum(count.nbytes for count in slots.values()),
             self._names_of(state, algorithm) if self.alone and state.is_named else {},
             self._listing(path, state, algorithm) if self.listed else (),
