@@ -24,10 +24,12 @@ from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, Path, nodes
 
 __all__ = [
+    "LEAVES",
     "MOMENTS",
     "Candidate",
     "Verdict",
     "called_optimizer",
+    "called_scheduler",
     "could_be_model",
     "could_be_moments",
     "judge",
@@ -50,8 +52,12 @@ _CALLED_MODEL = re.compile(
 )
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl", ".safetensors", ".safetensors.index.json")
 _OPTIMIZER = re.compile(r"(last_)?(opt|optim|optimizers?)(_?states?)?(_dict)?s?", re.IGNORECASE)
-_LEAVES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias"}
-_LEAVES |= {"kernel", "scale", "embedding"}  # of flax
+_SCHEDULER = re.compile(
+    r"(lr_?|learning_rate_?|param_)?(sched|scheduler|schedule)s?(_?states?)?(_?dict)?s?(_\d+)?(\.(pt|pth|bin))?",
+    re.IGNORECASE,
+)
+LEAVES = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias"}
+LEAVES |= {"kernel", "scale", "embedding"}  # of flax
 _SLOTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "acc_delta"}
 # What programs call the state that they keep for all parameters, where it has the names and shapes of a model.
 _MOMENTS = re.compile(
@@ -150,6 +156,12 @@ def called_optimizer(path: Path) -> Path | None:
     return None
 
 
+def called_scheduler(path: Path) -> bool:
+    """Whether the last key of a path, apart from places in lists, is a usual name of a scheduler."""
+    keys = [key for key in path if not isinstance(key, int)]
+    return bool(keys) and _SCHEDULER.fullmatch(str(keys[-1])) is not None
+
+
 def judge(candidates: Sequence[Candidate], optimizers: Iterable[OptimizerState]) -> list[Verdict]:
     """The verdict on each candidate of a checkpoint, in order."""
     if not candidates:
@@ -237,7 +249,7 @@ class _Evidence:
             yield -6, "its keys are paths"
         elif sum("." in name for name in names) > half:
             yield 2, ""
-        if sum(leaf in _LEAVES for leaf in leaves) >= half:
+        if sum(leaf in LEAVES for leaf in leaves) >= half:
             yield 3, ""
         if sum(leaf in _SLOTS for leaf in leaves) > half:
             yield -6, "its names are those of an optimizer's state"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -12,7 +11,7 @@ from optimstate.problems import Problem
 from optimstate.record import Record
 from optimstate.state.arrays import is_array, why_no_model
 from optimstate.state.flattened import FlatState, find_flat_state
-from optimstate.state.judging import Candidate, Verdict, could_be_model, judge
+from optimstate.state.judging import Candidate, Verdict, called_scheduler, could_be_model, judge
 from optimstate.state.loose import loose_weights
 from optimstate.state.optimizer import OptimizerState, as_mapping
 from optimstate.state.records import is_tensor
@@ -268,17 +267,11 @@ def _kind(node: Any) -> Kind | None:
 def _kind_by_key(path: Path, node: Any) -> Kind | None:
     """The kind of what no structure tells: counters and lists under the key of a scheduler."""
     keys = [key for key in path if not isinstance(key, int)]
-    if not isinstance(node, Mapping) or len(keys) > 2 or not keys or not _SCHEDULER.fullmatch(str(keys[-1])):
+    if not isinstance(node, Mapping) or len(keys) > 2 or not called_scheduler(path):
         return None
     counts = any(type(value) is int for value in node.values())
     plain = all(isinstance(key, str) and not isinstance(value, str) for key, value in node.items())
     return "scheduler" if counts and plain and not any(is_tensor(value) for value in nodes(node)) else None
-
-
-_SCHEDULER = re.compile(
-    r"(lr_?|learning_rate_?|param_)?(sched|scheduler|schedule)s?(_?states?)?(_?dict)?s?(_\d+)?(\.(pt|pth|bin))?",
-    re.IGNORECASE,
-)
 
 
 def _is_optimizer(fields: Mapping[Any, Any]) -> bool:

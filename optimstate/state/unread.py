@@ -12,6 +12,7 @@ from optimstate.describe import few
 from optimstate.record import Record
 from optimstate.state.arrays import is_array
 from optimstate.state.judging import MOMENTS, called_optimizer, could_be_moments, slot_in
+from optimstate.state.optimizer import as_mapping
 from optimstate.state.records import is_tensor
 from optimstate.state.sections import Judgement, Section
 from optimstate.tensors.lazy import LazyTensor
@@ -99,10 +100,10 @@ def _contains(optimizers: Iterable[Section], place: Path) -> bool:
 
 
 def _has_groups_alone(fields: Mapping[Any, Any]) -> bool:
-    """Whether a mapping has an optimizer's param groups without its `state`, which torch does not load."""
+    """Whether a mapping has an optimizer's param groups without its `state`, or with one of another type."""
     groups = fields.get("param_groups")
     return (
-        "state" not in fields
+        as_mapping(fields.get("state")) is None
         and isinstance(groups, list | tuple)
         and any(isinstance(group, Mapping) and "params" in group for group in groups)
     )

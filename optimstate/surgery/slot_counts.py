@@ -26,11 +26,12 @@ __all__ = ["Counts", "algorithm_of", "counted", "flat_slots", "is_flat"]
 
 
 def algorithm_of(slots: Iterable[Any], state: OptimizerState) -> Algorithm | None:
-    """The algorithm that a state is of, told by its slots: without fp32 masters, and of nested ones the outermost."""
-    if not state.groups:
-        return None
-    names = {str(slot).partition(".")[0] for slot in slots}
-    return recognise(sorted(names), state.groups[0].options)
+    """The algorithm that a state is of, told by its slots: without fp32 masters, and of nested ones the outermost.
+
+    The options are those of the first group in which nothing is missing.
+    """
+    names = sorted({str(slot).partition(".")[0] for slot in slots})
+    return next(filter(None, (recognise(names, group.options) for group in state.groups)), None)
 
 
 class _SlotCount:

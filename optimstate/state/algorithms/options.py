@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import inf
+from collections.abc import Iterator, Mapping
+from math import inf, isfinite
 from typing import Any
 
 from optimstate.describe import describe
 
-__all__ = ["comparable", "unusable"]
+__all__ = ["comparable", "unread", "unusable"]
 
 # Entries of a group that differ between equal runs: schedules change rates, the others do not change results.
 _OF_THE_RUN = {"params", "param_names", "lr", "initial_lr", "foreach", "fused", "capturable", "differentiable"}
@@ -61,6 +61,42 @@ def unusable(option: str, value: Any) -> str:
     if option in _NOT_NEGATIVE and not all(0 <= number < inf for number in numbers):
         return f"{option} must be a number from 0 up, not {describe(value)}"
     return ""
+
+
+_WORDS = {"line_search_fn": {"strong_wolfe"}}
+_LENGTHS = {"betas": 2, "etas": 2, "step_sizes": 2, "eps": 2, "ns_coefficients": 3}
+
+
+def unread(reads: Mapping[str, str], options: Mapping[str, Any]) -> Iterator[str]:
+    """Why the next step cannot read the options of a group, one sentence for each option.
+
+    Args:
+        reads: The options that it reads, each with its form, see `Algorithm`.
+        options: The options of the group, with numbers as Python has them.
+    """
+    for option, form in reads.items():
+        if option not in options:
+            if form != "optional":
+                yield f"there is no {option}, which the next step reads"
+            continue
+        value = options[option]
+        if form == "text" and not (value is None or (isinstance(value, str) and value in _WORDS.get(option, {value}))):
+            words = " or ".join(map(describe, sorted(_WORDS.get(option, ())))) or "a word"
+            yield f"{option} must be {words} or None, not {describe(value)}"
+        elif form in ("number", "optional") and not _is_finite(value):
+            yield f"{option} must be a finite number, not {describe(value)}"
+        elif form == "numbers":
+            items = value if isinstance(value, list | tuple) else ()
+            usable = all(_is_finite(item) or (item is None and option == "eps") for item in items)
+            if len(items) != _LENGTHS[option] or not usable:
+                yield f"{option} must be {_LENGTHS[option]} finite numbers, not {describe(value)}"
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _is_number(value: Any) -> bool:

@@ -19,6 +19,7 @@ __all__ = [
     "conventional",
     "inferred_kind",
     "named",
+    "nearest",
     "parameter_shape",
     "recognise",
     "recognise_state",
@@ -44,6 +45,24 @@ def recognise(slots: Iterable[Any], options: Mapping[str, Any]) -> Algorithm | N
     names = dict.fromkeys(map(str, slots))
     own = [name for name in names if name not in MASTERS] or list(names)
     return _first(ALGORITHMS, own, options) or _first(_outside(), own, options)
+
+
+def nearest(slots: Iterable[Any], options: Mapping[str, Any]) -> Algorithm | None:
+    """The algorithm of torch that has these slots, and all options of a group but one that is absent; else None.
+
+    Args:
+        slots: The names of the slots; without any, nothing tells.
+        options: The options of a param group.
+    """
+    names = sorted(set(map(str, slots)) - MASTERS)
+    return next(
+        (
+            found
+            for found in torch.ALGORITHMS
+            if names and found.could_be(names, options) and len(found.options - options.keys()) == 1
+        ),
+        None,
+    )
 
 
 def named(name: str) -> Algorithm | None:

@@ -70,8 +70,10 @@ class Algorithm(Record):
             parameters train differently, even if their state is exact.
         own: Every option that it has in any release, besides those that most optimizers have. A group with a number
             under another name is not of this algorithm. Empty if the options are not known.
-        needs: The slots that a step of a parameter with state requires, each with the option that requires it, or with
-            an empty string if it is always required. Other slots may be absent.
+        needs: The slots that a step of a parameter with state requires, each with the option or slot that requires it
+            if that is not zero, or with an empty string if it is always required. Other slots may be absent.
+        reads: The options that a step reads, each with its form: `number`, `numbers`, `optional` for a number that may
+            be absent, `text` for a word or None, `flag`. Empty if they are not known.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Algorithm(Record):
     whole: bool = False
     own: frozenset[str] = frozenset()
     needs: Mapping[str, str] = field(default_factory=dict)
+    reads: Mapping[str, str] = field(default_factory=dict)
 
     def slot(self, name: str | int) -> Slot | None:
         """The slot with a name, or None."""
@@ -92,12 +95,13 @@ class Algorithm(Record):
         """The slots that the next step reads and that are missing, each with the option that requires it.
 
         Args:
-            slots: The names of the slots of a parameter that has state.
+            slots: The slots of a parameter that has state, or their names.
             options: The options of its group. An option with the name of a slot replaces the slot.
         """
         present = {str(name) for name in slots}
+        on = {**options, **slots} if isinstance(slots, Mapping) else options
         for slot, option in (*self.needs.items(), *((slot, "") for slot in self._second_moment(present))):
-            if slot not in present and slot not in options and (not option or options.get(option)):
+            if slot not in present and slot not in options and (not option or on.get(option)):
                 yield slot, option
 
     def _second_moment(self, present: Iterable[str]) -> list[str]:
@@ -127,11 +131,15 @@ class Algorithm(Record):
 
     def matches(self, slots: Iterable[str], options: Mapping[str, Any]) -> bool:
         """Whether state with these slots, and a group with these options, can be of this algorithm."""
+        present = self.options.union(key for key, _ in self.values) <= options.keys()
+        return present and self.could_be(slots, options)
+
+    def could_be(self, slots: Iterable[str], options: Mapping[str, Any]) -> bool:
+        """Whether it matches but for options that are absent."""
         return (
             all(self.slot(name) is not None for name in slots)
-            and self.options <= options.keys()
             and not self.lacks & options.keys()
-            and all(options.get(key) == value for key, value in self.values)
+            and all(options.get(key, value) == value for key, value in self.values)
             and not (self.own and any(self._is_foreign(key, value) for key, value in options.items()))
         )
 

@@ -40,7 +40,7 @@ _TABLE: tuple[Algorithm, ...] = (
         "betas eps weight_decay maximize",
         lacks="amsgrad decoupled_weight_decay fused caution",
     ),
-    algorithm("SparseAdam", MOMENTS, "betas eps maximize", lacks="weight_decay"),
+    algorithm("SparseAdam", MOMENTS, "betas eps maximize", lacks="weight_decay decoupled_weight_decay foreach"),
     algorithm("Adagrad", {"step": SCALAR, "sum": SQUARE}, "lr_decay eps initial_accumulator_value"),
     algorithm(
         "Adadelta",
@@ -115,9 +115,34 @@ _NEEDS = {
     "ASGD": "step eta mu ax",
     "RMSprop": "step square_avg grad_avg:centered momentum_buffer:momentum",
     "Rprop": "step prev step_size",
+    "LBFGS": " ".join(f"{slot}:n_iter" for slot in ("d", "t", "old_dirs", "old_stps", "ro", "prev_flat_grad")),
+}
+_ADAM_READS = "lr betas:numbers eps weight_decay"
+# Options that the next step reads, each followed by its form if it is not one number.
+_READS = {
+    "SGD": "lr momentum dampening weight_decay",
+    "Adam": _ADAM_READS,
+    "AdamW": _ADAM_READS,
+    "Adam or AdamW": _ADAM_READS,
+    "NAdam": f"{_ADAM_READS} momentum_decay",
+    "RAdam": _ADAM_READS,
+    "Adamax": _ADAM_READS,
+    "SparseAdam": "lr betas:numbers eps",
+    "Adagrad": "lr lr_decay eps weight_decay",
+    "Adadelta": "lr rho eps weight_decay",
+    "Adafactor": "lr beta2_decay eps:numbers d weight_decay maximize:flag",
+    "ASGD": "lr lambd alpha t0 weight_decay",
+    "RMSprop": "lr alpha eps weight_decay momentum:optional",
+    "Rprop": "lr etas:numbers step_sizes:numbers",
+    "Muon": "lr weight_decay momentum nesterov:flag ns_coefficients:numbers eps ns_steps adjust_lr_fn:text",
+    "LBFGS": "lr max_iter max_eval tolerance_grad tolerance_change history_size line_search_fn:text",
 }
 
 ALGORITHMS: tuple[Algorithm, ...] = tuple(
-    found._replace(own=frozenset(_OWN.get(found.name, "").split()), needs=needed(_NEEDS.get(found.name, "")))
+    found._replace(
+        own=frozenset(_OWN.get(found.name, "").split()),
+        needs=needed(_NEEDS.get(found.name, "")),
+        reads={option: form or "number" for option, form in needed(_READS.get(found.name, "")).items()},
+    )
     for found in _TABLE
 )

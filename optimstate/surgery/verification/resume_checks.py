@@ -10,7 +10,6 @@ from typing import Any
 
 from optimstate.describe import describe, few
 from optimstate.io.extents import Progress
-from optimstate.state.algorithms.options import unusable
 from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.names import wrapper_prefix
 from optimstate.state.optimizer import OptimizerState
@@ -20,6 +19,7 @@ from optimstate.surgery.slot_counts import algorithm_of, flat_slots
 from optimstate.surgery.text import plural
 from optimstate.surgery.verification.findings import Finding, fault, note
 from optimstate.surgery.verification.layouts import stored_in_another_layout
+from optimstate.surgery.verification.next_step import check_next_step, labelled
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque
 
@@ -44,7 +44,8 @@ def check_optimizer(
         yield note("coverage", where, "no parameter has state: the run would start fresh")
     if not state.groups:
         yield fault("group", where, "no param groups: torch refuses it for any optimizer")
-    yield from _options(where, state, algorithm)
+    yield from check_next_step(where, state, algorithm)
+    yield from _positions(where, state)
     yield from _coverage(where, state, algorithm)
     yield from _steps(where, state)
     yield from _dtypes(where, state, models)
@@ -53,22 +54,6 @@ def check_optimizer(
     yield from _shapes(where, state, algorithm, models)
     if numbers:
         yield from _numbers(where, state, algorithm, progress)
-
-
-def _options(where: str, state: OptimizerState, algorithm: Algorithm | None) -> Iterator[Finding]:
-    """Values that torch's optimizers do not take; the betas of one that is not known may mean something else."""
-    for number, group in enumerate(state.groups):
-        for option, value in group.options.items():
-            if why := unusable(option, value):
-                level = note if option == "betas" and algorithm is None and state.state else fault
-                yield level("setting", f"{where}, group {number}", why)
-
-
-def _labelled(state: OptimizerState) -> list[tuple[str, Mapping[str, Any] | None]]:
-    return [
-        (f"parameter {position}" if name is None else name, slots)
-        for position, (_, name, slots) in enumerate(state.parameters())
-    ]
 
 
 def _tensor_slots(slots: Mapping[str, Any]) -> frozenset[str]:
@@ -81,14 +66,13 @@ _STARTED = {"SGD": frozenset({"momentum_buffer"})}
 
 
 def _coverage(where: str, state: OptimizerState, algorithm: Algorithm | None) -> Iterator[Finding]:
-    tensors = {label: _tensor_slots(slots) for label, slots in _labelled(state) if slots}
+    tensors = {label: _tensor_slots(slots) for label, slots in labelled(state) if slots}
     kinds = Counter(tensors.values())
     full = [kind for kind, _ in kinds.most_common()]
-    yield from _unsteppable(where, state, algorithm)
-    for label, slots in _labelled(state):
+    for label, slots in labelled(state):
         place = f"{where}, {label}"
         if not slots:
-            if kinds:
+            if kinds and not (algorithm is not None and algorithm.is_flat):
                 yield note("coverage", place, "no state: it starts fresh beside the others")
             continue
         # Some algorithms keep other slots for matrices than for vectors: only a proper part of another's is suspicious.
@@ -100,27 +84,26 @@ def _coverage(where: str, state: OptimizerState, algorithm: Algorithm | None) ->
             message = f"has no {', '.join(absent)}, which {kinds[larger]} others have"
             certain = algorithm is not None and not set(absent) <= _STARTED.get(algorithm.name, frozenset())
             yield (fault if certain else note)("coverage", place, message, [label])
-    for key in state.orphans():
+    for key in state.of_no_parameter():
         yield note("coverage", where, f"state for {describe(key)}, which is in no param group: torch carries it along")
 
 
-def _unsteppable(where: str, state: OptimizerState, algorithm: Algorithm | None) -> Iterator[Finding]:
-    """Parameters whose state lacks slots that the next step reads."""
-    options = [group.options for group in state.groups for _ in group.params]
-    lacking: dict[tuple[str, str], list[str]] = {}
-    for (label, slots), chosen in zip(_labelled(state), options, strict=True):
-        for found in algorithm.missing(slots, chosen) if algorithm is not None and slots else ():
-            lacking.setdefault(found, []).append(label)
-    for (slot, option), labels in lacking.items():
-        assert algorithm is not None
-        why = f" because {option} is on" if option else ""
-        message = f"no {slot}, which {algorithm.name} reads at its next step{why}"
-        yield fault("coverage", f"{where}, {few(labels)}", message, labels)
+def _positions(where: str, state: OptimizerState) -> Iterator[Finding]:
+    """Torch numbers parameters in the order of the groups, and loads them in it."""
+    keys = [key for key, _, _ in state.parameters()]
+    numbers = [key for key in keys if type(key) is int]
+    first = list(dict.fromkeys(numbers))
+    if len(numbers) == len(keys) and first != sorted(first) and sorted(first) == list(range(len(first))):
+        message = (
+            f"parameters are listed in the order {few(list(map(str, first)), 8)}: torch numbers them from 0 up and "
+            "loads them by position, so that it gives each the state of another"
+        )
+        yield note("order", where, message)
 
 
 def _steps(where: str, state: OptimizerState) -> Iterator[Finding]:
     steps: dict[str, list[str]] = {}
-    for label, slots in _labelled(state):
+    for label, slots in labelled(state):
         if slots and "step" in slots:
             steps.setdefault(str(plain(slots["step"])), []).append(label)
     if len(steps) > 1:
@@ -140,7 +123,7 @@ def _dtypes(where: str, state: OptimizerState, models: list[Section]) -> Iterato
     weights = {name: tensor for model in _model_tensors(models) for name, tensor in model.items()}
     prefix = wrapper_prefix([name for _, name, _ in state.parameters() if name is not None])
     kinds: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for label, slots in _labelled(state):
+    for label, slots in labelled(state):
         weight = weights.get(label.removeprefix(prefix))
         of = weight.dtype if isinstance(weight, LazyTensor) else ""
         for slot, value in (slots or {}).items():
@@ -157,7 +140,7 @@ def _dtypes(where: str, state: OptimizerState, models: list[Section]) -> Iterato
 def _aliases(where: str, state: OptimizerState) -> Iterator[Finding]:
     spans: dict[int, list[tuple[int, int, str]]] = {}
     labels: dict[Any, list[str]] = {}
-    for (key, _, _), (label, slots) in zip(state.parameters(), _labelled(state), strict=True):
+    for (key, _, _), (label, slots) in zip(state.parameters(), labelled(state), strict=True):
         labels.setdefault(key, []).append(label)
         for slot, value in (slots or {}).items() if len(labels[key]) == 1 else ():
             if isinstance(value, LazyTensor) and value.nbytes:
@@ -232,7 +215,7 @@ def _unnamed_layout(
     best = max(map(Counter, stored), key=lambda found: (found & wanted).total())
     absent = wanted - best
     # Vectors in which FSDP and others flatten parameters are of no model's shape by their nature.
-    if not absent or not (best & wanted) or all(len(shape) == 1 for shape in absent):
+    if not absent or not (best & wanted) or all(len(shape) == 1 for shape in wanted):
         return
     sizes = ", ".join(str(list(shape)) for shape in list(absent)[:3]) + (" ..." if len(absent) > 3 else "")
     elements = sum(prod(shape) * count for shape, count in absent.items())
@@ -262,16 +245,32 @@ def _shapes(where: str, state: OptimizerState, algorithm: Algorithm | None, mode
         weights.update(model)
     prefix = wrapper_prefix([name for _, name, _ in state.parameters() if name is not None])
     like = {slot for slot, kind in algorithm.slots.items() if kind.is_elementwise} if algorithm else set()
-    for label, slots in _labelled(state):
+    for label, slots in labelled(state):
         shapes = {
             slot: value.shape for slot, value in (slots or {}).items() if slot in like and isinstance(value, LazyTensor)
         }
         weight = weights.get(label.removeprefix(prefix))
         if isinstance(weight, LazyTensor):
             shapes = {"the weight": weight.shape, **shapes}
+            yield from _means(f"{where}, {label}", slots or {}, algorithm, weight.shape)
         if len(set(shapes.values())) > 1:
             shown = ", ".join(f"{slot} {list(shape)}" for slot, shape in shapes.items())
             yield fault("shapes", f"{where}, {label}", f"shapes disagree: {shown}", [label])
+
+
+def _means(
+    place: str, slots: Mapping[str, Any], algorithm: Algorithm | None, shape: tuple[int, ...]
+) -> Iterator[Finding]:
+    """Means over rows and columns, as torch's algorithms keep them, must be of a weight of the shape that it has."""
+    if algorithm is None or not algorithm.reads or len(shape) < 2:
+        return
+    expected = {"row": (*shape[:-1], 1), "col": (*shape[:-2], 1, shape[-1])}
+    for slot, value in slots.items():
+        known = algorithm.slot(slot)
+        wanted = expected.get(known.kind) if known is not None else None
+        if wanted is not None and isinstance(value, LazyTensor) and value.shape != wanted:
+            message = f"{slot} {list(value.shape)} is not that of the weight {list(shape)}, which is {list(wanted)}"
+            yield fault("shapes", place, message)
 
 
 def _numbers(
@@ -280,7 +279,7 @@ def _numbers(
     from optimstate.surgery.statistics import measured, oddities, second_moments
 
     second = second_moments(algorithm)
-    for label, slots in _labelled(state):
+    for label, slots in labelled(state):
         slots = slots or {}
         found = measured(flat_slots(slots), progress)  # slots within slots too
         for kind, message in oddities(found, plain(slots.get("step")), second):

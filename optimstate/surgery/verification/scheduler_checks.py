@@ -10,6 +10,7 @@ from optimstate.describe import describe
 from optimstate.state.optimizer import OptimizerState
 from optimstate.state.scheduler import PER_GROUP_KEYS
 from optimstate.state.schedules import Schedule, schedule_of
+from optimstate.state.schedules.schedule import is_number
 from optimstate.state.sections import Section
 from optimstate.surgery.shown import as_numbers, plain
 from optimstate.surgery.verification.findings import Finding, fault, note
@@ -64,12 +65,14 @@ def _bounds(where: str, schedule: Schedule, optimizers: Sequence[OptimizerState]
     """Options of param groups that the next step reads."""
     bounds = schedule.bounds
     lacking = [
-        [bound for bound in bounds if any(bound not in group.options for group in optimizer.groups)]
+        [bound for bound in bounds if not all(is_number(as_numbers(g.options.get(bound))) for g in optimizer.groups)]
         for optimizer in optimizers
     ]
     if all(lacking):
         absent = ", ".join(lacking[0])
-        yield fault("scheduler", where, f"a {schedule.NAME} reads {absent} of every param group, which are not in all")
+        yield fault(
+            "scheduler", where, f"a {schedule.NAME} reads {absent} of every group, and not all have numbers there"
+        )
 
 
 def _rates(where: str, fields: Mapping[Any, Any], optimizers: Sequence[OptimizerState]) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path as FilePath
 
@@ -14,6 +14,7 @@ from optimstate.io.extents import Progress
 from optimstate.io.location import Place
 from optimstate.io.places import located
 from optimstate.plan.language.plan import Plan
+from optimstate.state.algorithms.slots import Algorithm
 from optimstate.state.loose import loose_weights
 from optimstate.state.records import is_tensor
 from optimstate.state.schedules import schedule_of
@@ -21,8 +22,10 @@ from optimstate.state.sections import Section, judged
 from optimstate.state.unread import unread_state
 from optimstate.surgery.inspection.repeated import repeated
 from optimstate.surgery.opening import open_to_read, opening
+from optimstate.surgery.slot_counts import algorithm_of
 from optimstate.surgery.text import plural
 from optimstate.surgery.verification.certifying import certificates_in, differences
+from optimstate.surgery.verification.expected import empty, unrecognised
 from optimstate.surgery.verification.findings import Finding, VerifyReport, fault, note
 from optimstate.surgery.verification.resume_checks import check_optimizer
 from optimstate.surgery.verification.scheduler_checks import check_schedulers, fields_of
@@ -80,7 +83,7 @@ def verify(
         findings += check_schedulers(optimizers, schedulers)
         findings += check_values(sections)
         checked.append(f"{plural(len(optimizers), 'optimizer')}, {plural(len(schedulers), 'scheduler')}")
-        findings += _empty(document)
+        findings += empty(document.tree)
         rest = _Rest(document, sections)
         if numbers:
             findings += rest.check(progress)
@@ -92,10 +95,16 @@ def verify(
             blind += unseen
             checked.append(plural(len(certificates), "certificate"))
         blind += [
-            f"scheduler at {section.label}: not one of torch's, so that what its next step reads was not checked"
+            f"scheduler at {section.label}: not one of torch's: what its next step reads was not checked"
             for section in schedulers
             if _is_unknown(section)
         ]
+        blind += [
+            f"optimizer at {section.label}: its algorithm is not recognised: what its next step reads was not checked"
+            for section in optimizers
+            if _algorithm(section) is None
+        ]
+        blind += unrecognised(document.tree, judgement)
         blind += [f"{format_path(path)} was not taken for a section: {why}" for path, why in judgement.others.items()]
         unread = unread_state(document.tree, judgement)
         return VerifyReport(
@@ -139,18 +148,13 @@ def _damaged(document: Document, checked: list[str], progress: Progress | None) 
             yield note("container", part.path.name, line)
 
 
+def _algorithm(optimizer: Section) -> Algorithm | None:
+    state = optimizer.optimizer()
+    return algorithm_of({slot for found in state.state.values() for slot in found}, state)
+
+
 def _is_unknown(scheduler: Section) -> bool:
     return not schedule_of(dict(fields_of(scheduler.node))).NAME
-
-
-def _empty(document: Document) -> Iterator[Finding]:
-    """Dicts that have the name of a model and are empty."""
-    for path, node in walk(document.tree):
-        if isinstance(node, Mapping) and not node and path and str(path[-1]) in _MODELS and len(path) <= 2:
-            yield note("section", format_path(path), "is empty: a model that is loaded from it finds no weights")
-
-
-_MODELS = {"model", "state_dict", "model_state_dict", "module", "net", "weights"}
 
 
 def _documents(document: Document) -> Iterator[Document]:
