@@ -6,6 +6,8 @@ only by functions that write.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from optimstate.io.remote.path import RemotePath
 
 __all__ = ["beginning", "is_remote", "located", "new_file", "new_folder", "new_group", "open_source", "prefetch"]
+
+
+_LOST_SLASH = re.compile(r"(s3|gs|az|hf|https?):/[^/]")
 
 
 def is_remote(place: object) -> bool:
@@ -41,7 +46,13 @@ def located(place: Place) -> Location:
 
         return remote(place)
     if isinstance(place, str | PathLike):
-        return Path(place)
+        path = Path(place)
+        if _LOST_SLASH.match(str(path)) and not os.path.lexists(path):
+            raise UsageError(
+                f"{path}: the name of a place in a store has two slashes after the colon, which a Path does not keep",
+                hint="Give it as text: s3://BUCKET/NAME.",
+            )
+        return path
     return place
 
 

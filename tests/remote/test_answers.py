@@ -178,6 +178,20 @@ def test_a_name_that_cannot_be_meant_is_wrong_usage(url: str) -> None:
         assert not LIBRARY.search(str(caught.value)), str(caught.value)
 
 
+@pytest.mark.parametrize("place", ["s3://bucket/run.pt", "https://server/run.pt", "hf://owner/name"])
+def test_a_path_that_has_lost_a_slash_is_recognised(place: str, small: Path) -> None:
+    for given in (Path(place), str(Path(place))):
+        for verb in (optimstate.inspect, optimstate.scan, lambda name: optimstate.convert(small, name, to="torch")):
+            with pytest.raises(UsageError, match="two slashes after the colon"):
+                verb(given)
+
+
+def test_a_plan_in_a_store_is_refused_with_what_helps(small: Path) -> None:
+    with pytest.raises(OptimStateError) as caught:
+        optimstate.remap(small, small.with_name("new.pt"), "s3://bucket/plan.toml")
+    assert "download it first" in caught.value.hint
+
+
 def test_servers_and_the_hub_are_refused_as_destinations_at_once(web: RangeServer, small: Path, tmp_path: Path) -> None:
     for force in (False, True):
         with pytest.raises(OptimStateError, match="read, but not written"):

@@ -45,6 +45,22 @@ _ENDPOINTS = {
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 
 
+_asking: list[int] = []
+"""The process that has used obstore."""
+
+
+def _expect_same_process(name: str) -> None:
+    """Refuse to use obstore in a process that was forked from one that has used it: it would wait without end."""
+    if not _asking:
+        _asking.append(os.getpid())
+    elif _asking[0] != os.getpid():
+        raise CheckpointError(
+            "cannot be used in this process, which was forked from one that had used a store",
+            path=name,
+            hint="Start processes by the method `spawn`, or use stores only after they have been forked.",
+        )
+
+
 def _version(meta: Mapping[str, Any]) -> str | None:
     """The ETag as used in conditions, else the time of the last change; Azure's listings leave out quotation marks."""
     tag = meta.get("e_tag") or None
@@ -140,6 +156,7 @@ class ObjectStore:
         Raises:
             CheckpointError: For the answer of the store; the message contains the object's name and no secrets.
         """
+        _expect_same_process(self.name)
         traffic.requests += 1
         place = f"{self.name}/{key}"
         try:
@@ -233,6 +250,7 @@ class ObjectStore:
         """Begin to write an object."""
         if self.scheme == "s3" and self.client is not None:
             return S3Upload(self.client, self, key, expected=expected, replace=replace)
+        _expect_same_process(self.name)
         place = f"{self.name}/{key}"
         return ObjectUpload(self._obstore, self.raw, place, key, expected=expected, replace=replace, aside=aside)
 

@@ -5,6 +5,7 @@ A store is a bucket, a repository or a server. Messages contain its name, but no
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,6 +23,7 @@ __all__ = [
     "Traffic",
     "Upload",
     "changed",
+    "in_child",
     "is_strong",
     "missing_library",
     "pool",
@@ -165,6 +167,15 @@ traffic = Traffic()
 def pool() -> ThreadPoolExecutor:
     """The threads for requests; no task in them waits for another."""
     return ThreadPoolExecutor(24, thread_name_prefix="optimstate-store")
+
+
+def in_child(clear: Callable[[], None]) -> None:
+    """Have a forked process begin without threads and connections, which only its parent can use."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=clear)
+
+
+in_child(pool.cache_clear)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

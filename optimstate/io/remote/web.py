@@ -23,6 +23,7 @@ from optimstate.io.remote.store import (
     Answer,
     Entry,
     changed,
+    in_child,
     is_strong,
     missing_library,
     refused,
@@ -306,6 +307,9 @@ def _manager(scheme: str, *, private_allowed: bool) -> Any:
 
     manager.pool_classes_by_scheme = {"http": Http, "https": Https}
     return manager
+
+
+in_child(_manager.cache_clear)
 
 
 def _proxies() -> Mapping[str, str]:

@@ -97,7 +97,8 @@ class Plan(Record):
         except UnicodeDecodeError:
             raise PlanSyntaxError(f"{path}: not a plan: a plan is a text file (TOML)") from None
         except OSError as error:
-            raise PlanSyntaxError(f"{path}: the plan cannot be read: {error.strerror}") from None
+            hint = "Plans are read from files, and not from stores; download it first." if ":/" in str(path) else ""
+            raise PlanSyntaxError(f"{path}: the plan cannot be read: {error.strerror}", hint=hint) from None
         return cls._parsed(text, str(path), Path(path).parent)
 
     @classmethod
