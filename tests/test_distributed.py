@@ -231,6 +231,18 @@ def test_a_parameter_with_fewer_rows_than_processes_is_loaded(together: list[dic
 
 
 @pytest.mark.slow
+def test_slots_within_slots_are_sharded_as_their_parameter_is(together: list[dict[str, Any]]) -> None:
+    for said, rows in zip(together, (3, 2), strict=True):
+        sharded, replicated, refused, square = said["within"]
+        assert sharded == [True, 3 * rows * 3 * 4 + 4]  # the weight and two slots, and the count of steps
+        assert replicated == [True, 3 * 5 * 3 * 4 + 4]
+        assert refused.startswith(
+            "'w of.square' has the shape [5, 5] and its parameter [5, 3], so it cannot be sharded"
+        )
+        assert square == [True, 3 * 5 * 3 * 4 + 4 + 5 * 5 * 4]
+
+
+@pytest.mark.slow
 def test_parameters_that_only_one_process_has_get_their_state_and_options(together: list[dict[str, Any]]) -> None:
     assert [said["experts"] for said in together] == [[[], []]] * 2
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import optimstate
 from optimstate.distributed import PlanLoadPlanner, fill_state_dict, load
@@ -123,6 +123,57 @@ def smaller_than_the_processes(folder: Path) -> list[Any]:
     return [full["weight"].tolist(), full["bias"].tolist()] if full else []
 
 
+class Nested(torch.optim.Optimizer):
+    """Slots within dicts and lists, with or without one of another shape than its parameter."""
+
+    def __init__(self, parameters: Any, *, square: bool) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.square = square
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            slots = self.state[parameter]
+            if not slots:
+                slots |= {"of": {"sum": torch.zeros_like(parameter), "step": torch.zeros(())}, "old": []}
+                slots["old"].append(torch.zeros_like(parameter))
+                if self.square:
+                    slots["of"]["square"] = torch.eye(parameter.shape[0])
+            slots["of"]["sum"].add_(parameter)
+            slots["of"]["step"] += 1
+            slots["old"][0].copy_(parameter)
+            parameter.sub_(slots["of"]["sum"] + slots["old"][0], alpha=0.1)
+
+
+def slots_within_slots(folder: Path) -> list[Any]:
+    """For sharded and replicated parameters: the weights after a step, and the bytes that were read, or the error."""
+    found: list[Any] = []
+    mesh = DeviceMesh("cpu", [0, 1])
+    for square in (False, True):
+        net = nn.Module()
+        net.w = nn.Parameter(torch.arange(15.0).reshape(5, 3))
+        whole = Nested(net.named_parameters(), square=square)
+        whole.step()
+        saved = {"model": {"w": net.w.detach().clone()}, "optimizer": whole.state_dict()}
+        where = folder / f"nested-{square}.pt"
+        if dist.get_rank() == 0:
+            torch.save(saved, where)
+        dist.barrier()
+        whole.step()
+        for placement in (Shard(0), Replicate()):
+            live = nn.Module()
+            live.w = nn.Parameter(distribute_tensor(torch.zeros(5, 3), mesh, [placement]))
+            optimizer = Nested(live.named_parameters(), square=square)
+            try:
+                nbytes = optimstate.resume(where, model=live, optimizer=optimizer).nbytes
+            except OptimStateError as error:
+                found.append(str(error))
+                continue
+            optimizer.step()
+            found.append([torch.equal(live.w.full_tensor(), net.w), nbytes])
+    return found
+
+
 def of_one_process(folder: Path) -> list[Any]:
     """A parameter that is sharded over the first process alone; the other has no part of it."""
     net = nn.Module()
@@ -175,6 +226,7 @@ def run(rank: int, folder: Path) -> None:
     said |= {f"fsdp1 {kind}": found for kind, found in refused_of_fsdp1(folder, rank).items()}
     said["of one process"] = of_one_process(folder)
     said["small"] = smaller_than_the_processes(folder)
+    said["within"] = slots_within_slots(folder)
     said["experts"] = [experts(folder, rank, flat=flat) for flat in (False, True)]
     (folder / f"together{rank}.json").write_text(json.dumps(said))
     dist.barrier()

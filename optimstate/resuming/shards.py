@@ -161,7 +161,7 @@ class Reader:
             StateMismatchError: `like` has no memory, or cannot hold the value.
         """
         self.check_copy(name, like, value, copied=copied)
-        if _is_dtensor(like):
+        if _is_dtensor(like) and (copied or not _is_replicated(like) or tuple(value.shape) == tuple(like.shape)):
             if tuple(value.shape) != tuple(like.shape):
                 raise StateMismatchError(
                     f"{describe(name)} has the shape {list(value.shape)} and its parameter {list(like.shape)}, so it "
@@ -240,6 +240,10 @@ class Reader:
         return {**{key: whole(value) for key, value in made.items() if key != "state"}, "state": state}
 
     def _slot(self, slot: str, name: str, parameter: Any, value: Any) -> Any:
+        if parameter is not None and isinstance(value, Mapping):
+            return {key: self._slot(f"{slot}.{key}", name, parameter, inner) for key, inner in value.items()}
+        if parameter is not None and type(value) in (list, tuple):
+            return type(value)(self._slot(f"{slot}.{at}", name, parameter, inner) for at, inner in enumerate(value))
         shape = getattr(value, "shape", None)
         if parameter is None or shape is None:
             return whole(value)
@@ -340,14 +344,15 @@ def _local(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return local, tuple(offsets)
 
 
+def _is_replicated(tensor: Any) -> bool:
+    """Whether every process of a DTensor's mesh has all of it."""
+    return all(placement.is_replicate() for placement in tensor.placements)
+
+
 def _placed(part: Any, like: Any) -> Any:
+    """A DTensor of this process's part, whose whole has the shape of `like`; replicated ones may have another shape."""
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        part.to(like.device),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    other = _is_replicated(like) and tuple(part.shape) not in (tuple(like.shape), (0,) * like.dim())
+    whole = {} if other else {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(part.to(like.device), like.device_mesh, like.placements, run_check=False, **whole)
