@@ -217,6 +217,39 @@ def test_a_schedule_for_another_number_of_groups_is_refused(tmp_path: Path) -> N
     assert same["scheduler"] == saved["scheduler"]
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("rename", [False, True])
+def test_state_that_the_plan_starts_anew_stays_as_it_is_in_the_live_state(
+    rename: bool, flat: bool, tmp_path: Path
+) -> None:
+    """Of parameters that the checkpoint has: their weights are loaded."""
+    net, other = Net(), Net(1.0)
+    saved = {"model": net.state_dict(), "optimizer": named_state(net, built(net, [list(NAMES)], 10.0), flat=False)}
+    saved = copy.deepcopy(saved)
+    if rename:
+        saved["model"]["old"] = saved["model"].pop("a")
+        state = saved["optimizer"]
+        state["state"]["old"] = state["state"].pop("a")
+        for key in ("params", "param_names"):
+            state["param_groups"][0][key] = ["old", *NAMES[1:]]
+    dcp.save(saved, checkpoint_id=tmp_path / "saved", no_dist=True)
+    text = 'from = "old"\nto = "a"\nfresh = true' if rename else 'fresh = "a"'
+    live = {"model": other.state_dict(), "optimizer": named_state(other, built(other, [list(NAMES)], 0.0), flat=flat)}
+    done = fill_state_dict(live, tmp_path / "saved", Plan.from_toml(f"[[rule]]\n{text}"))
+    assert any(note.startswith("start without the state of the checkpoint, and keep") for note in done.notes)
+    assert torch.equal(other.a, saved["model"]["old" if rename else "a"])
+    slots = [
+        live["optimizer"][f"state.{name}.exp_avg"] if flat else live["optimizer"]["state"][name]["exp_avg"]
+        for name in ("a", "b")
+    ]
+    assert slots[0][0] == pytest.approx(0.1)  # of the live optimizer's own step
+    assert slots[1][0] == pytest.approx(0.1 * ord("b"))
+    del saved["model"]
+    dcp.save(saved, checkpoint_id=tmp_path / "without", no_dist=True)
+    with pytest.raises(StateMismatchError, match=r"no 'model\.a'"):
+        fill_state_dict(live, tmp_path / "without", Plan.from_toml(f"[[rule]]\n{text}"))
+
+
 def test_options_that_the_live_groups_lack_are_noted(tmp_path: Path) -> None:
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)

@@ -21,7 +21,7 @@ from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.resuming.identity import Identity, identity_of
 from optimstate.resuming.live_groups import LISTS, LiveOptimizer, flat_name, live_optimizers, saved_optimizer
-from optimstate.resuming.new_parameters import without_new
+from optimstate.resuming.new_parameters import started_fresh, without_new
 from optimstate.resuming.records import refuse_records, revived_tree
 from optimstate.resuming.shards import Reader, notes_on_casts, refuse_lost, whole
 from optimstate.state.optimizer import OptimizerState
@@ -59,7 +59,8 @@ class Filling:
         self._document = open_checkpoint(checkpoint)
         self._plan = Plan.of(plan).forward()
         given, self._new = without_new(self._plan.with_policy(hyperparameters="checkpoint"), self._document.tree)
-        tree, _, self.notes = apply_plan(given, self._document.tree)
+        tree, migration, self.notes = apply_plan(given, self._document.tree)
+        self._fresh = started_fresh(migration)
         self._tree = _by_name(tree)
         self.notes = [*self._document.notes, *self.notes]
         self._values: dict[str, Any] = {}
@@ -144,12 +145,18 @@ class Filling:
         new = self._declared_new([*absent.values(), *own])
         for optimizer in optimizers:
             self._choose_options(optimizer, None if partial else new)
+        owners = {
+            name: next((owner for each in optimizers if (owner := each.owner(tuple(paths[name]))) is not None), None)
+            for name in absent
+            if name in paths
+        }
+        self._note_fresh(owners.values())
         found = []
         for name, live in items.items():
             if name in self._chosen:
                 self._check(name, live, self._chosen[name])
                 found.append(name)
-            elif not partial and name not in kept and absent.get(name) not in new:
+            elif not (partial or name in kept or absent.get(name) in new or owners.get(name) in self._fresh):
                 near = sorted(self._values, key=lambda other: (-_common(name, other), other))[:3]
                 raise StateMismatchError(
                     f"the checkpoint has no {describe(name)} under this plan; it has {', '.join(map(describe, near))}",
@@ -297,6 +304,15 @@ class Filling:
             names = ", ".join(map(describe, list(new)[:3])) + (", ..." if len(new) > 3 else "")
             self.notes.append(f"{len(new)} parameters are new and keep their values in the live state: {names}")
         return new.keys()
+
+    def _note_fresh(self, owners: Iterable[str | None]) -> None:
+        """Note the parameters whose state the plan starts anew, which keep that of the live state dict."""
+        started = list(dict.fromkeys(owner for owner in owners if owner is not None and owner in self._fresh))
+        if started:
+            names = few(list(map(describe, started)))
+            self.notes.append(
+                f"start without the state of the checkpoint, and keep that of the live state dict: {names}"
+            )
 
     def value(self, name: str) -> Any:
         """The new value of an item that is not a tensor in the live state."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from optimstate.describe import describe
@@ -61,6 +62,22 @@ class LiveOptimizer(Record):
                 map(str, (*self.path, "state", self.numbers.get(str(path[at + 1]), path[at + 1]), *path[at + 2 :]))
             )
         return name
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(name for names in self.names for name in names)
+
+    def owner(self, path: Path) -> str | None:
+        """The parameter to whose slot an item belongs; None for any other item."""
+        at = len(self.path)
+        if path[:at] != self.path or len(path) == at:
+            return None
+        if path[at] == "state" and len(path) > at + 2:
+            return self.numbers.get(str(path[at + 1]), str(path[at + 1]))
+        rest = str(path[at]).removeprefix("state.")
+        parts = rest.split(".") if rest != path[at] else []
+        found = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+        return next((name for name in found if name in self._known), None)
 
     def refuse_other_names(self, state: OptimizerState) -> None:
         """Refuse to match names with numbers.

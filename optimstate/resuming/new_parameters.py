@@ -1,4 +1,4 @@
-"""The rules of a plan that declare parameters new which only a live state dict has."""
+"""The parameters that a plan declares new: those that only a live state dict has, and those whose state starts anew."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from optimstate.plan.apply.checkpoint import apply_plan
 from optimstate.plan.language.modules import Modules
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import Rule
+from optimstate.plan.solve.migration import Migration
 from optimstate.state.loose import gathered
 from optimstate.state.sections import find_sections
 
-__all__ = ["without_new"]
+__all__ = ["started_fresh", "without_new"]
 
 
 def without_new(plan: Plan, tree: Any) -> tuple[Plan, list[Rule]]:
@@ -38,3 +39,14 @@ def without_new(plan: Plan, tree: Any) -> tuple[Plan, list[Rule]]:
     new = [rule for rule in declared if id(rule) in idle or id(rule) not in known]
     kept = [tuple(rule for rule in rules if not any(rule is each for each in new)) for rules in plan.passes]
     return plan._replace(rules=kept[0], stages=tuple(kept[1:])), new
+
+
+def started_fresh(migration: Migration) -> set[str]:
+    """The parameters of a result of which the plan starts state anew."""
+    return {
+        move.target
+        for key, section in migration.sections.items()
+        if key.startswith("optimizer ")
+        for move in section.moves
+        if any(rule.fresh for rule in move.rules) or any(slot.level == "fresh" for slot in move.slots.values())
+    }
