@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from stat import S_ISLNK, S_ISREG
 
 from optimstate.errors import CheckpointError
+from optimstate.formats.dcp.folder import items_of
 from optimstate.formats.pickles.globals import Verdict, classify
 from optimstate.formats.unpickled import Unread, pickles_in
 from optimstate.io.folders import kind_of, leftover_notes
@@ -99,6 +100,7 @@ def scan(path: Place) -> ScanReport:
     pickles = 0
     findings: list[Finding] = []
     unreadable: list[str] = []
+    data: dict[str, dict[str, list[tuple[int, int]]]] = {}
     with opening(path):
         for name, file, problem in _files(path):
             if problem:
@@ -109,7 +111,8 @@ def scan(path: Place) -> ScanReport:
             except CheckpointError as error:
                 unreadable.append(f"{name}: not scanned: {error.message}")
                 continue
-            for found in pickles_in(source, suffix=file.suffix):
+            items = _items_of(file.parent, data).get(file.name, ()) if file.suffix == ".distcp" else ()
+            for found in pickles_in(source, suffix=file.suffix, items=items):
                 if isinstance(found, Unread):
                     unreadable.append(f"{_within(name, found.record)}: not scanned: {found.reason}")
                     continue
@@ -121,6 +124,17 @@ def scan(path: Place) -> ScanReport:
                     findings.append(Finding(name, found.record, offset, f"{module}.{member}", times, verdict))
     notes = leftover_notes(path) if path.is_dir() else []
     return ScanReport(str(path), pickles, tuple(findings), tuple(unreadable), tuple(notes))
+
+
+def _items_of(
+    folder: Location, known: dict[str, dict[str, list[tuple[int, int]]]]
+) -> Mapping[str, Sequence[tuple[int, int]]]:
+    """The places of the items in a distributed checkpoint's data files, read once for each folder if they can be."""
+    if str(folder) not in known:
+        known[str(folder)] = {}
+        with suppress(CheckpointError):
+            known[str(folder)] = items_of(folder)
+    return known[str(folder)]
 
 
 def _within(file: str, record: str) -> str:

@@ -201,6 +201,28 @@ def test_the_files_of_a_folder_are_asked_for_together(ranges: RangeServer, size:
         assert (found.pickles, [line.partition(":")[0] for line in found.unreadable]) == (1, ["7.txt"])
 
 
+def test_scanning_a_distributed_checkpoint_reads_the_ends_of_its_items(ranges: RangeServer) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    folder = ranges.root / "bucket" / "run.dcp"
+    folder.parent.mkdir()
+    tree = {"model": {f"{n}.weight": torch.zeros(300, 500) for n in range(40)}, "epoch": 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(tree, checkpoint_id=str(folder))
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    ranges.delay = 0.01
+    for place in ("s3://bucket/run.dcp", "s3://bucket/run.dcp/__0_0.distcp"):
+        ranges.forget()
+        report = optimstate.scan(place)
+        assert report.clean
+        assert report.pickles >= 40
+        assert ranges.sent < size // 20
+        assert len(ranges.requests) < 60
+        assert ranges.most >= 8
+    assert optimstate.scan(folder).findings == optimstate.scan("s3://bucket/run.dcp").findings
+
+
 def test_the_same_over_the_web(web: RangeServer) -> None:
     sparse_zip(web.root / "run.pt")
     (web.root / "shards").mkdir()

@@ -77,6 +77,20 @@ def read(path: Location) -> Document:
     return document
 
 
+def items_of(path: Location) -> dict[str, list[tuple[int, int]]]:
+    """The offset and length of every item in the data files of a folder, by file; empty if there is no metadata.
+
+    Raises:
+        CheckpointError: The metadata cannot be read.
+    """
+    found: dict[str, set[tuple[int, int]]] = {}
+    for file in _metadata_files(path):
+        metadata, _ = _read_metadata(file)
+        for number, offset, length in zip(metadata.file, metadata.offset, metadata.length, strict=True):
+            found.setdefault(metadata.files[number], set()).add((offset, length))
+    return {name: sorted(places) for name, places in found.items()}
+
+
 def _metadata_files(path: Location) -> list[Location]:
     """The file with the metadata of all ranks, or the files of all ranks if they saved without collectives."""
     if (path / ".metadata").is_file():

@@ -32,8 +32,8 @@ MAX32 = 0xFFFFFFFF
 
 def find_directory(source: StoredSource | FileSlice) -> tuple[int, int, int]:
     """Offset, size and number of entries of the central directory."""
-    tail_size = min(source.size, END.size + 0xFFFF + LOCATOR64.size)
-    tail = source.read(source.size - tail_size, tail_size)
+    tail = _tail(source)
+    tail_size = len(tail)
     at = _rfind_end(tail)
     if at < 0:
         raise CorruptCheckpointError(
@@ -63,6 +63,16 @@ def find_directory(source: StoredSource | FileSlice) -> tuple[int, int, int]:
     return offset, size, count
 
 
+def _tail(source: Source) -> bytes:
+    """The end with the last end record, what may be in front of it, and all that may follow it."""
+    few = END64.size + LOCATOR64.size + END.size
+    tail = source.read(max(source.size - few, 0), min(source.size, few))
+    if tail.rfind(b"PK\x05\x06") == few - END.size:  # most archives have no comment at the end
+        return tail
+    size = min(source.size, few + 0xFFFF)
+    return source.read(source.size - size, size)
+
+
 def _rfind_end(data: bytes) -> int:
     """The offset of the last complete end record, which the beginning of another one may follow; -1 without one."""
     return data.rfind(b"PK\x05\x06", 0, max(len(data) - END.size + 4, 0))
@@ -87,8 +97,8 @@ def read_in_two_ways(source: Source) -> str | None:
 
     Some take the last end record, others the first; some use its offset, others look directly in front of it.
     """
-    tail_size = min(source.size, END.size + 0xFFFF + LOCATOR64.size + END64.size)
-    tail = source.read(source.size - tail_size, tail_size)
+    tail = _tail(source)
+    tail_size = len(tail)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + END.size > len(tail):
         return "the directory at the end is missing"
