@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
@@ -71,20 +71,26 @@ class Notes:
 
     Attributes:
         moved: How many bytes of its ranges are written, in order.
-        files: The files that it has written, each with what is to be known of it.
     """
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        found = stage.noted() or {}
-        self.moved: int = found.get("moved", 0)
-        self.files: dict[str, Any] = found.get("files", {})
+        self._sizes = stage.sizes()
+        self.moved: int = stage.noted() or 0
 
-    def add(self, *, moved: int = 0, files: Mapping[str, Any] | None = None) -> None:
-        """Note what is written, and flushed if it is to be: up to which of its bytes, and more files."""
-        self.moved = max(self.moved, moved)
-        self.files.update(files or {})
-        self._stage.note({"moved": self.moved, "files": self.files})
+    def add_moved(self, moved: int) -> None:
+        """Note up to which of its bytes the ranges are written, and flushed if they are to be."""
+        self.moved = moved
+        self._stage.note(moved)
+
+    def of_file(self, name: str) -> Any:
+        """What was noted of a complete file, or None."""
+        size, found = self._stage.noted(name) or (None, None)
+        return found if self._sizes.get(name) == size else None
+
+    def add_file(self, name: str, size: int, found: Any) -> None:
+        """Note that a file is complete."""
+        self._stage.note([size, found], name)
 
 
 def move(ranges: Iterable[Range], progress: Progress | None, notes: Notes, *, sync: bool) -> None:
@@ -110,7 +116,7 @@ def move(ranges: Iterable[Range], progress: Progress | None, notes: Notes, *, sy
                     os.close(fd)
             except OSError as error:
                 raise cannot_write(target, error) from error
-        notes.add(moved=end)
+        notes.add_moved(end)
 
 
 def _numbered(ranges: Iterable[Range], moved: int) -> Iterator[tuple[int, Range]]:

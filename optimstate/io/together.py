@@ -287,14 +287,16 @@ class Stage(ABC):
         found = self._read(f"vote.{self.team.rank}")
         return self._read(f"done.{self.team.rank}") if found is None else found
 
-    def note(self, finished: Any) -> None:
-        """Note what this process has finished of its work, for another attempt."""
-        self._write(f"note.{self.team.rank}", finished)
+    def note(self, finished: Any, file: str = "") -> None:
+        """Note what this process has finished of its work, or of a file, for another attempt."""
+        self._write(self._note_of(file), finished)
 
-    def noted(self) -> Any:
-        """What this process noted last, in this attempt or an earlier one, or None."""
-        self._look()
-        return self._read(f"note.{self.team.rank}")
+    def noted(self, file: str = "") -> Any:
+        """What this process noted last of its work, or of a file, in this attempt or an earlier one, or None."""
+        return self._read(self._note_of(file))
+
+    def _note_of(self, file: str) -> str:
+        return f"note.{self.team.rank}.{file}.done" if file else f"note.{self.team.rank}"
 
     def end(self, code: int, why: str) -> None:
         """Tell the other processes that this one ends with an error; the first one waits a moment until they know.

@@ -155,25 +155,24 @@ def _moved(
     """Copy ranges and write files, without what an earlier attempt has done."""
     progress = reporting(moved, options.progress)
     notes = Notes(stage)
-    sizes = stage.sizes() if notes.files else {}
     inner = options._replace(progress=progress, replace=True)  # replaces objects of an earlier attempt
     sources = {row[0]: open_source(row[0]) for row in ranges}
     if stage.in_store:
         for path, _, target, _, length in ranges:
             name = located(target).name
-            if name in notes.files and sizes.get(name) == length:
+            if notes.of_file(name) is not None:
                 continue
             with inner.new_file(located(target), expected_size=length) as out:
                 out.copy([Extent(sources[path], 0, length)], progress)
-            notes.add(files={name: []})
+            notes.add_file(name, length, [])
     else:
         move((range_of_row(row, sources[row[0]]) for row in ranges), progress, notes, sync=options.sync)
     items: Items = {}
     for name, parts in files.items():
-        found = _items(notes.files.get(name, ()))
-        if not found or sizes.get(name) != max(item.offset + item.length for item in found.values()):
-            found = write_file(stage.folder / name, parts, inner)
-            notes.add(files={name: _done(found)})
+        rows = notes.of_file(name)
+        found = write_file(stage.folder / name, parts, inner) if rows is None else _items(rows)
+        if rows is None:
+            notes.add_file(name, max(item.offset + item.length for item in found.values()), _done(found))
         items.update(found)
     return items
 
