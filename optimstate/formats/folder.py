@@ -183,6 +183,11 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
     with options.together(path) as (folder, inner):
         _write_entries(tree, folder, like, inner, notes)
         inner.confirmed()
+        if inner.shared is not None and inner.shared.alone:
+            notes.append(
+                f"{inner.shared.alone:,} bytes of tensors were written by the first process alone: "
+                "the archives in which they are need checksums first"
+            )
     return notes
 
 

@@ -141,7 +141,12 @@ class SharedFiles:
     Args:
         stage: The folder that this process and others fill together.
         sync: Flush written data to the disk.
+
+    Attributes:
+        alone: The number of bytes that the first process writes alone.
     """
+
+    alone = 0
 
     def __init__(self, stage: Stage, *, sync: bool) -> None:
         self.stage = stage
@@ -289,6 +294,7 @@ class SharedFile:
             value = zlib.crc32(data, value)
             self.write_at(data, position)
             position += len(data)
+            self._files.alone += len(data)
             progress(len(data))
         return value
 

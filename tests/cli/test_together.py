@@ -210,6 +210,17 @@ def test_shards_are_written_together(arguments: tuple[str, ...], shards: Path, t
     assert not parts_of(several)
 
 
+def test_what_one_process_must_write_alone_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    torch.save({"w": torch.ones(300, 200)}, tmp_path / "a" / "model.pt")
+    arguments = ("--to", "folder", "--dtype", "model=bf16")
+    assert run("convert", str(tmp_path / "a"), str(tmp_path / "one"), *arguments).code == 0
+    done = together(2, ["convert", tmp_path / "a", tmp_path / "b", *arguments])
+    assert [code for code, _ in done] == [0, 0], done
+    assert "120,000 bytes of tensors were written by the first process alone" in " ".join(done[0][1].split())
+    assert data_of(tmp_path / "one") == data_of(tmp_path / "b")
+
+
 def test_a_second_attempt_goes_on_with_shards(shards: Path, tmp_path: Path) -> None:
     target, arguments = tmp_path / "b", ["remap", shards, tmp_path / "b", *RENAME]
     first = [begin(rank, 3, arguments, OPTIMSTATE_PATIENCE="1.2") for rank in (0, 2)]  # rank 1 never comes
