@@ -373,6 +373,17 @@ def test_compressed_items_are_refused_by_name(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+def test_subclasses_of_tensors_are_refused_by_name_and_class(tmp_path: Path) -> None:
+    """Their file is not damaged: it holds another kind of tensor than the metadata says."""
+    subclass = pytest.importorskip("torchao.optim.subclass_8bit")
+    folder = save({"w": torch.ones(3), "slot": subclass.OptimState8bit.zeros((4096,))}, tmp_path / "a")
+    tree = open_checkpoint(folder).tree
+    assert tree["w"].tobytes() == torch.ones(3).numpy().tobytes()
+    with pytest.raises(UnsupportedCheckpointError, match=r"'slot' is stored as a subclass .*OptimState8bit") as caught:
+        tree["slot"].tobytes()
+    assert "save the rest without it" in str(caught.value)
+
+
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
 

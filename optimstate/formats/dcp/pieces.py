@@ -22,8 +22,10 @@ from optimstate.io.checksums import Recorded
 from optimstate.io.extents import Extent, FileSlice, InMemory, StoredSource, announce, chunks
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
+from optimstate.state.records import tensor_record
 from optimstate.tensors.dtypes import DTYPES
 from optimstate.tensors.lazy import LazyTensor, Storage, contiguous_strides
+from optimstate.tree import Opaque
 
 __all__ = ["PieceStorage", "Pieces"]
 
@@ -189,6 +191,15 @@ class Pieces:
             return self._piece_of_blob(name, dtype, sizes, row)
         if isinstance(found, Storage):
             return found
+        if isinstance(found, Opaque):
+            described = tensor_record(found)
+            kind = describe(found) if described is None else str(described)
+            raise UnsupportedCheckpointError(
+                f"tensor {describe(name)} is stored as a subclass of tensors: {kind}"[:300],
+                path=part.path,
+                place=f"offset {part.start}",
+                hint="Leave it out: load it with torch and the library of that class, and save the rest without it.",
+            )
         raise CorruptCheckpointError(
             f"a piece of tensor {describe(name)} should be {dtype}{list(sizes)}, the file has {describe(found)}"[:300],
             path=part.path,
