@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from torch.optim import lr_scheduler as torchs
 
 import optimstate
+from optimstate.errors import OptimStateError
 
 Tree = dict[str, Any]
 Made = Callable[[torch.optim.Optimizer], Any]
@@ -119,3 +122,47 @@ def test_a_scheduler_that_is_not_of_torch_is_said_not_to_be_checked(tmp_path: Pa
     saved["lr_scheduler"]["decay_mode"] = saved["lr_scheduler"].pop("gamma")
     torch.save(saved, tmp_path / "a.pt")
     assert any("not one of torch's" in line for line in optimstate.verify(tmp_path / "a.pt").blind)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_distributed_checkpoint_of_it_is_healthy(name: str, tmp_path: Path) -> None:
+    torch.distributed.checkpoint.save(checkpoint(name), checkpoint_id=str(tmp_path / "dcp"))
+    assert optimstate.verify(tmp_path / "dcp", numbers=False).healthy
+    plan = optimstate.Plan.from_toml("[[group]]\nset = { lr = 0.05 }\n")
+    optimstate.remap(tmp_path / "dcp", tmp_path / "b", plan)
+
+
+def spoilt(saved: Tree) -> Iterator[None]:
+    """The scheduler's state with each of the values in each field."""
+    for fields, key in list(places(saved["lr_scheduler"])):
+        kept = fields[key]
+        for value in VALUES:
+            fields[key] = value
+            yield
+        fields[key] = kept
+
+
+ARGUMENTS: dict[str, str] = {
+    "StepLR": "gamma = 0.5",
+    "MultiStepLR": "milestones = [3, 9]",
+    "ConstantLR": "total_iters = 12",
+    "LinearLR": "end_factor = 0.5",
+    "ExponentialLR": "gamma = 0.5",
+    "PolynomialLR": "power = 2.0",
+    "CosineAnnealingLR": "T_max = 20",
+    "CosineAnnealingWarmRestarts": "T_0 = 5",
+    "CyclicLR": "gamma = 0.5",
+    "OneCycleLR": "total_steps = 40",
+    "ReduceLROnPlateau": "patience = 4",
+    "SequentialLR": "milestones = [9]",
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_plan_that_computes_with_a_damaged_state_is_refused_or_done(name: str, tmp_path: Path) -> None:
+    saved = checkpoint(name)
+    plans = ["[[group]]\nset = { lr = 0.05 }\n", f"[scheduler]\nset = {{ {ARGUMENTS.get(name, 'gamma = 0.5')} }}\n"]
+    for number, _ in enumerate(spoilt(saved)):
+        torch.save(saved, tmp_path / "a.pt")
+        with suppress(OptimStateError):  # any other error is a crash
+            optimstate.remap(tmp_path / "a.pt", None, optimstate.Plan.from_toml(plans[number % 2]), dry_run=True)

@@ -17,7 +17,8 @@ from tests.surgery.test_next_step import OPTIMIZERS, built, model, stepped
 Tree = dict[str, Any]
 
 OPTIONS: list[Any] = ["x", None, math.nan, [], [0.9, 0.9, 0.9, 0.9], {}, torch.ones(2), 1j]
-SLOTS: list[Any] = ["x", None, [], {}, 1j, torch.ones(7)]
+SLOTS: list[Any] = ["x", None, [], {}, 1j, torch.ones(7), torch.ones(3, 4).to_sparse(), torch.ones(1).expand(3, 4)]
+SLOTS += [torch.device("cpu")]
 LBFGS: Tree = {"history_size": 3}
 # Flags may be anything that is true or false to Python; the others are of schedules, or read at the start of a run.
 UNREAD = {"initial_accumulator_value", "params", "param_names", "maximize", "foreach", "fused", "capturable"}

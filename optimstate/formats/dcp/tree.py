@@ -106,7 +106,11 @@ def _restored(node: Any, flattened: bool) -> Any:
         return _unflattened(node)
     made = {key: _restored(value, flattened) if type(value) in _CONTAINERS else value for key, value in node.items()}
     groups = made.get("param_groups")
-    if isinstance(groups, list) and groups and all(isinstance(g, dict) and "params" in g for g in groups):
+    if (
+        isinstance(groups, list)
+        and groups
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+    ):
         if "state" not in made:  # an empty mapping has no items, and so no names
             made = {"state": {}, **made}
         state = made["state"]

@@ -7,15 +7,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optimstate.describe import describe
+from optimstate.errors import MigrationError
 from optimstate.plan.apply.scheduled import BOUNDS, Groups, LiveScheduler, named, near, rate_of, unshared
-from optimstate.plan.expressions.evaluate import copied
+from optimstate.plan.expressions.evaluate import copied, number_of
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.solve.groups import same_value
 from optimstate.problems import Problem
 from optimstate.state.scheduler import PER_GROUP_KEYS, regroup_scheduler_state
-from optimstate.state.schedules import Line, parts, schedule_of
+from optimstate.state.schedules import Line, Schedule, parts, schedule_of
 
 __all__ = ["Rates"]
+
+
+def _with_numbers(node: Any) -> Any:
+    """A copy of the state in which tensors of one element are numbers."""
+    if isinstance(node, dict):
+        return {key: _with_numbers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_with_numbers(value) for value in node]
+    number = number_of(node)
+    return node if number is None else number
 
 
 class Rates:
@@ -37,6 +48,7 @@ class Rates:
 
     def take(self, state: Mapping[str, Any]) -> None:
         """Take the scheduler's state, its lists rebuilt for the groups of the result."""
+        self._refuse_damaged(schedule_of(_with_numbers(state)))
         identity = self.groups.bases == list(range(len(self.groups.before)))
         if identity:
             made = unshared(state)
@@ -45,6 +57,15 @@ class Rates:
             group_map = [[] if base is None else [base] for base in self.groups.bases]
             made = unshared(regroup_scheduler_state(state, group_map, fresh=fresh, groups=len(self.groups.before)))
         self.schedule = schedule_of(made)
+
+    def _refuse_damaged(self, schedule: Schedule) -> None:
+        """Refuse a state that torch could not take a step with, as nothing can be computed with it either."""
+        wrong = list(schedule.unusable()) or list(schedule.misfits([_with_numbers(old) for old in self.groups.before]))
+        if wrong:
+            raise MigrationError(
+                [Problem("scheduler", f"the state of {named(schedule)} is damaged: {why}") for why in wrong],
+                hint="`optimstate verify` shows it; leave the learning rates and schedules as they are.",
+            )
 
     def _new(self) -> Iterator[int]:
         yield from (number for number, base in enumerate(self.groups.bases) if base is None)

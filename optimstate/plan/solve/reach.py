@@ -127,12 +127,12 @@ def option_problems(
         place: What messages call the setting.
         known: Options that they get besides, by a conversion.
     """
-    names = dict.fromkeys([*(key for found in options for key in found), *known])
+    names: dict[Any, None] = dict.fromkeys([*(key for found in options for key in found), *known])
     for key, value in given.items():
         if names and key not in names and not is_note(key):
             from difflib import get_close_matches
 
-            close = get_close_matches(key, names, n=1)
+            close = get_close_matches(key, [name for name in names if isinstance(name, str)], n=1)
             remedy = f"is it {describe(close[0])}?" if close else f"there are {', '.join(map(describe, names))}"
             yield Problem("setting", f"no param group has an option {describe(key)}", place, remedy=remedy)
             continue

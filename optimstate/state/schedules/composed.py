@@ -18,7 +18,7 @@ class Parts(Schedule):
     NESTS = True
     FORMS: ClassVar[Mapping[str, Form]] = {
         "_schedulers": Form(
-            lambda value: isinstance(value, list | tuple) and all(isinstance(part, Mapping) for part in value),
+            lambda value: isinstance(value, list) and bool(value) and all(isinstance(part, dict) for part in value),
             "the states of the schedulers that it is made of",
         )
     }
@@ -31,7 +31,13 @@ class Parts(Schedule):
 
     @property
     def parts(self) -> list[Schedule]:
-        return [schedule_of(part) for part in self.state["_schedulers"]]
+        found = self.state["_schedulers"]
+        return [schedule_of(part) for part in found if isinstance(part, dict)] if isinstance(found, list) else []
+
+    def misfits(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        yield from super().misfits(groups)
+        for number, part in enumerate(self.parts):
+            yield from (f"_schedulers[{number}]: {why}" for why in part.misfits(groups))
 
     @property
     def proportional(self) -> bool:

@@ -100,10 +100,15 @@ class MultiStep(Schedule):
 
 
 def _counted(milestones: Any) -> Mapping[int, int]:
-    """How often each step is a milestone, from a `Counter`, a pickle's record of one, or a list."""
+    """How often each step is a milestone, from a `Counter`, a pickle's record of one, or a list.
+
+    Keys of mappings are texts in distributed checkpoints.
+    """
     if isinstance(milestones, Opaque):
-        return dict(milestones.arguments[0]) if milestones.arguments else dict(milestones.entries)
-    return milestones if isinstance(milestones, Mapping) else Counter(milestones)
+        milestones = dict(milestones.arguments[0]) if milestones.arguments else dict(milestones.entries)
+    if not isinstance(milestones, Mapping):
+        return Counter(milestones)
+    return {int(key) if isinstance(key, str) and key.isdecimal() else key: times for key, times in milestones.items()}
 
 
 class Constant(Schedule):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from optimstate.describe import describe
 from optimstate.record import Record
+from optimstate.state.scheduler import PER_GROUP_KEYS
 
 __all__ = [
     "COUNTER",
@@ -171,6 +172,16 @@ class Schedule:
                 yield f"{key} must be {form.words}, not {describe(self.state[key])}"
         if shadowed := sorted(_METHODS & self.state.keys()):
             yield f"{shadowed[0]} is a method of schedulers, which torch would replace by this value"
+
+    def misfits(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        """Why its state is not for these param groups, with numbers as Python has them, one sentence for each field."""
+        for key in sorted((PER_GROUP_KEYS if self.NAME else {"_last_lr"}) & self.state.keys()):
+            found = self.state[key]
+            if isinstance(found, list | tuple) and len(found) != len(groups):
+                yield f"{key} has values for {len(found)} groups, and there are {len(groups)}"
+        for bound in self.bounds:
+            if not all(is_number(options.get(bound)) for options in groups):
+                yield f"the next step reads {bound} of every group, and not all have a number there"
 
     @property
     def bounds(self) -> tuple[str, ...]:

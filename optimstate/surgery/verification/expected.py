@@ -26,7 +26,7 @@ def empty(tree: Any) -> Iterator[Finding]:
     for path, node, kind in _named(tree):
         if isinstance(node, Mapping) and not node:
             found = "no weights" if kind == "model" else "nothing to resume from"
-            yield note("section", format_path(path), f"is empty: a {kind} that is loaded from it finds {found}")
+            yield note("section", format_path(path), f"is empty: what loads the {kind} from it finds {found}")
 
 
 def unrecognised(tree: Any, judgement: Judgement) -> Iterator[str]:
@@ -39,7 +39,7 @@ def unrecognised(tree: Any, judgement: Judgement) -> Iterator[str]:
     told = [*(section.path for section in judgement.sections), *judgement.others]
     for path, node, kind in _named(tree):
         if not any(path == other[: len(path)] or other == path[: len(other)] for other in told) and _holds_state(node):
-            yield f"{format_path(path)} has the name of a {kind} and was not recognised: {describe(node)}"
+            yield f"{format_path(path)} is called {kind} and was not recognised as one: {describe(node)}"
 
 
 def _named(tree: Any) -> Iterator[tuple[Path, Any, str]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optimstate.describe import describe, few
+from optimstate.formats.pickles.tensors import tensor_kind
 from optimstate.state.algorithms.options import unread, unusable
 from optimstate.state.algorithms.registry import nearest
 from optimstate.state.algorithms.slots import Algorithm, Slot
@@ -111,6 +112,7 @@ def _wrong_slots(where: str, state: OptimizerState, algorithm: Algorithm) -> Ite
         yield fault("slot", ", ".join(filter(None, (where, few(labels)))), f"{slot} {why}", labels)
 
 
+_NOT_DENSE = {"_rebuild_sparse_tensor", "_rebuild_qtensor", "_rebuild_nested_tensor"}
 _LISTED = {"old_dirs", "old_stps"}
 
 
@@ -132,6 +134,8 @@ def _wrong(slot: str, known: Slot, value: Any, *, needed: bool) -> str:
     """Why a value is not that of a slot; empty if it is, or if it is of a class that may be one."""
     if known.kind == "opaque":
         return ""
+    if isinstance(value, Opaque) and value.type.qualname in _NOT_DENSE:
+        return f"must be a dense tensor, not {tensor_kind(value) or describe(value)}"
     if known.kind == "flat":
         listed = slot in _LISTED
         usable = isinstance(value, list) and all(map(is_tensor, value)) if listed else is_tensor(value)
@@ -141,7 +145,7 @@ def _wrong(slot: str, known: Slot, value: Any, *, needed: bool) -> str:
         number = as_numbers(value)
         if isinstance(number, LazyTensor):
             return f"must be one number, and is a tensor of the shape {list(number.shape)}" if number.numel != 1 else ""
-        if isinstance(number, Opaque):
+        if is_tensor(number):
             return ""
         if not isinstance(number, int | float):
             return f"must be a number, not {describe(value)}"

@@ -145,6 +145,8 @@ def _aliases(where: str, state: OptimizerState) -> Iterator[Finding]:
         for slot, value in (slots or {}).items() if len(labels[key]) == 1 else ():
             if isinstance(value, LazyTensor) and value.nbytes:
                 spans.setdefault(id(value.storage), []).append((*value.span(), f"{label} {slot}"))
+                if any(step == 0 and size > 1 for size, step in zip(value.shape, value.stride, strict=True)):
+                    yield fault("aliases", where, f"elements of {label} {slot} share memory: torch cannot update it")
     for members in spans.values():
         members.sort()
         for (_, stop, first), (start, _, second) in pairwise(members):

@@ -8,9 +8,7 @@ from typing import Any
 
 from optimstate.describe import describe
 from optimstate.state.optimizer import OptimizerState
-from optimstate.state.scheduler import PER_GROUP_KEYS
 from optimstate.state.schedules import Schedule, schedule_of
-from optimstate.state.schedules.schedule import is_number
 from optimstate.state.sections import Section
 from optimstate.surgery.shown import as_numbers, plain
 from optimstate.surgery.verification.findings import Finding, fault, note
@@ -32,11 +30,10 @@ def check_schedulers(optimizers: Sequence[Section], schedulers: Sequence[Section
         schedule = schedule_of(as_numbers(fields))
         wrong = [*schedule.unusable()]
         yield from (fault("scheduler", where, why) for why in wrong)
-        if states:
-            yield from _lists(where, schedule.state, states)
-            yield from _rates(where, fields, states)
         if states and not wrong:
-            yield from _bounds(where, schedule, states)
+            yield from _misfits(where, schedule, states)
+        if states:
+            yield from _rates(where, fields, states)
 
 
 def fields_of(node: Any) -> Mapping[Any, Any]:
@@ -46,33 +43,10 @@ def fields_of(node: Any) -> Mapping[Any, Any]:
     return {key: value for key, value in node.state.items() if key != "optimizer"}
 
 
-def _lists(where: str, state: Mapping[str, Any], optimizers: Sequence[OptimizerState]) -> Iterator[Finding]:
-    """Lists with one entry for each param group, of a scheduler or one of its parts."""
-    counts = [len(optimizer.groups) for optimizer in optimizers]
-    known = PER_GROUP_KEYS if schedule_of(dict(state)).NAME else {"_last_lr"}
-    for key in sorted(known & state.keys()):
-        if isinstance(state[key], list) and len(state[key]) not in counts:
-            shown = ", ".join(map(str, counts))
-            what = "learning rates" if key in ("_last_lr", "base_lrs") else "values"
-            yield fault("group", where, f"{key} has {what} for {len(state[key])} groups, the optimizers have {shown}")
-    parts = state.get("_schedulers")
-    for number, part in enumerate(parts if isinstance(parts, list) else ()):
-        if isinstance(part, Mapping):
-            yield from _lists(f"{where}, _schedulers[{number}]", part, optimizers)
-
-
-def _bounds(where: str, schedule: Schedule, optimizers: Sequence[OptimizerState]) -> Iterator[Finding]:
-    """Options of param groups that the next step reads."""
-    bounds = schedule.bounds
-    lacking = [
-        [bound for bound in bounds if not all(is_number(as_numbers(g.options.get(bound))) for g in optimizer.groups)]
-        for optimizer in optimizers
-    ]
-    if all(lacking):
-        absent = ", ".join(lacking[0])
-        yield fault(
-            "scheduler", where, f"a {schedule.NAME} reads {absent} of every group, and not all have numbers there"
-        )
+def _misfits(where: str, schedule: Schedule, optimizers: Sequence[OptimizerState]) -> Iterator[Finding]:
+    """Why the scheduler is of none of the optimizers."""
+    found = [[*schedule.misfits([as_numbers(group.options) for group in optimizer.groups])] for optimizer in optimizers]
+    yield from (fault("group", where, why) for why in (min(found, key=len) if all(found) else ()))
 
 
 def _rates(where: str, fields: Mapping[Any, Any], optimizers: Sequence[OptimizerState]) -> Iterator[Finding]:
