@@ -49,8 +49,8 @@ def located(place: Place) -> Location:
         path = Path(place)
         if _LOST_SLASH.match(str(path)) and not os.path.lexists(path):
             raise UsageError(
-                f"{path}: the name of a place in a store has two slashes after the colon, which a Path does not keep",
-                hint="Give it as text: s3://BUCKET/NAME.",
+                f"{path}: a name in a store has two slashes after the colon",
+                hint="Give it as text, s3://BUCKET/NAME, because a Path does not keep both; plans and pages are files.",
             )
         return path
     return place

@@ -26,6 +26,7 @@ class Between:
     Attributes:
         address: Where it listens.
         rule: Gets method and path with query of each request; may return an answer, or `LOSE`.
+        rule_of_all: The same, with the whole request.
         asked: What it got.
     """
 
@@ -36,13 +37,14 @@ class Between:
         self.app = app
         self.address = ""
         self.rule: Callable[[str], Answer | None] = lambda _: None
+        self.rule_of_all: Callable[[str, Environment], Answer | None] = lambda asked, _: self.rule(asked)
         self.asked: list[str] = []
 
     def __call__(self, environ: Environment, start: Any) -> Iterable[bytes]:
         query = environ.get("QUERY_STRING", "")
         asked = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}{'?' if query else ''}{query}"
         self.asked.append(asked)
-        answer = self.rule(asked)
+        answer = self.rule_of_all(asked, environ)
         if answer is None:
             return self.app(environ, start)
         if answer is self.LOSE:

@@ -26,7 +26,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setattr("optimstate.io.remote.uploads.PART", 5 << 20)
+    for module in ("multipart", "uploads"):
+        monkeypatch.setattr(f"optimstate.io.remote.{module}.PART", 5 << 20)
     object_store.cache_clear()
     yield
     object_store.cache_clear()

@@ -129,6 +129,33 @@ def test_an_answer_that_is_lost_does_not_make_an_error_of_what_was_made(
     assert not optimstate.diff(source, f"{bucket.url}/new.pt").changes
 
 
+@pytest.mark.parametrize("status", ["501 Not Implemented", "405 Method Not Allowed"])
+@pytest.mark.parametrize("name", ["run.pt", "run.safetensors"])
+def test_a_store_that_does_not_copy_ranges_gets_them(
+    between: Between, bucket: Bucket, checkpoint: Path, tmp_path: Path, status: str, name: str
+) -> None:
+    """Google's store answers so by its interface for programs of S3."""
+    code = status[4:].replace(" ", "")
+    optimstate.convert(checkpoint, tmp_path / name)
+    bucket.put(tmp_path / name, name)
+    copies = []
+
+    def rule(asked: str, environ: dict[str, object]) -> Answer | None:
+        if "HTTP_X_AMZ_COPY_SOURCE" not in environ:
+            return None
+        copies.append(asked)
+        return error(status, code)
+
+    between.rule_of_all = rule
+    plan = optimstate.Plan.from_options(rename=["{i:int}.{p}=layers.{i}.{p}"])
+    optimstate.remap(tmp_path / name, tmp_path / f"near-{name}", plan)
+    for target in ("one", "two"):
+        optimstate.remap(f"{bucket.url}/{name}", f"{bucket.url}/{target}", plan)
+        assert bucket.get(target) == (tmp_path / f"near-{name}").read_bytes()
+    assert len(copies) == 1  # it is asked once
+    assert bucket.unfinished() == []
+
+
 def test_an_answer_that_is_lost_does_not_make_another_object_ours(
     between: Between, bucket: Bucket, small: Path
 ) -> None:

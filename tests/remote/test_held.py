@@ -15,10 +15,11 @@ from optimstate.errors import CheckpointError, DestinationError, DestinationExis
 from optimstate.formats.dcp.sharing import help_out
 from optimstate.formats.protocol import WriteOptions
 from optimstate.io.places import located
+from optimstate.io.remote.multipart import S3Upload
 from optimstate.io.remote.objects import ObjectStore, object_store
 from optimstate.io.remote.path import RemotePath
 from optimstate.io.remote.stage import StoreStage
-from optimstate.io.remote.uploads import ObjectUpload, S3Upload
+from optimstate.io.remote.uploads import ObjectUpload
 from optimstate.io.together import Team
 from tests.cli.test_together import data_of
 from tests.remote.conftest import Bucket

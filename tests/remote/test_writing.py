@@ -139,7 +139,7 @@ def test_a_killed_upload_leaves_nothing_visible(
 ) -> None:
     script = (
         "import sys, time\n"
-        "from optimstate.io.remote.uploads import S3Upload\n"
+        "from optimstate.io.remote.multipart import S3Upload\n"
         "part = S3Upload.part\n"
         "def slow(self, data):\n"
         "    part(self, data)\n"
@@ -171,7 +171,7 @@ def test_two_writers_of_one_name_do_not_overwrite_one_another(
     bucket: Bucket, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The object appears after the first look: completing the upload finds out."""
-    from optimstate.io.remote.uploads import S3Upload
+    from optimstate.io.remote.multipart import S3Upload
 
     complete = S3Upload.complete
 

@@ -18,6 +18,7 @@ from optimstate.errors import CheckpointError, CheckpointNotFoundError, Unsuppor
 from optimstate.io.remote import redirects
 from optimstate.io.remote.addresses import ALLOW_HTTP, allows_http
 from optimstate.io.remote.answers import code_in, meaning, of_library
+from optimstate.io.remote.multipart import S3Upload
 from optimstate.io.remote.store import (
     PATIENCE,
     RETRIES,
@@ -31,7 +32,7 @@ from optimstate.io.remote.store import (
     traffic,
     without_secrets,
 )
-from optimstate.io.remote.uploads import ObjectUpload, S3Upload
+from optimstate.io.remote.uploads import ObjectUpload
 
 __all__ = ["ObjectStore", "object_store"]
 
@@ -92,6 +93,7 @@ class ObjectStore:
         self.name = f"{scheme}://{bucket}"
         self.scheme = scheme
         self.bucket = bucket
+        self.copies_parts: bool | None = None  # whether it copies ranges within itself; None before that was tried
         self.suffixes = scheme != "az"  # Azure has no ranges that count from the end
         self._obstore = obstore
         endpoint = self.endpoint

@@ -114,30 +114,29 @@ class RemoteFile:
         """Append the bytes of `extents`; ranges that the store can copy itself are not transferred."""
         start = self._at
         for extent in _joined(extents):
-            if self._copied(extent, progress):
-                continue
-            for data in chunks([extent]):
+            for data in chunks(self._not_copied(extent, progress)):
                 self.write(data)
                 if progress is not None:
                     progress(len(data))
         return self._at - start
 
-    def _copied(self, extent: Extent, progress: Progress | None) -> bool:
-        """Let the store copy an extent, if it can; returns whether it did."""
+    def _not_copied(self, extent: Extent, progress: Progress | None) -> list[Extent]:
+        """Let the store copy an extent, if it can; returns what remains to be written."""
         source = extent.source
         if not isinstance(source, RemoteSource) or extent.length < 2 * SMALLEST or not self._upload.copies(source):
-            return False
+            return [extent]
         lacking = max(SMALLEST - len(self._held), 0) if self._at else 0
         if lacking:
             self.write(source.read(extent.offset, lacking))
         if self._held:
             self._upload.part(bytes(self._held))
             self._held.clear()
-        self._upload.copy(source, extent.offset + lacking, extent.length - lacking)
-        self._at += extent.length - lacking
+        rest = extent.length - lacking
+        copied = self._upload.copy(source, extent.offset + lacking, rest)
+        self._at += rest if copied else 0
         if progress is not None:
-            progress(extent.length)
-        return True
+            progress(extent.length if copied else lacking)
+        return [] if copied else [extent.cut(lacking, extent.length)]
 
     def copier(self, progress: Progress | None = None) -> RemoteCopier:
         """A copier that fills the object from the current position on."""

@@ -324,11 +324,7 @@ class RemotePath:
             self._opening.source(self, at_once=False)
 
     def check_writable(self) -> None:
-        """Refuse to write to a store that is read-only, before anything else is done; sends no request.
-
-        Raises:
-            DestinationError: It is read-only.
-        """
+        """Raise a `DestinationError` if the store is read-only; sends no request."""
         self.store.begin(self.key, expected=0, replace=False)
 
     def forget(self) -> None:

@@ -120,10 +120,14 @@ class Upload(Protocol):
         """Append a part of at least 5 MiB, except for the last; the upload may continue in the background."""
 
     def copies(self, source: Any) -> bool:
-        """Whether ranges of an object can be appended within the store."""
+        """Whether ranges of an object may be appended within the store."""
 
-    def copy(self, source: Any, offset: int, length: int) -> None:
-        """Append a range of an object of the same store, within the store; at least 5 MiB."""
+    def copy(self, source: Any, offset: int, length: int) -> bool:
+        """Append a range of an object of the same store, within the store; at least 5 MiB.
+
+        Returns:
+            Whether the store can do that; if not, nothing was appended.
+        """
 
     def complete(self, rest: bytes) -> None:
         """Append the last bytes and create the object.
