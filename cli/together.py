@@ -123,8 +123,8 @@ def stage_of(
             )
 
     place, name = located(str(destination)), digest.hexdigest()[:12]
+    check_destination(place, [located(str(source))], force=force or not isinstance(place, Path))
     if isinstance(place, Path):
-        check_destination(place, [located(str(source))], force=force)
         return FolderStage(place, name, team, sync=sync, check=check, force=force)
     from optimstate.io.remote.path import RemotePath
     from optimstate.io.remote.stage import StoreStage

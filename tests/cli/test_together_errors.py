@@ -243,6 +243,23 @@ def test_where_nothing_can_be_linked_all_copy(source: Path, tmp_path: Path) -> N
     assert data_of(tmp_path / "one") == data_of(tmp_path / "b")
 
 
+def test_the_first_process_gives_signs_of_life_while_it_plans(source: Path, tmp_path: Path) -> None:
+    """Otherwise, in a second attempt, the others would take it for dead if planning takes long."""
+    code = f"""
+import pathlib, time, optimstate
+def remap(*_, **__):
+    ends = time.monotonic() + 20
+    while not list(pathlib.Path({str(tmp_path)!r}).glob('.b.*.part/.together.alive.0')) and time.monotonic() < ends:
+        time.sleep(0.01)
+    raise optimstate.UsageError('no sign' if time.monotonic() > ends else 'a sign')
+optimstate.remap = remap
+"""
+    exit_code, said = ended(begin_with(code, 0, 2, ["remap", source, tmp_path / "b", *RENAME]))
+    assert exit_code == 2
+    assert "error: a sign" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- what an attempt leaves out ---------------------------------------------------------------------------------------
 
 

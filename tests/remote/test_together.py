@@ -70,6 +70,13 @@ def test_two_processes_go_on_where_one_was_left_alone(bucket: Bucket, source: Pa
     assert ended(begin(0, 2, arguments))[0] == 5  # it is there already
 
 
+@pytest.mark.parametrize("wrong", [("--drop", "nothing"), ("--plan", "nothing.toml"), (*RENAME, "--set", "lr=1")])
+def test_of_a_plan_that_does_not_fit_nothing_stays(wrong: tuple[str, ...], bucket: Bucket, source: Path) -> None:
+    done = together(2, ["remap", source, f"{bucket.url}/b", *wrong], OPTIMSTATE_PATIENCE=AMPLE)
+    assert [code for code, _ in done] == [4, 4], done
+    assert bucket.keys() == []
+
+
 def test_a_rename_copies_whole_objects(bucket: Bucket, source: Path, tmp_path: Path) -> None:
     optimstate.remap(source, tmp_path / "one", optimstate.Plan.from_options(rename=[RENAME[1]]), copy=True)
     done = together(2, ["remap", source, f"{bucket.url}/b", *RENAME], OPTIMSTATE_PATIENCE=AMPLE)
@@ -111,10 +118,11 @@ def test_one_that_was_taken_over_does_not_commit(bucket: Bucket, monkeypatch: py
         with pytest.raises(DestinationError, match="by other processes"):
             one.clear()
         other.clear()
-        begun = other._keys
-        monkeypatch.setattr(other, "_keys", lambda folder: [] if folder == other._meeting else begun(folder))
+        late = stage(bucket, digest="1" * 12)
+        begun = late._keys
+        monkeypatch.setattr(late, "_keys", lambda folder: [] if folder == late._meeting else begun(folder))
         with pytest.raises(DestinationError, match="by other processes"):  # two that begin at the same moment
-            other.__enter__()
+            late.__enter__()
 
 
 def test_a_folder_that_is_complete_is_not_taken_for_one_that_is_not(bucket: Bucket) -> None:

@@ -72,9 +72,12 @@ class StoreStage(Stage):
     # --- the first process ----------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Nothing: objects are claimed when there is something to write."""
+        """Begin in the first process before anything is planned: the others see its signs of life."""
+        self.__enter__()
 
     def __enter__(self) -> RemotePath:
+        if self.is_owner:
+            return self._path
         said, there = self._keys(self._meeting), list(self.sizes())
         claimed = self._claim in said
         closed = any(_name(key) == _CLOSING and key != f"{self._place}/{_CLOSING}" for key in said)
@@ -134,8 +137,19 @@ class StoreStage(Stage):
         self._expect_claim()
 
     def withdraw(self) -> str:
-        """Leave everything for another attempt; returns where its messages are."""
-        return str(self._path.with_name(f".{self._path.name}.{'0' * 12}.part")) if self.is_owner else ""
+        """Remove the messages if nothing has been uploaded; returns where they are if they stay."""
+        if not self.is_owner:
+            return ""
+        with suppress(OSError, CheckpointError):
+            said = self._keys(self._place)
+            if not self.sizes() and all(_name(key).split(".")[0] in ("alive", "ended", _BEGUN) for key in said):
+                self._expect_claim()
+                for key in (*said, self._claim):
+                    self._store.delete(key)
+                self.is_owner = False
+                self._path.forget()
+                return ""
+        return str(self._path.with_name(f".{self._path.name}.{'0' * 12}.part"))
 
     def sizes(self) -> dict[str, int]:
         """The number of bytes of every written object, by name."""
