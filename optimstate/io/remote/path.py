@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, LimitExceededError, UsageError
 from optimstate.io.remote.source import Cache, RemoteSource, fetched_together
-from optimstate.io.remote.store import Entry, Store, in_window, pool
+from optimstate.io.remote.store import UNKNOWN, Entry, Store, in_window, pool
 from optimstate.record import Record
 
 __all__ = ["Held", "RemotePath", "opened_together", "remote"]
@@ -282,7 +282,7 @@ class RemotePath:
         if kind == "folder":
             return _Status(0, S_IFDIR)
         entry = self._opening.entry(self.key)
-        return _Status(self.open_source().size if entry is None else entry.size, S_IFREG)
+        return _Status(self.open_source().size if entry is None or entry.size == UNKNOWN else entry.size, S_IFREG)
 
     def iterdir(self) -> Iterator[RemotePath]:
         """The objects and folders directly in a folder."""

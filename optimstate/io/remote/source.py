@@ -15,7 +15,7 @@ from threading import RLock
 from optimstate.errors import CorruptCheckpointError, LimitExceededError
 from optimstate.io.extents import Extent, StoredSource
 from optimstate.io.location import Location
-from optimstate.io.remote.store import PART, Answer, Entry, Store, changed, in_window, pool
+from optimstate.io.remote.store import PART, UNKNOWN, Answer, Entry, Store, changed, in_window, pool
 
 __all__ = ["LANES", "RemoteSource", "fetched_together"]
 
@@ -83,7 +83,8 @@ class RemoteSource(StoredSource):
         key: The name of the object in the store.
         path: The name for messages.
         cache: The cache for its spans.
-        entry: Its entry in a listing; without one, its beginning is fetched, and also the end of a possible archive.
+        entry: Its entry in a listing; without one, or without its size, its beginning is fetched, and also the end of
+            a possible archive.
         at_once: Fetch both at the same time; False in threads of the pool.
 
     Raises:
@@ -103,8 +104,8 @@ class RemoteSource(StoredSource):
         self._cache = cache
         self._small = 0
         self._begun = False
-        self._unpinned = entry is not None and entry.version is None
-        if entry is not None:
+        self._unpinned = entry is not None and entry.size != UNKNOWN and entry.version is None
+        if entry is not None and entry.size != UNKNOWN:
             self.size, self.version = entry.size, entry.version
         else:
             self._open(at_once=at_once)

@@ -17,6 +17,7 @@ from optimstate.record import Record
 
 __all__ = [
     "PART",
+    "UNKNOWN",
     "Answer",
     "Entry",
     "Store",
@@ -39,8 +40,12 @@ PATIENCE = 30.0
 """The seconds after which an unanswered request is an error."""
 
 
+UNKNOWN = -1
+"""The size of an object of which a listing does not say it."""
+
+
 class Entry(Record):
-    """An object in a listing."""
+    """An object in a listing; its size may be `UNKNOWN`."""
 
     key: str
     size: int

@@ -49,6 +49,7 @@ class WebStore:
 
     lists = False
     suffixes = True
+    kind = "a web server"
 
     def __init__(self, name: str, base: str, *, query: str = "", headers: Mapping[str, str] | None = None) -> None:
         self.name = name
@@ -90,7 +91,7 @@ class WebStore:
         Raises:
             DestinationError: Always.
         """
-        raise DestinationError(f"{self.name}/{key}: a web server can be read, but not written")
+        raise DestinationError(f"{self.name}/{key}: {self.kind} can be read, but not written")
 
     def abort_unfinished(self, folder: str) -> None:
         """Does nothing: there are no uploads."""
@@ -102,7 +103,7 @@ class WebStore:
             DestinationError: Always.
         """
         raise DestinationError(
-            f"{self.name}/{key}: a web server can be read, but not written",
+            f"{self.name}/{key}: {self.kind} can be read, but not written",
             hint="Write to a file or to s3://, gs://, az://.",
         )
 
