@@ -181,7 +181,7 @@ class _ScalarReader:
 def _without_request(value: LazyTensor) -> LazyTensor:
     """A tensor of four bytes in a store whose checksum tells them, in memory; any other tensor as it is."""
     storage = value.storage
-    if not _is_told(storage) or storage.nbytes != 4 or not any(map(is_far, storage.pieces)):
+    if not _is_told(storage) or storage.nbytes != 4 or not any(map(is_far, storage.reach())):
         return value
     data = InMemory(bytes_of_crc(storage.crc or 0))
     return LazyTensor(Storage(data.extents(), 4, storage.kind), value.dtype, value.shape, value.stride, value.offset)

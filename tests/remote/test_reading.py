@@ -155,7 +155,7 @@ def test_steps_that_differ_do_not_take_a_request_each(
     folder.mkdir()
     weights = {f"{n}.weight": torch.zeros(256, 128) for n in range(20)}
     names = list(weights)
-    slots = [{"step": torch.tensor(n, dtype=dtype), "exp_avg": weights[names[n]]} for n in range(20)]
+    slots = [{"step": torch.tensor(n, dtype=dtype), "exp_avg": torch.zeros(256, 128)} for n in range(20)]
     state = {n: {"inner": slots[n]} if nested else slots[n] for n in range(20)}
     group = {"lr": 0.1, "params": list(state), "param_names": names}
     torch.save({"model": weights, "optimizer": {"state": state, "param_groups": [group]}}, folder / "whole.pt")
