@@ -24,7 +24,7 @@ from optimstate.io.extents import Extent, Progress, StoredSource, chunks
 from optimstate.io.location import Location
 from optimstate.io.together import Stage
 
-__all__ = ["Notes", "Range", "SharedFiles", "move", "range_of_row", "reporting", "row_of_range"]
+__all__ = ["Notes", "Range", "SharedFiles", "move", "range_of_row", "reporting", "row_of_range", "shape_of"]
 
 
 PORTION = 1 << 28  # bytes after which a process notes how far it is; an attempt repeats at most as many
@@ -69,19 +69,20 @@ class Notes:
     Args:
         stage: The folder to which the share belongs.
 
-    Attributes:
-        moved: How many bytes of its ranges are written, in order.
     """
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
         self._sizes = stage.sizes()
-        self.moved: int = stage.noted() or 0
 
-    def add_moved(self, moved: int) -> None:
-        """Note up to which of its bytes the ranges are written, and flushed if they are to be."""
-        self.moved = moved
-        self._stage.note(moved)
+    def moved(self, shape: Sequence[int]) -> int:
+        """How many bytes of the ranges with this shape (see `shape_of`) are written, in order."""
+        *noted, moved = self._stage.noted() or (0,)
+        return int(moved) if noted == shape else 0
+
+    def add_moved(self, shape: Sequence[int], moved: int) -> None:
+        """Note up to which of their bytes the ranges with this shape are written, and flushed if they are to be."""
+        self._stage.note([*shape, moved])
 
     def of_file(self, name: str) -> Any:
         """What was noted of a complete file, or None."""
@@ -93,15 +94,21 @@ class Notes:
         self._stage.note([size, found], name)
 
 
-def move(ranges: Iterable[Range], progress: Progress | None, notes: Notes, *, sync: bool) -> None:
+def shape_of(ranges: Sequence[Range]) -> list[int]:
+    """Numbers by which other ranges than these are recognised."""
+    return [len(ranges), sum(found.extent.length for found in ranges)]
+
+
+def move(ranges: Sequence[Range], progress: Progress | None, notes: Notes, *, sync: bool) -> None:
     """Copy ranges into existing files, without those that an earlier attempt has copied.
 
     Raises:
         CheckpointError: A source cannot be read, or ends too early.
         DestinationError: A file cannot be written.
     """
-    for _, portion in groupby(_numbered(ranges, notes.moved), key=lambda numbered: numbered[0]):
-        end = notes.moved
+    shape = shape_of(ranges)
+    end = notes.moved(shape)
+    for _, portion in groupby(_numbered(ranges, end), key=lambda numbered: numbered[0]):
         for target, group in groupby((found for _, found in portion), key=lambda found: found.target):
             try:
                 fd = os.open(target, os.O_WRONLY | getattr(os, "O_BINARY", 0))
@@ -116,7 +123,7 @@ def move(ranges: Iterable[Range], progress: Progress | None, notes: Notes, *, sy
                     os.close(fd)
             except OSError as error:
                 raise cannot_write(target, error) from error
-        notes.add_moved(end)
+        notes.add_moved(shape, end)
 
 
 def _numbered(ranges: Iterable[Range], moved: int) -> Iterator[tuple[int, Range]]:

@@ -268,7 +268,10 @@ class Stage(ABC):
                     hint="Start all processes with the same arguments after all writing to the source has ended.",
                 )
             elif (waited := time.monotonic() - begun) > 10 * self.team.patience:
-                raise DestinationError(f"{self.destination}: rank 0 has not begun in {waited:.0f} seconds")
+                raise DestinationError(
+                    f"{self.destination}: rank 0 has not begun in {waited:.0f} seconds",
+                    hint="All processes must see the same folders: the source, and that of the destination.",
+                )
             time.sleep(self.poll)
 
     def vote(self, done: Any) -> None:

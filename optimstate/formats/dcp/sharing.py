@@ -166,7 +166,7 @@ def _moved(
                 out.copy([Extent(sources[path], 0, length)], progress)
             notes.add_file(name, length, [])
     else:
-        move((range_of_row(row, sources[row[0]]) for row in ranges), progress, notes, sync=options.sync)
+        move([range_of_row(row, sources[row[0]]) for row in ranges], progress, notes, sync=options.sync)
     items: Items = {}
     for name, parts in files.items():
         rows = notes.of_file(name)
