@@ -20,6 +20,7 @@ __all__ = [
     "LazyTensor",
     "Storage",
     "announced",
+    "consecutive",
     "contiguous_strides",
     "read_numbers",
     "tensor_of",
@@ -282,6 +283,28 @@ def read_numbers(numbers: Iterable[LazyTensor]) -> None:
         kinds.setdefault(type(number.storage), []).append(number.storage)
     for kind, storages in kinds.items():
         kind.read_together(storages)
+
+
+def consecutive(tensors: Iterable[LazyTensor]) -> Iterator[Iterator[memoryview]]:
+    """The elements' bytes of each tensor in blocks; those of the next ones in a store are requested in advance.
+
+    Each tensor's blocks must be taken before those of the next.
+    """
+    known = list(tensors)
+    announced(known)
+    stream = chunks(extent for tensor in known for extent in tensor.extents())
+    rest = memoryview(b"")
+
+    def blocks(missing: int) -> Iterator[memoryview]:
+        nonlocal rest
+        while missing:
+            rest = rest or memoryview(next(stream))
+            block, rest = rest[:missing], rest[missing:]
+            missing -= len(block)
+            yield block
+
+    for tensor in known:
+        yield blocks(tensor.nbytes)
 
 
 def tensor_of(

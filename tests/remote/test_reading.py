@@ -223,6 +223,20 @@ def test_scanning_a_distributed_checkpoint_reads_the_ends_of_its_items(ranges: R
     assert optimstate.scan(folder).findings == optimstate.scan("s3://bucket/run.dcp").findings
 
 
+def test_tensors_are_recognised_by_content_with_several_requests_at_once(ranges: RangeServer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {f"{n}.weight": torch.randn(200, 300) for n in range(40)}
+    torch.save(weights, tmp_path / "old.pt")
+    torch.save({f"layers.{name}": value for name, value in weights.items()}, tmp_path / "new.pt")
+    old, new = (served(ranges, tmp_path / name, f"bucket/{name}").rpartition("/")[2] for name in ("old.pt", "new.pt"))
+    ranges.delay = 0.02
+    ranges.forget()
+    found = optimstate.suggest(f"s3://bucket/{old}", f"s3://bucket/{new}")
+    assert "layers.{" in found.plan
+    assert ranges.most >= 4
+    assert ranges.sent < 2.2 * (tmp_path / "old.pt").stat().st_size
+
+
 def test_the_same_over_the_web(web: RangeServer) -> None:
     sparse_zip(web.root / "run.pt")
     (web.root / "shards").mkdir()

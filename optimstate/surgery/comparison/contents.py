@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from optimstate.io.extents import Progress
 from optimstate.surgery.comparison.views import Key
-from optimstate.tensors.lazy import LazyTensor
+from optimstate.tensors.lazy import LazyTensor, consecutive
 
 __all__ = ["by_content", "relative_difference", "renames"]
 
@@ -43,9 +43,9 @@ def by_content(
     from hashlib import blake2b  # takes milliseconds, and most files have nothing to find by content
 
     found: dict[tuple[str, tuple[int, ...], bytes], list[K]] = {}
-    for name, tensor in tensors.items():
+    for (name, tensor), blocks in zip(tensors.items(), consecutive(tensors.values()), strict=True):
         digest = blake2b(digest_size=16)
-        for block in tensor.chunks():
+        for block in blocks:
             digest.update(block)
             if progress is not None:
                 progress(len(block))
