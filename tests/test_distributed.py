@@ -201,6 +201,7 @@ def test_a_fault_of_one_process_is_raised_in_all_and_nothing_is_changed(
     ("kind", "said"),
     [
         ("fsdp2 planner", "nowhere.toml: the plan cannot be read"),
+        ("fsdp2 other plan", "by different plans"),
         ("fsdp2 checkpoint", "other.dcp, which are different checkpoints"),
         ("fsdp2 planner's checkpoint", "other.dcp, which are different checkpoints"),
         ("fsdp1 resume", "sharded by FSDP1 (FullyShardedDataParallel), which flattens its parameters\nCall optimstate"),
@@ -376,8 +377,10 @@ def test_a_copy_is_the_same_checkpoint_and_another_step_is_not(
         optimstate.convert(tmp_path / "tree.pt", tmp_path / f"tree.{suffix}", options=WriteOptions(sync=False))
     one, copied = trained[0] / f"before.{suffix}", tmp_path / f"copied.{suffix}"
     (shutil.copytree if one.is_dir() else shutil.copyfile)(one, copied)
-    same, other = identity_of(one), identity_of(tmp_path / f"tree.{suffix}")
-    refuse_different([same, None, identity_of(copied)])
+    same, other = identity_of(one, Plan()), identity_of(tmp_path / f"tree.{suffix}", Plan())
+    refuse_different([same, None, identity_of(copied, Plan())])
+    with pytest.raises(StateMismatchError, match=r"rank 0 and rank 1 load .* by different plans"):
+        refuse_different([same, identity_of(copied, Plan.from_toml(PLAN))])
     with pytest.raises(StateMismatchError, match=r"rank 0 loads .*before.* and rank 2 .*tree.*different checkpoints"):
         refuse_different([same, None, other])
 

@@ -53,12 +53,14 @@ def refused(folder: Path, rank: int) -> dict[str, list[str]]:
     good, other, plan = folder / "before.dcp", folder / "other.dcp", Plan.from_toml(TRANSPOSED)
     only_here = folder / ("plan.toml" if rank == 0 else "nowhere.toml")
     found = {}
-    for kind in ("plan", "hook", "certificate", "checkpoint"):
+    for kind in ("plan", "other plan", "hook", "certificate", "checkpoint"):
         net = sharded("fsdp")
         optimizer = torch.optim.AdamW(groups(net), **OPTIONS)
         if kind == "hook" and rank == 1:
             optimizer.register_load_state_dict_post_hook(fail)
         given: dict[str, Any] = {"plan": only_here if kind == "plan" else plan}
+        if kind == "other plan" and rank:
+            given["plan"] = plan.with_policy(hyperparameters="live")
         if kind == "certificate":
             given["certificate"] = str(folder / "nowhere.json") if rank else None
 

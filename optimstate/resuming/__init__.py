@@ -108,7 +108,7 @@ def resume(
         MigrationError: The plan does not fit.
         StateMismatchError: The checkpoint lacks a part or has several that could be meant, names are not determined,
             the result is not what was certified, another process failed, or processes were given different
-            checkpoints.
+            checkpoints or plans.
     """
     models, optimizers, schedulers, averages = (
         [] if several is None else _named(several) for several in (model, optimizer, scheduler, ema)
@@ -134,8 +134,8 @@ def resume(
         run.refuse_unused()
         run.find_certificates(certificate)
         run.parts.compare()
-        if sharded:
-            loads.append(run.parts.identity())
+        if sharded or process_group is not None:
+            loads.append(run.parts.identity(given))
     run.carry_out(partial(run.check, scaler), together)
     problems = run.problems()
     made = Resumed(run.reports, tuple(run.notes), problems, run.nbytes)

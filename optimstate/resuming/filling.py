@@ -83,8 +83,8 @@ class Filling:
         return self._reader.nbytes
 
     def identity(self) -> Identity:
-        """Which checkpoint it is."""
-        return identity_of(self._document.path)
+        """What is loaded."""
+        return identity_of(self._document.path, self._plan)
 
     def refuse_another(self, save_id: str | None, names: Collection[str]) -> None:
         """Refuse a checkpoint that is not the one that torch reads.

@@ -9,6 +9,7 @@ from optimstate.errors import StateMismatchError
 from optimstate.io.folders import listed
 from optimstate.io.location import Location
 from optimstate.io.places import open_source
+from optimstate.plan.language.plan import Plan
 from optimstate.record import Record
 
 __all__ = ["Identity", "identity_of", "refuse_different"]
@@ -19,14 +20,21 @@ _ENDS = 2  # files at either end of the list that are looked at
 
 
 class Identity(Record):
-    """The place of a checkpoint, and a digest of a part of it that differs between saves."""
+    """What a process loads.
+
+    Attributes:
+        place: The place of the checkpoint.
+        digest: The digest of a part of it that differs between saves.
+        plan: The digest of the plan.
+    """
 
     place: str
     digest: str
+    plan: str
 
 
-def identity_of(path: Location) -> Identity:
-    """The identity of a file or folder: of the ends of a few of its files, which are the same in every copy."""
+def identity_of(path: Location, plan: Plan) -> Identity:
+    """The identity of a file or folder, from the ends of a few of its files, which are the same in every copy."""
     files = list(_files(path))
     digest = sha256()
     for file in dict.fromkeys([*files[:_ENDS], *files[-_ENDS:]]):
@@ -35,7 +43,7 @@ def identity_of(path: Location) -> Identity:
         name = file.name if file is not path else ""
         digest.update(f"{name} {source.size} ".encode(errors="surrogateescape"))
         digest.update(source.read(source.size - length, length))
-    return Identity(str(path), digest.hexdigest())
+    return Identity(str(path), digest.hexdigest(), plan.digest)
 
 
 def _files(path: Location, depth: int = 1) -> Iterator[Location]:
@@ -51,7 +59,7 @@ def _files(path: Location, depth: int = 1) -> Iterator[Location]:
 
 
 def refuse_different(found: Sequence[Identity | None]) -> None:
-    """Refuse different checkpoints, of which every process would load its own parts.
+    """Refuse different checkpoints or plans, of which every process would load its own parts.
 
     Args:
         found: What each process was given; None for one that has it in memory.
@@ -67,4 +75,9 @@ def refuse_different(found: Sequence[Identity | None]) -> None:
                 f"rank {first} loads {own.place} and rank {rank} {other.place}, which are different checkpoints",
                 hint="Give all processes the same one. Pipeline stages with checkpoints of their own pass "
                 "process_group=..., the processes of their stage.",
+            )
+        if other.plan != own.plan:
+            raise StateMismatchError(
+                f"rank {first} and rank {rank} load {own.place} by different plans",
+                hint="Give all processes the same one.",
             )

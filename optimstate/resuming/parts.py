@@ -15,6 +15,7 @@ from optimstate.formats.registry import open_checkpoint
 from optimstate.io.extents import Extent
 from optimstate.io.location import Place
 from optimstate.io.places import located
+from optimstate.plan.language.plan import Plan
 from optimstate.resuming.identity import Identity, identity_of
 from optimstate.resuming.records import revived
 from optimstate.state.building import from_config, parameters_of
@@ -80,9 +81,9 @@ class Parts:
         """The checkpoint with lazy tensors in place of those in memory."""
         return self._tree
 
-    def identity(self) -> Identity | None:
-        """Which checkpoint it is; None if it was given as a mapping."""
-        return None if self._document is None else identity_of(self._document.path)
+    def identity(self, plan: Plan) -> Identity | None:
+        """What is loaded by a plan; None if the checkpoint was given as a mapping."""
+        return None if self._document is None else identity_of(self._document.path, plan)
 
     def compare(self) -> None:
         """Compare the checksums of everything that was read.

@@ -168,7 +168,7 @@ class Reader:
                     "cannot be sharded in the same way",
                     hint="Start it without state by `fresh` in the plan, or load it in one process.",
                 )
-            local, offsets = _local(like)
+            local, offsets = _local(name, like)
             for dim, (start, size) in enumerate(zip(offsets, local, strict=True)):
                 if size != value.shape[dim]:
                     value = value.narrow(dim, start if size else 0, size)
@@ -325,13 +325,13 @@ def whole(value: Any) -> Any:
     return value
 
 
-def _local(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _local(name: str, tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The sizes of this process's part of a DTensor, and its offsets in the whole tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if any(placement.is_partial() for placement in tensor.placements):
         raise StateMismatchError(
-            f"a DTensor placed as {tensor.placements} is a partial sum and cannot be loaded",
+            f"the live tensor of {describe(name)} is a partial sum ({tensor.placements}) and cannot be loaded",
             hint="Redistribute it first.",
         )
     if tensor.device_mesh.get_coordinate() is None:  # of other processes
@@ -340,7 +340,12 @@ def _local(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     if 0 in local or not offsets:
         return local, (0,) * tensor.dim()
-    assert local == tuple(sizes)
+    if local != tuple(sizes):
+        raise StateMismatchError(
+            f"the live tensor of {describe(name)} is placed as {tensor.placements}: a process does not have one region "
+            f"of it, because its part has the shape {list(local)} and the region {list(sizes)}",
+            hint="Redistribute it first.",
+        )
     return local, tuple(offsets)
 
 
