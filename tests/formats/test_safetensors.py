@@ -228,9 +228,12 @@ def test_shared_contiguous_memory_stays_shared(tmp_path: Path) -> None:
 # --- shards ---------------------------------------------------------------------------------------------------------
 
 
-def test_shards_hold_everything_once_under_their_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "model.safetensors.index.json"])
+def test_shards_hold_everything_once_under_their_size(tmp_path: Path, name: str) -> None:
     source, folder = corpus.case("torch/adam_named_wd").entry, tmp_path / "shards"
-    optimstate.convert(source, folder, options=WriteOptions(sync=False, shard_size=1000))
+    if name:
+        folder.mkdir()
+    optimstate.convert(source, folder / name, to="safetensors", options=WriteOptions(sync=False, shard_size=1000))
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     found = {name: file.name for file in files for name in load_file(file)}

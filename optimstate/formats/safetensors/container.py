@@ -167,7 +167,7 @@ def _read_sharded(path: Location, *, salvage: bool) -> Document:
 
 
 def write(tree: Any, path: Location, *, like: Document | None = None, options: WriteOptions | None = None) -> list[str]:
-    """Write a tree as one file, or, with a shard size, as a folder of shards with an index.
+    """Write a tree as one file, as an index with its shards, or, with a shard size, as a folder of both.
 
     Raises:
         RepresentationError: The tree has an object or shared memory that the container cannot express.
@@ -181,7 +181,9 @@ def write(tree: Any, path: Location, *, like: Document | None = None, options: W
         metadata.pop(DIGEST, None)
     if path.name.endswith(_INDEX_SUFFIX):
         known = read_index(like.path)[0] if like is not None and like.path.name.endswith(_INDEX_SUFFIX) else {}
-        _write_shards(_shards_by_origin(layout.entries, known), metadata, path, options)
+        size = options.shard_size
+        shards = _shards_by_origin(layout.entries, known) if size is None else _shards_by_size(layout.entries, size)
+        _write_shards(shards, metadata, path, options)
     elif options.shard_size is None:
         write_file(layout.entries, metadata, path, options)
     else:

@@ -127,7 +127,8 @@ class _Opening:
         if key not in self.sources:
             entry = self._entries.get(key)
             if entry is None and (self._covers(key.rpartition("/")[0]) or not key):
-                raise CheckpointNotFoundError("there is no such object", path=path)
+                hint = "The folder may be incomplete: copy it again from its source."
+                raise CheckpointNotFoundError("there is no such object", path=path, hint=hint)
             self.sources[key] = RemoteSource(self.store, key, path, self.cache, entry, at_once=at_once)
         return self.sources[key]
 
