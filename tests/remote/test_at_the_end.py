@@ -109,6 +109,43 @@ def test_an_interrupt_while_an_object_is_made_says_whether_it_is_there(
     assert bucket.unfinished() == []
 
 
+@pytest.mark.parametrize("place", ["a shard", "the index"])
+def test_an_interrupt_leaves_the_shards_of_the_old_index_or_of_the_new(
+    between: Between, bucket: Bucket, shards: Path, place: str
+) -> None:
+    bucket.put(shards, "m")
+    old = bucket.objects("m")
+    reached, interrupted = Event(), Event()
+
+    def rule(asked: str) -> None:
+        if asked.startswith("PUT") and (INDEX in asked) == (place == "the index") and not reached.is_set():
+            reached.set()
+            assert interrupted.wait(30)
+
+    between.rule = rule
+    arguments = ["convert", "--force", "-q", "--to", "safetensors", str(shards / INDEX), f"{bucket.url}/m/{INDEX}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "optimstate", *arguments, "--shard-size", "200000"],
+        stderr=subprocess.PIPE,
+        env=os.environ.copy(),
+        text=True,
+    )
+    assert reached.wait(60)
+    process.send_signal(signal.SIGINT)
+    interrupted.set()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    found = bucket.objects("m")
+    if place == "a shard":
+        assert found == old
+        assert "whole" not in said
+    else:
+        assert found[INDEX] != old[INDEX]
+        assert f"{bucket.url}/m/{INDEX} is whole" in said
+    assert not optimstate.diff(shards / INDEX, f"{bucket.url}/m/{INDEX}").changes
+    assert bucket.unfinished() == []
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_an_answer_that_is_lost_does_not_make_an_error_of_what_was_made(

@@ -226,6 +226,7 @@ class RemoteGroup(AtomicGroup):
     def __init__(self, path: RemotePath) -> None:
         super().__init__(Path(path.name), sync=False)
         self.made: list[RemotePath] = []
+        self._named_last = path
 
     def _complete(self) -> None:
         """Nothing to do in the store: the objects exist already."""
@@ -233,7 +234,10 @@ class RemoteGroup(AtomicGroup):
             count_as_finished(path)
 
     def _discard(self) -> None:
-        _remove(self.made)
+        if self._named_last in self.made:  # interrupted when all existed; the last may have replaced an older one
+            self._complete()
+        else:
+            _remove(self.made)
 
 
 def release(store: Store, held: Mapping[str, Held], made: list[str] | None = None) -> None:
