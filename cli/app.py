@@ -124,8 +124,13 @@ T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
+def _values(given: Any) -> Sequence[Any]:
+    """The values of a parameter, be it repeatable or not."""
+    return given if isinstance(given, list | tuple) else [given]
+
+
 class _Command(TyperCommand):
-    """A command that refuses an option of one value that is given twice: which of the values is meant is not known."""
+    """A command that refuses empty values, and an option of one value that is given twice."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -151,6 +156,10 @@ class _Command(TyperCommand):
                 single = parameter.param_type_name == "option" and not (parameter.multiple or parameter.is_flag)
                 if single and found[2].count(parameter) > 1:
                     ctx.fail(f"{parameter.opts[0]} is given {found[2].count(parameter)} times, but it takes one value")
+                given = found[0].get(parameter.name)
+                if any(isinstance(value, str) and not value.strip() for value in _values(given)):
+                    empty = f"the value of {parameter.opts[0]}" if parameter.param_type_name == "option" else "a path"
+                    ctx.fail(f"{empty} is empty: an empty variable of the shell is often the reason")
             return found
 
         parser.parse_args = parse_once

@@ -54,6 +54,10 @@ def diff(
 
     if stat:
         in_vain("with --stat, which prints no differences", params=params)
+    if as_json:
+        in_vain("with --json, which has every difference", params=params, stat=stat)
+    if html is None:
+        in_vain("without --html, as nothing is written", force=force)
     if html is not None:
         from optimstate.io.destination import check_destination
 

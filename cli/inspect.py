@@ -83,6 +83,10 @@ def inspect(
             tree=tree,
             all=everything,
         )
+    if as_json:
+        in_vain("with --json, which has all of it", groups=groups, tree=tree)
+    if html is None:
+        in_vain("without --html, as nothing is written", force=force)
     if section is not None or name is not None:
         in_vain("with --section or --name, which leave other entries out", all=everything)
     if params or sort is not None or top is not None:
@@ -109,6 +113,12 @@ def inspect(
             except errors.MigrationError as error:
                 raise typer.BadParameter(f"--section: {error.message}") from None
             inspections.append(found)
+    if (
+        groups
+        and section is not None
+        and not any(shown.kind == "optimizer" for found in inspections for shown in found.sections)
+    ):
+        in_vain("with a --section that is not an optimizer", groups=groups)
     if len(inspections) > 1:
         from optimstate.surgery.inspection.history import History
 

@@ -300,6 +300,10 @@ def show(
 
     if checkpoint is None:
         in_vain("without a checkpoint, whose parameters it is about", params=params)
+    if as_json:
+        in_vain("with --json, which has every parameter", params=params)
+    if html is None:
+        in_vain("without --html, as nothing is written", force=force)
     if html is not None:
         files.check_plan_destination(html, plan, *([] if checkpoint is None else [checkpoint]), force=force)
     report = showing.show_plan(read_plan(plan), checkpoint)
@@ -318,7 +322,9 @@ def _check(output: Path | None, *sources: Location, force: bool, as_json: bool) 
 
     if str(output) == "-" and as_json:
         raise typer.BadParameter("--json has the plan in it: leave out -o -")
-    if output is not None:
+    if output is None or str(output) == "-":
+        in_vain("without the name of a file to write (--output FILE)", force=force)
+    else:
         files.check_plan_destination(output, *sources, force=force)
 
 

@@ -19,7 +19,7 @@ from optimstate.record import field
 from optimstate.surgery.opening import opening
 from optimstate.surgery.reports import VerbReport
 from optimstate.surgery.text import plural, size, table
-from optimstate.surgery.writing.remapping import check_distributed
+from optimstate.surgery.writing.remapping import DISTRIBUTED, check_distributed
 from optimstate.tensors.lazy import LazyTensor
 from optimstate.tree import Opaque, OpaqueFile, nodes, replaced
 
@@ -148,6 +148,11 @@ def convert(
         _refuse_in_vain(target, options)
         sharded = target == "safetensors" and options.shard_size is not None
         check_distributed(target, copy=options.copy, ranks=options.ranks, stage=options.stage, sharded=sharded)
+        if options.copy and document.format != DISTRIBUTED:
+            raise UsageError(
+                f"copy is for the data files of a distributed checkpoint; the source is {document.format}",
+                hint="Leave it out: whatever is written of another container is a copy.",
+            )
         if verify and dry_run:
             verify_checksums(document)
         elif not dry_run:
