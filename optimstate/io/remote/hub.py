@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from optimstate.errors import CheckpointError, CheckpointNotFoundError, UsageError
-from optimstate.io.remote.store import UNKNOWN, Entry, missing_library, without_secrets
+from optimstate.io.remote.store import UNKNOWN, Entry, check_sendable, missing_library, without_secrets
 from optimstate.io.remote.web import WebStore
 
 __all__ = ["HubStore", "hub_store"]
@@ -65,6 +65,7 @@ def hub_store(rest: str) -> tuple[HubStore, str]:
         failures: Any = import_module("huggingface_hub.errors")
     except ImportError:
         raise missing_library("huggingface_hub", "hf") from None
+    check_sendable(("HF_TOKEN",), f"hf://{owner}/{name}")
     endpoint = os.environ.get("HF_ENDPOINT") or None
     repository = f"{owner}/{name}"
     shown = f"hf://{repository}" if kind is None else f"hf://{kind}s/{repository}"

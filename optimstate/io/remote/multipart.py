@@ -27,6 +27,7 @@ _NO_ANSWER = (  # of botocore
     "ConnectionClosedError",
     "EndpointConnectionError",
     "HTTPClientError",
+    "ProxyConnectionError",
     "ReadTimeoutError",
     "ResponseStreamingError",
     "SSLError",

@@ -26,11 +26,13 @@ from optimstate.io.remote.store import (
     Entry,
     Upload,
     changed,
+    check_sendable,
     in_window,
     is_strong,
     missing_library,
     traffic,
     without_secrets,
+    without_values,
 )
 from optimstate.io.remote.uploads import ObjectUpload
 
@@ -43,6 +45,15 @@ _ENDPOINTS = {
     "gs": ("STORAGE_EMULATOR_HOST", "GOOGLE_BASE_URL"),
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
+_SENT = (  # variables whose values are sent in headers
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "AZURE_STORAGE_TOKEN",
+    "GOOGLE_BEARER_TOKEN",
+)
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 
 
@@ -123,10 +134,11 @@ class ObjectStore:
             options["config"] = {"base_url": endpoint}
             if os.environ.get("STORAGE_EMULATOR_HOST"):
                 options["credential_provider"] = lambda: {"token": "", "expires_at": None}
+        check_sendable(_SENT, self.name)
         try:
             self.raw: Any = made(bucket, **options)
         except Exception as error:  # noqa: BLE001  # any error of a library becomes one line
-            raise CheckpointError(f"cannot be reached: {without_secrets(str(error))}", path=self.name) from None
+            raise _unusable(error, self.name) from None
 
     @property
     def endpoint(self) -> str | None:
@@ -149,8 +161,15 @@ class ObjectStore:
 
     @property
     def client(self) -> Any:
-        """The botocore client, for multipart uploads and copies within S3; None without botocore."""
-        return _client(self.endpoint, self.region)
+        """The botocore client, for multipart uploads and copies within S3; None without botocore.
+
+        Raises:
+            CheckpointError: The configuration in the environment cannot be used.
+        """
+        try:
+            return _client(self.endpoint, self.region)
+        except Exception as error:  # noqa: BLE001  # as in `__init__`
+            raise _unusable(error, self.name) from None
 
     def asked(self, key: str, ask: Callable[[], T]) -> T:
         """The result of a request.
@@ -171,8 +190,12 @@ class ObjectStore:
             raise CheckpointNotFoundError(
                 "there is no such object", path=place, hint="Check the name and the bucket."
             ) from None
-        except Exception as error:  # noqa: BLE001  # any error of a library becomes one line
+        except BaseException as error:  # any error of a library becomes one line, and its panics too
             kind, text = type(error).__name__, str(error)
+            if not isinstance(error, Exception):
+                if kind != "PanicException":
+                    raise
+                raise CheckpointError("the library for stores has failed", path=place) from None
             if kind == "PreconditionError":
                 raise changed(place) from None
             if (found := of_library(text, place)) is not None:
@@ -287,6 +310,15 @@ def _client(endpoint: str | None, region: str) -> Any:
     if endpoint is not None:
         client.meta.events.register_first("needs-retry.s3", redirects.raise_redirect)
     return client
+
+
+def _unusable(error: Exception, name: str) -> CheckpointError:
+    """The error for a configuration that a library refuses, without the values in the library's message."""
+    if "Credentials" in type(error).__name__:
+        message = "there are no credentials in the environment, or only a part of them"
+    else:
+        message = f"the configuration in the environment cannot be used: {without_values(str(error))}"
+    return CheckpointError(message, path=name, hint="Check the variables of the store's own tools.")
 
 
 def _refusal(text: str, place: str, *, moved: bool) -> CheckpointError:

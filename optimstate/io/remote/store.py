@@ -24,12 +24,14 @@ __all__ = [
     "Traffic",
     "Upload",
     "changed",
+    "check_sendable",
     "in_child",
     "is_strong",
     "missing_library",
     "pool",
     "traffic",
     "without_secrets",
+    "without_values",
 ]
 
 PART = 1 << 23
@@ -193,6 +195,7 @@ _QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
 _ANSWERED = re.compile(r"<\?xml|Debug source")
 _BODY = re.compile(r"(status code: \d{3} [A-Za-z ]+):.*")
 _USER = re.compile(r"://[^/\s@]+@")
+_VALUES = re.compile(r"\"[^\"]*\"?|'[^']*'?|`[^`]*`?|https?://.*?(?=, Error|$)|[Ss]ymbol \d+")
 _GENERIC = re.compile(r"^Generic \w+ error: ")
 
 
@@ -201,6 +204,27 @@ def without_secrets(text: str) -> str:
     line = _GENERIC.sub("", " ".join(_ANSWERED.split(text)[0].split()))
     line = _BODY.sub(r"\1", line)
     return _USER.sub("://", _QUERY.sub(r"\1", line)).rstrip(": ")[:300]
+
+
+def without_values(text: str) -> str:
+    """A library's message about a configuration in one line, without values, which may be secrets."""
+    return _VALUES.sub("...", without_secrets(text))
+
+
+def check_sendable(names: Sequence[str], place: str) -> None:
+    """Check that the values of environment variables can be sent, without naming the values.
+
+    Raises:
+        CheckpointError: One has a character that cannot be sent, such as the end of a line.
+    """
+    for name in names:
+        value = os.environ.get(name, "")
+        if not value.isascii() or not value.isprintable():
+            raise CheckpointError(
+                f"the value of {name} has a character that cannot be sent, such as the end of a line",
+                path=place,
+                hint="Set it again without that character.",
+            )
 
 
 def is_strong(version: str) -> bool:
