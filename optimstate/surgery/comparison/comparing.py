@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import eq
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,18 +14,18 @@ from optimstate.io.extents import Progress
 from optimstate.io.location import Place
 from optimstate.io.places import located
 from optimstate.state.optimizer import OptimizerState
-from optimstate.state.records import is_tensor
 from optimstate.state.sections import Section, find_sections
 from optimstate.state.tied import tied_names
 from optimstate.surgery.comparison.contents import relative_difference, renames
 from optimstate.surgery.comparison.differences import Change, ChangeKind, DiffReport
+from optimstate.surgery.comparison.sides import Side, pairs
 from optimstate.surgery.comparison.views import MEMBERS, OTHER, Key, View
 from optimstate.surgery.leaves import Shape, checksum_of_number, same
 from optimstate.surgery.opening import opening
 from optimstate.surgery.shown import form_of, plain
 from optimstate.surgery.viewing import template_of
 from optimstate.tensors.lazy import LazyTensor, announced, read_numbers
-from optimstate.tree import nodes, path_key
+from optimstate.tree import nodes
 
 if TYPE_CHECKING:
     from optimstate.plan.language.template import Template
@@ -71,8 +71,8 @@ def diff(
         ]
         _announce(documents, headers=headers)
         comparison = _Comparison(headers, template, tolerance, progress)
-        sides = _Side(documents[0]), _Side(documents[1])
-        for mine, theirs in _pairs(*sides):
+        sides = Side(documents[0]), Side(documents[1])
+        for mine, theirs in pairs(*sides):
             comparison.compare_sections(mine, theirs, sides)
         rest = [View.of_rest(side.document.tree, side.sections) for side in sides]
         comparison.compare(OTHER, *rest)
@@ -80,65 +80,6 @@ def diff(
             comparison.drop_if_equal(OTHER)
         comparison.refuse_unmatched()
         return comparison.report(*map(str, paths))
-
-
-class _Side:
-    """One of the two checkpoints."""
-
-    def __init__(self, document: Document) -> None:
-        self.document = document
-        self.sections = find_sections(document.tree)
-        self._names: dict[str, tuple[str, ...] | str] | None = None
-
-    def names_of(self, section: Section) -> tuple[str, ...] | str:
-        """The names that the weights in the file give an optimizer without names, or why they do not."""
-        if self._names is None:
-            from optimstate.surgery.writing.naming import concluded_names  # few optimizers need them
-
-            self._names = concluded_names(self.document, self.sections)
-        return self._names[section.label]
-
-    def section_at(self, other: Section) -> Section | None:
-        """What stands where the other side has a section, if it can be read as one."""
-        node: Any = self.document.tree
-        for key in other.path:
-            node = _child(node, key)
-        for section in self.sections:
-            if section.in_tree is node and section.kind == other.kind:
-                return section
-        if other.kind not in ("model", "ema") or not isinstance(node, Mapping) or other.host is not None:
-            return None
-        if not any(map(is_tensor, node.values())) or any(section.in_tree is node for section in self.sections):
-            return None
-        made = Section(other.kind, other.path, node)
-        self.sections.append(made)
-        return made
-
-
-def _child(node: Any, key: str | int) -> Any:
-    if isinstance(node, Mapping):
-        return next((value for inner, value in node.items() if path_key(inner) == key), None)
-    if isinstance(node, list | tuple) and isinstance(key, int) and key < len(node):
-        return node[key]
-    return None
-
-
-def _pairs(left: _Side, right: _Side) -> Iterator[tuple[Section | None, Section | None]]:
-    rest = list(right.sections)
-    unpaired: list[Section] = []
-    for section in list(left.sections):
-        same_place = next((other for other in rest if (other.kind, other.path) == (section.kind, section.path)), None)
-        if same_place is None:
-            unpaired.append(section)
-        else:
-            rest.remove(same_place)
-            yield section, same_place
-    for section in unpaired:
-        alike = right.section_at(section) or next((other for other in rest if other.kind == section.kind), None)
-        rest = [other for other in rest if other is not alike]
-        yield section, alike
-    for other in rest:
-        yield left.section_at(other), other
 
 
 def _announce(documents: Sequence[Document], *, headers: bool) -> None:
@@ -181,7 +122,7 @@ class _Comparison:
         if not any(change.section == label for change in self.changes):
             self.equal.pop(label, None)
 
-    def compare_sections(self, left: Section | None, right: Section | None, sides: Sequence[_Side]) -> None:
+    def compare_sections(self, left: Section | None, right: Section | None, sides: Sequence[Side]) -> None:
         """Compare two sections, one of which may be missing."""
         section = left or right
         assert section is not None
@@ -199,7 +140,7 @@ class _Comparison:
             self._compare_sharing(label, mine.tensors, theirs.tensors)
 
     def _names(
-        self, label: str, pair: Sequence[Section | None], sides: Sequence[_Side]
+        self, label: str, pair: Sequence[Section | None], sides: Sequence[Side]
     ) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
         """The names of optimizers that have none, where the two would be compared by position otherwise."""
         anonymous = [one is not None and not one.optimizer().is_named for one in pair]
