@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import optimstate
-from optimstate.errors import DestinationError
+from optimstate.errors import CheckpointError, DestinationError
 from optimstate.formats.protocol import WriteOptions
 from tests.remote.between import Answer, Between, error
 from tests.remote.conftest import Bucket
@@ -190,6 +190,30 @@ def test_a_store_that_does_not_copy_ranges_gets_them(
         optimstate.remap(f"{bucket.url}/{name}", f"{bucket.url}/{target}", plan)
         assert bucket.get(target) == (tmp_path / f"near-{name}").read_bytes()
     assert len(copies) == 1  # it is asked once
+    assert bucket.unfinished() == []
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_a_source_that_changes_while_the_store_copies_it_is_noticed(
+    between: Between, bucket: Bucket, checkpoint: Path, tried: bool
+) -> None:
+    """moto does not look at the condition of a copy; S3 answers so if the source has another ETag."""
+    bucket.put(checkpoint, "run.pt")
+    plan = optimstate.Plan.from_options(rename=["{i:int}.{p}=layers.{i}.{p}"])
+    if tried:  # whether the store copies ranges
+        optimstate.remap(f"{bucket.url}/run.pt", f"{bucket.url}/new.pt", plan)
+        bucket.client.delete_object(Bucket=bucket.name, Key="new.pt")
+
+    def rule(asked: str, environ: dict[str, object]) -> Answer | None:
+        if "HTTP_X_AMZ_COPY_SOURCE" not in environ:
+            return None
+        assert environ["HTTP_X_AMZ_COPY_SOURCE_IF_MATCH"]
+        return error("412 Precondition Failed", "PreconditionFailed")
+
+    between.rule_of_all = rule
+    with pytest.raises(CheckpointError, match=r"run\.pt: changed while it was read"):
+        optimstate.remap(f"{bucket.url}/run.pt", f"{bucket.url}/new.pt", plan)
+    assert bucket.keys() == ["run.pt"]
     assert bucket.unfinished() == []
 
 
