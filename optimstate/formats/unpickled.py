@@ -17,12 +17,12 @@ from typing import Any
 
 from optimstate.errors import CheckpointError, CorruptCheckpointError
 from optimstate.formats.byte_kinds import MAX_TEXT, is_safetensors, is_tar, is_text
-from optimstate.formats.byte_sources import LoadedFile, Part, unpacker
-from optimstate.formats.dcp.pieces import ENDS
+from optimstate.formats.byte_sources import Part, unpacker
+from optimstate.formats.dcp.items import ends, fill, read_item
 from optimstate.formats.pickles.mentions import Mention, Mentions, mentions_in_a_row
 from optimstate.formats.torch.zip_directory import Archive
 from optimstate.formats.torch.zip_end import LOCAL, archive_length, read_in_two_ways
-from optimstate.io.extents import Extent, FileSlice, InMemory, StoredSource, announce
+from optimstate.io.extents import FileSlice, InMemory, StoredSource, announce
 from optimstate.io.streams import Source, SourceFile
 from optimstate.record import Record
 
@@ -38,7 +38,6 @@ _MAX_MEMBERS = 100_000
 _HEAD = 512  # bytes that decide the kind of a source
 _FEW = 2048  # bytes of a member whose findings are kept, because equal members are frequent
 _KNOWN = 4096  # such members that are kept
-_SMALL = 1 << 16  # bytes of an archive that is read as a whole
 _TOGETHER = 512  # items whose ends are fetched at the same time from a store
 _HERE = "\0"  # stands for the record of a member in findings that are kept
 
@@ -310,12 +309,12 @@ class _Search:
 
     def _items(self, source: Source, record: str, depth: int) -> Found:
         """The consecutive archives in a file of torch.distributed.checkpoint."""
-        if not depth and isinstance(source, StoredSource) and _fill(self._of_metadata, source.size):
+        if not depth and isinstance(source, StoredSource) and fill(self._of_metadata, source.size):
             for first in range(0, len(self._of_metadata), _TOGETHER):
                 places = self._of_metadata[first : first + _TOGETHER]
-                announce(extent for place in places for extent in _ends(source, *place))
+                announce(extent for place in places for extent in ends(source, *place))
                 for start, size in places:
-                    yield from self.whole(_item(source, start, size), _at_byte(record, start), depth + 1)
+                    yield from self.whole(read_item(source, start, size), _at_byte(record, start), depth + 1)
             return
         start = 0
         while start < source.size:
@@ -325,7 +324,7 @@ class _Search:
                 if not is_safetensors(rest):
                     yield Unread(_at_byte(record, start), "bytes of no known kind")
                 return
-            item = _item(source, start, size) if isinstance(source, StoredSource) else Part(source, start, size)
+            item = read_item(source, start, size) if isinstance(source, StoredSource) else Part(source, start, size)
             yield from self.whole(item, _at_byte(record, start), depth + 1)
             start += size
 
@@ -384,30 +383,6 @@ def _encoded(text: str, encoding: str) -> bytes | None:
         return text.encode(encoding)
     except UnicodeEncodeError:
         return None
-
-
-def _fill(places: Sequence[tuple[int, int]], size: int) -> bool:
-    """Whether places in ascending order fill a file of a size, each with at least a byte and without gaps."""
-    end = 0
-    for start, length in places:
-        if start != end or not length:
-            return False
-        end += length
-    return bool(places) and end == size
-
-
-def _ends(source: StoredSource, start: int, size: int) -> tuple[Extent, ...]:
-    """The bytes of an item that are read: all of a small one, else those at its ends."""
-    if size <= max(_SMALL, 2 * ENDS):
-        return (source.extent(start, size),)
-    return source.extent(start, ENDS), source.extent(start + size - ENDS, ENDS)
-
-
-def _item(source: StoredSource, start: int, size: int) -> Source:
-    """An item of a data file; a small one in memory, because reading it piece by piece takes longer."""
-    if size <= _SMALL:
-        return LoadedFile(source.path, source.read(start, size))
-    return FileSlice(source, start, size)
 
 
 def _start(source: StoredSource | FileSlice) -> int:
