@@ -7,6 +7,7 @@ from typing import Any
 
 from optimstate.certificates.certificate import KEY
 from optimstate.certificates.live import being_compared, certificate_of
+from optimstate.errors import UsageError
 from optimstate.hooks.save import SaveHook, StateDict
 from optimstate.installed_torch import torch
 from optimstate.plan.apply.stamps import METADATA
@@ -36,6 +37,8 @@ def certify(
     Example:
         `optimizer.register_state_dict_post_hook(hooks.certify(model))`
     """
+    if path is not None and not str(path):
+        raise UsageError("the path of the certificate is empty")
 
     def change(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> tuple[StateDict, str]:
         if being_compared.get():

@@ -21,11 +21,12 @@ from optimstate.plan.apply.stamps import refuse_second
 from optimstate.plan.expressions.evaluate import copied
 from optimstate.plan.expressions.tree import Fill
 from optimstate.plan.language.base import Operation
-from optimstate.plan.language.dimensions import Resize
+from optimstate.plan.language.dimensions import Resize, fill_of
 from optimstate.plan.language.joining import Concat, Split
 from optimstate.plan.language.plan import Plan
 from optimstate.plan.language.rules import GroupRule, Policy, Rule
 from optimstate.plan.language.template import Template
+from optimstate.plan.solve.reach import option_problems
 from optimstate.state.optimizer import Slots
 
 __all__ = [
@@ -145,6 +146,9 @@ def fuse(names: Mapping[str, Iterable[str]], *, dim: int = 0) -> LoadHook:
     return ruled("fuse", names, rule, several=True, flip=True)
 
 
+_FILLS = ("zeros", "mean", "wrap")
+
+
 def resize(
     *names: str, fill: Literal["zeros", "mean", "wrap"] | float | Mapping[str, str | float] | None = None
 ) -> LoadHook:
@@ -159,7 +163,9 @@ def resize(
     Example:
         `hooks.resize("embed.weight", fill={"exp_avg": "zeros", "exp_avg_sq": "mean"})`
     """
-    filling = Fill(None, dict(fill)) if isinstance(fill, Mapping) else Fill(fill)
+    filling = Fill(None) if fill is None else fill_of(dict(fill) if isinstance(fill, Mapping) else fill, _FILLS)
+    if filling is None:
+        raise PlanError(f"resize: fill is {describe(fill)}, expected {', '.join(_FILLS)}, a number, or these by slot")
 
     def prepare(request: LoadRequest) -> None:
         shapes = request.live.shapes()
@@ -249,7 +255,7 @@ def regroup(
         `hooks.regroup({"**.bias": {"weight_decay": 0.0}, "**": {}})`
     """
     tables = tuple(GroupRule(templates(match), dict(options)) for match, options in (groups or {}).items())
-    plan = Plan(groups=tables, policy=Policy(merge=merge, step=step))
+    plan = Plan(groups=tables).with_policy(merge=merge, step=step)
     return HookStep("regroup", lambda request: request.add(plan))
 
 
@@ -278,6 +284,11 @@ def hyperparameters(
         raise PlanError(f"hyperparameters: {twice[0]} has both a source and a value")
 
     def prepare(request: LoadRequest) -> None:
+        options = [*(group.options for group in request.state.groups), *request.live.options]
+        asked = {**values, **{key: found for key in given for found in _first(key, options)}}
+        unknown = {key: None for key in given if key != "*" and key not in asked}
+        if problems := list(option_problems({**asked, **unknown}, options, "hyperparameters")):
+            raise MigrationError(problems)
         decided = (given.keys() | values.keys()) & (request.options.keys() | request.values.keys())
         if decided:
             raise PlanError(
@@ -290,6 +301,11 @@ def hyperparameters(
         request.values.update(values)
 
     return HookStep("hyperparameters", prepare)
+
+
+def _first(option: str, groups: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """The value of an option in the first group that has it."""
+    return [group[option] for group in groups if option in group][:1]
 
 
 def cast_state(dtypes: Mapping[str, str | torch.dtype] | str | torch.dtype) -> LoadHook:

@@ -6,10 +6,10 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from optimstate.errors import OptimStateWarning, StateMismatchError
+from optimstate.errors import OptimStateWarning, StateMismatchError, UsageError
 from optimstate.hooks.engine.hook import LOGGER, LoadHook
 from optimstate.hooks.engine.live import algorithm_name
 from optimstate.hooks.engine.match import foreign_slots
@@ -90,7 +90,14 @@ def verify_resume(
     Example:
         `optimizer.register_load_state_dict_post_hook(hooks.verify_resume("warn"))`
     """
+    UsageError.refuse_other("otherwise", otherwise, ("raise", "warn"))
+    _refuse_unknown(skip)
     return _VerifyResume(otherwise, skip, scheduler)
+
+
+def _refuse_unknown(skip: Sequence[Check]) -> None:
+    for check in skip:
+        UsageError.refuse_other("skip", check, get_args(Check))
 
 
 def resume_problems(
@@ -111,6 +118,7 @@ def resume_problems(
     Example:
         `hooks.resume_problems(optimizer)`
     """
+    _refuse_unknown(skip)
     checks: Mapping[Check, Callable[[], Iterator[Problem]]] = {
         "slots": lambda: _foreign(optimizer),
         "coverage": lambda: _uncovered(optimizer),

@@ -222,6 +222,22 @@ class UsageError(OptimStateError, ValueError):
         suggestion = f"Did you mean {describe(near[0])}? " if near else ""
         return cls(problem, hint=f"{suggestion}There are: {', '.join(words)}." if words else "")
 
+    @classmethod
+    def refuse_other(cls, what: str, value: object, known: Iterable[str]) -> None:
+        """Refuse the value of an argument that is not one of some words.
+
+        Args:
+            what: The argument.
+            value: Its value.
+            known: The words.
+
+        Raises:
+            UsageError: It is none of them.
+        """
+        words = list(known)
+        if not isinstance(value, str) or value not in words:
+            raise cls(f"{what} is {describe(value)}, it must be one of {', '.join(words)}")
+
 
 class StateMismatchError(OptimStateError, ValueError):
     """State does not fit the optimizer, scheduler or model that is to load it."""

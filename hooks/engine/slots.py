@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from optimstate.describe import describe
-from optimstate.errors import MigrationError, PlanError
+from optimstate.errors import MigrationError, PlanError, StateMismatchError
 from optimstate.installed_torch import torch
 from optimstate.plan.expressions.evaluate import copied, number_of, shape_of
 from optimstate.plan.slots.outcomes import SlotPath, flat_slots, slot_name
@@ -101,7 +101,16 @@ class Casts:
         self._followed: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
 
     def expect(self, optimizer: torch.optim.Optimizer, made: dict[str, Any]) -> None:
-        """Remember to cast what this optimizer is about to load, once it has loaded."""
+        """Remember to cast what this optimizer is about to load, once it has loaded.
+
+        Raises:
+            StateMismatchError: No parameter has a slot that is named.
+        """
+        there = {str(slot) for slots in made["state"].values() if isinstance(slots, Mapping) for slot in slots}
+        if there and (unknown := sorted(self._dtypes.keys() - there - {"*"})):
+            raise StateMismatchError(
+                f"no parameter has the slot {describe(unknown[0])}", hint=f"There are {', '.join(sorted(there))}."
+            )
         self._loading[optimizer] = made
         if optimizer not in self._followed:
             self._followed[optimizer] = True

@@ -9,6 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from optimstate import reporting
+from optimstate.errors import UsageError
 from optimstate.io.location import Place
 from optimstate.plan.language.plan import Plan
 from optimstate.problems import Problem
@@ -113,6 +114,8 @@ def resume(
     models, optimizers, schedulers, averages = (
         [] if several is None else _named(several) for several in (model, optimizer, scheduler, ema)
     )
+    if not (models or optimizers or schedulers or averages) and scaler is None:
+        raise UsageError("nothing is given to resume", hint="Give model=..., optimizer=..., scheduler=... or ema=....")
     optimizers = [(path, shards.innermost(live)) for path, live in optimizers]
     schedulers = [(path, getattr(live, "scheduler", live)) for path, live in schedulers]
     sharded = shards.is_sharded([live for _, live in (*models, *averages)], [live for _, live in optimizers])

@@ -195,7 +195,7 @@ def _parts(tree: Any, path: Location) -> tuple[Mapping[str, Any], OptimizerState
     sections = (
         find_sections({"optimizer": tree["optimizer"]}) if isinstance(model, Mapping) and "optimizer" in tree else []
     )
-    found = next((section.optimizer() for section in sections if section.path == ("optimizer",)), None)
+    found = next((one.optimizer() for one in sections if one.path == ("optimizer",) and one.kind == "optimizer"), None)
     if not isinstance(model, Mapping) or found is None or not found.is_named:
         raise RepresentationError(
             f"{path.name}: a universal checkpoint needs `model` and an `optimizer` with parameter names",

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from optimstate.describe import describe
-from optimstate.errors import PlanSyntaxError
+from optimstate.errors import PlanSyntaxError, UsageError
 from optimstate.plan.language import toml, toml_writing
 from optimstate.plan.language.rules import GroupRule, Guard, OptimizerRule, Policy, Rule, SchedulerRule, fan_out
 from optimstate.plan.language.template import Template
@@ -173,7 +173,14 @@ class Plan(Record):
         return Plan(passes[0], passes[1:], policy=Policy(unused=self.policy.unused)) if passes else Plan()
 
     def with_policy(self, **policies: Any) -> Plan:
-        """The same plan with other policies."""
+        """The same plan with other policies.
+
+        Raises:
+            UsageError: A policy does not have such a value.
+        """
+        known = get_type_hints(Policy)
+        for name, value in policies.items():
+            UsageError.refuse_other(name, value, get_args(known[name]))
         return self._replace(policy=self.policy._replace(**policies))
 
     def only(self, section: str) -> Plan:

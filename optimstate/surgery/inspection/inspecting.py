@@ -95,7 +95,7 @@ def inspect(
         UsageError: No name matches the template, or `sort` or `top` is none of what they can be.
     """
     if sort not in (None, *get_args(Sort)):
-        raise UsageError(f"sort is {describe(sort)}, it must be one of {', '.join(get_args(Sort))}")
+        UsageError.refuse_other("sort", sort, get_args(Sort))
     if top is not None and not top >= 1:
         raise UsageError(f"top is {top}, it must be a number from 1 up")
     path = checkpoint.path if isinstance(checkpoint, Document) else located(checkpoint)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from optimstate.describe import describe
 from optimstate.errors import CheckpointError, DestinationError, MigrationError, UsageError
@@ -93,6 +93,7 @@ def name(
         MigrationError: Names are not determined; every reason is listed with what would settle it.
         DestinationError: The destination exists or cannot be written.
     """
+    UsageError.refuse_other("order", order, get_args(Order))
     source = located(source)
     if destination is not None and not dry_run:
         destination = located(destination)

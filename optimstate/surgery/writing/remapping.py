@@ -126,6 +126,8 @@ def remap(
         DestinationError: The destination exists, is the source, or cannot be written.
     """
     plan, source = Plan.of(plan), located(source)
+    if in_place and destination is not None:
+        raise UsageError("in_place writes into the source, and a destination is given too", hint="Give one of them.")
     destination = None if destination is None else located(destination)
     if destination is not None and not dry_run:
         check_destination(destination, [source], force=force or (stage is not None and stage.in_store))
