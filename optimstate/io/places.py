@@ -14,9 +14,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optimstate.describe import describe
 from optimstate.errors import UsageError
 from optimstate.io.extents import FileSource, StoredSource
-from optimstate.io.location import Location, Place
+from optimstate.io.location import InStore, Location, Place
 
 if TYPE_CHECKING:
     from optimstate.io.output import AtomicGroup, Output
@@ -37,7 +38,7 @@ def located(place: Place) -> Location:
     """The location with a name.
 
     Raises:
-        UsageError: The name is empty, of an unknown kind of store, or contains credentials.
+        UsageError: It is not a name, or the name is empty, of an unknown kind of store, or contains credentials.
     """
     if place == "":
         raise UsageError("a path is empty", hint="Give the name of a file or folder; `.` is the current folder.")
@@ -53,6 +54,11 @@ def located(place: Place) -> Location:
                 hint="Give it as text, s3://BUCKET/NAME, because a Path does not keep both; plans and pages are files.",
             )
         return path
+    if not isinstance(place, InStore):
+        raise UsageError(
+            f"a checkpoint is given by its path or address, not as {describe(type(place).__name__)}",
+            hint="Save what is in memory to a file first, or load it by optimstate.hooks.",
+        )
     return place
 
 

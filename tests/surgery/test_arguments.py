@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,3 +56,27 @@ def test_a_number_or_a_word_out_of_range_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=argument):
         function(checkpoint, **{argument: value})
+
+
+VERBS: list[Callable[[Any], object]] = [
+    optimstate.open_checkpoint,
+    optimstate.inspect,
+    optimstate.verify,
+    optimstate.scan,
+    differing,
+    lambda place: optimstate.diff("a.pt", place),
+    lambda place: optimstate.remap(place, "out.pt", optimstate.Plan()),
+    lambda place: optimstate.convert(place, "out.pt"),
+    lambda place: optimstate.name(place, "out.pt"),
+    lambda place: optimstate.suggest(place, "a.pt"),
+    lambda place: optimstate.resume(place, model=torch.nn.Linear(2, 2)),
+]
+
+
+@pytest.mark.parametrize(
+    "place", [b"a.pt", 5, None, ["a.pt"], {"model": {}}, io.BytesIO()], ids=lambda p: type(p).__name__
+)
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_is_not_the_name_of_a_checkpoint_is_refused(verb: Callable[[Any], object], place: Any) -> None:
+    with pytest.raises(UsageError, match=f"by its path or address, not as .*{type(place).__name__}"):
+        verb(place)
