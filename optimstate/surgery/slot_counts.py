@@ -131,7 +131,7 @@ def _unknown_steps(state: OptimizerState) -> Iterator[LazyTensor]:
 
 
 def _is_step(path: str) -> bool:
-    return path == "step" or path.endswith(".step")
+    return path == "step" or str(path).endswith(".step")  # str, because some programs use numbers as keys
 
 
 def _is_told(storage: Storage) -> bool:

@@ -142,6 +142,30 @@ def spoilt(saved: Tree) -> Iterator[None]:
         fields[key] = kept
 
 
+def with_tensors(node: Any) -> Any:
+    """The state with a tensor in place of every fraction, as schedules of a rate that is a tensor keep them."""
+    if isinstance(node, dict):
+        return {key: with_tensors(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [with_tensors(value) for value in node]
+    return torch.tensor(node, dtype=torch.float64) if type(node) is float else node
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_tensors_of_one_number_are_computed_with(name: str, tmp_path: Path) -> None:
+    saved, plan = checkpoint(name), optimstate.Plan.from_toml("[[group]]\nset = { lr = 0.05 }\n")
+    made = []
+    for number, state in enumerate((saved["lr_scheduler"], with_tensors(saved["lr_scheduler"]))):
+        torch.save({**saved, "lr_scheduler": state}, tmp_path / f"{number}.pt")
+        assert optimstate.verify(tmp_path / f"{number}.pt", numbers=False).healthy
+        report = optimstate.remap(tmp_path / f"{number}.pt", tmp_path / f"{number}.out.pt", plan)
+        told = any("tensors of one number" in note for note in report.notes)
+        assert told == (number == 1) or name == "ReduceLROnPlateau"  # which needs nothing computed
+        made.append(torch.load(tmp_path / f"{number}.out.pt", weights_only=False))
+    assert made[1]["optimizer"]["param_groups"] == made[0]["optimizer"]["param_groups"]
+    assert resumes(name, made[1])
+
+
 ARGUMENTS: dict[str, str] = {
     "StepLR": "gamma = 0.5",
     "MultiStepLR": "milestones = [3, 9]",

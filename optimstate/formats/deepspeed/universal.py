@@ -262,7 +262,8 @@ def _common_slots(optimizer: OptimizerState) -> dict[int, dict[str, Any]]:
 def _of_rank(counters: Mapping[str, Any], rank: int, world: int) -> dict[str, Any]:
     """The model states of one rank in stage 3: empty weights, and its fragments of untrained parameters."""
     module, buffers = counters["module"], set(counters["buffer_names"])
-    not_trained = dict.fromkeys(counters.get("frozen_param_shapes") or ())
+    listed = counters.get("frozen_param_shapes")
+    not_trained = dict.fromkeys(listed if isinstance(listed, Mapping) else ())
     empty = {
         name: value if name in buffers or not isinstance(value, LazyTensor) else tensor_of((), value.dtype, (0,))
         for name, value in module.items()
@@ -306,7 +307,8 @@ def _model_states(
     size = GlobalName("torch", "Size")
     shapes = [OrderedDict((name, size(tuple(model[name].shape))) for name in names) for names in groups]
     trained = {name for names in groups for name in names}
-    not_trained = tree.get("frozen_param_shapes")
+    listed = tree.get("frozen_param_shapes")
+    not_trained = listed if isinstance(listed, Mapping) else None
     made: dict[str, Any] = {
         "module": model,
         "buffer_names": [name for name in model if name not in trained and name not in (not_trained or ())],

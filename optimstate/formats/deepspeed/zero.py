@@ -73,10 +73,9 @@ def read(path: Location) -> Document:
     models = [load_part(document, file) for file in _rank_files(path, _MODEL_FILE)]
     states = [_field(rank, "optimizer_state_dict", path) for rank in ranks]
     main = models[0]
-    groups = [
-        {name: shape_of(size) for name, size in group.items()} for group in _field(main, "param_shapes", path) or ()
-    ]
+    shapes = _field(main, "param_shapes", path) or ()
     with malformed("the optimizer states are malformed", path=path):
+        groups = [{name: shape_of(size) for name, size in group.items()} for group in shapes]
         if "fp32_flat_groups" in states[0]:
             state, param_groups, model = _stage_3(states, groups, models)
             document.notes.append("weights are the fp32 masters: stage 3 stores no others")

@@ -22,7 +22,7 @@ from optimstate.record import Record
 from optimstate.state.algorithms.slots import WEIGHT
 from optimstate.state.optimizer import OptimizerState
 from optimstate.tensors.lazy import LazyTensor
-from optimstate.tree import Path, format_path
+from optimstate.tree import Path, children, format_path
 
 __all__ = ["Masters", "masters_beside"]
 
@@ -116,7 +116,7 @@ def masters_beside(
     """
     beside = tree
     for key in path[:-1]:
-        beside = beside[key]
+        beside = next((child for inner, child in children(beside) if inner == key), None)
     if not path or not isinstance(beside, Mapping):
         return
     sizes = [len(group.params) for group in state.groups]

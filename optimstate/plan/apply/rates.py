@@ -15,6 +15,7 @@ from optimstate.plan.solve.groups import same_value
 from optimstate.problems import Problem
 from optimstate.state.scheduler import PER_GROUP_KEYS, regroup_scheduler_state
 from optimstate.state.schedules import Line, Schedule, parts, schedule_of
+from optimstate.tree import nodes
 
 __all__ = ["Rates"]
 
@@ -56,7 +57,10 @@ class Rates:
             fresh = {number: self._fresh(number, state) for number in self._new()}
             group_map = [[] if base is None else [base] for base in self.groups.bases]
             made = unshared(regroup_scheduler_state(state, group_map, fresh=fresh, groups=len(self.groups.before)))
-        self.schedule = schedule_of(made)
+        plain = _with_numbers(made)
+        if any(number_of(leaf) is not None and not isinstance(leaf, bool | int | float) for leaf in nodes(made)):
+            self.notes.append("tensors of one number in the state of the scheduler are numbers in the result")
+        self.schedule = schedule_of(plain)
 
     def _refuse_damaged(self, schedule: Schedule) -> None:
         """Refuse a state that torch could not take a step with, as nothing can be computed with it either."""

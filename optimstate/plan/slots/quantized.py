@@ -58,8 +58,10 @@ def error_bound(*, signed: bool) -> float:
 
 def unnested(slots: Slots) -> dict[str, Any]:
     """The slots side by side, whether or not they stand in an entry of their own."""
-    made = {slot: value for slot, value in slots.items() if slot != NESTED}
-    return {**made, **slots.get(NESTED, {})}
+    nested = slots.get(NESTED)
+    if not isinstance(nested, Mapping):
+        return dict(slots)
+    return {**{slot: value for slot, value in slots.items() if slot != NESTED}, **nested}
 
 
 def written(slots: Mapping[str, Any]) -> dict[str, Any]:
