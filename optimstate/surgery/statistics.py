@@ -197,7 +197,7 @@ def second_moments(algorithm: Algorithm | None) -> set[str]:
     """The slots that hold averages of squares, which are never negative."""
     if algorithm is None:
         return {"exp_avg_sq"}
-    return {slot for slot, kind in algorithm.slots.items() if kind.degree == 2}
+    return {slot for slot, kind in algorithm.slots.items() if 2 in (kind.degree, kind.power)}
 
 
 def oddities(found: Mapping[str, Statistics], step: Any, second: Collection[str]) -> Iterator[tuple[Kind, str]]:

@@ -101,6 +101,14 @@ def test_slots(name: str, tmp_path: Path) -> None:
             assert findings(saved, tmp_path / "a.pt"), (key, value)
 
 
+@pytest.mark.parametrize("slot", ["square_avg", "acc_delta"])
+def test_averages_of_squares_are_not_negative(slot: str, tmp_path: Path) -> None:
+    saved = state_of("Adadelta")
+    saved["state"][0][slot] = -saved["state"][0][slot] - 1
+    assert not resumes("Adadelta", saved)
+    assert any("negative" in line for line in findings(saved, tmp_path / "a.pt"))
+
+
 def test_a_missing_option_is_noted_where_the_rest_shows_the_algorithm(tmp_path: Path) -> None:
     saved = state_of("AdamW")
     del saved["param_groups"][0]["betas"]

@@ -111,7 +111,9 @@ class _Tally:
 
         self.elements += old.numel()
         back = new.to(old.dtype)
-        low, high = (float(end) for end in torch.aminmax(back.float() if back.itemsize < 2 else back))
+        if old.itemsize < 2:  # few operations take numbers of eight bits
+            old, back = old.float(), back.float()
+        low, high = (float(end) for end in torch.aminmax(back))
         if low - low or high - high:  # not finite: NaN and infinities that were there already are not counted
             finite = old.isfinite()
             self.overflowed += int((finite & ~back.isfinite()).sum())
