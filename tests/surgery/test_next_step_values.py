@@ -155,7 +155,9 @@ def test_groups_beside_a_state_of_another_type_are_not_healthy(state: object, tm
 
 
 @pytest.mark.parametrize("key", ["model", "optimizer", "lr_scheduler"])
-@pytest.mark.parametrize("value", [3, 0.5, b"bytes", torch.ones(2), [torch.ones(2)], object(), {}], ids=repr)
+@pytest.mark.parametrize(
+    "value", [3, 0.5, b"bytes", torch.ones(2), [torch.ones(2)], object(), {}], ids=lambda value: type(value).__name__
+)
 def test_what_has_the_name_of_a_section_and_is_none_is_told(key: str, value: object, tmp_path: Path) -> None:
     rest = {"model_ema": model().state_dict(), "state_dict": model().state_dict()}
     torch.save({**rest, key: value}, tmp_path / "a.pt")
