@@ -190,3 +190,18 @@ def test_a_plan_that_computes_with_a_damaged_state_is_refused_or_done(name: str,
         torch.save(saved, tmp_path / "a.pt")
         with suppress(OptimStateError):  # any other error is a crash
             optimstate.remap(tmp_path / "a.pt", None, optimstate.Plan.from_toml(plans[number % 2]), dry_run=True)
+
+
+@pytest.mark.parametrize("target", ["Lion", "NAdam", "Adamax", "AdamW"])
+def test_an_optimizer_that_becomes_another_keeps_the_bounds_of_its_schedule(target: str, tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([weight])
+    scheduler = torchs.OneCycleLR(optimizer, 0.1, total_steps=20)
+    weight.sum().backward()
+    stepped(optimizer, scheduler)
+    torch.save({"optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict()}, tmp_path / "a.pt")
+    optimstate.convert(tmp_path / "a.pt", tmp_path / "b.pt", optimizer=target)
+    made = torch.load(tmp_path / "b.pt")["optimizer"]["param_groups"][0]
+    bounds = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum")
+    assert [made[key] for key in bounds] == [optimizer.param_groups[0][key] for key in bounds]
+    assert optimstate.verify(tmp_path / "b.pt").healthy

@@ -37,7 +37,7 @@ DEFAULTS["AdamW"] = {**DEFAULTS["Adam"], "decoupled_weight_decay": True}
 TARGETS = tuple(DEFAULTS)
 """The optimizers that there is a conversion to."""
 # Keys that schedulers store in groups; kept as they are.
-_SCHEDULED = ("initial_lr", "max_lr", "min_lr", "swa_lr", "name")
+_SCHEDULED = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "name")
 # The same word for other things: epsilons and decay rates do not carry over between these families.
 _OWN = {
     "Adafactor": {"eps"},
