@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from optimstate.io.checksums import bytes_of_crc
 from optimstate.io.extents import InMemory, is_far, trips
 from optimstate.record import Record
 from optimstate.state.algorithms.registry import recognise
@@ -183,6 +182,8 @@ def _without_request(value: LazyTensor) -> LazyTensor:
     storage = value.storage
     if not _is_told(storage) or storage.nbytes != 4 or not any(map(is_far, storage.reach())):
         return value
+    from optimstate.io.checksums import bytes_of_crc  # of files, nothing needs it
+
     data = InMemory(bytes_of_crc(storage.crc or 0))
     return LazyTensor(Storage(data.extents(), 4, storage.kind), value.dtype, value.shape, value.stride, value.offset)
 
