@@ -238,7 +238,7 @@ def test_inspecting_every_fixture_imports_neither_torch_nor_numpy() -> None:
 # every start, and what only writers, plans or damaged files need is loaded by those who have them.
 LOADED = """
 optimstate: cli describe entry_points errors formats io problems record reporting state surgery tensors tree
-optimstate.cli: __main__ app inspect interrupts render words
+optimstate.cli: __main__ app codes inspect interrupts render together words
 optimstate.cli.render: terminal
 optimstate.formats: byte_sources pickles protocol registry torch
 optimstate.formats.pickles: checks foreign globals known opcodes sharing tensors unpickle

@@ -22,9 +22,9 @@ __all__ = ["Rates"]
 
 def _with_numbers(node: Any) -> Any:
     """A copy of the state in which tensors of one element are numbers."""
-    if isinstance(node, dict):
+    if type(node) is dict:  # others, such as the `Counter` of milestones, are kept
         return {key: _with_numbers(value) for key, value in node.items()}
-    if isinstance(node, list):
+    if type(node) is list:
         return [_with_numbers(value) for value in node]
     number = number_of(node)
     return node if number is None else number
