@@ -39,10 +39,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("library", "request_number"), [("botocore", 2), ("botocore", 9), ("obstore", 2), ("obstore", 4)]
-)
-@pytest.mark.parametrize("name", [INDEX, "model-00002-of-00003.safetensors", "notes.txt", "deeper/notes.txt"])
+MEANWHILE = [
+    (library, request_number, name)
+    for library, request_number in (("botocore", 2), ("botocore", 9), ("obstore", 2), ("obstore", 4))
+    for name in (INDEX, "model-00002-of-00003.safetensors", "notes.txt", "deeper/notes.txt")
+    # Whether the shard is there at the ninth request depends on threads, and moto looks before it writes, not at once.
+    if request_number != 9 or not name.startswith("model-")
+]
+
+
+@pytest.mark.parametrize(("library", "request_number", "name"), MEANWHILE)
 def test_what_others_write_into_a_new_folder_stays(
     between: Between,
     bucket: Bucket,
