@@ -55,6 +55,20 @@ def together(size: int, arguments: Sequence[object], **environment: str) -> list
     return [(process.returncode, "".join(words)) for process, words in zip(started, said, strict=True)]
 
 
+def torchrun(size: int, arguments: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    """What torchrun and its processes say."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "-m", "optimstate"]
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+
+
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and errors."""
     _, errors = process.communicate(timeout=60)
@@ -382,16 +396,7 @@ def test_damage_that_verify_finds_is_found_before_the_commit(
 
 @pytest.mark.slow
 def test_torchrun(source: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "optimstate"]
-    done = subprocess.run(
-        [*command, "remap", source, tmp_path / "b", *RENAME, "--copy"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
+    done = torchrun(2, ["remap", source, tmp_path / "b", *RENAME, "--copy"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote ") == 1
     assert {"net.large"} < set(open_checkpoint(tmp_path / "b").tree["model"])

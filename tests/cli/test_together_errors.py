@@ -28,7 +28,18 @@ from optimstate.io.shared import Notes, Range, move, shape_of
 from optimstate.io.staging import FolderStage
 from optimstate.io.together import Team, team_of_environment
 from tests.cli.running import run
-from tests.cli.test_together import RENAME, ROOT, begin, data_of, ended, parts_of, shards, source, together
+from tests.cli.test_together import (
+    RENAME,
+    ROOT,
+    begin,
+    data_of,
+    ended,
+    parts_of,
+    shards,
+    source,
+    together,
+    torchrun,
+)
 
 __all__ = ["shards", "source"]  # fixtures
 
@@ -95,16 +106,7 @@ def test_all_end_with_the_same_code_and_one_says_why(kind: str, source: Path, tm
 
 def test_torchrun_shows_one_message(source: Path, tmp_path: Path) -> None:
     """The other processes end without a word, and torchrun ends none before the first one has said it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "-m", "optimstate"]
-    done = subprocess.run(
-        [*command, "remap", source, tmp_path / "b", "--drop", "nothing"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
+    done = torchrun(3, ["remap", source, tmp_path / "b", "--drop", "nothing"])
     assert done.returncode == 1
     assert done.stderr.count("matches none of") == 1
     assert "interrupted" not in done.stderr
